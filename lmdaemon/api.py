@@ -1,0 +1,523 @@
+"""The private side: sessions, deliveries, operators, health, metrics and the OpenAPI document.
+
+Contract, section 5. Called by aiohttp on a listener of its own, for game servers, `lmdaemon`'s own commands and
+administrators. It must never return a token, and never count reading as activity.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import orjson
+from aiohttp import web
+
+from lmdaemon import openapi, retry
+from lmdaemon.clock import Clock
+from lmdaemon.config import Operator, Settings
+from lmdaemon.dialects import BadNotice, json_object
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body
+from lmdaemon.log import Log
+from lmdaemon.metrics import CONTENT_TYPE, Metrics
+from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
+from lmdaemon.store import Opening, Store, StoreError
+
+BODY_MAX = 64 * 1024
+BULK_BODY_MAX = 4 * 1024 * 1024
+BULK_IDS_MAX = 10_000
+ATTRIBUTES_MAX = 4096  # bytes of JSON
+IDLE_MAX_S = 30 * 86400
+PAGE_DEFAULT, PAGE_MAX = 100, 1000
+RETRY_AFTER_S = "5"
+MAX_RETRIES_PER_CALL = 100_000
+
+_CURSOR = re.compile(r"[1-9][0-9]{0,17}")
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+
+log = Log("api")
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's word
+    """An answer that is an error: problem+json with status, title, detail and further members."""
+
+    def __init__(self, status: int, title: str, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **members}
+
+
+class Health(Protocol):
+    """What the daemon knows of itself: a status, and every check with its figures."""
+
+    async def status(self) -> str: ...
+    async def report(self) -> dict[str, Any]: ...
+
+
+class Api:
+    """The handlers. `expires_at` and `wake_dispatcher` belong to other doers, which this one never imports."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        health: Health,
+        metrics: Metrics,
+        expires_at: Callable[[Session], int | None],
+        wake_dispatcher: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._health = health
+        self._metrics = metrics
+        self._expires_at = expires_at
+        self._wake_dispatcher = wake_dispatcher
+        self._settings: Settings
+        self._openapi = b""
+
+    def configure(self, settings: Settings) -> None:
+        """Takes over new settings for all requests that come from now on."""
+        self._settings = settings
+        self._openapi = orjson.dumps(openapi.document(settings))
+
+    def application(self) -> web.Application:
+        """The aiohttp application of the private listener."""
+        app = web.Application(middlewares=[self._guarded])
+        operator = "/v1/operators/{operator}"
+        session = operator + "/sessions/{sessionId}"
+        app.router.add_routes(
+            [
+                # Before the session's own path: "touch" here is a verb, and POST names no session
+                web.post(operator + "/sessions/touch", self.touch_many),
+                web.put(session, self.open),
+                web.get(session, self.show, allow_head=False),
+                web.post(session + "/touch", self.touch),
+                web.post(session + "/close", self.close),
+                web.get(operator + "/sessions", self.list_sessions, allow_head=False),
+                web.get("/v1/deliveries", self.list_deliveries, allow_head=False),
+                web.get("/v1/deliveries/{id}", self.show_delivery, allow_head=False),
+                web.post("/v1/deliveries/{id}/retry", self.retry_one),
+                web.post(operator + "/deliveries/retry", self.retry_dead),
+                web.get("/v1/operators", self.list_operators, allow_head=False),
+                web.post(operator + "/hold", self.hold),
+                web.post(operator + "/release", self.release),
+                web.get("/health", self.health),
+                web.get("/metrics", self.metrics, allow_head=False),
+                web.get("/openapi.json", self.openapi, allow_head=False),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _guarded(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Bearer token first, then the handler; every error becomes a problem document."""
+        try:
+            if not bearer(request, self._settings.api_tokens):
+                if request.path == "/health" and request.method in ("GET", "HEAD"):
+                    return await self._public_health()
+                return _problem(
+                    Problem(401, "Unauthorized", "a valid bearer token is required"), {"WWW-Authenticate": "Bearer"}
+                )
+            return await handler(request)
+        except Problem as problem:
+            return _problem(problem)
+        except StoreError as error:
+            return _problem(Problem(503, "Service Unavailable", str(error)), {"Retry-After": RETRY_AFTER_S})
+        except web.HTTPMethodNotAllowed as error:
+            allow = ", ".join(sorted(error.allowed_methods))
+            wrong_method = Problem(405, "Method Not Allowed", f"{error.method} is not allowed here; {allow} is")
+            return _problem(wrong_method, {"Allow": allow})
+        except web.HTTPException as error:
+            return _problem(Problem(error.status, error.reason, f"nothing is served at {request.path!r}"))
+        except Exception:
+            log.exception("api.failed", method=request.method, route=_route(request))
+            return _problem(Problem(500, "Internal Server Error", "a bug; the log has its traceback"))
+
+    # -- sessions
+
+    async def open(self, request: web.Request) -> web.Response:
+        operator, session_id = self._operator(request), self._session_id(request)
+        fields = await _fields(request, {"playerId", "token", "idleTimeoutSeconds", "attributes"})
+        player_id = _text(fields, "playerId", ID_MAX)
+        token = _text(fields, "token", TOKEN_MAX)
+        for name, value, meaning in (("playerId", player_id, "player"), ("token", token, "token")):
+            if value is None and meaning in operator.sends.required:
+                raise _bad(f"{name}: is required: dialect {operator.sends.name} must send it")
+        if player_id is None:
+            raise _bad("playerId: is required")
+        opened = await self._store.open_session(
+            Opening(
+                operator.name,
+                session_id,
+                player_id,
+                token,
+                _attributes(fields),
+                _idle_ms(fields, operator),
+                int(operator.lifetime_s * 1000),
+            )
+        )
+        if opened.outcome == "differs":
+            raise Problem(409, "Conflict", "the session is open with another playerId or token")
+        if opened.outcome == "ended":
+            raise Problem(409, "Conflict", "the session has ended", session=self._session(opened.session))
+        if opened.outcome == "created":
+            log.info("session.opened", operator=operator.name, session=session_id)
+        return _json(self._session(opened.session), 201 if opened.outcome == "created" else 200)
+
+    async def touch(self, request: web.Request) -> web.Response:
+        operator, session_id = self._operator(request), self._session_id(request)
+        touched = await self._store.touch(operator.name, [session_id])
+        self._metrics.touches.labels(operator.name).inc(touched.touched)
+        if touched.unknown:
+            raise _unknown_session()
+        if touched.ended:
+            found = await self._store.session(operator.name, session_id)
+            shown = {"session": self._session(found[0])} if found is not None else {}
+            raise Problem(410, "Gone", "the session has ended", **shown)
+        return web.Response(status=204)
+
+    async def touch_many(self, request: web.Request) -> web.Response:
+        operator = self._operator(request)
+        fields = await _fields(request, {"sessionIds"}, limit=BULK_BODY_MAX)
+        session_ids = fields.get("sessionIds")
+        if not isinstance(session_ids, list) or not 1 <= len(session_ids) <= BULK_IDS_MAX:
+            raise _bad(f"sessionIds: must be a list of 1 to {BULK_IDS_MAX} ids")
+        for index, session_id in enumerate(session_ids):
+            problem = "must be a string" if not isinstance(session_id, str) else id_problem(session_id)
+            if problem:
+                raise _bad(f"sessionIds[{index}]: {problem}")
+        touched = await self._store.touch(operator.name, session_ids)
+        self._metrics.touches.labels(operator.name).inc(touched.touched)
+        return _json(touched._asdict())
+
+    async def close(self, request: web.Request) -> web.Response:
+        session = await self._store.end(self._operator(request).name, self._session_id(request))
+        if session is None:
+            raise _unknown_session()
+        return _json(self._session(session))
+
+    async def show(self, request: web.Request) -> web.Response:
+        found = await self._store.session(self._operator(request).name, self._session_id(request))
+        if found is None:
+            raise _unknown_session()
+        session, deliveries = found
+        return _json(self._session(session) | {"deliveries": [_delivery(delivery) for delivery in deliveries]})
+
+    async def list_sessions(self, request: web.Request) -> web.Response:
+        operator = self._operator(request)
+        query = _query(request, {"state", "playerId", "limit", "after"})
+        limit = _limit(query)
+        sessions = await self._store.sessions(
+            operator.name,
+            state=_choice(query, "state", ("active", "ended")),
+            player_id=_id(query, "playerId"),
+            limit=limit + 1,
+            after=_after(query),
+        )
+        return _json(_page([self._session(session) for session in sessions[:limit]], sessions, limit))
+
+    def _session(self, session: Session) -> dict[str, Any]:
+        return {
+            "operator": session.operator,
+            "sessionId": session.session_id,
+            "playerId": session.player_id,
+            "state": "active" if session.reason is None else "ended",
+            "reason": session.reason,
+            "openedAt": rfc3339(session.opened_at),
+            "lastSeenAt": rfc3339(session.seen_at),
+            "expiresAt": rfc3339(self._expires_at(session)),
+            "endedAt": rfc3339(session.ended_at),
+            "idleTimeoutSeconds": session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
+            "attributes": orjson.Fragment(session.attributes or "{}"),
+        }
+
+    # -- deliveries
+
+    async def list_deliveries(self, request: web.Request) -> web.Response:
+        query = _query(request, {"operator", "sink", "state", "limit", "after"})
+        limit = _limit(query)
+        deliveries = await self._store.deliveries(
+            operator=_id(query, "operator"),
+            sink=_id(query, "sink"),
+            state=_choice(query, "state", ("pending", "delivered", "dead")),
+            limit=limit + 1,
+            after=_after(query),
+        )
+        return _json(_page([_delivery(delivery) for delivery in deliveries[:limit]], deliveries, limit))
+
+    async def show_delivery(self, request: web.Request) -> web.Response:
+        delivery = await self._store.delivery(request.match_info["id"])
+        if delivery is None:
+            raise Problem(404, "Not Found", "no delivery has this id")
+        history = [attempt | {"at": rfc3339(attempt["at"])} for attempt in orjson.loads(delivery.history)]
+        return _json(_delivery(delivery) | {"history": history})
+
+    async def retry_one(self, request: web.Request) -> web.Response:
+        before = await self._store.retry_one(request.match_info["id"])
+        if before is None:
+            raise Problem(404, "Not Found", "no delivery has this id")
+        if before.state != "dead":
+            raise Problem(409, "Conflict", f"the delivery is {before.state}, not dead")
+        delivery = await self._store.delivery(before.webhook_id)
+        if delivery is None or delivery.state == "dead":
+            raise Problem(409, "Conflict", f"the delivery can never be sent: {before.last_error}")
+        log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id)
+        return _json(_delivery(delivery), 202)
+
+    async def retry_dead(self, request: web.Request) -> web.Response:
+        operator = self._operator(request)
+        fields = await _fields(request, {"since"}, optional=True)
+        since_at = _time(fields, "since")
+        retried = 0
+        # Bounded steps, so that other writers get their turn; what a crash leaves dead is retried by asking again
+        while retried < MAX_RETRIES_PER_CALL and (count := await self._store.retry_dead(operator.name, since_at)):
+            retried += count
+        log.info("delivery.retried_by_hand", operator=operator.name, count=retried)
+        return _json({"retried": retried}, 202)
+
+    # -- operators
+
+    async def list_operators(self, request: web.Request) -> web.Response:
+        _query(request, set())
+        oldest = await self._store.oldest_pending(self._settings.operators)
+        items = [self._shown(operator, oldest[name]) for name, operator in self._settings.operators.items()]
+        return _json({"items": items})
+
+    def _shown(self, operator: Operator, oldest_at: int | None) -> dict[str, Any]:
+        now_at = self._clock.wall_ms()
+        gate, figures = self._store.gate(operator.name), self._store.figures_of(operator.name)
+        return {
+            "operator": operator.name,
+            "notify": operator.notify,
+            "dialect": operator.sends.name,
+            "held": gate.held_at is not None,
+            "heldReason": gate.held_reason,
+            "breaker": retry.breaker(gate, now_at),
+            "live": figures.live,
+            "pending": figures.pending,
+            "dead": figures.dead,
+            "oldestPendingSeconds": None if oldest_at is None else max(0, now_at - oldest_at) / 1000,
+            "notBefore": rfc3339(gate.not_before_at) if gate.not_before_at > now_at else None,
+        }
+
+    async def hold(self, request: web.Request) -> web.Response:
+        return await self._change_gate(request, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"), "held")
+
+    async def release(self, request: web.Request) -> web.Response:
+        return await self._change_gate(request, lambda gate: retry.release(gate, self._clock.wall_ms()), "released")
+
+    async def _change_gate(self, request: web.Request, change: Callable[[Gate], Gate], done: str) -> web.Response:
+        operator = self._operator(request)
+        await self._store.set_gate(operator.name, change)
+        log.warning(f"operator.{done}", operator=operator.name, reason="by_hand")
+        self._wake_dispatcher()
+        oldest = await self._store.oldest_pending([operator.name])
+        return _json(self._shown(operator, oldest[operator.name]))
+
+    # -- the daemon itself
+
+    async def health(self, request: web.Request) -> web.Response:
+        report = await self._health.report()
+        return web.Response(
+            body=orjson.dumps(report),
+            status=503 if report["status"] == "fail" else 200,
+            content_type="application/health+json",
+        )
+
+    async def _public_health(self) -> web.Response:
+        status = await self._health.status()
+        return web.Response(
+            body=orjson.dumps({"status": status}),
+            status=503 if status == "fail" else 200,
+            content_type="application/health+json",
+        )
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._openapi, content_type="application/json")
+
+    # -- pieces of a request
+
+    def _operator(self, request: web.Request) -> Operator:
+        name = request.match_info["operator"]
+        operator = self._settings.operators.get(name)
+        if operator is None:
+            raise Problem(404, "Not Found", f"no operator of this name is configured (got {name[:ID_MAX]!r})")
+        return operator
+
+    @staticmethod
+    def _session_id(request: web.Request) -> str:
+        # The path as sent, not as aiohttp repaired it: /v1/operators/{operator}/sessions/{sessionId}…
+        raw = request.rel_url.raw_path.split("/")[5]
+        try:
+            session_id = decode_segment(raw)
+        except ValueError as error:
+            raise _bad(f"sessionId: {error}") from error
+        problem = id_problem(session_id)
+        if problem:
+            raise _bad(f"sessionId: {problem}")
+        return session_id
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return "" if resource is None else resource.canonical
+
+
+def _json(body: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
+
+
+def _problem(problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(problem.body),
+        status=problem.status,
+        headers=headers,
+        content_type="application/problem+json",
+    )
+
+
+def _bad(detail: str) -> Problem:
+    return Problem(400, "Bad Request", detail)
+
+
+def _unknown_session() -> Problem:
+    return Problem(404, "Not Found", "no session has this id")
+
+
+def _page(items: list[Any], rows: "list[Session] | list[Delivery]", limit: int) -> dict[str, Any]:
+    """A page: one row more than wanted was read, to know whether there is a next one."""
+    return {"items": items, "next": str(rows[limit - 1].id) if len(rows) > limit else None}
+
+
+def _delivery(delivery: Delivery) -> dict[str, Any]:
+    return {
+        "id": delivery.webhook_id,
+        "operator": delivery.operator,
+        "sessionId": delivery.session_id,
+        "sink": delivery.sink,
+        "state": delivery.state,
+        "attempts": delivery.attempts,
+        "createdAt": rfc3339(delivery.created_at),
+        "nextAttemptAt": rfc3339(delivery.due_at) if delivery.state == "pending" else None,
+        "settledAt": rfc3339(delivery.settled_at),
+        "lastStatus": delivery.last_status,
+        "lastCode": delivery.last_code,
+        "lastError": delivery.last_error,
+    }
+
+
+async def _fields(
+    request: web.Request, known: set[str], limit: int = BODY_MAX, *, optional: bool = False
+) -> Mapping[str, Any]:
+    """The body as an object of known keys. Raises Problem."""
+    try:
+        body = await read_body(request, limit)
+    except BodyTooLarge:
+        raise Problem(413, "Content Too Large", f"the body must be at most {limit} bytes") from None
+    except BodyTooSlow:
+        raise Problem(408, "Request Timeout", "the body came too slowly or broke off") from None
+    if not body and optional:
+        return {}
+    if request.content_type != "application/json":
+        raise Problem(415, "Unsupported Media Type", "Content-Type must be application/json")
+    if "Content-Encoding" in request.headers:
+        raise Problem(415, "Unsupported Media Type", "the body must not be compressed")
+    try:
+        fields = json_object(body)
+    except BadNotice as error:
+        raise _bad(error.description) from error
+    for name in fields:
+        if name not in known:
+            raise _bad(f"{name[:ID_MAX]}: is no field of this call; known are {', '.join(sorted(known))}")
+    return fields
+
+
+def _text(fields: Mapping[str, Any], name: str, longest: int) -> str | None:
+    value = fields.get(name)
+    if value is None and name not in fields:
+        return None
+    if not isinstance(value, str):
+        raise _bad(f"{name}: must be a string")
+    problem = id_problem(value, longest)
+    if problem:
+        raise _bad(f"{name}: {problem}")
+    return value
+
+
+def _attributes(fields: Mapping[str, Any]) -> str | None:
+    if "attributes" not in fields:
+        return None
+    attributes = fields["attributes"]
+    if not isinstance(attributes, dict):
+        raise _bad("attributes: must be an object")
+    text = orjson.dumps(attributes)
+    if len(text) > ATTRIBUTES_MAX:
+        raise _bad(f"attributes: must be at most {ATTRIBUTES_MAX} bytes of JSON (got {len(text)})")
+    return text.decode()
+
+
+def _idle_ms(fields: Mapping[str, Any], operator: Operator) -> int:
+    if "idleTimeoutSeconds" not in fields:
+        return int(operator.idle_s * 1000)
+    seconds = fields["idleTimeoutSeconds"]
+    if type(seconds) is not int or not 1 <= seconds <= IDLE_MAX_S:
+        raise _bad(f"idleTimeoutSeconds: must be an integer from 1 to {IDLE_MAX_S} (got {str(seconds)[:40]})")
+    return seconds * 1000
+
+
+def _query(request: web.Request, known: set[str]) -> dict[str, str]:
+    """The query's parameters, each known and given once. Raises Problem."""
+    query: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name not in known:
+            raise _bad(f"{name[:ID_MAX]}: is no parameter of this call; known are {', '.join(sorted(known)) or 'none'}")
+        if name in query:
+            raise _bad(f"{name}: must be given once")
+        query[name] = value
+    return query
+
+
+def _limit(query: Mapping[str, str]) -> int:
+    text = query.get("limit", str(PAGE_DEFAULT))
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= PAGE_MAX:
+        raise _bad(f"limit: must be an integer from 1 to {PAGE_MAX} (got {text[:40]!r})")
+    return int(text)
+
+
+def _after(query: Mapping[str, str]) -> int | None:
+    if "after" not in query:
+        return None
+    if not _CURSOR.fullmatch(query["after"]):
+        raise _bad(f"after: must be the `next` of a page (got {query['after'][:40]!r})")
+    return int(query["after"])
+
+
+def _choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str | None:
+    if name in query and query[name] not in choices:
+        raise _bad(f"{name}: must be one of {', '.join(choices)} (got {query[name][:40]!r})")
+    return query.get(name)
+
+
+def _id(query: Mapping[str, str], name: str) -> str | None:
+    problem = id_problem(query[name]) if name in query else None
+    if problem:
+        raise _bad(f"{name}: {problem}")
+    return query.get(name)
+
+
+def _time(fields: Mapping[str, Any], name: str) -> int:
+    """A time as wall milliseconds; 0 when absent."""
+    if name not in fields:
+        return 0
+    text = fields[name]
+    try:
+        if not isinstance(text, str) or not _RFC3339.fullmatch(text):
+            raise ValueError
+        at = datetime.fromisoformat(text.upper())
+        return int(at.astimezone(UTC).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise _bad(f"{name}: must be a time as in RFC 3339, such as 2026-01-31T03:00:00Z") from None

@@ -1,0 +1,871 @@
+"""config.toml → frozen `Settings`, or every error in the file at once with its key path.
+
+Called by `cli` (start, check-config) and `daemon` (reload). Reads the file, the secret files and environment variables
+it names, and nothing else; it must never print a secret. Shape and rules: contract.md, section 3.
+"""
+
+import base64
+import difflib
+import ipaddress
+import os
+import re
+import ssl
+import stat
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
+
+import msgspec
+
+from lmdaemon.dialects import SHIPPED, Codes, Dialect
+from lmdaemon.log import safe_url
+from lmdaemon.model import id_problem
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
+KEEP_ENDED_ADVISED_S = 7 * 86400.0
+DURATION_MAX_S = 3650 * 86400.0
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `findings` are complete sentences: file, key path, rule, value."""
+
+    def __init__(self, findings: list[str]) -> None:
+        super().__init__("\n".join(findings))
+        self.findings = findings
+
+
+class Duration(float):
+    """A span in seconds, written `"250ms"`, `"30s"`, `"15m"`, `"2h"` or `"7d"`."""
+
+
+class Listen(msgspec.Struct, frozen=True):
+    """Where to listen: host and port, or a unix socket's path."""
+
+    text: str
+    host: str = ""
+    port: int = 0
+    unix: str = ""
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it. A name counts as reachable from outside, but for localhost."""
+        if self.unix or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class ServerTable(msgspec.Struct, frozen=True):
+    listen: Listen = Listen("127.0.0.1:8080", "127.0.0.1", 8080)
+    trusted_proxies: tuple[Network, ...] = ()
+
+
+class ApiTable(msgspec.Struct, frozen=True):
+    listen: Listen = Listen("127.0.0.1:8081", "127.0.0.1", 8081)
+    token_file: str = ""
+    token_env: str = ""
+
+
+class DatabaseTable(msgspec.Struct, frozen=True):
+    path: str = "lmdaemon.sqlite3"
+    keep_ended: Duration = Duration(90 * 86400)
+
+
+class SessionsTable(msgspec.Struct, frozen=True):
+    idle_timeout: Duration = Duration(1800)
+    max_lifetime: Duration = Duration(0)
+    restart_grace: Duration = Duration(60)
+    downtime: Literal["pause", "count"] = "pause"
+
+
+class DeliveryTable(msgspec.Struct, frozen=True):
+    timeout: Duration = Duration(10)
+    schedule: tuple[Duration, ...] = tuple(map(Duration, (5, 30, 120, 600, 1800, 7200, 18000, 36000, 36000)))
+    max_age: Duration = Duration(72 * 3600)
+    concurrency: int = 4
+
+
+class LogTable(msgspec.Struct, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
+
+
+class OperatorTable(msgspec.Struct, frozen=True, kw_only=True):
+    """`[operators.NAME]` as written. None means: inherited from [sessions] or [delivery]."""
+
+    provider_id: str
+    dialect: str = "v4"
+    accept: tuple[str, ...] = ("v4",)
+    endpoint: str | None = None
+    unknown_session: Literal["accept", "reject"] = "accept"
+    token_check: Literal["present", "session", "partner"] = "present"
+    partner_token_file: str = ""
+    partner_token_env: str = ""
+    hash_key_file: str = ""
+    hash_key_env: str = ""
+    allow_from: tuple[Network, ...] = ()
+    auth: Literal["", "none"] = ""
+    notify: bool = False
+    url: str = ""
+    idle_timeout: Duration | None = None
+    max_lifetime: Duration | None = None
+    timeout: Duration | None = None
+    schedule: tuple[Duration, ...] | None = None
+    max_age: Duration | None = None
+    concurrency: int | None = None
+    ca_file: str = ""
+    client_cert_file: str = ""
+    client_key_file: str = ""
+    allow_private_network: bool = False
+    signing_secret_file: str = ""
+    signing_secret_env: str = ""
+
+
+class PluginTable(msgspec.Struct, frozen=True, kw_only=True):
+    use: str
+    operators: tuple[str, ...] | None = None
+    timeout: Duration = Duration(10)
+    concurrency: int = 4
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    content: Literal["json", "form"] = "json"
+    fields: dict[str, str]
+    required: tuple[str, ...]
+    codes: Codes = Codes()
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """How a sink is tried: spans in seconds, attempts at once."""
+
+    timeout_s: float
+    schedule_s: tuple[float, ...]
+    max_age_s: float
+    concurrency: int
+
+
+class Operator(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator with everything inherited, looked up and read: what the daemon works with."""
+
+    name: str
+    provider_id: str
+    sends: Dialect
+    receives: tuple[Dialect, ...]
+    paths: tuple[str, ...]  # as configured; looked up in lower case without a trailing slash
+    accept_unknown: bool
+    token_check: str
+    partner_tokens: tuple[str, ...]
+    hash_key: str | None
+    allow_from: tuple[Network, ...]
+    auth_none: bool
+    notify: bool
+    url: str
+    idle_s: float
+    lifetime_s: float
+    policy: Policy
+    allow_private_network: bool
+    ca_file: Path | None
+    client_cert_file: Path | None
+    client_key_file: Path | None
+    signing_keys: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name!r})"  # the rest holds secrets
+
+
+class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    use: str
+    operators: tuple[str, ...] | None  # None: all
+    policy: Policy
+    options: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Plugin({self.name!r})"  # its options may hold a secret
+
+    def listens_to(self, operator: str) -> bool:
+        return self.operators is None or operator in self.operators
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration, checked. `warnings` are for the log: allowed, but worth a look."""
+
+    file: Path
+    server: ServerTable
+    api: ApiTable
+    api_tokens: tuple[str, ...]
+    database: Path
+    keep_ended_s: float
+    restart_grace_s: float
+    count_downtime: bool
+    log: LogTable
+    operators: Mapping[str, Operator]
+    plugins: Mapping[str, Plugin]
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Settings({str(self.file)!r})"
+
+
+def find(explicit: str | None) -> Path:
+    """The configuration file: `--config`, $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml.
+
+    Raises ConfigError when there is none.
+    """
+    named = explicit or os.environ.get("LMDAEMON_CONFIG")
+    if named:
+        return Path(named)
+    for candidate in PATHS:
+        if _exists(Path(candidate)):
+            return Path(candidate)
+    raise ConfigError([f"no configuration file: looked for {', '.join(PATHS)}; name one with --config"])
+
+
+def load(path: Path, *, need_secrets: bool = True) -> Settings:
+    """Reads and checks the whole file. Raises ConfigError with every finding.
+
+    Without `need_secrets`, a secret that is not there for this user is a warning: systemd hands credentials and
+    environment to the daemon alone, and check-config has to work beside it (systemd/systemd#35227).
+    """
+    try:
+        with path.open("rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, a number longer than Python reads
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
+    reader = _Reader(path, need_secrets=need_secrets)
+    settings = reader.settings(tables)
+    if settings is None:
+        raise ConfigError([f"{path}: {finding}" for finding in reader.errors])
+    return settings
+
+
+def duration(text: object) -> Duration:
+    """Reads a duration. Raises ValueError with the rule."""
+    match = re.fullmatch(r"([0-9]{1,12})(ms|s|m|h|d)", text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('must be a duration such as "250ms", "30s", "15m", "2h" or "7d"')
+    seconds = int(match[1]) * _UNITS[match[2]]
+    if seconds > DURATION_MAX_S:
+        raise ValueError('must be at most "3650d"')
+    return Duration(seconds)
+
+
+def listen(text: object) -> Listen:
+    """Reads a listen address. Raises ValueError with the rule."""
+    rule = 'must be "host:port", "[v6]:port" or "unix:/path"'
+    if not isinstance(text, str):
+        raise ValueError(rule)  # noqa: TRY004 - one kind of error for one kind of finding
+    if text.startswith("unix:"):
+        if not text.startswith("unix:/") or "\0" in text or len(text.encode()) > 107 + len("unix:"):
+            raise ValueError('must be "unix:" and an absolute path of at most 107 bytes')
+        return Listen(text, unix=text.removeprefix("unix:"))
+    match = re.fullmatch(r"(?:\[([^\]]+)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})", text)
+    if match is None:
+        raise ValueError(rule)
+    if match[1]:
+        try:
+            ipaddress.IPv6Address(match[1])
+        except ValueError:
+            raise ValueError(rule) from None
+    if int(match[3]) > 65535:
+        raise ValueError("must have a port of at most 65535")
+    return Listen(text, host=match[1] or match[2], port=int(match[3]))
+
+
+def network(text: object) -> Network:
+    """Reads a network or a single address. Raises ValueError with the rule."""
+    rule = "must be a network such as 192.0.2.0/24 without host bits, or an address"
+    if not isinstance(text, str):  # ip_network would take 8 for 0.0.0.8
+        raise ValueError(rule)  # noqa: TRY004 - one kind of error for one kind of finding
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(rule) from None
+
+
+def whsec(line: str) -> bytes:
+    """Reads a Standard Webhooks signing secret. Raises ValueError with the rule, never with the value."""
+    try:
+        key = base64.b64decode(line.removeprefix("whsec_"), validate=True) if line.startswith("whsec_") else b""
+    except ValueError:
+        key = b""
+    if not 24 <= len(key) <= 64:
+        raise ValueError("each line must be whsec_ followed by base64 of 24 to 64 bytes")
+    return key
+
+
+def endpoint_key(path: str) -> str:
+    """What an endpoint path is looked up by: lower case, without a trailing slash (protocol.md, "case of the path")."""
+    return path.lower().rstrip("/") or "/"
+
+
+def private_address(host: str) -> bool:
+    """Whether `host` is a literal address that only this machine or network can mean, metadata services included."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+    return not _public(address)
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that IANA has given out; the rest leads nowhere or home
+
+
+def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        # An IPv4 address in IPv6 clothes leads where the IPv4 address leads.
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return _public(inner)
+        if address not in _GLOBAL_UNICAST:
+            return False
+    # is_global is False for loopback, private, link-local, CGNAT, benchmark, documentation, Teredo, reserved ranges
+    return address.is_global and not address.is_multicast
+
+
+_READERS: Mapping[Any, Callable[[object], Any]] = {Duration: duration, Listen: listen, Network: network}
+_RULES: Mapping[Any, str] = {
+    str: "must be a string",
+    int: "must be an integer",
+    bool: "must be true or false",
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):  # what is in it may be a secret
+        return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > 64:  # repr refuses the longest
+        return "a number of more than 64 bits"
+    text = repr(safe_url(value) if isinstance(value, str) and "://" in value else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+_ABSENT = object()
+
+
+class _Reader:
+    """One reading of one file: collects every finding under its key path instead of stopping at the first."""
+
+    def __init__(self, path: Path, *, need_secrets: bool) -> None:
+        self.path = path
+        self.need_secrets = need_secrets
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def error(self, key: str, rule: str, value: object = _ABSENT) -> None:
+        self.errors.append(f"{key}: {rule}" + ("" if value is _ABSENT else f" (got {_shown(value)})"))
+
+    def sound(self, at: str, *keys: str) -> bool:
+        """Whether no error stands under these keys, so that a rule between them finds what was meant."""
+        places = tuple(f"{at}.{key}{end}" for key in keys for end in ":.[")
+        return not any(error.startswith(places) for error in self.errors)
+
+    def settings(self, tables: dict[str, Any]) -> Settings | None:
+        """Everything checked, or None when there are errors."""
+        kinds = ("server", "api", "database", "sessions", "delivery", "log", "operators", "plugins", "dialects")
+        for name in tables:
+            if name not in kinds:
+                self.error(name, "is no table of this file" + _suggestion(name, kinds))
+        server = self.table(ServerTable, tables.get("server", {}), "server") or ServerTable()
+        api = self.table(ApiTable, tables.get("api", {}), "api") or ApiTable()
+        database = self.table(DatabaseTable, tables.get("database", {}), "database") or DatabaseTable()
+        sessions = self.table(SessionsTable, tables.get("sessions", {}), "sessions") or SessionsTable()
+        delivery = self.table(DeliveryTable, tables.get("delivery", {}), "delivery") or DeliveryTable()
+        log = self.table(LogTable, tables.get("log", {}), "log") or LogTable()
+        dialects = self.dialects(tables.get("dialects", {}))
+        self.check_spans(sessions, "sessions")
+        self.check_policy(delivery, "delivery")
+        if not database.path or "\0" in database.path:
+            self.error("database.path", "must name a file", database.path)
+        if database.keep_ended <= 0:
+            self.error("database.keep_ended", "must not be zero")
+        elif database.keep_ended < KEEP_ENDED_ADVISED_S:
+            self.warnings.append("database.keep_ended: below 7d a late repeat of a notice may be taken for a new one")
+        operators = {
+            name: operator
+            for name, raw in self.named(tables.get("operators", {}), "operators")
+            if (operator := self.operator(name, raw, dialects, sessions, delivery)) is not None
+        }
+        names = tables.get("operators", {})
+        plugins = {
+            name: plugin
+            for name, raw in self.named(tables.get("plugins", {}), "plugins")
+            if (plugin := self.plugin(name, raw, delivery, names if isinstance(names, dict) else {})) is not None
+        }
+        self.check_shared_paths(operators)
+        self.check_exposure(server, operators)
+        api_tokens = self.secret_lines(api, "token", "api")
+        if not api.listen.loopback and not (api.token_file or api.token_env):
+            self.error("api.token_file", f"is required when api.listen is beyond loopback (got {api.listen.text!r})")
+        listens = self.sound("server", "listen") and self.sound("api", "listen")
+        if listens and server.listen == api.listen and (server.listen.port or server.listen.unix):
+            self.error("api.listen", "must differ from server.listen", api.listen.text)
+        if self.errors:
+            return None
+        return Settings(
+            file=self.path,
+            server=server,
+            api=api,
+            api_tokens=api_tokens,
+            database=self.database_path(database.path),
+            keep_ended_s=database.keep_ended,
+            restart_grace_s=sessions.restart_grace,
+            count_downtime=sessions.downtime == "count",
+            log=log,
+            operators=operators,
+            plugins=plugins,
+            warnings=tuple(self.warnings),
+        )
+
+    # -- tables into structs
+
+    def table(self, kind: type[_T], raw: object, at: str) -> _T | None:
+        """One table into its struct; None when it is no table. A key that does not fit is recorded and stands at its
+        default (a required one empty), so that the rules between keys can still be checked.
+        """
+        if not isinstance(raw, dict):
+            self.error(at, "must be a table")  # without the value: it may be a secret in the wrong place
+            return None
+        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        for key in raw:
+            if key not in fields:
+                self.error(f"{at}.{key}", "is no key of this table" + _suggestion(key, fields))
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            before = len(self.errors)
+            if name in raw:
+                values[name] = self.value(field.type, raw[name], f"{at}.{name}")
+            elif field.required:
+                self.error(f"{at}.{name}", "is required")
+            if len(self.errors) > before:
+                values.pop(name, None)
+                if field.required:
+                    values[name] = (get_origin(field.type) or field.type)()
+        return kind(**values)
+
+    def value(self, kind: Any, value: object, at: str) -> Any:
+        """One value into its type; records an error and returns None when it does not fit."""
+        options = get_args(kind)
+        if get_origin(kind) in (UnionType, Union) and type(None) in options:
+            (kind,) = (option for option in options if option is not type(None))
+        if get_origin(kind) is tuple:
+            if not isinstance(value, list):
+                self.error(at, "must be a list", value)
+                return None
+            (element, _) = get_args(kind)
+            return tuple(self.value(element, item, f"{at}[{index}]") for index, item in enumerate(value))
+        if get_origin(kind) is dict:
+            if not isinstance(value, dict):
+                return self.error(at, "must be a table")
+            return {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+        if kind in _READERS:
+            try:
+                return _READERS[kind](value)
+            except ValueError as error:
+                return self.error(at, str(error), value)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return self.table(kind, value, at)
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            choices = ", ".join(f'"{choice}"' for choice in get_args(kind) if choice)
+            rule = f"must be one of {choices}" if get_origin(kind) is Literal else _RULES[kind]
+            return self.error(at, rule, value)
+
+    def named(self, raw: object, at: str) -> Iterable[tuple[str, object]]:
+        """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` whose names can stand in a URL and a log."""
+        if not isinstance(raw, dict):
+            self.error(at, "must be a table")
+            return
+        for name, table in raw.items():
+            if _NAME.fullmatch(name):
+                yield name, table
+            else:
+                rule = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
+                self.error(at, rule, name)
+
+    # -- the parts
+
+    def dialects(self, raw: object) -> dict[str, Dialect | None]:
+        """Every dialect by name; None for one with errors, which no rule between dialects can use."""
+        known: dict[str, Dialect | None] = dict(SHIPPED)
+        for name, table in self.named(raw, "dialects"):
+            at = f"dialects.{name}"
+            if name in SHIPPED:
+                self.error(at, "is the name of a shipped dialect; choose another")
+                continue
+            before = len(self.errors)
+            known[name] = None
+            parsed = self.table(DialectTable, table, at)
+            if parsed is not None:
+                self.check_dialect(parsed, at)
+            if parsed is not None and len(self.errors) == before:
+                known[name] = Dialect(name, parsed.path, parsed.fields, parsed.required, parsed.content, parsed.codes)
+        return known
+
+    def check_dialect(self, table: DialectTable, at: str) -> None:
+        if self.sound(at, "path"):
+            self.check_path(table.path, f"{at}.path")
+        for meaning, wire_name in table.fields.items():
+            if meaning not in _FIELD_MEANINGS:
+                self.error(f"{at}.fields.{meaning}", f"must be one of {', '.join(_FIELD_MEANINGS)}")
+            if id_problem(wire_name):
+                self.error(f"{at}.fields.{meaning}", id_problem(wire_name) or "", wire_name)
+        if len(set(table.fields.values())) < len(table.fields):
+            self.error(f"{at}.fields", "must not use one wire name twice")
+        for meaning in (field.name for field in msgspec.structs.fields(Codes)):
+            code = getattr(table.codes, meaning)
+            if code is not None and not 0 < code < 1_000_000:
+                self.error(f"{at}.codes.{meaning}", "must be between 1 and 999999; 0 means success", code)
+        if not self.sound(at, "fields", "required"):
+            return
+        for meaning in table.required:
+            if meaning not in table.fields:
+                self.error(f"{at}.required", "must name keys of fields", meaning)
+        for meaning in ("provider", "session", "player"):
+            if meaning not in table.required:
+                self.error(f"{at}.required", f"must contain {meaning!r}: a notice without it means nothing")
+
+    def operator(
+        self,
+        name: str,
+        raw: object,
+        dialects: Mapping[str, Dialect | None],
+        sessions: SessionsTable,
+        delivery: DeliveryTable,
+    ) -> Operator | None:
+        at = f"operators.{name}"
+        table = self.table(OperatorTable, raw, at)
+        if table is None:
+            return None
+        problem = id_problem(table.provider_id)
+        if problem and self.sound(at, "provider_id"):
+            self.error(f"{at}.provider_id", problem, table.provider_id)
+        sends = self.dialect(table.dialect, dialects, f"{at}.dialect") or SHIPPED["v4"]
+        receives = tuple(
+            dialect
+            for index, accepted in enumerate(table.accept)
+            if (dialect := self.dialect(accepted, dialects, f"{at}.accept[{index}]")) is not None
+        )
+        if not table.accept:
+            self.error(f"{at}.accept", 'must name a dialect; endpoint = "" switches receiving off')
+        self.check_spans(table, at)
+        self.check_policy(table, at)
+        self.check_url(table, at)
+        self.check_tls(table, at)
+        hash_key = self.secret(table, "hash_key", at)
+        partner_tokens = self.secret_lines(table, "partner_token", at)
+        signing_keys = self.signing_keys(table, at)
+        self.check_authentication(table, sends, receives, at)
+        return Operator(
+            name=name,
+            provider_id=table.provider_id,
+            sends=sends,
+            receives=receives,
+            paths=self.paths(table, receives, at),
+            accept_unknown=table.unknown_session == "accept",
+            token_check=table.token_check,
+            partner_tokens=partner_tokens,
+            hash_key=hash_key,
+            allow_from=table.allow_from,
+            auth_none=table.auth == "none",
+            notify=table.notify,
+            url=table.url,
+            idle_s=_first(table.idle_timeout, sessions.idle_timeout),
+            lifetime_s=_first(table.max_lifetime, sessions.max_lifetime),
+            policy=Policy(
+                _first(table.timeout, delivery.timeout),
+                _first(table.schedule, delivery.schedule),
+                _first(table.max_age, delivery.max_age),
+                _first(table.concurrency, delivery.concurrency),
+            ),
+            allow_private_network=table.allow_private_network,
+            ca_file=self.beside(table.ca_file) if table.ca_file else None,
+            client_cert_file=self.beside(table.client_cert_file) if table.client_cert_file else None,
+            client_key_file=self.beside(table.client_key_file) if table.client_key_file else None,
+            signing_keys=signing_keys,
+        )
+
+    def dialect(self, name: str, dialects: Mapping[str, Dialect | None], at: str) -> Dialect | None:
+        if name not in dialects:
+            self.error(at, f"is no dialect; known are {', '.join(dialects)}", name)
+        return dialects.get(name)
+
+    def paths(self, table: OperatorTable, receives: tuple[Dialect, ...], at: str) -> tuple[str, ...]:
+        if table.endpoint == "":
+            return ()
+        if table.endpoint is None:
+            return tuple({endpoint_key(dialect.path): dialect.path for dialect in receives}.values())
+        self.check_path(table.endpoint, f"{at}.endpoint")
+        return (table.endpoint,)
+
+    def plugin(self, name: str, raw: object, delivery: DeliveryTable, operators: Mapping[str, object]) -> Plugin | None:
+        at = f"plugins.{name}"
+        table = self.table(PluginTable, raw, at)
+        if table is None:
+            return None
+        if self.sound(at, "use") and not re.fullmatch(r"[\w.]+:[\w.]+", table.use):
+            self.error(f"{at}.use", 'must be "module:attribute"', table.use)
+        for operator in table.operators or ():
+            if operator not in operators:
+                self.error(f"{at}.operators", "must name operators of this file", operator)
+        self.check_policy(table, at)
+        policy = Policy(table.timeout, delivery.schedule, delivery.max_age, table.concurrency)
+        return Plugin(name=name, use=table.use, operators=table.operators, policy=policy, options=table.options)
+
+    # -- rules
+
+    def check_path(self, path: str, at: str) -> None:
+        if not re.fullmatch(r"/[!-~]*", path) or set(path) & set("?#%"):
+            self.error(at, "must start with / and be plain ASCII without ?, # and %", path)
+        elif endpoint_key(path) == "/health":
+            self.error(at, "must not be /health, which is taken", path)
+
+    def check_spans(self, table: SessionsTable | OperatorTable, at: str) -> None:
+        if table.idle_timeout is not None and table.idle_timeout < 1:
+            self.error(f"{at}.idle_timeout", 'must be at least "1s"')
+
+    def check_policy(self, table: DeliveryTable | OperatorTable | PluginTable, at: str) -> None:
+        if table.timeout is not None and table.timeout <= 0:
+            self.error(f"{at}.timeout", "must not be zero")
+        if table.concurrency is not None and not 1 <= table.concurrency <= 1000:
+            self.error(f"{at}.concurrency", "must be between 1 and 1000", table.concurrency)
+        if isinstance(table, PluginTable):
+            return
+        if table.max_age is not None and table.max_age <= 0:
+            self.error(f"{at}.max_age", "must not be zero")
+        if table.schedule is not None and not 1 <= len(table.schedule) <= 100:
+            self.error(f"{at}.schedule", "must list between 1 and 100 waits", len(table.schedule))
+        if any(wait <= 0 for wait in table.schedule or ()):
+            self.error(f"{at}.schedule", "must not contain a wait of zero")
+
+    def check_url(self, table: OperatorTable, at: str) -> None:
+        if not table.url:
+            if table.notify:
+                self.error(f"{at}.url", "is required when notify = true")
+            return None
+        try:
+            parts = urlsplit(table.url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:  # without the reason, which may quote a password
+            return self.error(f"{at}.url", "must be a URL")
+        if parts.scheme not in ("https", "http") or not host or not table.url.isprintable() or " " in table.url:
+            return self.error(f"{at}.url", "must be https", safe_url(table.url) if host else _ABSENT)
+        if table.allow_private_network:
+            return None
+        allowed = "; allow_private_network = true lifts this"
+        if parts.scheme != "https":
+            self.error(f"{at}.url", "must be https", table.url)
+            self.errors[-1] += allowed
+        if private_address(host):
+            self.error(f"{at}.url", "must not be a loopback, private or metadata address", table.url)
+            self.errors[-1] += allowed
+        return None
+
+    def check_tls(self, table: OperatorTable, at: str) -> None:
+        ca, cert, key = table.ca_file, table.client_cert_file, table.client_key_file
+        if bool(cert) != bool(key):
+            self.error(f"{at}.client_cert_file", "and client_key_file must be given together")
+        if ca and self.read(ca, f"{at}.ca_file"):
+            self.check_usable(f"{at}.ca_file", self.beside(ca), None, None)
+        pair = (
+            self.read(cert, f"{at}.client_cert_file") if cert else None,
+            self.read(key, f"{at}.client_key_file", secret=True) if key else None,
+        )
+        if all(pair):
+            self.check_usable(f"{at}.client_cert_file", None, self.beside(cert), self.beside(key))
+
+    def check_usable(self, at: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> None:
+        try:
+            tls_context(ca_file, cert_file, key_file)
+        except OSError as error:  # ssl.SSLError is one
+            self.error(at, f"cannot be used for TLS: {error.strerror or error}")
+
+    def check_authentication(
+        self, table: OperatorTable, sends: Dialect, receives: tuple[Dialect, ...], at: str
+    ) -> None:
+        if table.token_check != "present":
+            for dialect in receives:
+                if "token" not in dialect.fields:
+                    self.error(
+                        f"{at}.token_check", f"needs dialects with a token; {dialect.name} has none", table.token_check
+                    )
+        if table.token_check == "partner" and not (table.partner_token_file or table.partner_token_env):
+            self.error(f"{at}.partner_token_file", 'is required for token_check = "partner"')
+        hashed = [dialect.name for dialect in (sends, *receives) if "hash" in dialect.fields]
+        if hashed and not (table.hash_key_file or table.hash_key_env):
+            self.error(f"{at}.hash_key_file", f"is required for dialect {hashed[0]}, which has a hash")
+
+    def check_shared_paths(self, operators: Mapping[str, Operator]) -> None:
+        """Path and provider id must lead to one operator, and a body on a path to one dialect."""
+        taken: dict[tuple[str, str], str] = {}
+        dialects: dict[str, list[Dialect]] = {}
+        for operator in operators.values():
+            if not self.sound(f"operators.{operator.name}", "provider_id", "endpoint"):
+                continue
+            for path in operator.paths:
+                key = (endpoint_key(path), operator.provider_id.casefold())
+                if key in taken:
+                    self.error(
+                        f"operators.{operator.name}.endpoint",
+                        f"is shared with operators.{taken[key]} under the same provider_id",
+                        path,
+                    )
+                taken.setdefault(key, operator.name)
+                served = dialects.setdefault(endpoint_key(path), [])
+                for dialect in operator.receives:
+                    for other in served:
+                        if _ambiguous(dialect, other):
+                            self.error(
+                                f"operators.{operator.name}.accept",
+                                f"{dialect.name} and {other.name} cannot be told apart on {path}",
+                            )
+                    if dialect not in served:
+                        served.append(dialect)
+
+    def check_exposure(self, server: ServerTable, operators: Mapping[str, Operator]) -> None:
+        if server.listen.loopback:
+            return
+        for operator in operators.values():
+            if not self.sound(f"operators.{operator.name}", "accept", "token_check", "allow_from", "auth"):
+                continue
+            hashed = all("hash" in dialect.required for dialect in operator.receives)
+            trusts_anyone = operator.token_check == "present" and not operator.allow_from and not hashed
+            if operator.paths and trusts_anyone and not operator.auth_none:
+                self.error(
+                    f"operators.{operator.name}.auth",
+                    f"nothing authenticates a sender on {server.listen.text}: set token_check, allow_from or a dialect "
+                    'with a hash, or write auth = "none"',
+                )
+
+    # -- secrets and files
+
+    def beside(self, name: str) -> Path:
+        """A named file: absolute, in $CREDENTIALS_DIRECTORY, or beside the configuration file."""
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials and not Path(name).is_absolute():
+            handed_over = Path(credentials) / name
+            if _exists(handed_over):
+                return handed_over
+        return self.path.parent / name
+
+    def database_path(self, name: str) -> Path:
+        state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        return (Path(state) if state else self.path.parent) / name
+
+    def unreadable(self, at: str, finding: str) -> None:
+        if self.need_secrets:
+            self.error(at, finding)
+        else:
+            self.warnings.append(f"{at}: unchecked: {finding}")
+
+    def secret(self, table: msgspec.Struct, key: str, at: str) -> str | None:
+        """The secret named by `KEY_file` or `KEY_env`, without the line break at its end; None when not named."""
+        file_name, variable = getattr(table, f"{key}_file"), getattr(table, f"{key}_env")
+        if file_name and variable:
+            self.error(f"{at}.{key}_file", f"and {key}_env must not both be given")
+            return None
+        if variable:
+            value = os.environ.get(variable, "")
+            if not value.strip():
+                self.unreadable(f"{at}.{key}_env", f"must name an environment variable that is set (got {variable!r})")
+                return None
+            return value
+        return self.secret_file(file_name, f"{at}.{key}_file") if file_name else None
+
+    def secret_file(self, name: str, at: str) -> str | None:
+        content = self.read(name, at, secret=True)
+        if content is None:
+            return None
+        try:
+            value = content.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            self.error(at, f"must be UTF-8 ({self.beside(name)})")
+            return None
+        if not value.strip():
+            self.error(at, f"must not be empty ({self.beside(name)})")
+            return None
+        return value
+
+    def read(self, name: str, at: str, *, secret: bool = False) -> bytes | None:
+        """A named file's content; records why it cannot be had."""
+        path = self.beside(name)
+        try:
+            content = path.read_bytes()
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            finding = f"cannot be read: {getattr(error, 'strerror', error)} ({path})"
+            elsewhere = isinstance(error, FileNotFoundError) and not Path(name).is_absolute()
+            if elsewhere or isinstance(error, PermissionError):
+                self.unreadable(at, finding)
+            else:
+                self.error(at, finding)
+            return None
+        if secret and mode & 0o004:
+            self.warnings.append(f"{at}: others can read this secret (mode {mode:o}): {path}")
+        return content
+
+    def secret_lines(self, table: msgspec.Struct, key: str, at: str) -> tuple[str, ...]:
+        """Several secrets, one a line, for rotation."""
+        value = self.secret(table, key, at)
+        return tuple(line.strip() for line in value.splitlines() if line.strip()) if value else ()
+
+    def signing_keys(self, table: OperatorTable, at: str) -> tuple[bytes, ...]:
+        try:
+            return tuple(whsec(line) for line in self.secret_lines(table, "signing_secret", at))
+        except ValueError as error:
+            self.error(f"{at}.signing_secret_{'env' if table.signing_secret_env else 'file'}", str(error))
+            return ()
+
+
+def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext | None:
+    """The TLS profile of an operator that needs one of its own; None for the system's CAs. Raises OSError."""
+    if ca_file is None and cert_file is None:
+        return None
+    context = ssl.create_default_context(cafile=ca_file)
+    if cert_file is not None:
+        context.load_cert_chain(cert_file, key_file, password="")  # never ask for one on the terminal
+    return context
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # not for this user: reading it says the rest
+        return True
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _ambiguous(one: Dialect, other: Dialect) -> bool:
+    """Whether some body fits both and would be read differently: then a sender could choose the weaker reading."""
+    if one.content != other.content or one.same_wire(other):
+        return False
+    return one.required_names <= other.required_names or other.required_names <= one.required_names
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,361 @@
+"""Builds every part, runs the loops in one TaskGroup, reloads, and stops in order. The only module that knows them all.
+
+Called by `cli`. Whatever is opened is closed by the exit stack, the store last: an aiosqlite connection left open keeps
+the process from ending. A loop that raises ends the daemon loudly, and the service manager starts it again.
+"""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
+from random import Random
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from lmdaemon import config, log, plugins, retry, systemd
+from lmdaemon.api import Api
+from lmdaemon.clock import Clock
+from lmdaemon.config import ConfigError, Settings
+from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
+from lmdaemon.dialects import Dialect
+from lmdaemon.endpoint import Endpoint
+from lmdaemon.health import Health
+from lmdaemon.http import bind
+from lmdaemon.metrics import Metrics, Reading
+from lmdaemon.model import Session
+from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.store import Store, StoreError
+from lmdaemon.sweeper import Sweeper
+from lmdaemon.version import __version__
+
+STATUS_EVERY_S = 10.0
+PRUNE_EVERY_MAX_S = 3600.0
+PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
+KEEPALIVE_S = 75.0
+NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
+
+events = log.Log("daemon")
+
+
+class Daemon:
+    """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`.
+
+    Raises ConfigError (plug-ins), DatabaseError, OSError (addresses), and an ExceptionGroup when a loop died.
+    """
+
+    def __init__(self, settings: Settings, *, clock: Clock | None = None, rng: Random | None = None) -> None:
+        self.settings = settings
+        self._clock = clock or Clock()
+        self._rng = rng or Random()  # noqa: S311 - jitter, not secrets
+        self._stopping = asyncio.Event()
+        self._reloading = asyncio.Event()
+        self._reload_error: str | None = None
+        self._plugins: dict[str, LoadedPlugin] = {}
+        self.serving = asyncio.Event()
+        self.addresses: dict[str, Any] = {}
+
+    def stop(self) -> None:
+        """Asks `run` to stop in order and return."""
+        self._stopping.set()
+
+    def reload(self) -> None:
+        """Asks for the configuration file to be read again."""
+        self._reloading.set()
+
+    async def run(self) -> None:
+        async with AsyncExitStack() as stack:
+            self._notifier = systemd.Notifier()
+            stack.callback(self._notifier.close)
+            handed_over = systemd.listening_sockets()
+            await self._build(stack)
+            runners = await self._listen(stack, handed_over)
+            self._handle_signals(stack)
+            async with asyncio.TaskGroup() as group:
+                loops = {
+                    name: group.create_task(loop, name=name)
+                    for name, loop in {
+                        "writer": self._store.run(),
+                        "sweeper": self._sweeper.run(),
+                        "dispatcher": self._dispatcher.run(),
+                        "pruner": self._prune_for_ever(),
+                        "reloader": self._reload_for_ever(),
+                        "status": self._report_for_ever(),
+                    }.items()
+                }
+                self._announce()
+                await self._stopping.wait()
+                await self._shut_down(runners, loops)
+        events.info("daemon.stopped")
+
+    # -- building
+
+    async def _build(self, stack: AsyncExitStack) -> None:
+        settings = self.settings
+        self._store = await Store.open(settings.database, self._clock, count_downtime=settings.count_downtime)
+        stack.push_async_callback(self._store.close)
+        self._sender = Sender(self._clock)
+        stack.push_async_callback(self._sender.close)
+        loaded = [plugins.load(plugin) for plugin in settings.plugins.values()]
+        await plugins.start_all(loaded)
+        self._plugins = {plugin.name: plugin for plugin in loaded}
+        stack.push_async_callback(self._stop_plugins)
+        self._metrics = Metrics()
+        self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s)
+        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng)
+        pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
+        self._health = Health(self._store, self._clock, pulses, lambda: self.settings, lambda: self._reload_error)
+        self._endpoint = Endpoint(self._store, self._health.status)
+        self._api = Api(
+            self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at, self._dispatcher.wake
+        )
+        self._store.on_ended = self._note_ended
+        self._endpoint.on_answer = lambda dialect, code: self._metrics.notices.labels(dialect, str(code)).inc()
+        self._dispatcher.on_attempt = lambda operator, sink, outcome: self._metrics.attempts.labels(
+            operator, sink, outcome.verdict
+        ).inc()
+        self._metrics.watch(self._readings)
+        self._configure()
+
+    def _configure(self) -> None:
+        """Hands the settings in force to every part; each uses them from its next step on."""
+        self._store.configured = frozenset(self.settings.operators)
+        self._store.sinks_of = partial(sinks_of, self.settings)
+        self._endpoint.configure(self.settings, self._plugins)
+        self._api.configure(self.settings)
+        self._dispatcher.configure(self.settings, self._plugins)
+
+    async def _listen(
+        self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
+    ) -> list[web.BaseRunner]:
+        wanted = {"server": self.settings.server.listen, "api": self.settings.api.listen}
+        assigned = systemd.assign(
+            handed_over, {name: (listen.host, listen.port, listen.unix) for name, listen in wanted.items()}
+        )
+        within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
+        runners: dict[str, web.BaseRunner] = {
+            "server": web.ServerRunner(
+                web.Server(self._endpoint.handle, access_log=None, keepalive_timeout=KEEPALIVE_S),
+                shutdown_timeout=within_s,
+            ),
+            "api": web.AppRunner(
+                self._api.application(), access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=within_s
+            ),
+        }
+        for name, runner in runners.items():
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            listening = assigned.get(name) or bind(wanted[name])
+            stack.callback(listening.close)
+            await web.SockSite(runner, listening).start()
+            self.addresses[name] = listening.getsockname()
+        return list(runners.values())
+
+    def _handle_signals(self, stack: AsyncExitStack) -> None:
+        loop = asyncio.get_running_loop()
+        for number, handler in (
+            (signal.SIGTERM, self.stop),
+            (signal.SIGINT, self.stop),
+            (signal.SIGHUP, self.reload),
+        ):
+            loop.add_signal_handler(number, handler)
+            stack.callback(loop.remove_signal_handler, number)
+
+    def _announce(self) -> None:
+        for warning in self.settings.warnings:
+            events.warning("config.warning", finding=warning)
+        if not self.settings.operators:
+            events.warning("config.warning", finding="no operator is configured: nothing can be opened or received")
+        gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
+        for name in sorted(set(gone) - self.settings.operators.keys()):
+            events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
+        self._notifier.send(READY="1", STATUS=self._status())
+        events.info(
+            "daemon.serving",
+            version=__version__,
+            server=self.settings.server.listen.text,
+            api=self.settings.api.listen.text,
+            database=self.settings.database,
+            live=self._store.live,
+            restart_grace_s=self.settings.restart_grace_s,
+        )
+        self.serving.set()
+
+    # -- stopping
+
+    async def _shut_down(self, runners: list[web.BaseRunner], loops: Mapping[str, "asyncio.Task[None]"]) -> None:
+        """Accept nothing, finish what is in flight within a bound, keep the clock, let the loops go."""
+        within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
+        self._notifier.send(STOPPING="1", STATUS=f"stopping, {self._dispatcher.in_flight} deliveries in flight")
+        events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
+        # From here on no touch can be heard, so no idleness passes and nothing ends.
+        self._store.service_clock.freeze()
+        for name, loop in loops.items():
+            if name != "writer":
+                loop.cancel()
+        await asyncio.gather(self._dispatcher.drain(within_s), *(runner.cleanup() for runner in runners))
+        try:
+            await self._store.probe()
+        except StoreError as error:
+            events.warning("daemon.clock_not_kept", reason=str(error))
+        loops["writer"].cancel()
+
+    def _longest_timeout_s(self) -> float:
+        policies = [operator.policy for operator in self.settings.operators.values()]
+        policies += [plugin.policy for plugin in self.settings.plugins.values()]
+        return max((policy.timeout_s for policy in policies), default=0.0)
+
+    async def _stop_plugins(self) -> None:
+        await plugins.stop_all(list(self._plugins.values()))
+
+    # -- loops
+
+    async def _reload_for_ever(self) -> None:
+        while True:
+            await self._reloading.wait()
+            self._reloading.clear()
+            self._notifier.reloading()
+            await self.reload_once()
+            self._notifier.send(READY="1", STATUS=self._status())
+
+    async def reload_once(self) -> None:
+        """Reads the file again and takes it over whole, or changes nothing and says why."""
+        try:
+            new = config.load(self.settings.file)
+            fresh = await self._fresh_plugins(new)
+        except ConfigError as error:
+            self._reload_error = str(error)
+            self._metrics.reloads.set(0)
+            for finding in error.findings:
+                events.error("config.reload_failed", finding=finding)
+            return
+        changed = list(_changes(self.settings, new))
+        for key in changed:
+            if key.startswith(NEEDS_RESTART):
+                events.warning("config.needs_restart", key=key)
+        gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
+        self.settings, self._plugins, self._reload_error = new, fresh, None
+        log.setup(new.log.level, new.log.format)
+        self._configure()
+        await plugins.stop_all(gone)
+        self._metrics.reloads.set(1)
+        events.info("config.reloaded", changed=",".join(changed) or "nothing")
+
+    async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
+        """The plug-ins of new settings: those that did not change as they are, the others made and started."""
+        kept = {
+            name: plugin
+            for name, plugin in self._plugins.items()
+            if name in new.plugins and _same_hook(plugin.settings, new.plugins[name])
+        }
+        made = [plugins.load(plugin) for name, plugin in new.plugins.items() if name not in kept]
+        await plugins.start_all(made)
+        for name, plugin in kept.items():
+            plugin.settings = new.plugins[name]
+        by_name = kept | {plugin.name: plugin for plugin in made}
+        return {name: by_name[name] for name in new.plugins}
+
+    async def _prune_for_ever(self) -> None:
+        while True:
+            try:
+                await self._prune()
+            except StoreError as error:
+                events.warning("store.not_pruned", reason=str(error))
+            await asyncio.sleep(min(self.settings.keep_ended_s / 10, PRUNE_EVERY_MAX_S))
+
+    async def _prune(self) -> None:
+        """Deletes what ended longer ago than keep_ended, in small batches, the oldest first."""
+        before_at = self._clock.wall_ms() - int(self.settings.keep_ended_s * 1000)
+        pruned, after = 0, (0, 0)
+        while True:
+            count, go_on = await self._store.prune(before_at, after)
+            pruned += count
+            if go_on is None:
+                break
+            after = go_on
+            await asyncio.sleep(PRUNE_PAUSE_S)
+        if pruned:
+            events.info("store.pruned", sessions=pruned)
+
+    async def _report_for_ever(self) -> None:
+        """Feeds the watchdog and keeps STATUS up to date, if a service manager listens."""
+        if not self._notifier.listening:
+            return
+        every_s = min(self._notifier.watchdog_s or STATUS_EVERY_S, STATUS_EVERY_S)
+        while True:
+            if self._health.alive:
+                self._notifier.send(WATCHDOG="1", STATUS=self._status())
+            else:
+                events.error("watchdog.withheld", note="a loop is stuck")
+            await asyncio.sleep(every_s)
+
+    def _status(self) -> str:
+        figures = self._store.figures.values()
+        pending, dead = sum(one.pending for one in figures), sum(one.dead for one in figures)
+        status = f"{self._store.live} sessions live, {pending} deliveries pending, {dead} dead"
+        if self._store.failure:
+            status += f"; cannot store: {self._store.failure}"
+        if self._reload_error:
+            status += "; last reload failed"
+        return status
+
+    # -- what the parts tell
+
+    def _note_ended(self, sessions: list[Session]) -> None:
+        now_ms = self._store.service_clock.now_ms()
+        for session in sessions:
+            self._metrics.ends.labels(session.operator, session.reason).inc()
+            if session.reason == "inactivity":
+                self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
+            events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)
+
+    def _readings(self) -> list[Reading]:
+        """The gauges, from maintained figures: no I/O."""
+        now_at = self._clock.wall_ms()
+        names = sorted(set(self._store.figures) | set(self.settings.operators))
+        figures = {name: self._store.figures_of(name) for name in names}
+        gates = {name: self._store.gate(name) for name in names}
+        states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+        per_operator: list[tuple[str, str, dict[str, float]]] = [
+            ("sessions_live", "Sessions that are active.", {n: f.live for n, f in figures.items()}),
+            ("deliveries_pending", "Deliveries not settled yet.", {n: f.pending for n, f in figures.items()}),
+            ("deliveries_dead", "Deliveries given up.", {n: f.dead for n, f in figures.items()}),
+            ("operator_held", "1 while sending is held.", {n: float(g.held_at is not None) for n, g in gates.items()}),
+            (
+                "operator_breaker_state",
+                "0 closed, 1 half-open, 2 open.",
+                {n: states[retry.breaker(g, now_at)] for n, g in gates.items()},
+            ),
+        ]
+        readings: list[Reading] = [
+            (f"lmdaemon_{name}", help_text, ("operator",), {(operator,): value for operator, value in values.items()})
+            for name, help_text, values in per_operator
+        ]
+        storing = float(self._store.failure is None)
+        readings.append(("lmdaemon_store_writable", "1 while the last write succeeded.", (), {(): storing}))
+        return readings
+
+
+def _same_hook(one: config.Plugin, other: config.Plugin) -> bool:
+    return (one.use, dict(one.options)) == (other.use, dict(other.options))
+
+
+def _changes(old: Settings, new: Settings) -> Iterator[str]:
+    """The keys whose values differ, without the values: some are secrets."""
+    before, after = dict(_flat(old, "")), dict(_flat(new, ""))
+    for key in sorted(before.keys() | after.keys()):
+        if key not in ("warnings", "file") and before.get(key, ...) != after.get(key, ...):
+            yield key
+
+
+def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, msgspec.Struct) and not isinstance(value, config.Listen | Dialect):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{at}.{name}" if at else str(name))
+    else:
+        yield at, value

@@ -1,0 +1,548 @@
+"""Delivers ends: due rows → sink → judge → settle. The table is the queue; this module holds ids and times only.
+
+Started by `daemon`, woken by the store after commits. A lane is one operator and sink: it has its own slots, its own
+schedule and, for a URL, its own gate (hold, Retry-After, breaker), so nothing one of them does delays another. It must
+never claim more rows than a lane has free slots, keep a body longer than an attempt, or send inside a transaction.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from random import Random
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+from yarl import URL
+
+from lmdaemon import retry
+from lmdaemon.clock import Clock
+from lmdaemon.config import Operator, Policy, Settings, private_address, tls_context
+from lmdaemon.dialects import CannotEncode, encode
+from lmdaemon.log import Log, safe_url
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
+from lmdaemon.plugins import LoadedPlugin, PluginFailed
+from lmdaemon.pulse import Pulse
+from lmdaemon.store import Lane as Claim
+from lmdaemon.store import NewDelivery, Settlement, Store, StoreError
+from lmdaemon.version import __version__
+
+ANSWER_MAX = 16 * 1024  # bytes read of an answer
+# Servers close idle connections after 5 s (Node), 15 s or more. One that closes as we send costs an attempt, for a POST
+# is never repeated blindly (aiohttp#7363); so give a connection up before the other side does.
+KEEPALIVE_S = 4.0
+STORE_RETRY_S = 1.0
+DRAIN_EXTRA_S = 5.0
+LOOK_AGAIN_S = 60.0
+
+log = Log("delivery")
+
+
+class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attempt
+    """An attempt that got no answer: the text is a short reason."""
+
+
+# -- what an end means for its sinks
+
+
+def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
+    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs in the end's own
+    transaction, on the writer's thread: pure.
+    """
+    operator = settings.operators.get(session.operator)
+    if operator is None:
+        return []
+    found = [NewDelivery(HTTP_SINK, *compose(operator, session))] if operator.notify else []
+    plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
+    return found + [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
+
+
+def compose(operator: Operator, session: Session) -> tuple[bytes, str | None]:
+    """The body for the operator's URL; empty, with the reason, when a fact that must be sent is not known."""
+    try:
+        body = encode(
+            operator.sends,
+            provider_id=operator.provider_id,
+            session_id=session.session_id,
+            player_id=session.player_id,
+            token=session.token,
+            request_id=uuid4().hex,
+            hash_key=operator.hash_key,
+        )
+    except CannotEncode as error:
+        return b"", str(error)
+    return body, None
+
+
+# -- sending
+
+
+class GuardedResolver(AbstractResolver):
+    """Resolves names and refuses those that lead, at any of their addresses, into this machine or a private network:
+    a name that was checked once may point elsewhere at the next connect.
+    """
+
+    def __init__(self) -> None:
+        self._resolver = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        for address in found:
+            if private_address(address["host"]):
+                raise OSError(None, "private_address")
+        return found
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+class Sender:
+    """Posts bodies to URLs: one client session for each TLS profile and egress rule, for the life of the process."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._clients: dict[tuple[Any, ...], aiohttp.ClientSession] = {}
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
+
+    def _client(self, operator: Operator) -> aiohttp.ClientSession:
+        key = (operator.allow_private_network, operator.ca_file, operator.client_cert_file, operator.client_key_file)
+        if key not in self._clients:
+            context = tls_context(*key[1:])
+            connector = aiohttp.TCPConnector(
+                limit=0,  # a shared limit would couple operators; each lane has its own slots
+                keepalive_timeout=KEEPALIVE_S,
+                ttl_dns_cache=10,
+                resolver=ThreadedResolver() if operator.allow_private_network else GuardedResolver(),
+                ssl=context if context is not None else True,
+            )
+            self._clients[key] = aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
+                trust_env=False,
+                timeout=aiohttp.ClientTimeout(total=None),  # one deadline, set around the whole attempt
+            )
+        return self._clients[key]
+
+    async def post(
+        self, operator: Operator, url: str, webhook_id: str, body: bytes
+    ) -> tuple[int, Mapping[str, str], bytes, bool]:
+        """One attempt: status, headers, at most ANSWER_MAX bytes of the answer, and whether that was all of it.
+
+        Raises Unreachable with a reason in a word.
+        """
+        if not operator.allow_private_network and private_address(URL(url).host or ""):
+            raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
+        headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
+        try:
+            async with (
+                asyncio.timeout(operator.policy.timeout_s),
+                self._client(operator).post(url, data=body, headers=headers, allow_redirects=False) as response,
+            ):
+                answer = await _read_some(response)
+                if len(answer) > ANSWER_MAX:
+                    response.close()  # the rest of it is not worth a connection
+                return response.status, response.headers, answer[:ANSWER_MAX], len(answer) <= ANSWER_MAX
+        except TimeoutError:
+            raise Unreachable("timeout") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Unreachable(_reason(error)) from error
+
+
+async def _read_some(response: aiohttp.ClientResponse) -> bytes:
+    answer = b""
+    while len(answer) <= ANSWER_MAX:
+        part = await response.content.read(ANSWER_MAX + 1 - len(answer))
+        if not part:
+            break
+        answer += part
+    return answer
+
+
+def _reason(error: Exception) -> str:
+    """A reason in a word. The exception's own text may hold a URL with its query, so it is not used."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "private_address" if "private_address" in str(error.os_error) else "dns"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError | ssl.SSLError):
+        return "tls"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "private_address" if "private_address" in str(error.os_error) else "connect"
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError):
+        return "connection_lost"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "incomplete_answer"
+    return "invalid_answer"
+
+
+def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: float) -> dict[str, str]:
+    """Headers of one attempt: the id that never changes and, with signing keys, a fresh Standard Webhooks signature.
+
+    Source: Standard Webhooks, "Webhook headers": HMAC-SHA256 over id.timestamp.body, one signature for each key.
+    """
+    headers = {
+        "Content-Type": operator.sends.content_type,
+        "User-Agent": f"lmdaemon/{__version__}",
+        "Accept-Encoding": "identity",
+        "webhook-id": webhook_id,
+    }
+    if operator.signing_keys:
+        stamp = str(int(now_s))
+        signed = f"{webhook_id}.{stamp}.".encode() + body
+        signatures = (
+            base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in operator.signing_keys
+        )
+        headers["webhook-timestamp"] = stamp
+        headers["webhook-signature"] = " ".join(f"v1,{signature}" for signature in signatures)
+    return headers
+
+
+# -- lanes and the loop
+
+
+class Lane:
+    """One operator and sink: its policy, its free slots, and when its next row is due (wall ms; None: nothing is)."""
+
+    def __init__(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> None:
+        self.operator = operator
+        self.sink = sink
+        self.policy = policy
+        self.plugin = plugin
+        self.next_due_at: int | None = 0  # looked up at the first round
+        self.in_flight: set[int] = set()  # ids of deliveries
+
+    @property
+    def gated(self) -> bool:
+        """Hold, Retry-After and breaker are for URLs; a plug-in has its schedule."""
+        return self.plugin is None
+
+    @property
+    def slots(self) -> int:
+        """Attempts that may be added to those under way."""
+        stray = self.plugin.stray if self.plugin is not None else 0
+        return max(0, self.policy.concurrency - len(self.in_flight) - stray)
+
+    def free(self, gate: Gate, now_at: int) -> int:
+        """How many rows may be claimed now."""
+        if not self.gated:
+            return self.slots
+        opens_at = retry.opens_at(gate)
+        if opens_at is None or opens_at > now_at:
+            return 0
+        if retry.breaker(gate, now_at) == "half-open":
+            return 0 if self.in_flight else 1
+        return self.slots
+
+    def ready_at(self, gate: Gate) -> int | None:
+        """Wall time from which rows can be claimed; None while only a wake-up can change that."""
+        opens_at = retry.opens_at(gate) if self.gated else 0
+        if self.next_due_at is None or opens_at is None:
+            return None
+        at = max(self.next_due_at, opens_at)
+        return at if self.free(gate, at) else None
+
+
+Attempted = Callable[[str, str, retry.Outcome], None]
+
+
+class Dispatcher:
+    """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever.
+
+    `on_attempt(operator, sink, outcome)` is told of every attempt, for the metrics.
+    """
+
+    def __init__(self, store: Store, clock: Clock, sender: Sender, rng: Random) -> None:
+        self._store = store
+        self._clock = clock
+        self._sender = sender
+        self._rng = rng
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._alarm = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._crash: BaseException | None = None
+        self.pulse = Pulse(clock.monotonic)
+        self.on_attempt: Attempted = lambda operator, sink, outcome: None
+        store.on_due = self._note_due
+
+    def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
+        """Takes over new settings. Lanes that stay keep what they have in flight; rows of lanes that go, wait."""
+        lanes: dict[tuple[str, str], Lane] = {}
+        for operator in settings.operators.values():
+            sinks: list[tuple[str, Policy, LoadedPlugin | None]] = []
+            if operator.notify:
+                sinks.append((HTTP_SINK, operator.policy, None))
+            sinks += [
+                (PLUGIN_PREFIX + plugin.name, plugin.settings.policy, plugin)
+                for plugin in plugins.values()
+                if plugin.settings.listens_to(operator.name)
+            ]
+            for sink, policy, plugin in sinks:
+                lane = lanes[operator.name, sink] = Lane(operator, sink, policy, plugin)
+                if (operator.name, sink) in self._lanes:
+                    lane.in_flight = self._lanes[operator.name, sink].in_flight
+                if plugin is not None:
+                    plugin.freed = self.wake
+        self._lanes = lanes
+        self.wake()
+
+    def wake(self) -> None:
+        """Something may be due, or a gate may have opened."""
+        self.pulse.woken()
+        self._alarm.set()
+
+    def _note_due(self, operator: str, sink: str, due_at: int) -> None:
+        lane = self._lanes.get((operator, sink))
+        if lane is not None:
+            lane.next_due_at = due_at if lane.next_due_at is None else min(lane.next_due_at, due_at)
+            self.wake()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    async def run(self) -> None:
+        """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
+        while True:
+            self.pulse.working()
+            try:
+                wait_s = await self.once()
+            except StoreError as error:
+                log.warning("delivery.waiting_for_store", reason=str(error))
+                wait_s = STORE_RETRY_S
+            if self._crash is not None:
+                raise self._crash
+            self.pulse.sleeping(wait_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._alarm.wait(), wait_s)
+            self._alarm.clear()
+
+    async def once(self) -> float | None:
+        """Starts an attempt for every row that is due and has a free slot. Returns seconds to sleep, None until woken.
+
+        Raises StoreError.
+        """
+        now_at = self._clock.wall_ms()
+        ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
+        if ready:
+            claims = [self._claim(lane, now_at) for lane in ready]
+            for lane in ready:
+                lane.next_due_at = None  # what is committed from here on, _note_due adds
+            try:
+                found = await self._store.claimable(claims)
+            except StoreError:
+                for lane in ready:
+                    lane.next_due_at = now_at
+                raise
+            for lane, rows in zip(ready, found, strict=True):
+                self._start(lane, rows, now_at)
+        return self._wait_s()
+
+    def _is_ready(self, lane: Lane, now_at: int) -> bool:
+        gate = self._store.gate(lane.operator.name)
+        due = lane.next_due_at is not None and lane.next_due_at <= now_at
+        return due and lane.free(gate, now_at) > 0
+
+    def _claim(self, lane: Lane, now_at: int) -> Claim:
+        free = lane.free(self._store.gate(lane.operator.name), now_at)
+        # Rows in flight are still pending in the table, and one more row tells when to come back.
+        return Claim(lane.operator.name, lane.sink, free + len(lane.in_flight) + 1)
+
+    def _start(self, lane: Lane, rows: Sequence[Delivery], now_at: int) -> None:
+        gate = self._store.gate(lane.operator.name)
+        free = lane.free(gate, now_at)
+        probe = lane.gated and retry.breaker(gate, now_at) != "closed"
+        for row in rows:
+            if row.id in lane.in_flight:
+                continue
+            if row.due_at > now_at or free <= 0:
+                self._note_later(lane, row.due_at)
+                break
+            free -= 1
+            lane.in_flight.add(row.id)
+            task = asyncio.create_task(self._deliver(lane, row, probe=probe))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    @staticmethod
+    def _note_later(lane: Lane, due_at: int) -> None:
+        lane.next_due_at = due_at if lane.next_due_at is None else min(lane.next_due_at, due_at)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._crash = task.exception()
+            self.wake()
+
+    def _wait_s(self) -> float | None:
+        times = [lane.ready_at(self._store.gate(lane.operator.name)) for lane in self._lanes.values()]
+        earliest = min((at for at in times if at is not None), default=None)
+        if earliest is None:
+            return None
+        # Wall time may step: look again once a minute, however far away the next row seems.
+        return min(max(0.0, (earliest - self._clock.wall_ms()) / 1000), LOOK_AGAIN_S)
+
+    async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
+        """One row, from its slot to its settled result."""
+        try:
+            gate = self._store.gate(lane.operator.name)
+            now_at = self._clock.wall_ms()
+            if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
+                self._log_dead(lane, row, "max_age")
+                settlement = Settlement(replace(row, last_error="max_age"), "dead", row.due_at, row.step)
+            else:
+                outcome = await self._attempt(lane, row)
+                settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
+            await self._settle(lane, settlement)
+        except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
+            await asyncio.sleep(STORE_RETRY_S)
+            self._note_later(lane, row.due_at)
+        finally:
+            lane.in_flight.discard(row.id)
+            self.wake()
+
+    async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
+        began = self._clock.monotonic()
+        send = self._post if lane.plugin is None else self._call
+        outcome = await send(lane, row)
+        outcome = replace(outcome, duration_ms=int((self._clock.monotonic() - began) * 1000))
+        self.on_attempt(lane.operator.name, lane.sink, outcome)
+        return outcome
+
+    async def _post(self, lane: Lane, row: Delivery) -> retry.Outcome:
+        operator = lane.operator
+        try:
+            status, headers, body, complete = await self._sender.post(operator, operator.url, row.webhook_id, row.body)
+        except Unreachable as error:
+            return retry.Outcome("retry", str(error))
+        return retry.judge(
+            status,
+            body,
+            complete=complete,
+            retry_after=headers.get("Retry-After"),
+            now_s=self._clock.wall_ms() / 1000,
+            final=operator.sends.codes.final,
+        )
+
+    async def _call(self, lane: Lane, row: Delivery) -> retry.Outcome:
+        assert lane.plugin is not None  # noqa: S101 - a lane without one posts
+        found = await self._store.session(row.operator, row.session_id)
+        if found is None:
+            return retry.Outcome("final", "session_gone")
+        try:
+            await lane.plugin.session_ended(event_of(lane.operator, found[0], row.webhook_id))
+        except PluginFailed as error:
+            return retry.Outcome("retry", str(error))
+        return retry.Outcome("delivered")
+
+    def _settlement(
+        self, lane: Lane, row: Delivery, outcome: retry.Outcome, began_at: int, *, probe: bool
+    ) -> Settlement:
+        """What the outcome means for the row, and what it will do to its operator's gate."""
+        now_at = self._clock.wall_ms()
+        facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
+        attempt = {
+            "at": began_at,
+            "durationMs": outcome.duration_ms,
+            "status": outcome.status,
+            "code": outcome.code,
+            "error": outcome.reason or None,
+        }
+
+        def alter(gate: Gate) -> Gate:
+            return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
+
+        settlement = Settlement(row, "dead", row.due_at, row.step, attempt, gate=alter if lane.gated else None)
+        if outcome.verdict == "delivered":
+            log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
+            return settlement._replace(state="delivered")
+        if outcome.verdict == "hold":
+            return settlement._replace(state="pending", spent=False)
+        wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
+        if wait_s is None:
+            self._log_dead(lane, row, outcome.reason)
+            return settlement
+        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s, reason=outcome.reason)
+        return settlement._replace(state="pending", due_at=now_at + int(wait_s * 1000), step=row.step + 1)
+
+    async def _settle(self, lane: Lane, settlement: Settlement) -> None:
+        """Stores the result; while the store refuses, the row stays in flight, so that it is not sent again."""
+        while True:
+            try:
+                before, after = await self._store.settle(settlement)
+            except StoreError:
+                await asyncio.sleep(STORE_RETRY_S)
+            else:
+                return self._log_gate(lane.operator, before, after)
+
+    @staticmethod
+    def _log_dead(lane: Lane, row: Delivery, reason: str) -> None:
+        facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
+        log.error("delivery.dead", **facts, attempts=row.attempts, reason=reason, url=_shown_url(lane))
+
+    @staticmethod
+    def _log_gate(operator: Operator, before: Gate, gate: Gate) -> None:
+        """Logs a change of what holds the operator back, not each attempt under it."""
+        url = safe_url(operator.url)
+        if gate.held_at is not None and before.held_at is None:
+            log.error("operator.held", operator=operator.name, reason=gate.held_reason, url=url)
+        was_open, is_open = (one.failures >= retry.BREAKER_OPENS_AT for one in (before, gate))
+        if is_open and not was_open:
+            log.error("breaker.opened", operator=operator.name, failures=gate.failures, url=url)
+        if was_open and not is_open and gate.held_at is None:
+            log.info("breaker.closed", operator=operator.name, failed=before.failures, url=url)
+        if gate.not_before_at > before.not_before_at:
+            log.warning("operator.retry_after", operator=operator.name, until=utc(gate.not_before_at))
+
+    async def drain(self, within_s: float) -> None:
+        """Lets attempts in flight finish within that time; what does not, stays pending and is sent again later."""
+        if not self._tasks:
+            return
+        log.info("delivery.draining", in_flight=len(self._tasks))
+        _, late = await asyncio.wait(set(self._tasks), timeout=within_s)
+        for task in late:
+            task.cancel()
+        if late:
+            log.warning("delivery.given_back", count=len(late))
+            await asyncio.wait(late)
+
+
+def _json_object(text: str | None) -> Mapping[str, Any]:
+    return json.loads(text) if text else {}
+
+
+def _shown_url(lane: Lane) -> str | None:
+    return safe_url(lane.operator.url) if lane.plugin is None else None
+
+
+def event_of(operator: Operator, session: Session, event_id: str) -> SessionEnded:
+    """The end of a session as plug-ins see it: the same at every attempt, for an ended session never changes."""
+    assert session.reason is not None  # noqa: S101 - only ended sessions have deliveries
+    assert session.ended_at is not None  # noqa: S101
+    return SessionEnded(
+        id=event_id,
+        operator=operator.name,
+        provider_id=operator.provider_id,
+        session_id=session.session_id,
+        player_id=session.player_id,
+        token=session.token,
+        reason=session.reason,
+        opened_at=utc(session.opened_at),
+        last_seen_at=utc(session.seen_at),
+        ended_at=utc(session.ended_at),
+        attributes=_json_object(session.attributes),
+        extra=_json_object(session.extra),
+    )

@@ -1,0 +1,366 @@
+"""SessionExpired on the wire, both directions: bytes to `Parsed`, facts to bytes. Pure, no I/O.
+
+A dialect is data: path, content type, names of the fields, which are required, answer codes. Adding one is one entry in
+`SHIPPED` or one `[dialects.NAME]` table; nothing else in the daemon knows a wire name or a code. Called by `endpoint`
+(parse, answer), by the store's composer (encode) and by `config` (the tables). It must never log or raise anything but
+`BadNotice` and `CannotEncode`. Source: `protocol.md`, the provider's pages and the ancestor's public code.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
+import orjson
+
+from lmdaemon.model import ID_MAX, TOKEN_MAX, id_problem
+
+REQUEST_MAX = 36  # characters of a request's uuid (protocol.md, v4.01)
+FORM_FIELDS_MAX = 100
+
+Meaning = Literal["provider", "session", "player", "token", "request", "hash"]
+
+
+class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
+    """A notice that is refused: `meaning` picks the answer code, the text names place, rule and value."""
+
+    def __init__(self, meaning: str, description: str) -> None:
+        super().__init__(description)
+        self.meaning = meaning
+        self.description = description
+        self.dialect: Dialect | None = None  # whose codes answer it, where the body told
+
+
+class CannotEncode(Exception):  # noqa: N818
+    """A fact that the dialect must send is not known, such as the token of a session opened without one."""
+
+
+class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answer codes by meaning. Where a dialect has no code of its own for a meaning, it uses `bad_parameters`."""
+
+    bad_parameters: int = 7
+    bad_token: int | None = None
+    bad_hash: int | None = None
+    unknown_session: int | None = None
+    player_mismatch: int | None = None
+    retry: int = 100
+    final: int = 120
+
+    def of(self, meaning: str) -> int:
+        """The code for one of `model.MEANINGS`."""
+        code: int | None = getattr(self, meaning)
+        return self.bad_parameters if code is None else code
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """One published shape of the method. `fields` maps meaning to wire name; `required` lists meanings."""
+
+    name: str
+    path: str
+    fields: Mapping[str, str]
+    required: tuple[str, ...]
+    content: Literal["json", "form"] = "json"
+    codes: Codes = Codes()
+
+    @property
+    def content_type(self) -> str:
+        return "application/json" if self.content == "json" else "application/x-www-form-urlencoded"
+
+    @property
+    def required_names(self) -> frozenset[str]:
+        """Wire names that must be there: what a body is recognised by."""
+        return frozenset(self.fields[meaning] for meaning in self.required)
+
+    def same_wire(self, other: "Dialect") -> bool:
+        """Whether both read every body alike, so that telling them apart does not matter (v4.01, v4.02, v1)."""
+        return (self.fields, set(self.required), self.content, self.codes) == (
+            other.fields,
+            set(other.required),
+            other.content,
+            other.codes,
+        )
+
+
+_V4_01_FIELDS = {"provider": "providerId", "session": "sessionId", "player": "userId", "request": "uuid"}
+_V4_01_CODES = Codes(57, bad_token=54, unknown_session=55, retry=998, final=999)
+_V4_01_REQUIRED = ("provider", "session", "player", "request")
+
+SHIPPED: Mapping[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect(
+            "v4",
+            "/V4/SessionExpired",
+            {"provider": "providerId", "session": "sessionId", "player": "externalPlayerId", "token": "token"},
+            ("provider", "session", "player", "token"),
+        ),
+        Dialect("v4.01", "/V4/SessionExpired", _V4_01_FIELDS, _V4_01_REQUIRED, codes=_V4_01_CODES),
+        Dialect("v4.02", "/v4/SessionExpired", _V4_01_FIELDS, _V4_01_REQUIRED, codes=_V4_01_CODES),
+        Dialect("v1", "/v1/SessionExpired", _V4_01_FIELDS, _V4_01_REQUIRED, codes=_V4_01_CODES),
+        Dialect(
+            "pragmatic",
+            "/sessionexpired",
+            {
+                "hash": "hash",
+                "provider": "providerId",
+                "session": "sessionId",
+                "player": "playerId",
+                "token": "token",
+            },
+            ("hash", "provider", "session", "player"),
+            content="form",
+            codes=Codes(7, bad_token=4, bad_hash=5, player_mismatch=2),
+        ),
+    )
+}
+
+
+class Parsed(msgspec.Struct, frozen=True):
+    """A well-formed notice, not yet authenticated. `received` is every field as received, for the hash."""
+
+    dialect: Dialect
+    provider_id: str
+    session_id: str
+    player_id: str
+    token: str | None
+    request: str | None
+    hash: str | None
+    received: Mapping[str, Any]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The fields the dialect does not know, as received: kept for the plug-ins."""
+        known = set(self.dialect.fields.values())
+        return {name: value for name, value in self.received.items() if name not in known}
+
+
+def content_of(content_type: str) -> Literal["json", "form"] | None:
+    """Which content a Content-Type header names; None for everything a dialect cannot be in (415)."""
+    kind, _, parameters = content_type.partition(";")
+    charset = parameters.strip().lower().replace('"', "")
+    if charset not in ("", "charset=utf-8", "charset=utf8"):
+        return None
+    match kind.strip().lower():
+        case "application/json":
+            return "json"
+        case "application/x-www-form-urlencoded":
+            return "form"
+    return None
+
+
+def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
+    """Reads one body under the dialects in `accepted` (those whose `content` it has, at least one).
+
+    The dialect is recognised by its required names; where none fits, the one that misses fewest names is blamed, the
+    earlier accepted one on a tie. Raises BadNotice (meaning bad_parameters) and nothing else.
+    """
+    received = json_object(body) if content == "json" else _form_fields(body)
+    dialect = recognise(received, accepted)
+    try:
+        return _read(received, dialect)
+    except BadNotice as refusal:
+        refusal.dialect = dialect
+        raise
+
+
+def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
+    """The accepted dialect that `received` is in, or comes nearest to."""
+    return min(accepted, key=lambda dialect: len(dialect.required_names - received.keys()))
+
+
+def json_object(body: bytes) -> Mapping[str, Any]:
+    """A JSON object, strictly: no key twice with different values. Raises BadNotice (bad_parameters)."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        _refuse(_json_complaint(body, error))
+    if not isinstance(found, dict):
+        _refuse(f"body must be a JSON object (got {_kind(found)})")
+    # As many colons as keys: no key can stand twice. Only the rest pays for a second, slower reading.
+    if body.count(b":") != len(found):
+        _refuse_contradicting_keys(body)
+    return found
+
+
+def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
+    where = f"line {error.lineno} column {error.colno}"
+    # orjson counts characters of the decoded text; a body that is not UTF-8 never gets that far.
+    text = body.decode("utf-8", "replace")
+    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    if "expected ','" in error.msg and after[:1] == '"' and before[-1:] not in ("", ",", "{", "["):
+        return f"malformed JSON at {where}: a comma is missing before this field"
+    return f"malformed JSON at {where}: {error.msg}"
+
+
+def _refuse_contradicting_keys(body: bytes) -> None:
+    """A key that stands twice with equal values passes (the page's table lists sessionId twice); otherwise refuse."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            # repr tells 1 from true and 1.0, which == does not
+            if repr(fields.setdefault(key, value)) != repr(value):
+                _refuse(f"field {key[:ID_MAX]!r} stands twice with different values")
+        return fields
+
+    try:
+        json.loads(body, object_pairs_hook=checked)
+    except (ValueError, RecursionError) as error:  # deeper or longer numbers than any reader of it could take
+        raise BadNotice("bad_parameters", "malformed JSON: nested too deeply or a number too long") from error
+
+
+def _form_fields(body: bytes) -> Mapping[str, Any]:
+    try:
+        pairs = parse_qsl(body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=FORM_FIELDS_MAX)
+    except UnicodeDecodeError:
+        _refuse("body must be a form in UTF-8")
+    except ValueError:
+        _refuse(f"body must be a form of at most {FORM_FIELDS_MAX} fields")
+    fields: dict[str, str] = {}
+    for key, value in pairs:
+        if fields.setdefault(key, value) != value:
+            _refuse(f"field {key[:ID_MAX]!r} stands twice with different values")
+    return fields
+
+
+def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
+    for meaning in dialect.required:
+        if dialect.fields[meaning] not in received:
+            _refuse(f"field {dialect.fields[meaning]!r} is missing")
+
+    def text(meaning: Meaning, longest: int = ID_MAX) -> str | None:
+        name = dialect.fields.get(meaning)
+        if name is None or name not in received:
+            return None
+        value = received[name]
+        if not (meaning in dialect.required or value is not None):
+            return None  # an optional field sent as null is absent
+        if meaning not in dialect.required and value == "":
+            return None
+        return _text(name, value, longest)
+
+    return Parsed(
+        dialect=dialect,
+        provider_id=text("provider") or "",
+        session_id=text("session") or "",
+        player_id=text("player") or "",
+        token=text("token", TOKEN_MAX),
+        request=text("request", REQUEST_MAX),
+        hash=text("hash"),
+        received=received,
+    )
+
+
+def _text(name: str, value: object, longest: int) -> str:
+    """An id as a string: strings as they are, integers exactly, nothing else."""
+    if type(value) is int:
+        value = str(value)
+    if not isinstance(value, str):
+        _refuse(f"field {name!r} must be a string (got {_kind(value)})")
+    problem = id_problem(value, longest)
+    if problem:
+        _refuse(f"field {name!r} {problem}")
+    return value
+
+
+_KINDS = {
+    dict: "an object",
+    list: "an array",
+    bool: "a boolean",
+    float: "a fraction or a number too long",
+    int: "a number",
+}
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else _KINDS.get(type(value), "a string")
+
+
+def _refuse(description: str) -> NoReturn:
+    raise BadNotice("bad_parameters", description)
+
+
+def answer(code: int, description: str) -> bytes:
+    """The answer's body: an object of a number and a text, as on the page."""
+    return orjson.dumps({"error": code, "description": description})
+
+
+SUCCESS = answer(0, "Success")
+
+
+def hash_of(received: Iterable[tuple[str, Any]], hash_name: str, key: str) -> str:
+    """The ancestor's hash: MD5 over every parameter but the hash, sorted, as `k=v` joined by `&`, and the secret.
+
+    Over decoded values; an empty value counts, null is absent. Lower-case hex. Source: protocol.md, golden vector in
+    the tests. MD5 is the protocol's choice, not ours.
+    """
+    pairs = sorted((name, _plain(value)) for name, value in received if name != hash_name and value is not None)
+    text = "&".join(f"{name}={value}" for name, value in pairs) + key
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def check_hash(parsed: Parsed, key: str) -> None:
+    """Raises BadNotice (bad_hash) unless the hash fits, in constant time; the expected value goes nowhere."""
+    expected = hash_of(parsed.received.items(), parsed.dialect.fields["hash"], key)
+    if not hmac.compare_digest(expected.encode(), (parsed.hash or "").lower().encode()):
+        raise BadNotice("bad_hash", "the hash does not fit the parameters")
+
+
+def encode(
+    dialect: Dialect,
+    *,
+    provider_id: str,
+    session_id: str,
+    player_id: str,
+    token: str | None,
+    request_id: str,
+    hash_key: str | None,
+) -> bytes:
+    """The body of one SessionExpired: the dialect's fields in its order, optional ones only where known.
+
+    Raises CannotEncode when a required fact is unknown.
+    """
+    facts = {
+        "provider": provider_id,
+        "session": session_id,
+        "player": player_id,
+        "token": token,
+        "request": request_id,
+        "hash": None if hash_key is None else "",
+    }
+    for meaning in dialect.required:
+        if facts[meaning] is None:
+            raise CannotEncode(f"dialect {dialect.name} must send {dialect.fields[meaning]!r}, which is not known here")
+    fields = {name: facts[meaning] for meaning, name in dialect.fields.items() if facts[meaning] is not None}
+    if "hash" in dialect.fields and hash_key is not None:
+        name = dialect.fields["hash"]
+        fields[name] = hash_of(fields.items(), name, hash_key)
+    if dialect.content == "json":
+        return orjson.dumps(fields)
+    return urlencode(fields).encode()
+
+
+_NUMERIC = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def answered_code(body: bytes) -> float | None:
+    """The `error` of an answer: a number or a numeric string; None when there is none or it is anything else."""
+    try:
+        error = orjson.loads(body).get("error")
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
+    if isinstance(error, bool):
+        return None
+    if isinstance(error, int | float):
+        return float(error)
+    if isinstance(error, str) and len(error) <= 32 and _NUMERIC.fullmatch(error.strip()):
+        return float(error)
+    return None

@@ -1,0 +1,236 @@
+"""The public side: `POST …/SessionExpired` for every operator, and the bare `/health`.
+
+Authenticates, parses, asks the plug-ins, records, and answers after the commit; README's "The endpoint" says with which
+status and code. Called by aiohttp. It must never answer success before the store has, nor tell an unknown path from a
+hidden one.
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import orjson
+from aiohttp import web
+
+from lmdaemon.config import Operator, Settings, endpoint_key
+from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, client_address, read_body
+from lmdaemon.log import Log
+from lmdaemon.model import Notice, Refuse
+from lmdaemon.plugins import LoadedPlugin, PluginFailed
+from lmdaemon.store import Recording, Store, StoreError
+
+BODY_MAX = 16 * 1024
+RETRY_AFTER_S = "5"  # while the daemon cannot store
+UNRECORDED = {
+    "bad_token": "the token is not the session's",
+    "unknown_session": "the session is not known here",
+    "player_mismatch": "the session belongs to another player",
+}
+
+log = Log("endpoint")
+
+
+class Route:
+    """What is served at one path: operators by provider id, dialects by content, the first one's codes for the rest."""
+
+    def __init__(self) -> None:
+        self.operators: dict[str, Operator] = {}
+        self.dialects: dict[str, list[Dialect]] = {}
+        self.codes_of = SHIPPED["v4"]
+
+    def add(self, operator: Operator) -> None:
+        if not self.operators:
+            self.codes_of = operator.receives[0]
+        self.operators[operator.provider_id.casefold()] = operator
+        for dialect in operator.receives:
+            known = self.dialects.setdefault(dialect.content, [])
+            if dialect not in known:
+                known.append(dialect)
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that never became a notice: HTTP status, text, headers."""
+
+    def __init__(self, status: int, description: str, **headers: str) -> None:
+        super().__init__(description)
+        self.status = status
+        self.description = description
+        self.headers = headers
+
+
+class Endpoint:
+    """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`;
+    `on_answer(dialect, code)` is told of every answer to a request that reached parsing.
+    """
+
+    def __init__(self, store: Store, health: Callable[[], Awaitable[str]]) -> None:
+        self._store = store
+        self._health = health
+        self._routes: dict[str, Route] = {}
+        self._settings: Settings
+        self._plugins: list[LoadedPlugin] = []
+        self._spellings: set[tuple[str, str]] = set()
+        self.on_answer: Callable[[str, int], None] = lambda dialect, code: None
+
+    def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
+        """Takes over new settings for all requests that come from now on."""
+        routes: dict[str, Route] = {}
+        for operator in settings.operators.values():
+            for path in operator.paths:
+                routes.setdefault(endpoint_key(path), Route()).add(operator)
+        self._settings, self._routes = settings, routes
+        self._plugins = [plugin for plugin in plugins.values() if plugin.checks]
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answers any request to the public listener."""
+        path = endpoint_key(request.rel_url.raw_path)
+        if path == "/health":
+            return await self._answer_health(request)
+        route = self._routes.get(path)
+        try:
+            if route is None:
+                raise Refused(404, "Not found")
+            return await self._receive(request, route)
+        except Refused as refused:
+            codes_of = SHIPPED["v4"] if route is None else route.codes_of
+            code = codes_of.codes.of("retry" if refused.status == 503 else "bad_parameters")
+            log.warning("notice.not_taken", status=refused.status, reason=refused.description, path=path)
+            return _response(answer(code, refused.description), refused.status, refused.headers)
+
+    async def _answer_health(self, request: web.BaseRequest) -> web.Response:
+        if request.method not in ("GET", "HEAD"):
+            return _response(answer(7, "Method not allowed"), 405, {"Allow": "GET, HEAD"})
+        status = await self._health()
+        body = orjson.dumps({"status": status})
+        return web.Response(body=body, status=503 if status == "fail" else 200, content_type="application/health+json")
+
+    async def _receive(self, request: web.BaseRequest, route: Route) -> web.Response:
+        if request.method != "POST":
+            raise Refused(405, "Method not allowed", Allow="POST")
+        address = client_address(request, self._settings.server.trusted_proxies)
+        if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
+            raise Refused(403, "Address not allowed")
+        content = content_of(request.headers.get("Content-Type", ""))
+        if content not in route.dialects or "Content-Encoding" in request.headers:
+            raise Refused(415, "Unsupported media type")
+        try:
+            body = await read_body(request, BODY_MAX)
+        except BodyTooLarge:
+            raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
+        except BodyTooSlow:
+            raise Refused(408, "Body too slow or incomplete", Connection="close") from None
+        dialect = route.codes_of
+        try:
+            parsed = parse(body, content, route.dialects[content])
+            dialect = parsed.dialect
+            operator = _operator(route, parsed)
+            if not allowed(address, operator.allow_from):
+                raise Refused(403, "Address not allowed")
+            await self._record(operator, parsed)
+        except BadNotice as refusal:
+            return self._refuse(refusal.dialect or dialect, refusal, route)
+        except StoreError as error:
+            log.warning("notice.not_stored", reason=str(error))
+            raise Refused(503, "Cannot be stored now, please retry", **{"Retry-After": RETRY_AFTER_S}) from error
+        self.on_answer(dialect.name, 0)
+        return _response(SUCCESS)
+
+    def _refuse(self, dialect: Dialect, refusal: BadNotice, route: Route) -> web.Response:
+        code = dialect.codes.of(refusal.meaning)
+        log.warning(
+            "notice.refused",
+            operator=",".join(operator.name for operator in route.operators.values()),
+            dialect=dialect.name,
+            code=code,
+            meaning=refusal.meaning,
+            reason=refusal.description,
+        )
+        self.on_answer(dialect.name, code)
+        return _response(answer(code, refusal.description))
+
+    async def _record(self, operator: Operator, parsed: Parsed) -> None:
+        """Authenticates one notice, shows it to the plug-ins, and records it. Raises BadNotice, StoreError."""
+        self._note_spelling(operator, parsed.provider_id)
+        if "hash" in parsed.dialect.fields:
+            check_hash(parsed, operator.hash_key or "")
+        _check_token(operator, parsed)
+        extra = parsed.extra
+        notice = Notice(
+            operator=operator.name,
+            dialect=parsed.dialect.name,
+            provider_id=parsed.provider_id,
+            session_id=parsed.session_id,
+            player_id=parsed.player_id,
+            token=parsed.token,
+            request=parsed.request,
+            extra=extra,
+        )
+        plugins = [plugin for plugin in self._plugins if plugin.settings.listens_to(operator.name)]
+        if plugins and not await self._is_repeated(notice):
+            await _ask(plugins, notice)
+        recorded = await self._store.record(
+            Recording(
+                operator.name,
+                notice.session_id,
+                notice.player_id,
+                notice.token,
+                compare_token=operator.token_check == "session",
+                accept_unknown=operator.accept_unknown,
+                extra=orjson.dumps(extra).decode() if extra else None,
+                idle_ms=int(operator.idle_s * 1000),
+            )
+        )
+        if recorded in UNRECORDED:
+            raise BadNotice(recorded, UNRECORDED[recorded])
+        event = "notice.repeated" if recorded == "repeated" else "notice.recorded"
+        log.info(event, operator=operator.name, session=notice.session_id, dialect=notice.dialect)
+
+    async def _is_repeated(self, notice: Notice) -> bool:
+        """Whether the session has ended already: a repeat is answered like the first, whatever a plug-in thinks now."""
+        known = await self._store.session(notice.operator, notice.session_id)
+        return known is not None and known[0].reason is not None
+
+    def _note_spelling(self, operator: Operator, provider_id: str) -> None:
+        key = (operator.name, provider_id)
+        if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
+            self._spellings.add(key)
+            log.warning(
+                "notice.provider_spelling", operator=operator.name, expected=operator.provider_id, got=provider_id
+            )
+
+
+def _operator(route: Route, parsed: Parsed) -> Operator:
+    operator = route.operators.get(parsed.provider_id.casefold())
+    if operator is None:
+        raise BadNotice("bad_parameters", f"{parsed.dialect.fields['provider']} is not known here")
+    if not any(parsed.dialect.same_wire(dialect) for dialect in operator.receives):
+        raise BadNotice("bad_parameters", f"dialect {parsed.dialect.name} is not accepted for this provider")
+    return operator
+
+
+def _check_token(operator: Operator, parsed: Parsed) -> None:
+    """Absent is bad parameters, wrong is bad token; "session" is compared in the store, with the session's own."""
+    if operator.token_check == "present":
+        return
+    if parsed.token is None:
+        raise BadNotice("bad_parameters", f"field {parsed.dialect.fields['token']!r} is missing")
+    if operator.token_check == "partner":
+        given = parsed.token.encode()
+        matches = [hmac.compare_digest(given, token.encode()) for token in operator.partner_tokens]
+        if not any(matches):
+            raise BadNotice("bad_token", "the token is not the partner's")
+
+
+async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
+    for plugin in plugins:
+        try:
+            await plugin.check(notice)
+        except Refuse as refusal:
+            raise BadNotice(refusal.meaning, refusal.description) from refusal
+        except PluginFailed as failure:
+            log.error("plugin.check_failed", plugin=plugin.name, operator=notice.operator, reason=str(failure))
+            raise BadNotice("retry", "cannot be checked now, please retry") from failure
+
+
+def _response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")

@@ -1,0 +1,165 @@
+"""What both listeners need of HTTP: a bounded body, the client's address, a bearer token, listening sockets.
+
+Called by `endpoint`, `api` and `daemon`; it knows nothing of sessions or dialects.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from aiohttp import web
+
+from lmdaemon.config import Listen, Network
+
+BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body: slow senders are cut
+BACKLOG = 512
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class BodyTooLarge(Exception):  # noqa: N818 - a verdict on a request
+    """The body is longer than its limit in bytes (the argument)."""
+
+
+class BodyTooSlow(Exception):  # noqa: N818
+    """The body did not arrive within BODY_TIMEOUT_S, or broke off."""
+
+
+async def read_body(request: web.BaseRequest, limit: int) -> bytes:
+    """The body, at most `limit` bytes, also when its length is not announced. Raises BodyTooLarge, BodyTooSlow."""
+    if request.content_length is not None and request.content_length > limit:
+        raise BodyTooLarge(limit)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while part := await request.content.readany():
+                size += len(part)
+                if size > limit:
+                    raise BodyTooLarge(limit)
+                parts.append(part)
+    except (TimeoutError, OSError, web.RequestPayloadError) as error:
+        raise BodyTooSlow from error
+    return b"".join(parts)
+
+
+def decode_segment(raw: str) -> str:
+    """One segment of a path, percent-decoded strictly. Raises ValueError: a lenient reading would let two spellings
+    of nonsense become one id.
+    """
+    if "%" not in raw:
+        return raw
+    for escape in raw.split("%")[1:]:
+        if len(escape) < 2 or not all(digit in "0123456789abcdefABCDEF" for digit in escape[:2]):
+            raise ValueError("must not contain a broken percent-escape")
+    try:
+        return unquote_to_bytes(raw).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("must be UTF-8") from None
+
+
+def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network]) -> Address | None:
+    """Where the request comes from: the peer, or the right-most address in X-Forwarded-For that no trusted proxy
+    vouches for being another proxy. A unix socket's peer counts as a trusted proxy if any is configured.
+
+    None when it cannot be told: then no allow list contains it.
+    """
+    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+    address = _address(peer[0]) if isinstance(peer, tuple) and peer else None
+    hops = [hop.strip() for header in request.headers.getall("X-Forwarded-For", []) for hop in header.split(",")]
+    if not trusted_proxies or (peer and not _inside(address, trusted_proxies)):
+        return address
+    while hops:
+        address = _address(hops.pop())
+        if not _inside(address, trusted_proxies):
+            break
+    return address
+
+
+def allowed(address: Address | None, networks: Iterable[Network]) -> bool:
+    """Whether the networks let the address in; no networks let everybody in."""
+    networks = tuple(networks)
+    return not networks or _inside(address, networks)
+
+
+def _inside(address: Address | None, networks: Iterable[Network]) -> bool:
+    return address is not None and any(address in network for network in networks)
+
+
+def _address(text: str) -> Address | None:
+    text = text.removeprefix("[").partition("]")[0].partition("%")[0]
+    if text.count(":") == 1:  # an IPv4 address with a port, as some proxies write it
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def bearer(request: web.BaseRequest, tokens: Sequence[str]) -> bool:
+    """Whether the request carries one of the tokens, or none is needed. All are compared, in constant time."""
+    if not tokens:
+        return True
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    matches = [
+        hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()) for token in tokens
+    ]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def bind(listen: Listen) -> socket.socket:
+    """A listening socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, naming the address."""
+    if listen.unix:
+        return _bind_unix(listen)
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
+    bound.setblocking(False)
+    return bound
+
+
+def _bind_unix(listen: Listen) -> socket.socket:
+    path = Path(listen.unix)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+            path.unlink()
+        umask = os.umask(0o117)
+        try:
+            bound.bind(str(path))
+        finally:
+            os.umask(umask)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
+    bound.setblocking(False)
+    return bound
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,125 @@
+"""Logging: an event and its facts, as text on a terminal and as JSON lines otherwise.
+
+`log.info("delivery.retry", operator="acme", wait_s=8.2)` is the only form; nothing is formatted into the event, so a
+line can be searched by its name. It must never be given a secret: tokens, keys, bodies and full URLs stay out.
+"""
+
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+from urllib.parse import urlsplit, urlunsplit
+
+import orjson
+
+_ROOT = "lmdaemon"
+# syslog priorities, which journald reads from `<N>` at the start of a line
+_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+
+class Log:
+    """A named source of events. Facts are keyword arguments; a fact that is None is left out."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(f"{_ROOT}.{name}")
+
+    def debug(self, event: str, **facts: Any) -> None:
+        self._emit(logging.DEBUG, event, facts)
+
+    def info(self, event: str, **facts: Any) -> None:
+        self._emit(logging.INFO, event, facts)
+
+    def warning(self, event: str, **facts: Any) -> None:
+        self._emit(logging.WARNING, event, facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        self._emit(logging.ERROR, event, facts)
+
+    def exception(self, event: str, **facts: Any) -> None:
+        """An error with the traceback of the exception being handled. The exception's own text is not a fact."""
+        self._emit(logging.ERROR, event, facts, exc_info=True)
+
+    def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, event, exc_info=exc_info, extra={"facts": facts})
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-24 03:05:01.123 info session.ended operator=acme reason=inactivity`"""
+
+    def __init__(self, *, journal: bool = False) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = "".join(f" {name}={_shown(value)}" for name, value in _facts(record))
+        line = f"{record.levelname.lower()} {record.getMessage()}{facts}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        if self._journal:  # journald adds the time itself; each line of a traceback carries the priority
+            priority = _PRIORITY.get(record.levelname, 6)
+            return "\n".join(f"<{priority}>{part}" for part in line.splitlines())
+        at = datetime.fromtimestamp(record.created, UTC)
+        return f"{at:%Y-%m-%d %H:%M:%S}.{int(record.msecs):03d} {line}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, then the facts."""
+
+    def __init__(self, *, journal: bool = False) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "event": record.getMessage()}
+        line.update(_facts(record))
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        text = orjson.dumps(line, default=str).decode("utf-8", "replace")
+        return f"<{_PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
+
+
+def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
+    facts: dict[str, Any] = getattr(record, "facts", {})
+    return [(name, value) for name, value in facts.items() if value is not None]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = str(value)
+    # Quoted wherever a reader, or a forged line break, could take it for more than one fact
+    return text if text.isprintable() and text and not set(text) & set(' "=') else orjson.dumps(text).decode()
+
+
+def setup(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Sends the daemon's events to `stream` (stderr): `form` is "text", "json" or "auto" (text on a terminal)."""
+    stream = stream or sys.stderr
+    journal = _is_journal(stream)
+    text = form == "text" or (form == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextFormatter(journal=journal) if text else JsonFormatter(journal=journal))
+    root = logging.getLogger(_ROOT)
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(level.upper())
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether the stream goes to journald: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def safe_url(url: str) -> str:
+    """The URL without user info, query and fragment: those may carry secrets."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(not a URL)"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -1,0 +1,176 @@
+"""Plug-ins: loading dotted names, and calling them so that whatever they do harms nobody else.
+
+Called by `daemon` (load, start, stop), `endpoint` (check) and `delivery` (session_ended). A plug-in runs in the
+daemon's event loop: it may hang, raise anything or ignore its cancellation, but a call that blocks the loop without
+awaiting blocks the daemon, and nothing in here can help that.
+"""
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from lmdaemon.config import ConfigError, Plugin
+from lmdaemon.log import Log
+from lmdaemon.model import Notice, Refuse, SessionEnded
+
+log = Log("plugins")
+
+CANCEL_S = 1.0  # what a hook gets to clean up after its time-out
+
+
+class PluginFailed(Exception):  # noqa: N818 - a value for the caller to judge, not a bug of ours
+    """A hook did not do its work: it raised, or ran into its time-out. The text is a short reason without secrets."""
+
+
+class LoadedPlugin:
+    """One `[plugins.NAME]`, ready to be called. `stray` counts hooks that ignore their cancellation and still run."""
+
+    def __init__(self, settings: Plugin, hook: Any) -> None:
+        self.settings = settings
+        self._hook = hook
+        self._session_ended: Callable[[SessionEnded], Awaitable[None]] = getattr(hook, "session_ended", hook)
+        self._check: Callable[[Notice], Awaitable[None]] | None = getattr(hook, "check", None)
+        self.stray = 0
+        self.freed: Callable[[], None] = lambda: None  # called when a stray hook has ended after all
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def checks(self) -> bool:
+        """Whether it wants to see notices before they are accepted."""
+        return self._check is not None
+
+    async def start(self) -> None:
+        """Runs its start(), if it has one. Raises ConfigError."""
+        start = getattr(self._hook, "start", None)
+        if start is None:
+            return
+        try:
+            await self._contained(start())
+        except (PluginFailed, Refuse) as error:
+            raise ConfigError([f"plugins.{self.name}: start() failed: {error}"]) from error
+
+    async def stop(self) -> None:
+        """Runs its stop(), if it has one; a failure is logged."""
+        stop = getattr(self._hook, "stop", None)
+        if stop is None:
+            return
+        try:
+            await self._contained(stop())
+        except (PluginFailed, Refuse) as error:
+            log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
+
+    async def session_ended(self, event: SessionEnded) -> None:
+        """Hands over the end of a session. Raises PluginFailed."""
+        try:
+            await self._contained(self._session_ended(event))
+        except Refuse as error:
+            raise PluginFailed("Refuse") from error
+
+    async def check(self, notice: Notice) -> None:
+        """Lets it look at a notice before it is accepted. Raises Refuse with its verdict, or PluginFailed."""
+        if self._check is not None:
+            await self._contained(self._check(notice))
+
+    async def _contained(self, call: Awaitable[None]) -> None:
+        """Awaits a hook within its time-out. Raises Refuse or PluginFailed, whatever the hook raised."""
+        task = asyncio.ensure_future(_caught(call))
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self.settings.policy.timeout_s)
+            if not done:
+                task.cancel()
+                done, _ = await asyncio.wait({task}, timeout=CANCEL_S)
+                self._watch(task)
+                raise PluginFailed("timeout")
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        error = task.result()
+        if isinstance(error, Refuse):
+            raise error
+        if error is not None:
+            raise PluginFailed(type(error).__name__) from error
+
+    def _watch(self, task: "asyncio.Future[Any]") -> None:
+        if task.done():
+            return
+        self.stray += 1
+        log.warning("plugin.ignores_cancellation", plugin=self.name, running=self.stray)
+
+        def ended(_: object) -> None:
+            self.stray -= 1
+            self.freed()
+
+        task.add_done_callback(ended)
+
+
+async def _caught(call: Awaitable[None]) -> BaseException | None:
+    """Returns what the hook raised instead of raising it: a SystemExit in a task would end the event loop."""
+    try:
+        await call
+    except BaseException as error:
+        return error
+    return None
+
+
+def load(settings: Plugin) -> LoadedPlugin:
+    """Imports and makes one plug-in. Raises ConfigError, naming it."""
+    module_name, _, attribute = settings.use.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise _broken(settings, f"cannot be imported: {type(error).__name__}: {error}") from error
+    if inspect.isclass(target):
+        return LoadedPlugin(settings, _made(settings, target))
+    if not _is_async(target):
+        raise _broken(settings, "must be an async function or a class with one named session_ended")
+    return LoadedPlugin(settings, target)
+
+
+def _made(settings: Plugin, kind: Callable[[dict[str, Any]], Any]) -> Any:
+    try:
+        hook = kind(dict(settings.options))
+    except Exception as error:
+        raise _broken(settings, f"cannot be made: {type(error).__name__}: {error}") from error
+    if not _is_async(getattr(hook, "session_ended", None)):
+        raise _broken(settings, "must have an async method session_ended(event)")
+    for name in ("start", "stop", "check"):
+        method = getattr(hook, name, None)
+        if method is not None and not _is_async(method):
+            raise _broken(settings, f"{name} must be async")
+    return hook
+
+
+def _is_async(hook: object) -> bool:
+    call = hook if inspect.isroutine(hook) else getattr(hook, "__call__", None)  # noqa: B004 - the method itself
+    return inspect.iscoroutinefunction(call)
+
+
+def _broken(settings: Plugin, finding: str) -> ConfigError:
+    return ConfigError([f"plugins.{settings.name}.use: {finding} (got {settings.use!r})"])
+
+
+async def start_all(loaded: list[LoadedPlugin]) -> None:
+    """Starts them in order; when one fails, those already started are stopped. Raises ConfigError."""
+    started: list[LoadedPlugin] = []
+    try:
+        for plugin in loaded:
+            await plugin.start()
+            started.append(plugin)
+    except BaseException:
+        await stop_all(started)
+        raise
+
+
+async def stop_all(loaded: list[LoadedPlugin]) -> None:
+    """Stops them in reverse order."""
+    for plugin in reversed(loaded):
+        await plugin.stop()

@@ -1,0 +1,160 @@
+"""Judge an answer, say when to try again, and keep the breaker. Pure: `now`, `rng` and the policy are passed in.
+
+Called by `delivery` alone. It must never do I/O, read a clock or log. Every rule here is one row of contract.md,
+section 6, and the tests hold one row for every status and answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from random import Random
+from typing import Literal
+
+from lmdaemon.dialects import answered_code
+from lmdaemon.model import Gate
+
+JITTER = 0.2  # each wait ±20 %, so that operators coming back together are not hit together
+RETRY_AFTER_MAX_S = 3600.0  # a peer may slow us down, not switch us off
+FINAL_CODES = frozenset({120, 999})
+BREAKER_OPENS_AT = 5  # failures in a row
+PROBE_PAUSE_MAX_S = 300.0
+HOLD_AFTER_S = 5 * 86400.0  # nothing but failures for this long
+
+Verdict = Literal["delivered", "final", "retry", "hold"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one attempt came to. `code` is the answered error code as text, `reason` a short word for people."""
+
+    verdict: Verdict
+    reason: str = ""
+    status: int | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+    duration_ms: int = 0
+
+
+def judge(
+    status: int, body: bytes, *, complete: bool = True, retry_after: str | None = None, now_s: float, final: int = 120
+) -> Outcome:
+    """What an answer means. `complete` is False when the body was longer than what is read (16 KiB).
+
+    `final` is the dialect's own code for "do not retry"; 120 and 999 always are. `now_s` (epoch) reads a Retry-After
+    that is a date.
+    """
+    code = answered_code(body) if complete else None
+    wait_s = retry_after_s(retry_after, now_s)
+    shown = None if code is None else f"{code:g}"
+
+    def outcome(verdict: Verdict, reason: str) -> Outcome:
+        return Outcome(verdict, reason, status, shown, wait_s)
+
+    if status == 410:
+        return outcome("hold", "gone")
+    if status == 200 and code == 0:
+        return outcome("delivered", "")
+    if code is not None and code in FINAL_CODES | {final}:
+        return outcome("final", f"code_{shown}")
+    if 300 <= status < 400:
+        return outcome("retry", "redirect")
+    if status != 200:
+        return outcome("retry", f"status_{status}")
+    if not complete:
+        return outcome("retry", "answer_too_long")
+    return outcome("retry", "bad_answer" if code is None else f"code_{shown}")
+
+
+def retry_after_s(value: str | None, now_s: float) -> float | None:
+    """Seconds a Retry-After asks for, 0 to 3600; None when it is absent or nonsense. Source: RFC 9110 §10.2.3."""
+    if value is None:
+        return None
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:9]), RETRY_AFTER_MAX_S)
+    try:
+        at = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    return min(max(at.timestamp() - now_s, 0.0), RETRY_AFTER_MAX_S)
+
+
+def delay_s(step: int, schedule: Sequence[float], rng: Random) -> float | None:
+    """Wait before the next try after failure number `step` + 1; None when the schedule is used up.
+
+    Units: seconds, the schedule's own wait times 0.8–1.2 at random.
+    """
+    if step >= len(schedule):
+        return None
+    return schedule[step] * rng.uniform(1 - JITTER, 1 + JITTER)
+
+
+def breaker(gate: Gate, now_at: int) -> Literal["closed", "open", "half-open"]:
+    """The breaker's state: half-open once its pause is over and one probe may go, or is under way."""
+    if gate.failures < BREAKER_OPENS_AT:
+        return "closed"
+    return "half-open" if now_at >= gate.probe_at else "open"
+
+
+def opens_at(gate: Gate) -> int | None:
+    """Wall time from which the gate lets something through; None while it is held."""
+    if gate.held_at is not None:
+        return None
+    probe_at = gate.probe_at if gate.failures >= BREAKER_OPENS_AT else 0
+    return max(gate.not_before_at, probe_at)
+
+
+def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:
+    """The gate after one attempt: Retry-After, failures in a row, breaker pause, hold.
+
+    `probe` says that the attempt was let through an open breaker: only a probe's failure doubles the pause, not the
+    failures of attempts that were already on their way when the breaker opened.
+    """
+    if outcome.retry_after_s:
+        # Jitter only upward: a peer that says "not before" means it.
+        wait_ms = int(outcome.retry_after_s * rng.uniform(1, 1 + JITTER) * 1000)
+        wait_ms = min(wait_ms, int(RETRY_AFTER_MAX_S * 1000))
+        gate = replace(gate, not_before_at=max(gate.not_before_at, now_at + wait_ms))
+    if outcome.verdict == "hold":
+        return hold(gate, now_at, outcome.reason)
+    if outcome.verdict != "retry":
+        return replace(gate, failures=0, failing_since_at=None, pause_ms=0, probe_at=0)
+    return _after_failure(gate, now_at, first_wait_s, probe=probe)
+
+
+def _after_failure(gate: Gate, now_at: int, first_wait_s: float, *, probe: bool) -> Gate:
+    gate = replace(gate, failures=gate.failures + 1, failing_since_at=gate.failing_since_at or now_at)
+    assert gate.failing_since_at is not None  # noqa: S101 - for the type checker; set on the line above
+    if now_at - gate.failing_since_at >= HOLD_AFTER_S * 1000:
+        return hold(gate, now_at, "failing_for_days")
+    if gate.failures == BREAKER_OPENS_AT:
+        pause_ms = int(min(first_wait_s, PROBE_PAUSE_MAX_S) * 1000)
+        return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms)
+    if probe and gate.failures > BREAKER_OPENS_AT:
+        pause_ms = min(max(gate.pause_ms, 1) * 2, int(PROBE_PAUSE_MAX_S * 1000))
+        return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms)
+    return gate
+
+
+def hold(gate: Gate, now_at: int, reason: str) -> Gate:
+    """Holds the operator; a hold that stands keeps its start and reason."""
+    if gate.held_at is not None:
+        return gate
+    return replace(gate, held_at=now_at, held_reason=reason)
+
+
+def release(gate: Gate, now_at: int) -> Gate:
+    """Closes breaker and hold, forgets Retry-After, and adds the hold to what does not count as a delivery's age."""
+    held_ms = 0 if gate.held_at is None else max(0, now_at - gate.held_at)
+    return Gate(held_total_ms=gate.held_total_ms + held_ms, paced_until_at=gate.paced_until_at)
+
+
+def age_ms(aged_from_at: int, held_base_ms: int, gate: Gate, now_at: int) -> int:
+    """Age of a delivery: wall time since it was created or retried by hand, without the time its operator was held."""
+    held_ms = gate.held_total_ms - held_base_ms
+    if gate.held_at is not None:
+        held_ms += max(0, now_at - gate.held_at)
+    return now_at - aged_from_at - held_ms

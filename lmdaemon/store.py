@@ -1,0 +1,861 @@
+"""All SQL, as verbs: open, touch, close, record, end what is due, claim, settle, and what people look at.
+
+Called by the four doers and by nobody else; the table is the only place where they meet. Verbs that change something
+run on the one writer, in the order they were queued, and answer after their commit; verbs that read use the second
+connection. It decides nothing about the protocol or the network: what a session's end means for which sink is handed in
+as `sinks_of`.
+"""
+
+import hmac
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from lmdaemon.clock import Clock, ServiceClock
+from lmdaemon.database import Database, StoreError
+from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
+
+__all__ = ["Store", "StoreError"]
+
+SWEEP_ROWS = 200  # sessions looked at in one sweep operation: about 10 ms on the writer
+PRUNE_ROWS = 500
+RETRY_ROWS = 500
+RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
+REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
+HISTORY_MAX = 50  # attempts kept per delivery, the latest
+
+
+class NewDelivery(NamedTuple):
+    """A sink of an ended session: its body as it will be sent, or why it never can be."""
+
+    sink: str
+    body: bytes
+    impossible: str | None = None
+
+
+class Opening(NamedTuple):
+    operator: str
+    session_id: str
+    player_id: str
+    token: str | None
+    attributes: str | None
+    idle_ms: int
+    lifetime_ms: int  # 0: none
+
+
+class Opened(NamedTuple):
+    outcome: Literal["created", "open", "differs", "ended"]
+    session: Session
+
+
+class Touching(NamedTuple):
+    operator: str
+    session_ids: Sequence[str]
+
+
+class Touched(NamedTuple):
+    touched: int
+    unknown: list[str]
+    ended: list[str]
+
+
+class Key(NamedTuple):
+    operator: str
+    session_id: str
+
+
+class Recording(NamedTuple):
+    """A notice to record. `token` None: not to be compared; `accept_unknown` False: an unknown session is refused."""
+
+    operator: str
+    session_id: str
+    player_id: str
+    token: str | None
+    compare_token: bool
+    accept_unknown: bool
+    extra: str | None
+    idle_ms: int
+
+
+Recorded = Literal["ended", "repeated", "unknown_session", "player_mismatch", "bad_token"]
+
+
+class Swept(NamedTuple):
+    """What one sweep did. `looked_at` equal to SWEEP_ROWS says that more may be due."""
+
+    ended: int
+    looked_at: int
+
+
+class Settlement(NamedTuple):
+    """The result of one attempt: what becomes of the row, the history's entry (None when nothing was sent), whether it
+    counts as an attempt, and what it does to the operator's gate (None for a plug-in, which has none).
+    """
+
+    delivery: Delivery
+    state: DeliveryState
+    due_at: int
+    step: int
+    attempt: Mapping[str, Any] | None = None
+    spent: bool = True
+    gate: Callable[[Gate], Gate] | None = None
+
+
+class Lane(NamedTuple):
+    """What to claim: rows of one operator and sink, the earliest due first."""
+
+    operator: str
+    sink: str
+    limit: int
+
+
+@dataclass(slots=True)
+class Figures:
+    """Counts kept up in every transaction, so that nobody ever counts rows."""
+
+    live: int = 0
+    pending: int = 0
+    dead: int = 0
+
+
+_SESSION = ", ".join(field.name for field in fields(Session))
+_DELIVERY = ", ".join("s.session_id" if field.name == "session_id" else f"d.{field.name}" for field in fields(Delivery))
+_GATE = tuple(field.name for field in fields(Gate))
+
+SinksOf = Callable[[Session], Sequence[NewDelivery]]
+
+
+class _Change:
+    """One transaction of the writer: the two times all of it happens at, and what it changed."""
+
+    def __init__(
+        self, service_ms: int, wall_at: int, sinks_of: SinksOf, known: frozenset[str], gates: Mapping[str, Gate]
+    ) -> None:
+        self.service_ms = service_ms
+        self.wall_at = wall_at
+        self.sinks_of = sinks_of
+        self.known = known
+        self.gates = gates
+        self.figures: dict[str, Figures] = {}
+        self.ended: list[Session] = []
+        self.due: dict[tuple[str, str], int] = {}
+        self.new_gates: dict[str, Gate] = {}
+        self.next_due_ms: int | None = None
+        self.next_lifetime_at: int | None = None
+        self.looked_ahead = False
+        self.sql: sqlite3.Connection
+
+    @property
+    def seen_ms(self) -> int:
+        """What a touch is stamped with: rounded up, so that no session ends a fraction of a millisecond early."""
+        return self.service_ms + 1
+
+    def bind(self, connection: sqlite3.Connection) -> None:
+        self.sql = connection
+
+    def of(self, operator: str) -> Figures:
+        return self.figures.setdefault(operator, Figures())
+
+    def note_due(self, operator: str, sink: str, due_at: int) -> None:
+        known = self.due.get((operator, sink))
+        self.due[operator, sink] = due_at if known is None else min(known, due_at)
+
+    def note_deadline(self, due_ms: int, lifetime_at: int | None) -> None:
+        self.next_due_ms = _least(self.next_due_ms, due_ms)
+        self.next_lifetime_at = _least(self.next_lifetime_at, lifetime_at)
+
+    def finish(self) -> None:
+        """Keeps up the figures, the gates and the clock in the same transaction."""
+        self.sql.executemany(_ADD_FIGURES, [(name, *_triple(figures)) for name, figures in self.figures.items()])
+        self.sql.executemany(_PUT_GATE, [(name, *astuple(gate)) for name, gate in self.new_gates.items()])
+        self.sql.execute(_PUT_CLOCK, (self.service_ms, self.wall_at))
+
+
+# Statements. Hot ones look rows up through an index by a list of keys; tests/test_store.py checks their plans.
+
+_ADD_FIGURES = """
+INSERT INTO operator (name, live, pending, dead) VALUES (?, ?, ?, ?)
+ON CONFLICT (name) DO UPDATE SET live = live + excluded.live, pending = pending + excluded.pending,
+                                 dead = dead + excluded.dead"""
+_PUT_GATE = f"""
+INSERT INTO operator (name, {", ".join(_GATE)}) VALUES (?{", ?" * len(_GATE)})
+ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _GATE)}"""
+_PUT_CLOCK = "UPDATE clock SET service_ms = ?, wall_at = ?"
+
+_OPEN = """
+INSERT INTO session (operator, session_id, player_id, token, attributes, idle_ms, opened_at, seen_ms, seen_at, due_ms,
+                     lifetime_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (operator, session_id) DO NOTHING"""
+_RECORD_UNKNOWN = """
+INSERT INTO session (operator, session_id, player_id, token, extra, idle_ms, opened_at, seen_ms, seen_at, due_ms)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_SESSION_BY_KEY = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
+_TOUCH = """
+UPDATE session SET seen_ms = ?, seen_at = ?
+WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?)) AND reason IS NULL RETURNING session_id"""
+_STATES = """
+SELECT session_id, reason FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+_END = (
+    "UPDATE session SET reason = ?, ended_at = ?, token = coalesce(?, token), extra = coalesce(?, extra) WHERE id = ?"
+)
+_DUE = f"SELECT {_SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?"
+_DUE_LIFETIME = f"""
+SELECT {_SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
+ORDER BY lifetime_at LIMIT ?"""
+_MOVE_DUE = "UPDATE session SET due_ms = ? WHERE id = ?"
+_MOVE_LIFETIME = "UPDATE session SET lifetime_at = ? WHERE id = ?"
+_NEXT_DUE = "SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1"
+_NEXT_LIFETIME = """
+SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1"""
+
+_ADD_DELIVERY = """
+INSERT INTO delivery (nonce, session, operator, sink, state, created_at, due_at, settled_at, aged_from_at, held_base_ms,
+                      last_error, body)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_LANE = f"""
+SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' ORDER BY d.due_at LIMIT ?"""
+_SETTLE = """
+UPDATE delivery SET state = ?, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
+                    last_error = ?, history = ?
+WHERE id = ? AND state = 'pending'"""
+_REVIVE = """
+UPDATE delivery SET state = 'pending', due_at = ?, settled_at = NULL, step = 0, aged_from_at = ?, held_base_ms = ?
+WHERE id = ?"""
+_DELIVERY_BY_ID = f"""
+SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
+_DELIVERIES_OF = f"""
+SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
+_DEAD = f"""
+SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+WHERE d.operator = ? AND d.state = 'dead' AND d.settled_at >= ? AND length(d.body) + (d.sink <> 'http') > 0
+ORDER BY d.id LIMIT ?"""
+_OLDEST_PENDING = """
+SELECT min(created_at) FROM delivery
+WHERE id = (SELECT id FROM delivery WHERE operator = ? AND state = 'pending' ORDER BY id LIMIT 1)"""
+
+_PRUNABLE = """
+SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)
+ORDER BY ended_at, id LIMIT ?"""
+_KEPT = """
+SELECT DISTINCT session FROM delivery
+WHERE session IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR settled_at >= ?)"""
+_PRUNED_DEAD = """
+SELECT operator, count(*) FROM delivery
+WHERE session IN (SELECT value FROM json_each(?)) AND state = 'dead' GROUP BY operator"""
+_PRUNE_DELIVERIES = "DELETE FROM delivery WHERE session IN (SELECT value FROM json_each(?))"
+_PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
+
+
+class Store:
+    """The session table and the deliveries. Opened once; `run` must be running for anything to be written.
+
+    `on_ended(sessions)`, `on_due(operator, sink, due_at)` and `on_deadline()` are called after the commit that made
+    them true, on the event loop; the daemon connects them to metrics, the dispatcher and the sweeper.
+    """
+
+    def __init__(self, database: Database[_Change], clock: Clock, service_clock: ServiceClock) -> None:
+        self._db = database
+        self._clock = clock
+        self.service_clock = service_clock
+        self.sinks_of: SinksOf = lambda session: ()
+        self.configured: frozenset[str] = frozenset()
+        self.figures: dict[str, Figures] = {}
+        self.gates: dict[str, Gate] = {}
+        self.next_due_ms: int | None = None
+        self.next_lifetime_at: int | None = None
+        self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
+        self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
+        self.on_deadline: Callable[[], None] = lambda: None
+        database.begin = self._begin
+        database.committed = self._committed
+        database.available = self._available
+
+    @classmethod
+    async def open(cls, path: Path, clock: Clock, *, count_downtime: bool = False) -> Self:
+        """Opens the file and picks up clock, figures and gates where the last run left them. Raises DatabaseError.
+
+        With `count_downtime`, the wall time since the last transaction is added to the service clock.
+        """
+        database: Database[_Change] = await Database.open(path)
+        try:
+            service_ms, wall_at = await database.read(
+                lambda sql: sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
+            )
+            if count_downtime and wall_at:
+                service_ms += max(0, clock.wall_ms() - wall_at)
+            store = cls(database, clock, ServiceClock(clock, service_ms))
+            await store._load()
+        except BaseException:
+            await database.close()
+            raise
+        return store
+
+    async def _load(self) -> None:
+        def load(sql: sqlite3.Connection) -> None:
+            names = ", ".join(_GATE)
+            for name, live, pending, dead, *gate in sql.execute(
+                f"SELECT name, live, pending, dead, {names} FROM operator"
+            ):
+                self.figures[name] = Figures(live, pending, dead)
+                self.gates[name] = Gate(*gate)
+            self.next_due_ms = _scalar(sql.execute(_NEXT_DUE))
+            self.next_lifetime_at = _scalar(sql.execute(_NEXT_LIFETIME))
+
+        await self._db.read(load)
+
+    async def run(self) -> None:
+        """The writer, for ever."""
+        await self._db.run()
+
+    async def close(self) -> None:
+        await self._db.close()
+
+    @property
+    def path(self) -> Path:
+        return self._db.path
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last write was refused, or None while writes work."""
+        return self._db.failure
+
+    @property
+    def writing_since(self) -> float | None:
+        """Loop time at which the running transaction began, or None."""
+        return self._db.writing_since
+
+    @property
+    def live(self) -> int:
+        return sum(figures.live for figures in self.figures.values())
+
+    def figures_of(self, operator: str) -> Figures:
+        return self.figures.get(operator) or Figures()
+
+    def gate(self, operator: str) -> Gate:
+        return self.gates.get(operator, _OPEN_GATE)
+
+    # -- the writer's hooks, on the event loop
+
+    def _begin(self) -> _Change:
+        return _Change(self.service_clock.now_ms(), self._clock.wall_ms(), self.sinks_of, self.configured, self.gates)
+
+    def _committed(self, change: _Change) -> None:
+        for name, figures in change.figures.items():
+            total = self.figures.setdefault(name, Figures())
+            total.live += figures.live
+            total.pending += figures.pending
+            total.dead += figures.dead
+        self.gates.update(change.new_gates)
+        if change.looked_ahead:  # the sweep saw the whole index: what it found replaces what was believed
+            self.next_due_ms, self.next_lifetime_at = change.next_due_ms, change.next_lifetime_at
+        else:
+            before = (self.next_due_ms, self.next_lifetime_at)
+            self.next_due_ms = _least(self.next_due_ms, change.next_due_ms)
+            self.next_lifetime_at = _least(self.next_lifetime_at, change.next_lifetime_at)
+            if before != (self.next_due_ms, self.next_lifetime_at):
+                self.on_deadline()
+        if change.ended:
+            self.on_ended(change.ended)
+        for (operator, sink), due_at in change.due.items():
+            self.on_due(operator, sink, due_at)
+
+    def _available(self, available: bool) -> None:
+        # While nothing can be stored no touch can be acknowledged, so no idleness may pass either.
+        if available:
+            self.service_clock.thaw()
+        else:
+            self.service_clock.freeze()
+
+    # -- changes
+
+    async def open_session(self, opening: Opening) -> Opened:
+        """Opens a session; opening the same again counts as a touch and changes nothing else. Raises StoreError."""
+        return await self._db.write(_open, opening)
+
+    async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
+        """Notes activity of sessions of one operator; a duplicate counts once. Raises StoreError."""
+        return await self._db.write(_touch, Touching(operator, session_ids))
+
+    async def end(self, operator: str, session_id: str) -> Session | None:
+        """Closes a session, and returns it, also when it had ended before; None when unknown. Raises StoreError."""
+        return await self._db.write(_close, Key(operator, session_id))
+
+    async def record(self, recording: Recording) -> Recorded:
+        """Records a notice from the peer, once for as long as the row is kept. Raises StoreError."""
+        return await self._db.write(_record, recording)
+
+    async def end_due(self, *, idle: bool) -> Swept:
+        """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
+        SWEEP_ROWS sessions each. Raises StoreError.
+        """
+        return await self._db.write(_end_due, idle)
+
+    async def settle(self, settlement: Settlement) -> tuple[Gate, Gate]:
+        """Stores the result of an attempt; returns the operator's gate before and after it. Raises StoreError."""
+        return await self._db.write(_settle, settlement)
+
+    async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
+        """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
+        return await self._db.write(_set_gate, (operator, change))
+
+    async def retry_dead(self, operator: str, since_at: int) -> int:
+        """Makes up to RETRY_ROWS deliveries that died since then due again, spaced out. Returns how many."""
+        return await self._db.write(_retry_dead, (operator, since_at))
+
+    async def retry_one(self, webhook_id: str) -> Delivery | None:
+        """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
+        return await self._db.write(_retry_one, webhook_id)
+
+    async def prune(self, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+        """Deletes up to PRUNE_ROWS sessions that ended before then and have nothing pending, beginning behind `after`.
+
+        Returns how many went and where to go on, None at the end.
+        """
+        return await self._db.write(_prune, (before_at, after))
+
+    async def probe(self) -> None:
+        """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError."""
+        await self._db.write(_nothing, None)
+
+    # -- reading
+
+    async def session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
+        """One session with its deliveries."""
+
+        def read(sql: sqlite3.Connection) -> tuple[Session, list[Delivery]] | None:
+            session = _session(sql, operator, session_id)
+            if session is None:
+                return None
+            return session, [Delivery(*row) for row in sql.execute(_DELIVERIES_OF, (session.id,))]
+
+        return await self._db.read(read)
+
+    async def sessions(
+        self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
+    ) -> list[Session]:
+        """A page of sessions, newest first, with ids below `after`."""
+        statement, arguments = _session_page(operator, state, player_id, limit, after)
+        return await self._db.read(lambda sql: [Session(*row) for row in sql.execute(statement, arguments)])
+
+    async def delivery(self, webhook_id: str) -> Delivery | None:
+        """One delivery by its public id."""
+        return await self._db.read(_delivery, webhook_id)
+
+    async def deliveries(
+        self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
+    ) -> list[Delivery]:
+        """A page of deliveries, newest first, with ids below `after`."""
+        statement, arguments = _delivery_page(operator, sink, state, limit, after)
+        return await self._db.read(lambda sql: [Delivery(*row) for row in sql.execute(statement, arguments)])
+
+    async def claimable(self, lanes: Sequence[Lane]) -> list[list[Delivery]]:
+        """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
+
+        def read(sql: sqlite3.Connection) -> list[list[Delivery]]:
+            return [[Delivery(*row) for row in sql.execute(_LANE, lane)] for lane in lanes]
+
+        return await self._db.read(read)
+
+    async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
+        """When the oldest pending delivery of each operator was made; None when nothing is pending."""
+        names = list(operators)
+
+        def read(sql: sqlite3.Connection) -> dict[str, int | None]:
+            return {name: _scalar(sql.execute(_OLDEST_PENDING, (name,))) for name in names}
+
+        return await self._db.read(read)
+
+
+# -- operations: each runs on the writer's thread for all neighbours of its kind at once
+
+
+def _nothing(change: _Change, arguments: Sequence[None]) -> list[None]:
+    return list(arguments)
+
+
+def _open(change: _Change, openings: Sequence[Opening]) -> list[Opened]:
+    return [_open_one(change, opening) for opening in openings]
+
+
+def _open_one(change: _Change, new: Opening) -> Opened:
+    now, seen_ms = change.wall_at, change.seen_ms
+    due_ms = seen_ms + new.idle_ms
+    lifetime_at = now + new.lifetime_ms if new.lifetime_ms else None
+    row = (new.operator, new.session_id, new.player_id, new.token, new.attributes, new.idle_ms, now, seen_ms, now)
+    cursor = change.sql.execute(_OPEN, (*row, due_ms, lifetime_at))
+    if cursor.rowcount:
+        change.of(new.operator).live += 1
+        change.note_deadline(due_ms, lifetime_at)
+        return Opened("created", _found(change.sql, new.operator, new.session_id))
+    known = _found(change.sql, new.operator, new.session_id)
+    if known.reason is not None:
+        return Opened("ended", known)
+    if known.player_id != new.player_id or not _same(known.token, new.token):
+        return Opened("differs", known)
+    change.sql.execute("UPDATE session SET seen_ms = ?, seen_at = ? WHERE id = ?", (seen_ms, now, known.id))
+    return Opened("open", replace(known, seen_ms=seen_ms, seen_at=now))
+
+
+def _touch(change: _Change, touchings: Sequence[Touching]) -> list[Touched]:
+    wanted: dict[str, set[str]] = {}
+    for operator, session_ids in touchings:
+        wanted.setdefault(operator, set()).update(session_ids)
+    states = {operator: _touch_all(change, operator, session_ids) for operator, session_ids in wanted.items()}
+    return [_touched(touching, *states[touching.operator]) for touching in touchings]
+
+
+def _touch_all(change: _Change, operator: str, session_ids: set[str]) -> tuple[set[str], set[str]]:
+    """Touches and says which were active and which had ended."""
+    stamp = (change.seen_ms, change.wall_at)
+    touched = {row[0] for row in change.sql.execute(_TOUCH, (*stamp, operator, json.dumps(list(session_ids))))}
+    rest = session_ids - touched
+    if not rest:
+        return touched, rest
+    return touched, {row[0] for row in change.sql.execute(_STATES, (operator, json.dumps(list(rest))))}
+
+
+def _touched(touching: Touching, active: set[str], ended: set[str]) -> Touched:
+    session_ids = dict.fromkeys(touching.session_ids)
+    return Touched(
+        sum(session_id in active for session_id in session_ids),
+        [session_id for session_id in session_ids if session_id not in active and session_id not in ended],
+        [session_id for session_id in session_ids if session_id in ended],
+    )
+
+
+def _close(change: _Change, keys: Sequence[Key]) -> list[Session | None]:
+    return [_close_one(change, key) for key in keys]
+
+
+def _close_one(change: _Change, key: Key) -> Session | None:
+    session = _session(change.sql, *key)
+    if session is None or session.reason is not None:
+        return session
+    return _end(change, [session], "closed")[0]
+
+
+def _record(change: _Change, recordings: Sequence[Recording]) -> list[Recorded]:
+    return [_record_one(change, recording) for recording in recordings]
+
+
+def _record_one(change: _Change, new: Recording) -> Recorded:
+    session = _session(change.sql, new.operator, new.session_id)
+    if session is None:
+        return _record_unknown(change, new)
+    if new.compare_token and not _same(session.token, new.token):
+        return "bad_token"
+    if session.player_id != new.player_id:
+        return "player_mismatch"
+    if session.reason is not None:
+        return "repeated"
+    # The token of the opening stays; the notice's serves where there was none.
+    _end(change, [session], "reported", token=None if session.token else new.token, extra=new.extra)
+    return "ended"
+
+
+def _record_unknown(change: _Change, new: Recording) -> Recorded:
+    if new.compare_token:
+        return "bad_token"
+    if not new.accept_unknown:
+        return "unknown_session"
+    now, ms = change.wall_at, change.service_ms
+    row = (
+        new.operator,
+        new.session_id,
+        new.player_id,
+        new.token,
+        new.extra,
+        new.idle_ms,
+        now,
+        ms,
+        now,
+        ms + new.idle_ms,
+    )
+    change.sql.execute(_RECORD_UNKNOWN, row)
+    change.of(new.operator).live += 1
+    _end(change, [_found(change.sql, new.operator, new.session_id)], "reported")
+    return "ended"
+
+
+def _end_due(change: _Change, arguments: Sequence[bool]) -> list[Swept]:
+    swept = [_end_due_once(change, idle) for idle in arguments]
+    change.next_due_ms = _scalar(change.sql.execute(_NEXT_DUE))
+    change.next_lifetime_at = _scalar(change.sql.execute(_NEXT_LIFETIME))
+    change.looked_ahead = True
+    return swept
+
+
+def _end_due_once(change: _Change, idle: bool) -> Swept:
+    outlived = _sessions(change.sql.execute(_DUE_LIFETIME, (change.wall_at, SWEEP_ROWS)))
+    ended = _end(change, [session for session in outlived if session.operator in change.known], "max_lifetime")
+    later_at = change.wall_at + REVISIT_MS
+    orphans = [(later_at, session.id) for session in outlived if session.operator not in change.known]
+    change.sql.executemany(_MOVE_LIFETIME, orphans)
+    if not idle:
+        return Swept(len(ended), len(outlived))
+    due = _sessions(change.sql.execute(_DUE, (change.service_ms, SWEEP_ROWS)))
+    moves, idle_for_too_long = [], []
+    for session in due:
+        if session.deadline_ms > change.service_ms:  # it was touched: this is its true deadline
+            moves.append((session.deadline_ms, session.id))
+        elif session.operator not in change.known:  # nobody knows its sinks now; ending it would lose its notice
+            moves.append((change.service_ms + REVISIT_MS, session.id))
+        else:
+            idle_for_too_long.append(session)
+    change.sql.executemany(_MOVE_DUE, moves)
+    ended += _end(change, idle_for_too_long, "inactivity")
+    return Swept(len(ended), max(len(outlived), len(due)))
+
+
+def _end(
+    change: _Change, sessions: Sequence[Session], reason: Reason, token: str | None = None, extra: str | None = None
+) -> list[Session]:
+    """The one way a session ends: the end and one delivery for each of its sinks, in this transaction."""
+    now = change.wall_at
+    change.sql.executemany(_END, [(reason, now, token, extra, session.id) for session in sessions])
+    ended = [replace(s, reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
+    rows = []
+    for session in ended:
+        figures = change.of(session.operator)
+        figures.live -= 1
+        held_ms = _held_ms(_gate(change, session.operator), now)
+        for sink, body, impossible in change.sinks_of(session):
+            if impossible is None:
+                figures.pending += 1
+                change.note_due(session.operator, sink, now)
+            else:
+                figures.dead += 1
+            fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
+            row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible, body)
+            rows.append(row)
+    change.sql.executemany(_ADD_DELIVERY, rows)
+    change.ended += ended
+    return ended
+
+
+def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[tuple[Gate, Gate]]:
+    return [_settle_one(change, settlement) for settlement in settlements]
+
+
+def _settle_one(change: _Change, settlement: Settlement) -> tuple[Gate, Gate]:
+    delivery, attempt = settlement.delivery, settlement.attempt or {}
+    pending = settlement.state == "pending"
+    history = json.loads(delivery.history)
+    if attempt:
+        history.append(attempt)
+    state = (settlement.state, settlement.due_at, None if pending else change.wall_at)
+    count = (delivery.attempts + bool(attempt and settlement.spent), settlement.step)
+    last = (
+        attempt.get("status", delivery.last_status),
+        attempt.get("code", delivery.last_code),
+        attempt.get("error", delivery.last_error),
+    )
+    cursor = change.sql.execute(_SETTLE, (*state, *count, *last, json.dumps(history[-HISTORY_MAX:]), delivery.id))
+    if cursor.rowcount:
+        _count_settled(change, settlement, pending=pending)
+    gate = _gate(change, delivery.operator)
+    return gate, gate if settlement.gate is None else _set_gate_one(change, delivery.operator, settlement.gate)
+
+
+def _count_settled(change: _Change, settlement: Settlement, *, pending: bool) -> None:
+    delivery, figures = settlement.delivery, change.of(settlement.delivery.operator)
+    if pending:
+        change.note_due(delivery.operator, delivery.sink, settlement.due_at)
+    else:
+        figures.pending -= 1
+        figures.dead += settlement.state == "dead"
+
+
+def _set_gate(change: _Change, arguments: Sequence[tuple[str, Callable[[Gate], Gate]]]) -> list[Gate]:
+    return [_set_gate_one(change, operator, alter) for operator, alter in arguments]
+
+
+def _set_gate_one(change: _Change, operator: str, alter: Callable[[Gate], Gate]) -> Gate:
+    gate = alter(_gate(change, operator))
+    change.new_gates[operator] = gate
+    return gate
+
+
+def _retry_dead(change: _Change, arguments: Sequence[tuple[str, int]]) -> list[int]:
+    results = []
+    for operator, since_at in arguments:
+        dead = [Delivery(*row) for row in change.sql.execute(_DEAD, (operator, since_at, RETRY_ROWS)).fetchall()]
+        _revive(change, operator, dead)
+        results.append(len(dead))
+    return results
+
+
+def _retry_one(change: _Change, webhook_ids: Sequence[str]) -> list[Delivery | None]:
+    results = []
+    for webhook_id in webhook_ids:
+        delivery = _delivery(change.sql, webhook_id)
+        if delivery is not None and delivery.state == "dead" and _possible(delivery):
+            _revive(change, delivery.operator, [delivery])
+        results.append(delivery)
+    return results
+
+
+def _revive(change: _Change, operator: str, dead: Sequence[Delivery]) -> None:
+    """Dead deliveries become due again, RETRY_SPACING_MS apart, counted over all calls, so that a wallet that has just
+    come back is not run over.
+    """
+    gate = _gate(change, operator)
+    due_at = max(change.wall_at, gate.paced_until_at)
+    rows = []
+    for delivery in dead:
+        rows.append((due_at, change.wall_at, _held_ms(gate, change.wall_at), delivery.id))
+        change.note_due(operator, delivery.sink, due_at)
+        due_at += RETRY_SPACING_MS
+    change.sql.executemany(_REVIVE, rows)
+    change.new_gates[operator] = replace(gate, paced_until_at=due_at)
+    figures = change.of(operator)
+    figures.dead -= len(dead)
+    figures.pending += len(dead)
+
+
+def _prune(
+    change: _Change, arguments: Sequence[tuple[int, tuple[int, int]]]
+) -> list[tuple[int, tuple[int, int] | None]]:
+    return [_prune_once(change, before_at, after) for before_at, after in arguments]
+
+
+def _prune_once(change: _Change, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    rows = change.sql.execute(_PRUNABLE, (before_at, *after, PRUNE_ROWS)).fetchall()
+    old = json.dumps([row[0] for row in rows])
+    kept = {row[0] for row in change.sql.execute(_KEPT, (old, before_at))}
+    gone = json.dumps([row[0] for row in rows if row[0] not in kept])
+    for operator, dead in change.sql.execute(_PRUNED_DEAD, (gone,)).fetchall():
+        change.of(operator).dead -= dead
+    change.sql.execute(_PRUNE_DELIVERIES, (gone,))
+    pruned = change.sql.execute(_PRUNE_SESSIONS, (gone,)).rowcount
+    return pruned, (rows[-1][1], rows[-1][0]) if len(rows) == PRUNE_ROWS else None
+
+
+# -- pieces
+
+
+_OPEN_GATE = Gate()
+
+
+def _gate(change: _Change, operator: str) -> Gate:
+    return change.new_gates.get(operator) or change.gates.get(operator, _OPEN_GATE)
+
+
+def _held_ms(gate: Gate, now_at: int) -> int:
+    """How long the operator has been held so far, a hold under way included: where a new delivery's age starts."""
+    return gate.held_total_ms + (max(0, now_at - gate.held_at) if gate.held_at is not None else 0)
+
+
+def _possible(delivery: Delivery) -> bool:
+    """Whether it can ever be sent: an http delivery without a body could not be composed."""
+    return bool(delivery.body) or delivery.sink != "http"
+
+
+def _triple(figures: Figures) -> tuple[int, int, int]:
+    return figures.live, figures.pending, figures.dead
+
+
+def _same(stored: str | None, given: str | None) -> bool:
+    """Compares two tokens in constant time; an absent one equals only an absent one."""
+    if stored is None or given is None:
+        return stored is given
+    return hmac.compare_digest(stored.encode(), given.encode())
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
+def _clock(sql: sqlite3.Connection) -> tuple[int, int]:
+    service_ms, wall_at = sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
+    return service_ms, wall_at
+
+
+def _scalar(cursor: sqlite3.Cursor) -> int | None:
+    row = cursor.fetchone()
+    return None if row is None else row[0]
+
+
+def _sessions(cursor: sqlite3.Cursor) -> list[Session]:
+    return [Session(*row) for row in cursor.fetchall()]
+
+
+def _session(sql: sqlite3.Connection, operator: str, session_id: str) -> Session | None:
+    row = sql.execute(_SESSION_BY_KEY, (operator, session_id)).fetchone()
+    return None if row is None else Session(*row)
+
+
+def _found(sql: sqlite3.Connection, operator: str, session_id: str) -> Session:
+    return Session(*sql.execute(_SESSION_BY_KEY, (operator, session_id)).fetchone())
+
+
+def _delivery(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
+    number = webhook_id.removeprefix("msg_").partition("_")[0]
+    if not (number.isascii() and number.isdigit() and len(number) <= 18):
+        return None
+    row = sql.execute(_DELIVERY_BY_ID, (int(number),)).fetchone()
+    delivery = None if row is None else Delivery(*row)
+    return delivery if delivery is not None and delivery.webhook_id == webhook_id else None
+
+
+def _session_page(
+    operator: str, state: str | None, player_id: str | None, limit: int, after: int | None
+) -> tuple[str, Mapping[str, Any]]:
+    arguments = {"operator": operator, "player": player_id, "limit": limit, "after": after or _BEYOND}
+    conditions = {"active": "reason IS NULL", "ended": "reason IS NOT NULL", None: "TRUE"}
+    if player_id is not None:
+        where = f"operator = :operator AND player_id = :player AND {conditions[state]}"
+        return _page(_SESSION, "session", where), arguments
+    # Each half runs along its own index in order; SQLite merges the two.
+    halves = [
+        _page(_SESSION, "session", f"operator = :operator AND {condition}")
+        for name, condition in conditions.items()
+        if name is not None and state in (None, name)
+    ]
+    return _merged(_SESSION, halves), arguments
+
+
+def _delivery_page(
+    operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
+) -> tuple[str, Mapping[str, Any]]:
+    arguments = {"operator": operator, "sink": sink, "state": state, "limit": limit, "after": after or _BEYOND}
+    where = " AND ".join(
+        ["TRUE"]
+        + ["operator = :operator"] * (operator is not None)
+        + ["sink = :sink"] * (sink is not None)
+        + ["state = :state"] * (state is not None)
+    )
+    if operator is None and state in ("pending", "dead"):
+        # Few among many: look them up for each operator instead of walking all that were ever delivered.
+        ids = (
+            f"SELECT id FROM delivery WHERE operator = o.name AND {where} AND id < :after ORDER BY id DESC LIMIT :limit"
+        )
+        chosen = f"SELECT d.id FROM operator o, delivery d WHERE d.id IN ({ids}) ORDER BY d.id DESC LIMIT :limit"
+    elif operator is not None and state is None:
+        states = [_page("id", "delivery", f"{where} AND state = '{one}'") for one in ("pending", "delivered", "dead")]
+        chosen = _merged("id", states)
+    else:
+        chosen = _page("id", "delivery", where)
+    return (
+        f"SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session "
+        f"WHERE d.id IN ({chosen}) ORDER BY d.id DESC"
+    ), arguments
+
+
+_BEYOND = 2**63 - 1
+
+
+def _page(columns: str, table: str, where: str) -> str:
+    return f"SELECT {columns} FROM {table} WHERE {where} AND id < :after ORDER BY id DESC LIMIT :limit"
+
+
+def _merged(columns: str, parts: Sequence[str]) -> str:
+    union = " UNION ALL ".join(f"SELECT * FROM ({part})" for part in parts)
+    return f"SELECT {columns} FROM ({union}) ORDER BY id DESC LIMIT :limit"

@@ -1,0 +1,127 @@
+"""Ends what is due, and sleeps until the next deadline. Started by `daemon`; the only reader of deadlines.
+
+It must never end a session that somebody may still be touching: not before the restart grace is over, not right after a
+stall, and not before the requests that are already readable have been queued.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from lmdaemon.clock import STALL_S, TICK_S, Clock
+from lmdaemon.log import Log
+from lmdaemon.model import Session
+from lmdaemon.pulse import Pulse
+from lmdaemon.store import SWEEP_ROWS, Store, StoreError
+
+QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
+LOOP_TURNS = 5  # accept, read, parse, handle, queue: turns of the loop from a readable socket to a queued touch
+PERSIST_S = 10.0  # idleness that a crash may forget, to the later side
+RETRY_S = 1.0  # while the store refuses
+
+log = Log("sweeper")
+
+
+class Sweeper:
+    """`once` does all that is due now and says how long to sleep; `run` is `once` for ever."""
+
+    def __init__(self, store: Store, clock: Clock, restart_grace_s: float) -> None:
+        self._store = store
+        self._clock = clock
+        self._service = store.service_clock
+        self._grace_s = restart_grace_s
+        self._started = clock.monotonic()
+        self._stalled_s = self._service.stalled_s
+        self._stalled_before_s = self._service.stalled_s
+        self._quiet_until = 0.0
+        self._persisted = clock.monotonic()
+        self._ticking = False
+        self._alarm = asyncio.Event()
+        self.pulse = Pulse(clock.monotonic)
+        store.on_deadline = self.wake
+
+    def wake(self) -> None:
+        """A deadline may have come nearer than the one slept for."""
+        self.pulse.woken()
+        self._alarm.set()
+
+    @property
+    def hold_s(self) -> float:
+        """Seconds for which nothing ends for inactivity: the rest of the restart grace, or the pause after a stall.
+
+        The grace counts running time only, so a stall does not use it up.
+        """
+        now = self._clock.monotonic()
+        ran_s = now - self._started - (self._service.stalled_s - self._stalled_before_s)
+        return max(0.0, self._grace_s - ran_s, self._quiet_until - now)
+
+    def expires_at(self, session: Session) -> int | None:
+        """Wall time at which the session will end if nothing more is heard; None once it has ended."""
+        if session.reason is not None:
+            return None
+        left_ms = max(session.deadline_ms - self._service.now_ms(), int(self.hold_s * 1000), 0)
+        idle_at = self._clock.wall_ms() + left_ms
+        return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
+
+    async def run(self) -> None:
+        while True:
+            self.pulse.working()
+            wait_s = await self._once_if_possible()
+            self.pulse.sleeping(wait_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._alarm.wait(), wait_s)
+            self._alarm.clear()
+
+    async def _once_if_possible(self) -> float | None:
+        try:
+            return await self.once()
+        except StoreError:  # the writer has logged it, and the service clock stands still
+            return RETRY_S
+
+    async def once(self) -> float | None:
+        """Ends everything due now, in bounded batches. Returns seconds to sleep, None until a session is opened.
+
+        Raises StoreError.
+        """
+        self._tick()
+        if self._due_in_s() == 0:
+            for _ in range(LOOP_TURNS):
+                await asyncio.sleep(0)
+            while True:
+                swept = await self._store.end_due(idle=self.hold_s == 0)
+                self._persisted = self._clock.monotonic()
+                self.pulse.working()
+                if swept.looked_at < SWEEP_ROWS:
+                    break
+        if self._store.live and self._clock.monotonic() - self._persisted >= PERSIST_S:
+            self._persisted = self._clock.monotonic()
+            await self._store.probe()
+        return self._next_wait_s()
+
+    def _tick(self) -> None:
+        """Reads the service clock, and holds back for a moment when the reading shows that nobody was listening."""
+        self._service.now_ms()
+        gap_s = self._service.stalled_s - self._stalled_s
+        self._stalled_s = self._service.stalled_s
+        if self._ticking and gap_s > STALL_S:
+            self._quiet_until = self._clock.monotonic() + QUIET_AFTER_STALL_S
+            log.warning("clock.stalled", stall_s=gap_s, live=self._store.live)
+        self._ticking = self._must_tick()
+
+    def _must_tick(self) -> bool:
+        return self._store.live > 0 or self.hold_s > 0
+
+    def _due_in_s(self) -> float | None:
+        """Seconds until something is due; None when nothing is."""
+        waits = []
+        if self._store.next_due_ms is not None:
+            left_ms = self._store.next_due_ms - self._service.now_ms()
+            waits.append(max(left_ms / 1000, self.hold_s, 0.0))
+        if self._store.next_lifetime_at is not None:
+            waits.append(max(self._store.next_lifetime_at - self._clock.wall_ms(), 0) / 1000)
+        return min(waits, default=None)
+
+    def _next_wait_s(self) -> float | None:
+        due_in_s = self._due_in_s()
+        if not self._must_tick():
+            return due_in_s
+        return TICK_S if due_in_s is None else min(due_in_s, TICK_S)

@@ -20,14 +20,10 @@ from lmdaemon.http import BodyTooLarge, BodyTooSlow, bearer, decode_segment, rea
 from lmdaemon.log import Log
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
+from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, BULK_IDS_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.store import Opening, Store, StoreError
 
 BODY_MAX = 64 * 1024
-BULK_BODY_MAX = 4 * 1024 * 1024
-BULK_IDS_MAX = 10_000
-ATTRIBUTES_MAX = 4096  # bytes of JSON
-IDLE_MAX_S = 30 * 86400
-PAGE_DEFAULT, PAGE_MAX = 100, 1000
 RETRY_AFTER_S = "5"
 MAX_RETRIES_PER_CALL = 100_000
 
@@ -181,8 +177,8 @@ class Api:
         operator = self._operator(request)
         fields = await _fields(request, {"sessionIds"}, limit=BULK_BODY_MAX)
         session_ids = fields.get("sessionIds")
-        if not isinstance(session_ids, list) or not 1 <= len(session_ids) <= BULK_IDS_MAX:
-            raise _bad(f"sessionIds: must be a list of 1 to {BULK_IDS_MAX} ids")
+        if not isinstance(session_ids, list) or len(session_ids) > BULK_IDS_MAX:
+            raise _bad(f"sessionIds: must be a list of at most {BULK_IDS_MAX} ids")
         for index, session_id in enumerate(session_ids):
             problem = "must be a string" if not isinstance(session_id, str) else id_problem(session_id)
             if problem:
@@ -414,6 +410,8 @@ async def _fields(
     request: web.Request, known: set[str], limit: int = BODY_MAX, *, optional: bool = False
 ) -> Mapping[str, Any]:
     """The body as an object of known keys. Raises Problem."""
+    if "Content-Encoding" in request.headers:  # before reading, which would unpack it
+        raise Problem(415, "Unsupported Media Type", "the body must not be compressed")
     try:
         body = await read_body(request, limit)
     except BodyTooLarge:
@@ -424,8 +422,6 @@ async def _fields(
         return {}
     if request.content_type != "application/json":
         raise Problem(415, "Unsupported Media Type", "Content-Type must be application/json")
-    if "Content-Encoding" in request.headers:
-        raise Problem(415, "Unsupported Media Type", "the body must not be compressed")
     try:
         fields = json_object(body)
     except BadNotice as error:

@@ -686,13 +686,13 @@ class _Reader:
         ca, cert, key = table.ca_file, table.client_cert_file, table.client_key_file
         if bool(cert) != bool(key):
             self.error(f"{at}.client_cert_file", "and client_key_file must be given together")
-        if ca and self.read(ca, f"{at}.ca_file"):
+        if ca and self.read(ca, f"{at}.ca_file") is not None:
             self.check_usable(f"{at}.ca_file", self.beside(ca), None, None)
         pair = (
             self.read(cert, f"{at}.client_cert_file") if cert else None,
             self.read(key, f"{at}.client_key_file", secret=True) if key else None,
         )
-        if all(pair):
+        if None not in pair:
             self.check_usable(f"{at}.client_cert_file", None, self.beside(cert), self.beside(key))
 
     def check_usable(self, at: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> None:

@@ -176,6 +176,8 @@ async def _read_some(response: aiohttp.ClientResponse) -> bytes:
 
 def _reason(error: Exception) -> str:
     """A reason in a word. The exception's own text may hold a URL with its query, so it is not used."""
+    if isinstance(error, aiohttp.InvalidURL):
+        return "invalid_url"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "private_address" if "private_address" in str(error.os_error) else "dns"
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError | ssl.SSLError):

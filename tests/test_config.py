@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmdaemon import config
@@ -914,6 +914,8 @@ def test_certificates_are_found_like_secrets(home: Path) -> None:
     ("keys", "at"),
     [
         ("ca_file = 'secret'", "ca_file"),
+        ("ca_file = 'empty'", "ca_file"),
+        ("client_cert_file = 'empty'\nclient_key_file = 'empty'", "client_cert_file"),
         ("client_cert_file = 'secret'\nclient_key_file = 'key.pem'", "client_cert_file"),
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'secret'", "client_cert_file"),
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'locked.pem'", "client_cert_file"),  # must not ask for it
@@ -921,6 +923,7 @@ def test_certificates_are_found_like_secrets(home: Path) -> None:
 )
 def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, at: str) -> None:
     secret(home / "locked.pem", LOCKED_KEY)
+    secret(home / "empty", "")
     (finding,) = findings(home, OPERATOR + keys)
     assert finding.startswith(f"operators.a.{at}: cannot be used for TLS: ")
     assert MARK not in finding
@@ -1061,32 +1064,43 @@ VALUE = st.recursive(
     max_leaves=6,
 )
 
+FITTING: Mapping[str, st.SearchStrategy[Any]] = {
+    "provider_id": st.sampled_from(["p", "P", "q"]),
+    "accept": st.lists(st.sampled_from(["v4", "v1", "x", "pragmatic"]), min_size=1, max_size=3),
+    "hash_key_env": st.sampled_from(["", "SECRET"]),
+    "token_check": st.sampled_from(["present", "session"]),
+    "use": st.just("m:f"),
+    "path": st.sampled_from(["/x", "/V4/SessionExpired"]),
+    "fields": st.fixed_dictionaries(
+        {"provider": st.just("providerId"), "session": st.just("sessionId"), "player": st.just("externalPlayerId")},
+        optional={"token": st.just("token"), "hash": st.just("hash") | TEXT},
+    ),
+    "required": st.permutations(["provider", "session", "player", "hash"]).map(lambda order: order[:3])
+    | st.just(["provider", "session", "player"]),
+    "listen": st.sampled_from(["0.0.0.0:80", "127.0.0.1:8080", "[::1]:0"]),
+}
+
 
 def tables_like(struct: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
-    """Tables that are mostly keys of `struct` with values that mostly fit, so that the rules behind are reached."""
-    keys = st.sampled_from([field.name for field in msgspec.structs.fields(struct)]) | TEXT
-    good = st.just({"provider_id": "p", "use": "m:f", "path": "/x"})
-    names = {field.name for field in msgspec.structs.fields(struct)}
-    known = good.map(lambda values: {key: value for key, value in values.items() if key in names})
-    extra = st.dictionaries(keys, VALUE | st.lists(PLAUSIBLE, max_size=4), max_size=5)
-    return st.tuples(known, extra).map(lambda pair: pair[0] | pair[1])
+    """Tables that fit `struct` but for a key or two, so that the rules between keys and tables are reached as well."""
+    names = [field.name for field in msgspec.structs.fields(struct)]
+    fitting = st.fixed_dictionaries({name: FITTING[name] for name in names if name in FITTING})
+    spoilt = st.dictionaries(st.sampled_from(names) | TEXT, PLAUSIBLE | VALUE, max_size=2)
+    return st.tuples(fitting, fitting | spoilt).map(lambda pair: pair[0] | pair[1])
 
 
-NAME = st.sampled_from(["a", "b", "x", "v4"]) | TEXT
-FIELDS = st.dictionaries(st.sampled_from(["provider", "session", "player", "token", "hash"]) | TEXT, PLAUSIBLE | TEXT)
-WIRE = st.fixed_dictionaries(
-    {"fields": FIELDS, "required": st.lists(st.sampled_from(["provider", "session", "player", "hash"]), max_size=4)}
-)
-DIALECT_LIKE = st.tuples(WIRE, tables_like(config.DialectTable)).map(lambda pair: pair[0] | pair[1])
+def named(struct: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
+    tables = tables_like(struct)
+    return st.dictionaries(st.sampled_from(["a", "b", "x"]), tables, max_size=3) | st.dictionaries(TEXT, tables | VALUE)
+
+
 FILE = st.fixed_dictionaries(
-    {},
-    optional={
-        **{name: tables_like(STRUCTS[name]) | VALUE for name in STRUCTS if "." not in name},
-        "operators": st.dictionaries(NAME, tables_like(config.OperatorTable) | VALUE, max_size=3) | VALUE,
-        "plugins": st.dictionaries(NAME, tables_like(config.PluginTable) | VALUE, max_size=2) | VALUE,
-        "dialects": st.dictionaries(NAME, DIALECT_LIKE | VALUE, max_size=2) | VALUE,
-        "typo": VALUE,
-    },
+    {"operators": named(config.OperatorTable), "dialects": named(config.DialectTable)},
+    optional={"plugins": named(config.PluginTable), "server": tables_like(config.ServerTable)},
+) | st.dictionaries(
+    st.sampled_from(sorted({table.partition(".")[0] for table in STRUCTS})) | TEXT,
+    st.one_of(*map(tables_like, STRUCTS.values())) | VALUE,
+    max_size=5,
 )
 
 
@@ -1098,19 +1112,21 @@ def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is not a broken promise
 @given(tables=FILE, need_secrets=st.booleans())
 def test_any_tables_become_settings_or_findings(quiet_home: Path, tables: dict[str, Any], need_secrets: bool) -> None:
     reader = config._Reader(quiet_home / "config.toml", need_secrets=need_secrets)
-    settings = reader.settings(tables)
-    assert (settings is None) == bool(reader.errors)
+    found = reader.settings(tables)
+    assert (found is None) == bool(reader.errors)
     for finding in reader.errors + reader.warnings:
         assert ": " in finding
         assert MARK not in finding
-    if settings is not None:
-        assert set(settings.operators) == set(tables.get("operators", {}))
-        assert all(0 < operator.policy.timeout_s < math.inf for operator in settings.operators.values())
+    if found is not None:
+        assert set(found.operators) == set(tables.get("operators", {}))
+        assert all(0 < operator.policy.timeout_s < math.inf for operator in found.operators.values())
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=60) | st.text(st.sampled_from("[]{}='\"#\n.,ax10"), max_size=60).map(str.encode))
 def test_any_bytes_are_settings_or_a_config_error(quiet_home: Path, content: bytes) -> None:
     file = quiet_home / "any.toml"

@@ -1,0 +1,240 @@
+"""The SQLite file: modes, upgrades, refusals, group commit, and what an outage or a cancelled waiter does."""
+
+import asyncio
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from lmdaemon import database
+from lmdaemon.database import Database, DatabaseError, StoreError
+
+
+class Txn:
+    """A transaction that remembers its connection and nothing else."""
+
+    sql: sqlite3.Connection
+
+    def bind(self, connection: sqlite3.Connection) -> None:
+        self.sql = connection
+
+    def finish(self) -> None:
+        pass
+
+
+def insert(txn: Txn, values: list[object]) -> list[int]:
+    txn.sql.executemany("INSERT INTO note VALUES (?)", [(value,) for value in values])
+    return [len(values)] * len(values)
+
+
+def insert_unless_bad(txn: Txn, values: list[object]) -> list[int]:
+    if "bad" in values:
+        raise ValueError("bad value")
+    return insert(txn, values)
+
+
+NOTES = ("CREATE TABLE note (text TEXT);",)
+
+
+@pytest.fixture
+async def db(tmp_path: Path):
+    opened = await Database.open(tmp_path / "notes.sqlite3", NOTES)
+    opened.begin = Txn
+    opened.committed = lambda txn: None
+    yield opened
+    await opened.close()
+
+
+def notes(path: Path) -> list[str]:
+    with sqlite3.connect(path) as sql:
+        return [row[0] for row in sql.execute("SELECT text FROM note ORDER BY rowid")]
+
+
+async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Txn]) -> None:
+    queued = asyncio.ensure_future(db.write(insert, "x"))
+    await asyncio.sleep(0)
+    await db.write_batch()
+    await queued
+    files = list(db.path.parent.iterdir())
+    assert {file.suffix for file in files} == {".sqlite3", ".sqlite3-wal", ".sqlite3-shm", ".lock"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+async def test_a_file_with_a_looser_mode_is_tightened(tmp_path: Path) -> None:
+    path = tmp_path / "loose.sqlite3"
+    path.touch(0o644)
+    await (await Database.open(path, NOTES)).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Txn]) -> None:
+    def pragmas(txn: Txn, arguments: list[None]) -> list[tuple[str, int]]:
+        (mode,), (level,) = (txn.sql.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous"))
+        return [(mode, level)]
+
+    asked = asyncio.ensure_future(db.write(pragmas, None))
+    await asyncio.sleep(0)
+    await db.write_batch()
+    assert await asked == ("wal", 2)  # 2 is FULL
+
+
+async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite3"
+    first = await Database.open(path, NOTES)
+    first.begin, first.committed = Txn, lambda txn: None
+    queued = asyncio.ensure_future(first.write(insert, "kept"))
+    await asyncio.sleep(0)
+    await first.write_batch()
+    await queued
+    await first.close()
+    second = await Database.open(path, (*NOTES, "ALTER TABLE note ADD COLUMN size INTEGER DEFAULT 7;"))
+    assert await second.read(lambda sql: sql.execute("SELECT text, size FROM note").fetchall()) == [("kept", 7)]
+    assert await second.read(lambda sql: sql.execute("PRAGMA user_version").fetchone()) == (2,)
+    await second.close()
+
+
+async def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite3"
+    await (await Database.open(path, NOTES)).close()
+    before = path.read_bytes()
+    broken = (*NOTES, "CREATE TABLE more (x);\nINSERT INTO nowhere VALUES (1);")
+    with pytest.raises(DatabaseError, match="nowhere"):
+        await Database.open(path, broken)
+    with sqlite3.connect(path) as sql:
+        assert sql.execute("PRAGMA user_version").fetchone() == (1,)
+        assert sql.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").fetchone() == (0,)
+    assert path.read_bytes() == before
+
+
+async def test_a_newer_file_is_refused_and_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "new.sqlite3"
+    await (await Database.open(path, (*NOTES, "CREATE TABLE more (x);"))).close()
+    before = path.read_bytes()
+    with pytest.raises(
+        DatabaseError, match=r"new\.sqlite3: was written by a newer lmdaemon \(schema 2; this one knows 1\)"
+    ):
+        await Database.open(path, NOTES)
+    assert path.read_bytes() == before
+
+
+async def test_another_programs_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "other.sqlite3"
+    with sqlite3.connect(path) as sql:
+        sql.execute("CREATE TABLE theirs (x)")
+    sql.close()
+    before = path.read_bytes()
+    with pytest.raises(DatabaseError, match="another program"):
+        await Database.open(path, NOTES)
+    assert path.read_bytes() == before
+
+
+async def test_a_damaged_file_is_refused_and_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.sqlite3"
+    path.write_bytes(b"this is no database, but long enough to be read as one" * 100)
+    before = path.read_bytes()
+    with pytest.raises(DatabaseError, match=r"damaged\.sqlite3: cannot be opened as a database"):
+        await Database.open(path, NOTES)
+    assert path.read_bytes() == before
+
+
+async def test_a_second_daemon_is_kept_off_the_file(db: Database[Txn]) -> None:
+    with pytest.raises(DatabaseError, match="in use by another lmdaemon"):
+        await Database.open(db.path, NOTES)
+
+
+async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseError, match="No such file or directory"):
+        await Database.open(tmp_path / "nowhere" / "x.sqlite3", NOTES)
+
+
+async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Txn]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(100)]
+    await asyncio.sleep(0)
+    await db.write_batch()
+    assert await asyncio.gather(*waiting) == [100] * 100
+    assert db.commits == 1
+    assert notes(db.path) == [str(number) for number in range(100)]
+
+
+async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Txn]) -> None:
+    seen: list[list[str]] = []
+    db.committed = lambda txn: seen.append(notes(db.path))
+    queued = asyncio.ensure_future(db.write(insert, "x"))
+    await asyncio.sleep(0)
+    assert not queued.done()
+    await db.write_batch()
+    assert await queued == 1
+    assert seen == [["x"]]
+
+
+async def test_a_cancelled_waiter_does_not_cancel_its_operation(db: Database[Txn]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(3)]
+    await asyncio.sleep(0)
+    waiting[1].cancel()
+    await db.write_batch()
+    assert notes(db.path) == ["0", "1", "2"]
+    assert [await waiting[0], await waiting[2]] == [3, 3]
+
+
+async def test_one_broken_operation_fails_alone(db: Database[Txn]) -> None:
+    values = ["a", "bad", "b"]
+    waiting = [asyncio.ensure_future(db.write(insert_unless_bad, value)) for value in values]
+    await asyncio.sleep(0)
+    await db.write_batch()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [results[0], results[2]] == [1, 1]
+    assert isinstance(results[1], ValueError)
+    assert notes(db.path) == ["a", "b"]
+
+
+async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Txn]) -> None:
+    told: list[bool] = []
+    db.available = told.append
+    blocker = sqlite3.connect(db.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    running = asyncio.create_task(db.run())
+    with pytest.raises(StoreError, match="database is locked"):
+        await db.write(insert, "refused")
+    assert db.failure == "database is locked"
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    async with asyncio.timeout(10):
+        while db.failure:  # the writer probes by itself, nobody writes
+            await asyncio.sleep(0.01)
+    assert await db.write(insert, "stored") == 1
+    assert told == [False, True]
+    assert notes(db.path) == ["stored"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_full_queue_refuses_instead_of_growing(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "QUEUE_MAX", 2)
+    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(3)]
+    await asyncio.sleep(0)
+    await db.write_batch()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert results[:2] == [2, 2]
+    assert isinstance(results[2], StoreError)
+
+
+async def test_a_stopped_writer_answers_those_who_wait(db: Database[Txn]) -> None:
+    def slow(txn: Txn, values: list[object]) -> list[int]:
+        txn.sql.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT max(i) FROM n"
+        )
+        return [0]
+
+    running = asyncio.create_task(db.run())
+    waiting = asyncio.ensure_future(db.write(slow, None))
+    while db.writing_since is None:
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(StoreError, match="stopping"):
+        await waiting
+
+
+async def test_reading_cannot_write(db: Database[Txn]) -> None:
+    with pytest.raises(StoreError, match="readonly"):
+        await db.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))

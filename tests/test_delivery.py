@@ -1,0 +1,572 @@
+"""Delivery against a real operator: judged, retried, held, broken, isolated, drained; the clock is moved by hand."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import HandClock
+from standardwebhooks import Webhook
+from support import LISTEN, load, open_store, scripted_operator, until
+
+from lmdaemon import retry, store
+from lmdaemon.config import Settings
+from lmdaemon.delivery import Dispatcher as RealDispatcher
+from lmdaemon.delivery import GuardedResolver, Sender, Unreachable, compose, request_headers, sinks_of
+from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.plugins import load as load_plugin
+from lmdaemon.store import Delivery, Opening, Store
+
+SCHEDULE = ["5s", "30s", "2m", "10m"]
+
+
+def operator_table(name: str, url: str, **keys: Any) -> str:
+    values = {
+        "provider_id": name,
+        "notify": True,
+        "url": url,
+        "allow_private_network": True,
+        "schedule": SCHEDULE,
+        "endpoint": "",
+    } | keys
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return f"\n[operators.{name}]\n" + "\n".join(lines) + "\n"
+
+
+@dataclass
+class Bench:
+    """A store, a dispatcher and a clock moved by hand."""
+
+    db: Store
+    clock: HandClock
+    dispatcher: RealDispatcher
+    settings: Settings
+    plugins: dict[str, LoadedPlugin] = field(default_factory=dict)
+
+    async def end(self, session_id: str = "s", operator: str = "acme") -> None:
+        await self.db.open_session(Opening(operator, session_id, "p", "tok-3n", None, 10_000, 0))
+        await self.db.end(operator, session_id)
+
+    async def round(self) -> float | None:
+        """One round, and the end of every attempt it started. Returns the wait the next one asks for."""
+        await self.dispatcher.once()
+        while self.dispatcher.in_flight:
+            await asyncio.wait(set(self.dispatcher._tasks))
+            await self.dispatcher.once()
+        return await self.dispatcher.once()
+
+    async def row(self, session_id: str = "s", operator: str = "acme", sink: str = "http") -> Delivery:
+        known = await self.db.session(operator, session_id)
+        assert known is not None
+        return next(delivery for delivery in known[1] if delivery.sink == sink)
+
+    async def skip_to(self, row: Delivery) -> None:
+        self.clock.advance(max(0, row.due_at - self.clock.wall_ms()) / 1000)
+
+
+@contextlib.asynccontextmanager
+async def bench(tmp_path: Path, clock: HandClock, toml: str) -> AsyncIterator[Bench]:
+    settings = load(tmp_path / "config.toml", LISTEN + toml)
+    async with open_store(tmp_path / "test.sqlite3", clock) as db:
+        sender = Sender(clock)
+        dispatcher = RealDispatcher(db, clock, sender, Random(7))
+        loaded = {name: load_plugin(plugin) for name, plugin in settings.plugins.items()}
+        db.configured = frozenset(settings.operators)
+        db.sinks_of = partial(sinks_of, settings)
+        dispatcher.configure(settings, loaded)
+        try:
+            yield Bench(db, clock, dispatcher, settings, loaded)
+        finally:
+            await dispatcher.drain(0)
+            await sender.close()
+
+
+def refused_url() -> str:
+    """A URL that refuses connections: the port was free a moment ago and nobody listens on it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/V4/SessionExpired"
+
+
+class TestOneDelivery:
+    async def test_an_end_reaches_the_operators_url_as_on_the_page(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            await b.end()
+            await b.round()
+            (received,) = operator.received
+            assert json.loads(received.body) == {
+                "providerId": "acme",
+                "sessionId": "s",
+                "externalPlayerId": "p",
+                "token": "tok-3n",
+            }
+            row = await b.row()
+            assert received.headers["Content-Type"] == "application/json"
+            assert received.headers["webhook-id"] == row.webhook_id
+            assert (row.state, row.attempts, row.last_status, row.last_code) == ("delivered", 1, 200, "0")
+
+    async def test_every_attempt_has_the_same_id_and_the_same_bytes(self, tmp_path: Path, clock: HandClock) -> None:
+        answers = (web.Response(status=500), {"error": 100}, web.Response(text="<html>"))
+        toml = operator_table("acme", "http://x/", dialect="v4.01", schedule=["5s"] * 9)
+        async with scripted_operator(*answers) as operator:
+            async with bench(tmp_path, clock, toml.replace("http://x/", operator.url)) as b:
+                await b.end()
+                for _ in range(4):
+                    await b.round()
+                    await b.skip_to(await b.row())
+                assert len(operator.received) == 4
+                assert len({received.body for received in operator.received}) == 1
+                assert {received.headers["webhook-id"] for received in operator.received} == {
+                    (await b.row()).webhook_id
+                }
+                assert (await b.row()).state == "delivered"
+
+    async def test_failures_follow_the_schedule_with_jitter_and_end_dead_with_the_reason(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
+            await b.end()
+            for step, wait_s in enumerate((5, 30, 120, 600)):
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.attempts, row.step) == ("pending", step + 1, step + 1)
+                assert 0.8 * wait_s <= (row.due_at - clock.wall_ms()) / 1000 <= 1.2 * wait_s
+                await b.skip_to(row)
+                b.clock.advance(1e-3)
+            await b.round()
+            row = await b.row()
+            assert (row.state, row.attempts, row.last_error) == ("dead", 5, "connect")
+            assert len(json.loads(row.history)) == 5
+            assert b.db.figures["acme"].dead == 1
+
+    @pytest.mark.parametrize("code", [120, "120", 999, 120.0])
+    async def test_a_final_code_is_never_tried_again(self, tmp_path: Path, clock: HandClock, code: object) -> None:
+        async with scripted_operator({"error": code}) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                clock.advance(86400)
+                await b.round()
+                assert len(operator.received) == 1
+                assert (await b.row()).state == "dead"
+
+    async def test_a_delivery_older_than_max_age_is_dead_without_another_try(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator(web.Response(status=503)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, max_age="1m", schedule=["2m"])) as b:
+                await b.end()
+                await b.round()
+                await b.skip_to(await b.row())
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.last_error, row.attempts) == ("dead", "max_age", 1)
+                assert len(operator.received) == 1
+
+    async def test_nothing_is_sent_while_the_operator_has_not_asked_for_it(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, notify=False)) as b:
+                await b.end()
+                await b.round()
+                known = await b.db.session("acme", "s")
+                assert known is not None
+                assert (known[1], operator.received) == ([], [])
+
+    async def test_a_dead_delivery_retried_by_hand_starts_its_schedule_again(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator({"error": 120}) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                clock.advance(100 * 86400)  # older than max_age: by hand it starts anew
+                assert await b.db.retry_dead("acme", 0) == 1
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.attempts) == ("delivered", 2)
+
+
+class TestHostileAnswers:
+    @pytest.mark.parametrize(
+        ("answer", "reason", "code"),
+        [
+            (web.json_response({"error": False}), "bad_answer", None),
+            (web.json_response({}), "bad_answer", None),
+            (web.json_response([0]), "bad_answer", None),
+            (web.Response(text="OK"), "bad_answer", None),
+            (web.json_response({"error": 100}), "code_100", "100"),
+            (web.json_response({"error": 7}), "code_7", "7"),
+            (web.json_response({"error": 0}, status=201), "status_201", "0"),
+            (web.json_response({"error": 0}, status=302, headers={"Location": "/elsewhere"}), "redirect", "0"),
+            (web.json_response({"error": 0, "pad": "x" * 20_000}), "answer_too_long", None),
+            (web.json_response({"error": 0}, headers={"Content-Encoding": "gzip"}), "delivered", "0"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+    async def test_each_is_judged_and_nothing_is_followed(
+        self, tmp_path: Path, clock: HandClock, answer: web.Response, reason: str, code: str | None
+    ) -> None:
+        async def play(request: web.Request) -> web.Response:
+            return web.Response(body=answer.body, status=answer.status, headers=answer.headers)
+
+        async with scripted_operator(play) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                row = await b.row()
+                assert len(operator.received) == 1
+                if reason == "delivered":  # the body is plain whatever the header says, and is read as it came
+                    assert row.state == "delivered"
+                else:
+                    assert (row.state, row.last_error, row.last_code) == ("pending", reason, code)
+
+    async def test_an_answer_that_never_comes_is_cut_at_the_time_out(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(hang) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, timeout="200ms")) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "timeout"
+
+    async def test_a_body_that_drips_is_cut_at_the_same_deadline(self, tmp_path: Path, clock: HandClock) -> None:
+        async def drip(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    await response.write(b" ")
+                    await asyncio.sleep(0.05)
+            return response
+
+        async with scripted_operator(drip) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, timeout="300ms")) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "timeout"
+
+    async def test_an_endless_body_costs_no_more_than_the_limit(self, tmp_path: Path, clock: HandClock) -> None:
+        sent = 0
+
+        async def flood(request: web.Request) -> web.StreamResponse:
+            nonlocal sent
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):
+                while sent < 1 << 30:
+                    await response.write(b"x" * 65536)
+                    sent += 65536
+            return response
+
+        async with scripted_operator(flood) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "answer_too_long"
+                assert sent < 1 << 24
+
+    async def test_a_connection_lost_half_way_is_a_failed_attempt_and_is_not_repeated_blindly(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        connections = 0
+
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+            await writer.drain()
+            writer.transport.abort()
+
+        server = await asyncio.start_server(reset, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, bench(tmp_path, clock, operator_table("acme", f"http://127.0.0.1:{port}/")) as b:
+            await b.end()
+            await b.round()
+            row = await b.row()
+            assert (row.state, row.attempts, connections) == ("pending", 1, 1)
+            assert row.last_error in ("connection_lost", "incomplete_answer")
+
+
+class TestGate:
+    async def test_gone_holds_the_operator_and_spends_no_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator(web.Response(status=410)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                await b.round()
+                await b.end("second")
+                clock.advance(86400)
+                assert await b.round() is None  # held: nothing to wait for but the release
+                first = await b.row("first")
+                assert (first.state, first.attempts, first.last_status) == ("pending", 0, 410)
+                assert len(operator.received) == 1
+                gate = b.db.gate("acme")
+                assert (gate.held_reason, b.db.figures["acme"].pending) == ("gone", 2)
+                await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                await b.round()
+                assert [(await b.row(name)).state for name in ("first", "second")] == ["delivered"] * 2
+
+    @pytest.mark.parametrize("status", [200, 429, 503])
+    async def test_retry_after_delays_the_whole_operator(self, tmp_path: Path, clock: HandClock, status: int) -> None:
+        answer = web.json_response({"error": 0}, status=status, headers={"Retry-After": "120"})
+        async with scripted_operator(answer) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                await b.round()
+                await b.end("second")
+                wait_s = await b.round()
+                assert wait_s == 60  # it looks again once a minute, and finds the gate still shut
+                clock.advance(119)
+                await b.round()
+                assert len(operator.received) == 1
+                clock.advance(25.1)  # jitter goes upward only
+                await b.round()
+                assert (await b.row("second")).state == "delivered"
+
+    async def test_five_failures_open_the_breaker_and_one_probe_goes_at_a_time(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        down = [web.Response(status=500) for _ in range(7)]
+        async with scripted_operator(*down) as operator:
+            toml = operator_table("acme", operator.url, concurrency=1, schedule=["1s"] * 50)
+            async with bench(tmp_path, clock, toml) as b:
+                for number in range(20):
+                    await b.end(str(number))
+                await b.round()
+                assert len(operator.received) == 5
+                assert b.db.gate("acme").failures == 5
+                for pause_s in (1, 2):  # the first wait of the schedule, then doubled
+                    clock.advance(pause_s - 0.01)
+                    await b.round()
+                    before = len(operator.received)
+                    clock.advance(0.02)
+                    await b.round()
+                    assert len(operator.received) == before + 1
+                clock.advance(4.01)
+                await b.round()  # the probe succeeds, and the rest follows at once
+                assert b.db.gate("acme").failures == 0
+                clock.advance(2)
+                await b.round()
+                states = [(await b.row(str(number))).state for number in range(20)]
+                assert states == ["delivered"] * 20
+
+    async def test_waiting_for_a_broken_operator_spends_no_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        down = [web.Response(status=500) for _ in range(5)]
+        async with scripted_operator(*down) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=5)) as b:
+                for number in range(5):
+                    await b.end(f"down {number}")
+                await b.round()
+                await b.end("waiting")
+                await b.round()
+                assert (await b.row("waiting")).attempts == 0
+                assert b.db.gate("acme").failures == 5
+
+    async def test_five_days_of_nothing_but_failure_hold_the_operator(self, tmp_path: Path, clock: HandClock) -> None:
+        async with bench(
+            tmp_path, clock, operator_table("acme", refused_url(), max_age="30d", schedule=["90m"] * 99)
+        ) as b:
+            await b.end()
+            for _ in range(5 * 24 + 40):
+                await b.round()
+                if b.db.gate("acme").held_at is not None:
+                    break
+                clock.advance(5400 * 1.2 + 1)
+            assert b.db.gate("acme").held_reason == "failing_for_days"
+            assert clock.wall_ms() - (await b.row()).created_at >= 5 * 86_400_000
+            assert (await b.row()).state == "pending"
+
+    async def test_gate_and_schedule_survive_a_restart(self, tmp_path: Path, clock: HandClock) -> None:
+        url = refused_url()
+        toml = operator_table("acme", url, concurrency=5)
+        async with bench(tmp_path, clock, toml) as b:
+            for number in range(5):
+                await b.end(str(number))
+            await b.round()
+            before = (b.db.gate("acme"), await b.row("0"))
+        async with bench(tmp_path, clock, toml) as b:
+            assert (b.db.gate("acme"), await b.row("0")) == before
+            assert before[0].failures == 5
+            assert await b.round() is not None
+
+
+class TestIsolation:
+    async def test_a_hanging_operator_delays_no_other(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(*[hang] * 4) as slow, scripted_operator() as fast:
+            toml = operator_table("slow", slow.url) + operator_table("fast", fast.url)
+            async with bench(tmp_path, clock, toml) as b:
+                running = asyncio.create_task(b.dispatcher.run())
+                for number in range(10):
+                    await b.end(str(number), "slow")
+                for number in range(10):
+                    await b.end(str(number), "fast")
+                await fast.wait_for(10)
+                await until(lambda: b.db.figures["fast"].pending == 0)
+                assert len(slow.received) == 4  # never more than its slots
+                assert b.db.figures["slow"].pending == 10
+                running.cancel()
+
+    async def test_no_operator_gets_more_than_its_concurrency_at_once(self, tmp_path: Path, clock: HandClock) -> None:
+        at_once = most = 0
+
+        async def count(request: web.Request) -> web.Response:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            await asyncio.sleep(0.01)
+            at_once -= 1
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(*[count] * 30) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=3)) as b:
+                running = asyncio.create_task(b.dispatcher.run())
+                for number in range(30):
+                    await b.end(str(number))
+                await until(lambda: b.db.figures["acme"].pending == 0)
+                assert (most, len(operator.received)) == (3, 30)
+                running.cancel()
+
+    async def test_a_hold_of_the_url_leaves_plugins_alone(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "hook_alone.py").write_text("SEEN = []\nasync def hook(event):\n    SEEN.append(event)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        async with scripted_operator(web.Response(status=410)) as operator:
+            toml = operator_table("acme", operator.url) + '[plugins.x]\nuse = "hook_alone:hook"\n'
+            async with bench(tmp_path, clock, toml) as b:
+                await b.end("first")
+                await b.round()
+                await b.end("second")
+                await b.round()
+                assert len(operator.received) == 1
+                rows = [await b.row(name, sink="plugin:x") for name in ("first", "second")]
+                assert [row.state for row in rows] == ["delivered"] * 2
+                import hook_alone  # type: ignore[import-not-found]
+
+                assert [event.id for event in hook_alone.SEEN] == [row.webhook_id for row in rows]
+
+
+class TestStopping:
+    async def test_what_is_in_flight_is_finished_and_recorded(self, tmp_path: Path, clock: HandClock) -> None:
+        release = asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            await release.wait()
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(slow) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                draining = asyncio.create_task(b.dispatcher.drain(10))
+                await asyncio.sleep(0)
+                release.set()
+                await draining
+                assert (await b.row()).state == "delivered"
+
+    async def test_what_does_not_finish_in_time_stays_pending(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(hang) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                await b.dispatcher.drain(0.05)
+                row = await b.row()
+                assert (row.state, row.attempts) == ("pending", 0)
+
+    async def test_a_result_is_kept_until_the_store_takes_it(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk fails between the answer and its record: the row stays in flight and is not sent again."""
+        monkeypatch.setattr("lmdaemon.delivery.STORE_RETRY_S", 0.01)
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                blocker = store.sqlite3.connect(b.db.path, isolation_level=None)
+
+                async def lock_first(request: web.Request) -> web.Response:
+                    blocker.execute("BEGIN IMMEDIATE")
+                    return web.json_response({"error": 0})
+
+                operator.script.append(lock_first)
+                running = asyncio.create_task(b.dispatcher.run())
+                await until(lambda: b.db.failure is not None)
+                blocker.execute("ROLLBACK")
+                blocker.close()
+                await until(lambda: b.db.figures["acme"].pending == 0)
+                assert len(operator.received) == 1
+                running.cancel()
+
+
+class TestComposing:
+    def settings(self, tmp_path: Path, **keys: Any) -> Settings:
+        return load(
+            tmp_path / "config.toml", operator_table("acme", "https://wallet.example/V4/SessionExpired", **keys)
+        )
+
+    def session(self, **changes: Any) -> store.Session:
+        facts = {"operator": "acme", "session_id": "s", "player_id": "p", "token": "tok-3n", "reason": "closed"}
+        times = dict.fromkeys(("id", "idle_ms", "opened_at", "seen_ms", "seen_at", "ended_at"), 1)
+        empty = dict.fromkeys(("attributes", "extra", "lifetime_at"))
+        return store.Session(**(facts | times | empty | changes))  # type: ignore[arg-type]
+
+    def test_a_missing_token_is_said_instead_of_sending_half_a_notice(self, tmp_path: Path) -> None:
+        operator = self.settings(tmp_path).operators["acme"]
+        body, impossible = compose(operator, self.session(token=None))
+        assert body == b""
+        assert impossible == "dialect v4 must send 'token', which is not known here"
+
+    def test_an_operator_that_is_gone_has_no_sinks(self, tmp_path: Path) -> None:
+        assert sinks_of(self.settings(tmp_path), self.session(operator="gone")) == []
+
+    def test_signatures_verify_under_every_key_and_no_other(self, tmp_path: Path) -> None:
+        keys = ["whsec_" + "A" * 32, "whsec_" + "B" * 32]
+        (tmp_path / "signing").write_text("\n".join(keys))
+        (tmp_path / "signing").chmod(0o600)
+        operator = self.settings(tmp_path, signing_secret_file="signing").operators["acme"]
+        body, _ = compose(operator, self.session())
+        headers = request_headers(operator, "msg_1_ab", body, time.time())
+        for key in keys:
+            assert Webhook(key).verify(body, headers) == json.loads(body)
+        with pytest.raises(Exception, match="No matching signature"):
+            Webhook("whsec_" + "C" * 32).verify(body, headers)
+
+
+class TestEgress:
+    async def test_a_name_that_leads_inside_is_refused_at_the_connect(self, clock: HandClock, tmp_path: Path) -> None:
+        toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
+        operator = load(tmp_path / "config.toml", toml).operators["acme"]
+        sender = Sender(clock)
+        # /etc/hosts resolves this name to loopback on every machine, as a hostile DNS might
+        refused = {"localhost": "private_address", "127.0.0.1": "private_address", "[::1]": "private_address"}
+        refused |= {"127.1": "invalid_url", "2130706433": "invalid_url", "169.254.169.254": "private_address"}
+        for host, reason in refused.items():
+            with pytest.raises(Unreachable, match=reason):
+                await sender.post(operator, f"http://{host}:9/", "msg_1_ab", b"{}")
+        await sender.close()
+
+    async def test_the_guard_refuses_every_name_with_a_private_address(self) -> None:
+        with pytest.raises(OSError, match="private_address"):
+            await GuardedResolver().resolve("localhost", 80)

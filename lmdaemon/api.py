@@ -82,8 +82,10 @@ class Api:
         session = operator + "/sessions/{sessionId}"
         app.router.add_routes(
             [
-                # Before the session's own path: "touch" here is a verb, and POST names no session
+                # Before the session's own path: POST names no session here, but a session may be called "touch"
                 web.post(operator + "/sessions/touch", self.touch_many),
+                web.put(operator + "/sessions/touch", self.open),
+                web.get(operator + "/sessions/touch", self.show, allow_head=False),
                 web.put(session, self.open),
                 web.get(session, self.show, allow_head=False),
                 web.post(session + "/touch", self.touch),
@@ -460,9 +462,11 @@ def _idle_ms(fields: Mapping[str, Any], operator: Operator) -> int:
     if "idleTimeoutSeconds" not in fields:
         return int(operator.idle_s * 1000)
     seconds = fields["idleTimeoutSeconds"]
-    if type(seconds) is not int or not 1 <= seconds <= IDLE_MAX_S:
+    # 90.0 is an integer too, to JSON Schema; true is none
+    whole = type(seconds) is int or (type(seconds) is float and seconds.is_integer())
+    if not whole or not 1 <= seconds <= IDLE_MAX_S:
         raise _bad(f"idleTimeoutSeconds: must be an integer from 1 to {IDLE_MAX_S} (got {str(seconds)[:40]})")
-    return seconds * 1000
+    return int(seconds) * 1000
 
 
 def _query(request: web.Request, known: set[str]) -> dict[str, str]:

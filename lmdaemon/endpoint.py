@@ -7,9 +7,10 @@ hidden one.
 
 import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from lmdaemon.config import Operator, Settings, endpoint_key
 from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
@@ -49,12 +50,13 @@ class Route:
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that never became a notice: HTTP status, text, headers."""
+    """A request that never became a notice: HTTP status, text, headers, and whose codes answer it where that is known."""
 
-    def __init__(self, status: int, description: str, **headers: str) -> None:
+    def __init__(self, status: int, description: str, dialect: Dialect | None = None, **headers: str) -> None:
         super().__init__(description)
         self.status = status
         self.description = description
+        self.dialect = dialect
         self.headers = headers
 
 
@@ -92,10 +94,13 @@ class Endpoint:
                 raise Refused(404, "Not found")
             return await self._receive(request, route)
         except Refused as refused:
-            codes_of = SHIPPED["v4"] if route is None else route.codes_of
+            codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
             code = codes_of.codes.of("retry" if refused.status == 503 else "bad_parameters")
             log.warning("notice.not_taken", status=refused.status, reason=refused.description, path=path)
-            return _response(answer(code, refused.description), refused.status, refused.headers)
+            response = _response(answer(code, refused.description), refused.status, refused.headers)
+            if refused.status == 408:
+                response.force_close()  # what is left of the body would be read as the next request
+            return response
 
     async def _answer_health(self, request: web.BaseRequest) -> web.Response:
         if request.method not in ("GET", "HEAD"):
@@ -114,24 +119,26 @@ class Endpoint:
         if content not in route.dialects or "Content-Encoding" in request.headers:
             raise Refused(415, "Unsupported media type")
         try:
+            await _ask_for_body(request)
             body = await read_body(request, BODY_MAX)
         except BodyTooLarge:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
         except BodyTooSlow:
-            raise Refused(408, "Body too slow or incomplete", Connection="close") from None
-        dialect = route.codes_of
+            raise Refused(408, "Body too slow or incomplete") from None
+        dialect = route.dialects[content][0]  # whose codes answer a body that does not tell
         try:
             parsed = parse(body, content, route.dialects[content])
             dialect = parsed.dialect
             operator = _operator(route, parsed)
             if not allowed(address, operator.allow_from):
-                raise Refused(403, "Address not allowed")
+                raise Refused(403, "Address not allowed", dialect)
             await self._record(operator, parsed)
         except BadNotice as refusal:
             return self._refuse(refusal.dialect or dialect, refusal, route)
         except StoreError as error:
             log.warning("notice.not_stored", reason=str(error))
-            raise Refused(503, "Cannot be stored now, please retry", **{"Retry-After": RETRY_AFTER_S}) from error
+            headers = {"Retry-After": RETRY_AFTER_S}
+            raise Refused(503, "Cannot be stored now, please retry", dialect, **headers) from error
         self.on_answer(dialect.name, 0)
         return _response(SUCCESS)
 
@@ -151,10 +158,11 @@ class Endpoint:
     async def _record(self, operator: Operator, parsed: Parsed) -> None:
         """Authenticates one notice, shows it to the plug-ins, and records it. Raises BadNotice, StoreError."""
         self._note_spelling(operator, parsed.provider_id)
+        extra = parsed.extra
+        extra_text = _json(extra)  # before a plug-in sees it: what is kept is what was received
         if "hash" in parsed.dialect.fields:
             check_hash(parsed, operator.hash_key or "")
         _check_token(operator, parsed)
-        extra = parsed.extra
         notice = Notice(
             operator=operator.name,
             dialect=parsed.dialect.name,
@@ -176,7 +184,7 @@ class Endpoint:
                 notice.token,
                 compare_token=operator.token_check == "session",
                 accept_unknown=operator.accept_unknown,
-                extra=orjson.dumps(extra).decode() if extra else None,
+                extra=extra_text,
                 idle_ms=int(operator.idle_s * 1000),
             )
         )
@@ -219,6 +227,23 @@ def _check_token(operator: Operator, parsed: Parsed) -> None:
         matches = [hmac.compare_digest(given, token.encode()) for token in operator.partner_tokens]
         if not any(matches):
             raise BadNotice("bad_token", "the token is not the partner's")
+
+
+def _json(extra: Mapping[str, Any]) -> str | None:
+    """The fields no dialect knows, as they are kept; None when there are none. Raises BadNotice."""
+    try:
+        return orjson.dumps(extra).decode() if extra else None
+    except orjson.JSONEncodeError as error:  # orjson reads 1024 levels, but writes 254
+        raise BadNotice("bad_parameters", "fields are nested too deeply") from error
+
+
+async def _ask_for_body(request: web.BaseRequest) -> None:
+    """Tells a client that waits for it to go on: aiohttp does that for applications only. Source: RFC 9110 §10.1.1."""
+    if request.version < HttpVersion11 or request.headers.get("Expect", "").lower() != "100-continue":
+        return
+    if (request.content_length or 0) <= BODY_MAX:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # nothing of the answer itself has been sent
 
 
 async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:

@@ -101,6 +101,24 @@ def _private_calls() -> dict[str, Json]:
     operator, sessions = "/v1/operators/{operator}", "/v1/operators/{operator}/sessions"
     one, delivery = sessions + "/{sessionId}", "/v1/deliveries/{id}"
     session, page = _ref("schemas", "Session"), _page_parameters()
+    opening = _call(
+        "sessions",
+        "openSession",
+        "Open a session",
+        {
+            200: ("Open already, with the same playerId and token; it counts as a touch", session),
+            201: ("Opened", session),
+        },
+        problems=(400, 404, 408, 409, 413, 415, 503),
+        body=_ref("schemas", "Opening"),
+    )
+    showing = _call(
+        "sessions",
+        "getSession",
+        "Show a session with its deliveries",
+        {200: ("The session", _ref("schemas", "SessionWithDeliveries"))},
+        problems=(400, 404, 503),
+    )
     return {
         sessions + "/touch": {
             "post": _call(
@@ -110,28 +128,12 @@ def _private_calls() -> dict[str, Json]:
                 {200: ("How many were touched, and which could not be", _ref("schemas", "BulkTouched"))},
                 problems=(400, 404, 408, 413, 415, 503),
                 body=_ref("schemas", "BulkTouch"),
-            )
-        },
-        one: {
-            "put": _call(
-                "sessions",
-                "openSession",
-                "Open a session",
-                {
-                    200: ("Open already, with the same playerId and token; it counts as a touch", session),
-                    201: ("Opened", session),
-                },
-                problems=(400, 404, 408, 409, 413, 415, 503),
-                body=_ref("schemas", "Opening"),
             ),
-            "get": _call(
-                "sessions",
-                "getSession",
-                "Show a session with its deliveries",
-                {200: ("The session", _ref("schemas", "SessionWithDeliveries"))},
-                problems=(400, 404, 503),
-            ),
+            # A session may be called "touch", and then this is its path.
+            "put": opening | {"operationId": "openSessionTouch", "summary": "Open the session with the id `touch`"},
+            "get": showing | {"operationId": "getSessionTouch", "summary": "Show the session with the id `touch`"},
         },
+        one: {"put": opening, "get": showing},
         one + "/touch": {
             "post": _call(
                 "sessions",
@@ -177,6 +179,7 @@ def _private_calls() -> dict[str, Json]:
                     _query("state", _ref("schemas", "DeliveryState"), "Only those in this state."),
                     *page,
                 ],
+                links=("getDelivery", "retryDelivery"),
             )
         },
         delivery: {
@@ -266,8 +269,12 @@ def _call(
     body: Json | None = None,
     body_required: bool = True,
     media: str = "application/json",
+    links: Sequence[str] = (),
 ) -> Json:
-    """One operation of the private side. A 500 is a bug, and answered as a problem too."""
+    """One operation of the private side; `links` name those that take the id of what a page begins with.
+
+    A 500 is a bug, and answered as a problem too.
+    """
     call: Json = {"tags": [tag], "operationId": name, "summary": summary}
     if parameters:
         call["parameters"] = list(parameters)
@@ -277,6 +284,9 @@ def _call(
         str(status): {"description": description} | ({"content": {media: {"schema": schema}}} if schema else {})
         for status, (description, schema) in answers.items()
     } | {str(status): _ref("responses", _PROBLEMS[status][0]) for status in sorted((*problems, 500))}
+    if links:
+        first = {"id": "$response.body#/items/0/id"}
+        call["responses"]["200"]["links"] = {name: {"operationId": name, "parameters": first} for name in links}
     return call
 
 
@@ -430,7 +440,7 @@ _REFUSALS = {
     415: ("NoticeUnreadable", "No dialect of this path has this Content-Type, or the body is compressed"),
     503: ("NoticeNotStored", "It could not be stored, and was not; to be repeated"),
 }
-_HEADERS = {
+_HEADERS: Mapping[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
     405: {"Allow": {"schema": {"type": "string"}, "description": "The methods that the path has."}},
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds to wait."}},

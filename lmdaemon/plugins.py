@@ -9,6 +9,8 @@ import asyncio
 import importlib
 import inspect
 from collections.abc import Awaitable, Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from lmdaemon.config import ConfigError, Plugin
@@ -50,7 +52,7 @@ class LoadedPlugin:
         if start is None:
             return
         try:
-            await self._contained(start())
+            await self._contained(start)
         except (PluginFailed, Refuse) as error:
             raise ConfigError([f"plugins.{self.name}: start() failed: {error}"]) from error
 
@@ -60,24 +62,30 @@ class LoadedPlugin:
         if stop is None:
             return
         try:
-            await self._contained(stop())
+            await self._contained(stop)
         except (PluginFailed, Refuse) as error:
             log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
 
     async def session_ended(self, event: SessionEnded) -> None:
         """Hands over the end of a session. Raises PluginFailed."""
         try:
-            await self._contained(self._session_ended(event))
+            await self._contained(partial(self._session_ended, event))
         except Refuse as error:
             raise PluginFailed("Refuse") from error
 
     async def check(self, notice: Notice) -> None:
         """Lets it look at a notice before it is accepted. Raises Refuse with its verdict, or PluginFailed."""
-        if self._check is not None:
-            await self._contained(self._check(notice))
+        if self._check is None:
+            return
+        if self.stray >= self.settings.policy.concurrency:
+            raise PluginFailed("too many calls ignore their cancellation")  # each notice would add one
+        try:
+            await self._contained(partial(self._check, notice))
+        except Refuse as refusal:
+            raise _remade(refusal) from refusal
 
-    async def _contained(self, call: Awaitable[None]) -> None:
-        """Awaits a hook within its time-out. Raises Refuse or PluginFailed, whatever the hook raised."""
+    async def _contained(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Calls a hook within its time-out. Raises Refuse or PluginFailed, whatever the hook raised."""
         task = asyncio.ensure_future(_caught(call))
         try:
             done, _ = await asyncio.wait({task}, timeout=self.settings.policy.timeout_s)
@@ -108,25 +116,37 @@ class LoadedPlugin:
         task.add_done_callback(ended)
 
 
-async def _caught(call: Awaitable[None]) -> BaseException | None:
+async def _caught(call: Callable[[], Awaitable[None]]) -> BaseException | None:
     """Returns what the hook raised instead of raising it: a SystemExit in a task would end the event loop."""
     try:
-        await call
+        await call()
     except BaseException as error:
         return error
     return None
+
+
+def _remade(refusal: Refuse) -> Refuse:
+    """The same verdict in a plain Refuse: a subclass may lack a meaning or carry a text that no answer can hold.
+
+    Raises PluginFailed.
+    """
+    try:
+        return Refuse(refusal.meaning, str(refusal.description).encode(errors="replace").decode())
+    except Exception as error:
+        raise PluginFailed(type(error).__name__) from error
 
 
 def load(settings: Plugin) -> LoadedPlugin:
     """Imports and makes one plug-in. Raises ConfigError, naming it."""
     module_name, _, attribute = settings.use.partition(":")
     try:
+        importlib.invalidate_caches()  # at a reload, the module may have been installed a moment ago
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise _broken(settings, f"cannot be imported: {type(error).__name__}: {error}") from error
     if inspect.isclass(target):
         return LoadedPlugin(settings, _made(settings, target))
@@ -137,8 +157,10 @@ def load(settings: Plugin) -> LoadedPlugin:
 
 def _made(settings: Plugin, kind: Callable[[dict[str, Any]], Any]) -> Any:
     try:
-        hook = kind(dict(settings.options))
-    except Exception as error:
+        hook = kind(deepcopy(dict(settings.options)))  # a reload compares ours with the file's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise _broken(settings, f"cannot be made: {type(error).__name__}: {error}") from error
     if not _is_async(getattr(hook, "session_ended", None)):
         raise _broken(settings, "must have an async method session_ended(event)")

@@ -236,8 +236,8 @@ def find(explicit: str | None) -> Path:
 def load(path: Path, *, need_secrets: bool = True) -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
-    Without `need_secrets`, a secret that is not there for this user is a warning: systemd hands credentials and
-    environment to the daemon alone, and check-config has to work beside it (systemd/systemd#35227).
+    Without `need_secrets`, a secret that this user may not read is a warning: systemd hands credentials to the daemon
+    alone, and check-config has to work beside it (systemd/systemd#35227).
     """
     try:
         with path.open("rb") as file:
@@ -428,8 +428,8 @@ class _Reader:
             api=api,
             api_tokens=api_tokens,
             database=self.database_path(database.path),
-            keep_ended_s=database.keep_ended,
-            restart_grace_s=sessions.restart_grace,
+            keep_ended_s=float(database.keep_ended),
+            restart_grace_s=float(sessions.restart_grace),
             count_downtime=sessions.downtime == "count",
             log=log,
             operators=operators,
@@ -773,12 +773,6 @@ class _Reader:
         state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
         return (Path(state) if state else self.path.parent) / name
 
-    def unreadable(self, at: str, finding: str) -> None:
-        if self.need_secrets:
-            self.error(at, finding)
-        else:
-            self.warnings.append(f"{at}: unchecked: {finding}")
-
     def secret(self, table: msgspec.Struct, key: str, at: str) -> str | None:
         """The secret named by `KEY_file` or `KEY_env`, without the line break at its end; None when not named."""
         file_name, variable = getattr(table, f"{key}_file"), getattr(table, f"{key}_env")
@@ -788,7 +782,7 @@ class _Reader:
         if variable:
             value = os.environ.get(variable, "")
             if not value.strip():
-                self.unreadable(f"{at}.{key}_env", f"must name an environment variable that is set (got {variable!r})")
+                self.error(f"{at}.{key}_env", "must name an environment variable that is set", variable)
                 return None
             return value
         return self.secret_file(file_name, f"{at}.{key}_file") if file_name else None
@@ -815,9 +809,8 @@ class _Reader:
             mode = stat.S_IMODE(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             finding = f"cannot be read: {getattr(error, 'strerror', error)} ({path})"
-            elsewhere = isinstance(error, FileNotFoundError) and not Path(name).is_absolute()
-            if elsewhere or isinstance(error, PermissionError):
-                self.unreadable(at, finding)
+            if isinstance(error, PermissionError) and not self.need_secrets:
+                self.warnings.append(f"{at}: unchecked: {finding}")
             else:
                 self.error(at, finding)
             return None

@@ -146,10 +146,10 @@ class Daemon:
             ),
         }
         for name, runner in runners.items():
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
             listening = assigned.get(name) or bind(wanted[name])
             stack.callback(listening.close)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
             await web.SockSite(runner, listening).start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())

@@ -50,7 +50,7 @@ class Route:
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that never became a notice: HTTP status, text, headers, and whose codes answer it where that is known."""
+    """A request that never became a notice: HTTP status, text, headers, and whose codes answer, where that is known."""
 
     def __init__(self, status: int, description: str, dialect: Dialect | None = None, **headers: str) -> None:
         super().__init__(description)

@@ -4,6 +4,7 @@
 line can be searched by its name. It must never be given a secret: tokens, keys, bodies and full URLs stay out.
 """
 
+import json
 import logging
 import os
 import sys
@@ -77,7 +78,10 @@ class JsonFormatter(logging.Formatter):
         line.update(_facts(record))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        text = orjson.dumps(line, default=str).decode("utf-8", "replace")
+        try:
+            text = orjson.dumps(line, default=str).decode()
+        except TypeError:  # a lone surrogate, an integer beyond 64 bits: better all as text than no line
+            text = json.dumps({name: _writable(str(value)) for name, value in line.items()}, ensure_ascii=False)
         return f"<{_PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
 
 
@@ -86,12 +90,18 @@ def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in facts.items() if value is not None]
 
 
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     text = str(value)
-    # Quoted wherever a reader, or a forged line break, could take it for more than one fact
-    return text if text.isprintable() and text and not set(text) & set(' "=') else orjson.dumps(text).decode()
+    # Quoted wherever a reader could take it for more than one fact; escaped where a character could break the line,
+    # as U+2028 does, or could not be written, as a lone surrogate
+    printable = text.isprintable()
+    return text if printable and text and not set(text) & set(' "=') else json.dumps(text, ensure_ascii=not printable)
 
 
 def setup(level: str, form: str, stream: TextIO | None = None) -> None:
@@ -120,6 +130,9 @@ def safe_url(url: str) -> str:
     """The URL without user info, query and fragment: those may carry secrets."""
     try:
         parts = urlsplit(url)
+        whole = parts.netloc and parts.port != -1  # asking raises for a port that is none: half a password with a `/`
     except ValueError:
+        whole = False
+    if not whole:  # what is user info cannot be told
         return "(not a URL)"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -46,7 +46,7 @@ def judge(
     """
     code = answered_code(body) if complete else None
     wait_s = retry_after_s(retry_after, now_s)
-    shown = None if code is None else f"{code:g}"
+    shown = None if code is None else f"{code:.15g}"
 
     def outcome(verdict: Verdict, reason: str) -> Outcome:
         return Outcome(verdict, reason, status, shown, wait_s)
@@ -72,7 +72,7 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
         return None
     text = value.strip()
     if text.isascii() and text.isdigit():
-        return min(float(text[:9]), RETRY_AFTER_MAX_S)
+        return min(float(text.lstrip("0")[:9] or "0"), RETRY_AFTER_MAX_S)
     try:
         at = parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError, OverflowError):

@@ -100,6 +100,7 @@ class Serving:
     server: str
     api: str
     client: aiohttp.ClientSession
+    running: "asyncio.Task[None]"
 
 
 LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'
@@ -121,7 +122,7 @@ async def serving(directory: Path, toml: str = "", clock: Clock | None = None) -
     try:
         async with aiohttp.ClientSession() as client:
             urls = {name: f"http://{host}:{port}" for name, (host, port, *_) in daemon.addresses.items()}
-            yield Serving(daemon, urls["server"], urls["api"], client)
+            yield Serving(daemon, urls["server"], urls["api"], client, running)
     finally:
         daemon.stop()
         async with asyncio.timeout(30):

@@ -979,15 +979,14 @@ def test_secret_closed_to_this_user_stops_the_daemon_but_not_check_config(
     assert settings.warnings == tuple(finding.replace(": ", ": unchecked: ", 1) for finding in found)
 
 
-def test_check_config_does_without_what_only_the_daemon_is_handed(home: Path) -> None:
-    """Outside its unit, neither $CREDENTIALS_DIRECTORY nor the unit's environment is there."""
-    text = "[api]\ntoken_file = 'handed-over'\n" + OPERATOR + "hash_key_env = 'UNSET'\n"
-    assert load(home, text, need_secrets=False).warnings == (
-        "operators.a.hash_key_env: unchecked: must name an environment variable that is set (got 'UNSET')",
-        f"api.token_file: unchecked: cannot be read: No such file or directory ({home}/handed-over)",
-    )
-    with pytest.raises(ConfigError, match=r"cannot be read: No such file or directory \(/nowhere/token\)"):
-        load(home, "[api]\ntoken_file = '/nowhere/token'\n", need_secrets=False)
+def test_a_secret_that_is_missing_is_an_error_for_check_config_too(home: Path) -> None:
+    text = "[api]\ntoken_file = 'misspelt'\n" + OPERATOR + "hash_key_env = 'UNSET'\n"
+    with pytest.raises(ConfigError) as caught:
+        load(home, text, need_secrets=False)
+    assert [finding.partition(": ")[2] for finding in caught.value.findings] == [
+        "operators.a.hash_key_env: must name an environment variable that is set (got 'UNSET')",
+        f"api.token_file: cannot be read: No such file or directory ({home}/misspelt)",
+    ]
 
 
 def test_no_repr_shows_a_secret(home: Path) -> None:

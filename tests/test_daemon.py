@@ -1,0 +1,378 @@
+"""The whole daemon: the main job end to end, reload, stopping, crashes, signals, socket activation, sd_notify."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import HandClock
+from support import LISTEN, scripted_operator, serving, until
+
+OPERATOR = """
+[operators.acme]
+provider_id = "luckymonaco"
+notify = true
+url = "{url}"
+allow_private_network = true
+"""
+NO_GRACE = '[sessions]\nrestart_grace = "0s"\n'
+SESSION = {"playerId": "p", "token": "tok-3n", "idleTimeoutSeconds": 1}
+NOTICE = {"providerId": "luckymonaco", "sessionId": "told", "externalPlayerId": "p", "token": "tok-3n"}
+
+
+async def test_a_session_opened_over_http_ends_by_itself_and_its_operator_is_told_once(tmp_path: Path) -> None:
+    async with scripted_operator() as operator, serving(tmp_path, NO_GRACE + OPERATOR.format(url=operator.url)) as d:
+        session = f"{d.api}/v1/operators/acme/sessions/s-1"
+        async with d.client.put(session, json=SESSION) as opened:
+            assert opened.status == 201
+        await operator.wait_for(1)
+
+        async def settled() -> dict[str, Any] | None:
+            async with d.client.get(session) as answer:
+                found: dict[str, Any] = await answer.json()
+            return found if found["deliveries"] and found["deliveries"][0]["state"] == "delivered" else None
+
+        found = await until(settled)
+        assert (found["state"], found["reason"]) == ("ended", "inactivity")
+        assert len(operator.received) == 1
+
+
+async def test_a_touch_keeps_it_alive_and_a_close_ends_it_at_once(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, NO_GRACE + OPERATOR.format(url="http://127.0.0.1:1/"), clock) as d:
+        session = f"{d.api}/v1/operators/acme/sessions/s-1"
+        async with d.client.put(session, json=SESSION | {"idleTimeoutSeconds": 10}):
+            pass
+        for _ in range(3):
+            for _ in range(9):
+                clock.advance(1)
+                d.daemon._store.service_clock.now_ms()
+            async with d.client.post(session + "/touch") as touched:
+                assert touched.status == 204
+        async with d.client.post(session + "/close") as closed:
+            assert (await closed.json())["reason"] == "closed"
+
+
+async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    toml = f'[server]\nlisten = "127.0.0.1:{port}"\n[api]\nlisten = "127.0.0.1:0"\n'
+    url = f"http://127.0.0.1:{port}/V4/SessionExpired"
+    async with serving(tmp_path, toml + OPERATOR.format(url=url)) as d:
+        async with d.client.post(url, json=NOTICE) as answer:
+            assert await answer.json() == {"error": 0, "description": "Success"}
+        await until(lambda: d.daemon._store.figures["acme"].pending == 0)
+        deliveries = await d.daemon._store.deliveries(operator=None, sink=None, state=None, limit=9, after=None)
+        assert [(one.state, one.attempts) for one in deliveries] == [("delivered", 1)]
+
+
+class TestReload:
+    async def test_a_valid_file_is_taken_over_whole(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
+            text = (tmp_path / "config.toml").read_text()
+            (tmp_path / "config.toml").write_text(
+                text.replace("operators.acme", "operators.other").replace("notify = true", "notify = false")
+            )
+            await d.daemon.reload_once()
+            async with d.client.get(f"{d.api}/v1/operators") as answer:
+                (shown,) = (await answer.json())["items"]
+            assert (shown["operator"], shown["notify"]) == ("other", False)
+
+    async def test_an_invalid_file_changes_nothing_and_is_reported(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
+            before = d.daemon.settings
+            text = (tmp_path / "config.toml").read_text()
+            (tmp_path / "config.toml").write_text(text + "nonsense = 1\n")
+            await d.daemon.reload_once()
+            assert d.daemon.settings is before
+            async with d.client.get(f"{d.api}/health") as answer:
+                report = await answer.json()
+            assert (report["status"], report["checks"]["config"][0]["status"]) == ("warn", "warn")
+            assert "operators.acme.nonsense" in report["checks"]["config"][0]["output"]
+            async with d.client.get(f"{d.api}/metrics") as answer:
+                assert "lmdaemon_config_last_reload_successful 0.0" in await answer.text()
+            (tmp_path / "config.toml").write_text(text)
+            await d.daemon.reload_once()
+            async with d.client.get(f"{d.api}/health") as answer:
+                assert (await answer.json())["status"] == "pass"
+
+    async def test_what_needs_a_restart_is_said_and_no_secret_is_logged(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "tokens").write_text("first-secret")
+        (tmp_path / "tokens").chmod(0o600)
+        toml = LISTEN.replace("[api]", '[api]\ntoken_file = "tokens"') + OPERATOR.format(url="http://127.0.0.1:1/")
+        async with serving(tmp_path, toml) as d:
+            import logging
+
+            logging.getLogger("lmdaemon").propagate = True
+            (tmp_path / "tokens").write_text("second-secret")
+            changed = toml.replace('listen = "127.0.0.1:0"\n[api]', 'listen = "127.0.0.1:1"\n[api]')
+            (tmp_path / "config.toml").write_text(changed)
+            await d.daemon.reload_once()
+            facts = [record.__dict__.get("facts", {}) for record in caplog.records]
+            assert {"key": "server.listen"} in facts
+            assert not [one for one in facts if "secret" in str(one)]
+
+    async def test_deliveries_of_an_operator_that_left_the_file_wait_for_its_return(self, tmp_path: Path) -> None:
+        async with scripted_operator() as operator:
+            toml = OPERATOR.format(url=operator.url)
+            async with serving(tmp_path, toml) as d:
+                await d.daemon._store.set_gate("acme", lambda gate: gate)
+                (tmp_path / "config.toml").write_text(LISTEN + toml.replace("notify = true", "notify = true\ntimeout='9s'"))
+                store = d.daemon._store
+                session = f"{d.api}/v1/operators/acme/sessions/s-1"
+                async with d.client.post(f"{d.api}/v1/operators/acme/hold"):
+                    pass
+                async with d.client.put(session, json=SESSION | {"idleTimeoutSeconds": 60}):
+                    pass
+                async with d.client.post(session + "/close"):
+                    pass
+                (tmp_path / "config.toml").write_text(LISTEN)
+                await d.daemon.reload_once()
+                assert store.figures["acme"].pending == 1
+                (tmp_path / "config.toml").write_text(LISTEN + toml)
+                await d.daemon.reload_once()
+                async with d.client.post(f"{d.api}/v1/operators/acme/release"):
+                    pass
+                await until(lambda: store.figures["acme"].pending == 0)
+                assert len(operator.received) == 1
+
+
+class TestPruning:
+    async def test_what_ended_long_ago_is_gone_after_a_start(self, tmp_path: Path, clock: HandClock) -> None:
+        toml = OPERATOR.format(url="http://127.0.0.1:1/").replace("notify = true", "notify = false")
+        async with serving(tmp_path, toml, clock) as d:
+            async with d.client.post(f"{d.server}/V4/SessionExpired", json=NOTICE) as answer:
+                assert (await answer.json())["error"] == 0
+        clock.advance(91 * 86400)
+        async with serving(tmp_path, toml, clock) as d:
+
+            async def gone() -> bool:
+                async with d.client.get(f"{d.api}/v1/operators/acme/sessions/told") as answer:
+                    return answer.status == 404
+
+            await until(gone)
+
+
+async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup, match="unhandled errors"):
+        async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
+
+            async def broken() -> float:
+                raise RuntimeError("a bug")
+
+            d.daemon._sweeper.once = broken  # type: ignore[method-assign, assignment]
+            d.daemon._sweeper.wake()
+            await asyncio.wait({d.running}, timeout=10)  # `serving` raises what it ended with
+
+
+# -- real processes
+
+
+@dataclass
+class Process:
+    popen: subprocess.Popen[str]
+    server: str
+    api: str
+    log: Path
+
+    def call(self, method: str, url: str, body: object = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"null")
+
+    def stop(self, number: int = signal.SIGTERM, within_s: float = 20) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(within_s)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@contextlib.contextmanager
+def process(directory: Path, toml: str = "", environment: dict[str, str] | None = None, **options: Any) -> Iterator[Process]:
+    """A daemon of its own, started as users start it; killed at the end if it still runs."""
+    server, api = free_ports(2)
+    (directory / "config.toml").write_text(
+        f'[server]\nlisten = "127.0.0.1:{server}"\n[api]\nlisten = "127.0.0.1:{api}"\n' + toml
+    )
+    log = directory / "log"
+    with log.open("a") as stderr:
+        command = [sys.executable, "-m", "lmdaemon", "--config", str(directory / "config.toml"), "serve"]
+        popen = subprocess.Popen(command, stderr=stderr, text=True, env=os.environ | (environment or {}), **options)
+    running = Process(popen, f"http://127.0.0.1:{server}", f"http://127.0.0.1:{api}", log)
+    try:
+        wait_until_serving(running)
+        yield running
+    finally:
+        popen.send_signal(signal.SIGCONT)
+        popen.kill()
+        popen.wait()
+
+
+def wait_until_serving(running: Process) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert running.popen.poll() is None, running.log.read_text()
+        with contextlib.suppress(OSError):
+            if running.call("GET", running.api + "/health")[0] == 200:
+                return
+        time.sleep(0.02)
+    pytest.fail(f"not serving: {running.log.read_text()}")
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+        sessions = f"{daemon.api}/v1/operators/acme/sessions"
+        for number in range(20):
+            assert daemon.call("PUT", f"{sessions}/{number}", SESSION | {"idleTimeoutSeconds": 600})[0] == 201
+        assert daemon.call("POST", f"{sessions}/3/close")[0] == 200
+        assert daemon.call("POST", f"{daemon.server}/V4/SessionExpired", NOTICE)[1]["error"] == 0
+        daemon.stop(signal.SIGKILL)
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+        sessions = f"{daemon.api}/v1/operators/acme/sessions"
+        states = [daemon.call("GET", f"{sessions}/{number}")[1]["state"] for number in range(20)]
+        assert states == ["active"] * 3 + ["ended"] + ["active"] * 16
+        assert daemon.call("GET", f"{sessions}/told")[1]["reason"] == "reported"
+        assert daemon.call("POST", f"{daemon.server}/V4/SessionExpired", NOTICE)[1]["error"] == 0
+        assert len(daemon.call("GET", f"{sessions}/told")[1]["deliveries"]) == 1
+
+
+def test_time_spent_stopped_is_no_idleness(tmp_path: Path) -> None:
+    """SIGSTOP for longer than the idle time: the session lives, and can be touched when the daemon is back."""
+    with process(tmp_path, NO_GRACE + OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+        session = f"{daemon.api}/v1/operators/acme/sessions/s"
+        daemon.call("PUT", session, SESSION | {"idleTimeoutSeconds": 3})
+        daemon.popen.send_signal(signal.SIGSTOP)
+        time.sleep(4)  # the fault itself, not a wait for a state
+        daemon.popen.send_signal(signal.SIGCONT)
+        assert daemon.call("POST", session + "/touch")[0] == 204
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
+    async def run() -> None:
+        release, arrived = asyncio.Event(), asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            arrived.set()
+            await release.wait()
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(slow) as operator:
+            with process(tmp_path, OPERATOR.format(url=operator.url)) as daemon:
+                url = f"{daemon.server}/V4/SessionExpired"
+                assert (await asyncio.to_thread(daemon.call, "POST", url, NOTICE))[1]["error"] == 0
+                await arrived.wait()
+                daemon.popen.send_signal(signal.SIGTERM)
+                await until(lambda: "daemon.stopping" in daemon.log.read_text())
+                release.set()
+                assert await asyncio.to_thread(daemon.popen.wait, 20) == 0
+                assert "delivery.delivered" in daemon.log.read_text()
+
+    asyncio.run(run())
+    with sqlite3.connect(tmp_path / "lmdaemon.sqlite3") as sql:
+        assert sql.execute("SELECT state, attempts FROM delivery").fetchall() == [("delivered", 1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_is_quick_when_nothing_is_in_flight_even_with_idle_connections(tmp_path: Path, number: int) -> None:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+        with socket.create_connection(("127.0.0.1", int(daemon.api.rpartition(":")[2]))) as idle:
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert idle.recv(64).startswith(b"HTTP/1.1 200")
+            assert daemon.stop(number, within_s=5) == 0
+
+
+def test_sighup_reloads(tmp_path: Path) -> None:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+        text = (tmp_path / "config.toml").read_text()
+        (tmp_path / "config.toml").write_text(text.replace("operators.acme", "operators.renamed"))
+        daemon.popen.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while "config.reloaded" not in daemon.log.read_text():
+            assert time.monotonic() < deadline, daemon.log.read_text()
+            time.sleep(0.02)
+        assert daemon.call("GET", daemon.api + "/v1/operators")[1]["items"][0]["operator"] == "renamed"
+        assert daemon.stop() == 0
+
+
+def test_the_service_manager_is_told_ready_status_reloading_and_stopping(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
+        told: list[dict[str, str]] = []
+
+        def hear(key: str) -> dict[str, str]:
+            while True:
+                message = dict(line.split("=", 1) for line in manager.recv(4096).decode().splitlines())
+                told.append(message)
+                if key in message:
+                    return message
+
+        with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), environment) as daemon:
+            assert "sessions live" in hear("READY")["STATUS"]
+            hear("WATCHDOG")
+            hear("WATCHDOG")
+            daemon.popen.send_signal(signal.SIGHUP)
+            assert int(hear("RELOADING")["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+            hear("READY")
+            daemon.popen.send_signal(signal.SIGTERM)
+            hear("STOPPING")
+            assert daemon.popen.wait(20) == 0
+
+
+def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: Path) -> None:
+    """Socket activation: a client that connected before the daemon was there is served when it is."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        early = stack.enter_context(socket.create_connection(sockets[0].getsockname()))
+        early.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        # LISTEN_PID has to be the daemon's own, which only a wrapper inside it can know.
+        wrapper = (
+            "import os, sys\n"
+            "fds = [int(fd) for fd in sys.argv[1].split(',')]\n"
+            "kept = [os.dup(fd) for fd in fds]\n"
+            "for place, fd in enumerate(kept): os.dup2(fd, 3 + place, inheritable=True)\n"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='server:api')\n"
+            "os.execv(sys.executable, [sys.executable, '-m', 'lmdaemon', '--config', sys.argv[2], 'serve'])\n"
+        )
+        (tmp_path / "config.toml").write_text(OPERATOR.format(url="http://127.0.0.1:1/"))
+        fds = [one.fileno() for one in sockets]
+        command = [sys.executable, "-c", wrapper, ",".join(map(str, fds)), str(tmp_path / "config.toml")]
+        with (tmp_path / "log").open("w") as stderr:
+            popen = subprocess.Popen(command, stderr=stderr, pass_fds=fds)
+        try:
+            early.settimeout(20)
+            assert early.recv(64).startswith(b"HTTP/1.1 200")
+            api = "http://127.0.0.1:%d" % sockets[1].getsockname()[1]
+            with urllib.request.urlopen(api + "/v1/operators", timeout=10) as answer:
+                assert answer.status == 200
+        finally:
+            popen.terminate()
+            assert popen.wait(20) == 0

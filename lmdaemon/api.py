@@ -79,7 +79,7 @@ class Api:
         """The aiohttp application of the private listener."""
         app = web.Application(middlewares=[self._guarded])
         operator = "/v1/operators/{operator}"
-        session = operator + "/sessions/{sessionId}"
+        session = operator + "/sessions/{sessionId:[^/]+}"  # by itself, aiohttp would not let an id hold { or }
         app.router.add_routes(
             [
                 # Before the session's own path: POST names no session here, but a session may be called "touch"

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -135,3 +136,81 @@ def live(clock: Any, store: Store, seconds: float) -> None:
     for step in [1.0] * int(whole) + ([rest] if rest else []):
         clock.advance(step)
         store.service_clock.now_ms()
+
+
+@dataclass
+class Event:
+    """One line the daemon logged: its name, its facts, and the traceback or message of anything else that logs."""
+
+    name: str
+    facts: dict[str, Any]
+    level: str
+    traceback: str
+
+
+@contextlib.contextmanager
+def hear(logger: str = "lmdaemon") -> Iterator[list[Event]]:
+    """The events that are logged meanwhile, of every level; how logging is set up is put back afterwards."""
+    events: list[Event] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            traceback = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+            facts = getattr(record, "facts", {})
+            events.append(Event(record.getMessage(), facts, record.levelname.lower(), traceback))
+
+    log = logging.getLogger(logger)
+    before = (log.handlers[:], log.level, log.propagate)
+    log.handlers[:], log.propagate = [Ear()], False
+    log.setLevel(logging.DEBUG)
+    try:
+        yield events
+    finally:
+        log.handlers[:], log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+
+
+@dataclass
+class RawAnswer:
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+
+@dataclass
+class RawConnection:
+    """A connection on which every byte is ours."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self) -> RawAnswer:
+        """The next answer, an interim one included."""
+        async with asyncio.timeout(10):
+            status, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {
+                name.lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon
+            }
+            body = await self.reader.readexactly(int(headers.get("content-length", "0")))
+        return RawAnswer(int(status.split()[1]), headers, body)
+
+    async def rest(self) -> bytes:
+        """What comes until the other side closes."""
+        async with asyncio.timeout(10):
+            return await self.reader.read()
+
+
+@contextlib.asynccontextmanager
+async def raw_connection(url: str) -> AsyncIterator[RawConnection]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield RawConnection(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()

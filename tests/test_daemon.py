@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -117,8 +118,6 @@ class TestReload:
         (tmp_path / "tokens").chmod(0o600)
         toml = LISTEN.replace("[api]", '[api]\ntoken_file = "tokens"') + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, toml) as d:
-            import logging
-
             logging.getLogger("lmdaemon").propagate = True
             (tmp_path / "tokens").write_text("second-secret")
             changed = toml.replace('listen = "127.0.0.1:0"\n[api]', 'listen = "127.0.0.1:1"\n[api]')
@@ -133,7 +132,9 @@ class TestReload:
             toml = OPERATOR.format(url=operator.url)
             async with serving(tmp_path, toml) as d:
                 await d.daemon._store.set_gate("acme", lambda gate: gate)
-                (tmp_path / "config.toml").write_text(LISTEN + toml.replace("notify = true", "notify = true\ntimeout='9s'"))
+                (tmp_path / "config.toml").write_text(
+                    LISTEN + toml.replace("notify = true", "notify = true\ntimeout='9s'")
+                )
                 store = d.daemon._store
                 session = f"{d.api}/v1/operators/acme/sessions/s-1"
                 async with d.client.post(f"{d.api}/v1/operators/acme/hold"):
@@ -170,15 +171,17 @@ class TestPruning:
 
 
 async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
-    with pytest.raises(ExceptionGroup, match="unhandled errors"):
+    async def broken() -> float:
+        raise RuntimeError("a bug")
+
+    async def run() -> None:
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
-
-            async def broken() -> float:
-                raise RuntimeError("a bug")
-
             d.daemon._sweeper.once = broken  # type: ignore[method-assign, assignment]
             d.daemon._sweeper.wake()
             await asyncio.wait({d.running}, timeout=10)  # `serving` raises what it ended with
+
+    with pytest.raises(ExceptionGroup, match="unhandled errors"):
+        await run()
 
 
 # -- real processes
@@ -215,7 +218,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def process(directory: Path, toml: str = "", environment: dict[str, str] | None = None, **options: Any) -> Iterator[Process]:
+def process(
+    directory: Path, toml: str = "", environment: dict[str, str] | None = None, **options: Any
+) -> Iterator[Process]:
     """A daemon of its own, started as users start it; killed at the end if it still runs."""
     server, api = free_ports(2)
     (directory / "config.toml").write_text(
@@ -355,9 +360,9 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
         early.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         # LISTEN_PID has to be the daemon's own, which only a wrapper inside it can know.
         wrapper = (
-            "import os, sys\n"
+            "import fcntl, os, sys\n"
             "fds = [int(fd) for fd in sys.argv[1].split(',')]\n"
-            "kept = [os.dup(fd) for fd in fds]\n"
+            "kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in fds]\n"
             "for place, fd in enumerate(kept): os.dup2(fd, 3 + place, inheritable=True)\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='server:api')\n"
             "os.execv(sys.executable, [sys.executable, '-m', 'lmdaemon', '--config', sys.argv[2], 'serve'])\n"
@@ -370,7 +375,7 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
         try:
             early.settimeout(20)
             assert early.recv(64).startswith(b"HTTP/1.1 200")
-            api = "http://127.0.0.1:%d" % sockets[1].getsockname()[1]
+            api = f"http://127.0.0.1:{sockets[1].getsockname()[1]}"
             with urllib.request.urlopen(api + "/v1/operators", timeout=10) as answer:
                 assert answer.status == 200
         finally:

@@ -1,0 +1,1013 @@
+"""The private side, call by call, against a whole daemon: contract, section 5."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+from conftest import HandClock
+from support import LISTEN, ScriptedOperator, Serving, live, scripted_operator, serving, until
+from yarl import URL
+
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+SECRET = "the-player's-token"
+OPENING = {"playerId": "p1", "token": SECRET}
+ACME = "/v1/operators/acme"
+FINAL = {"error": 120, "description": "no"}
+
+CONFIG = """
+[sessions]
+restart_grace = "0s"
+idle_timeout = "10m"
+[operators.acme]
+provider_id = "luckymonaco"
+notify = true
+url = "{url}?key=in-the-query"
+allow_private_network = true
+concurrency = 1
+[operators.bravo]
+provider_id = "bravo"
+dialect = "v4.01"
+accept = ["v4.01"]
+"""
+
+
+async def ignore(event: object) -> None:
+    """A plug-in that has nothing to do."""
+
+
+@dataclass
+class Caller:
+    """Calls the private side. Every error it gets must be a problem document, and no answer may hold the token."""
+
+    daemon: Serving
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def __call__(self, method: str, path: str, expected: int | None = None, **options: Any) -> Any:
+        _, body = await self.answer(method, path, expected, **options)
+        return body
+
+    async def answer(
+        self, method: str, path: str, expected: int | None = None, **options: Any
+    ) -> tuple[aiohttp.ClientResponse, Any]:
+        url = URL(self.daemon.api + path, encoded=True)
+        headers = self.headers | options.pop("headers", {})
+        async with self.daemon.client.request(method, url, headers=headers, **options) as response:
+            text = await response.text()
+        assert expected in (None, response.status), f"{method} {path}: {response.status} {text}"
+        assert SECRET not in text + str(response.headers)
+        if response.status >= 400 and path != "/health":
+            self.check_problem(response, json.loads(text))
+        return response, json.loads(text) if text and "json" in response.content_type else text
+
+    @staticmethod
+    def check_problem(response: aiohttp.ClientResponse, problem: dict[str, Any]) -> None:
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert problem["status"] == response.status
+        assert problem.keys() - {"session"} == {"type", "title", "status", "detail"}
+        assert problem["detail"]
+
+    async def open(self, session_id: str = "s1", operator: str = "acme", **fields: Any) -> Any:
+        path = f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}"
+        return await self("PUT", path, 201, json=OPENING | fields)
+
+    async def session(self, session_id: str = "s1", operator: str = "acme") -> Any:
+        return await self("GET", f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}", 200)
+
+    async def close(self, session_id: str = "s1", operator: str = "acme") -> Any:
+        return await self("POST", f"/v1/operators/{operator}/sessions/{session_id}/close", 200)
+
+    async def operator(self, name: str = "acme") -> Any:
+        return next(shown for shown in (await self("GET", "/v1/operators", 200))["items"] if shown["operator"] == name)
+
+    async def settled(self, name: str = "acme") -> None:
+        """Until nothing of the operator is pending."""
+
+        async def none_pending() -> bool:
+            return (await self.operator(name))["pending"] == 0
+
+        await until(none_pending)
+
+    async def delivery_of(self, session_id: str = "s1") -> Any:
+        (delivery,) = (await self.session(session_id))["deliveries"]
+        return delivery
+
+    async def walk(self, path: str, limit: int, **query: str | None) -> list[Any]:
+        """Every item of all pages, following the cursors; no page but the last is short."""
+        given = {name: value for name, value in query.items() if value is not None}
+        items: list[Any] = []
+        after: dict[str, str] = {}
+        while True:
+            page = await self("GET", path, 200, params=given | {"limit": str(limit)} | after)
+            assert page.keys() == {"items", "next"}
+            items += page["items"]
+            if page["next"] is None:
+                assert len(page["items"]) <= limit
+                return items
+            assert len(page["items"]) == limit
+            after = {"after": page["next"]}
+
+
+@pytest.fixture
+async def wallet() -> AsyncIterator[ScriptedOperator]:
+    async with scripted_operator() as operator:
+        yield operator
+
+
+@pytest.fixture
+async def api(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
+    async with serving(tmp_path, CONFIG.format(url=wallet.url), clock) as daemon:
+        yield Caller(daemon)
+
+
+# -- PUT …/sessions/{sessionId}
+
+
+async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> None:
+    opened = await api.open(attributes={"game": "roulette", "table": 7}, idleTimeoutSeconds=90)
+    assert opened == {
+        "operator": "acme",
+        "sessionId": "s1",
+        "playerId": "p1",
+        "state": "active",
+        "reason": None,
+        "openedAt": "2026-09-21T14:13:20.000Z",
+        "lastSeenAt": "2026-09-21T14:13:20.000Z",
+        "expiresAt": "2026-09-21T14:14:50.001Z",
+        "endedAt": None,
+        "idleTimeoutSeconds": 90,
+        "attributes": {"game": "roulette", "table": 7},
+    }
+    assert await api.session() == opened | {"deliveries": []}
+
+
+async def test_opening_again_answers_200_counts_as_a_touch_and_changes_nothing_else(
+    api: Caller, clock: HandClock
+) -> None:
+    opened = await api.open(attributes={"a": 1})
+    live(clock, api.daemon.daemon._store, 60)
+    again = await api(
+        "PUT", ACME + "/sessions/s1", 200, json=OPENING | {"attributes": {"b": 2}, "idleTimeoutSeconds": 5}
+    )
+    assert again["lastSeenAt"] == "2026-09-21T14:14:20.000Z"
+    assert again["expiresAt"] == "2026-09-21T14:24:20.001Z"
+    moved = {"lastSeenAt", "expiresAt"}
+    assert {k: v for k, v in again.items() if k not in moved} == {k: v for k, v in opened.items() if k not in moved}
+
+
+@pytest.mark.parametrize(
+    "other", [{"playerId": "p2"}, {"token": "another"}, {"playerId": "P1"}], ids=["player", "token", "player's case"]
+)
+async def test_opening_what_is_open_for_another_answers_409_and_touches_nothing(
+    api: Caller, clock: HandClock, other: dict[str, str]
+) -> None:
+    await api.open()
+    before = await api.session()
+    clock.advance(1)
+    await api("PUT", ACME + "/sessions/s1", 409, json=OPENING | other)
+    assert (await api.session())["lastSeenAt"] == before["lastSeenAt"]
+    assert (await api.session())["playerId"] == "p1"
+
+
+async def test_a_token_where_there_was_none_differs(api: Caller) -> None:
+    path = "/v1/operators/bravo/sessions/s1"
+    await api("PUT", path, 201, json={"playerId": "p1"})
+    await api("PUT", path, 409, json=OPENING)
+    await api("PUT", path, 200, json={"playerId": "p1"})
+
+
+async def test_opening_what_has_ended_answers_409_with_the_session(api: Caller) -> None:
+    await api.open()
+    ended = await api.close()
+    problem = await api("PUT", ACME + "/sessions/s1", 409, json=OPENING)
+    assert problem["session"] == ended
+    assert (await api.session())["state"] == "ended"
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "playerId"),
+        ({"playerId": "p1"}, "token"),
+        ({"token": "t"}, "playerId"),
+        (OPENING | {"playerid": "p1"}, "playerid"),
+        (OPENING | {"sessionId": "s1"}, "sessionId"),
+        (OPENING | {"playerId": 1}, "playerId"),
+        (OPENING | {"playerId": None}, "playerId"),
+        (OPENING | {"playerId": ""}, "playerId"),
+        (OPENING | {"playerId": "x" * 257}, "playerId"),
+        (OPENING | {"playerId": "a\nb"}, "playerId"),
+        (OPENING | {"playerId": "a\x85b"}, "playerId"),
+        (OPENING | {"token": None}, "token"),
+        (OPENING | {"token": ""}, "token"),
+        (OPENING | {"token": 7}, "token"),
+        (OPENING | {"token": "x" * 4097}, "token"),
+        (OPENING | {"idleTimeoutSeconds": 0}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": -1}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 2592001}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 1.5}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 1e300}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": "60"}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": True}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": None}, "idleTimeoutSeconds"),
+        (OPENING | {"attributes": []}, "attributes"),
+        (OPENING | {"attributes": None}, "attributes"),
+        (OPENING | {"attributes": "{}"}, "attributes"),
+        (OPENING | {"attributes": {"a": "x" * 4089}}, "attributes"),
+        ([], "object"),
+        ("text", "object"),
+        (5, "object"),
+    ],
+)
+async def test_opening_with_a_bad_body_answers_400_naming_the_field(api: Caller, body: Any, named: str) -> None:
+    problem = await api("PUT", ACME + "/sessions/s1", 400, json=body)
+    assert named in problem["detail"]
+    await api("GET", ACME + "/sessions/s1", 404)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"playerId": "p1" "token": "t"}',
+        b'{"playerId": "p1", "token": "t", "playerId": "p2"}',
+        b'{"playerId": "\\ud800", "token": "t"}',
+        b'{"playerId": "\xff", "token": "t"}',
+        b'{"playerId": NaN, "token": "t"}',
+        b'{"playerId": "p1", "token": "t"} {}',
+        b'{"playerId": "p1", "token": "t", "idleTimeoutSeconds": 1' + b"0" * 400 + b"}",
+        b"[" * 5000,
+        b"null",
+    ],
+)
+async def test_opening_with_broken_json_answers_400(api: Caller, body: bytes) -> None:
+    await api("PUT", ACME + "/sessions/s1", 400, data=body, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"idleTimeoutSeconds": 1}, {"idleTimeoutSeconds": 1}),
+        ({"idleTimeoutSeconds": 2592000}, {"idleTimeoutSeconds": 2592000}),
+        ({"idleTimeoutSeconds": 60.0}, {"idleTimeoutSeconds": 60}),
+        ({}, {"idleTimeoutSeconds": 600, "attributes": {}}),
+        ({"attributes": {"a": "x" * 4088}}, {"attributes": {"a": "x" * 4088}}),
+        ({"attributes": {"ü": [1, None, {"deep": True}]}}, {"attributes": {"ü": [1, None, {"deep": True}]}}),
+        ({"playerId": "x" * 256}, {"playerId": "x" * 256}),
+        ({"token": "x" * 4096}, {"playerId": "p1"}),
+    ],
+    ids=["shortest", "longest", "whole", "default", "4 KiB", "nested", "long player", "long token"],
+)
+async def test_what_is_within_the_bounds_opens(api: Caller, fields: dict[str, Any], shown: dict[str, Any]) -> None:
+    opened = await api.open(**fields)
+    assert {name: opened[name] for name in shown} == shown
+
+
+async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) -> None:
+    await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
+async def test_another_content_type_answers_415(api: Caller, content_type: str) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    options = {"data": json.dumps(OPENING).encode(), "headers": headers, "skip_auto_headers": ["Content-Type"]}
+    await api("PUT", ACME + "/sessions/s1", 415, **options)
+
+
+UNPACKED = pytest.mark.xfail(strict=True, reason="aiohttp unpacks before the handler: daemon.py, auto_decompress")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", pytest.param("br", marks=UNPACKED)])
+async def test_a_compressed_body_answers_415_unread(api: Caller, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    await api("PUT", ACME + "/sessions/s1", 415, data=b"not compressed at all", headers=headers)
+
+
+async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 65536):
+        yield body[start : start + 65536]
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+@pytest.mark.parametrize(
+    ("method", "path", "limit"),
+    [
+        ("PUT", ACME + "/sessions/s1", 64 * 1024),
+        ("POST", ACME + "/sessions/touch", 4 * 1024 * 1024),
+        ("POST", ACME + "/deliveries/retry", 64 * 1024),
+    ],
+)
+async def test_a_body_over_its_limit_answers_413(
+    api: Caller, method: str, path: str, limit: int, announced: bool
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    for size, expected in ((limit, 400), (limit + 1, 413)):
+        body = b'"' + b"x" * (size - 2) + b'"'
+        await api(method, path, expected, data=BytesIO(body) if announced else in_pieces(body), headers=headers)
+
+
+# -- ids in the path
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["%FF", "%ED%A0%80", "%C0%AF", "%", "%4", "%zz", "a%", "%00", "%0A", "%7F", "%C2%85", "x" * 257, "%F4%90%80%80"],
+)
+@pytest.mark.parametrize(("method", "end"), [("PUT", ""), ("GET", ""), ("POST", "/touch"), ("POST", "/close")])
+async def test_a_session_id_that_is_none_answers_400(api: Caller, raw: str, method: str, end: str) -> None:
+    body = {"json": OPENING} if method == "PUT" else {}
+    problem = await api(method, f"{ACME}/sessions/{raw}{end}", 400, **body)
+    assert "sessionId" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "session_id",
+    [
+        "a/b",
+        "/",
+        "..",
+        ".",
+        "touch",
+        "close",
+        "ünïcode",
+        "𝄞",
+        "a b",
+        "a+b",
+        "100%",
+        "%2F",
+        "{x}",
+        "a?b#c",
+        "\u2028",
+        "x" * 256,
+    ],
+)
+async def test_any_id_round_trips_through_path_body_and_answer(api: Caller, session_id: str) -> None:
+    raw = "".join(f"%{byte:02X}" for byte in session_id.encode())  # every byte escaped, also where it need not be
+    path = f"{ACME}/sessions/{raw}"
+    assert (await api("PUT", path, 201, json=OPENING))["sessionId"] == session_id
+    assert (await api.session(session_id))["sessionId"] == session_id
+    await api("POST", path + "/touch", 204)
+    touched = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": [session_id]})
+    assert touched["touched"] == 1
+    assert (await api("GET", ACME + "/sessions", 200))["items"][0]["sessionId"] == session_id
+    assert (await api("POST", path + "/close", 200))["sessionId"] == session_id
+
+
+async def test_ids_are_case_sensitive_and_belong_to_their_operator(api: Caller) -> None:
+    await api.open("s")
+    await api("GET", ACME + "/sessions/S", 404)
+    await api("GET", "/v1/operators/bravo/sessions/s", 404)
+    await api.open("s", operator="bravo", playerId="another")
+    assert (await api.session("s"))["playerId"] == "p1"
+
+
+# -- touch and close
+
+
+async def test_touching_answers_204_and_moves_the_deadline(api: Caller, clock: HandClock) -> None:
+    await api.open()
+    live(clock, api.daemon.daemon._store, 120)
+    assert await api("POST", ACME + "/sessions/s1/touch", 204) == ""
+    touched = await api.session()
+    assert touched["lastSeenAt"] == "2026-09-21T14:15:20.000Z"
+    assert touched["expiresAt"] == "2026-09-21T14:25:20.001Z"
+
+
+@pytest.mark.parametrize(("method", "end"), [("POST", "/touch"), ("POST", "/close"), ("GET", "")])
+async def test_an_unknown_session_answers_404(api: Caller, method: str, end: str) -> None:
+    await api(method, f"{ACME}/sessions/nobody{end}", 404)
+
+
+async def test_touching_what_has_ended_answers_410_with_the_session(api: Caller) -> None:
+    await api.open()
+    ended = await api.close()
+    problem = await api("POST", ACME + "/sessions/s1/touch", 410)
+    assert problem["session"] == ended
+    assert ended["state"] == "ended"
+
+
+async def test_touching_many_says_what_was_touched_counting_a_duplicate_once(api: Caller, clock: HandClock) -> None:
+    for session_id in ("a", "b", "c"):
+        await api.open(session_id)
+    await api.close("c")
+    clock.advance(1)
+    ids = ["b", "nobody", "a", "c", "b", "nobody", "c", "a"]
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": ids})
+    assert answer == {"touched": 2, "unknown": ["nobody"], "ended": ["c"]}
+    assert (await api.session("a"))["lastSeenAt"] == "2026-09-21T14:13:21.000Z"
+
+
+async def test_touching_many_takes_ten_thousand_and_no_more(api: Caller) -> None:
+    await api.open("5")
+    ids = [str(number) for number in range(10_001)]
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": ids[:10_000]})
+    assert (answer["touched"], len(answer["unknown"]), answer["ended"]) == (1, 9_999, [])
+    await api("POST", ACME + "/sessions/touch", 400, json={"sessionIds": ids})
+
+
+async def test_touching_none_touches_none(api: Caller) -> None:
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": []})
+    assert answer == {"touched": 0, "unknown": [], "ended": []}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"sessionIds": None},
+        {"sessionIds": "s1"},
+        {"sessionIds": {"s1": 1}},
+        {"sessionIds": ["s1", 5]},
+        {"sessionIds": ["s1", None]},
+        {"sessionIds": ["s1", ""]},
+        {"sessionIds": ["s1", "a\x00"]},
+        {"sessionIds": ["s1", "x" * 257]},
+        {"sessionIds": ["s1"], "more": 1},
+        ["s1"],
+    ],
+)
+async def test_touching_many_with_a_bad_body_answers_400_and_touches_none(
+    api: Caller, clock: HandClock, body: Any
+) -> None:
+    before = await api.open()
+    clock.advance(1)
+    await api("POST", ACME + "/sessions/touch", 400, json=body)
+    assert (await api.session())["lastSeenAt"] == before["lastSeenAt"]
+
+
+async def test_closing_answers_200_with_the_same_session_however_often(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    await api.open()
+    closed = await api.close()
+    assert (closed["state"], closed["reason"], closed["expiresAt"]) == ("ended", "closed", None)
+    assert closed["endedAt"] == "2026-09-21T14:13:20.000Z"
+    clock.advance(5)
+    assert await api.close() == closed
+    await api.settled()
+    assert len(wallet.received) == 1
+
+
+async def test_closing_after_a_notice_answers_with_the_reported_end(api: Caller) -> None:
+    await api.open()
+    notice = {"providerId": "luckymonaco", "sessionId": "s1", "externalPlayerId": "p1", "token": SECRET}
+    async with api.daemon.client.post(api.daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert (await answer.json())["error"] == 0
+    assert (await api.close())["reason"] == "reported"
+
+
+async def test_closing_after_inactivity_answers_with_that_end(api: Caller, clock: HandClock) -> None:
+    await api.open(idleTimeoutSeconds=2)
+    live(clock, api.daemon.daemon._store, 2.1)
+    api.daemon.daemon._sweeper.wake()
+
+    async def ended() -> bool:
+        return (await api.session())["state"] == "ended"
+
+    await until(ended)
+    closed = await api.close()
+    assert (closed["reason"], closed["endedAt"]) == ("inactivity", "2026-09-21T14:13:22.100Z")
+
+
+async def test_reading_never_counts_as_activity(api: Caller, clock: HandClock) -> None:
+    opened = await api.open()
+    live(clock, api.daemon.daemon._store, 30)
+    for path in ("/sessions/s1", "/sessions", "/sessions?state=active&playerId=p1"):
+        await api("GET", ACME + path, 200)
+    for path in ("/v1/deliveries", "/v1/operators", "/health", "/metrics", "/openapi.json"):
+        await api("GET", path)
+    shown = await api.session()
+    assert (shown["lastSeenAt"], shown["expiresAt"]) == (opened["lastSeenAt"], opened["expiresAt"])
+
+
+# -- GET …/sessions
+
+
+async def test_pages_of_sessions_lose_and_double_nothing_for_any_filter(api: Caller) -> None:
+    known = []
+    for number in range(23):
+        await api.open(f"s{number}", playerId=f"p{number % 3}")
+        if number % 4 == 0:
+            await api.close(f"s{number}")
+        known.append((f"s{number}", f"p{number % 3}", "ended" if number % 4 == 0 else "active"))
+    await api.open("elsewhere", operator="bravo")
+    for state, player, limit in product((None, "active", "ended"), (None, "p0", "p1", "nobody"), (1, 2, 5, 1000)):
+        walked = await api.walk(ACME + "/sessions", limit, state=state, playerId=player)
+        wanted = [s for s, p, st in reversed(known) if state in (None, st) and player in (None, p)]
+        assert [session["sessionId"] for session in walked] == wanted, (state, player, limit)
+
+
+async def test_a_page_that_is_exactly_full_is_the_last(api: Caller) -> None:
+    for number in range(3):
+        await api.open(f"s{number}")
+    assert (await api("GET", ACME + "/sessions?limit=3", 200))["next"] is None
+    assert (await api("GET", ACME + "/sessions?limit=2", 200))["next"] is not None
+
+
+async def test_sessions_opened_while_pages_are_read_disturb_none(api: Caller) -> None:
+    for number in range(6):
+        await api.open(f"s{number}")
+    page = await api("GET", ACME + "/sessions?limit=3", 200)
+    await api.open("late")
+    rest = await api("GET", f"{ACME}/sessions?limit=3&after={page['next']}", 200)
+    found = [session["sessionId"] for session in page["items"] + rest["items"]]
+    assert found == ["s5", "s4", "s3", "s2", "s1", "s0"]
+
+
+async def test_a_page_holds_a_hundred_unless_told_otherwise(api: Caller) -> None:
+    await asyncio.gather(*(api.open(f"s{number}") for number in range(101)))
+    assert len((await api("GET", ACME + "/sessions", 200))["items"]) == 100
+    assert len((await api("GET", ACME + "/sessions?limit=1000", 200))["items"]) == 101
+
+
+@pytest.mark.parametrize("path", [ACME + "/sessions", "/v1/deliveries"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("limit=0", "limit=1001", "limit=-1", "limit=", "limit=x", "limit=1.5", "limit=%D9%A3", "limit=1&limit=2"),
+        *("after=0", "after=x", "after=", "after=-1", "after=1.0", "after=9999999999999999999", "after=1&after=1"),
+        *("state=gone", "state=", "state=Active", "unknown=1", "Limit=5", "=1"),
+    ],
+)
+async def test_a_bad_query_answers_400(api: Caller, path: str, query: str) -> None:
+    await api("GET", f"{path}?{query}", 400)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ACME + "/sessions?playerId=",
+        ACME + "/sessions?playerId=a%00",
+        ACME + "/sessions?operator=acme",
+        "/v1/deliveries?operator=",
+        "/v1/deliveries?sink=" + "x" * 257,
+        "/v1/deliveries?playerId=p1",
+        "/v1/operators?limit=1",
+    ],
+)
+async def test_a_filter_that_is_none_answers_400(api: Caller, target: str) -> None:
+    await api("GET", target, 400)
+
+
+# -- deliveries
+
+
+@pytest.fixture
+async def delivered_everywhere(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
+    """Two operators with a URL and a plug-in each; deliveries in every state."""
+    second = CONFIG.format(url=wallet.url).replace(
+        "[operators.bravo]",
+        '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true',
+    )
+    async with serving(tmp_path, second + '[plugins.hook]\nuse = "test_api:ignore"\n', clock) as daemon:
+        api = Caller(daemon)
+        for operator in ("acme", "bravo"):
+            for number in range(12):
+                await api.open(f"s{number}", operator=operator)
+            wallet.script = [FINAL] * 3
+            for number in range(9):
+                await api.close(f"s{number}", operator=operator)
+            await api.settled(operator)
+            await api("POST", f"/v1/operators/{operator}/hold", 200)
+            for number in range(9, 12):
+                await api.close(f"s{number}", operator=operator)
+        yield api
+
+
+async def test_pages_of_deliveries_lose_and_double_nothing_for_any_filter(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+
+    async def plugins_done() -> bool:
+        return not (await api("GET", "/v1/deliveries?sink=plugin:hook&state=pending", 200))["items"]
+
+    await until(plugins_done)
+    known = await api.walk("/v1/deliveries", 1000)
+    numbers = [int(delivery["id"].split("_")[1]) for delivery in known]
+    assert numbers == sorted(numbers, reverse=True)
+    states = [(d["operator"], d["sink"], d["state"]) for d in known]
+    assert {state: states.count(("acme", "http", state)) for state in ("pending", "delivered", "dead")} == {
+        "pending": 3,
+        "delivered": 6,
+        "dead": 3,
+    }
+    assert states.count(("bravo", "plugin:hook", "delivered")) == 12
+    filters = product(
+        (None, "acme", "bravo", "nobody"),
+        (None, "http", "plugin:hook", "plugin:none"),
+        (None, "pending", "delivered", "dead"),
+        (1, 3, 1000),
+    )
+    for operator, sink, state, limit in filters:
+        walked = await api.walk("/v1/deliveries", limit, operator=operator, sink=sink, state=state)
+        wanted = [
+            delivery
+            for delivery in known
+            if operator in (None, delivery["operator"])
+            and sink in (None, delivery["sink"])
+            and state in (None, delivery["state"])
+        ]
+        assert walked == wanted, (operator, sink, state, limit)
+
+
+async def test_a_session_shows_its_deliveries(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = await api.delivery_of()
+    assert delivery == {
+        "id": delivery["id"],
+        "operator": "acme",
+        "sessionId": "s1",
+        "sink": "http",
+        "state": "delivered",
+        "attempts": 1,
+        "createdAt": "2026-09-21T14:13:20.000Z",
+        "nextAttemptAt": None,
+        "settledAt": "2026-09-21T14:13:20.000Z",
+        "lastStatus": 200,
+        "lastCode": "0",
+        "lastError": None,
+    }
+    assert wallet.received[0].headers["webhook-id"] == delivery["id"]
+
+
+async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet: ScriptedOperator) -> None:
+    wallet.script = [FINAL]
+    await api.open()
+    await api.close()
+    await api.settled()
+    listed = await api.delivery_of()
+    shown = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
+    assert shown == listed | {"history": shown["history"]}
+    assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, "120")
+    assert shown["history"] == [
+        {"at": "2026-09-21T14:13:20.000Z", "durationMs": 0, "status": 200, "code": "120", "error": "code_120"}
+    ]
+
+
+@pytest.mark.parametrize("webhook_id", ["msg_1_0123456789abcdef0123", "msg_999", "msg_", "1", "%FF", "msg_1_x", "s1"])
+async def test_an_unknown_delivery_answers_404(api: Caller, webhook_id: str) -> None:
+    await api.open()
+    await api.close()
+    await api("GET", f"/v1/deliveries/{webhook_id}", 404)
+    await api("POST", f"/v1/deliveries/{webhook_id}/retry", 404)
+
+
+async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(
+    api: Caller, wallet: ScriptedOperator
+) -> None:
+    wallet.script = [FINAL]
+    await api.open()
+    await api.close()
+    await api.settled()
+    dead = await api.delivery_of()
+    assert (await api.operator())["dead"] == 1
+    retried = await api("POST", f"/v1/deliveries/{dead['id']}/retry", 202)
+    assert retried["id"] == dead["id"]
+    await api.settled()
+    shown = await api("GET", f"/v1/deliveries/{dead['id']}", 200)
+    assert (shown["state"], shown["attempts"], len(shown["history"])) == ("delivered", 2, 2)
+    assert (await api.operator())["dead"] == 0
+    first, second = wallet.received
+    assert first.body == second.body
+    assert first.headers["webhook-id"] == second.headers["webhook-id"] == dead["id"]
+
+
+async def test_retrying_what_is_not_dead_answers_409_and_sends_nothing(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    await api("POST", f"/v1/deliveries/{(await api.delivery_of())['id']}/retry", 409)
+    await api("POST", ACME + "/hold", 200)
+    await api.open("waits")
+    await api.close("waits")
+    await api("POST", f"/v1/deliveries/{(await api.delivery_of('waits'))['id']}/retry", 409)
+    assert len(wallet.received) == 1
+
+
+async def test_retrying_what_can_never_be_sent_answers_409(tmp_path: Path, wallet: ScriptedOperator) -> None:
+    toml = CONFIG.format(url=wallet.url).replace("[operators.acme]", '[operators.acme]\naccept = ["v4.01"]')
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # without a token
+        async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+            assert (await answer.json())["error"] == 0
+        delivery = await api.delivery_of()
+        assert delivery["state"] == "dead"
+        await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 409)
+        assert (await api("POST", ACME + "/deliveries/retry", 202, json={}))["retried"] == 0
+    assert wallet.received == []
+
+
+async def dead_deliveries(api: Caller, wallet: ScriptedOperator, *session_ids: str) -> None:
+    wallet.script = [FINAL] * len(session_ids)
+    for session_id in session_ids:
+        await api.open(session_id)
+        await api.close(session_id)
+    await api.settled()
+
+
+def millis(time: str) -> int:
+    assert RFC3339.fullmatch(time)
+    minutes, seconds = time[14:16], time[17:23]
+    return int(minutes) * 60_000 + round(float(seconds) * 1000)
+
+
+async def test_retrying_all_dead_spaces_them_to_ten_a_second_over_all_calls(
+    api: Caller, wallet: ScriptedOperator
+) -> None:
+    await dead_deliveries(api, wallet, *(f"s{number}" for number in range(15)))
+    await api("POST", ACME + "/hold", 200)  # so that they stay where they are put
+    assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 15}
+    due = [millis(d["nextAttemptAt"]) for d in await api.walk("/v1/deliveries", 100, state="pending")]
+    start = millis("2026-09-21T14:13:20.000Z")
+    assert sorted(due) == [start + 100 * number for number in range(15)]
+    assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
+
+
+async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet: ScriptedOperator) -> None:
+    await dead_deliveries(api, wallet, "a", "b", "c")
+    await api("POST", ACME + "/hold", 200)
+    dead = await api.walk("/v1/deliveries", 100, state="dead")
+    retried = [await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 202) for delivery in dead]
+    due = [millis(delivery["nextAttemptAt"]) for delivery in retried]
+    assert [after - before for before, after in pairwise(due)] == [100, 100]
+
+
+async def test_retrying_since_a_time_leaves_what_died_before_it(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    await dead_deliveries(api, wallet, "old")
+    clock.advance(60)
+    await dead_deliveries(api, wallet, "new", "newer")
+    await api("POST", ACME + "/hold", 200)
+    for since, count in (
+        ("2026-09-21T14:14:20.001Z", 0),
+        ("2026-09-21T16:14:20+02:00", 2),
+        ("2026-09-21T14:13:20z", 1),
+    ):
+        assert await api("POST", ACME + "/deliveries/retry", 202, json={"since": since}) == {"retried": count}
+
+
+async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+    assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 3}
+    assert (await api.operator("bravo"))["dead"] == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            {"since": value}
+            for value in (None, 5, "", "yesterday", "2026-01-01", "2026-01-01T00:00:00", "2026-13-01T00:00:00Z")
+        ),
+        *({"since": value} for value in ("2026-01-01T25:00:00Z", "2026-01-01 00:00:00Z", "0001-01-01T00:00:00+10:00")),
+        {"until": "2026-01-01T00:00:00Z"},
+        [],
+    ],
+)
+async def test_retrying_with_a_bad_body_answers_400(api: Caller, body: Any) -> None:
+    await api("POST", ACME + "/deliveries/retry", 400, json=body)
+
+
+# -- operators
+
+
+async def test_operators_are_listed_with_their_figures(api: Caller, clock: HandClock, wallet: ScriptedOperator) -> None:
+    await dead_deliveries(api, wallet, "dead")
+    await api("POST", ACME + "/hold", 200)
+    await api.open("waits")
+    await api.close("waits")
+    await api.open("live")
+    clock.advance(2.5)
+    assert await api("GET", "/v1/operators", 200) == {
+        "items": [
+            {
+                "operator": "acme",
+                "notify": True,
+                "dialect": "v4",
+                "held": True,
+                "heldReason": "by_hand",
+                "breaker": "closed",
+                "live": 1,
+                "pending": 1,
+                "dead": 1,
+                "oldestPendingSeconds": 2.5,
+                "notBefore": None,
+            },
+            {
+                "operator": "bravo",
+                "notify": False,
+                "dialect": "v4.01",
+                "held": False,
+                "heldReason": None,
+                "breaker": "closed",
+                "live": 0,
+                "pending": 0,
+                "dead": 0,
+                "oldestPendingSeconds": None,
+                "notBefore": None,
+            },
+        ]
+    }
+
+
+async def test_a_held_operator_is_sent_nothing_until_it_is_released(api: Caller, wallet: ScriptedOperator) -> None:
+    for _ in range(2):
+        assert (await api("POST", ACME + "/hold", 200))["held"] is True
+    await api.open()
+    assert (await api.close())["state"] == "ended"
+    assert (await api.operator())["pending"] == 1
+    await api.open("s2")
+    await api.close("s2")
+    assert wallet.received == []
+    for _ in range(2):
+        assert (await api("POST", ACME + "/release", 200))["held"] is False
+    await api.settled()
+    assert len(wallet.received) == 2
+
+
+async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def pausing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=503, headers={"Retry-After": "100"})
+
+    wallet.script = [failing] * 4 + [pausing]
+    for number in range(5):
+        await api.open(f"s{number}")
+        await api.close(f"s{number}")
+
+    async def opened() -> bool:
+        return (await api.operator())["breaker"] == "open"
+
+    await until(opened)
+    shown = await api.operator()
+    assert 100_000 <= millis(shown["notBefore"]) - millis("2026-09-21T14:13:20.000Z") <= 120_000
+    clock.advance(60)
+    assert (await api.operator())["breaker"] == "half-open"
+    released = await api("POST", ACME + "/release", 200)
+    assert (released["breaker"], released["notBefore"]) == ("closed", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "end"),
+    [
+        ("PUT", "/sessions/s1"),
+        ("GET", "/sessions/s1"),
+        ("POST", "/sessions/s1/touch"),
+        ("POST", "/sessions/s1/close"),
+        ("POST", "/sessions/touch"),
+        ("GET", "/sessions"),
+        ("POST", "/deliveries/retry"),
+        ("POST", "/hold"),
+        ("POST", "/release"),
+    ],
+)
+async def test_an_operator_that_is_not_configured_answers_404(api: Caller, method: str, end: str) -> None:
+    for name in ("nobody", "ACME", "%FF", "a" * 300):
+        await api(method, f"/v1/operators/{name}{end}", 404)
+
+
+# -- the rest
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/v1", "/v1/", "/v1/operators/", "/v1/sessions", ACME, ACME + "/sessions/", "/V1/operators", "/health/"],
+)
+async def test_an_unknown_path_answers_404(api: Caller, path: str) -> None:
+    await api("GET", path, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (ACME + "/sessions/s1", "GET, PUT"),
+        (ACME + "/sessions/s1/touch", "POST"),
+        (ACME + "/sessions/s1/close", "POST"),
+        (ACME + "/sessions/touch", "GET, POST, PUT"),  # a session may be called touch
+        (ACME + "/sessions", "GET"),
+        (ACME + "/deliveries/retry", "POST"),
+        (ACME + "/hold", "POST"),
+        (ACME + "/release", "POST"),
+        ("/v1/operators", "GET"),
+        ("/v1/deliveries", "GET"),
+        ("/v1/deliveries/msg_1_x", "GET"),
+        ("/v1/deliveries/msg_1_x/retry", "POST"),
+        ("/health", "GET, HEAD"),
+        ("/metrics", "GET"),
+        ("/openapi.json", "GET"),
+    ],
+)
+async def test_another_method_answers_405_with_allow(api: Caller, path: str, allowed: str) -> None:
+    for method in ("DELETE", "PATCH", "OPTIONS"):
+        response, problem = await api.answer(method, path)
+        assert (response.status, response.headers["Allow"]) == (405, allowed)
+        Caller.check_problem(response, problem)
+
+
+async def test_metrics_count_by_operator_and_name_no_session(api: Caller) -> None:
+    await api.open("secret-session", playerId="secret-player")
+    await api("POST", ACME + "/sessions/secret-session/touch", 204)
+    response, text = await api.answer("GET", "/metrics", 200)
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert 'lmdaemon_sessions_live{operator="acme"} 1.0' in text
+    assert re.search(r'lmdaemon_\w*touch\w*_total\{operator="acme"\} 1\.0', text)
+    assert "secret" not in text
+
+
+async def test_all_times_are_rfc_3339_in_utc(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+    sessions = (await api("GET", ACME + "/sessions", 200))["items"]
+    deliveries = (await api("GET", "/v1/deliveries", 200))["items"]
+    history = (await api("GET", f"/v1/deliveries/{deliveries[-1]['id']}", 200))["history"]
+    health = [check for checks in (await api("GET", "/health", 200))["checks"].values() for check in checks]
+    times = [
+        value
+        for item in sessions + deliveries + history + health
+        for name, value in item.items()
+        if (name.endswith("At") or name in ("at", "time")) and value is not None
+    ]
+    assert len(times) > 100
+    assert [time for time in times if not RFC3339.fullmatch(time)] == []
+
+
+# -- tokens
+
+CALLS = [
+    ("PUT", ACME + "/sessions/s1"),
+    ("GET", ACME + "/sessions/s1"),
+    ("POST", ACME + "/sessions/s1/touch"),
+    ("POST", ACME + "/sessions/touch"),
+    ("POST", ACME + "/sessions/s1/close"),
+    ("GET", ACME + "/sessions"),
+    ("GET", "/v1/deliveries"),
+    ("GET", "/v1/deliveries/msg_1_x"),
+    ("POST", "/v1/deliveries/msg_1_x/retry"),
+    ("POST", ACME + "/deliveries/retry"),
+    ("GET", "/v1/operators"),
+    ("POST", ACME + "/hold"),
+    ("POST", ACME + "/release"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing"),
+    ("DELETE", "/v1/operators"),
+    ("POST", "/health"),
+]
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path, clock: HandClock) -> AsyncIterator[Caller]:
+    (tmp_path / "tokens").write_text("token-one\n\n  token-twö  \n")
+    toml = LISTEN + 'token_file = "tokens"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        yield Caller(daemon)
+
+
+WRONG = [
+    *("", "Bearer", "Bearer ", "Bearer wrong", "Bearer token-one2", "Bearer token-on", "bearer TOKEN-ONE", "token-one"),
+    *("Basic token-one", "Bearer token-one, Bearer token-one", "Bearer token-one token-one", "Bearer \u00ff"),
+]
+
+
+@pytest.mark.parametrize("authorization", WRONG)
+async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, authorization: str) -> None:
+    headers = {"Authorization": authorization} if authorization else {}
+    for method, path in CALLS:
+        response, _ = await guarded.answer(method, path, 401 if path != "/health" else None, headers=headers)
+        assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+@pytest.mark.parametrize("authorization", ["Bearer token-one", "bearer  token-one ", "BEARER token-twö"])
+async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorization: str) -> None:
+    guarded.headers = {"Authorization": authorization}
+    await guarded.open()
+    for method, path in CALLS[1:]:
+        response, _ = await guarded.answer(method, path)
+        assert response.status != 401, (method, path)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_health_without_the_token_tells_only_the_status(guarded: Caller, method: str) -> None:
+    response, body = await guarded.answer(method, "/health", 200)
+    assert response.headers["Content-Type"] == "application/health+json"
+    if method == "GET":
+        assert body == {"status": "pass"}
+        full = await guarded("GET", "/health", 200, headers={"Authorization": "Bearer token-one"})
+        assert full.keys() > {"status"}
+    async with guarded.daemon.client.get(guarded.daemon.server + "/health") as public:
+        assert await public.json(content_type=None) == {"status": "pass"}

@@ -1,0 +1,119 @@
+"""The documents tell the truth: settings, modules, dialects, limits and version as they are in the code."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lmdaemon import __version__, api, config, database, dialects, endpoint, http, store
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+TABLES = {
+    "[server]": config.ServerTable,
+    "[api]": config.ApiTable,
+    "[database]": config.DatabaseTable,
+    "[sessions]": config.SessionsTable,
+    "[delivery]": config.DeliveryTable,
+    "[log]": config.LogTable,
+    "[operators.NAME]": config.OperatorTable,
+    "[plugins.NAME]": config.PluginTable,
+    "[dialects.NAME]": config.DialectTable,
+}
+
+
+def row(first: str) -> list[str]:
+    """The cells of the README's table row that begins with this cell."""
+    (found,) = (line for line in README.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_readme_names_every_setting_and_no_other(table: str) -> None:
+    shown = re.findall(r"`([a-z_]+)(?: = [^`]*)?`", row(f"`{table}`")[1])
+    assert shown == [field.name for field in msgspec.structs.fields(TABLES[table])]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_readme_shows_the_true_defaults(table: str) -> None:
+    """Each `key = value` is TOML, and reading it gives what leaving it out gives."""
+    defaults = TABLES[table]
+    settings = re.findall(r"`([a-z_]+ = [^`]*)`", row(f"`{table}`")[1])
+    assert settings
+    reader = config._Reader(ROOT / "config.toml", need_secrets=True)
+    fields = {field.name: field for field in msgspec.structs.fields(defaults)}
+    for setting in settings:
+        ((name, value),) = tomllib.loads(setting).items()
+        field = fields[name]
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        assert reader.value(field.type, value, name) == default, setting
+    assert reader.errors == []
+
+
+@pytest.mark.parametrize("name", dialects.SHIPPED)
+def test_readme_shows_each_dialect_with_its_codes(name: str) -> None:
+    dialect = dialects.SHIPPED[name]
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1] == f"`{dialect.path}`"
+    if "as v4.01" in cells[2]:
+        assert dialect.same_wire(dialects.SHIPPED["v4.01"])
+    else:
+        required = cells[2].partition(";")[0].split(", ")
+        assert required == [dialect.fields[meaning] for meaning in dialect.required]
+    meanings = ("bad_parameters", "bad_token", "bad_hash", "unknown_session", "player_mismatch", "retry", "final")
+    codes = [str(dialect.codes.of(meaning)) for meaning in meanings]
+    if "hash" not in dialect.fields:
+        codes[2] = "–"
+    assert cells[3:] == codes
+
+
+def test_readme_shows_the_true_limits() -> None:
+    table = README.partition("## Limits")[2].partition("## Decisions")[0].replace(",", "")
+    for limit in (
+        f"{endpoint.BODY_MAX // 1024} KiB; API body {api.BODY_MAX // 1024} KiB",
+        f"bulk touch {api.BULK_IDS_MAX} ids and {api.BULK_BODY_MAX // 1024**2} MiB",
+        f"attributes {api.ATTRIBUTES_MAX // 1024} KiB",
+        f"a body has {http.BODY_TIMEOUT_S:g} s",
+        f"{api.PAGE_DEFAULT} rows by default {api.PAGE_MAX} at most",
+        f"1 s to {api.IDLE_MAX_S // 86400} days",
+        f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
+        f"{store.SWEEP_ROWS} sessions in one operation",
+        f"the latest {store.HISTORY_MAX}",
+        f"{store.PRUNE_ROWS} sessions in one operation",
+    ):
+        assert limit in table, limit
+
+
+def test_architecture_has_a_word_on_every_module() -> None:
+    modules = {path.stem for path in (ROOT / "lmdaemon").glob("*.py")} - {"__init__", "__main__", "version"}
+    described = set(re.findall(r"\*\*(\w+)\*\*", ARCHITECTURE))
+    assert modules <= described
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_anchors_of_the_readme_exist() -> None:
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in README.splitlines()}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert README.splitlines()[2:5] == [
+        "```sh",
+        "make run     # creates .venv, installs, serves with the shipped config.toml",
+        "make test    # installs what the tests need, runs them",
+    ]

@@ -1,0 +1,61 @@
+"""The service manager's side without one: who is told what, which sockets serve whom."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from lmdaemon.systemd import Notifier, assign, listening_sockets
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_state_arrives_as_one_datagram(tmp_path: Path, abstract: bool) -> None:
+    name = f"@lmdaemon-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name[1:] if abstract else name)
+        notifier = Notifier({"NOTIFY_SOCKET": name})
+        notifier.send(READY="1", STATUS="3 sessions live")
+        assert manager.recv(100) == b"READY=1\nSTATUS=3 sessions live"
+        notifier.close()
+
+
+def test_its_variables_are_taken_out_of_the_environment() -> None:
+    environment = {"WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid()), "LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    assert Notifier(environment).watchdog_s == 5
+    assert listening_sockets(environment) == []
+    assert environment == {}
+
+
+def test_a_watchdog_meant_for_another_process_is_not_fed() -> None:
+    assert Notifier({"WATCHDOG_USEC": "10000000", "WATCHDOG_PID": "1"}).watchdog_s is None
+
+
+def test_without_a_manager_nothing_is_sent_and_nothing_fails() -> None:
+    notifier = Notifier({})
+    notifier.send(READY="1")
+    notifier.reloading()
+    assert not notifier.listening
+    notifier.close()
+
+
+def test_a_manager_that_went_away_is_no_reason_to_stop(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    notifier.send(WATCHDOG="1")
+    notifier.close()
+
+
+def test_handed_over_sockets_are_matched_by_name_and_else_by_address(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as named,
+        socket.create_server(("127.0.0.1", 0)) as unnamed,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind(str(tmp_path / "api"))
+        host, port = unnamed.getsockname()
+        wanted = {"server": (host, port, ""), "api": ("", 0, str(tmp_path / "api"))}
+        assert assign([("", unnamed), ("", unix)], wanted) == {"server": unnamed, "api": unix}
+        assert assign([("api", named), ("", unnamed)], wanted) == {"api": named, "server": unnamed}
+        assert assign([("other", named)], wanted) == {}

@@ -17,16 +17,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from lmdaemon.version import __version__
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from lmdaemon.config import Listen, Operator, Settings
+    from lmdaemon.config import Listen, Operator, Policy, Settings
     from lmdaemon.model import Session
     from lmdaemon.retry import Outcome
+
+_Struct = TypeVar("_Struct", "Operator", "Policy")
 
 STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
 ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs
@@ -463,7 +465,9 @@ class Client:
         except TimeoutError:
             raise Failed(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
         except (aiohttp.ClientConnectionError, OSError) as error:
-            reason = _reason(getattr(error, "os_error", error))
+            cause = getattr(error, "os_error", error)
+            number = getattr(cause, "errno", None) or 0  # negative where no name could be resolved
+            reason = os.strerror(number) if number > 0 else _reason(cause)
             raise Failed(f"daemon not reachable at {self._address}: is it running? ({reason})") from error
         except aiohttp.ClientError as error:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error
@@ -548,7 +552,13 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
 
 async def _status(client: Client, args: argparse.Namespace) -> int:
     health = await client.call("GET", "health")
-    operators = (await client.call("GET", "v1", "operators"))["items"]
+    operators: list[Any] = []
+    try:
+        operators = (await client.call("GET", "v1", "operators"))["items"]
+    except Failed as error:
+        if health["status"] != "fail":
+            raise
+        _say(f"lmdaemon: {error}")  # a daemon that cannot read its store still tells so
     if args.json:
         _print_json({"health": health, "operators": operators})
     else:
@@ -704,8 +714,6 @@ def _send(args: argparse.Namespace) -> int:
 
 def _recipient(args: argparse.Namespace) -> "Operator":
     """The operator of the configuration with what the options change, or one made of the options. Raises Usage."""
-    import msgspec
-
     from lmdaemon import config
     from lmdaemon.dialects import SHIPPED
 
@@ -730,11 +738,15 @@ def _recipient(args: argparse.Namespace) -> "Operator":
     if args.hash_key_file:
         changes["hash_key"] = _secret_file(args.hash_key_file, "--hash-key-file")
     if args.timeout:
-        changes["policy"] = msgspec.structs.replace(operator.policy, timeout_s=_checked_span(args.timeout))
-    operator = msgspec.structs.replace(operator, **changes)
+        changes["policy"] = _changed(operator.policy, timeout_s=_checked_span(args.timeout))
+    operator = _changed(operator, **changes)
     if not operator.url:
         raise Usage("send: give --url, or an operator of the configuration that has a url")
     return operator
+
+
+def _changed(struct: _Struct, **changes: Any) -> _Struct:
+    return type(struct)(**{name: getattr(struct, name) for name in struct.__struct_fields__} | changes)
 
 
 def _stranger() -> "Operator":

@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from importlib import resources
 from itertools import groupby
 from operator import attrgetter
@@ -27,6 +27,8 @@ BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can de
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
+CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
+WAL_MAX = 64 * 1024 * 1024  # bytes; beyond that the writer itself empties the WAL between two batches
 
 log = Log("store")
 
@@ -79,13 +81,16 @@ class Database(Generic[_Txn]):
     answered), `available` is told when the file stops and starts taking writes again.
     """
 
-    def __init__(self, path: Path, writer: _Thread, reader: _Thread, lock: int) -> None:
+    def __init__(self, path: Path, writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int) -> None:
         self.path = path
         self._writer = writer
         self._reader = reader
+        self._checkpointer = checkpointer
         self._lock = lock
+        self._wal = Path(f"{path}-wal")
         self._queue: deque[_Operation] = deque()
         self._wake = asyncio.Event()
+        self._committed_something = asyncio.Event()
         self._closing = False
         self.begin: Callable[[], _Txn]
         self.committed: Callable[[_Txn], None]
@@ -100,27 +105,27 @@ class Database(Generic[_Txn]):
         lock = _lock(path)
         try:
             _create(path)
-            writer = await _connect(path)
-            try:
+            async with AsyncExitStack() as stack:
+                writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
-                reader = await _connect(path)
-                await reader.run(lambda connection: connection.execute("PRAGMA query_only = ON"))
-            except BaseException:
-                await writer.close()
-                raise
+                reader = await _connect(path, stack)
+                await reader.run(_execute, "PRAGMA query_only = ON")
+                checkpointer = await _connect(path, stack)
+                stack.pop_all()  # open: from here on `close` ends them
         except (sqlite3.Error, OSError) as error:
             os.close(lock)
             raise DatabaseError(f"{path}: cannot be opened as a database: {error}") from error
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, writer, reader, lock)
+        return cls(path, writer, reader, checkpointer, lock)
 
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
         self._refuse(list(self._queue), StoreError("the store is closed"))
         self._queue.clear()
         self._closing = True
+        await self._checkpointer.close()
         await self._reader.close()
         await self._writer.close()
         os.close(self._lock)
@@ -158,13 +163,26 @@ class Database(Generic[_Txn]):
                 if self.failure:
                     break
 
+    async def checkpoint_for_ever(self) -> None:
+        """Copies what was committed from the WAL into the file, beside the writer, at most once a CHECKPOINT_S.
+
+        Not inside the writer's commits, where whoever comes at the wrong moment waits for it. A failure is no news: the
+        writer meets the same disk, and says so.
+        """
+        while True:
+            await self._committed_something.wait()
+            await asyncio.sleep(CHECKPOINT_S)
+            self._committed_something.clear()
+            with suppress(sqlite3.Error):
+                await self._checkpointer.run(_execute, "PRAGMA wal_checkpoint(PASSIVE)")
+
     async def write_batch(self) -> None:
         """Writes one batch of what is queued, also an empty one, and answers its waiters."""
         batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_MAX))]
         txn = self.begin()
         self.writing_since = asyncio.get_running_loop().time()
         try:
-            results = await self._writer.run(_transaction, txn, batch)
+            results = await self._writer.run(_transaction, txn, batch, self._wal)
         except asyncio.CancelledError:
             self._refuse(batch, StoreError("the daemon is stopping"))
             raise
@@ -182,6 +200,7 @@ class Database(Generic[_Txn]):
 
     def _answered(self, txn: _Txn, batch: list[_Operation], results: list[Any]) -> None:
         self.commits += 1
+        self._committed_something.set()
         if self.failure is not None:
             log.info("store.recovered", after=self.failure)
             self.failure = None
@@ -208,7 +227,7 @@ class Database(Generic[_Txn]):
         for operation in batch:
             txn = self.begin()
             try:
-                results = await self._writer.run(_transaction, txn, [operation])
+                results = await self._writer.run(_transaction, txn, [operation], self._wal)
             except sqlite3.OperationalError as outage:
                 self._failed([operation], outage)
             except Exception as broken:
@@ -224,8 +243,12 @@ class Database(Generic[_Txn]):
                 operation.answer.set_exception(error)
 
 
-def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation]) -> list[Any]:
+def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation], wal: Path) -> list[Any]:
     results: list[Any] = []
+    if wal.stat().st_size > WAL_MAX:
+        # Under unbroken load the WAL never starts over by itself. What is left to copy is little; a reader in the way
+        # makes it try again at the next batch.
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     try:
         connection.execute("BEGIN IMMEDIATE")
         txn.bind(connection)
@@ -261,10 +284,22 @@ def _create(path: Path) -> None:
     path.chmod(0o600)
 
 
-async def _connect(path: Path) -> _Thread:
-    connection = _Thread(lambda: sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S), 64)
-    await connection
-    return connection
+async def _connect(path: Path, stack: AsyncExitStack) -> _Thread:
+    """A connection on a thread of its own, closed by the stack."""
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+        connection.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint_for_ever
+        return connection
+
+    opened = _Thread(connect, 64)
+    await opened
+    stack.push_async_callback(opened.close)
+    return opened
+
+
+def _execute(connection: sqlite3.Connection, statement: str) -> None:
+    connection.execute(statement).fetchall()
 
 
 def _statements(script: str) -> list[str]:

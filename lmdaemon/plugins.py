@@ -53,7 +53,7 @@ class LoadedPlugin:
             return
         try:
             await self._contained(start)
-        except (PluginFailed, Refuse) as error:
+        except PluginFailed as error:
             raise ConfigError([f"plugins.{self.name}: start() failed: {error}"]) from error
 
     async def stop(self) -> None:
@@ -63,15 +63,12 @@ class LoadedPlugin:
             return
         try:
             await self._contained(stop)
-        except (PluginFailed, Refuse) as error:
+        except PluginFailed as error:
             log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
 
     async def session_ended(self, event: SessionEnded) -> None:
         """Hands over the end of a session. Raises PluginFailed."""
-        try:
-            await self._contained(partial(self._session_ended, event))
-        except Refuse as error:
-            raise PluginFailed("Refuse") from error
+        await self._contained(partial(self._session_ended, event))
 
     async def check(self, notice: Notice) -> None:
         """Lets it look at a notice before it is accepted. Raises Refuse with its verdict, or PluginFailed."""
@@ -81,11 +78,13 @@ class LoadedPlugin:
             raise PluginFailed("too many calls ignore their cancellation")  # each notice would add one
         try:
             await self._contained(partial(self._check, notice))
-        except Refuse as refusal:
-            raise _remade(refusal) from refusal
+        except PluginFailed as failure:
+            if isinstance(failure.__cause__, Refuse):
+                raise _remade(failure.__cause__) from failure
+            raise
 
     async def _contained(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Calls a hook within its time-out. Raises Refuse or PluginFailed, whatever the hook raised."""
+        """Calls a hook within its time-out. Raises PluginFailed from whatever the hook raised."""
         task = asyncio.ensure_future(_caught(call))
         try:
             done, _ = await asyncio.wait({task}, timeout=self.settings.policy.timeout_s)
@@ -98,8 +97,6 @@ class LoadedPlugin:
             task.cancel()
             raise
         error = task.result()
-        if isinstance(error, Refuse):
-            raise error
         if error is not None:
             raise PluginFailed(type(error).__name__) from error
 

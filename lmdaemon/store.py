@@ -6,6 +6,7 @@ connection. It decides nothing about the protocol or the network: what a session
 as `sinks_of`.
 """
 
+import asyncio
 import hmac
 import json
 import secrets
@@ -309,8 +310,10 @@ class Store:
         await self._db.read(load)
 
     async def run(self) -> None:
-        """The writer, for ever."""
-        await self._db.run()
+        """The writer and the checkpoints beside it, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._db.run())
+            group.create_task(self._db.checkpoint_for_ever())
 
     async def close(self) -> None:
         await self._db.close()

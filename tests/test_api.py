@@ -566,7 +566,7 @@ async def delivered_everywhere(tmp_path: Path, clock: HandClock, wallet: Scripte
     """Two operators with a URL and a plug-in each; deliveries in every state."""
     second = CONFIG.format(url=wallet.url).replace(
         "[operators.bravo]",
-        '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true',
+        '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true\nconcurrency = 1',
     )
     async with serving(tmp_path, second + '[plugins.hook]\nuse = "test_api:ignore"\n', clock) as daemon:
         api = Caller(daemon)

@@ -238,3 +238,31 @@ async def test_a_stopped_writer_answers_those_who_wait(db: Database[Txn]) -> Non
 async def test_reading_cannot_write(db: Database[Txn]) -> None:
     with pytest.raises(StoreError, match="readonly"):
         await db.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))
+
+
+async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "WAL_MAX", 100_000)
+    wal = Path(f"{db.path}-wal")
+    largest = 0
+    for _ in range(100):
+        queued = asyncio.ensure_future(db.write(insert, "x" * 10_000))
+        await asyncio.sleep(0)
+        await db.write_batch()
+        await queued
+        largest = max(largest, wal.stat().st_size)
+    assert 100_000 < largest < 250_000
+    assert len(notes(db.path)) == 100
+
+
+async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
+    db: Database[Txn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_S", 0.01)
+    running = [asyncio.create_task(db.run()), asyncio.create_task(db.checkpoint_for_ever())]
+    await db.write(insert, "copied")
+    async with asyncio.timeout(10):
+        while b"copied" not in db.path.read_bytes():
+            await asyncio.sleep(0.01)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)

@@ -1,0 +1,1017 @@
+"""The command line: the real command as a process, against a real daemon process, a real operator, a real database."""
+
+import asyncio
+import base64
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from support import scripted_operator
+
+from lmdaemon import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+API_TOKEN = "api-token-that-nobody-sees"
+PLAYER_TOKEN = 'plåyer/to"ken+<&>~never shown'  # every escaping in use spells it differently
+HASH_KEY = "hash-key-that-nobody-sees"
+SIGNING_SECRET = "whsec_" + base64.b64encode(b"signing-secret-that-nobody-sees!").decode()
+SECRETS = (API_TOKEN, PLAYER_TOKEN, HASH_KEY, SIGNING_SECRET)
+COMMAND = [sys.executable, "-W", "error", "-m", "lmdaemon"]
+
+
+# -- running it
+
+
+def environment(**extra: str) -> dict[str, str]:
+    ours = ("LMDAEMON_CONFIG", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
+
+
+def forgo_privileges() -> None:
+    """Makes root respect the modes of files, as every other user has to (PR_CAPBSET_DROP, CAP_DAC_*)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability)
+
+
+def run(
+    *words: object, cwd: Path, before: Callable[[], None] | None = None, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    """One command to its end. Whatever it does, no secret may be in what it prints."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)],
+        cwd=cwd,
+        env=environment(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        preexec_fn=before,
+    )
+    assert not [secret for secret in SECRETS if secret in done.stdout + done.stderr]
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def text_and_json(*words: object, cwd: Path) -> tuple["subprocess.CompletedProcess[str]", Any]:
+    """A reading command in both forms, at the same time; both must succeed."""
+    with ThreadPoolExecutor(2) as pool:
+        text, as_json = pool.map(lambda more: run(*words, *more, cwd=cwd), ([], ["--json"]))
+    assert (text.returncode, as_json.returncode) == (0, 0), text.stderr + as_json.stderr
+    assert text.stderr == as_json.stderr
+    return text, json.loads(as_json.stdout)
+
+
+def poll(condition: Callable[[], Any], within_s: float = 15.0) -> Any:
+    deadline = time.monotonic() + within_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+    return result
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Running:
+    """A daemon process in its directory; its log is in `log`."""
+
+    directory: Path
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines()
+        return [event for line in lines if line.startswith("{") and (event := json.loads(line))["event"] == name]
+
+    def started(self, event: str = "daemon.serving") -> "Running":
+        poll(lambda: self.events(event) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def ended(self) -> int:
+        """Its exit code, once it ends by itself."""
+        return self.process.wait(20)
+
+    def __call__(self, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
+        return run(*words, cwd=self.directory, **env)
+
+
+@contextlib.contextmanager
+def daemon(directory: Path, *words: str, **env: str) -> Iterator[Running]:
+    log = directory / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*COMMAND, *(words or ("serve",))], cwd=directory, env=environment(**env), stderr=stderr
+        )
+    try:
+        yield Running(directory, process, log)
+    finally:
+        process.terminate()
+        process.wait(20)
+        assert not [secret for secret in SECRETS if secret in log.read_text()]
+
+
+def secret_file(path: Path, content: str) -> Path:
+    path.write_text(content + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def configure(directory: Path, more: str = "", *, server: str = "", api: str = "") -> Path:
+    """A configuration on free ports, with the operator acme that is told nothing."""
+    file = directory / "config.toml"
+    file.write_text(f"""
+[server]
+listen = "{server or f"127.0.0.1:{free_port()}"}"
+[api]
+listen = "{api or f"127.0.0.1:{free_port()}"}"
+token_file = "api-token"
+[operators.acme]
+provider_id = "luckymonaco"
+{more}""")
+    secret_file(directory / "api-token", API_TOKEN)
+    secret_file(directory / "player-token", PLAYER_TOKEN)
+    return file
+
+
+UNREACHABLE = f"""
+url = "http://127.0.0.1:{free_port()}/gone"
+provider_id = "luckymonaco"
+endpoint = ""
+notify = true
+allow_private_network = true
+schedule = ["1ms"]
+"""
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One daemon for all tests that do not harm it. The operator `gone` refuses connections, `many` is for lists."""
+    directory = tmp_path_factory.mktemp("lm")
+    configure(
+        directory,
+        f"[operators.gone]\n{UNREACHABLE}\n[operators.other]\n{UNREACHABLE}\n"
+        '[operators.many]\nprovider_id = "luckymonaco"\nendpoint = ""\n',
+    )
+    with daemon(directory) as running:
+        yield running.started()
+        running.process.terminate()
+        assert running.ended() == 0
+
+
+def opened(lm: Running, operator: str, session: str, *more: str) -> dict[str, Any]:
+    done = lm("sessions", "open", operator, session, "--player", "p1", "--token-file", "player-token", "--json", *more)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+# -- the command line itself
+
+
+def test_version_is_printed(tmp_path: Path) -> None:
+    text, document = text_and_json("version", cwd=tmp_path)
+    assert text.stdout == f"lmdaemon {__version__}\n"
+    assert document == {"version": __version__}
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("fly", "invalid choice: 'fly'"),
+        ("serve now", "unrecognized arguments: now"),
+        ("sessions", "required: VERB"),
+        ("sessions list", "required: OPERATOR"),
+        ("sessions list acme --limit 0", "must be a positive number (got '0')"),
+        ("sessions open acme s1 --token-file x", "required: --player"),
+        ("deliveries retry", "either the ID of a delivery or --operator"),
+        ("deliveries retry msg_1 --operator acme", "either the ID of a delivery or --operator"),
+        ("deliveries retry msg_1 --since 2026-01-31T03:00:00Z", "--since only with --operator"),
+        ("sessions open acme s1 --player p1 --token-file player-token --token-env X", "must not both be given"),
+        ("sessions open acme s1 --player p1 --token-file absent", "--token-file: absent cannot be read: No such file"),
+        ("sessions open acme s1 --player p1 --token-env UNSET", "--token-env: the token must not be empty"),
+        ("backup", "required: FILE"),
+        ("send", "give --url, or an operator"),
+        ("send nobody", "has no operator 'nobody'; known are acme"),
+        ("send acme", "give --url, or an operator of the configuration that has a url"),
+        ("send --url ftp://u:password@host/?query", "must be a URL with http or https (got 'ftp://host/')"),
+        ("send --url http://h --dialect v9", "--dialect: must be one of v4, v4.01"),
+        ("send --url http://h --dialect pragmatic", "dialect pragmatic must send 'hash', which is not known here"),
+        ("send --url http://h --timeout 3", 'must be a duration such as "250ms"'),
+        ("send --url http://h --timeout 0s", "--timeout: must not be zero"),
+        ("send --url http://h --token-file config.toml", "--token-file: the token must not contain control characters"),
+    ],
+)
+def test_bad_usage_is_explained_and_exits_2(tmp_path: Path, words: str, complaint: str) -> None:
+    configure(tmp_path)
+    done = run(*words.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", [["sessions", "open", "acme", "s1", "--player", "p1"], ["send", "acme"]])
+def test_a_token_on_the_command_line_is_refused_without_repeating_it(tmp_path: Path, command: list[str]) -> None:
+    done = run(*command, "--token", PLAYER_TOKEN, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--token-file or --token-env" in done.stderr
+
+
+# -- the configuration file
+
+
+def test_the_file_is_looked_for_where_the_contract_says(tmp_path: Path) -> None:
+    for name in ("named", "variable"):
+        (tmp_path / name).mkdir()
+        configure(tmp_path / name)
+    named, variable = tmp_path / "named" / "config.toml", tmp_path / "variable" / "config.toml"
+    here = configure(tmp_path)
+    env = {"LMDAEMON_CONFIG": str(variable)}
+    assert run("--config", named, "check-config", cwd=tmp_path, **env).stdout == f"{named}: valid\n"
+    assert run("check-config", "--config", named, cwd=tmp_path, **env).stdout == f"{named}: valid\n"
+    assert run("check-config", cwd=tmp_path, **env).stdout == f"{variable}: valid\n"
+    assert run("check-config", cwd=tmp_path).stdout == f"{here.name}: valid\n"
+
+
+@pytest.mark.skipif(Path("/etc/lmdaemon/config.toml").exists(), reason="this machine has a configuration")
+@pytest.mark.parametrize("command", ["serve", "status", "check-config"])
+def test_no_configuration_file_at_all_exits_2(tmp_path: Path, command: str) -> None:
+    done = run(command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "no configuration file: looked for ./config.toml, /etc/lmdaemon/config.toml; name one with --config\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["serve", "check-config", "status", "backup copy", "send acme"])
+def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[srever]\n[sessions]\nidle_timeout = 5\n[operators.acme]\nnotify = "yes"\n')
+    done = run(*command.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line.split(": ")[:2] for line in done.stderr.splitlines()] == [
+        ["config.toml", "srever"],
+        ["config.toml", "sessions.idle_timeout"],
+        ["config.toml", "operators.acme.provider_id"],
+        ["config.toml", "operators.acme.notify"],
+    ]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+PLUGIN = """
+import asyncio, logging
+from pathlib import Path
+
+print("imported")
+Path("imported").touch()
+
+class Hook:
+    def __init__(self, options):
+        asyncio.get_running_loop()  # as a client session needs one
+        self.options = options
+
+    async def start(self):
+        Path("started").touch()
+        await self.misbehave()
+
+    async def misbehave(self):
+        pass
+
+    async def session_ended(self, event):
+        pass
+
+async def hang():
+    await asyncio.sleep(60)
+
+class Hangs(Hook):
+    misbehave = staticmethod(hang)
+
+class Fails(Hook):
+    async def misbehave(self):
+        raise ValueError("no")
+
+class Leaks(Hook):
+    async def misbehave(self):
+        asyncio.get_running_loop().call_soon(int, "quoted-request-bytes")
+        logging.getLogger("aiohttp.server").error("quoted-request-bytes")
+
+class Sabotages(Hook):
+    async def misbehave(self):
+        import lmdaemon.sweeper
+
+        async def broken(self):
+            raise RuntimeError("a bug in a loop")
+
+        lmdaemon.sweeper.Sweeper.run = broken
+"""
+
+
+def configure_plugin(directory: Path, use: str) -> Path:
+    (directory / "hooks_of_the_tests.py").write_text(PLUGIN)
+    return configure(directory, f'[plugins.mine]\nuse = "hooks_of_the_tests:{use}"\n')
+
+
+def test_check_config_loads_plugins_without_starting_them(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Hook")
+    text, document = text_and_json("check-config", cwd=tmp_path)
+    assert text.stdout == "config.toml: valid\n"
+    assert document == {"file": "config.toml", "valid": True, "errors": [], "warnings": []}
+    assert (tmp_path / "imported").exists()
+    assert not (tmp_path / "started").exists()
+
+
+def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Absent")
+    done = run("check-config", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.toml: plugins.mine.use: cannot be imported: AttributeError" in done.stderr
+    done = run("check-config", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    document = json.loads(done.stdout)
+    assert document["valid"] is False
+    assert len(document["errors"]) == 1
+
+
+def test_check_config_needs_no_secrets_but_says_what_it_could_not_check(tmp_path: Path) -> None:
+    configure(tmp_path, 'signing_secret_file = "handed-over"\n')
+    secret_file(tmp_path / "handed-over", SIGNING_SECRET).chmod(0)
+    done = run("check-config", cwd=tmp_path, before=forgo_privileges)
+    assert (done.returncode, done.stdout) == (0, "config.toml: valid\n")
+    assert done.stderr.startswith("config.toml: warning: operators.acme.signing_secret_file: unchecked: cannot be read")
+
+
+# -- serve
+
+
+@pytest.fixture
+def without_uvloop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory for PYTHONPATH that makes uvloop look as if it were not installed."""
+    directory = tmp_path_factory.mktemp("no-uvloop")
+    (directory / "uvloop.py").write_text("raise ImportError('not installed')\n")
+    return f"{directory}{os.pathsep}{ROOT}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("uvloop", [True, False], ids=["loop as installed", "without uvloop"])
+def test_a_signal_stops_the_daemon_with_exit_0(
+    tmp_path: Path, without_uvloop: str, number: signal.Signals, uvloop: bool
+) -> None:
+    file = configure(tmp_path)
+    # also: `serve` is the default command
+    with daemon(tmp_path, "--config", str(file), **({} if uvloop else {"PYTHONPATH": without_uvloop})) as running:
+        running.started().process.send_signal(number)
+        assert running.ended() == 0
+        assert running.events("daemon.stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_plugin_still_starts_exits_0(tmp_path: Path, number: signal.Signals) -> None:
+    configure_plugin(tmp_path, "Hangs")
+    with daemon(tmp_path) as running:
+        poll(lambda: (tmp_path / "started").exists())
+        running.process.send_signal(number)
+        assert running.ended() == 0
+        assert "Traceback" not in running.log.read_text()
+
+
+def test_a_plugin_that_fails_to_start_exits_2(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Fails")
+    done = run("serve", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.toml: plugins.mine: start() failed: ValueError" in done.stderr
+
+
+def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Sabotages")
+    with daemon(tmp_path) as running:
+        assert running.ended() == 1
+        (crash,) = running.events("daemon.crashed")
+        assert "RuntimeError: a bug in a loop" in crash["traceback"]
+
+
+def test_what_libraries_log_reaches_the_output_as_type_and_place_only(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Leaks")
+    with daemon(tmp_path) as running:
+        running.started("loop.error").started()
+        assert [event["error"] for event in running.events("loop.error")] == ["ValueError"]
+        assert "quoted-request-bytes" not in running.log.read_text()
+
+
+@pytest.mark.parametrize("side", ["server", "api"])
+def test_a_port_that_is_taken_is_named_and_exits_1(tmp_path: Path, side: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        configure(tmp_path, **{side: address})
+        done = run("serve", cwd=tmp_path)
+    assert done.returncode == 1
+    failure = json.loads(done.stderr.splitlines()[-1])
+    assert failure["event"] == "daemon.failed"
+    assert failure["reason"] == f"cannot listen on {address}: Address already in use"
+
+
+def test_a_database_of_another_daemon_is_named_and_exits_1(lm: Running, tmp_path: Path) -> None:
+    configure(tmp_path, f'[database]\npath = "{lm.directory / "lmdaemon.sqlite3"}"\n')
+    done = run("serve", cwd=tmp_path)
+    assert done.returncode == 1
+    assert json.loads(done.stderr)["reason"] == f"{lm.directory / 'lmdaemon.sqlite3'}: is in use by another lmdaemon"
+
+
+def newer(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as sql:
+        sql.execute("CREATE TABLE future (x)")
+        sql.execute("PRAGMA application_id = 0x4C4D6461")
+        sql.execute("PRAGMA user_version = 999")
+
+
+def foreign(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as sql:
+        sql.execute("CREATE TABLE recipe (x)")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b"\0garbage\xff" * 1000), "file is not a database"),
+        (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xee" * 4080), "file is not a database"),
+        (newer, "was written by a newer lmdaemon (schema 999; this one knows 1)"),
+        (foreign, "is a database of another program"),
+    ],
+    ids=["garbage", "damaged", "newer", "foreign"],
+)
+def test_a_file_that_is_no_database_of_ours_is_named_and_left_untouched(
+    tmp_path: Path, make: Callable[[Path], Any], reason: str
+) -> None:
+    configure(tmp_path)
+    path = tmp_path / "lmdaemon.sqlite3"
+    make(path)
+    before = path.read_bytes()
+    done = run("serve", cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert reason in json.loads(line)["reason"]
+    assert "lmdaemon.sqlite3: " in json.loads(line)["reason"]
+    assert path.read_bytes() == before
+
+
+# -- finding the daemon
+
+
+def test_a_daemon_that_does_not_run_is_not_reachable_and_exits_1(tmp_path: Path) -> None:
+    for address in (f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/api.sock"):
+        configure(tmp_path, api=address)
+        done = run("status", "--json", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"lmdaemon: daemon not reachable at {address}: is it running? (")
+
+
+def ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("listen", ["unix:{tmp_path}/api.sock", "[::1]:{port}", "0.0.0.0:{port}", "[::]:{port}"])
+def test_the_daemon_is_found_wherever_it_listens(tmp_path: Path, listen: str) -> None:
+    if "::" in listen and not ipv6():
+        pytest.skip("this machine has no IPv6")
+    configure(tmp_path, api=listen.format(tmp_path=tmp_path, port=free_port()))
+    with daemon(tmp_path) as running:
+        running.started()
+        assert running("status").stdout.startswith("status: pass")
+
+
+def test_a_wrong_api_token_is_one_clear_line(lm: Running, tmp_path: Path) -> None:
+    text = (lm.directory / "config.toml").read_text().replace('"api-token"', '"handed-over"')
+    (tmp_path / "config.toml").write_text(text)
+    secret_file(tmp_path / "handed-over", API_TOKEN).chmod(0)
+    done = run("sessions", "list", "acme", cwd=tmp_path, before=forgo_privileges)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "401 Unauthorized: a valid bearer token is required; api.token_file: unchecked: cannot be read" in line
+
+
+async def test_something_else_at_the_address_is_recognised(tmp_path: Path) -> None:
+    async with scripted_operator(web.Response(text="<h1>It works!</h1>", content_type="text/html")) as somebody:
+        address = somebody.url.split("/")[2]
+        configure(tmp_path, api=address)
+        done = await asyncio.to_thread(run, "status", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"lmdaemon: what answers at {address} is no lmdaemon (status 200, text/html)\n"
+
+
+# -- status, hold, release
+
+
+def test_status_shows_every_check_and_one_line_for_each_operator(lm: Running) -> None:
+    opened(lm, "acme", "for-status")
+    text, document = text_and_json("status", cwd=lm.directory)
+    lines = text.stdout.splitlines()
+    for check in ("store", "sweeper", "dispatcher", "deliveries", "operators", "config"):
+        assert [line for line in lines if line.split()[:1] == [check]]
+    assert [line.split()[0] for line in lines[-5:]] == ["operator", "acme", "gone", "other", "many"]
+    acme = next(operator for operator in document["operators"] if operator["operator"] == "acme")
+    assert acme["live"] > 0
+    assert document["health"]["status"] in ("pass", "warn")
+
+
+def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Running) -> None:
+    held = lm("hold", "many")
+    assert held.returncode == 0
+    assert ["held", "yes"] in [line.split() for line in held.stdout.splitlines()]
+    text, document = text_and_json("status", cwd=lm.directory)
+    assert text.stdout.startswith("status: warn")
+    assert document["health"]["checks"]["operators"][0]["held"] == ["many"]
+    released = lm("release", "many", "--json")
+    assert json.loads(released.stdout)["held"] is False
+
+
+async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_path: Path) -> None:
+    health = {"status": "fail", "checks": {"store": [{"status": "fail", "output": "disk I/O error"}]}}
+    problem = {"title": "Service Unavailable", "status": 503, "detail": "reading failed: disk I/O error"}
+    answers = [
+        web.json_response(health, status=503, content_type="application/health+json"),
+        web.json_response(problem, status=503, content_type="application/problem+json"),
+    ]
+    async with scripted_operator(*answers) as failing:
+        configure(tmp_path, api=failing.url.split("/")[2])
+        done = await asyncio.to_thread(run, "status", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("status: fail")
+    assert "output=disk I/O error" in done.stdout
+    assert done.stderr == "lmdaemon: 503 Service Unavailable: reading failed: disk I/O error\n"
+
+
+# -- sessions
+
+
+def test_a_session_from_open_to_close(lm: Running) -> None:
+    session = opened(lm, "acme", "whole life", "--idle-timeout", "90")
+    assert (session["state"], session["playerId"], session["idleTimeoutSeconds"]) == ("active", "p1", 90)
+    shown, document = text_and_json("sessions", "show", "acme", "whole life", cwd=lm.directory)
+    assert document == session | {"deliveries": []}
+    assert ["sessionId", "whole", "life"] in [line.split() for line in shown.stdout.splitlines()]
+    assert lm("sessions", "touch", "acme", "whole life").stdout == "touched: 1\n"
+    closed = lm("sessions", "close", "acme", "whole life")
+    assert ["reason", "closed"] in [line.split() for line in closed.stdout.splitlines()]
+    again = lm("sessions", "close", "acme", "whole life", "--json")
+    assert json.loads(again.stdout)["state"] == "ended"
+    reopened = lm("sessions", "open", "acme", "whole life", "--player", "p1", "--token-env", "T", T=PLAYER_TOKEN)
+    assert reopened.returncode == 1
+    assert reopened.stderr.startswith("lmdaemon: 409 Conflict: the session has ended (closed, 20")
+
+
+@pytest.mark.parametrize("session", ["a/b", "..", "%2F", "touch", "?x=y#z", "naïve 会话"])
+def test_any_session_id_can_be_named(lm: Running, session: str) -> None:
+    assert opened(lm, "acme", session)["sessionId"] == session
+    assert json.loads(lm("sessions", "close", "acme", session, "--json").stdout)["sessionId"] == session
+
+
+def test_touching_what_is_not_there_says_so_and_exits_1(lm: Running) -> None:
+    opened(lm, "acme", "touchable")
+    opened(lm, "acme", "over")
+    lm("sessions", "close", "acme", "over")
+    done = lm("sessions", "touch", "acme", "touchable", "over", "unheard-of")
+    assert (done.returncode, done.stdout) == (1, "touched: 1\nunknown: unheard-of\nended: over\n")
+    done = lm("sessions", "touch", "acme", "unheard-of", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (1, {"touched": 0, "unknown": ["unheard-of"], "ended": []})
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("sessions show acme unheard-of", "404 Not Found: no session has this id"),
+        ("sessions list nobody --json", "404 Not Found: no operator of this name is configured (got 'nobody')"),
+        ("sessions open acme s1 --player p1", "400 Bad Request: token: is required: dialect v4 must send it"),
+        ("deliveries show msg_1_x --json", "404 Not Found: no delivery has this id"),
+        ("deliveries retry --operator acme --since today", "400 Bad Request: since: must be a time as in RFC 3339"),
+        ("hold nobody", "404 Not Found: no operator of this name is configured"),
+    ],
+)
+def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str, problem: str) -> None:
+    done = lm(*words.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"lmdaemon: {problem}")
+
+
+async def open_many(lm: Running, operator: str, ids: list[str]) -> None:
+    """Opens sessions over the API as a game server does; returns when each is acknowledged."""
+    text = (lm.directory / "config.toml").read_text()
+    base = "http://" + text.split("[api]")[1].split('"')[1]
+    headers = {"Authorization": f"Bearer {API_TOKEN}"}
+
+    async with aiohttp.ClientSession(base, headers=headers) as client:
+
+        async def open_one(session: str) -> None:
+            body = {"playerId": "p1", "token": PLAYER_TOKEN}
+            async with client.put(f"/v1/operators/{operator}/sessions/{session}", json=body) as response:
+                assert response.status == 201
+
+        await asyncio.gather(*map(open_one, ids))
+
+
+async def test_lists_are_cut_where_asked_and_whole_with_all(lm: Running) -> None:
+    ids = [f"many-{number}" for number in range(1030)]  # more than one page of the API
+    await open_many(lm, "many", ids)
+    few = lm("sessions", "list", "many", "--limit", "3", "--player", "p1", "--state", "active")
+    assert [line.split()[1:3] for line in few.stdout.splitlines()[1:]] == [["p1", "active"]] * 3
+    assert few.stderr == "lmdaemon: 3 shown, there are more: --limit N or --all\n"
+    text, document = await asyncio.to_thread(text_and_json, "sessions", "list", "many", "--all", cwd=lm.directory)
+    assert {session["sessionId"] for session in document} == set(ids)
+    assert len(text.stdout.splitlines()) == 1 + len(ids)
+    assert text.stderr == ""
+    default = lm("sessions", "list", "many", "--json")
+    assert [session["sessionId"] for session in json.loads(default.stdout)] == [
+        session["sessionId"] for session in document[:100]
+    ]
+    assert json.loads(lm("sessions", "list", "many", "--state", "ended", "--json").stdout) == []
+
+
+def test_a_reader_that_goes_away_is_no_crash(lm: Running) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "sessions", "list", "many", "--all", "--json"],
+        cwd=lm.directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(20) == 1
+
+
+# -- deliveries
+
+
+def delivery_of(lm: Running, session: str) -> dict[str, Any]:
+    shown = json.loads(lm("sessions", "show", "gone", session, "--json").stdout)
+    (found,) = shown["deliveries"]
+    return dict(found)
+
+
+def dead_delivery(lm: Running, session: str) -> dict[str, Any]:
+    """Ends a session whose operator refuses every connection, until its delivery is given up."""
+    opened(lm, "gone", session)
+    assert lm("sessions", "close", "gone", session).returncode == 0
+    poll(lambda: delivery_of(lm, session)["state"] == "dead")
+    return delivery_of(lm, session)
+
+
+def test_a_dead_delivery_is_listed_shown_and_made_due_again(lm: Running) -> None:
+    dead = dead_delivery(lm, "undeliverable")
+    arguments = ("--operator", "gone", "--sink", "http", "--state", "dead")
+    text, document = text_and_json("deliveries", "list", *arguments, cwd=lm.directory)
+    assert dead["id"] in text.stdout
+    assert dead in document
+    text, document = text_and_json("deliveries", "show", dead["id"], cwd=lm.directory)
+    assert "history:\nat " in text.stdout
+    assert [attempt["error"] for attempt in document["history"]] == ["connect"] * 2
+    lm("hold", "gone")
+    again = lm("deliveries", "retry", dead["id"], "--json")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["state"] == "pending"
+    refused = lm("deliveries", "retry", dead["id"])
+    assert refused.returncode == 1
+    assert refused.stderr == "lmdaemon: 409 Conflict: the delivery is pending, not dead\n"
+    lm("release", "gone")
+
+
+def test_all_dead_deliveries_of_an_operator_are_made_due_again(lm: Running) -> None:
+    dead = dead_delivery(lm, "also undeliverable")
+    lm("hold", "gone")
+    later = lm("deliveries", "retry", "--operator", "gone", "--since", "2999-01-01T00:00:00Z", "--json")
+    assert json.loads(later.stdout) == {"retried": 0}
+    done = lm("deliveries", "retry", "--operator", "gone")
+    assert done.returncode == 0
+    assert int(done.stdout.split()[1]) >= 1
+    pending = lm("deliveries", "list", "--operator", "gone", "--state", "pending", "--json")
+    assert dead["id"] in [delivery["id"] for delivery in json.loads(pending.stdout)]
+    assert lm("release", "gone").returncode == 0
+
+
+# -- backup
+
+
+def sessions_in(path: Path) -> set[str]:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as sql:
+        assert sql.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return {row[0] for row in sql.execute("SELECT session_id FROM session")}
+
+
+async def test_a_backup_while_sessions_are_opened_holds_all_acknowledged_before_it(lm: Running, tmp_path: Path) -> None:
+    before = [f"before-{number}" for number in range(200)]
+    await open_many(lm, "many", before)
+    target = tmp_path / "copy.sqlite3"
+    command = asyncio.create_task(asyncio.to_thread(lm, "backup", target, "--json"))
+    meanwhile: list[str] = []
+    while not command.done():
+        batch = [f"meanwhile-{len(meanwhile) + number}" for number in range(20)]
+        await open_many(lm, "many", batch)
+        meanwhile += batch
+    done = await command
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"file": str(target), "bytes": target.stat().st_size}
+    assert len(meanwhile) > 20
+    assert set(before) <= sessions_in(target)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_daemon_starts_from_a_backup(lm: Running, tmp_path: Path) -> None:
+    opened(lm, "acme", "kept by the backup")
+    assert lm("backup", tmp_path / "lmdaemon.sqlite3").stdout.endswith("bytes, integrity ok\n")
+    configure(tmp_path)
+    with daemon(tmp_path) as restored:
+        shown = restored.started()("sessions", "show", "acme", "kept by the backup", "--json")
+        assert json.loads(shown.stdout)["state"] == "active"
+
+
+def test_a_backup_replaces_a_file_only_when_forced(lm: Running, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    target.write_text("precious")
+    refused = lm("backup", target)
+    assert refused.returncode == 1
+    assert refused.stderr == f"lmdaemon: {target}: exists; --force replaces it\n"
+    assert target.read_text() == "precious"
+    assert lm("backup", target, "--force").returncode == 0
+    assert sessions_in(target)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["lmdaemon.sqlite3", "lmdaemon.sqlite3-wal", "lmdaemon.sqlite3.lock"])
+def test_a_backup_never_replaces_the_database_itself(lm: Running, name: str) -> None:
+    inode = (lm.directory / name).stat().st_ino
+    done = lm("backup", name, "--force")
+    assert done.returncode == 1
+    assert done.stderr == f"lmdaemon: {name}: belongs to the database itself\n"
+    assert (lm.directory / name).stat().st_ino == inode
+
+
+def test_a_backup_that_cannot_be_written_says_why_and_leaves_nothing(lm: Running, tmp_path: Path) -> None:
+    done = lm("backup", tmp_path / "absent" / "copy")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "copy: cannot be written: No such file or directory" in done.stderr
+    assert "is a directory; name a file" in lm("backup", tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_of_a_database_that_does_not_exist_creates_none(tmp_path: Path) -> None:
+    configure(tmp_path)
+    before = set(tmp_path.iterdir())
+    done = run("backup", "copy", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lmdaemon: lmdaemon.sqlite3: no database to copy: No such file or directory; ")
+    assert "$STATE_DIRECTORY" in done.stderr
+    elsewhere = run("backup", "copy", cwd=tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
+    assert f"{tmp_path}/state/lmdaemon.sqlite3: no database to copy: No such file or directory\n" in elsewhere.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
+    configure(tmp_path)
+    (tmp_path / "lmdaemon.sqlite3").write_bytes(b"garbage" * 1000)
+    before = set(tmp_path.iterdir())
+    done = run("backup", "copy", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "lmdaemon.sqlite3: file is not a database" in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_backup_by_root_leaves_nothing_of_root_beside_the_database_of_a_stopped_daemon(tmp_path: Path) -> None:
+    configure(tmp_path)
+    state = tmp_path / "state"
+    state.mkdir()
+    with daemon(tmp_path, STATE_DIRECTORY=str(state)) as running:
+        running.started()
+    (state / "lmdaemon.sqlite3").chmod(0o600)
+    for file in state.iterdir():
+        os.chown(file, 12345, 12345)
+    done = run("backup", "copy", cwd=tmp_path, STATE_DIRECTORY=str(state))
+    assert done.returncode == 0, done.stderr
+    assert {(file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) for file in state.iterdir()} == {(12345, 0o600)}
+
+
+# -- send
+
+
+async def hang(request: web.Request) -> web.Response:
+    await asyncio.sleep(30)
+    raise AssertionError("nobody waits for this long")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "verdict"),
+    [
+        ({"error": 0, "description": "Success"}, 0, "delivered"),
+        ({"error": 100}, 1, "would be retried because code_100"),
+        ({"error": 120}, 1, "final, never sent again because code_120"),
+        ({"error": 7}, 1, "would be retried because code_7"),
+        (lambda: web.Response(status=500), 1, "would be retried because status_500"),
+        (lambda: web.Response(status=410), 1, "would hold the operator because gone"),
+        (
+            lambda: web.Response(status=503, headers={"Retry-After": "120"}),
+            1,
+            "would be retried because status_503; nothing would be sent to this operator for 120 s (Retry-After)",
+        ),
+        (
+            lambda: web.Response(status=302, headers={"Location": "https://u:pw@elsewhere/x?key=value"}),
+            1,
+            "would be retried because redirect",
+        ),
+        (hang, 1, "would be retried because timeout"),
+    ],
+    ids=["0", "100", "120", "7", "500", "410", "503", "redirect", "hang"],
+)
+async def test_send_prints_both_sides_and_the_verdict(tmp_path: Path, answer: Any, code: int, verdict: str) -> None:
+    played = answer() if callable(answer) and answer is not hang else answer
+    async with scripted_operator(played) as peer:
+        configure(tmp_path, f'url = "{peer.url}"\nallow_private_network = true\ntimeout = "1s"\n')
+        words = ("send", "acme", "--session", "s1", "--player", "p1", "--token-file", "player-token")
+        done = await asyncio.to_thread(run, *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (code, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"POST {peer.url}"
+    assert '{"providerId":"luckymonaco","sessionId":"s1","externalPlayerId":"p1","token":"***"}' in lines
+    assert lines[-1] == f"Verdict: {verdict}"
+    (received,) = peer.received
+    assert json.loads(received.body)["token"] == PLAYER_TOKEN
+    if "redirect" in verdict:
+        assert "Location: https://elsewhere/x?key=***" in lines
+    if isinstance(answer, dict):
+        assert json.dumps(answer) in lines
+        assert "Content-Type: application/json; charset=utf-8" in lines
+        assert [line for line in lines if line.startswith("HTTP 200 (")]
+    if answer is hang:
+        assert [line for line in lines if line.startswith("No answer (1")]
+
+
+async def test_what_send_shows_is_what_the_operator_got_but_for_the_secrets(tmp_path: Path) -> None:
+    secret_file(tmp_path / "signing", SIGNING_SECRET)
+    async with scripted_operator() as peer:
+        url = peer.url.replace("http://", "http://me:pass-word@") + "?member=query-secret&flag=&member=2"
+        configure(tmp_path, f'url = "{url}"\nallow_private_network = true\nsigning_secret_file = "signing"\n')
+        done = await asyncio.to_thread(run, "send", "acme", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = json.loads(done.stdout)
+    assert shown["request"]["url"] == f"{peer.url}?member=***&flag=***&member=***"
+    assert (shown["request"]["method"], shown["verdict"], shown["reason"]) == ("POST", "delivered", None)
+    (received,) = peer.received
+    expected = received.headers | {"Authorization": "Basic ***", "webhook-signature": "v1,***"}
+    assert shown["request"]["headers"] == expected
+    assert json.loads(shown["request"]["body"]) == json.loads(received.body) | {"token": "***"}
+    signature = received.headers["webhook-signature"].removeprefix("v1,")
+    basic = received.headers["Authorization"].removeprefix("Basic ")
+    for secret in (signature, basic, "pass-word", "query-secret", json.loads(received.body)["token"]):
+        assert secret not in done.stdout
+
+
+ECHOES = (
+    'plåyer/to"ken+<&>~never shown',
+    'plåyer/to\\"ken+<&>~never shown',
+    'pl\\u00e5yer\\/to\\"ken+<&>~never shown',
+    "pl%C3%A5yer%2Fto%22ken%2B%3C%26%3E~never%20shown",
+    "pl%c3%a5yer%2fto%22ken%2b%3c%26%3e~never+shown",
+    "plåyer/to&quot;ken+&lt;&amp;&gt;~never shown",
+)
+
+
+async def test_secrets_echoed_in_an_answer_are_masked_in_every_spelling(tmp_path: Path) -> None:
+    async def echo(request: web.Request) -> web.Response:
+        fields = dict(part.split("=") for part in (await request.text()).split("&"))
+        text = "\n".join(("got:", *ECHOES, fields["hash"], fields["hash"].upper(), "\x1b[2J", "end"))
+        return web.Response(text=text, headers={"Via": ECHOES[3], "Location": f"/again?token={ECHOES[4]}"})
+
+    secret_file(tmp_path / "hash-key", HASH_KEY)
+    async with scripted_operator(echo) as peer:
+        configure(tmp_path)
+        options = ("--dialect", "pragmatic", "--hash-key-file", "hash-key", "--token-file", "player-token")
+        done = await asyncio.to_thread(run, "send", "--url", peer.url, *options, cwd=tmp_path)
+    (received,) = peer.received
+    hashed = received.body.decode().partition("hash=")[2].partition("&")[0]
+    assert len(hashed) == 32
+    assert done.returncode == 1
+    assert hashed not in done.stdout.lower()
+    assert not [echoed for echoed in ECHOES if echoed in done.stdout]
+    lines = done.stdout.splitlines()
+    answer = lines[lines.index("got:") : lines.index("end")]
+    assert answer == ["got:", *["***"] * (len(ECHOES) + 2), "\\x1b[2J"]  # nothing in it controls the terminal
+    assert "Via: ***" in lines
+    assert "Location: /again?token=***" in lines
+    assert [line for line in lines if line.startswith("hash=***&providerId=luckymonaco&") and "&token=***" in line]
+    assert lines[-1] == "Verdict: would be retried because bad_answer"
+
+
+async def test_a_secret_that_the_reading_limit_cuts_in_two_is_not_shown(tmp_path: Path) -> None:
+    long_answer = web.Response(text="x" * (16 * 1024 - 12) + PLAYER_TOKEN * 100)
+    async with scripted_operator(long_answer) as peer:
+        configure(tmp_path)
+        words = ("send", "--url", peer.url, "--token-file", "player-token")
+        done = await asyncio.to_thread(run, *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "xxxx" in done.stdout
+    assert PLAYER_TOKEN[:5] not in done.stdout
+    assert "(the answer is longer; the rest was not read)" in done.stdout
+    assert done.stdout.endswith("Verdict: would be retried because answer_too_long\n")
+
+
+async def test_the_token_is_in_no_process_list_while_send_runs(tmp_path: Path) -> None:
+    async with scripted_operator(hang) as peer:
+        configure(tmp_path)
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            *("send", "--url", peer.url, "--token-env", "SECRET", "--timeout", "30s"),
+            cwd=tmp_path,
+            env=environment(SECRET=PLAYER_TOKEN),
+            stdout=subprocess.PIPE,
+        )
+        await peer.wait_for(1)
+        command_line = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode()
+        process.kill()
+        await process.communicate()
+    assert "--token-env\0SECRET" in command_line
+    assert PLAYER_TOKEN not in command_line
+    assert json.loads(peer.received[0].body)["token"] == PLAYER_TOKEN
+
+
+async def test_send_to_a_url_needs_no_configuration_file_and_takes_every_shipped_dialect(tmp_path: Path) -> None:
+    async with scripted_operator() as peer:
+        for dialect, player in (("v4", "externalPlayerId"), ("v4.01", "userId")):
+            words = ("send", "--url", peer.url, "--dialect", dialect, "--provider-id", "them", "--player", "p9")
+            done = await asyncio.to_thread(run, *words, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            body = json.loads(peer.received[-1].body)
+            assert (body["providerId"], body[player]) == ("them", "p9")
+
+
+async def test_send_speaks_the_dialects_of_the_configuration(tmp_path: Path) -> None:
+    fields = '{ provider = "p", session = "s", player = "who" }'
+    async with scripted_operator({"error": 5}) as peer:
+        configure(
+            tmp_path,
+            f'dialect = "old"\n[dialects.old]\npath = "/old"\nfields = {fields}\ncodes = {{ final = 5 }}\n'
+            'required = ["provider", "session", "player"]\n',
+        )
+        words = ("send", "--url", peer.url, "--dialect", "old", "--session", "s1")
+        done = await asyncio.to_thread(run, *words, cwd=tmp_path)
+    assert json.loads(peer.received[0].body) == {"p": "luckymonaco", "s": "s1", "who": "test-player"}
+    assert done.stdout.endswith("Verdict: final, never sent again because code_5\n")
+
+
+def test_send_to_nobody_says_why_there_is_no_answer(tmp_path: Path) -> None:
+    port = free_port()
+    done = run("send", "--url", f"http://127.0.0.1:{port}/x?key=query-secret", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    shown = json.loads(done.stdout)
+    assert (shown["answer"], shown["verdict"], shown["reason"]) == (None, "retry", "connect")
+    assert str(port) in shown["detail"]
+    assert "query-secret" not in done.stdout
+
+
+def test_send_does_not_go_where_the_daemon_would_not(tmp_path: Path) -> None:
+    # A name is checked when it is resolved; localhost is refused by the file itself, this one is not
+    configure(tmp_path, 'url = "https://acme.example.invalid/"\n')
+    done = run("send", "acme", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Verdict: would be retried because dns" in done.stdout
+
+
+def test_send_refuses_to_judge_an_operator_whose_secrets_are_out_of_reach(tmp_path: Path) -> None:
+    configure(tmp_path, 'url = "https://acme.example.invalid/"\nsigning_secret_file = "handed-over"\n')
+    secret_file(tmp_path / "handed-over", SIGNING_SECRET).chmod(0)
+    done = run("send", "acme", cwd=tmp_path, before=forgo_privileges)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "config.toml: operators.acme.signing_secret_file: cannot be read: Permission denied (handed-over)\n"
+    )

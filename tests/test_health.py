@@ -1,0 +1,336 @@
+"""`/health`: each check, turned by causing what it is there for."""
+
+import asyncio
+import contextlib
+import resource
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import HandClock
+from support import LISTEN, Serving, load, open_store, serving, until
+
+from lmdaemon import database, health, retry
+from lmdaemon.health import OLD_BACKLOG_S, PROBE_EVERY_S, Health
+from lmdaemon.model import Gate
+from lmdaemon.pulse import LATE_S, Pulse
+from lmdaemon.store import NewDelivery, Opening, Store
+from lmdaemon.version import __version__
+
+CONFIG = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "p"\n'
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
+    async with open_store(tmp_path / "test.sqlite3", clock) as opened:
+        opened.configured = frozenset({"acme"})
+        opened.sinks_of = lambda session: [NewDelivery("http", b"{}")]
+        yield opened
+
+
+@pytest.fixture
+def pulses(clock: HandClock) -> dict[str, Pulse]:
+    """Those of two loops that sleep until somebody wakes them."""
+    made = {name: Pulse(clock.monotonic) for name in ("sweeper", "dispatcher")}
+    for pulse in made.values():
+        pulse.sleeping(None)
+    return made
+
+
+@pytest.fixture
+def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
+    settings = load(tmp_path / "config.toml", CONFIG)
+    return Health(store, clock, pulses, lambda: settings, lambda: None)
+
+
+async def check(checked: Health, name: str) -> dict[str, Any]:
+    """One check of a report, having made sure that the report is as bad as it says and nothing else is wrong."""
+    report = await checked.report()
+    (found,) = report["checks"][name]
+    assert report["status"] == found["status"] == await checked.status()
+    others = {other for other, (one,) in report["checks"].items() if one["status"] != "pass" and other != name}
+    assert others == set()
+    return found
+
+
+async def end_session(store: Store, session_id: str = "s1") -> None:
+    await store.open_session(Opening("acme", session_id, "p", "t", None, 1000, 0))
+    await store.end("acme", session_id)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Somebody else holds the database, as an administrator's sqlite3 might."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+async def get(daemon: Serving, base: str) -> tuple[int, dict[str, Any]]:
+    async with daemon.client.get(base + "/health") as answer:
+        assert answer.headers["Content-Type"] == "application/health+json"
+        return answer.status, await answer.json(content_type=None)
+
+
+# -- all is well
+
+
+async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        status, report = await get(daemon, daemon.api)
+    time = "2026-09-21T14:13:20.000Z"
+    loop = [{"status": "pass", "observedValue": 0.0, "observedUnit": "s late", "time": time}]
+    assert status == 200
+    assert report == {
+        "status": "pass",
+        "version": __version__,
+        "description": "lmdaemon",
+        "checks": {
+            "store": [{"status": "pass", "sessions": 0, "time": time}],
+            "sweeper": loop,
+            "dispatcher": loop,
+            "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
+            "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],
+            "config": [{"status": "pass", "time": time}],
+        },
+    }
+
+
+async def test_the_public_side_tells_only_the_status(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        assert await get(daemon, daemon.server) == (200, {"status": "pass"})
+        await daemon.daemon._store.set_gate("acme", lambda gate: retry.hold(gate, 1, "by_hand"))
+        assert await get(daemon, daemon.server) == (200, {"status": "warn"})
+
+
+# -- the store
+
+
+async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    async with serving(tmp_path, CONFIG) as daemon:
+
+        async def failing() -> bool:
+            return (await get(daemon, daemon.server))[0] == 503
+
+        with locked(tmp_path / "lmdaemon.sqlite3"):
+            await until(failing)
+            status, report = await get(daemon, daemon.api)
+            assert (status, report["status"]) == (503, "fail")
+            assert "locked" in report["checks"]["store"][0]["output"]
+            assert (await get(daemon, daemon.server))[1] == {"status": "fail"}
+            await check_refusals(daemon)
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[1]["status"] == "pass"
+
+        await until(passing)
+        assert (await get(daemon, daemon.server))[0] == 200
+
+
+async def check_refusals(daemon: Serving) -> None:
+    """While nothing can be stored both sides say so, and when to come back."""
+    opening = {"playerId": "p", "token": "t"}
+    async with daemon.client.put(daemon.api + "/v1/operators/acme/sessions/s", json=opening) as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert answer.headers["Content-Type"] == "application/problem+json"
+    notice = {"providerId": "p", "sessionId": "s", "externalPlayerId": "p", "token": "t"}
+    async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert (await answer.json())["error"] == 100
+
+
+@contextlib.contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """No file of this process may grow beyond the write-ahead log as it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
+    store: Store, checked: Health, clock: HandClock
+) -> None:
+    await end_session(store)
+    with no_room(store.path):
+        assert (await check(checked, "store"))["status"] == "fail"
+        assert checked.alive
+    clock.advance(PROBE_EVERY_S)
+    assert (await check(checked, "store"))["status"] == "pass"
+
+
+async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
+    tmp_path: Path, store: Store, checked: Health, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "PROBE_WITHIN_S", 0.02)
+    assert checked.alive
+    with locked(tmp_path / "test.sqlite3"):  # the writer waits for two seconds
+        found = await check(checked, "store")
+        assert found["status"] == "fail"
+        assert "took longer" in found["output"]
+        assert checked.alive
+        monkeypatch.setattr(health, "LATE_S", 0.01)
+        assert not checked.alive
+
+    async def idle() -> bool:
+        return store.writing_since is None
+
+    await until(idle)
+    clock.advance(PROBE_EVERY_S)
+    assert (await check(checked, "store"))["status"] == "pass"
+    assert checked.alive
+
+
+async def test_asking_often_writes_once_a_second(store: Store, checked: Health, clock: HandClock) -> None:
+    before = store._db.commits
+    for _ in range(5):
+        await checked.report()
+    assert store._db.commits == before + 1
+    clock.advance(PROBE_EVERY_S)
+    await checked.report()
+    assert store._db.commits == before + 2
+
+
+async def test_a_table_that_cannot_be_read_fails(tmp_path: Path, store: Store, checked: Health) -> None:
+    await end_session(store)
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.sqlite3")) as other:
+        other.execute("DROP TABLE delivery")
+    assert (await check(checked, "deliveries"))["status"] == "fail"
+
+
+# -- the loops
+
+
+@pytest.mark.parametrize("name", ["sweeper", "dispatcher"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(lambda pulse: pulse.working(), id="works on one step for ever"),
+        pytest.param(lambda pulse: pulse.sleeping(0.0), id="sleeps past its time"),
+        pytest.param(lambda pulse: pulse.woken(), id="does not hear its alarm"),
+    ],
+)
+async def test_a_loop_that_has_not_run_when_it_should_have_fails(
+    checked: Health, pulses: dict[str, Pulse], clock: HandClock, name: str, event: Callable[[Pulse], None]
+) -> None:
+    event(pulses[name])
+    clock.advance(LATE_S)
+    assert (await check(checked, name))["status"] == "pass"
+    assert checked.alive
+    clock.advance(0.5)
+    found = await check(checked, name)
+    assert (found["status"], found["observedValue"], found["observedUnit"]) == ("fail", LATE_S + 0.5, "s late")
+    assert not checked.alive
+    pulses[name].working()
+    assert (await check(checked, name))["status"] == "pass"
+
+
+async def test_a_loop_with_nothing_to_do_may_sleep_for_ever(checked: Health, clock: HandClock) -> None:
+    clock.advance(30 * 86400)
+    assert (await checked.report())["status"] == "pass"
+    assert checked.alive
+
+
+async def test_a_daemon_whose_sweeper_is_stuck_fails(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        released = asyncio.Event()
+        entered = asyncio.Event()
+        once = daemon.daemon._sweeper.once
+
+        async def stuck() -> float | None:
+            entered.set()
+            await released.wait()
+            return await once()
+
+        monkeypatch.setattr(daemon.daemon._sweeper, "once", stuck)
+        daemon.daemon._sweeper.wake()
+        await asyncio.wait_for(entered.wait(), 10)
+        clock.advance(LATE_S + 1)
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["status"], report["checks"]["sweeper"][0]["status"]) == (503, "fail", "fail")
+        assert report["checks"]["dispatcher"][0]["status"] == "pass"
+        released.set()
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[0] == 200
+
+        await until(passing)
+
+
+# -- what people should look at
+
+
+async def test_a_dead_delivery_warns(store: Store, checked: Health) -> None:
+    store.sinks_of = lambda session: [NewDelivery("http", b"", "cannot be composed")]
+    await end_session(store)
+    found = await check(checked, "deliveries")
+    assert (found["status"], found["dead"], found["pending"]) == ("warn", 1, 0)
+
+
+async def test_an_old_backlog_warns(store: Store, checked: Health, clock: HandClock) -> None:
+    await end_session(store)
+    clock.advance(OLD_BACKLOG_S)
+    await end_session(store, "newer")
+    assert (await check(checked, "deliveries"))["status"] == "pass"
+    clock.advance(1)
+    found = await check(checked, "deliveries")
+    assert (found["status"], found["pending"], found["oldestPendingSeconds"]) == ("warn", 2, OLD_BACKLOG_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "held", "broken"),
+    [
+        (Gate(held_at=1, held_reason="by_hand"), ["acme"], []),
+        (Gate(failures=5, probe_at=2**50), [], ["acme"]),
+        (Gate(failures=5), [], ["acme"]),
+    ],
+    ids=["held", "open", "half-open"],
+)
+async def test_an_operator_that_is_held_or_broken_warns(
+    store: Store, checked: Health, gate: Gate, held: list[str], broken: list[str]
+) -> None:
+    await store.set_gate("acme", lambda known: gate)
+    found = await check(checked, "operators")
+    assert (found["status"], found["held"], found["broken"]) == ("warn", held, broken)
+    await store.set_gate("acme", lambda known: replace(gate, held_at=None, failures=4))
+    assert (await check(checked, "operators"))["status"] == "pass"
+
+
+async def test_a_failed_reload_warns_until_one_succeeds(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        (tmp_path / "config.toml").write_text(LISTEN + CONFIG + "notify = 5\n")
+        await daemon.daemon.reload_once()
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["status"]) == (200, "warn")
+        assert "operators.acme.notify" in report["checks"]["config"][0]["output"]
+        (tmp_path / "config.toml").write_text(LISTEN + CONFIG)
+        await daemon.daemon.reload_once()
+        assert (await get(daemon, daemon.api))[1]["status"] == "pass"
+
+
+async def test_the_worst_check_is_the_status(
+    store: Store, checked: Health, pulses: dict[str, Pulse], clock: HandClock
+) -> None:
+    await store.set_gate("acme", lambda known: Gate(held_at=1))
+    assert await checked.status() == "warn"
+    pulses["sweeper"].working()
+    clock.advance(LATE_S + 1)
+    assert await checked.status() == "fail"
+
+
+async def test_head_answers_like_get_without_a_body(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon, aiohttp.ClientSession() as client:
+        for base in (daemon.api, daemon.server):
+            async with client.head(base + "/health") as answer:
+                assert (answer.status, await answer.read()) == (200, b"")

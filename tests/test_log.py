@@ -1,0 +1,286 @@
+"""Log lines: one event and its facts a line, readable by machines, forged by nobody, without secrets."""
+
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmdaemon import log
+from lmdaemon.log import Log, safe_url
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger("lmdaemon")
+    before = root.handlers[:], root.propagate, root.level
+    yield
+    root.handlers[:], root.propagate, level = before
+    root.setLevel(level)
+
+
+def written(form: str, write: Callable[[Log], None], level: str = "debug") -> str:
+    stream = io.StringIO()
+    log.setup(level, form, stream)
+    write(Log("test"))
+    return stream.getvalue()
+
+
+def written_for_journal(form: str, write: Callable[[Log], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines written to a stream that $JOURNAL_STREAM names."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
+        status = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        log.setup("debug", form, stream)
+        write(Log("test"))
+        stream.seek(0)
+        return stream.read().splitlines()
+
+
+def fail(to: Log) -> None:
+    try:
+        raise RuntimeError("first line\nsecond line")
+    except RuntimeError:
+        to.exception("writer.crashed", operator="acme")
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_a_json_line_carries_time_level_event_and_facts(level: str) -> None:
+    before = datetime.now(UTC)
+    text = written(
+        "json", lambda to: getattr(to, level)("delivery.retry", operator="acme", attempt=3, wait_s=8.25, held=False)
+    )
+    line = orjson.loads(text)
+    at = datetime.fromisoformat(line.pop("time"))
+    assert (at - before).total_seconds() == pytest.approx(0, abs=5)
+    assert list(line.items()) == [
+        ("level", level),
+        ("event", "delivery.retry"),
+        ("operator", "acme"),
+        ("attempt", 3),
+        ("wait_s", 8.25),
+        ("held", False),
+    ]
+
+
+def test_a_text_line_is_the_event_and_its_facts() -> None:
+    at, _, rest = written("text", lambda to: to.info("delivery.retry", operator="acme", wait_s=8.2491)).partition(
+        " info "
+    )
+    assert rest == "delivery.retry operator=acme wait_s=8.25\n"
+    assert len(at) == len("2026-11-24 03:05:01.123")
+    assert datetime.fromisoformat(at + "+00:00").tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("acme", "acme"),
+        ("Zürich", "Zürich"),
+        (7, "7"),
+        ("", '""'),
+        ("two words", '"two words"'),
+        ("Zürich West", '"Zürich West"'),
+        ("a=b", '"a=b"'),
+        ('say "x"', '"say \\"x\\""'),
+        ("x\n2026-11-24 info forged", '"x\\n2026-11-24 info forged"'),
+        ("x\r\ny", '"x\\r\\ny"'),
+        ("\x1b[2J", '"\\u001b[2J"'),
+        ("x\x85y", '"x\\u0085y"'),
+        ("x\u2028y", '"x\\u2028y"'),
+        ("file\udce9", '"file\\udce9"'),
+    ],
+)
+def test_a_text_fact_is_quoted_wherever_it_could_be_taken_for_more_than_one(value: object, shown: str) -> None:
+    assert written("text", lambda to: to.info("event", fact=value)).endswith(f" info event fact={shown}\n")
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_fact_that_is_none_is_left_out(form: str) -> None:
+    text = written(form, lambda to: to.info("event", status=None, code=0, reason=""))
+    assert "status" not in text
+    assert "code" in text
+    assert "reason" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("file\udce9", "file\\udce9"),
+        (10**30, str(10**30)),
+        ({1: "x"}, "{1: 'x'}"),
+        (Path("/run/x"), "/run/x"),
+        (ValueError("no"), "no"),
+        (b"x", "b'x'"),
+    ],
+)
+def test_a_fact_that_json_cannot_carry_costs_no_line(value: object, kept: str) -> None:
+    line = orjson.loads(written("json", lambda to: to.error("event", fact=value, operator="acme")))
+    assert (line["event"], line["level"], line["fact"], line["operator"]) == ("event", "error", kept, "acme")
+
+
+FACTS: st.SearchStrategy[Any] = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=30),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.binary(max_size=10),
+    st.lists(st.text(st.characters(exclude_categories=()), max_size=5), max_size=3),
+    st.dictionaries(st.text(max_size=3) | st.integers(), st.integers(), max_size=2),
+)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@settings(deadline=None, max_examples=200)
+@given(FACTS)
+def test_every_event_is_exactly_one_line_that_can_be_written(form: str, fact: Any) -> None:
+    text = written(form, lambda to: to.info("event", fact=fact))
+    assert text.encode().count(b"\n") == 1
+    assert text.endswith("\n")
+    if form == "json":
+        assert orjson.loads(text)["event"] == "event"
+    else:
+        assert len(text.splitlines()) == 1
+        assert " info event fact=" in text
+
+
+def test_levels_below_the_one_asked_for_are_silent() -> None:
+    def all_levels(to: Log) -> None:
+        for level in ("debug", "info", "warning", "error"):
+            getattr(to, level)(f"{level}.event")
+
+    for silent, level in enumerate(("debug", "info", "warning", "error")):
+        assert written("json", all_levels, level).count("\n") == 4 - silent
+
+
+def test_setting_up_again_replaces_the_stream() -> None:
+    """A reload must not double every line."""
+    first, second = io.StringIO(), io.StringIO()
+    log.setup("info", "json", first)
+    log.setup("info", "json", second)
+    Log("test").info("event")
+    assert first.getvalue() == ""
+    assert second.getvalue().count("\n") == 1
+
+
+def test_an_exception_is_logged_with_its_traceback() -> None:
+    line = json.loads(written("json", fail))
+    assert (line["level"], line["event"], line["operator"]) == ("error", "writer.crashed", "acme")
+    assert line["traceback"].startswith("Traceback (most recent call last):")
+    assert line["traceback"].endswith("RuntimeError: first line\nsecond line")
+    first, *rest = written("text", fail).splitlines()
+    assert first.endswith(" error writer.crashed operator=acme")
+    assert rest[-2:] == ["RuntimeError: first line", "second line"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "form", "is_json"),
+    [
+        (Terminal(), "auto", False),
+        (io.StringIO(), "auto", True),
+        (Terminal(), "json", True),
+        (io.StringIO(), "text", False),
+    ],
+)
+def test_auto_is_text_on_a_terminal_and_json_otherwise(stream: io.StringIO, form: str, is_json: bool) -> None:
+    log.setup("info", form, stream)
+    Log("test").info("event")
+    assert stream.getvalue().startswith("{") == is_json
+
+
+@pytest.mark.parametrize(("level", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3)])
+def test_the_journal_gets_the_priority_of_each_line(level: str, priority: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = written_for_journal("text", lambda to: getattr(to, level)("event", n=1), monkeypatch)
+    assert text == f"<{priority}>{level} event n=1"
+    (line,) = written_for_journal("auto", lambda to: getattr(to, level)("event", n=1), monkeypatch)
+    assert line.startswith(f"<{priority}>{{")
+    assert orjson.loads(line[3:])["n"] == 1
+
+
+def test_each_line_of_a_traceback_carries_the_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = written_for_journal("text", fail, monkeypatch)
+    assert len(lines) > 3
+    assert all(line.startswith("<3>") for line in lines)
+    (line,) = written_for_journal("json", fail, monkeypatch)
+    assert orjson.loads(line.removeprefix("<3>"))["event"] == "writer.crashed"
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_no_fact_forges_a_line_of_the_journal(separator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forged = f"x{separator}<0>emergency"
+    lines = written_for_journal("text", lambda to: to.info("event", session=forged), monkeypatch)
+    assert len(lines) == 1
+    assert lines[0].startswith("<6>info event session=")
+
+
+@pytest.mark.parametrize("variable", [None, "", "1:2"])
+def test_another_stream_than_the_journals_gets_no_priority(
+    variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("JOURNAL_STREAM", variable)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
+        log.setup("info", "json", stream)
+        Log("test").info("event")
+        stream.seek(0)
+        assert stream.read().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://op.example/V4/SessionExpired", "https://op.example/V4/SessionExpired"),
+        ("https://op.example:8443/x", "https://op.example:8443/x"),
+        ("https://[2001:db8::1]:8443/x", "https://[2001:db8::1]:8443/x"),
+        ("https://user:s3cret@op.example/x", "https://op.example/x"),
+        ("https://s3cret@op.example:8443/x", "https://op.example:8443/x"),
+        ("https://user:s3@cret@op.example/x", "https://op.example/x"),
+        ("https://op.example/x?MEMB_ID=1&HASH=s3cret", "https://op.example/x"),
+        ("https://op.example?s3cret", "https://op.example"),
+        ("https://op.example/x#s3cret", "https://op.example/x"),
+        ("https://op.example/@x", "https://op.example/@x"),
+        ("https://user:s3/cret@op.example/x", "(not a URL)"),
+        ("https://user:s3?cret@op.example/x", "(not a URL)"),
+        ("https:/user:s3cret@op.example/x", "(not a URL)"),
+        ("user:s3cret@op.example/x", "(not a URL)"),
+        ("https://user:s3cret@[::1/x", "(not a URL)"),
+        ("", "(not a URL)"),
+    ],
+)
+def test_a_url_is_shown_without_user_info_query_and_fragment(url: str, shown: str) -> None:
+    assert safe_url(url) == shown
+
+
+PARTS = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=10)
+
+
+@settings(deadline=None, max_examples=200)
+@given(PARTS, PARTS, PARTS, st.sampled_from(["", "/", "?", "#", "@", ":", "\\", "//"]))
+def test_no_password_survives_a_delimiter_that_should_have_been_escaped(
+    user: str, before: str, after: str, between: str
+) -> None:
+    secret = f"{before}-S3CRET{between}{after}"
+    assert "S3CRET" not in safe_url(f"https://{user}:{secret}@op.example/x?{secret}#{secret}")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=60))
+def test_no_text_breaks_the_url(text: str) -> None:
+    for url in (text, "https://" + text):
+        shown = safe_url(url)
+        assert shown == "(not a URL)" or not {"?", "#"} & set(shown)

@@ -12,7 +12,7 @@ import re
 import ssl
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -862,3 +862,21 @@ def _ambiguous(one: Dialect, other: Dialect) -> bool:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def changes(old: Settings, new: Settings) -> Iterator[str]:
+    """The keys whose values differ, without the values: some are secrets."""
+    before, after = dict(_flat(old, "")), dict(_flat(new, ""))
+    for key in sorted(before.keys() | after.keys()):
+        if key not in ("warnings", "file") and before.get(key, ...) != after.get(key, ...):
+            yield key
+
+
+def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, msgspec.Struct) and not isinstance(value, Listen | Dialect):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{at}.{name}" if at else str(name))
+    else:
+        yield at, value

@@ -7,13 +7,12 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from random import Random
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from lmdaemon import config, log, plugins, retry, systemd
@@ -21,7 +20,6 @@ from lmdaemon.api import Api
 from lmdaemon.clock import Clock
 from lmdaemon.config import ConfigError, Settings
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
-from lmdaemon.dialects import Dialect
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
 from lmdaemon.http import bind
@@ -136,14 +134,11 @@ class Daemon:
             handed_over, {name: (listen.host, listen.port, listen.unix) for name, listen in wanted.items()}
         )
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
+        # A compressed body is refused by its header, so it must not be unpacked before anybody looks.
+        options: Any = {"access_log": None, "keepalive_timeout": KEEPALIVE_S, "auto_decompress": False}
         runners: dict[str, web.BaseRunner] = {
-            "server": web.ServerRunner(
-                web.Server(self._endpoint.handle, access_log=None, keepalive_timeout=KEEPALIVE_S),
-                shutdown_timeout=within_s,
-            ),
-            "api": web.AppRunner(
-                self._api.application(), access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=within_s
-            ),
+            "server": web.ServerRunner(web.Server(self._endpoint.handle, **options), shutdown_timeout=within_s),
+            "api": web.AppRunner(self._api.application(), shutdown_timeout=within_s, **options),
         }
         for name, runner in runners.items():
             listening = assigned.get(name) or bind(wanted[name])
@@ -232,7 +227,7 @@ class Daemon:
             for finding in error.findings:
                 events.error("config.reload_failed", finding=finding)
             return
-        changed = list(_changes(self.settings, new))
+        changed = list(config.changes(self.settings, new))
         for key in changed:
             if key.startswith(NEEDS_RESTART):
                 events.warning("config.needs_restart", key=key)
@@ -341,21 +336,3 @@ class Daemon:
 
 def _same_hook(one: config.Plugin, other: config.Plugin) -> bool:
     return (one.use, dict(one.options)) == (other.use, dict(other.options))
-
-
-def _changes(old: Settings, new: Settings) -> Iterator[str]:
-    """The keys whose values differ, without the values: some are secrets."""
-    before, after = dict(_flat(old, "")), dict(_flat(new, ""))
-    for key in sorted(before.keys() | after.keys()):
-        if key not in ("warnings", "file") and before.get(key, ...) != after.get(key, ...):
-            yield key
-
-
-def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, msgspec.Struct) and not isinstance(value, config.Listen | Dialect):
-        value = msgspec.structs.asdict(value)
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{at}.{name}" if at else str(name))
-    else:
-        yield at, value

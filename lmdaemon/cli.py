@@ -929,7 +929,11 @@ def _shown_exchange(operator: "Operator", session: "Session", body: bytes, excha
         text = mask(content.decode("utf-8", "replace"))
         answer = {
             "status": status,
-            "headers": {name: mask(_shown_header(name, received)) for name in ANSWER_HEADERS if name in received},
+            "headers": {
+                name: mask(_shown_url(received[name]) if name == "Location" else received[name])
+                for name in ANSWER_HEADERS
+                if name in received
+            },
             # What was cut off may have been the rest of an echoed secret
             "body": text if complete else text[: max(0, len(text) - mask.longest)],
             "complete": complete,
@@ -969,36 +973,36 @@ def _masked_body(operator: "Operator", fields: Mapping[str, str]) -> str:
 
 
 def _shown_url(url: str) -> str:
-    """Without user info and fragment, the query's values masked: its names tell an integrator enough."""
-    from urllib.parse import urlencode, urlsplit
-
-    from yarl import URL
-
+    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
+    alone, as a Location may be.
+    """
     from lmdaemon.log import safe_url
 
-    names = [(name, MASK) for name in URL(url).query]
-    if not names:
-        return safe_url(url) + (f"?{MASK}" if urlsplit(url).query else "")
-    return f"{safe_url(url)}?{urlencode(names, safe='*')}"
+    path = url.partition("#")[0].partition("?")[0]
+    shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
+    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in _query_of(url))
+    return f"{shown}?{query}" if query else shown
+
+
+def _query_of(url: str) -> list[tuple[str, str]]:
+    """The query's names and values as they stand; a part without `=` may be a secret, so it is a value without name."""
+    parts = url.partition("#")[0].partition("?")[2].split("&")
+    return [
+        (name, value) if equals else ("", name)
+        for part in parts
+        if part
+        for name, equals, value in [part.partition("=")]
+    ]
 
 
 def _secrets_of_url(url: str) -> list[str]:
+    from urllib.parse import unquote_plus
+
     from yarl import URL
 
     parts = URL(url)
-    found = [parts.user or "", parts.password or "", *parts.query.values()]
+    found = [parts.user or "", parts.password or "", *(unquote_plus(value) for _, value in _query_of(url))]
     return [value for value in found if len(value) >= 4]  # a shorter one is no secret, and stands everywhere
-
-
-def _shown_header(name: str, headers: Mapping[str, str]) -> str:
-    return _shown_url_or_nothing(headers[name]) if name == "Location" else headers[name]
-
-
-def _shown_url_or_nothing(text: str) -> str:
-    try:
-        return _shown_url(text)
-    except ValueError:
-        return "(not a URL)"
 
 
 class _Mask:

@@ -341,6 +341,8 @@ class Dispatcher:
         ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
         if ready:
             claims = [self._claim(lane, now_at) for lane in ready]
+            # What is in flight now may be settled while we read, and would look pending in what was read before that.
+            busy = [frozenset(lane.in_flight) for lane in ready]
             for lane in ready:
                 lane.next_due_at = None  # what is committed from here on, _note_due adds
             try:
@@ -349,8 +351,8 @@ class Dispatcher:
                 for lane in ready:
                     lane.next_due_at = now_at
                 raise
-            for lane, rows in zip(ready, found, strict=True):
-                self._start(lane, rows, now_at)
+            for lane, rows, taken in zip(ready, found, busy, strict=True):
+                self._start(lane, [row for row in rows if row.id not in taken], now_at)
         return self._wait_s()
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
@@ -368,8 +370,6 @@ class Dispatcher:
         free = lane.free(gate, now_at)
         probe = lane.gated and retry.breaker(gate, now_at) != "closed"
         for row in rows:
-            if row.id in lane.in_flight:
-                continue
             if row.due_at > now_at or free <= 0:
                 self._note_later(lane, row.due_at)
                 break

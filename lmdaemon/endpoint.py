@@ -86,17 +86,22 @@ class Endpoint:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers any request to the public listener."""
         path = endpoint_key(request.rel_url.raw_path)
-        if path == "/health":
-            return await self._answer_health(request)
         route = self._routes.get(path)
         try:
+            if path == "/health":
+                return await self._answer_health(request)
             if route is None:
                 raise Refused(404, "Not found")
             return await self._receive(request, route)
-        except Refused as refused:
+        except Exception as error:
+            refused = error if isinstance(error, Refused) else Refused(500, "Internal error, please retry")
+            if refused is not error:
+                log.exception("notice.failed", path=path)
             codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
-            code = codes_of.codes.of("retry" if refused.status == 503 else "bad_parameters")
-            log.warning("notice.not_taken", status=refused.status, reason=refused.description, path=path)
+            code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
+            # A scanner's guesses are no news; a known path refused is
+            note = log.debug if refused.status == 404 else log.warning
+            note("notice.not_taken", status=refused.status, reason=refused.description, path=path)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
                 response.force_close()  # what is left of the body would be read as the next request

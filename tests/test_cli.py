@@ -13,11 +13,14 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -41,7 +44,9 @@ COMMAND = [sys.executable, "-W", "error", "-m", "lmdaemon"]
 def environment(**extra: str) -> dict[str, str]:
     ours = ("LMDAEMON_CONFIG", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
+    # Nothing here speaks TLS, and aiohttp loads the machine's CAs at every start
+    no_cas = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
+    return kept | no_cas | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
 
 
 def forgo_privileges() -> None:
@@ -115,6 +120,23 @@ class Running:
         """Its exit code, once it ends by itself."""
         return self.process.wait(20)
 
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        """What the command line is checked against: the private API itself, also to prepare what a test needs."""
+        address = tomllib.loads((self.directory / "config.toml").read_text())["api"]["listen"]
+        asked = urllib.request.Request(
+            f"http://{address}/v1/{path}",
+            json.dumps(body or {}).encode() if method != "GET" else None,
+            {"Authorization": f"Bearer {API_TOKEN}", "Content-Type": "application/json"},
+            method=method,
+        )
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            return json.loads(answer.read())
+
+    def open(self, operator: str, session: str) -> dict[str, Any]:
+        path = f"operators/{operator}/sessions/{quote(session, safe='').replace('.', '%2E')}"
+        found: dict[str, Any] = self.api("PUT", path, {"playerId": "p1", "token": PLAYER_TOKEN})
+        return found
+
     def __call__(self, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
         return run(*words, cwd=self.directory, **env)
 
@@ -182,13 +204,6 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert running.ended() == 0
 
 
-def opened(lm: Running, operator: str, session: str, *more: str) -> dict[str, Any]:
-    done = lm("sessions", "open", operator, session, "--player", "p1", "--token-file", "player-token", "--json", *more)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 # -- the command line itself
 
 
@@ -201,27 +216,20 @@ def test_version_is_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("fly", "invalid choice: 'fly'"),
         ("serve now", "unrecognized arguments: now"),
         ("sessions", "required: VERB"),
-        ("sessions list", "required: OPERATOR"),
         ("sessions list acme --limit 0", "must be a positive number (got '0')"),
-        ("sessions open acme s1 --token-file x", "required: --player"),
-        ("deliveries retry", "either the ID of a delivery or --operator"),
         ("deliveries retry msg_1 --operator acme", "either the ID of a delivery or --operator"),
         ("deliveries retry msg_1 --since 2026-01-31T03:00:00Z", "--since only with --operator"),
         ("sessions open acme s1 --player p1 --token-file player-token --token-env X", "must not both be given"),
         ("sessions open acme s1 --player p1 --token-file absent", "--token-file: absent cannot be read: No such file"),
         ("sessions open acme s1 --player p1 --token-env UNSET", "--token-env: the token must not be empty"),
-        ("backup", "required: FILE"),
-        ("send", "give --url, or an operator"),
         ("send nobody", "has no operator 'nobody'; known are acme"),
         ("send acme", "give --url, or an operator of the configuration that has a url"),
         ("send --url ftp://u:password@host/?query", "must be a URL with http or https (got 'ftp://host/')"),
         ("send --url http://h --dialect v9", "--dialect: must be one of v4, v4.01"),
         ("send --url http://h --dialect pragmatic", "dialect pragmatic must send 'hash', which is not known here"),
         ("send --url http://h --timeout 3", 'must be a duration such as "250ms"'),
-        ("send --url http://h --timeout 0s", "--timeout: must not be zero"),
         ("send --url http://h --token-file config.toml", "--token-file: the token must not contain control characters"),
     ],
 )
@@ -257,7 +265,7 @@ def test_the_file_is_looked_for_where_the_contract_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(Path("/etc/lmdaemon/config.toml").exists(), reason="this machine has a configuration")
-@pytest.mark.parametrize("command", ["serve", "status", "check-config"])
+@pytest.mark.parametrize("command", ["serve", "status"])
 def test_no_configuration_file_at_all_exits_2(tmp_path: Path, command: str) -> None:
     done = run(command, cwd=tmp_path)
     assert done.returncode == 2
@@ -266,7 +274,7 @@ def test_no_configuration_file_at_all_exits_2(tmp_path: Path, command: str) -> N
     )
 
 
-@pytest.mark.parametrize("command", ["serve", "check-config", "status", "backup copy", "send acme"])
+@pytest.mark.parametrize("command", ["serve", "check-config", "backup copy"])
 def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[srever]\n[sessions]\nidle_timeout = 5\n[operators.acme]\nnotify = "yes"\n')
@@ -374,8 +382,11 @@ def without_uvloop(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{directory}{os.pathsep}{ROOT}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("uvloop", [True, False], ids=["loop as installed", "without uvloop"])
+@pytest.mark.parametrize(
+    ("number", "uvloop"),
+    [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)],
+    ids=["SIGTERM", "SIGINT", "without uvloop"],
+)
 def test_a_signal_stops_the_daemon_with_exit_0(
     tmp_path: Path, without_uvloop: str, number: signal.Signals, uvloop: bool
 ) -> None:
@@ -387,12 +398,11 @@ def test_a_signal_stops_the_daemon_with_exit_0(
         assert running.events("daemon.stopped")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_a_plugin_still_starts_exits_0(tmp_path: Path, number: signal.Signals) -> None:
+def test_sigterm_while_a_plugin_still_starts_exits_0(tmp_path: Path) -> None:
     configure_plugin(tmp_path, "Hangs")
     with daemon(tmp_path) as running:
         poll(lambda: (tmp_path / "started").exists())
-        running.process.send_signal(number)
+        running.process.terminate()
         assert running.ended() == 0
         assert "Traceback" not in running.log.read_text()
 
@@ -531,7 +541,7 @@ async def test_something_else_at_the_address_is_recognised(tmp_path: Path) -> No
 
 
 def test_status_shows_every_check_and_one_line_for_each_operator(lm: Running) -> None:
-    opened(lm, "acme", "for-status")
+    lm.open("acme", "for-status")
     text, document = text_and_json("status", cwd=lm.directory)
     lines = text.stdout.splitlines()
     for check in ("store", "sweeper", "dispatcher", "deliveries", "operators", "config"):
@@ -573,7 +583,8 @@ async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_p
 
 
 def test_a_session_from_open_to_close(lm: Running) -> None:
-    session = opened(lm, "acme", "whole life", "--idle-timeout", "90")
+    words = ("sessions", "open", "acme", "whole life", "--player", "p1", "--token-env", "T")
+    session = json.loads(lm(*words, "--idle-timeout", "90", "--json", T=PLAYER_TOKEN).stdout)
     assert (session["state"], session["playerId"], session["idleTimeoutSeconds"]) == ("active", "p1", 90)
     shown, document = text_and_json("sessions", "show", "acme", "whole life", cwd=lm.directory)
     assert document == session | {"deliveries": []}
@@ -581,23 +592,21 @@ def test_a_session_from_open_to_close(lm: Running) -> None:
     assert lm("sessions", "touch", "acme", "whole life").stdout == "touched: 1\n"
     closed = lm("sessions", "close", "acme", "whole life")
     assert ["reason", "closed"] in [line.split() for line in closed.stdout.splitlines()]
-    again = lm("sessions", "close", "acme", "whole life", "--json")
-    assert json.loads(again.stdout)["state"] == "ended"
-    reopened = lm("sessions", "open", "acme", "whole life", "--player", "p1", "--token-env", "T", T=PLAYER_TOKEN)
+    reopened = lm(*words[:-2], "--token-file", "player-token")
     assert reopened.returncode == 1
     assert reopened.stderr.startswith("lmdaemon: 409 Conflict: the session has ended (closed, 20")
 
 
 @pytest.mark.parametrize("session", ["a/b", "..", "%2F", "touch", "?x=y#z", "naïve 会话"])
 def test_any_session_id_can_be_named(lm: Running, session: str) -> None:
-    assert opened(lm, "acme", session)["sessionId"] == session
+    lm.open("acme", session)
     assert json.loads(lm("sessions", "close", "acme", session, "--json").stdout)["sessionId"] == session
 
 
 def test_touching_what_is_not_there_says_so_and_exits_1(lm: Running) -> None:
-    opened(lm, "acme", "touchable")
-    opened(lm, "acme", "over")
-    lm("sessions", "close", "acme", "over")
+    lm.open("acme", "touchable")
+    lm.open("acme", "over")
+    lm.api("POST", "operators/acme/sessions/over/close")
     done = lm("sessions", "touch", "acme", "touchable", "over", "unheard-of")
     assert (done.returncode, done.stdout) == (1, "touched: 1\nunknown: unheard-of\nended: over\n")
     done = lm("sessions", "touch", "acme", "unheard-of", "--json")
@@ -624,8 +633,7 @@ def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str
 
 async def open_many(lm: Running, operator: str, ids: list[str]) -> None:
     """Opens sessions over the API as a game server does; returns when each is acknowledged."""
-    text = (lm.directory / "config.toml").read_text()
-    base = "http://" + text.split("[api]")[1].split('"')[1]
+    base = "http://" + tomllib.loads((lm.directory / "config.toml").read_text())["api"]["listen"]
     headers = {"Authorization": f"Bearer {API_TOKEN}"}
 
     async with aiohttp.ClientSession(base, headers=headers) as client:
@@ -674,18 +682,17 @@ def test_a_reader_that_goes_away_is_no_crash(lm: Running) -> None:
 # -- deliveries
 
 
-def delivery_of(lm: Running, session: str) -> dict[str, Any]:
-    shown = json.loads(lm("sessions", "show", "gone", session, "--json").stdout)
-    (found,) = shown["deliveries"]
-    return dict(found)
-
-
 def dead_delivery(lm: Running, session: str) -> dict[str, Any]:
     """Ends a session whose operator refuses every connection, until its delivery is given up."""
-    opened(lm, "gone", session)
-    assert lm("sessions", "close", "gone", session).returncode == 0
-    poll(lambda: delivery_of(lm, session)["state"] == "dead")
-    return delivery_of(lm, session)
+    lm.open("gone", session)
+    lm.api("POST", f"operators/gone/sessions/{session}/close")
+
+    def delivery() -> dict[str, Any]:
+        (found,) = lm.api("GET", f"operators/gone/sessions/{session}")["deliveries"]
+        return dict(found)
+
+    poll(lambda: delivery()["state"] == "dead")
+    return delivery()
 
 
 def test_a_dead_delivery_is_listed_shown_and_made_due_again(lm: Running) -> None:
@@ -697,27 +704,26 @@ def test_a_dead_delivery_is_listed_shown_and_made_due_again(lm: Running) -> None
     text, document = text_and_json("deliveries", "show", dead["id"], cwd=lm.directory)
     assert "history:\nat " in text.stdout
     assert [attempt["error"] for attempt in document["history"]] == ["connect"] * 2
-    lm("hold", "gone")
+    lm.api("POST", "operators/gone/hold")
     again = lm("deliveries", "retry", dead["id"], "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["state"] == "pending"
     refused = lm("deliveries", "retry", dead["id"])
     assert refused.returncode == 1
     assert refused.stderr == "lmdaemon: 409 Conflict: the delivery is pending, not dead\n"
-    lm("release", "gone")
+    lm.api("POST", "operators/gone/release")
 
 
 def test_all_dead_deliveries_of_an_operator_are_made_due_again(lm: Running) -> None:
-    dead = dead_delivery(lm, "also undeliverable")
-    lm("hold", "gone")
+    dead = dead_delivery(lm, "also-undeliverable")
+    lm.api("POST", "operators/gone/hold")
     later = lm("deliveries", "retry", "--operator", "gone", "--since", "2999-01-01T00:00:00Z", "--json")
     assert json.loads(later.stdout) == {"retried": 0}
     done = lm("deliveries", "retry", "--operator", "gone")
     assert done.returncode == 0
     assert int(done.stdout.split()[1]) >= 1
-    pending = lm("deliveries", "list", "--operator", "gone", "--state", "pending", "--json")
-    assert dead["id"] in [delivery["id"] for delivery in json.loads(pending.stdout)]
-    assert lm("release", "gone").returncode == 0
+    assert lm.api("GET", f"deliveries/{dead['id']}")["state"] == "pending"
+    lm.api("POST", "operators/gone/release")
 
 
 # -- backup
@@ -749,7 +755,7 @@ async def test_a_backup_while_sessions_are_opened_holds_all_acknowledged_before_
 
 
 def test_a_daemon_starts_from_a_backup(lm: Running, tmp_path: Path) -> None:
-    opened(lm, "acme", "kept by the backup")
+    lm.open("acme", "kept by the backup")
     assert lm("backup", tmp_path / "lmdaemon.sqlite3").stdout.endswith("bytes, integrity ok\n")
     configure(tmp_path)
     with daemon(tmp_path) as restored:
@@ -837,7 +843,6 @@ async def hang(request: web.Request) -> web.Response:
         ({"error": 0, "description": "Success"}, 0, "delivered"),
         ({"error": 100}, 1, "would be retried because code_100"),
         ({"error": 120}, 1, "final, never sent again because code_120"),
-        ({"error": 7}, 1, "would be retried because code_7"),
         (lambda: web.Response(status=500), 1, "would be retried because status_500"),
         (lambda: web.Response(status=410), 1, "would hold the operator because gone"),
         (
@@ -852,12 +857,12 @@ async def hang(request: web.Request) -> web.Response:
         ),
         (hang, 1, "would be retried because timeout"),
     ],
-    ids=["0", "100", "120", "7", "500", "410", "503", "redirect", "hang"],
+    ids=["0", "100", "120", "500", "410", "503", "redirect", "hang"],
 )
 async def test_send_prints_both_sides_and_the_verdict(tmp_path: Path, answer: Any, code: int, verdict: str) -> None:
     played = answer() if callable(answer) and answer is not hang else answer
     async with scripted_operator(played) as peer:
-        configure(tmp_path, f'url = "{peer.url}"\nallow_private_network = true\ntimeout = "1s"\n')
+        configure(tmp_path, f'url = "{peer.url}"\nallow_private_network = true\ntimeout = "500ms"\n')
         words = ("send", "acme", "--session", "s1", "--player", "p1", "--token-file", "player-token")
         done = await asyncio.to_thread(run, *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (code, "")
@@ -874,18 +879,18 @@ async def test_send_prints_both_sides_and_the_verdict(tmp_path: Path, answer: An
         assert "Content-Type: application/json; charset=utf-8" in lines
         assert [line for line in lines if line.startswith("HTTP 200 (")]
     if answer is hang:
-        assert [line for line in lines if line.startswith("No answer (1")]
+        assert [line for line in lines if line.startswith("No answer (5")]
 
 
 async def test_what_send_shows_is_what_the_operator_got_but_for_the_secrets(tmp_path: Path) -> None:
     secret_file(tmp_path / "signing", SIGNING_SECRET)
     async with scripted_operator() as peer:
-        url = peer.url.replace("http://", "http://me:pass-word@") + "?member=query-secret&flag=&member=2"
+        url = peer.url.replace("http://", "http://me:pass-word@") + "?member=query-secret&flag=&member=2&bare-secret"
         configure(tmp_path, f'url = "{url}"\nallow_private_network = true\nsigning_secret_file = "signing"\n')
         done = await asyncio.to_thread(run, "send", "acme", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     shown = json.loads(done.stdout)
-    assert shown["request"]["url"] == f"{peer.url}?member=***&flag=***&member=***"
+    assert shown["request"]["url"] == f"{peer.url}?member=***&flag=***&member=***&***"
     assert (shown["request"]["method"], shown["verdict"], shown["reason"]) == ("POST", "delivered", None)
     (received,) = peer.received
     expected = received.headers | {"Authorization": "Basic ***", "webhook-signature": "v1,***"}
@@ -893,7 +898,7 @@ async def test_what_send_shows_is_what_the_operator_got_but_for_the_secrets(tmp_
     assert json.loads(shown["request"]["body"]) == json.loads(received.body) | {"token": "***"}
     signature = received.headers["webhook-signature"].removeprefix("v1,")
     basic = received.headers["Authorization"].removeprefix("Basic ")
-    for secret in (signature, basic, "pass-word", "query-secret", json.loads(received.body)["token"]):
+    for secret in (signature, basic, "pass-word", "query-secret", "bare-secret", json.loads(received.body)["token"]):
         assert secret not in done.stdout
 
 

@@ -443,6 +443,37 @@ class TestIsolation:
                 assert (most, len(operator.received)) == (3, 30)
                 running.cancel()
 
+    async def test_a_row_settled_while_the_next_claim_is_read_is_not_sent_again(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The claim reads the first row as pending, the first row is settled, and only then the claim's answer comes."""
+        answer_first = asyncio.Event()
+
+        async def late(request: web.Request) -> web.Response:
+            await answer_first.wait()
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(late) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                await b.end("second")
+                read = b.db.claimable
+
+                async def read_then_settle(lanes: Any) -> Any:
+                    found = await read(lanes)
+                    answer_first.set()
+                    await until(lambda: b.db.figures["acme"].pending == 1 and not b.dispatcher.in_flight)
+                    return found
+
+                monkeypatch.setattr(b.db, "claimable", read_then_settle)
+                await b.dispatcher.once()
+                monkeypatch.undo()
+                await b.round()
+                sent = [json.loads(received.body)["sessionId"] for received in operator.received]
+                assert sent == ["first", "second"]
+
     async def test_a_hold_of_the_url_leaves_plugins_alone(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -267,11 +267,6 @@ class TestSharedPaths:
             assert sessions(tmp_path) == [("acme", "s", "p", "reported")]
 
 
-# The listener unpacks bodies before the endpoint sees them, and answers 400 where it cannot; it needs
-# web.Server(…, auto_decompress=False). Strict: the mark goes with the fault.
-UNPACKED = pytest.mark.xfail(strict=True, reason="daemon: the public listener unpacks bodies")
-
-
 class TestStatuses:
     @pytest.mark.parametrize(("networks", "status"), [(["127.0.0.1"], 200), (["::1", "192.0.2.0/24"], 403)])
     async def test_only_allowed_addresses_are_heard(self, tmp_path: Path, networks: list[str], status: int) -> None:
@@ -424,18 +419,7 @@ class TestStatuses:
             answer = await send(s, b"{}", "/sessionexpired", JSON)
             assert (answer.status, answer.error) == (415, 7)
 
-    @pytest.mark.parametrize(
-        "encoding",
-        [
-            "gzip",
-            "deflate",
-            pytest.param("br", marks=UNPACKED),
-            pytest.param("zstd", marks=UNPACKED),
-            "identity",
-            "x-unknown",
-            "",
-        ],
-    )
+    @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "identity", "x-unknown", ""])
     async def test_any_content_encoding_is_415(self, tmp_path: Path, encoding: str) -> None:
         body = V4_WIRE.body()
         packed = gzip.compress(body) if encoding == "gzip" else body

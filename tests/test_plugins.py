@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
@@ -35,8 +34,6 @@ RAISED = [
     "BaseExceptionGroup('tok-s3cret', [SystemExit()])",
     "type('Odd', (BaseException,), {'__str__': lambda self: 1 / 0})()",
 ]
-
-Written = Callable[[str], ModuleType]
 
 
 @pytest.fixture
@@ -137,8 +134,10 @@ class TestLoading:
         ]
         + [
             (
-                "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
-                f" def {name}(self, *a): pass",
+                (
+                    "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
+                    f" def {name}(self, *a): pass"
+                ),
                 "Hook",
                 f"{name} must be async",
             )
@@ -263,8 +262,9 @@ class TestStartAndStop:
         async with serving(tmp_path, operator() + plugin("x", f"{name}:Hook")) as s:
             await notify(s)
             await until(lambda: module(name).LOG)
-            s.daemon.stop()
-            await until(lambda: s.daemon._store.service_clock.frozen if hasattr(s, "x") else True)
+            with hear() as events:
+                s.daemon.stop()
+                await until(lambda: any(event.name == "delivery.draining" for event in events))
             module(name).RELEASE.set()
         assert module(name).LOG == ["began", "done", "stopped"]
         assert delivery_row(tmp_path, "plugin:x") == ("delivered",)
@@ -522,9 +522,7 @@ class TestIsolation:
                     assert (await notify(s, session=str(number))).json == SUCCESS
                 await settled(tmp_path, "plugin:good", "delivered", 20)
                 await settled(tmp_path, "http", "delivered", 20)
-                assert query(tmp_path, "SELECT DISTINCT state FROM delivery WHERE sink = 'plugin:bad'") == [
-                    ("pending",)
-                ]
+                await settled(tmp_path, "plugin:bad", "pending", 20)
                 async with s.client.get(s.server + "/health") as response:
                     assert response.status == 200
                 module(bad).RELEASE.set()
@@ -593,7 +591,6 @@ class TestCheck:
                 assert (answer.status, answer.json) == (200, {"error": code, "description": "because of ✓"})
             assert sessions(tmp_path) == []
 
-    @pytest.mark.parametrize("name", WIRES)
     @pytest.mark.parametrize(
         "body",
         [
@@ -606,19 +603,19 @@ class TestCheck:
         ],
     )
     async def test_a_check_that_fails_or_hangs_answers_retry(
-        self, tmp_path: Path, written: Callable[[str], str], name: str, body: str
+        self, tmp_path: Path, written: Callable[[str], str], body: str
     ) -> None:
-        if name in ("v4.02", "v1", "old") and not body.startswith("raise RuntimeError"):
-            pytest.skip("every failure with one dialect of each kind, every dialect with one failure")
         hook = written(checking(body))
         with hear() as events:
-            async with serving(tmp_path, operator(name) + plugin("x", f"{hook}:Hook", timeout="20ms")) as s:
-                answer = await notify(s, WIRES[name])
-                assert (answer.status, answer.error) == (200, WIRES[name].codes["retry"])
+            toml = operator("v4", "v1", "pragmatic") + plugin("x", f"{hook}:Hook", timeout="20ms")
+            async with serving(tmp_path, toml) as s:
+                answers = {name: await notify(s, WIRES[name]) for name in ("v4", "v1", "pragmatic")}
+                codes = {name: (answer.status, answer.error) for name, answer in answers.items()}
+                assert codes == {"v4": (200, 100), "v1": (200, 998), "pragmatic": (200, 100)}
                 assert sessions(tmp_path) == []
-        assert "tok-s3cret" not in answer.body.decode() + repr(events)
-        (failed,) = [event.facts for event in events if event.name == "plugin.check_failed"]
-        assert (failed["plugin"], failed["operator"]) == ("x", "acme")
+        assert "tok-s3cret" not in repr([answer.body for answer in answers.values()]) + repr(events)
+        failed = [event.facts for event in events if event.name == "plugin.check_failed"]
+        assert [(facts["plugin"], facts["operator"]) for facts in failed] == [("x", "acme")] * 3
 
     @pytest.mark.parametrize("description", ["'\\ud800 lone'", "None", "5", "object"])
     async def test_a_refusal_is_answered_whatever_its_description(

@@ -409,12 +409,16 @@ class Dispatcher:
                 outcome = await self._attempt(lane, row)
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             await self._settle(lane, settlement)
+            due_at = settlement.due_at if settlement.state == "pending" else None
         except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
             await asyncio.sleep(STORE_RETRY_S)
-            self._note_later(lane, row.due_at)
+            due_at = row.due_at
         finally:
             lane.in_flight.discard(row.id)
             self.wake()
+        # A round may have come between the commit and this line, and passed over a row that was still in flight.
+        if due_at is not None:
+            self._note_due(row.operator, row.sink, due_at)
 
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()

@@ -356,16 +356,16 @@ def encode(
 _NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # not \d: that is any script's digits
 
 
-def answered_code(body: bytes) -> float | None:
+def answered_code(body: bytes) -> int | float | None:
     """The `error` of an answer: a number or a numeric string; None when there is none or it is anything else."""
     try:
         error = orjson.loads(body).get("error")
     except (orjson.JSONDecodeError, AttributeError):
         return None
-    if isinstance(error, bool):
-        return None
-    if isinstance(error, int | float):
-        return float(error)
     if isinstance(error, str) and len(error) <= 32 and _NUMERIC.fullmatch(error.strip()):
-        return float(error)
-    return None
+        error = float(error)
+    if isinstance(error, bool) or not isinstance(error, int | float):
+        return None
+    number = float(error)
+    # 120.0 is 120; beyond 2^53 a float is no exact integer any more, and beyond 2^63 SQLite takes none
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number

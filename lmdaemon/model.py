@@ -138,7 +138,7 @@ class Delivery:
     aged_from_at: int
     held_base_ms: int
     last_status: int | None
-    last_code: str | None
+    last_code: int | float | None
     last_error: str | None
     history: str
     body: bytes = field(repr=False)

@@ -503,7 +503,7 @@ def _schemas(operators: Sequence[Operator]) -> Json:
             at=_time(),
             durationMs=_count(),
             status=_or_null({"type": "integer"}),
-            code=_or_null({"type": "string"}),
+            code=_or_null({"type": "number"}),
             error=_or_null({"type": "string"}),
         ),
         "Operator": _operator(),
@@ -570,7 +570,7 @@ def _delivery() -> Json:
         "nextAttemptAt": _or_null(_time()) | {"description": "While it is pending."},
         "settledAt": _or_null(_time()),
         "lastStatus": _or_null({"type": "integer"}) | {"description": "HTTP status of the last attempt."},
-        "lastCode": _or_null({"type": "string"}) | {"description": "Its `error`."},
+        "lastCode": _or_null({"type": "number"}) | {"description": "Its `error`."},
         "lastError": _or_null({"type": "string"}) | {"description": "Why it failed, in a word or two."},
     }
 

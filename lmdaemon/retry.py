@@ -26,12 +26,12 @@ Verdict = Literal["delivered", "final", "retry", "hold"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one attempt came to. `code` is the answered error code as text, `reason` a short word for people."""
+    """What one attempt came to. `code` is the answered error code, `reason` a short word for people."""
 
     verdict: Verdict
     reason: str = ""
     status: int | None = None
-    code: str | None = None
+    code: int | float | None = None
     retry_after_s: float | None = None
     duration_ms: int = 0
 
@@ -46,24 +46,24 @@ def judge(
     """
     code = answered_code(body) if complete else None
     wait_s = retry_after_s(retry_after, now_s)
-    shown = None if code is None else f"{code:.15g}"
+    shown = f"code_{code}"
 
     def outcome(verdict: Verdict, reason: str) -> Outcome:
-        return Outcome(verdict, reason, status, shown, wait_s)
+        return Outcome(verdict, reason, status, code, wait_s)
 
     if status == 410:
         return outcome("hold", "gone")
     if status == 200 and code == 0:
         return outcome("delivered", "")
     if code is not None and code in FINAL_CODES | {final}:
-        return outcome("final", f"code_{shown}")
+        return outcome("final", shown)
     if 300 <= status < 400:
         return outcome("retry", "redirect")
     if status != 200:
         return outcome("retry", f"status_{status}")
     if not complete:
         return outcome("retry", "answer_too_long")
-    return outcome("retry", "bad_answer" if code is None else f"code_{shown}")
+    return outcome("retry", "bad_answer" if code is None else shown)
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:

@@ -48,7 +48,7 @@ CREATE TABLE delivery (
   aged_from_at INTEGER NOT NULL,    -- where max_age counts from
   held_base_ms INTEGER NOT NULL,    -- the operator's held_total_ms at that time: holds do not age a delivery
   last_status  INTEGER,             -- HTTP status of the last attempt
-  last_code    TEXT,                -- its `error`
+  last_code    NUMERIC,             -- its `error`
   last_error   TEXT,                -- reason in a word or two
   history      TEXT NOT NULL DEFAULT '[]',  -- JSON array of the latest attempts
   body         BLOB NOT NULL,       -- what is sent, byte for byte, at every attempt; empty for a plug-in

@@ -631,7 +631,7 @@ async def test_a_session_shows_its_deliveries(api: Caller, wallet: ScriptedOpera
         "nextAttemptAt": None,
         "settledAt": "2026-09-21T14:13:20.000Z",
         "lastStatus": 200,
-        "lastCode": "0",
+        "lastCode": 0,
         "lastError": None,
     }
     assert wallet.received[0].headers["webhook-id"] == delivery["id"]
@@ -645,9 +645,9 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
     listed = await api.delivery_of()
     shown = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
     assert shown == listed | {"history": shown["history"]}
-    assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, "120")
+    assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, 120)
     assert shown["history"] == [
-        {"at": "2026-09-21T14:13:20.000Z", "durationMs": 0, "status": 200, "code": "120", "error": "code_120"}
+        {"at": "2026-09-21T14:13:20.000Z", "durationMs": 0, "status": 200, "code": 120, "error": "code_120"}
     ]
 
 

@@ -112,7 +112,7 @@ class TestOneDelivery:
             row = await b.row()
             assert received.headers["Content-Type"] == "application/json"
             assert received.headers["webhook-id"] == row.webhook_id
-            assert (row.state, row.attempts, row.last_status, row.last_code) == ("delivered", 1, 200, "0")
+            assert (row.state, row.attempts, row.last_status, row.last_code) == ("delivered", 1, 200, 0)
 
     async def test_every_attempt_has_the_same_id_and_the_same_bytes(self, tmp_path: Path, clock: HandClock) -> None:
         answers = (web.Response(status=500), {"error": 100}, web.Response(text="<html>"))
@@ -205,17 +205,17 @@ class TestHostileAnswers:
             (web.json_response({}), "bad_answer", None),
             (web.json_response([0]), "bad_answer", None),
             (web.Response(text="OK"), "bad_answer", None),
-            (web.json_response({"error": 100}), "code_100", "100"),
-            (web.json_response({"error": 7}), "code_7", "7"),
-            (web.json_response({"error": 0}, status=201), "status_201", "0"),
-            (web.json_response({"error": 0}, status=302, headers={"Location": "/elsewhere"}), "redirect", "0"),
+            (web.json_response({"error": 100}), "code_100", 100),
+            (web.json_response({"error": 7}), "code_7", 7),
+            (web.json_response({"error": 0}, status=201), "status_201", 0),
+            (web.json_response({"error": 0}, status=302, headers={"Location": "/elsewhere"}), "redirect", 0),
             (web.json_response({"error": 0, "pad": "x" * 20_000}), "answer_too_long", None),
-            (web.json_response({"error": 0}, headers={"Content-Encoding": "gzip"}), "delivered", "0"),
+            (web.json_response({"error": 0}, headers={"Content-Encoding": "gzip"}), "delivered", 0),
         ],
         ids=lambda value: value if isinstance(value, str) else None,
     )
     async def test_each_is_judged_and_nothing_is_followed(
-        self, tmp_path: Path, clock: HandClock, answer: web.Response, reason: str, code: str | None
+        self, tmp_path: Path, clock: HandClock, answer: web.Response, reason: str, code: int | None
     ) -> None:
         async def play(request: web.Request) -> web.Response:
             return web.Response(body=answer.body, status=answer.status, headers=answer.headers)
@@ -446,7 +446,7 @@ class TestIsolation:
     async def test_a_row_settled_while_the_next_claim_is_read_is_not_sent_again(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The claim reads the first row as pending, the first row is settled, and only then the claim's answer comes."""
+        """The claim reads the first row as pending; that is settled, and only then the claim's answer comes."""
         answer_first = asyncio.Event()
 
         async def late(request: web.Request) -> web.Response:
@@ -473,6 +473,29 @@ class TestIsolation:
                 await b.round()
                 sent = [json.loads(received.body)["sessionId"] for received in operator.received]
                 assert sent == ["first", "second"]
+
+    async def test_a_row_due_again_before_its_slot_is_free_is_not_forgotten(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        """A round comes between the commit of a failed attempt and the end of its task, and finds the row in flight."""
+        async with scripted_operator(web.Response(status=500)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                note_due = b.db.on_due
+
+                def commit_then_round(name: str, sink: str, due_at: int) -> None:
+                    note_due(name, sink, due_at)
+                    if operator.received:
+                        clock.advance(60)
+                        rounds.append(asyncio.create_task(b.dispatcher.once()))
+
+                rounds: list[asyncio.Task[float | None]] = []
+                b.db.on_due = commit_then_round
+                await b.end()
+                await b.round()
+                await asyncio.gather(*rounds)
+                b.db.on_due = note_due
+                await b.round()
+                assert (await b.row()).state == "delivered"
 
     async def test_a_hold_of_the_url_leaves_plugins_alone(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch

@@ -172,6 +172,17 @@ def test_setting_up_again_replaces_the_stream() -> None:
     assert second.getvalue().count("\n") == 1
 
 
+def test_no_line_is_written_twice_where_a_library_set_up_logging_too() -> None:
+    others = io.StringIO()
+    handler = logging.StreamHandler(others)
+    logging.getLogger().addHandler(handler)
+    try:
+        assert written("json", lambda to: to.info("event")).count("\n") == 1
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert others.getvalue() == ""
+
+
 def test_an_exception_is_logged_with_its_traceback() -> None:
     line = json.loads(written("json", fail))
     assert (line["level"], line["event"], line["operator"]) == ("error", "writer.crashed", "acme")

@@ -15,13 +15,15 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from lmdaemon.version import __version__
 
 if TYPE_CHECKING:
+    import asyncio
+
     import aiohttp
 
     from lmdaemon.config import Listen, Operator, Policy, Settings
@@ -35,6 +37,7 @@ ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anythi
 ROWS_DEFAULT = 100
 PAGE_MAX = 1000  # rows in one answer of the private API
 TOUCH_MAX = 10_000  # ids in one bulk touch
+ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when everything else has ended
 BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
 MASK = "***"
 ANSWER_HEADERS = (
@@ -296,8 +299,6 @@ def _serve(args: argparse.Namespace) -> int:
     import asyncio
 
     from lmdaemon import config, log
-    from lmdaemon.daemon import Daemon
-    from lmdaemon.database import DatabaseError, StoreError
 
     # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -305,19 +306,58 @@ def _serve(args: argparse.Namespace) -> int:
         settings = config.load(config.find(args.config))
         log.setup(settings.log.level, settings.log.format)
         _quiet_libraries()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner, _naming(settings):
-            runner.run(Daemon(settings).run())
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            code = _until_ended(runner, settings)
+            _abandon_what_hangs(runner, code)
     except KeyboardInterrupt:
         return STOPPED
+    return code
+
+
+def _until_ended(runner: "asyncio.Runner", settings: "Settings") -> int:
+    """Runs the daemon to its end, says why it ended, and returns the exit code."""
+    from lmdaemon.config import ConfigError
+    from lmdaemon.daemon import Daemon
+    from lmdaemon.database import DatabaseError, StoreError
+    from lmdaemon.log import Log
+
+    try:
+        runner.run(Daemon(settings).run())
+    except KeyboardInterrupt:
+        return STOPPED
+    except ConfigError as error:  # a plug-in's finding; the file's name before it, as the file's own findings have it
+        for finding in error.findings:
+            _say(f"{settings.file}: {finding}")
+        return MISCONFIGURED
     except (DatabaseError, StoreError, OSError) as error:
-        log.Log("daemon").error("daemon.failed", reason=_reason(error))
+        Log("daemon").error("daemon.failed", reason=_reason(error))
         return FAILED
-    except config.ConfigError:
-        raise
     except Exception:  # an ExceptionGroup when a loop died; whatever it is, the service manager starts us again
-        log.Log("daemon").exception("daemon.crashed")
+        Log("daemon").exception("daemon.crashed")
         return FAILED
     return STOPPED
+
+
+def _abandon_what_hangs(runner: "asyncio.Runner", code: int) -> None:
+    """Ends the process at once when a plug-in's hook ignores its cancellation: the loop's own end would wait for it for
+    ever. By now everything of ours is closed.
+    """
+    import asyncio
+
+    from lmdaemon.log import Log
+
+    async def cancel_all() -> int:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        return len((await asyncio.wait(tasks, timeout=ABANDON_AFTER_S))[1]) if tasks else 0
+
+    hanging = runner.run(cancel_all())
+    if hanging:
+        Log("daemon").warning("daemon.abandoned_hooks", count=hanging)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _loop_factory() -> Callable[[], Any] | None:
@@ -326,17 +366,6 @@ def _loop_factory() -> Callable[[], Any] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
-
-
-@contextmanager
-def _naming(settings: "Settings") -> Iterator[None]:
-    """Puts the file's name before findings about its plug-ins, as the file's own findings have it."""
-    from lmdaemon.config import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError([f"{settings.file}: {finding}" for finding in error.findings]) from error
 
 
 def _quiet_libraries() -> None:

@@ -361,11 +361,14 @@ def _abandon_what_hangs(runner: "asyncio.Runner", code: int) -> None:
 
 
 def _loop_factory() -> Callable[[], Any] | None:
+    """uvloop's event loop where that extra is installed; None: asyncio's own."""
+    from importlib import import_module
+
     try:
-        import uvloop
+        factory: Callable[[], Any] = import_module("uvloop").new_event_loop
     except ImportError:
         return None
-    return uvloop.new_event_loop
+    return factory
 
 
 def _quiet_libraries() -> None:

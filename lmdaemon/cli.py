@@ -89,12 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # an id may not fit the terminal's encoding
     try:
-        return _run(args)
+        code = _run(args)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of a long list has seen enough; nothing can be told to it any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
         return FAILED
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -104,8 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     from lmdaemon.config import ConfigError
 
     try:
-        code = run(args)
-        sys.stdout.flush()
+        return run(args)
     except ConfigError as error:
         for finding in error.findings:
             _say(finding)
@@ -116,7 +117,6 @@ def _run(args: argparse.Namespace) -> int:
     except Failed as error:
         _say(f"lmdaemon: {error}")
         return FAILED
-    return code
 
 
 # -- arguments
@@ -531,7 +531,8 @@ class Client:
         from yarl import URL
 
         given = {name: value for name, value in query.items() if value is not None}
-        # Encoded here, byte by byte: an id may contain a slash, be "..", or not be UTF-8, which the daemon refuses
+        # Encoded here, byte by byte: an id may contain a slash, or not be UTF-8, which the daemon refuses. And taken as
+        # it is: an id may be "..", which a URL would resolve.
         parameters = urlencode(given, errors="surrogateescape")
         return URL(f"{self._base}/{'/'.join(map(_segment, path))}?{parameters}", encoded=True)
 
@@ -552,7 +553,7 @@ def _base_url(listen: "Listen") -> str:
 def _segment(text: str) -> str:
     from urllib.parse import quote
 
-    return quote(os.fsencode(text), safe="").replace(".", "%2E")
+    return quote(os.fsencode(text), safe="")
 
 
 def _problem(document: Mapping[str, Any]) -> str:
@@ -1193,8 +1194,8 @@ def _vacuum_into(database: Path, copy: Path) -> None:
 def _check_integrity(copy: Path) -> None:
     import sqlite3
 
-    # Immutable: nobody else has it, and nothing is to appear beside it
-    opened = sqlite3.connect(f"{copy.as_uri()}?mode=ro&immutable=1", uri=True)
+    # Not read-only, though nothing is written: SQLite leaves out CHECK constraints then
+    opened = sqlite3.connect(f"{copy.as_uri()}?mode=rw", uri=True)
     try:
         (verdict,) = opened.execute("PRAGMA integrity_check(1)").fetchone()
     finally:

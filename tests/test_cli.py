@@ -43,7 +43,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "lmdaemon"]
 
 def environment(**extra: str) -> dict[str, str]:
     ours = ("LMDAEMON_CONFIG", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTHON")}
     # Nothing here speaks TLS, and aiohttp loads the machine's CAs at every start
     no_cas = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
     return kept | no_cas | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
@@ -606,7 +606,7 @@ def test_a_session_from_open_to_close(lm: Running) -> None:
     session = json.loads(lm(*words, "--idle-timeout", "90", "--json", T=PLAYER_TOKEN).stdout)
     assert (session["state"], session["playerId"], session["idleTimeoutSeconds"]) == ("active", "p1", 90)
     shown, document = text_and_json("sessions", "show", "acme", "whole life", cwd=lm.directory)
-    assert document == session | {"deliveries": []}
+    assert document == session | {"deliveries": [], "expiresAt": document["expiresAt"]}  # told from two clocks: ±1 ms
     assert ["sessionId", "whole", "life"] in [line.split() for line in shown.stdout.splitlines()]
     assert lm("sessions", "touch", "acme", "whole life").stdout == "touched: 1\n"
     closed = lm("sessions", "close", "acme", "whole life")
@@ -680,9 +680,10 @@ async def test_lists_are_cut_where_asked_and_whole_with_all(lm: Running) -> None
     assert json.loads(lm("sessions", "list", "many", "--state", "ended", "--json").stdout) == []
 
 
-def test_a_reader_that_goes_away_is_no_crash(lm: Running) -> None:
+@pytest.mark.parametrize("words", ["version", "sessions list many --all --json"])
+def test_a_reader_that_goes_away_is_no_crash(lm: Running, words: str) -> None:
     with subprocess.Popen(
-        [*COMMAND, "sessions", "list", "many", "--all", "--json"],
+        [*COMMAND, *words.split()],
         cwd=lm.directory,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -829,6 +830,32 @@ def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "lmdaemon.sqlite3: file is not a database" in done.stderr
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_copy_that_fails_its_check_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
+    configure(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        sql.execute("CREATE TABLE session (idle_ms INTEGER CHECK (idle_ms > 0))")
+        sql.execute("PRAGMA ignore_check_constraints = ON")
+        sql.execute("INSERT INTO session VALUES (-1)")
+    before = set(tmp_path.iterdir())
+    done = run("backup", "copy", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "the copy is damaged: CHECK constraint failed in session" in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_backup_after_a_crash_holds_what_was_acknowledged_and_changes_nothing(tmp_path: Path) -> None:
+    configure(tmp_path)
+    with daemon(tmp_path) as running:
+        running.started().open("acme", "acknowledged")
+        running.process.kill()
+        running.ended()
+        files = [tmp_path / f"lmdaemon.sqlite3{suffix}" for suffix in ("", "-wal")]
+        before = [file.read_bytes() for file in files]
+        assert running("backup", tmp_path / "copy").returncode == 0
+    assert sessions_in(tmp_path / "copy") == {"acknowledged"}
+    assert [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -439,7 +439,7 @@ def _checked(path: Path) -> "Settings":
 
     from lmdaemon import config, plugins
 
-    settings = config.load(path, need_secrets=False)
+    settings = config.load(path, secrets="readable")
     findings: list[str] = []
 
     async def load() -> None:  # in a running loop, as the daemon does it: a plug-in may make a client when it is made
@@ -571,7 +571,7 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
 
         from lmdaemon import config
 
-        settings = config.load(config.find(args.config), need_secrets=False)
+        settings = config.load(config.find(args.config), secrets="optional")
         _quiet_libraries()
 
         async def talk() -> int:
@@ -753,7 +753,7 @@ def _recipient(args: argparse.Namespace) -> "Operator":
     dialects = dict(SHIPPED)
     operator = _stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
-        settings = config.load(config.find(args.config), need_secrets=False)
+        settings = config.load(config.find(args.config), secrets="optional")
         # An own dialect is known here once some operator of the file uses it
         for one in settings.operators.values():
             dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}
@@ -1112,7 +1112,7 @@ def _verdict(shown: Mapping[str, Any]) -> str:
 def _backup(args: argparse.Namespace) -> int:
     from lmdaemon import config
 
-    settings = config.load(config.find(args.config), need_secrets=False)
+    settings = config.load(config.find(args.config), secrets="optional")
     database, target = settings.database.absolute(), args.file
     _check_source(settings)
     _check_target(database, target, force=args.force)

@@ -25,6 +25,7 @@ from lmdaemon.log import safe_url
 from lmdaemon.model import id_problem
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Secrets = Literal["required", "readable", "optional"]
 
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
@@ -233,11 +234,12 @@ def find(explicit: str | None) -> Path:
     raise ConfigError([f"no configuration file: looked for {', '.join(PATHS)}; name one with --config"])
 
 
-def load(path: Path, *, need_secrets: bool = True) -> Settings:
+def load(path: Path, *, secrets: Secrets = "required") -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
-    Without `need_secrets`, a secret that this user may not read is a warning: systemd hands credentials to the daemon
-    alone, and check-config has to work beside it (systemd/systemd#35227).
+    `secrets` says what a missing secret is: an error ("required"); an error unless it is there and this user may not
+    read it, for check-config beside a daemon that systemd hands credentials to ("readable", systemd/systemd#35227); or
+    a warning, for administration, which needs none of the operators' ("optional").
     """
     try:
         with path.open("rb") as file:
@@ -248,7 +250,7 @@ def load(path: Path, *, need_secrets: bool = True) -> Settings:
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
     except RecursionError as error:
         raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
-    reader = _Reader(path, need_secrets=need_secrets)
+    reader = _Reader(path, secrets=secrets)
     settings = reader.settings(tables)
     if settings is None:
         raise ConfigError([f"{path}: {finding}" for finding in reader.errors])
@@ -366,9 +368,9 @@ _ABSENT = object()
 class _Reader:
     """One reading of one file: collects every finding under its key path instead of stopping at the first."""
 
-    def __init__(self, path: Path, *, need_secrets: bool) -> None:
+    def __init__(self, path: Path, *, secrets: Secrets) -> None:
         self.path = path
-        self.need_secrets = need_secrets
+        self.secrets = secrets
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
@@ -773,6 +775,9 @@ class _Reader:
         state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
         return (Path(state) if state else self.path.parent) / name
 
+    def missing(self, at: str, finding: str) -> None:
+        self.warnings.append(f"{at}: unchecked: {finding}")
+
     def secret(self, table: msgspec.Struct, key: str, at: str) -> str | None:
         """The secret named by `KEY_file` or `KEY_env`, without the line break at its end; None when not named."""
         file_name, variable = getattr(table, f"{key}_file"), getattr(table, f"{key}_env")
@@ -782,7 +787,9 @@ class _Reader:
         if variable:
             value = os.environ.get(variable, "")
             if not value.strip():
-                self.error(f"{at}.{key}_env", "must name an environment variable that is set", variable)
+                finding = f"must name an environment variable that is set (got {variable!r})"
+                report = self.missing if self.secrets == "optional" else self.error
+                report(f"{at}.{key}_env", finding)
                 return None
             return value
         return self.secret_file(file_name, f"{at}.{key}_file") if file_name else None
@@ -809,10 +816,9 @@ class _Reader:
             mode = stat.S_IMODE(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             finding = f"cannot be read: {getattr(error, 'strerror', error)} ({path})"
-            if isinstance(error, PermissionError) and not self.need_secrets:
-                self.warnings.append(f"{at}: unchecked: {finding}")
-            else:
-                self.error(at, finding)
+            unreadable = isinstance(error, PermissionError) and self.secrets == "readable"
+            report = self.missing if unreadable or self.secrets == "optional" else self.error
+            report(at, finding)
             return None
         if secret and mode & 0o004:
             self.warnings.append(f"{at}: others can read this secret (mode {mode:o}): {path}")

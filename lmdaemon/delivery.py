@@ -403,7 +403,7 @@ class Dispatcher:
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
-                self._log_dead(lane, row, "max_age")
+                self._log_dead(lane, row, row.attempts, "max_age")
                 settlement = Settlement(replace(row, last_error="max_age"), "dead", row.due_at, row.step)
             else:
                 outcome = await self._attempt(lane, row)
@@ -479,7 +479,7 @@ class Dispatcher:
             return settlement._replace(state="pending", spent=False)
         wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
         if wait_s is None:
-            self._log_dead(lane, row, outcome.reason)
+            self._log_dead(lane, row, row.attempts + 1, outcome.reason)
             return settlement
         log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s, reason=outcome.reason)
         return settlement._replace(state="pending", due_at=now_at + int(wait_s * 1000), step=row.step + 1)
@@ -495,9 +495,9 @@ class Dispatcher:
                 return self._log_gate(lane.operator, before, after)
 
     @staticmethod
-    def _log_dead(lane: Lane, row: Delivery, reason: str) -> None:
+    def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str) -> None:
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        log.error("delivery.dead", **facts, attempts=row.attempts, reason=reason, url=_shown_url(lane))
+        log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=_shown_url(lane))
 
     @staticmethod
     def _log_gate(operator: Operator, before: Gate, gate: Gate) -> None:

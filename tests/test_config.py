@@ -60,16 +60,16 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(home: Path, text: str, *, need_secrets: bool = True) -> Settings:
+def load(home: Path, text: str, *, secrets: config.Secrets = "required") -> Settings:
     file = home / "config.toml"
     file.write_text(text)
-    return config.load(file, need_secrets=need_secrets)
+    return config.load(file, secrets=secrets)
 
 
-def findings(home: Path, text: str, *, need_secrets: bool = True) -> list[str]:
+def findings(home: Path, text: str, *, secrets: config.Secrets = "required") -> list[str]:
     """What is wrong with a file, without the file's name, which must stand before each."""
     with pytest.raises(ConfigError) as caught:
-        load(home, text, need_secrets=need_secrets)
+        load(home, text, secrets=secrets)
     assert str(caught.value) == "\n".join(caught.value.findings)
     prefix = f"{home / 'config.toml'}: "
     assert all(finding.startswith(prefix) for finding in caught.value.findings)
@@ -130,7 +130,7 @@ def beside(line: str) -> str:
 
 
 def read(kind: Any, value: object) -> Any:
-    reader = config._Reader(CONFIG_TOML, need_secrets=True)
+    reader = config._Reader(CONFIG_TOML, secrets="required")
     found = reader.value(kind, value, "key")
     assert reader.errors == []
     return found
@@ -975,18 +975,26 @@ def test_secret_closed_to_this_user_stops_the_daemon_but_not_check_config(
     monkeypatch.setattr(Path, "read_bytes", closed)  # root, who may run the tests, can read everything
     found = findings(home, text)
     assert all(": cannot be read: Permission denied (" in finding for finding in found)
-    settings = load(home, text, need_secrets=False)
+    settings = load(home, text, secrets="readable")
     assert settings.warnings == tuple(finding.replace(": ", ": unchecked: ", 1) for finding in found)
 
 
 def test_a_secret_that_is_missing_is_an_error_for_check_config_too(home: Path) -> None:
     text = "[api]\ntoken_file = 'misspelt'\n" + OPERATOR + "hash_key_env = 'UNSET'\n"
     with pytest.raises(ConfigError) as caught:
-        load(home, text, need_secrets=False)
+        load(home, text, secrets="readable")
     assert [finding.partition(": ")[2] for finding in caught.value.findings] == [
         "operators.a.hash_key_env: must name an environment variable that is set (got 'UNSET')",
         f"api.token_file: cannot be read: No such file or directory ({home}/misspelt)",
     ]
+
+
+def test_administration_needs_no_secret_of_the_daemons(home: Path) -> None:
+    text = "[api]\ntoken_file = 'handed-over'\n" + OPERATOR + "hash_key_env = 'UNSET'\n"
+    assert load(home, text, secrets="optional").warnings == (
+        "operators.a.hash_key_env: unchecked: must name an environment variable that is set (got 'UNSET')",
+        f"api.token_file: unchecked: cannot be read: No such file or directory ({home}/handed-over)",
+    )
 
 
 def test_no_repr_shows_a_secret(home: Path) -> None:
@@ -1112,9 +1120,11 @@ def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is not a broken promise
-@given(tables=FILE, need_secrets=st.booleans())
-def test_any_tables_become_settings_or_findings(quiet_home: Path, tables: dict[str, Any], need_secrets: bool) -> None:
-    reader = config._Reader(quiet_home / "config.toml", need_secrets=need_secrets)
+@given(tables=FILE, secrets=st.sampled_from(["required", "readable", "optional"]))
+def test_any_tables_become_settings_or_findings(
+    quiet_home: Path, tables: dict[str, Any], secrets: config.Secrets
+) -> None:
+    reader = config._Reader(quiet_home / "config.toml", secrets=secrets)
     found = reader.settings(tables)
     assert (found is None) == bool(reader.errors)
     for finding in reader.errors + reader.warnings:

@@ -43,7 +43,7 @@ def test_readme_shows_the_true_defaults(table: str) -> None:
     defaults = TABLES[table]
     settings = re.findall(r"`([a-z_]+ = [^`]*)`", row(f"`{table}`")[1])
     assert settings
-    reader = config._Reader(ROOT / "config.toml", need_secrets=True)
+    reader = config._Reader(ROOT / "config.toml", secrets="required")
     fields = {field.name: field for field in msgspec.structs.fields(defaults)}
     for setting in settings:
         ((name, value),) = tomllib.loads(setting).items()

@@ -71,7 +71,7 @@ class Daemon:
             handed_over = systemd.listening_sockets()
             await self._build(stack)
             runners = await self._listen(stack, handed_over)
-            self._handle_signals(stack)
+            self._handle_signals()
             async with asyncio.TaskGroup() as group:
                 loops = {
                     name: group.create_task(loop, name=name)
@@ -149,7 +149,8 @@ class Daemon:
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
 
-    def _handle_signals(self, stack: AsyncExitStack) -> None:
+    def _handle_signals(self) -> None:
+        """They stay with the loop until it is closed: a second SIGTERM must not cut the closing short."""
         loop = asyncio.get_running_loop()
         for number, handler in (
             (signal.SIGTERM, self.stop),
@@ -157,7 +158,6 @@ class Daemon:
             (signal.SIGHUP, self.reload),
         ):
             loop.add_signal_handler(number, handler)
-            stack.callback(loop.remove_signal_handler, number)
 
     def _announce(self) -> None:
         for warning in self.settings.warnings:

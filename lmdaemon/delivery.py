@@ -32,8 +32,7 @@ from lmdaemon.log import Log, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
-from lmdaemon.store import Lane as Claim
-from lmdaemon.store import NewDelivery, Settlement, Store, StoreError
+from lmdaemon.store import Claim, NewDelivery, Settlement, Store, StoreError
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer

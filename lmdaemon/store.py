@@ -106,7 +106,7 @@ class Settlement(NamedTuple):
     gate: Callable[[Gate], Gate] | None = None
 
 
-class Lane(NamedTuple):
+class Claim(NamedTuple):
     """What to claim: rows of one operator and sink, the earliest due first."""
 
     operator: str
@@ -456,7 +456,7 @@ class Store:
         statement, arguments = _delivery_page(operator, sink, state, limit, after)
         return await self._db.read(lambda sql: [Delivery(*row) for row in sql.execute(statement, arguments)])
 
-    async def claimable(self, lanes: Sequence[Lane]) -> list[list[Delivery]]:
+    async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
         """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
 
         def read(sql: sqlite3.Connection) -> list[list[Delivery]]:

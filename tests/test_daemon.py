@@ -381,3 +381,29 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
         finally:
             popen.terminate()
             assert popen.wait(20) == 0
+
+
+def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None:
+    """It comes while a plug-in is being stopped: listeners and loops are gone, the store is still open."""
+    (tmp_path / "slow_stop.py").write_text(
+        "import asyncio, pathlib\n"
+        "class Hook:\n"
+        "    def __init__(self, options): self.home = pathlib.Path(options['home'])\n"
+        "    async def session_ended(self, event): pass\n"
+        "    async def stop(self):\n"
+        "        (self.home / 'stopping').touch()\n"
+        "        while not (self.home / 'go on').exists(): await asyncio.sleep(0.01)\n"
+        "        (self.home / 'stopped').touch()\n"
+    )
+    toml = OPERATOR.format(url="http://127.0.0.1:1/")
+    toml += f'[plugins.slow]\nuse = "slow_stop:Hook"\noptions = {{ home = "{tmp_path}" }}\n'
+    with process(tmp_path, toml, {"PYTHONPATH": str(tmp_path)}) as daemon:
+        daemon.popen.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not (tmp_path / "stopping").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        daemon.popen.send_signal(signal.SIGTERM)
+        (tmp_path / "go on").touch()
+        assert daemon.popen.wait(20) == 0
+        assert (tmp_path / "stopped").exists()

@@ -13,7 +13,7 @@ from support import live, open_store
 
 from lmdaemon import retry, store
 from lmdaemon.model import Gate, Session
-from lmdaemon.store import Lane, NewDelivery, Opening, Recording, Settlement, Store
+from lmdaemon.store import Claim, NewDelivery, Opening, Recording, Settlement, Store
 
 IDLE_MS = 10_000
 BODY = b'{"sessionId":"s"}'
@@ -399,7 +399,7 @@ class TestDeliveries:
         first, second = await one_delivery(db, "first"), await one_delivery(db, "second")
         await one_delivery(db, "elsewhere", "other")
         await db.settle(Settlement(first, "pending", clock.wall_ms() + 9000, 1, attempt()))
-        lanes = [Lane("acme", "http", 5), Lane("acme", "plugin:x", 5), Lane("other", "http", 1)]
+        lanes = [Claim("acme", "http", 5), Claim("acme", "plugin:x", 5), Claim("other", "http", 1)]
         claimed = await db.claimable(lanes)
         assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
         assert second.due_at < claimed[0][1].due_at
@@ -420,7 +420,7 @@ class TestDeliveries:
         assert await db.retry_dead("acme", clock.wall_ms()) == 1
         assert await db.retry_dead("acme", since) == 12
         assert await db.retry_dead("acme", 0) == 0
-        (rows,) = await db.claimable([Lane("acme", "http", 99)])
+        (rows,) = await db.claimable([Claim("acme", "http", 99)])
         assert [row.due_at - clock.wall_ms() for row in rows] == [100 * place for place in range(13)]
         assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
 

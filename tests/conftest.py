@@ -1,8 +1,17 @@
-"""Fixtures for every test: a clock moved by hand."""
+"""Fixtures for every test: a clock moved by hand, and for the fault suite its length, its seed and its figures."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from lmdaemon.clock import Clock
+
+FULL = os.environ.get("FAULTS") == "full"  # `make faults`: more runs of the same tests
+SEED = int(os.environ.get("FAULTS_SEED") or random.SystemRandom().randrange(2**32))
+_FIGURES: list[str] = []
 
 
 class HandClock(Clock):
@@ -31,3 +40,30 @@ class HandClock(Clock):
 @pytest.fixture
 def clock() -> HandClock:
     return HandClock()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Chance that can be had again: the seed stands in the report's header."""
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`measured(kills=50, lost=0)`: figures for the end of the report, and for docs/reliability.md."""
+
+    def note(**figures: Any) -> None:
+        _FIGURES.append(f"{request.node.name}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+    return note
+
+
+def pytest_report_header() -> str:
+    return f"faults: {'full' if FULL else 'short'} form, FAULTS_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES:
+        terminalreporter.section("measured")
+        for line in _FIGURES:
+            terminalreporter.line(line)

@@ -2,25 +2,21 @@
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from conftest import HandClock
+from processes import process, wait_for
 from support import LISTEN, scripted_operator, serving, until
 
 OPERATOR = """
@@ -187,70 +183,6 @@ async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
 # -- real processes
 
 
-@dataclass
-class Process:
-    popen: subprocess.Popen[str]
-    server: str
-    api: str
-    log: Path
-
-    def call(self, method: str, url: str, body: object = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                text = answer.read()
-                return answer.status, json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read() or b"null")
-
-    def stop(self, number: int = signal.SIGTERM, within_s: float = 20) -> int:
-        self.popen.send_signal(number)
-        return self.popen.wait(within_s)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-@contextlib.contextmanager
-def process(
-    directory: Path, toml: str = "", environment: dict[str, str] | None = None, **options: Any
-) -> Iterator[Process]:
-    """A daemon of its own, started as users start it; killed at the end if it still runs."""
-    server, api = free_ports(2)
-    (directory / "config.toml").write_text(
-        f'[server]\nlisten = "127.0.0.1:{server}"\n[api]\nlisten = "127.0.0.1:{api}"\n' + toml
-    )
-    log = directory / "log"
-    with log.open("a") as stderr:
-        command = [sys.executable, "-m", "lmdaemon", "--config", str(directory / "config.toml"), "serve"]
-        popen = subprocess.Popen(command, stderr=stderr, text=True, env=os.environ | (environment or {}), **options)
-    running = Process(popen, f"http://127.0.0.1:{server}", f"http://127.0.0.1:{api}", log)
-    try:
-        wait_until_serving(running)
-        yield running
-    finally:
-        popen.send_signal(signal.SIGCONT)
-        popen.kill()
-        popen.wait()
-
-
-def wait_until_serving(running: Process) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        assert running.popen.poll() is None, running.log.read_text()
-        with contextlib.suppress(OSError):
-            if running.call("GET", running.api + "/health")[0] == 200:
-                return
-        time.sleep(0.02)
-    pytest.fail(f"not serving: {running.log.read_text()}")
-
-
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
@@ -318,10 +250,7 @@ def test_sighup_reloads(tmp_path: Path) -> None:
         text = (tmp_path / "config.toml").read_text()
         (tmp_path / "config.toml").write_text(text.replace("operators.acme", "operators.renamed"))
         daemon.popen.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 10
-        while "config.reloaded" not in daemon.log.read_text():
-            assert time.monotonic() < deadline, daemon.log.read_text()
-            time.sleep(0.02)
+        wait_for(lambda: daemon.events("config.reloaded"))
         assert daemon.call("GET", daemon.api + "/v1/operators")[1]["items"][0]["operator"] == "renamed"
         assert daemon.stop() == 0
 
@@ -399,10 +328,7 @@ def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None
     toml += f'[plugins.slow]\nuse = "slow_stop:Hook"\noptions = {{ home = "{tmp_path}" }}\n'
     with process(tmp_path, toml, {"PYTHONPATH": str(tmp_path)}) as daemon:
         daemon.popen.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while not (tmp_path / "stopping").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for((tmp_path / "stopping").exists)
         daemon.popen.send_signal(signal.SIGTERM)
         (tmp_path / "go on").touch()
         assert daemon.popen.wait(20) == 0

@@ -1,0 +1,140 @@
+"""The daemon as a process of its own, started as users start it, and killed, stopped and started again."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+AS_USERS_DO = (sys.executable, "-m", "lmdaemon")
+
+
+class Process:
+    """One daemon over all its lives: directory, file and ports stay the same, so that its peers find it again.
+
+    `command` is what stands before `--config FILE serve`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        toml: str = "",
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = AS_USERS_DO,
+        **options: Any,
+    ) -> None:
+        server, api = free_ports(2)
+        self.directory = directory
+        self.config = directory / "config.toml"
+        self.config.write_text(f'[server]\nlisten = "127.0.0.1:{server}"\n[api]\nlisten = "127.0.0.1:{api}"\n' + toml)
+        self.server, self.api = f"http://127.0.0.1:{server}", f"http://127.0.0.1:{api}"
+        self.log = directory / "log"
+        self.environment = dict(environment or {})
+        self.command = command
+        self.options = options
+        self.popen: subprocess.Popen[str]
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "lmdaemon.sqlite3"
+
+    def spawn(self) -> None:
+        """Starts it and does not wait."""
+        with self.log.open("a") as stderr:
+            command = [*self.command, "--config", str(self.config), "serve"]
+            environment = os.environ | self.environment
+            self.popen = subprocess.Popen(command, stderr=stderr, text=True, env=environment, **self.options)
+
+    def start(self) -> None:
+        """Starts it and waits until it serves."""
+        self.spawn()
+        self.wait_until_serving()
+
+    def wait_until_serving(self, within_s: float = 20.0) -> None:
+        def serves() -> bool:
+            assert self.popen.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError):
+                return self.call("GET", self.api + "/health")[0] == 200
+            return False
+
+        wait_for(serves, within_s, lambda: f"not serving: {self.log.read_text()}")
+
+    def call(self, method: str, url: str, body: object = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"null")
+
+    def stop(self, number: int = signal.SIGTERM, within_s: float = 20) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(within_s)
+
+    def kill(self) -> None:
+        """SIGKILL, also when it is stopped or gone."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGCONT)
+            self.popen.kill()
+        self.popen.wait()
+
+    def rows(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        """What is in the file, through a connection of its own."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=20)) as connection:
+            return connection.execute(sql, arguments).fetchall()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of the log (JSON) with this event."""
+        lines = (json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{"))
+        return [line for line in lines if line["event"] == name]
+
+    @property
+    def memory_kib(self) -> int:
+        """Resident memory of the process."""
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def wait_for(condition: Callable[[], Any], within_s: float = 20.0, otherwise: Callable[[], str] = str) -> Any:
+    """Asks until the condition holds, for a state that another process has to reach."""
+    deadline = time.monotonic() + within_s
+    while not (result := condition()):
+        if time.monotonic() >= deadline:
+            pytest.fail(otherwise() or f"not within {within_s:g} s")
+        time.sleep(0.01)
+    return result
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@contextlib.contextmanager
+def process(
+    directory: Path, toml: str = "", environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[Process]:
+    """A daemon that serves; killed at the end if it still runs."""
+    running = Process(directory, toml, environment, **options)
+    running.spawn()
+    try:
+        running.wait_until_serving()
+        yield running
+    finally:
+        running.kill()

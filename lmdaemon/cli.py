@@ -332,10 +332,23 @@ def _until_ended(runner: "asyncio.Runner", settings: "Settings") -> int:
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=_reason(error))
         return FAILED
-    except Exception:  # an ExceptionGroup when a loop died; whatever it is, the service manager starts us again
-        Log("daemon").exception("daemon.crashed")
+    except Exception as error:  # an ExceptionGroup when a loop died; the service manager starts us again
+        lost = _file_lost(error)
+        if lost is None:
+            Log("daemon").exception("daemon.crashed")
+        else:
+            Log("daemon").error("daemon.failed", reason=str(lost))
         return FAILED
     return STOPPED
+
+
+def _file_lost(error: Exception) -> Exception | None:
+    """The one reason in a group of exceptions when it is a file that was taken away, else None."""
+    from lmdaemon.database import FileLostError
+
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, FileLostError) else None
 
 
 def _abandon_what_hangs(runner: "asyncio.Runner", code: int) -> None:

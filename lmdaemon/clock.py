@@ -38,7 +38,7 @@ class ServiceClock:
         self._clock = clock
         self._ms = float(service_ms)
         self._read_at = clock.monotonic()
-        self._frozen = False
+        self._frozen: set[str] = set()
         self.stalled_s = 0.0  # sum of all gaps that did not count
 
     def now_ms(self) -> int:
@@ -52,12 +52,12 @@ class ServiceClock:
             self._ms += gap * 1000
         return int(self._ms)
 
-    def freeze(self) -> None:
-        """Stops the clock: touches can be heard no more, or cannot be stored."""
+    def freeze(self, reason: str) -> None:
+        """Stops the clock: touches cannot be heard, or cannot be stored. Each reason has to be lifted by `thaw`."""
         self.now_ms()
-        self._frozen = True
+        self._frozen.add(reason)
 
-    def thaw(self) -> None:
-        """Lets the clock run again from where it stood."""
+    def thaw(self, reason: str) -> None:
+        """Lifts one reason; once none is left, the clock runs on from where it stood."""
         self.now_ms()
-        self._frozen = False
+        self._frozen.discard(reason)

@@ -71,6 +71,7 @@ class Daemon:
             handed_over = systemd.listening_sockets()
             await self._build(stack)
             runners = await self._listen(stack, handed_over)
+            self._store.service_clock.thaw("starting")
             self._handle_signals()
             async with asyncio.TaskGroup() as group:
                 loops = {
@@ -95,6 +96,7 @@ class Daemon:
         settings = self.settings
         self._store = await Store.open(settings.database, self._clock, count_downtime=settings.count_downtime)
         stack.push_async_callback(self._store.close)
+        self._store.service_clock.freeze("starting")  # plug-ins may take their time, and nobody is heard meanwhile
         self._sender = Sender(self._clock)
         stack.push_async_callback(self._sender.close)
         loaded = [plugins.load(plugin) for plugin in settings.plugins.values()]
@@ -187,7 +189,7 @@ class Daemon:
         self._notifier.send(STOPPING="1", STATUS=f"stopping, {self._dispatcher.in_flight} deliveries in flight")
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
         # From here on no touch can be heard, so no idleness passes and nothing ends.
-        self._store.service_clock.freeze()
+        self._store.service_clock.freeze("stopping")
         for name, loop in loops.items():
             if name != "writer":
                 loop.cancel()

@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -16,19 +17,38 @@ from importlib import resources
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 import aiosqlite
 
+from lmdaemon.clock import STALL_S
 from lmdaemon.log import Log
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
 BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
+BATCH_ROWS = 10_000  # rows they name together, for one bulk touch names as many as thousands of single ones
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
+QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
+HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
 CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
 WAL_MAX = 64 * 1024 * 1024  # bytes; beyond that the writer itself empties the WAL between two batches
+
+# What SQLite says when the disk, not the operation, is at fault. Source: sqlite.org/rescode.html
+_OUTAGES = {
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOTADB,
+}
 
 log = Log("store")
 
@@ -59,6 +79,7 @@ _Result = TypeVar("_Result")
 class _Operation(NamedTuple):
     run: Callable[[Any, Sequence[Any]], Sequence[Any]]
     argument: Any
+    rows: int
     answer: asyncio.Future[Any]
 
 
@@ -81,17 +102,18 @@ class Database(Generic[_Txn]):
     answered), `available` is told when the file stops and starts taking writes again.
     """
 
-    def __init__(self, path: Path, writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int) -> None:
-        self.path = path
+    def __init__(self, files: "_Files", writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int) -> None:
+        self._files = files
         self._writer = writer
         self._reader = reader
         self._checkpointer = checkpointer
         self._lock = lock
-        self._wal = Path(f"{path}-wal")
         self._queue: deque[_Operation] = deque()
+        self._queued_rows = 0
         self._wake = asyncio.Event()
         self._committed_something = asyncio.Event()
         self._closing = False
+        self._is_available = True
         self.begin: Callable[[], _Txn]
         self.committed: Callable[[_Txn], None]
         self.available: Callable[[bool], None] = lambda available: None
@@ -104,6 +126,7 @@ class Database(Generic[_Txn]):
         """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot."""
         lock = _lock(path)
         try:
+            _look_for_wal(path, lock)
             _create(path)
             async with AsyncExitStack() as stack:
                 writer = await _connect(path, stack)
@@ -111,6 +134,7 @@ class Database(Generic[_Txn]):
                 reader = await _connect(path, stack)
                 await reader.run(_execute, "PRAGMA query_only = ON")
                 checkpointer = await _connect(path, stack)
+                files = _Files(path)
                 stack.pop_all()  # open: from here on `close` ends them
         except (sqlite3.Error, OSError) as error:
             os.close(lock)
@@ -118,17 +142,33 @@ class Database(Generic[_Txn]):
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, writer, reader, checkpointer, lock)
+        _mark(lock, IN_USE)
+        return cls(files, writer, reader, checkpointer, lock)
 
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
-        self._refuse(list(self._queue), StoreError("the store is closed"))
-        self._queue.clear()
-        self._closing = True
+        self._stop_taking(StoreError("the store is closed"))
+        _mark(
+            self._lock, b""
+        )  # before the last connection removes the WAL: a crash in between must not look like a loss
         await self._checkpointer.close()
         await self._reader.close()
         await self._writer.close()
         os.close(self._lock)
+
+    def _stop_taking(self, error: StoreError) -> None:
+        self._closing = True
+        self._refuse(list(self._queue), error)
+        self._queue.clear()
+
+    @property
+    def path(self) -> Path:
+        return self._files.path
+
+    @property
+    def wal_bytes(self) -> int:
+        """Size of the WAL at the last transaction."""
+        return self._files.wal_bytes
 
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Runs `function(connection, *arguments)` on the reading connection. Raises StoreError."""
@@ -138,17 +178,20 @@ class Database(Generic[_Txn]):
             raise StoreError(f"reading failed: {error}") from error
 
     async def write(
-        self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument
+        self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1
     ) -> _Result:
-        """Queues one operation and waits until it is on disk.
+        """Queues one operation, which names so many rows, and waits until it is on disk.
 
         `run(txn, arguments)` gets every neighbouring operation of its kind at once and returns one result for each.
         A waiter that is cancelled does not cancel its operation. Raises StoreError.
         """
-        if self._closing or len(self._queue) >= QUEUE_MAX:
-            raise StoreError("too many operations are waiting" if not self._closing else "the store is closed")
+        if self._closing:
+            raise StoreError("the store is closed")
+        if len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
+            raise StoreError("too many operations are waiting")
         answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Operation(run, argument, answer))
+        self._queue.append(_Operation(run, argument, rows, answer))
+        self._queued_rows += rows
         self._wake.set()
         return await answer
 
@@ -177,25 +220,45 @@ class Database(Generic[_Txn]):
                 await self._checkpointer.run(_execute, "PRAGMA wal_checkpoint(PASSIVE)")
 
     async def write_batch(self) -> None:
-        """Writes one batch of what is queued, also an empty one, and answers its waiters."""
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_MAX))]
-        txn = self.begin()
-        self.writing_since = asyncio.get_running_loop().time()
+        """Writes one batch of what is queued, also an empty one, and answers its waiters.
+
+        Raises DatabaseError when the file or its WAL has been taken away.
+        """
+        batch = self._next_batch()
         try:
-            results = await self._writer.run(_transaction, txn, batch, self._wal)
+            txn, results = await self._write(batch)
         except asyncio.CancelledError:
             self._refuse(batch, StoreError("the daemon is stopping"))
             raise
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError | sqlite3.DataError):
-                await self._one_by_one(batch, error)
-            else:
-                self._failed(batch, error)
+        except FileLostError as error:
+            await self._give_up(batch, error)
         except Exception as error:
-            await self._one_by_one(batch, error)
+            if _is_outage(error):
+                self._failed(batch, error)
+            else:
+                await self._one_by_one(batch, error)
         else:
             self._answered(txn, batch, results)
+
+    def _next_batch(self) -> list[_Operation]:
+        batch: list[_Operation] = []
+        rows = 0
+        while self._queue and len(batch) < BATCH_MAX and rows < BATCH_ROWS:
+            batch.append(self._queue.popleft())
+            rows += batch[-1].rows
+        self._queued_rows -= rows
+        return batch
+
+    async def _write(self, batch: list[_Operation]) -> tuple[_Txn, list[Any]]:
+        """One transaction on the connection's thread. Raises what it raised."""
+        loop = asyncio.get_running_loop()
+        txn = self.begin()
+        self.writing_since = loop.time()
+        hung = loop.call_later(HUNG_S, self._hung)
+        try:
+            return txn, await self._writer.run(_transaction, txn, batch, self._files)
         finally:
+            hung.cancel()
             self.writing_since = None
 
     def _answered(self, txn: _Txn, batch: list[_Operation], results: list[Any]) -> None:
@@ -204,20 +267,28 @@ class Database(Generic[_Txn]):
         if self.failure is not None:
             log.info("store.recovered", after=self.failure)
             self.failure = None
-            self.available(True)
+        self._set_available(True)
         self.committed(txn)
         for operation, result in zip(batch, results, strict=True):
             if not operation.answer.done():
                 operation.answer.set_result(result)
 
+    def _hung(self) -> None:
+        log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
+        self._set_available(False)
+
     def _failed(self, batch: list[_Operation], error: Exception) -> None:
         failure = str(error)
         if failure != self.failure:  # the first failure and each change, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), path=self.path)
-        if self.failure is None:
-            self.available(False)
+        self._set_available(False)
         self.failure = failure
         self._refuse(batch, StoreError(f"writing failed: {error}"))
+
+    def _set_available(self, available: bool) -> None:
+        if available != self._is_available:
+            self._is_available = available
+            self.available(available)
 
     async def _one_by_one(self, batch: list[_Operation], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
@@ -225,16 +296,32 @@ class Database(Generic[_Txn]):
             log.error("store.operation_failed", operation=batch[0].run.__name__, error=type(error).__name__)
             return self._refuse(batch, error)
         for operation in batch:
-            txn = self.begin()
             try:
-                results = await self._writer.run(_transaction, txn, [operation], self._wal)
-            except sqlite3.OperationalError as outage:
-                self._failed([operation], outage)
+                txn, results = await self._write([operation])
+            except FileLostError as lost:
+                await self._give_up(batch, lost)
             except Exception as broken:
-                await self._one_by_one([operation], broken)
+                if _is_outage(broken):
+                    self._failed([operation], broken)
+                else:
+                    await self._one_by_one([operation], broken)
             else:
                 self._answered(txn, [operation], results)
         return None
+
+    async def _give_up(self, batch: list[_Operation], lost: "FileLostError") -> NoReturn:
+        """What is committed from here on would be gone with this process, so it ends, and a new one starts afresh.
+
+        A WAL that was only unlinked is still open: what it holds is copied into the file before.
+        """
+        log.error("store.lost_file", reason=str(lost))
+        self._set_available(False)
+        self.failure = str(lost)
+        self._refuse(batch, StoreError(self.failure))
+        self._stop_taking(StoreError(self.failure))
+        with suppress(sqlite3.Error):
+            await self._writer.run(_execute, "PRAGMA wal_checkpoint(TRUNCATE)")
+        raise lost
 
     @staticmethod
     def _refuse(batch: list[_Operation], error: Exception) -> None:
@@ -243,12 +330,49 @@ class Database(Generic[_Txn]):
                 operation.answer.set_exception(error)
 
 
-def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation], wal: Path) -> list[Any]:
+class FileLostError(DatabaseError):
+    """Somebody removed or replaced the database or its WAL under the running daemon."""
+
+
+class _Files:
+    """The database and its WAL as they were opened. SQLite does not notice when somebody takes one of them away: it
+    writes on into a file without a name, which ends with the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened = {file: self._identity(file.stat()) for file in (path, Path(f"{path}-wal"))}
+        self.wal_bytes = 0
+        self.blocked_until = 0.0  # monotonic time before which the WAL is not worth another try to empty it
+
+    @staticmethod
+    def _identity(found: os.stat_result) -> tuple[int, int]:
+        return found.st_dev, found.st_ino
+
+    def check(self) -> None:
+        """Looks at both. Raises FileLostError."""
+        for file, opened in self._opened.items():
+            try:
+                found = file.stat()
+            except FileNotFoundError as error:
+                raise FileLostError(f"{file}: was removed while the daemon was running") from error
+            if self._identity(found) != opened:
+                raise FileLostError(f"{file}: was replaced while the daemon was running")
+        self.wal_bytes = found.st_size
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the disk refused, and not the operation."""
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", -1) & 0xFF in _OUTAGES
+
+
+def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation], files: _Files) -> list[Any]:
     results: list[Any] = []
-    if wal.stat().st_size > WAL_MAX:
-        # Under unbroken load the WAL never starts over by itself. What is left to copy is little; a reader in the way
-        # makes it try again at the next batch.
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    files.check()
+    if connection.in_transaction:  # a rollback that the disk refused is made up for
+        connection.execute("ROLLBACK")
+    if files.wal_bytes > WAL_MAX:
+        _empty_wal(connection, files)
     try:
         connection.execute("BEGIN IMMEDIATE")
         txn.bind(connection)
@@ -261,6 +385,20 @@ def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_
             connection.execute("ROLLBACK")
         raise
     return results
+
+
+def _empty_wal(connection: sqlite3.Connection, files: _Files) -> None:
+    """Under unbroken load the WAL never starts over by itself. What is left to copy is little.
+
+    A reader in the way, such as a long query in an administrator's shell, is not waited for.
+    """
+    if time.monotonic() < files.blocked_until:
+        return
+    connection.execute("PRAGMA busy_timeout = 0")
+    (blocked, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+    if blocked:
+        files.blocked_until = time.monotonic() + CHECKPOINT_S
 
 
 def _lock(path: Path) -> int:
@@ -276,6 +414,23 @@ def _lock(path: Path) -> int:
         os.close(lock)
         raise DatabaseError(f"{path}: is in use by another lmdaemon") from error
     return lock
+
+
+IN_USE = b"in use\n"  # content of the lock file while a daemon runs, and after one that did not end in order
+
+
+def _mark(lock: int, content: bytes) -> None:
+    with suppress(OSError):  # a full disk: then the mark is missed, no more
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, content, 0)
+
+
+def _look_for_wal(path: Path, lock: int) -> None:
+    """After a daemon that did not end in order there is a WAL. If there is none, somebody has removed committed rows,
+    and SQLite would say nothing.
+    """
+    if os.pread(lock, len(IN_USE), 0) == IN_USE and not Path(f"{path}-wal").exists():
+        log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
 
 
 def _create(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from lmdaemon.clock import Clock, ServiceClock
-from lmdaemon.database import Database, StoreError
+from lmdaemon.database import Database, DatabaseError, StoreError
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 
 __all__ = ["Store", "StoreError"]
@@ -291,6 +291,9 @@ class Store:
                 service_ms += max(0, clock.wall_ms() - wall_at)
             store = cls(database, clock, ServiceClock(clock, service_ms))
             await store._load()
+        except StoreError as error:  # a page that the opening has not met
+            await database.close()
+            raise DatabaseError(f"{path}: {error}") from error
         except BaseException:
             await database.close()
             raise
@@ -333,6 +336,11 @@ class Store:
         return self._db.writing_since
 
     @property
+    def wal_bytes(self) -> int:
+        """Size of the write-ahead log at the last transaction."""
+        return self._db.wal_bytes
+
+    @property
     def live(self) -> int:
         return sum(figures.live for figures in self.figures.values())
 
@@ -370,9 +378,9 @@ class Store:
     def _available(self, available: bool) -> None:
         # While nothing can be stored no touch can be acknowledged, so no idleness may pass either.
         if available:
-            self.service_clock.thaw()
+            self.service_clock.thaw("store")
         else:
-            self.service_clock.freeze()
+            self.service_clock.freeze("store")
 
     # -- changes
 
@@ -382,7 +390,7 @@ class Store:
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         """Notes activity of sessions of one operator; a duplicate counts once. Raises StoreError."""
-        return await self._db.write(_touch, Touching(operator, session_ids))
+        return await self._db.write(_touch, Touching(operator, session_ids), rows=len(session_ids))
 
     async def end(self, operator: str, session_id: str) -> Session | None:
         """Closes a session, and returns it, also when it had ended before; None when unknown. Raises StoreError."""
@@ -396,7 +404,9 @@ class Store:
         """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
         SWEEP_ROWS sessions each. Raises StoreError.
         """
-        return await self._db.write(_end_due, idle)
+        # Due as of now, when it is queued, not when the writer comes to it: of a touch that was queued before its
+        # deadline, every sweep that could end its session stands behind it, however long the disk takes.
+        return await self._db.write(_end_due, self.service_clock.now_ms() if idle else None)
 
     async def settle(self, settlement: Settlement) -> tuple[Gate, Gate]:
         """Stores the result of an attempt; returns the operator's gate before and after it. Raises StoreError."""
@@ -585,29 +595,29 @@ def _record_unknown(change: _Change, new: Recording) -> Recorded:
     return "ended"
 
 
-def _end_due(change: _Change, arguments: Sequence[bool]) -> list[Swept]:
-    swept = [_end_due_once(change, idle) for idle in arguments]
+def _end_due(change: _Change, arguments: Sequence[int | None]) -> list[Swept]:
+    swept = [_end_due_once(change, as_of_ms) for as_of_ms in arguments]
     change.next_due_ms = _scalar(change.sql.execute(_NEXT_DUE))
     change.next_lifetime_at = _scalar(change.sql.execute(_NEXT_LIFETIME))
     change.looked_ahead = True
     return swept
 
 
-def _end_due_once(change: _Change, idle: bool) -> Swept:
+def _end_due_once(change: _Change, as_of_ms: int | None) -> Swept:
     outlived = _sessions(change.sql.execute(_DUE_LIFETIME, (change.wall_at, SWEEP_ROWS)))
     ended = _end(change, [session for session in outlived if session.operator in change.known], "max_lifetime")
     later_at = change.wall_at + REVISIT_MS
     orphans = [(later_at, session.id) for session in outlived if session.operator not in change.known]
     change.sql.executemany(_MOVE_LIFETIME, orphans)
-    if not idle:
+    if as_of_ms is None:
         return Swept(len(ended), len(outlived))
-    due = _sessions(change.sql.execute(_DUE, (change.service_ms, SWEEP_ROWS)))
+    due = _sessions(change.sql.execute(_DUE, (as_of_ms, SWEEP_ROWS)))
     moves, idle_for_too_long = [], []
     for session in due:
-        if session.deadline_ms > change.service_ms:  # it was touched: this is its true deadline
+        if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
             moves.append((session.deadline_ms, session.id))
         elif session.operator not in change.known:  # nobody knows its sinks now; ending it would lose its notice
-            moves.append((change.service_ms + REVISIT_MS, session.id))
+            moves.append((as_of_ms + REVISIT_MS, session.id))
         else:
             idle_for_too_long.append(session)
     change.sql.executemany(_MOVE_DUE, moves)

@@ -5,6 +5,7 @@ stall, and not before the requests that are already readable have been queued.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from lmdaemon.clock import STALL_S, TICK_S, Clock
@@ -15,10 +16,46 @@ from lmdaemon.store import SWEEP_ROWS, Store, StoreError
 
 QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
 LOOP_TURNS = 5  # accept, read, parse, handle, queue: turns of the loop from a readable socket to a queued touch
-PERSIST_S = 10.0  # idleness that a crash may forget, to the later side
+PERSIST_S = 10.0  # idleness that a crash may forget, to the later side; never more than the run was long
 RETRY_S = 1.0  # while the store refuses
+MASS_SESSIONS = 1000  # more ends than this within MASS_S, and more than MASS_SHARE of all sessions, are an alarm:
+MASS_SHARE = 0.2  # it is rather the clients' way to us that has failed than so many players that have left
+MASS_S = 10.0
+MASS_SHOWN_S = 600.0  # how long /health speaks of it
 
 log = Log("sweeper")
+
+
+class ExpiryAlarm:
+    """Notices when a large part of all sessions ends at once. `monotonic` is the clock's; all times are its seconds."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._since = float("-inf")
+        self._raised_at = float("-inf")
+        self._live = 0
+        self._ended = 0
+        self.ended = 0  # within MASS_S, when it was last seen going on
+        self.of = 0  # sessions that were live before those
+        self.count = 0  # mass expiries since the start
+
+    @property
+    def active(self) -> bool:
+        """Whether there was one within MASS_SHOWN_S."""
+        return self._monotonic() - self._raised_at < MASS_SHOWN_S
+
+    def note(self, ended: int, live: int) -> None:
+        """So many have just ended, and so many are live still."""
+        now = self._monotonic()
+        if now - self._since > MASS_S:
+            self._since, self._ended, self._live = now, 0, live + ended
+        self._ended += ended
+        if self._ended <= MASS_SESSIONS or self._ended <= self._live * MASS_SHARE:
+            return
+        if now - self._raised_at > MASS_S:  # one that goes on is told once
+            self.count += 1
+            log.error("sweeper.mass_expiry", ended=self._ended, of=self._live, within_s=MASS_S)
+        self._raised_at, self.ended, self.of = now, self._ended, self._live
 
 
 class Sweeper:
@@ -37,6 +74,7 @@ class Sweeper:
         self._ticking = False
         self._alarm = asyncio.Event()
         self.pulse = Pulse(clock.monotonic)
+        self.alarm = ExpiryAlarm(clock.monotonic)
         store.on_deadline = self.wake
 
     def wake(self) -> None:
@@ -82,20 +120,31 @@ class Sweeper:
 
         Raises StoreError.
         """
-        self._tick()
-        if self._due_in_s() == 0:
-            for _ in range(LOOP_TURNS):
-                await asyncio.sleep(0)
-            while True:
-                swept = await self._store.end_due(idle=self.hold_s == 0)
-                self._persisted = self._clock.monotonic()
-                self.pulse.working()
-                if swept.looked_at < SWEEP_ROWS:
-                    break
-        if self._store.live and self._clock.monotonic() - self._persisted >= PERSIST_S:
+        more = True
+        while more:
+            self._tick()
+            self.pulse.working()
+            more = self._due_in_s() == 0 and await self._end_some()
+        if self._store.live and self._clock.monotonic() - self._persisted >= self._persist_after_s:
             self._persisted = self._clock.monotonic()
             await self._store.probe()
         return self._next_wait_s()
+
+    async def _end_some(self) -> bool:
+        """Ends one batch of what is due, once those who are already readable have been heard. Whether there is more."""
+        for _ in range(LOOP_TURNS):
+            await asyncio.sleep(0)
+        swept = await self._store.end_due(idle=self.hold_s == 0)
+        self._persisted = self._clock.monotonic()
+        self.alarm.note(swept.ended, self._store.live)
+        return swept.looked_at >= SWEEP_ROWS
+
+    @property
+    def _persist_after_s(self) -> float:
+        """Short after a start, and doubled from time to time: a crash forgets at most half of what a run was long, so
+        that sessions grow older also in a daemon that crashes again and again.
+        """
+        return min(PERSIST_S, max(TICK_S, self._persisted - self._started))
 
     def _tick(self) -> None:
         """Reads the service clock, and holds back for a moment when the reading shows that nobody was listening."""

@@ -57,16 +57,28 @@ def test_wall_clock_steps_do_not_exist_for_it(clock: HandClock, service: Service
 
 def test_a_frozen_clock_stands_still_and_thaws_where_it_stood(clock: HandClock, service: ServiceClock) -> None:
     clock.advance(0.5)
-    service.freeze()
+    service.freeze("store")
     for _ in range(5):
         clock.advance(1)
         assert service.now_ms() == 10_500
     clock.advance(1)
-    service.thaw()
+    service.thaw("store")
     assert service.now_ms() == 10_500
     assert service.stalled_s == 6
     clock.advance(1)
     assert service.now_ms() == 11_500
+
+
+def test_it_stands_still_until_every_reason_is_lifted(clock: HandClock, service: ServiceClock) -> None:
+    """A disk that recovers while the daemon is stopping must not set the clock going again."""
+    service.freeze("stopping")
+    service.freeze("store")
+    service.thaw("store")
+    clock.advance(1)
+    assert service.now_ms() == 10_000
+    service.thaw("stopping")
+    clock.advance(1)
+    assert service.now_ms() == 11_000
 
 
 def test_a_tick_is_shorter_than_a_stall() -> None:
@@ -102,9 +114,9 @@ def test_service_time_is_the_sum_of_the_heard_gaps_and_never_decreases(steps: li
             case "read":
                 service.now_ms()
             case "freeze":
-                service.freeze()
+                service.freeze("store")
             case "thaw":
-                service.thaw()
+                service.thaw("store")
         gap_s, read_at = clock.mono - read_at, clock.mono
         if not frozen and gap_s <= STALL_S:
             heard_s += gap_s

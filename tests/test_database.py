@@ -1,11 +1,16 @@
 """The SQLite file: modes, upgrades, refusals, group commit, and what an outage or a cancelled waiter does."""
 
 import asyncio
+import contextlib
+import shutil
 import sqlite3
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from support import hear, until
 
 from lmdaemon import database
 from lmdaemon.database import Database, DatabaseError, StoreError
@@ -51,11 +56,16 @@ def notes(path: Path) -> list[str]:
         return [row[0] for row in sql.execute("SELECT text FROM note ORDER BY rowid")]
 
 
-async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Txn]) -> None:
-    queued = asyncio.ensure_future(db.write(insert, "x"))
+async def stored(db: Database[Txn], text: str) -> None:
+    """One note, written and acknowledged."""
+    queued = asyncio.ensure_future(db.write(insert, text))
     await asyncio.sleep(0)
     await db.write_batch()
     await queued
+
+
+async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Txn]) -> None:
+    await stored(db, "x")
     files = list(db.path.parent.iterdir())
     assert {file.suffix for file in files} == {".sqlite3", ".sqlite3-wal", ".sqlite3-shm", ".lock"}
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
@@ -219,6 +229,133 @@ async def test_a_full_queue_refuses_instead_of_growing(db: Database[Txn], monkey
     assert isinstance(results[2], StoreError)
 
 
+async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
+    monkeypatch.setattr(database, "BATCH_ROWS", 100)
+    monkeypatch.setattr(database, "QUEUE_ROWS", 250)
+    waiting = [asyncio.ensure_future(db.write(insert, str(number), rows=60)) for number in range(6)]
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError, match="too many"):
+        await waiting[5]
+    for stored in (2, 4, 5):
+        await db.write_batch()
+        assert len(notes(db.path)) == stored
+    assert await asyncio.gather(*waiting[:5]) == [2, 2, 2, 2, 1]
+    queued = asyncio.ensure_future(db.write(insert, "again", rows=250))  # one operation goes, whatever its size
+    await asyncio.sleep(0)
+    await db.write_batch()
+    assert await queued == 1
+
+
+async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Txn]) -> None:
+    """It fails each time it is sent: taken for an outage, it would stop everybody's service time again and again."""
+
+    def poison(txn: Txn, values: list[object]) -> list[int]:
+        txn.sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
+        return [0]
+
+    told: list[bool] = []
+    db.available = told.append
+    waiting = [asyncio.ensure_future(db.write(run, "x")) for run in (insert, poison, insert)]
+    await asyncio.sleep(0)
+    await db.write_batch()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [results[0], results[2]] == [1, 1]
+    assert isinstance(results[1], sqlite3.OperationalError)
+    assert (told, db.failure) == ([], None)
+
+
+async def test_a_rollback_that_failed_is_made_up_for(db: Database[Txn]) -> None:
+    await db._writer.run(database._execute, "BEGIN IMMEDIATE")
+    await db._writer.run(database._execute, "INSERT INTO note VALUES ('half')")
+    queued = asyncio.ensure_future(db.write(insert, "whole"))
+    await asyncio.sleep(0)
+    await db.write_batch()
+    assert await queued == 1
+    assert notes(db.path) == ["whole"]
+
+
+async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "HUNG_S", 0.01)
+    told: list[bool] = []
+    db.available = told.append
+    hold = threading.Event()
+
+    def hang(txn: Txn, values: list[object]) -> list[int]:
+        hold.wait(10)
+        return [0]
+
+    queued = asyncio.ensure_future(db.write(hang, None))
+    await asyncio.sleep(0)
+    with hear() as events:
+        writing = asyncio.create_task(db.write_batch())
+        await until(lambda: told)
+        assert told == [False]
+        assert [event.name for event in events] == ["store.hanging"]
+        hold.set()
+        await writing
+    assert await queued == 0
+    assert told == [False, True]
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
+    db: Database[Txn], suffix: str, replaced: bool
+) -> None:
+    """SQLite would write on into a file without a name, and what was acknowledged would end with the process."""
+    await stored(db, "before")
+    gone = Path(f"{db.path}{suffix}")
+    kept = gone.rename(gone.with_name("kept"))
+    if replaced:
+        gone.write_bytes(kept.read_bytes())
+    running = asyncio.create_task(db.run())
+    with pytest.raises(StoreError, match="while the daemon was running"):
+        await db.write(insert, "after")
+    with pytest.raises(database.FileLostError, match=gone.name):
+        await running
+    with pytest.raises(StoreError, match="closed"):
+        await db.write(insert, "later")
+    if suffix:  # what the WAL held has been saved
+        assert notes(db.path) == ["before"]
+    gone.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_order: bool) -> None:
+    path = tmp_path / "notes.sqlite3"
+    first = await Database.open(path, NOTES)
+    first.begin, first.committed = Txn, lambda txn: None
+    await stored(first, "x")
+    crashed = tmp_path / "crashed"
+    if not in_order:
+        shutil.copytree(tmp_path, crashed)  # as kill -9 leaves it
+        (crashed / "notes.sqlite3-wal").unlink()
+    await first.close()
+    with hear() as events:
+        second = await Database.open(path if in_order else crashed / path.name, NOTES)
+        await second.close()
+    assert ("store.wal_missing" in [event.name for event in events]) is not in_order
+
+
+async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An administrator's shell in the middle of a query: the WAL grows, and nobody waits for the shell."""
+    monkeypatch.setattr(database, "WAL_MAX", 100_000)
+    await stored(db, "x" * 200_000)
+    with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM note").fetchone()
+        began = time.monotonic()
+        await stored(db, "y")
+        assert time.monotonic() - began < database.BUSY_TIMEOUT_S
+        assert db._files.blocked_until > began  # and it is not tried again with every batch
+    db._files.blocked_until = 0.0
+    await stored(db, "w")
+    assert db.wal_bytes > 100_000  # as it was found
+    await stored(db, "w")
+    assert db.wal_bytes < 100_000
+
+
 async def test_a_stopped_writer_answers_those_who_wait(db: Database[Txn]) -> None:
     def slow(txn: Txn, values: list[object]) -> list[int]:
         txn.sql.execute(
@@ -245,10 +382,7 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Txn], monkeyp
     wal = Path(f"{db.path}-wal")
     largest = 0
     for _ in range(100):
-        queued = asyncio.ensure_future(db.write(insert, "x" * 10_000))
-        await asyncio.sleep(0)
-        await db.write_batch()
-        await queued
+        await stored(db, "x" * 10_000)
         largest = max(largest, wal.stat().st_size)
     assert 100_000 < largest < 250_000
     assert len(notes(db.path)) == 100

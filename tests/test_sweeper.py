@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import HandClock
-from support import live, open_store, until
+from support import hear, live, open_store, until
 
 from lmdaemon import store as store_module
 from lmdaemon.clock import TICK_S
 from lmdaemon.store import Opening, Store
-from lmdaemon.sweeper import QUIET_AFTER_STALL_S, Sweeper
+from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
 
 GRACE_S = 60.0
 
@@ -58,15 +59,83 @@ async def test_it_ticks_once_a_second_while_sessions_are_live_and_wakes_for_the_
 
 
 async def test_ticks_do_not_write(db: Store, clock: HandClock, sweeper: Sweeper) -> None:
-    await open_session(db, idle_s=60)
-    commits = db._db.commits
-    for _ in range(9):
+    await open_session(db, idle_s=600)
+    written: list[int] = []
+    for second in range(1, 47):
         clock.advance(1)
+        commits = db._db.commits
         await sweeper.once()
-    assert db._db.commits == commits
-    clock.advance(1)
-    await sweeper.once()
-    assert db._db.commits == commits + 1  # the clock is kept every ten seconds, so that a crash forgets no more
+        if db._db.commits > commits:
+            written.append(second)
+    # The clock is kept every ten seconds, and sooner after a start: a crash forgets at most half of a short run
+    assert written == [1, 2, 4, 8, 16, 26, 36, 46]
+
+
+async def test_a_touch_that_was_queued_before_its_deadline_wins_however_long_the_disk_takes(
+    db: Store, clock: HandClock
+) -> None:
+    await open_session(db, idle_s=10)
+    live(clock, db, 9.9)
+    entered, hold, written = asyncio.Event(), asyncio.Event(), db._db._write
+
+    async def slow(batch: Any) -> Any:
+        entered.set()
+        await hold.wait()
+        return await written(batch)
+
+    db._db._write = slow  # type: ignore[method-assign]
+    first = asyncio.create_task(db.probe())
+    await entered.wait()
+    swept = asyncio.create_task(db.end_due(idle=True))  # for another session, say
+    await until(lambda: db._db._queue)
+    touched = asyncio.create_task(db.touch("acme", ["s"]))
+    await until(lambda: len(db._db._queue) == 2)
+    live(clock, db, 1.0)
+    hold.set()
+    await asyncio.gather(first, swept)
+    assert (await touched).touched == 1
+    assert await reason(db) is None
+
+
+class TestMassExpiry:
+    """A fifth of all sessions and more than a thousand at once is told; what is normal is not."""
+
+    @pytest.mark.parametrize(
+        ("ends", "live", "raised"),
+        [
+            ([1001], 3000, True),
+            ([1000], 0, False),
+            ([1001], 5000, False),
+            ([200] * 6, 2000, True),
+            ([20] * 6, 0, False),
+        ],
+    )
+    def test_it_is_raised_for_many_and_for_a_large_part(
+        self, clock: HandClock, ends: list[int], live: int, raised: bool
+    ) -> None:
+        alarm = ExpiryAlarm(clock.monotonic)
+        for done, ended in enumerate(ends, 1):
+            alarm.note(ended, live + sum(ends[done:]))
+            clock.advance(0.1)
+        assert (alarm.active, alarm.count) == (raised, int(raised))
+
+    def test_many_ends_over_a_long_time_are_no_mass_expiry(self, clock: HandClock) -> None:
+        alarm = ExpiryAlarm(clock.monotonic)
+        for _ in range(100):
+            alarm.note(200, 900)
+            clock.advance(MASS_S + 0.1)
+        assert not alarm.active
+
+    def test_one_that_goes_on_is_told_once_and_shown_for_a_while(self, clock: HandClock) -> None:
+        alarm = ExpiryAlarm(clock.monotonic)
+        with hear() as events:
+            for left in range(500, 0, -1):
+                alarm.note(200, left * 200)
+                clock.advance(0.04)
+        assert [event.name for event in events] == ["sweeper.mass_expiry"]
+        assert alarm.active
+        clock.advance(MASS_SHOWN_S)
+        assert not alarm.active
 
 
 async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(

@@ -133,6 +133,7 @@ class Database(Generic[_Txn]):
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
                 reader = await _connect(path, stack)
                 await reader.run(_execute, "PRAGMA query_only = ON")
+                await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none
                 checkpointer = await _connect(path, stack)
                 files = _Files(path)
                 stack.pop_all()  # open: from here on `close` ends them

@@ -12,16 +12,18 @@ import hmac
 import json
 import socket
 import ssl
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from random import Random
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from lmdaemon import retry
@@ -32,7 +34,7 @@ from lmdaemon.log import Log, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
-from lmdaemon.store import Claim, NewDelivery, Settlement, Store, StoreError
+from lmdaemon.store import RETRY_SPACING_MS, Claim, NewDelivery, Settlement, Store, StoreError
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer
@@ -42,6 +44,8 @@ KEEPALIVE_S = 4.0
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
 LOOK_AGAIN_S = 60.0
+LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
+STEP_BACK_MS = 1000  # the wall clock behind the monotonic one by more, between two rounds, has been set back
 
 log = Log("delivery")
 
@@ -85,25 +89,75 @@ def compose(operator: Operator, session: Session) -> tuple[bytes, str | None]:
 # -- sending
 
 
-class GuardedResolver(AbstractResolver):
-    """Resolves names and refuses those that lead, at any of their addresses, into this machine or a private network:
-    a name that was checked once may point elsewhere at the next connect.
+class Resolver(AbstractResolver):
+    """Looks names up, each on a thread of its own: in a shared pool, a few names whose servers do not answer would keep
+    everybody's waiting, and the process from ending.
+
+    A guarded one refuses names that lead, at any of their addresses, into this machine or a private network: a name
+    that was checked once may point elsewhere at the next connect.
     """
 
-    def __init__(self) -> None:
-        self._resolver = ThreadedResolver()
+    def __init__(self, *, guarded: bool) -> None:
+        self._guarded = guarded
+        self._running = 0
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._resolver.resolve(host, port, family)
-        for address in found:
-            if private_address(address["host"]):
-                raise OSError(None, "private_address")
+        if self._running >= LOOKUPS_MAX:
+            raise OSError(None, "too many lookups hang")
+        self._running += 1
+        found = await _on_a_thread(partial(_addresses, host, port, family), self._ended)
+        if self._guarded and any(private_address(address["host"]) for address in found):
+            raise OSError(None, "private_address")
         return found
 
+    def _ended(self) -> None:
+        self._running -= 1
+
     async def close(self) -> None:
-        await self._resolver.close()
+        """Nothing is kept open."""
+
+
+def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return [
+        ResolveResult(
+            hostname=host,
+            host=f"{address[0]}%{address[3]}" if len(address) == 4 and address[3] else str(address[0]),
+            port=port,
+            family=kind,
+            proto=protocol,
+            flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+        )
+        for kind, _, protocol, _, address in found
+    ]
+
+
+_Found = TypeVar("_Found")
+
+
+def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "asyncio.Future[_Found]":
+    """Runs it on a thread that the process does not wait for at its end; `ended` is called on the loop."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Found] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
+        ended()
+        if not future.done():  # the attempt may have run into its time-out
+            set_it()
+
+    def work() -> None:
+        set_it: Callable[[], None]
+        try:
+            set_it = partial(future.set_result, function())
+        except Exception as error:
+            set_it = partial(future.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, set_it)
+
+    Thread(target=work, name="lookup", daemon=True).start()
+    return future
 
 
 class Sender:
@@ -126,7 +180,7 @@ class Sender:
                 limit=0,  # a shared limit would couple operators; each lane has its own slots
                 keepalive_timeout=KEEPALIVE_S,
                 ttl_dns_cache=10,
-                resolver=ThreadedResolver() if operator.allow_private_network else GuardedResolver(),
+                resolver=Resolver(guarded=not operator.allow_private_network),
                 ssl=context if context is not None else True,
             )
             self._clients[key] = aiohttp.ClientSession(
@@ -241,16 +295,16 @@ class Lane:
         """How many rows may be claimed now."""
         if not self.gated:
             return self.slots
-        opens_at = retry.opens_at(gate)
+        opens_at = retry.opens_at(gate, now_at)
         if opens_at is None or opens_at > now_at:
             return 0
         if retry.breaker(gate, now_at) == "half-open":
             return 0 if self.in_flight else 1
         return self.slots
 
-    def ready_at(self, gate: Gate) -> int | None:
+    def ready_at(self, gate: Gate, now_at: int) -> int | None:
         """Wall time from which rows can be claimed; None while only a wake-up can change that."""
-        opens_at = retry.opens_at(gate) if self.gated else 0
+        opens_at = retry.opens_at(gate, now_at) if self.gated else 0
         if self.next_due_at is None or opens_at is None:
             return None
         at = max(self.next_due_at, opens_at)
@@ -275,6 +329,7 @@ class Dispatcher:
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
+        self._ahead_ms = clock.wall_ms() - clock.monotonic() * 1000  # the wall clock, of the monotonic one
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
@@ -337,6 +392,9 @@ class Dispatcher:
         Raises StoreError.
         """
         now_at = self._clock.wall_ms()
+        if self._was_set_back(now_at):
+            for lane in self._lanes.values():
+                lane.next_due_at = 0  # look at what waits: see retry.due_at
         ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
         if ready:
             claims = [self._claim(lane, now_at) for lane in ready]
@@ -354,6 +412,13 @@ class Dispatcher:
                 self._start(lane, [row for row in rows if row.id not in taken], now_at)
         return self._wait_s()
 
+    def _was_set_back(self, now_at: int) -> bool:
+        ahead_ms = now_at - self._clock.monotonic() * 1000
+        back_ms, self._ahead_ms = self._ahead_ms - ahead_ms, ahead_ms
+        if back_ms > STEP_BACK_MS:
+            log.warning("clock.set_back", by_s=back_ms / 1000)
+        return back_ms > STEP_BACK_MS
+
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
         gate = self._store.gate(lane.operator.name)
         due = lane.next_due_at is not None and lane.next_due_at <= now_at
@@ -368,9 +433,11 @@ class Dispatcher:
         gate = self._store.gate(lane.operator.name)
         free = lane.free(gate, now_at)
         probe = lane.gated and retry.breaker(gate, now_at) != "closed"
+        paced_ms = RETRY_SPACING_MS * self._store.figures_of(lane.operator.name).pending
         for row in rows:
-            if row.due_at > now_at or free <= 0:
-                self._note_later(lane, row.due_at)
+            due_at = retry.due_at(row.due_at, row.step, lane.policy.schedule_s, paced_ms, now_at)
+            if due_at > now_at or free <= 0:
+                self._note_later(lane, due_at)
                 break
             free -= 1
             lane.in_flight.add(row.id)
@@ -389,12 +456,13 @@ class Dispatcher:
             self.wake()
 
     def _wait_s(self) -> float | None:
-        times = [lane.ready_at(self._store.gate(lane.operator.name)) for lane in self._lanes.values()]
+        now_at = self._clock.wall_ms()
+        times = [lane.ready_at(self._store.gate(lane.operator.name), now_at) for lane in self._lanes.values()]
         earliest = min((at for at in times if at is not None), default=None)
         if earliest is None:
             return None
         # Wall time may step: look again once a minute, however far away the next row seems.
-        return min(max(0.0, (earliest - self._clock.wall_ms()) / 1000), LOOK_AGAIN_S)
+        return min(max(0.0, (earliest - now_at) / 1000), LOOK_AGAIN_S)
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """One row, from its slot to its settled result."""
@@ -422,7 +490,21 @@ class Dispatcher:
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()
         send = self._post if lane.plugin is None else self._call
-        outcome = await send(lane, row)
+        try:
+            outcome = await send(lane, row)
+        except StoreError:
+            raise
+        except Exception as error:  # whatever an answer brings about in us: its sender must not stop the others'
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            log.error(
+                "delivery.attempt_failed",
+                operator=row.operator,
+                sink=row.sink,
+                id=row.webhook_id,
+                error=type(error).__name__,  # its text may hold what the peer sent, or a URL
+                at=f"{last.filename}:{last.lineno}",
+            )
+            outcome = retry.Outcome("retry", "internal_error")
         outcome = replace(outcome, duration_ms=int((self._clock.monotonic() - began) * 1000))
         self.on_attempt(lane.operator.name, lane.sink, outcome)
         return outcome

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ import pytest
 from aiohttp import web
 from conftest import HandClock
 from standardwebhooks import Webhook
-from support import LISTEN, load, open_store, scripted_operator, until
+from support import LISTEN, hear, load, open_store, scripted_operator, until
 
-from lmdaemon import retry, store
+from lmdaemon import delivery, retry, store
 from lmdaemon.config import Settings
 from lmdaemon.delivery import Dispatcher as RealDispatcher
-from lmdaemon.delivery import GuardedResolver, Sender, Unreachable, compose, request_headers, sinks_of
+from lmdaemon.delivery import Resolver, Sender, Unreachable, compose, request_headers, sinks_of
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.plugins import load as load_plugin
 from lmdaemon.store import Delivery, Opening, Store
@@ -623,4 +624,90 @@ class TestEgress:
 
     async def test_the_guard_refuses_every_name_with_a_private_address(self) -> None:
         with pytest.raises(OSError, match="private_address"):
-            await GuardedResolver().resolve("localhost", 80)
+            await Resolver(guarded=True).resolve("localhost", 80)
+
+
+class TestALookup:
+    async def test_names_that_are_never_found_delay_nobody_elses(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """More of them than any pool of threads would have."""
+        hold, real = threading.Event(), socket.getaddrinfo
+        hanging: list[str] = []
+
+        def getaddrinfo(host: str, *rest: Any, **named: Any) -> Any:
+            if host.startswith("dead"):
+                hanging.append(host)
+                hold.wait(20)
+                raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+            return real("127.0.0.1", *rest, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        names = [f"dead{number}" for number in range(40)]
+        toml = "".join(operator_table(name, f"http://{name}.example/", timeout="50ms") for name in names)
+        async with scripted_operator() as operator:
+            port = operator.url.rpartition(":")[2]
+            toml += operator_table("good", f"http://wallet.example:{port}")
+            async with bench(tmp_path, clock, toml) as b:
+                for name in [*names, "good"]:
+                    await b.end("s", name)
+                await b.round()
+                assert len(hanging) == 40
+                assert (await b.row("s", "good")).state == "delivered"
+                assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
+                hold.set()
+                resolvers = [client.connector._resolver for client in b.dispatcher._sender._clients.values()]
+                await until(lambda: not any(resolver._running for resolver in resolvers))
+
+    async def test_a_name_that_is_not_found_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", "http://nobody.invalid/")) as b:
+            await b.end()
+            await b.round()
+            assert ((await b.row()).last_error, (await b.row()).attempts) == ("dns", 1)
+
+    async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(delivery, "LOOKUPS_MAX", 0)
+        with pytest.raises(OSError, match="lookups"):
+            await Resolver(guarded=False).resolve("localhost", 80)
+
+
+async def test_an_attempt_that_breaks_something_in_us_is_a_failure_like_any_other(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer nobody thought of must not stop the daemon, again and again, for everybody."""
+
+    def judge(*_: Any, **__: Any) -> None:
+        raise KeyError("tok-3n")
+
+    async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+        with hear() as events, monkeypatch.context() as broken:
+            broken.setattr(retry, "judge", judge)
+            await b.end()
+            await b.round()
+        row = await b.row()
+        assert (row.state, row.attempts, row.last_error) == ("pending", 1, "internal_error")
+        (failed,) = [event for event in events if event.name == "delivery.attempt_failed"]
+        assert failed.facts["error"] == "KeyError"
+        assert "tok-3n" not in str(failed)
+        await b.skip_to(row)
+        await b.round()
+        assert (await b.row()).state == "delivered"
+
+
+async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path: Path, clock: HandClock) -> None:
+    """As after a start with a clock from a wrong century, put right later."""
+    clock.step_wall(73 * 365 * 86400)
+    toml = operator_table("acme", "http://x/")
+    answers = [web.Response(status=500)] * 5
+    async with scripted_operator(*answers) as operator:
+        async with bench(tmp_path, clock, toml.replace("http://x/", operator.url)) as b:
+            for number in range(5):
+                await b.end(f"s{number}")
+            await b.round()
+            assert b.db.gate("acme").failures == 5
+            with hear() as events:
+                clock.step_wall(-73 * 365 * 86400)
+                for _ in range(5):
+                    await b.round()
+            assert "clock.set_back" in [event.name for event in events]
+            assert {(await b.row(f"s{number}")).state for number in range(5)} == {"delivered"}

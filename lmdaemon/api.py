@@ -47,6 +47,7 @@ class Health(Protocol):
 
     async def status(self) -> str: ...
     async def report(self) -> dict[str, Any]: ...
+    async def oldest_pending_s(self) -> dict[str, float]: ...
 
 
 class Api:
@@ -333,6 +334,11 @@ class Api:
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
+        try:
+            oldest = await self._health.oldest_pending_s()
+        except StoreError:  # everything else can still be told, that storing fails among it
+            oldest = {}
+        self._metrics.note_oldest_pending(oldest)
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: web.Request) -> web.Response:

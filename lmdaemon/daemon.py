@@ -107,7 +107,9 @@ class Daemon:
         self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s)
         self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng)
         pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
-        self._health = Health(self._store, self._clock, pulses, lambda: self.settings, lambda: self._reload_error)
+        self._health = Health(
+            self._store, self._clock, pulses, lambda: self.settings, lambda: self._reload_error, self._sweeper.alarm
+        )
         self._endpoint = Endpoint(self._store, self._health.status)
         self._api = Api(
             self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at, self._dispatcher.wake
@@ -331,8 +333,16 @@ class Daemon:
             (f"lmdaemon_{name}", help_text, ("operator",), {(operator,): value for operator, value in values.items()})
             for name, help_text, values in per_operator
         ]
-        storing = float(self._store.failure is None)
-        readings.append(("lmdaemon_store_writable", "1 while the last write succeeded.", (), {(): storing}))
+        late: dict[tuple[str, ...], float] = {(name,): late_s for name, late_s in self._health.late_s.items()}
+        readings.append(("lmdaemon_loop_late_seconds", "Time since the loop should have come round.", ("loop",), late))
+        plain: list[tuple[str, str, float]] = [
+            ("store_writable", "1 while the last write succeeded.", float(self._store.failure is None)),
+            ("store_transaction_seconds", "How long the running transaction has been running.", self._health.writing_s),
+            ("store_waiting_operations", "Operations that wait for the writer.", self._store.waiting),
+            ("store_wal_bytes", "Size of the write-ahead log at the last transaction.", self._store.wal_bytes),
+            ("mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)),
+        ]
+        readings += [(f"lmdaemon_{name}", help_text, (), {(): value}) for name, help_text, value in plain]
         return readings
 
 

@@ -29,6 +29,7 @@ BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can de
 BATCH_ROWS = 10_000  # rows they name together, for one bulk touch names as many as thousands of single ones
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
 QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
+READS_MAX = 1000  # that wait for the reading connection
 HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
@@ -112,6 +113,7 @@ class Database(Generic[_Txn]):
         self._queued_rows = 0
         self._wake = asyncio.Event()
         self._committed_something = asyncio.Event()
+        self._reading = 0
         self._closing = False
         self._is_available = True
         self.begin: Callable[[], _Txn]
@@ -167,16 +169,26 @@ class Database(Generic[_Txn]):
         return self._files.path
 
     @property
+    def waiting(self) -> int:
+        """Operations that wait for the writer."""
+        return len(self._queue)
+
+    @property
     def wal_bytes(self) -> int:
         """Size of the WAL at the last transaction."""
         return self._files.wal_bytes
 
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Runs `function(connection, *arguments)` on the reading connection. Raises StoreError."""
+        if self._reading >= READS_MAX:
+            raise StoreError("too many readers are waiting")
+        self._reading += 1
         try:
             return await self._reader.run(function, *arguments)
         except sqlite3.Error as error:
             raise StoreError(f"reading failed: {error}") from error
+        finally:
+            self._reading -= 1
 
     async def write(
         self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1

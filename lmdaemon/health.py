@@ -5,23 +5,65 @@ table. The one thing it does is a tiny write, at most once a second, for a disk 
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
 
 from lmdaemon import retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Settings
+from lmdaemon.database import WAL_MAX
 from lmdaemon.model import rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store import Store, StoreError
 from lmdaemon.version import __version__
 
-PROBE_EVERY_S = 1.0
-PROBE_WITHIN_S = 2.0
+ASK_EVERY_S = 1.0
+ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery pending for longer is worth a look
+LARGE_WAL = 2 * WAL_MAX  # somebody reads in one long transaction, and the WAL cannot start over
 
 _ORDER = ("pass", "warn", "fail")
+_Answer = TypeVar("_Answer")
 Check = dict[str, Any]
+
+
+class MassExpiry(Protocol):
+    """What the sweeper knows of a large part of all sessions ending at once."""
+
+    @property
+    def active(self) -> bool: ...
+
+    ended: int
+    of: int
+
+
+class _Question(Generic[_Answer]):
+    """Something asked of the store: one at a time and at most once in ASK_EVERY_S, however many want to know, so that a
+    disk that hangs is not buried in questions. Whoever waits longer than ANSWER_WITHIN_S has been answered by that.
+    """
+
+    def __init__(
+        self, what: str, ask: Callable[[], Coroutine[Any, Any, _Answer]], monotonic: Callable[[], float]
+    ) -> None:
+        self._what = what
+        self._ask = ask
+        self._monotonic = monotonic
+        self._task: asyncio.Task[_Answer] | None = None
+        self._asked = float("-inf")
+        self._asked_loop = 0.0
+
+    async def answer(self) -> _Answer:
+        """The latest answer. Raises StoreError."""
+        loop, now = asyncio.get_running_loop(), self._monotonic()
+        if self._task is None or (self._task.done() and now - self._asked >= ASK_EVERY_S):
+            self._asked, self._asked_loop = now, loop.time()
+            self._task = asyncio.create_task(self._ask())
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody asks again
+        left_s = max(0.0, self._asked_loop + ANSWER_WITHIN_S - loop.time())
+        done, _ = await asyncio.wait({self._task}, timeout=left_s)
+        if not done:
+            raise StoreError(f"{self._what} took longer than {ANSWER_WITHIN_S:g} s")
+        return self._task.result()
 
 
 class Health:
@@ -34,21 +76,23 @@ class Health:
         pulses: dict[str, Pulse],
         settings: Callable[[], Settings],
         reload_error: Callable[[], str | None],
+        mass_expiry: MassExpiry,
     ) -> None:
         self._store = store
         self._clock = clock
         self._pulses = pulses
         self._settings = settings
         self._reload_error = reload_error
-        self._probed = float("-inf")
-        self._probe_failure: str | None = None
+        self._mass_expiry = mass_expiry
+        self._probe = _Question("a write", store.probe, clock.monotonic)
+        self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
 
     @property
     def alive(self) -> bool:
         """Whether every loop runs when it should and no write hangs: what the watchdog is fed from. A disk that refuses
         is outlived, so it is no reason to be restarted.
         """
-        return self._writing_s() <= LATE_S and not any(pulse.stuck for pulse in self._pulses.values())
+        return self.writing_s <= LATE_S and not any(pulse.stuck for pulse in self._pulses.values())
 
     async def status(self) -> str:
         """pass, warn or fail."""
@@ -57,10 +101,10 @@ class Health:
 
     async def report(self) -> dict[str, Any]:
         """Every check with its figures, in the shape of `application/health+json`."""
-        await self._probe()
         checks = {
-            "store": self._check_store(),
+            "store": await self._check_store(),
             **{name: self._check_pulse(pulse) for name, pulse in self._pulses.items()},
+            "expiry": self._check_expiry(),
             "deliveries": await self._check_deliveries(),
             "operators": self._check_operators(),
             "config": self._check_config(),
@@ -74,29 +118,51 @@ class Health:
             "checks": {name: [check | {"time": time}] for name, check in checks.items()},
         }
 
-    async def _probe(self) -> None:
-        now = self._clock.monotonic()
-        if now - self._probed < PROBE_EVERY_S:
-            return
-        self._probed = now
-        try:
-            async with asyncio.timeout(PROBE_WITHIN_S):
-                await self._store.probe()
-        except StoreError as error:
-            self._probe_failure = str(error)
-        except TimeoutError:
-            self._probe_failure = f"a write took longer than {PROBE_WITHIN_S:g} s"
-        else:
-            self._probe_failure = None
-
-    def _writing_s(self) -> float:
+    @property
+    def writing_s(self) -> float:
+        """Seconds for which the running transaction has been running; 0 between two."""
         since = self._store.writing_since
         return 0.0 if since is None else asyncio.get_running_loop().time() - since
 
-    def _check_store(self) -> Check:
-        failure = self._store.failure or self._probe_failure
-        check: Check = {"status": "fail" if failure else "pass", "sessions": self._store.live}
-        return check | {"output": failure} if failure else check
+    @property
+    def late_s(self) -> dict[str, float]:
+        """By loop, seconds since it should have come round."""
+        return {name: pulse.late_s for name, pulse in self._pulses.items()}
+
+    async def oldest_pending_s(self) -> dict[str, float]:
+        """By operator with something pending, the age of the oldest, at most a second ago. Raises StoreError."""
+        now_at = self._clock.wall_ms()
+        return {name: max(0, now_at - at) / 1000 for name, at in (await self._oldest.answer()).items()}
+
+    async def _oldest_pending(self) -> dict[str, int]:
+        waiting = [name for name, figures in self._store.figures.items() if figures.pending]
+        found = await self._store.oldest_pending(waiting) if waiting else {}
+        return {name: at for name, at in found.items() if at is not None}
+
+    async def _check_store(self) -> Check:
+        failure = None
+        try:
+            await self._probe.answer()
+        except StoreError as error:
+            failure = str(error)
+        failure = self._store.failure or failure
+        check: Check = {
+            "status": "fail" if failure else "pass",
+            "sessions": self._store.live,
+            "waiting": self._store.waiting,
+            "walBytes": self._store.wal_bytes,
+        }
+        if failure:
+            return check | {"output": failure}
+        if self._store.wal_bytes > LARGE_WAL:
+            return check | {"status": "warn", "output": "the WAL cannot start over: somebody keeps reading"}
+        return check
+
+    def _check_expiry(self) -> Check:
+        alarm = self._mass_expiry
+        if not alarm.active:
+            return {"status": "pass"}
+        return {"status": "warn", "output": "many sessions ended at once", "ended": alarm.ended, "of": alarm.of}
 
     @staticmethod
     def _check_pulse(pulse: Pulse) -> Check:
@@ -107,15 +173,10 @@ class Health:
         figures = self._store.figures
         pending = sum(one.pending for one in figures.values())
         dead = sum(one.dead for one in figures.values())
-        oldest_at = None
-        if pending:
-            waiting = [name for name, one in figures.items() if one.pending]
-            try:
-                found = await self._store.oldest_pending(waiting)
-                oldest_at = min((at for at in found.values() if at is not None), default=None)
-            except StoreError as error:
-                return {"status": "fail", "output": str(error)}
-        oldest_s = 0.0 if oldest_at is None else max(0, self._clock.wall_ms() - oldest_at) / 1000
+        try:
+            oldest_s = max((await self.oldest_pending_s()).values(), default=0.0)
+        except StoreError as error:
+            return {"status": "fail", "output": str(error), "pending": pending, "dead": dead}
         warn = dead > 0 or oldest_s > OLD_BACKLOG_S
         return {
             "status": "warn" if warn else "pass",

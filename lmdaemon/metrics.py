@@ -4,7 +4,7 @@ Wired up by `daemon`; `api` serves `text()`. Names follow the Prometheus convent
 labels (operators, reasons and codes are few; players and sessions are never a label).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -63,10 +63,22 @@ class Metrics:
             "lmdaemon_config_last_reload_successful", "Whether the last reload took effect.", registry=registry
         )
         self.reloads.set(1)
+        self.oldest_pending = Gauge(
+            "lmdaemon_deliveries_oldest_pending_seconds",
+            "Age of the oldest delivery not settled yet; absent where nothing is pending.",
+            ["operator"],
+            registry=registry,
+        )
 
     def watch(self, read: Callable[[], list[Reading]]) -> None:
         """Registers gauges that are read at each scrape; `read` must not do I/O."""
         self._registry.register(_Readings(read))
+
+    def note_oldest_pending(self, ages_s: Mapping[str, float]) -> None:
+        """Takes the place of what was noted before; ages in seconds by operator."""
+        self.oldest_pending.clear()
+        for operator, age_s in ages_s.items():
+            self.oldest_pending.labels(operator).set(age_s)
 
     def text(self) -> bytes:
         """The exposition format, `CONTENT_TYPE`."""

@@ -605,9 +605,10 @@ def _health_report() -> Json:
         version={"type": "string"},
         description={"type": "string"},
         checks=_object(
-            store=check(sessions=_count(), output=output, optional=["output"]),
+            store=check(sessions=_count(), waiting=_count(), walBytes=_count(), output=output, optional=["output"]),
             sweeper=loop,
             dispatcher=loop,
+            expiry=check(ended=_count(), of=_count(), output=output, optional=["ended", "of", "output"]),
             deliveries=check(**figures, output=output, optional=[*figures, "output"]),
             operators=check(held=names, broken=names),
             config=check(output=output, optional=["output"]),

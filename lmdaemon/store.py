@@ -336,6 +336,11 @@ class Store:
         return self._db.writing_since
 
     @property
+    def waiting(self) -> int:
+        """Operations that wait for the writer."""
+        return self._db.waiting
+
+    @property
     def wal_bytes(self) -> int:
         """Size of the write-ahead log at the last transaction."""
         return self._db.wal_bytes

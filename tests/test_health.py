@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import resource
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from conftest import HandClock
 from support import LISTEN, Serving, load, open_store, serving, until
 
 from lmdaemon import database, health, retry
-from lmdaemon.health import OLD_BACKLOG_S, PROBE_EVERY_S, Health
+from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store import NewDelivery, Opening, Store
+from lmdaemon.sweeper import ExpiryAlarm
 from lmdaemon.version import __version__
 
+NOTIFY = 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\n'
 CONFIG = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "p"\n'
 
 
@@ -44,7 +47,7 @@ def pulses(clock: HandClock) -> dict[str, Pulse]:
 @pytest.fixture
 def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
     settings = load(tmp_path / "config.toml", CONFIG)
-    return Health(store, clock, pulses, lambda: settings, lambda: None)
+    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic))
 
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
@@ -85,14 +88,16 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
     time = "2026-09-21T14:13:20.000Z"
     loop = [{"status": "pass", "observedValue": 0.0, "observedUnit": "s late", "time": time}]
     assert status == 200
+    assert report["checks"]["store"][0].pop("walBytes") > 0
     assert report == {
         "status": "pass",
         "version": __version__,
         "description": "lmdaemon",
         "checks": {
-            "store": [{"status": "pass", "sessions": 0, "time": time}],
+            "store": [{"status": "pass", "sessions": 0, "waiting": 0, "time": time}],
             "sweeper": loop,
             "dispatcher": loop,
+            "expiry": [{"status": "pass", "time": time}],
             "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
             "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],
             "config": [{"status": "pass", "time": time}],
@@ -165,14 +170,14 @@ async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
     with no_room(store.path):
         assert (await check(checked, "store"))["status"] == "fail"
         assert checked.alive
-    clock.advance(PROBE_EVERY_S)
+    clock.advance(ASK_EVERY_S)
     assert (await check(checked, "store"))["status"] == "pass"
 
 
 async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
     tmp_path: Path, store: Store, checked: Health, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PROBE_WITHIN_S", 0.02)
+    monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.02)
     assert checked.alive
     with locked(tmp_path / "test.sqlite3"):  # the writer waits for two seconds
         found = await check(checked, "store")
@@ -186,7 +191,7 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
         return store.writing_since is None
 
     await until(idle)
-    clock.advance(PROBE_EVERY_S)
+    clock.advance(ASK_EVERY_S)
     assert (await check(checked, "store"))["status"] == "pass"
     assert checked.alive
 
@@ -196,7 +201,7 @@ async def test_asking_often_writes_once_a_second(store: Store, checked: Health, 
     for _ in range(5):
         await checked.report()
     assert store._db.commits == before + 1
-    clock.advance(PROBE_EVERY_S)
+    clock.advance(ASK_EVERY_S)
     await checked.report()
     assert store._db.commits == before + 2
 
@@ -335,3 +340,110 @@ async def test_head_answers_like_get_without_a_body(tmp_path: Path) -> None:
         for base in (daemon.api, daemon.server):
             async with client.head(base + "/health") as answer:
                 assert (answer.status, await answer.read()) == (200, b"")
+
+
+# -- alarms of a whole daemon: each thing stalls, and /health and /metrics tell
+
+
+async def metric(daemon: Serving, name: str) -> float:
+    async with daemon.client.get(daemon.api + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    (value,) = [line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+    return float(value)
+
+
+@pytest.mark.parametrize(("loop", "verb"), [("sweeper", "end_due"), ("dispatcher", "claimable")])
+async def test_a_loop_that_hangs_in_its_work_is_told(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, loop: str, verb: str
+) -> None:
+    """It never comes back from what it awaits, as a bug or a lost wake-up would have it."""
+    entered = asyncio.Event()
+
+    async def never(*_: Any, **__: Any) -> Any:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with serving(tmp_path, CONFIG + NOTIFY, clock) as daemon:
+        store = daemon.daemon._store
+        monkeypatch.setattr(store, verb, never)
+        await store.open_session(Opening("acme", "s", "p", "t", None, 1000, 0))
+        if loop == "dispatcher":
+            await store.end("acme", "s")
+        else:
+            for _ in range(3):
+                clock.advance(1)
+                store.service_clock.now_ms()
+            daemon.daemon._sweeper.wake()
+        await asyncio.wait_for(entered.wait(), 10)
+        clock.advance(LATE_S + 1)
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["checks"][loop][0]["status"]) == (503, "fail")
+        assert await metric(daemon, f'lmdaemon_loop_late_seconds{{loop="{loop}"}}') > LATE_S
+        assert not daemon.daemon._health.alive  # the watchdog is withheld
+
+
+async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.2)
+    hold = threading.Event()
+
+    def hang(change: Any, arguments: Any) -> list[None]:
+        hold.wait(20)
+        return list(arguments)
+
+    async with serving(tmp_path, CONFIG) as daemon:
+        store = daemon.daemon._store
+        writing = asyncio.ensure_future(store._db.write(hang, None))
+        await until(lambda: store.writing_since)
+        for _ in range(3):
+            status, report = await get(daemon, daemon.api)
+            assert (status, report["checks"]["store"][0]["status"]) == (503, "fail")
+        assert report["checks"]["store"][0]["waiting"] <= 2
+        assert await metric(daemon, "lmdaemon_store_transaction_seconds") > 0.1
+        hold.set()
+        await writing
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[0] == 200
+
+        await until(passing)
+
+
+async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        store = daemon.daemon._store
+        await asyncio.gather(
+            *(store.open_session(Opening("acme", f"s{number}", "p", "t", None, 1000, 0)) for number in range(1200))
+        )
+        for _ in range(3):
+            clock.advance(1)
+            store.service_clock.now_ms()
+        daemon.daemon._sweeper.wake()
+        await until(lambda: store.live == 0)
+        report = (await get(daemon, daemon.api))[1]
+        expiry = report["checks"]["expiry"][0]
+        assert (report["status"], expiry["status"], expiry["of"]) == ("warn", "warn", 1200)
+        assert expiry["ended"] > 1000
+        assert await metric(daemon, "lmdaemon_mass_expiry") == 1
+
+
+async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        daemon.daemon._store.sinks_of = lambda session: [NewDelivery("http", b"{}")]
+        await end_session(daemon.daemon._store)
+        clock.advance(OLD_BACKLOG_S + 1)
+        report = (await get(daemon, daemon.api))[1]
+        assert report["checks"]["deliveries"][0]["status"] == "warn"
+        name = 'lmdaemon_deliveries_oldest_pending_seconds{operator="acme"}'
+        assert await metric(daemon, name) > OLD_BACKLOG_S
+
+
+async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "LARGE_WAL", 100)
+    async with serving(tmp_path, CONFIG) as daemon:
+        await end_session(daemon.daemon._store)
+        await daemon.daemon._store.probe()
+        report = (await get(daemon, daemon.api))[1]
+        assert (report["status"], report["checks"]["store"][0]["status"]) == ("warn", "warn")
+        assert await metric(daemon, "lmdaemon_store_wal_bytes") > 100

@@ -1,0 +1,126 @@
+"""lmdaemon, killed (SIGKILL) when it comes to a line: `KILL_AT=database.py:210 python interrupted.py … serve`.
+
+Points are the lines before and after each await and each SQL statement between the queue and the commit, and between
+the claim and the settled row: in between nothing changes that outlives the process. With `REACHED=FILE` it runs on and
+writes down which of them it reaches.
+"""
+
+import ast
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from lmdaemon import api, database, delivery, endpoint, store, sweeper
+from lmdaemon.__main__ import main
+
+WATCHED = [
+    # A request, into the queue and back
+    endpoint.Endpoint._receive,
+    endpoint.Endpoint._record,
+    api.Api.open,
+    api.Api.touch,
+    api.Api.close,
+    database.Database.write,
+    # The writer: from the queue into the file
+    database.Database.run,
+    database.Database.write_batch,
+    database.Database._write,
+    database.Database._answered,
+    database._transaction,
+    store.Store._begin,
+    store.Store._committed,
+    store._Change.finish,
+    store._open_one,
+    store._touch_all,
+    store._close_one,
+    store._record_one,
+    store._record_unknown,
+    # The end of a session
+    sweeper.Sweeper.once,
+    sweeper.Sweeper._end_some,
+    store._end_due_once,
+    store._end,
+    # From the claim to the settled row
+    delivery.Dispatcher._note_due,
+    delivery.Dispatcher.once,
+    delivery.Dispatcher._start,
+    delivery.Dispatcher._deliver,
+    delivery.Dispatcher._attempt,
+    delivery.Dispatcher._post,
+    delivery.Dispatcher._call,
+    delivery.Dispatcher._settlement,
+    delivery.Dispatcher._settle,
+    delivery.Sender.post,
+    delivery._read_some,
+    store._settle_one,
+    store._count_settled,
+    store._set_gate_one,
+]
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes(constant)
+
+
+CODES = {code for function in WATCHED for code in codes(function.__code__)}
+KILL_AT = os.environ.get("KILL_AT")
+REACHED = os.environ.get("REACHED")
+reached: set[str] = set()
+
+
+def steps(path: str) -> set[int]:
+    """Lines with an await or an SQL statement."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(Path(path).read_text())):
+        called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+        if isinstance(node, ast.Await | ast.AsyncWith) or called in ("execute", "executemany"):
+            first = node.items[0].context_expr if isinstance(node, ast.AsyncWith) else node
+            found |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return found
+
+
+STEPS = {path: steps(path) for path in {code.co_filename for code in CODES}}
+
+
+def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+    return Follow(frame) if frame.f_code in CODES else None
+
+
+class Follow:
+    """Follows one run of a function from line to line."""
+
+    def __init__(self, frame: FrameType) -> None:
+        self.steps = STEPS[frame.f_code.co_filename]
+        self.name = Path(frame.f_code.co_filename).name
+        self.last = frame.f_lineno  # where a coroutine was resumed
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            if frame.f_lineno in self.steps or self.last in self.steps:
+                come_to(f"{self.name}:{frame.f_lineno}")
+            self.last = frame.f_lineno
+        return self
+
+
+def come_to(point: str) -> None:
+    if point == KILL_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if REACHED and point not in reached:
+        reached.add(point)
+        with Path(REACHED).open("a") as file:
+            file.write(point + "\n")
+
+
+importlib.import_module("lmdaemon.daemon")  # before it is traced, which takes time
+threading.settrace(on_call)
+sys.settrace(on_call)
+sys.exit(main())

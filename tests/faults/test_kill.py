@@ -1,0 +1,166 @@
+"""kill -9: at every line between queue and commit and between claim and settled row, and at random under load."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+
+import aiohttp
+from conftest import FULL
+from processes import Process
+from support import until
+from witness import OPERATOR, Witness, check, settled, wallet
+
+INTERRUPTED = (sys.executable, str(Path(__file__).with_name("interrupted.py")))
+HOOK = """
+refused = set()
+
+async def told(event):
+    if event.session_id.startswith("refused") and event.session_id not in refused:
+        refused.add(event.session_id)
+        raise RuntimeError("not now")
+"""
+TOML = """
+[sessions]
+restart_grace = "0s"
+[delivery]
+schedule = ["100ms", "200ms", "300ms", "500ms", "500ms", "500ms", "500ms", "500ms", "500ms", "500ms"]
+[plugins.hook]
+use = "told_hook:told"
+"""
+IN_FLIGHT = 4  # concurrency of a lane
+REFUSES = {"calm": 0.0, "moody": 0.1, "ill": 0.3}  # share of notices that an operator refuses
+
+
+async def work(witness: Witness, life: int) -> None:
+    """One of everything: a session that is left alone, one that is touched and closed, a notice, a notice that ends."""
+    await witness.open("acme", f"left-{life}", 1)
+    await witness.open("acme", f"refused-{life}", 60)
+    await witness.touch("acme", f"refused-{life}")
+    await witness.close("acme", f"refused-{life}")
+    await witness.notice("acme", f"told-{life}")
+    await witness.open("acme", f"reported-{life}", 60)
+    await witness.notice("acme", f"reported-{life}")
+    await witness.touch("acme", f"left-{life - 1}")
+
+
+async def test_killed_at_any_line_nothing_acknowledged_is_lost_and_nothing_ends_twice(
+    tmp_path: Path, rng: Random, measured: Callable[..., None]
+) -> None:
+    (tmp_path / "told_hook.py").write_text(HOOK)
+    async with wallet(rng, refuses=0.3) as acme, aiohttp.ClientSession() as client:
+        toml = TOML + OPERATOR.format(name="acme", url=acme.url)
+        environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        daemon = Process(tmp_path, toml, environment, INTERRUPTED)
+        witness = Witness(daemon, client)
+        try:
+            daemon.environment["REACHED"] = str(tmp_path / "reached")
+            await asyncio.to_thread(daemon.start)
+            await work(witness, 0)
+            await settled(daemon, until)
+            assert await asyncio.to_thread(daemon.stop) == 0
+            points = (tmp_path / "reached").read_text().split()
+            assert len(points) > 80
+            chosen = points if FULL else rng.sample(points, 30)
+            del daemon.environment["REACHED"]
+            killed = 0
+            for life, point in enumerate(chosen, 1):
+                daemon.environment["KILL_AT"] = point
+                daemon.spawn()
+                killed += await lived(daemon, witness, life)
+            daemon.environment.clear()
+            daemon.environment.update(environment)
+            await asyncio.to_thread(daemon.start)
+            await settled(daemon, until)
+            assert await asyncio.to_thread(daemon.stop) == 0
+        finally:
+            daemon.kill()
+    assert killed >= 0.9 * len(chosen)
+    figures = check(witness, {"acme": acme}, sinks=2, may_repeat=killed * IN_FLIGHT)
+    measured(points=len(points), killed=killed, **figures, lost=0, doubled=0)
+
+
+async def lived(daemon: Process, witness: Witness, life: int) -> bool:
+    """One life that should end by itself; whether it did. A line that is not reached this time ends it all the same."""
+
+    def serves_or_dead() -> bool:
+        if daemon.popen.poll() is not None:
+            return True
+        try:
+            return daemon.call("GET", daemon.api + "/health")[0] == 200
+        except OSError:
+            return False
+
+    async def up() -> bool:
+        return await asyncio.to_thread(serves_or_dead)
+
+    await until(up, 20)
+    if daemon.popen.poll() is None:
+        await work(witness, life)
+    deadline = time.monotonic() + 4
+    while daemon.popen.poll() is None and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    died = daemon.popen.poll() is not None
+    daemon.kill()
+    return died
+
+
+async def client(witness: Witness, name: str, operators: list[str], rng: Random, over: asyncio.Event) -> None:
+    """Plays one session after the other, as game servers do, and goes on where the daemon was killed."""
+    number = 0
+    while not over.is_set():
+        operator, session_id = rng.choice(operators), f"{name}-{number}"
+        number += 1
+        if rng.random() < 0.2:
+            await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
+            continue
+        await asked(lambda o=operator, s=session_id: witness.open(o, s, rng.choice((1, 2))), rng)
+        for _ in range(rng.randrange(5)):
+            await asyncio.sleep(rng.random() * 0.6)
+            await asked(lambda o=operator, s=session_id: witness.touch(o, s), rng)
+        match rng.randrange(3):
+            case 0:
+                await asked(lambda o=operator, s=session_id: witness.close(o, s), rng)
+            case 1:
+                await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
+
+
+async def asked(call: Callable[[], Awaitable[int]], rng: Random) -> None:
+    """Until it is answered: a caller without an answer asks again."""
+    while await call() in (0, 503):
+        await asyncio.sleep(0.05 + rng.random() * 0.1)
+
+
+async def test_killed_at_random_under_load_every_acknowledgement_holds(
+    tmp_path: Path, rng: Random, measured: Callable[..., None]
+) -> None:
+    clients, kills = (200, 50) if FULL else (100, 8)
+    async with contextlib.AsyncExitStack() as stack:
+        wallets = {name: await stack.enter_async_context(wallet(rng, share)) for name, share in REFUSES.items()}
+        toml = TOML.partition("[plugins")[0]
+        toml += "".join(OPERATOR.format(name=name, url=one.url) for name, one in wallets.items())
+        daemon = Process(tmp_path, toml)
+        stack.callback(daemon.kill)
+        connector = aiohttp.TCPConnector(limit=0)
+        http = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        witness, over = Witness(daemon, http), asyncio.Event()
+        await asyncio.to_thread(daemon.start)
+        async with asyncio.TaskGroup() as group:
+            for number in range(clients):
+                chance = Random(rng.random())
+                group.create_task(client(witness, f"c{number}", list(wallets), chance, over))
+            for _ in range(kills):
+                await asyncio.sleep(0.3 + rng.random())
+                daemon.kill()
+                await asyncio.to_thread(daemon.start)
+            over.set()
+        await settled(daemon, until)
+        assert await asyncio.to_thread(daemon.stop) == 0
+        figures = check(witness, wallets, sinks=1, may_repeat=kills * IN_FLIGHT * len(wallets))
+        acknowledged = sum(times for (_, status), times in witness.answers.items() if status < 300)
+        assert witness.gone > kills
+        measured(clients=clients, kills=kills, acknowledged=acknowledged, unanswered=witness.gone, **figures, lost=0)

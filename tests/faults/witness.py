@@ -1,0 +1,211 @@
+"""What the outside knows: peers that remember every acknowledgement and every notice, to compare them with the file."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from processes import Process
+
+TOKEN = "tok-3n"
+
+OPERATOR = """
+[operators.{name}]
+provider_id = "{name}"
+endpoint = "/{name}"
+notify = true
+url = "{url}"
+allow_private_network = true
+"""
+
+
+def now_at() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass
+class Acknowledged:
+    """What was answered for one session, each with the wall time (ms) before its request was sent."""
+
+    opened: bool = False
+    idle_ms: int = 0
+    heard_at: int = 0
+    end: tuple[str, Any] | None = None  # reason, endedAt (None where the answer does not tell it)
+
+
+@dataclass
+class Arrived:
+    webhook_id: str
+    body: bytes
+    answered: bool
+
+
+@dataclass
+class Wallet:
+    """An operator's server: refuses some of what comes, at random, and remembers all of it."""
+
+    rng: Random
+    refuses: float = 0.0
+    arrived: dict[str, list[Arrived]] = field(default_factory=lambda: defaultdict(list))
+    url: str = ""
+
+    async def handle(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        answered = self.rng.random() >= self.refuses
+        session_id = json.loads(body)["sessionId"]
+        self.arrived[session_id].append(Arrived(request.headers["webhook-id"], body, answered))
+        return web.json_response({"error": 0} if answered else {"error": 100})
+
+
+@contextlib.asynccontextmanager
+async def wallet(rng: Random, refuses: float = 0.0) -> AsyncIterator[Wallet]:
+    made = Wallet(rng, refuses)
+    app = web.Application()
+    app.router.add_post("/", made.handle)
+    async with TestServer(app) as server:
+        made.url = str(server.make_url("/"))
+        yield made
+
+
+class Witness:
+    """A game server and a provider in one: calls the daemon, and keeps what was acknowledged."""
+
+    def __init__(self, daemon: Process, client: aiohttp.ClientSession) -> None:
+        self.daemon = daemon
+        self.client = client
+        self.sessions: dict[tuple[str, str], Acknowledged] = defaultdict(Acknowledged)
+        self.answers: Counter[tuple[str, int]] = Counter()
+        self.gone = 0  # calls that got no answer, for the daemon was killed
+
+    async def _call(self, what: str, method: str, url: str, body: Any = None) -> tuple[int, Any]:
+        """Status and JSON; 0 when the connection broke."""
+        try:
+            async with self.client.request(method, url, json=body) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            self.gone += 1
+            return 0, None
+        self.answers[what, answer.status] += 1
+        assert answer.status < 500 or answer.status == 503, (what, answer.status, text)
+        return answer.status, json.loads(text) if text else None
+
+    def _path(self, operator: str, session_id: str) -> str:
+        return f"{self.daemon.api}/v1/operators/{operator}/sessions/{session_id}"
+
+    async def open(self, operator: str, session_id: str, idle_s: int) -> int:
+        sent_at = now_at()
+        body = {"playerId": "p", "token": TOKEN, "idleTimeoutSeconds": idle_s}
+        status, _ = await self._call("open", "PUT", self._path(operator, session_id), body)
+        known = self.sessions[operator, session_id]
+        if status in (200, 201):
+            known.opened, known.idle_ms, known.heard_at = True, idle_s * 1000, sent_at
+        return status
+
+    async def touch(self, operator: str, session_id: str) -> int:
+        sent_at = now_at()
+        status, answer = await self._call("touch", "POST", self._path(operator, session_id) + "/touch")
+        known = self.sessions[operator, session_id]
+        if status == 204:
+            assert known.end is None, "a touch was acknowledged after the end"
+            known.heard_at = max(known.heard_at, sent_at)
+        elif status == 410:
+            self._note_end(known, answer["session"]["reason"], answer["session"]["endedAt"])
+        else:
+            assert status != 404 or not known.opened, "an acknowledged session is unknown"
+        return status
+
+    async def close(self, operator: str, session_id: str) -> int:
+        status, answer = await self._call("close", "POST", self._path(operator, session_id) + "/close")
+        if status == 200:
+            self._note_end(self.sessions[operator, session_id], answer["reason"], answer["endedAt"])
+        return status
+
+    async def notice(self, operator: str, session_id: str) -> int:
+        body = {"providerId": operator, "sessionId": session_id, "externalPlayerId": "p", "token": TOKEN}
+        status, answer = await self._call("notice", "POST", f"{self.daemon.server}/{operator}", body)
+        if status == 200:
+            assert answer["error"] == 0, answer
+            known = self.sessions[operator, session_id]
+            known.end = known.end or ("any", None)
+        return status
+
+    @staticmethod
+    def _note_end(known: Acknowledged, reason: str, ended_at: str) -> None:
+        assert known.end is None or known.end[1] in (None, ended_at), "a session ended twice"
+        known.end = (reason, ended_at)
+
+
+def check(witness: Witness, wallets: dict[str, Wallet], sinks: int, may_repeat: int) -> dict[str, int]:
+    """Compares what was acknowledged with what is in the file and what has arrived, once nothing is live or pending.
+
+    Returns figures: sessions, notices that arrived, repeats.
+    """
+    daemon = witness.daemon
+    assert daemon.rows("PRAGMA integrity_check") == [("ok",)]
+    rows = {
+        (operator, session_id): (number, reason, seen_at, ended_at)
+        for number, operator, session_id, reason, seen_at, ended_at in daemon.rows(
+            "SELECT id, operator, session_id, reason, seen_at, ended_at FROM session"
+        )
+    }
+    deliveries = defaultdict(list)
+    for session, sink, state, webhook_id, attempts in daemon.rows(
+        "SELECT session, sink, state, 'msg_' || id || '_' || nonce, attempts FROM delivery"
+    ):
+        deliveries[session].append((sink, state, webhook_id, attempts))
+    for key, known in witness.sessions.items():
+        if not (known.opened or known.end):
+            continue  # nothing about it was ever acknowledged
+        assert key in rows, f"{key} was acknowledged and is lost"
+        _, reason, seen_at, ended_at = rows[key]
+        assert reason is not None, f"{key} lives for ever"
+        assert seen_at >= known.heard_at, f"{key}: an acknowledged touch is lost"
+        if known.end is not None:
+            assert known.end[0] in (reason, "any"), f"{key} ended as {known.end}, and as {reason}"
+        if reason == "inactivity" and known.opened:
+            assert ended_at - known.heard_at >= known.idle_ms, f"{key} ended early"
+    arrived = repeats = 0
+    for (operator, session_id), (number, *_) in rows.items():
+        mine = deliveries[number]
+        assert len({sink for sink, *_ in mine}) == len(mine) == sinks, f"{session_id}: {mine}"
+        assert {state for _, state, *_ in mine} == {"delivered"}, f"{session_id}: {mine}"
+        got = wallets[operator].arrived[session_id]
+        (webhook_id,) = [one[2] for one in mine if one[0] == "http"]
+        assert {one.webhook_id for one in got} == {webhook_id}, f"{session_id}: another id"
+        assert len({one.body for one in got}) == 1, f"{session_id}: another body"
+        answered = sum(one.answered for one in got)
+        assert answered >= 1, f"{session_id} did not reach its operator"
+        arrived += len(got)
+        repeats += answered - 1
+    strangers = {
+        session_id
+        for operator, one in wallets.items()
+        for session_id in one.arrived
+        if (operator, session_id) not in rows
+    }
+    assert not strangers, "ends that nobody made"
+    assert repeats <= may_repeat, f"{repeats} repeats, at most {may_repeat} were in flight"
+    told = Counter((one["operator"], one["session"]) for one in daemon.events("session.ended"))
+    assert not [key for key, times in told.items() if times > 1], "an end was told twice"
+    return {"sessions": len(rows), "arrived": arrived, "repeats": repeats}
+
+
+async def settled(daemon: Process, until: Callable[..., Any], within_s: float = 60.0) -> None:
+    """Until nothing is live and nothing is pending."""
+
+    def quiet() -> bool:
+        _, answer = daemon.call("GET", daemon.api + "/v1/operators")
+        return all(one["live"] == one["pending"] == 0 for one in answer["items"])
+
+    async def asked() -> bool:
+        return await asyncio.to_thread(quiet)
+
+    await until(asked, within_s)

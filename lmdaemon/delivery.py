@@ -433,9 +433,8 @@ class Dispatcher:
         gate = self._store.gate(lane.operator.name)
         free = lane.free(gate, now_at)
         probe = lane.gated and retry.breaker(gate, now_at) != "closed"
-        paced_ms = RETRY_SPACING_MS * self._store.figures_of(lane.operator.name).pending
         for row in rows:
-            due_at = retry.due_at(row.due_at, row.step, lane.policy.schedule_s, paced_ms, now_at)
+            due_at = self._due_at(lane, row.due_at, row.step, now_at)
             if due_at > now_at or free <= 0:
                 self._note_later(lane, due_at)
                 break
@@ -444,6 +443,10 @@ class Dispatcher:
             task = asyncio.create_task(self._deliver(lane, row, probe=probe))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
+
+    def _due_at(self, lane: Lane, kept_at: int, step: int, now_at: int) -> int:
+        paced_ms = RETRY_SPACING_MS * self._store.figures_of(lane.operator.name).pending
+        return retry.due_at(kept_at, step, lane.policy.schedule_s, paced_ms, now_at)
 
     @staticmethod
     def _note_later(lane: Lane, due_at: int) -> None:
@@ -476,16 +479,17 @@ class Dispatcher:
                 outcome = await self._attempt(lane, row)
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             await self._settle(lane, settlement)
-            due_at = settlement.due_at if settlement.state == "pending" else None
+            due_at, step = settlement.due_at if settlement.state == "pending" else None, settlement.step
         except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
             await asyncio.sleep(STORE_RETRY_S)
-            due_at = row.due_at
+            due_at, step = row.due_at, row.step
         finally:
             lane.in_flight.discard(row.id)
             self.wake()
-        # A round may have come between the commit and this line, and passed over a row that was still in flight.
+        # A round may have come between the commit and this line, and passed over a row that was still in flight; and
+        # the wall clock may have been set back since the wait was reckoned.
         if due_at is not None:
-            self._note_due(row.operator, row.sink, due_at)
+            self._note_due(row.operator, row.sink, self._due_at(lane, due_at, step, self._clock.wall_ms()))
 
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()

@@ -698,7 +698,7 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
     """As after a start with a clock from a wrong century, put right later."""
     clock.step_wall(73 * 365 * 86400)
     toml = operator_table("acme", "http://x/")
-    answers = [web.Response(status=500)] * 5
+    answers = [web.Response(status=500) for _ in range(5)]
     async with scripted_operator(*answers) as operator:
         async with bench(tmp_path, clock, toml.replace("http://x/", operator.url)) as b:
             for number in range(5):
@@ -711,3 +711,27 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
                     await b.round()
             assert "clock.set_back" in [event.name for event in events]
             assert {(await b.row(f"s{number}")).state for number in range(5)} == {"delivered"}
+
+
+async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing_waiting(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    """The wait was reckoned with the old time, and the round that notices the step passes over the row in flight."""
+    async with scripted_operator(web.Response(status=500)) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            settle, asked, hold = b.db.settle, asyncio.Event(), asyncio.Event()
+
+            async def slow(settlement: Any) -> Any:
+                asked.set()
+                await hold.wait()
+                return await settle(settlement)
+
+            b.db.settle = slow  # type: ignore[method-assign]
+            await b.end()
+            await b.dispatcher.once()
+            await asked.wait()
+            clock.step_wall(-3600)
+            await b.dispatcher.once()
+            hold.set()
+            await b.round()
+            assert (await b.row()).state == "delivered"

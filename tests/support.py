@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,10 +15,12 @@ import aiohttp
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from lmdaemon import config
+from lmdaemon import config, plugins
 from lmdaemon.clock import Clock
 from lmdaemon.daemon import Daemon
-from lmdaemon.store import Store
+from lmdaemon.delivery import Dispatcher, Sender, sinks_of
+from lmdaemon.model import Delivery
+from lmdaemon.store import Opening, Store
 
 SUCCESS = {"error": 0, "description": "Success"}
 Answer = Callable[[web.Request], Any]
@@ -88,6 +92,67 @@ async def open_store(path: Path, clock: Clock, **options: Any) -> AsyncIterator[
         writer.cancel()
         await asyncio.gather(writer, return_exceptions=True)
         await store.close()
+
+
+def operator_table(name: str, url: str, **keys: Any) -> str:
+    values = {
+        "provider_id": name,
+        "notify": True,
+        "url": url,
+        "allow_private_network": True,
+        "schedule": ["5s", "30s", "2m", "10m"],
+        "endpoint": "",
+    } | keys
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return f"\n[operators.{name}]\n" + "\n".join(lines) + "\n"
+
+
+@dataclass
+class Bench:
+    """A store, a dispatcher and a clock moved by hand."""
+
+    db: Store
+    clock: Any
+    dispatcher: Dispatcher
+    settings: config.Settings
+    plugins: dict[str, Any] = field(default_factory=dict)
+
+    async def end(self, session_id: str = "s", operator: str = "acme") -> None:
+        await self.db.open_session(Opening(operator, session_id, "p", "tok-3n", None, 10_000, 0))
+        await self.db.end(operator, session_id)
+
+    async def round(self) -> float | None:
+        """One round, and the end of every attempt it started. Returns the wait the next one asks for."""
+        await self.dispatcher.once()
+        while self.dispatcher.in_flight:
+            await asyncio.wait(set(self.dispatcher._tasks))
+            await self.dispatcher.once()
+        return await self.dispatcher.once()
+
+    async def row(self, session_id: str = "s", operator: str = "acme", sink: str = "http") -> Delivery:
+        known = await self.db.session(operator, session_id)
+        assert known is not None
+        return next(delivery for delivery in known[1] if delivery.sink == sink)
+
+    async def skip_to(self, row: Delivery) -> None:
+        self.clock.advance(max(0, row.due_at - self.clock.wall_ms()) / 1000)
+
+
+@contextlib.asynccontextmanager
+async def bench(tmp_path: Path, clock: Any, toml: str) -> AsyncIterator[Bench]:
+    settings = load(tmp_path / "config.toml", LISTEN + toml)
+    async with open_store(tmp_path / "test.sqlite3", clock) as db:
+        sender = Sender(clock)
+        dispatcher = Dispatcher(db, clock, sender, Random(7))
+        loaded = {name: plugins.load(plugin) for name, plugin in settings.plugins.items()}
+        db.configured = frozenset(settings.operators)
+        db.sinks_of = partial(sinks_of, settings)
+        dispatcher.configure(settings, loaded)
+        try:
+            yield Bench(db, clock, dispatcher, settings, loaded)
+        finally:
+            await dispatcher.drain(0)
+            await sender.close()
 
 
 def load(path: Path, toml: str) -> config.Settings:

@@ -6,89 +6,20 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 from aiohttp import web
 from conftest import HandClock
 from standardwebhooks import Webhook
-from support import LISTEN, hear, load, open_store, scripted_operator, until
+from support import bench, hear, load, operator_table, scripted_operator, until
 
 from lmdaemon import delivery, retry, store
 from lmdaemon.config import Settings
-from lmdaemon.delivery import Dispatcher as RealDispatcher
 from lmdaemon.delivery import Resolver, Sender, Unreachable, compose, request_headers, sinks_of
-from lmdaemon.plugins import LoadedPlugin
-from lmdaemon.plugins import load as load_plugin
-from lmdaemon.store import Delivery, Opening, Store
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
-
-
-def operator_table(name: str, url: str, **keys: Any) -> str:
-    values = {
-        "provider_id": name,
-        "notify": True,
-        "url": url,
-        "allow_private_network": True,
-        "schedule": SCHEDULE,
-        "endpoint": "",
-    } | keys
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    return f"\n[operators.{name}]\n" + "\n".join(lines) + "\n"
-
-
-@dataclass
-class Bench:
-    """A store, a dispatcher and a clock moved by hand."""
-
-    db: Store
-    clock: HandClock
-    dispatcher: RealDispatcher
-    settings: Settings
-    plugins: dict[str, LoadedPlugin] = field(default_factory=dict)
-
-    async def end(self, session_id: str = "s", operator: str = "acme") -> None:
-        await self.db.open_session(Opening(operator, session_id, "p", "tok-3n", None, 10_000, 0))
-        await self.db.end(operator, session_id)
-
-    async def round(self) -> float | None:
-        """One round, and the end of every attempt it started. Returns the wait the next one asks for."""
-        await self.dispatcher.once()
-        while self.dispatcher.in_flight:
-            await asyncio.wait(set(self.dispatcher._tasks))
-            await self.dispatcher.once()
-        return await self.dispatcher.once()
-
-    async def row(self, session_id: str = "s", operator: str = "acme", sink: str = "http") -> Delivery:
-        known = await self.db.session(operator, session_id)
-        assert known is not None
-        return next(delivery for delivery in known[1] if delivery.sink == sink)
-
-    async def skip_to(self, row: Delivery) -> None:
-        self.clock.advance(max(0, row.due_at - self.clock.wall_ms()) / 1000)
-
-
-@contextlib.asynccontextmanager
-async def bench(tmp_path: Path, clock: HandClock, toml: str) -> AsyncIterator[Bench]:
-    settings = load(tmp_path / "config.toml", LISTEN + toml)
-    async with open_store(tmp_path / "test.sqlite3", clock) as db:
-        sender = Sender(clock)
-        dispatcher = RealDispatcher(db, clock, sender, Random(7))
-        loaded = {name: load_plugin(plugin) for name, plugin in settings.plugins.items()}
-        db.configured = frozenset(settings.operators)
-        db.sinks_of = partial(sinks_of, settings)
-        dispatcher.configure(settings, loaded)
-        try:
-            yield Bench(db, clock, dispatcher, settings, loaded)
-        finally:
-            await dispatcher.drain(0)
-            await sender.close()
 
 
 def refused_url() -> str:

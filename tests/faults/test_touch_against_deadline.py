@@ -1,0 +1,51 @@
+"""Touch against deadline, thousands of times: whoever was in time stays, whoever is told 410 is gone."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import aiohttp
+from conftest import FULL
+from processes import process
+from support import until
+from witness import OPERATOR, Witness, check, settled, wallet
+
+IDLE_S = 1
+AROUND_S = 0.06  # touches come up to twice so long before and once so long after the deadline, and some much earlier
+AT_ONCE = 250
+
+
+async def meet(witness: Witness, session_id: str, rng: Random) -> tuple[int, bool]:
+    """Opens a session and touches it about when it is due. The status, and whether it was answered in time."""
+    began = time.monotonic()
+    assert await witness.open("acme", session_id, IDLE_S) == 201
+    opened = time.monotonic()  # its deadline is at the earliest IDLE_S after `began`, as a rule IDLE_S after `opened`
+    earliest = rng.choice((-2, -2, -10))
+    await asyncio.sleep(opened + IDLE_S + rng.uniform(earliest, 1) * AROUND_S - time.monotonic())
+    status = await witness.touch("acme", session_id)
+    return status, time.monotonic() - began < IDLE_S
+
+
+async def test_a_touch_acknowledged_keeps_the_session_and_one_refused_never_does(
+    tmp_path: Path, rng: Random, measured: Callable[..., None]
+) -> None:
+    rounds = 40 if FULL else 8
+    async with wallet(rng) as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        toml = '[sessions]\nrestart_grace = "0s"\n' + OPERATOR.format(name="acme", url=acme.url)
+        with process(tmp_path, toml) as daemon:
+            witness = Witness(daemon, client)
+            kept = gone = 0
+            for number in range(rounds):
+                met = await asyncio.gather(*(meet(witness, f"s{number}-{one}", rng) for one in range(AT_ONCE)))
+                assert {status for status, in_time in met if in_time} <= {204}, "refused within the idle time"
+                kept += sum(status == 204 for status, _ in met)
+                gone += sum(status == 410 for status, _ in met)
+            assert kept + gone == rounds * AT_ONCE
+            assert kept > rounds
+            assert gone > rounds
+            await settled(daemon, until)
+            assert await asyncio.to_thread(daemon.stop) == 0
+            check(witness, {"acme": acme}, sinks=1, may_repeat=0)  # none early, none touched after its end
+    measured(sessions=kept + gone, kept=kept, ended=gone, wrong=0)

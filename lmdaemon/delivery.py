@@ -13,8 +13,8 @@ import json
 import socket
 import ssl
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -24,6 +24,7 @@ from uuid import uuid4
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
 from yarl import URL
 
 from lmdaemon import retry
@@ -38,6 +39,7 @@ from lmdaemon.store import RETRY_SPACING_MS, Claim, NewDelivery, Settlement, Sto
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer
+INTERIM_MAX = 16  # interim answers (1xx) before it, and itself
 # Servers close idle connections after 5 s (Node), 15 s or more. One that closes as we send costs an attempt, for a POST
 # is never repeated blindly (aiohttp#7363); so give a connection up before the other side does.
 KEEPALIVE_S = 4.0
@@ -160,6 +162,43 @@ def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "
     return future
 
 
+class Answer(aiohttp.ClientResponse):
+    """An answer that belongs to its request, and comes to an end."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        """Raises ServerDisconnectedError, ClientPayloadError beside aiohttp's own."""
+        protocol = connection.protocol
+        if protocol is not None and protocol.should_close:
+            # Something was there before the request: a server that answers twice would settle the next delivery.
+            connection.close()
+            raise aiohttp.ServerDisconnectedError("an answer came before its request")
+        with _few_interim_answers(connection):
+            return await super().start(connection)
+
+
+@contextmanager
+def _few_interim_answers(connection: Connection) -> Iterator[None]:
+    """HTTP sets no limit to 1xx answers, nor does aiohttp: a flood of them would keep the loop busy for all of its
+    time-out. Source: RFC 9110 §15.2.
+    """
+    protocol: Any = connection.protocol
+    read, left = protocol.read, INTERIM_MAX
+
+    async def counted() -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            connection.close()
+            raise aiohttp.ClientPayloadError("too many interim answers")
+        return await read()
+
+    protocol.read = counted
+    try:
+        yield
+    finally:
+        del protocol.read
+
+
 class Sender:
     """Posts bodies to URLs: one client session for each TLS profile and egress rule, for the life of the process."""
 
@@ -185,6 +224,7 @@ class Sender:
             )
             self._clients[key] = aiohttp.ClientSession(
                 connector=connector,
+                response_class=Answer,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
                 trust_env=False,
@@ -372,12 +412,16 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
+        failure = None
         while True:
             self.pulse.working()
             try:
                 wait_s = await self.once()
+                failure = None
             except StoreError as error:
-                log.warning("delivery.waiting_for_store", reason=str(error))
+                if str(error) != failure:  # the first and each change, not every attempt
+                    failure = str(error)
+                    log.warning("delivery.waiting_for_store", reason=failure)
                 wait_s = STORE_RETRY_S
             if self._crash is not None:
                 raise self._crash

@@ -18,6 +18,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, Self, TypeVar
+from urllib.parse import quote
 
 import aiosqlite
 
@@ -103,8 +104,13 @@ class Database(Generic[_Txn]):
     answered), `available` is told when the file stops and starts taking writes again.
     """
 
-    def __init__(self, files: "_Files", writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int) -> None:
+    def __init__(
+        self, files: "_Files", keeper: _Thread, writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int
+    ) -> None:
         self._files = files
+        # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so that
+        # a file that turns out to be damaged stays as it was found, its WAL beside it.
+        self._keeper = keeper
         self._writer = writer
         self._reader = reader
         self._checkpointer = checkpointer
@@ -131,6 +137,8 @@ class Database(Generic[_Txn]):
             _look_for_wal(path, lock)
             _create(path)
             async with AsyncExitStack() as stack:
+                keeper = await _connect(f"file:{quote(str(path))}?mode=ro", stack)
+                await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
                 reader = await _connect(path, stack)
@@ -146,7 +154,7 @@ class Database(Generic[_Txn]):
             os.close(lock)
             raise
         _mark(lock, IN_USE)
-        return cls(files, writer, reader, checkpointer, lock)
+        return cls(files, keeper, writer, reader, checkpointer, lock)
 
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
@@ -157,7 +165,12 @@ class Database(Generic[_Txn]):
         await self._checkpointer.close()
         await self._reader.close()
         await self._writer.close()
+        await self._keeper.close()
         os.close(self._lock)
+
+    async def accept(self) -> None:
+        """The file is sound, as far as it had to be read: from now on a close leaves no WAL behind."""
+        await self._keeper.close()
 
     def _stop_taking(self, error: StoreError) -> None:
         self._closing = True
@@ -452,11 +465,12 @@ def _create(path: Path) -> None:
     path.chmod(0o600)
 
 
-async def _connect(path: Path, stack: AsyncExitStack) -> _Thread:
-    """A connection on a thread of its own, closed by the stack."""
+async def _connect(path: Path | str, stack: AsyncExitStack) -> _Thread:
+    """A connection on a thread of its own, closed by the stack. A string is a URI."""
 
     def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+        is_uri = isinstance(path, str)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S, uri=is_uri)
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint_for_ever
         return connection
 

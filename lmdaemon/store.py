@@ -291,6 +291,7 @@ class Store:
                 service_ms += max(0, clock.wall_ms() - wall_at)
             store = cls(database, clock, ServiceClock(clock, service_ms))
             await store._load()
+            await database.accept()
         except StoreError as error:  # a page that the opening has not met
             await database.close()
             raise DatabaseError(f"{path}: {error}") from error

@@ -47,6 +47,7 @@ async def db(tmp_path: Path):
     opened = await Database.open(tmp_path / "notes.sqlite3", NOTES)
     opened.begin = Txn
     opened.committed = lambda txn: None
+    await opened.accept()
     yield opened
     await opened.close()
 

@@ -1,19 +1,27 @@
-# make run    serve with the shipped config.toml          make test   run the tests
-# make check  what CI runs: ruff, mypy --strict, tests     make clean  remove what these made
+# make run     serve with the shipped config.toml       make test   run the tests
+# make check   what CI runs: ruff, mypy --strict, tests, and the fault suite in its short form
+# make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
+# make clean   remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check lint types clean
+.PHONY: run test faults faults-short check lint types clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
 
-check: lint types test
+faults: $(VENV)/.test
+	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py $(ARGS)
+
+faults-short: $(VENV)/.test
+	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+check: lint types test faults-short
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,200 @@
+"""An operator is down for days (the clock is moved by hand): what is tried when, what is held, what comes back how
+fast, and a restart in the middle of each.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from aiohttp import web
+from conftest import FULL, HandClock
+from support import Bench, bench, operator_table, scripted_operator
+
+from lmdaemon import retry
+from lmdaemon.store import RETRY_SPACING_MS
+
+HOUR = 3600.0
+SCHEDULE = ["5s", "30s", "2m", "10m", "30m", "2h", "5h", "10h", "10h"]
+SESSIONS = 40
+
+
+class Outage:
+    """An operator's server that is down or up, a daemon that is restarted again and again, the time of each request."""
+
+    def __init__(self, directory: Path, clock: HandClock, rng: Random) -> None:
+        self.directory = directory
+        self.clock = clock
+        self.rng = rng
+        self.down = True
+        self.requests: list[tuple[float, str, bytes, bool]] = []  # seconds, id, body, answered with success
+        self.restarts = 0
+        self._until_restart_s = 0.0
+        self._stack = contextlib.AsyncExitStack()
+        self.toml = ""
+        self.bench: Bench
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        self.requests.append((self.clock.mono, request.headers["webhook-id"], body, not self.down))
+        return web.json_response({"error": 100 if self.down else 0}, status=503 if self.down else 200)
+
+    async def restart(self) -> None:
+        """The process ends and another takes over the file."""
+        await self._stack.aclose()
+        self._stack = contextlib.AsyncExitStack()
+        self.bench = await self._stack.enter_async_context(bench(self.directory, self.clock, self.toml))
+        self.restarts += 1
+        self._until_restart_s = self.rng.uniform(0.5, 12 if FULL else 24) * HOUR
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
+
+    async def live(self, seconds: float) -> None:
+        """So much time passes, with a restart now and then."""
+        left_s = seconds
+        while left_s > 0:
+            wait_s = await self.bench.round()
+            step_s = min(left_s, 60.0 if wait_s is None else max(wait_s, 0.001))
+            self.clock.advance(step_s)
+            left_s -= step_s
+            self._until_restart_s -= step_s
+            if self._until_restart_s <= 0:
+                await self.restart()
+
+    async def end(self, *session_ids: str) -> None:
+        for session_id in session_ids:
+            await self.bench.end(session_id)
+
+    async def states(self) -> dict[str, int]:
+        counted: dict[str, int] = defaultdict(int)
+        for one in await self.bench.db.deliveries(operator=None, sink=None, state=None, limit=9999, after=None):
+            counted[one.state] += 1
+        return dict(counted)
+
+    @property
+    def gate(self) -> Any:
+        return self.bench.db.gate("acme")
+
+    def since(self, first: int) -> list[tuple[float, str, bytes, bool]]:
+        return self.requests[first:]
+
+
+@contextlib.asynccontextmanager
+async def outage(directory: Path, clock: HandClock, rng: Random) -> AsyncIterator[Outage]:
+    made = Outage(directory, clock, rng)
+    async with scripted_operator(*[made.answer] * 100_000) as operator:
+        made.toml = operator_table("acme", operator.url, schedule=SCHEDULE, max_age="72h")
+        await made.restart()
+        try:
+            yield made
+        finally:
+            await made.stop()
+
+
+def check_identity(requests: list[tuple[float, str, bytes, bool]]) -> None:
+    """Each delivery was sent with one body, and nothing again after its success."""
+    bodies: dict[str, set[bytes]] = defaultdict(set)
+    done: set[str] = set()
+    for _, webhook_id, body, answered in requests:
+        bodies[webhook_id].add(body)
+        assert webhook_id not in done, "sent again after it was delivered"
+        if answered:
+            done.add(webhook_id)
+    assert {len(sent) for sent in bodies.values()} == {1}
+
+
+async def test_a_day_down_is_probed_gently_and_everything_arrives_when_it_is_over(
+    tmp_path: Path, clock: HandClock, rng: Random, measured: Callable[..., None]
+) -> None:
+    async with outage(tmp_path, clock, rng) as o:
+        await o.end(*(f"s{number}" for number in range(SESSIONS)))
+        began = clock.mono
+        await o.live(24 * HOUR)
+        tried = [at - began for at, *_ in o.requests]
+        # Five in a row open the breaker, up to four were on their way then; afterwards one at a time
+        assert len([at for at in tried if at < 5]) <= 9
+        steady = [at for at in tried if at > HOUR]
+        gaps = [later - earlier for earlier, later in pairwise(steady)]
+        assert min(gaps) >= 299.9, "a probe came before its pause was over"
+        assert len(steady) <= 24 * 12
+        assert o.gate.failures == len(tried)
+        assert await o.states() == {"pending": SESSIONS}
+        o.down = False
+        came_back = clock.mono
+        await o.live(600)  # the next probe is at most five minutes away; rows wait for their own turn as well
+        first = next(at for at, _, _, answered in o.requests if answered)
+        assert first - came_back <= 300.1
+        await o.live(12 * HOUR)
+        assert await o.states() == {"delivered": SESSIONS}
+        check_identity(o.requests)
+        measured(restarts=o.restarts, requests_in_24h=len(tried), back_after_s=round(first - came_back), lost=0)
+
+
+async def test_five_days_of_nothing_but_failure_hold_it_and_a_release_brings_all_of_it_back(
+    tmp_path: Path, clock: HandClock, rng: Random, measured: Callable[..., None]
+) -> None:
+    async with outage(tmp_path, clock, rng) as o:
+        day = 0
+        while o.gate.held_at is None and day < 7:
+            await o.end(*(f"day{day}-{number}" for number in range(SESSIONS)))
+            await o.live(24 * HOUR)
+            day += 1
+        assert o.gate.held_reason == "failing_for_days"
+        held_after_days = (o.gate.held_at - o.gate.failing_since_at) / 86_400_000
+        assert 5 <= held_after_days < 5.2
+        before = await o.states()
+        assert before.get("delivered", 0) == 0
+        assert before["dead"] > 0  # older than max_age
+        assert sum(before.values()) == day * SESSIONS
+
+        # On hold: nothing is sent, ends are recorded, nothing ages
+        silent = len(o.requests)
+        await o.end(*(f"held-{number}" for number in range(SESSIONS)))
+        await o.live(10 * 24 * HOUR)
+        assert len(o.requests) == silent
+        assert await o.states() == before | {"pending": before["pending"] + SESSIONS}
+
+        # Released: what was pending arrives; what had died does when it is asked for, ten a second
+        o.down = False
+        await o.bench.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+        await o.live(11 * HOUR)
+        assert await o.states() == {"delivered": before["pending"] + SESSIONS, "dead": before["dead"]}
+        again = len(o.requests)
+        assert await o.bench.db.retry_dead("acme", 0) == before["dead"]
+        await o.restart()  # the pace outlives it
+        await o.live(60)
+        assert await o.states() == {"delivered": (day + 1) * SESSIONS}
+        replayed = sorted(at for at, *_ in o.since(again))
+        assert len(replayed) == before["dead"]
+        pace = [later - earlier for earlier, later in zip(replayed, replayed[10:], strict=False)]
+        assert min(pace) >= 10 * RETRY_SPACING_MS / 1000 - 0.11
+        check_identity(o.requests)
+        measured(
+            restarts=o.restarts,
+            held_after_days=round(held_after_days, 2),
+            dead=before["dead"],
+            lost=0,
+            replayed_per_s=round((len(replayed) - 1) / (replayed[-1] - replayed[0]), 1),
+        )
+
+
+async def test_a_restart_forgets_neither_breaker_nor_hold_nor_retry_after(
+    tmp_path: Path, clock: HandClock, rng: Random
+) -> None:
+    async with outage(tmp_path, clock, rng) as o:
+        await o.end(*(f"s{number}" for number in range(SESSIONS)))
+        await o.live(HOUR)
+        tried = len(o.requests)
+        for _ in range(20):  # each would knock anew if it had forgotten
+            await o.restart()
+            await o.bench.round()
+        assert len(o.requests) <= tried + 1
+        await o.bench.db.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))
+        await o.restart()
+        await o.live(24 * HOUR)
+        assert len(o.requests) <= tried + 1
+        assert o.gate.held_reason == "by_hand"

@@ -290,17 +290,18 @@ class Database(Generic[_Txn]):
     def _answered(self, txn: _Txn, batch: list[_Operation], results: list[Any]) -> None:
         self.commits += 1
         self._committed_something.set()
-        if self.failure is not None:
-            log.info("store.recovered", after=self.failure)
+        if not self._is_available:
+            log.info("store.recovered", after=self.failure or "a write that hung")
             self.failure = None
-        self._set_available(True)
+            self._set_available(True)
         self.committed(txn)
         for operation, result in zip(batch, results, strict=True):
             if not operation.answer.done():
                 operation.answer.set_result(result)
 
     def _hung(self) -> None:
-        log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
+        if self._is_available:
+            log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
         self._set_available(False)
 
     def _failed(self, batch: list[_Operation], error: Exception) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lmdaemon import __version__, api, config, database, dialects, endpoint, http, store
+from lmdaemon import __version__, api, config, database, delivery, dialects, endpoint, health, http, store
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -81,6 +81,13 @@ def test_readme_shows_the_true_limits() -> None:
         f"{api.PAGE_DEFAULT} rows by default {api.PAGE_MAX} at most",
         f"1 s to {api.IDLE_MAX_S // 86400} days",
         f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
+        f"{database.QUEUE_ROWS} then 503; up to {database.BATCH_ROWS} in one transaction",
+        f"readers waiting for the disk | {database.READS_MAX} then 503",
+        f"(1xx) | {delivery.INTERIM_MAX - 1} then",
+        f"{delivery.LOOKUPS_MAX} each on a thread of its own",
+        f"ten a second for an operator {api.MAX_RETRIES_PER_CALL} in one call",
+        f"{database.WAL_MAX // 1024**2} MiB and one transaction",
+        f"warns at {health.LARGE_WAL // 1024**2} MiB",
         f"{store.SWEEP_ROWS} sessions in one operation",
         f"the latest {store.HISTORY_MAX}",
         f"{store.PRUNE_ROWS} sessions in one operation",

@@ -134,7 +134,7 @@ async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-    steps = ["+3600", "+0", "-3600", "+0", "+86400", "+0"] * (3 if FULL else 1)
+    steps = ["+3600", "+0", "-3600", "+0", "+86400", "+0"] if FULL else ["+3600", "+0", "-3600"]
     async with wallet(rng) as acme, aiohttp.ClientSession() as client:
         toml = TOML.format(grace="0s", downtime="pause") + OPERATOR.format(name="acme", url=acme.url)
         daemon = Process(tmp_path, toml, environment)

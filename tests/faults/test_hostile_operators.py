@@ -82,10 +82,19 @@ def gzip_bomb() -> bytes:
     return answer(gzip.compress(bytes(10 * 2**20)), "200 OK", "Content-Encoding: gzip")
 
 
-def too_many(retry_after: str, waits_s: float | None) -> Row:
+def too_many(retry_after: str | Callable[[], str], waits_s: float | None) -> Row:
     attempts, state = (2, "dead") if waits_s is None else (1, "pending")
-    steps = (answer("", "429 Too Many Requests", f"Retry-After: {retry_after}"),)
-    return Row(f"429-retry-after-{retry_after[:12]}", steps, "status_429", 429, state, attempts, waits_s=waits_s)
+    name = "in-half-an-hour" if callable(retry_after) else retry_after[:12]
+
+    def steps() -> Iterable[Step]:
+        value = retry_after() if callable(retry_after) else retry_after
+        return (answer("", "429 Too Many Requests", f"Retry-After: {value}"),)
+
+    return Row(f"429-retry-after-{name}", steps, "status_429", 429, state, attempts, waits_s=waits_s)
+
+
+def in_half_an_hour() -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=1800), usegmt=True)
 
 
 INSIDE = "http://inside/latest/meta-data/iam/"  # stands for the trap's address, which stands for 169.254.169.254
@@ -175,7 +184,7 @@ ANSWERING = [
     ),
     Row("410", (answer("", "410 Gone"),), "gone", 410, "pending", 0),
     too_many("1000", 1000),
-    too_many(format_datetime(datetime.now(UTC) + timedelta(seconds=1800), usegmt=True), 1700),
+    too_many(in_half_an_hour, 1700),
     too_many("9" * 4000, 3600),
     too_many("Fri, 31 Dec 9999 23:59:59 GMT", 3600),
     too_many("soon", None),

@@ -17,11 +17,12 @@ from witness import OPERATOR, Witness, check, settled, wallet
 
 INTERRUPTED = (sys.executable, str(Path(__file__).with_name("interrupted.py")))
 HOOK = """
-refused = set()
+import pathlib
 
 async def told(event):
-    if event.session_id.startswith("refused") and event.session_id not in refused:
-        refused.add(event.session_id)
+    refused = pathlib.Path(__file__).with_name(event.session_id)
+    if event.session_id.startswith("refused") and not refused.exists():
+        refused.touch()
         raise RuntimeError("not now")
 """
 TOML = """

@@ -31,7 +31,7 @@ async def meet(witness: Witness, session_id: str, rng: Random) -> tuple[int, boo
 async def test_a_touch_acknowledged_keeps_the_session_and_one_refused_never_does(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    rounds = 40 if FULL else 8
+    rounds = 24 if FULL else 8
     async with wallet(rng) as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
         toml = '[sessions]\nrestart_grace = "0s"\n' + OPERATOR.format(name="acme", url=acme.url)
         with process(tmp_path, toml) as daemon:

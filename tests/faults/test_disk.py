@@ -241,15 +241,18 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def strace(daemon: Daemon, *injections: str, only: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """The running process under strace with these faults injected, on one file or all; leaving lifts them.
+def strace(
+    daemon: Daemon, *injections: str, only: Path | None = None, calls: str = "", log: Path | str = os.devnull
+) -> Iterator[subprocess.Popen[str]]:
+    """The running process under strace with these faults injected, on one file or all; leaving lifts them. `calls` are
+    written to the log besides, with the files' names.
 
     Skips where there is no strace (a Debian package) or no permission to trace.
     """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    calls = {call for one in injections for call in one.partition(":")[0].split(",")}
-    command = ["strace", "-f", "-q", "-o", os.devnull, "-p", str(daemon.popen.pid), "-e", "trace=" + ",".join(calls)]
+    traced = ",".join([*(one.partition(":")[0] for one in injections), *([calls] if calls else [])])
+    command = ["strace", "-f", "-q", "-y", "-o", str(log), "-p", str(daemon.popen.pid), "-e", f"trace={traced}"]
     command += itertools.chain.from_iterable(("-e", f"inject={one}") for one in injections)
     command += [] if only is None else ["-P", str(only)]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -555,6 +558,39 @@ def test_killed_inside_a_commit_or_a_checkpoint_at_any_write_it_has_lost_nothing
         assert daemon.rows("PRAGMA integrity_check") == [("ok",)]
         repeats = wallet.attempts.total() - len(ended)
         measured(kills=kills, acknowledged=ledger.acknowledged, lost=0, ended=len(ended), sent_again=repeats)
+
+
+def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed_what_it_acknowledges(
+    tmp_path: Path, measured: Callable[..., None]
+) -> None:
+    """A power cut loses what was written and not synced. So between the last write to the WAL and each answer there is
+    a sync of the WAL that has succeeded.
+    """
+    log = tmp_path / "calls"
+    with daemon_on(tmp_path) as daemon:
+        ledger = Ledger(daemon)
+        with strace(daemon, calls="pwrite64,fdatasync,sendto", log=log):
+            for number in range(20):
+                ledger.must("open", f"s{number}")
+                ledger.must("touch", f"s{number}")
+                ledger.must(("close", "notice")[number % 2], f"s{number}")
+        synced = False
+        answers = 0
+        for line in log.read_text().splitlines():
+            if str(daemon.wal) in line and "pwrite64(" in line:
+                synced = False
+            elif str(daemon.wal) in line and "fdatasync(" in line:
+                syncing, synced = (
+                    line.split()[0],
+                    line.endswith("= 0"),
+                )  # unfinished, where another thread comes between
+            elif "fdatasync resumed" in line and line.split()[0] == syncing:
+                synced = line.endswith("= 0")
+            elif '"HTTP/1.1 20' in line:
+                assert synced, line
+                answers += 1
+        assert answers == 60
+        measured(answers=answers, sent_before_the_sync=0)
 
 
 # -- a reader in the way

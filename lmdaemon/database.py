@@ -225,7 +225,8 @@ class Database(Generic[_Txn]):
         """The writer: takes what is queued, for ever. While the file refuses writes it tries by itself."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), PROBE_S if self.failure else None)
+                async with asyncio.timeout(PROBE_S if self.failure else None):
+                    await self._wake.wait()
             self._wake.clear()
             while self._queue or self.failure:
                 await self.write_batch()

@@ -338,7 +338,11 @@ class Lane:
         opens_at = retry.opens_at(gate, now_at)
         if opens_at is None or opens_at > now_at:
             return 0
-        if retry.breaker(gate, now_at) == "half-open":
+        return self._places(gate)
+
+    def _places(self, gate: Gate) -> int:
+        """Attempts that may be added once the gate lets something through: one probe, or as many as there are slots."""
+        if self.gated and gate.failures >= retry.BREAKER_OPENS_AT:
             return 0 if self.in_flight else 1
         return self.slots
 
@@ -348,7 +352,7 @@ class Lane:
         if self.next_due_at is None or opens_at is None:
             return None
         at = max(self.next_due_at, opens_at)
-        return at if self.free(gate, at) else None
+        return at if self._places(gate) else None
 
 
 Attempted = Callable[[str, str, retry.Outcome], None]
@@ -366,6 +370,7 @@ class Dispatcher:
         self._sender = sender
         self._rng = rng
         self._lanes: dict[tuple[str, str], Lane] = {}
+        self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
@@ -388,8 +393,8 @@ class Dispatcher:
             ]
             for sink, policy, plugin in sinks:
                 lane = lanes[operator.name, sink] = Lane(operator, sink, policy, plugin)
-                if (operator.name, sink) in self._lanes:
-                    lane.in_flight = self._lanes[operator.name, sink].in_flight
+                # also of a lane that went while attempts were under way, and comes back
+                lane.in_flight = self._in_flight.setdefault((operator.name, sink), lane.in_flight)
                 if plugin is not None:
                     plugin.freed = self.wake
         self._lanes = lanes
@@ -427,7 +432,8 @@ class Dispatcher:
                 raise self._crash
             self.pulse.sleeping(wait_s)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._alarm.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._alarm.wait()
             self._alarm.clear()
 
     async def once(self) -> float | None:

@@ -362,6 +362,7 @@ class Store:
         return _Change(self.service_clock.now_ms(), self._clock.wall_ms(), self.sinks_of, self.configured, self.gates)
 
     def _committed(self, change: _Change) -> None:
+        was_live = self.live > 0
         for name, figures in change.figures.items():
             total = self.figures.setdefault(name, Figures())
             total.live += figures.live
@@ -374,7 +375,8 @@ class Store:
             before = (self.next_due_ms, self.next_lifetime_at)
             self.next_due_ms = _least(self.next_due_ms, change.next_due_ms)
             self.next_lifetime_at = _least(self.next_lifetime_at, change.next_lifetime_at)
-            if before != (self.next_due_ms, self.next_lifetime_at):
+            # Also when the first session opens: while none was live, nobody read the service clock.
+            if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
                 self.on_deadline()
         if change.ended:
             self.on_ended(change.ended)

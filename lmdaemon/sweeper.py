@@ -106,7 +106,8 @@ class Sweeper:
             wait_s = await self._once_if_possible()
             self.pulse.sleeping(wait_s)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._alarm.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._alarm.wait()
             self._alarm.clear()
 
     async def _once_if_possible(self) -> float | None:

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from conftest import HandClock
 from standardwebhooks import Webhook
-from support import bench, hear, load, operator_table, scripted_operator, until
+from support import LISTEN, bench, hear, load, operator_table, scripted_operator, until
 
 from lmdaemon import delivery, retry, store
 from lmdaemon.config import Settings
@@ -665,4 +665,28 @@ async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing
             await b.dispatcher.once()
             hold.set()
             await b.round()
+            assert (await b.row()).state == "delivered"
+
+
+async def test_an_operator_that_leaves_the_file_and_comes_back_is_not_sent_what_is_under_way(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    hold = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        await hold.wait()
+        return web.json_response({"error": 0})
+
+    async with scripted_operator(slow) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            await b.end()
+            await b.dispatcher.once()
+            await operator.wait_for(1)
+            b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+            b.dispatcher.configure(b.settings, {})
+            await b.dispatcher.once()
+            assert b.dispatcher.in_flight == 1
+            hold.set()
+            await b.round()
+            assert len(operator.received) == 1
             assert (await b.row()).state == "delivered"

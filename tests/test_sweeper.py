@@ -156,6 +156,17 @@ async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(
         running.cancel()
 
 
+async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
+    db: Store, clock: HandClock, sweeper: Sweeper
+) -> None:
+    """Its deadline is later than the one last known, which needs no wake-up; but nobody was reading the clock."""
+    await open_session(db, "first", idle_s=1)
+    await db.end("acme", "first")
+    sweeper._alarm.clear()
+    await open_session(db, "second", idle_s=600)
+    assert sweeper._alarm.is_set()
+
+
 async def test_everything_due_goes_in_bounded_batches(
     db: Store, clock: HandClock, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

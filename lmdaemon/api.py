@@ -385,6 +385,11 @@ def _problem(problem: Problem, headers: Mapping[str, str] | None = None) -> web.
     )
 
 
+def malformed() -> web.Response:
+    """The answer to what is no HTTP."""
+    return _problem(_bad("malformed HTTP"))
+
+
 def _bad(detail: str) -> Problem:
     return Problem(400, "Bad Request", detail)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from aiohttp import web
 
-from lmdaemon import config, log, plugins, retry, systemd
+from lmdaemon import api, config, endpoint, log, plugins, retry, systemd
 from lmdaemon.api import Api
 from lmdaemon.clock import Clock
 from lmdaemon.config import ConfigError, Settings
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
-from lmdaemon.http import bind
+from lmdaemon.http import Site, bind
 from lmdaemon.metrics import Metrics, Reading
 from lmdaemon.model import Session
 from lmdaemon.plugins import LoadedPlugin
@@ -33,7 +33,6 @@ from lmdaemon.version import __version__
 STATUS_EVERY_S = 10.0
 PRUNE_EVERY_MAX_S = 3600.0
 PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
-KEEPALIVE_S = 75.0
 NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
 
 events = log.Log("daemon")
@@ -138,18 +137,17 @@ class Daemon:
             handed_over, {name: (listen.host, listen.port, listen.unix) for name, listen in wanted.items()}
         )
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
-        # A compressed body is refused by its header, so it must not be unpacked before anybody looks.
-        options: Any = {"access_log": None, "keepalive_timeout": KEEPALIVE_S, "auto_decompress": False}
         runners: dict[str, web.BaseRunner] = {
-            "server": web.ServerRunner(web.Server(self._endpoint.handle, **options), shutdown_timeout=within_s),
-            "api": web.AppRunner(self._api.application(), shutdown_timeout=within_s, **options),
+            "server": web.ServerRunner(web.Server(self._endpoint.handle), shutdown_timeout=within_s),
+            "api": web.AppRunner(self._api.application(), shutdown_timeout=within_s),
         }
+        malformed = {"server": endpoint.malformed(), "api": api.malformed()}
         for name, runner in runners.items():
             listening = assigned.get(name) or bind(wanted[name])
             stack.callback(listening.close)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await web.SockSite(runner, listening).start()
+            await Site(runner, listening, malformed[name]).start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
 

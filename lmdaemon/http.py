@@ -1,4 +1,4 @@
-"""What both listeners need of HTTP: a bounded body, the client's address, a bearer token, listening sockets.
+"""What both listeners need of HTTP: connections, heads and bodies within bounds, the client's address, tokens, sockets.
 
 Called by `endpoint`, `api` and `daemon`; it knows nothing of sessions or dialects.
 """
@@ -11,14 +11,23 @@ import socket
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
 
 from lmdaemon.config import Listen, Network
+from lmdaemon.log import Log
 
-BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body: slow senders are cut
+HEAD_TIMEOUT_S = 10.0  # from the connect to the end of the first request's headers: slow senders are cut
+BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body
+KEEPALIVE_S = 75.0  # for which a connection may wait for its next request
+CONNECTIONS_MAX = 2000  # to one listener
+LINE_MAX = 4096  # bytes of the request line
+HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
 BACKLOG = 512
+
+log = Log("http")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -29,6 +38,92 @@ class BodyTooLarge(Exception):  # noqa: N818 - a verdict on a request
 
 class BodyTooSlow(Exception):  # noqa: N818
     """The body did not arrive within BODY_TIMEOUT_S, or broke off."""
+
+
+class Connection(web.RequestHandler):
+    """A connection with what aiohttp leaves open: a limit to the time for its first request, and an answer to what is
+    no HTTP that does not repeat it.
+    """
+
+    __slots__ = ("_head_timer", "_malformed")
+
+    def __init__(self, server: web.Server, malformed: web.Response) -> None:
+        options: Any = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_S,
+            "max_line_size": LINE_MAX,
+            "max_headers": HEADERS_MAX,
+            "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
+        }
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self._malformed = malformed
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._head_timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT_S, self._cut)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _cut(self) -> None:
+        if self._request_count == 0:
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun")
+        log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
+        answer = web.Response(body=self._malformed.body, status=status, content_type=self._malformed.content_type)
+        answer.force_close()
+        return answer
+
+
+class _Turned(asyncio.Protocol):
+    """A connection too many: told to come back, and closed."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101 - for the type checker
+        transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n")
+        transport.write(b"Connection: close\r\n\r\n")
+        transport.close()
+
+
+class Site(web.BaseSite):
+    """Serves a runner's requests on a socket, CONNECTIONS_MAX connections at a time. `malformed` answers what is no
+    HTTP.
+    """
+
+    __slots__ = ("_malformed", "_socket")
+
+    def __init__(self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response) -> None:
+        super().__init__(runner)
+        self._socket = listening
+        self._malformed = malformed
+
+    @property
+    def name(self) -> str:
+        return str(self._socket.getsockname())
+
+    async def start(self) -> None:
+        await super().start()
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, sock=self._socket, backlog=BACKLOG)
+
+    def _accept(self) -> asyncio.Protocol:
+        server = self._runner.server
+        assert server is not None  # noqa: S101 - BaseSite has checked it
+        if len(server.connections) >= CONNECTIONS_MAX:
+            return _Turned()
+        return Connection(server, self._malformed)
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:

@@ -286,7 +286,6 @@ class Api:
     def _shown(self, operator: Operator, oldest_at: int | None) -> dict[str, Any]:
         now_at = self._clock.wall_ms()
         gate, figures = self._store.gate(operator.name), self._store.figures_of(operator.name)
-        not_before_at = retry.not_before_at(gate, now_at)
         return {
             "operator": operator.name,
             "notify": operator.notify,
@@ -298,7 +297,7 @@ class Api:
             "pending": figures.pending,
             "dead": figures.dead,
             "oldestPendingSeconds": None if oldest_at is None else max(0, now_at - oldest_at) / 1000,
-            "notBefore": rfc3339(not_before_at) if not_before_at > now_at else None,
+            "notBefore": rfc3339(gate.not_before_at) if gate.not_before_at > now_at else None,
         }
 
     async def hold(self, request: web.Request) -> web.Response:

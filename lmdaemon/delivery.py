@@ -35,7 +35,7 @@ from lmdaemon.log import Log, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
-from lmdaemon.store import RETRY_SPACING_MS, Claim, NewDelivery, Settlement, Store, StoreError
+from lmdaemon.store import Claim, NewDelivery, Settled, Settlement, Store, StoreError
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer
@@ -47,7 +47,7 @@ STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
 LOOK_AGAIN_S = 60.0
 LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
-STEP_BACK_MS = 1000  # the wall clock behind the monotonic one by more, between two rounds, has been set back
+STEP_BACK_MS = 1000  # by more than this, between two rounds, the wall clock has not drifted but was set back
 
 log = Log("delivery")
 
@@ -320,6 +320,10 @@ class Lane:
         self.next_due_at: int | None = 0  # looked up at the first round
         self.in_flight: set[int] = set()  # ids of deliveries
 
+    def note_due(self, due_at: int) -> None:
+        """A row is due then, perhaps before those known so far."""
+        self.next_due_at = due_at if self.next_due_at is None else min(self.next_due_at, due_at)
+
     @property
     def gated(self) -> bool:
         """Hold, Retry-After and breaker are for URLs; a plug-in has its schedule."""
@@ -335,7 +339,7 @@ class Lane:
         """How many rows may be claimed now."""
         if not self.gated:
             return self.slots
-        opens_at = retry.opens_at(gate, now_at)
+        opens_at = retry.opens_at(gate)
         if opens_at is None or opens_at > now_at:
             return 0
         return self._places(gate)
@@ -346,9 +350,9 @@ class Lane:
             return 0 if self.in_flight else 1
         return self.slots
 
-    def ready_at(self, gate: Gate, now_at: int) -> int | None:
+    def ready_at(self, gate: Gate) -> int | None:
         """Wall time from which rows can be claimed; None while only a wake-up can change that."""
-        opens_at = retry.opens_at(gate, now_at) if self.gated else 0
+        opens_at = retry.opens_at(gate) if self.gated else 0
         if self.next_due_at is None or opens_at is None:
             return None
         at = max(self.next_due_at, opens_at)
@@ -374,7 +378,8 @@ class Dispatcher:
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
-        self._ahead_ms = clock.wall_ms() - clock.monotonic() * 1000  # the wall clock, of the monotonic one
+        # The wall clock, of the monotonic one; the first round finds out what happened between two runs.
+        self._ahead_ms = clock.wall_ms() - clock.monotonic() * 1000 + store.behind_ms
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
@@ -408,7 +413,7 @@ class Dispatcher:
     def _note_due(self, operator: str, sink: str, due_at: int) -> None:
         lane = self._lanes.get((operator, sink))
         if lane is not None:
-            lane.next_due_at = due_at if lane.next_due_at is None else min(lane.next_due_at, due_at)
+            lane.note_due(due_at)
             self.wake()
 
     @property
@@ -442,9 +447,7 @@ class Dispatcher:
         Raises StoreError.
         """
         now_at = self._clock.wall_ms()
-        if self._was_set_back(now_at):
-            for lane in self._lanes.values():
-                lane.next_due_at = 0  # look at what waits: see retry.due_at
+        await self._follow_wall_clock(now_at)
         ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
         if ready:
             claims = [self._claim(lane, now_at) for lane in ready]
@@ -462,12 +465,18 @@ class Dispatcher:
                 self._start(lane, [row for row in rows if row.id not in taken], now_at)
         return self._wait_s()
 
-    def _was_set_back(self, now_at: int) -> bool:
+    async def _follow_wall_clock(self, now_at: int) -> None:
+        """Waits outlive the process, so they are kept as wall times. When the wall clock is set back, by an hour or
+        from a wrong century, they are put back with it: nothing waits longer than it was meant to. Raises StoreError.
+        """
         ahead_ms = now_at - self._clock.monotonic() * 1000
-        back_ms, self._ahead_ms = self._ahead_ms - ahead_ms, ahead_ms
-        if back_ms > STEP_BACK_MS:
-            log.warning("clock.set_back", by_s=back_ms / 1000)
-        return back_ms > STEP_BACK_MS
+        by_ms = int(self._ahead_ms - ahead_ms)
+        if by_ms > STEP_BACK_MS:
+            await self._store.set_back(by_ms)
+            log.warning("clock.set_back", by_s=by_ms / 1000)
+            for lane in self._lanes.values():
+                lane.next_due_at = 0
+        self._ahead_ms = ahead_ms
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
         gate = self._store.gate(lane.operator.name)
@@ -484,23 +493,14 @@ class Dispatcher:
         free = lane.free(gate, now_at)
         probe = lane.gated and retry.breaker(gate, now_at) != "closed"
         for row in rows:
-            due_at = self._due_at(lane, row.due_at, row.step, now_at)
-            if due_at > now_at or free <= 0:
-                self._note_later(lane, due_at)
+            if row.due_at > now_at or free <= 0:
+                lane.note_due(row.due_at)
                 break
             free -= 1
             lane.in_flight.add(row.id)
             task = asyncio.create_task(self._deliver(lane, row, probe=probe))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
-
-    def _due_at(self, lane: Lane, kept_at: int, step: int, now_at: int) -> int:
-        paced_ms = RETRY_SPACING_MS * self._store.figures_of(lane.operator.name).pending
-        return retry.due_at(kept_at, step, lane.policy.schedule_s, paced_ms, now_at)
-
-    @staticmethod
-    def _note_later(lane: Lane, due_at: int) -> None:
-        lane.next_due_at = due_at if lane.next_due_at is None else min(lane.next_due_at, due_at)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -509,13 +509,12 @@ class Dispatcher:
             self.wake()
 
     def _wait_s(self) -> float | None:
-        now_at = self._clock.wall_ms()
-        times = [lane.ready_at(self._store.gate(lane.operator.name), now_at) for lane in self._lanes.values()]
+        times = [lane.ready_at(self._store.gate(lane.operator.name)) for lane in self._lanes.values()]
         earliest = min((at for at in times if at is not None), default=None)
         if earliest is None:
             return None
         # Wall time may step: look again once a minute, however far away the next row seems.
-        return min(max(0.0, (earliest - now_at) / 1000), LOOK_AGAIN_S)
+        return min(max(0.0, (earliest - self._clock.wall_ms()) / 1000), LOOK_AGAIN_S)
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """One row, from its slot to its settled result."""
@@ -524,22 +523,21 @@ class Dispatcher:
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
                 self._log_dead(lane, row, row.attempts, "max_age")
-                settlement = Settlement(replace(row, last_error="max_age"), "dead", row.due_at, row.step)
+                settlement = Settlement(replace(row, last_error="max_age"), "dead", 0, row.step)
             else:
                 outcome = await self._attempt(lane, row)
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
-            await self._settle(lane, settlement)
-            due_at, step = settlement.due_at if settlement.state == "pending" else None, settlement.step
+            settled = await self._settle(lane, settlement)
+            due_at = settled.due_at if settlement.state == "pending" else None
         except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
             await asyncio.sleep(STORE_RETRY_S)
-            due_at, step = row.due_at, row.step
+            due_at = row.due_at
         finally:
             lane.in_flight.discard(row.id)
             self.wake()
-        # A round may have come between the commit and this line, and passed over a row that was still in flight; and
-        # the wall clock may have been set back since the wait was reckoned.
+        # A round may have come between the commit and this line, and passed over a row that was still in flight.
         if due_at is not None:
-            self._note_due(row.operator, row.sink, self._due_at(lane, due_at, step, self._clock.wall_ms()))
+            self._note_due(row.operator, row.sink, due_at)
 
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()
@@ -593,7 +591,6 @@ class Dispatcher:
         self, lane: Lane, row: Delivery, outcome: retry.Outcome, began_at: int, *, probe: bool
     ) -> Settlement:
         """What the outcome means for the row, and what it will do to its operator's gate."""
-        now_at = self._clock.wall_ms()
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
         attempt = {
             "at": began_at,
@@ -603,10 +600,10 @@ class Dispatcher:
             "error": outcome.reason or None,
         }
 
-        def alter(gate: Gate) -> Gate:
+        def alter(gate: Gate, now_at: int) -> Gate:
             return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
 
-        settlement = Settlement(row, "dead", row.due_at, row.step, attempt, gate=alter if lane.gated else None)
+        settlement = Settlement(row, "dead", 0, row.step, attempt, gate=alter if lane.gated else None)
         if outcome.verdict == "delivered":
             log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
             return settlement._replace(state="delivered")
@@ -617,17 +614,18 @@ class Dispatcher:
             self._log_dead(lane, row, row.attempts + 1, outcome.reason)
             return settlement
         log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s, reason=outcome.reason)
-        return settlement._replace(state="pending", due_at=now_at + int(wait_s * 1000), step=row.step + 1)
+        return settlement._replace(state="pending", wait_ms=int(wait_s * 1000), step=row.step + 1)
 
-    async def _settle(self, lane: Lane, settlement: Settlement) -> None:
+    async def _settle(self, lane: Lane, settlement: Settlement) -> Settled:
         """Stores the result; while the store refuses, the row stays in flight, so that it is not sent again."""
         while True:
             try:
-                before, after = await self._store.settle(settlement)
+                settled = await self._store.settle(settlement)
             except StoreError:
                 await asyncio.sleep(STORE_RETRY_S)
             else:
-                return self._log_gate(lane.operator, before, after)
+                self._log_gate(lane.operator, settled.before, settled.after)
+                return settled
 
     @staticmethod
     def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str) -> None:

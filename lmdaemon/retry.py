@@ -92,41 +92,19 @@ def delay_s(step: int, schedule: Sequence[float], rng: Random) -> float | None:
     return schedule[step] * rng.uniform(1 - JITTER, 1 + JITTER)
 
 
-# The waits are kept as wall times, for they outlive the process. A wall clock that was set back, by an hour or from a
-# wrong century, would leave them far away: so one that is further away than it was made is over.
-
-
-def due_at(kept_at: int, step: int, schedule: Sequence[float], paced_ms: int, now_at: int) -> int:
-    """When a delivery kept as due at `kept_at`, after `step` failures, is due: now, if the wall clock was set back.
-
-    `paced_ms` is how far away deliveries that were retried by hand may have been spaced out.
-    """
-    wait_ms = schedule[min(step, len(schedule)) - 1] * (1 + JITTER) * 1000 if step else 0
-    return kept_at if kept_at - now_at <= max(wait_ms, paced_ms) else now_at
-
-
-def not_before_at(gate: Gate, now_at: int) -> int:
-    """Wall time until which a Retry-After holds the operator back; 0: none does."""
-    return gate.not_before_at if gate.not_before_at - now_at <= RETRY_AFTER_MAX_S * 1000 else 0
-
-
-def _probe_at(gate: Gate, now_at: int) -> int:
-    return gate.probe_at if gate.probe_at - now_at <= gate.pause_ms else 0
-
-
 def breaker(gate: Gate, now_at: int) -> Literal["closed", "open", "half-open"]:
     """The breaker's state: half-open once its pause is over and one probe may go, or is under way."""
     if gate.failures < BREAKER_OPENS_AT:
         return "closed"
-    return "half-open" if now_at >= _probe_at(gate, now_at) else "open"
+    return "half-open" if now_at >= gate.probe_at else "open"
 
 
-def opens_at(gate: Gate, now_at: int) -> int | None:
+def opens_at(gate: Gate) -> int | None:
     """Wall time from which the gate lets something through; None while it is held."""
     if gate.held_at is not None:
         return None
-    probe_at = _probe_at(gate, now_at) if gate.failures >= BREAKER_OPENS_AT else 0
-    return max(not_before_at(gate, now_at), probe_at)
+    probe_at = gate.probe_at if gate.failures >= BREAKER_OPENS_AT else 0
+    return max(gate.not_before_at, probe_at)
 
 
 def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:
@@ -139,7 +117,7 @@ def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, pro
         # Jitter only upward: a peer that says "not before" means it.
         wait_ms = int(outcome.retry_after_s * rng.uniform(1, 1 + JITTER) * 1000)
         wait_ms = min(wait_ms, int(RETRY_AFTER_MAX_S * 1000))
-        gate = replace(gate, not_before_at=max(not_before_at(gate, now_at), now_at + wait_ms))
+        gate = replace(gate, not_before_at=max(gate.not_before_at, now_at + wait_ms))
     if outcome.verdict == "hold":
         return hold(gate, now_at, outcome.reason)
     if outcome.verdict != "retry":

@@ -13,6 +13,7 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -93,17 +94,26 @@ class Swept(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The result of one attempt: what becomes of the row, the history's entry (None when nothing was sent), whether it
-    counts as an attempt, and what it does to the operator's gate (None for a plug-in, which has none).
+    """The result of one attempt: what becomes of the row, after how many milliseconds a pending one is due again, the
+    history's entry (None when nothing was sent), whether it counts as an attempt, and what it does to the operator's
+    gate at the wall time of its commit (None for a plug-in, which has none).
     """
 
     delivery: Delivery
     state: DeliveryState
-    due_at: int
+    wait_ms: int
     step: int
     attempt: Mapping[str, Any] | None = None
     spent: bool = True
-    gate: Callable[[Gate], Gate] | None = None
+    gate: Callable[[Gate, int], Gate] | None = None
+
+
+class Settled(NamedTuple):
+    """When the row is due again, if it is pending, and the operator's gate before and after."""
+
+    due_at: int
+    before: Gate
+    after: Gate
 
 
 class Claim(NamedTuple):
@@ -224,6 +234,7 @@ _SETTLE = """
 UPDATE delivery SET state = ?, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
                     last_error = ?, history = ?
 WHERE id = ? AND state = 'pending'"""
+_SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 _REVIVE = """
 UPDATE delivery SET state = 'pending', due_at = ?, settled_at = NULL, step = 0, aged_from_at = ?, held_base_ms = ?
 WHERE id = ?"""
@@ -269,6 +280,7 @@ class Store:
         self.gates: dict[str, Gate] = {}
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
+        self.behind_ms = 0  # by how much the wall clock is behind the last sign of life of the run before
         self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
         self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
         self.on_deadline: Callable[[], None] = lambda: None
@@ -290,6 +302,7 @@ class Store:
             if count_downtime and wall_at:
                 service_ms += max(0, clock.wall_ms() - wall_at)
             store = cls(database, clock, ServiceClock(clock, service_ms))
+            store.behind_ms = max(0, wall_at - clock.wall_ms())
             await store._load()
             await database.accept()
         except StoreError as error:  # a page that the opening has not met
@@ -416,13 +429,17 @@ class Store:
         # deadline, every sweep that could end its session stands behind it, however long the disk takes.
         return await self._db.write(_end_due, self.service_clock.now_ms() if idle else None)
 
-    async def settle(self, settlement: Settlement) -> tuple[Gate, Gate]:
-        """Stores the result of an attempt; returns the operator's gate before and after it. Raises StoreError."""
+    async def settle(self, settlement: Settlement) -> Settled:
+        """Stores the result of an attempt. Raises StoreError."""
         return await self._db.write(_settle, settlement)
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
         return await self._db.write(_set_gate, (operator, change))
+
+    async def set_back(self, by_ms: int) -> None:
+        """Puts every wait that is kept as a wall time back with the wall clock. Raises StoreError."""
+        await self._db.write(_set_back, by_ms)
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
         """Makes up to RETRY_ROWS deliveries that died since then due again, spaced out. Returns how many."""
@@ -659,17 +676,18 @@ def _end(
     return ended
 
 
-def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[tuple[Gate, Gate]]:
+def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
     return [_settle_one(change, settlement) for settlement in settlements]
 
 
-def _settle_one(change: _Change, settlement: Settlement) -> tuple[Gate, Gate]:
+def _settle_one(change: _Change, settlement: Settlement) -> Settled:
     delivery, attempt = settlement.delivery, settlement.attempt or {}
+    due_at = change.wall_at + settlement.wait_ms
     pending = settlement.state == "pending"
     history = json.loads(delivery.history)
     if attempt:
         history.append(attempt)
-    state = (settlement.state, settlement.due_at, None if pending else change.wall_at)
+    state = (settlement.state, due_at, None if pending else change.wall_at)
     count = (delivery.attempts + bool(attempt and settlement.spent), settlement.step)
     last = (
         attempt.get("status", delivery.last_status),
@@ -677,19 +695,36 @@ def _settle_one(change: _Change, settlement: Settlement) -> tuple[Gate, Gate]:
         attempt.get("error", delivery.last_error),
     )
     cursor = change.sql.execute(_SETTLE, (*state, *count, *last, json.dumps(history[-HISTORY_MAX:]), delivery.id))
-    if cursor.rowcount:
-        _count_settled(change, settlement, pending=pending)
-    gate = _gate(change, delivery.operator)
-    return gate, gate if settlement.gate is None else _set_gate_one(change, delivery.operator, settlement.gate)
+    if cursor.rowcount and pending:
+        change.note_due(delivery.operator, delivery.sink, due_at)
+    elif cursor.rowcount:
+        change.of(delivery.operator).pending -= 1
+        change.of(delivery.operator).dead += settlement.state == "dead"
+    before, alter = _gate(change, delivery.operator), settlement.gate
+    if alter is None:
+        return Settled(due_at, before, before)
+    return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
 
 
-def _count_settled(change: _Change, settlement: Settlement, *, pending: bool) -> None:
-    delivery, figures = settlement.delivery, change.of(settlement.delivery.operator)
-    if pending:
-        change.note_due(delivery.operator, delivery.sink, settlement.due_at)
-    else:
-        figures.pending -= 1
-        figures.dead += settlement.state == "dead"
+def _set_back(change: _Change, arguments: Sequence[int]) -> list[None]:
+    now = change.wall_at
+    for by_ms in arguments:
+        change.sql.execute(_SET_BACK, (by_ms, now, now))
+        for operator in change.gates.keys() | change.new_gates.keys():
+            _set_gate_one(change, operator, partial(_gate_set_back, now_at=now, by_ms=by_ms))
+    return [None] * len(arguments)
+
+
+def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
+    def back(at: int) -> int:
+        return max(now_at, at - by_ms) if at > now_at else at
+
+    return replace(
+        gate,
+        not_before_at=back(gate.not_before_at),
+        probe_at=back(gate.probe_at),
+        paced_until_at=back(gate.paced_until_at),
+    )
 
 
 def _set_gate(change: _Change, arguments: Sequence[tuple[str, Callable[[Gate], Gate]]]) -> list[Gate]:

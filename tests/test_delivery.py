@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -638,8 +639,9 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
             assert b.db.gate("acme").failures == 5
             with hear() as events:
                 clock.step_wall(-73 * 365 * 86400)
-                for _ in range(5):
+                for _ in range(10):  # each wait is as long as it was meant to be, and no longer
                     await b.round()
+                    clock.advance(6)
             assert "clock.set_back" in [event.name for event in events]
             assert {(await b.row(f"s{number}")).state for number in range(5)} == {"delivered"}
 
@@ -665,7 +667,47 @@ async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing
             await b.dispatcher.once()
             hold.set()
             await b.round()
+            clock.advance(6)  # the first wait of the schedule
+            await b.round()
             assert (await b.row()).state == "delivered"
+
+
+async def test_a_wall_clock_that_was_set_back_while_nobody_ran_leaves_no_delivery_waiting(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    toml = operator_table("acme", "http://x/")
+    async with scripted_operator(web.Response(status=429, headers={"Retry-After": "60"})) as operator:
+        toml = toml.replace("http://x/", operator.url)
+        async with bench(tmp_path, clock, toml) as b:
+            for session_id in ("s", "behind"):
+                await b.end(session_id)
+            await b.round()
+        clock.step_wall(-86400)
+        async with bench(tmp_path, clock, toml) as b:
+            await b.round()
+            clock.advance(73)  # what Retry-After asked for, and its jitter
+            await b.round()
+            assert {(await b.row(one)).state for one in ("s", "behind")} == {"delivered"}
+
+
+async def test_a_wall_clock_that_is_set_back_keeps_the_pace_of_what_is_retried_by_hand(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    async with scripted_operator(*({"error": 120} for _ in range(30))) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            for number in range(30):
+                await b.end(str(number))
+            await b.round()
+            assert await b.db.retry_dead("acme", 0) == 30
+            await b.dispatcher.once()
+            clock.step_wall(-3600)
+            arrived = []
+            for _ in range(30):
+                await b.round()
+                arrived.append(len(operator.received) - 30)
+                clock.advance(0.1)
+            assert max(later - earlier for earlier, later in pairwise(arrived)) <= 2  # at most ten a second
+            assert arrived[-1] >= 29
 
 
 async def test_an_operator_that_leaves_the_file_and_comes_back_is_not_sent_what_is_under_way(

@@ -360,11 +360,11 @@ class TestDeliveries:
     async def test_a_settled_delivery_keeps_its_history_and_its_body(self, db: Store, clock: HandClock) -> None:
         first = await one_delivery(db)
         failed = attempt(status=500, error="status_500")
-        await db.settle(Settlement(first, "pending", clock.wall_ms() + 5000, 1, failed))
+        await db.settle(Settlement(first, "pending", 5000, 1, failed))
         second = await db.delivery(first.webhook_id)
         assert second is not None
         assert (second.attempts, second.step, second.last_status, second.last_error) == (1, 1, 500, "status_500")
-        await db.settle(Settlement(second, "delivered", second.due_at, 1, attempt(status=200, code="0")))
+        await db.settle(Settlement(second, "delivered", 0, 1, attempt(status=200, code="0")))
         third = await db.delivery(first.webhook_id)
         assert third is not None
         assert (third.state, third.attempts, third.last_error, third.body) == ("delivered", 2, None, BODY)
@@ -398,7 +398,7 @@ class TestDeliveries:
     async def test_lanes_are_claimed_earliest_due_first(self, db: Store, clock: HandClock) -> None:
         first, second = await one_delivery(db, "first"), await one_delivery(db, "second")
         await one_delivery(db, "elsewhere", "other")
-        await db.settle(Settlement(first, "pending", clock.wall_ms() + 9000, 1, attempt()))
+        await db.settle(Settlement(first, "pending", 9000, 1, attempt()))
         lanes = [Claim("acme", "http", 5), Claim("acme", "plugin:x", 5), Claim("other", "http", 1)]
         claimed = await db.claimable(lanes)
         assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
@@ -406,7 +406,7 @@ class TestDeliveries:
 
     async def test_gates_change_atomically_under_concurrent_results(self, db: Store) -> None:
         rows = [await one_delivery(db, str(number)) for number in range(4)]
-        failed = lambda gate: dataclasses.replace(gate, failures=gate.failures + 1)  # noqa: E731
+        failed = lambda gate, now_at: dataclasses.replace(gate, failures=gate.failures + 1)  # noqa: E731
         await asyncio.gather(*(db.settle(Settlement(row, "pending", 0, 1, attempt(), gate=failed)) for row in rows))
         assert db.gate("acme").failures == 4
 

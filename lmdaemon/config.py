@@ -318,11 +318,15 @@ def endpoint_key(path: str) -> str:
 
 
 def private_address(host: str) -> bool:
-    """Whether `host` is a literal address that only this machine or network can mean, metadata services included."""
+    """Whether `host` is a literal address that only this machine or network can mean, metadata services included.
+
+    So is a number in a form that the system's resolver takes for an address, as it takes 127.1 and 0x7f000001.
+    """
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
     except ValueError:
-        return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+        last = host.lower().rstrip(".").rpartition(".")[2]  # no top-level domain is a number (RFC 3696, section 2)
+        return last == "localhost" or last.isdigit() or last.startswith("0x")
     return not _public(address)
 
 

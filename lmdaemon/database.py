@@ -42,7 +42,6 @@ _OUTAGES = {
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CORRUPT,
@@ -121,6 +120,7 @@ class Database(Generic[_Txn]):
         self._committed_something = asyncio.Event()
         self._reading = 0
         self._closing = False
+        self._lost = False
         self._is_available = True
         self.begin: Callable[[], _Txn]
         self.committed: Callable[[_Txn], None]
@@ -132,12 +132,13 @@ class Database(Generic[_Txn]):
     @classmethod
     async def open(cls, path: Path, migrations: Sequence[str] | None = None) -> Self:
         """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot."""
+        path = _real(path)
         lock = _lock(path)
         try:
             _look_for_wal(path, lock)
             _create(path)
             async with AsyncExitStack() as stack:
-                keeper = await _connect(f"file:{quote(str(path))}?mode=ro", stack)
+                keeper = await _connect(f"file:{quote(os.fsencode(path))}?mode=ro", stack)
                 await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
@@ -159,9 +160,9 @@ class Database(Generic[_Txn]):
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
         self._stop_taking(StoreError("the store is closed"))
-        _mark(
-            self._lock, b""
-        )  # before the last connection removes the WAL: a crash in between must not look like a loss
+        if not self._lost:
+            # Before the last connection removes the WAL: a crash in between must not look like a loss.
+            _mark(self._lock, b"")
         await self._checkpointer.close()
         await self._reader.close()
         await self._writer.close()
@@ -253,10 +254,14 @@ class Database(Generic[_Txn]):
         """
         batch = self._next_batch()
         try:
-            txn, results = await self._write(batch)
+            await self._write_and_answer(batch)
         except asyncio.CancelledError:
             self._refuse(batch, StoreError("the daemon is stopping"))
             raise
+
+    async def _write_and_answer(self, batch: list[_Operation]) -> None:
+        try:
+            txn, results = await self._write(batch)
         except FileLostError as error:
             await self._give_up(batch, error)
         except Exception as error:
@@ -270,7 +275,9 @@ class Database(Generic[_Txn]):
     def _next_batch(self) -> list[_Operation]:
         batch: list[_Operation] = []
         rows = 0
-        while self._queue and len(batch) < BATCH_MAX and rows < BATCH_ROWS:
+        while self._queue and len(batch) < BATCH_MAX:
+            if batch and rows + self._queue[0].rows > BATCH_ROWS:
+                break
             batch.append(self._queue.popleft())
             rows += batch[-1].rows
         self._queued_rows -= rows
@@ -281,7 +288,7 @@ class Database(Generic[_Txn]):
         loop = asyncio.get_running_loop()
         txn = self.begin()
         self.writing_since = loop.time()
-        hung = loop.call_later(HUNG_S, self._hung)
+        hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
             return txn, await self._writer.run(_transaction, txn, batch, self._files)
         finally:
@@ -300,7 +307,13 @@ class Database(Generic[_Txn]):
             if not operation.answer.done():
                 operation.answer.set_result(result)
 
-    def _hung(self) -> None:
+    def _look_if_hung(self, since: float) -> None:
+        # Once more round the loop: if that was what hung, the result is there already.
+        asyncio.get_running_loop().call_soon(self._hung, since)
+
+    def _hung(self, since: float) -> None:
+        if self.writing_since != since:
+            return
         if self._is_available:
             log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
         self._set_available(False)
@@ -343,6 +356,7 @@ class Database(Generic[_Txn]):
         A WAL that was only unlinked is still open: what it holds is copied into the file before.
         """
         log.error("store.lost_file", reason=str(lost))
+        self._lost = True
         self._set_available(False)
         self.failure = str(lost)
         self._refuse(batch, StoreError(self.failure))
@@ -390,8 +404,10 @@ class _Files:
 
 
 def _is_outage(error: Exception) -> bool:
-    """Whether the disk refused, and not the operation."""
-    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", -1) & 0xFF in _OUTAGES
+    """Whether the disk or the machine refused, and not the operation."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", -1) & 0xFF in _OUTAGES
+    return isinstance(error, OSError | MemoryError)
 
 
 def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation], files: _Files) -> list[Any]:
@@ -423,10 +439,19 @@ def _empty_wal(connection: sqlite3.Connection, files: _Files) -> None:
     if time.monotonic() < files.blocked_until:
         return
     connection.execute("PRAGMA busy_timeout = 0")
-    (blocked, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+    try:
+        (blocked, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
     if blocked:
         files.blocked_until = time.monotonic() + CHECKPOINT_S
+
+
+def _real(path: Path) -> Path:
+    """The file itself, if it is a link: SQLite puts the WAL beside it, and there the lock belongs too. A relative path
+    that is none stays as it is, for the messages.
+    """
+    return path.resolve() if path.is_symlink() else path
 
 
 def _lock(path: Path) -> int:
@@ -457,8 +482,13 @@ def _look_for_wal(path: Path, lock: int) -> None:
     """After a daemon that did not end in order there is a WAL. If there is none, somebody has removed committed rows,
     and SQLite would say nothing.
     """
-    if os.pread(lock, len(IN_USE), 0) == IN_USE and not Path(f"{path}-wal").exists():
+    if os.pread(lock, len(IN_USE), 0) != IN_USE or Path(f"{path}-wal").exists():
+        return
+    if path.exists():
+        # Or another program has opened the file meanwhile, and its SQLite has copied the WAL into the file.
         log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
+    else:
+        log.error("store.file_missing", path=path, note="a new one is made; everything before is lost")
 
 
 def _create(path: Path) -> None:

@@ -99,23 +99,30 @@ class Resolver(AbstractResolver):
     that was checked once may point elsewhere at the next connect.
     """
 
+    running = 0  # lookups of all resolvers together
+
     def __init__(self, *, guarded: bool) -> None:
         self._guarded = guarded
-        self._running = 0
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        if self._running >= LOOKUPS_MAX:
+        if Resolver.running >= LOOKUPS_MAX:
             raise OSError(None, "too many lookups hang")
-        self._running += 1
-        found = await _on_a_thread(partial(_addresses, host, port, family), self._ended)
+        Resolver.running += 1
+        try:
+            future = _on_a_thread(partial(_addresses, host, port, family), self._ended)
+        except RuntimeError as error:  # the system lets us start no further thread
+            self._ended()
+            raise OSError(None, "too many lookups hang") from error
+        found = await future
         if self._guarded and any(private_address(address["host"]) for address in found):
             raise OSError(None, "private_address")
         return found
 
-    def _ended(self) -> None:
-        self._running -= 1
+    @staticmethod
+    def _ended() -> None:
+        Resolver.running -= 1
 
     async def close(self) -> None:
         """Nothing is kept open."""

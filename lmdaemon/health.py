@@ -55,15 +55,16 @@ class _Question(Generic[_Answer]):
     async def answer(self) -> _Answer:
         """The latest answer. Raises StoreError."""
         loop, now = asyncio.get_running_loop(), self._monotonic()
-        if self._task is None or (self._task.done() and now - self._asked >= ASK_EVERY_S):
+        task = self._task
+        if task is None or (task.done() and now - self._asked >= ASK_EVERY_S):
             self._asked, self._asked_loop = now, loop.time()
-            self._task = asyncio.create_task(self._ask())
-            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody asks again
+            task = self._task = asyncio.create_task(self._ask())
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody asks again
         left_s = max(0.0, self._asked_loop + ANSWER_WITHIN_S - loop.time())
-        done, _ = await asyncio.wait({self._task}, timeout=left_s)
+        done, _ = await asyncio.wait({task}, timeout=left_s)
         if not done:
             raise StoreError(f"{self._what} took longer than {ANSWER_WITHIN_S:g} s")
-        return self._task.result()
+        return task.result()
 
 
 class Health:

@@ -5,6 +5,7 @@ stall, and not before the requests that are already readable have been queued.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -31,13 +32,10 @@ class ExpiryAlarm:
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self._since = float("-inf")
+        self._lately: deque[tuple[float, int]] = deque()  # when how many ended, within MASS_S
         self._raised_at = float("-inf")
-        self._live = 0
-        self._ended = 0
         self.ended = 0  # within MASS_S, when it was last seen going on
         self.of = 0  # sessions that were live before those
-        self.count = 0  # mass expiries since the start
 
     @property
     def active(self) -> bool:
@@ -47,15 +45,15 @@ class ExpiryAlarm:
     def note(self, ended: int, live: int) -> None:
         """So many have just ended, and so many are live still."""
         now = self._monotonic()
-        if now - self._since > MASS_S:
-            self._since, self._ended, self._live = now, 0, live + ended
-        self._ended += ended
-        if self._ended <= MASS_SESSIONS or self._ended <= self._live * MASS_SHARE:
+        self._lately.append((now, ended))
+        while now - self._lately[0][0] > MASS_S:
+            self._lately.popleft()
+        ended = sum(one for _, one in self._lately)
+        if ended <= MASS_SESSIONS or ended <= (live + ended) * MASS_SHARE:
             return
         if now - self._raised_at > MASS_S:  # one that goes on is told once
-            self.count += 1
-            log.error("sweeper.mass_expiry", ended=self._ended, of=self._live, within_s=MASS_S)
-        self._raised_at, self.ended, self.of = now, self._ended, self._live
+            log.error("sweeper.mass_expiry", ended=ended, of=live + ended, within_s=MASS_S)
+        self._raised_at, self.ended, self.of = now, ended, live + ended
 
 
 class Sweeper:

@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import hear, until
@@ -234,7 +235,7 @@ async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Txn], mo
     """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
     monkeypatch.setattr(database, "BATCH_ROWS", 100)
     monkeypatch.setattr(database, "QUEUE_ROWS", 250)
-    waiting = [asyncio.ensure_future(db.write(insert, str(number), rows=60)) for number in range(6)]
+    waiting = [asyncio.ensure_future(db.write(insert, str(number), rows=50)) for number in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):
         await waiting[5]
@@ -274,6 +275,60 @@ async def test_a_rollback_that_failed_is_made_up_for(db: Database[Txn]) -> None:
     await db.write_batch()
     assert await queued == 1
     assert notes(db.path) == ["whole"]
+
+
+async def test_a_file_system_that_refuses_to_look_is_an_outage(
+    db: Database[Txn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(db._files, "check", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(StoreError, match="Input/output error"):
+            await stored(db, "x")
+        assert db.failure is not None
+    await stored(db, "y")
+    assert (notes(db.path), db.failure) == (["y"], None)
+
+
+async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db: Database[Txn]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert_unless_bad, value)) for value in ("bad", "a", "b")]
+    await asyncio.sleep(0)
+    write, started = db._write, asyncio.Event()
+
+    async def slow(batch: Any) -> Any:
+        if len(batch) == 1:
+            started.set()
+            await asyncio.Event().wait()
+        return await write(batch)
+
+    db._write = slow  # type: ignore[method-assign]
+    writing = asyncio.create_task(db.write_batch())
+    await started.wait()
+    writing.cancel()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(result) for result in results} == {StoreError}
+
+
+@pytest.mark.parametrize("name", ["link.sqlite3", "a b?c#d%41ü.sqlite3"])
+async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str) -> None:
+    if name.startswith("link"):
+        (tmp_path / name).symlink_to(tmp_path / "real.sqlite3")
+    for text in ("one", "two"):
+        opened = await Database.open(tmp_path / name, NOTES)
+        opened.begin, opened.committed = Txn, lambda txn: None
+        await opened.accept()
+        await stored(opened, text)
+        with pytest.raises(DatabaseError, match="in use"):
+            await Database.open(opened.path, NOTES)
+        await opened.close()
+    assert notes(tmp_path / name) == ["one", "two"]
+
+
+async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "notes.sqlite3"
+    path.with_name(path.name + ".lock").write_bytes(database.IN_USE)
+    with hear() as events:
+        await (await Database.open(path, NOTES)).close()
+    assert "store.file_missing" in [event.name for event in events]
 
 
 async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:

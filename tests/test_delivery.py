@@ -547,10 +547,9 @@ class TestEgress:
         operator = load(tmp_path / "config.toml", toml).operators["acme"]
         sender = Sender(clock)
         # /etc/hosts resolves this name to loopback on every machine, as a hostile DNS might
-        refused = {"localhost": "private_address", "127.0.0.1": "private_address", "[::1]": "private_address"}
-        refused |= {"127.1": "invalid_url", "2130706433": "invalid_url", "169.254.169.254": "private_address"}
-        for host, reason in refused.items():
-            with pytest.raises(Unreachable, match=reason):
+        inside = ("localhost", "127.0.0.1", "[::1]", "169.254.169.254", "127.1", "2130706433", "0x7f000001")
+        for host in inside:
+            with pytest.raises(Unreachable, match="private_address"):
                 await sender.post(operator, f"http://{host}:9/", "msg_1_ab", b"{}")
         await sender.close()
 
@@ -588,14 +587,23 @@ class TestALookup:
                 assert (await b.row("s", "good")).state == "delivered"
                 assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
                 hold.set()
-                resolvers = [client.connector._resolver for client in b.dispatcher._sender._clients.values()]
-                await until(lambda: not any(resolver._running for resolver in resolvers))
+                await until(lambda: Resolver.running == 0)
 
     async def test_a_name_that_is_not_found_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
         async with bench(tmp_path, clock, operator_table("acme", "http://nobody.invalid/")) as b:
             await b.end()
             await b.round()
             assert ((await b.row()).last_error, (await b.row()).attempts) == ("dns", 1)
+
+    async def test_a_thread_that_cannot_be_had_costs_one_attempt_and_no_later_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
+            with pytest.raises(OSError, match="lookups"):
+                await Resolver(guarded=False).resolve("localhost", 80)
+        assert Resolver.running == 0
+        assert await Resolver(guarded=False).resolve("localhost", 80)
 
     async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(delivery, "LOOKUPS_MAX", 0)

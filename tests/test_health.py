@@ -410,6 +410,26 @@ async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions
         await until(passing)
 
 
+async def test_whoever_asks_is_answered_also_when_the_next_question_comes_in_that_turn(clock: HandClock) -> None:
+    asked: list[asyncio.Future[int]] = []
+
+    async def ask() -> int:
+        asked.append(asyncio.get_running_loop().create_future())
+        return await asked[-1]
+
+    question = health._Question("it", ask, clock.monotonic)
+    first = asyncio.create_task(question.answer())
+    await until(lambda: asked)
+    clock.advance(ASK_EVERY_S)
+    asked[0].set_result(1)
+    await until(lambda: question._task is not None and question._task.done())
+    second = asyncio.create_task(question.answer())
+    assert await first == 1
+    await until(lambda: len(asked) == 2)
+    asked[1].set_result(2)
+    assert await second == 2
+
+
 async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
     async with serving(tmp_path, CONFIG, clock) as daemon:
         store = daemon.daemon._store

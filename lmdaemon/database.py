@@ -545,6 +545,7 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
     # Before the first table: both are written into the file for good.
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA secure_delete = FAST")  # what is left of a deleted token in a page is overwritten
     if version == len(migrations):
         return
     connection.execute("BEGIN IMMEDIATE")

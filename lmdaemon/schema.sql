@@ -9,7 +9,7 @@ CREATE TABLE session (
   operator    TEXT NOT NULL,        -- name of [operators.NAME]
   session_id  TEXT NOT NULL,        -- as issued by provider or operator, opaque
   player_id   TEXT NOT NULL,
-  token       TEXT,                 -- secret; needed to send the notice, never shown
+  token       TEXT,                 -- secret, never shown; once nothing can need it, a salted hash of it (0x1F, salt, hash)
   attributes  TEXT,                 -- JSON object given at opening
   extra       TEXT,                 -- JSON object: fields of the notice that no dialect knows
   idle_ms     INTEGER NOT NULL,     -- service time without a touch after which the session ends
@@ -51,7 +51,7 @@ CREATE TABLE delivery (
   last_code    NUMERIC,             -- its `error`
   last_error   TEXT,                -- reason in a word or two
   history      TEXT NOT NULL DEFAULT '[]',  -- JSON array of the latest attempts
-  body         BLOB NOT NULL,       -- what is sent, byte for byte, at every attempt; empty for a plug-in
+  body         BLOB NOT NULL,       -- what is sent, byte for byte, at every attempt; empty for a plug-in, and once delivered
   UNIQUE (session, sink)            -- an end has one delivery per sink, whatever happens
 );
 CREATE INDEX delivery_due ON delivery (operator, sink, due_at) WHERE state = 'pending';

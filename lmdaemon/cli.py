@@ -391,18 +391,16 @@ def _quiet_libraries() -> None:
     pass as one event with the exception's type and place, without any text.
     """
     import logging
-    import traceback
 
-    from lmdaemon.log import Log
+    from lmdaemon.log import Log, place
 
     class LoopError(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             error = record.exc_info[1] if record.exc_info else None
-            frames = traceback.extract_tb(error.__traceback__) if error is not None else []
             Log("daemon").error(
                 "loop.error",
                 error=None if error is None else type(error).__name__,
-                where=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None,
+                where=None if error is None else place(error),
             )
 
     handlers = {

@@ -12,7 +12,6 @@ import hmac
 import json
 import socket
 import ssl
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -31,7 +30,7 @@ from lmdaemon import retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings, private_address, tls_context
 from lmdaemon.dialects import CannotEncode, encode
-from lmdaemon.log import Log, safe_url
+from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
@@ -545,14 +544,13 @@ class Dispatcher:
         except StoreError:
             raise
         except Exception as error:  # whatever an answer brings about in us: its sender must not stop the others'
-            last = traceback.extract_tb(error.__traceback__)[-1]
             log.error(
                 "delivery.attempt_failed",
                 operator=row.operator,
                 sink=row.sink,
                 id=row.webhook_id,
-                error=type(error).__name__,  # its text may hold what the peer sent, or a URL
-                at=f"{last.filename}:{last.lineno}",
+                error=type(error).__name__,
+                where=place(error),
             )
             outcome = retry.Outcome("retry", "internal_error")
         outcome = replace(outcome, duration_ms=int((self._clock.monotonic() - began) * 1000))

@@ -101,7 +101,8 @@ class Endpoint:
             code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
             # A scanner's guesses are no news; a known path refused is
             note = log.debug if refused.status == 404 else log.warning
-            note("notice.not_taken", status=refused.status, reason=refused.description, path=path)
+            shown = None if route is None else path  # what a stranger asked for may hold anything
+            note("notice.not_taken", status=refused.status, reason=refused.description, path=shown)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
                 response.force_close()  # what is left of the body would be read as the next request

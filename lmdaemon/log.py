@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit, urlunsplit
 
@@ -38,7 +40,7 @@ class Log:
         self._emit(logging.ERROR, event, facts)
 
     def exception(self, event: str, **facts: Any) -> None:
-        """An error with the traceback of the exception being handled. The exception's own text is not a fact."""
+        """An error with the traceback of the exception being handled, its text left out: see `stack`."""
         self._emit(logging.ERROR, event, facts, exc_info=True)
 
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
@@ -57,7 +59,7 @@ class TextFormatter(logging.Formatter):
         facts = "".join(f" {name}={_shown(value)}" for name, value in _facts(record))
         line = f"{record.levelname.lower()} {record.getMessage()}{facts}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + stack(record.exc_info[1])
         if self._journal:  # journald adds the time itself; each line of a traceback carries the priority
             priority = _PRIORITY.get(record.levelname, 6)
             return "\n".join(f"<{priority}>{part}" for part in line.splitlines())
@@ -77,12 +79,33 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "event": record.getMessage()}
         line.update(_facts(record))
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = stack(record.exc_info[1])
         try:
             text = orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate, an integer beyond 64 bits: better all as text than no line
             text = json.dumps({name: _writable(str(value)) for name, value in line.items()}, ensure_ascii=False)
         return f"<{_PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
+
+
+def stack(error: BaseException | None) -> str:
+    """Where an exception comes from, and its causes and parts, without any text of theirs: that may hold what a peer
+    has sent, or a URL with its query.
+    """
+    if error is None:
+        return ""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    parts = [stack(before), "which led to"] if before is not None else []
+    parts += ["Traceback (most recent call last):", *"".join(traceback.format_tb(error.__traceback__)).splitlines()]
+    parts.append(type(error).__name__)
+    if isinstance(error, BaseExceptionGroup):
+        parts += ["  " + line for one in error.exceptions for line in stack(one).splitlines()]
+    return "\n".join(parts)
+
+
+def place(error: BaseException) -> str:
+    """File and line where an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
 def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:

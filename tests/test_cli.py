@@ -438,7 +438,7 @@ def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
     with daemon(tmp_path) as running:
         assert running.ended() == 1
         (crash,) = running.events("daemon.crashed")
-        assert "RuntimeError: a bug in a loop" in crash["traceback"]
+        assert crash["traceback"].endswith("RuntimeError")
 
 
 def test_what_libraries_log_reaches_the_output_as_type_and_place_only(tmp_path: Path) -> None:

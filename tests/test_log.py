@@ -187,10 +187,32 @@ def test_an_exception_is_logged_with_its_traceback() -> None:
     line = json.loads(written("json", fail))
     assert (line["level"], line["event"], line["operator"]) == ("error", "writer.crashed", "acme")
     assert line["traceback"].startswith("Traceback (most recent call last):")
-    assert line["traceback"].endswith("RuntimeError: first line\nsecond line")
+    assert line["traceback"].endswith("\nRuntimeError")
     first, *rest = written("text", fail).splitlines()
     assert first.endswith(" error writer.crashed operator=acme")
-    assert rest[-2:] == ["RuntimeError: first line", "second line"]
+    assert rest[-1] == "RuntimeError"
+
+
+def test_an_exceptions_own_text_is_left_out_and_its_causes_and_parts_are_shown() -> None:
+    """The text may hold what a peer has sent."""
+
+    def group(to: Log) -> None:
+        try:
+            try:
+                raise KeyError("tok-3n")
+            except KeyError as cause:
+                raise ExceptionGroup("tok-3n", [ValueError("tok-3n"), OSError("tok-3n")]) from cause
+        except ExceptionGroup:
+            to.exception("writer.crashed")
+
+    text = written("text", group)
+    assert "tok-3n" not in text.replace('("tok-3n"', "")  # the lines of the source, which has it here
+    names = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() in ("KeyError", "ExceptionGroup", "ValueError", "OSError")
+    ]
+    assert names == ["KeyError", "ExceptionGroup", "ValueError", "OSError"]
 
 
 class Terminal(io.StringIO):

@@ -8,6 +8,7 @@ Modules that take long to import are imported by the commands that need them: `v
 """
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -1045,7 +1046,8 @@ def _secrets_of_url(url: str) -> list[str]:
     from yarl import URL
 
     parts = URL(url)
-    found = [parts.user or "", parts.password or "", *(unquote_plus(value) for _, value in _query_of(url))]
+    basic = base64.b64encode(f"{parts.user or ''}:{parts.password or ''}".encode()).decode()  # as in Authorization
+    found = [parts.user or "", parts.password or "", basic, *(unquote_plus(value) for _, value in _query_of(url))]
     return [value for value in found if len(value) >= 4]  # a shorter one is no secret, and stands everywhere
 
 

@@ -65,7 +65,6 @@ LIFETIME_MS = {"acme": 0, "beta": 30_000}
 IDLE_MS = (1_000, 4_000, 15_000)
 CONCURRENCY = {("acme", "http"): 2, ("acme", "plugin:hook"): 2, ("beta", "http"): 1}
 TIMEOUT_S = 4.0
-ATTEMPTS_MAX = 4  # the schedule's waits and the first
 REVISIT_MS = 10_000  # instead of an hour, so that the end of it can be waited for
 LATE_MS = 50  # promise 5
 TURNS_MAX = 20_000  # of the loop, at one instant: some hundreds are what a backlog takes
@@ -75,9 +74,8 @@ LONGEST_WAIT_S = retry.RETRY_AFTER_MAX_S + 3 * retry.PROBE_PAUSE_MAX_S
 # Killing a process loses nothing that was written, synced or not, so the files need no disk.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
-SUCCESS = (200, {}, b'{"error": 0}', True)
 ANSWERS: Mapping[str, Any] = {
-    "ok": SUCCESS,
+    "ok": (200, {}, b'{"error": 0}', True),
     "failing": (500, {}, b"", True),
     "final": (200, {}, b'{"error": 120}', True),
     "gone": (410, {}, b"", True),
@@ -678,13 +676,10 @@ class Promises(RuleBasedStateMachine):
         for key, one in self.known.items():
             if one.reason is not None:
                 continue
-            one.outlived = (
-                None
-                if one.lifetime_at is None or wall < one.lifetime_at
-                else self.sure
-                if one.outlived is None
-                else one.outlived
-            )
+            if one.lifetime_at is None or wall < one.lifetime_at:
+                one.outlived = None
+            elif one.outlived is None:
+                one.outlived = self.sure
             if self.db.failure is not None or self.closing or key[0] not in self.settings.operators:
                 continue
             if self.sure <= max(self.lenient_until, one.not_late_before):
@@ -980,7 +975,7 @@ class Promises(RuleBasedStateMachine):
         self.check_nothing_pends()
         for name in OPERATORS:  # what has died can be sent after all
             self.retry_all(name)
-        self.move(60)
+        self.move(LONGEST_WAIT_S)  # an operator's rest may not be over yet
         self.check_nothing_pends()
         assert all(self.impossible(d) for d in self.seen.values() if d.state == "dead")
 
@@ -1001,7 +996,7 @@ def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:
         Promises,
         settings=settings(
             stateful_step_count=30,
-            max_examples=800 if FULL else 150,
+            max_examples=700 if FULL else 150,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
@@ -1056,3 +1051,11 @@ def test_a_pause_and_a_rest_before_a_wall_clock_that_was_set_back_end(simulated:
         machine.advance(8)
         machine.set_wall(-2660)
         machine.advance(8)
+
+
+def test_a_retry_by_hand_after_the_wall_clock_was_set_back_is_sent(simulated: None) -> None:
+    """Retries are spaced out, each after the one before: one of a time that is no more holds back nothing."""
+    with playing(beta=["final"]) as machine:
+        machine.play("beta", 1)
+        machine.retry_all("beta")
+        machine.set_wall(-7000)

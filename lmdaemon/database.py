@@ -451,7 +451,7 @@ def _real(path: Path) -> Path:
     """The file itself, if it is a link: SQLite puts the WAL beside it, and there the lock belongs too. A relative path
     that is none stays as it is, for the messages.
     """
-    return path.resolve() if path.is_symlink() else path
+    return path.resolve() if os.path.islink(path) else path  # noqa: PTH114 - is_symlink() raises without permission
 
 
 def _lock(path: Path) -> int:

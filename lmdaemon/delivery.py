@@ -44,7 +44,7 @@ INTERIM_MAX = 16  # interim answers (1xx) before it, and itself
 KEEPALIVE_S = 4.0
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
-LOOK_AGAIN_S = 60.0
+LOOK_AGAIN_S = 60.0  # also because wall time may step
 LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
 
 log = Log("delivery")
@@ -383,6 +383,7 @@ class Dispatcher:
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
+        self._look_again = clock.monotonic() + LOOK_AGAIN_S
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
@@ -421,8 +422,11 @@ class Dispatcher:
             self.wake()
 
     def _look_at_all(self) -> None:
+        """Looks up what is due, whatever is believed. Once a minute, for a row that was overlooked would wait for ever."""
+        self._look_again = self._clock.monotonic() + LOOK_AGAIN_S
         for lane in self._lanes.values():
-            lane.next_due_at = 0
+            if self._store.figures_of(lane.operator.name).pending:
+                lane.next_due_at = 0
         self.wake()
 
     @property
@@ -455,6 +459,8 @@ class Dispatcher:
 
         Raises StoreError.
         """
+        if self._clock.monotonic() >= self._look_again:
+            self._look_at_all()
         now_at = self._clock.wall_ms()
         if self._store.set_back_ms:
             await self._store.probe()  # puts the kept waits right
@@ -471,8 +477,10 @@ class Dispatcher:
                 for lane in ready:
                     lane.next_due_at = now_at
                 raise
-            for lane, rows, taken in zip(ready, found, busy, strict=True):
-                self._start(lane, [row for row in rows if row.id not in taken], now_at)
+            for lane, claim, rows, taken in zip(ready, claims, found, busy, strict=True):
+                # Slots that came free while we read have no rows of their own: whether there are more is not known.
+                wanted = claim.limit - len(taken) - 1
+                self._start(lane, [row for row in rows if row.id not in taken], wanted, now_at)
         return self._wait_s()
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
@@ -485,9 +493,9 @@ class Dispatcher:
         # Rows in flight are still pending in the table, and one more row tells when to come back.
         return Claim(lane.operator.name, lane.sink, free + len(lane.in_flight) + 1)
 
-    def _start(self, lane: Lane, rows: Sequence[Delivery], now_at: int) -> None:
+    def _start(self, lane: Lane, rows: Sequence[Delivery], wanted: int, now_at: int) -> None:
         gate = self._store.gate(lane.operator.name)
-        free = lane.free(gate, now_at)
+        free = min(lane.free(gate, now_at), wanted)
         probe = lane.gated and retry.breaker(gate, now_at) != "closed"
         for row in rows:
             if row.due_at > now_at or free <= 0:
@@ -506,12 +514,16 @@ class Dispatcher:
             self.wake()
 
     def _wait_s(self) -> float | None:
-        times = [lane.ready_at(self._store.gate(lane.operator.name)) for lane in self._lanes.values()]
-        earliest = min((at for at in times if at is not None), default=None)
-        if earliest is None:
-            return None
-        # Wall time may step: look again once a minute, however far away the next row seems.
-        return min(max(0.0, (earliest - self._clock.wall_ms()) / 1000), LOOK_AGAIN_S)
+        waits = []
+        for lane in self._lanes.values():
+            gate = self._store.gate(lane.operator.name)
+            if not self._store.figures_of(lane.operator.name).pending or (lane.gated and gate.held_at is not None):
+                continue
+            waits.append(self._look_again - self._clock.monotonic())
+            ready_at = lane.ready_at(gate)
+            if ready_at is not None:
+                waits.append((ready_at - self._clock.wall_ms()) / 1000)
+        return max(0.0, min(waits)) if waits else None
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """One row, from its slot to its settled result."""

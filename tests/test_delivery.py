@@ -740,3 +740,48 @@ async def test_an_operator_that_leaves_the_file_and_comes_back_is_not_sent_what_
             await b.round()
             assert len(operator.received) == 1
             assert (await b.row()).state == "delivered"
+
+
+async def test_what_waits_is_looked_at_once_a_minute_whatever_is_believed(tmp_path: Path, clock: HandClock) -> None:
+    async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+        await b.end()
+        b.dispatcher._lanes["acme", "http"].next_due_at = None  # overlooked, as a bug might
+        wait_s = await b.round()
+        assert wait_s is not None
+        assert wait_s <= delivery.LOOK_AGAIN_S
+        clock.advance(wait_s)
+        assert await b.round() is None  # nothing is pending, so nothing is looked at
+        assert (await b.row()).state == "delivered"
+
+
+async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: Path, clock: HandClock) -> None:
+    """More attempts end than rows were read for. What was not read is still there, and nobody else wakes the lane."""
+    release = [asyncio.Event() for _ in range(4)]
+    waiting = iter(release)
+
+    async def slow(request: web.Request) -> web.Response:
+        await next(waiting).wait()
+        return web.json_response({"error": 0})
+
+    async with scripted_operator(*[slow] * 4) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            for number in range(12):
+                await b.end(str(number))
+            await b.dispatcher.once()
+            await operator.wait_for(4)
+            release[0].set()
+            await until(lambda: b.dispatcher.in_flight == 3)
+            claimable = b.db.claimable
+
+            async def slowly(claims: Any) -> Any:
+                found = await claimable(claims)
+                for one in release:
+                    one.set()
+                await until(lambda: b.dispatcher.in_flight == 0)
+                return found
+
+            b.db.claimable = slowly  # type: ignore[method-assign]
+            await b.dispatcher.once()
+            b.db.claimable = claimable  # type: ignore[method-assign]
+            await b.round()
+            assert {(await b.row(str(number))).state for number in range(12)} == {"delivered"}

@@ -30,6 +30,7 @@ WATCHED = [
     # The writer: from the queue into the file
     database.Database.run,
     database.Database.write_batch,
+    database.Database._write_and_answer,
     database.Database._write,
     database.Database._answered,
     database._transaction,
@@ -59,7 +60,7 @@ WATCHED = [
     delivery.Sender.post,
     delivery._read_some,
     store._settle_one,
-    store._count_settled,
+    store._forget_token,
     store._set_gate_one,
 ]
 

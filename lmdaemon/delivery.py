@@ -422,7 +422,7 @@ class Dispatcher:
             self.wake()
 
     def _look_at_all(self) -> None:
-        """Looks up what is due, whatever is believed. Once a minute, for a row that was overlooked would wait for ever."""
+        """Looks up what is due, whatever is believed: once a minute, for an overlooked row would wait for ever."""
         self._look_again = self._clock.monotonic() + LOOK_AGAIN_S
         for lane in self._lanes.values():
             if self._store.figures_of(lane.operator.name).pending:

@@ -53,6 +53,7 @@ class Connection(web.RequestHandler):
             "keepalive_timeout": KEEPALIVE_S,
             "max_line_size": LINE_MAX,
             "max_headers": HEADERS_MAX,
+            "lingering_time": BODY_TIMEOUT_S,  # for what is left of a body that nobody wanted
             "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
         }
         super().__init__(server, loop=asyncio.get_running_loop(), **options)

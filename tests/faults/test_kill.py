@@ -119,7 +119,8 @@ async def client(witness: Witness, name: str, operators: list[str], rng: Random,
         if rng.random() < 0.2:
             await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
             continue
-        await asked(lambda o=operator, s=session_id: witness.open(o, s, rng.choice((1, 2))), rng)
+        idle_s = rng.choice((1, 2))  # the same when it is asked again: opening it once more would not change it
+        await asked(lambda o=operator, s=session_id, i=idle_s: witness.open(o, s, i), rng)
         for _ in range(rng.randrange(5)):
             await asyncio.sleep(rng.random() * 0.6)
             await asked(lambda o=operator, s=session_id: witness.touch(o, s), rng)

@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
 
 faults: $(VENV)/.test
-	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py $(ARGS)
+	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py tests/test_doors.py $(ARGS)
 
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support import serving
 
 from lmdaemon import __version__, api, config, database, delivery, dialects, endpoint, health, http, store
 
@@ -127,3 +128,26 @@ def test_the_readme_opens_with_the_two_commands() -> None:
         "make run     # creates .venv, installs, serves with the shipped config.toml",
         "make test    # installs what the tests need, runs them",
     ]
+
+
+async def test_the_readmes_endpoint_of_ones_own_takes_what_the_page_says_and_nothing_else(tmp_path: Path) -> None:
+    section = README.partition("### From the provider's page")[2].partition("\n## ")[0]
+    toml = re.search(r"```toml\n(.*?)```", section, re.DOTALL)
+    curl = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    assert toml
+    assert curl
+    (tmp_path / "partner.tokens").write_text("agreed-4711\n")
+    (tmp_path / "partner.tokens").chmod(0o600)
+    config_text = toml[1].replace("0.0.0.0:8080", "127.0.0.1:0") + '[api]\nlisten = "127.0.0.1:0"\n'
+    # The proxy's network is this machine's, here
+    async with serving(tmp_path, config_text.replace("10.0.0.0/8", "127.0.0.0/8")) as daemon:
+        for token, address, status, error in (
+            ("agreed-4711", "198.51.100.7", 200, 0),
+            ("another", "198.51.100.7", 200, 7),
+            ("agreed-4711", "203.0.113.9", 403, 7),
+        ):
+            words = curl[1].replace("'$(cat partner.tokens)'", token).replace("\\\n", " ")
+            url, *headers, body = re.findall(r"localhost:8080(\S+)|-H '([^']*)'|-d '([^']*)'", words)
+            named = dict(header[1].split(": ", 1) for header in headers) | {"X-Forwarded-For": address}
+            async with daemon.client.post(daemon.server + url[0], data=body[2], headers=named) as answer:
+                assert (answer.status, (await answer.json())["error"]) == (status, error)

@@ -138,7 +138,7 @@ class Database(Generic[_Txn]):
             _look_for_wal(path, lock)
             _create(path)
             async with AsyncExitStack() as stack:
-                keeper = await _connect(f"file:{quote(os.fsencode(path))}?mode=ro", stack)
+                keeper = await _connect(f"file://{quote(os.fsencode(path.absolute()))}?mode=ro", stack)
                 await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)

@@ -308,8 +308,10 @@ async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db:
     assert {type(result) for result in results} == {StoreError}
 
 
-@pytest.mark.parametrize("name", ["link.sqlite3", "a b?c#d%41ü.sqlite3"])
+@pytest.mark.parametrize("name", ["link.sqlite3", "a b?c#d%41ü.sqlite3", "two slashes"])
 async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str) -> None:
+    if name == "two slashes":
+        tmp_path = Path(f"/{tmp_path}")
     if name.startswith("link"):
         (tmp_path / name).symlink_to(tmp_path / "real.sqlite3")
     for text in ("one", "two"):

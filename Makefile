@@ -1,13 +1,14 @@
 # make run     serve with the shipped config.toml       make test   run the tests
 # make check   what CI runs: ruff, mypy --strict, tests, and the fault suite in its short form
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
+# make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make clean   remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test faults faults-short check lint types clean
+.PHONY: run test faults faults-short fuzz check lint types clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -20,6 +21,10 @@ faults: $(VENV)/.test
 
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
 check: lint types test faults-short
 

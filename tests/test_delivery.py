@@ -553,6 +553,34 @@ class TestEgress:
                 await sender.post(operator, f"http://{host}:9/", "msg_1_ab", b"{}")
         await sender.close()
 
+    async def test_a_public_name_whose_dns_points_inside_is_refused_at_the_connect(
+        self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One private address among its addresses is enough."""
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 9)) for host in ("93.184.216.34", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
+        sender = Sender(clock)
+        with pytest.raises(Unreachable, match="private_address"):
+            await sender.post(
+                load(tmp_path / "config.toml", toml).operators["acme"], "http://wallet.example:9/", "i", b""
+            )
+        await sender.close()
+
+    async def test_proxies_of_the_environment_are_ignored(
+        self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One would see every notice, and resolve names where no guard stands."""
+        async with scripted_operator() as proxy, scripted_operator() as operator:
+            for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+                monkeypatch.setenv(name, proxy.url)
+            monkeypatch.delenv("no_proxy", raising=False)
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+            assert (len(proxy.received), len(operator.received)) == (0, 1)
+
     async def test_the_guard_refuses_every_name_with_a_private_address(self) -> None:
         with pytest.raises(OSError, match="private_address"):
             await Resolver(guarded=True).resolve("localhost", 80)

@@ -34,17 +34,18 @@ schedule = ["100ms", "200ms", "300ms", "500ms", "500ms", "500ms", "500ms", "500m
 use = "told_hook:told"
 """
 IN_FLIGHT = 4  # concurrency of a lane
+LEFT_S = 10  # idle time of a session that is meant to be ended, for when the kill comes before that
 REFUSES = {"calm": 0.0, "moody": 0.1, "ill": 0.3}  # share of notices that an operator refuses
 
 
 async def work(witness: Witness, life: int) -> None:
     """One of everything: a session that is left alone, one that is touched and closed, a notice, a notice that ends."""
     await witness.open("acme", f"left-{life}", 1)
-    await witness.open("acme", f"refused-{life}", 60)
+    await witness.open("acme", f"refused-{life}", LEFT_S)
     await witness.touch("acme", f"refused-{life}")
     await witness.close("acme", f"refused-{life}")
     await witness.notice("acme", f"told-{life}")
-    await witness.open("acme", f"reported-{life}", 60)
+    await witness.open("acme", f"reported-{life}", LEFT_S)
     await witness.notice("acme", f"reported-{life}")
     await witness.touch("acme", f"left-{life - 1}")
 

@@ -110,9 +110,7 @@ class Daemon:
             self._store, self._clock, pulses, lambda: self.settings, lambda: self._reload_error, self._sweeper.alarm
         )
         self._endpoint = Endpoint(self._store, self._health.status)
-        self._api = Api(
-            self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at, self._dispatcher.wake
-        )
+        self._api = Api(self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at)
         self._store.on_ended = self._note_ended
         self._endpoint.on_answer = lambda dialect, code: self._metrics.notices.labels(dialect, str(code)).inc()
         self._dispatcher.on_attempt = lambda operator, sink, outcome: self._metrics.attempts.labels(
@@ -147,6 +145,8 @@ class Daemon:
             stack.callback(listening.close)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
+            if name == "api" and runner.server is not None:
+                runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
             await Site(runner, listening, malformed[name]).start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())

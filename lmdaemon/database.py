@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from importlib import resources
 from itertools import groupby
@@ -32,6 +32,9 @@ QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come b
 QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
 READS_MAX = 1000  # that wait for the reading connection
 HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
+# A touch writes the one page where its session is. 60 touches at random among 200,000 take 1.6 ms with a page of 1024,
+# 2.8 ms with SQLite's default of 4096; 1,000 take 21 and 45 ms.
+PAGE_BYTES = 1024
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
 CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
@@ -130,8 +133,16 @@ class Database(Generic[_Txn]):
         self.commits = 0
 
     @classmethod
-    async def open(cls, path: Path, migrations: Sequence[str] | None = None) -> Self:
-        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot."""
+    async def open(
+        cls,
+        path: Path,
+        migrations: Sequence[str] | None = None,
+        functions: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> Self:
+        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot.
+
+        `functions` of one argument may be used by what is written.
+        """
         path = _real(path)
         lock = _lock(path)
         try:
@@ -142,6 +153,8 @@ class Database(Generic[_Txn]):
                 await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
+                for name, function in (functions or {}).items():
+                    await writer.run(sqlite3.Connection.create_function, name, 1, function)
                 reader = await _connect(path, stack)
                 await reader.run(_execute, "PRAGMA query_only = ON")
                 await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none
@@ -542,10 +555,13 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
         raise DatabaseError(
             f"{path}: was written by a newer lmdaemon (schema {version}; this one knows {len(migrations)})"
         )
-    # Before the first table: both are written into the file for good.
+    # Before the first table: all of it is written into the file for good.
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA secure_delete = FAST")  # what is left of a deleted token in a page is overwritten
+    connection.execute(
+        "PRAGMA secure_delete = ON"
+    )  # what is left of a deleted token, on freed pages too, is overwritten
     if version == len(migrations):
         return
     connection.execute("BEGIN IMMEDIATE")

@@ -8,6 +8,7 @@ never claim more rows than a lane has free slots, keep a body longer than an att
 import asyncio
 import base64
 import hashlib
+import heapq
 import hmac
 import json
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from random import Random
 from threading import Thread
 from typing import Any, TypeVar
@@ -44,7 +46,7 @@ INTERIM_MAX = 16  # interim answers (1xx) before it, and itself
 KEEPALIVE_S = 4.0
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
-LOOK_AGAIN_S = 60.0  # also because wall time may step
+LOOK_AGAIN_MS = 60_000
 LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
 
 log = Log("delivery")
@@ -323,7 +325,13 @@ class Lane:
         self.policy = policy
         self.plugin = plugin
         self.next_due_at: int | None = 0  # looked up at the first round
+        self.look_again_at = 0  # wall ms from which what is believed above is looked up again
         self.in_flight: set[int] = set()  # ids of deliveries
+
+    def look_again(self, now_at: int) -> None:
+        """Once a minute whatever is believed is looked up: an overlooked row would wait for ever."""
+        if now_at >= self.look_again_at:
+            self.next_due_at, self.look_again_at = 0, now_at + LOOK_AGAIN_MS
 
     def note_due(self, due_at: int) -> None:
         """A row is due then, perhaps before those known so far."""
@@ -364,6 +372,44 @@ class Lane:
         return at if self._places(gate) else None
 
 
+class Agenda:
+    """The lanes to look at now, and those to look at later: a round costs what has changed, not what is configured."""
+
+    def __init__(self) -> None:
+        self._now: dict[Lane, None] = {}
+        self._planned: dict[Lane, int] = {}
+        self._heap: list[tuple[int, int, Lane]] = []  # also of times that were planned once and are no longer
+        self._number = count()  # two lanes of one time have an order
+
+    def now(self, lane: Lane) -> None:
+        self._now[lane] = None
+
+    def plan(self, lane: Lane, at: int | None) -> None:
+        """At that wall time (ms), or not before somebody says so. Takes the place of what was planned."""
+        if at is None:
+            self._planned.pop(lane, None)
+        elif self._planned.get(lane) != at:
+            self._planned[lane] = at
+            heapq.heappush(self._heap, (at, next(self._number), lane))
+
+    def take(self, now_at: int) -> list[Lane]:
+        """Those whose time has come; they are off the agenda."""
+        while (at := self._planned_at()) is not None and at <= now_at:
+            self.now(self._heap[0][2])
+            del self._planned[self._heap[0][2]]
+        lanes = list(self._now)
+        self._now.clear()
+        return lanes
+
+    def next_at(self, now_at: int) -> int | None:
+        return now_at if self._now else self._planned_at()
+
+    def _planned_at(self) -> int | None:
+        while self._heap and self._planned.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+
 Attempted = Callable[[str, str, retry.Outcome], None]
 
 
@@ -380,13 +426,14 @@ class Dispatcher:
         self._rng = rng
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._in_flight: dict[tuple[str, str], set[int]] = {}
+        self._agenda = Agenda()
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
-        self._look_again = clock.monotonic() + LOOK_AGAIN_S
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
+        store.on_gate = partial(self._look_at, sink=HTTP_SINK)
         store.on_set_back = self._look_at_all
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
@@ -407,26 +454,36 @@ class Dispatcher:
                 lane.in_flight = self._in_flight.setdefault((operator.name, sink), lane.in_flight)
                 if plugin is not None:
                     plugin.freed = self.wake
-        self._lanes = lanes
+        self._lanes, self._agenda = lanes, Agenda()
         self.wake()
 
     def wake(self) -> None:
-        """Something may be due, or a gate may have opened."""
+        """Something may be due or have a free slot, wherever that is."""
+        for lane in self._lanes.values():
+            self._agenda.now(lane)
+        self._ring()
+
+    def _ring(self) -> None:
         self.pulse.woken()
         self._alarm.set()
+
+    def _look_at(self, operator: str, sink: str) -> None:
+        lane = self._lanes.get((operator, sink))  # not the one that an attempt began with: the file may be another
+        if lane is not None:
+            self._agenda.now(lane)
+            self._ring()
 
     def _note_due(self, operator: str, sink: str, due_at: int) -> None:
         lane = self._lanes.get((operator, sink))
         if lane is not None:
             lane.note_due(due_at)
-            self.wake()
+            self._agenda.now(lane)
+            self._ring()
 
     def _look_at_all(self) -> None:
-        """Looks up what is due, whatever is believed: once a minute, for an overlooked row would wait for ever."""
-        self._look_again = self._clock.monotonic() + LOOK_AGAIN_S
+        """The wall clock was set: whatever is believed of times is looked up."""
         for lane in self._lanes.values():
-            if self._store.figures_of(lane.operator.name).pending:
-                lane.next_due_at = 0
+            lane.look_again_at = 0
         self.wake()
 
     @property
@@ -459,39 +516,57 @@ class Dispatcher:
 
         Raises StoreError.
         """
-        if self._clock.monotonic() >= self._look_again:
-            self._look_at_all()
-        now_at = self._clock.wall_ms()
         if self._store.set_back_ms:
             await self._store.probe()  # puts the kept waits right
-        ready = [lane for lane in self._lanes.values() if self._is_ready(lane, now_at)]
-        if ready:
-            claims = [self._claim(lane, now_at) for lane in ready]
-            # What is in flight now may be settled while we read, and would look pending in what was read before that.
-            busy = [frozenset(lane.in_flight) for lane in ready]
+        now_at = self._clock.wall_ms()
+        lanes = self._agenda.take(now_at)
+        try:
+            await self._start_all([lane for lane in lanes if self._is_ready(lane, now_at)], now_at)
+        except StoreError:
+            for lane in lanes:
+                self._agenda.now(lane)
+            raise
+        for lane in lanes:
+            self._plan(lane, now_at)
+        next_at = self._agenda.next_at(now_at)
+        return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
+
+    async def _start_all(self, ready: Sequence[Lane], now_at: int) -> None:
+        """Raises StoreError."""
+        if not ready:
+            return
+        claims = [self._claim(lane, now_at) for lane in ready]
+        for lane in ready:
+            lane.next_due_at = None  # what is committed from here on, _note_due adds
+        try:
+            found = await self._store.claimable(claims)
+        except StoreError:
             for lane in ready:
-                lane.next_due_at = None  # what is committed from here on, _note_due adds
-            try:
-                found = await self._store.claimable(claims)
-            except StoreError:
-                for lane in ready:
-                    lane.next_due_at = now_at
-                raise
-            for lane, claim, rows, taken in zip(ready, claims, found, busy, strict=True):
-                # Slots that came free while we read have no rows of their own: whether there are more is not known.
-                wanted = claim.limit - len(taken) - 1
-                self._start(lane, [row for row in rows if row.id not in taken], wanted, now_at)
-        return self._wait_s()
+                lane.next_due_at = now_at
+            raise
+        for lane, claim, rows in zip(ready, claims, found, strict=True):
+            # Slots that came free while we read have no rows of their own: whether there are more is not known.
+            self._start(lane, rows, claim.limit - 1, now_at)
+
+    def _plan(self, lane: Lane, now_at: int) -> None:
+        """When to look at the lane again, if nobody says so before."""
+        gate = self._store.gate(lane.operator.name)
+        if not self._store.figures_of(lane.operator.name).pending or (lane.gated and gate.held_at is not None):
+            self._agenda.plan(lane, None)
+            return
+        ready_at = lane.ready_at(gate)
+        self._agenda.plan(lane, lane.look_again_at if ready_at is None else min(ready_at, lane.look_again_at))
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
+        lane.look_again(now_at)
         gate = self._store.gate(lane.operator.name)
         due = lane.next_due_at is not None and lane.next_due_at <= now_at
         return due and lane.free(gate, now_at) > 0
 
     def _claim(self, lane: Lane, now_at: int) -> Claim:
         free = lane.free(self._store.gate(lane.operator.name), now_at)
-        # Rows in flight are still pending in the table, and one more row tells when to come back.
-        return Claim(lane.operator.name, lane.sink, free + len(lane.in_flight) + 1)
+        # What is in flight is still pending in the table; one more row tells when to come back.
+        return Claim(lane.operator.name, lane.sink, json.dumps(list(lane.in_flight)), free + 1)
 
     def _start(self, lane: Lane, rows: Sequence[Delivery], wanted: int, now_at: int) -> None:
         gate = self._store.gate(lane.operator.name)
@@ -511,19 +586,7 @@ class Dispatcher:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._crash = task.exception()
-            self.wake()
-
-    def _wait_s(self) -> float | None:
-        waits = []
-        for lane in self._lanes.values():
-            gate = self._store.gate(lane.operator.name)
-            if not self._store.figures_of(lane.operator.name).pending or (lane.gated and gate.held_at is not None):
-                continue
-            waits.append(self._look_again - self._clock.monotonic())
-            ready_at = lane.ready_at(gate)
-            if ready_at is not None:
-                waits.append((ready_at - self._clock.wall_ms()) / 1000)
-        return max(0.0, min(waits)) if waits else None
+            self._ring()
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """One row, from its slot to its settled result."""
@@ -543,7 +606,7 @@ class Dispatcher:
             due_at = row.due_at
         finally:
             lane.in_flight.discard(row.id)
-            self.wake()
+            self._look_at(row.operator, row.sink)
         # A round may have come between the commit and this line, and passed over a row that was still in flight.
         if due_at is not None:
             self._note_due(row.operator, row.sink, due_at)

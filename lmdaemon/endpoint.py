@@ -14,7 +14,7 @@ from aiohttp import HttpVersion11, web
 
 from lmdaemon.config import Operator, Settings, endpoint_key
 from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, client_address, read_body
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, Ready, allowed, client_address, read_body
 from lmdaemon.log import Log
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
@@ -27,6 +27,8 @@ UNRECORDED = {
     "unknown_session": "the session is not known here",
     "player_mismatch": "the session belongs to another player",
 }
+
+_SUCCESS = Ready(200, SUCCESS, "application/json")
 
 log = Log("endpoint")
 
@@ -115,7 +117,7 @@ class Endpoint:
         body = orjson.dumps({"status": status})
         return web.Response(body=body, status=503 if status == "fail" else 200, content_type="application/health+json")
 
-    async def _receive(self, request: web.BaseRequest, route: Route) -> web.Response:
+    async def _receive(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         if request.method != "POST":
             raise Refused(405, "Method not allowed", Allow="POST")
         address = client_address(request, self._settings.server.trusted_proxies)
@@ -146,7 +148,7 @@ class Endpoint:
             headers = {"Retry-After": RETRY_AFTER_S}
             raise Refused(503, "Cannot be stored now, please retry", dialect, **headers) from error
         self.on_answer(dialect.name, 0)
-        return _response(SUCCESS)
+        return _SUCCESS.to(request)
 
     def _refuse(self, dialect: Dialect, refusal: BadNotice, route: Route) -> web.Response:
         code = dialect.codes.of(refusal.meaning)

@@ -123,10 +123,11 @@ class Settled(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What to claim: rows of one operator and sink, the earliest due first."""
+    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (JSON)."""
 
     operator: str
     sink: str
+    taken: str
     limit: int
 
 
@@ -141,6 +142,7 @@ class Figures:
 
 _SESSION = ", ".join(field.name for field in fields(Session))
 _DELIVERY = ", ".join("s.session_id" if field.name == "session_id" else f"d.{field.name}" for field in fields(Delivery))
+_NEW_SESSION = tuple(field.name for field in fields(Session) if field.name != "id")
 _GATE = tuple(field.name for field in fields(Gate))
 
 SinksOf = Callable[[Session], Sequence[NewDelivery]]
@@ -212,22 +214,25 @@ INSERT INTO operator (name, {", ".join(_GATE)}) VALUES (?{", ?" * len(_GATE)})
 ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _GATE)}"""
 _PUT_CLOCK = "UPDATE clock SET service_ms = ?, wall_at = ?"
 
-_OPEN = """
-INSERT INTO session (operator, session_id, player_id, token, attributes, idle_ms, opened_at, seen_ms, seen_at, due_ms,
-                     lifetime_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (operator, session_id) DO NOTHING"""
-_RECORD_UNKNOWN = """
-INSERT INTO session (operator, session_id, player_id, token, extra, idle_ms, opened_at, seen_ms, seen_at, due_ms)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# Many rows in one statement, as JSON: each statement, and each row of an executemany(), gives the interpreter lock away
+# and waits to have it back.
+_FROM_JSON = {name: f"json_extract(value, '$[{place}]')" for place, name in enumerate(_NEW_SESSION)}
+_ADD_SESSIONS = f"""
+INSERT INTO session ({", ".join(_FROM_JSON)}, due_ms)
+SELECT {", ".join(_FROM_JSON.values())}, {_FROM_JSON["seen_ms"]} + {_FROM_JSON["idle_ms"]}
+FROM json_each(?) WHERE TRUE ON CONFLICT (operator, session_id) DO NOTHING"""
 _SESSION_BY_KEY = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
+_SESSIONS_BY_KEY = f"""
+SELECT {_SESSION} FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
 _TOUCH = """
 UPDATE session SET seen_ms = ?, seen_at = ?
-WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?)) AND reason IS NULL RETURNING session_id"""
+WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?)) AND reason IS NULL"""
 _STATES = """
-SELECT session_id, reason FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
-_END = (
-    "UPDATE session SET reason = ?, ended_at = ?, token = coalesce(?, token), extra = coalesce(?, extra) WHERE id = ?"
-)
+SELECT session_id, reason IS NULL FROM session
+WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+_END = """
+UPDATE session SET reason = ?, ended_at = ?, token = coalesce(?, token), extra = coalesce(?, extra)
+WHERE id IN (SELECT value FROM json_each(?))"""
 _DUE = f"SELECT {_SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?"
 _DUE_LIFETIME = f"""
 SELECT {_SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
@@ -238,23 +243,29 @@ _NEXT_DUE = "SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIM
 _NEXT_LIFETIME = """
 SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1"""
 
-_ADD_DELIVERY = """
-INSERT INTO delivery (nonce, session, operator, sink, state, created_at, due_at, settled_at, aged_from_at, held_base_ms,
-                      last_error, body)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_NEW_DELIVERY = (
+    *("nonce", "session", "operator", "sink", "state", "created_at", "due_at", "settled_at", "aged_from_at"),
+    *("held_base_ms", "last_error", "body"),
+)
+_ADD_DELIVERIES = f"""
+INSERT INTO delivery ({", ".join(_NEW_DELIVERY)})
+SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(_NEW_DELIVERY) - 1))},
+       CAST(json_extract(value, '$[{len(_NEW_DELIVERY) - 1}]') AS BLOB)
+FROM json_each(?)"""
 _LANE = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
-WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' ORDER BY d.due_at LIMIT ?"""
+WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
+ORDER BY d.due_at LIMIT ?"""
 _SETTLE = """
 UPDATE delivery SET state = ?1, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
                     last_error = ?, history = ?, body = CASE WHEN ?1 = 'delivered' THEN x'' ELSE body END
 WHERE id = ? AND state = 'pending'"""
 # A delivery that may be sent again; an http one without a body could never be composed.
 _MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
-_TOKEN_NOT_NEEDED = f"""
-SELECT token FROM session WHERE id = ? AND token IS NOT NULL AND substr(token, 1, 1) <> char(31)
+_FORGET_TOKENS = f"""
+UPDATE session SET token = digest(token)
+WHERE id IN (SELECT value FROM json_each(?)) AND token IS NOT NULL AND substr(token, 1, 1) <> char(31)
 AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {_MAY_BE_SENT})"""
-_PUT_TOKEN = "UPDATE session SET token = ? WHERE id = ?"
 _SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 _REVIVE = """
 UPDATE delivery SET state = 'pending', due_at = ?, settled_at = NULL, step = 0, aged_from_at = ?, held_base_ms = ?
@@ -287,8 +298,9 @@ _PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(
 class Store:
     """The session table and the deliveries. Opened once; `run` must be running for anything to be written.
 
-    `on_ended(sessions)`, `on_due(operator, sink, due_at)`, `on_deadline()`, `on_set_back()` are called after the commit
-    that made them true, on the event loop; the daemon connects them to metrics, the dispatcher and the sweeper.
+    `on_ended(sessions)`, `on_due(operator, sink, due_at)`, `on_gate(operator)`, `on_deadline()`, `on_set_back()` are
+    called after the commit that made them true, on the event loop; the daemon connects them to metrics, the dispatcher
+    and the sweeper.
     """
 
     def __init__(self, database: Database[_Change], clock: Clock, service_clock: ServiceClock) -> None:
@@ -304,6 +316,7 @@ class Store:
         self._committed_at = (clock.wall_ms(), clock.monotonic())
         self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
         self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
+        self.on_gate: Callable[[str], None] = lambda operator: None
         self.on_deadline: Callable[[], None] = lambda: None
         self.on_set_back: Callable[[], None] = lambda: None
         database.begin = self._begin
@@ -316,7 +329,7 @@ class Store:
 
         With `count_downtime`, the wall time since the last transaction is added to the service clock.
         """
-        database: Database[_Change] = await Database.open(path)
+        database: Database[_Change] = await Database.open(path, functions={"digest": _digest})
         try:
             service_ms, wall_at = await database.read(
                 lambda sql: sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
@@ -419,6 +432,8 @@ class Store:
             total.pending += figures.pending
             total.dead += figures.dead
         self.gates.update(change.new_gates)
+        for operator in change.new_gates:
+            self.on_gate(operator)
         if change.looked_ahead:  # the sweep saw the whole index: what it found replaces what was believed
             self.next_due_ms, self.next_lifetime_at = change.next_due_ms, change.next_lifetime_at
         else:
@@ -550,26 +565,52 @@ def _nothing(change: _Change, arguments: Sequence[None]) -> list[None]:
 
 
 def _open(change: _Change, openings: Sequence[Opening]) -> list[Opened]:
-    return [_open_one(change, opening) for opening in openings]
+    first: dict[Key, Opening] = {}
+    for opening in openings:
+        first.setdefault(Key(opening.operator, opening.session_id), opening)
+    stored = dict(zip(first, _add(change, [_opened(change, opening) for opening in first.values()]), strict=True))
+    results = []
+    for opening in openings:
+        key = Key(opening.operator, opening.session_id)
+        session, added = stored[key]
+        if added and first[key] is opening:
+            change.of(session.operator).live += 1
+            change.note_deadline(session.deadline_ms, session.lifetime_at)
+            results.append(Opened("created", session))
+        else:
+            results.append(_open_again(change, opening, session))
+    return results
 
 
-def _open_one(change: _Change, new: Opening) -> Opened:
-    now, seen_ms = change.wall_at, change.seen_ms
-    due_ms = seen_ms + new.idle_ms
+def _opened(change: _Change, new: Opening) -> tuple[Any, ...]:
+    """A row as in _NEW_SESSION."""
+    now = change.wall_at
     lifetime_at = now + new.lifetime_ms if new.lifetime_ms else None
-    row = (new.operator, new.session_id, new.player_id, new.token, new.attributes, new.idle_ms, now, seen_ms, now)
-    cursor = change.sql.execute(_OPEN, (*row, due_ms, lifetime_at))
-    if cursor.rowcount:
-        change.of(new.operator).live += 1
-        change.note_deadline(due_ms, lifetime_at)
-        return Opened("created", _found(change.sql, new.operator, new.session_id))
-    known = _found(change.sql, new.operator, new.session_id)
+    named = (new.operator, new.session_id, new.player_id, new.token, new.attributes, None)
+    return (*named, new.idle_ms, now, change.seen_ms, now, lifetime_at, None, None)
+
+
+def _open_again(change: _Change, new: Opening, known: Session) -> Opened:
     if known.reason is not None:
         return Opened("ended", known)
     if known.player_id != new.player_id or not _same(known.token, new.token):
         return Opened("differs", known)
-    change.sql.execute("UPDATE session SET seen_ms = ?, seen_at = ? WHERE id = ?", (seen_ms, now, known.id))
-    return Opened("open", replace(known, seen_ms=seen_ms, seen_at=now))
+    seen = (change.seen_ms, change.wall_at)
+    change.sql.execute("UPDATE session SET seen_ms = ?, seen_at = ? WHERE id = ?", (*seen, known.id))
+    return Opened("open", replace(known, seen_ms=seen[0], seen_at=seen[1]))
+
+
+def _add(change: _Change, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Session, bool]]:
+    """Adds sessions (rows as in _NEW_SESSION) where none of that key is known. Each as stored, and if it is new."""
+    if not rows:
+        return []
+    cursor = change.sql.execute(_ADD_SESSIONS, (json.dumps(rows),))
+    added, last = cursor.rowcount, cursor.lastrowid or 0
+    ids = range(last - added + 1, last + 1)  # SQLite numbers them in their order, one above the greatest so far
+    if added == len(rows):
+        return [(Session(number, *row), True) for number, row in zip(ids, rows, strict=True)]
+    stored = [_found(change.sql, row[0], row[1]) for row in rows]
+    return [(session, session.id in ids) for session in stored]
 
 
 def _touch(change: _Change, touchings: Sequence[Touching]) -> list[Touched]:
@@ -582,12 +623,16 @@ def _touch(change: _Change, touchings: Sequence[Touching]) -> list[Touched]:
 
 def _touch_all(change: _Change, operator: str, session_ids: set[str]) -> tuple[set[str], set[str]]:
     """Touches and says which were active and which had ended."""
+    ids = json.dumps(list(session_ids))
     stamp = (change.seen_ms, change.wall_at)
-    touched = {row[0] for row in change.sql.execute(_TOUCH, (*stamp, operator, json.dumps(list(session_ids))))}
-    rest = session_ids - touched
-    if not rest:
-        return touched, rest
-    return touched, {row[0] for row in change.sql.execute(_STATES, (operator, json.dumps(list(rest))))}
+    # No RETURNING: each row that is fetched gives the interpreter lock away, and waits to have it back.
+    if change.sql.execute(_TOUCH, (*stamp, operator, ids)).rowcount == len(session_ids):
+        return session_ids, set()
+    active: set[str] = set()
+    ended: set[str] = set()
+    for session_id, is_active in change.sql.execute(_STATES, (operator, ids)).fetchall():
+        (active if is_active else ended).add(session_id)
+    return active, ended
 
 
 def _touched(touching: Touching, active: set[str], ended: set[str]) -> Touched:
@@ -600,24 +645,55 @@ def _touched(touching: Touching, active: set[str], ended: set[str]) -> Touched:
 
 
 def _close(change: _Change, keys: Sequence[Key]) -> list[Session | None]:
-    return [_close_one(change, key) for key in keys]
-
-
-def _close_one(change: _Change, key: Key) -> Session | None:
-    session = _session(change.sql, *key)
-    if session is None or session.reason is not None:
-        return session
-    return _end(change, [session], "closed")[0]
+    known = _known(change.sql, set(keys))
+    live = [session for session in known.values() if session.reason is None]
+    known.update((Key(session.operator, session.session_id), session) for session in _end(change, live, "closed"))
+    return [known.get(key) for key in keys]
 
 
 def _record(change: _Change, recordings: Sequence[Recording]) -> list[Recorded]:
-    return [_record_one(change, recording) for recording in recordings]
+    known = _known(change.sql, {Key(one.operator, one.session_id) for one in recordings})
+    new: dict[Key, Recording] = {}
+    for one in recordings:
+        key = Key(one.operator, one.session_id)
+        if key not in known and _unacceptable(one) is None:
+            new.setdefault(key, one)
+    ended = [session for session, _ in _add(change, [_reported(change, one) for one in new.values()])]
+    _follow_up(change, ended)
+    known.update(zip(new, ended, strict=True))
+    return ["ended" if new.get(Key(*one[:2])) is one else _record_one(change, one, known) for one in recordings]
 
 
-def _record_one(change: _Change, new: Recording) -> Recorded:
-    session = _session(change.sql, new.operator, new.session_id)
+def _known(sql: sqlite3.Connection, keys: Iterable[Key]) -> dict[Key, Session]:
+    by_operator: dict[str, list[str]] = {}
+    for operator, session_id in keys:
+        by_operator.setdefault(operator, []).append(session_id)
+    return {
+        Key(operator, session.session_id): session
+        for operator, session_ids in by_operator.items()
+        for session in _sessions(sql.execute(_SESSIONS_BY_KEY, (operator, json.dumps(session_ids))))
+    }
+
+
+def _unacceptable(new: Recording) -> Recorded | None:
+    """Why a notice of a session that is not known here is refused; None: it is recorded."""
+    if new.compare_token:
+        return "bad_token"
+    return None if new.accept_unknown else "unknown_session"
+
+
+def _reported(change: _Change, new: Recording) -> tuple[Any, ...]:
+    """A row as in _NEW_SESSION: a session that is known only by its end."""
+    now, ms = change.wall_at, change.service_ms
+    named = (new.operator, new.session_id, new.player_id, new.token, None, new.extra)
+    return (*named, new.idle_ms, now, ms, now, None, now, "reported")
+
+
+def _record_one(change: _Change, new: Recording, known: dict[Key, Session]) -> Recorded:
+    key = Key(new.operator, new.session_id)
+    session = known.get(key)
     if session is None:
-        return _record_unknown(change, new)
+        return _unacceptable(new) or "ended"
     if new.compare_token and not _same(session.token, new.token):
         return "bad_token"
     if session.player_id != new.player_id:
@@ -625,31 +701,8 @@ def _record_one(change: _Change, new: Recording) -> Recorded:
     if session.reason is not None:
         return "repeated"
     # The token of the opening stays; the notice's serves where there was none.
-    _end(change, [session], "reported", token=None if session.token else new.token, extra=new.extra)
-    return "ended"
-
-
-def _record_unknown(change: _Change, new: Recording) -> Recorded:
-    if new.compare_token:
-        return "bad_token"
-    if not new.accept_unknown:
-        return "unknown_session"
-    now, ms = change.wall_at, change.service_ms
-    row = (
-        new.operator,
-        new.session_id,
-        new.player_id,
-        new.token,
-        new.extra,
-        new.idle_ms,
-        now,
-        ms,
-        now,
-        ms + new.idle_ms,
-    )
-    change.sql.execute(_RECORD_UNKNOWN, row)
-    change.of(new.operator).live += 1
-    _end(change, [_found(change.sql, new.operator, new.session_id)], "reported")
+    token = None if session.token else new.token
+    (known[key],) = _end(change, [session], "reported", token=token, extra=new.extra)
     return "ended"
 
 
@@ -686,34 +739,47 @@ def _end_due_once(change: _Change, as_of_ms: int | None) -> Swept:
 def _end(
     change: _Change, sessions: Sequence[Session], reason: Reason, token: str | None = None, extra: str | None = None
 ) -> list[Session]:
-    """The one way a session ends: the end and one delivery for each of its sinks, in this transaction."""
+    """The one way a live session ends: the end and what follows from it, in this transaction."""
+    if not sessions:
+        return []
     now = change.wall_at
-    change.sql.executemany(_END, [(reason, now, token, extra, session.id) for session in sessions])
+    change.sql.execute(_END, (reason, now, token, extra, json.dumps([session.id for session in sessions])))
     ended = [replace(s, reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
-    rows, needed = [], set()
+    for session in ended:
+        change.of(session.operator).live -= 1
+    _follow_up(change, ended)
+    return ended
+
+
+def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
+    """One delivery for each sink of each ended session; where none can be sent, the token goes at once."""
+    now = change.wall_at
+    rows, unsent = [], []
     for session in ended:
         figures = change.of(session.operator)
-        figures.live -= 1
         held_ms = _held_ms(_gate(change, session.operator), now)
-        for sink, body, impossible in change.sinks_of(session):
+        sinks = change.sinks_of(session)
+        for sink, body, impossible in sinks:
             if impossible is None:
                 figures.pending += 1
-                needed.add(session.id)
                 change.note_due(session.operator, sink, now)
             else:
                 figures.dead += 1
             fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
-            row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible, body)
-            rows.append(row)
-    change.sql.executemany(_ADD_DELIVERY, rows)
-    forgotten = [(_digest(s.token), s.id) for s in ended if s.token and s.id not in needed]
-    change.sql.executemany(_PUT_TOKEN, forgotten)
+            row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible)
+            rows.append((*row, body.decode()))
+        if all(impossible for *_, impossible in sinks):
+            unsent.append(session.id)
+    if rows:
+        change.sql.execute(_ADD_DELIVERIES, (json.dumps(rows),))
+    _forget_tokens(change, unsent)
     change.ended += ended
-    return ended
 
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
-    return [_settle_one(change, settlement) for settlement in settlements]
+    settled = [_settle_one(change, settlement) for settlement in settlements]
+    _forget_tokens(change, [one.delivery.session for one in settlements if one.state != "pending"])
+    return settled
 
 
 def _settle_one(change: _Change, settlement: Settlement) -> Settled:
@@ -736,18 +802,16 @@ def _settle_one(change: _Change, settlement: Settlement) -> Settled:
     elif cursor.rowcount:
         change.of(delivery.operator).pending -= 1
         change.of(delivery.operator).dead += settlement.state == "dead"
-        _forget_token(change, delivery.session)
     before, alter = _gate(change, delivery.operator), settlement.gate
     if alter is None:
         return Settled(due_at, before, before)
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
 
 
-def _forget_token(change: _Change, session: int) -> None:
+def _forget_tokens(change: _Change, sessions: Sequence[int]) -> None:
     """A player's token is kept for sending. Once nothing can need it, what stays only tells it from another."""
-    row = change.sql.execute(_TOKEN_NOT_NEEDED, (session,)).fetchone()
-    if row is not None:
-        change.sql.execute(_PUT_TOKEN, (_digest(row[0]), session))
+    if sessions:
+        change.sql.execute(_FORGET_TOKENS, (json.dumps(sessions),))
 
 
 def _set_back(change: _Change) -> None:
@@ -778,8 +842,10 @@ def _set_gate(change: _Change, arguments: Sequence[tuple[str, Callable[[Gate], G
 
 
 def _set_gate_one(change: _Change, operator: str, alter: Callable[[Gate], Gate]) -> Gate:
-    gate = alter(_gate(change, operator))
-    change.new_gates[operator] = gate
+    before = _gate(change, operator)
+    gate = alter(before)
+    if gate != before:
+        change.new_gates[operator] = gate
     return gate
 
 

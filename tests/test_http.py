@@ -19,7 +19,17 @@ from support import raw_connection, serving, until
 
 from lmdaemon import config, http
 from lmdaemon.config import Network
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, bearer, bind, client_address, decode_segment, read_body
+from lmdaemon.http import (
+    BodyTooLarge,
+    BodyTooSlow,
+    Ready,
+    allowed,
+    bearer,
+    bind,
+    client_address,
+    decode_segment,
+    read_body,
+)
 
 LIMIT = 10
 Ask = Callable[..., Awaitable[str]]
@@ -56,6 +66,71 @@ def test_a_broken_escape_is_refused(raw: str) -> None:
 def test_what_is_not_utf_8_is_refused(raw: str) -> None:
     with pytest.raises(ValueError, match="UTF-8"):
         decode_segment(raw)
+
+
+# -- answers that never change
+
+
+async def test_a_ready_answer_says_what_aiohttps_own_would(
+    aiohttp_raw_server: Callable[..., Awaitable[RawTestServer]],
+) -> None:
+    """Byte for byte the same meaning, to every kind of client, whether the connection stays open or not."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/ready":
+            return READY.to(request)
+        return web.Response(body=b'{"error":0}', content_type="application/json")
+
+    server = await aiohttp_raw_server(handle)
+    streams = [await asyncio.open_connection(server.host, server.port) for _ in range(2)]
+    for request in (
+        "GET {} HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET {} HTTP/1.1\r\nHost: x\r\n\r\n" * 3,
+        "HEAD {} HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET {} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+        "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ):
+        ready, own = [
+            await _heads(*stream, request.replace("{}", path))
+            for stream, path in zip(streams, ("/ready", "/own"), strict=True)
+        ]
+        assert ready == own
+        assert all("date" in head for head in ready)
+    for reader, writer in streams:
+        assert await reader.read() == b""  # the last request wanted it closed
+        writer.close()
+
+
+READY = Ready(200, b'{"error":0}', "application/json")
+
+
+async def _heads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: str) -> list[dict[str, str]]:
+    """The answers to a request, or to several at once: status line, headers and body; the software's name left out."""
+    writer.write(request.encode())
+    answers = []
+    for _ in range(request.count("HTTP/1")):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        status, *lines = head.rstrip().split("\r\n")
+        facts = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        facts.pop("server", None)
+        facts["date"] = "now" if "date" in facts else ""
+        body = b"" if "HEAD" in request else await reader.readexactly(int(facts["content-length"]))
+        answers.append({"status": status, "body": body.decode(), **facts})
+    return answers
+
+
+async def test_a_touch_without_content_is_answered_alike_by_every_way(tmp_path: Path) -> None:
+    """204 has no length and no type, from the bytes that are ready and from aiohttp's own answer."""
+    async with serving(tmp_path, '[operators.acme]\nprovider_id = "luckymonaco"\n') as d:
+        path = "/v1/operators/acme/sessions/s"
+        async with d.client.put(d.api + path, json={"playerId": "p", "token": "tok-3n"}) as opened:
+            assert opened.status == 201
+        for headers in ({}, {"Connection": "close"}, {"Expect": "100-continue"}):
+            async with d.client.post(d.api + path + "/touch", headers=headers) as touched:
+                assert touched.status == 204
+                assert "Content-Length" not in touched.headers
+                assert "Content-Type" not in touched.headers
+                assert "Date" in touched.headers
 
 
 # -- bodies

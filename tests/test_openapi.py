@@ -226,7 +226,7 @@ def test_every_operation_has_a_summary_and_a_name_of_its_own(directory: Path, to
 
 def test_document_lists_exactly_the_routes_that_are_served(directory: Path) -> None:
     settings = settings_of(directory, OPERATORS)
-    api = Api(*[None] * 6)
+    api = Api(*[None] * 5)
     api.configure(settings)
     routes = {(route.resource.canonical, route.method.lower()) for route in api.application().router.routes()}
     endpoints = {("/V4/SessionExpired", "post"), ("/v1/SessionExpired", "post"), ("/sessionexpired", "post")}

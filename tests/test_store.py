@@ -406,10 +406,12 @@ class TestDeliveries:
         first, second = await one_delivery(db, "first"), await one_delivery(db, "second")
         await one_delivery(db, "elsewhere", "other")
         await db.settle(Settlement(first, "pending", 9000, 1, attempt()))
-        lanes = [Claim("acme", "http", 5), Claim("acme", "plugin:x", 5), Claim("other", "http", 1)]
+        lanes = [Claim("acme", "http", "[]", 5), Claim("acme", "plugin:x", "[]", 5), Claim("other", "http", "[]", 1)]
         claimed = await db.claimable(lanes)
         assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
         assert second.due_at < claimed[0][1].due_at
+        (rest,) = await db.claimable([Claim("acme", "http", f"[{second.id}]", 5)])
+        assert [row.session_id for row in rest] == ["first"]
 
     async def test_a_token_goes_when_nothing_can_need_it_any_more_and_is_still_known_again(self, db: Store) -> None:
         db.sinks_of = lambda session: [NewDelivery("http", session.token.encode()), NewDelivery("plugin:a", b"")]
@@ -454,7 +456,7 @@ class TestDeliveries:
         assert await db.retry_dead("acme", clock.wall_ms()) == 1
         assert await db.retry_dead("acme", since) == 12
         assert await db.retry_dead("acme", 0) == 0
-        (rows,) = await db.claimable([Claim("acme", "http", 99)])
+        (rows,) = await db.claimable([Claim("acme", "http", "[]", 99)])
         assert [row.due_at - clock.wall_ms() for row in rows] == [100 * place for place in range(13)]
         assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
 
@@ -585,9 +587,65 @@ class TestPruning:
         assert known[1][0].webhook_id != delivery.webhook_id
 
 
+class TestBatches:
+    """Neighbours of one kind are one statement; each of them gets the answer that it would get alone."""
+
+    async def test_openings_of_one_batch_are_each_answered_for_themselves(self, db: Store) -> None:
+        await db.open_session(opening("known"))
+        await db.open_session(opening("over"))
+        await db.end("acme", "over")
+        names = ["a", "known", "b", "a", "over", "c", '\U0001f3b2 "ü\\', "1"]
+        opened = await asyncio.gather(*(db.open_session(opening(name)) for name in names))
+        assert [one.outcome for one in opened] == ["created", "open", "created", "open", "ended", *["created"] * 3]
+        for one in opened:
+            known = await db.session("acme", one.session.session_id)
+            assert known is not None
+            assert known[0] == one.session
+        other = await asyncio.gather(*(db.open_session(opening("d", player_id=name)) for name in "pq"))
+        assert [one.outcome for one in other] == ["created", "differs"]
+        assert db.figures_of("acme").live == 7
+
+    async def test_notices_of_one_batch_are_each_answered_for_themselves(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", f"{session.session_id} {session.token}".encode())]
+        await db.open_session(opening("live"))
+        one = Recording("acme", "", "p", "tok-3n", False, True, '{"x":1}', 1000)
+        asked = [
+            one._replace(session_id="new"),
+            one._replace(session_id="new"),
+            one._replace(session_id="new", player_id="q"),
+            one._replace(session_id="live"),
+            one._replace(session_id="live"),
+            one._replace(session_id="none", accept_unknown=False),
+            one._replace(session_id="none", compare_token=True),
+            one._replace(operator="other", session_id="new"),
+        ]
+        recorded = await asyncio.gather(*(db.record(notice) for notice in asked))
+        assert recorded == [
+            *("ended", "repeated", "player_mismatch", "ended", "repeated", "unknown_session", "bad_token", "ended")
+        ]
+        for operator, session_id in (("acme", "new"), ("acme", "live"), ("other", "new")):
+            known = await db.session(operator, session_id)
+            assert known is not None
+            session, (delivery,) = known
+            assert (session.reason, session.extra, delivery.session) == ("reported", '{"x":1}', session.id)
+            assert delivery.body == f"{session_id} {session.token}".encode()
+        assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 2)
+
+    async def test_closings_of_one_batch_end_each_session_once(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", b"x")]
+        for name in "ab":
+            await db.open_session(opening(name))
+        closed = await asyncio.gather(*(db.end("acme", name) for name in ("a", "b", "a", "none")))
+        assert [session and (session.session_id, session.reason) for session in closed] == [
+            *(("a", "closed"), ("b", "closed"), ("a", "closed"), None)
+        ]
+        assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 2)
+
+
 HOT = {
     "_SESSION_BY_KEY": (2, "(operator=? AND session_id=?)"),
     "_TOUCH": (4, "(operator=? AND session_id=?)"),
+    "_SESSIONS_BY_KEY": (2, "(operator=? AND session_id=?)"),
     "_STATES": (2, "(operator=? AND session_id=?)"),
     "_END": (5, "INTEGER PRIMARY KEY"),
     "_DUE": (2, "INDEX session_due (due_ms<?)"),
@@ -595,7 +653,7 @@ HOT = {
     "_NEXT_DUE": (0, "INDEX session_due"),
     "_NEXT_LIFETIME": (0, "INDEX session_lifetime"),
     "_MOVE_DUE": (2, "INTEGER PRIMARY KEY"),
-    "_LANE": (3, "INDEX delivery_due (operator=? AND sink=?)"),
+    "_LANE": (4, "INDEX delivery_due (operator=? AND sink=?)"),
     "_SETTLE": (10, "INTEGER PRIMARY KEY"),
     "_DELIVERIES_OF": (1, "(session=?)"),
     "_DEAD": (3, "INDEX delivery_state (operator=? AND state=?)"),

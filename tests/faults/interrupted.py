@@ -37,16 +37,18 @@ WATCHED = [
     store.Store._begin,
     store.Store._committed,
     store._Change.finish,
-    store._open_one,
+    store._open,
+    store._add,
     store._touch_all,
-    store._close_one,
+    store._close,
+    store._record,
     store._record_one,
-    store._record_unknown,
     # The end of a session
     sweeper.Sweeper.once,
     sweeper.Sweeper._end_some,
     store._end_due_once,
     store._end,
+    store._follow_up,
     # From the claim to the settled row
     delivery.Dispatcher._note_due,
     delivery.Dispatcher.once,
@@ -60,7 +62,7 @@ WATCHED = [
     delivery.Sender.post,
     delivery._read_some,
     store._settle_one,
-    store._forget_token,
+    store._forget_tokens,
     store._set_gate_one,
 ]
 

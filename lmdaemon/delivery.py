@@ -355,6 +355,13 @@ class Lane:
             return 0 if self.in_flight else 1
         return self.slots
 
+    def overdue_s(self, gate: Gate, now_at: int) -> float:
+        """Seconds for which its earliest row could have been sent but for the slots."""
+        opens_at = retry.opens_at(gate) if self.gated else 0
+        if not self.next_due_at or opens_at is None:  # 0: about to be looked up
+            return 0.0
+        return max(0, now_at - max(self.next_due_at, opens_at)) / 1000
+
     def ready_at(self, gate: Gate) -> int | None:
         """Wall time from which rows can be claimed; None while only a wake-up can change that."""
         opens_at = retry.opens_at(gate) if self.gated else 0
@@ -432,6 +439,19 @@ class Dispatcher:
     @property
     def in_flight(self) -> int:
         return len(self._tasks)
+
+    @property
+    def attempting(self) -> dict[tuple[str, str], int]:
+        """Attempts under way by operator and sink."""
+        return {pair: len(lane.in_flight) for pair, lane in self._lanes.items()}
+
+    @property
+    def overdue_s(self) -> dict[tuple[str, str], float]:
+        """By operator and sink, for how long the earliest delivery has been due that still waits for a slot; 0 while
+        hold, Retry-After or breaker keep it back.
+        """
+        now_at = self._clock.wall_ms()
+        return {pair: lane.overdue_s(self._store.gate(pair[0]), now_at) for pair, lane in self._lanes.items()}
 
     async def run(self) -> None:
         """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""

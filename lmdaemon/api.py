@@ -17,7 +17,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Settings
 from lmdaemon.dialects import BadNotice, json_object
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body, request_id
-from lmdaemon.log import Log
+from lmdaemon.log import Log, place
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
 from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, BULK_IDS_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
@@ -131,8 +131,9 @@ class Api:
             problem = Problem(405, "Method Not Allowed", detail)
         except web.HTTPException as error:
             problem = Problem(error.status, error.reason, f"nothing is served at {request.path!r}")
-        except Exception:
-            log.exception("api.failed", method=request.method, route=_route(request), request_id=request_id(request))
+        except Exception as error:
+            where = {"route": _route(request), "error": type(error).__name__, "where": place(error)}
+            log.exception("api.failed", method=request.method, **where, request_id=request_id(request))
             problem = Problem(500, "Internal Server Error", "a bug; the log has its traceback")
         self._metrics.api_error(problem.status)
         return _problem(problem, headers)

@@ -66,6 +66,7 @@ class Daemon:
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
+            stack.callback(log.repeats.flush, everything=True)
             self._notifier = systemd.Notifier()
             stack.callback(self._notifier.close)
             handed_over = systemd.listening_sockets()
@@ -144,7 +145,7 @@ class Daemon:
             stack.callback(listening.close)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            site = self._sites[name] = Site(runner, listening, malformed[name])
+            site = self._sites[name] = Site(runner, listening, malformed[name], name)
             await site.start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
@@ -161,9 +162,9 @@ class Daemon:
 
     def _announce(self) -> None:
         for warning in self.settings.warnings:
-            events.warning("config.warning", finding=warning)
+            events.warning("config.warned", finding=warning)
         if not self.settings.operators:
-            events.warning("config.warning", finding="no operator is configured: nothing can be opened or received")
+            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
         gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
         for name in sorted(set(gone) - self.settings.operators.keys()):
             events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
@@ -361,7 +362,7 @@ class Daemon:
         yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
 
     def _own_readings(self) -> Iterator[Reading]:
-        """Of the daemon itself: loops, clock, connections."""
+        """Of the daemon itself: loops, clock, log, connections."""
         frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
         connections = {name: float(site.connections) for name, site in self._sites.items()}
         turned = {name: float(site.turned_away) for name, site in self._sites.items()}
@@ -376,6 +377,8 @@ class Daemon:
         yield plain(
             "mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)
         )
+        yield by_label("log_events_total", "Events of these levels, written or suppressed.", "level", log.happened)
+        yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
         yield by_label("http_connections", "Open connections.", "listener", connections)
         yield by_label("http_connections_refused_total", "Connections beyond the limit.", "listener", turned)
 

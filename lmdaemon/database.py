@@ -23,7 +23,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from lmdaemon.clock import STALL_S
-from lmdaemon.log import Log
+from lmdaemon.log import Log, place
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
 BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
@@ -205,12 +205,14 @@ class Database(Generic[_Txn]):
         """Runs `function(connection, *arguments)` on the reading connection. Raises StoreError."""
         if self._reading >= READS_MAX:
             self.refused["readers_full"] += 1
+            log.warning("store.overloaded", reason="readers_full", waiting=self._reading)
             raise StoreError("too many readers are waiting")
         self._reading += 1
         try:
             return await self._reader.run(function, *arguments)
         except sqlite3.Error as error:
             self.refused["reading_failed"] += 1
+            log.error("store.reading_failed", reason=str(error), path=self.path)
             raise StoreError(f"reading failed: {error}") from error
         finally:
             self._reading -= 1
@@ -228,6 +230,7 @@ class Database(Generic[_Txn]):
             raise StoreError("the store is closed")
         if len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
             self.refused["queue_full"] += 1
+            log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             raise StoreError("too many operations are waiting")
         answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Operation(run, argument, rows, answer))
@@ -350,7 +353,8 @@ class Database(Generic[_Txn]):
     async def _one_by_one(self, batch: list[_Operation], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
         if len(batch) == 1:
-            log.error("store.operation_failed", operation=batch[0].run.__name__, error=type(error).__name__)
+            facts = {"operation": batch[0].run.__name__, "error": type(error).__name__}
+            log.error("store.operation_failed", **facts, where=place(error))
             return self._refuse(batch, error)
         for operation in batch:
             try:

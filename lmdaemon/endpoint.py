@@ -15,7 +15,7 @@ from aiohttp import HttpVersion11, web
 from lmdaemon.config import Operator, Settings, endpoint_key
 from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, client_address, read_body, request_id
-from lmdaemon.log import Log
+from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.store import Recording, Store, StoreError
@@ -104,14 +104,15 @@ class Endpoint:
         except Exception as error:
             refused = error if isinstance(error, Refused) else Refused(500, "Internal error, please retry")
             if refused is not error:
-                log.exception("notice.failed", path=path)
+                facts = {"error": type(error).__name__, "where": place(error), "request_id": request_id(request)}
+                log.exception("notice.failed", path=path, **facts)
             codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
             code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
-            facts = {"status": refused.status, "reason": refused.description, "request_id": request_id(request)}
+            why = {"status": refused.status, "reason": refused.description, "request_id": request_id(request)}
             if route is None:  # a scanner's guesses are no news, and what a stranger asked for may hold anything
-                log.debug("notice.not_taken", **facts)
+                log.debug("notice.not_taken", **why)
             else:
-                log.warning("notice.not_taken", path=path, **facts)
+                log.warning("notice.not_taken", path=path, **why)
             self.on_not_taken(refused.status)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
@@ -215,9 +216,7 @@ class Endpoint:
         key = (operator.name, provider_id)
         if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
-            log.warning(
-                "notice.provider_spelling", operator=operator.name, expected=operator.provider_id, got=provider_id
-            )
+            log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
 
 
 def _operator(route: Route, parsed: Parsed) -> Operator:

@@ -103,13 +103,16 @@ class _Turned(asyncio.Protocol):
 
 class Site(web.BaseSite):
     """Serves a runner's requests on a socket, CONNECTIONS_MAX connections at a time. `malformed` answers what is no
-    HTTP.
+    HTTP; `listener` is its name in the log.
     """
 
-    __slots__ = ("_malformed", "_socket", "turned_away")
+    __slots__ = ("_listener", "_malformed", "_socket", "turned_away")
 
-    def __init__(self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response) -> None:
+    def __init__(
+        self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response, listener: str
+    ) -> None:
         super().__init__(runner)
+        self._listener = listener
         self.turned_away = 0  # connections beyond CONNECTIONS_MAX
         self._socket = listening
         self._malformed = malformed
@@ -134,6 +137,7 @@ class Site(web.BaseSite):
         assert server is not None  # noqa: S101 - BaseSite has checked it
         if len(server.connections) >= CONNECTIONS_MAX:
             self.turned_away += 1
+            log.warning("http.turned_away", listener=self._listener, connections=len(server.connections))
             return _Turned()
         return Connection(server, self._malformed)
 

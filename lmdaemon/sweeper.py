@@ -52,7 +52,7 @@ class ExpiryAlarm:
         if ended <= MASS_SESSIONS or ended <= (live + ended) * MASS_SHARE:
             return
         if now - self._raised_at > MASS_S:  # one that goes on is told once
-            log.error("sweeper.mass_expiry", ended=ended, of=live + ended, within_s=MASS_S)
+            log.error("sweeper.mass_expired", ended=ended, of=live + ended, within_s=MASS_S)
         self._raised_at, self.ended, self.of = now, ended, live + ended
 
 

@@ -633,7 +633,7 @@ class TestLenience:
                     for provider in ("luckymonaco", "Luckymonaco"):
                         assert (await notify(s, provider=provider, session=str(number))).json == SUCCESS
                 assert len(sessions(tmp_path)) == 5
-        spelled = [event.facts for event in events if event.name == "notice.provider_spelling"]
+        spelled = [event.facts for event in events if event.name == "notice.misspelled"]
         assert spelled == [{"operator": "acme", "expected": "luckymonaco", "got": "Luckymonaco"}]
 
     @pytest.mark.parametrize("name", ["v4", "v4.01", "pragmatic"])

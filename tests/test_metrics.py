@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import HandClock
-from support import LISTEN, Serving, scrape, scripted_operator, serving, until
+from support import LISTEN, Serving, bench, operator_table, scrape, scripted_operator, serving, until
 
 from lmdaemon import database, http
 from lmdaemon.metrics import Metrics, _Process
+from lmdaemon.model import Gate
 from lmdaemon.store import Opening, StoreError
 
 ACME = """
@@ -109,6 +110,18 @@ async def test_a_delivery_that_waits_for_a_slot_is_overdue_and_one_whose_operato
             assert held[f"lmdaemon_deliveries_overdue_seconds{lane}"] == 0
             assert held['lmdaemon_operator_held{operator="acme"}'] == 1
             go_on.set()
+
+
+async def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(tmp_path: Path, clock: HandClock) -> None:
+    async with bench(tmp_path, clock, operator_table("acme", "http://127.0.0.1:1/")) as b:
+        (lane,) = b.dispatcher._lanes.values()
+        now_at = clock.wall_ms()
+        lane.next_due_at = now_at - 60_000
+        assert lane.overdue_s(Gate(), now_at) == 60
+        assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
+        assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
+        lane.next_due_at = 0  # about to be looked up
+        assert lane.overdue_s(Gate(), now_at) == 0
 
 
 async def test_an_operator_that_leaves_the_file_takes_its_series_along_once_nothing_of_it_waits(tmp_path: Path) -> None:

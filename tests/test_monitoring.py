@@ -99,6 +99,7 @@ def test_every_metric_that_is_declared_has_a_series(exported: str, series: dict[
     assert len(declared) > 40
     for name, kind in declared:
         assert (f"{name}_bucket" if kind == "histogram" else name) in series, name
+    assert not [name for name in series if name.endswith("_created")]  # each would be a second series
 
 
 @needs_promtool

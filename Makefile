@@ -14,7 +14,7 @@ run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
 
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py tests/test_doors.py $(ARGS)

@@ -3,12 +3,18 @@
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make clean   remove what these made
+# make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PREFIX ?= /opt/lmdaemon
+BINDIR ?= /usr/local/bin
+# A service needs an interpreter that its user can read; the first on root's own path may be root's own.
+SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
+LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short fuzz check lint types clean
+.PHONY: run test faults faults-short fuzz check lint types install uninstall clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -34,6 +40,9 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+install uninstall:
+	@$(LAYOUT) sh systemd/install.sh $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
+# make deb     the same as a Debian package, in dist/
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ BINDIR ?= /usr/local/bin
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short fuzz check lint types install uninstall clean
+.PHONY: run test faults faults-short fuzz check lint types install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -43,6 +44,9 @@ types: $(VENV)/.test
 
 install uninstall:
 	@$(LAYOUT) sh systemd/install.sh $@
+
+deb:
+	@PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)' sh systemd/deb/build.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -79,6 +79,7 @@ build_venv() {
     $pip --python "$venv/bin/python" install --no-compile --no-index --find-links "$work/wheels" "lmdaemon${EXTRAS:+[$EXTRAS]}"
     find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
     rm -rf "$venv/include" "$venv/lib64"
+    sed -i '/^\.\.\/\.\.\/\.\.\/bin\//d' "$venv"/lib/python3*/site-packages/*.dist-info/RECORD # the scripts are ours now
     # Isolated, as the service is: the same modules for both, wherever root stands.
     sed -i "1s|.*|#!$PREFIX/bin/python -I|" "$venv/bin/lmdaemon"
     sed -i "s|$venv|$PREFIX|" "$venv/pyvenv.cfg"

@@ -70,16 +70,16 @@ build_venv() {
     "$PYTHON" -m venv "$work/pip"
     pip="$work/pip/bin/python -m pip --disable-pip-version-check -qq"
     # From a copy: a build in the tree would leave root's files there, and take up what an older one left.
-    mkdir "$work/source" "$work/wheels"
+    mkdir "$work/source"
     cp -R pyproject.toml README.md lmdaemon "$work/source"
     $pip wheel --no-deps --wheel-dir "$work/own" "$work/source"
-    $pip download --only-binary :all: --dest "$work/wheels" "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
     "$PYTHON" -m venv --without-pip "$venv"
-    # By its name and without an index: by its path, this machine's directories would be recorded.
-    $pip --python "$venv/bin/python" install --no-compile --no-index --find-links "$work/wheels" "lmdaemon${EXTRAS:+[$EXTRAS]}"
+    $pip --python "$venv/bin/python" install --no-compile --only-binary :all: "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
     find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
     rm -rf "$venv/include" "$venv/lib64"
-    sed -i '/^\.\.\/\.\.\/\.\.\/bin\//d' "$venv"/lib/python3*/site-packages/*.dist-info/RECORD # the scripts are ours now
+    # Nothing that depends on where it was built: no path of the wheel, and no checksum of scripts as pip wrote them.
+    rm "$venv"/lib/python3*/site-packages/lmdaemon-*.dist-info/direct_url.json
+    sed -i '\|^\.\./\.\./\.\./bin/|d; \|/direct_url.json,|d' "$venv"/lib/python3*/site-packages/*.dist-info/RECORD
     # Isolated, as the service is: the same modules for both, wherever root stands.
     sed -i "1s|.*|#!$PREFIX/bin/python -I|" "$venv/bin/lmdaemon"
     sed -i "s|$venv|$PREFIX|" "$venv/pyvenv.cfg"

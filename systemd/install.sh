@@ -111,11 +111,16 @@ install_venv() {
     (cd "$work/venv" && find . ! -type d | sed "s|^\.|$PREFIX|") >>"$work/list"
 }
 
+# Drop-ins are there to be taken or left: they go beside the documents.
 install_units() {
-    for unit in systemd/*.service systemd/*.socket systemd/*.timer; do
-        [ -e "$unit" ] || continue
+    for unit in systemd/*.service systemd/*.socket systemd/*.conf; do
+        case $unit in
+            *.sysusers.conf | *\**) continue ;;
+            *.conf) target=$DOC ;;
+            *) target=$UNITS ;;
+        esac
         sed -e "s|/opt/lmdaemon|$PREFIX|g" -e "s|/usr/share/doc/lmdaemon|$DOC|g" "$unit" >"$work/unit"
-        put_listed 644 "$work/unit" "$UNITS/${unit##*/}"
+        put_listed 644 "$work/unit" "$target/${unit##*/}"
     done
     put_listed 644 systemd/lmdaemon.sysusers.conf "$SYSUSERS/lmdaemon.conf"
 }

@@ -220,6 +220,23 @@ def test_an_upgrade_removes_what_a_version_no_longer_has_and_nothing_of_the_admi
 
 
 @needs_venv
+def test_an_install_that_fails_leaves_the_one_before_as_it_was(
+    trees: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trees.edited, tmp_path / "tree", symlinks=True)
+
+    def seen() -> dict[Path, tuple[float, bytes]]:
+        return {path: (path.lstat().st_mtime, path.read_bytes()) for path in files(tmp_path / "tree") if path.is_file()}
+
+    before = seen()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    done = make("install", f"DESTDIR={tmp_path}/tree", f"PREFIX={PREFIX}")
+    assert done.returncode != 0
+    assert "setuptools" in done.stderr  # which pip could not get
+    assert seen() == before
+
+
+@needs_venv
 def test_uninstall_leaves_the_settings_and_nothing_else(trees: Trees, tmp_path: Path) -> None:
     shutil.copytree(trees.bare, tmp_path / "tree", symlinks=True)
     state = write(tmp_path / "tree/var/lib/lmdaemon/lmdaemon.sqlite3", "sessions")

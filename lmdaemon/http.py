@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
 
+from lmdaemon import systemd
 from lmdaemon.config import Listen, Network
 from lmdaemon.log import Log
 
@@ -26,6 +27,10 @@ CONNECTIONS_MAX = 2000  # to one listener
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
 BACKLOG = 512
+# At a stop: what a client gets to ask that was let in but has asked nothing yet, or to end what it has begun; and what
+# everybody gets whose request may be on the way.
+HEARD_WITHIN_S = 1.0
+HEARD_S = 0.05
 
 log = Log("http")
 
@@ -41,13 +46,13 @@ class BodyTooSlow(Exception):  # noqa: N818
 
 
 class Connection(web.RequestHandler):
-    """A connection with what aiohttp leaves open: a limit to the time for its first request, and an answer to what is
-    no HTTP that does not repeat it.
+    """A connection with what aiohttp leaves open: a limit to the time for its first request, an answer to what is no
+    HTTP that does not repeat it, and an end that cuts no request off.
     """
 
-    __slots__ = ("_head_timer", "_malformed")
+    __slots__ = ("_answered", "_head_timer", "_site")
 
-    def __init__(self, server: web.Server, malformed: web.Response) -> None:
+    def __init__(self, server: web.Server, site: "Site") -> None:
         options: Any = {
             "access_log": None,
             "keepalive_timeout": KEEPALIVE_S,
@@ -57,7 +62,8 @@ class Connection(web.RequestHandler):
             "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
         }
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
-        self._malformed = malformed
+        self._site = site
+        self._answered = 0
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,6 +74,20 @@ class Connection(web.RequestHandler):
         if self._head_timer is not None:
             self._head_timer.cancel()
         super().connection_lost(exc)
+
+    @property
+    def unheard(self) -> bool:
+        """Whether its client has been let in and has no answer yet."""
+        return self._request_count == 0 or self._request_count > self._answered
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if self._site.closing:
+            resp.force_close()  # the client is told, and does not ask on a connection that is about to end
+        done = await super().finish_response(request, resp, start_time)
+        self._answered += 1
+        return done
 
     def _cut(self) -> None:
         if self._request_count == 0:
@@ -83,7 +103,8 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
         log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
-        answer = web.Response(body=self._malformed.body, status=status, content_type=self._malformed.content_type)
+        malformed = self._site.malformed
+        answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
         answer.force_close()
         return answer
 
@@ -103,12 +124,13 @@ class Site(web.BaseSite):
     HTTP.
     """
 
-    __slots__ = ("_malformed", "_socket")
+    __slots__ = ("_socket", "closing", "malformed")
 
     def __init__(self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response) -> None:
         super().__init__(runner)
         self._socket = listening
-        self._malformed = malformed
+        self.malformed = malformed
+        self.closing = False
 
     @property
     def name(self) -> str:
@@ -119,12 +141,29 @@ class Site(web.BaseSite):
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._accept, sock=self._socket, backlog=BACKLOG)
 
+    async def stop(self) -> None:
+        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late."""
+        server, loop = self._runner.server, asyncio.get_running_loop()
+        self.closing = True
+        # asyncio makes a connection's transport a turn after it has accepted it, and drops the connection if its server
+        # is closed by then (base_events.Server._attach): so no more are accepted first. uvloop has no such gap.
+        loop.remove_reader(self._socket)
+        await asyncio.sleep(0)
+        await super().stop()
+        since = loop.time()
+        while server is not None and (waited_s := loop.time() - since) < HEARD_WITHIN_S:
+            if waited_s >= HEARD_S and not any(
+                one.unheard for one in server.connections if isinstance(one, Connection)
+            ):
+                break
+            await asyncio.sleep(0.01)
+
     def _accept(self) -> asyncio.Protocol:
         server = self._runner.server
         assert server is not None  # noqa: S101 - BaseSite has checked it
         if len(server.connections) >= CONNECTIONS_MAX:
             return _Turned()
-        return Connection(server, self._malformed)
+        return Connection(server, self)
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:
@@ -209,14 +248,34 @@ def bearer(request: web.BaseRequest, tokens: Sequence[str]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
+async def turn_away(listening: socket.socket) -> asyncio.Server:
+    """Answers every connection on a socket that serves nothing with 503, until the server is closed."""
+    return await asyncio.get_running_loop().create_server(_Turned, sock=listening, backlog=BACKLOG)
+
+
+def address_of(listen: Listen) -> systemd.Address:
+    """Where a socket for it is bound: path, or host and port. Raises OSError, naming the address."""
+    if listen.unix:
+        return listen.unix
+    host, port, *_ = _resolved(listen)[4]
+    return host, port
+
+
+def _resolved(listen: Listen) -> Any:
+    """The first that its host and port mean, as getaddrinfo gives it. Raises OSError, naming the address."""
+    try:
+        first, *_ = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
+    return first
+
+
 def bind(listen: Listen) -> socket.socket:
     """A listening socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, naming the address."""
     if listen.unix:
         return _bind_unix(listen)
+    family, kind, protocol, _, address = _resolved(listen)
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
-            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
         bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

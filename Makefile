@@ -1,6 +1,7 @@
 # make run     serve with the shipped config.toml       make test   run the tests
-# make check   what CI runs: ruff, mypy --strict, tests, and the fault suite in its short form
+# make check   what CI runs: ruff, mypy --strict, tests, the fault suite in its short form, and the service on a systemd
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
+# make service-test   the service on a real systemd: needs root, debootstrap, systemd-container; else it says what
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
@@ -15,7 +16,7 @@ BINDIR ?= /usr/local/bin
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short fuzz check lint types install uninstall deb clean
+.PHONY: run test faults faults-short service-test fuzz check lint types install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -29,11 +30,14 @@ faults: $(VENV)/.test
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
+service-test: $(VENV)/.test
+	$(BIN)/python -m pytest tests/service $(ARGS)
+
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
-check: lint types test faults-short
+check: lint types test faults-short service-test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+from installed import Service
 from rig import Rig, Unavailable
 
 
@@ -16,3 +17,18 @@ def booted() -> Iterator[Rig]:
         except Unavailable as reason:
             pytest.skip(str(reason))
         yield rig
+
+
+@pytest.fixture(scope="session")
+def installed(booted: Rig) -> Service:
+    """lmdaemon installed as an administrator does it, enabled and started."""
+    service = Service(booted)
+    service.install()
+    return service
+
+
+@pytest.fixture
+def service(installed: Service) -> Service:
+    """It serves, as it was shipped and configured, whatever the test before has done to it."""
+    installed.restore()
+    return installed

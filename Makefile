@@ -1,20 +1,28 @@
 # make run     serve with the shipped config.toml       make test   run the tests
-# make check   what CI runs: ruff, mypy --strict, tests, and the fault suite in its short form
+# make check   what CI runs: ruff, mypy --strict, tests, the fault suite in its short form, and the service on a systemd
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
+# make service-test   the service on a real systemd: needs root, debootstrap, systemd-container; else it says what
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make clean   remove what these made
+# make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
+# make deb     the same as a Debian package, in dist/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PREFIX ?= /opt/lmdaemon
+BINDIR ?= /usr/local/bin
+# A service needs an interpreter that its user can read; the first on root's own path may be root's own.
+SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
+LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short fuzz check lint types clean
+.PHONY: run test faults faults-short service-test fuzz check lint types install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
 
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py tests/test_doors.py $(ARGS)
@@ -22,11 +30,14 @@ faults: $(VENV)/.test
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
+service-test: $(VENV)/.test
+	$(BIN)/python -m pytest tests/service $(ARGS)
+
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
-check: lint types test faults-short
+check: lint types test faults-short service-test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -34,6 +45,12 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+install uninstall:
+	@$(LAYOUT) sh systemd/install.sh $@
+
+deb:
+	@PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)' sh systemd/deb/build.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -438,8 +438,10 @@ def _check_config(args: argparse.Namespace) -> int:
         file = None if path is None else str(path)
         _print_json({"file": file, "valid": not errors, "errors": [*errors], "warnings": [*warnings]})
     else:
-        for finding in errors or [f"{path}: warning: {warning}" for warning in warnings]:
+        for finding in errors:
             _say(finding)
+        for warning in warnings:
+            _say(f"{path}: warning: {warning}", "WARNING")
         if not errors:
             print(f"{path}: valid")
     return MISCONFIGURED if errors else STOPPED
@@ -1228,8 +1230,11 @@ def _sync_directory(directory: Path) -> None:
 # -- printing
 
 
-def _say(message: str) -> None:
-    print(_line(message), file=sys.stderr)
+def _say(message: str, level: str = "ERROR") -> None:
+    from lmdaemon.log import PRIORITY, is_journal
+
+    priority = f"<{PRIORITY[level]}>" if is_journal(sys.stderr) else ""
+    print(priority + _line(message), file=sys.stderr)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,8 +7,8 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from random import Random
 from typing import Any, get_args
@@ -22,7 +22,7 @@ from lmdaemon.config import ConfigError, Settings
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
-from lmdaemon.http import Site, bind
+from lmdaemon.http import Site, address_of, bind, turn_away
 from lmdaemon.metrics import Metrics, Reading, by_label, plain
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
@@ -33,6 +33,10 @@ from lmdaemon.version import __version__
 STATUS_EVERY_S = 10.0
 PRUNE_EVERY_MAX_S = 3600.0
 PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
+# What systemd is asked to wait for, where its own limits are shorter
+START_S = 60.0
+UPGRADE_BYTES_S = 10e6  # a slow disk's
+CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
 NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
 
 events = log.Log("daemon")
@@ -95,6 +99,7 @@ class Daemon:
 
     async def _build(self, stack: AsyncExitStack) -> None:
         settings = self.settings
+        self._notifier.starting(self._start_limit_s(), f"Starting. Opening {settings.database}.")
         self._store = await Store.open(settings.database, self._clock, count_downtime=settings.count_downtime)
         stack.push_async_callback(self._store.close)
         self._store.service_clock.freeze("starting")  # plug-ins may take their time, and nobody is heard meanwhile
@@ -129,9 +134,12 @@ class Daemon:
         self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
     ) -> list[web.BaseRunner]:
         wanted = {"server": self.settings.server.listen, "api": self.settings.api.listen}
-        assigned = systemd.assign(
-            handed_over, {name: (listen.host, listen.port, listen.unix) for name, listen in wanted.items()}
+        assigned, unused = systemd.assign(
+            handed_over, {name: address_of(listen) for name, listen in wanted.items()} if handed_over else {}
         )
+        _check_reach(assigned, wanted)
+        for needless in unused:
+            await self._turn_away(stack, needless)
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
         runners: dict[str, web.BaseRunner] = {
             "server": web.ServerRunner(web.Server(self._endpoint.handle), shutdown_timeout=within_s),
@@ -149,6 +157,18 @@ class Daemon:
             await site.start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
+
+    async def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:
+        """Refuses the clients of a socket that no listener has a use for. Closing it would not: systemd holds it open
+        too, and clients would wait in it for ever.
+        """
+        events.warning(
+            "socket.unused",
+            address=_text(systemd.address_of(needless)),
+            note="systemd hands it over, but no listener of the configuration has this address: clients there get 503. "
+            "Make them agree (systemctl edit lmdaemon.socket), then: systemctl restart lmdaemon.socket",
+        )
+        stack.callback((await turn_away(needless)).close)
 
     def _handle_signals(self) -> None:
         """They stay with the loop until it is closed: a second SIGTERM must not cut the closing short."""
@@ -185,7 +205,10 @@ class Daemon:
     async def _shut_down(self, runners: list[web.BaseRunner], loops: Mapping[str, "asyncio.Task[None]"]) -> None:
         """Accept nothing, finish what is in flight within a bound, keep the clock, let the loops go."""
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
-        self._notifier.send(STOPPING="1", STATUS=f"stopping, {self._dispatcher.in_flight} deliveries in flight")
+        self._notifier.stopping(
+            within_s + self._plugins_s() + CLOSING_S,
+            f"Stopping. {_count(self._dispatcher.in_flight, 'delivery', 'deliveries')} in flight.",
+        )
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
         # From here on no touch can be heard, so no idleness passes and nothing ends.
         self._store.service_clock.freeze("stopping")
@@ -203,6 +226,17 @@ class Daemon:
         policies = [operator.policy for operator in self.settings.operators.values()]
         policies += [plugin.policy for plugin in self.settings.plugins.values()]
         return max((policy.timeout_s for policy in policies), default=0.0)
+
+    def _plugins_s(self) -> float:
+        """How long it may take to start all plug-ins, or to stop them: one after the other."""
+        return sum(plugin.policy.timeout_s + plugins.CANCEL_S for plugin in self.settings.plugins.values())
+
+    def _start_limit_s(self) -> float:
+        """How long a start may take: an upgrade of the database may have to write all of it anew."""
+        size = 0
+        with suppress(OSError):  # there is none yet; or the opening will tell
+            size = self.settings.database.stat().st_size
+        return START_S + size / UPGRADE_BYTES_S + self._plugins_s()
 
     async def _stop_plugins(self) -> None:
         await plugins.stop_all(list(self._plugins.values()))
@@ -281,22 +315,31 @@ class Daemon:
         if not self._notifier.listening:
             return
         every_s = min(self._notifier.watchdog_s or STATUS_EVERY_S, STATUS_EVERY_S)
+        before: list[str] = []
         while True:
-            if self._health.alive:
-                self._notifier.send(WATCHDOG="1", STATUS=self._status())
-            else:
-                events.error("watchdog.withheld", note="a loop is stuck")
+            stuck = self._health.stuck
+            if stuck and not before:
+                events.error("watchdog.withheld", stuck=",".join(stuck), note="systemd restarts us if that lasts")
+            elif before and not stuck:
+                events.info("watchdog.resumed")
+            before = stuck
+            self._notifier.send(STATUS=self._status(stuck), **({} if stuck else {"WATCHDOG": "1"}))
             await asyncio.sleep(every_s)
 
-    def _status(self) -> str:
+    def _status(self, stuck: Sequence[str] = ()) -> str:
+        """What `systemctl status` shows: sentences."""
         figures = self._store.figures.values()
         pending, dead = sum(one.pending for one in figures), sum(one.dead for one in figures)
-        status = f"{self._store.live} sessions live, {pending} deliveries pending, {dead} dead"
+        said = [f"Stuck: {', '.join(stuck)}."] if stuck else ["Serving."]
         if self._store.failure:
-            status += f"; cannot store: {self._store.failure}"
+            said = [f"Refusing, for nothing can be stored: {self._store.failure}."]
+        said.append(
+            f"{_count(self._store.live, 'session')} live, {_count(pending, 'delivery', 'deliveries')} pending, "
+        )
+        said[-1] += f"{dead} dead."
         if self._reload_error:
-            status += "; last reload failed"
-        return status
+            said.append("The last reload failed: see the log.")
+        return " ".join(said)
 
     # -- what the parts tell
 
@@ -399,6 +442,27 @@ class Daemon:
             "reason",
             store.refused,
         )
+
+
+def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, config.Listen]) -> None:
+    """A socket handed over by name may reach further than the address whose rules were checked. Raises ConfigError."""
+    for name, handed_over in assigned.items():
+        at = systemd.address_of(handed_over)
+        if isinstance(at, tuple) and wanted[name].loopback and not config.Listen("", *at).loopback:
+            rule = f"systemd hands over {_text(at)}, which other machines can reach: write that here, for it has rules"
+            raise ConfigError([f"{name}.listen: {rule} (got {wanted[name].text!r})"])
+
+
+def _text(address: systemd.Address) -> str:
+    """An address as `listen` has it."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _same_hook(one: config.Plugin, other: config.Plugin) -> bool:

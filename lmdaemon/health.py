@@ -89,11 +89,16 @@ class Health:
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
 
     @property
-    def alive(self) -> bool:
-        """Whether every loop runs when it should and no write hangs: what the watchdog is fed from. A disk that refuses
-        is outlived, so it is no reason to be restarted.
+    def stuck(self) -> list[str]:
+        """What does not run when it should: loops, and a write that hangs. The watchdog is fed while it is empty. A
+        disk that refuses is outlived, so it is no reason to be restarted.
         """
-        return self.writing_s <= LATE_S and not any(pulse.stuck for pulse in self._pulses.values())
+        loops = [name for name, pulse in self._pulses.items() if pulse.stuck]
+        return loops if self.writing_s <= LATE_S else [*loops, "writer"]
+
+    @property
+    def alive(self) -> bool:
+        return not self.stuck
 
     async def status(self) -> str:
         """pass, warn or fail."""

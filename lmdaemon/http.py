@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 from aiohttp import HttpVersion11, web
 
+from lmdaemon import systemd
 from lmdaemon.config import Listen, Network
 from lmdaemon.log import Log
 
@@ -29,6 +30,10 @@ CONNECTIONS_MAX = 2000  # to one listener
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
 BACKLOG = 512
+# At a stop: what a client gets to ask that was let in but has asked nothing yet, or to end what it has begun; and what
+# everybody gets whose request may be on the way.
+HEARD_WITHIN_S = 1.0
+HEARD_S = 0.05
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -47,13 +52,13 @@ class BodyTooSlow(Exception):  # noqa: N818
 
 
 class Connection(web.RequestHandler):
-    """A connection with what aiohttp leaves open: a limit to the time for its first request, and an answer to what is
-    no HTTP that does not repeat it.
+    """A connection with what aiohttp leaves open: a limit to the time for its first request, an answer to what is no
+    HTTP that does not repeat it, and an end that cuts no request off.
     """
 
-    __slots__ = ("_head_timer", "_malformed")
+    __slots__ = ("_answered", "_head_timer", "_site")
 
-    def __init__(self, server: web.Server, malformed: web.Response) -> None:
+    def __init__(self, server: web.Server, site: "Site") -> None:
         options: Any = {
             "access_log": None,
             "keepalive_timeout": KEEPALIVE_S,
@@ -63,7 +68,8 @@ class Connection(web.RequestHandler):
             "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
         }
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
-        self._malformed = malformed
+        self._site = site
+        self._answered = 0
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,6 +80,21 @@ class Connection(web.RequestHandler):
         if self._head_timer is not None:
             self._head_timer.cancel()
         super().connection_lost(exc)
+
+    @property
+    def unheard(self) -> bool:
+        """Whether its client has been let in and has no answer yet."""
+        return self._request_count == 0 or self._request_count > self._answered
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if self._site.closing:
+            resp = resp.ordinary() if isinstance(resp, Ready) else resp
+            resp.force_close()  # the client is told, and does not ask on a connection that is about to end
+        done = await super().finish_response(request, resp, start_time)
+        self._answered += 1
+        return done
 
     def _cut(self) -> None:
         if self._request_count == 0:
@@ -89,7 +110,8 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
         log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
-        answer = web.Response(body=self._malformed.body, status=status, content_type=self._malformed.content_type)
+        malformed = self._site.malformed
+        answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
         answer.force_close()
         return answer
 
@@ -109,7 +131,7 @@ class Site(web.BaseSite):
     HTTP; `listener` is its name in the log.
     """
 
-    __slots__ = ("_listener", "_malformed", "_socket", "turned_away")
+    __slots__ = ("_listener", "_socket", "closing", "malformed", "turned_away")
 
     def __init__(
         self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response, listener: str
@@ -118,7 +140,8 @@ class Site(web.BaseSite):
         self._listener = listener
         self.turned_away = 0  # connections beyond CONNECTIONS_MAX
         self._socket = listening
-        self._malformed = malformed
+        self.malformed = malformed
+        self.closing = False
 
     @property
     def name(self) -> str:
@@ -135,6 +158,23 @@ class Site(web.BaseSite):
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._accept, sock=self._socket, backlog=BACKLOG)
 
+    async def stop(self) -> None:
+        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late."""
+        server, loop = self._runner.server, asyncio.get_running_loop()
+        self.closing = True
+        # asyncio makes a connection's transport a turn after it has accepted it, and drops the connection if its server
+        # is closed by then (base_events.Server._attach): so no more are accepted first. uvloop has no such gap.
+        loop.remove_reader(self._socket)
+        await asyncio.sleep(0)
+        await super().stop()
+        since = loop.time()
+        while server is not None and (waited_s := loop.time() - since) < HEARD_WITHIN_S:
+            if waited_s >= HEARD_S and not any(
+                one.unheard for one in server.connections if isinstance(one, Connection)
+            ):
+                break
+            await asyncio.sleep(0.01)
+
     def _accept(self) -> asyncio.Protocol:
         server = self._runner.server
         assert server is not None  # noqa: S101 - BaseSite has checked it
@@ -142,7 +182,7 @@ class Site(web.BaseSite):
             self.turned_away += 1
             log.warning("http.turned_away", listener=self._listener, connections=len(server.connections))
             return _Turned()
-        return Connection(server, self._malformed)
+        return Connection(server, self)
 
 
 class Ready(web.StreamResponse):
@@ -161,6 +201,9 @@ class Ready(web.StreamResponse):
         """Itself on a connection that stays open; else, for HTTP/1.0 and HEAD too, a Response that knows the rules."""
         if request.keep_alive and request.version == HttpVersion11 and request.method != "HEAD":
             return self
+        return self.ordinary()
+
+    def ordinary(self) -> web.Response:
         return web.Response(body=self._content or None, status=self.status, content_type=self._kind or None)
 
     @property
@@ -278,14 +321,34 @@ def bearer(request: web.BaseRequest, tokens: Sequence[str]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
+async def turn_away(listening: socket.socket) -> asyncio.Server:
+    """Answers every connection on a socket that serves nothing with 503, until the server is closed."""
+    return await asyncio.get_running_loop().create_server(_Turned, sock=listening, backlog=BACKLOG)
+
+
+def address_of(listen: Listen) -> systemd.Address:
+    """Where a socket for it is bound: path, or host and port. Raises OSError, naming the address."""
+    if listen.unix:
+        return listen.unix
+    host, port, *_ = _resolved(listen)[4]
+    return host, port
+
+
+def _resolved(listen: Listen) -> Any:
+    """The first that its host and port mean, as getaddrinfo gives it. Raises OSError, naming the address."""
+    try:
+        first, *_ = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
+    return first
+
+
 def bind(listen: Listen) -> socket.socket:
     """A listening socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, naming the address."""
     if listen.unix:
         return _bind_unix(listen)
+    family, kind, protocol, _, address = _resolved(listen)
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
-            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
         bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

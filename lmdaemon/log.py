@@ -23,7 +23,7 @@ import orjson
 
 _ROOT = "lmdaemon"
 # syslog priorities, which journald reads from `<N>` at the start of a line
-_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 WINDOW_S = 60.0
 KINDS_MAX = 1000  # of lines that are told apart at the same time, which bounds the memory
@@ -205,7 +205,7 @@ class TextFormatter(logging.Formatter):
         if record.exc_info:
             line += "\n" + stack(record.exc_info[1])
         if self._journal:  # journald adds the time itself; each line of a traceback carries the priority
-            priority = _PRIORITY.get(record.levelname, 6)
+            priority = PRIORITY.get(record.levelname, 6)
             return "\n".join(f"<{priority}>{part}" for part in line.splitlines())
         at = datetime.fromtimestamp(record.created, UTC)
         return f"{at:%Y-%m-%d %H:%M:%S}.{int(record.msecs):03d} {line}"
@@ -228,7 +228,7 @@ class JsonFormatter(logging.Formatter):
             text = orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate, an integer beyond 64 bits: better all as text than no line
             text = json.dumps({name: _writable(str(value)) for name, value in line.items()}, ensure_ascii=False)
-        return f"<{_PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
+        return f"<{PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
 
 
 def stack(error: BaseException | None) -> str:
@@ -274,7 +274,7 @@ def _shown(value: Any) -> str:
 def setup(level: str, form: str, stream: TextIO | None = None) -> None:
     """Sends the daemon's events to `stream` (stderr): `form` is "text", "json" or "auto" (text on a terminal)."""
     stream = stream or sys.stderr
-    journal = _is_journal(stream)
+    journal = is_journal(stream)
     text = form == "text" or (form == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(TextFormatter(journal=journal) if text else JsonFormatter(journal=journal))
@@ -284,7 +284,7 @@ def setup(level: str, form: str, stream: TextIO | None = None) -> None:
     root.setLevel(level.upper())
 
 
-def _is_journal(stream: TextIO) -> bool:
+def is_journal(stream: TextIO) -> bool:
     """Whether the stream goes to journald: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())

@@ -7,10 +7,12 @@ a binary wheel for these few lines.
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+Address = str | tuple[str, int]  # of a listening socket: a path, or host and port
 
 
 class Notifier:
@@ -44,10 +46,22 @@ class Notifier:
         """RELOADING with its time stamp, which Type=notify-reload needs and Type=notify ignores."""
         self.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
 
+    def starting(self, within_s: float, status: str) -> None:
+        """The start may take this long from now on: more than its TimeoutStartSec, where need be."""
+        self.send(EXTEND_TIMEOUT_USEC=_usec(within_s), STATUS=status)
+
+    def stopping(self, within_s: float, status: str) -> None:
+        """STOPPING, which may take this long: more than its TimeoutStopSec, where need be."""
+        self.send(STOPPING="1", EXTEND_TIMEOUT_USEC=_usec(within_s), STATUS=status)
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _usec(seconds: float) -> str:
+    return str(int(seconds * 1e6))
 
 
 def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> list[tuple[str, socket.socket]]:
@@ -67,17 +81,25 @@ def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.envi
 
 
 def assign(
-    found: list[tuple[str, socket.socket]], wanted: Mapping[str, tuple[str, int, str]]
-) -> dict[str, socket.socket]:
-    """Which handed-over socket serves which listener: by name ("server", "api"), else by address (host, port, path)."""
+    found: Sequence[tuple[str, socket.socket]], wanted: Mapping[str, Address]
+) -> tuple[dict[str, socket.socket], list[socket.socket]]:
+    """Which handed-over socket serves which listener: by name ("server", "api"), else by address. And those that serve
+    none.
+    """
     assigned: dict[str, socket.socket] = {}
     for name, handed_over in found:
-        for listener, (host, port, path) in wanted.items():
-            if listener in assigned:
-                continue
-            at = handed_over.getsockname()
-            same = at == path if isinstance(at, str) else (at[0], at[1]) == (host, port)
-            if name == listener or same:
-                assigned[listener] = handed_over
-                break
-    return assigned
+        if name in wanted:
+            assigned.setdefault(name, handed_over)
+    unused = [handed_over for _, handed_over in found if handed_over not in assigned.values()]
+    for listener, address in wanted.items():
+        same = [one for one in unused if address_of(one) == address]
+        if same and listener not in assigned:
+            assigned[listener] = same[0]
+            unused.remove(same[0])
+    return assigned, unused
+
+
+def address_of(bound: socket.socket) -> Address:
+    """Path, or host and port, that a socket is bound to."""
+    at = bound.getsockname()
+    return at[:2] if isinstance(at, tuple) else os.fsdecode(at)

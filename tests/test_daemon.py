@@ -270,14 +270,14 @@ def test_the_service_manager_is_told_ready_status_reloading_and_stopping(tmp_pat
                     return message
 
         with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), environment) as daemon:
-            assert "sessions live" in hear("READY")["STATUS"]
+            assert hear("READY")["STATUS"] == "Serving. 0 sessions live, 0 deliveries pending, 0 dead."
             hear("WATCHDOG")
             hear("WATCHDOG")
             daemon.popen.send_signal(signal.SIGHUP)
             assert int(hear("RELOADING")["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
             hear("READY")
             daemon.popen.send_signal(signal.SIGTERM)
-            hear("STOPPING")
+            assert hear("STOPPING")["STATUS"] == "Stopping. 0 deliveries in flight."
             assert daemon.popen.wait(20) == 0
 
 
@@ -287,20 +287,8 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         early = stack.enter_context(socket.create_connection(sockets[0].getsockname()))
         early.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        # LISTEN_PID has to be the daemon's own, which only a wrapper inside it can know.
-        wrapper = (
-            "import fcntl, os, sys\n"
-            "fds = [int(fd) for fd in sys.argv[1].split(',')]\n"
-            "kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in fds]\n"
-            "for place, fd in enumerate(kept): os.dup2(fd, 3 + place, inheritable=True)\n"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='server:api')\n"
-            "os.execv(sys.executable, [sys.executable, '-m', 'lmdaemon', '--config', sys.argv[2], 'serve'])\n"
-        )
         (tmp_path / "config.toml").write_text(OPERATOR.format(url="http://127.0.0.1:1/"))
-        fds = [one.fileno() for one in sockets]
-        command = [sys.executable, "-c", wrapper, ",".join(map(str, fds)), str(tmp_path / "config.toml")]
-        with (tmp_path / "log").open("w") as stderr:
-            popen = subprocess.Popen(command, stderr=stderr, pass_fds=fds)
+        popen = handing_over(tmp_path, {"server": sockets[0], "api": sockets[1]})
         try:
             early.settimeout(20)
             assert early.recv(64).startswith(b"HTTP/1.1 200")
@@ -310,6 +298,53 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
         finally:
             popen.terminate()
             assert popen.wait(20) == 0
+
+
+def handing_over(directory: Path, sockets: dict[str, socket.socket]) -> "subprocess.Popen[bytes]":
+    """The daemon as systemd starts it by socket activation."""
+    # LISTEN_PID has to be the daemon's own, which only a wrapper inside it can know.
+    wrapper = (
+        "import fcntl, os, sys\n"
+        "fds = [int(fd) for fd in sys.argv[1].split(',')]\n"
+        "kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in fds]\n"
+        "for place, fd in enumerate(kept): os.dup2(fd, 3 + place, inheritable=True)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=sys.argv[3])\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'lmdaemon', '--config', sys.argv[2], 'serve'])\n"
+    )
+    fds = [one.fileno() for one in sockets.values()]
+    names = ":".join(sockets)
+    command = [sys.executable, "-c", wrapper, ",".join(map(str, fds)), str(directory / "config.toml"), names]
+    with (directory / "log").open("w") as stderr:
+        return subprocess.Popen(command, stderr=stderr, pass_fds=fds)
+
+
+def test_clients_of_a_handed_over_socket_that_no_listener_has_a_use_for_are_told(tmp_path: Path) -> None:
+    """We hold it open as systemd does: were it only closed, they would wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as needless, socket.create_server(("127.0.0.1", 0)) as api:
+        (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
+        popen = handing_over(tmp_path, {"lmdaemon.socket": needless, "api": api})
+        try:
+            with socket.create_connection(needless.getsockname()) as client:
+                client.settimeout(20)
+                assert client.recv(64).startswith(b"HTTP/1.1 503")
+            with urllib.request.urlopen("http://{}:{}/health".format(*api.getsockname()), timeout=20) as answer:
+                assert answer.status == 200
+        finally:
+            popen.terminate()
+            assert popen.wait(20) == 0
+        (warning,) = [line for line in (tmp_path / "log").read_text().splitlines() if "socket.unused" in line]
+        assert "{}:{}".format(*needless.getsockname()) in warning
+        assert "systemctl restart lmdaemon.socket" in warning
+
+
+def test_a_socket_that_reaches_further_than_the_address_that_was_checked_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as wide:
+        (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
+        popen = handing_over(tmp_path, {"api": wide})
+        assert popen.wait(20) == 2
+    finding = (tmp_path / "log").read_text()
+    assert "config.toml: api.listen: systemd hands over 0.0.0.0:" in finding
+    assert "(got '127.0.0.1:0')" in finding
 
 
 def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None:

@@ -500,3 +500,40 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(
                 return (await peer.answer()).status == 200
 
         await until(served)
+
+
+# -- stopping
+
+
+@SIDES
+async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    monkeypatch.setattr(http, "HEARD_WITHIN_S", 30)
+    async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
+        silent, known = [await stack.enter_async_context(raw_connection(getattr(daemon, side))) for _ in range(2)]
+        await known.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await known.answer()).status == 200
+        daemon.daemon.stop()
+
+        async def closed() -> bool:
+            with contextlib.suppress(OSError):
+                async with raw_connection(getattr(daemon, side)):
+                    return False
+            return True
+
+        await until(closed)
+        for peer in (known, silent):
+            await peer.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await peer.answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert await peer.rest() == b""
+
+
+async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "HEARD_WITHIN_S", 0.2)
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as peer:
+        daemon.daemon.stop()
+        assert await peer.rest() == b""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdaemon.systemd import Notifier, assign, listening_sockets
+from lmdaemon.systemd import Address, Notifier, assign, listening_sockets
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -47,6 +47,17 @@ def test_a_manager_that_went_away_is_no_reason_to_stop(tmp_path: Path) -> None:
     notifier.close()
 
 
+def test_time_is_asked_for_where_a_start_or_a_stop_may_take_longer(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        notifier.starting(90.5, "Starting.")
+        assert manager.recv(100) == b"EXTEND_TIMEOUT_USEC=90500000\nSTATUS=Starting."
+        notifier.stopping(25, "Stopping.")
+        assert manager.recv(100) == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=25000000\nSTATUS=Stopping."
+        notifier.close()
+
+
 def test_handed_over_sockets_are_matched_by_name_and_else_by_address(tmp_path: Path) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as named,
@@ -55,7 +66,10 @@ def test_handed_over_sockets_are_matched_by_name_and_else_by_address(tmp_path: P
     ):
         unix.bind(str(tmp_path / "api"))
         host, port = unnamed.getsockname()
-        wanted = {"server": (host, port, ""), "api": ("", 0, str(tmp_path / "api"))}
-        assert assign([("", unnamed), ("", unix)], wanted) == {"server": unnamed, "api": unix}
-        assert assign([("api", named), ("", unnamed)], wanted) == {"api": named, "server": unnamed}
-        assert assign([("other", named)], wanted) == {}
+        wanted: dict[str, Address] = {"server": (host, port), "api": str(tmp_path / "api")}
+        assert assign([("", unnamed), ("", unix)], wanted) == ({"server": unnamed, "api": unix}, [])
+        assert assign([("", unnamed), ("api", named)], wanted) == ({"api": named, "server": unnamed}, [])
+        # One that serves nobody is not forgotten
+        assert assign([("other", named)], wanted) == ({}, [named])
+        assert assign([("server", named), ("", unnamed)], wanted) == ({"server": named}, [unnamed])
+        assert assign([("api", named), ("api", unix)], wanted) == ({"api": named}, [unix])

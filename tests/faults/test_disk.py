@@ -478,13 +478,16 @@ def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_noth
         manager.bind(str(tmp_path / "notify"))
         manager.setblocking(False)
 
-        def fed() -> bool:
-            """Whether the watchdog has been since this was asked last."""
-            heard = ""
+        def told() -> list[list[str]]:
+            """What the service manager has been told since this was asked last."""
+            heard = []
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    heard += manager.recv(4096).decode() + "\n"
-            return "WATCHDOG=1" in heard.splitlines()
+                    heard.append(manager.recv(4096).decode().splitlines())
+            return heard
+
+        def fed() -> bool:
+            return any("WATCHDOG=1" in message for message in told())
 
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
         daemon = stack.enter_context(daemon_on(tmp_path, environment=environment))
@@ -499,10 +502,11 @@ def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_noth
             began = time.monotonic()
             waiting += [pool.submit(ledger.do, verb, name) for verb, name in (("touch", "player"), ("notice", "told"))]
             wait_for(lambda: daemon.events("watchdog.withheld"))
-            fed()
-            withheld = len(daemon.events("watchdog.withheld"))
-            wait_for(lambda: len(daemon.events("watchdog.withheld")) >= withheld + 3)
-            assert not fed()
+            told()
+            hungry: list[list[str]] = []
+            wait_for(lambda: hungry.extend(told()) or len(hungry) >= 3)
+            assert not any("WATCHDOG=1" in message for message in hungry)
+            assert all("STATUS=Stuck: " in message[0] and "writer." in message[0] for message in hungry)
             assert daemon.health == SICK
             assert not any(request.done() for request in waiting)
             lasted_s = time.monotonic() - began
@@ -510,6 +514,7 @@ def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_noth
         assert {request.result().status for request in waiting} == {200, 204}
         wait_for(lambda: daemon.health == WELL)
         wait_for(fed)
+        assert [len(daemon.events(f"watchdog.{event}")) for event in ("withheld", "resumed")] == [1, 1]
         ledger.check()
         # Between the beginning of the touch's commit and its end nobody could touch: the idle time is left, but for
         # what may count of a stall, and a tick.

@@ -1,0 +1,248 @@
+#!/bin/sh
+# install.sh install | uninstall: what `make install` and `make uninstall` do. The package of `make deb` is made of the
+# same tree, so that nothing about the layout stands twice.
+#
+# From the environment: PREFIX, a directory of its own for the virtual environment; DESTDIR, where the tree is put
+# instead of /: then nothing outside it is touched, and no user made; BINDIR, where the command is linked; PYTHON;
+# EXTRAS, such as "fast"; SOURCE_DATE_EPOCH, the time of every file.
+#
+# Every file put down is listed in PREFIX/installed-files. An upgrade removes what the new list has no more, uninstall
+# what the list has: what an administrator added beside it stays.
+set -eu
+cd "$(dirname "$0")/.."
+umask 022
+
+PREFIX=${PREFIX:-/opt/lmdaemon}
+DESTDIR=${DESTDIR:-}
+BINDIR=${BINDIR:-/usr/local/bin}
+PYTHON=${PYTHON:-/usr/bin/python3}
+EXTRAS=${EXTRAS:-}
+# The program looks for these two by name, so they are no settings of the installation.
+CONFIG=/etc/lmdaemon
+STATE=/var/lib/lmdaemon
+# For plug-ins: Python's isolated mode, which the service runs in, ignores PYTHONPATH.
+PLUGINS=/usr/local/lib/lmdaemon
+UNITS=/usr/lib/systemd/system
+SYSUSERS=/usr/lib/sysusers.d
+
+DOC=$PREFIX/share/doc/lmdaemon
+LIST=$PREFIX/installed-files
+HERE=$DESTDIR$PREFIX
+
+say() { printf '%s\n' "$*"; }
+die() { printf 'make %s: %s\n' "$ACTION" "$*" >&2; exit 1; }
+is_real() { [ -z "$DESTDIR" ]; }
+has_systemd() { is_real && [ -d /run/systemd/system ]; }
+
+# -- checks: before anything is touched
+
+check_target() {
+    case $PREFIX$BINDIR$DESTDIR in *[!A-Za-z0-9/._+~-]*) die "PREFIX, BINDIR, DESTDIR: letters, digits and /._+~- only" ;; esac
+    case $PREFIX in /*[!/]*) ;; *) die "PREFIX: must be an absolute directory (got '$PREFIX')" ;; esac
+    if is_real; then
+        [ "$(id -u)" = 0 ] || die "needs root, or a DESTDIR to put the tree into"
+        ! dpkg-query -W -f '${db:Status-Abbrev}' lmdaemon 2>/dev/null | grep -q '^.i' ||
+            die "lmdaemon is installed as a Debian package: upgrade with dpkg or apt, or remove it first"
+    fi
+}
+
+check_room() {
+    [ -e "$HERE/installed-files" ] || [ -z "$(ls -A "$HERE" 2>/dev/null)" ] ||
+        die "PREFIX: must be a directory of lmdaemon's own; $HERE holds other things"
+    link=$DESTDIR$BINDIR/lmdaemon
+    { [ ! -e "$link" ] && [ ! -L "$link" ]; } || [ "$(readlink "$link")" = "$PREFIX/bin/lmdaemon" ] ||
+        die "$link: is there and not of this installation; move it away, or name another BINDIR"
+}
+
+check_python() {
+    command -v "$PYTHON" >/dev/null || die "needs Python: apt install python3 python3-venv ($PYTHON not found)"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "needs Python 3.11 or newer ($PYTHON is older)"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || die "needs Python's venv: apt install python3-venv"
+    case $("$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.executable))') in
+        /root/* | /home/* | /tmp/*) die "PYTHON: $PYTHON lies where the sandboxed service cannot see it; use the system's" ;;
+    esac
+}
+
+# -- the virtual environment, made in $work/venv as if it were at PREFIX
+
+build_venv() {
+    venv=$work/venv
+    "$PYTHON" -m venv "$work/pip"
+    pip="$work/pip/bin/python -m pip --disable-pip-version-check -qq"
+    # From a copy: a build in the tree would leave root's files there, and take up what an older one left.
+    mkdir "$work/source"
+    cp -R pyproject.toml README.md lmdaemon "$work/source"
+    $pip wheel --no-deps --wheel-dir "$work/own" "$work/source"
+    "$PYTHON" -m venv --without-pip "$venv"
+    $pip --python "$venv/bin/python" install --no-compile --only-binary :all: "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
+    find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
+    rm -rf "$venv/include" "$venv/lib64"
+    # Nothing that depends on where it was built: no path of the wheel, and no checksum of scripts as pip wrote them.
+    rm "$venv"/lib/python3*/site-packages/lmdaemon-*.dist-info/direct_url.json
+    sed -i '\|^\.\./\.\./\.\./bin/|d; \|/direct_url.json,|d' "$venv"/lib/python3*/site-packages/*.dist-info/RECORD
+    # Isolated, as the service is: the same modules for both, wherever root stands.
+    sed -i "1s|.*|#!$PREFIX/bin/python -I|" "$venv/bin/lmdaemon"
+    sed -i "s|$venv|$PREFIX|" "$venv/pyvenv.cfg"
+    site=$(echo "$venv"/lib/python3*/site-packages)
+    echo "$PLUGINS" >"$site/lmdaemon-plugins.pth"
+    find "$venv" -type d -name __pycache__ -prune -exec rm -rf {} +
+    chmod -R u=rwX,go=rX "$venv"
+    [ -z "${SOURCE_DATE_EPOCH:-}" ] || find "$venv" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +
+    "$venv/bin/python" -I -m compileall -q --invalidation-mode timestamp -s "$venv" -p "$PREFIX" "$venv/lib"
+}
+
+# -- putting files down
+
+list() { printf '%s\n' "$1" >>"$work/list"; }
+
+# put MODE FILE TARGET: by a rename, since a running daemon or a reader may have the old one open.
+put() {
+    mkdir -p "$DESTDIR$(dirname "$3")"
+    install -m "$1" "$2" "$DESTDIR$3.new"
+    [ -z "${SOURCE_DATE_EPOCH:-}" ] || touch --date "@$SOURCE_DATE_EPOCH" "$DESTDIR$3.new"
+    mv -f "$DESTDIR$3.new" "$DESTDIR$3"
+}
+put_listed() { put "$@" && list "$3"; }
+
+install_venv() {
+    mkdir -p "$HERE"
+    cp -a --remove-destination "$work/venv/." "$HERE/"
+    chmod 755 "$HERE"
+    (cd "$work/venv" && find . ! -type d | sed "s|^\.|$PREFIX|") >>"$work/list"
+}
+
+# Drop-ins are there to be taken or left: they go beside the documents.
+install_units() {
+    for unit in systemd/*.service systemd/*.socket systemd/*.conf; do
+        case $unit in
+            *.sysusers.conf | *\**) continue ;;
+            *.conf) target=$DOC ;;
+            *) target=$UNITS ;;
+        esac
+        sed -e "s|/opt/lmdaemon|$PREFIX|g" -e "s|/usr/share/doc/lmdaemon|$DOC|g" "$unit" >"$work/unit"
+        put_listed 644 "$work/unit" "$target/${unit##*/}"
+    done
+    put_listed 644 systemd/lmdaemon.sysusers.conf "$SYSUSERS/lmdaemon.conf"
+}
+
+install_docs() {
+    find README.md CHANGELOG.md docs -type f -name '*.*' ! -name '*.pyc' >"$work/docs"
+    while read -r file; do put_listed 644 "$file" "$DOC/$file"; done <"$work/docs"
+}
+
+install_command() {
+    mkdir -p "$DESTDIR$BINDIR"
+    ln -sfn "$PREFIX/bin/lmdaemon" "$DESTDIR$BINDIR/lmdaemon"
+    list "$BINDIR/lmdaemon"
+}
+
+# A root shell has no $STATE_DIRECTORY: with the path in full, `lmdaemon backup` finds the service's database from there.
+# And a service starts with the grace that suits one; the shipped file has a short one for the first try.
+service_config() {
+    sed -e "s|^path = \"lmdaemon.sqlite3\"|path = \"$STATE/lmdaemon.sqlite3\"\n                         |" \
+        -e '/^restart_grace = /{
+            s|"2s" |"60s"|
+            s|# default: "60s". After|# After|
+        }' \
+        -e 's|reconnect and touch first\. 0s: no wait\. Here it is short so that|reconnect and touch first. 0s: no wait|' \
+        -e '/^ *# a first try need not wait$/d' config.toml
+}
+
+# A configuration that nobody has changed follows the version; a changed one is its owner's.
+install_config() {
+    mkdir -p "$DESTDIR$CONFIG"
+    [ -d "$DESTDIR$CONFIG/credentials" ] || install -d -m 700 "$DESTDIR$CONFIG/credentials"
+    service_config >"$work/config.toml"
+    if [ ! -e "$DESTDIR$CONFIG/config.toml" ]; then
+        put 640 "$work/config.toml" "$CONFIG/config.toml"
+        give_to_group "$CONFIG/config.toml"
+    elif cmp -s "$DESTDIR$CONFIG/config.toml" "$DESTDIR$DOC/config.toml"; then
+        cat "$work/config.toml" >"$DESTDIR$CONFIG/config.toml" # keeps owner and mode
+    elif ! cmp -s "$work/config.toml" "$DESTDIR$CONFIG/config.toml"; then
+        say "$CONFIG/config.toml: kept as you have it; this version's is $DOC/config.toml"
+    fi
+    put_listed 644 "$work/config.toml" "$DOC/config.toml"
+}
+
+give_to_group() { ! is_real || ! getent group lmdaemon >/dev/null || chgrp lmdaemon "$1"; }
+
+make_user() {
+    is_real || return 0
+    command -v systemd-sysusers >/dev/null || die "needs systemd: there is no systemd-sysusers to make the user lmdaemon"
+    systemd-sysusers lmdaemon.conf
+}
+
+# remove_files LIST: the files, then what compiled files they leave, then directories that are empty.
+remove_files() {
+    while read -r file; do rm -f "$DESTDIR$file"; done <"$1"
+    [ -d "$HERE" ] || return 0
+    find "$HERE" -type d -name __pycache__ | while read -r cache; do
+        [ -n "$(find "${cache%/*}" -maxdepth 1 -name '*.py')" ] || rm -rf "$cache"
+    done
+    find "$HERE" -mindepth 1 -depth -type d -empty -delete
+}
+
+remove_stale() {
+    sort "$work/list" -o "$work/list"
+    if [ -e "$DESTDIR$LIST" ]; then
+        sort "$DESTDIR$LIST" | comm -13 "$work/list" - >"$work/stale"
+        remove_files "$work/stale"
+    fi
+    put 644 "$work/list" "$LIST"
+}
+
+warn_of_shadows() {
+    for unit in lmdaemon.service lmdaemon.socket; do
+        [ ! -f "$DESTDIR/etc/systemd/system/$unit" ] ||
+            say "/etc/systemd/system/$unit: hides the unit just installed; remove it, and keep changes in a drop-in (systemctl edit)"
+    done
+}
+
+do_install() {
+    check_target
+    check_room
+    check_python
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 1' HUP INT TERM
+    build_venv
+    list "$LIST"
+    install_venv
+    install_units
+    make_user
+    install_docs
+    install_command
+    install_config
+    remove_stale
+    warn_of_shadows
+    ! has_systemd || systemctl daemon-reload
+    is_real || return 0
+    if has_systemd && systemctl --quiet is-active lmdaemon.service; then
+        say "Installed. The running daemon is still the version before: systemctl try-restart lmdaemon"
+    else
+        say "Installed. Settings: $CONFIG/config.toml, with a demonstration operator. Start: systemctl enable --now lmdaemon"
+    fi
+}
+
+do_uninstall() {
+    check_target
+    [ -e "$DESTDIR$LIST" ] || die "PREFIX: there is no $DESTDIR$LIST, so nothing is known to be installed there"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    cp "$DESTDIR$LIST" "$work/list"
+    if has_systemd; then
+        sed -n "s|^$UNITS/||p" "$work/list" | xargs -r systemctl --quiet disable --now
+    fi
+    remove_files "$work/list"
+    rmdir "$HERE" 2>/dev/null || say "$PREFIX: kept, for it holds files that were not installed"
+    ! has_systemd || systemctl daemon-reload
+    say "Uninstalled. Kept: $CONFIG (settings, credentials), $STATE (sessions, deliveries) and the user lmdaemon."
+    say "To be rid of them too: rm -r $CONFIG $STATE && userdel lmdaemon"
+}
+
+ACTION=${1:-}
+case $ACTION in
+    install) do_install ;;
+    uninstall) do_uninstall ;;
+    *) sed -n '2,4p' "$0" >&2 && exit 2 ;;
+esac

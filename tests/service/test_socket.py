@@ -1,0 +1,71 @@
+"""The socket unit: what an administrator meets who changes an address, and the two ways out."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from installed import PRIVATE, PUBLIC, UNIT, WITHIN_S, Service
+from processes import wait_for
+
+MOVED = "http://127.0.0.1:8090"
+
+
+def test_a_client_that_comes_before_the_daemon_is_answered_when_it_is_there(service: Service) -> None:
+    service.systemctl("stop", UNIT)
+    assert service.call("GET", f"{PUBLIC}/health") == (200, {"status": "pass"})  # it has started it
+
+
+def test_an_address_changed_in_one_place_alone_is_told_and_no_client_hangs(service: Service) -> None:
+    moved(service)
+    service.systemctl("restart", UNIT)
+    wait_for(lambda: service.call("GET", f"{MOVED}/health")[0] == 200, WITHIN_S)
+    warning = service.event("socket.unused")
+    assert (warning["address"], warning["PRIORITY"]) == ("127.0.0.1:8080", "4")
+    assert "systemctl restart lmdaemon.socket" in warning["note"]
+    began = time.monotonic()
+    assert service.call("GET", f"{PUBLIC}/health", None, "--max-time", "30")[0] == 503
+    assert time.monotonic() - began < 30
+    # The way out that it names
+    service.drop_in(
+        "[Socket]\nListenStream=\nListenStream=127.0.0.1:8090\nListenStream=127.0.0.1:8081\n", "lmdaemon.socket"
+    )
+    service.systemctl("restart", "lmdaemon.socket")
+    wait_for(lambda: service.call("GET", f"{MOVED}/health")[0] == 200, WITHIN_S)
+    assert service.active
+    assert service.call("GET", f"{PUBLIC}/health")[0] == 0
+    assert len(service.events("socket.unused")) == 1
+    service.systemctl("stop", UNIT)
+    assert service.call("GET", f"{MOVED}/health")[0] == 200  # held open by systemd
+
+
+def test_without_the_socket_the_daemon_opens_its_addresses_itself(service: Service) -> None:
+    service.systemctl("mask", "--now", "lmdaemon.socket")
+    try:
+        assert service.show("ActiveState") == "inactive"
+        moved(service)
+        service.systemctl("start", UNIT)
+        assert [service.call("GET", f"{side}/health")[0] for side in (MOVED, PRIVATE, PUBLIC)] == [200, 200, 0]
+        service.systemctl("restart", UNIT)
+        assert service.call("GET", f"{MOVED}/health")[0] == 200
+    finally:
+        service.systemctl("stop", UNIT)
+        service.systemctl("unmask", "lmdaemon.socket")
+
+
+def test_ready_means_that_both_sides_serve(service: Service) -> None:
+    """Without the socket, so that nothing but the daemon can answer."""
+    service.systemctl("mask", "--now", "lmdaemon.socket")
+    try:
+        service.rig.write("/run/lmdaemon/slow-start", "2")
+        with ThreadPoolExecutor(1) as pool:
+            started = pool.submit(service.systemctl, "start", UNIT)
+            wait_for(lambda: "Starting." in service.show("StatusText"), WITHIN_S)
+            assert service.show("ActiveState") == "activating"
+            started.result()
+        assert [service.call("GET", f"{side}/health")[0] for side in (PUBLIC, PRIVATE)] == [200, 200]
+    finally:
+        service.systemctl("stop", UNIT)
+        service.systemctl("unmask", "lmdaemon.socket")
+
+
+def moved(service: Service) -> None:
+    service.configure("[sessions]", '[server]\nlisten = "127.0.0.1:8090"\n[sessions]')

@@ -27,7 +27,7 @@ import pytest
 from aiohttp import web
 from support import scripted_operator
 
-from lmdaemon import __version__
+from lmdaemon import __version__, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 API_TOKEN = "api-token-that-nobody-sees"
@@ -211,6 +211,30 @@ def test_version_is_printed(tmp_path: Path) -> None:
     text, document = text_and_json("version", cwd=tmp_path)
     assert text.stdout == f"lmdaemon {__version__}\n"
     assert document == {"version": __version__}
+
+
+@pytest.mark.parametrize("words", ["version", "sessions list acme --limit 0"])
+def test_what_needs_no_configuration_imports_no_more_than_the_command_line(tmp_path: Path, words: str) -> None:
+    script = f"""
+import sys
+from lmdaemon.cli import main
+try:
+    main({words.split()!r})
+except SystemExit:
+    pass
+print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asyncio" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
+    )
+    ours = ["lmdaemon.cli", "lmdaemon.command", "lmdaemon.model", "lmdaemon.version"]
+    assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
+
+
+def test_every_command_has_the_function_that_runs_it() -> None:
+    commands = [command for command in cli._commands() if command.run != cli.VERSION]
+    assert len(commands) > 10
+    assert all(callable(cli._loaded(command.run)) for command in commands)
 
 
 @pytest.mark.parametrize(

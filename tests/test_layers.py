@@ -7,7 +7,7 @@ from pathlib import Path
 import lmdaemon
 
 LEVELS = {
-    5: {"cli", "__main__"},
+    5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "command"},
     4: {"daemon"},
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins"},

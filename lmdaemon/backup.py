@@ -1,39 +1,71 @@
-"""`lmdaemon backup`: a consistent copy of the database while the daemon runs. Called by `cli`."""
+"""`lmdaemon backup` and `lmdaemon restore`: a consistent copy of the database, and the way back. Called by `cli`.
+
+A copy is made into a file beside its target, checked, synced and renamed: what has the target's name is whole. Nothing
+here may ever change the database that is copied, or delete the one that is replaced.
+"""
 
 import argparse
 import os
+import signal
 import sqlite3
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lmdaemon import config
 from lmdaemon.command import STOPPED, Failed, print_json, reason
 from lmdaemon.config import Settings
+from lmdaemon.database import (
+    MIGRATIONS,
+    RESTORING,
+    DatabaseError,
+    check_is_ours,
+    lock_file,
+    mark,
+    real_path,
+)
+from lmdaemon.model import rfc3339
 
 BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
+LOOK_EVERY = 100_000  # steps of SQLite's between two looks at signals, some milliseconds
+COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 
 
 def backup(args: argparse.Namespace) -> int:
     settings = config.load(config.find(args.config), secrets="optional")
-    database, target = settings.database.absolute(), args.file
+    database, target = real_path(settings.database.absolute()), _target(args.file)
     _check_source(settings)
     _check_target(database, target, force=args.force)
-    size = _copy(database, target)
+    with _copied(database, target) as copy:
+        size = copy.stat().st_size
+        copy.rename(target)
+        sync_directory(target.parent)
     if args.json:
-        print_json({"file": str(target), "bytes": size})
+        print_json({"file": str(args.file), "bytes": size})
     else:
-        print(f"{target}: {size} bytes, integrity ok")
+        print(f"{args.file}: {size} bytes, integrity ok")
     return STOPPED
+
+
+def _target(named: Path) -> Path:
+    """Where the copy goes: a link is followed, for what it leads to is what its owner wants to be replaced."""
+    return named.resolve() if named.is_symlink() else named
 
 
 def _check_source(settings: Settings) -> None:
     try:
         settings.database.stat()
     except OSError as error:
-        hint = ""
-        if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
-            hint = "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
-        raise Failed(f"{settings.database}: no database to copy: {reason(error)}{hint}") from error
+        raise Failed(f"{settings.database}: no database to copy: {reason(error)}{_hint(settings)}") from error
+
+
+def _hint(settings: Settings) -> str:
+    if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
+        return "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
+    return ""
 
 
 def _check_target(database: Path, target: Path, *, force: bool) -> None:
@@ -42,7 +74,7 @@ def _check_target(database: Path, target: Path, *, force: bool) -> None:
             raise Failed(f"{target}: is a directory; name a file")
         if not target.exists():
             return
-        for suffix in ("", "-wal", "-shm", "-journal", ".lock"):  # replacing one of these destroys the database
+        for suffix in ("", *COMPANIONS, ".lock"):  # replacing one of these destroys the database
             live = database.with_name(database.name + suffix)
             if live.exists() and target.samefile(live):
                 raise Failed(f"{target}: belongs to the database itself")
@@ -52,51 +84,55 @@ def _check_target(database: Path, target: Path, *, force: bool) -> None:
         raise Failed(f"{target}: exists; --force replaces it")
 
 
-def _copy(database: Path, target: Path) -> int:
-    """Copies into a file beside the target, checks it, and puts it in place. Returns its size. Raises Failed."""
+@contextmanager
+def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path]:
+    """A checked and synced copy beside the target, mode 0600, gone at the end unless it was renamed.
+
+    Raises Failed, also for what SQLite or the system refuse inside.
+    """
     os.umask(0o077)
     try:
-        handle, name = tempfile.mkstemp(prefix=".lmdaemon-backup-", dir=target.parent)  # mode 0600, whatever the umask
+        handle, name = tempfile.mkstemp(prefix=".lmdaemon-copy-", dir=target.parent)  # mode 0600, whatever the umask
     except OSError as error:
         raise Failed(f"{target}: cannot be written: {reason(error)}") from error
     copy = Path(name).absolute()
+    # A timer's SIGTERM is a Ctrl-C: the copy that was begun goes away with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _vacuum_into(database, copy)
+        _vacuum_into(database, copy, how)
         _check_integrity(copy)
         os.fsync(handle)
-        size = os.fstat(handle).st_size
-        copy.rename(target)
-        sync_directory(target.parent)
+        yield copy
     except (sqlite3.Error, OSError) as error:
         raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
     finally:
         os.close(handle)
         copy.unlink(missing_ok=True)
-    return size
 
 
-def _vacuum_into(database: Path, copy: Path) -> None:
+def _vacuum_into(database: Path, copy: Path, how: str) -> None:
     """One read transaction: the daemon writes on meanwhile. Page by page, its every commit would start it again.
 
     `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
     owner and mode of the database, also as root (unixOpen, robustFchown).
     """
-    source = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
-    try:
+    with closing(_opened(database, how)) as source:
         source.execute("VACUUM INTO ?", (str(copy),))
-    finally:
-        source.close()
 
 
 def _check_integrity(copy: Path) -> None:
     # Not read-only, though nothing is written: SQLite leaves out CHECK constraints then
-    opened = sqlite3.connect(f"{copy.as_uri()}?mode=rw", uri=True)
-    try:
+    with closing(_opened(copy, "mode=rw")) as opened:
         (verdict,) = opened.execute("PRAGMA integrity_check(1)").fetchone()
-    finally:
-        opened.close()
     if verdict != "ok":
         raise sqlite3.DatabaseError(f"the copy is damaged: {verdict}")
+
+
+def _opened(path: Path, query: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{path.as_uri()}?{query}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+    # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
+    connection.set_progress_handler(lambda: 0, LOOK_EVERY)
+    return connection
 
 
 def sync_directory(directory: Path) -> None:
@@ -105,3 +141,99 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -- restore
+
+
+def restore(args: argparse.Namespace) -> int:
+    settings = config.load(config.find(args.config), secrets="optional")
+    database, source = real_path(settings.database.absolute()), args.file.absolute()
+    _check_restorable(source, database, settings)
+    try:
+        lock = lock_file(database)
+    except DatabaseError as error:
+        raise Failed(f"{error}; stop the daemon first" if "in use" in str(error) else str(error)) from error
+    try:
+        found = _put_in_place(source, database, lock)
+    finally:
+        os.close(lock)
+    if args.json:
+        print_json({"file": str(args.file), "database": str(database), **found})
+    else:
+        print(f"{database}: restored from {args.file}, {found['bytes']} bytes, integrity ok")
+        print(f"as of {found['asOf']}, {found['live']} sessions live, {found['pending']} deliveries pending")
+        if found["replaced"]:
+            print(f"what was there before: {found['replaced']}")
+    return STOPPED
+
+
+def _check_restorable(source: Path, database: Path, settings: Settings) -> None:
+    try:
+        if not source.is_file():
+            source.stat()
+            raise Failed(f"{source}: is no file")
+        if database.exists() and source.samefile(database):
+            raise Failed(f"{source}: is the database itself")
+    except OSError as error:
+        raise Failed(f"{source}: cannot be read: {reason(error)}") from error
+    if not database.parent.is_dir():
+        raise Failed(f"{database.parent}: no such directory{_hint(settings)}")
+
+
+def _put_in_place(source: Path, database: Path, lock: int) -> dict[str, Any]:
+    """Copies, checks, moves away what is there, and puts the copy in its place. Says what it holds. Raises Failed."""
+    with _copied(source, database, _how_to_read(source)) as copy:
+        found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy, source)}
+        _give_to_owner(database.parent, copy, lock)
+        # Half of the files moved must not be taken for a database: the daemon refuses to start until this is undone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        mark(lock, RESTORING)
+        os.fsync(lock)
+        found["replaced"] = _move_away(database)
+        copy.rename(database)
+        sync_directory(database.parent)
+        mark(lock, b"")
+        os.fsync(lock)
+    return found
+
+
+def _how_to_read(source: Path) -> str:
+    """A backup lies still, maybe where nothing can be written: no -wal and -shm are made for it unless one is there."""
+    wal = source.with_name(f"{source.name}-wal")
+    return "mode=ro" if wal.exists() and wal.stat().st_size else "immutable=1"
+
+
+def _contents(copy: Path, source: Path) -> dict[str, Any]:
+    """What a restored database would begin with. Raises Failed if it is none of ours, or a newer one's."""
+    with closing(_opened(copy, "mode=ro")) as sql:
+        try:
+            version = check_is_ours(sql, source, len(MIGRATIONS))
+        except DatabaseError as error:
+            raise Failed(str(error)) from error
+        if not version:
+            raise Failed(f"{source}: is empty")
+        (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
+        live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()
+    return {"asOf": rfc3339(wall_at or None), "live": live, "pending": pending}
+
+
+def _give_to_owner(directory: Path, copy: Path, lock: int) -> None:
+    """As root, the service's user must be able to open what was made: its directory says who that is."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(copy, owner.st_uid, owner.st_gid)
+        os.chown(lock, owner.st_uid, owner.st_gid)
+
+
+def _move_away(database: Path) -> str | None:
+    """Renames the database with its companions so that they can still be opened together. Returns the new name."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    away = database.with_name(f"{database.name}.before-restore-{stamp}")
+    moved = None
+    for suffix in (*COMPANIONS, ""):
+        file = database.with_name(database.name + suffix)
+        if file.exists():
+            file.rename(away.with_name(away.name + suffix))
+            moved = str(away)
+    return moved

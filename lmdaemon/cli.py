@@ -208,6 +208,12 @@ def _commands() -> tuple[Command, ...]:
                 as_json,
             ),
         ),
+        Command(
+            "restore",
+            "backup:restore",
+            "put a backup in the database's place while the daemon is stopped; what was there is kept beside it",
+            (_arg("file", type=Path, metavar="FILE", help="a copy made by backup; it stays as it is"), as_json),
+        ),
         Command("version", VERSION, "print the version", (as_json,)),
     )
 

@@ -8,7 +8,6 @@ import argparse
 import os
 import signal
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -27,61 +26,32 @@ from lmdaemon.database import (
     mark,
     real_path,
 )
+from lmdaemon.files import (
+    COMPANIONS,
+    check_source,
+    check_target,
+    file_beside,
+    followed,
+    hint,
+    open_database,
+    put_in_place,
+)
 from lmdaemon.model import rfc3339
-
-BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
-LOOK_EVERY = 100_000  # steps of SQLite's between two looks at signals, some milliseconds
-COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 
 
 def backup(args: argparse.Namespace) -> int:
     settings = config.load(config.find(args.config), secrets="optional")
-    database, target = real_path(settings.database.absolute()), _target(args.file)
-    _check_source(settings)
-    _check_target(database, target, force=args.force)
+    database, target = real_path(settings.database.absolute()), followed(args.file)
+    check_source(settings)
+    check_target(database, target, force=args.force)
     with _copied(database, target) as copy:
         size = copy.stat().st_size
-        copy.rename(target)
-        sync_directory(target.parent)
+        put_in_place(copy, target)
     if args.json:
         print_json({"file": str(args.file), "bytes": size})
     else:
         print(f"{args.file}: {size} bytes, integrity ok")
     return STOPPED
-
-
-def _target(named: Path) -> Path:
-    """Where the copy goes: a link is followed, for what it leads to is what its owner wants to be replaced."""
-    return named.resolve() if named.is_symlink() else named
-
-
-def _check_source(settings: Settings) -> None:
-    try:
-        settings.database.stat()
-    except OSError as error:
-        raise Failed(f"{settings.database}: no database to copy: {reason(error)}{_hint(settings)}") from error
-
-
-def _hint(settings: Settings) -> str:
-    if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
-        return "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
-    return ""
-
-
-def _check_target(database: Path, target: Path, *, force: bool) -> None:
-    try:
-        if target.is_dir():
-            raise Failed(f"{target}: is a directory; name a file")
-        if not target.exists():
-            return
-        for suffix in ("", *COMPANIONS, ".lock"):  # replacing one of these destroys the database
-            live = database.with_name(database.name + suffix)
-            if live.exists() and target.samefile(live):
-                raise Failed(f"{target}: belongs to the database itself")
-    except OSError as error:
-        raise Failed(f"{target}: cannot be written: {reason(error)}") from error
-    if not force:
-        raise Failed(f"{target}: exists; --force replaces it")
 
 
 @contextmanager
@@ -90,57 +60,24 @@ def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path
 
     Raises Failed, also for what SQLite or the system refuse inside.
     """
-    os.umask(0o077)
-    try:
-        handle, name = tempfile.mkstemp(prefix=".lmdaemon-copy-", dir=target.parent)  # mode 0600, whatever the umask
-    except OSError as error:
-        raise Failed(f"{target}: cannot be written: {reason(error)}") from error
-    copy = Path(name).absolute()
-    # A timer's SIGTERM is a Ctrl-C: the copy that was begun goes away with us
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        _vacuum_into(database, copy, how)
-        _check_integrity(copy)
-        os.fsync(handle)
-        yield copy
-    except (sqlite3.Error, OSError) as error:
-        raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
-    finally:
-        os.close(handle)
-        copy.unlink(missing_ok=True)
-
-
-def _vacuum_into(database: Path, copy: Path, how: str) -> None:
-    """One read transaction: the daemon writes on meanwhile. Page by page, its every commit would start it again.
-
-    `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
-    owner and mode of the database, also as root (unixOpen, robustFchown).
-    """
-    with closing(_opened(database, how)) as source:
-        source.execute("VACUUM INTO ?", (str(copy),))
+    with file_beside(target) as (copy, handle):
+        try:
+            with closing(open_database(database, how)) as source:
+                # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
+                source.execute("VACUUM INTO ?", (str(copy),))
+            _check_integrity(copy)
+            os.fsync(handle)
+            yield copy
+        except (sqlite3.Error, OSError) as error:
+            raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
 
 
 def _check_integrity(copy: Path) -> None:
     # Not read-only, though nothing is written: SQLite leaves out CHECK constraints then
-    with closing(_opened(copy, "mode=rw")) as opened:
+    with closing(open_database(copy, "mode=rw")) as opened:
         (verdict,) = opened.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise sqlite3.DatabaseError(f"the copy is damaged: {verdict}")
-
-
-def _opened(path: Path, query: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{path.as_uri()}?{query}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
-    # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
-    connection.set_progress_handler(lambda: 0, LOOK_EVERY)
-    return connection
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- restore
@@ -178,7 +115,7 @@ def _check_restorable(source: Path, database: Path, settings: Settings) -> None:
     except OSError as error:
         raise Failed(f"{source}: cannot be read: {reason(error)}") from error
     if not database.parent.is_dir():
-        raise Failed(f"{database.parent}: no such directory{_hint(settings)}")
+        raise Failed(f"{database.parent}: no such directory{hint(settings)}")
 
 
 def _put_in_place(source: Path, database: Path, lock: int) -> dict[str, Any]:
@@ -191,8 +128,7 @@ def _put_in_place(source: Path, database: Path, lock: int) -> dict[str, Any]:
         mark(lock, RESTORING)
         os.fsync(lock)
         found["replaced"] = _move_away(database)
-        copy.rename(database)
-        sync_directory(database.parent)
+        put_in_place(copy, database)
         mark(lock, b"")
         os.fsync(lock)
     return found
@@ -206,7 +142,7 @@ def _how_to_read(source: Path) -> str:
 
 def _contents(copy: Path, source: Path) -> dict[str, Any]:
     """What a restored database would begin with. Raises Failed if it is none of ours, or a newer one's."""
-    with closing(_opened(copy, "mode=ro")) as sql:
+    with closing(open_database(copy)) as sql:
         try:
             version = check_is_ours(sql, source, len(MIGRATIONS))
         except DatabaseError as error:

@@ -152,6 +152,24 @@ def _commands() -> tuple[Command, ...]:
         ),
         Command("sessions close", "admin:close_session", "the game was closed", (operator, session, as_json)),
         Command(
+            "sessions export",
+            "export:export",
+            "ended sessions with their deliveries and attempts, in the order in which they ended, read from the file",
+            (
+                _arg("--operator", metavar="OPERATOR", help="of this operator only"),
+                _arg(
+                    "--since",
+                    metavar="TIME",
+                    help="those that ended then or later, as in 2026-01-31T03:00:00Z or 2026-01-31",
+                ),
+                _arg("--until", metavar="TIME", help="those that ended before then (default: now)"),
+                _arg("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
+                _arg("--output", type=Path, metavar="FILE", help="write here, whole or not at all, mode 0600"),
+                _arg("--force", action="store_true", help="replace an existing FILE"),
+                _arg("--json", action="store_true", help="print the summary of --output as JSON"),
+            ),
+        ),
+        Command(
             "deliveries list",
             "admin:list_deliveries",
             "deliveries of all operators",

@@ -101,10 +101,10 @@ def test_a_backup_of_a_database_that_does_not_exist_creates_none(tmp_path: Path)
     before = set(tmp_path.iterdir())
     done = run("backup", "copy", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("lmdaemon: lmdaemon.sqlite3: no database to copy: No such file or directory; ")
+    assert done.stderr.startswith("lmdaemon: lmdaemon.sqlite3: no database to read: No such file or directory; ")
     assert "$STATE_DIRECTORY" in done.stderr
     elsewhere = run("backup", "copy", cwd=tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
-    assert f"{tmp_path}/state/lmdaemon.sqlite3: no database to copy: No such file or directory\n" in elsewhere.stderr
+    assert f"{tmp_path}/state/lmdaemon.sqlite3: no database to read: No such file or directory\n" in elsewhere.stderr
     assert set(tmp_path.iterdir()) == before
 
 
@@ -208,7 +208,7 @@ def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.
         )
     before = set(tmp_path.iterdir())
     with subprocess.Popen([*COMMAND, "backup", "copy"], cwd=tmp_path, env=environment()) as process:
-        poll(lambda: any(file.stat().st_size for file in tmp_path.glob(".lmdaemon-copy-*")))
+        poll(lambda: any(file.stat().st_size for file in tmp_path.glob(".lmdaemon-*")))
         process.send_signal(number)
         assert process.wait(20) == 1
     assert set(tmp_path.iterdir()) == before

@@ -16,8 +16,8 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Settings
 from lmdaemon.dialects import BadNotice, json_object
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body
-from lmdaemon.log import Log
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body, request_id
+from lmdaemon.log import Log, place
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
 from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, BULK_IDS_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
@@ -110,27 +110,32 @@ class Api:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Bearer token first, then the handler; every error becomes a problem document."""
+        headers = {}
         try:
-            if not bearer(request, self._settings.api_tokens):
-                if request.path == "/health" and request.method in ("GET", "HEAD"):
-                    return await self._public_health()
-                return _problem(
-                    Problem(401, "Unauthorized", "a valid bearer token is required"), {"WWW-Authenticate": "Bearer"}
-                )
-            return await handler(request)
-        except Problem as problem:
-            return _problem(problem)
+            if bearer(request, self._settings.api_tokens):
+                return await handler(request)
+            if request.path == "/health" and request.method in ("GET", "HEAD"):
+                return await self._public_health()
+            headers["WWW-Authenticate"] = "Bearer"
+            log.warning("api.unauthorized", peer=request.remote or None, request_id=request_id(request))
+            problem = Problem(401, "Unauthorized", "a valid bearer token is required")
+        except Problem as one:
+            problem = one
         except StoreError as error:
-            return _problem(Problem(503, "Service Unavailable", str(error)), {"Retry-After": RETRY_AFTER_S})
+            headers["Retry-After"] = RETRY_AFTER_S
+            problem = Problem(503, "Service Unavailable", str(error))
         except web.HTTPMethodNotAllowed as error:
-            allow = ", ".join(sorted(error.allowed_methods))
-            wrong_method = Problem(405, "Method Not Allowed", f"{error.method} is not allowed here; {allow} is")
-            return _problem(wrong_method, {"Allow": allow})
+            headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+            detail = f"{error.method} is not allowed here; {headers['Allow']} is"
+            problem = Problem(405, "Method Not Allowed", detail)
         except web.HTTPException as error:
-            return _problem(Problem(error.status, error.reason, f"nothing is served at {request.path!r}"))
-        except Exception:
-            log.exception("api.failed", method=request.method, route=_route(request))
-            return _problem(Problem(500, "Internal Server Error", "a bug; the log has its traceback"))
+            problem = Problem(error.status, error.reason, f"nothing is served at {request.path!r}")
+        except Exception as error:
+            where = {"route": _route(request), "error": type(error).__name__, "where": place(error)}
+            log.exception("api.failed", method=request.method, **where, request_id=request_id(request))
+            problem = Problem(500, "Internal Server Error", "a bug; the log has its traceback")
+        self._metrics.api_error(problem.status)
+        return _problem(problem, headers)
 
     # -- sessions
 
@@ -160,19 +165,22 @@ class Api:
         if opened.outcome == "ended":
             raise Problem(409, "Conflict", "the session has ended", session=self._session(opened.session))
         if opened.outcome == "created":
+            self._metrics.opened(operator.name)
             log.info("session.opened", operator=operator.name, session=session_id)
+        else:
+            self._metrics.touched(operator.name, 1)
         return _json(self._session(opened.session), 201 if opened.outcome == "created" else 200)
 
     async def touch(self, request: web.Request) -> web.Response:
         operator, session_id = self._operator(request), self._session_id(request)
         touched = await self._store.touch(operator.name, [session_id])
-        self._metrics.touches.labels(operator.name).inc(touched.touched)
         if touched.unknown:
             raise _unknown_session()
         if touched.ended:
             found = await self._store.session(operator.name, session_id)
             shown = {"session": self._session(found[0])} if found is not None else {}
             raise Problem(410, "Gone", "the session has ended", **shown)
+        self._metrics.touched(operator.name, 1)
         return web.Response(status=204)
 
     async def touch_many(self, request: web.Request) -> web.Response:
@@ -186,7 +194,7 @@ class Api:
             if problem:
                 raise _bad(f"sessionIds[{index}]: {problem}")
         touched = await self._store.touch(operator.name, session_ids)
-        self._metrics.touches.labels(operator.name).inc(touched.touched)
+        self._metrics.touched(operator.name, touched.touched)
         return _json(touched._asdict())
 
     async def close(self, request: web.Request) -> web.Response:
@@ -287,16 +295,22 @@ class Api:
         }
 
     async def hold(self, request: web.Request) -> web.Response:
-        return await self._change_gate(request, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"), "held")
+        operator = self._operator(request)
+        await self._change_gate(operator, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"))
+        log.warning("operator.held", operator=operator.name, reason="by_hand")
+        return await self._shown_now(operator)
 
     async def release(self, request: web.Request) -> web.Response:
-        return await self._change_gate(request, lambda gate: retry.release(gate, self._clock.wall_ms()), "released")
-
-    async def _change_gate(self, request: web.Request, change: Callable[[Gate], Gate], done: str) -> web.Response:
         operator = self._operator(request)
+        await self._change_gate(operator, lambda gate: retry.release(gate, self._clock.wall_ms()))
+        log.info("operator.released", operator=operator.name, reason="by_hand")
+        return await self._shown_now(operator)
+
+    async def _change_gate(self, operator: Operator, change: Callable[[Gate], Gate]) -> None:
         await self._store.set_gate(operator.name, change)
-        log.warning(f"operator.{done}", operator=operator.name, reason="by_hand")
         self._wake_dispatcher()
+
+    async def _shown_now(self, operator: Operator) -> web.Response:
         oldest = await self._store.oldest_pending([operator.name])
         return _json(self._shown(operator, oldest[operator.name]))
 

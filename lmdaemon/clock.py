@@ -7,6 +7,7 @@ the system for the time. `ServiceClock` is what promise 4 stands on. It must nev
 import time
 
 STALL_S = 1.5  # a gap between two readings longer than this is a stall: nobody was listening, so no time has passed
+FREEZES = ("starting", "store", "stopping")  # why the service clock may stand still
 TICK_S = 1.0  # how often somebody has to read the service clock while sessions are live
 
 
@@ -38,7 +39,7 @@ class ServiceClock:
         self._clock = clock
         self._ms = float(service_ms)
         self._read_at = clock.monotonic()
-        self._frozen: set[str] = set()
+        self.frozen: set[str] = set()  # for these reasons
         self.stalled_s = 0.0  # sum of all gaps that did not count
 
     def now_ms(self) -> int:
@@ -46,7 +47,7 @@ class ServiceClock:
         now = self._clock.monotonic()
         gap = now - self._read_at
         self._read_at = now
-        if self._frozen or gap > STALL_S:
+        if self.frozen or gap > STALL_S:
             self.stalled_s += gap
         else:
             self._ms += gap * 1000
@@ -55,9 +56,9 @@ class ServiceClock:
     def freeze(self, reason: str) -> None:
         """Stops the clock: touches cannot be heard, or cannot be stored. Each reason has to be lifted by `thaw`."""
         self.now_ms()
-        self._frozen.add(reason)
+        self.frozen.add(reason)
 
     def thaw(self, reason: str) -> None:
         """Lifts one reason; once none is left, the clock runs on from where it stood."""
         self.now_ms()
-        self._frozen.discard(reason)
+        self.frozen.discard(reason)

@@ -7,24 +7,24 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 import asyncio
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 from aiohttp import web
 
 from lmdaemon import api, config, endpoint, log, plugins, retry, systemd
 from lmdaemon.api import Api
-from lmdaemon.clock import Clock
+from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config import ConfigError, Settings
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
 from lmdaemon.http import Site, bind
-from lmdaemon.metrics import Metrics, Reading
-from lmdaemon.model import Session
+from lmdaemon.metrics import Metrics, Reading, by_label, plain
+from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import Store, StoreError
 from lmdaemon.sweeper import Sweeper
@@ -52,6 +52,7 @@ class Daemon:
         self._reloading = asyncio.Event()
         self._reload_error: str | None = None
         self._plugins: dict[str, LoadedPlugin] = {}
+        self._sites: dict[str, Site] = {}
         self.serving = asyncio.Event()
         self.addresses: dict[str, Any] = {}
 
@@ -65,6 +66,7 @@ class Daemon:
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
+            stack.callback(log.repeats.flush, everything=True)
             self._notifier = systemd.Notifier()
             stack.callback(self._notifier.close)
             handed_over = systemd.listening_sockets()
@@ -113,12 +115,7 @@ class Daemon:
         self._api = Api(
             self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at, self._dispatcher.wake
         )
-        self._store.on_ended = self._note_ended
-        self._endpoint.on_answer = lambda dialect, code: self._metrics.notices.labels(dialect, str(code)).inc()
-        self._dispatcher.on_attempt = lambda operator, sink, outcome: self._metrics.attempts.labels(
-            operator, sink, outcome.verdict
-        ).inc()
-        self._metrics.watch(self._readings)
+        self._measure()
         self._configure()
 
     def _configure(self) -> None:
@@ -128,6 +125,7 @@ class Daemon:
         self._endpoint.configure(self.settings, self._plugins)
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
+        self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
 
     async def _listen(
         self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
@@ -147,7 +145,8 @@ class Daemon:
             stack.callback(listening.close)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await Site(runner, listening, malformed[name]).start()
+            site = self._sites[name] = Site(runner, listening, malformed[name], name)
+            await site.start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
 
@@ -163,9 +162,9 @@ class Daemon:
 
     def _announce(self) -> None:
         for warning in self.settings.warnings:
-            events.warning("config.warning", finding=warning)
+            events.warning("config.warned", finding=warning)
         if not self.settings.operators:
-            events.warning("config.warning", finding="no operator is configured: nothing can be opened or received")
+            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
         gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
         for name in sorted(set(gone) - self.settings.operators.keys()):
             events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
@@ -225,7 +224,7 @@ class Daemon:
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
             self._reload_error = str(error)
-            self._metrics.reloads.set(0)
+            self._metrics.reloaded(None)
             for finding in error.findings:
                 events.error("config.reload_failed", finding=finding)
             return
@@ -238,7 +237,7 @@ class Daemon:
         log.setup(new.log.level, new.log.format)
         self._configure()
         await plugins.stop_all(gone)
-        self._metrics.reloads.set(1)
+        self._metrics.reloaded(self._clock.wall_ms() / 1000)
         events.info("config.reloaded", changed=",".join(changed) or "nothing")
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
@@ -301,18 +300,39 @@ class Daemon:
 
     # -- what the parts tell
 
+    def _measure(self) -> None:
+        """Connects the counters to where things happen."""
+        metrics = self._metrics
+        self._store.on_ended = self._note_ended
+        self._store.on_commit = metrics.committed
+        self._endpoint.on_answer = metrics.answered
+        self._endpoint.on_not_taken = metrics.not_taken
+        self._dispatcher.on_attempt = lambda operator, sink, outcome: metrics.attempted(
+            operator, sink, outcome.verdict, outcome.duration_ms / 1000
+        )
+        for pulse in (self._sweeper.pulse, self._dispatcher.pulse):
+            pulse.on_awake = metrics.turn_lag.observe
+        metrics.reloaded(self._clock.wall_ms() / 1000)
+        metrics.watch(self._readings)
+
     def _note_ended(self, sessions: list[Session]) -> None:
         now_ms = self._store.service_clock.now_ms()
         for session in sessions:
-            self._metrics.ends.labels(session.operator, session.reason).inc()
+            assert session.reason is not None  # noqa: S101 - only ended sessions are told
+            self._metrics.ended(session.operator, session.reason)
             if session.reason == "inactivity":
                 self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
             events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)
 
     def _readings(self) -> list[Reading]:
-        """The gauges, from maintained figures: no I/O."""
+        """What is read at a scrape, from maintained figures: no I/O."""
+        return [*self._operator_readings(), *self._delivery_readings(), *self._own_readings(), *self._store_readings()]
+
+    def _operator_readings(self) -> Iterator[Reading]:
+        """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
         now_at = self._clock.wall_ms()
-        names = sorted(set(self._store.figures) | set(self.settings.operators))
+        waiting = [name for name, one in self._store.figures.items() if one.live or one.pending or one.dead]
+        names = sorted({*waiting, *self.settings.operators})
         figures = {name: self._store.figures_of(name) for name in names}
         gates = {name: self._store.gate(name) for name in names}
         states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
@@ -326,22 +346,59 @@ class Daemon:
                 "0 closed, 1 half-open, 2 open.",
                 {n: states[retry.breaker(g, now_at)] for n, g in gates.items()},
             ),
+            (
+                "operator_not_before_timestamp_seconds",
+                "Until when a Retry-After keeps sending back; 0 if none ever did.",
+                {n: g.not_before_at / 1000 for n, g in gates.items()},
+            ),
         ]
-        readings: list[Reading] = [
-            (f"lmdaemon_{name}", help_text, ("operator",), {(operator,): value for operator, value in values.items()})
-            for name, help_text, values in per_operator
-        ]
-        late: dict[tuple[str, ...], float] = {(name,): late_s for name, late_s in self._health.late_s.items()}
-        readings.append(("lmdaemon_loop_late_seconds", "Time since the loop should have come round.", ("loop",), late))
-        plain: list[tuple[str, str, float]] = [
-            ("store_writable", "1 while the last write succeeded.", float(self._store.failure is None)),
-            ("store_transaction_seconds", "How long the running transaction has been running.", self._health.writing_s),
-            ("store_waiting_operations", "Operations that wait for the writer.", self._store.waiting),
-            ("store_wal_bytes", "Size of the write-ahead log at the last transaction.", self._store.wal_bytes),
-            ("mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)),
-        ]
-        readings += [(f"lmdaemon_{name}", help_text, (), {(): value}) for name, help_text, value in plain]
-        return readings
+        for name, help_text, values in per_operator:
+            yield by_label(name, help_text, "operator", values)
+
+    def _delivery_readings(self) -> Iterator[Reading]:
+        lane = ("operator", "sink")
+        overdue = "How long the earliest due delivery has waited for a free slot; 0 while its operator is kept back."
+        yield "lmdaemon_deliveries_in_flight", "Attempts under way.", lane, self._dispatcher.attempting
+        yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
+
+    def _own_readings(self) -> Iterator[Reading]:
+        """Of the daemon itself: loops, clock, log, connections."""
+        frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
+        connections = {name: float(site.connections) for name, site in self._sites.items()}
+        turned = {name: float(site.turned_away) for name, site in self._sites.items()}
+        yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
+        yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
+        yield plain("stalled_seconds_total", "Time in stalls, which counts as no idleness.", self._sweeper.lost_s)
+        yield plain(
+            "expiry_hold_seconds",
+            "For how long nothing ends for inactivity yet: the grace after a start, or a pause after a stall.",
+            self._sweeper.hold_s,
+        )
+        yield plain(
+            "mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)
+        )
+        yield by_label("log_events_total", "Events of these levels, written or suppressed.", "level", log.happened)
+        yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
+        yield by_label("http_connections", "Open connections.", "listener", connections)
+        yield by_label("http_connections_refused_total", "Connections beyond the limit.", "listener", turned)
+
+    def _store_readings(self) -> Iterator[Reading]:
+        store = self._store
+        yield plain("store_writable", "1 while the last write succeeded.", float(store.failure is None))
+        yield plain(
+            "store_transaction_seconds",
+            "How long the running transaction has been running; 0 between two.",
+            self._health.writing_s,
+        )
+        yield plain("store_waiting_operations", "Operations that wait for the writer.", store.waiting)
+        yield plain("store_wal_bytes", "Size of the write-ahead log at the last transaction.", store.wal_bytes)
+        yield plain("store_file_bytes", "Size of the database file at the last transaction.", store.file_bytes)
+        yield by_label(
+            "store_refused_operations_total",
+            "Operations refused: the caller was told to retry.",
+            "reason",
+            store.refused,
+        )
 
 
 def _same_hook(one: config.Plugin, other: config.Plugin) -> bool:

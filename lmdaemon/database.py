@@ -24,7 +24,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from lmdaemon.clock import STALL_S
-from lmdaemon.log import Log
+from lmdaemon.log import Log, place
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
 BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
@@ -32,6 +32,7 @@ BATCH_ROWS = 10_000  # rows they name together, for one bulk touch names as many
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
 QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
 READS_MAX = 1000  # that wait for the reading connection
+REFUSALS = ("queue_full", "readers_full", "writing_failed", "reading_failed", "stopping")
 HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
@@ -101,7 +102,8 @@ class Database(Generic[_Txn]):
     aiosqlite connection left open keeps the process from ending.
 
     `begin` makes the transaction of each batch, `committed` is told of it after the commit (before the waiters are
-    answered), `available` is told when the file stops and starts taking writes again.
+    answered), `available` is told when the file stops and starts taking writes again, `measured` how many operations a
+    transaction had and how many seconds it took. `refused` counts operations by the reason they were refused for.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class Database(Generic[_Txn]):
         self.begin: Callable[[], _Txn]
         self.committed: Callable[[_Txn], None]
         self.available: Callable[[bool], None] = lambda available: None
+        self.measured: Callable[[int, float], None] = lambda operations, took_s: None
+        self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
         self.writing_since: float | None = None  # loop time at which the running transaction began
         self.commits = 0
@@ -193,14 +197,23 @@ class Database(Generic[_Txn]):
         """Size of the WAL at the last transaction."""
         return self._files.wal_bytes
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file at the last transaction."""
+        return self._files.file_bytes
+
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Runs `function(connection, *arguments)` on the reading connection. Raises StoreError."""
         if self._reading >= READS_MAX:
+            self.refused["readers_full"] += 1
+            log.warning("store.overloaded", reason="readers_full", waiting=self._reading)
             raise StoreError("too many readers are waiting")
         self._reading += 1
         try:
             return await self._reader.run(function, *arguments)
         except sqlite3.Error as error:
+            self.refused["reading_failed"] += 1
+            log.error("store.reading_failed", reason=str(error), path=self.path)
             raise StoreError(f"reading failed: {error}") from error
         finally:
             self._reading -= 1
@@ -214,8 +227,11 @@ class Database(Generic[_Txn]):
         A waiter that is cancelled does not cancel its operation. Raises StoreError.
         """
         if self._closing:
+            self.refused["stopping"] += 1
             raise StoreError("the store is closed")
         if len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
+            self.refused["queue_full"] += 1
+            log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             raise StoreError("too many operations are waiting")
         answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Operation(run, argument, rows, answer))
@@ -291,7 +307,9 @@ class Database(Generic[_Txn]):
         self.writing_since = loop.time()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
-            return txn, await self._writer.run(_transaction, txn, batch, self._files)
+            results = await self._writer.run(_transaction, txn, batch, self._files)
+            self.measured(len(batch), loop.time() - self.writing_since)
+            return txn, results
         finally:
             hung.cancel()
             self.writing_since = None
@@ -325,6 +343,7 @@ class Database(Generic[_Txn]):
             log.error("store.failing", reason=failure, refused=len(batch), path=self.path)
         self._set_available(False)
         self.failure = failure
+        self.refused["writing_failed"] += len(batch)
         self._refuse(batch, StoreError(f"writing failed: {error}"))
 
     def _set_available(self, available: bool) -> None:
@@ -335,7 +354,8 @@ class Database(Generic[_Txn]):
     async def _one_by_one(self, batch: list[_Operation], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
         if len(batch) == 1:
-            log.error("store.operation_failed", operation=batch[0].run.__name__, error=type(error).__name__)
+            facts = {"operation": batch[0].run.__name__, "error": type(error).__name__}
+            log.error("store.operation_failed", **facts, where=place(error))
             return self._refuse(batch, error)
         for operation in batch:
             try:
@@ -385,7 +405,7 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened = {file: self._identity(file.stat()) for file in (path, Path(f"{path}-wal"))}
-        self.wal_bytes = 0
+        self.file_bytes = self.wal_bytes = 0
         self.blocked_until = 0.0  # monotonic time before which the WAL is not worth another try to empty it
 
     @property
@@ -399,6 +419,7 @@ class _Files:
 
     def check(self) -> None:
         """Looks at both. Raises FileLostError."""
+        sizes = []
         for file, opened in self._opened.items():
             try:
                 found = file.stat()
@@ -406,7 +427,8 @@ class _Files:
                 raise FileLostError(f"{file}: was removed while the daemon was running") from error
             if self._identity(found) != opened:
                 raise FileLostError(f"{file}: was replaced while the daemon was running")
-        self.wal_bytes = found.st_size
+            sizes.append(found.st_size)
+        self.file_bytes, self.wal_bytes = sizes
 
 
 def _is_outage(error: Exception) -> bool:

@@ -324,6 +324,7 @@ class Lane:
         self.plugin = plugin
         self.next_due_at: int | None = 0  # looked up at the first round
         self.in_flight: set[int] = set()  # ids of deliveries
+        self.failed = 0  # attempts in a row
 
     def note_due(self, due_at: int) -> None:
         """A row is due then, perhaps before those known so far."""
@@ -354,6 +355,13 @@ class Lane:
         if self.gated and gate.failures >= retry.BREAKER_OPENS_AT:
             return 0 if self.in_flight else 1
         return self.slots
+
+    def overdue_s(self, gate: Gate, now_at: int) -> float:
+        """Seconds for which its earliest row could have been sent but for the slots."""
+        opens_at = retry.opens_at(gate) if self.gated else 0
+        if not self.next_due_at or opens_at is None:  # 0: about to be looked up
+            return 0.0
+        return max(0, now_at - max(self.next_due_at, opens_at)) / 1000
 
     def ready_at(self, gate: Gate) -> int | None:
         """Wall time from which rows can be claimed; None while only a wake-up can change that."""
@@ -432,6 +440,19 @@ class Dispatcher:
     @property
     def in_flight(self) -> int:
         return len(self._tasks)
+
+    @property
+    def attempting(self) -> dict[tuple[str, str], int]:
+        """Attempts under way by operator and sink."""
+        return {pair: len(lane.in_flight) for pair, lane in self._lanes.items()}
+
+    @property
+    def overdue_s(self) -> dict[tuple[str, str], float]:
+        """By operator and sink, for how long the earliest delivery has been due that still waits for a slot; 0 while
+        hold, Retry-After or breaker keep it back.
+        """
+        now_at = self._clock.wall_ms()
+        return {pair: lane.overdue_s(self._store.gate(pair[0]), now_at) for pair, lane in self._lanes.items()}
 
     async def run(self) -> None:
         """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
@@ -613,10 +634,12 @@ class Dispatcher:
 
         settlement = Settlement(row, "dead", 0, row.step, attempt, gate=alter if lane.gated else None)
         if outcome.verdict == "delivered":
+            self._log_recovery(lane)
             log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
             return settlement._replace(state="delivered")
         if outcome.verdict == "hold":
             return settlement._replace(state="pending", spent=False)
+        lane.failed += 1
         wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
         if wait_s is None:
             self._log_dead(lane, row, row.attempts + 1, outcome.reason)
@@ -632,7 +655,8 @@ class Dispatcher:
             except StoreError:
                 await asyncio.sleep(STORE_RETRY_S)
             else:
-                self._log_gate(lane.operator, settled.before, settled.after)
+                reason = (settlement.attempt or {}).get("error")
+                self._log_gate(lane.operator, settled.before, settled.after, reason)
                 return settled
 
     @staticmethod
@@ -641,18 +665,26 @@ class Dispatcher:
         log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=_shown_url(lane))
 
     @staticmethod
-    def _log_gate(operator: Operator, before: Gate, gate: Gate) -> None:
+    def _log_recovery(lane: Lane) -> None:
+        """Of a plug-in; that of a URL is its breaker's closing."""
+        if not lane.gated and lane.failed >= retry.BREAKER_OPENS_AT:
+            log.info("delivery.recovered", operator=lane.operator.name, sink=lane.sink, failed=lane.failed)
+        lane.failed = 0
+
+    @staticmethod
+    def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
         """Logs a change of what holds the operator back, not each attempt under it."""
         url = safe_url(operator.url)
         if gate.held_at is not None and before.held_at is None:
             log.error("operator.held", operator=operator.name, reason=gate.held_reason, url=url)
         was_open, is_open = (one.failures >= retry.BREAKER_OPENS_AT for one in (before, gate))
         if is_open and not was_open:
-            log.error("breaker.opened", operator=operator.name, failures=gate.failures, url=url)
+            facts = {"operator": operator.name, "reason": reason, "failures": gate.failures}
+            log.warning("breaker.opened", **facts, pause_s=gate.pause_ms / 1000, url=url)
         if was_open and not is_open and gate.held_at is None:
             log.info("breaker.closed", operator=operator.name, failed=before.failures, url=url)
         if gate.not_before_at > before.not_before_at:
-            log.warning("operator.retry_after", operator=operator.name, until=utc(gate.not_before_at))
+            log.warning("operator.paused", operator=operator.name, reason="retry_after", until=utc(gate.not_before_at))
 
     async def drain(self, within_s: float) -> None:
         """Lets attempts in flight finish within that time; what does not, stays pending and is sent again later."""

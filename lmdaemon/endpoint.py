@@ -14,8 +14,8 @@ from aiohttp import HttpVersion11, web
 
 from lmdaemon.config import Operator, Settings, endpoint_key
 from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, client_address, read_body
-from lmdaemon.log import Log
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, allowed, client_address, read_body, request_id
+from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.store import Recording, Store, StoreError
@@ -38,6 +38,12 @@ class Route:
         self.operators: dict[str, Operator] = {}
         self.dialects: dict[str, list[Dialect]] = {}
         self.codes_of = SHIPPED["v4"]
+
+    @property
+    def only(self) -> str | None:
+        """The name of its operator, if it has but one."""
+        names = [operator.name for operator in self.operators.values()]
+        return names[0] if len(names) == 1 else None
 
     def add(self, operator: Operator) -> None:
         if not self.operators:
@@ -62,7 +68,8 @@ class Refused(Exception):  # noqa: N818
 
 class Endpoint:
     """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`;
-    `on_answer(dialect, code)` is told of every answer to a request that reached parsing.
+    `on_answer(operator, dialect, code)` is told of every answer to a request that reached parsing, its operator empty
+    where it could not be told, and `on_not_taken(status)` of every other.
     """
 
     def __init__(self, store: Store, health: Callable[[], Awaitable[str]]) -> None:
@@ -72,7 +79,8 @@ class Endpoint:
         self._settings: Settings
         self._plugins: list[LoadedPlugin] = []
         self._spellings: set[tuple[str, str]] = set()
-        self.on_answer: Callable[[str, int], None] = lambda dialect, code: None
+        self.on_answer: Callable[[str, str, int], None] = lambda operator, dialect, code: None
+        self.on_not_taken: Callable[[int], None] = lambda status: None
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -96,13 +104,16 @@ class Endpoint:
         except Exception as error:
             refused = error if isinstance(error, Refused) else Refused(500, "Internal error, please retry")
             if refused is not error:
-                log.exception("notice.failed", path=path)
+                facts = {"error": type(error).__name__, "where": place(error), "request_id": request_id(request)}
+                log.exception("notice.failed", path=path, **facts)
             codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
             code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
-            # A scanner's guesses are no news; a known path refused is
-            note = log.debug if refused.status == 404 else log.warning
-            shown = None if route is None else path  # what a stranger asked for may hold anything
-            note("notice.not_taken", status=refused.status, reason=refused.description, path=shown)
+            why = {"status": refused.status, "reason": refused.description, "request_id": request_id(request)}
+            if route is None:  # a scanner's guesses are no news, and what a stranger asked for may hold anything
+                log.debug("notice.not_taken", **why)
+            else:
+                log.warning("notice.not_taken", path=path, **why)
+            self.on_not_taken(refused.status)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
                 response.force_close()  # what is left of the body would be read as the next request
@@ -132,36 +143,33 @@ class Endpoint:
         except BodyTooSlow:
             raise Refused(408, "Body too slow or incomplete") from None
         dialect = route.dialects[content][0]  # whose codes answer a body that does not tell
+        facts: dict[str, Any] = {"operator": route.only, "request_id": request_id(request)}
         try:
             parsed = parse(body, content, route.dialects[content])
             dialect = parsed.dialect
+            facts |= {"session": parsed.session_id, "request": parsed.request}
             operator = _operator(route, parsed)
+            facts["operator"] = operator.name
             if not allowed(address, operator.allow_from):
                 raise Refused(403, "Address not allowed", dialect)
-            await self._record(operator, parsed)
+            await self._record(operator, parsed, facts)
         except BadNotice as refusal:
-            return self._refuse(refusal.dialect or dialect, refusal, route)
+            return self._refuse(refusal.dialect or dialect, refusal, facts)
         except StoreError as error:
-            log.warning("notice.not_stored", reason=str(error))
+            log.warning("notice.not_stored", **facts, reason=str(error))
             headers = {"Retry-After": RETRY_AFTER_S}
             raise Refused(503, "Cannot be stored now, please retry", dialect, **headers) from error
-        self.on_answer(dialect.name, 0)
+        self.on_answer(operator.name, dialect.name, 0)
         return _response(SUCCESS)
 
-    def _refuse(self, dialect: Dialect, refusal: BadNotice, route: Route) -> web.Response:
+    def _refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
         code = dialect.codes.of(refusal.meaning)
-        log.warning(
-            "notice.refused",
-            operator=",".join(operator.name for operator in route.operators.values()),
-            dialect=dialect.name,
-            code=code,
-            meaning=refusal.meaning,
-            reason=refusal.description,
-        )
-        self.on_answer(dialect.name, code)
+        why = {"dialect": dialect.name, "code": code, "meaning": refusal.meaning, "reason": refusal.description}
+        log.warning("notice.refused", **facts, **why)
+        self.on_answer(facts["operator"] or "", dialect.name, code)
         return _response(answer(code, refusal.description))
 
-    async def _record(self, operator: Operator, parsed: Parsed) -> None:
+    async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
         """Authenticates one notice, shows it to the plug-ins, and records it. Raises BadNotice, StoreError."""
         self._note_spelling(operator, parsed.provider_id)
         extra = parsed.extra
@@ -197,7 +205,7 @@ class Endpoint:
         if recorded in UNRECORDED:
             raise BadNotice(recorded, UNRECORDED[recorded])
         event = "notice.repeated" if recorded == "repeated" else "notice.recorded"
-        log.info(event, operator=operator.name, session=notice.session_id, dialect=notice.dialect)
+        log.info(event, **facts, dialect=notice.dialect)
 
     async def _is_repeated(self, notice: Notice) -> bool:
         """Whether the session has ended already: a repeat is answered like the first, whatever a plug-in thinks now."""
@@ -208,9 +216,7 @@ class Endpoint:
         key = (operator.name, provider_id)
         if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
-            log.warning(
-                "notice.provider_spelling", operator=operator.name, expected=operator.provider_id, got=provider_id
-            )
+            log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
 
 
 def _operator(route: Route, parsed: Parsed) -> Operator:

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 import ipaddress
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ CONNECTIONS_MAX = 2000  # to one listener
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
 BACKLOG = 512
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 log = Log("http")
 
@@ -100,19 +103,29 @@ class _Turned(asyncio.Protocol):
 
 class Site(web.BaseSite):
     """Serves a runner's requests on a socket, CONNECTIONS_MAX connections at a time. `malformed` answers what is no
-    HTTP.
+    HTTP; `listener` is its name in the log.
     """
 
-    __slots__ = ("_malformed", "_socket")
+    __slots__ = ("_listener", "_malformed", "_socket", "turned_away")
 
-    def __init__(self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response) -> None:
+    def __init__(
+        self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response, listener: str
+    ) -> None:
         super().__init__(runner)
+        self._listener = listener
+        self.turned_away = 0  # connections beyond CONNECTIONS_MAX
         self._socket = listening
         self._malformed = malformed
 
     @property
     def name(self) -> str:
         return str(self._socket.getsockname())
+
+    @property
+    def connections(self) -> int:
+        """Those open now."""
+        server = self._runner.server
+        return 0 if server is None else len(server.connections)
 
     async def start(self) -> None:
         await super().start()
@@ -123,6 +136,8 @@ class Site(web.BaseSite):
         server = self._runner.server
         assert server is not None  # noqa: S101 - BaseSite has checked it
         if len(server.connections) >= CONNECTIONS_MAX:
+            self.turned_away += 1
+            log.warning("http.turned_away", listener=self._listener, connections=len(server.connections))
             return _Turned()
         return Connection(server, self._malformed)
 
@@ -142,6 +157,14 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
     except (TimeoutError, OSError, web.RequestPayloadError) as error:
         raise BodyTooSlow from error
     return b"".join(parts)
+
+
+def request_id(request: web.BaseRequest) -> str | None:
+    """The X-Request-Id that a proxy or a client has given, to find the request in their logs by; None for one that is
+    no id: long, or with characters that ids do not have.
+    """
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
 
 
 def decode_segment(raw: str) -> str:

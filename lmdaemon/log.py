@@ -1,17 +1,22 @@
 """Logging: an event and its facts, as text on a terminal and as JSON lines otherwise.
 
 `log.info("delivery.retry", operator="acme", wait_s=8.2)` is the only form; nothing is formatted into the event, so a
-line can be searched by its name. It must never be given a secret: tokens, keys, bodies and full URLs stay out.
+line can be searched by its name. It must never be given a secret: tokens, keys, bodies and full URLs stay out. What a
+peer, a plug-in or a disk can repeat at will is written a few times a minute and counted otherwise (`LIMITS`).
 """
 
+import asyncio
 import json
 import logging
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
@@ -19,6 +24,135 @@ import orjson
 _ROOT = "lmdaemon"
 # syslog priorities, which journald reads from `<N>` at the start of a line
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+WINDOW_S = 60.0
+KINDS_MAX = 1000  # of lines that are told apart at the same time, which bounds the memory
+STRAGGLERS_S = 1.0  # after a window, in which the next line of its kind may carry the count
+
+
+class Limit(NamedTuple):
+    """So many lines in WINDOW_S; two are of a kind if they have the event and these facts in common."""
+
+    lines: int
+    same: tuple[str, ...] = ()
+
+
+# journald drops all lines of a service beyond 10,000 in 30 s, errors among them (journald.conf(5), RateLimitBurst=), so
+# what happens to each session must not fill it.
+_EACH_SESSION = Limit(1000)
+_CHANGE = Limit(10, ("operator", "reason"))  # something that flaps is no news any more
+
+LIMITS = {
+    "session.opened": _EACH_SESSION,
+    "session.ended": _EACH_SESSION,
+    "notice.recorded": _EACH_SESSION,
+    "notice.repeated": _EACH_SESSION,
+    "delivery.delivered": _EACH_SESSION,
+    "delivery.retry": Limit(1, ("operator", "sink", "reason")),
+    "delivery.dead": Limit(1, ("operator", "sink", "reason")),
+    "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
+    "delivery.recovered": Limit(10, ("operator", "sink")),
+    "delivery.waiting_for_store": Limit(1, ("reason",)),
+    "operator.paused": Limit(1, ("operator",)),
+    "breaker.opened": _CHANGE,
+    "breaker.closed": _CHANGE,
+    "notice.refused": Limit(1, ("operator", "dialect", "meaning")),  # not the reason: a peer could vary it
+    "notice.not_taken": Limit(1, ("path", "status", "reason")),
+    "notice.not_stored": Limit(1, ("operator", "reason")),
+    "notice.failed": Limit(1, ("path", "error", "where")),
+    "plugin.check_failed": Limit(1, ("plugin", "operator", "reason")),
+    "plugin.ignores_cancellation": Limit(1, ("plugin",)),
+    "api.failed": Limit(1, ("route", "error", "where")),
+    "api.unauthorized": Limit(1),
+    "http.turned_away": Limit(1, ("listener",)),
+    "store.failing": _CHANGE,
+    "store.hanging": _CHANGE,
+    "store.recovered": _CHANGE,
+    "store.overloaded": Limit(1, ("reason",)),
+    "store.reading_failed": Limit(1, ("reason",)),
+    "store.operation_failed": Limit(1, ("operation", "error", "where")),
+    "clock.stalled": _CHANGE,
+    "loop.error": Limit(1, ("error", "where")),
+}
+
+
+@dataclass(slots=True)
+class _Kind:
+    logger: logging.Logger
+    level: int
+    facts: dict[str, Any]
+    until: float
+    lines: int = 1
+    suppressed: int = 0
+
+
+class Repeats:
+    """Lets the first lines of a kind through and counts the rest: the first line of the next window carries the count
+    as `suppressed`, or, if none comes, a line of its own. `monotonic` gives seconds.
+
+    A timer runs only while something is counted: an idle daemon is not woken.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._kinds: dict[tuple[Any, ...], _Kind] = {}
+        self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
+        self.suppressed = 0  # lines, altogether
+
+    def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> int | None:
+        """None if the line is suppressed; else how many of its kind have been since the last one that was written."""
+        now = self._monotonic()
+        same = {name: facts.get(name) for name in limit.same}
+        key = (event, *same.values())
+        if key not in self._kinds and len(self._kinds) >= KINDS_MAX:
+            self.flush()
+            if len(self._kinds) >= KINDS_MAX:
+                key, same = (event,), {}
+        kind = self._kinds.get(key)
+        if kind is None:
+            self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
+            return 0
+        if now >= kind.until:
+            before = kind.suppressed
+            kind.until, kind.lines, kind.suppressed = now + WINDOW_S, 1, 0
+            return before
+        if kind.lines < limit.lines:
+            kind.lines += 1
+            return 0
+        kind.suppressed += 1
+        self.suppressed += 1
+        self._arm(kind.until - now + STRAGGLERS_S)
+        return None
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Writes the counts of the windows that are over, or of all, and forgets those windows."""
+        now = self._monotonic()
+        for key, kind in list(self._kinds.items()):
+            if everything or now >= kind.until:
+                del self._kinds[key]
+                if kind.suppressed:
+                    facts = kind.facts | {"suppressed": kind.suppressed}
+                    kind.logger.log(kind.level, key[0], extra={"facts": facts})
+
+    def _arm(self, wait_s: float) -> None:
+        if self._timer is not None and not self._timer[0].is_closed():
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # then the next line of a kind, or a flush, tells
+            return
+        self._timer = loop, loop.call_later(wait_s, self._elapsed)
+
+    def _elapsed(self) -> None:
+        self._timer = None
+        self.flush()
+        ends = [kind.until for kind in self._kinds.values() if kind.suppressed]
+        if ends:
+            self._arm(min(ends) - self._monotonic() + STRAGGLERS_S)
+
+
+repeats = Repeats()
+happened = {"warning": 0, "error": 0}  # events of these levels, also those suppressed
 
 
 class Log:
@@ -44,8 +178,18 @@ class Log:
         self._emit(logging.ERROR, event, facts, exc_info=True)
 
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
-        if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, exc_info=exc_info, extra={"facts": facts})
+        if level >= logging.WARNING:
+            happened["warning" if level == logging.WARNING else "error"] += 1
+        if not self._logger.isEnabledFor(level):
+            return
+        limit = LIMITS.get(event)
+        if limit is not None and not self._logger.isEnabledFor(logging.DEBUG):
+            suppressed = repeats.admit(self._logger, level, event, facts, limit)
+            if suppressed is None:
+                return
+            if suppressed:
+                facts["suppressed"] = suppressed
+        self._logger.log(level, event, exc_info=exc_info, extra={"facts": facts})
 
 
 class TextFormatter(logging.Formatter):

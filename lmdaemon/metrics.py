@@ -1,22 +1,51 @@
 """Prometheus metrics: counters raised where things happen, gauges read at a scrape. The home of prometheus-client.
 
 Wired up by `daemon`; `api` serves `text()`. Names follow the Prometheus conventions: base units, `_total`, bounded
-labels (operators, reasons and codes are few; players and sessions are never a label).
+labels (operators, sinks, reasons and codes are few; players and sessions are never a label). An operator or sink that
+leaves the file takes its counters with it; what it has left in the store shows in the gauges until it is gone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import platform
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lmdaemon.version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+ATTEMPT_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # few: they are kept for each operator and sink
+COMMIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
-# One row of gauges: name, help, labels, and the values by label values.
-Reading = tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]
+disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every counter, which process_start_time_seconds makes superfluous
+
+# One metric read at a scrape, a counter if its name says `_total`: name, help, labels, and the values by label values.
+Reading = tuple[str, str, tuple[str, ...], Mapping[Any, float]]
+
+
+def by_label(name: str, help_text: str, label: str, values: Mapping[str, float]) -> Reading:
+    """A reading with one label."""
+    return f"lmdaemon_{name}", help_text, (label,), {(value,): number for value, number in values.items()}
+
+
+def plain(name: str, help_text: str, value: float) -> Reading:
+    """A reading without labels."""
+    return f"lmdaemon_{name}", help_text, (), {(): value}
 
 
 class _Readings(Collector):
@@ -25,61 +54,191 @@ class _Readings(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for name, help_text, labels, values in self._read():
-            family = GaugeMetricFamily(name, help_text, labels=labels)
+            family: Any = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            metric = family(name, help_text, labels=labels)
             for label_values, value in values.items():
-                family.add_metric(label_values, value)
-            yield family
+                metric.add_metric(label_values, value)
+            yield metric
+
+
+class _Process(ProcessCollector):
+    """`process_…`, read from /proc/self at a scrape. The library takes the time of boot from /proc/stat, which the unit
+    hides (ProcSubset=pid), and would then show nothing at all.
+    """
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+_M = TypeVar("_M", Counter, Histogram)
+
+
+class _Children(Generic[_M]):
+    """A metric's children by their label values. Looked up once, for `labels()` costs a microsecond each time; made
+    only where the first `bounded` labels are known, so that the number of series has a bound.
+    """
+
+    def __init__(self, metric: _M, bounded: int) -> None:
+        self._metric: _M = metric
+        self._bounded = bounded
+        self._known: frozenset[tuple[str, ...]] = frozenset([()])
+        self._children: dict[tuple[str, ...], _M] = {}
+
+    def get(self, *labels: str) -> _M | None:
+        """None for those that are not known (any more): a call may have begun before a reload."""
+        child = self._children.get(labels)
+        if child is None and labels[: self._bounded] in self._known:
+            child = self._children[labels] = self._metric.labels(*labels)
+        return child
+
+    def know(self, known: Iterable[tuple[str, ...]]) -> None:
+        """Forgets the children of all others."""
+        self._known = frozenset(known)
+        for labels in [labels for labels in self._children if labels[: self._bounded] not in self._known]:
+            del self._children[labels]
+            self._metric.remove(*labels)
 
 
 class Metrics:
     """A registry of its own, so that two daemons in one process (the tests) do not share figures."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        registry = self._registry
-        Gauge("lmdaemon_build_info", "Version of the daemon.", ["version"], registry=registry).labels(__version__).set(
-            1
+        self._registry = registry = CollectorRegistry()
+        _Process(registry=registry)
+        versions = {"version": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+        built = Gauge("lmdaemon_build_info", "1; its labels are the versions.", list(versions), registry=registry)
+        built.labels(**versions).set(1)
+
+        def counter(name: str, help_text: str, *labels: str, bounded: int = 1) -> _Children[Counter]:
+            return _Children(Counter(f"lmdaemon_{name}", help_text, labels, registry=registry), bounded)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"lmdaemon_{name}", help_text, labels, buckets=buckets, registry=registry)
+
+        self._opens = counter("sessions_opened_total", "Sessions opened over the session API.", "operator")
+        self._touches = counter("touches_total", "Sessions touched.", "operator")
+        self._ends = counter("sessions_ended_total", "Sessions ended.", "operator", "reason")
+        self._notices = counter(
+            "notices_total", "Notices answered by code; no operator where none was told.", "operator", "dialect", "code"
         )
-        self.ends = Counter(
-            "lmdaemon_sessions_ended_total", "Sessions ended.", ["operator", "reason"], registry=registry
+        self._not_taken = counter(
+            "notices_not_taken_total", "Requests to the endpoint that never became a notice.", "status", bounded=0
         )
-        self.touches = Counter("lmdaemon_touches_total", "Sessions touched.", ["operator"], registry=registry)
-        self.notices = Counter(
-            "lmdaemon_notices_total", "SessionExpired requests answered.", ["dialect", "code"], registry=registry
+        self._api_errors = counter(
+            "api_errors_total", "Requests to the private API answered with an error.", "status", bounded=0
         )
-        self.attempts = Counter(
-            "lmdaemon_delivery_attempts_total",
+        self._attempts = counter(
+            "delivery_attempts_total",
             "Attempts to hand an end to a sink.",
-            ["operator", "sink", "outcome"],
+            *("operator", "sink", "outcome"),
+            bounded=2,
+        )
+        self._durations = _Children(
+            histogram(
+                "delivery_attempt_duration_seconds",
+                "How long attempts took, from the lookup of the name to the end of the answer.",
+                ATTEMPT_BUCKETS,
+                *("operator", "sink"),
+            ),
+            2,
+        )
+        self.lag = histogram(
+            "expiry_lag_seconds", "Time from a session's deadline to the commit of its end.", LAG_BUCKETS
+        )
+        self.turn_lag = histogram(
+            "event_loop_lag_seconds", "How late the event loop ran what was due, at each wake-up.", TURN_BUCKETS
+        )
+        self._commits = histogram(
+            "store_commit_duration_seconds", "How long transactions took, their sync included.", COMMIT_BUCKETS
+        )
+        self._batches = histogram("store_batch_operations", "Operations in one transaction.", BATCH_BUCKETS)
+        self._reloaded = Gauge(
+            "lmdaemon_config_last_reload_successful", "1 if the last reload took effect.", registry=registry
+        )
+        self._reloaded_at = Gauge(
+            "lmdaemon_config_last_reload_success_timestamp_seconds",
+            "When the configuration in force was read.",
             registry=registry,
         )
-        self.lag = Histogram(
-            "lmdaemon_expiry_lag_seconds",
-            "Time from a session's deadline to its recorded end.",
-            registry=registry,
-            buckets=LAG_BUCKETS,
-        )
-        self.reloads = Gauge(
-            "lmdaemon_config_last_reload_successful", "Whether the last reload took effect.", registry=registry
-        )
-        self.reloads.set(1)
-        self.oldest_pending = Gauge(
+        self._oldest_pending = Gauge(
             "lmdaemon_deliveries_oldest_pending_seconds",
             "Age of the oldest delivery not settled yet; absent where nothing is pending.",
             ["operator"],
             registry=registry,
         )
 
+    def configure(self, operators: Iterable[str], lanes: Iterable[tuple[str, str]], reasons: Iterable[str]) -> None:
+        """The operators, the lanes (operator and sink) and the reasons of ends there are from now on. Their counters
+        begin at 0, so that the first of a kind is an increase.
+        """
+        names, pairs = [(name,) for name in operators], list(lanes)
+        for children in (self._opens, self._touches, self._ends):
+            children.know(names)
+        self._notices.know([*names, ("",)])
+        self._attempts.know(pairs)
+        self._durations.know(pairs)
+        for (name,) in names:
+            self._opens.get(name)
+            self._touches.get(name)
+            for reason in reasons:
+                self._ends.get(name, reason)
+        for pair in pairs:
+            self._durations.get(*pair)
+            for outcome in ("delivered", "retry", "final", "hold"):
+                self._attempts.get(*pair, outcome)
+
     def watch(self, read: Callable[[], list[Reading]]) -> None:
-        """Registers gauges that are read at each scrape; `read` must not do I/O."""
+        """Registers what is read at each scrape; `read` must not do I/O."""
         self._registry.register(_Readings(read))
+
+    # -- what happens
+
+    def opened(self, operator: str) -> None:
+        _add(self._opens.get(operator))
+
+    def touched(self, operator: str, sessions: int) -> None:
+        _add(self._touches.get(operator), sessions)
+
+    def ended(self, operator: str, reason: str) -> None:
+        _add(self._ends.get(operator, reason))
+
+    def answered(self, operator: str, dialect: str, code: int) -> None:
+        """A notice was; `operator` is empty where it could not be told."""
+        _add(self._notices.get(operator, dialect, str(code)))
+
+    def not_taken(self, status: int) -> None:
+        _add(self._not_taken.get(str(status)))
+
+    def api_error(self, status: int) -> None:
+        _add(self._api_errors.get(str(status)))
+
+    def attempted(self, operator: str, sink: str, outcome: str, took_s: float) -> None:
+        _add(self._attempts.get(operator, sink, outcome))
+        durations = self._durations.get(operator, sink)
+        if durations is not None:
+            durations.observe(took_s)
+
+    def committed(self, operations: int, took_s: float) -> None:
+        self._batches.observe(operations)
+        self._commits.observe(took_s)
+
+    def reloaded(self, at_s: float | None) -> None:
+        """The configuration was read and is in force since then (epoch), or could not be (None)."""
+        self._reloaded.set(at_s is not None)
+        if at_s is not None:
+            self._reloaded_at.set(at_s)
 
     def note_oldest_pending(self, ages_s: Mapping[str, float]) -> None:
         """Takes the place of what was noted before; ages in seconds by operator."""
-        self.oldest_pending.clear()
+        self._oldest_pending.clear()
         for operator, age_s in ages_s.items():
-            self.oldest_pending.labels(operator).set(age_s)
+            self._oldest_pending.labels(operator).set(age_s)
 
     def text(self) -> bytes:
         """The exposition format, `CONTENT_TYPE`."""
         return generate_latest(self._registry)
+
+
+def _add(counter: Counter | None, amount: float = 1) -> None:
+    if counter is not None:
+        counter.inc(amount)

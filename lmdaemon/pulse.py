@@ -9,19 +9,28 @@ LATE_S = 5.0  # a loop later than this, or working on one step for longer, is st
 
 
 class Pulse:
-    """`monotonic` is the clock's; all times are its seconds."""
+    """`monotonic` is the clock's; all times are its seconds. `on_awake(late_s)` is told of every wake-up and how late
+    the event loop came to it.
+    """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._since = monotonic()
         self._until: float | None = self._since  # None: asleep until woken
+        self._asleep = False
+        self.on_awake: Callable[[float], None] = lambda late_s: None
 
     def working(self) -> None:
         """A step begins."""
-        self._since = self._until = self._monotonic()
+        now = self._monotonic()
+        if self._asleep and self._until is not None:
+            self.on_awake(max(0.0, now - self._until))
+        self._asleep = False
+        self._since = self._until = now
 
     def sleeping(self, wait_s: float | None) -> None:
         """The step is over; the next comes in `wait_s` seconds, or when somebody wakes the loop."""
+        self._asleep = True
         self._until = None if wait_s is None else self._monotonic() + wait_s
 
     def woken(self) -> None:

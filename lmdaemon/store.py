@@ -294,7 +294,8 @@ class Store:
     """The session table and the deliveries. Opened once; `run` must be running for anything to be written.
 
     `on_ended(sessions)`, `on_due(operator, sink, due_at)`, `on_deadline()`, `on_set_back()` are called after the commit
-    that made them true, on the event loop; the daemon connects them to metrics, the dispatcher and the sweeper.
+    that made them true, `on_commit(operations, took_s)` after each, all on the event loop; the daemon connects them to
+    metrics, the dispatcher and the sweeper.
     """
 
     def __init__(self, database: Database[_Change], clock: Clock, service_clock: ServiceClock) -> None:
@@ -312,6 +313,8 @@ class Store:
         self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
         self.on_deadline: Callable[[], None] = lambda: None
         self.on_set_back: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[int, float], None] = lambda operations, took_s: None
+        database.measured = lambda operations, took_s: self.on_commit(operations, took_s)
         database.begin = self._begin
         database.committed = self._committed
         database.available = self._available
@@ -396,6 +399,16 @@ class Store:
     def wal_bytes(self) -> int:
         """Size of the write-ahead log at the last transaction."""
         return self._db.wal_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the database file at the last transaction."""
+        return self._db.file_bytes
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Operations refused so far, by reason."""
+        return self._db.refused
 
     @property
     def live(self) -> int:

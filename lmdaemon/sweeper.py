@@ -52,7 +52,7 @@ class ExpiryAlarm:
         if ended <= MASS_SESSIONS or ended <= (live + ended) * MASS_SHARE:
             return
         if now - self._raised_at > MASS_S:  # one that goes on is told once
-            log.error("sweeper.mass_expiry", ended=ended, of=live + ended, within_s=MASS_S)
+            log.error("sweeper.mass_expired", ended=ended, of=live + ended, within_s=MASS_S)
         self._raised_at, self.ended, self.of = now, ended, live + ended
 
 
@@ -70,6 +70,7 @@ class Sweeper:
         self._quiet_until = 0.0
         self._persisted = clock.monotonic()
         self._ticking = False
+        self.lost_s = 0.0  # in stalls, of which each was logged
         self._alarm = asyncio.Event()
         self.pulse = Pulse(clock.monotonic)
         self.alarm = ExpiryAlarm(clock.monotonic)
@@ -152,6 +153,7 @@ class Sweeper:
         self._stalled_s = self._service.stalled_s
         if self._ticking and gap_s > STALL_S:
             self._quiet_until = self._clock.monotonic() + QUIET_AFTER_STALL_S
+            self.lost_s += gap_s
             log.warning("clock.stalled", stall_s=gap_s, live=self._store.live)
         self._ticking = self._must_tick()
 

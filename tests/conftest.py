@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lmdaemon import log
 from lmdaemon.clock import Clock
 
 FULL = os.environ.get("FAULTS") == "full"  # `make faults`: more runs of the same tests
@@ -35,6 +36,11 @@ class HandClock(Clock):
     def step_wall(self, seconds: float) -> None:
         """Somebody sets the wall clock."""
         self.wall += round(seconds * 1000)
+
+
+@pytest.fixture(autouse=True)
+def _every_line_is_the_first_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "repeats", log.Repeats())
 
 
 @pytest.fixture

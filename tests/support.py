@@ -195,6 +195,14 @@ async def serving(directory: Path, toml: str = "", clock: Clock | None = None) -
             await running
 
 
+async def scrape(daemon: Serving) -> dict[str, float]:
+    """`/metrics`: the values by series, as they are written."""
+    async with daemon.client.get(daemon.api + "/metrics") as answer:
+        assert answer.status == 200
+        lines = (await answer.text()).splitlines()
+    return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
 def live(clock: Any, store: Store, seconds: float) -> None:
     """Moves the clock while the daemon is listening: in steps that are no stall, each read as the sweeper would."""
     whole, rest = divmod(seconds, 1)

@@ -449,7 +449,7 @@ class TestStatuses:
                 async with s.client.get(s.server + "/health") as response:
                     assert (response.status, await response.json(content_type=None)) == (503, {"status": "fail"})
 
-    async def test_every_answer_is_counted_by_dialect_and_code(self, tmp_path: Path) -> None:
+    async def test_every_answer_is_counted_by_operator_dialect_and_code(self, tmp_path: Path) -> None:
         async with serving(tmp_path, operator("v4", "v4.01")) as s:
             await notify(s)
             await notify(s)
@@ -457,7 +457,10 @@ class TestStatuses:
             async with s.client.get(s.api + "/metrics") as response:
                 lines = [line for line in (await response.text()).splitlines() if "notices_total" in line]
         counts = {line.rpartition(" ")[0].partition("{")[2]: float(line.split()[-1]) for line in lines if "{" in line}
-        assert counts == {'code="0",dialect="v4"}': 2, 'code="57",dialect="v4.01"}': 1}
+        assert counts == {
+            'code="0",dialect="v4",operator="acme"}': 2,
+            'code="57",dialect="v4.01",operator="acme"}': 1,
+        }
 
 
 PAGE = """{
@@ -630,7 +633,7 @@ class TestLenience:
                     for provider in ("luckymonaco", "Luckymonaco"):
                         assert (await notify(s, provider=provider, session=str(number))).json == SUCCESS
                 assert len(sessions(tmp_path)) == 5
-        spelled = [event.facts for event in events if event.name == "notice.provider_spelling"]
+        spelled = [event.facts for event in events if event.name == "notice.misspelled"]
         assert spelled == [{"operator": "acme", "expected": "luckymonaco", "got": "Luckymonaco"}]
 
     @pytest.mark.parametrize("name", ["v4", "v4.01", "pragmatic"])

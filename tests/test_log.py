@@ -1,5 +1,6 @@
 """Log lines: one event and its facts a line, readable by machines, forged by nobody, without secrets."""
 
+import asyncio
 import io
 import json
 import logging
@@ -12,8 +13,10 @@ from typing import Any
 
 import orjson
 import pytest
+from conftest import HandClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import until
 
 from lmdaemon import log
 from lmdaemon.log import Log, safe_url
@@ -317,3 +320,143 @@ def test_no_text_breaks_the_url(text: str) -> None:
     for url in (text, "https://" + text):
         shown = safe_url(url)
         assert shown == "(not a URL)" or not {"?", "#"} & set(shown)
+
+
+# -- what repeats itself
+
+
+@pytest.fixture
+def lines(clock: HandClock, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """What was written since it was last asked, at level info, by a clock that is moved by hand."""
+    monkeypatch.setattr(log, "repeats", log.Repeats(clock.monotonic))
+    stream = io.StringIO()
+    log.setup("info", "json", stream)
+
+    def written() -> list[dict[str, Any]]:
+        text = stream.getvalue()
+        stream.seek(0)
+        stream.truncate()
+        return [orjson.loads(line) for line in text.splitlines()]
+
+    return written
+
+
+Lines = Callable[[], list[dict[str, Any]]]
+
+
+def retry_failed(reason: str = "timeout", operator: str = "acme", **facts: Any) -> None:
+    Log("test").warning("delivery.retry", operator=operator, sink="http", reason=reason, **facts)
+
+
+def test_the_first_of_a_kind_and_every_change_are_written_and_repeats_are_not(lines: Lines) -> None:
+    for reason in ("timeout", "timeout", "connect", "timeout", "connect"):
+        retry_failed(reason)
+        retry_failed(reason, "other")
+    assert [(line["operator"], line["reason"]) for line in lines()] == [
+        ("acme", "timeout"),
+        ("other", "timeout"),
+        ("acme", "connect"),
+        ("other", "connect"),
+    ]
+
+
+def test_under_a_flood_one_line_a_minute_says_how_many_there_were(clock: HandClock, lines: Lines) -> None:
+    for number in range(1, 181):
+        retry_failed(attempt=number)
+        clock.advance(1)
+    written = lines()
+    assert [(line["attempt"], line.get("suppressed")) for line in written] == [(1, None), (61, 59), (121, 59)]
+    assert {line["level"] for line in written} == {"warning"}
+
+
+def test_what_was_suppressed_is_told_also_when_no_more_comes(clock: HandClock, lines: Lines) -> None:
+    for _ in range(5):
+        retry_failed()
+    lines()
+    log.repeats.flush()
+    assert lines() == []  # the minute is not over
+    clock.advance(log.WINDOW_S)
+    log.repeats.flush()
+    (line,) = lines()
+    del line["time"]
+    assert line == {
+        "level": "warning",
+        "event": "delivery.retry",
+        "operator": "acme",
+        "sink": "http",
+        "reason": "timeout",
+        "suppressed": 4,
+    }
+    log.repeats.flush(everything=True)
+    assert lines() == []  # once
+
+
+async def test_a_timer_tells_it_and_none_runs_while_nothing_is_suppressed(
+    monkeypatch: pytest.MonkeyPatch, lines: Lines
+) -> None:
+    monkeypatch.setattr(log, "repeats", log.Repeats())
+    monkeypatch.setattr(log, "WINDOW_S", 0.05)
+    monkeypatch.setattr(log, "STRAGGLERS_S", 0.01)
+    loop = asyncio.get_running_loop()
+    retry_failed()
+    assert log.repeats._timer is None
+    retry_failed()
+    retry_failed()
+    told: list[dict[str, Any]] = []
+    await until(lambda: told.extend(lines()) or [line for line in told if line.get("suppressed") == 2])
+    assert log.repeats._timer is None
+    assert loop.is_running()
+
+
+def test_sessions_are_told_one_by_one_until_there_are_too_many(clock: HandClock, lines: Lines) -> None:
+    most = log.LIMITS["session.ended"].lines
+    for number in range(most + 500):
+        Log("test").info("session.ended", operator="acme", session=str(number), reason="inactivity")
+    assert len(lines()) == most
+    clock.advance(log.WINDOW_S)
+    Log("test").info("session.ended", operator="acme", session="next", reason="inactivity")
+    (line,) = lines()
+    assert (line["session"], line["suppressed"]) == ("next", 500)
+
+
+def test_journald_would_not_drop_a_line_of_what_happens_to_sessions() -> None:
+    """10,000 lines in 30 s are its limit for a service; two windows may meet in them."""
+    each = [limit.lines for limit in log.LIMITS.values() if limit.lines > 100]
+    assert len(each) == 5
+    assert 2 * sum(each) <= 10_000
+
+
+def test_debug_writes_every_line(lines: Lines) -> None:
+    stream = io.StringIO()
+    log.setup("debug", "json", stream)
+    for _ in range(5):
+        retry_failed()
+    assert len(stream.getvalue().splitlines()) == 5
+
+
+def test_however_many_kinds_there_are_memory_is_bounded(clock: HandClock, lines: Lines) -> None:
+    for number in range(log.KINDS_MAX + 5000):
+        retry_failed(str(number))
+    assert len(log.repeats._kinds) == log.KINDS_MAX + 1
+    written = len(lines())
+    assert written == log.KINDS_MAX + 1
+    clock.advance(log.WINDOW_S)
+    retry_failed("again")
+    assert [line.get("suppressed") for line in lines()] == [4999, None]
+    assert len(log.repeats._kinds) == 1
+
+
+def test_what_is_suppressed_is_counted_by_level(clock: HandClock, lines: Lines) -> None:
+    before = dict(log.happened)
+    for _ in range(3):
+        retry_failed()
+    Log("test").error("store.failing", reason="full")
+    assert {level: log.happened[level] - before[level] for level in before} == {"warning": 3, "error": 1}
+    assert log.repeats.suppressed == 2
+
+
+def test_every_limit_is_of_an_event_that_there_is() -> None:
+    source = "".join(path.read_text() for path in Path(log.__file__).parent.glob("*.py") if path.stem != "log")
+    for event, limit in log.LIMITS.items():
+        assert f'"{event}"' in source, event
+        assert limit.lines >= 1

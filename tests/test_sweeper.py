@@ -141,7 +141,7 @@ class TestMassExpiry:
             for left in range(500, 0, -1):
                 alarm.note(200, left * 200)
                 clock.advance(0.04)
-        assert [event.name for event in events] == ["sweeper.mass_expiry"]
+        assert [event.name for event in events] == ["sweeper.mass_expired"]
         assert alarm.active
         clock.advance(MASS_SHOWN_S)
         assert not alarm.active

@@ -32,6 +32,8 @@ restart_grace = "0s"
 schedule = ["100ms", "200ms", "300ms", "500ms", "500ms", "500ms", "500ms", "500ms", "500ms", "500ms"]
 [plugins.hook]
 use = "told_hook:told"
+[log]
+level = "debug"  # every line: an end that is told twice would show
 """
 IN_FLIGHT = 4  # concurrency of a lane
 LEFT_S = 10  # idle time of a session that is meant to be ended, for when the kill comes before that

@@ -95,7 +95,7 @@ async def test_a_crowd_that_is_due_at_once_ends_in_small_steps_while_everybody_e
                 "SELECT count(*), max(size) FROM (SELECT count(*) AS size FROM session WHERE reason = 'inactivity' "
                 "GROUP BY ended_at)"
             )[0]
-            expiry = daemon.events("sweeper.mass_expiry")
+            expiry = daemon.events("sweeper.mass_expired")
     assert largest_step <= 2 * SWEEP_ROWS  # two steps may fall into one millisecond
     assert len(expiry) == 1
     assert max(largest_kib) - calm_kib < 64 * 1024

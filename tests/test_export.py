@@ -5,16 +5,31 @@ import contextlib
 import csv
 import io
 import json
+import re
 import resource
+import shlex
+import shutil
 import sqlite3
 import stat
 import subprocess
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PLAYER_TOKEN, UNREACHABLE, Running, configure, daemon, open_many, poll, run
+from commands import (
+    COMMAND,
+    PLAYER_TOKEN,
+    ROOT,
+    UNREACHABLE,
+    Running,
+    configure,
+    daemon,
+    environment,
+    open_many,
+    poll,
+    run,
+)
 from support import open_store, scripted_operator
 
 from lmdaemon import export, store
@@ -265,3 +280,45 @@ async def test_what_an_archive_lacks_is_said(archive: Path) -> None:
     assert "5 deliveries are still pending: what becomes of them is not in here" in done.stderr
     yesterday = datetime.now(UTC).strftime("%Y-%m-%d")
     assert run("sessions", "export", "--since", yesterday, cwd=archive).stderr == ""
+
+
+# -- the runbook's scripts and timers
+
+RUNBOOK = (ROOT / "docs" / "operating.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["lmdaemon-backup", "lmdaemon-export"])
+async def test_the_runbooks_script_does_what_it_says(tmp_path: Path, clock: Any, name: str) -> None:
+    today = datetime.now(UTC)
+    last_month = today.replace(day=1) - timedelta(days=1)
+    configure(tmp_path)
+    at = int(last_month.timestamp() * 1000) - LONG_AGO
+    await ended_sessions(tmp_path, clock, [("acme", "earlier", at - 40 * 86_400_000), ("acme", "last month", at)])
+    script = re.search(rf"```sh\n(#!/bin/sh\n# /usr/local/sbin/{name}:.*?)```", RUNBOOK, re.DOTALL)
+    assert script
+    words = script[1].replace("/var/lib/lmdaemon", str(tmp_path)).replace("/var/backups/lmdaemon", str(tmp_path))
+    words = words.replace("/etc/lmdaemon/", f"{tmp_path}/").replace("/opt/lmdaemon/bin/lmdaemon", shlex.join(COMMAND))
+    done = subprocess.run(["sh", "-c", words], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if name == "lmdaemon-backup":
+        assert (tmp_path / f"{today:%a}.sqlite3").stat().st_size
+    else:
+        text = (tmp_path / f"sessions-{last_month:%Y-%m}.csv").read_text()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        assert [row["sessionId"] for row in rows] == ["last month"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_takes_the_runbooks_units(tmp_path: Path) -> None:
+    units = re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", RUNBOOK, re.DOTALL)
+    assert [name for name, _ in units] == [
+        f"lmdaemon-{what}.{kind}" for what in ("backup", "export") for kind in ("service", "timer")
+    ]
+    for name, text in units:
+        (tmp_path / name).write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
+    files = [str(tmp_path / name) for name, _ in units]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, timeout=60)
+    ours = [line for line in done.stderr.splitlines() if "lmdaemon" in line]
+    assert ours == []
+    for when in re.findall(r"OnCalendar=(.*)", RUNBOOK):
+        subprocess.run(["systemd-analyze", "calendar", when], check=True, capture_output=True, timeout=60)

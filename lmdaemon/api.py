@@ -6,7 +6,6 @@ administrators. It must never return a token, and never count reading as activit
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -17,6 +16,7 @@ from lmdaemon import openapi, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Settings
 from lmdaemon.dialects import BadNotice, json_object
+from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
 from lmdaemon.log import Log, place
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
@@ -32,7 +32,6 @@ _NO_CONTENT = Ready(204)
 
 _TOUCH = re.compile(r"/v1/operators/[^/]+/sessions/[^/]+/touch")
 _CURSOR = re.compile(r"[1-9][0-9]{0,17}")
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
 log = Log("api")
 
@@ -220,7 +219,7 @@ class Api:
         if found is None:
             raise _unknown_session()
         session, deliveries = found
-        return _json(self._session(session) | {"deliveries": [_delivery(delivery) for delivery in deliveries]})
+        return _json(self._session(session) | {"deliveries": [delivery_document(delivery) for delivery in deliveries]})
 
     async def list_sessions(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
@@ -236,19 +235,7 @@ class Api:
         return _json(_page([self._session(session) for session in sessions[:limit]], sessions, limit))
 
     def _session(self, session: Session) -> dict[str, Any]:
-        return {
-            "operator": session.operator,
-            "sessionId": session.session_id,
-            "playerId": session.player_id,
-            "state": "active" if session.reason is None else "ended",
-            "reason": session.reason,
-            "openedAt": rfc3339(session.opened_at),
-            "lastSeenAt": rfc3339(session.seen_at),
-            "expiresAt": rfc3339(self._expires_at(session)),
-            "endedAt": rfc3339(session.ended_at),
-            "idleTimeoutSeconds": session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
-            "attributes": orjson.Fragment(session.attributes or "{}"),
-        }
+        return session_document(session, self._expires_at(session))
 
     # -- deliveries
 
@@ -262,14 +249,13 @@ class Api:
             limit=limit + 1,
             after=_after(query),
         )
-        return _json(_page([_delivery(delivery) for delivery in deliveries[:limit]], deliveries, limit))
+        return _json(_page([delivery_document(delivery) for delivery in deliveries[:limit]], deliveries, limit))
 
     async def show_delivery(self, request: web.Request) -> web.Response:
         delivery = await self._store.delivery(request.match_info["id"])
         if delivery is None:
             raise Problem(404, "Not Found", "no delivery has this id")
-        history = [attempt | {"at": rfc3339(attempt["at"])} for attempt in orjson.loads(delivery.history)]
-        return _json(_delivery(delivery) | {"history": history})
+        return _json(delivery_document(delivery) | {"history": history_document(delivery)})
 
     async def retry_one(self, request: web.Request) -> web.Response:
         before = await self._store.retry_one(request.match_info["id"])
@@ -281,7 +267,7 @@ class Api:
         if delivery is None or delivery.state == "dead":
             raise Problem(409, "Conflict", f"the delivery can never be sent: {before.last_error}")
         log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id)
-        return _json(_delivery(delivery), 202)
+        return _json(delivery_document(delivery), 202)
 
     async def retry_dead(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
@@ -421,23 +407,6 @@ def _page(items: list[Any], rows: "list[Session] | list[Delivery]", limit: int) 
     return {"items": items, "next": str(rows[limit - 1].id) if len(rows) > limit else None}
 
 
-def _delivery(delivery: Delivery) -> dict[str, Any]:
-    return {
-        "id": delivery.webhook_id,
-        "operator": delivery.operator,
-        "sessionId": delivery.session_id,
-        "sink": delivery.sink,
-        "state": delivery.state,
-        "attempts": delivery.attempts,
-        "createdAt": rfc3339(delivery.created_at),
-        "nextAttemptAt": rfc3339(delivery.due_at) if delivery.state == "pending" else None,
-        "settledAt": rfc3339(delivery.settled_at),
-        "lastStatus": delivery.last_status,
-        "lastCode": delivery.last_code,
-        "lastError": delivery.last_error,
-    }
-
-
 async def _fields(
     request: web.Request, known: set[str], limit: int = BODY_MAX, *, optional: bool = False
 ) -> Mapping[str, Any]:
@@ -545,9 +514,6 @@ def _time(fields: Mapping[str, Any], name: str) -> int:
         return 0
     text = fields[name]
     try:
-        if not isinstance(text, str) or not _RFC3339.fullmatch(text):
-            raise ValueError
-        at = datetime.fromisoformat(text.upper())
-        return int(at.astimezone(UTC).timestamp() * 1000)
-    except (ValueError, OverflowError):
-        raise _bad(f"{name}: must be a time as in RFC 3339, such as 2026-01-31T03:00:00Z") from None
+        return read_time(text if isinstance(text, str) else "")
+    except ValueError as error:
+        raise _bad(f"{name}: {error}") from None

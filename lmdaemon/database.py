@@ -8,6 +8,7 @@ answers each waiter. So the order of the queue is the order of the world, and no
 import asyncio
 import fcntl
 import os
+import re
 import sqlite3
 import time
 from collections import deque
@@ -147,10 +148,10 @@ class Database(Generic[_Txn]):
 
         `functions` of one argument may be used by what is written.
         """
-        path = _real(path)
-        lock = _lock(path)
+        path = real_path(path)
+        lock = lock_file(path)
         try:
-            _look_for_wal(path, lock)
+            _look_beside(path, lock)
             _create(path)
             async with AsyncExitStack() as stack:
                 keeper = await _connect(f"file://{quote(os.fsencode(path.absolute()))}?mode=ro", stack)
@@ -171,7 +172,7 @@ class Database(Generic[_Txn]):
         except BaseException:
             os.close(lock)
             raise
-        _mark(lock, IN_USE)
+        mark(lock, files.in_use)
         return cls(files, keeper, writer, reader, checkpointer, lock)
 
     async def close(self) -> None:
@@ -179,7 +180,7 @@ class Database(Generic[_Txn]):
         self._stop_taking(StoreError("the store is closed"))
         if not self._lost:
             # Before the last connection removes the WAL: a crash in between must not look like a loss.
-            _mark(self._lock, b"")
+            mark(self._lock, b"")
         await self._checkpointer.close()
         await self._reader.close()
         await self._writer.close()
@@ -420,6 +421,11 @@ class _Files:
         self.file_bytes = self.wal_bytes = 0
         self.blocked_until = 0.0  # monotonic time before which the WAL is not worth another try to empty it
 
+    @property
+    def in_use(self) -> bytes:
+        """What the lock file says while they are."""
+        return IN_USE + b" %d %d\n" % tuple(inode for _, inode in self._opened.values())
+
     @staticmethod
     def _identity(found: os.stat_result) -> tuple[int, int]:
         return found.st_dev, found.st_ino
@@ -482,15 +488,18 @@ def _empty_wal(connection: sqlite3.Connection, files: _Files) -> None:
         files.blocked_until = time.monotonic() + CHECKPOINT_S
 
 
-def _real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """The file itself, if it is a link: SQLite puts the WAL beside it, and there the lock belongs too. A relative path
     that is none stays as it is, for the messages.
     """
     return path.resolve() if os.path.islink(path) else path  # noqa: PTH114 - is_symlink() raises without permission
 
 
-def _lock(path: Path) -> int:
-    """Keeps a second daemon off the file. POSIX locks on the database itself belong to SQLite."""
+def lock_file(path: Path) -> int:
+    """Keeps others off the file until the handle returned is closed. Raises DatabaseError.
+
+    POSIX locks on the database itself belong to SQLite.
+    """
     name = path.with_name(path.name + ".lock")
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -504,26 +513,54 @@ def _lock(path: Path) -> int:
     return lock
 
 
-IN_USE = b"in use\n"  # content of the lock file while a daemon runs, and after one that did not end in order
+# What the lock file may say; nothing after an end in order. Inodes of database and WAL follow the first.
+IN_USE = b"in use"  # a daemon runs, or one did not end in order
+RESTORING = b"restoring"  # a restore that has begun to move files and has not finished
 
 
-def _mark(lock: int, content: bytes) -> None:
-    with suppress(OSError):  # a full disk: then the mark is missed, no more
+def mark(lock: int, content: bytes) -> None:
+    """Writes the lock file. Best effort: on a full disk the mark is missed, no more."""
+    with suppress(OSError):
         os.ftruncate(lock, 0)
         os.pwrite(lock, content, 0)
 
 
-def _look_for_wal(path: Path, lock: int) -> None:
-    """After a daemon that did not end in order there is a WAL. If there is none, somebody has removed committed rows,
-    and SQLite would say nothing.
+def _look_beside(path: Path, lock: int) -> None:
+    """Refuses a database beside which there is the WAL of another one. Raises DatabaseError.
+
+    SQLite would take it for its own: mix the two or, if the database is missing, delete the WAL, without a word.
+
+    And after a daemon that did not end in order there is a WAL. If there is none, somebody has removed committed rows.
     """
-    if os.pread(lock, len(IN_USE), 0) != IN_USE or Path(f"{path}-wal").exists():
-        return
-    if path.exists():
+    left, wal = os.pread(lock, 100, 0), Path(f"{path}-wal")
+    if left.startswith(RESTORING):
+        raise DatabaseError(f"{path}: a restore did not finish; run `lmdaemon restore` again")
+    if wal.exists():
+        problem = _is_strange(path, wal, left) if wal.stat().st_size else None
+        if problem:
+            raise DatabaseError(
+                f"{path}: {problem}, but {wal.name} of another file is beside it, and SQLite would use both; put a "
+                f"backup in place with `lmdaemon restore`, or move {wal.name} away"
+            )
+    elif left.startswith(IN_USE) and path.exists():
         # Or another program has opened the file meanwhile, and its SQLite has copied the WAL into the file.
         log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
-    else:
+    elif left.startswith(IN_USE):
         log.error("store.file_missing", path=path, note="a new one is made; everything before is lost")
+
+
+def _is_strange(path: Path, wal: Path, left: bytes) -> str | None:
+    """Says why the WAL cannot be that of the database, or None."""
+    if not path.exists() or not path.stat().st_size:
+        return "is missing"
+    with path.open("rb") as file:
+        header = file.read(20)
+    if header.startswith(b"SQLite format 3\0") and header[18] == 1:  # a copy made by VACUUM INTO, never opened since
+        return "is a copy"
+    inodes = re.fullmatch(IN_USE + rb" (\d+) (\d+)\n", left)
+    if inodes and int(inodes[2]) == wal.stat().st_ino and int(inodes[1]) != path.stat().st_ino:
+        return "was replaced"
+    return None
 
 
 def _create(path: Path) -> None:
@@ -562,28 +599,32 @@ def _statements(script: str) -> list[str]:
     return statements
 
 
+def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
+    """The version of the file, 0 for an empty one. Raises DatabaseError if this program must not use it."""
+    (version,) = sql.execute("PRAGMA user_version").fetchone()
+    (application,) = sql.execute("PRAGMA application_id").fetchone()
+    (tables,) = sql.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if (version or tables) and application != APPLICATION_ID:
+        raise DatabaseError(f"{path}: is a database of another program (application_id {application:#x})")
+    if version > known:
+        raise DatabaseError(f"{path}: was written by a newer lmdaemon (schema {version}; this one knows {known})")
+    found: int = version
+    return found
+
+
 # Entry n brings a file from version n to n + 1. Never edit one that was released: add the next.
 MIGRATIONS: Sequence[str] = (resources.files("lmdaemon").joinpath("schema.sql").read_text("utf-8"),)
 
 
 def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
     """Brings the file to the newest version in one transaction. Raises DatabaseError before it changes anything."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if (version or tables) and application != APPLICATION_ID:
-        raise DatabaseError(f"{path}: is a database of another program (application_id {application:#x})")
-    if version > len(migrations):
-        raise DatabaseError(
-            f"{path}: was written by a newer lmdaemon (schema {version}; this one knows {len(migrations)})"
-        )
+    version = check_is_ours(connection, path, len(migrations))
     # Before the first table: all of it is written into the file for good.
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(
-        "PRAGMA secure_delete = ON"
-    )  # what is left of a deleted token, on freed pages too, is overwritten
+    # What is left of a deleted token is overwritten; FAST would spare pages that become free.
+    connection.execute("PRAGMA secure_delete = ON")
     if version == len(migrations):
         return
     connection.execute("BEGIN IMMEDIATE")

@@ -27,6 +27,7 @@ __all__ = ["Store", "StoreError"]
 
 SWEEP_ROWS = 200  # sessions looked at in one sweep operation: about 10 ms on the writer
 PRUNE_ROWS = 500
+EXPORT_ROWS = 500  # sessions in one read
 RETRY_ROWS = 500
 RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
@@ -282,9 +283,14 @@ _OLDEST_PENDING = """
 SELECT min(created_at) FROM delivery
 WHERE id = (SELECT id FROM delivery WHERE operator = ? AND state = 'pending' ORDER BY id LIMIT 1)"""
 
-_PRUNABLE = """
+_ENDED_BEFORE = """
 SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)
 ORDER BY ended_at, id LIMIT ?"""
+_SESSIONS_OF = f"""
+SELECT {_SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""
+_DELIVERIES_OF_ALL = f"""
+SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
 _KEPT = """
 SELECT DISTINCT session FROM delivery
 WHERE session IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR settled_at >= ?)"""
@@ -905,8 +911,8 @@ def _prune(
 
 
 def _prune_once(change: _Change, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    rows = change.sql.execute(_PRUNABLE, (before_at, *after, PRUNE_ROWS)).fetchall()
-    old = json.dumps([row[0] for row in rows])
+    rows = change.sql.execute(_ENDED_BEFORE, (before_at, *after, PRUNE_ROWS)).fetchall()
+    old = _ids(rows)
     kept = {row[0] for row in change.sql.execute(_KEPT, (old, before_at))}
     gone = json.dumps([row[0] for row in rows if row[0] not in kept])
     for operator, dead in change.sql.execute(_PRUNED_DEAD, (gone,)).fetchall():
@@ -916,7 +922,46 @@ def _prune_once(change: _Change, before_at: int, after: tuple[int, int]) -> tupl
     return pruned, (rows[-1][1], rows[-1][0]) if len(rows) == PRUNE_ROWS else None
 
 
+# -- reading the file from another process, beside the daemon
+
+
+class Ended(NamedTuple):
+    """Ended sessions with their deliveries, in the order in which they ended, and where to go on, None at the end."""
+
+    sessions: list[tuple[Session, list[Delivery]]]
+    after: tuple[int, int] | None
+
+
+def ended(
+    sql: sqlite3.Connection, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS
+) -> Ended:
+    """A page of what ended before then, beginning behind `after`, as (ended_at, id). One short read transaction: longer
+    ones would keep the WAL from starting over. Raises sqlite3.Error.
+    """
+    sql.execute("BEGIN")
+    try:
+        keys = sql.execute(_ENDED_BEFORE, (before_at, *after, rows)).fetchall()
+        sessions = {row[0]: Session(*row) for row in sql.execute(_SESSIONS_OF, (_ids(keys), operator))}
+        found: dict[int, list[Delivery]] = {session: [] for session in sessions}
+        for row in sql.execute(_DELIVERIES_OF_ALL, (json.dumps(list(sessions)),)):
+            delivery = Delivery(*row)
+            found[delivery.session].append(delivery)
+    finally:
+        sql.execute("COMMIT")
+    page = [(sessions[key], found[key]) for key, _ in keys if key in sessions]
+    return Ended(page, (keys[-1][1], keys[-1][0]) if len(keys) == rows else None)
+
+
+def committed_at(sql: sqlite3.Connection) -> int:
+    """Wall time of the last transaction in the file."""
+    return _clock(sql)[1]
+
+
 # -- pieces
+
+
+def _ids(rows: Sequence[tuple[int, int]]) -> str:
+    return json.dumps([row[0] for row in rows])
 
 
 _OPEN_GATE = Gate()

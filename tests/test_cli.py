@@ -1,192 +1,43 @@
 """The command line: the real command as a process, against a real daemon process, a real operator, a real database."""
 
 import asyncio
-import base64
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import socket
 import sqlite3
-import stat
 import subprocess
 import sys
-import time
-import tomllib
-import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import aiohttp
 import pytest
 from aiohttp import web
+from commands import (
+    API_TOKEN,
+    COMMAND,
+    HASH_KEY,
+    PLAYER_TOKEN,
+    ROOT,
+    SIGNING_SECRET,
+    UNREACHABLE,
+    Running,
+    configure,
+    daemon,
+    environment,
+    forgo_privileges,
+    free_port,
+    open_many,
+    poll,
+    run,
+    secret_file,
+    text_and_json,
+)
 from support import scripted_operator
 
-from lmdaemon import __version__
-
-ROOT = Path(__file__).resolve().parents[1]
-API_TOKEN = "api-token-that-nobody-sees"
-PLAYER_TOKEN = 'plåyer/to"ken+<&>~never shown'  # every escaping in use spells it differently
-HASH_KEY = "hash-key-that-nobody-sees"
-SIGNING_SECRET = "whsec_" + base64.b64encode(b"signing-secret-that-nobody-sees!").decode()
-SECRETS = (API_TOKEN, PLAYER_TOKEN, HASH_KEY, SIGNING_SECRET)
-COMMAND = [sys.executable, "-W", "error", "-m", "lmdaemon"]
-
-
-# -- running it
-
-
-def environment(**extra: str) -> dict[str, str]:
-    ours = ("LMDAEMON_CONFIG", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM")
-    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTHON")}
-    # Nothing here speaks TLS, and aiohttp loads the machine's CAs at every start
-    no_cas = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
-    return kept | no_cas | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
-
-
-def forgo_privileges() -> None:
-    """Makes root respect the modes of files, as every other user has to (PR_CAPBSET_DROP, CAP_DAC_*)."""
-    for capability in (1, 2):
-        ctypes.CDLL(None).prctl(24, capability)
-
-
-def run(
-    *words: object, cwd: Path, before: Callable[[], None] | None = None, **env: str
-) -> "subprocess.CompletedProcess[str]":
-    """One command to its end. Whatever it does, no secret may be in what it prints."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)],
-        cwd=cwd,
-        env=environment(**env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        preexec_fn=before,
-    )
-    assert not [secret for secret in SECRETS if secret in done.stdout + done.stderr]
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def text_and_json(*words: object, cwd: Path) -> tuple["subprocess.CompletedProcess[str]", Any]:
-    """A reading command in both forms, at the same time; both must succeed."""
-    with ThreadPoolExecutor(2) as pool:
-        text, as_json = pool.map(lambda more: run(*words, *more, cwd=cwd), ([], ["--json"]))
-    assert (text.returncode, as_json.returncode) == (0, 0), text.stderr + as_json.stderr
-    assert text.stderr == as_json.stderr
-    return text, json.loads(as_json.stdout)
-
-
-def poll(condition: Callable[[], Any], within_s: float = 15.0) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-    return result
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@dataclass
-class Running:
-    """A daemon process in its directory; its log is in `log`."""
-
-    directory: Path
-    process: "subprocess.Popen[bytes]"
-    log: Path
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        lines = self.log.read_text().splitlines()
-        return [event for line in lines if line.startswith("{") and (event := json.loads(line))["event"] == name]
-
-    def started(self, event: str = "daemon.serving") -> "Running":
-        poll(lambda: self.events(event) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log.read_text()
-        return self
-
-    def ended(self) -> int:
-        """Its exit code, once it ends by itself."""
-        return self.process.wait(20)
-
-    def api(self, method: str, path: str, body: object = None) -> Any:
-        """What the command line is checked against: the private API itself, also to prepare what a test needs."""
-        address = tomllib.loads((self.directory / "config.toml").read_text())["api"]["listen"]
-        asked = urllib.request.Request(
-            f"http://{address}/v1/{path}",
-            json.dumps(body or {}).encode() if method != "GET" else None,
-            {"Authorization": f"Bearer {API_TOKEN}", "Content-Type": "application/json"},
-            method=method,
-        )
-        with urllib.request.urlopen(asked, timeout=20) as answer:
-            return json.loads(answer.read())
-
-    def open(self, operator: str, session: str) -> dict[str, Any]:
-        path = f"operators/{operator}/sessions/{quote(session, safe='').replace('.', '%2E')}"
-        found: dict[str, Any] = self.api("PUT", path, {"playerId": "p1", "token": PLAYER_TOKEN})
-        return found
-
-    def __call__(self, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
-        return run(*words, cwd=self.directory, **env)
-
-
-@contextlib.contextmanager
-def daemon(directory: Path, *words: str, **env: str) -> Iterator[Running]:
-    log = directory / "log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [*COMMAND, *(words or ("serve",))], cwd=directory, env=environment(**env), stderr=stderr
-        )
-    try:
-        yield Running(directory, process, log)
-    finally:
-        process.terminate()
-        process.wait(20)
-        assert not [secret for secret in SECRETS if secret in log.read_text()]
-
-
-def secret_file(path: Path, content: str) -> Path:
-    path.write_text(content + "\n")
-    path.chmod(0o600)
-    return path
-
-
-def configure(directory: Path, more: str = "", *, server: str = "", api: str = "") -> Path:
-    """A configuration on free ports, with the operator acme that is told nothing."""
-    file = directory / "config.toml"
-    file.write_text(f"""
-[server]
-listen = "{server or f"127.0.0.1:{free_port()}"}"
-[api]
-listen = "{api or f"127.0.0.1:{free_port()}"}"
-token_file = "api-token"
-[operators.acme]
-provider_id = "luckymonaco"
-{more}""")
-    secret_file(directory / "api-token", API_TOKEN)
-    secret_file(directory / "player-token", PLAYER_TOKEN)
-    return file
-
-
-UNREACHABLE = f"""
-url = "http://127.0.0.1:{free_port()}/gone"
-provider_id = "luckymonaco"
-endpoint = ""
-notify = true
-allow_private_network = true
-schedule = ["1ms"]
-"""
+from lmdaemon import __version__, cli
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +62,30 @@ def test_version_is_printed(tmp_path: Path) -> None:
     text, document = text_and_json("version", cwd=tmp_path)
     assert text.stdout == f"lmdaemon {__version__}\n"
     assert document == {"version": __version__}
+
+
+@pytest.mark.parametrize("words", ["version", "sessions list acme --limit 0"])
+def test_what_needs_no_configuration_imports_no_more_than_the_command_line(tmp_path: Path, words: str) -> None:
+    script = f"""
+import sys
+from lmdaemon.cli import main
+try:
+    main({words.split()!r})
+except SystemExit:
+    pass
+print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asyncio" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
+    )
+    ours = ["lmdaemon.cli", "lmdaemon.command", "lmdaemon.model", "lmdaemon.version"]
+    assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
+
+
+def test_every_command_has_the_function_that_runs_it() -> None:
+    commands = [command for command in cli._commands() if command.run != cli.VERSION]
+    assert len(commands) > 10
+    assert all(callable(cli._loaded(command.run)) for command in commands)
 
 
 @pytest.mark.parametrize(
@@ -648,21 +523,6 @@ def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str
     assert line.startswith(f"lmdaemon: {problem}")
 
 
-async def open_many(lm: Running, operator: str, ids: list[str]) -> None:
-    """Opens sessions over the API as a game server does; returns when each is acknowledged."""
-    base = "http://" + tomllib.loads((lm.directory / "config.toml").read_text())["api"]["listen"]
-    headers = {"Authorization": f"Bearer {API_TOKEN}"}
-
-    async with aiohttp.ClientSession(base, headers=headers) as client:
-
-        async def open_one(session: str) -> None:
-            body = {"playerId": "p1", "token": PLAYER_TOKEN}
-            async with client.put(f"/v1/operators/{operator}/sessions/{session}", json=body) as response:
-                assert response.status == 201
-
-        await asyncio.gather(*map(open_one, ids))
-
-
 async def test_lists_are_cut_where_asked_and_whole_with_all(lm: Running) -> None:
     ids = [f"many-{number}" for number in range(1030)]  # more than one page of the API
     await open_many(lm, "many", ids)
@@ -742,135 +602,6 @@ def test_all_dead_deliveries_of_an_operator_are_made_due_again(lm: Running) -> N
     assert int(done.stdout.split()[1]) >= 1
     assert lm.api("GET", f"deliveries/{dead['id']}")["state"] == "pending"
     lm.api("POST", "operators/gone/release")
-
-
-# -- backup
-
-
-def sessions_in(path: Path) -> set[str]:
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as sql:
-        assert sql.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return {row[0] for row in sql.execute("SELECT session_id FROM session")}
-
-
-async def test_a_backup_while_sessions_are_opened_holds_all_acknowledged_before_it(lm: Running, tmp_path: Path) -> None:
-    before = [f"before-{number}" for number in range(200)]
-    await open_many(lm, "many", before)
-    target = tmp_path / "copy.sqlite3"
-    command = asyncio.create_task(asyncio.to_thread(lm, "backup", target, "--json"))
-    meanwhile: list[str] = []
-    while not command.done():
-        batch = [f"meanwhile-{len(meanwhile) + number}" for number in range(20)]
-        await open_many(lm, "many", batch)
-        meanwhile += batch
-    done = await command
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"file": str(target), "bytes": target.stat().st_size}
-    assert len(meanwhile) > 20
-    assert set(before) <= sessions_in(target)
-    assert stat.S_IMODE(target.stat().st_mode) == 0o600
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_daemon_starts_from_a_backup(lm: Running, tmp_path: Path) -> None:
-    lm.open("acme", "kept by the backup")
-    assert lm("backup", tmp_path / "lmdaemon.sqlite3").stdout.endswith("bytes, integrity ok\n")
-    configure(tmp_path)
-    with daemon(tmp_path) as restored:
-        shown = restored.started()("sessions", "show", "acme", "kept by the backup", "--json")
-        assert json.loads(shown.stdout)["state"] == "active"
-
-
-def test_a_backup_replaces_a_file_only_when_forced(lm: Running, tmp_path: Path) -> None:
-    target = tmp_path / "copy"
-    target.write_text("precious")
-    refused = lm("backup", target)
-    assert refused.returncode == 1
-    assert refused.stderr == f"lmdaemon: {target}: exists; --force replaces it\n"
-    assert target.read_text() == "precious"
-    assert lm("backup", target, "--force").returncode == 0
-    assert sessions_in(target)
-    assert stat.S_IMODE(target.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("name", ["lmdaemon.sqlite3", "lmdaemon.sqlite3-wal", "lmdaemon.sqlite3.lock"])
-def test_a_backup_never_replaces_the_database_itself(lm: Running, name: str) -> None:
-    inode = (lm.directory / name).stat().st_ino
-    done = lm("backup", name, "--force")
-    assert done.returncode == 1
-    assert done.stderr == f"lmdaemon: {name}: belongs to the database itself\n"
-    assert (lm.directory / name).stat().st_ino == inode
-
-
-def test_a_backup_that_cannot_be_written_says_why_and_leaves_nothing(lm: Running, tmp_path: Path) -> None:
-    done = lm("backup", tmp_path / "absent" / "copy")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "copy: cannot be written: No such file or directory" in done.stderr
-    assert "is a directory; name a file" in lm("backup", tmp_path).stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_backup_of_a_database_that_does_not_exist_creates_none(tmp_path: Path) -> None:
-    configure(tmp_path)
-    before = set(tmp_path.iterdir())
-    done = run("backup", "copy", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("lmdaemon: lmdaemon.sqlite3: no database to copy: No such file or directory; ")
-    assert "$STATE_DIRECTORY" in done.stderr
-    elsewhere = run("backup", "copy", cwd=tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
-    assert f"{tmp_path}/state/lmdaemon.sqlite3: no database to copy: No such file or directory\n" in elsewhere.stderr
-    assert set(tmp_path.iterdir()) == before
-
-
-def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
-    configure(tmp_path)
-    (tmp_path / "lmdaemon.sqlite3").write_bytes(b"garbage" * 1000)
-    before = set(tmp_path.iterdir())
-    done = run("backup", "copy", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "lmdaemon.sqlite3: file is not a database" in done.stderr
-    assert set(tmp_path.iterdir()) == before
-
-
-def test_a_copy_that_fails_its_check_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
-    configure(tmp_path)
-    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
-        sql.execute("CREATE TABLE session (idle_ms INTEGER CHECK (idle_ms > 0))")
-        sql.execute("PRAGMA ignore_check_constraints = ON")
-        sql.execute("INSERT INTO session VALUES (-1)")
-    before = set(tmp_path.iterdir())
-    done = run("backup", "copy", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "the copy is damaged: CHECK constraint failed in session" in done.stderr
-    assert set(tmp_path.iterdir()) == before
-
-
-def test_a_backup_after_a_crash_holds_what_was_acknowledged_and_changes_nothing(tmp_path: Path) -> None:
-    configure(tmp_path)
-    with daemon(tmp_path) as running:
-        running.started().open("acme", "acknowledged")
-        running.process.kill()
-        running.ended()
-        files = [tmp_path / f"lmdaemon.sqlite3{suffix}" for suffix in ("", "-wal")]
-        before = [file.read_bytes() for file in files]
-        assert running("backup", tmp_path / "copy").returncode == 0
-    assert sessions_in(tmp_path / "copy") == {"acknowledged"}
-    assert [file.read_bytes() for file in files] == before
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_backup_by_root_leaves_nothing_of_root_beside_the_database_of_a_stopped_daemon(tmp_path: Path) -> None:
-    configure(tmp_path)
-    state = tmp_path / "state"
-    state.mkdir()
-    with daemon(tmp_path, STATE_DIRECTORY=str(state)) as running:
-        running.started()
-    (state / "lmdaemon.sqlite3").chmod(0o600)
-    for file in state.iterdir():
-        os.chown(file, 12345, 12345)
-    done = run("backup", "copy", cwd=tmp_path, STATE_DIRECTORY=str(state))
-    assert done.returncode == 0, done.stderr
-    assert {(file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) for file in state.iterdir()} == {(12345, 0o600)}
 
 
 # -- send

@@ -327,7 +327,7 @@ async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str
 
 async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None:
     path = tmp_path / "notes.sqlite3"
-    path.with_name(path.name + ".lock").write_bytes(database.IN_USE)
+    path.with_name(path.name + ".lock").write_bytes(database.IN_USE + b" 1 2\n")
     with hear() as events:
         await (await Database.open(path, NOTES)).close()
     assert "store.file_missing" in [event.name for event in events]

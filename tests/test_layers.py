@@ -7,11 +7,12 @@ from pathlib import Path
 import lmdaemon
 
 LEVELS = {
-    5: {"cli", "__main__"},
+    5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "export", "files", "command"},
     4: {"daemon"},
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
+    | {"documents"}
     | {"__init__"},
     0: {"model", "version"},
 }

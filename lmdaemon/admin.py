@@ -1,0 +1,164 @@
+"""The commands that administer the running daemon, over its private API. Called by `cli`."""
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from lmdaemon import config
+from lmdaemon.client import Client
+from lmdaemon.command import (
+    FAILED,
+    STOPPED,
+    Failed,
+    Usage,
+    cell,
+    player_token,
+    print_json,
+    print_pages,
+    print_table,
+    quiet_libraries,
+    say,
+    show,
+)
+
+TOUCH_MAX = 10_000  # ids in one bulk touch
+
+SESSION_COLUMNS = ("sessionId", "playerId", "state", "reason", "openedAt", "lastSeenAt", "expiresAt", "endedAt")
+DELIVERY_COLUMNS = (
+    "id",
+    "operator",
+    "sessionId",
+    "sink",
+    "state",
+    "attempts",
+    "nextAttemptAt",
+    "settledAt",
+    "lastError",
+)
+ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error")
+OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "oldestPendingSeconds")
+_CHECK_HEAD = ("check", "status", "time")
+
+
+def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Callable[[argparse.Namespace], int]:
+    """The command that runs `ask` with a client of the running daemon."""
+
+    def run(args: argparse.Namespace) -> int:
+        settings = config.load(config.find(args.config), secrets="optional")
+        quiet_libraries()
+
+        async def talk() -> int:
+            async with Client(settings) as client:
+                return await ask(client, args)
+
+        return asyncio.run(talk())
+
+    return run
+
+
+@_asking
+async def status(client: Client, args: argparse.Namespace) -> int:
+    health = await client.call("GET", "health")
+    operators: list[Any] = []
+    try:
+        operators = (await client.call("GET", "v1", "operators"))["items"]
+    except Failed as error:
+        if health["status"] != "fail":
+            raise
+        say(f"lmdaemon: {error}")  # a daemon that cannot read its store still tells so
+    if args.json:
+        print_json({"health": health, "operators": operators})
+    else:
+        print(f"status: {health['status']} (lmdaemon {health.get('version', '?')})")
+        checks = [{"check": name, **check} for name, found in health.get("checks", {}).items() for check in found]
+        for check in checks:
+            figures = (f"{name}={cell(value)}" for name, value in check.items() if name not in _CHECK_HEAD)
+            print(f"  {check['check']:10}  {check['status']:4}  {' '.join(figures)}".rstrip())
+        print()
+        print_table(OPERATOR_COLUMNS, operators)
+    return FAILED if health["status"] == "fail" else STOPPED
+
+
+@_asking
+async def list_sessions(client: Client, args: argparse.Namespace) -> int:
+    query = {"state": args.state, "playerId": args.player}
+    pages = client.pages(_wanted(args), "v1", "operators", args.operator, "sessions", query=query)
+    return await print_pages(SESSION_COLUMNS, pages, as_json=args.json)
+
+
+@_asking
+async def show_session(client: Client, args: argparse.Namespace) -> int:
+    return show(args, await client.call("GET", *_session_path(args)), deliveries=DELIVERY_COLUMNS)
+
+
+@_asking
+async def open_session(client: Client, args: argparse.Namespace) -> int:
+    facts = {"playerId": args.player, "token": player_token(args), "idleTimeoutSeconds": args.idle_timeout}
+    body = {name: value for name, value in facts.items() if value is not None}
+    return show(args, await client.call("PUT", *_session_path(args), body=body))
+
+
+@_asking
+async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
+    total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
+    for start in range(0, len(args.sessions), TOUCH_MAX):
+        body = {"sessionIds": args.sessions[start : start + TOUCH_MAX]}
+        answer = await client.call("POST", "v1", "operators", args.operator, "sessions", "touch", body=body)
+        total = {name: total[name] + answer[name] for name in total}
+    if args.json:
+        print_json(total)
+    else:
+        print(f"touched: {total['touched']}")
+        for name in ("unknown", "ended"):
+            for session_id in total[name]:
+                print(f"{name}: {cell(session_id)}")
+    return FAILED if total["unknown"] or total["ended"] else STOPPED
+
+
+@_asking
+async def close_session(client: Client, args: argparse.Namespace) -> int:
+    return show(args, await client.call("POST", *_session_path(args), "close"))
+
+
+@_asking
+async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
+    query = {"operator": args.operator, "sink": args.sink, "state": args.state}
+    pages = client.pages(_wanted(args), "v1", "deliveries", query=query)
+    return await print_pages(DELIVERY_COLUMNS, pages, as_json=args.json)
+
+
+@_asking
+async def show_delivery(client: Client, args: argparse.Namespace) -> int:
+    return show(args, await client.call("GET", "v1", "deliveries", args.delivery), history=ATTEMPT_COLUMNS)
+
+
+@_asking
+async def retry(client: Client, args: argparse.Namespace) -> int:
+    if bool(args.delivery) == bool(args.operator) or (args.since and not args.operator):
+        raise Usage(
+            "deliveries retry: give either the ID of a delivery or --operator, and --since only with --operator"
+        )
+    if args.delivery:
+        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry"))
+    body = {"since": args.since} if args.since else {}
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "deliveries", "retry", body=body))
+
+
+@_asking
+async def hold(client: Client, args: argparse.Namespace) -> int:
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold"))
+
+
+@_asking
+async def release(client: Client, args: argparse.Namespace) -> int:
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "release"))
+
+
+def _session_path(args: argparse.Namespace) -> tuple[str, ...]:
+    return "v1", "operators", args.operator, "sessions", args.session
+
+
+def _wanted(args: argparse.Namespace) -> int | None:
+    limit: int = args.limit
+    return None if args.all else limit

@@ -1,0 +1,166 @@
+"""What the commands share: exit codes, how they fail, what they print, secrets that are given by name.
+
+Called by every command of `cli`; it must stay light, for `version` and usage errors import nothing else. Results go to
+stdout, as text or with `--json` as one JSON document; messages go to stderr.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
+
+
+class Failed(Exception):  # noqa: N818 - a result: one line on stderr, exit 1
+    """The command could not be done; the text says why, for people."""
+
+
+class Usage(Exception):  # noqa: N818
+    """The arguments fit no command, in a way argparse cannot tell: exit 2, as argparse does."""
+
+
+# -- printing
+
+
+def say(message: str, level: str = "ERROR") -> None:
+    """A message on stderr; the journal is told its level (as `logging` names it)."""
+    from lmdaemon.log import PRIORITY, is_journal
+
+    priority = f"<{PRIORITY[level]}>" if is_journal(sys.stderr) else ""
+    print(priority + line(message), file=sys.stderr)
+
+
+def reason(error: BaseException) -> str:
+    """An error's text for people, without its number."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def print_json(document: object) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def line(text: str) -> str:
+    """Text from elsewhere for one line of a terminal: what would control it is escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def cell(value: object) -> str:
+    match value:
+        case None | "" | []:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:g}" if value < 1e6 else f"{value:.0f}"
+        case dict() | list():
+            return json.dumps(value)
+    return line(str(value))
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Mapping[str, Any]], widths: list[int] | None = None
+) -> list[int]:
+    """Rows under their columns' names; further pages are given the widths returned for the first, and no names."""
+    cells = [[cell(row.get(column)) for column in columns] for row in rows]
+    if widths is None:
+        cells.insert(0, list(columns))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return widths
+
+
+async def print_pages(columns: Sequence[str], pages: AsyncIterator[list[Any]], *, as_json: bool) -> int:
+    """Prints a list page by page: it may be longer than what memory should hold. As JSON: one array."""
+    if as_json:
+        before = "["
+        async for page in pages:
+            for item in page:
+                print(f"{before}\n{json.dumps(item)}", end="")
+                before = ","
+        print("[]" if before == "[" else "\n]")
+        return STOPPED
+    widths: list[int] | None = None
+    async for page in pages:
+        widths = print_table(columns, page, widths)
+    return STOPPED
+
+
+def show(args: argparse.Namespace, document: Mapping[str, Any], **tables: Sequence[str]) -> int:
+    """One thing: its facts a line each, then the lists in it as tables of the columns given."""
+    if args.json:
+        print_json(document)
+        return STOPPED
+    facts = {name: value for name, value in document.items() if name not in tables}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.ljust(width)}  {cell(value)}")
+    for name, columns in tables.items():
+        print(f"\n{name}:")
+        print_table(columns, document[name])
+    return STOPPED
+
+
+def quiet_libraries() -> None:
+    """Keeps what libraries log out of the output: aiohttp quotes the bytes of broken requests, tokens included.
+
+    asyncio's errors (an exception in a callback, or one that nobody fetched) are bugs that must not go unseen, so they
+    pass as one event with the exception's type and place, without any text.
+    """
+    import logging
+
+    from lmdaemon.log import Log, place
+
+    class LoopError(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            Log("daemon").error(
+                "loop.error",
+                error=None if error is None else type(error).__name__,
+                where=None if error is None else place(error),
+            )
+
+    handlers = {
+        "aiohttp": logging.NullHandler(),
+        "aiosqlite": logging.NullHandler(),
+        "asyncio": LoopError(logging.ERROR),
+    }
+    for name, handler in handlers.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+
+
+# -- secrets given by name
+
+
+def player_token(args: argparse.Namespace) -> str | None:
+    """The player's token from the file or variable that was named; None when none was. Raises Usage."""
+    from lmdaemon.model import TOKEN_MAX, id_problem
+
+    if args.token_file and args.token_env:
+        raise Usage("--token-file and --token-env must not both be given")
+    if args.token_env:
+        token = os.environ.get(args.token_env, "")
+    elif args.token_file:
+        token = secret_file(args.token_file, "--token-file")
+    else:
+        return None
+    problem = id_problem(token, TOKEN_MAX)
+    if problem:
+        raise Usage(f"{'--token-env' if args.token_env else '--token-file'}: the token {problem}")
+    return token
+
+
+def secret_file(name: str, option: str) -> str:
+    try:
+        return Path(name).read_text("utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"  # a UnicodeDecodeError's own text quotes the file
+        raise Usage(f"{option}: {name} cannot be read: {reason}") from None

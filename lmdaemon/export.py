@@ -1,0 +1,223 @@
+"""`lmdaemon sessions export`: ended sessions with their deliveries and attempts, for an archive. Called by `cli`.
+
+It reads the database file beside the daemon, page by page, and never writes to it: the daemon spends no time on it, and
+need not be running. Tokens and bodies stay where they are.
+"""
+
+import argparse
+import csv
+import io
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import orjson
+
+from lmdaemon import config, store
+from lmdaemon.clock import Clock
+from lmdaemon.command import STOPPED, Failed, Usage, print_json, reason, say
+from lmdaemon.config import Settings
+from lmdaemon.database import MIGRATIONS, DatabaseError, check_is_ours, real_path
+from lmdaemon.documents import delivery_document, history_document, read_time, session_document
+from lmdaemon.files import check_source, check_target, file_beside, followed, open_database, put_in_place
+from lmdaemon.model import rfc3339
+
+SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
+POLL_S = 0.05
+
+# One row a delivery, or one without any for a session that had none.
+CSV_COLUMNS = {
+    "operator": "operator",
+    "sessionId": "sessionId",
+    "playerId": "playerId",
+    "reason": "reason",
+    "openedAt": "openedAt",
+    "lastSeenAt": "lastSeenAt",
+    "endedAt": "endedAt",
+    "idleTimeoutSeconds": "idleTimeoutSeconds",
+    "attributes": "attributes",
+    "deliveryId": "id",
+    "sink": "sink",
+    "deliveryState": "state",
+    "attempts": "attempts",
+    "createdAt": "createdAt",
+    "nextAttemptAt": "nextAttemptAt",
+    "settledAt": "settledAt",
+    "lastStatus": "lastStatus",
+    "lastCode": "lastCode",
+    "lastError": "lastError",
+    "history": "history",
+}
+_OF_SESSION = list(CSV_COLUMNS)[:9]
+_OF_DELIVERY = [CSV_COLUMNS[name] for name in list(CSV_COLUMNS)[9:]]
+
+
+@dataclass
+class Told:
+    """What has been written so far."""
+
+    sessions: int = 0
+    deliveries: int = 0
+    pending: int = 0
+
+
+def export(args: argparse.Namespace) -> int:
+    settings = config.load(config.find(args.config), secrets="optional")
+    now_at = Clock().wall_ms()
+    since_at, until_at = _period(args, now_at)
+    check_source(settings)
+    told = Told()
+    try:
+        with closing(open_database(real_path(settings.database.absolute()))) as sql:
+            check_is_ours(sql, settings.database, len(MIGRATIONS))
+            _wait_until_committed(sql, until_at)
+            write = _as_csv if args.format == "csv" else _as_json_lines
+            _write(args, settings, lambda: write(_sessions(sql, args.operator, since_at, until_at), told))
+    except DatabaseError as error:
+        raise Failed(str(error)) from error
+    except sqlite3.Error as error:
+        raise Failed(f"{settings.database}: cannot be read: {reason(error)}") from error
+    _report(args, settings, told, since_at if args.since else None, until_at, now_at)
+    return STOPPED
+
+
+def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
+    """The ends of [since, until) as wall times. Raises Usage."""
+    if args.json and not args.output:
+        raise Usage("sessions export: --json is for the summary that --output prints; the format is --format")
+    since_at = _time(args.since, "--since") if args.since else 0
+    until_at = _time(args.until, "--until") if args.until else now_at
+    if until_at > now_at:
+        raise Usage("--until: must not lie ahead: what ends until then would be missing")
+    if since_at > until_at:
+        raise Usage("--since: must not be later than --until")
+    return since_at, until_at
+
+
+def _time(text: str, option: str) -> int:
+    is_date = len(text) == len("2026-01-31") and text[4] == text[7] == "-"
+    try:
+        return read_time(f"{text}T00:00:00Z" if is_date else text)
+    except ValueError as error:
+        raise Usage(f"{option}: {error}, or a date, which begins in UTC (got {text!r})") from None
+
+
+def _wait_until_committed(sql: sqlite3.Connection, until_at: int) -> None:
+    """Until nothing that ended before then can still be on its way into the file."""
+    while store.committed_at(sql) < until_at and Clock().wall_ms() < until_at + SETTLED_S * 1000:
+        time.sleep(POLL_S)
+
+
+def _sessions(
+    sql: sqlite3.Connection, operator: str | None, since_at: int, until_at: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Pages of documents, in the order in which the sessions ended. What ends meanwhile lies behind `until_at`."""
+    after: tuple[int, int] | None = (since_at, 0)
+    while after is not None:
+        page = store.ended(sql, operator, after, until_at)
+        after = page.after
+        yield [
+            session_document(session, None)
+            | {"deliveries": [delivery_document(one) | {"history": history_document(one)} for one in deliveries]}
+            for session, deliveries in page.sessions
+        ]
+
+
+# -- formats
+
+
+def _count(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[list[dict[str, Any]]]:
+    for page in pages:
+        for session in page:
+            told.sessions += 1
+            told.deliveries += len(session["deliveries"])
+            told.pending += sum(delivery["state"] == "pending" for delivery in session["deliveries"])
+        yield page
+
+
+def _as_json_lines(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[bytes]:
+    for page in _count(pages, told):
+        yield b"".join(orjson.dumps(session, option=orjson.OPT_APPEND_NEWLINE) for session in page)
+
+
+def _as_csv(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[bytes]:
+    """RFC 4180 in UTF-8, with a header."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(CSV_COLUMNS)
+    for page in _count(pages, told):
+        for session in page:
+            own = [_cell(session[name]) for name in _OF_SESSION]
+            for delivery in session["deliveries"] or [{}]:
+                writer.writerow([*own, *(_cell(delivery.get(name)) for name in _OF_DELIVERY)])
+        yield text.getvalue().encode()
+        text.seek(0)
+        text.truncate()
+    yield text.getvalue().encode()
+
+
+def _cell(value: object) -> object:
+    """A value as a cell. Ids are data of strangers, and a spreadsheet runs a cell that begins like a formula.
+
+    Such a text gets an apostrophe in front (OWASP, "CSV injection"), and so does one that begins with an apostrophe, so
+    that taking one away gives every text back.
+    """
+    if isinstance(value, list | orjson.Fragment):
+        return orjson.dumps(value).decode()
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "'", "\t", "\r")):
+        return f"'{value}"
+    return value
+
+
+# -- where to
+
+
+def _write(args: argparse.Namespace, settings: Settings, chunks: Callable[[], Iterable[bytes]]) -> None:
+    if args.output is None:
+        _pour(chunks(), sys.stdout.buffer)
+        return
+    target = followed(args.output)
+    check_target(real_path(settings.database.absolute()), target, force=args.force)
+    with file_beside(target) as (file, handle):
+        try:
+            with open(handle, "wb", closefd=False) as out:
+                _pour(chunks(), out)
+            os.fsync(handle)
+            put_in_place(file, target)
+        except OSError as error:
+            raise Failed(f"{target}: cannot be written: {reason(error)}") from error
+
+
+def _pour(chunks: Iterable[bytes], out: BinaryIO) -> None:
+    for chunk in chunks:
+        out.write(chunk)
+    out.flush()
+
+
+def _report(
+    args: argparse.Namespace, settings: Settings, told: Told, since_at: int | None, until_at: int, now_at: int
+) -> None:
+    pruned_at = now_at - int(settings.keep_ended_s * 1000)
+    if since_at is not None and since_at < pruned_at:
+        say(f"lmdaemon: what ended before {rfc3339(pruned_at)} is pruned (database.keep_ended): it may be missing")
+    if told.pending:
+        say(f"lmdaemon: {told.pending} deliveries are still pending: what becomes of them is not in here")
+    if args.output is None:
+        return
+    if args.json:
+        summary: Mapping[str, Any] = {
+            "file": str(args.output),
+            "since": rfc3339(since_at),
+            "until": rfc3339(until_at),
+            "sessions": told.sessions,
+            "deliveries": told.deliveries,
+            "pending": told.pending,
+        }
+        print_json(summary)
+    else:
+        print(f"{args.output}: {told.sessions} sessions, {told.deliveries} deliveries, until {rfc3339(until_at)}")

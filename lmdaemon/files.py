@@ -1,0 +1,98 @@
+"""Files that the commands read and write: the database beside the daemon, and results that appear whole or not at all.
+
+Called by `backup` and `export`. Everything written has mode 0600.
+"""
+
+import os
+import signal
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmdaemon.command import Failed, reason
+from lmdaemon.config import Settings
+
+BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
+NICER = 10  # what reads the whole database takes what time the daemon leaves, on a machine with few cores
+LOOK_EVERY = 100_000  # steps of SQLite's between two looks at signals, some milliseconds
+COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
+
+
+def open_database(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
+    """A connection in autocommit mode. Raises sqlite3.Error.
+
+    `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
+    owner and mode of the database, also as root (unixOpen, robustFchown).
+    """
+    connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+    # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
+    connection.set_progress_handler(lambda: 0, LOOK_EVERY)
+    return connection
+
+
+def check_source(settings: Settings) -> None:
+    """For what reads the whole database: raises Failed if there is none, and lets the daemon go first."""
+    os.nice(NICER)
+    try:
+        settings.database.stat()
+    except OSError as error:
+        raise Failed(f"{settings.database}: no database to read: {reason(error)}{hint(settings)}") from error
+
+
+def hint(settings: Settings) -> str:
+    """What to try when the state is not where the configuration says, as an end of a message; else empty."""
+    if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
+        return "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
+    return ""
+
+
+def followed(named: Path) -> Path:
+    """Where a result goes: a link is followed, for what it leads to is what its owner wants to be replaced."""
+    return named.resolve() if named.is_symlink() else named
+
+
+def check_target(database: Path, target: Path, *, force: bool) -> None:
+    """Raises Failed if the target must not be written: it exists, or belongs to the database, which nothing forces."""
+    try:
+        if target.is_dir():
+            raise Failed(f"{target}: is a directory; name a file")
+        if not target.exists():
+            return
+        for suffix in ("", *COMPANIONS, ".lock"):  # replacing one of these destroys the database
+            live = database.with_name(database.name + suffix)
+            if live.exists() and target.samefile(live):
+                raise Failed(f"{target}: belongs to the database itself")
+    except OSError as error:
+        raise Failed(f"{target}: cannot be written: {reason(error)}") from error
+    if not force:
+        raise Failed(f"{target}: exists; --force replaces it")
+
+
+@contextmanager
+def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
+    """An empty file beside the target and a handle of it; gone at the end unless it was put in place. Raises Failed."""
+    os.umask(0o077)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".lmdaemon-", dir=target.parent)  # mode 0600, whatever the umask
+    except OSError as error:
+        raise Failed(f"{target}: cannot be written: {reason(error)}") from error
+    file = Path(name).absolute()
+    # A timer's SIGTERM is a Ctrl-C: what was begun goes away with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield file, handle
+    finally:
+        os.close(handle)
+        file.unlink(missing_ok=True)
+
+
+def put_in_place(file: Path, target: Path) -> None:
+    """Gives a synced file its name, for good."""
+    file.rename(target)
+    handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

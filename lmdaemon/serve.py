@@ -1,0 +1,144 @@
+"""The commands that read the whole configuration: `serve`, which runs the daemon to its end, and `check-config`.
+
+Called by `cli`. `daemon` and what it needs is imported only when the configuration is sound.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lmdaemon import config, log
+from lmdaemon.command import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
+from lmdaemon.config import ConfigError, Settings
+from lmdaemon.log import Log
+
+ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when everything else has ended
+
+
+def serve(args: argparse.Namespace) -> int:
+    # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        settings = config.load(config.find(args.config))
+        log.setup(settings.log.level, settings.log.format)
+        quiet_libraries()
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            code = _until_ended(runner, settings)
+            _abandon_what_hangs(runner, code)
+    except KeyboardInterrupt:
+        return STOPPED
+    return code
+
+
+def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
+    """Runs the daemon to its end, says why it ended, and returns the exit code."""
+    from lmdaemon.daemon import Daemon
+    from lmdaemon.database import DatabaseError, StoreError
+
+    try:
+        runner.run(Daemon(settings).run())
+    except KeyboardInterrupt:
+        return STOPPED
+    except ConfigError as error:  # a plug-in's finding; the file's name before it, as the file's own findings have it
+        for finding in error.findings:
+            say(f"{settings.file}: {finding}")
+        return MISCONFIGURED
+    except (DatabaseError, StoreError, OSError) as error:
+        Log("daemon").error("daemon.failed", reason=reason(error))
+        return FAILED
+    except Exception as error:  # an ExceptionGroup when a loop died; the service manager starts us again
+        lost = _file_lost(error)
+        if lost is None:
+            Log("daemon").exception("daemon.crashed")
+        else:
+            Log("daemon").error("daemon.failed", reason=str(lost))
+        return FAILED
+    return STOPPED
+
+
+def _file_lost(error: Exception) -> Exception | None:
+    """The one reason in a group of exceptions when it is a file that was taken away, else None."""
+    from lmdaemon.database import FileLostError
+
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, FileLostError) else None
+
+
+def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
+    """Ends the process at once when a plug-in's hook ignores its cancellation: the loop's own end would wait for it for
+    ever. By now everything of ours is closed.
+    """
+
+    async def cancel_all() -> int:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        return len((await asyncio.wait(tasks, timeout=ABANDON_AFTER_S))[1]) if tasks else 0
+
+    hanging = runner.run(cancel_all())
+    if hanging:
+        Log("daemon").warning("daemon.abandoned_hooks", count=hanging)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _loop_factory() -> Callable[[], Any] | None:
+    """uvloop's event loop where that extra is installed; None: asyncio's own."""
+    try:
+        factory: Callable[[], Any] = import_module("uvloop").new_event_loop
+    except ImportError:
+        return None
+    return factory
+
+
+def check_config(args: argparse.Namespace) -> int:
+    path: Path | None = None
+    errors: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    try:
+        path = config.find(args.config)
+        warnings = _checked(path).warnings
+    except ConfigError as error:
+        errors = error.findings
+    if args.json:
+        file = None if path is None else str(path)
+        print_json({"file": file, "valid": not errors, "errors": [*errors], "warnings": [*warnings]})
+    else:
+        for finding in errors:
+            say(finding)
+        for warning in warnings:
+            say(f"{path}: warning: {warning}", "WARNING")
+        if not errors:
+            print(f"{path}: valid")
+    return MISCONFIGURED if errors else STOPPED
+
+
+def _checked(path: Path) -> Settings:
+    """The settings, their plug-ins imported and made, but not started. Raises ConfigError with every finding."""
+    from lmdaemon import plugins
+
+    settings = config.load(path, secrets="readable")
+    findings: list[str] = []
+
+    async def load() -> None:  # in a running loop, as the daemon does it: a plug-in may make a client when it is made
+        for plugin in settings.plugins.values():
+            try:
+                plugins.load(plugin)
+            except ConfigError as error:
+                findings.extend(f"{path}: {finding}" for finding in error.findings)
+
+    quiet_libraries()
+    with redirect_stdout(sys.stderr):  # stdout is for the result, whatever an import prints
+        asyncio.run(load())
+    if findings:
+        raise ConfigError(findings)
+    return settings

@@ -1,0 +1,324 @@
+"""The archive of ended sessions: complete, each once, in order, without a secret, and out of the daemon's way."""
+
+import asyncio
+import contextlib
+import csv
+import io
+import json
+import re
+import resource
+import shlex
+import shutil
+import sqlite3
+import stat
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import (
+    COMMAND,
+    PLAYER_TOKEN,
+    ROOT,
+    UNREACHABLE,
+    Running,
+    configure,
+    daemon,
+    environment,
+    open_many,
+    poll,
+    run,
+)
+from support import open_store, scripted_operator
+
+from lmdaemon import export, store
+from lmdaemon.model import rfc3339
+from lmdaemon.store import NewDelivery, Opening
+
+LONG_AGO = 1_700_000_000_000
+
+
+def lines(done: "subprocess.CompletedProcess[str]") -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+async def ended_sessions(directory: Path, clock: Any, ends: list[tuple[str, str, int]]) -> None:
+    """A database in which these sessions, as (operator, id, milliseconds since LONG_AGO), ended then, in this order."""
+    async with open_store(directory / "lmdaemon.sqlite3", clock) as db:
+        db.configured = frozenset(("acme", "other"))
+        db.sinks_of = lambda session: [NewDelivery("http", b"secret body")]
+        for operator, session, at in ends:
+            clock.wall = LONG_AGO + at
+            await db.open_session(Opening(operator, session, "p1", PLAYER_TOKEN, '{"table":"t-7"}', 10_000, 0))
+            await db.end(operator, session)
+
+
+@pytest.fixture
+async def archive(tmp_path: Path, clock: Any) -> Path:
+    """Ends at 0, 1000 (twice), 2000 and 3000 ms; the second is another operator's."""
+    configure(tmp_path, f"[operators.other]\n{UNREACHABLE}\n")
+    ends = [("acme", "a", 0), ("other", "b", 1000), ("acme", "c", 1000), ("acme", "=1+1", 2000), ("acme", "e", 3000)]
+    await ended_sessions(tmp_path, clock, ends)
+    return tmp_path
+
+
+def test_a_line_is_a_session_as_the_api_shows_it_with_its_deliveries_and_attempts(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with scripted_operator({"error": 100}) as peer:
+            configure(
+                tmp_path, f'notify = true\nurl = "{peer.url}"\nallow_private_network = true\nschedule = ["1ms"]\n'
+            )
+            await asyncio.to_thread(check)
+
+    def check() -> None:
+        with daemon(tmp_path) as running:
+            running.started().open("acme", "s1")
+            running.open("acme", "still active")
+            running.api("POST", "operators/acme/sessions/s1/close")
+            poll(lambda: running.api("GET", "operators/acme/sessions/s1")["deliveries"][0]["state"] == "delivered")
+            shown = running.api("GET", "operators/acme/sessions/s1")
+            delivery = running.api("GET", f"deliveries/{shown['deliveries'][0]['id']}")
+            (line,) = lines(running("sessions", "export"))
+        assert line == shown | {"deliveries": [delivery]}
+        assert [attempt["code"] for attempt in delivery["history"]] == [100, 0]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["a", "b", "c", "=1+1", "e"]),
+        (("--since", rfc3339(LONG_AGO + 1000)), ["b", "c", "=1+1", "e"]),
+        (("--since", rfc3339(LONG_AGO + 1001)), ["=1+1", "e"]),
+        (("--until", rfc3339(LONG_AGO + 1000)), ["a"]),
+        (("--since", rfc3339(LONG_AGO + 1000), "--until", rfc3339(LONG_AGO + 3000)), ["b", "c", "=1+1"]),
+        (("--since", "2023-11-14", "--until", "2023-11-15"), ["a", "b", "c", "=1+1", "e"]),
+        (("--since", "2023-11-15"), []),
+        (("--operator", "other"), ["b"]),
+        (("--operator", "nobody"), []),
+    ],
+)
+async def test_an_export_is_what_ended_from_since_on_and_before_until(
+    archive: Path, options: tuple[str, ...], expected: list[str]
+) -> None:
+    found = lines(run("sessions", "export", *options, cwd=archive))
+    assert [session["sessionId"] for session in found] == expected
+    assert all("secret" not in json.dumps(session) for session in found)
+
+
+async def test_pages_end_nowhere_twice_and_miss_none_that_ended_in_the_same_millisecond(
+    tmp_path: Path, clock: Any
+) -> None:
+    ends = [("acme" if number % 3 else "other", f"s{number}", number // 4) for number in range(50)]
+    await ended_sessions(tmp_path, clock, ends)
+    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        for rows in (1, 3, 4, 25, 50, 51):
+            for operator in (None, "acme"):
+                found, after = [], (0, 0)
+                while after is not None:
+                    page, after = store.ended(sql, operator, after, LONG_AGO + 10**6, rows)
+                    found += [session.session_id for session, _ in page]
+                assert found == [session for whose, session, _ in ends if operator in (None, whose)]
+
+
+async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read transaction held over the whole of an export would let the daemon's WAL grow without bound."""
+    database = archive / "lmdaemon.sqlite3"
+    with (
+        contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader,
+        contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer,
+    ):
+        monkeypatch.setattr(store.ended, "__defaults__", (2,))
+        pages = export._sessions(reader, None, 0, LONG_AGO + 10**6)
+        assert len(next(pages)) == 2
+        writer.execute("UPDATE clock SET wall_at = wall_at + 1")
+        assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+        assert [len(page) for page in pages] == [2, 1]
+
+
+def test_exports_of_consecutive_periods_hold_every_session_once_though_the_daemon_ends_more_meanwhile(
+    tmp_path: Path,
+) -> None:
+    configure(tmp_path)
+    ids = [f"s{number}" for number in range(400)]
+
+    def exported(running: Running, since: str | None) -> tuple[list[str], str]:
+        words = ("--since", since) if since else ()
+        done = running("sessions", "export", *words, "--output", "part", "--force", "--json")
+        assert done.returncode == 0, done.stderr
+        part = [json.loads(line) for line in (tmp_path / "part").read_text().splitlines()]
+        assert [session["endedAt"] for session in part] == sorted(session["endedAt"] for session in part)
+        return [session["sessionId"] for session in part], json.loads(done.stdout)["until"]
+
+    async def scenario(running: Running) -> list[list[str]]:
+        await open_many(running, "acme", ids)
+
+        def close_all() -> None:
+            for session in ids:
+                running.api("POST", f"operators/acme/sessions/{session}/close")
+
+        closing = asyncio.create_task(asyncio.to_thread(close_all))
+        parts, since = [], None
+        while not closing.done():
+            part, since = await asyncio.to_thread(exported, running, since)
+            parts.append(part)
+        await closing
+        parts.append((await asyncio.to_thread(exported, running, since))[0])
+        return parts
+
+    with daemon(tmp_path) as running:
+        parts = asyncio.run(scenario(running.started()))
+    assert len([part for part in parts if part]) > 1
+    assert sorted(session for part in parts for session in part) == sorted(ids)
+
+
+# -- CSV
+
+
+async def test_csv_is_rfc_4180_with_a_fixed_header_one_row_a_delivery(archive: Path) -> None:
+    with contextlib.closing(sqlite3.connect(archive / "lmdaemon.sqlite3")) as sql:
+        sql.execute('UPDATE delivery SET history = \'[{"at": 1, "error": null}]\', last_code = -5 WHERE id = 1')
+        sql.execute("DELETE FROM delivery WHERE id = 2")
+        sql.execute("UPDATE session SET session_id = 'a \"quoted\", id' WHERE id = 1")
+        sql.commit()
+    subprocess_done = run("sessions", "export", "--format", "csv", "--output", "out.csv", cwd=archive)
+    assert subprocess_done.stdout == f"out.csv: 5 sessions, 4 deliveries, until {until_of(subprocess_done)}\n"
+    content = (archive / "out.csv").read_bytes()
+    assert content.count(b"\r\n") == content.count(b"\n") == 6
+    rows = list(csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True))
+    assert ",".join(rows[0]) == (
+        "operator,sessionId,playerId,reason,openedAt,lastSeenAt,endedAt,idleTimeoutSeconds,attributes,deliveryId,sink,"
+        "deliveryState,attempts,createdAt,nextAttemptAt,settledAt,lastStatus,lastCode,lastError,history"
+    )
+    first, second = rows[0], rows[1]
+    assert (first["sessionId"], first["reason"], first["lastCode"]) == ('a "quoted", id', "closed", "-5")
+    assert json.loads(first["history"]) == [{"at": "1970-01-01T00:00:00.001Z", "error": None}]
+    assert json.loads(first["attributes"]) == {"table": "t-7"}
+    assert (second["sessionId"], second["deliveryId"], second["history"]) == ("b", "", "")
+
+
+def until_of(done: "subprocess.CompletedProcess[str]") -> str:
+    return done.stdout.split()[-1]
+
+
+async def test_no_cell_of_a_stranger_is_a_formula_and_every_text_can_be_had_back(tmp_path: Path, clock: Any) -> None:
+    ids = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "'quoted", "plain", "a=b"]
+    configure(tmp_path)
+    await ended_sessions(tmp_path, clock, [("acme", session, 0) for session in ids])
+    done = run("sessions", "export", "--format", "csv", cwd=tmp_path)
+    cells = [row["sessionId"] for row in csv.DictReader(io.StringIO(done.stdout, newline=""), strict=True)]
+    assert not [cell for cell in cells if cell[0] in "=+-@"]
+    assert [cell.removeprefix("'") for cell in cells] == ids
+    assert [session["sessionId"] for session in lines(run("sessions", "export", cwd=tmp_path))] == ids
+
+
+# -- where it goes
+
+
+async def test_an_output_appears_whole_with_mode_0600_and_replaces_only_when_forced(archive: Path) -> None:
+    target = archive / "out.jsonl"
+    target.write_text("precious")
+    refused = run("sessions", "export", "--output", target, cwd=archive)
+    assert (refused.returncode, refused.stderr) == (1, f"lmdaemon: {target}: exists; --force replaces it\n")
+    assert target.read_text() == "precious"
+    done = run("sessions", "export", "--output", target, "--force", "--json", cwd=archive)
+    summary = json.loads(done.stdout)
+    assert (summary["sessions"], summary["deliveries"], summary["since"]) == (5, 5, None)
+    assert len(target.read_text().splitlines()) == 5
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    belongs = run("sessions", "export", "--output", "lmdaemon.sqlite3", "--force", cwd=archive)
+    assert belongs.stderr == "lmdaemon: lmdaemon.sqlite3: belongs to the database itself\n"
+
+
+async def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path: Path, clock: Any) -> None:
+    def small_files_only() -> None:  # but for SQLite's own
+        resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
+
+    configure(tmp_path)
+    await ended_sessions(tmp_path, clock, [("acme", f"s{number}", number) for number in range(200)])
+    before = {file.name for file in tmp_path.iterdir()} | {"lmdaemon.sqlite3-wal", "lmdaemon.sqlite3-shm"}
+    done = run("sessions", "export", "--output", "out", cwd=tmp_path, before=small_files_only)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "lmdaemon: out: cannot be written: File too large\n"
+    assert {file.name for file in tmp_path.iterdir()} <= before
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--until 2999-01-01", "--until: must not lie ahead: what ends until then would be missing"),
+        ("--since 2020-02-02 --until 2020-02-01", "--since: must not be later than --until"),
+        ("--since yesterday", "--since: must be a time as in RFC 3339"),
+        ("--since 2020-13-01", "--since: must be a time as in RFC 3339"),
+        ("--until 2020-01-01T00:00:00", "--until: must be a time as in RFC 3339"),
+        ("--json", "--json is for the summary that --output prints"),
+        ("--format xml", "invalid choice: 'xml'"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_and_exits_2(tmp_path: Path, words: str, complaint: str) -> None:
+    configure(tmp_path)
+    done = run("sessions", "export", *words.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaint in done.stderr
+
+
+def test_a_database_that_is_missing_or_no_database_exits_1(tmp_path: Path) -> None:
+    configure(tmp_path)
+    done = run("sessions", "export", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "lmdaemon.sqlite3: no database to read: No such file" in done.stderr
+    (tmp_path / "lmdaemon.sqlite3").write_bytes(b"garbage" * 1000)
+    assert "file is not a database" in run("sessions", "export", cwd=tmp_path).stderr
+
+
+async def test_what_an_archive_lacks_is_said(archive: Path) -> None:
+    done = run("sessions", "export", "--since", "2023-11-01", cwd=archive)
+    assert "is pruned (database.keep_ended): it may be missing" in done.stderr
+    assert "5 deliveries are still pending: what becomes of them is not in here" in done.stderr
+    yesterday = datetime.now(UTC).strftime("%Y-%m-%d")
+    assert run("sessions", "export", "--since", yesterday, cwd=archive).stderr == ""
+
+
+# -- the runbook's scripts and timers
+
+RUNBOOK = (ROOT / "docs" / "operating.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["lmdaemon-backup", "lmdaemon-export"])
+async def test_the_runbooks_script_does_what_it_says(tmp_path: Path, clock: Any, name: str) -> None:
+    today = datetime.now(UTC)
+    last_month = today.replace(day=1) - timedelta(days=1)
+    configure(tmp_path)
+    at = int(last_month.timestamp() * 1000) - LONG_AGO
+    await ended_sessions(tmp_path, clock, [("acme", "earlier", at - 40 * 86_400_000), ("acme", "last month", at)])
+    script = re.search(rf"```sh\n(#!/bin/sh\n# /usr/local/sbin/{name}:.*?)```", RUNBOOK, re.DOTALL)
+    assert script
+    words = script[1].replace("/var/lib/lmdaemon", str(tmp_path)).replace("/var/backups/lmdaemon", str(tmp_path))
+    words = words.replace("/etc/lmdaemon/", f"{tmp_path}/").replace("/opt/lmdaemon/bin/lmdaemon", shlex.join(COMMAND))
+    done = subprocess.run(["sh", "-c", words], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if name == "lmdaemon-backup":
+        assert (tmp_path / f"{today:%a}.sqlite3").stat().st_size
+    else:
+        text = (tmp_path / f"sessions-{last_month:%Y-%m}.csv").read_text()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        assert [row["sessionId"] for row in rows] == ["last month"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_takes_the_runbooks_units(tmp_path: Path) -> None:
+    units = re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", RUNBOOK, re.DOTALL)
+    assert [name for name, _ in units] == [
+        f"lmdaemon-{what}.{kind}" for what in ("backup", "export") for kind in ("service", "timer")
+    ]
+    for name, text in units:
+        (tmp_path / name).write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
+    files = [str(tmp_path / name) for name, _ in units]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, timeout=60)
+    ours = [line for line in done.stderr.splitlines() if "lmdaemon" in line]
+    assert ours == []
+    for when in re.findall(r"OnCalendar=(.*)", RUNBOOK):
+        subprocess.run(["systemd-analyze", "calendar", when], check=True, capture_output=True, timeout=60)

@@ -2,13 +2,16 @@
 # make check   what CI runs: ruff, mypy --strict, tests, and the fault suite in its short form
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
+# make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
+#              AGAINST=DIR for another checkout in the floors' place; make bench-quick: small and short
 # make clean   remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := build/bench/venv
 
-.PHONY: run test faults faults-short fuzz check lint types clean
+.PHONY: run test faults faults-short fuzz bench bench-quick check lint types clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -25,6 +28,14 @@ faults-short: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
+
+BENCH = $(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST)) $(ARGS)
+
+bench: $(BENCH_VENV)/.ready
+	$(BENCH)
+
+bench-quick: $(BENCH_VENV)/.ready
+	$(BENCH) --quick
 
 check: lint types test faults-short
 
@@ -47,4 +58,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+# Of its own, so that what is only measured is in nobody's way.
+$(BENCH_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,bench]'
 	touch $@

@@ -1,213 +1,144 @@
-"""The figures: how each is measured on the daemon, on its floor and on its peers, and what it should be."""
+"""The figures: what is measured against what, and what it should be."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
-from benchmarks.floors import make_table
-from benchmarks.load import BULK, Load
-from benchmarks.processes import (
-    ACME,
-    BUILD,
-    Process,
-    Python,
-    free_ports,
-    generate,
-    python_process,
-    report_of,
-    scratch,
-    serving,
-)
-
-NEW = 10_000_000  # numbers of sessions that are opened or told: beyond those that are prefilled
-Sample = Mapping[str, float]
-Run = Callable[[int], Sample]  # measures once; the argument is the number of the round
-Side = Callable[["Bench", Python], AbstractContextManager[Run]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """How large and how long."""
-
-    live: int = 1_000_000
-    seconds: float = 2.0  # of one slice of load
-    rounds: int = 6  # slices of each side
-    quick: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a value of the samples and what it should be, as a ratio to the floor or as it is."""
-
-    value: str
-    title: str
-    unit: str
-    must: float
-    goal: float
-    better: Literal["higher", "lower"] = "higher"
-    of: Literal["ratio", "value"] = "ratio"
-
-    def meets(self, figure: float, bound: float) -> bool:
-        return figure >= bound if self.better == "higher" else figure <= bound
-
-    def sane(self, figure: float) -> bool:
-        """Whether it is within ten times of what it must be: a bench that is off by more measures something else."""
-        return figure >= self.must / 10 if self.better == "higher" else figure <= self.must * 10 + 1
-
-
-@dataclass(frozen=True)
-class Figure:
-    key: str
-    daemon: Side
-    rows: Sequence[Row]
-    floor: Side | None = None
-    floor_name: str = ""
-    peers: Mapping[str, Side] = field(default_factory=dict)
-    most_rounds: int = 1000
-
-
-def loaded(process: Process, load: Load, times: int = 1) -> Sample:
-    """What a process does under a load: a rate and its CPU time for each of what was asked for."""
-    before = process.cpu_s
-    report = generate(load)
-    cpu_s = process.cpu_s - before
-    count = report["answered"] * times
-    return {
-        "rate": count / report["seconds"],
-        "cpu_us": cpu_s / count * 1e6,
-        "p99_ms": report["p99_ms"],
-        "load_cpu_us": report["cpu_s"] / count * 1e6,
-    }
-
-
-# -- requests, against a handler that parses and answers a constant
-
-
-def _request_load(bench: Bench, kind: str, port: int, connections: int, number: int) -> Load:
-    return Load(
-        kind,
-        port,
-        connections,
-        bench.seconds,
-        [ACME],
-        population=bench.live,
-        first=NEW * (1 + number),
-        seed=number,
-    )
-
-
-@contextmanager
-def requests(bench: Bench, python: Python, *, kind: str, connections: int = 64) -> Iterator[Run]:
-    with scratch() as directory, serving(python, directory, bench.live) as daemon:
-        port = daemon.server if kind == "notice" else daemon.api
-        times = BULK if kind == "bulk" else 1
-        yield lambda number: loaded(daemon, _request_load(bench, kind, port, connections, number), times)
-
-
-@contextmanager
-def bare_requests(bench: Bench, python: Python, *, kind: str, connections: int = 64) -> Iterator[Run]:
-    (port,) = free_ports(1)
-    with scratch() as directory:
-        handler = python_process(python, directory, "benchmarks.floors", "handler", port=port)
-        handler.start()
-        try:
-            yield lambda number: loaded(handler, _request_load(bench, kind, port, connections, number))
-        finally:
-            handler.stop()
-
-
-@contextmanager
-def raw_sqlite(bench: Bench, python: Python) -> Iterator[Run]:
-    with scratch() as directory:
-        path = directory / "raw.sqlite3"
-        make_table(path, bench.live)
-        arguments = {"path": str(path), "rows": bench.live, "seconds": bench.seconds}
-
-        def run(number: int) -> Sample:
-            report = report_of(python, "benchmarks.floors", "sqlite", _json(arguments | {"seed": number}))
-            count = report["answered"] * BULK
-            return {"rate": count / report["seconds"], "cpu_us": report["cpu_s"] / count * 1e6}
-
-        yield run
-
-
-def _json(value: object) -> str:
-    import json
-
-    return json.dumps(value)
-
+from benchmarks import ends, requests, resources
+from benchmarks.compare import Figure, Row
 
 HANDLER = "aiohttp handler"
+BARE = "aiohttp, aiosqlite, orjson"
 
 
-def _requests(key: str, kind: str, connections: int, rows: Sequence[Row]) -> Figure:
+def _requests(key: str, kind: str, connections: int, *rows: Row) -> Figure:
     return Figure(
         key,
-        partial(requests, kind=kind, connections=connections),
+        partial(requests.requests, kind=kind, connections=connections),
         rows,
-        partial(bare_requests, kind=kind, connections=connections),
+        partial(requests.bare_requests, kind=kind, connections=connections),
         HANDLER,
     )
 
 
-FIGURES = (
-    _requests(
-        "touch",
-        "touch",
-        64,
-        (
-            Row("rate", "durable touches, 64 connections", "/s", 0.50, 0.85),
-            Row("cpu_us", "CPU of one", "µs", 1.75, 1.3, "lower"),
-        ),
-    ),
-    _requests("touch256", "touch", 256, (Row("rate", "durable touches, 256 connections", "/s", 0.65, 1.3),)),
-    Figure(
-        "bulk",
-        partial(requests, kind="bulk", connections=4),
-        (Row("rate", "ids touched in bulk, 4 × 1,000", "/s", 1.0, 1.8),),
-        raw_sqlite,
-        "sqlite3, 1,000 a transaction",
-    ),
-    _requests(
-        "notice",
-        "notice",
-        64,
-        (Row("rate", "notices accepted, 64 connections", "/s", 0.45, 0.75),),
-    ),
-    _requests("open", "open", 64, (Row("rate", "sessions opened, 64 connections", "/s", 0.38, 0.55),)),
+def _at_most(value: str, title: str, unit: str, must: float, goal: float) -> Row:
+    """A value that should be small, by itself."""
+    return Row(value, title, unit, must, goal, "lower", "value")
+
+
+TOUCH = _requests(
+    "touch",
+    "touch",
+    64,
+    Row("rate", "durable touches, 64 connections", "/s", 0.50, 0.85),
+    Row("cpu_us", "CPU time of one", "µs", 1.75, 1.3, "lower"),
 )
 
-
-@dataclass
-class Result:
-    """The samples of one figure. A ratio is of two slices next to each other."""
-
-    figure: Figure
-    daemon: list[Sample] = field(default_factory=list)
-    floor: list[Sample] = field(default_factory=list)
-    peers: dict[str, list[Sample]] = field(default_factory=dict)
-
-    def ratios(self, value: str) -> list[float]:
-        return [mine[value] / theirs[value] for mine, theirs in zip(self.daemon, self.floor, strict=False)]
-
-
-def measure(figure: Figure, bench: Bench, python: Python, reference: Python | None) -> Result:
-    """Daemon, floor and peers in turns, forward and back again. With a reference, that tree's daemon is the floor."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    result = Result(figure)
-    with ExitStack() as stack:
-        sides: list[tuple[Run, list[Sample]]] = [(stack.enter_context(figure.daemon(bench, python)), result.daemon)]
-        if reference is not None:
-            sides.append((stack.enter_context(figure.daemon(bench, reference)), result.floor))
-        elif figure.floor is not None:
-            sides.append((stack.enter_context(figure.floor(bench, python)), result.floor))
-        if reference is None:
-            for name, peer in figure.peers.items():
-                samples = result.peers.setdefault(name, [])
-                sides.append((stack.enter_context(peer(bench, python)), samples))
-        for number in range(min(bench.rounds, figure.most_rounds)):
-            for run, samples in sides if number % 2 == 0 else sides[::-1]:
-                samples.append(run(number))
-    return result
+FIGURES = (
+    replace(TOUCH, peers={"call_later": requests.timers, "APScheduler": requests.scheduler}),
+    _requests("touch256", "touch", 256, Row("rate", "durable touches, 256 connections", "/s", 0.65, 1.3)),
+    Figure(
+        "webdis",
+        TOUCH.daemon,
+        (Row("rate", "durable touches, 64 connections", "/s", 0.3, 0.5),),
+        requests.webdis,
+        "Redis (always), webdis",
+    ),
+    Figure(
+        "bulk",
+        partial(requests.requests, kind="bulk", connections=4),
+        (Row("rate", "ids touched in bulk, 4 × 1,000", "/s", 1.0, 1.8),),
+        requests.raw_sqlite,
+        "sqlite3, 1,000 a transaction",
+    ),
+    _requests("notice", "notice", 64, Row("rate", "notices accepted, 64 connections", "/s", 0.45, 0.75)),
+    _requests("open", "open", 64, Row("rate", "sessions opened, 64 connections", "/s", 0.38, 0.55)),
+    Figure(
+        "delivery",
+        ends.deliveries,
+        (Row("rate", "ends delivered and settled, 64 in flight", "/s", 0.45, 0.75),),
+        ends.bare_client,
+        "aiohttp client",
+    ),
+    Figure(
+        "hanging",
+        partial(ends.deliveries, wallets=ends.MANY, hanging=ends.MANY[-1]),
+        (Row("rate", "the same to 49 operators, the 50th hangs", "/s", 0.85, 0.97),),
+        partial(ends.deliveries, wallets=ends.MANY, hanging=ends.MANY[-1], ends_for_it=False),
+        "nothing for the 50th",
+    ),
+    Figure(
+        "lag",
+        ends.lag,
+        (
+            _at_most("end_p50", "lateness of an end at 1,000/s, p50", "ms", 25, 8),
+            _at_most("end_p99", "p99", "ms", 25, 8),
+            _at_most("arrival_p50", "until the operator has it, p50", "ms", 60, 15),
+            _at_most("arrival_p99", "p99", "ms", 60, 15),
+        ),
+        most_rounds=2,
+    ),
+    Figure(
+        "storm",
+        ends.storm,
+        (
+            Row("rate", "ends, {crowd} due at once", "/s", 10_000, 20_000, "higher", "value"),
+            _at_most("touch", "p99 of a touch meanwhile, to calm", "×", 4, 2.5),
+            _at_most("health", "p99 of /health meanwhile, to calm", "×", 6, 2),
+            _at_most("mib", "memory added meanwhile", "MiB", 32, 8),
+        ),
+        most_rounds=3,
+    ),
+    Figure(
+        "memory",
+        resources.memory,
+        (
+            Row("empty_mib", "memory, nothing live", "MiB", 1.35, 1.15, "lower"),
+            Row("live_mib", "memory, {live} live", "MiB", 2.0, 1.6, "lower"),
+            _at_most("live_mib", "the same by itself", "MiB", 80, 80),
+        ),
+        resources.bare_memory,
+        BARE,
+        {"call_later": resources.timers_memory, "Redis, webdis": resources.redis_memory},
+        most_rounds=2,
+    ),
+    Figure(
+        "start",
+        resources.start,
+        (
+            Row("ready_s", "start until READY", "s", 1.8, 1.2, "lower"),
+            _at_most("added_s", "added by {live} live", "s", 0.15, 0.05),
+        ),
+        resources.bare_start,
+        BARE,
+        most_rounds=4,
+    ),
+    Figure(
+        "idle",
+        resources.idle,
+        tuple(
+            row
+            for name, title in (("empty", "nothing live"), ("live", "{live} live"), ("backlog", "a backlog hangs"))
+            for row in (
+                _at_most(f"{name}_switches", f"context switches, idle, {title}", "/s", 5, 1),
+                _at_most(f"{name}_cpu", f"CPU, idle, {title}", "%", 0.5, 0.1),
+            )
+        ),
+        resources.bare_idle,
+        BARE,
+        most_rounds=1,
+    ),
+    Figure(
+        "kill",
+        ends.killed,
+        (
+            _at_most("touches_lost", "acknowledged touches lost by kill -9", "", 0, 0),
+            _at_most("ends_lost", "ends lost by kill -9, of {ends}", "", 0, 0),
+        ),
+        peers={
+            "call_later": partial(ends.killed_peer, name="timers"),
+            "APScheduler": partial(ends.killed_peer, name="scheduler"),
+            "Redis listener": ends.killed_listener,
+        },
+        most_rounds=1,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Processes under measurement: a tree's daemon as users run it, floors and peers; and what the kernel counts of them."""
+"""Processes under measurement: a tree's daemon as users run it, floors, peers; and what the kernel counts of them."""
 
 import contextlib
 import hashlib
@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+@cache
 def prefilled(python: Python, live: int) -> Path:
     """A database file of this tree's schema with so many live sessions of ACME, kept for the next run.
 

@@ -3,7 +3,8 @@
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
-#              AGAINST=DIR for another checkout in the floors' place; make bench-quick: small and short
+#              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
+#              tables grow
 # make clean   remove what these made
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := build/bench/venv
 
-.PHONY: run test faults faults-short fuzz bench bench-quick check lint types clean
+.PHONY: run test faults faults-short fuzz bench bench-quick bench-growth check lint types clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -29,13 +30,18 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
-BENCH = $(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST)) $(ARGS)
+BENCH = $(BENCH_VENV)/bin/python -m benchmarks --loop $(or $(LOOP),asyncio) $(if $(ONLY),--only $(ONLY)) \
+	$(if $(AGAINST),--against $(AGAINST)) $(ARGS)
 
-bench: $(BENCH_VENV)/.ready
+bench: $(BENCH_VENV)/.ready build/bench/.peers
 	$(BENCH)
 
 bench-quick: $(BENCH_VENV)/.ready
 	$(BENCH) --quick
+
+bench-growth: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 check: lint types test faults-short
 
@@ -64,4 +70,11 @@ $(VENV)/.test: $(VENV)/.run
 $(BENCH_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,bench]'
+	touch $@
+
+# Redis and webdis, of Debian, where they can be had; RUNLEVEL keeps them from being started as services.
+build/bench/.peers:
+	mkdir -p build/bench
+	-test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || command -v webdis >/dev/null || { apt-get update -qq && \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server webdis >/dev/null; }
 	touch $@

@@ -6,6 +6,7 @@ off that it measures something else.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +28,9 @@ def main() -> int:
     bench = replace(QUICK if arguments.quick else Bench(), **{key: value for key, value in wanted.items() if value})
     uvloop = arguments.loop == "uvloop"
     reference = Python(arguments.against.resolve(), uvloop) if arguments.against else None
-    began = time.monotonic()
+    began, busy = time.monotonic(), os.getloadavg()[0]
     results = []
-    for figure in _chosen(arguments.only):
+    for figure in _chosen(arguments.only, quick=arguments.quick):
         try:
             results.append(measure(figure, bench, Python(ROOT, uvloop), reference))
         except Broken as broken:
@@ -37,6 +38,7 @@ def main() -> int:
             return 1
         print(f"{figure.key}: done after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     where = f"{table.machine(uvloop=uvloop)}; {bench.live:,} live sessions; {time.monotonic() - began:.0f} s"
+    where += f"; load average {busy:.1f} before"
     lines = table.markdown(table.against(results), table.AGAINST) if reference else table.markdown(table.rows(results))
     print(f"{lines}\n\n{where}")
     if arguments.json:
@@ -59,8 +61,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _chosen(only: str) -> list[Figure]:
-    keys = only.split(",") if only else [figure.key for figure in FIGURES]
+def _chosen(only: str, *, quick: bool) -> list[Figure]:
+    keys = only.split(",") if only else [figure.key for figure in FIGURES if figure.in_quick or not quick]
     if unknown := set(keys) - {figure.key for figure in FIGURES}:
         sys.exit(f"no such figure: {', '.join(sorted(unknown))}")
     return [figure for figure in FIGURES if figure.key in keys]

@@ -8,7 +8,8 @@ from typing import Literal
 from benchmarks.peers import Absent
 from benchmarks.processes import BUILD, Python
 
-FEW = 4  # a figure of fewer rounds has long ones: in a quick run, one of them
+FEW = 4  # a figure of fewer rounds has long ones: a quick run has one of them
+PEER_ROUNDS = 3  # peers differ by far more than the spread
 Sample = Mapping[str, float]
 Run = Callable[[int], Sample]  # measures once; the argument is the number of the round
 Side = Callable[["Bench", Python], AbstractContextManager[Run]]
@@ -19,8 +20,8 @@ class Bench:
     """How large and how long."""
 
     live: int = 1_000_000
-    seconds: float = 2.0  # of one slice of load
-    rounds: int = 6  # slices of each side
+    seconds: float = 1.0  # of one slice of load
+    rounds: int = 8  # slices of each side
     quick: bool = False
 
     @property
@@ -31,7 +32,7 @@ class Bench:
     @property
     def notices(self) -> int:
         """Deliveries in one slice."""
-        return 400 if self.quick else 4000
+        return 400 if self.quick else 3000
 
     @property
     def ends(self) -> int:
@@ -74,6 +75,7 @@ class Figure:
     floor_name: str = ""
     peers: Mapping[str, Side] = field(default_factory=dict)
     most_rounds: int = 1000
+    in_quick: bool = True
 
 
 @dataclass
@@ -102,6 +104,7 @@ def measure(figure: Figure, bench: Bench, python: Python, reference: Python | No
         def enter(side: Side, code: Python, samples: list[Sample]) -> None:
             sides.append((stack.enter_context(side(bench, code)), samples))
 
+        enter(figure.daemon, python, result.daemon)
         try:
             if reference is not None:
                 enter(figure.daemon, reference, result.floor)
@@ -110,7 +113,6 @@ def measure(figure: Figure, bench: Bench, python: Python, reference: Python | No
         except Absent as absent:
             result.absent.append(f"no {absent}")
             return result
-        enter(figure.daemon, python, result.daemon)
         for name, peer in figure.peers.items() if reference is None and not bench.quick else ():
             samples = result.peers.setdefault(name, [])
             try:
@@ -118,6 +120,7 @@ def measure(figure: Figure, bench: Bench, python: Python, reference: Python | No
             except Absent as absent:
                 result.absent.append(f"{name}: no {absent}")
         for number in range(min(bench.rounds, 1 if bench.quick and figure.most_rounds < FEW else figure.most_rounds)):
-            for run, samples in sides if number % 2 == 0 else sides[::-1]:
+            turn = sides if number < PEER_ROUNDS else sides[:2]
+            for run, samples in turn if number % 2 == 0 else turn[::-1]:
                 samples.append(run(number))
     return result

@@ -23,6 +23,7 @@ from benchmarks.processes import (
     Daemon,
     Process,
     Python,
+    columns_of,
     free_ports,
     generate,
     operator,
@@ -82,7 +83,7 @@ def make_due(path: Path, owners: list[str], first: int, count: int) -> None:
         sql.execute("BEGIN IMMEDIATE")
         sql.execute("UPDATE clock SET service_ms = service_ms + ?", (IDLE_MS,))
         (service_ms,) = sql.execute("SELECT service_ms FROM clock").fetchone()
-        columns = [row[1] for row in sql.execute("PRAGMA table_info(session)")]
+        columns = columns_of(sql)
         live = sql.execute("SELECT * FROM session WHERE reason IS NULL LIMIT 1").fetchone()
         times = {"id": None, "idle_ms": IDLE_MS, "seen_ms": service_ms - IDLE_MS, "due_ms": service_ms}
         template = dict(zip(columns, live, strict=True)) | times
@@ -173,6 +174,12 @@ def bare_client(bench: Bench, python: Python) -> Iterator[Run]:
 # -- how late
 
 
+def _steady_opens(port: int, seconds: int, number: int) -> Load:
+    """1,000 a second, of sessions that end as fast as soon as no more are opened."""
+    first = NEW + number * 1_000_000
+    return Load("open", port, 50, seconds, WALLETS, first=first, pause_s=0.05, idle_s=seconds + 1)
+
+
 @contextmanager
 def lag(bench: Bench, python: Python) -> Iterator[Run]:
     """Opened at 1,000 a second and never touched: they end at the same pace. All told by what anybody can see."""
@@ -181,9 +188,7 @@ def lag(bench: Bench, python: Python) -> Iterator[Run]:
         daemon = stack.enter_context(serving(python, directory, bench.live, settings(WALLETS, peers.url)))
 
         def run(number: int) -> Sample:
-            first = NEW + number * 1_000_000
-            load = Load("open", daemon.api, 50, seconds, WALLETS, first=first, pause_s=0.05, idle_s=seconds + 1)
-            count = generate(load)["answered"]
+            count = generate(_steady_opens(daemon.api, seconds, number))["answered"]
             until(lambda: settled(daemon, WALLETS), 60, "all have ended and are delivered")
             arrived = peers.arrived()
             ends, arrivals = [], []
@@ -205,6 +210,34 @@ def lag(bench: Bench, python: Python) -> Iterator[Run]:
             }
 
         yield run
+
+
+@contextmanager
+def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
+    """What timers in memory and aiohttp's client make of the same, on this machine at this time."""
+    seconds = 2 if bench.quick else 6
+    (port,) = free_ports(1)
+    with wallet() as peers, scratch() as directory:
+        process = peer(python, directory, "timers", port=port, url=peers.url("ok"), live=0)
+        process.start()
+
+        def run(number: int) -> Sample:
+            report = generate(_steady_opens(port, seconds, number)._replace(times=True))
+            heard: dict[str, float] = {}
+
+            def all_arrived() -> bool:
+                heard.update(peers.arrived())
+                return len(heard) >= len(report["acknowledged"])
+
+            until(all_arrived, 60, "all have ended and are delivered")
+            opened = zip(report["acknowledged"], report["began_at"], report["took_ms"], strict=True)
+            late = [heard[name] - began_at - took_ms - (seconds + 1) * 1000 for name, began_at, took_ms in opened]
+            return {"arrival_p50": percentile(late, 0.5), "arrival_p99": percentile(late, 0.99)}
+
+        try:
+            yield run
+        finally:
+            process.kill()
 
 
 # -- a storm

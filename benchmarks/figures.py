@@ -42,6 +42,7 @@ FIGURES = (
         (Row("rate", "durable touches, 64 connections", "/s", 0.3, 0.5),),
         requests.webdis,
         "Redis (always), webdis",
+        in_quick=False,
     ),
     Figure(
         "bulk",
@@ -58,6 +59,7 @@ FIGURES = (
         (Row("rate", "ends delivered and settled, 64 in flight", "/s", 0.45, 0.75),),
         ends.bare_client,
         "aiohttp client",
+        most_rounds=4,
     ),
     Figure(
         "hanging",
@@ -65,16 +67,19 @@ FIGURES = (
         (Row("rate", "the same to 49 operators, the 50th hangs", "/s", 0.85, 0.97),),
         partial(ends.deliveries, wallets=ends.MANY, hanging=ends.MANY[-1], ends_for_it=False),
         "nothing for the 50th",
+        most_rounds=4,
     ),
     Figure(
         "lag",
         ends.lag,
         (
-            _at_most("end_p50", "lateness of an end at 1,000/s, p50", "ms", 25, 8),
-            _at_most("end_p99", "p99", "ms", 25, 8),
+            _at_most("end_p50", "lateness of ends at 1,000/s, p50", "ms", 25, 8),
+            _at_most("end_p99", "the same, p99", "ms", 25, 8),
             _at_most("arrival_p50", "until the operator has it, p50", "ms", 60, 15),
-            _at_most("arrival_p99", "p99", "ms", 60, 15),
+            _at_most("arrival_p99", "the same, p99", "ms", 60, 15),
         ),
+        ends.timers_lag,
+        "call_later",
         most_rounds=2,
     ),
     Figure(
@@ -86,7 +91,7 @@ FIGURES = (
             _at_most("health", "p99 of /health meanwhile, to calm", "×", 6, 2),
             _at_most("mib", "memory added meanwhile", "MiB", 32, 8),
         ),
-        most_rounds=3,
+        most_rounds=2,
     ),
     Figure(
         "memory",
@@ -99,7 +104,7 @@ FIGURES = (
         resources.bare_memory,
         BARE,
         {"call_later": resources.timers_memory, "Redis, webdis": resources.redis_memory},
-        most_rounds=2,
+        most_rounds=1,
     ),
     Figure(
         "start",

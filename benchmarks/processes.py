@@ -256,12 +256,17 @@ def prefilled(python: Python, live: int) -> Path:
     return kept
 
 
+def columns_of(sql: sqlite3.Connection) -> list[str]:
+    """Those of the session table."""
+    return [row[1] for row in sql.execute("PRAGMA table_info(session)")]
+
+
 def _multiply(path: Path, live: int) -> None:
     sql = sqlite3.connect(path, isolation_level=None)
     sql.execute("PRAGMA synchronous = OFF")
     sql.execute("PRAGMA cache_size = -262144")
     sql.execute("BEGIN")
-    columns = [row[1] for row in sql.execute("PRAGMA table_info(session)")]
+    columns = columns_of(sql)
     template = dict(zip(columns, sql.execute("SELECT * FROM session").fetchone(), strict=True))
     indexes = sql.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL").fetchall()
     for name, _ in indexes:

@@ -8,7 +8,7 @@ from typing import Literal
 from benchmarks.peers import Absent
 from benchmarks.processes import BUILD, Python
 
-FEW = 4  # a figure of fewer rounds has long ones: a quick run has one of them
+FEW = 5  # a figure of fewer rounds has long ones: a quick run has one of them
 PEER_ROUNDS = 3  # peers differ by far more than the spread
 Sample = Mapping[str, float]
 Run = Callable[[int], Sample]  # measures once; the argument is the number of the round

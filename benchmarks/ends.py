@@ -30,6 +30,7 @@ from benchmarks.processes import (
     prefilled,
     python_process,
     report_of,
+    running,
     scratch,
     serving,
 )
@@ -64,11 +65,8 @@ class Wallet:
 def wallet() -> Iterator[Wallet]:
     with scratch() as directory:
         made = Wallet(directory)
-        made.process.start()
-        try:
+        with running(made.process):
             yield made
-        finally:
-            made.process.stop()
 
 
 def settings(wallets: list[str], url: Callable[[str], str], hanging: str = "", grace_s: int = GRACE_S) -> str:
@@ -138,13 +136,10 @@ def deliveries(
             if hanging and ends_for_it:
                 make_due(daemon.path, [hanging], first + size, size // len(healthy))
             last = daemon.rows("SELECT coalesce(max(id), 0) FROM delivery")[0][0]
-            daemon.start()
-            try:
+            with running(daemon, hangs=True):
                 before = daemon.cpu_s
                 until(lambda: settled(daemon, healthy), 120, "deliveries are settled")
                 cpu_s = daemon.cpu_s - before
-            finally:
-                daemon.kill()  # what hangs would be waited for
             ((count, began, ended),) = daemon.rows(
                 "SELECT count(*), min(d.created_at), max(d.settled_at) FROM delivery d "
                 "WHERE d.id > ? AND d.state = 'delivered'",
@@ -219,7 +214,6 @@ def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
     (port,) = free_ports(1)
     with wallet() as peers, scratch() as directory:
         process = peer(python, directory, "timers", port=port, url=peers.url("ok"), live=0)
-        process.start()
 
         def run(number: int) -> Sample:
             report = generate(_steady_opens(port, seconds, number)._replace(times=True))
@@ -234,10 +228,8 @@ def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
             late = [heard[name] - began_at - took_ms - (seconds + 1) * 1000 for name, began_at, took_ms in opened]
             return {"arrival_p50": percentile(late, 0.5), "arrival_p99": percentile(late, 0.99)}
 
-        try:
+        with running(process):
             yield run
-        finally:
-            process.kill()
 
 
 # -- a storm
@@ -256,11 +248,8 @@ def storm(bench: Bench, python: Python) -> Iterator[Run]:
             daemon = Daemon(directory, python, toml)
             shutil.copyfile(prefilled(python, bench.live), daemon.path)
             make_due(daemon.path, ["crowd"], DUE, crowd)
-            daemon.start()
-            try:
+            with running(daemon):
                 return _weather(daemon, bench, crowd)
-            finally:
-                daemon.stop()
 
     yield run
 
@@ -317,8 +306,7 @@ def killed(bench: Bench, python: Python) -> Iterator[Run]:
         with wallet() as peers, scratch() as directory:
             daemon = Daemon(directory, python, settings(WALLETS, peers.url))
             shutil.copyfile(prefilled(python, live), daemon.path)
-            daemon.start()
-            try:
+            with running(daemon, hangs=True):
                 load = Load("touch", daemon.api, 64, 5, [ACME], population=live, seed=number, times=True)
                 touches = _background(load)
                 time.sleep(1.5)
@@ -328,8 +316,6 @@ def killed(bench: Bench, python: Python) -> Iterator[Run]:
                 lost = _lost_touches(daemon, report)
                 ends = _lost_ends(bench, daemon, Load("open", daemon.api, 16, 60, WALLETS), peers)
                 return {"touches": float(len(report["acknowledged"])), "touches_lost": lost, **ends}
-            finally:
-                daemon.kill()
 
     yield run
 
@@ -373,11 +359,8 @@ def killed_peer(bench: Bench, python: Python, *, name: str) -> Iterator[Run]:
             (port,) = free_ports(1)
             more = {"path": str(directory / "jobs.sqlite3")} if name == "scheduler" else {}
             process = peer(python, directory, name, port=port, url=peers.url("ok"), live=0, **more)
-            process.start()
-            try:
+            with running(process, hangs=True):
                 return _lost_ends(bench, process, Load("open", port, 16, 60, [ACME]), peers)
-            finally:
-                process.kill()
 
     peer(python, BUILD, name)  # is it there?
     yield run
@@ -390,10 +373,7 @@ def killed_listener(bench: Bench, python: Python) -> Iterator[Run]:
 
         def run(number: int) -> Sample:
             process = peer(python, directory, "listener", port=redis_port, url=peers.url("ok"))
-            process.start()
-            try:
+            with running(process, hangs=True):
                 return _lost_ends(bench, process, Load("setex", http_port, 16, 60, []), peers)
-            finally:
-                process.kill()
 
         yield run

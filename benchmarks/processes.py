@@ -86,7 +86,7 @@ class Process:
     def log(self) -> Path:
         return self.directory / "log"
 
-    def start(self, within_s: float = 60.0) -> None:
+    def start(self, within_s: float = 120.0) -> None:
         address = f"\0lmdaemon-bench-{os.getpid()}-{time.monotonic_ns()}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(address)
@@ -144,6 +144,16 @@ class Process:
                 lines = (task / "status").read_text().splitlines()
                 switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
         return Usage(self.cpu_s, switches, time.perf_counter())
+
+
+@contextlib.contextmanager
+def running(process: Process, *, hangs: bool = False) -> Iterator[Process]:
+    """Started here and stopped at the end; killed if what it has under way would be waited for."""
+    process.start()
+    try:
+        yield process
+    finally:
+        process.stop(signal.SIGKILL if hangs else signal.SIGTERM)
 
 
 class Daemon(Process):
@@ -241,12 +251,9 @@ def prefilled(python: Python, live: int) -> Path:
     """
     with scratch() as directory:
         daemon = Daemon(directory, python)
-        daemon.start()
-        try:
+        with running(daemon):
             body = {"playerId": "p", "token": "tok-0123456789", "idleTimeoutSeconds": IDLE_MS // 1000}
             daemon.call("PUT", f"/v1/operators/{ACME}/sessions/{session_id(0)}", body)
-        finally:
-            daemon.stop()
         schema = "\n".join(str(row) for row in daemon.rows("SELECT name, sql FROM sqlite_schema ORDER BY name"))
         digest = hashlib.sha256(f"{schema} {live} {IDLE_MS}".encode()).hexdigest()[:16]
         kept = BUILD / f"live-{live}-{digest}.sqlite3"
@@ -300,15 +307,12 @@ def check_live(daemon: Daemon, live: int) -> None:
 
 
 @contextlib.contextmanager
-def serving(python: Python, directory: Path, live: int = 0, toml: str = "", *, check: bool = True) -> Iterator[Daemon]:
+def serving(python: Python, directory: Path, live: int = 0, toml: str = "") -> Iterator[Daemon]:
     """A daemon that serves so many live sessions."""
     daemon = Daemon(directory, python, toml)
     if live:
         shutil.copyfile(prefilled(python, live), daemon.path)
-    daemon.start()
-    try:
-        if live and check:
+    with running(daemon):
+        if live:
             check_live(daemon, live)
         yield daemon
-    finally:
-        daemon.stop()

@@ -17,6 +17,7 @@ from benchmarks.processes import (
     generate,
     python_process,
     report_of,
+    running,
     scratch,
     serving,
 )
@@ -65,11 +66,8 @@ def bare_requests(bench: Bench, python: Python, *, kind: str, connections: int =
     (port,) = free_ports(1)
     with scratch() as directory:
         handler = python_process(python, directory, "benchmarks.floors", "handler", port=port)
-        handler.start()
-        try:
+        with running(handler):
             yield lambda number: loaded(handler, _request_load(bench, kind, port, connections, number))
-        finally:
-            handler.stop()
 
 
 @contextmanager
@@ -92,11 +90,8 @@ def timers(bench: Bench, python: Python) -> Iterator[Run]:
     (port,) = free_ports(1)
     with scratch() as directory:
         process = peer(python, directory, "timers", port=port, url="", live=bench.live)
-        process.start()
-        try:
+        with running(process):
             yield lambda number: loaded(process, _request_load(bench, "touch", port, 64, number))
-        finally:
-            process.stop()
 
 
 @contextmanager
@@ -107,11 +102,8 @@ def scheduler(bench: Bench, python: Python) -> Iterator[Run]:
     with scratch() as directory:
         path = str(directory / "jobs.sqlite3")
         process = peer(python, directory, "scheduler", port=port, url="", live=few.live, path=path)
-        process.start(120)
-        try:
+        with running(process):
             yield lambda number: loaded(process, _request_load(few, "touch", port, 64, number))
-        finally:
-            process.stop()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from benchmarks.processes import (
     generate,
     prefilled,
     python_process,
+    running,
     scratch,
     serving,
 )
@@ -58,12 +59,9 @@ def bare_memory(bench: Bench, python: Python) -> Iterator[Run]:
     def run(number: int) -> Sample:
         with scratch() as directory:
             process = _bare(python, directory)
-            process.start()
-            try:
+            with running(process):
                 time.sleep(SETTLE_S)
                 return {"empty_mib": process.rss_mib, "live_mib": process.rss_mib}
-            finally:
-                process.stop()
 
     yield run
 
@@ -74,11 +72,8 @@ def timers_memory(bench: Bench, python: Python) -> Iterator[Run]:
         (port,) = free_ports(1)
         with scratch() as directory:
             process = peer(python, directory, "timers", port=port, url="", live=bench.live)
-            process.start()
-            try:
+            with running(process):
                 return {"live_mib": process.rss_mib}
-            finally:
-                process.stop()
 
     yield run
 
@@ -152,13 +147,10 @@ def _backlog(python: Python, bench: Bench, peers: Wallet) -> Iterator[Daemon]:
         daemon = Daemon(directory, python, settings(["w0"], peers.url, "w0"))
         shutil.copyfile(prefilled(python, bench.live), daemon.path)
         make_due(daemon.path, ["w0"], 20_000_000, 1000)
-        daemon.start()
-        try:
+        with running(daemon, hangs=True):
             while daemon.operators()["w0"]["live"]:
                 time.sleep(0.1)
             yield daemon
-        finally:
-            daemon.kill()  # what hangs would be waited for
 
 
 @contextmanager
@@ -166,12 +158,9 @@ def bare_idle(bench: Bench, python: Python) -> Iterator[Run]:
     def run(number: int) -> Sample:
         with scratch() as directory:
             process = _bare(python, directory)
-            process.start()
-            try:
+            with running(process):
                 time.sleep(SETTLE_S)
                 bare = _watch({"bare": process}, 3.0)
-            finally:
-                process.stop()
         return {f"{name}_{what}": bare[f"bare_{what}"] for name in ("empty", "live", "backlog") for what in WHAT}
 
     yield run

@@ -3,6 +3,9 @@
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make service-test   the service on a real systemd: needs root, debootstrap, systemd-container; else it says what
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
+# make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
+#              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
+#              tables grow
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
 # make deb     the same as a Debian package, in dist/
@@ -10,13 +13,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := build/bench/venv
 PREFIX ?= /opt/lmdaemon
 BINDIR ?= /usr/local/bin
 # A service needs an interpreter that its user can read; the first on root's own path may be root's own.
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short service-test fuzz check lint types install uninstall deb clean
+.PHONY: run test faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
+	clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -36,6 +41,19 @@ service-test: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
+
+BENCH = $(BENCH_VENV)/bin/python -m benchmarks --loop $(or $(LOOP),asyncio) $(if $(ONLY),--only $(ONLY)) \
+	$(if $(AGAINST),--against $(AGAINST)) $(ARGS)
+
+bench: $(BENCH_VENV)/.ready build/bench/.peers
+	$(BENCH)
+
+bench-quick: $(BENCH_VENV)/.ready
+	$(BENCH) --quick
+
+bench-growth: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 check: lint types test faults-short service-test
 
@@ -64,4 +82,17 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+# Of its own, so that what is only measured is in nobody's way.
+$(BENCH_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,bench]'
+	touch $@
+
+# Redis and webdis, of Debian, where they can be had; RUNLEVEL keeps them from being started as services.
+build/bench/.peers:
+	mkdir -p build/bench
+	-test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || command -v webdis >/dev/null || { apt-get update -qq && \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server webdis >/dev/null; }
 	touch $@

@@ -1,0 +1,379 @@
+"""Sides of the figures of ends: how fast they are delivered, how late they are, a storm, and what a kill loses."""
+
+import json
+import math
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import Bench, Run, Sample
+from benchmarks.load import Load, session_id
+from benchmarks.peers import peer, redis
+from benchmarks.processes import (
+    ACME,
+    BUILD,
+    Broken,
+    Daemon,
+    Process,
+    Python,
+    columns_of,
+    free_ports,
+    generate,
+    operator,
+    prefilled,
+    python_process,
+    report_of,
+    running,
+    scratch,
+    serving,
+)
+
+WALLETS = [f"w{number}" for number in range(16)]  # with a concurrency of 4 each, 64 requests are under way
+MANY = [f"w{number}" for number in range(50)]
+IN_FLIGHT = 64
+IDLE_MS = 60_000
+GRACE_S = 1
+DUE = 20_000_000  # numbers of sessions that are made to be due
+NEW = 40_000_000
+
+
+class Wallet:
+    """The scripted operator and what has arrived there."""
+
+    def __init__(self, directory: Path) -> None:
+        (self.port,) = free_ports(1)
+        self.process = python_process(Python(), directory, "benchmarks.wallet", "serve", port=self.port)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+    def arrived(self) -> dict[str, float]:
+        """Since the last time it was asked."""
+        with urllib.request.urlopen(self.url("arrived"), timeout=30) as answer:
+            found: dict[str, float] = json.load(answer)
+        return found
+
+
+@contextmanager
+def wallet() -> Iterator[Wallet]:
+    with scratch() as directory:
+        made = Wallet(directory)
+        with running(made.process):
+            yield made
+
+
+def settings(wallets: list[str], url: Callable[[str], str], hanging: str = "", grace_s: int = GRACE_S) -> str:
+    """Operators that are notified, beside ACME, which is not; one of them may hang."""
+    toml = f'[sessions]\nrestart_grace = "{grace_s}s"\n' + operator(ACME)
+    return toml + "".join(operator(name, url("hang" if name == hanging else "ok")) for name in wallets)
+
+
+def make_due(path: Path, owners: list[str], first: int, count: int) -> None:
+    """Sessions that are due as soon as the grace is over, in a file that no daemon has open."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as sql:
+        sql.execute("BEGIN IMMEDIATE")
+        sql.execute("UPDATE clock SET service_ms = service_ms + ?", (IDLE_MS,))
+        (service_ms,) = sql.execute("SELECT service_ms FROM clock").fetchone()
+        columns = columns_of(sql)
+        live = sql.execute("SELECT * FROM session WHERE reason IS NULL LIMIT 1").fetchone()
+        times = {"id": None, "idle_ms": IDLE_MS, "seen_ms": service_ms - IDLE_MS, "due_ms": service_ms}
+        template = dict(zip(columns, live, strict=True)) | times
+        rows = []
+        for number in range(first, first + count):
+            row = template | {"session_id": session_id(number), "operator": owners[number % len(owners)]}
+            rows.append([row[column] for column in columns])
+        sql.executemany(f"INSERT INTO session VALUES ({', '.join('?' * len(columns))})", rows)
+        for name in owners:
+            added = sum(owners[number % len(owners)] == name for number in range(first, first + count))
+            sql.execute(
+                "INSERT INTO operator (name, live) VALUES (?, ?) ON CONFLICT DO UPDATE SET live = live + excluded.live",
+                (name, added),
+            )
+        sql.execute("COMMIT")
+
+
+def until(condition: Callable[[], bool], within_s: float, what: str) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Broken(f"not within {within_s:g} s: {what}")
+        time.sleep(0.1)
+
+
+def settled(daemon: Daemon, names: list[str]) -> bool:
+    known = daemon.operators()
+    return all(known[name]["live"] == known[name]["pending"] == 0 for name in names)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, math.ceil(len(values) * share) - 1)]
+
+
+# -- deliveries
+
+
+@contextmanager
+def deliveries(
+    bench: Bench, python: Python, *, wallets: list[str] = WALLETS, hanging: str = "", ends_for_it: bool = True
+) -> Iterator[Run]:
+    """From the first end to the last result in the table, over those operators that answer."""
+    healthy = [name for name in wallets if name != hanging]
+    size = bench.notices
+    with wallet() as peers, scratch() as directory:
+        daemon = Daemon(directory, python, settings(wallets, peers.url, hanging))
+        shutil.copyfile(prefilled(python, bench.live), daemon.path)
+
+        def run(number: int) -> Sample:
+            first = DUE + 2 * size * number
+            make_due(daemon.path, healthy, first, size)
+            if hanging and ends_for_it:
+                make_due(daemon.path, [hanging], first + size, size // len(healthy))
+            last = daemon.rows("SELECT coalesce(max(id), 0) FROM delivery")[0][0]
+            with running(daemon, hangs=True):
+                before = daemon.cpu_s
+                until(lambda: settled(daemon, healthy), 120, "deliveries are settled")
+                cpu_s = daemon.cpu_s - before
+            ((count, began, ended),) = daemon.rows(
+                "SELECT count(*), min(d.created_at), max(d.settled_at) FROM delivery d "
+                "WHERE d.id > ? AND d.state = 'delivered'",
+                last,
+            )
+            missing = {session_id(n) for n in range(first, first + size)} - set(peers.arrived())
+            if count != size or missing:
+                raise Broken(f"{count} of {size} ends were delivered, {len(missing)} have not arrived")
+            return {"rate": count / (ended - began) * 1000, "cpu_us": cpu_s / count * 1e6}
+
+        yield run
+
+
+@contextmanager
+def bare_client(bench: Bench, python: Python) -> Iterator[Run]:
+    size = bench.notices
+    with wallet() as peers:
+
+        def run(number: int) -> Sample:
+            arguments = json.dumps({"port": peers.port, "in_flight": IN_FLIGHT, "count": size})
+            report = report_of(python, "benchmarks.floors", "client", arguments)
+            return {"rate": size / report["seconds"], "cpu_us": report["cpu_s"] / size * 1e6}
+
+        yield run
+
+
+# -- how late
+
+
+def _steady_opens(port: int, seconds: int, number: int) -> Load:
+    """1,000 a second, of sessions that end as fast as soon as no more are opened."""
+    first = NEW + number * 1_000_000
+    return Load("open", port, 50, seconds, WALLETS, first=first, pause_s=0.05, idle_s=seconds + 1)
+
+
+@contextmanager
+def lag(bench: Bench, python: Python) -> Iterator[Run]:
+    """Opened at 1,000 a second and never touched: they end at the same pace. All told by what anybody can see."""
+    seconds = 2 if bench.quick else 6
+    with wallet() as peers, scratch() as directory, ExitStack() as stack:
+        daemon = stack.enter_context(serving(python, directory, bench.live, settings(WALLETS, peers.url)))
+
+        def run(number: int) -> Sample:
+            count = generate(_steady_opens(daemon.api, seconds, number))["answered"]
+            until(lambda: settled(daemon, WALLETS), 60, "all have ended and are delivered")
+            arrived = peers.arrived()
+            ends, arrivals = [], []
+            for name, deadline_at, ended_at in daemon.rows(
+                "SELECT session_id, seen_at + idle_ms, ended_at FROM session "
+                "WHERE ended_at IS NOT NULL AND operator <> ? ORDER BY id DESC LIMIT ?",
+                ACME,
+                count,
+            ):
+                ends.append(ended_at - deadline_at)
+                arrivals.append(arrived[name] - deadline_at)
+            if len(ends) != count or min(ends) < 0:
+                raise Broken(f"{len(ends)} of {count} have ended, the earliest {min(ends)} ms after its deadline")
+            return {
+                "end_p50": percentile(ends, 0.5),
+                "end_p99": percentile(ends, 0.99),
+                "arrival_p50": percentile(arrivals, 0.5),
+                "arrival_p99": percentile(arrivals, 0.99),
+            }
+
+        yield run
+
+
+@contextmanager
+def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
+    """What timers in memory and aiohttp's client make of the same, on this machine at this time."""
+    seconds = 2 if bench.quick else 6
+    (port,) = free_ports(1)
+    with wallet() as peers, scratch() as directory:
+        process = peer(python, directory, "timers", port=port, url=peers.url("ok"), live=0)
+
+        def run(number: int) -> Sample:
+            report = generate(_steady_opens(port, seconds, number)._replace(times=True))
+            heard: dict[str, float] = {}
+
+            def all_arrived() -> bool:
+                heard.update(peers.arrived())
+                return len(heard) >= len(report["acknowledged"])
+
+            until(all_arrived, 60, "all have ended and are delivered")
+            opened = zip(report["acknowledged"], report["began_at"], report["took_ms"], strict=True)
+            late = [heard[name] - began_at - took_ms - (seconds + 1) * 1000 for name, began_at, took_ms in opened]
+            return {"arrival_p50": percentile(late, 0.5), "arrival_p99": percentile(late, 0.99)}
+
+        with running(process):
+            yield run
+
+
+# -- a storm
+
+
+@contextmanager
+def storm(bench: Bench, python: Python) -> Iterator[Run]:
+    """A crowd whose deadline is one millisecond, while others touch and ask for health. The crowd's operator is not
+    notified: how fast notices go out is a figure of its own.
+    """
+    crowd, grace_s = bench.crowd, 2 if bench.quick else 4
+
+    def run(number: int) -> Sample:
+        with scratch() as directory:
+            toml = f'[sessions]\nrestart_grace = "{grace_s}s"\n' + operator(ACME) + operator("crowd")
+            daemon = Daemon(directory, python, toml)
+            shutil.copyfile(prefilled(python, bench.live), daemon.path)
+            make_due(daemon.path, ["crowd"], DUE, crowd)
+            with running(daemon):
+                return _weather(daemon, bench, crowd)
+
+    yield run
+
+
+def _weather(daemon: Daemon, bench: Bench, crowd: int) -> Sample:
+    touch = Load("touch", daemon.api, 8, 600, [ACME], population=bench.live, pause_s=0.02, times=True)
+    health = Load("health", daemon.api, 1, 600, [], pause_s=0.03, times=True)
+    probes = {name: _background(load) for name, load in (("touch", touch), ("health", health))}
+    calm_mib, rss_mib = 0.0, []
+    try:
+        while (live := daemon.operators()["crowd"]["live"]) > 0:
+            rss_mib.append(daemon.rss_mib)
+            calm_mib = rss_mib[-1] if live == crowd else calm_mib
+            time.sleep(0.05)
+    finally:
+        reports = {name: _ended(probe) for name, probe in probes.items()}
+    began, ended, count = daemon.rows(
+        "SELECT min(ended_at), max(ended_at), count(*) FROM session WHERE operator = 'crowd' AND reason = 'inactivity'"
+    )[0]
+    if count != crowd:
+        raise Broken(f"{count} of {crowd} have ended")
+    sample = {"rate": crowd / max(1, ended - began) * 1000, "mib": max(rss_mib) - calm_mib}
+    for name, report in reports.items():
+        samples = list(zip(report["began_at"], report["took_ms"], strict=True))
+        calm = [took for at, took in samples if at + took < began]
+        during = [took for at, took in samples if at + took >= began and at <= ended]
+        if not calm or not during:
+            raise Broken(f"{name}: {len(calm)} answers in calm, {len(during)} in the storm")
+        sample[f"{name}_calm_ms"], sample[f"{name}_storm_ms"] = percentile(calm, 0.99), percentile(during, 0.99)
+        sample[name] = sample[f"{name}_storm_ms"] / sample[f"{name}_calm_ms"]
+    return sample
+
+
+def _background(load: Load) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.load", json.dumps(load._asdict())]
+    return subprocess.Popen(command, cwd=BUILD, env=Python().environment(), stdout=subprocess.PIPE)
+
+
+def _ended(probe: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    probe.terminate()
+    report: dict[str, Any] = json.loads(probe.communicate(timeout=60)[0])
+    return report
+
+
+# -- what a kill loses
+
+
+@contextmanager
+def killed(bench: Bench, python: Python) -> Iterator[Run]:
+    """kill -9 while touches are acknowledged, and again while ends are delivered; then what is missing is counted."""
+    live = min(bench.live, 100_000)
+
+    def run(number: int) -> Sample:
+        with wallet() as peers, scratch() as directory:
+            daemon = Daemon(directory, python, settings(WALLETS, peers.url))
+            shutil.copyfile(prefilled(python, live), daemon.path)
+            with running(daemon, hangs=True):
+                load = Load("touch", daemon.api, 64, 5, [ACME], population=live, seed=number, times=True)
+                touches = _background(load)
+                time.sleep(1.5)
+                daemon.kill()
+                report = _ended(touches)
+                daemon.start()
+                lost = _lost_touches(daemon, report)
+                ends = _lost_ends(bench, daemon, Load("open", daemon.api, 16, 60, WALLETS), peers)
+                return {"touches": float(len(report["acknowledged"])), "touches_lost": lost, **ends}
+
+    yield run
+
+
+def _lost_touches(daemon: Daemon, report: dict[str, Any]) -> float:
+    latest = dict(zip(report["acknowledged"], report["began_at"], strict=True))
+    seen = dict(daemon.rows("SELECT session_id, seen_at FROM session WHERE operator = ?", ACME))
+    return float(sum(seen.get(name, 0) < int(began_at) for name, began_at in latest.items()))
+
+
+def _lost_ends(bench: Bench, process: Process, load: Load, peers: Wallet) -> Sample:
+    """Opens sessions that end two seconds later, kills what should tell the operator in the middle of it and starts it
+    again. Lost are those of which the operator never hears.
+    """
+    count = bench.ends
+    report = generate(load._replace(most=count, first=NEW, idle_s=2, times=True))
+    heard: set[str] = set()
+
+    def some_arrived() -> bool:
+        heard.update(peers.arrived())
+        return len(heard) > count // 5
+
+    until(some_arrived, 30, "some have ended")
+    process.kill()
+    time.sleep(1.0)
+    process.start()
+    quiet_since = time.monotonic()
+    while len(heard) < len(report["acknowledged"]) and time.monotonic() - quiet_since < 5:
+        before = len(heard)
+        heard.update(peers.arrived())
+        if len(heard) > before:
+            quiet_since = time.monotonic()
+        time.sleep(0.1)
+    return {"ends": float(count), "ends_lost": float(len(set(report["acknowledged"]) - heard))}
+
+
+@contextmanager
+def killed_peer(bench: Bench, python: Python, *, name: str) -> Iterator[Run]:
+    def run(number: int) -> Sample:
+        with wallet() as peers, scratch() as directory:
+            (port,) = free_ports(1)
+            more = {"path": str(directory / "jobs.sqlite3")} if name == "scheduler" else {}
+            process = peer(python, directory, name, port=port, url=peers.url("ok"), live=0, **more)
+            with running(process, hangs=True):
+                return _lost_ends(bench, process, Load("open", port, 16, 60, [ACME]), peers)
+
+    peer(python, BUILD, name)  # is it there?
+    yield run
+
+
+@contextmanager
+def killed_listener(bench: Bench, python: Python) -> Iterator[Run]:
+    """Of the Redis peer only the listener is killed: what is published while nobody listens is gone."""
+    with wallet() as peers, scratch() as directory, redis(directory, 0) as (_, _, redis_port, http_port):
+
+        def run(number: int) -> Sample:
+            process = peer(python, directory, "listener", port=redis_port, url=peers.url("ok"))
+            with running(process, hangs=True):
+                return _lost_ends(bench, process, Load("setex", http_port, 16, 60, []), peers)
+
+        yield run

@@ -1,0 +1,149 @@
+"""The figures: what is measured against what, and what it should be."""
+
+from dataclasses import replace
+from functools import partial
+
+from benchmarks import ends, requests, resources
+from benchmarks.compare import Figure, Row
+
+HANDLER = "aiohttp handler"
+BARE = "aiohttp, aiosqlite, orjson"
+
+
+def _requests(key: str, kind: str, connections: int, *rows: Row) -> Figure:
+    return Figure(
+        key,
+        partial(requests.requests, kind=kind, connections=connections),
+        rows,
+        partial(requests.bare_requests, kind=kind, connections=connections),
+        HANDLER,
+    )
+
+
+def _at_most(value: str, title: str, unit: str, must: float, goal: float) -> Row:
+    """A value that should be small, by itself."""
+    return Row(value, title, unit, must, goal, "lower", "value")
+
+
+TOUCH = _requests(
+    "touch",
+    "touch",
+    64,
+    Row("rate", "durable touches, 64 connections", "/s", 0.50, 0.85),
+    Row("cpu_us", "CPU time of one", "µs", 1.75, 1.3, "lower"),
+)
+
+FIGURES = (
+    replace(TOUCH, peers={"call_later": requests.timers, "APScheduler": requests.scheduler}),
+    _requests("touch256", "touch", 256, Row("rate", "durable touches, 256 connections", "/s", 0.65, 1.3)),
+    Figure(
+        "webdis",
+        TOUCH.daemon,
+        (Row("rate", "durable touches, 64 connections", "/s", 0.3, 0.5),),
+        requests.webdis,
+        "Redis (always), webdis",
+        in_quick=False,
+    ),
+    Figure(
+        "bulk",
+        partial(requests.requests, kind="bulk", connections=4),
+        (Row("rate", "ids touched in bulk, 4 × 1,000", "/s", 1.0, 1.8),),
+        requests.raw_sqlite,
+        "sqlite3, 1,000 a transaction",
+    ),
+    _requests("notice", "notice", 64, Row("rate", "notices accepted, 64 connections", "/s", 0.45, 0.75)),
+    _requests("open", "open", 64, Row("rate", "sessions opened, 64 connections", "/s", 0.38, 0.55)),
+    Figure(
+        "delivery",
+        ends.deliveries,
+        (Row("rate", "ends delivered and settled, 64 in flight", "/s", 0.45, 0.75),),
+        ends.bare_client,
+        "aiohttp client",
+        most_rounds=4,
+    ),
+    Figure(
+        "hanging",
+        partial(ends.deliveries, wallets=ends.MANY, hanging=ends.MANY[-1]),
+        (Row("rate", "the same to 49 operators, the 50th hangs", "/s", 0.85, 0.97),),
+        partial(ends.deliveries, wallets=ends.MANY, hanging=ends.MANY[-1], ends_for_it=False),
+        "nothing for the 50th",
+        most_rounds=4,
+    ),
+    Figure(
+        "lag",
+        ends.lag,
+        (
+            _at_most("end_p50", "lateness of ends at 1,000/s, p50", "ms", 25, 8),
+            _at_most("end_p99", "the same, p99", "ms", 25, 8),
+            _at_most("arrival_p50", "until the operator has it, p50", "ms", 60, 15),
+            _at_most("arrival_p99", "the same, p99", "ms", 60, 15),
+        ),
+        ends.timers_lag,
+        "call_later",
+        most_rounds=2,
+    ),
+    Figure(
+        "storm",
+        ends.storm,
+        (
+            Row("rate", "ends, {crowd} due at once", "/s", 10_000, 20_000, "higher", "value"),
+            _at_most("touch", "p99 of a touch meanwhile, to calm", "×", 4, 2.5),
+            _at_most("health", "p99 of /health meanwhile, to calm", "×", 6, 2),
+            _at_most("mib", "memory added meanwhile", "MiB", 32, 8),
+        ),
+        most_rounds=2,
+    ),
+    Figure(
+        "memory",
+        resources.memory,
+        (
+            Row("empty_mib", "memory, nothing live", "MiB", 1.35, 1.15, "lower"),
+            Row("live_mib", "memory, {live} live", "MiB", 2.0, 1.6, "lower"),
+            _at_most("live_mib", "the same by itself", "MiB", 80, 80),
+        ),
+        resources.bare_memory,
+        BARE,
+        {"call_later": resources.timers_memory, "Redis, webdis": resources.redis_memory},
+        most_rounds=1,
+    ),
+    Figure(
+        "start",
+        resources.start,
+        (
+            Row("ready_s", "start until READY", "s", 1.8, 1.2, "lower"),
+            _at_most("added_s", "added by {live} live", "s", 0.15, 0.05),
+        ),
+        resources.bare_start,
+        BARE,
+        most_rounds=4,
+    ),
+    Figure(
+        "idle",
+        resources.idle,
+        tuple(
+            row
+            for name, title in (("empty", "nothing live"), ("live", "{live} live"), ("backlog", "a backlog hangs"))
+            for row in (
+                _at_most(f"{name}_switches", f"context switches, idle, {title}", "/s", 5, 1),
+                _at_most(f"{name}_cpu", f"CPU, idle, {title}", "%", 0.5, 0.1),
+            )
+        ),
+        resources.bare_idle,
+        BARE,
+        most_rounds=1,
+    ),
+    Figure(
+        "kill",
+        ends.killed,
+        (
+            _at_most("touches_lost", "acknowledged touches lost by kill -9", "", 0, 0),
+            _at_most("ends_lost", "ends lost by kill -9, of {ends}", "", 0, 0),
+        ),
+        peers={
+            "call_later": partial(ends.killed_peer, name="timers"),
+            "APScheduler": partial(ends.killed_peer, name="scheduler"),
+            "Redis listener": ends.killed_listener,
+        },
+        most_rounds=1,
+    ),
+)

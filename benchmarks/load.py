@@ -1,0 +1,278 @@
+"""The load generator: a process of its own that keeps connections busy with HTTP/1.1 requests and reports as JSON.
+
+A plain epoll loop over sockets; of an answer only its end is looked for, so that one request costs a fraction of what
+it costs a bare aiohttp handler. One request at a time on each connection (no pipelining), which is what clients do.
+"""
+
+import json
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle
+from random import Random
+from typing import NamedTuple
+
+BULK = 1000  # ids in one bulk touch
+BULK_BODIES = 100  # made before the time runs, and sent again and again
+
+
+class Load(NamedTuple):
+    """What to send. With `pause_s`, each connection begins a request so often, else as soon as it has the answer. Those
+    already live are numbered below `population`; `first` numbers what is opened or told, so that nothing comes twice.
+    """
+
+    kind: str
+    port: int
+    connections: int
+    seconds: float
+    operators: list[str]
+    population: int = 0
+    first: int = 0
+    pause_s: float = 0.0
+    seed: int = 0
+    most: int = 0  # requests altogether; 0: as many as there is time for
+    idle_s: int = 2_592_000
+    times: bool = False  # whether to report each request's start (wall ms) and duration (ms)
+
+
+def session_id(number: int) -> str:
+    """An id as long as real ones, in no order that an index could profit from."""
+    return f"{number * 2654435761 % 2**32:08x}-{number:012x}"
+
+
+def _request(method: str, path: str, body: bytes = b"") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"\r\n" + body
+
+
+def _touches(load: Load) -> Iterator[tuple[str, bytes]]:
+    rng, operators = Random(load.seed), load.operators
+    while True:
+        number = rng.randrange(load.population)
+        name = session_id(number)
+        operator = operators[number % len(operators)]
+        yield name, _request("POST", f"/v1/operators/{operator}/sessions/{name}/touch")
+
+
+def _bulks(load: Load) -> Iterator[tuple[str, bytes]]:
+    rng = Random(load.seed)
+    bodies = []
+    for _ in range(BULK_BODIES):
+        ids = [session_id(number) for number in rng.sample(range(load.population), BULK)]
+        bodies.append(json.dumps({"sessionIds": ids}).encode())
+    yield from (
+        ("", _request("POST", f"/v1/operators/{load.operators[0]}/sessions/touch", body)) for body in cycle(bodies)
+    )
+
+
+def _notices(load: Load) -> Iterator[tuple[str, bytes]]:
+    number = load.first
+    while True:
+        operator = load.operators[number % len(load.operators)]
+        name = session_id(number)
+        body = {"providerId": operator, "sessionId": name, "externalPlayerId": f"p{number}", "token": "tok-0123456789"}
+        yield name, _request("POST", f"/{operator}", json.dumps(body).encode())
+        number += 1
+
+
+def _opens(load: Load) -> Iterator[tuple[str, bytes]]:
+    number = load.first
+    while True:
+        operator = load.operators[number % len(load.operators)]
+        name = session_id(number)
+        body = {"playerId": f"p{number}", "token": "tok-0123456789", "idleTimeoutSeconds": load.idle_s}
+        yield name, _request("PUT", f"/v1/operators/{operator}/sessions/{name}", json.dumps(body).encode())
+        number += 1
+
+
+def _closes(load: Load) -> Iterator[tuple[str, bytes]]:
+    for number in range(load.first, load.population):
+        name = session_id(number)
+        operator = load.operators[number % len(load.operators)]
+        yield name, _request("POST", f"/v1/operators/{operator}/sessions/{name}/close")
+
+
+def _health(load: Load) -> Iterator[tuple[str, bytes]]:
+    while True:
+        yield "", _request("GET", "/health")
+
+
+def _webdis(load: Load) -> Iterator[tuple[str, bytes]]:
+    """A touch of the Redis peer: the key lives for so long from now on."""
+    rng = Random(load.seed)
+    while True:
+        name = session_id(rng.randrange(load.population))
+        yield name, _request("GET", f"/EXPIRE/{name}/{load.idle_s}")
+
+
+def _setex(load: Load) -> Iterator[tuple[str, bytes]]:
+    """An opening of the Redis peer."""
+    number = load.first
+    while True:
+        name = session_id(number)
+        yield name, _request("GET", f"/SETEX/{name}/{load.idle_s}/acme:p{number}")
+        number += 1
+
+
+KINDS: dict[str, Callable[[Load], Iterator[tuple[str, bytes]]]] = {
+    "touch": _touches,
+    "bulk": _bulks,
+    "notice": _notices,
+    "open": _opens,
+    "close": _closes,
+    "health": _health,
+    "webdis": _webdis,
+    "setex": _setex,
+}
+
+
+class Connection:
+    """One socket and the request that is under way on it."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.answer = b""
+        self.name = ""
+        self.began = 0.0
+        self.began_at = 0.0  # wall ms
+        self.next_at = 0.0
+
+    def send(self, name: str, request: bytes) -> None:
+        self.name, self.answer, self.began_at, self.began = name, b"", time.time() * 1000, time.perf_counter()
+        sent = self.socket.send(request)
+        if sent < len(request):  # a bulk body: the rest goes as the other side reads
+            self.socket.settimeout(20)
+            self.socket.sendall(request[sent:])
+            self.socket.setblocking(False)
+
+    def receive(self) -> bool:
+        """Takes what has come. Whether the answer is complete; raises ConnectionError when the other side has gone."""
+        part = self.socket.recv(65536)
+        if not part:
+            raise ConnectionResetError("closed by the server")
+        self.answer += part
+        head, found, body = self.answer.partition(b"\r\n\r\n")
+        if not found:
+            return False
+        _, found, rest = head.lower().partition(b"content-length:")
+        return len(body) >= int(rest.split(b"\r\n", 1)[0]) if found else True
+
+    @property
+    def succeeded(self) -> bool:
+        return self.answer[9:10] == b"2" and not self.answer.endswith(b":0}")  # webdis answers 0 for a key that is gone
+
+
+class Run:
+    """All connections until the time is over; then each finishes what is under way."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        requests = KINDS[load.kind](load)
+        self.requests = chain([next(requests)], requests)  # what takes long is made before the time runs
+        self.sent = 0
+        self.failed = 0
+        self.lost = 0  # connections that broke
+        self.acknowledged: list[str] = []
+        self.began_at: list[float] = []  # wall ms
+        self.took_ms: list[float] = []
+        self.first_failure = ""
+
+    def run(self) -> dict[str, object]:
+        load = self.load
+        poll = select.epoll()
+        connections = {}
+        for index in range(load.connections):
+            connection = Connection(load.port)
+            connections[connection.socket.fileno()] = connection
+            poll.register(connection.socket, select.EPOLLIN)
+            connection.next_at = time.perf_counter() + load.pause_s * index / load.connections
+        waiting = list(connections.values())
+        began = time.perf_counter()
+        self.over = began + load.seconds
+        signal.signal(signal.SIGTERM, self._stop)
+        busy = 0
+        while True:
+            now = time.perf_counter()
+            later = []
+            for connection in waiting:
+                if now >= self.over or (load.most and self.sent >= load.most):
+                    continue
+                if connection.next_at > now:
+                    later.append(connection)
+                    continue
+                if not self._send(connection):
+                    continue
+                busy += 1
+            waiting = later
+            if not busy and not waiting:
+                break
+            pause = max(0.0, min(one.next_at for one in waiting) - now) if waiting else 1.0
+            for fd, _ in poll.poll(pause, 512):
+                connection = connections[fd]
+                try:
+                    complete = connection.receive()
+                except BlockingIOError:
+                    continue
+                except ConnectionError:
+                    self.lost += 1
+                    poll.unregister(fd)
+                    busy -= 1
+                    continue
+                if complete:
+                    busy -= 1
+                    self._note(connection)
+                    waiting.append(connection)
+        return self._report(time.perf_counter() - began)
+
+    def _stop(self, *_: object) -> None:
+        self.over = 0.0
+
+    def _send(self, connection: Connection) -> bool:
+        request = next(self.requests, None)
+        if request is None:
+            return False
+        self.sent += 1
+        connection.next_at = max(connection.next_at + self.load.pause_s, time.perf_counter())
+        try:
+            connection.send(*request)
+        except ConnectionError:
+            self.lost += 1
+            return False
+        return True
+
+    def _note(self, connection: Connection) -> None:
+        took = time.perf_counter() - connection.began
+        self.took_ms.append(took * 1000)
+        if not connection.succeeded:
+            self.failed += 1
+            self.first_failure = self.first_failure or connection.answer[:300].decode(errors="replace")
+        elif self.load.times:
+            self.acknowledged.append(connection.name)
+            self.began_at.append(connection.began_at)
+
+    def _report(self, seconds: float) -> dict[str, object]:
+        in_order = sorted(self.took_ms) or [0.0]
+        report: dict[str, object] = {
+            "answered": len(self.took_ms),
+            "failed": self.failed,
+            "first_failure": self.first_failure,
+            "lost": self.lost,
+            "seconds": seconds,
+            "cpu_s": time.process_time(),
+            "p50_ms": in_order[len(in_order) // 2],
+            "p99_ms": in_order[int(len(in_order) * 0.99)],
+        }
+        if self.load.times:
+            report |= {"acknowledged": self.acknowledged, "began_at": self.began_at, "took_ms": self.took_ms}
+        return report
+
+
+if __name__ == "__main__":
+    json.dump(Run(Load(**json.loads(sys.argv[1]))).run(), sys.stdout)

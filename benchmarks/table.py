@@ -1,0 +1,117 @@
+"""The table: medians, spreads and verdicts of the results, as Markdown that also reads well on a terminal."""
+
+import importlib.metadata
+import os
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Sequence
+from statistics import median
+
+from benchmarks.compare import Result, Row, Sample
+from benchmarks.processes import BUILD
+
+HEADER = ("figure", "lmdaemon", "floor", "ratio", "spread", "CPU of one", "must", "goal", "met", "peers", "runs")
+AGAINST = ("figure", "this tree", "the other", "ratio", "spread", "CPU of one", "runs")
+
+
+def figure_of(result: Result, row: Row) -> float | None:
+    """What the row is judged by; None when it was not measured."""
+    values = _judged(result, row)
+    return median(values) if values else None
+
+
+def _judged(result: Result, row: Row) -> list[float]:
+    return result.ratios(row.value) if row.of == "ratio" else [sample[row.value] for sample in result.daemon]
+
+
+def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    return [_row(result, row) for result in results for row in result.figure.rows]
+
+
+def _row(result: Result, row: Row) -> tuple[str, ...]:
+    judged, values = figure_of(result, row), _judged(result, row)
+    sign = "≥" if row.better == "higher" else "≤"
+    peers = [f"{name} {_amount(samples, row)}" for name, samples in result.peers.items() if _amount(samples, row)]
+    return (
+        result.bench.titled(row.title),
+        _amount(result.daemon, row),
+        f"{_amount(result.floor, row)} {result.figure.floor_name}" if _amount(result.floor, row) else "",
+        shown(judged) if row.of == "ratio" and judged is not None else "",
+        _spread(values),
+        _cpu(result, row),
+        f"{sign} {shown(row.must)}",
+        f"{sign} {shown(row.goal)}",
+        "-" if judged is None else "goal" if row.meets(judged, row.goal) else _must(row, judged),
+        "; ".join(peers + result.absent),
+        str(len(result.daemon)),
+    )
+
+
+def _must(row: Row, judged: float) -> str:
+    return "must" if row.meets(judged, row.must) else "NO"
+
+
+def against(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Two trees: their ratio says it all."""
+    return [_against(result, row) for result in results for row in result.figure.rows]
+
+
+def _against(result: Result, row: Row) -> tuple[str, ...]:
+    ratios = result.ratios(row.value)
+    return (
+        result.bench.titled(row.title),
+        _amount(result.daemon, row),
+        _amount(result.floor, row),
+        shown(median(ratios)) if ratios else "",
+        _spread(ratios),
+        _cpu(result, row),
+        str(len(result.daemon)),
+    )
+
+
+def _cpu(result: Result, row: Row) -> str:
+    """CPU time of one request, and its ratio: steadier than rates where other processes run."""
+    used = [sample["cpu_us"] for sample in result.daemon if "cpu_us" in sample]
+    if row.value != "rate" or not used:
+        return ""
+    ratios = result.ratios("cpu_us")
+    return f"{shown(median(used))} µs" + (f", {shown(median(ratios))} × floor" if ratios else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{shown(min(values))} to {shown(max(values))}" if len(values) > 1 else ""
+
+
+def _amount(samples: Sequence[Sample], row: Row) -> str:
+    values = [sample[row.value] for sample in samples if row.value in sample]
+    return f"{shown(median(values))} {row.unit}".replace(" /s", "/s").strip() if values else ""
+
+
+def shown(value: float) -> str:
+    """Three digits, thousands apart."""
+    if abs(value) >= 100:
+        return f"{round(value):,}"
+    return f"{value:.3g}"
+
+
+def markdown(lines: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
+
+    def joined(line: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([joined(header), rule, *map(joined, lines)])
+
+
+def machine(*, uvloop: bool) -> str:
+    """Where it was measured."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("aiohttp", "aiosqlite", "orjson"))
+    loop = f"uvloop {importlib.metadata.version('uvloop')}" if uvloop else "asyncio's loop"
+    df = ["df", "--output=source,fstype", str(BUILD)]
+    disk = subprocess.run(df, capture_output=True, text=True, check=False).stdout.split()[-2:]
+    return (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, {loop}, {versions}, "
+        f"SQLite {sqlite3.sqlite_version}, Linux {platform.release()}, databases on {' '.join(disk)}"
+    )

@@ -1,0 +1,59 @@
+"""A scripted operator, as lean as the load generator: answers notices with success, or never, and notes their arrival.
+
+POST /ok is answered, POST /hang is not. GET /arrived tells when each session's first notice came (wall ms), and
+forgets it.
+"""
+
+import asyncio
+import json
+import re
+import sys
+import time
+
+from benchmarks.floors import SUCCESS, run, until_told
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+ANSWER = HEAD % len(SUCCESS) + SUCCESS
+SESSION = re.compile(rb'"sessionId":\s*"([^"]+)"')
+LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
+
+arrived: dict[str, float] = {}
+
+
+class Conversation(asyncio.Protocol):
+    """One connection; requests come one at a time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, found, body = self._received.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if not found or (length and len(body) < int(length[1])):
+            return
+        self._received = b""
+        if head.startswith(b"GET /arrived"):
+            self._transport.write(_listed())
+        elif session := SESSION.search(body):
+            arrived.setdefault(session[1].decode(), time.time() * 1000)
+            if not head.startswith(b"POST /hang"):
+                self._transport.write(ANSWER)
+
+
+def _listed() -> bytes:
+    body = json.dumps(arrived).encode()
+    arrived.clear()
+    return HEAD % len(body) + body
+
+
+async def serve(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Conversation, "127.0.0.1", port, backlog=512)
+    async with server:
+        await until_told()
+
+
+if __name__ == "__main__":
+    run(serve(**json.loads(sys.argv[2])))

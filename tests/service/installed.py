@@ -156,7 +156,8 @@ class Service:
 
     def journal(self) -> list[dict[str, Any]]:
         """What the unit has said in this test, as journald has it."""
-        said = self.rig.run("journalctl", "--unit", UNIT, "--output=json", f"--after-cursor={self._cursor}").stdout
+        since = [f"--after-cursor={self._cursor}"] if self._cursor else []
+        said = self.rig.run("journalctl", "--unit", UNIT, "--output=json", *since).stdout
         return [json.loads(line) for line in said.splitlines()]
 
     def events(self, name: str) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from lmdaemon.database import (
 )
 from lmdaemon.files import (
     COMPANIONS,
+    LOOK_EVERY,
     check_source,
     check_target,
     file_beside,
@@ -37,6 +38,8 @@ from lmdaemon.files import (
     put_in_place,
 )
 from lmdaemon.model import rfc3339
+
+FLUSH_BYTES = 4 * 1024 * 1024
 
 
 def backup(args: argparse.Namespace) -> int:
@@ -63,6 +66,7 @@ def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path
     with file_beside(target) as (copy, handle):
         try:
             with closing(open_database(database, how)) as source:
+                source.set_progress_handler(_Flush(handle), LOOK_EVERY)
                 # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
                 source.execute("VACUUM INTO ?", (str(copy),))
             _check_integrity(copy)
@@ -70,6 +74,21 @@ def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path
             yield copy
         except (sqlite3.Error, OSError) as error:
             raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
+
+
+class _Flush:
+    """Writes the copy to the disk as it grows. In one piece at the end, the daemon's own syncs would wait behind it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._flushed = 0
+
+    def __call__(self) -> int:
+        size = os.fstat(self._handle).st_size
+        if size >= self._flushed + FLUSH_BYTES:
+            os.fdatasync(self._handle)
+            self._flushed = size
+        return 0
 
 
 def _check_integrity(copy: Path) -> None:

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from urllib.parse import quote
 
 import aiohttp
 import pytest
+from processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 API_TOKEN = "api-token-that-nobody-sees"
@@ -84,10 +84,7 @@ def poll(condition: Callable[[], Any], within_s: float = 15.0) -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 @dataclass
@@ -185,11 +182,12 @@ def secret_file(path: Path, content: str) -> Path:
 def configure(directory: Path, more: str = "", *, server: str = "", api: str = "") -> Path:
     """A configuration on free ports, with the operator acme that is told nothing."""
     file = directory / "config.toml"
+    ports = free_ports(2)  # together, or both may be the same
     file.write_text(f"""
 [server]
-listen = "{server or f"127.0.0.1:{free_port()}"}"
+listen = "{server or f"127.0.0.1:{ports[0]}"}"
 [api]
-listen = "{api or f"127.0.0.1:{free_port()}"}"
+listen = "{api or f"127.0.0.1:{ports[1]}"}"
 token_file = "api-token"
 [operators.acme]
 provider_id = "luckymonaco"

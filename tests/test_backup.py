@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ import pytest
 from commands import COMMAND, Running, configure, daemon, environment, open_many, poll, run
 from support import scripted_operator
 
+from lmdaemon import backup
+
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
@@ -28,7 +31,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("lm")
     configure(directory, '[operators.many]\nprovider_id = "luckymonaco"\nendpoint = ""\n')
     with daemon(directory) as running:
-        yield running.started()
+        running.started().open("acme", "always there")
+        yield running
         running.process.terminate()
         assert running.ended() == 0
 
@@ -197,6 +201,34 @@ def test_a_backup_that_finds_the_disk_full_leaves_nothing(lm: Running, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece at its end, every commit of the daemon would wait for it."""
+    database = tmp_path / "database"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as sql:
+        sql.execute("CREATE TABLE filler (x)")
+        sql.execute(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)"
+            " INSERT INTO filler SELECT hex(randomblob(40)) FROM n"
+        )
+    sizes: list[int] = []
+    flush = os.fdatasync
+
+    def noted(handle: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        flush(handle)
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
+    try:
+        with backup._copied(database, tmp_path / "copy") as copy:
+            steps = [later - sooner for sooner, later in itertools.pairwise([0, *sizes, copy.stat().st_size])]
+    finally:
+        os.umask(umask)
+        signal.signal(signal.SIGTERM, handler)
+    assert len(steps) > 3
+    assert max(steps) < 3 * backup.FLUSH_BYTES
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     configure(tmp_path)
@@ -235,7 +267,7 @@ def stopped(once_stopped: Path, tmp_path: Path) -> Path:
 
 
 def test_a_restore_puts_the_backup_in_place_and_keeps_what_was_there(stopped: Path) -> None:
-    backup = (stopped / "copy").read_bytes()
+    content = (stopped / "copy").read_bytes()
     done = run("restore", "copy", "--json", cwd=stopped)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -245,7 +277,7 @@ def test_a_restore_puts_the_backup_in_place_and_keeps_what_was_there(stopped: Pa
     assert sessions_in(stopped / "lmdaemon.sqlite3") == {"older"}
     assert stat.S_IMODE((stopped / "lmdaemon.sqlite3").stat().st_mode) == 0o600
     assert sessions_in(Path(told["replaced"])) == {"older", "newer"}
-    assert (stopped / "copy").read_bytes() == backup
+    assert (stopped / "copy").read_bytes() == content
     with daemon(stopped) as running:
         assert running.started()("sessions", "show", "acme", "newer").returncode == 1
         running.open("acme", "newer")

@@ -13,8 +13,8 @@ import hmac
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -174,36 +174,33 @@ class Answer(aiohttp.ClientResponse):
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Raises ServerDisconnectedError, ClientPayloadError beside aiohttp's own."""
-        protocol = connection.protocol
-        if protocol is not None and protocol.should_close:
+        protocol: Any = connection.protocol
+        if protocol.should_close:
             # Something was there before the request: a server that answers twice would settle the next delivery.
             connection.close()
             raise aiohttp.ServerDisconnectedError("an answer came before its request")
-        with _few_interim_answers(connection):
+        protocol.read = _few_interim_answers(connection, protocol.read)
+        try:
             return await super().start(connection)
+        finally:
+            del protocol.read
 
 
-@contextmanager
-def _few_interim_answers(connection: Connection) -> Iterator[None]:
+def _few_interim_answers(connection: Connection, read: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
     """HTTP sets no limit to 1xx answers, nor does aiohttp: a flood of them would keep the loop busy for all of its
     time-out. Source: RFC 9110 §15.2.
     """
-    protocol: Any = connection.protocol
-    read, left = protocol.read, INTERIM_MAX
+    left = INTERIM_MAX
 
-    async def counted() -> Any:
+    def counted() -> Awaitable[Any]:
         nonlocal left
         left -= 1
         if left < 0:
             connection.close()
             raise aiohttp.ClientPayloadError("too many interim answers")
-        return await read()
+        return read()
 
-    protocol.read = counted
-    try:
-        yield
-    finally:
-        del protocol.read
+    return counted
 
 
 class Sender:
@@ -265,8 +262,8 @@ class Sender:
 
 
 async def _read_some(response: aiohttp.ClientResponse) -> bytes:
-    answer = b""
-    while len(answer) <= ANSWER_MAX:
+    answer = await response.content.read(ANSWER_MAX + 1)
+    while len(answer) <= ANSWER_MAX and not response.content.at_eof():
         part = await response.content.read(ANSWER_MAX + 1 - len(answer))
         if not part:
             break
@@ -649,7 +646,7 @@ class Dispatcher:
                 where=place(error),
             )
             outcome = retry.Outcome("retry", "internal_error")
-        outcome = replace(outcome, duration_ms=int((self._clock.monotonic() - began) * 1000))
+        outcome = outcome._replace(duration_ms=int((self._clock.monotonic() - began) * 1000))
         self.on_attempt(lane.operator.name, lane.sink, outcome)
         return outcome
 
@@ -737,6 +734,8 @@ class Dispatcher:
     @staticmethod
     def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
         """Logs a change of what holds the operator back, not each attempt under it."""
+        if gate == before:
+            return
         url = safe_url(operator.url)
         if gate.held_at is not None and before.held_at is None:
             log.error("operator.held", operator=operator.name, reason=gate.held_reason, url=url)

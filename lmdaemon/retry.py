@@ -5,11 +5,11 @@ section 6, and the tests hold one row for every status and answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lmdaemon.dialects import answered_code
 from lmdaemon.model import Gate
@@ -24,8 +24,7 @@ HOLD_AFTER_S = 5 * 86400.0  # nothing but failures for this long
 Verdict = Literal["delivered", "final", "retry", "hold"]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one attempt came to. `code` is the answered error code, `reason` a short word for people."""
 
     verdict: Verdict
@@ -121,6 +120,8 @@ def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, pro
     if outcome.verdict == "hold":
         return hold(gate, now_at, outcome.reason)
     if outcome.verdict != "retry":
+        if not gate.failures and gate.failing_since_at is None:
+            return gate  # as almost always
         return replace(gate, failures=0, failing_since_at=None, pause_ms=0, probe_at=0)
     return _after_failure(gate, now_at, first_wait_s, probe=probe)
 

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from html import escape
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus, urlencode
@@ -232,7 +231,7 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
 
 
 def _timed(outcome: Outcome, began: float) -> Outcome:
-    return replace(outcome, duration_ms=round((time.monotonic() - began) * 1000))
+    return outcome._replace(duration_ms=round((time.monotonic() - began) * 1000))
 
 
 def _headers_of_aiohttp(url: str, body: bytes) -> dict[str, str]:

@@ -8,14 +8,25 @@ import csv
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
 
-from benchmarks.compare import Sample
+from benchmarks.compare import Run, Sample
 from benchmarks.ends import DUE, WALLETS, make_due, settings, settled, until, wallet
 from benchmarks.load import Load, session_id
-from benchmarks.processes import ACME, ROOT, Daemon, Python, check_live, columns_of, operator, prefilled, scratch
+from benchmarks.processes import (
+    ACME,
+    ROOT,
+    Daemon,
+    Python,
+    check_live,
+    columns_of,
+    operator,
+    prefilled,
+    running,
+    scratch,
+)
 from benchmarks.requests import loaded
 
 SIZES = (10_000, 100_000, 1_000_000)
@@ -23,8 +34,12 @@ ENDED = 10_000_000
 OLD = 100_000_000  # numbers of sessions that ended long ago
 ROUNDS = 5
 ENDS, DELIVERIES = 20_000, 4_000
-PANELS = (("touch_us", "a touch, µs CPU"), ("end_us", "an end, µs CPU"), ("delivery_us", "a delivery, µs CPU"))
-START = ("ready_s", "start until READY, s")
+PANELS = (
+    ("touch_us", "a touch, µs CPU"),
+    ("end_us", "an end, µs CPU"),
+    ("delivery_us", "an end delivered, µs CPU"),
+    ("ready_s", "start until READY, s"),
+)
 DATA, PLOT = ROOT / "docs" / "growth.csv", ROOT / "docs" / "growth.svg"
 
 
@@ -32,10 +47,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.growth", description=__doc__)
     parser.add_argument("--ended", type=int, default=0, help=f"also with so many ended rows, such as {ENDED}")
     arguments = parser.parse_args()
+    sizes = [(size, 0) for size in SIZES] + [(SIZES[-1], arguments.ended)] * bool(arguments.ended)
+    samples: list[list[Sample]] = [[] for _ in sizes]
+    with ExitStack() as stack:
+        sides = [stack.enter_context(costs(Python(), live, ended)) for live, ended in sizes]
+        for number in range(ROUNDS):  # in turns: what else the machine does meets every size
+            for index in range(len(sides))[:: 1 if number % 2 == 0 else -1]:
+                samples[index].append(sides[index](number))
+                print(number, sizes[index], samples[index][-1], flush=True)
     rows = []
-    for live, ended in [(size, 0) for size in SIZES] + [(SIZES[-1], arguments.ended)] * bool(arguments.ended):
-        rows.append({"live": live, "ended": ended, **cost(Python(), live, ended)})
-        print(rows[-1], flush=True)
+    for (live, ended), taken in zip(sizes, samples, strict=True):
+        medians = {value: median(sample[value] for sample in taken) for value, _ in PANELS}
+        rows.append({"live": live, "ended": ended, **medians})
     with DATA.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -44,45 +67,38 @@ def main() -> None:
     plot(rows, PLOT)
 
 
-def cost(python: Python, live: int, ended: int) -> Sample:
+@contextmanager
+def costs(python: Python, live: int, ended: int) -> Iterator[Run]:
     """One file, one daemon after the other on it."""
     with wallet() as peers, scratch() as directory:
-        toml = settings(WALLETS, peers.url, grace_s=0) + operator("crowd")
-        daemon = Daemon(directory, python, toml)
+        daemon = Daemon(directory, python, settings(WALLETS, peers.url, grace_s=0) + operator("crowd"))
         shutil.copyfile(prefilled(python, live), daemon.path)
         if ended:
             add_ended(daemon.path, ended)
-        starts, touches, ends, deliveries = [], [], [], []
-        try:
-            for number in range(ROUNDS):
-                daemon.start()
-                starts.append(daemon.ready_s)
-                if number == 0:
-                    check_live(daemon, live)
+        with running(daemon):
+            check_live(daemon, live)
+
+        def run(number: int) -> Sample:
+            with running(daemon):
                 load = Load("touch", daemon.api, 64, 1.0, [ACME], population=live, seed=number)
-                touches.append(loaded(daemon, load)["cpu_us"])
-                daemon.stop()
-                ends.append(_until_settled(daemon, ["crowd"], number * 2, ENDS))
-                deliveries.append(_until_settled(daemon, WALLETS, number * 2 + 1, DELIVERIES))
-        finally:
-            daemon.kill()
-    return {
-        "touch_us": median(touches),
-        "end_us": median(ends),
-        "delivery_us": median(deliveries),
-        "ready_s": min(starts),
-    }
+                touch_us = loaded(daemon, load)["cpu_us"]
+            return {
+                "touch_us": touch_us,
+                "end_us": _until_settled(daemon, ["crowd"], number * 2, ENDS),
+                "delivery_us": _until_settled(daemon, WALLETS, number * 2 + 1, DELIVERIES),
+                "ready_s": daemon.ready_s,
+            }
+
+        yield run
 
 
 def _until_settled(daemon: Daemon, owners: list[str], number: int, count: int) -> float:
     """CPU time (µs) of each of so many sessions that are due when the daemon starts."""
     make_due(daemon.path, owners, DUE + number * 1_000_000, count)
-    daemon.start()
-    before = daemon.cpu_s
-    until(lambda: settled(daemon, owners), 300, "all have ended and are delivered")
-    used = daemon.cpu_s - before
-    daemon.stop()
-    return used / count * 1e6
+    with running(daemon):
+        before = daemon.cpu_s
+        until(lambda: settled(daemon, owners), 300, "all have ended and are delivered")
+        return (daemon.cpu_s - before) / count * 1e6
 
 
 def add_ended(path: Path, count: int) -> None:
@@ -112,8 +128,8 @@ def plot(rows: Sequence[Sample], path: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS) + 1, figsize=(12, 3), layout="constrained")
-    for axis, (value, title) in zip(axes, (*PANELS, START), strict=True):
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 3), layout="constrained")
+    for axis, (value, title) in zip(axes, PANELS, strict=True):
         plain = [row for row in rows if not row["ended"]]
         axis.plot([row["live"] for row in plain], [row[value] for row in plain], marker="o")
         for row in rows:

@@ -25,6 +25,7 @@ from benchmarks.processes import (
 )
 
 SETTLE_S = 1.0
+CALM_S = 16.0  # by then the grace is over, and the clock is kept every ten seconds instead of after 1, 2, 4, 8
 STARTS = 2  # in one round
 
 
@@ -132,10 +133,11 @@ def idle(bench: Bench, python: Python) -> Iterator[Run]:
     def run(number: int) -> Sample:
         with ExitStack() as stack:
             peers = stack.enter_context(wallet())
-            empty = stack.enter_context(serving(python, stack.enter_context(scratch())))
-            live = stack.enter_context(serving(python, stack.enter_context(scratch()), bench.live))
+            toml = settings([], peers.url)
+            empty = stack.enter_context(serving(python, stack.enter_context(scratch()), 0, toml))
+            live = stack.enter_context(serving(python, stack.enter_context(scratch()), bench.live, toml))
             backlog = stack.enter_context(_backlog(python, bench, peers))
-            time.sleep(SETTLE_S + 2)  # the checkpoint after the last touch
+            time.sleep(3 * SETTLE_S if bench.quick else CALM_S)
             return _watch({"empty": empty, "live": live, "backlog": backlog}, seconds)
 
     yield run

@@ -55,7 +55,9 @@ bench-growth: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
-check: lint types test faults-short service-test
+# The last two wait for other processes most of the time, so they run side by side.
+check: lint types test
+	$(MAKE) --jobs=2 --output-sync=target faults-short service-test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lmdaemon.command import Failed, reason
@@ -34,7 +34,8 @@ def open_database(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
 
 def check_source(settings: Settings) -> None:
     """For what reads the whole database: raises Failed if there is none, and lets the daemon go first."""
-    os.nice(NICER)
+    with suppress(OSError):  # the service's sandbox does not let it
+        os.nice(NICER)
     try:
         settings.database.stat()
     except OSError as error:

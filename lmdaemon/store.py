@@ -257,10 +257,25 @@ _LANE = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
 ORDER BY d.due_at LIMIT ?"""
-_SETTLE = """
-UPDATE delivery SET state = ?1, due_at = ?, settled_at = ?, attempts = ?, step = ?, last_status = ?, last_code = ?,
-                    last_error = ?, history = ?, body = CASE WHEN ?1 = 'delivered' THEN x'' ELSE body END
-WHERE id = ? AND state = 'pending'"""
+_PENDING = "SELECT id FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"
+_RESULT = (
+    "id",
+    "state",
+    "due_at",
+    "settled_at",
+    "attempts",
+    "step",
+    "last_status",
+    "last_code",
+    "last_error",
+    "history",
+)
+_SETTLE = f"""
+UPDATE delivery SET {", ".join(f"{name} = result.{name}" for name in _RESULT[1:])},
+                    body = CASE WHEN result.state = 'delivered' THEN x'' ELSE body END
+FROM (SELECT {", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(_RESULT))}
+      FROM json_each(?)) AS result
+WHERE delivery.id = result.id AND delivery.state = 'pending'"""
 # A delivery that may be sent again; an http one without a body could never be composed.
 _MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 _FORGET_TOKENS = f"""
@@ -795,29 +810,37 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
 
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
-    settled = [_settle_one(change, settlement) for settlement in settlements]
+    ids = json.dumps([one.delivery.id for one in settlements])
+    pending = {row[0] for row in change.sql.execute(_PENDING, (ids,)).fetchall()}
+    rows = [_result(change, one) for one in settlements if one.delivery.id in pending]
+    change.sql.execute(_SETTLE, (json.dumps(rows),))
     _forget_tokens(change, [one.delivery.session for one in settlements if one.state != "pending"])
-    return settled
+    return [_settled(change, one, pending) for one in settlements]
 
 
-def _settle_one(change: _Change, settlement: Settlement) -> Settled:
+def _result(change: _Change, settlement: Settlement) -> tuple[Any, ...]:
+    """A row as in _RESULT."""
     delivery, attempt = settlement.delivery, settlement.attempt or {}
-    due_at = change.wall_at + settlement.wait_ms
-    pending = settlement.state == "pending"
     history = json.loads(delivery.history)
     if attempt:
         history.append(attempt)
-    state = (settlement.state, due_at, None if pending else change.wall_at)
-    count = (delivery.attempts + bool(attempt and settlement.spent), settlement.step)
-    last = (
+    return (
+        *(delivery.id, settlement.state, change.wall_at + settlement.wait_ms),
+        None if settlement.state == "pending" else change.wall_at,
+        *(delivery.attempts + bool(attempt and settlement.spent), settlement.step),
         attempt.get("status", delivery.last_status),
         attempt.get("code", delivery.last_code),
         attempt.get("error", delivery.last_error),
+        json.dumps(history[-HISTORY_MAX:]),
     )
-    cursor = change.sql.execute(_SETTLE, (*state, *count, *last, json.dumps(history[-HISTORY_MAX:]), delivery.id))
-    if cursor.rowcount and pending:
+
+
+def _settled(change: _Change, settlement: Settlement, pending: set[int]) -> Settled:
+    """Keeps up what follows from a result. One of a delivery that was settled before changes the gate alone."""
+    delivery, due_at = settlement.delivery, change.wall_at + settlement.wait_ms
+    if delivery.id in pending and settlement.state == "pending":
         change.note_due(delivery.operator, delivery.sink, due_at)
-    elif cursor.rowcount:
+    elif delivery.id in pending:
         change.of(delivery.operator).pending -= 1
         change.of(delivery.operator).dead += settlement.state == "dead"
     before, alter = _gate(change, delivery.operator), settlement.gate

@@ -61,7 +61,7 @@ WATCHED = [
     delivery.Dispatcher._settle,
     delivery.Sender.post,
     delivery._read_some,
-    store._settle_one,
+    store._settle,
     store._forget_tokens,
     store._set_gate_one,
 ]

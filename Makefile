@@ -42,7 +42,7 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
-BENCH = $(BENCH_VENV)/bin/python -m benchmarks --loop $(or $(LOOP),asyncio) $(if $(ONLY),--only $(ONLY)) \
+BENCH = $(BENCH_VENV)/bin/python -m benchmarks --loop $(or $(LOOP),uvloop) $(if $(ONLY),--only $(ONLY)) \
 	$(if $(AGAINST),--against $(AGAINST)) $(ARGS)
 
 bench: $(BENCH_VENV)/.ready build/bench/.peers

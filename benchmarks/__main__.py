@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of one slice of load")
     parser.add_argument("--live", type=int, help="live sessions")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, in the place of the floor")
-    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of daemon and floors alike")
+    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="uvloop", help="of daemon and floors alike")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples")
     return parser.parse_args()
 

@@ -16,9 +16,14 @@ CONFINED = REPOSITORY / "systemd/confined.conf"
 @pytest.fixture(params=["as shipped", "confined"])
 def sandboxed(request: pytest.FixtureRequest, service: Service) -> Service:
     if request.param == "confined":
-        service.drop_in(CONFINED.read_text(), name="confined.conf")
+        confine(service)
         service.restart()
     return service
+
+
+def confine(service: Service) -> None:
+    service.rig.run("install", "-d", "/var/lib/lmdaemon-root")
+    service.drop_in(CONFINED.read_text(), name="confined.conf")
 
 
 def test_systemd_finds_no_fault_in_the_units(service: Service) -> None:
@@ -29,7 +34,7 @@ def test_systemd_finds_no_fault_in_the_units(service: Service) -> None:
 @pytest.mark.parametrize(("confined", "limit"), [(False, 11), (True, 10)])
 def test_the_exposure_stays_within_its_limit(service: Service, confined: bool, limit: int) -> None:
     if confined:
-        service.drop_in(CONFINED.read_text(), name="confined.conf")
+        confine(service)
     gate = ["systemd-analyze", "security", "--no-pager", UNIT]
     done = service.rig.run(*gate, f"--threshold={limit}", check=False)
     assert done.returncode == 0, done.stdout
@@ -93,6 +98,20 @@ def test_no_shell_can_be_run_in_it(sandboxed: Service) -> None:
     sandboxed.close(name, "hooked")
     sandboxed.delivered(name, "hooked")
     assert sandboxed.rig.path("/run/lmdaemon/refused").read_text() in ("PermissionError", "FileNotFoundError")
+
+
+def test_confined_it_sees_nothing_but_what_is_named(service: Service) -> None:
+    confine(service)
+    service.rig.write("/srv/not-for-it", "")
+    service.restart()
+    look = "cd $0 && ls -d * usr/* usr/bin/* var/* var/lib/*"
+    seen = set(service.rig.run("sh", "-c", look, f"/proc/{service.pid}/root").stdout.split())
+    mounted = {"bin", "dev", "etc", "lib", "lib64", "opt", "proc", "root", "run", "sys", "tmp", "usr", "var"}
+    # bin is a link to usr/bin, which systemd itself makes at a reload
+    under = {"usr/bin", "usr/lib", "usr/lib64", "usr/local", "usr/share", "usr/bin/python3", "usr/bin/kill"}
+    assert seen - mounted - under == {"var/lib", "var/tmp", "var/lib/lmdaemon"}
+    assert service.rig.run("ls", "/srv").stdout.split() == ["not-for-it"]
+    assert service.systemctl("show", "--property=RootDirectory", "--value", UNIT) == "/var/lib/lmdaemon-root"
 
 
 def test_a_listener_may_be_a_unix_socket(service: Service) -> None:

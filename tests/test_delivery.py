@@ -358,12 +358,16 @@ class TestIsolation:
 
     async def test_no_operator_gets_more_than_its_concurrency_at_once(self, tmp_path: Path, clock: HandClock) -> None:
         at_once = most = 0
+        full = asyncio.Event()
 
         async def count(request: web.Request) -> web.Response:
             nonlocal at_once, most
             at_once += 1
             most = max(most, at_once)
-            await asyncio.sleep(0.01)
+            if at_once == 3:
+                full.set()
+            await full.wait()
+            await asyncio.sleep(0.01)  # a fourth would come in this time
             at_once -= 1
             return web.json_response({"error": 0})
 

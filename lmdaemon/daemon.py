@@ -333,10 +333,8 @@ class Daemon:
         said = [f"Stuck: {', '.join(stuck)}."] if stuck else ["Serving."]
         if self._store.failure:
             said = [f"Refusing, for nothing can be stored: {self._store.failure}."]
-        said.append(
-            f"{_count(self._store.live, 'session')} live, {_count(pending, 'delivery', 'deliveries')} pending, "
-        )
-        said[-1] += f"{dead} dead."
+        live, waiting = _count(self._store.live, "session"), _count(pending, "delivery", "deliveries")
+        said.append(f"{live} live, {waiting} pending, {dead} dead.")
         if self._reload_error:
             said.append("The last reload failed: see the log.")
         return " ".join(said)

@@ -96,10 +96,6 @@ class Health:
         loops = [name for name, pulse in self._pulses.items() if pulse.stuck]
         return loops if self.writing_s <= LATE_S else [*loops, "writer"]
 
-    @property
-    def alive(self) -> bool:
-        return not self.stuck
-
     async def status(self) -> str:
         """pass, warn or fail."""
         status: str = (await self.report())["status"]

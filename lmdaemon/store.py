@@ -257,7 +257,8 @@ _LANE = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
 ORDER BY d.due_at LIMIT ?"""
-_PENDING = "SELECT id FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"
+_PENDING = """
+SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
 _RESULT = (
     "id",
     "state",
@@ -811,7 +812,7 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
     ids = json.dumps([one.delivery.id for one in settlements])
-    pending = {row[0] for row in change.sql.execute(_PENDING, (ids,)).fetchall()}
+    pending = set(json.loads(change.sql.execute(_PENDING, (ids,)).fetchone()[0]))
     rows = [_result(change, one) for one in settlements if one.delivery.id in pending]
     change.sql.execute(_SETTLE, (json.dumps(rows),))
     _forget_tokens(change, [one.delivery.session for one in settlements if one.state != "pending"])

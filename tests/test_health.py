@@ -169,7 +169,7 @@ async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
     clock.advance(1)  # SQLite writes nothing for an update that changes nothing
     with no_room(store.path):
         assert (await check(checked, "store"))["status"] == "fail"
-        assert checked.alive
+        assert not checked.stuck
     clock.advance(ASK_EVERY_S)
     assert (await check(checked, "store"))["status"] == "pass"
 
@@ -178,14 +178,14 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
     tmp_path: Path, store: Store, checked: Health, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.02)
-    assert checked.alive
+    assert not checked.stuck
     with locked(tmp_path / "test.sqlite3"):  # the writer waits for two seconds
         found = await check(checked, "store")
         assert found["status"] == "fail"
         assert "took longer" in found["output"]
-        assert checked.alive
+        assert not checked.stuck
         monkeypatch.setattr(health, "LATE_S", 0.01)
-        assert not checked.alive
+        assert checked.stuck
 
     async def idle() -> bool:
         return store.writing_since is None
@@ -193,7 +193,7 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
     await until(idle)
     clock.advance(ASK_EVERY_S)
     assert (await check(checked, "store"))["status"] == "pass"
-    assert checked.alive
+    assert not checked.stuck
 
 
 async def test_asking_often_writes_once_a_second(store: Store, checked: Health, clock: HandClock) -> None:
@@ -231,11 +231,11 @@ async def test_a_loop_that_has_not_run_when_it_should_have_fails(
     event(pulses[name])
     clock.advance(LATE_S)
     assert (await check(checked, name))["status"] == "pass"
-    assert checked.alive
+    assert not checked.stuck
     clock.advance(0.5)
     found = await check(checked, name)
     assert (found["status"], found["observedValue"], found["observedUnit"]) == ("fail", LATE_S + 0.5, "s late")
-    assert not checked.alive
+    assert checked.stuck
     pulses[name].working()
     assert (await check(checked, name))["status"] == "pass"
 
@@ -243,7 +243,7 @@ async def test_a_loop_that_has_not_run_when_it_should_have_fails(
 async def test_a_loop_with_nothing_to_do_may_sleep_for_ever(checked: Health, clock: HandClock) -> None:
     clock.advance(30 * 86400)
     assert (await checked.report())["status"] == "pass"
-    assert checked.alive
+    assert not checked.stuck
 
 
 async def test_a_daemon_whose_sweeper_is_stuck_fails(
@@ -379,7 +379,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
         status, report = await get(daemon, daemon.api)
         assert (status, report["checks"][loop][0]["status"]) == (503, "fail")
         assert await metric(daemon, f'lmdaemon_loop_late_seconds{{loop="{loop}"}}') > LATE_S
-        assert not daemon.daemon._health.alive  # the watchdog is withheld
+        assert daemon.daemon._health.stuck  # the watchdog is withheld
 
 
 async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions(

@@ -169,7 +169,11 @@ def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
 
 def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
     """The accepted dialect that `received` is in, or comes nearest to."""
-    return min(accepted, key=lambda dialect: len(dialect.required_names - received.keys()))
+
+    def missing(dialect: Dialect) -> int:
+        return len([meaning for meaning in dialect.required if dialect.fields[meaning] not in received])
+
+    return min(accepted, key=missing)
 
 
 def json_object(body: bytes) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ class Route:
         self.operators: dict[str, Operator] = {}
         self.dialects: dict[str, list[Dialect]] = {}
         self.codes_of = SHIPPED["v4"]
+        self.looks_at_addresses = False  # whether any of them lets in only some
 
     @property
     def only(self) -> str | None:
@@ -51,6 +52,7 @@ class Route:
         if not self.operators:
             self.codes_of = operator.receives[0]
         self.operators[operator.provider_id.casefold()] = operator
+        self.looks_at_addresses |= bool(operator.allow_from)
         for dialect in operator.receives:
             known = self.dialects.setdefault(dialect.content, [])
             if dialect not in known:
@@ -131,9 +133,11 @@ class Endpoint:
     async def _receive(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         if request.method != "POST":
             raise Refused(405, "Method not allowed", Allow="POST")
-        address = client_address(request, self._settings.server.trusted_proxies)
-        if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
-            raise Refused(403, "Address not allowed")
+        address = None
+        if route.looks_at_addresses:
+            address = client_address(request, self._settings.server.trusted_proxies)
+            if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
+                raise Refused(403, "Address not allowed")
         content = content_of(request.headers.get("Content-Type", ""))
         if content not in route.dialects or "Content-Encoding" in request.headers:
             raise Refused(415, "Unsupported media type")
@@ -179,25 +183,15 @@ class Endpoint:
         if "hash" in parsed.dialect.fields:
             check_hash(parsed, operator.hash_key or "")
         _check_token(operator, parsed)
-        notice = Notice(
-            operator=operator.name,
-            dialect=parsed.dialect.name,
-            provider_id=parsed.provider_id,
-            session_id=parsed.session_id,
-            player_id=parsed.player_id,
-            token=parsed.token,
-            request=parsed.request,
-            extra=extra,
-        )
         plugins = [plugin for plugin in self._plugins if plugin.settings.listens_to(operator.name)]
-        if plugins and not await self._is_repeated(notice):
-            await _ask(plugins, notice)
+        if plugins and not await self._is_repeated(operator, parsed):
+            await _ask(plugins, _notice(operator, parsed, extra))
         recorded = await self._store.record(
             Recording(
                 operator.name,
-                notice.session_id,
-                notice.player_id,
-                notice.token,
+                parsed.session_id,
+                parsed.player_id,
+                parsed.token,
                 compare_token=operator.token_check == "session",
                 accept_unknown=operator.accept_unknown,
                 extra=extra_text,
@@ -207,11 +201,11 @@ class Endpoint:
         if recorded in UNRECORDED:
             raise BadNotice(recorded, UNRECORDED[recorded])
         event = "notice.repeated" if recorded == "repeated" else "notice.recorded"
-        log.info(event, **facts, dialect=notice.dialect)
+        log.info(event, **facts, dialect=parsed.dialect.name)
 
-    async def _is_repeated(self, notice: Notice) -> bool:
+    async def _is_repeated(self, operator: Operator, parsed: Parsed) -> bool:
         """Whether the session has ended already: a repeat is answered like the first, whatever a plug-in thinks now."""
-        known = await self._store.session(notice.operator, notice.session_id)
+        known = await self._store.session(operator.name, parsed.session_id)
         return known is not None and known[0].reason is not None
 
     def _note_spelling(self, operator: Operator, provider_id: str) -> None:
@@ -225,7 +219,7 @@ def _operator(route: Route, parsed: Parsed) -> Operator:
     operator = route.operators.get(parsed.provider_id.casefold())
     if operator is None:
         raise BadNotice("bad_parameters", f"{parsed.dialect.fields['provider']} is not known here")
-    if not any(parsed.dialect.same_wire(dialect) for dialect in operator.receives):
+    if not any(parsed.dialect is one or parsed.dialect.same_wire(one) for one in operator.receives):
         raise BadNotice("bad_parameters", f"dialect {parsed.dialect.name} is not accepted for this provider")
     return operator
 
@@ -241,6 +235,20 @@ def _check_token(operator: Operator, parsed: Parsed) -> None:
         matches = [hmac.compare_digest(given, token.encode()) for token in operator.partner_tokens]
         if not any(matches):
             raise BadNotice("bad_token", "the token is not the partner's")
+
+
+def _notice(operator: Operator, parsed: Parsed, extra: Mapping[str, Any]) -> Notice:
+    """What plug-ins see of it."""
+    return Notice(
+        operator=operator.name,
+        dialect=parsed.dialect.name,
+        provider_id=parsed.provider_id,
+        session_id=parsed.session_id,
+        player_id=parsed.player_id,
+        token=parsed.token,
+        request=parsed.request,
+        extra=extra,
+    )
 
 
 def _json(extra: Mapping[str, Any]) -> str | None:

@@ -134,8 +134,8 @@ class Parsed(msgspec.Struct, frozen=True):
     @property
     def extra(self) -> dict[str, Any]:
         """The fields the dialect does not know, as received: kept for the plug-ins."""
-        known = set(self.dialect.fields.values())
-        return {name: value for name, value in self.received.items() if name not in known}
+        unknown = self.received.keys() - self.dialect.fields.values()
+        return {name: value for name, value in self.received.items() if name in unknown} if unknown else {}
 
 
 def content_of(content_type: str) -> Literal["json", "form"] | None:

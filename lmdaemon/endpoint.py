@@ -219,7 +219,7 @@ def _operator(route: Route, parsed: Parsed) -> Operator:
     operator = route.operators.get(parsed.provider_id.casefold())
     if operator is None:
         raise BadNotice("bad_parameters", f"{parsed.dialect.fields['provider']} is not known here")
-    if not any(parsed.dialect is one or parsed.dialect.same_wire(one) for one in operator.receives):
+    if parsed.dialect not in operator.receives and not any(map(parsed.dialect.same_wire, operator.receives)):
         raise BadNotice("bad_parameters", f"dialect {parsed.dialect.name} is not accepted for this provider")
     return operator
 

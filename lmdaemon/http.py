@@ -228,13 +228,13 @@ class Ready(web.StreamResponse):
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:
     """The body, at most `limit` bytes, also when its length is not announced. Raises BodyTooLarge, BodyTooSlow."""
-    if request.content_length is not None and request.content_length > limit:
-        raise BodyTooLarge(limit)
     if request.content.is_eof():  # it came with its headers, as almost all do: no time-out to set up
         body = request.content.read_nowait()
         if len(body) > limit:
             raise BodyTooLarge(limit)
         return body
+    if request.content_length is not None and request.content_length > limit:
+        raise BodyTooLarge(limit)
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):

@@ -102,14 +102,14 @@ class Repeats:
     def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> int | None:
         """None if the line is suppressed; else how many of its kind have been since the last one that was written."""
         now = self._monotonic()
-        same = {name: facts.get(name) for name in limit.same}
-        key = (event, *same.values())
+        key = (event, *map(facts.get, limit.same))
         if key not in self._kinds and len(self._kinds) >= KINDS_MAX:
             self.flush()
             if len(self._kinds) >= KINDS_MAX:
-                key, same = (event,), {}
+                key = (event,)
         kind = self._kinds.get(key)
         if kind is None:
+            same = dict(zip(limit.same, key[1:], strict=False))  # of none, where there are too many kinds
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
             return 0
         if now >= kind.until:

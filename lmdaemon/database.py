@@ -12,7 +12,7 @@ import re
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from importlib import resources
 from itertools import groupby
@@ -142,12 +142,8 @@ class Database(Generic[_Txn]):
         cls,
         path: Path,
         migrations: Sequence[str] | None = None,
-        functions: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> Self:
-        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot.
-
-        `functions` of one argument may be used by what is written.
-        """
+        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot."""
         path = real_path(path)
         lock = lock_file(path)
         try:
@@ -158,8 +154,6 @@ class Database(Generic[_Txn]):
                 await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
-                for name, function in (functions or {}).items():
-                    await writer.run(sqlite3.Connection.create_function, name, 1, function)
                 reader = await _connect(path, stack)
                 await reader.run(_execute, "PRAGMA query_only = ON")
                 await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none

@@ -9,7 +9,6 @@ as `sinks_of`.
 import asyncio
 import hashlib
 import hmac
-import json
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
+
+import orjson
 
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.database import Database, DatabaseError, StoreError
@@ -199,50 +200,71 @@ class _Change:
 
     def finish(self) -> None:
         """Keeps up the figures, the gates and the clock in the same transaction."""
-        self.sql.executemany(_ADD_FIGURES, [(name, *_triple(figures)) for name, figures in self.figures.items()])
-        self.sql.executemany(_PUT_GATE, [(name, *astuple(gate)) for name, gate in self.new_gates.items()])
+        _execute(self.sql, _ADD_FIGURES, [(name, *_triple(figures)) for name, figures in self.figures.items()])
+        _execute(self.sql, _PUT_GATES, [(name, *astuple(gate)) for name, gate in self.new_gates.items()])
         self.sql.execute(_PUT_CLOCK, (self.service_ms, self.wall_at))
 
 
 # Statements. Hot ones look rows up through an index by a list of keys; tests/test_store.py checks their plans.
+#
+# Each step of a statement, so each row of an executemany() or of a result, and each call of a Python function from SQL,
+# gives the interpreter lock away and waits to have it back from a busy event loop. So many rows go in and come out as
+# one JSON array.
 
-_ADD_FIGURES = """
-INSERT INTO operator (name, live, pending, dead) VALUES (?, ?, ?, ?)
+
+def _given(*names: str) -> str:
+    """Columns of the rows of json_each(?), an array each."""
+    return ", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(names))
+
+
+def _rows(columns: str) -> str:
+    """The one column of a result that is all its rows."""
+    return f"json_group_array(json_array({columns}))"
+
+
+_ADD_FIGURES = f"""
+INSERT INTO operator (name, live, pending, dead)
+SELECT {_given("name", "live", "pending", "dead")} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET live = live + excluded.live, pending = pending + excluded.pending,
                                  dead = dead + excluded.dead"""
-_PUT_GATE = f"""
-INSERT INTO operator (name, {", ".join(_GATE)}) VALUES (?{", ?" * len(_GATE)})
+_PUT_GATES = f"""
+INSERT INTO operator (name, {", ".join(_GATE)}) SELECT {_given("name", *_GATE)} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in _GATE)}"""
 _PUT_CLOCK = "UPDATE clock SET service_ms = ?, wall_at = ?"
 
-# Many rows in one statement, as JSON: each statement, and each row of an executemany(), gives the interpreter lock away
-# and waits to have it back.
-_FROM_JSON = {name: f"json_extract(value, '$[{place}]')" for place, name in enumerate(_NEW_SESSION)}
 _ADD_SESSIONS = f"""
-INSERT INTO session ({", ".join(_FROM_JSON)}, due_ms)
-SELECT {", ".join(_FROM_JSON.values())}, {_FROM_JSON["seen_ms"]} + {_FROM_JSON["idle_ms"]}
-FROM json_each(?) WHERE TRUE ON CONFLICT (operator, session_id) DO NOTHING"""
+INSERT INTO session ({", ".join(_NEW_SESSION)}, due_ms)
+SELECT *, seen_ms + idle_ms FROM (SELECT {_given(*_NEW_SESSION)} FROM json_each(?))
+WHERE TRUE ON CONFLICT (operator, session_id) DO NOTHING"""
 _SESSION_BY_KEY = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
 _SESSIONS_BY_KEY = f"""
-SELECT {_SESSION} FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+SELECT {_rows(_SESSION)} FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
 _TOUCH = """
 UPDATE session SET seen_ms = ?, seen_at = ?
 WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?)) AND reason IS NULL"""
-_STATES = """
-SELECT session_id, reason IS NULL FROM session
+_STATES = f"""
+SELECT {_rows("session_id, reason IS NULL")} FROM session
 WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
 _END = """
 UPDATE session SET reason = ?, ended_at = ?, token = coalesce(?, token), extra = coalesce(?, extra)
 WHERE id IN (SELECT value FROM json_each(?))"""
-_DUE = f"SELECT {_SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?"
+_DUE = f"""
+SELECT {_rows(_SESSION)}
+FROM (SELECT {_SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?)"""
 _DUE_LIFETIME = f"""
-SELECT {_SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
-ORDER BY lifetime_at LIMIT ?"""
-_MOVE_DUE = "UPDATE session SET due_ms = ? WHERE id = ?"
-_MOVE_LIFETIME = "UPDATE session SET lifetime_at = ? WHERE id = ?"
-_NEXT_DUE = "SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1"
-_NEXT_LIFETIME = """
-SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1"""
+SELECT {_rows(_SESSION)}
+FROM (SELECT {_SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
+      ORDER BY lifetime_at LIMIT ?)"""
+_MOVE_DUE = f"""
+UPDATE session SET due_ms = moved.due_ms FROM (SELECT {_given("id", "due_ms")} FROM json_each(?)) AS moved
+WHERE session.id = moved.id"""
+_MOVE_LIFETIME = f"""
+UPDATE session SET lifetime_at = moved.lifetime_at
+FROM (SELECT {_given("id", "lifetime_at")} FROM json_each(?)) AS moved WHERE session.id = moved.id"""
+_NEXT = """
+SELECT (SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1),
+       (SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL
+        ORDER BY lifetime_at LIMIT 1)"""
 
 _NEW_DELIVERY = (
     *("nonce", "session", "operator", "sink", "state", "created_at", "due_at", "settled_at", "aged_from_at"),
@@ -250,9 +272,8 @@ _NEW_DELIVERY = (
 )
 _ADD_DELIVERIES = f"""
 INSERT INTO delivery ({", ".join(_NEW_DELIVERY)})
-SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(_NEW_DELIVERY) - 1))},
-       CAST(json_extract(value, '$[{len(_NEW_DELIVERY) - 1}]') AS BLOB)
-FROM json_each(?)"""
+SELECT {", ".join(_NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
+FROM (SELECT {_given(*_NEW_DELIVERY)} FROM json_each(?))"""
 _LANE = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
@@ -274,19 +295,23 @@ _RESULT = (
 _SETTLE = f"""
 UPDATE delivery SET {", ".join(f"{name} = result.{name}" for name in _RESULT[1:])},
                     body = CASE WHEN result.state = 'delivered' THEN x'' ELSE body END
-FROM (SELECT {", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(_RESULT))}
-      FROM json_each(?)) AS result
+FROM (SELECT {_given(*_RESULT)} FROM json_each(?)) AS result
 WHERE delivery.id = result.id AND delivery.state = 'pending'"""
 # A delivery that may be sent again; an http one without a body could never be composed.
 _MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
-_FORGET_TOKENS = f"""
-UPDATE session SET token = digest(token)
-WHERE id IN (SELECT value FROM json_each(?)) AND token IS NOT NULL AND substr(token, 1, 1) <> char(31)
+_UNNEEDED_TOKENS = f"""
+SELECT {_rows("id, token")} FROM session
+WHERE id IN (SELECT value FROM json_each(?)) AND token IS NOT NULL
 AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {_MAY_BE_SENT})"""
+_PUT_TOKENS = f"""
+UPDATE session SET token = put.token FROM (SELECT {_given("id", "token")} FROM json_each(?)) AS put
+WHERE session.id = put.id"""
 _SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
-_REVIVE = """
-UPDATE delivery SET state = 'pending', due_at = ?, settled_at = NULL, step = 0, aged_from_at = ?, held_base_ms = ?
-WHERE id = ?"""
+_REVIVE = f"""
+UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
+                    aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
+FROM (SELECT {_given("id", "due_at", "aged_from_at", "held_base_ms")} FROM json_each(?)) AS again
+WHERE delivery.id = again.id"""
 _DELIVERY_BY_ID = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 _DELIVERIES_OF = f"""
@@ -299,16 +324,17 @@ _OLDEST_PENDING = """
 SELECT min(created_at) FROM delivery
 WHERE id = (SELECT id FROM delivery WHERE operator = ? AND state = 'pending' ORDER BY id LIMIT 1)"""
 
-_ENDED_BEFORE = """
-SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)
-ORDER BY ended_at, id LIMIT ?"""
+_ENDED_BEFORE = f"""
+SELECT {_rows("id, ended_at")}
+FROM (SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)
+      ORDER BY ended_at, id LIMIT ?)"""
 _SESSIONS_OF = f"""
 SELECT {_SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""
 _DELIVERIES_OF_ALL = f"""
 SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
 _KEPT = """
-SELECT DISTINCT session FROM delivery
+SELECT json_group_array(session) FROM delivery
 WHERE session IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR settled_at >= ?)"""
 _PRUNED_DEAD = """
 SELECT operator, count(*) FROM delivery
@@ -353,7 +379,7 @@ class Store:
 
         With `count_downtime`, the wall time since the last transaction is added to the service clock.
         """
-        database: Database[_Change] = await Database.open(path, functions={"digest": _digest})
+        database: Database[_Change] = await Database.open(path)
         try:
             service_ms, wall_at = await database.read(
                 lambda sql: sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
@@ -381,8 +407,7 @@ class Store:
             ):
                 self.figures[name] = Figures(live, pending, dead)
                 self.gates[name] = Gate(*gate)
-            self.next_due_ms = _scalar(sql.execute(_NEXT_DUE))
-            self.next_lifetime_at = _scalar(sql.execute(_NEXT_LIFETIME))
+            self.next_due_ms, self.next_lifetime_at = sql.execute(_NEXT).fetchone()
 
         await self._db.read(load)
 
@@ -638,7 +663,7 @@ def _add(change: _Change, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Session
     """Adds sessions (rows as in _NEW_SESSION) where none of that key is known. Each as stored, and if it is new."""
     if not rows:
         return []
-    cursor = change.sql.execute(_ADD_SESSIONS, (json.dumps(rows),))
+    cursor = change.sql.execute(_ADD_SESSIONS, (_json(rows),))
     added, last = cursor.rowcount, cursor.lastrowid or 0
     ids = range(last - added + 1, last + 1)  # SQLite numbers them in their order, one above the greatest so far
     if added == len(rows):
@@ -657,14 +682,14 @@ def _touch(change: _Change, touchings: Sequence[Touching]) -> list[Touched]:
 
 def _touch_all(change: _Change, operator: str, session_ids: set[str]) -> tuple[set[str], set[str]]:
     """Touches and says which were active and which had ended."""
-    ids = json.dumps(list(session_ids))
+    ids = _json(list(session_ids))
     stamp = (change.seen_ms, change.wall_at)
     # No RETURNING: each row that is fetched gives the interpreter lock away, and waits to have it back.
     if change.sql.execute(_TOUCH, (*stamp, operator, ids)).rowcount == len(session_ids):
         return session_ids, set()
     active: set[str] = set()
     ended: set[str] = set()
-    for session_id, is_active in change.sql.execute(_STATES, (operator, ids)).fetchall():
+    for session_id, is_active in _fetch(change.sql, _STATES, operator, ids):
         (active if is_active else ended).add(session_id)
     return active, ended
 
@@ -705,7 +730,7 @@ def _known(sql: sqlite3.Connection, keys: Iterable[Key]) -> dict[Key, Session]:
     return {
         Key(operator, session.session_id): session
         for operator, session_ids in by_operator.items()
-        for session in _sessions(sql.execute(_SESSIONS_BY_KEY, (operator, json.dumps(session_ids))))
+        for session in _sessions(sql, _SESSIONS_BY_KEY, operator, _json(session_ids))
     }
 
 
@@ -742,30 +767,29 @@ def _record_one(change: _Change, new: Recording, known: dict[Key, Session]) -> R
 
 def _end_due(change: _Change, arguments: Sequence[int | None]) -> list[Swept]:
     swept = [_end_due_once(change, as_of_ms) for as_of_ms in arguments]
-    change.next_due_ms = _scalar(change.sql.execute(_NEXT_DUE))
-    change.next_lifetime_at = _scalar(change.sql.execute(_NEXT_LIFETIME))
+    change.next_due_ms, change.next_lifetime_at = change.sql.execute(_NEXT).fetchone()
     change.looked_ahead = True
     return swept
 
 
 def _end_due_once(change: _Change, as_of_ms: int | None) -> Swept:
-    outlived = _sessions(change.sql.execute(_DUE_LIFETIME, (change.wall_at, SWEEP_ROWS)))
+    outlived = _sessions(change.sql, _DUE_LIFETIME, change.wall_at, SWEEP_ROWS)
     ended = _end(change, [session for session in outlived if session.operator in change.known], "max_lifetime")
     later_at = change.wall_at + REVISIT_MS
-    orphans = [(later_at, session.id) for session in outlived if session.operator not in change.known]
-    change.sql.executemany(_MOVE_LIFETIME, orphans)
+    orphans = [(session.id, later_at) for session in outlived if session.operator not in change.known]
+    _execute(change.sql, _MOVE_LIFETIME, orphans)
     if as_of_ms is None:
         return Swept(len(ended), len(outlived))
-    due = _sessions(change.sql.execute(_DUE, (as_of_ms, SWEEP_ROWS)))
+    due = _sessions(change.sql, _DUE, as_of_ms, SWEEP_ROWS)
     moves, idle_for_too_long = [], []
     for session in due:
         if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
-            moves.append((session.deadline_ms, session.id))
+            moves.append((session.id, session.deadline_ms))
         elif session.operator not in change.known:  # nobody knows its sinks now; ending it would lose its notice
-            moves.append((as_of_ms + REVISIT_MS, session.id))
+            moves.append((session.id, as_of_ms + REVISIT_MS))
         else:
             idle_for_too_long.append(session)
-    change.sql.executemany(_MOVE_DUE, moves)
+    _execute(change.sql, _MOVE_DUE, moves)
     ended += _end(change, idle_for_too_long, "inactivity")
     return Swept(len(ended), max(len(outlived), len(due)))
 
@@ -777,7 +801,7 @@ def _end(
     if not sessions:
         return []
     now = change.wall_at
-    change.sql.execute(_END, (reason, now, token, extra, json.dumps([session.id for session in sessions])))
+    change.sql.execute(_END, (reason, now, token, extra, _json([session.id for session in sessions])))
     ended = [replace(s, reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
     for session in ended:
         change.of(session.operator).live -= 1
@@ -788,7 +812,7 @@ def _end(
 def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
     """One delivery for each sink of each ended session; where none can be sent, the token goes at once."""
     now = change.wall_at
-    rows, unsent = [], []
+    rows, unsent = [], {}
     for session in ended:
         figures = change.of(session.operator)
         held_ms = _held_ms(_gate(change, session.operator), now)
@@ -803,26 +827,25 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
             row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible)
             rows.append((*row, body.decode()))
         if all(impossible for *_, impossible in sinks):
-            unsent.append(session.id)
-    if rows:
-        change.sql.execute(_ADD_DELIVERIES, (json.dumps(rows),))
+            unsent[session.id] = session.token
+    _execute(change.sql, _ADD_DELIVERIES, rows)
     _forget_tokens(change, unsent)
     change.ended += ended
 
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
-    ids = json.dumps([one.delivery.id for one in settlements])
-    pending = set(json.loads(change.sql.execute(_PENDING, (ids,)).fetchone()[0]))
-    rows = [_result(change, one) for one in settlements if one.delivery.id in pending]
-    change.sql.execute(_SETTLE, (json.dumps(rows),))
-    _forget_tokens(change, [one.delivery.session for one in settlements if one.state != "pending"])
+    pending = set(_fetch(change.sql, _PENDING, _json([one.delivery.id for one in settlements])))
+    _execute(change.sql, _SETTLE, [_result(change, one) for one in settlements if one.delivery.id in pending])
+    over = [one.delivery.session for one in settlements if one.state != "pending"]
+    if over:
+        _forget_tokens(change, dict(_fetch(change.sql, _UNNEEDED_TOKENS, _json(over))))
     return [_settled(change, one, pending) for one in settlements]
 
 
 def _result(change: _Change, settlement: Settlement) -> tuple[Any, ...]:
     """A row as in _RESULT."""
     delivery, attempt = settlement.delivery, settlement.attempt or {}
-    history = json.loads(delivery.history)
+    history = orjson.loads(delivery.history)
     if attempt:
         history.append(attempt)
     return (
@@ -832,7 +855,7 @@ def _result(change: _Change, settlement: Settlement) -> tuple[Any, ...]:
         attempt.get("status", delivery.last_status),
         attempt.get("code", delivery.last_code),
         attempt.get("error", delivery.last_error),
-        json.dumps(history[-HISTORY_MAX:]),
+        _json(history[-HISTORY_MAX:]),
     )
 
 
@@ -850,10 +873,12 @@ def _settled(change: _Change, settlement: Settlement, pending: set[int]) -> Sett
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
 
 
-def _forget_tokens(change: _Change, sessions: Sequence[int]) -> None:
-    """A player's token is kept for sending. Once nothing can need it, what stays only tells it from another."""
-    if sessions:
-        change.sql.execute(_FORGET_TOKENS, (json.dumps(sessions),))
+def _forget_tokens(change: _Change, unneeded: Mapping[int, str | None]) -> None:
+    """Of each session: a player's token is kept for sending. Once nothing can need it, what stays only tells it from
+    another.
+    """
+    tokens = [(session, _digest(token)) for session, token in unneeded.items() if token and token[0] != _DIGEST]
+    _execute(change.sql, _PUT_TOKENS, tokens)
 
 
 def _set_back(change: _Change) -> None:
@@ -918,10 +943,10 @@ def _revive(change: _Change, operator: str, dead: Sequence[Delivery]) -> None:
     due_at = max(change.wall_at, gate.paced_until_at)
     rows = []
     for delivery in dead:
-        rows.append((due_at, change.wall_at, _held_ms(gate, change.wall_at), delivery.id))
+        rows.append((delivery.id, due_at, change.wall_at, _held_ms(gate, change.wall_at)))
         change.note_due(operator, delivery.sink, due_at)
         due_at += RETRY_SPACING_MS
-    change.sql.executemany(_REVIVE, rows)
+    _execute(change.sql, _REVIVE, rows)
     change.new_gates[operator] = replace(gate, paced_until_at=due_at)
     figures = change.of(operator)
     figures.dead -= len(dead)
@@ -935,10 +960,10 @@ def _prune(
 
 
 def _prune_once(change: _Change, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    rows = change.sql.execute(_ENDED_BEFORE, (before_at, *after, PRUNE_ROWS)).fetchall()
+    rows = _fetch(change.sql, _ENDED_BEFORE, before_at, *after, PRUNE_ROWS)
     old = _ids(rows)
-    kept = {row[0] for row in change.sql.execute(_KEPT, (old, before_at))}
-    gone = json.dumps([row[0] for row in rows if row[0] not in kept])
+    kept = set(_fetch(change.sql, _KEPT, old, before_at))
+    gone = _json([row[0] for row in rows if row[0] not in kept])
     for operator, dead in change.sql.execute(_PRUNED_DEAD, (gone,)).fetchall():
         change.of(operator).dead -= dead
     change.sql.execute(_PRUNE_DELIVERIES, (gone,))
@@ -964,10 +989,10 @@ def ended(
     """
     sql.execute("BEGIN")
     try:
-        keys = sql.execute(_ENDED_BEFORE, (before_at, *after, rows)).fetchall()
+        keys = _fetch(sql, _ENDED_BEFORE, before_at, *after, rows)
         sessions = {row[0]: Session(*row) for row in sql.execute(_SESSIONS_OF, (_ids(keys), operator))}
         found: dict[int, list[Delivery]] = {session: [] for session in sessions}
-        for row in sql.execute(_DELIVERIES_OF_ALL, (json.dumps(list(sessions)),)):
+        for row in sql.execute(_DELIVERIES_OF_ALL, (_json(list(sessions)),)):
             delivery = Delivery(*row)
             found[delivery.session].append(delivery)
     finally:
@@ -984,8 +1009,24 @@ def committed_at(sql: sqlite3.Connection) -> int:
 # -- pieces
 
 
-def _ids(rows: Sequence[tuple[int, int]]) -> str:
-    return json.dumps([row[0] for row in rows])
+def _json(value: Sequence[Any]) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _execute(sql: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Runs a statement that takes its rows from json_each(?), if there are any."""
+    if rows:
+        sql.execute(statement, (_json(rows),))
+
+
+def _fetch(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Any]:
+    """What a statement returns as one JSON array."""
+    found: list[Any] = orjson.loads(sql.execute(statement, arguments).fetchone()[0])
+    return found
+
+
+def _ids(rows: Sequence[Sequence[int]]) -> str:
+    return _json([row[0] for row in rows])
 
 
 _OPEN_GATE = Gate()
@@ -1043,8 +1084,8 @@ def _scalar(cursor: sqlite3.Cursor) -> int | None:
     return None if row is None else row[0]
 
 
-def _sessions(cursor: sqlite3.Cursor) -> list[Session]:
-    return [Session(*row) for row in cursor.fetchall()]
+def _sessions(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Session]:
+    return [Session(*row) for row in _fetch(sql, statement, *arguments)]
 
 
 def _session(sql: sqlite3.Connection, operator: str, session_id: str) -> Session | None:

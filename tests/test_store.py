@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import re
 import sqlite3
 from collections.abc import AsyncIterator
@@ -375,7 +376,7 @@ class TestDeliveries:
         third = await db.delivery(first.webhook_id)
         assert third is not None
         assert (third.state, third.attempts, third.last_error, third.body) == ("delivered", 2, None, b"")
-        assert [one["status"] for one in store.json.loads(third.history)] == [500, 200]
+        assert [one["status"] for one in json.loads(third.history)] == [500, 200]
 
     async def test_the_history_keeps_the_latest_attempts_only(self, db: Store) -> None:
         delivery = await one_delivery(db)
@@ -384,7 +385,7 @@ class TestDeliveries:
             again = await db.delivery(delivery.webhook_id)
             assert again is not None
             delivery = again
-        history = store.json.loads(delivery.history)
+        history = json.loads(delivery.history)
         assert (len(history), history[-1]["at"]) == (store.HISTORY_MAX, store.HISTORY_MAX + 4)
         assert delivery.attempts == store.HISTORY_MAX + 5
 
@@ -650,12 +651,15 @@ HOT = {
     "_END": (5, "INTEGER PRIMARY KEY"),
     "_DUE": (2, "INDEX session_due (due_ms<?)"),
     "_DUE_LIFETIME": (2, "INDEX session_lifetime (lifetime_at>? AND lifetime_at<?)"),
-    "_NEXT_DUE": (0, "INDEX session_due"),
-    "_NEXT_LIFETIME": (0, "INDEX session_lifetime"),
-    "_MOVE_DUE": (2, "INTEGER PRIMARY KEY"),
+    "_NEXT": (0, "INDEX session_due"),
+    "_MOVE_DUE": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
+    "_MOVE_LIFETIME": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
     "_LANE": (4, "INDEX delivery_due (operator=? AND sink=?)"),
     "_PENDING": (1, "INTEGER PRIMARY KEY"),
     "_SETTLE": (1, "SEARCH delivery USING INTEGER PRIMARY KEY (rowid=?)"),
+    "_UNNEEDED_TOKENS": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
+    "_PUT_TOKENS": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
+    "_REVIVE": (1, "SEARCH delivery USING INTEGER PRIMARY KEY (rowid=?)"),
     "_DELIVERIES_OF": (1, "(session=?)"),
     "_DEAD": (3, "INDEX delivery_state (operator=? AND state=?)"),
     "_OLDEST_PENDING": (1, "INDEX delivery_state (operator=? AND state=?)"),

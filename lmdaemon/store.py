@@ -143,7 +143,8 @@ class Figures:
 
 
 _SESSION = ", ".join(field.name for field in fields(Session))
-_DELIVERY = ", ".join("s.session_id" if field.name == "session_id" else f"d.{field.name}" for field in fields(Delivery))
+_FIELDS = tuple(field.name for field in fields(Delivery))
+_DELIVERY = ", ".join("s.session_id" if name == "session_id" else f"d.{name}" for name in _FIELDS)
 _NEW_SESSION = tuple(field.name for field in fields(Session) if field.name != "id")
 _GATE = tuple(field.name for field in fields(Gate))
 
@@ -275,9 +276,10 @@ INSERT INTO delivery ({", ".join(_NEW_DELIVERY)})
 SELECT {", ".join(_NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
 FROM (SELECT {_given(*_NEW_DELIVERY)} FROM json_each(?))"""
 _LANE = f"""
-SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
-WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
-ORDER BY d.due_at LIMIT ?"""
+SELECT {_rows(", ".join([*_FIELDS[:-1], "CAST(body AS TEXT)"]))}
+FROM (SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+      WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
+      ORDER BY d.due_at LIMIT ?)"""
 _PENDING = """
 SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
 _RESULT = (
@@ -602,7 +604,7 @@ class Store:
         """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
 
         def read(sql: sqlite3.Connection) -> list[list[Delivery]]:
-            return [[Delivery(*row) for row in sql.execute(_LANE, lane)] for lane in lanes]
+            return [[Delivery(*facts, body.encode()) for *facts, body in _fetch(sql, _LANE, *lane)] for lane in lanes]
 
         return await self._db.read(read)
 

@@ -604,7 +604,7 @@ class Store:
         """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
 
         def read(sql: sqlite3.Connection) -> list[list[Delivery]]:
-            return [[Delivery(*facts, body.encode()) for *facts, body in _fetch(sql, _LANE, *lane)] for lane in lanes]
+            return [[_claimed(row) for row in _fetch(sql, _LANE, *lane)] for lane in lanes]
 
         return await self._db.read(read)
 
@@ -1088,6 +1088,11 @@ def _scalar(cursor: sqlite3.Cursor) -> int | None:
 
 def _sessions(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Session]:
     return [Session(*row) for row in _fetch(sql, statement, *arguments)]
+
+
+def _claimed(row: list[Any]) -> Delivery:
+    row[-1] = row[-1].encode()  # the body
+    return Delivery(*row)
 
 
 def _session(sql: sqlite3.Connection, operator: str, session_id: str) -> Session | None:

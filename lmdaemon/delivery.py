@@ -15,7 +15,6 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from random import Random
@@ -613,7 +612,7 @@ class Dispatcher:
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
                 self._log_dead(lane, row, row.attempts, "max_age")
-                settlement = Settlement(replace(row, last_error="max_age"), "dead", 0, row.step)
+                settlement = Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)
             else:
                 outcome = await self._attempt(lane, row)
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)

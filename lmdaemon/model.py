@@ -8,7 +8,7 @@ spans in seconds end in `_s`.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Reason = Literal["inactivity", "max_lifetime", "closed", "reported"]
 DeliveryState = Literal["pending", "delivered", "dead"]
@@ -94,17 +94,24 @@ class SessionEnded:
     extra: Mapping[str, Any] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+# Named tuples: hundreds are made at a time, each in a tenth of the time that a frozen dataclass takes.
+
+
+def _shown(row: NamedTuple, *hidden: str) -> str:
+    facts = (f"{name}={value!r}" for name, value in row._asdict().items() if name not in hidden)
+    return f"{type(row).__name__}({', '.join(facts)})"
+
+
+class Session(NamedTuple):
     """A session as stored. `attributes` and `extra` are JSON text as stored, or None."""
 
     id: int
     operator: str
     session_id: str
     player_id: str
-    token: str | None = field(repr=False)
+    token: str | None
     attributes: str | None
-    extra: str | None = field(repr=False)
+    extra: str | None
     idle_ms: int
     opened_at: int
     seen_ms: int
@@ -113,14 +120,16 @@ class Session:
     ended_at: int | None
     reason: Reason | None
 
+    def __repr__(self) -> str:
+        return _shown(self, "token", "extra")
+
     @property
     def deadline_ms(self) -> int:
         """Service time at which the session is idle for too long."""
         return self.seen_ms + self.idle_ms
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One end for one sink: the row that is the queue. `body` is what is sent, byte for byte, at every attempt."""
 
     id: int
@@ -141,7 +150,10 @@ class Delivery:
     last_code: int | float | None
     last_error: str | None
     history: str
-    body: bytes = field(repr=False)
+    body: bytes
+
+    def __repr__(self) -> str:
+        return _shown(self, "body")
 
     @property
     def webhook_id(self) -> str:

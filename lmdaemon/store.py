@@ -142,10 +142,9 @@ class Figures:
     dead: int = 0
 
 
-_SESSION = ", ".join(field.name for field in fields(Session))
-_FIELDS = tuple(field.name for field in fields(Delivery))
-_DELIVERY = ", ".join("s.session_id" if name == "session_id" else f"d.{name}" for name in _FIELDS)
-_NEW_SESSION = tuple(field.name for field in fields(Session) if field.name != "id")
+_SESSION = ", ".join(Session._fields)
+_DELIVERY = ", ".join("s.session_id" if name == "session_id" else f"d.{name}" for name in Delivery._fields)
+_NEW_SESSION = tuple(name for name in Session._fields if name != "id")
 _GATE = tuple(field.name for field in fields(Gate))
 
 SinksOf = Callable[[Session], Sequence[NewDelivery]]
@@ -276,7 +275,7 @@ INSERT INTO delivery ({", ".join(_NEW_DELIVERY)})
 SELECT {", ".join(_NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
 FROM (SELECT {_given(*_NEW_DELIVERY)} FROM json_each(?))"""
 _LANE = f"""
-SELECT {_rows(", ".join([*_FIELDS[:-1], "CAST(body AS TEXT)"]))}
+SELECT {_rows(", ".join([*Delivery._fields[:-1], "CAST(body AS TEXT)"]))}
 FROM (SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
       WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
       ORDER BY d.due_at LIMIT ?)"""
@@ -658,7 +657,7 @@ def _open_again(change: _Change, new: Opening, known: Session) -> Opened:
         return Opened("differs", known)
     seen = (change.seen_ms, change.wall_at)
     change.sql.execute("UPDATE session SET seen_ms = ?, seen_at = ? WHERE id = ?", (*seen, known.id))
-    return Opened("open", replace(known, seen_ms=seen[0], seen_at=seen[1]))
+    return Opened("open", known._replace(seen_ms=seen[0], seen_at=seen[1]))
 
 
 def _add(change: _Change, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Session, bool]]:
@@ -804,7 +803,7 @@ def _end(
         return []
     now = change.wall_at
     change.sql.execute(_END, (reason, now, token, extra, _json([session.id for session in sessions])))
-    ended = [replace(s, reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
+    ended = [s._replace(reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
     for session in ended:
         change.of(session.operator).live -= 1
     _follow_up(change, ended)

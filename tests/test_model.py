@@ -1,6 +1,5 @@
 """The vocabulary: what is an id, which secrets a repr hides, what can be refused, how times are written."""
 
-from dataclasses import FrozenInstanceError, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -178,8 +177,8 @@ def test_no_repr_shows_a_secret(value: object) -> None:
 
 @pytest.mark.parametrize("value", [Notice("a", "v4", "p", "s", "1"), session(), delivery(), Gate()])
 def test_what_is_known_cannot_be_changed(value: Any) -> None:
-    with pytest.raises(FrozenInstanceError):
-        setattr(value, fields(value)[0].name, "other")
+    with pytest.raises(AttributeError):  # of which FrozenInstanceError is one
+        setattr(value, next(iter(type(value).__annotations__)), "other")
 
 
 def test_a_session_is_idle_too_long_one_idle_time_after_its_last_touch() -> None:

@@ -73,7 +73,7 @@ class TestOpening:
         assert again.outcome == "open"
         assert again.session == await found(db)
         assert again.session.seen_ms == first.seen_ms + 4000
-        assert dataclasses.replace(again.session, seen_ms=first.seen_ms, seen_at=first.seen_at) == first
+        assert again.session._replace(seen_ms=first.seen_ms, seen_at=first.seen_at) == first
 
     @pytest.mark.parametrize("change", [{"player_id": "q"}, {"token": "other"}, {"token": None}])
     async def test_opening_with_other_facts_is_refused_and_changes_nothing(

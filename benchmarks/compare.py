@@ -32,7 +32,7 @@ class Bench:
     @property
     def notices(self) -> int:
         """Deliveries in one slice."""
-        return 400 if self.quick else 3000
+        return 400 if self.quick else 6000
 
     @property
     def ends(self) -> int:

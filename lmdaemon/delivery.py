@@ -79,7 +79,7 @@ def compose(operator: Operator, session: Session) -> tuple[bytes, str | None]:
             session_id=session.session_id,
             player_id=session.player_id,
             token=session.token,
-            request_id=uuid4().hex,
+            request_id=uuid4().hex if "request" in operator.sends.fields else "",
             hash_key=operator.hash_key,
         )
     except CannotEncode as error:
@@ -691,11 +691,12 @@ class Dispatcher:
         def alter(gate: Gate, now_at: int) -> Gate:
             return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
 
-        settlement = Settlement(row, "dead", 0, row.step, attempt, gate=alter if lane.gated else None)
+        gate = alter if lane.gated else None
         if outcome.verdict == "delivered":
             self._log_recovery(lane)
             log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
-            return settlement._replace(state="delivered")
+            return Settlement(row, "delivered", 0, row.step, attempt, gate=gate)
+        settlement = Settlement(row, "dead", 0, row.step, attempt, gate=gate)
         if outcome.verdict == "hold":
             return settlement._replace(state="pending", spent=False)
         lane.failed += 1

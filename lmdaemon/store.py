@@ -188,7 +188,10 @@ class _Change:
             _set_back(self)
 
     def of(self, operator: str) -> Figures:
-        return self.figures.setdefault(operator, Figures())
+        figures = self.figures.get(operator)
+        if figures is None:
+            figures = self.figures[operator] = Figures()
+        return figures
 
     def note_due(self, operator: str, sink: str, due_at: int) -> None:
         known = self.due.get((operator, sink))

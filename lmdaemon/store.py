@@ -13,7 +13,8 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -33,6 +34,7 @@ RETRY_ROWS = 500
 RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
 SET_BACK_MS = 1000  # what the wall clock is behind the monotonic one by less has drifted
+LANES_AT_ONCE = 32  # in one statement
 HISTORY_MAX = 50  # attempts kept per delivery, the latest
 
 
@@ -278,10 +280,18 @@ INSERT INTO delivery ({", ".join(_NEW_DELIVERY)})
 SELECT {", ".join(_NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
 FROM (SELECT {_given(*_NEW_DELIVERY)} FROM json_each(?))"""
 _LANE = f"""
-SELECT {_rows(", ".join([*Delivery._fields[:-1], "CAST(body AS TEXT)"]))}
+SELECT {_rows(", ".join([*Delivery._fields[:-1], "CAST(body AS TEXT)"]))} AS lane
 FROM (SELECT {_DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
       WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
       ORDER BY d.due_at LIMIT ?)"""
+
+
+@cache
+def _lanes(count: int) -> str:
+    """So many lanes as one row: an array of arrays of rows."""
+    return f"SELECT json_group_array(json(lane)) FROM ({' UNION ALL '.join([_LANE] * count)})"
+
+
 _PENDING = """
 SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
 _RESULT = (
@@ -606,7 +616,12 @@ class Store:
         """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
 
         def read(sql: sqlite3.Connection) -> list[list[Delivery]]:
-            return [[_claimed(row) for row in _fetch(sql, _LANE, *lane)] for lane in lanes]
+            found: list[list[Delivery]] = []
+            for first in range(0, len(lanes), LANES_AT_ONCE):
+                some = lanes[first : first + LANES_AT_ONCE]
+                arguments = chain.from_iterable(some)
+                found += ([_claimed(row) for row in rows] for rows in _fetch(sql, _lanes(len(some)), *arguments))
+            return found
 
         return await self._db.read(read)
 

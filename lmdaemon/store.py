@@ -843,11 +843,11 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
             else:
                 figures.dead += 1
             fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
-            row = (secrets.token_hex(10), session.id, session.operator, sink, *fate, now, held_ms, impossible)
-            rows.append((*row, body.decode()))
+            rows.append((session.id, session.operator, sink, *fate, now, held_ms, impossible, body.decode()))
         if all(impossible for *_, impossible in sinks):
             unsent[session.id] = session.token
-    _execute(change.sql, _ADD_DELIVERIES, rows)
+    nonces = _random_hex(10, len(rows))
+    _execute(change.sql, _ADD_DELIVERIES, [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)])
     _forget_tokens(change, unsent)
     change.ended += ended
 
@@ -896,8 +896,10 @@ def _forget_tokens(change: _Change, unneeded: Mapping[int, str | None]) -> None:
     """Of each session: a player's token is kept for sending. Once nothing can need it, what stays only tells it from
     another.
     """
-    tokens = [(session, _digest(token)) for session, token in unneeded.items() if token and token[0] != _DIGEST]
-    _execute(change.sql, _PUT_TOKENS, tokens)
+    tokens = [(session, token) for session, token in unneeded.items() if token and token[0] != _DIGEST]
+    salts = _random_hex(8, len(tokens))
+    digests = [(session, _digest(token, salt)) for (session, token), salt in zip(tokens, salts, strict=True)]
+    _execute(change.sql, _PUT_TOKENS, digests)
 
 
 def _set_back(change: _Change) -> None:
@@ -1028,6 +1030,12 @@ def committed_at(sql: sqlite3.Connection) -> int:
 # -- pieces
 
 
+def _random_hex(size: int, count: int) -> list[str]:
+    """Of so many bytes each. Asked of the system in one call, which gives the interpreter lock away too."""
+    text = secrets.token_hex(size * count)
+    return [text[at : at + 2 * size] for at in range(0, len(text), 2 * size)]
+
+
 def _json(value: Sequence[Any]) -> str:
     return orjson.dumps(value).decode()
 
@@ -1072,9 +1080,8 @@ def _triple(figures: Figures) -> tuple[int, int, int]:
 _DIGEST = "\x1f"  # begins what is left of a token; a token itself has no control characters
 
 
-def _digest(token: str, salt: str | None = None) -> str:
+def _digest(token: str, salt: str) -> str:
     """What is left of a token that is needed no more: enough to know it again."""
-    salt = salt or secrets.token_hex(8)
     return f"{_DIGEST}{salt}{hashlib.sha256(f'{salt}{token}'.encode()).hexdigest()}"
 
 

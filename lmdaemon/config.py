@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
-from lmdaemon.log import safe_url
+from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import id_problem
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,6 +32,9 @@ KEEP_ENDED_ADVISED_S = 7 * 86400.0
 DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
+_PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
+USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
 _FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
@@ -642,8 +645,10 @@ class _Reader:
     # -- rules
 
     def check_path(self, path: str, at: str) -> None:
-        if not re.fullmatch(r"/[!-~]*", path) or set(path) & set("?#%"):
-            self.error(at, "must start with / and be plain ASCII without ?, # and %", path)
+        if not _PATH.fullmatch(path):
+            self.error(at, "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/", path)
+        elif re.search(r"//|/\.{1,2}(/|$)", path):
+            self.error(at, "must not have //, /./ or /../, which a sender may resolve", path)
         elif endpoint_key(path) == "/health":
             self.error(at, "must not be /health, which is taken", path)
 
@@ -670,13 +675,20 @@ class _Reader:
             if table.notify:
                 self.error(f"{at}.url", "is required when notify = true")
             return None
+        if stray_at(table.url):  # without the value: what of it is a password cannot be told
+            return self.error(f"{at}.url", USER_INFO_RULE)
         try:
             parts = urlsplit(table.url)
             host, _ = parts.hostname, parts.port
         except ValueError:  # without the reason, which may quote a password
-            return self.error(f"{at}.url", "must be a URL")
-        if parts.scheme not in ("https", "http") or not host or not table.url.isprintable() or " " in table.url:
+            return self.error(f"{at}.url", "must be a URL with a valid host and port")
+        if parts.scheme not in ("https", "http") or not host:
             return self.error(f"{at}.url", "must be https", safe_url(table.url) if host else _ABSENT)
+        if not table.url.isprintable() or set(table.url) & set(' \\"<>'):
+            rule = 'must not have spaces, control characters, \\, ", < or >'
+            return self.error(f"{at}.url", rule, safe_url(table.url))
+        if ":" not in host and not re.fullmatch(r"[\w.-]+", host):
+            return self.error(f"{at}.url", "must have a host name or an address", safe_url(table.url))
         if table.allow_private_network:
             return None
         allowed = "; allow_private_network = true lifts this"

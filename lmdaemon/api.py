@@ -6,7 +6,7 @@ administrators. It must never return a token, and never count reading as activit
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 import orjson
@@ -112,7 +112,10 @@ class Api:
 
         async def handle(request: web.Request) -> web.StreamResponse:
             is_touch = request.method == "POST" and _TOUCH.fullmatch(request.rel_url.raw_path)
-            if not is_touch or "Expect" in request.headers:
+            expect = request.headers.get("Expect", "").lower()
+            if expect and expect != "100-continue":  # aiohttp would say 417 before a token is asked for
+                return await self._guarded(request, _unexpected)
+            if not is_touch or expect:
                 return await otherwise(request)
             return await self._guarded(request, self.touch)
 
@@ -374,6 +377,10 @@ class Api:
         if problem:
             raise _bad(f"sessionId: {problem}")
         return session_id
+
+
+async def _unexpected(_: web.Request) -> NoReturn:
+    raise Problem(417, "Expectation Failed", "Expect must be 100-continue")
 
 
 def _json(body: Any, status: int = 200) -> web.Response:

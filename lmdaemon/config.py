@@ -218,6 +218,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     operators: Mapping[str, Operator]
     plugins: Mapping[str, Plugin]
     warnings: tuple[str, ...]
+    handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
 
     def __repr__(self) -> str:
         return f"Settings({str(self.file)!r})"
@@ -380,6 +381,7 @@ class _Reader:
         self.secrets = secrets
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.handed_over: list[str] = []
 
     def error(self, key: str, rule: str, value: object = _ABSENT) -> None:
         self.errors.append(f"{key}: {rule}" + ("" if value is _ABSENT else f" (got {_shown(value)})"))
@@ -444,6 +446,7 @@ class _Reader:
             operators=operators,
             plugins=plugins,
             warnings=tuple(self.warnings),
+            handed_over=tuple(self.handed_over),
         )
 
     # -- tables into structs
@@ -836,6 +839,8 @@ class _Reader:
             report = self.missing if unreadable or self.secrets == "optional" else self.error
             report(at, finding)
             return None
+        if path != self.path.parent / name:
+            self.handed_over.append(at)
         if secret and mode & 0o004:
             self.warnings.append(f"{at}: others can read this secret (mode {mode:o}): {path}")
         return content
@@ -890,7 +895,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The keys whose values differ, without the values: some are secrets."""
     before, after = dict(_flat(old, "")), dict(_flat(new, ""))
     for key in sorted(before.keys() | after.keys()):
-        if key not in ("warnings", "file") and before.get(key, ...) != after.get(key, ...):
+        if key not in ("warnings", "handed_over", "file") and before.get(key, ...) != after.get(key, ...):
             yield key
 
 

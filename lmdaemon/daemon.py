@@ -50,6 +50,7 @@ class Daemon:
 
     def __init__(self, settings: Settings, *, clock: Clock | None = None, rng: Random | None = None) -> None:
         self.settings = settings
+        self._started_with = settings  # whose addresses, database and clock are in use to the end
         self._clock = clock or Clock()
         self._rng = rng or Random()  # noqa: S311 - jitter, not secrets
         self._stopping = asyncio.Event()
@@ -181,13 +182,7 @@ class Daemon:
             loop.add_signal_handler(number, handler)
 
     def _announce(self) -> None:
-        for warning in self.settings.warnings:
-            events.warning("config.warned", finding=warning)
-        if not self.settings.operators:
-            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
-        gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
-        for name in sorted(set(gone) - self.settings.operators.keys()):
-            events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
+        self._warn()
         self._notifier.send(READY="1", STATUS=self._status())
         events.info(
             "daemon.serving",
@@ -199,6 +194,16 @@ class Daemon:
             restart_grace_s=self.settings.restart_grace_s,
         )
         self.serving.set()
+
+    def _warn(self) -> None:
+        """Of what the settings in force allow, but is worth a look."""
+        for warning in self.settings.warnings:
+            events.warning("config.warned", finding=warning)
+        if not self.settings.operators:
+            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
+        gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
+        for name in sorted(set(gone) - self.settings.operators.keys()):
+            events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
 
     # -- stopping
 
@@ -257,13 +262,15 @@ class Daemon:
             new = config.load(self.settings.file)
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
-            self._reload_error = str(error)
+            file = f"{self.settings.file}: "  # a plug-in's finding does not have it
+            findings = [file + finding.removeprefix(file) for finding in error.findings]
+            self._reload_error = "\n".join(findings)
             self._metrics.reloaded(None)
-            for finding in error.findings:
+            for finding in findings:
                 events.error("config.reload_failed", finding=finding)
             return
         changed = list(config.changes(self.settings, new))
-        for key in changed:
+        for key in config.changes(self._started_with, new):
             if key.startswith(NEEDS_RESTART):
                 events.warning("config.needs_restart", key=key)
         gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
@@ -272,7 +279,9 @@ class Daemon:
         self._configure()
         await plugins.stop_all(gone)
         self._metrics.reloaded(self._clock.wall_ms() / 1000)
-        events.info("config.reloaded", changed=",".join(changed) or "nothing")
+        self._warn()
+        note = f"as systemd handed them over at the start: {', '.join(new.handed_over)}" if new.handed_over else None
+        events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: those that did not change as they are, the others made and started."""

@@ -771,7 +771,9 @@ class _Reader:
             if not self.sound(f"operators.{operator.name}", "accept", "token_check", "allow_from", "auth"):
                 continue
             hashed = all("hash" in dialect.required for dialect in operator.receives)
-            trusts_anyone = operator.token_check == "present" and not operator.allow_from and not hashed
+            # Where everybody is a proxy, everybody names the address he comes from.
+            filtered = operator.allow_from and not _holds_everybody((*operator.allow_from, *server.trusted_proxies))
+            trusts_anyone = operator.token_check == "present" and not filtered and not hashed
             if operator.paths and trusts_anyone and not operator.auth_none:
                 self.error(
                     f"operators.{operator.name}.auth",
@@ -866,6 +868,10 @@ def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | N
     if cert_file is not None:
         context.load_cert_chain(cert_file, key_file, password="")  # never ask for one on the terminal
     return context
+
+
+def _holds_everybody(networks: Iterable[Network]) -> bool:
+    return any(network.prefixlen == 0 for network in networks)
 
 
 def _exists(path: Path) -> bool:

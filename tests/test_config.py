@@ -564,6 +564,13 @@ BAD_FILES = [
     ),
     (OPEN, EXPOSED),
     (OPEN.replace("0.0.0.0:80", "www.example:80"), EXPOSED.replace("0.0.0.0:80", "www.example:80")),
+    # An address filter that lets everybody in, or a header that everybody may set, is none.
+    (OPEN + "allow_from = ['192.0.2.1', '0.0.0.0/0']", EXPOSED),
+    (OPEN + "allow_from = ['::/0']", EXPOSED),
+    (
+        OPEN.replace('"\n', "\"\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']\n", 1) + "allow_from = ['192.0.2.1']",
+        EXPOSED,
+    ),
     # A hash protects nothing while a dialect without one, or one where it may be left out, is accepted as well.
     (OPEN + "accept = ['pragmatic', 'v4']\nhash_key_env = 'SECRET'", EXPOSED),
     (

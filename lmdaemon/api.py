@@ -126,7 +126,10 @@ class Api:
         """Bearer token first, then the handler; every error becomes a problem document."""
         headers = {}
         try:
-            if bearer(request, self._settings.api_tokens):
+            if bearer(request, tokens := self._settings.api_tokens):
+                if not tokens and "Origin" in request.headers and request.method not in ("GET", "HEAD"):
+                    # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
+                    raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
                 return await handler(request)
             if request.path == "/health" and request.method in ("GET", "HEAD"):
                 return await self._public_health()

@@ -32,6 +32,7 @@ from lmdaemon.version import __version__
 
 STATUS_EVERY_S = 10.0
 PRUNE_EVERY_MAX_S = 3600.0
+PRUNE_EVERY_MIN_S = 1.0  # each is a commit, whatever keep_ended says
 PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
 # What systemd is asked to wait for, where its own limits are shorter
 START_S = 60.0
@@ -303,7 +304,7 @@ class Daemon:
                 await self._prune()
             except StoreError as error:
                 events.warning("store.not_pruned", reason=str(error))
-            await asyncio.sleep(min(self.settings.keep_ended_s / 10, PRUNE_EVERY_MAX_S))
+            await asyncio.sleep(min(max(self.settings.keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S))
 
     async def _prune(self) -> None:
         """Deletes what ended longer ago than keep_ended, in small batches, the oldest first."""

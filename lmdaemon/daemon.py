@@ -43,6 +43,11 @@ NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "
 events = log.Log("daemon")
 
 
+def prune_every_s(keep_ended_s: float) -> float:
+    """The wait between two prunings: a tenth of what is kept, within bounds."""
+    return min(max(keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S)
+
+
 class Daemon:
     """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`.
 
@@ -304,7 +309,7 @@ class Daemon:
                 await self._prune()
             except StoreError as error:
                 events.warning("store.not_pruned", reason=str(error))
-            await asyncio.sleep(min(max(self.settings.keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S))
+            await asyncio.sleep(prune_every_s(self.settings.keep_ended_s))
 
     async def _prune(self) -> None:
         """Deletes what ended longer ago than keep_ended, in small batches, the oldest first."""

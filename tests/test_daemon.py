@@ -19,6 +19,8 @@ from conftest import HandClock
 from processes import process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
+from lmdaemon.daemon import prune_every_s
+
 OPERATOR = """
 [operators.acme]
 provider_id = "luckymonaco"
@@ -75,6 +77,11 @@ async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Pa
         await until(lambda: d.daemon._store.figures["acme"].pending == 0)
         deliveries = await d.daemon._store.deliveries(operator=None, sink=None, state=None, limit=9, after=None)
         assert [(one.state, one.attempts) for one in deliveries] == [("delivered", 1)]
+
+
+@pytest.mark.parametrize(("kept_s", "every_s"), [(0.001, 1), (60, 6), (36_000, 3600), (90 * 86_400, 3600)])
+def test_pruning_comes_every_tenth_of_what_is_kept_but_hourly_and_no_spin(kept_s: float, every_s: float) -> None:
+    assert prune_every_s(kept_s) == every_s
 
 
 class TestReload:

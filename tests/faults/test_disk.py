@@ -569,8 +569,8 @@ def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed_what_it_ackn
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     """A power cut loses what was written and not synced. So each answer has a write to the WAL, and after that a sync
-    of it that has succeeded, between the answer before it and itself. The daemon also writes of its own accord, its clock
-    for one, so a later write may wait for its sync while an answer is sent.
+    of it that has succeeded, between the answer before it and itself. The daemon also writes of its own accord, its
+    clock for one, so a later write may wait for its sync while an answer is sent.
     """
     log = tmp_path / "calls"
     with daemon_on(tmp_path) as daemon:

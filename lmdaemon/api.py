@@ -6,7 +6,7 @@ administrators. It must never return a token, and never count reading as activit
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 import orjson
@@ -112,7 +112,10 @@ class Api:
 
         async def handle(request: web.Request) -> web.StreamResponse:
             is_touch = request.method == "POST" and _TOUCH.fullmatch(request.rel_url.raw_path)
-            if not is_touch or "Expect" in request.headers:
+            expect = request.headers.get("Expect", "").lower()
+            if expect and expect != "100-continue":  # aiohttp would say 417 before a token is asked for
+                return await self._guarded(request, _unexpected)
+            if not is_touch or expect:
                 return await otherwise(request)
             return await self._guarded(request, self.touch)
 
@@ -123,7 +126,10 @@ class Api:
         """Bearer token first, then the handler; every error becomes a problem document."""
         headers = {}
         try:
-            if bearer(request, self._settings.api_tokens):
+            if bearer(request, tokens := self._settings.api_tokens):
+                if not tokens and "Origin" in request.headers and request.method not in ("GET", "HEAD"):
+                    # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
+                    raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
                 return await handler(request)
             if request.path == "/health" and request.method in ("GET", "HEAD"):
                 return await self._public_health()
@@ -374,6 +380,10 @@ class Api:
         if problem:
             raise _bad(f"sessionId: {problem}")
         return session_id
+
+
+async def _unexpected(_: web.Request) -> NoReturn:
+    raise Problem(417, "Expectation Failed", "Expect must be 100-continue")
 
 
 def _json(body: Any, status: int = 200) -> web.Response:

@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -47,7 +48,8 @@ def backup(args: argparse.Namespace) -> int:
     database, target = real_path(settings.database.absolute()), followed(args.file)
     check_source(settings)
     check_target(database, target, force=args.force)
-    with _copied(database, target) as copy:
+    # A newer program's is as good to keep, and no less needed
+    with _copied(database, target, known=sys.maxsize) as copy:
         size = copy.stat().st_size
         put_in_place(copy, target)
     if args.json:
@@ -58,14 +60,16 @@ def backup(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path]:
+def _copied(database: Path, target: Path, *, known: int, how: str = "mode=ro") -> Iterator[Path]:
     """A checked and synced copy beside the target, mode 0600, gone at the end unless it was renamed.
 
-    Raises Failed, also for what SQLite or the system refuse inside.
+    Raises Failed, also for what SQLite or the system refuse inside, and for what is no database of ours, or of a
+    version beyond `known`.
     """
     with file_beside(target) as (copy, handle):
         try:
             with closing(open_database(database, how)) as source:
+                _check_is_ours(source, database, known)  # VACUUM names its target for a fault of the source
                 source.set_progress_handler(_Flush(handle), LOOK_EVERY)
                 # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
                 source.execute("VACUUM INTO ?", (str(copy),))
@@ -74,6 +78,15 @@ def _copied(database: Path, target: Path, how: str = "mode=ro") -> Iterator[Path
             yield copy
         except (sqlite3.Error, OSError) as error:
             raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
+
+
+def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
+    try:
+        version = check_is_ours(sql, path, known)
+    except DatabaseError as error:
+        raise Failed(str(error)) from error
+    if not version:
+        raise Failed(f"{path}: is empty")
 
 
 class _Flush:
@@ -139,8 +152,8 @@ def _check_restorable(source: Path, database: Path, settings: Settings) -> None:
 
 def _put_in_place(source: Path, database: Path, lock: int) -> dict[str, Any]:
     """Copies, checks, moves away what is there, and puts the copy in its place. Says what it holds. Raises Failed."""
-    with _copied(source, database, _how_to_read(source)) as copy:
-        found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy, source)}
+    with _copied(source, database, known=len(MIGRATIONS), how=_how_to_read(source)) as copy:
+        found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy)}
         _give_to_owner(database.parent, copy, lock)
         # Half of the files moved must not be taken for a database: the daemon refuses to start until this is undone.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -159,15 +172,9 @@ def _how_to_read(source: Path) -> str:
     return "mode=ro" if wal.exists() and wal.stat().st_size else "immutable=1"
 
 
-def _contents(copy: Path, source: Path) -> dict[str, Any]:
-    """What a restored database would begin with. Raises Failed if it is none of ours, or a newer one's."""
+def _contents(copy: Path) -> dict[str, Any]:
+    """What a restored database would begin with."""
     with closing(open_database(copy)) as sql:
-        try:
-            version = check_is_ours(sql, source, len(MIGRATIONS))
-        except DatabaseError as error:
-            raise Failed(str(error)) from error
-        if not version:
-            raise Failed(f"{source}: is empty")
         (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
         live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()
     return {"asOf": rfc3339(wall_at or None), "live": live, "pending": pending}

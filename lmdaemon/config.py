@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
-from lmdaemon.log import safe_url
+from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import id_problem
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,6 +32,9 @@ KEEP_ENDED_ADVISED_S = 7 * 86400.0
 DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
+_PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
+USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
 _FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
@@ -215,6 +218,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     operators: Mapping[str, Operator]
     plugins: Mapping[str, Plugin]
     warnings: tuple[str, ...]
+    handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
 
     def __repr__(self) -> str:
         return f"Settings({str(self.file)!r})"
@@ -377,6 +381,7 @@ class _Reader:
         self.secrets = secrets
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.handed_over: list[str] = []
 
     def error(self, key: str, rule: str, value: object = _ABSENT) -> None:
         self.errors.append(f"{key}: {rule}" + ("" if value is _ABSENT else f" (got {_shown(value)})"))
@@ -441,6 +446,7 @@ class _Reader:
             operators=operators,
             plugins=plugins,
             warnings=tuple(self.warnings),
+            handed_over=tuple(self.handed_over),
         )
 
     # -- tables into structs
@@ -642,8 +648,10 @@ class _Reader:
     # -- rules
 
     def check_path(self, path: str, at: str) -> None:
-        if not re.fullmatch(r"/[!-~]*", path) or set(path) & set("?#%"):
-            self.error(at, "must start with / and be plain ASCII without ?, # and %", path)
+        if not _PATH.fullmatch(path):
+            self.error(at, "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/", path)
+        elif re.search(r"//|/\.{1,2}(/|$)", path):
+            self.error(at, "must not have //, /./ or /../, which a sender may resolve", path)
         elif endpoint_key(path) == "/health":
             self.error(at, "must not be /health, which is taken", path)
 
@@ -670,13 +678,20 @@ class _Reader:
             if table.notify:
                 self.error(f"{at}.url", "is required when notify = true")
             return None
+        if stray_at(table.url):  # without the value: what of it is a password cannot be told
+            return self.error(f"{at}.url", USER_INFO_RULE)
         try:
             parts = urlsplit(table.url)
             host, _ = parts.hostname, parts.port
         except ValueError:  # without the reason, which may quote a password
-            return self.error(f"{at}.url", "must be a URL")
-        if parts.scheme not in ("https", "http") or not host or not table.url.isprintable() or " " in table.url:
+            return self.error(f"{at}.url", "must be a URL with a valid host and port")
+        if parts.scheme not in ("https", "http") or not host:
             return self.error(f"{at}.url", "must be https", safe_url(table.url) if host else _ABSENT)
+        if not table.url.isprintable() or set(table.url) & set(' \\"<>'):
+            rule = 'must not have spaces, control characters, \\, ", < or >'
+            return self.error(f"{at}.url", rule, safe_url(table.url))
+        if ":" not in host and not re.fullmatch(r"[\w.-]+", host):
+            return self.error(f"{at}.url", "must have a host name or an address", safe_url(table.url))
         if table.allow_private_network:
             return None
         allowed = "; allow_private_network = true lifts this"
@@ -756,7 +771,9 @@ class _Reader:
             if not self.sound(f"operators.{operator.name}", "accept", "token_check", "allow_from", "auth"):
                 continue
             hashed = all("hash" in dialect.required for dialect in operator.receives)
-            trusts_anyone = operator.token_check == "present" and not operator.allow_from and not hashed
+            # Where everybody is a proxy, everybody names the address he comes from.
+            filtered = operator.allow_from and not _holds_everybody((*operator.allow_from, *server.trusted_proxies))
+            trusts_anyone = operator.token_check == "present" and not filtered and not hashed
             if operator.paths and trusts_anyone and not operator.auth_none:
                 self.error(
                     f"operators.{operator.name}.auth",
@@ -824,6 +841,8 @@ class _Reader:
             report = self.missing if unreadable or self.secrets == "optional" else self.error
             report(at, finding)
             return None
+        if path != self.path.parent / name:
+            self.handed_over.append(at)
         if secret and mode & 0o004:
             self.warnings.append(f"{at}: others can read this secret (mode {mode:o}): {path}")
         return content
@@ -849,6 +868,10 @@ def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | N
     if cert_file is not None:
         context.load_cert_chain(cert_file, key_file, password="")  # never ask for one on the terminal
     return context
+
+
+def _holds_everybody(networks: Iterable[Network]) -> bool:
+    return any(network.prefixlen == 0 for network in networks)
 
 
 def _exists(path: Path) -> bool:
@@ -878,7 +901,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The keys whose values differ, without the values: some are secrets."""
     before, after = dict(_flat(old, "")), dict(_flat(new, ""))
     for key in sorted(before.keys() | after.keys()):
-        if key not in ("warnings", "file") and before.get(key, ...) != after.get(key, ...):
+        if key not in ("warnings", "handed_over", "file") and before.get(key, ...) != after.get(key, ...):
             yield key
 
 

@@ -32,6 +32,7 @@ from lmdaemon.version import __version__
 
 STATUS_EVERY_S = 10.0
 PRUNE_EVERY_MAX_S = 3600.0
+PRUNE_EVERY_MIN_S = 1.0  # each is a commit, whatever keep_ended says
 PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
 # What systemd is asked to wait for, where its own limits are shorter
 START_S = 60.0
@@ -42,6 +43,11 @@ NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "
 events = log.Log("daemon")
 
 
+def prune_every_s(keep_ended_s: float) -> float:
+    """The wait between two prunings: a tenth of what is kept, within bounds."""
+    return min(max(keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S)
+
+
 class Daemon:
     """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`.
 
@@ -50,6 +56,7 @@ class Daemon:
 
     def __init__(self, settings: Settings, *, clock: Clock | None = None, rng: Random | None = None) -> None:
         self.settings = settings
+        self._started_with = settings  # whose addresses, database and clock are in use to the end
         self._clock = clock or Clock()
         self._rng = rng or Random()  # noqa: S311 - jitter, not secrets
         self._stopping = asyncio.Event()
@@ -182,13 +189,7 @@ class Daemon:
             loop.add_signal_handler(number, handler)
 
     def _announce(self) -> None:
-        for warning in self.settings.warnings:
-            events.warning("config.warned", finding=warning)
-        if not self.settings.operators:
-            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
-        gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
-        for name in sorted(set(gone) - self.settings.operators.keys()):
-            events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
+        self._warn()
         self._notifier.send(READY="1", STATUS=self._status())
         events.info(
             "daemon.serving",
@@ -201,6 +202,16 @@ class Daemon:
         )
         self.serving.set()
         self.on_serving()
+
+    def _warn(self) -> None:
+        """Of what the settings in force allow, but is worth a look."""
+        for warning in self.settings.warnings:
+            events.warning("config.warned", finding=warning)
+        if not self.settings.operators:
+            events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
+        gone = [name for name, figures in self._store.figures.items() if figures.live or figures.pending]
+        for name in sorted(set(gone) - self.settings.operators.keys()):
+            events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
 
     # -- stopping
 
@@ -259,13 +270,15 @@ class Daemon:
             new = config.load(self.settings.file)
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
-            self._reload_error = str(error)
+            file = f"{self.settings.file}: "  # a plug-in's finding does not have it
+            findings = [file + finding.removeprefix(file) for finding in error.findings]
+            self._reload_error = "\n".join(findings)
             self._metrics.reloaded(None)
-            for finding in error.findings:
+            for finding in findings:
                 events.error("config.reload_failed", finding=finding)
             return
         changed = list(config.changes(self.settings, new))
-        for key in changed:
+        for key in config.changes(self._started_with, new):
             if key.startswith(NEEDS_RESTART):
                 events.warning("config.needs_restart", key=key)
         gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
@@ -274,7 +287,9 @@ class Daemon:
         self._configure()
         await plugins.stop_all(gone)
         self._metrics.reloaded(self._clock.wall_ms() / 1000)
-        events.info("config.reloaded", changed=",".join(changed) or "nothing")
+        self._warn()
+        note = f"as systemd handed them over at the start: {', '.join(new.handed_over)}" if new.handed_over else None
+        events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: those that did not change as they are, the others made and started."""
@@ -296,7 +311,7 @@ class Daemon:
                 await self._prune()
             except StoreError as error:
                 events.warning("store.not_pruned", reason=str(error))
-            await asyncio.sleep(min(self.settings.keep_ended_s / 10, PRUNE_EVERY_MAX_S))
+            await asyncio.sleep(prune_every_s(self.settings.keep_ended_s))
 
     async def _prune(self) -> None:
         """Deletes what ended longer ago than keep_ended, in small batches, the oldest first."""

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -293,11 +294,20 @@ def is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def stray_at(url: str) -> bool:
+    """Whether an `@` stands behind the host. Then it may be user info with an unescaped `/`, `?` or `#`: what reads as
+    host, port and path may be user and password.
+    """
+    _, *rest = re.split(r"[/?#]", url.partition("//")[2], maxsplit=1)
+    return any("@" in part for part in rest)
+
+
 def safe_url(url: str) -> str:
     """The URL without user info, query and fragment: those may carry secrets."""
     try:
         parts = urlsplit(url)
-        whole = parts.netloc and parts.port != -1  # asking raises for a port that is none: half a password with a `/`
+        # asking for the port raises for one that is none
+        whole = parts.netloc and parts.port != -1 and not stray_at(url)
     except ValueError:
         whole = False
     if not whole:  # what is user info cannot be told

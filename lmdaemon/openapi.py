@@ -64,7 +64,7 @@ def _paths(settings: Settings, operators: Sequence[Operator], *, secured: bool) 
     public = _server(settings.server.listen, "The public side.")
     paths: Json = {
         path: {"servers": [private]}
-        | {method: _secured(call) if secured else call for method, call in calls.items()}
+        | {method: _secured(call) if secured else _open(method, call) for method, call in calls.items()}
         | ({"parameters": [_ref("parameters", name) for name in ("operator", "sessionId", "id") if _in(name, path)]})
         for path, calls in _private_calls().items()
     }
@@ -297,6 +297,12 @@ def _secured(call: Json) -> Json:
     }
 
 
+def _open(method: str, call: Json) -> Json:
+    if method == "get":
+        return call
+    return call | {"responses": call["responses"] | {"403": _ref("responses", _PROBLEMS[403][0])}}
+
+
 def _health_calls(*, secured: bool) -> Json:
     """Served by both listeners: in full by the private one, to those who have its token."""
     media = {"application/health+json": {"schema": _ref("schemas", "Health")}}
@@ -423,6 +429,7 @@ def _answer(dialects: Iterable[Dialect]) -> Json:
 _PROBLEMS = {
     400: ("BadRequest", "Something in the request breaks its rule; `detail` says which"),
     401: ("Unauthorized", "No valid bearer token was given"),
+    403: ("BrowserRefused", "A change with an Origin, as a browser sends it, where no token is asked for"),
     404: ("NotFound", "There is no such operator, session or delivery"),
     405: ("MethodNotAllowed", "The path has no such method"),
     408: ("RequestTimeout", "The body came too slowly or broke off"),

@@ -14,10 +14,13 @@ from functools import partial
 from typing import Any
 
 from lmdaemon.config import ConfigError, Plugin
-from lmdaemon.log import Log
+from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse, SessionEnded
 
 log = Log("plugins")
+
+# What these say is a name: of a module, an attribute, a key
+_NAMING = (ImportError, AttributeError, NameError, SyntaxError, TypeError, KeyError)
 
 CANCEL_S = 1.0  # what a hook gets to clean up after its time-out
 
@@ -54,7 +57,8 @@ class LoadedPlugin:
         try:
             await self._contained(start)
         except PluginFailed as error:
-            raise ConfigError([f"plugins.{self.name}: start() failed: {error}"]) from error
+            where = f" at {place(error.__cause__)}" if error.__cause__ is not None else ""
+            raise ConfigError([f"plugins.{self.name}: start() failed: {error}{where}"]) from error
 
     async def stop(self) -> None:
         """Runs its stop(), if it has one; a failure is logged."""
@@ -144,7 +148,7 @@ def load(settings: Plugin) -> LoadedPlugin:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise _broken(settings, f"cannot be imported: {type(error).__name__}: {error}") from error
+        raise _broken(settings, f"cannot be imported: {_why(error)}") from error
     if inspect.isclass(target):
         return LoadedPlugin(settings, _made(settings, target))
     if not _is_async(target):
@@ -158,7 +162,7 @@ def _made(settings: Plugin, kind: Callable[[dict[str, Any]], Any]) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise _broken(settings, f"cannot be made: {type(error).__name__}: {error}") from error
+        raise _broken(settings, f"cannot be made: {_why(error)}") from error
     if not _is_async(getattr(hook, "session_ended", None)):
         raise _broken(settings, "must have an async method session_ended(event)")
     for name in ("start", "stop", "check"):
@@ -171,6 +175,12 @@ def _made(settings: Plugin, kind: Callable[[dict[str, Any]], Any]) -> Any:
 def _is_async(hook: object) -> bool:
     call = hook if inspect.isroutine(hook) else getattr(hook, "__call__", None)  # noqa: B004 - the method itself
     return inspect.iscoroutinefunction(call)
+
+
+def _why(error: BaseException) -> str:
+    """What a plug-in's own code raised, without a text that may quote an option, or a secret that it has read."""
+    kind = type(error).__name__
+    return f"{kind}: {error}" if isinstance(error, _NAMING) else f"{kind} at {place(error)}"
 
 
 def _broken(settings: Plugin, finding: str) -> ConfigError:

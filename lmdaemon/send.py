@@ -22,10 +22,10 @@ from yarl import URL
 from lmdaemon import config
 from lmdaemon.clock import Clock
 from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
-from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration
+from lmdaemon.config import USER_INFO_RULE, ConfigError, DeliveryTable, Operator, Policy, Settings, duration
 from lmdaemon.delivery import Sender, Unreachable, compose, request_headers
 from lmdaemon.dialects import SHIPPED
-from lmdaemon.log import safe_url
+from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
 
@@ -148,6 +148,8 @@ def _configured(settings: Settings, name: str) -> Operator:
 
 
 def _checked_url(text: str) -> str:
+    if stray_at(text):
+        raise Usage(f"--url: {USER_INFO_RULE}")
     with suppress(ValueError):
         url = URL(text)
         if url.scheme in ("http", "https") and url.host and text.isprintable() and " " not in text:

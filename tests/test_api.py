@@ -989,6 +989,22 @@ async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, aut
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
+async def test_a_page_in_a_browser_can_do_nothing_where_no_token_is_asked_for(api: Caller) -> None:
+    await api.open()
+    for path in ("/sessions/s1/close", "/sessions/s-1/touch", "/hold"):
+        for origin in ("https://elsewhere.example", "null", ""):
+            await api("POST", ACME + path, 403, headers={"Origin": origin})
+    assert (await api("GET", ACME + "/sessions/s1", 200))["state"] == "active"
+    assert not (await api("GET", "/v1/operators", 200))["items"][0]["held"]
+
+
+async def test_an_expectation_opens_no_door_and_is_refused_as_a_problem(guarded: Caller) -> None:
+    for path in ("/v1/operators", "/v1/nothing", ACME + "/sessions/s/touch"):
+        await guarded("POST", path, 401, headers={"Expect": "anything"})
+        authorized = {"Authorization": "Bearer token-one", "Expect": "anything"}
+        assert (await guarded("POST", path, 417, headers=authorized))["detail"] == "Expect must be 100-continue"
+
+
 @pytest.mark.parametrize("authorization", ["Bearer token-one", "bearer  token-one ", "BEARER token-twö"])
 async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorization: str) -> None:
     guarded.headers = {"Authorization": authorization}

@@ -23,6 +23,7 @@ from commands import COMMAND, Running, configure, daemon, environment, open_many
 from support import scripted_operator
 
 from lmdaemon import backup
+from lmdaemon.database import APPLICATION_ID
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,39 @@ def test_a_backup_of_a_database_that_does_not_exist_creates_none(tmp_path: Path)
     assert set(tmp_path.iterdir()) == before
 
 
+def mark_as_ours(sql: sqlite3.Connection, version: int = 1) -> None:
+    sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    sql.execute(f"PRAGMA user_version = {version}")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("CREATE TABLE somebody_elses (x)", "is a database of another program (application_id 0x0)"),
+        ("", "is empty"),
+    ],
+)
+def test_what_no_restore_would_take_is_not_passed_off_as_a_backup(tmp_path: Path, content: str, complaint: str) -> None:
+    configure(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        sql.execute(content)
+    (tmp_path / "lmdaemon.sqlite3").touch()
+    before = set(tmp_path.iterdir())
+    done = run("backup", "copy", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"lmdaemon.sqlite3: {complaint}\n" in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_newer_programs_database_can_still_be_copied(tmp_path: Path) -> None:
+    configure(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        mark_as_ours(sql, version=99)
+        sql.execute("CREATE TABLE session (session_id TEXT)")
+    assert run("backup", "copy", cwd=tmp_path).returncode == 0
+    assert sessions_in(tmp_path / "copy") == set()
+
+
 def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
     configure(tmp_path)
     (tmp_path / "lmdaemon.sqlite3").write_bytes(b"garbage" * 1000)
@@ -125,6 +159,7 @@ def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> Non
 def test_a_copy_that_fails_its_check_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
     configure(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        mark_as_ours(sql)
         sql.execute("CREATE TABLE session (idle_ms INTEGER CHECK (idle_ms > 0))")
         sql.execute("PRAGMA ignore_check_constraints = ON")
         sql.execute("INSERT INTO session VALUES (-1)")
@@ -205,6 +240,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
     """In one piece at its end, every commit of the daemon would wait for it."""
     database = tmp_path / "database"
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as sql:
+        mark_as_ours(sql)
         sql.execute("CREATE TABLE filler (x)")
         sql.execute(
             "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)"
@@ -220,7 +256,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fdatasync", noted)
     umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
     try:
-        with backup._copied(database, tmp_path / "copy") as copy:
+        with backup._copied(database, tmp_path / "copy", known=1) as copy:
             steps = [later - sooner for sooner, later in itertools.pairwise([0, *sizes, copy.stat().st_size])]
     finally:
         os.umask(umask)
@@ -233,6 +269,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
 def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     configure(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
+        mark_as_ours(sql)
         sql.execute("CREATE TABLE filler (x)")
         sql.execute(
             "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1500000)"
@@ -330,6 +367,8 @@ def spoil(path: Path, how: str) -> None:
             sql.execute("UPDATE session SET reason = 'nonsense'")
     if how == "no database":
         path.write_bytes(b"garbage" * 1000)
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[:9000])
     if how == "empty":
         path.write_bytes(b"")
 
@@ -341,6 +380,7 @@ def spoil(path: Path, how: str) -> None:
         ("a stranger's", "is a database of another program (application_id 0x1)"),
         ("damaged", "the copy is damaged: CHECK constraint failed in session"),
         ("no database", "file is not a database"),
+        ("cut short", "copy: database disk image is malformed"),
         ("empty", "is empty"),
     ],
 )

@@ -102,6 +102,7 @@ def test_every_command_has_the_function_that_runs_it() -> None:
         ("send nobody", "has no operator 'nobody'; known are acme"),
         ("send acme", "give --url, or an operator of the configuration that has a url"),
         ("send --url ftp://u:password@host/?query", "must be a URL with http or https (got 'ftp://host/')"),
+        ("send --url https://u:12/s3cret@h/", "--url: must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info"),
         ("send --url http://h --dialect v9", "--dialect: must be one of v4, v4.01"),
         ("send --url http://h --dialect pragmatic", "dialect pragmatic must send 'hash', which is not known here"),
         ("send --url http://h --timeout 3", 'must be a duration such as "250ms"'),

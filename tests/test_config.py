@@ -274,7 +274,7 @@ def test_only_restart_grace_and_max_lifetime_may_be_zero(home: Path) -> None:
         ("", ("/v4/sessionexpired",)),
         ('accept = ["v4.01", "v4.02"]', ("/v4/sessionexpired",)),
         ('accept = ["v4", "v1"]', ("/v4/sessionexpired", "/v1/sessionexpired")),
-        ('endpoint = "/acme/{x}"', ("/acme/{x}",)),
+        ('endpoint = "/acme/~x;y=(1)"', ("/acme/~x;y=(1)",)),
         ('endpoint = ""', ()),
     ],
 )
@@ -338,7 +338,9 @@ DURATION_RULE = 'must be a duration such as "250ms", "30s", "15m", "2h" or "7d"'
 LISTEN_RULE = 'must be "host:port", "[v6]:port" or "unix:/path"'
 NETWORK_RULE = "must be a network such as 192.0.2.0/24 without host bits, or an address"
 NAME_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
-PATH_RULE = "must start with / and be plain ASCII without ?, # and %"
+PATH_RULE = "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/"
+PATH_DOTS_RULE = "must not have //, /./ or /../, which a sender may resolve"
+USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
 LIFTED = "; allow_private_network = true lifts this"
 WHSEC_RULE = "each line must be whsec_ followed by base64 of 24 to 64 bytes"
 EXPOSED = (
@@ -512,6 +514,11 @@ BAD_FILES = [
     (OPERATOR + "endpoint = '/a?b'", f"operators.a.endpoint: {PATH_RULE} (got '/a?b')"),
     (OPERATOR + "endpoint = '/a b'", f"operators.a.endpoint: {PATH_RULE} (got '/a b')"),
     (OPERATOR + "endpoint = '/a%20b'", f"operators.a.endpoint: {PATH_RULE} (got '/a%20b')"),
+    (OPERATOR + "endpoint = '/{brand}/V4'", f"operators.a.endpoint: {PATH_RULE} (got '/{{brand}}/V4')"),
+    (OPERATOR + "endpoint = '/<brand>'", f"operators.a.endpoint: {PATH_RULE} (got '/<brand>')"),
+    (OPERATOR + "endpoint = '//x'", f"operators.a.endpoint: {PATH_DOTS_RULE} (got '//x')"),
+    (OPERATOR + "endpoint = '/a/../x'", f"operators.a.endpoint: {PATH_DOTS_RULE} (got '/a/../x')"),
+    (OPERATOR + "endpoint = '/a/.'", f"operators.a.endpoint: {PATH_DOTS_RULE} (got '/a/.')"),
     (OPERATOR + "endpoint = '/ä'", f"operators.a.endpoint: {PATH_RULE} (got '/ä')"),
     (OPERATOR + "endpoint = '/HEALTH'", "operators.a.endpoint: must not be /health, which is taken (got '/HEALTH')"),
     (
@@ -557,6 +564,13 @@ BAD_FILES = [
     ),
     (OPEN, EXPOSED),
     (OPEN.replace("0.0.0.0:80", "www.example:80"), EXPOSED.replace("0.0.0.0:80", "www.example:80")),
+    # An address filter that lets everybody in, or a header that everybody may set, is none.
+    (OPEN + "allow_from = ['192.0.2.1', '0.0.0.0/0']", EXPOSED),
+    (OPEN + "allow_from = ['::/0']", EXPOSED),
+    (
+        OPEN.replace('"\n', "\"\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']\n", 1) + "allow_from = ['192.0.2.1']",
+        EXPOSED,
+    ),
     # A hash protects nothing while a dialect without one, or one where it may be left out, is accepted as well.
     (OPEN + "accept = ['pragmatic', 'v4']\nhash_key_env = 'SECRET'", EXPOSED),
     (
@@ -571,9 +585,24 @@ BAD_FILES = [
     (OPERATOR + "url = 'ftp://op.example/x'", "operators.a.url: must be https (got 'ftp://op.example/x')"),
     (OPERATOR + "url = 'op.example/x'", "operators.a.url: must be https"),
     (OPERATOR + "url = 'https:///x'", "operators.a.url: must be https"),
-    (OPERATOR + "url = 'https://op.example/a b'", "operators.a.url: must be https (got 'https://op.example/a b')"),
-    (OPERATOR + "url = 'https://op.example:99999/'", "operators.a.url: must be a URL"),
-    (OPERATOR + "url = 'https://[::1/'", "operators.a.url: must be a URL"),
+    (
+        OPERATOR + "url = 'https://op.example/a b'",
+        "operators.a.url: must not have spaces, control characters, \\, \", < or > (got 'https://op.example/a b')",
+    ),
+    (
+        OPERATOR + "url = 'https://op.example\\@other.example/'",
+        "operators.a.url: must not have spaces, control characters, \\, \", < or > (got 'https://other.example/')",
+    ),
+    (
+        OPERATOR + "url = 'https://op{x}.example/'",
+        "operators.a.url: must have a host name or an address (got 'https://op{x}.example/')",
+    ),
+    (OPERATOR + "url = 'https://op.example:99999/'", "operators.a.url: must be a URL with a valid host and port"),
+    (OPERATOR + "url = 'https://[::1/'", "operators.a.url: must be a URL with a valid host and port"),
+    (OPERATOR + "url = 'https://user:12/s3cret@op.example/'", f"operators.a.url: {USER_INFO_RULE}"),
+    (OPERATOR + "url = 'https://user:s3/cret@op.example/'", f"operators.a.url: {USER_INFO_RULE}"),
+    (OPERATOR + "url = 'https://user:12?s3cret@op.example/'", f"operators.a.url: {USER_INFO_RULE}"),
+    (OPERATOR + "url = 'https://user#s3cret@op.example/'", f"operators.a.url: {USER_INFO_RULE}"),
     # TLS
     (
         OPERATOR + "client_cert_file = 'cert.pem'",

@@ -17,7 +17,9 @@ import pytest
 from aiohttp import web
 from conftest import HandClock
 from processes import process, wait_for
-from support import LISTEN, scripted_operator, serving, until
+from support import LISTEN, hear, scripted_operator, serving, until
+
+from lmdaemon.daemon import prune_every_s
 
 OPERATOR = """
 [operators.acme]
@@ -77,6 +79,11 @@ async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Pa
         assert [(one.state, one.attempts) for one in deliveries] == [("delivered", 1)]
 
 
+@pytest.mark.parametrize(("kept_s", "every_s"), [(0.001, 1), (60, 6), (36_000, 3600), (90 * 86_400, 3600)])
+def test_pruning_comes_every_tenth_of_what_is_kept_but_hourly_and_no_spin(kept_s: float, every_s: float) -> None:
+    assert prune_every_s(kept_s) == every_s
+
+
 class TestReload:
     async def test_a_valid_file_is_taken_over_whole(self, tmp_path: Path) -> None:
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
@@ -122,6 +129,64 @@ class TestReload:
             facts = [record.__dict__.get("facts", {}) for record in caplog.records]
             assert {"key": "server.listen"} in facts
             assert not [one for one in facts if "secret" in str(one)]
+
+    async def test_what_needs_a_restart_is_said_at_every_reload_until_the_file_is_as_at_the_start(
+        self, tmp_path: Path
+    ) -> None:
+        toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
+        async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
+            named = []
+            for grace in ("7s", "7s", None):
+                text = toml if grace is None else toml + f'[sessions]\nrestart_grace = "{grace}"\n'
+                (tmp_path / "config.toml").write_text(text)
+                with hear("lmdaemon.daemon") as events:
+                    await d.daemon.reload_once()
+                named.append([event.facts["key"] for event in events if event.name == "config.needs_restart"])
+            assert named == [["restart_grace_s"], ["restart_grace_s"], []]
+
+    async def test_a_reload_warns_of_what_a_start_warns_of(self, tmp_path: Path) -> None:
+        (tmp_path / "tokens").write_text("s3cret")
+        (tmp_path / "tokens").chmod(0o600)
+        toml = OPERATOR.format(url="http://127.0.0.1:1/")
+        toml += 'token_check = "partner"\npartner_token_file = "tokens"\n'
+        async with serving(tmp_path, toml) as d:
+            (tmp_path / "tokens").chmod(0o644)
+            session = f"{d.api}/v1/operators/acme/sessions/s-1"
+            async with d.client.put(session, json=SESSION | {"idleTimeoutSeconds": 60}) as opened:
+                assert opened.status == 201
+            with hear("lmdaemon.daemon") as events:
+                await d.daemon.reload_once()
+                (tmp_path / "config.toml").write_text(LISTEN)
+                await d.daemon.reload_once()
+            readable, nobody = [event.facts["finding"] for event in events if event.name == "config.warned"]
+            assert readable.startswith("operators.acme.partner_token_file: others can read this secret (mode 644)")
+            assert nobody == "no operator is configured: nothing can be opened or received"
+            assert [event.facts["operator"] for event in events if event.name == "operator.not_configured"] == ["acme"]
+
+    async def test_a_reload_says_which_secrets_are_still_those_of_the_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+        (tmp_path / "credentials").mkdir()
+        for secret in (tmp_path / "credentials" / "partner", tmp_path / "signing"):
+            secret.write_text("whsec_" + "A" * 32)
+            secret.chmod(0o600)
+        toml = OPERATOR.format(url="http://127.0.0.1:1/")
+        toml += 'token_check = "partner"\npartner_token_file = "partner"\nsigning_secret_file = "signing"\n'
+        async with serving(tmp_path, toml) as d:
+            with hear("lmdaemon.daemon") as events:
+                await d.daemon.reload_once()
+            (facts,) = [event.facts for event in events if event.name == "config.reloaded"]
+            assert facts["note"] == "as systemd handed them over at the start: operators.acme.partner_token_file"
+
+    async def test_a_plugin_that_cannot_be_loaded_at_a_reload_is_named_with_the_file(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
+            text = (tmp_path / "config.toml").read_text()
+            (tmp_path / "config.toml").write_text(text + '[plugins.p]\nuse = "no_such_module_at_all:Hook"\n')
+            with hear("lmdaemon.daemon") as events:
+                await d.daemon.reload_once()
+            (facts,) = [event.facts for event in events if event.name == "config.reload_failed"]
+            assert facts["finding"].startswith(f"{tmp_path}/config.toml: plugins.p.use: cannot be imported: ")
 
     async def test_deliveries_of_an_operator_that_left_the_file_wait_for_its_return(self, tmp_path: Path) -> None:
         async with scripted_operator() as operator:

@@ -281,6 +281,17 @@ def test_every_private_call_asks_for_a_token_where_one_is_configured(directory: 
     assert found["components"]["securitySchemes"] == {"bearer": {"type": "http", "scheme": "bearer"}}
 
 
+def test_without_a_token_every_change_may_be_refused_to_a_browser(directory: Path) -> None:
+    found = document(directory, OPERATORS)
+    private = [one for one in operations(found) if one[2]["tags"] != ["notices"]]
+    assert {method for _, method, operation in private if "403" in operation["responses"]} == {"put", "post"}
+    assert not [
+        method
+        for _, method, operation in private
+        if method not in ("get", "head") and "403" not in operation["responses"]
+    ]
+
+
 def test_without_a_token_no_call_asks_for_one(directory: Path) -> None:
     found = document(directory, OPERATORS)
     assert not any(operation.get("security") for _, _, operation in operations(found))
@@ -329,7 +340,7 @@ def test_answer_codes_are_those_of_the_dialects_of_the_path(directory: Path) -> 
 
 
 def test_only_an_endpoint_with_an_allow_list_answers_403(directory: Path) -> None:
-    paths = document(directory, OPERATORS)["paths"]
+    paths = document(directory, SETTINGS["tokens"])["paths"]
     assert {path for path in paths if "403" in paths[path].get("post", {}).get("responses", {})} == {
         "/V4/SessionExpired",
         "/v1/SessionExpired",

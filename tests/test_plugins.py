@@ -117,14 +117,14 @@ class TestLoading:
             ("class Outer: pass", "Outer.hook", "cannot be imported: AttributeError: "),
             ("def (", "hook", "cannot be imported: SyntaxError: "),
             ("import no_such_module_at_all", "hook", "cannot be imported: ModuleNotFoundError: "),
-            ("raise RuntimeError('broken')", "hook", "cannot be imported: RuntimeError: broken"),
-            ("raise SystemExit(3)", "hook", "cannot be imported: SystemExit: 3"),
-            ("raise asyncio.CancelledError", "hook", "cannot be imported: CancelledError: "),
+            ("raise RuntimeError('broken')", "hook", "cannot be imported: RuntimeError at "),
+            ("raise SystemExit(3)", "hook", "cannot be imported: SystemExit at "),
+            ("raise asyncio.CancelledError", "hook", "cannot be imported: CancelledError at "),
             ("hook = 5", "hook", "must be an async function or a class"),
             ("def hook(event): pass", "hook", "must be an async function or a class"),
             ("hook = lambda event: asyncio.sleep(0)", "hook", "must be an async function or a class"),
             ("class Hook: pass", "Hook", "cannot be made: TypeError: "),
-            ("class Hook:\n def __init__(self, o): raise SystemExit(4)", "Hook", "cannot be made: SystemExit: 4"),
+            ("class Hook:\n def __init__(self, o): raise SystemExit(4)", "Hook", "cannot be made: SystemExit at "),
             ("class Hook:\n def __init__(self, o): o['url']", "Hook", "cannot be made: KeyError: 'url'"),
             ("class Hook:\n def __init__(self, o): pass", "Hook", "must have an async method session_ended(event)"),
             (
@@ -157,6 +157,32 @@ class TestLoading:
         assert found.startswith(f"plugins.broken.use: {finding}")
         assert found.endswith(f"(got '{name}:{attribute}')")
         assert ("started", "good") not in module(journal).LOG  # nothing starts before everything is loaded
+
+    @pytest.mark.parametrize(
+        ("source", "failed", "line"),
+        [
+            ("raise RuntimeError('cannot log in with s3cret')", "cannot be imported: RuntimeError", 5),
+            ("class Hook:\n def __init__(self, o):\n  int('s3cret')", "cannot be made: ValueError", 7),
+            (
+                (
+                    "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
+                    " async def start(self):\n  raise OSError('s3cret')"
+                ),
+                "start() failed: OSError",
+                9,
+            ),
+        ],
+    )
+    async def test_a_start_that_fails_says_where_but_not_what_may_be_a_secret(
+        self, tmp_path: Path, written: Callable[[str], str], source: str, failed: str, line: int
+    ) -> None:
+        name = written(source)
+        with pytest.raises(ConfigError) as raised:
+            async with serving(tmp_path, operator() + plugin("broken", f"{name}:Hook")):
+                pytest.fail("it was started")
+        (found,) = raised.value.findings
+        assert f"{failed} at {name}.py:{line}" in found
+        assert "s3cret" not in found
 
     async def test_a_module_that_is_not_there_stops_the_start(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"plugins\.x\.use: cannot be imported: ModuleNotFoundError"):

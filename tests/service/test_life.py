@@ -173,7 +173,7 @@ def test_restarts_under_load_refuse_nobody_and_lose_nothing_acknowledged(service
     rig.write("/run/load.py", Path(__file__).with_name("load.py").read_text())
     rig.path("/run/load-on").touch()
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(rig.run, "python3", "/run/load.py", PRIVATE, "/run/load-on")
+        load = pool.submit(rig.run, "python3", "/run/load.py", PRIVATE, "/run/load-on", timeout=900)
         for _ in range(4):
             before = live()
             wait_for(lambda seen=before: live() > seen + 50, WITHIN_S)

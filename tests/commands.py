@@ -57,7 +57,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         preexec_fn=before,
     )
@@ -75,7 +75,7 @@ def text_and_json(*words: object, cwd: Path) -> tuple["subprocess.CompletedProce
     return text, json.loads(as_json.stdout)
 
 
-def poll(condition: Callable[[], Any], within_s: float = 15.0) -> Any:
+def poll(condition: Callable[[], Any], within_s: float = 40.0) -> Any:
     deadline = time.monotonic() + within_s
     while not (result := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -106,7 +106,7 @@ class Running:
 
     def ended(self) -> int:
         """Its exit code, once it ends by itself."""
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     def api(self, method: str, path: str, body: object = None) -> Any:
         """What the command line is checked against: the private API itself, also to prepare what a test needs."""
@@ -117,7 +117,7 @@ class Running:
             {"Authorization": f"Bearer {API_TOKEN}", "Content-Type": "application/json"},
             method=method,
         )
-        with urllib.request.urlopen(asked, timeout=20) as answer:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             return json.loads(answer.read())
 
     def open(self, operator: str, session: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def command_for(user: int) -> list[str]:
                 user=user,
                 group=user,
                 extra_groups=[],
-                timeout=60,
+                timeout=120,
             )
             if found.returncode == 0:
                 return [python, *COMMAND[1:]]
@@ -169,7 +169,7 @@ def daemon(directory: Path, *words: str, user: int | None = None, **env: str) ->
         yield Running(directory, process, log)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         assert not [secret for secret in SECRETS if secret in log.read_text()]
 
 

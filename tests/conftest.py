@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lmdaemon import log
 from lmdaemon.clock import Clock
@@ -13,6 +14,9 @@ from lmdaemon.clock import Clock
 FULL = os.environ.get("FAULTS") == "full"  # `make faults`: more runs of the same tests
 SEED = int(os.environ.get("FAULTS_SEED") or random.SystemRandom().randrange(2**32))
 _FIGURES: list[str] = []
+# A machine that stood still for a second is no finding
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 class HandClock(Clock):

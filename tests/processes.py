@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -61,7 +62,7 @@ class Process:
         self.spawn()
         self.wait_until_serving()
 
-    def wait_until_serving(self, within_s: float = 20.0) -> None:
+    def wait_until_serving(self, within_s: float = 60.0) -> None:
         def serves() -> bool:
             assert self.popen.poll() is None, self.log.read_text()
             with contextlib.suppress(OSError):
@@ -74,13 +75,13 @@ class Process:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
                 return answer.status, json.loads(text) if text else None
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
 
-    def stop(self, number: int = signal.SIGTERM, within_s: float = 20) -> int:
+    def stop(self, number: int = signal.SIGTERM, within_s: float = 60) -> int:
         self.popen.send_signal(number)
         return self.popen.wait(within_s)
 
@@ -108,7 +109,7 @@ class Process:
         return int(status.partition("VmRSS:")[2].split()[0])
 
 
-def wait_for(condition: Callable[[], Any], within_s: float = 20.0, otherwise: Callable[[], str] = str) -> Any:
+def wait_for(condition: Callable[[], Any], within_s: float = 40.0, otherwise: Callable[[], str] = str) -> Any:
     """Asks until the condition holds, for a state that another process has to reach."""
     deadline = time.monotonic() + within_s
     while not (result := condition()):
@@ -118,12 +119,31 @@ def wait_for(condition: Callable[[], Any], within_s: float = 20.0, otherwise: Ca
     return result
 
 
+_OURS: list[socket.socket] = []  # held until the tests end: a name for each port given out
+
+
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports that nobody uses, also not before somebody listens there, or while a daemon is down between two lives.
+
+    A port of the system's choice may be anybody's by then, of a client's connection even. So they are below those that
+    the system chooses from, and other tests on this machine see from the name that they are given out.
+    """
+    lowest, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10_000, max(int(lowest), 20_000))
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0lmdaemon-tests-port-{port}")
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            name.close()
+            continue
+        _OURS.append(name)
+        found.append(port)
+    return found
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdaemon import config
@@ -1148,7 +1148,7 @@ def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is not a broken promise
+@settings(deadline=None)
 @given(tables=FILE, secrets=st.sampled_from(["required", "readable", "optional"]))
 def test_any_tables_become_settings_or_findings(
     quiet_home: Path, tables: dict[str, Any], secrets: config.Secrets

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from conftest import HandClock
+from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, bench, hear, load, operator_table, scripted_operator, until
 
@@ -24,10 +25,8 @@ SCHEDULE = ["5s", "30s", "2m", "10m"]
 
 
 def refused_url() -> str:
-    """A URL that refuses connections: the port was free a moment ago and nobody listens on it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}/V4/SessionExpired"
+    """A URL that refuses connections."""
+    return f"http://127.0.0.1:{free_ports(1)[0]}/V4/SessionExpired"
 
 
 class TestOneDelivery:
@@ -607,7 +606,7 @@ class TestALookup:
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
         names = [f"dead{number}" for number in range(40)]
-        toml = "".join(operator_table(name, f"http://{name}.example/", timeout="50ms") for name in names)
+        toml = "".join(operator_table(name, f"http://{name}.example/", timeout="1s") for name in names)
         async with scripted_operator() as operator:
             port = operator.url.rpartition(":")[2]
             toml += operator_table("good", f"http://wallet.example:{port}")
@@ -615,7 +614,7 @@ class TestALookup:
                 for name in [*names, "good"]:
                     await b.end("s", name)
                 await b.round()
-                assert len(hanging) == 40
+                await until(lambda: len(hanging) == 40)
                 assert (await b.row("s", "good")).state == "delivered"
                 assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
                 hold.set()

@@ -87,7 +87,7 @@ async def test_a_lobby_that_does_not_answer_is_given_up_after_the_options_time_o
         return web.Response()
 
     lobby.script.append(hang)
-    async with serving(tmp_path, toml(f"{{ url = {json.dumps(lobby.url)}, timeout = 0.1 }}")) as s:
+    async with serving(tmp_path, toml(f"{{ url = {json.dumps(lobby.url)}, timeout = 2 }}")) as s:
         assert (await notify(s)).json == SUCCESS
         assert await delivered(tmp_path) == 2
     enough.set()

@@ -399,7 +399,7 @@ async def test_a_timer_tells_it_and_none_runs_while_nothing_is_suppressed(
     monkeypatch: pytest.MonkeyPatch, lines: Lines
 ) -> None:
     monkeypatch.setattr(log, "repeats", log.Repeats())
-    monkeypatch.setattr(log, "WINDOW_S", 0.05)
+    monkeypatch.setattr(log, "WINDOW_S", 0.5)
     monkeypatch.setattr(log, "STRAGGLERS_S", 0.01)
     loop = asyncio.get_running_loop()
     retry_failed()

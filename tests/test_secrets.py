@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Process, wait_for
+from processes import Process, free_ports, wait_for
 
 MARK = "s3cr3t"
 PLAYER, WRONG, PARTNER = f"{MARK}-player", f"{MARK}-wrong", f"{MARK}-partner"
@@ -171,9 +171,8 @@ def write_secrets(directory: Path) -> None:
 def daemon(tmp_path: Path) -> Iterator[Process]:
     write_secrets(tmp_path)
     (tmp_path / "leaky.py").write_text(LEAKY)
-    with echoing_wallet() as wallet, socket.create_server(("127.0.0.1", 0)) as closed:
-        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
-        closed.close()
+    with echoing_wallet() as wallet:
+        nobody = f"127.0.0.1:{free_ports(1)[0]}"
         made = Process(tmp_path, "", {"PARTNER_TOKEN": PARTNER, "PYTHONPATH": str(tmp_path)})
         server, api = (url.rpartition(":")[2] for url in (made.server, made.api))
         made.config.write_text(

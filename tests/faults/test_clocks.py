@@ -16,7 +16,10 @@ from processes import Process
 from support import until
 from witness import OPERATOR, Witness, check, settled, wallet
 
+from lmdaemon.sweeper import PERSIST_S
+
 SESSIONS = 20
+IDLE_S = 15  # more than a busy machine takes between two touches
 TOML = """
 [delivery]
 schedule = ["200ms", "200ms", "200ms", "200ms", "200ms", "200ms"]
@@ -63,15 +66,15 @@ async def touch_all(witness: Witness) -> set[int]:
 async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    stop_s = 60 if FULL else 5
+    stop_s = 60 if FULL else 8
     async with watched(tmp_path, rng) as (daemon, witness):
-        await open_all(witness, 3)
+        await open_all(witness, 6)  # shorter than the stop, and longer than a busy machine takes for the calls
         daemon.popen.send_signal(signal.SIGSTOP)
         await asyncio.sleep(stop_s)  # the fault itself
         daemon.popen.send_signal(signal.SIGCONT)
         assert await touch_all(witness) == {204}
-        (stalled,) = await until(lambda: daemon.events("clock.stalled"))
-        assert stalled["stall_s"] >= stop_s - 1.5
+        # A busy machine may add stalls of its own
+        await until(lambda: [one for one in daemon.events("clock.stalled") if one["stall_s"] >= stop_s - 1.5], 40)
     measured(stopped_s=stop_s, sessions=SESSIONS, ended_early=0)
 
 
@@ -79,7 +82,11 @@ async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
 async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
     tmp_path: Path, rng: Random, downtime: str, measured: Callable[..., None]
 ) -> None:
-    async with watched(tmp_path, rng, grace="2s", downtime=downtime) as (daemon, witness):
+    # Where it counts, the grace is all there is to save one in
+    async with watched(tmp_path, rng, grace={"pause": "2s", "count": "8s"}[downtime], downtime=downtime) as (
+        daemon,
+        witness,
+    ):
         await open_all(witness, 600)
         daemon.kill()
         with contextlib.closing(sqlite3.connect(daemon.path)) as sql, sql:  # the last sign of life was a day ago
@@ -89,7 +96,7 @@ async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
         assert {row[0] for row in daemon.rows("SELECT reason FROM session")} == {None}
         assert await witness.touch("acme", "s0") == 204
         if downtime == "count":
-            await until(lambda: daemon.rows("SELECT count(*) FROM session WHERE reason IS NULL") == [(1,)])
+            await until(lambda: daemon.rows("SELECT count(*) FROM session WHERE reason IS NULL") == [(1,)], 60)
             for known in witness.sessions.values():
                 known.idle_ms = 0  # a day has passed that the witness did not see
             assert await witness.touch("acme", "s0") == 204
@@ -104,21 +111,24 @@ async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
 async def test_a_crash_loop_ends_nobody_early_and_keeps_nobody_alive_for_ever(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    starts, idle_s = (50, 20) if FULL else (8, 4)
+    starts, idle_s = (50, 20) if FULL else (8, 8)
     async with watched(tmp_path, rng) as (daemon, witness):
         await witness.open("acme", "forgotten", idle_s)
         await witness.open("acme", "touched", idle_s)
-        ended_after = None
-        for start in range(1, starts):
+        ended_after, start = None, 0
+        while start < starts or (ended_after is None and start < 10 * starts):
+            start += 1
             served_ms = daemon.rows("SELECT service_ms FROM clock")[0][0]
-            await until(lambda ms=served_ms: daemon.rows("SELECT service_ms FROM clock")[0][0] > ms)
+            # Sooner than the clock is kept in a long run: crashes may come as often as that
+            kept = lambda ms=served_ms: daemon.rows("SELECT service_ms FROM clock")[0][0] > ms  # noqa: E731
+            await until(kept, 0.9 * PERSIST_S)
             assert await witness.touch("acme", "touched") == 204
             if ended_after is None and daemon.rows("SELECT 1 FROM session WHERE reason = 'inactivity'"):
                 ended_after = start
             daemon.kill()
             await asyncio.to_thread(daemon.start)
         assert ended_after is not None, "a session that nobody touches outlived every crash"
-    measured(starts=starts, idle_s=idle_s, ended_in_life=ended_after, ended_early=0)
+    measured(starts=start, idle_s=idle_s, ended_in_life=ended_after, ended_early=0)
 
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs Debian's libfaketime to set a process's wall clock")
@@ -141,21 +151,21 @@ async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
         try:
             await asyncio.to_thread(daemon.start)
             witness = Witness(daemon, client)
-            await open_all(witness, 10)
+            await open_all(witness, IDLE_S)
             for number, step in enumerate(steps):
                 acme.refuses = 1.0  # so that a retry, kept as a wall time, is under way when the clock is set
                 await witness.open("acme", f"closed{number}", 60)
                 await witness.close("acme", f"closed{number}")
-                await until(lambda n=number: acme.arrived[f"closed{n}"])
+                await until(lambda n=number: acme.arrived[f"closed{n}"], 40)
                 offset.write_text(step)
                 acme.refuses = 0.0
                 for _ in range(6):  # the file is looked at once a second
+                    touched = time.monotonic()
                     assert await touch_all(witness) == {204}
                     await asyncio.sleep(0.3)
-                await until(lambda n=number: any(one.answered for one in acme.arrived[f"closed{n}"]), 20)
-            began = time.monotonic()
+                await until(lambda n=number: any(one.answered for one in acme.arrived[f"closed{n}"]), 40)
             await settled(daemon, until)  # nobody touches any more, and all of them end
-            assert time.monotonic() - began >= 5
+            assert time.monotonic() - touched >= IDLE_S
             assert await asyncio.to_thread(daemon.stop) == 0
         finally:
             daemon.kill()

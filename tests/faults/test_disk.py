@@ -46,11 +46,13 @@ provider_id = "luckymonaco"
 notify = true
 url = "{url}"
 allow_private_network = true
+timeout = "120s"  # an attempt under way outlasts every fault
 concurrency = 1
 schedule = ["1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s"]
 """
 LONG_S = 600  # an idle time that no test outlives
-LASTS_S = 1.2  # how long a fault is kept up: longer than the idle time of the session that must outlive it
+SLEEPS_S = 3  # idle time of the session that must outlive a fault; longer than a busy machine takes to cause one
+LASTS_S = SLEEPS_S + 0.2  # how long a fault is kept up
 # RLIMIT_FSIZE is for every regular file, and the log is to be kept
 LOG_THROUGH_A_PIPE = ("bash", "-c", 'exec "$0" "$@" 2> >(exec cat >&2)', *AS_USERS_DO)
 
@@ -85,7 +87,7 @@ def wallet() -> Iterator[Wallet]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             wallet.bodies[self.headers["webhook-id"]].append(body)
-            wallet.answers.wait(60)
+            wallet.answers.wait(120)
             with contextlib.suppress(OSError):
                 self.send_response(200)
                 self.end_headers()
@@ -127,7 +129,7 @@ class Daemon(Process):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 text = answer.read()
                 return Answer(answer.status, answer.headers, json.loads(text) if text else None)
         except urllib.error.HTTPError as error:
@@ -150,7 +152,7 @@ class Daemon(Process):
         written = self.log.read_text() if self.log.exists() else ""
         self.spawn()
         try:
-            assert self.popen.wait(30) == 1
+            assert self.popen.wait(60) == 1
         finally:
             self.kill()
         assert str(self.path) in self.log.read_text().removeprefix(written)
@@ -382,7 +384,7 @@ def test_a_fault_that_passes_refuses_loses_nothing_and_work_resumes_by_itself(
         ledger.must("close", "in-flight")
         wait_for(lambda: wallet.attempts["in-flight"])  # its answer comes during the fault
         ledger.must("notice", "waiting")  # behind it: one attempt at a time
-        ledger.must("open", "sleeper", 1)
+        ledger.must("open", "sleeper", SLEEPS_S)
 
         with fault.cause(daemon):
             until_refused(ledger, "touch", "sleeper")
@@ -411,7 +413,8 @@ def test_a_fault_that_passes_refuses_loses_nothing_and_work_resumes_by_itself(
         ended_ms = wait_for(lambda: daemon.ended_ms("sleeper"))
         wait_for(ledger.settled)
         ((seen_ms,),) = daemon.rows("SELECT seen_at FROM session WHERE session_id = 'sleeper'")
-        assert ended_ms - seen_ms >= 1000 + lasted_ms - 5  # service time stood still; times are whole milliseconds
+        # Service time stood still; times are whole milliseconds
+        assert ended_ms - seen_ms >= SLEEPS_S * 1000 + lasted_ms - 5
         assert wallet.attempts == dict.fromkeys(("before", "in-flight", "waiting", "during", "sleeper"), 1)
         assert (len(daemon.events("store.failing")), len(daemon.events("store.recovered"))) == (len(reasons), 1)
         ledger.check()
@@ -493,7 +496,7 @@ def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_noth
         daemon = stack.enter_context(daemon_on(tmp_path, environment=environment))
         pool = stack.enter_context(ThreadPoolExecutor())
         ledger = Ledger(daemon)
-        idle_s = 4
+        idle_s = 8
         ledger.must("open", "player")
         ledger.must("open", "sleeper", idle_s)
         wait_for(fed)
@@ -517,10 +520,10 @@ def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_noth
         assert [len(daemon.events(f"watchdog.{event}")) for event in ("withheld", "resumed")] == [1, 1]
         ledger.check()
         # Between the beginning of the touch's commit and its end nobody could touch: the idle time is left, but for
-        # what may count of a stall, and a tick.
+        # what passes until it shows that the commit hangs, and on a busy machine until that is noticed.
         ended_ms = wait_for(lambda: daemon.ended_ms("sleeper"))
         left_s = (ended_ms - over_ms) / 1000
-        assert left_s >= idle_s - STALL_S - 0.5
+        assert left_s >= idle_s - 2 * STALL_S
         measured(hung_s=round(lasted_s, 1), idle_time_left_s=round(left_s, 1))
 
 
@@ -551,7 +554,7 @@ def test_killed_inside_a_commit_or_a_checkpoint_at_any_write_it_has_lost_nothing
             when = 1 if call == "fdatasync" and file == daemon.path else 1 + 3 * (life // len(places))
             with strace(daemon, f"{call}:signal=SIGKILL:when={when}", only=file):
                 wait([pool.submit(work, ledger, worker, life) for worker in range(3)])
-                assert daemon.popen.wait(20) == -signal.SIGKILL
+                assert daemon.popen.wait(60) == -signal.SIGKILL
             daemon.start()
             ledger.check()
         wait_for(lambda: not daemon.rows("SELECT 1 FROM session WHERE reason IS NULL AND idle_ms = 1000"), 60)

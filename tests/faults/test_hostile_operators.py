@@ -356,7 +356,7 @@ def test_a_flood_of_interim_answers_delays_nobody_else(tmp_path: Path, measured:
         good, still, flood = (operators.open(steps) for steps in ([SUCCESS], [HANG], endless(CONTINUE * 1000)))
         toml = operator_toml("good", good.url, timeout="60s")
         for name, operator in (("still", still), ("flood", flood)):
-            toml += operator_toml(name, operator.url, timeout="10s", schedule=["1h"])
+            toml += operator_toml(name, operator.url, timeout="60s", schedule=["1h"])
         with process(tmp_path, NO_GRACE + toml) as daemon:
             memory = forget_peak(daemon)
             notify(daemon, "still", ["s"])
@@ -445,9 +445,10 @@ def test_twenty_hostile_operators_at_once_harm_no_other_and_sigterm_ends_in_time
     rows = HANGING + rng.sample(ANSWERING, 20 - len(HANGING))
     with Operators(certificates) as operators:
         trap, good, late = (operators.open(steps) for steps in ([SUCCESS], [SUCCESS], [HANG]))
-        toml = operator_toml("late", late.url, timeout="2s")
+        # The good one shares its thread with all that the bad ones send: a busy machine may need several attempts
+        toml = operator_toml("late", late.url, timeout="5s")
         for name in good_ones:
-            toml += operator_toml(name, f"{good.url}/{name}", timeout="2s", schedule=["1s"] * 5)
+            toml += operator_toml(name, f"{good.url}/{name}", timeout="5s", schedule=["1s"] * 50)
         for number, row in enumerate(rows):
             options: dict[str, Any] = tls_options(row, certificates) | {"timeout": "1s", "schedule": ["100ms"] * 9}
             toml += operator_toml(f"bad{number}", open_hostile(operators, row, trap).url, **options)
@@ -467,7 +468,7 @@ def test_twenty_hostile_operators_at_once_harm_no_other_and_sigterm_ends_in_time
             notify(daemon, "late", ["s"])
             wait_for(lambda: late.open)
             began = time.monotonic()
-            assert daemon.stop(within_s=2 + 5 + 10) == 0  # longest time-out, 5 s, and 10 s for a busy machine
+            assert daemon.stop(within_s=5 + 5 + 10) == 0  # longest time-out, 5 s, and 10 s for a busy machine
             [stopping] = daemon.events("daemon.stopping")
             assert stopping["in_flight"] >= 1
             measured(peak_grown_kib=grown, seconds_to_stop=round(time.monotonic() - began, 2))
@@ -485,7 +486,7 @@ def test_two_hundred_hostile_attempts_leave_no_open_files(
         trap = operators.open([SUCCESS])
         toml = ""
         for name, row in zip(names, rows, strict=True):
-            options: dict[str, Any] = tls_options(row, certificates) | {"timeout": "1s", "schedule": ["1h"]}
+            options: dict[str, Any] = tls_options(row, certificates) | {"timeout": "2s", "schedule": ["1h"]}
             toml += operator_toml(name, open_hostile(operators, row, trap).url, concurrency=10, **options)
         with process(tmp_path, NO_GRACE + toml) as daemon:
             before = open_files(daemon)
@@ -497,10 +498,12 @@ def test_two_hundred_hostile_attempts_leave_no_open_files(
                 return not daemon.rows("SELECT id FROM delivery WHERE attempts = 0 LIMIT 1")
 
             for number in range(3 if FULL else 1):
-                for name in names:  # all ten at once, before the breaker hears of the first failure
+                for name in names:
                     daemon.call("POST", f"{daemon.api}/v1/operators/{name}/hold")
                     notify(daemon, name, [f"{number}-{session}" for session in range(10)])
+                for name in names:  # all ten at once, before the breaker hears of the first failure
                     daemon.call("POST", f"{daemon.api}/v1/operators/{name}/release")
+                    most = max(most, open_files(daemon))
                 wait_for(tried)
                 wait_for(
                     lambda: open_files(daemon) <= before + 4, otherwise=lambda: f"{open_files(daemon)} of {before}"

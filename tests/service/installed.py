@@ -23,7 +23,7 @@ TOML = """
 [sessions]
 restart_grace = "0s"
 [delivery]
-timeout = "20s"
+timeout = "60s"
 schedule = ["500ms", "500ms", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s"]
 
 [operators.acme]
@@ -178,6 +178,10 @@ class Service:
 
     def said(self) -> str:
         return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
+
+    def says(self, text: str) -> None:
+        """It is in the journal, sooner or later: journald may be behind those who write to it."""
+        wait_for(lambda: text in self.said(), WITHIN_S, lambda: f"no {text!r}: {self.said()}")
 
     # -- the daemon
 

@@ -104,7 +104,7 @@ def test_a_stopped_process_is_restarted_by_the_watchdog(service: Service) -> Non
     watched(service)
     with service.restarts_by_itself():
         service.rig.run("kill", "-STOP", str(service.pid))
-    assert "Watchdog timeout" in service.said()
+    service.says("Watchdog timeout")
 
 
 def test_a_blocked_loop_is_restarted_with_its_stack_in_the_journal_and_nothing_is_lost(service: Service) -> None:
@@ -113,8 +113,8 @@ def test_a_blocked_loop_is_restarted_with_its_stack_in_the_journal_and_nothing_i
     service.open("blocked", "hooked")
     with service.restarts_by_itself():
         service.close("blocked", "hooked")
-    assert "Fatal Python error: Aborted" in service.said()
-    assert "in blocks_the_loop" in service.said()
+    service.says("Fatal Python error: Aborted")
+    service.says("in blocks_the_loop")
     assert service.delivered("blocked", "hooked")["attempts"] >= 1
 
 
@@ -129,15 +129,15 @@ def test_a_write_that_hangs_gets_the_daemon_restarted(service: Service) -> None:
         # Not answered any more, so the client gives up; what it has asked for hangs on
         url = f"{PRIVATE}/v1/operators/acme/sessions/never-acknowledged"
         wait_for(lambda: service.call("PUT", url, {"playerId": "p", "token": "t"}, "-m", "1")[0] == 0, WITHIN_S)
-        wait_for(lambda: "Watchdog timeout" in service.said(), WITHIN_S)
+        service.says("Watchdog timeout")
         service.systemctl("kill", "--signal=KILL", "hang")  # a tracer keeps the dead as zombies
     assert "writer" in service.event("watchdog.withheld")["stuck"].split(",")
     assert service.session("before-the-hang")["state"] == "active"
 
 
 def watched(service: Service) -> None:
-    """With a short patience of the watchdog's."""
-    service.drop_in("[Service]\nWatchdogSec=2\nTimeoutAbortSec=2\n")
+    """With a short patience of the watchdog's, which a busy machine must not try either."""
+    service.drop_in("[Service]\nWatchdogSec=4\nTimeoutAbortSec=4\n")
     service.restart()
 
 
@@ -173,7 +173,7 @@ def test_restarts_under_load_refuse_nobody_and_lose_nothing_acknowledged(service
     rig.write("/run/load.py", Path(__file__).with_name("load.py").read_text())
     rig.path("/run/load-on").touch()
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(rig.run, "python3", "/run/load.py", PRIVATE, "/run/load-on")
+        load = pool.submit(rig.run, "python3", "/run/load.py", PRIVATE, "/run/load-on", timeout=900)
         for _ in range(4):
             before = live()
             wait_for(lambda seen=before: live() > seen + 50, WITHIN_S)
@@ -187,8 +187,9 @@ def test_restarts_under_load_refuse_nobody_and_lose_nothing_acknowledged(service
 
 
 def test_a_start_and_a_stop_that_take_long_for_a_reason_are_given_the_time(service: Service) -> None:
-    service.drop_in("[Service]\nTimeoutStartSec=4\nTimeoutStopSec=2\n")
-    service.rig.write("/run/lmdaemon/slow-start", "6")
+    # On a busy machine an interpreter alone takes seconds, until it can ask for more time
+    service.drop_in("[Service]\nTimeoutStartSec=10\nTimeoutStopSec=4\n")
+    service.rig.write("/run/lmdaemon/slow-start", "12")
     service.restart()
     service.rig.path("/run/lmdaemon/slow-start").unlink()
     service.wallet(slow=True)
@@ -197,7 +198,7 @@ def test_a_start_and_a_stop_that_take_long_for_a_reason_are_given_the_time(servi
     wait_for(lambda: service.received("stopped-in-flight"), WITHIN_S)
     service.systemctl("stop", "--no-block", "lmdaemon.socket")
     service.event("daemon.stopping")
-    time.sleep(5)  # twice what the unit allows; whoever is late here is late in the daemon's favour
+    time.sleep(7)  # longer than the unit allows; whoever is late here is late in the daemon's favour
     service.wallet()
     wait_for(lambda: service.show("ActiveState") != "deactivating", WITHIN_S)
     assert (service.show("ActiveState"), service.show("Result")) == ("inactive", "success")

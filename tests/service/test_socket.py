@@ -55,11 +55,16 @@ def test_ready_means_that_both_sides_serve(service: Service) -> None:
     """Without the socket, so that nothing but the daemon can answer."""
     service.systemctl("mask", "--now", "lmdaemon.socket")
     try:
-        service.rig.write("/run/lmdaemon/slow-start", "2")
+        service.rig.write("/run/lmdaemon/slow-start", "5")
+
+        def starting() -> str | None:
+            """What it is while it says so, both of one moment."""
+            shown = service.systemctl("show", "--property=ActiveState,StatusText", UNIT)
+            return shown if "StatusText=Starting." in shown else None
+
         with ThreadPoolExecutor(1) as pool:
             started = pool.submit(service.systemctl, "start", UNIT)
-            wait_for(lambda: "Starting." in service.show("StatusText"), WITHIN_S)
-            assert service.show("ActiveState") == "activating"
+            assert "ActiveState=activating" in wait_for(starting, WITHIN_S)
             started.result()
         assert [service.call("GET", f"{side}/health")[0] for side in (PUBLIC, PRIVATE)] == [200, 200]
     finally:

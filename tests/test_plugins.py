@@ -257,7 +257,7 @@ class TestStartAndStop:
         )
         toml += plugin("broken", f"{broken}:Hook", timeout="50ms")
         toml += plugin("last", f"{journal}:Hook", options={"name": "last"})
-        with pytest.raises(ConfigError, match=r"^plugins\.broken: start\(\) failed: \w+$"):
+        with pytest.raises(ConfigError, match=r"^plugins\.broken: start\(\) failed: \w+( at [\w.]+:\d+)?$"):
             async with serving(tmp_path, toml):
                 pytest.fail("it was started")
         module(broken).RELEASE.set()
@@ -818,7 +818,7 @@ class TestReload:
             before = (s.daemon.settings, dict(s.daemon._plugins), s.daemon._plugins["x"].settings)
             found = await self.reload(s, new)
             assert found is not None
-            assert found.startswith("plugins.broken")
+            assert found.startswith(f"{s.daemon.settings.file}: plugins.broken")
             assert (s.daemon.settings, s.daemon._plugins, s.daemon._plugins["x"].settings) == before
             log = module(name).LOG
             assert ("stopped", "old") not in log

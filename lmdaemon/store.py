@@ -21,13 +21,13 @@ from typing import Any, Literal, NamedTuple, Self
 import orjson
 
 from lmdaemon.clock import Clock, ServiceClock
-from lmdaemon.database import Database, DatabaseError, StoreError
+from lmdaemon.database import BATCH_ROWS, Database, DatabaseError, StoreError
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 
 __all__ = ["Store", "StoreError"]
 
-SWEEP_ROWS = 200  # sessions looked at in one sweep operation: about 10 ms on the writer
+SWEEP_ROWS = 100
 PRUNE_ROWS = 500
 EXPORT_ROWS = 500  # sessions in one read
 RETRY_ROWS = 500
@@ -250,9 +250,9 @@ WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?)) AND reason
 _STATES = f"""
 SELECT {_rows("session_id, reason IS NULL")} FROM session
 WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
-_END = """
-UPDATE session SET reason = ?, ended_at = ?, token = coalesce(?, token), extra = coalesce(?, extra)
-WHERE id IN (SELECT value FROM json_each(?))"""
+_END = f"""
+UPDATE session SET reason = ?, ended_at = ?, extra = coalesce(?, extra), token = ended.token
+FROM (SELECT {_given("id", "token")} FROM json_each(?)) AS ended WHERE session.id = ended.id"""
 _DUE = f"""
 SELECT {_rows(_SESSION)}
 FROM (SELECT {_SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?)"""
@@ -546,13 +546,15 @@ class Store:
         """Records a notice from the peer, once for as long as the row is kept. Raises StoreError."""
         return await self._db.write(_record, recording)
 
-    async def end_due(self, *, idle: bool) -> Swept:
+    async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
-        SWEEP_ROWS sessions each. Raises StoreError.
+        SWEEP_ROWS sessions each. One of a crowd has a transaction of its own, so that whoever came before it need not
+        wait for it. Raises StoreError.
         """
         # Due as of now, when it is queued, not when the writer comes to it: of a touch that was queued before its
         # deadline, every sweep that could end its session stands behind it, however long the disk takes.
-        return await self._db.write(_end_due, self.service_clock.now_ms() if idle else None)
+        as_of_ms = self.service_clock.now_ms() if idle else None
+        return await self._db.write(_end_due, as_of_ms, rows=BATCH_ROWS if crowd else 1)
 
     async def settle(self, settlement: Settlement) -> Settled:
         """Stores the result of an attempt. Raises StoreError."""
@@ -737,7 +739,7 @@ def _record(change: _Change, recordings: Sequence[Recording]) -> list[Recorded]:
         if key not in known and _unacceptable(one) is None:
             new.setdefault(key, one)
     ended = [session for session, _ in _add(change, [_reported(change, one) for one in new.values()])]
-    _follow_up(change, ended)
+    _execute(change.sql, _PUT_TOKENS, _follow_up(change, ended))
     known.update(zip(new, ended, strict=True))
     return ["ended" if new.get(Key(*one[:2])) is one else _record_one(change, one, known) for one in recordings]
 
@@ -820,16 +822,19 @@ def _end(
     if not sessions:
         return []
     now = change.wall_at
-    change.sql.execute(_END, (reason, now, token, extra, _json([session.id for session in sessions])))
     ended = [s._replace(reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
     for session in ended:
         change.of(session.operator).live -= 1
-    _follow_up(change, ended)
+    forgotten = dict(_follow_up(change, ended))
+    tokens = [(session.id, forgotten.get(session.id, session.token)) for session in ended]
+    change.sql.execute(_END, (reason, now, extra, _json(tokens)))
     return ended
 
 
-def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
-    """One delivery for each sink of each ended session; where none can be sent, the token goes at once."""
+def _follow_up(change: _Change, ended: Sequence[Session]) -> list[tuple[int, str]]:
+    """One delivery for each sink of each ended session. Returns what is to be left of the tokens of those of which none
+    can be sent.
+    """
     now = change.wall_at
     rows, unsent = [], {}
     for session in ended:
@@ -848,8 +853,8 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> None:
             unsent[session.id] = session.token
     nonces = _random_hex(10, len(rows))
     _execute(change.sql, _ADD_DELIVERIES, [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)])
-    _forget_tokens(change, unsent)
     change.ended += ended
+    return _forgotten(unsent)
 
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
@@ -857,7 +862,8 @@ def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]
     _execute(change.sql, _SETTLE, [_result(change, one) for one in settlements if one.delivery.id in pending])
     over = [one.delivery.session for one in settlements if one.state != "pending"]
     if over:
-        _forget_tokens(change, dict(_fetch(change.sql, _UNNEEDED_TOKENS, _json(over))))
+        unneeded = dict(_fetch(change.sql, _UNNEEDED_TOKENS, _json(over)))
+        _execute(change.sql, _PUT_TOKENS, _forgotten(unneeded))
     return [_settled(change, one, pending) for one in settlements]
 
 
@@ -892,14 +898,11 @@ def _settled(change: _Change, settlement: Settlement, pending: set[int]) -> Sett
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
 
 
-def _forget_tokens(change: _Change, unneeded: Mapping[int, str | None]) -> None:
-    """Of each session: a player's token is kept for sending. Once nothing can need it, what stays only tells it from
-    another.
-    """
-    tokens = [(session, token) for session, token in unneeded.items() if token and token[0] != _DIGEST]
-    salts = _random_hex(8, len(tokens))
-    digests = [(session, _digest(token, salt)) for (session, token), salt in zip(tokens, salts, strict=True)]
-    _execute(change.sql, _PUT_TOKENS, digests)
+def _forgotten(tokens: Mapping[int, str | None]) -> list[tuple[int, str]]:
+    """By session: a token is kept for sending. Once nothing can need it, what stays only tells it from another."""
+    clear = [(session, token) for session, token in tokens.items() if token and token[0] != _DIGEST]
+    salts = _random_hex(8, len(clear))
+    return [(session, _digest(token, salt)) for (session, token), salt in zip(clear, salts, strict=True)]
 
 
 def _set_back(change: _Change) -> None:

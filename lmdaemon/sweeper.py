@@ -120,21 +120,21 @@ class Sweeper:
 
         Raises StoreError.
         """
-        more = True
+        more, crowd = True, False
         while more:
             self._tick()
             self.pulse.working()
-            more = self._due_in_s() == 0 and await self._end_some()
+            more = crowd = self._due_in_s() == 0 and await self._end_some(crowd=crowd)
         if self._store.live and self._clock.monotonic() - self._persisted >= self._persist_after_s:
             self._persisted = self._clock.monotonic()
             await self._store.probe()
         return self._next_wait_s()
 
-    async def _end_some(self) -> bool:
+    async def _end_some(self, *, crowd: bool) -> bool:
         """Ends one batch of what is due, once those who are already readable have been heard. Whether there is more."""
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
-        swept = await self._store.end_due(idle=self.hold_s == 0)
+        swept = await self._store.end_due(idle=self.hold_s == 0, crowd=crowd)
         self._persisted = self._clock.monotonic()
         self.alarm.note(swept.ended, self._store.live)
         return swept.looked_at >= SWEEP_ROWS

@@ -661,7 +661,7 @@ HOT = {
     "_TOUCH": (4, "(operator=? AND session_id=?)"),
     "_SESSIONS_BY_KEY": (2, "(operator=? AND session_id=?)"),
     "_STATES": (2, "(operator=? AND session_id=?)"),
-    "_END": (5, "INTEGER PRIMARY KEY"),
+    "_END": (4, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
     "_DUE": (2, "INDEX session_due (due_ms<?)"),
     "_DUE_LIFETIME": (2, "INDEX session_lifetime (lifetime_at>? AND lifetime_at<?)"),
     "_NEXT": (0, "INDEX session_due"),

@@ -62,7 +62,6 @@ WATCHED = [
     delivery.Sender.post,
     delivery._read_some,
     store._settle,
-    store._forget_tokens,
     store._set_gate_one,
 ]
 
@@ -74,6 +73,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
+RUN_SQL = ("execute", "executemany", "_execute", "_fetch", "_sessions")
 CODES = {code for function in WATCHED for code in codes(function.__code__)}
 KILL_AT = os.environ.get("KILL_AT")
 REACHED = os.environ.get("REACHED")
@@ -84,8 +84,9 @@ def steps(path: str) -> set[int]:
     """Lines with an await or an SQL statement."""
     found: set[int] = set()
     for node in ast.walk(ast.parse(Path(path).read_text())):
-        called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if isinstance(node, ast.Await | ast.AsyncWith) or called in ("execute", "executemany"):
+        function = node.func if isinstance(node, ast.Call) else None
+        called = getattr(function, "attr", "") or getattr(function, "id", "")
+        if isinstance(node, ast.Await | ast.AsyncWith) or called in RUN_SQL:
             first = node.items[0].context_expr if isinstance(node, ast.AsyncWith) else node
             found |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return found

@@ -245,10 +245,11 @@ class Sender:
         if not operator.allow_private_network and private_address(URL(url).host or ""):
             raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
+        payload = aiohttp.BytesPayload(body, content_type=operator.sends.content_type)  # else aiohttp looks one up
         try:
             async with (
                 asyncio.timeout(operator.policy.timeout_s),
-                self._client(operator).post(url, data=body, headers=headers, allow_redirects=False) as response,
+                self._client(operator).post(url, data=payload, headers=headers, allow_redirects=False) as response,
             ):
                 answer = await _read_some(response)
                 if len(answer) > ANSWER_MAX:

@@ -49,7 +49,7 @@ class Wallet:
 
     def __init__(self, directory: Path) -> None:
         (self.port,) = free_ports(1)
-        self.process = python_process(Python(), directory, "benchmarks.wallet", "serve", port=self.port)
+        self.process = python_process(Python(uvloop=True), directory, "benchmarks.wallet", "serve", port=self.port)
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}/{path}"

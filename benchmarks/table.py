@@ -5,6 +5,7 @@ import os
 import platform
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Sequence
 from statistics import median
 
@@ -112,6 +113,25 @@ def machine(*, uvloop: bool) -> str:
     df = ["df", "--output=source,fstype", str(BUILD)]
     disk = subprocess.run(df, capture_output=True, text=True, check=False).stdout.split()[-2:]
     return (
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, {loop}, {versions}, "
+        f"{os.cpu_count()} cores (two at once run at {speed_of_two():.2f} of the speed of one), Python {platform.python_version()}, {loop}, {versions}, "
         f"SQLite {sqlite3.sqlite_version}, Linux {platform.release()}, databases on {' '.join(disk)}"
     )
+
+
+SPIN = (
+    "import time; began = time.perf_counter(); sum(i * i for i in range(3_000_000)); print(time.perf_counter() - began)"
+)
+
+
+def speed_of_two() -> float:
+    """How fast each of two busy processes is beside the other, to one alone. A client by itself keeps one core busy,
+    lmdaemon and its disk and its peer two: where this is far below 1, ratios are lower too.
+    """
+
+    def spin(count: int) -> float:
+        command = [sys.executable, "-c", SPIN]
+        together = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        return max(float(one.communicate()[0]) for one in together)
+
+    alone, two = zip(*((spin(1), spin(2)) for _ in range(3)), strict=True)
+    return median(alone) / median(two)

@@ -112,9 +112,10 @@ def machine(*, uvloop: bool) -> str:
     loop = f"uvloop {importlib.metadata.version('uvloop')}" if uvloop else "asyncio's loop"
     df = ["df", "--output=source,fstype", str(BUILD)]
     disk = subprocess.run(df, capture_output=True, text=True, check=False).stdout.split()[-2:]
+    cores = f"{os.cpu_count()} cores (two at once run at {speed_of_two():.2f} of the speed of one)"
     return (
-        f"{os.cpu_count()} cores (two at once run at {speed_of_two():.2f} of the speed of one), Python {platform.python_version()}, {loop}, {versions}, "
-        f"SQLite {sqlite3.sqlite_version}, Linux {platform.release()}, databases on {' '.join(disk)}"
+        f"{cores}, Python {platform.python_version()}, {loop}, {versions}, SQLite {sqlite3.sqlite_version}, "
+        f"Linux {platform.release()}, databases on {' '.join(disk)}"
     )
 
 
@@ -133,5 +134,5 @@ def speed_of_two() -> float:
         together = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
         return max(float(one.communicate()[0]) for one in together)
 
-    alone, two = zip(*((spin(1), spin(2)) for _ in range(3)), strict=True)
-    return median(alone) / median(two)
+    turns = [(spin(1), spin(2)) for _ in range(3)]
+    return median(alone for alone, _ in turns) / median(two for _, two in turns)

@@ -120,11 +120,13 @@ class Sweeper:
 
         Raises StoreError.
         """
-        more, crowd = True, False
-        while more:
+        crowd = False
+        while True:
             self._tick()
             self.pulse.working()
-            more = crowd = self._due_in_s() == 0 and await self._end_some(crowd=crowd)
+            crowd = self._due_in_s() == 0 and await self._end_some(crowd=crowd)
+            if not crowd:
+                break
         if self._store.live and self._clock.monotonic() - self._persisted >= self._persist_after_s:
             self._persisted = self._clock.monotonic()
             await self._store.probe()

@@ -656,6 +656,17 @@ class TestBatches:
         assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 2)
 
 
+@pytest.mark.parametrize(("crowd", "transactions"), [(True, [1, 1, 1]), (False, [3])])
+async def test_a_sweep_of_a_crowd_makes_nobody_wait_who_came_before_it(
+    db: Store, crowd: bool, transactions: list[int]
+) -> None:
+    await db.open_session(opening())
+    sizes: list[int] = []
+    db.on_commit = lambda operations, took_s: sizes.append(operations)
+    await asyncio.gather(db.touch("acme", ["s"]), db.end_due(idle=True, crowd=crowd), db.touch("acme", ["s"]))
+    assert sizes == transactions
+
+
 HOT = {
     "_SESSION_BY_KEY": (2, "(operator=? AND session_id=?)"),
     "_TOUCH": (4, "(operator=? AND session_id=?)"),

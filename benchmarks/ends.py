@@ -126,35 +126,74 @@ def percentile(values: list[float], share: float) -> float:
 
 
 @contextmanager
-def deliveries(
-    bench: Bench, python: Python, *, wallets: list[str] = WALLETS, hanging: str = "", ends_for_it: bool = True
-) -> Iterator[Run]:
-    """From the first end to the last result in the table, over those operators that answer."""
-    healthy = [name for name in wallets if name != hanging]
+def backlog(bench: Bench, python: Python) -> Iterator[Run]:
+    """Operators are held until all their sessions have ended, then released: from there to the last result."""
     size = bench.notices
     with wallet() as peers, scratch() as directory:
-        daemon = Daemon(directory, python, settings(wallets, peers.url, hanging))
+        daemon = Daemon(directory, python, settings(WALLETS, peers.url))
+        shutil.copyfile(prefilled(python, bench.live), daemon.path)
+        with running(daemon):
+            _gate(daemon, "hold")
+
+        def run(number: int) -> Sample:
+            first = DUE + size * number
+            make_due(daemon.path, WALLETS, first, size)
+            last = _last_delivery(daemon)
+            with running(daemon):
+                until(lambda: sum(live_of(daemon, name) for name in WALLETS) == 0, 120, "all have ended")
+                before, released_at = daemon.cpu_s, time.time() * 1000
+                _gate(daemon, "release")
+                until(lambda: settled(daemon, WALLETS), 120, "deliveries are settled")
+                cpu_s = daemon.cpu_s - before
+                _gate(daemon, "hold")
+            _, ended = _delivered(daemon, peers, last, first, size)
+            return {"rate": size / (ended - released_at) * 1000, "cpu_us": cpu_s / size * 1e6}
+
+        yield run
+
+
+def _gate(daemon: Daemon, verb: str) -> None:
+    for name in WALLETS:
+        daemon.call("POST", f"/v1/operators/{name}/{verb}")
+
+
+def _last_delivery(daemon: Daemon) -> int:
+    ((last,),) = daemon.rows("SELECT coalesce(max(id), 0) FROM delivery")
+    return int(last)
+
+
+def _delivered(daemon: Daemon, peers: Wallet, last: int, first: int, size: int) -> tuple[float, float]:
+    """When the first end of this round was, and the last result. Raises Broken unless all of them have arrived."""
+    ((count, began, ended),) = daemon.rows(
+        "SELECT count(*), min(created_at), max(settled_at) FROM delivery WHERE id > ? AND state = 'delivered'", last
+    )
+    missing = {session_id(number) for number in range(first, first + size)} - set(peers.arrived())
+    if count != size or missing:
+        raise Broken(f"{count} of {size} ends were delivered, {len(missing)} have not arrived")
+    return began, ended
+
+
+@contextmanager
+def beside_a_hanging(bench: Bench, python: Python, *, ends_for_it: bool = True) -> Iterator[Run]:
+    """From the first end to the last result in the table, over those operators that answer."""
+    *healthy, hanging = MANY
+    size = bench.notices
+    with wallet() as peers, scratch() as directory:
+        daemon = Daemon(directory, python, settings(MANY, peers.url, hanging))
         shutil.copyfile(prefilled(python, bench.live), daemon.path)
 
         def run(number: int) -> Sample:
             first = DUE + 2 * size * number
             make_due(daemon.path, healthy, first, size)
-            if hanging and ends_for_it:
+            if ends_for_it:
                 make_due(daemon.path, [hanging], first + size, size // len(healthy))
-            last = daemon.rows("SELECT coalesce(max(id), 0) FROM delivery")[0][0]
+            last = _last_delivery(daemon)
             with running(daemon, hangs=True):
                 before = daemon.cpu_s
                 until(lambda: settled(daemon, healthy), 120, "deliveries are settled")
                 cpu_s = daemon.cpu_s - before
-            ((count, began, ended),) = daemon.rows(
-                "SELECT count(*), min(d.created_at), max(d.settled_at) FROM delivery d "
-                "WHERE d.id > ? AND d.state = 'delivered'",
-                last,
-            )
-            missing = {session_id(n) for n in range(first, first + size)} - set(peers.arrived())
-            if count != size or missing:
-                raise Broken(f"{count} of {size} ends were delivered, {len(missing)} have not arrived")
-            return {"rate": count / (ended - began) * 1000, "cpu_us": cpu_s / count * 1e6}
+            began, ended = _delivered(daemon, peers, last, first, size)
+            return {"rate": size / (ended - began) * 1000, "cpu_us": cpu_s / size * 1e6}
 
         yield run
 

@@ -11,11 +11,12 @@ import hashlib
 import heapq
 import hmac
 import json
+import math
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from random import Random
 from threading import Thread
@@ -178,28 +179,26 @@ class Answer(aiohttp.ClientResponse):
             # Something was there before the request: a server that answers twice would settle the next delivery.
             connection.close()
             raise aiohttp.ServerDisconnectedError("an answer came before its request")
-        protocol.read = _few_interim_answers(connection, protocol.read)
-        try:
-            return await super().start(connection)
-        finally:
-            del protocol.read
+        if not isinstance(protocol.read, _FewInterimAnswers):
+            protocol.read = _FewInterimAnswers(protocol.read)
+        protocol.read.left = INTERIM_MAX
+        return await super().start(connection)
 
 
-def _few_interim_answers(connection: Connection, read: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+class _FewInterimAnswers:
     """HTTP sets no limit to 1xx answers, nor does aiohttp: a flood of them would keep the loop busy for all of its
     time-out. Source: RFC 9110 §15.2.
     """
-    left = INTERIM_MAX
 
-    def counted() -> Awaitable[Any]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            connection.close()
-            raise aiohttp.ClientPayloadError("too many interim answers")
-        return read()
+    def __init__(self, read: Callable[[], Awaitable[Any]]) -> None:
+        self._read = read  # of one connection
+        self.left = INTERIM_MAX  # answers that may be read for one request
 
-    return counted
+    def __call__(self) -> Awaitable[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise aiohttp.ClientPayloadError("too many interim answers")  # for which aiohttp closes the connection
+        return self._read()
 
 
 class Sender:
@@ -231,7 +230,6 @@ class Sender:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
                 trust_env=False,
-                timeout=aiohttp.ClientTimeout(total=None),  # one deadline, set around the whole attempt
             )
         return self._clients[key]
 
@@ -247,10 +245,13 @@ class Sender:
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
         payload = aiohttp.BytesPayload(body, content_type=operator.sends.content_type)  # else aiohttp looks one up
         try:
-            async with (
-                asyncio.timeout(operator.policy.timeout_s),
-                self._client(operator).post(url, data=payload, headers=headers, allow_redirects=False) as response,
-            ):
+            async with self._client(operator).post(
+                url,
+                data=payload,
+                headers=headers,
+                allow_redirects=False,
+                timeout=_deadline(operator.policy.timeout_s),
+            ) as response:
                 answer = await _read_some(response)
                 if len(answer) > ANSWER_MAX:
                     response.close()  # the rest of it is not worth a connection
@@ -259,6 +260,12 @@ class Sender:
             raise Unreachable("timeout") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Unreachable(_reason(error)) from error
+
+
+@cache
+def _deadline(timeout_s: float) -> aiohttp.ClientTimeout:
+    """For the whole attempt, to the millisecond: aiohttp rounds those of 5 s and more up to the next full second."""
+    return aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
 
 
 async def _read_some(response: aiohttp.ClientResponse) -> bytes:
@@ -735,7 +742,7 @@ class Dispatcher:
     @staticmethod
     def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
         """Logs a change of what holds the operator back, not each attempt under it."""
-        if gate == before:
+        if gate is before or gate == before:  # the first as almost always
             return
         url = safe_url(operator.url)
         if gate.held_at is not None and before.held_at is None:

@@ -45,24 +45,24 @@ def judge(
     """
     code = answered_code(body) if complete else None
     wait_s = retry_after_s(retry_after, now_s)
-    shown = f"code_{code}"
+    verdict, reason = _verdict(status, code, complete=complete, final=final)
+    return Outcome(verdict, reason, status, code, wait_s)
 
-    def outcome(verdict: Verdict, reason: str) -> Outcome:
-        return Outcome(verdict, reason, status, code, wait_s)
 
-    if status == 410:
-        return outcome("hold", "gone")
+def _verdict(status: int, code: int | float | None, *, complete: bool, final: int) -> tuple[Verdict, str]:
     if status == 200 and code == 0:
-        return outcome("delivered", "")
+        return "delivered", ""
+    if status == 410:
+        return "hold", "gone"
     if code is not None and code in FINAL_CODES | {final}:
-        return outcome("final", shown)
+        return "final", f"code_{code}"
     if 300 <= status < 400:
-        return outcome("retry", "redirect")
+        return "retry", "redirect"
     if status != 200:
-        return outcome("retry", f"status_{status}")
+        return "retry", f"status_{status}"
     if not complete:
-        return outcome("retry", "answer_too_long")
-    return outcome("retry", "bad_answer" if code is None else shown)
+        return "retry", "answer_too_long"
+    return "retry", "bad_answer" if code is None else f"code_{code}"
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:

@@ -22,8 +22,8 @@ from lmdaemon.log import Log
 
 ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when everything else has ended
 
-# By so many objects the living may grow before garbage is looked for. Almost all that a request is made of is freed with
-# its last reference; Python's 700 are reached by what is merely in use, and cost a touch 16 % of its CPU time.
+# By so many objects the living may grow before garbage is looked for. Almost all that a request is made of is freed
+# with its last reference; Python's 700 are reached by what is merely in use, and cost a touch 16 % of its CPU time.
 GARBAGE = 10_000
 
 

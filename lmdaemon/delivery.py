@@ -179,26 +179,28 @@ class Answer(aiohttp.ClientResponse):
             # Something was there before the request: a server that answers twice would settle the next delivery.
             connection.close()
             raise aiohttp.ServerDisconnectedError("an answer came before its request")
-        if not isinstance(protocol.read, _FewInterimAnswers):
-            protocol.read = _FewInterimAnswers(protocol.read)
-        protocol.read.left = INTERIM_MAX
-        return await super().start(connection)
+        protocol.read = _few_interim_answers(connection, protocol.read)
+        try:
+            return await super().start(connection)
+        finally:
+            del protocol.read
 
 
-class _FewInterimAnswers:
+def _few_interim_answers(connection: Connection, read: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
     """HTTP sets no limit to 1xx answers, nor does aiohttp: a flood of them would keep the loop busy for all of its
     time-out. Source: RFC 9110 §15.2.
     """
+    left = INTERIM_MAX
 
-    def __init__(self, read: Callable[[], Awaitable[Any]]) -> None:
-        self._read = read  # of one connection
-        self.left = INTERIM_MAX  # answers that may be read for one request
+    def counted() -> Awaitable[Any]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            connection.close()
+            raise aiohttp.ClientPayloadError("too many interim answers")
+        return read()
 
-    def __call__(self) -> Awaitable[Any]:
-        self.left -= 1
-        if self.left < 0:
-            raise aiohttp.ClientPayloadError("too many interim answers")  # for which aiohttp closes the connection
-        return self._read()
+    return counted
 
 
 class Sender:

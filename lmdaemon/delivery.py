@@ -744,7 +744,7 @@ class Dispatcher:
     @staticmethod
     def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
         """Logs a change of what holds the operator back, not each attempt under it."""
-        if gate is before or gate == before:  # the first as almost always
+        if gate == before:
             return
         url = safe_url(operator.url)
         if gate.held_at is not None and before.held_at is None:

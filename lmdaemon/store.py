@@ -935,7 +935,7 @@ def _set_gate(change: _Change, arguments: Sequence[tuple[str, Callable[[Gate], G
 def _set_gate_one(change: _Change, operator: str, alter: Callable[[Gate], Gate]) -> Gate:
     before = _gate(change, operator)
     gate = alter(before)
-    if gate is not before and gate != before:
+    if gate != before:
         change.new_gates[operator] = gate
     return gate
 

@@ -26,10 +26,15 @@ ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when
 # with its last reference; Python's 700 are reached by what is merely in use, and cost a touch 16 % of its CPU time.
 GARBAGE = 10_000
 
+# For so long a busy loop may keep the interpreter from the writer, which wants it back after each statement. With
+# Python's 5 ms, a transaction of a backlog takes three times what SQLite needs for it.
+SWITCH_S = 0.0002
+
 
 def serve(args: argparse.Namespace) -> int:
     # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.setswitchinterval(SWITCH_S)
     gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
     try:
         settings = config.load(config.find(args.config))

@@ -2,7 +2,7 @@
 
 Started by `daemon`, woken by the store after commits. A lane is one operator and sink: it has its own slots, its own
 schedule and, for a URL, its own gate (hold, Retry-After, breaker), so nothing one of them does delays another. It must
-never claim more rows than a lane has free slots, keep a body longer than an attempt, or send inside a transaction.
+never hold more rows than twice a lane's slots, or send inside a transaction.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import json
 import math
 import socket
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -323,7 +324,9 @@ def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: flo
 
 
 class Lane:
-    """One operator and sink: its policy, its free slots, and when its next row is due (wall ms; None: nothing is)."""
+    """One operator and sink: its policy, its free slots, the rows read ahead, and when the next of those that were not
+    is due (wall ms; None: nothing is).
+    """
 
     def __init__(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> None:
         self.operator = operator
@@ -332,7 +335,9 @@ class Lane:
         self.plugin = plugin
         self.next_due_at: int | None = 0  # looked up at the first round
         self.look_again_at = 0  # wall ms from which what is believed above is looked up again
-        self.in_flight: set[int] = set()  # ids of deliveries
+        self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
+        self.delivered = 0  # of them, those that were answered with success: they hold no slot
+        self.ahead: deque[Delivery] = deque()  # due, and read before there was a slot
         self.failed = 0  # attempts in a row
 
     def look_again(self, now_at: int) -> None:
@@ -350,40 +355,58 @@ class Lane:
         return self.plugin is None
 
     @property
+    def attempting(self) -> int:
+        """Attempts under way."""
+        return len(self.in_flight) - self.delivered
+
+    @property
     def slots(self) -> int:
-        """Attempts that may be added to those under way."""
+        """Attempts that may be added to those under way. As many successes again may wait to be stored."""
         stray = self.plugin.stray if self.plugin is not None else 0
-        return max(0, self.policy.concurrency - len(self.in_flight) - stray)
+        unstored = max(0, self.delivered - self.policy.concurrency)
+        return max(0, self.policy.concurrency - self.attempting - unstored - stray)
 
     def free(self, gate: Gate, now_at: int) -> int:
-        """How many rows may be claimed now."""
-        if not self.gated:
-            return self.slots
-        opens_at = retry.opens_at(gate)
-        if opens_at is None or opens_at > now_at:
-            return 0
-        return self._places(gate)
+        """How many attempts may begin now."""
+        opens_at = retry.opens_at(gate) if self.gated else 0
+        return 0 if opens_at is None or opens_at > now_at else self._places(gate)
+
+    def probes(self, gate: Gate) -> bool:
+        """Whether no more than one attempt at a time is let through."""
+        return self.gated and gate.failures >= retry.BREAKER_OPENS_AT
 
     def _places(self, gate: Gate) -> int:
         """Attempts that may be added once the gate lets something through: one probe, or as many as there are slots."""
-        if self.gated and gate.failures >= retry.BREAKER_OPENS_AT:
+        if self.probes(gate):
             return 0 if self.in_flight else 1
         return self.slots
+
+    @property
+    def wanted(self) -> int:
+        """How many rows to read: for the free slots, and as many ahead as there are slots in all, so that an attempt's
+        end is followed by the next without a look into the table.
+        """
+        return max(0, self.slots + self.policy.concurrency - len(self.ahead))
 
     def overdue_s(self, gate: Gate, now_at: int) -> float:
         """Seconds for which its earliest row could have been sent but for the slots."""
         opens_at = retry.opens_at(gate) if self.gated else 0
-        if not self.next_due_at or opens_at is None:  # 0: about to be looked up
+        if not self._due_at or opens_at is None:  # 0: about to be looked up
             return 0.0
-        return max(0, now_at - max(self.next_due_at, opens_at)) / 1000
+        return max(0, now_at - max(self._due_at, opens_at)) / 1000
 
     def ready_at(self, gate: Gate) -> int | None:
-        """Wall time from which rows can be claimed; None while only a wake-up can change that."""
+        """Wall time from which attempts can begin; None while only a wake-up can change that."""
         opens_at = retry.opens_at(gate) if self.gated else 0
-        if self.next_due_at is None or opens_at is None:
+        if self._due_at is None or opens_at is None:
             return None
-        at = max(self.next_due_at, opens_at)
+        at = max(self._due_at, opens_at)
         return at if self._places(gate) else None
+
+    @property
+    def _due_at(self) -> int | None:
+        """When its earliest row is due, read or not."""
+        return self.ahead[0].due_at if self.ahead else self.next_due_at
 
 
 class Agenda:
@@ -444,6 +467,7 @@ class Dispatcher:
         self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
+        self._running = False
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
         store.on_due = self._note_due
@@ -483,9 +507,12 @@ class Dispatcher:
 
     def _look_at(self, operator: str, sink: str) -> None:
         lane = self._lanes.get((operator, sink))  # not the one that an attempt began with: the file may be another
-        if lane is not None:
-            self._agenda.now(lane)
-            self._ring()
+        if lane is None:
+            return
+        if self._running:
+            self._start(lane)
+        self._agenda.now(lane)
+        self._ring()
 
     def _note_due(self, operator: str, sink: str, due_at: int) -> None:
         lane = self._lanes.get((operator, sink))
@@ -507,7 +534,7 @@ class Dispatcher:
     @property
     def attempting(self) -> dict[tuple[str, str], int]:
         """Attempts under way by operator and sink."""
-        return {pair: len(lane.in_flight) for pair, lane in self._lanes.items()}
+        return {pair: lane.attempting for pair, lane in self._lanes.items()}
 
     @property
     def overdue_s(self) -> dict[tuple[str, str], float]:
@@ -519,6 +546,13 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
+        self._running = True
+        try:
+            await self._run()
+        finally:
+            self._running = False  # what is in flight is not followed by what was read ahead
+
+    async def _run(self) -> None:
         failure = None
         while True:
             self.pulse.working()
@@ -539,16 +573,17 @@ class Dispatcher:
             self._alarm.clear()
 
     async def once(self) -> float | None:
-        """Starts an attempt for every row that is due and has a free slot. Returns seconds to sleep, None until woken.
-
-        Raises StoreError.
+        """Starts an attempt for every row that is due and has a free slot, and reads ahead. Returns seconds to sleep,
+        None until woken. Raises StoreError.
         """
         if self._store.set_back_ms:
             await self._store.probe()  # puts the kept waits right
         now_at = self._clock.wall_ms()
         lanes = self._agenda.take(now_at)
+        for lane in lanes:
+            self._start(lane)
         try:
-            await self._start_all([lane for lane in lanes if self._is_ready(lane, now_at)], now_at)
+            await self._read([lane for lane in lanes if self._is_ready(lane, now_at)], now_at)
         except StoreError:
             for lane in lanes:
                 self._agenda.now(lane)
@@ -558,11 +593,11 @@ class Dispatcher:
         next_at = self._agenda.next_at(now_at)
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
 
-    async def _start_all(self, ready: Sequence[Lane], now_at: int) -> None:
-        """Raises StoreError."""
+    async def _read(self, ready: Sequence[Lane], now_at: int) -> None:
+        """Reads what is due and wanted, and starts what has a slot. Raises StoreError."""
         if not ready:
             return
-        claims = [self._claim(lane, now_at) for lane in ready]
+        claims = [self._claim(lane) for lane in ready]
         for lane in ready:
             lane.next_due_at = None  # what is committed from here on, _note_due adds
         try:
@@ -572,8 +607,11 @@ class Dispatcher:
                 lane.next_due_at = now_at
             raise
         for lane, claim, rows in zip(ready, claims, found, strict=True):
-            # Slots that came free while we read have no rows of their own: whether there are more is not known.
-            self._start(lane, rows, claim.limit - 1, now_at)
+            due = [row for row in rows[: claim.limit - 1] if row.due_at <= now_at]
+            lane.ahead += due
+            if len(due) < len(rows):
+                lane.note_due(rows[len(due)].due_at)
+            self._start(lane)
 
     def _plan(self, lane: Lane, now_at: int) -> None:
         """When to look at the lane again, if nobody says so before."""
@@ -586,26 +624,23 @@ class Dispatcher:
 
     def _is_ready(self, lane: Lane, now_at: int) -> bool:
         lane.look_again(now_at)
-        gate = self._store.gate(lane.operator.name)
-        due = lane.next_due_at is not None and lane.next_due_at <= now_at
-        return due and lane.free(gate, now_at) > 0
+        return lane.next_due_at is not None and lane.next_due_at <= now_at and lane.wanted > 0
 
-    def _claim(self, lane: Lane, now_at: int) -> Claim:
-        free = lane.free(self._store.gate(lane.operator.name), now_at)
-        # What is in flight is still pending in the table; one more row tells when to come back.
-        return Claim(lane.operator.name, lane.sink, json.dumps(list(lane.in_flight)), free + 1)
+    @staticmethod
+    def _claim(lane: Lane) -> Claim:
+        # What is in flight or read is still pending in the table; one more row tells when to come back.
+        taken = [*lane.in_flight, *(row.id for row in lane.ahead)]
+        return Claim(lane.operator.name, lane.sink, json.dumps(taken), lane.wanted + 1)
 
-    def _start(self, lane: Lane, rows: Sequence[Delivery], wanted: int, now_at: int) -> None:
+    def _start(self, lane: Lane) -> None:
+        """Attempts what was read, as far as there are slots."""
+        if not lane.ahead:
+            return
         gate = self._store.gate(lane.operator.name)
-        free = min(lane.free(gate, now_at), wanted)
-        probe = lane.gated and retry.breaker(gate, now_at) != "closed"
-        for row in rows:
-            if row.due_at > now_at or free <= 0:
-                lane.note_due(row.due_at)
-                break
-            free -= 1
+        for _ in range(min(lane.free(gate, self._clock.wall_ms()), len(lane.ahead))):
+            row = lane.ahead.popleft()
             lane.in_flight.add(row.id)
-            task = asyncio.create_task(self._deliver(lane, row, probe=probe))
+            task = asyncio.create_task(self._deliver(lane, row, probe=lane.probes(gate)))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
@@ -626,7 +661,7 @@ class Dispatcher:
             else:
                 outcome = await self._attempt(lane, row)
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
-            settled = await self._settle(lane, settlement)
+            settled = await self._record(lane, settlement)
             due_at = settled.due_at if settlement.state == "pending" else None
         except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
             await asyncio.sleep(STORE_RETRY_S)
@@ -716,6 +751,19 @@ class Dispatcher:
             return settlement
         log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s, reason=outcome.reason)
         return settlement._replace(state="pending", wait_ms=int(wait_s * 1000), step=row.step + 1)
+
+    async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
+        """Stores a result. A success leaves its slot before, so that the next attempt need not wait for the disk. A
+        failure does not, for it may close the gate.
+        """
+        if settlement.state != "delivered":
+            return await self._settle(lane, settlement)
+        lane.delivered += 1
+        self._look_at(lane.operator.name, lane.sink)
+        try:
+            return await self._settle(lane, settlement)
+        finally:
+            lane.delivered -= 1
 
     async def _settle(self, lane: Lane, settlement: Settlement) -> Settled:
         """Stores the result; while the store refuses, the row stays in flight, so that it is not sent again."""

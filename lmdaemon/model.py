@@ -137,6 +137,7 @@ class Delivery(NamedTuple):
     session: int
     operator: str
     session_id: str
+    token: str | None  # the session's
     sink: str
     state: DeliveryState
     created_at: int
@@ -153,7 +154,7 @@ class Delivery(NamedTuple):
     body: bytes
 
     def __repr__(self) -> str:
-        return _shown(self, "body")
+        return _shown(self, "token", "body")
 
     @property
     def webhook_id(self) -> str:

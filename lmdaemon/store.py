@@ -145,7 +145,7 @@ class Figures:
 
 
 _SESSION = ", ".join(Session._fields)
-_DELIVERY = ", ".join("s.session_id" if name == "session_id" else f"d.{name}" for name in Delivery._fields)
+_DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{name}" for name in Delivery._fields)
 _NEW_SESSION = tuple(name for name in Session._fields if name != "id")
 _GATE = tuple(field.name for field in fields(Gate))
 
@@ -292,8 +292,6 @@ def _lanes(count: int) -> str:
     return f"SELECT json_group_array(json(lane)) FROM ({' UNION ALL '.join([_LANE] * count)})"
 
 
-_PENDING = """
-SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
 _RESULT = (
     "id",
     "state",
@@ -313,13 +311,9 @@ FROM (SELECT {_given(*_RESULT)} FROM json_each(?)) AS result
 WHERE delivery.id = result.id AND delivery.state = 'pending'"""
 # A delivery that may be sent again; an http one without a body could never be composed.
 _MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
-_UNNEEDED_TOKENS = f"""
-SELECT {_rows("id, token")} FROM session
-WHERE id IN (SELECT value FROM json_each(?)) AND token IS NOT NULL
-AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {_MAY_BE_SENT})"""
-_PUT_TOKENS = f"""
-UPDATE session SET token = put.token FROM (SELECT {_given("id", "token")} FROM json_each(?)) AS put
-WHERE session.id = put.id"""
+_FORGET_TOKENS = f"""
+UPDATE session SET token = digest.token FROM (SELECT {_given("id", "token")} FROM json_each(?)) AS digest
+WHERE session.id = digest.id AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {_MAY_BE_SENT})"""
 _SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 _REVIVE = f"""
 UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
@@ -739,9 +733,17 @@ def _record(change: _Change, recordings: Sequence[Recording]) -> list[Recorded]:
         if key not in known and _unacceptable(one) is None:
             new.setdefault(key, one)
     ended = [session for session, _ in _add(change, [_reported(change, one) for one in new.values()])]
-    _execute(change.sql, _PUT_TOKENS, _follow_up(change, ended))
-    known.update(zip(new, ended, strict=True))
-    return ["ended" if new.get(Key(*one[:2])) is one else _record_one(change, one, known) for one in recordings]
+    _execute(change.sql, _FORGET_TOKENS, _follow_up(change, ended))
+    stored = dict(zip(new, ended, strict=True))
+    results: list[Recorded] = []
+    for one in recordings:
+        key = Key(one.operator, one.session_id)
+        if new.get(key) is one:
+            known[key] = stored[key]  # from here on
+            results.append("ended")
+        else:
+            results.append(_record_one(change, one, known))
+    return results
 
 
 def _known(sql: sqlite3.Connection, keys: Iterable[Key]) -> dict[Key, Session]:
@@ -854,17 +856,21 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> list[tuple[int, str
     nonces = _random_hex(10, len(rows))
     _execute(change.sql, _ADD_DELIVERIES, [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)])
     change.ended += ended
-    return _forgotten(unsent)
+    return _forgotten(zip(unsent, unsent.values(), _random_hex(8, len(unsent)), strict=True))
+
+
+class _SettledBefore(Exception):  # noqa: N818 - breaks the batch: each result then has a transaction of its own
+    """Some of many results are of deliveries that are pending no more."""
 
 
 def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]:
-    pending = set(_fetch(change.sql, _PENDING, _json([one.delivery.id for one in settlements])))
-    _execute(change.sql, _SETTLE, [_result(change, one) for one in settlements if one.delivery.id in pending])
-    over = [one.delivery.session for one in settlements if one.state != "pending"]
-    if over:
-        unneeded = dict(_fetch(change.sql, _UNNEEDED_TOKENS, _json(over)))
-        _execute(change.sql, _PUT_TOKENS, _forgotten(unneeded))
-    return [_settled(change, one, pending) for one in settlements]
+    stored = change.sql.execute(_SETTLE, (_json([_result(change, one) for one in settlements]),)).rowcount
+    if stored != len(settlements) > 1:
+        raise _SettledBefore
+    over = [one.delivery for one in settlements if stored and one.state != "pending"]
+    # The nonce is no secret, nor need a salt be one: it makes equal tokens differ.
+    _execute(change.sql, _FORGET_TOKENS, _forgotten((one.session, one.token, one.nonce[:16]) for one in over))
+    return [_settled(change, one, stored=bool(stored)) for one in settlements]
 
 
 def _result(change: _Change, settlement: Settlement) -> tuple[Any, ...]:
@@ -884,12 +890,12 @@ def _result(change: _Change, settlement: Settlement) -> tuple[Any, ...]:
     )
 
 
-def _settled(change: _Change, settlement: Settlement, pending: set[int]) -> Settled:
+def _settled(change: _Change, settlement: Settlement, *, stored: bool) -> Settled:
     """Keeps up what follows from a result. One of a delivery that was settled before changes the gate alone."""
     delivery, due_at = settlement.delivery, change.wall_at + settlement.wait_ms
-    if delivery.id in pending and settlement.state == "pending":
+    if stored and settlement.state == "pending":
         change.note_due(delivery.operator, delivery.sink, due_at)
-    elif delivery.id in pending:
+    elif stored:
         change.of(delivery.operator).pending -= 1
         change.of(delivery.operator).dead += settlement.state == "dead"
     before, alter = _gate(change, delivery.operator), settlement.gate
@@ -898,11 +904,11 @@ def _settled(change: _Change, settlement: Settlement, pending: set[int]) -> Sett
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
 
 
-def _forgotten(tokens: Mapping[int, str | None]) -> list[tuple[int, str]]:
-    """By session: a token is kept for sending. Once nothing can need it, what stays only tells it from another."""
-    clear = [(session, token) for session, token in tokens.items() if token and token[0] != _DIGEST]
-    salts = _random_hex(8, len(clear))
-    return [(session, _digest(token, salt)) for (session, token), salt in zip(clear, salts, strict=True)]
+def _forgotten(tokens: Iterable[tuple[int, str | None, str]]) -> list[tuple[int, str]]:
+    """By session, token and salt: a token is kept for sending. Once nothing can need it, what stays only tells it from
+    another.
+    """
+    return [(session, _digest(token, salt)) for session, token, salt in tokens if token]
 
 
 def _set_back(change: _Change) -> None:
@@ -1035,6 +1041,8 @@ def committed_at(sql: sqlite3.Connection) -> int:
 
 def _random_hex(size: int, count: int) -> list[str]:
     """Of so many bytes each. Asked of the system in one call, which gives the interpreter lock away too."""
+    if not count:
+        return []
     text = secrets.token_hex(size * count)
     return [text[at : at + 2 * size] for at in range(0, len(text), 2 * size)]
 

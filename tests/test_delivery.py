@@ -6,16 +6,18 @@ import json
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from aiohttp import web
 from conftest import HandClock
 from processes import free_ports
 from standardwebhooks import Webhook
-from support import LISTEN, bench, hear, load, operator_table, scripted_operator, until
+from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
 
 from lmdaemon import delivery, retry, store
 from lmdaemon.config import Settings
@@ -451,6 +453,193 @@ class TestIsolation:
                 import hook_alone  # type: ignore[import-not-found]
 
                 assert [event.id for event in hook_alone.SEEN] == [row.webhook_id for row in rows]
+
+
+@contextlib.asynccontextmanager
+async def dispatching(b: Bench) -> AsyncIterator["asyncio.Task[None]"]:
+    running = asyncio.create_task(b.dispatcher.run())
+    try:
+        yield running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+class OneAtATime:
+    """An operator that answers when it is told to."""
+
+    def __init__(self, *answers: Any) -> None:
+        self._told: asyncio.Queue[None] = asyncio.Queue()
+        self.script = [partial(self._answer, answer) for answer in answers]
+
+    async def _answer(self, answer: Any, request: web.Request) -> Any:
+        await self._told.get()
+        return answer
+
+    def answer(self) -> None:
+        self._told.put_nowait(None)
+
+
+async def some_turns() -> None:
+    """Enough for a request to reach an operator in this process, were one sent."""
+    for _ in range(200):
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+
+
+class TestReadingAhead:
+    """Due rows are read before there is a slot for them, and a success leaves its slot before it is stored."""
+
+    OK: ClassVar = {"error": 0}
+
+    async def test_an_attempt_is_followed_by_the_next_while_the_table_is_being_read(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told = OneAtATime(*[self.OK] * 4)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+                for number in range(9):
+                    await b.end(str(number))
+                async with dispatching(b):
+                    await operator.wait_for(2)
+                    read, reading, go_on = b.db.claimable, asyncio.Event(), asyncio.Event()
+
+                    async def late(claims: Any) -> Any:
+                        reading.set()
+                        await go_on.wait()
+                        return await read(claims)
+
+                    monkeypatch.setattr(b.db, "claimable", late)
+                    told.answer()
+                    await reading.wait()
+                    told.answer()
+                    await operator.wait_for(4)
+                    assert sorted(b.dispatcher.attempting.values()) == [2]
+                    go_on.set()
+                    told.answer()
+                    told.answer()
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    sent = [json.loads(received.body)["sessionId"] for received in operator.received]
+                    assert sorted(sent) == [str(number) for number in range(9)]
+
+    async def test_a_success_leaves_its_slot_before_it_is_stored_but_not_for_ever(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk takes its time: what a kill would repeat is at most twice the concurrency."""
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+                for number in range(9):
+                    await b.end(str(number))
+                settle, go_on = b.db.settle, asyncio.Event()
+
+                async def late(settlement: Any) -> Any:
+                    await go_on.wait()
+                    return await settle(settlement)
+
+                monkeypatch.setattr(b.db, "settle", late)
+                async with dispatching(b):
+                    await operator.wait_for(4)
+                    await until(lambda: b.dispatcher.attempting == {("acme", "http"): 0})
+                    await some_turns()
+                    assert len(operator.received) == 4
+                    go_on.set()
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    assert len(operator.received) == 9
+
+    async def test_a_failure_keeps_its_slot_until_it_is_stored(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with scripted_operator(web.Response(status=500)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                settle, go_on, settling = b.db.settle, asyncio.Event(), asyncio.Event()
+
+                async def late(settlement: Any) -> Any:
+                    settling.set()
+                    await go_on.wait()
+                    return await settle(settlement)
+
+                monkeypatch.setattr(b.db, "settle", late)
+                async with dispatching(b):
+                    await settling.wait()
+                    await some_turns()
+                    assert len(operator.received) == 1
+                    go_on.set()
+                    await operator.wait_for(2)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            web.Response(status=410),
+            web.Response(status=503, headers={"Retry-After": "60"}),
+            web.Response(status=500),
+        ],
+        ids=["gone", "retry after", "fifth failure"],
+    )
+    async def test_what_was_read_ahead_is_kept_back_with_the_rest(
+        self, tmp_path: Path, clock: HandClock, answer: web.Response
+    ) -> None:
+        failures = retry.BREAKER_OPENS_AT if answer.status == 500 else 1
+        script = [web.Response(status=500) for _ in range(failures - 1)]
+        async with scripted_operator(*script, answer) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                for number in range(failures + 2):
+                    await b.end(str(number))
+                async with dispatching(b):
+                    await operator.wait_for(failures)
+                    await until(lambda: not b.dispatcher.in_flight)
+                    await some_turns()
+                    assert len(operator.received) == failures
+                    await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                    await operator.wait_for(failures + 2)
+
+    async def test_what_was_read_ahead_goes_out_when_the_pause_is_over(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator(web.Response(status=503, headers={"Retry-After": "20"})) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                wait_s = await b.round()
+                assert len(operator.received) == 1
+                assert wait_s is not None
+                assert 20 <= wait_s <= 24
+                clock.advance(wait_s)
+                await b.dispatcher.once()
+                await operator.wait_for(2)
+
+    async def test_a_stop_is_not_followed_by_what_was_read_ahead(self, tmp_path: Path, clock: HandClock) -> None:
+        told = OneAtATime(self.OK)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                async with dispatching(b):
+                    await operator.wait_for(1)
+                draining = asyncio.create_task(b.dispatcher.drain(10))
+                told.answer()
+                await draining
+                await some_turns()
+                assert len(operator.received) == 1
+                assert b.db.figures["acme"].pending == 1
+
+    async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_has_left_the_file(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        told = OneAtATime(self.OK)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                async with dispatching(b):
+                    await operator.wait_for(1)
+                    b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                    told.answer()
+                    await until(lambda: b.db.figures["acme"].pending == 1)
+                    await some_turns()
+                    assert len(operator.received) == 1
+                    b.dispatcher.configure(b.settings, {})
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    assert len(operator.received) == 2
 
 
 class TestStopping:

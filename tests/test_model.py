@@ -109,6 +109,7 @@ def delivery(**changes: Any) -> Delivery:
         "session": 1,
         "operator": "acme",
         "session_id": "s",
+        "token": SECRET,
         "sink": "http",
         "state": "pending",
         "created_at": AT,

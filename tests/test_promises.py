@@ -336,9 +336,9 @@ class Seen(NamedTuple):
         columns = "player_id, token, idle_ms, opened_at, lifetime_at, seen_ms, reason, ended_at"
         sessions = sql.execute(f"SELECT operator, session_id, {columns} FROM session").fetchall()
         deliveries = sql.execute(
-            """SELECT d.id, d.nonce, d.session, d.operator, s.session_id, d.sink, d.state, d.created_at, d.due_at,
-                      d.settled_at, d.attempts, d.step, d.aged_from_at, d.held_base_ms, d.last_status, d.last_code,
-                      d.last_error, d.history, d.body
+            """SELECT d.id, d.nonce, d.session, d.operator, s.session_id, s.token, d.sink, d.state, d.created_at,
+                      d.due_at, d.settled_at, d.attempts, d.step, d.aged_from_at, d.held_base_ms, d.last_status,
+                      d.last_code, d.last_error, d.history, d.body
                FROM delivery d LEFT JOIN session s ON s.id = d.session"""
         )
         figures = sql.execute("SELECT name, live, pending, dead, held_at, not_before_at FROM operator").fetchall()

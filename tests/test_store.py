@@ -396,6 +396,19 @@ class TestDeliveries:
         known = await db.delivery(delivery.webhook_id)
         assert known is not None
         assert known.state == "delivered"
+        assert db.figures_of("acme") == store.Figures(live=0, pending=0, dead=0)
+
+    async def test_a_delivery_that_two_results_of_one_batch_are_of_is_settled_once(self, db: Store) -> None:
+        twice, other = await one_delivery(db, "twice"), await one_delivery(db, "other")
+        results = [
+            Settlement(twice, "delivered", 0, 0, attempt(status=200)),
+            Settlement(other, "dead", 0, 0, attempt(status=500)),
+            Settlement(twice, "dead", 0, 0, attempt(status=500)),
+        ]
+        await asyncio.gather(*(db.settle(one) for one in results))
+        known = [await db.delivery(one.webhook_id) for one in (twice, other)]
+        assert [one and one.state for one in known] == ["delivered", "dead"]
+        assert db.figures_of("acme") == store.Figures(live=0, pending=0, dead=1)
 
     async def test_a_wrong_nonce_finds_nothing(self, db: Store) -> None:
         delivery = await one_delivery(db)
@@ -632,10 +645,13 @@ class TestBatches:
             one._replace(session_id="none", accept_unknown=False),
             one._replace(session_id="none", compare_token=True),
             one._replace(operator="other", session_id="new"),
+            one._replace(session_id="refused first", accept_unknown=False),
+            one._replace(session_id="refused first"),
         ]
         recorded = await asyncio.gather(*(db.record(notice) for notice in asked))
         assert recorded == [
-            *("ended", "repeated", "player_mismatch", "ended", "repeated", "unknown_session", "bad_token", "ended")
+            *("ended", "repeated", "player_mismatch", "ended", "repeated", "unknown_session", "bad_token", "ended"),
+            *("unknown_session", "ended"),
         ]
         for operator, session_id in (("acme", "new"), ("acme", "live"), ("other", "new")):
             known = await db.session(operator, session_id)
@@ -643,7 +659,7 @@ class TestBatches:
             session, (delivery,) = known
             assert (session.reason, session.extra, delivery.session) == ("reported", '{"x":1}', session.id)
             assert delivery.body == f"{session_id} {session.token}".encode()
-        assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 2)
+        assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 3)
 
     async def test_closings_of_one_batch_end_each_session_once(self, db: Store) -> None:
         db.sinks_of = lambda session: [NewDelivery("http", b"x")]
@@ -679,10 +695,8 @@ HOT = {
     "_MOVE_DUE": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
     "_MOVE_LIFETIME": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
     "_LANE": (4, "INDEX delivery_due (operator=? AND sink=?)"),
-    "_PENDING": (1, "INTEGER PRIMARY KEY"),
     "_SETTLE": (1, "SEARCH delivery USING INTEGER PRIMARY KEY (rowid=?)"),
-    "_UNNEEDED_TOKENS": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
-    "_PUT_TOKENS": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
+    "_FORGET_TOKENS": (1, "SEARCH session USING INTEGER PRIMARY KEY (rowid=?)"),
     "_REVIVE": (1, "SEARCH delivery USING INTEGER PRIMARY KEY (rowid=?)"),
     "_DELIVERIES_OF": (1, "(session=?)"),
     "_DEAD": (3, "INDEX delivery_state (operator=? AND state=?)"),

@@ -15,7 +15,7 @@ import math
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import count
@@ -173,6 +173,17 @@ def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "
 class Answer(aiohttp.ClientResponse):
     """An answer that belongs to its request, and comes to an end."""
 
+    _interim = 0
+
+    @property
+    def _continue(self) -> None:  # type: ignore[override]
+        """Read by aiohttp at each interim answer, and never else. HTTP sets no limit to these, nor does aiohttp: a
+        flood of them would keep the loop busy for all of its time-out. Source: RFC 9110 §15.2.
+        """
+        self._interim += 1
+        if self._interim > INTERIM_MAX:
+            raise aiohttp.ClientPayloadError("too many interim answers")
+
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Raises ServerDisconnectedError, ClientPayloadError beside aiohttp's own."""
         protocol: Any = connection.protocol
@@ -180,28 +191,7 @@ class Answer(aiohttp.ClientResponse):
             # Something was there before the request: a server that answers twice would settle the next delivery.
             connection.close()
             raise aiohttp.ServerDisconnectedError("an answer came before its request")
-        protocol.read = _few_interim_answers(connection, protocol.read)
-        try:
-            return await super().start(connection)
-        finally:
-            del protocol.read
-
-
-def _few_interim_answers(connection: Connection, read: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-    """HTTP sets no limit to 1xx answers, nor does aiohttp: a flood of them would keep the loop busy for all of its
-    time-out. Source: RFC 9110 §15.2.
-    """
-    left = INTERIM_MAX
-
-    def counted() -> Awaitable[Any]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            connection.close()
-            raise aiohttp.ClientPayloadError("too many interim answers")
-        return read()
-
-    return counted
+        return await super().start(connection)
 
 
 class Sender:
@@ -246,19 +236,21 @@ class Sender:
         if not operator.allow_private_network and private_address(URL(url).host or ""):
             raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
-        payload = aiohttp.BytesPayload(body, content_type=operator.sends.content_type)  # else aiohttp looks one up
         try:
-            async with self._client(operator).post(
+            response = await self._client(operator).post(
                 url,
-                data=payload,
+                data=body,
                 headers=headers,
                 allow_redirects=False,
                 timeout=_deadline(operator.policy.timeout_s),
-            ) as response:
+            )
+            try:
                 answer = await _read_some(response)
                 if len(answer) > ANSWER_MAX:
                     response.close()  # the rest of it is not worth a connection
                 return response.status, response.headers, answer[:ANSWER_MAX], len(answer) <= ANSWER_MAX
+            finally:
+                response.release()
         except TimeoutError:
             raise Unreachable("timeout") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -362,9 +354,9 @@ class Lane:
     @property
     def slots(self) -> int:
         """Attempts that may be added to those under way. As many successes again may wait to be stored."""
+        most = self.policy.concurrency
         stray = self.plugin.stray if self.plugin is not None else 0
-        unstored = max(0, self.delivered - self.policy.concurrency)
-        return max(0, self.policy.concurrency - self.attempting - unstored - stray)
+        return max(0, most + min(most, self.delivered) - len(self.in_flight) - stray)
 
     def free(self, gate: Gate, now_at: int) -> int:
         """How many attempts may begin now."""
@@ -502,8 +494,9 @@ class Dispatcher:
         self._ring()
 
     def _ring(self) -> None:
-        self.pulse.woken()
-        self._alarm.set()
+        if not self._alarm.is_set():
+            self.pulse.woken()
+            self._alarm.set()
 
     def _look_at(self, operator: str, sink: str) -> None:
         lane = self._lanes.get((operator, sink))  # not the one that an attempt began with: the file may be another
@@ -630,11 +623,11 @@ class Dispatcher:
     def _claim(lane: Lane) -> Claim:
         # What is in flight or read is still pending in the table; one more row tells when to come back.
         taken = [*lane.in_flight, *(row.id for row in lane.ahead)]
-        return Claim(lane.operator.name, lane.sink, json.dumps(taken), lane.wanted + 1)
+        return Claim(lane.operator.name, lane.sink, taken, lane.wanted + 1)
 
     def _start(self, lane: Lane) -> None:
         """Attempts what was read, as far as there are slots."""
-        if not lane.ahead:
+        if not lane.ahead or not lane.slots:
             return
         gate = self._store.gate(lane.operator.name)
         for _ in range(min(lane.free(gate, self._clock.wall_ms()), len(lane.ahead))):
@@ -642,13 +635,6 @@ class Dispatcher:
             lane.in_flight.add(row.id)
             task = asyncio.create_task(self._deliver(lane, row, probe=lane.probes(gate)))
             self._tasks.add(task)
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._crash = task.exception()
-            self._ring()
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """One row, from its slot to its settled result."""
@@ -666,7 +652,11 @@ class Dispatcher:
         except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
             await asyncio.sleep(STORE_RETRY_S)
             due_at = row.due_at
+        except Exception as error:  # a bug, which `run` raises
+            self._crash, due_at = error, None
+            self._ring()
         finally:
+            self._tasks.discard(asyncio.current_task())
             lane.in_flight.discard(row.id)
             self._look_at(row.operator, row.sink)
         # A round may have come between the commit and this line, and passed over a row that was still in flight.

@@ -366,6 +366,8 @@ def answered_code(body: bytes) -> int | float | None:
         error = orjson.loads(body).get("error")
     except (orjson.JSONDecodeError, AttributeError):
         return None
+    if type(error) is int and abs(error) < 2**53:
+        return error  # as almost always
     if isinstance(error, str) and len(error) <= 32 and _NUMERIC.fullmatch(error.strip()):
         error = float(error)
     if isinstance(error, bool) or not isinstance(error, int | float):

@@ -104,11 +104,12 @@ class Repeats:
         """None if the line is suppressed; else how many of its kind have been since the last one that was written."""
         now = self._monotonic()
         key = (event, *map(facts.get, limit.same))
-        if key not in self._kinds and len(self._kinds) >= KINDS_MAX:
+        kind = self._kinds.get(key)
+        if kind is None and len(self._kinds) >= KINDS_MAX:
             self.flush()
             if len(self._kinds) >= KINDS_MAX:
                 key = (event,)
-        kind = self._kinds.get(key)
+                kind = self._kinds.get(key)
         if kind is None:
             same = dict(zip(limit.same, key[1:], strict=False))  # of none, where there are too many kinds
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
@@ -122,7 +123,8 @@ class Repeats:
             return 0
         kind.suppressed += 1
         self.suppressed += 1
-        self._arm(kind.until - now + STRAGGLERS_S)
+        if kind.suppressed == 1:
+            self._arm(kind.until - now + STRAGGLERS_S)
         return None
 
     def flush(self, *, everything: bool = False) -> None:

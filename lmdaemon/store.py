@@ -127,11 +127,11 @@ class Settled(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (JSON)."""
+    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (ids)."""
 
     operator: str
     sink: str
-    taken: str
+    taken: Sequence[int]
     limit: int
 
 
@@ -615,7 +615,7 @@ class Store:
             found: list[list[Delivery]] = []
             for first in range(0, len(lanes), LANES_AT_ONCE):
                 some = lanes[first : first + LANES_AT_ONCE]
-                arguments = chain.from_iterable(some)
+                arguments = chain.from_iterable((one.operator, one.sink, _json(one.taken), one.limit) for one in some)
                 found += ([_claimed(row) for row in rows] for rows in _fetch(sql, _lanes(len(some)), *arguments))
             return found
 

@@ -643,6 +643,25 @@ class TestReadingAhead:
 
 
 class TestStopping:
+    @pytest.mark.parametrize("left", [False, True], ids=["there", "left the file"])
+    async def test_a_bug_ends_the_dispatcher_loudly(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, left: bool
+    ) -> None:
+        """Also of an operator that is gone meanwhile."""
+        told = OneAtATime({"error": 0})
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                monkeypatch.setattr(b.dispatcher, "_settlement", lambda *_, **__: 1 / 0)
+                await b.end()
+                async with dispatching(b) as running:
+                    await operator.wait_for(1)
+                    if left:
+                        b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                        await some_turns()
+                    told.answer()
+                    with pytest.raises(ZeroDivisionError):
+                        await asyncio.wait_for(running, 10)
+
     async def test_what_is_in_flight_is_finished_and_recorded(self, tmp_path: Path, clock: HandClock) -> None:
         release = asyncio.Event()
 

@@ -420,11 +420,11 @@ class TestDeliveries:
         first, second = await one_delivery(db, "first"), await one_delivery(db, "second")
         await one_delivery(db, "elsewhere", "other")
         await db.settle(Settlement(first, "pending", 9000, 1, attempt()))
-        lanes = [Claim("acme", "http", "[]", 5), Claim("acme", "plugin:x", "[]", 5), Claim("other", "http", "[]", 1)]
+        lanes = [Claim("acme", "http", [], 5), Claim("acme", "plugin:x", [], 5), Claim("other", "http", [], 1)]
         claimed = await db.claimable(lanes)
         assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
         assert second.due_at < claimed[0][1].due_at
-        (rest,) = await db.claimable([Claim("acme", "http", f"[{second.id}]", 5)])
+        (rest,) = await db.claimable([Claim("acme", "http", [second.id], 5)])
         assert [row.session_id for row in rest] == ["first"]
 
     async def test_any_number_of_lanes_is_claimed_each_with_its_own_rows_the_earliest_due_first(
@@ -435,7 +435,7 @@ class TestDeliveries:
         again = await db.settle(Settlement(first[-1], "pending", 5000, 1, attempt()))
         clock.advance(1)
         second = [await one_delivery(db, "later", name) for name in names]
-        lanes = await db.claimable([Claim(name, "http", "[]", 2) for name in names])
+        lanes = await db.claimable([Claim(name, "http", [], 2) for name in names])
         assert lanes[:-1] == [list(pair) for pair in zip(first, second, strict=True)][:-1]
         assert [row.due_at for row in lanes[-1]] == [second[-1].due_at, again.due_at]
         assert await db.claimable([]) == []
@@ -483,7 +483,7 @@ class TestDeliveries:
         assert await db.retry_dead("acme", clock.wall_ms()) == 1
         assert await db.retry_dead("acme", since) == 12
         assert await db.retry_dead("acme", 0) == 0
-        (rows,) = await db.claimable([Claim("acme", "http", "[]", 99)])
+        (rows,) = await db.claimable([Claim("acme", "http", [], 99)])
         assert [row.due_at - clock.wall_ms() for row in rows] == [100 * place for place in range(13)]
         assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
 

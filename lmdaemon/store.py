@@ -683,7 +683,8 @@ def _add(change: _Change, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Session
     ids = range(last - added + 1, last + 1)  # SQLite numbers them in their order, one above the greatest so far
     if added == len(rows):
         return [(Session(number, *row), True) for number, row in zip(ids, rows, strict=True)]
-    stored = [_found(change.sql, row[0], row[1]) for row in rows]
+    known = _known(change.sql, [Key(*row[:2]) for row in rows])
+    stored = [known[Key(*row[:2])] for row in rows]
     return [(session, session.id in ids) for session in stored]
 
 
@@ -711,6 +712,8 @@ def _touch_all(change: _Change, operator: str, session_ids: set[str]) -> tuple[s
 
 def _touched(touching: Touching, active: set[str], ended: set[str]) -> Touched:
     session_ids = dict.fromkeys(touching.session_ids)
+    if active >= session_ids.keys():  # as almost always
+        return Touched(len(session_ids), [], [])
     return Touched(
         sum(session_id in active for session_id in session_ids),
         [session_id for session_id in session_ids if session_id not in active and session_id not in ended],
@@ -726,20 +729,25 @@ def _close(change: _Change, keys: Sequence[Key]) -> list[Session | None]:
 
 
 def _record(change: _Change, recordings: Sequence[Recording]) -> list[Recorded]:
-    known = _known(change.sql, {Key(one.operator, one.session_id) for one in recordings})
     new: dict[Key, Recording] = {}
     for one in recordings:
-        key = Key(one.operator, one.session_id)
-        if key not in known and _unacceptable(one) is None:
-            new.setdefault(key, one)
-    ended = [session for session, _ in _add(change, [_reported(change, one) for one in new.values()])]
-    _execute(change.sql, _FORGET_TOKENS, _follow_up(change, ended))
-    stored = dict(zip(new, ended, strict=True))
+        if _unacceptable(one) is None:
+            new.setdefault(Key(one.operator, one.session_id), one)
+    reported = [_reported(change, one) for one in new.values()]
+    sinks = [change.sinks_of(session) for session in reported]
+    tokens = _tokens_kept([session.token for session in reported], sinks)
+    rows = [session._replace(token=token)[1:] for session, token in zip(reported, tokens, strict=True)]
+    # Almost all sessions are not known here. So they are added; those that are known turn out then.
+    known = _known(change.sql, {Key(one.operator, one.session_id) for one in recordings} - new.keys())
+    added: dict[Key, Session] = {}
+    for key, (session, is_new) in zip(new, _add(change, rows), strict=True):
+        (added if is_new else known)[key] = session
+    _follow_up(change, [(added[key], its) for key, its in zip(new, sinks, strict=True) if key in added])
     results: list[Recorded] = []
     for one in recordings:
         key = Key(one.operator, one.session_id)
-        if new.get(key) is one:
-            known[key] = stored[key]  # from here on
+        if key in added and new[key] is one:
+            known[key] = added[key]  # from here on
             results.append("ended")
         else:
             results.append(_record_one(change, one, known))
@@ -764,11 +772,11 @@ def _unacceptable(new: Recording) -> Recorded | None:
     return None if new.accept_unknown else "unknown_session"
 
 
-def _reported(change: _Change, new: Recording) -> tuple[Any, ...]:
-    """A row as in _NEW_SESSION: a session that is known only by its end."""
+def _reported(change: _Change, new: Recording) -> Session:
+    """A session that is known only by its end, without its number."""
     now, ms = change.wall_at, change.service_ms
     named = (new.operator, new.session_id, new.player_id, new.token, None, new.extra)
-    return (*named, new.idle_ms, now, ms, now, None, now, "reported")
+    return Session(0, *named, new.idle_ms, now, ms, now, None, now, "reported")
 
 
 def _record_one(change: _Change, new: Recording, known: dict[Key, Session]) -> Recorded:
@@ -825,24 +833,34 @@ def _end(
         return []
     now = change.wall_at
     ended = [s._replace(reason=reason, ended_at=now, token=token or s.token, extra=extra or s.extra) for s in sessions]
+    sinks = [change.sinks_of(session) for session in ended]
     for session in ended:
         change.of(session.operator).live -= 1
-    forgotten = dict(_follow_up(change, ended))
-    tokens = [(session.id, forgotten.get(session.id, session.token)) for session in ended]
-    change.sql.execute(_END, (reason, now, extra, _json(tokens)))
+    tokens = _tokens_kept([session.token for session in ended], sinks)
+    ids = [session.id for session in ended]
+    change.sql.execute(_END, (reason, now, extra, _json(list(zip(ids, tokens, strict=True)))))
+    _follow_up(change, list(zip(ended, sinks, strict=True)))
     return ended
 
 
-def _follow_up(change: _Change, ended: Sequence[Session]) -> list[tuple[int, str]]:
-    """One delivery for each sink of each ended session. Returns what is to be left of the tokens of those of which none
-    can be sent.
+def _tokens_kept(tokens: Sequence[str | None], sinks: Sequence[Sequence[NewDelivery]]) -> list[str | None]:
+    """What is kept of the tokens of ended sessions: all of it for sending, and where nothing can be sent, only what
+    tells it from another.
     """
+    unneeded = [all(one.impossible for one in its) for its in sinks]
+    salts = iter(_random_hex(8, sum(unneeded)))
+    return [
+        _digest(token, next(salts)) if token and never else token for token, never in zip(tokens, unneeded, strict=True)
+    ]
+
+
+def _follow_up(change: _Change, ended: Sequence[tuple[Session, Sequence[NewDelivery]]]) -> None:
+    """One delivery for each sink of each ended session."""
     now = change.wall_at
-    rows, unsent = [], {}
-    for session in ended:
+    rows = []
+    for session, sinks in ended:
         figures = change.of(session.operator)
         held_ms = _held_ms(_gate(change, session.operator), now)
-        sinks = change.sinks_of(session)
         for sink, body, impossible in sinks:
             if impossible is None:
                 figures.pending += 1
@@ -851,12 +869,9 @@ def _follow_up(change: _Change, ended: Sequence[Session]) -> list[tuple[int, str
                 figures.dead += 1
             fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
             rows.append((session.id, session.operator, sink, *fate, now, held_ms, impossible, body.decode()))
-        if all(impossible for *_, impossible in sinks):
-            unsent[session.id] = session.token
     nonces = _random_hex(10, len(rows))
     _execute(change.sql, _ADD_DELIVERIES, [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)])
-    change.ended += ended
-    return _forgotten(zip(unsent, unsent.values(), _random_hex(8, len(unsent)), strict=True))
+    change.ended += [session for session, _ in ended]
 
 
 class _SettledBefore(Exception):  # noqa: N818 - breaks the batch: each result then has a transaction of its own
@@ -869,7 +884,8 @@ def _settle(change: _Change, settlements: Sequence[Settlement]) -> list[Settled]
         raise _SettledBefore
     over = [one.delivery for one in settlements if stored and one.state != "pending"]
     # The nonce is no secret, nor need a salt be one: it makes equal tokens differ.
-    _execute(change.sql, _FORGET_TOKENS, _forgotten((one.session, one.token, one.nonce[:16]) for one in over))
+    digests = [(one.session, _digest(one.token, one.nonce[:16])) for one in over if one.token]
+    _execute(change.sql, _FORGET_TOKENS, digests)
     return [_settled(change, one, stored=bool(stored)) for one in settlements]
 
 
@@ -902,13 +918,6 @@ def _settled(change: _Change, settlement: Settlement, *, stored: bool) -> Settle
     if alter is None:
         return Settled(due_at, before, before)
     return Settled(due_at, before, _set_gate_one(change, delivery.operator, lambda gate: alter(gate, change.wall_at)))
-
-
-def _forgotten(tokens: Iterable[tuple[int, str | None, str]]) -> list[tuple[int, str]]:
-    """By session, token and salt: a token is kept for sending. Once nothing can need it, what stays only tells it from
-    another.
-    """
-    return [(session, _digest(token, salt)) for session, token, salt in tokens if token]
 
 
 def _set_back(change: _Change) -> None:
@@ -1133,10 +1142,6 @@ def _claimed(row: list[Any]) -> Delivery:
 def _session(sql: sqlite3.Connection, operator: str, session_id: str) -> Session | None:
     row = sql.execute(_SESSION_BY_KEY, (operator, session_id)).fetchone()
     return None if row is None else Session(*row)
-
-
-def _found(sql: sqlite3.Connection, operator: str, session_id: str) -> Session:
-    return Session(*sql.execute(_SESSION_BY_KEY, (operator, session_id)).fetchone())
 
 
 def _delivery(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:

@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain, cycle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, count, cycle, repeat
 from random import Random
 from typing import NamedTuple
 
@@ -44,20 +44,38 @@ def session_id(number: int) -> str:
     return f"{number * 2654435761 % 2**32:08x}-{number:012x}"
 
 
-def _request(method: str, path: str, body: bytes = b"") -> bytes:
+def _request(method: str, path: str, body: str = "") -> bytes:
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n"
     if body:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"\r\n" + body
+    return f"{head}\r\n{body}".encode()
+
+
+def _of_sessions(
+    load: Load, numbers: Iterable[int], method: str, path: str, body: Mapping[str, object] | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """A request for each number, which stands in the place of NUMBER, its session in that of ID, the session's operator
+    in that of OPERATOR. All are of one length, so a request is a ready one filled in: the load must cost little beside
+    what it measures.
+    """
+    ready = []
+    for operator in load.operators:
+        parts = [part.replace("OPERATOR", operator) for part in (path, json.dumps(body) if body else "")]
+        filled = _request(method, *(part.replace("ID", session_id(0)).replace("NUMBER", f"{0:012d}") for part in parts))
+        ready.append(filled.replace(session_id(0).encode(), b"%(id)b").replace(b"%012d" % 0, b"%(number)b"))
+    for number in numbers:
+        name = session_id(number)
+        yield name, ready[number % len(ready)] % {b"id": name.encode(), b"number": b"%012d" % number}
+
+
+def _at_random(load: Load) -> Iterator[int]:
+    rng = Random(load.seed)
+    while True:
+        yield rng.randrange(load.population)
 
 
 def _touches(load: Load) -> Iterator[tuple[str, bytes]]:
-    rng, operators = Random(load.seed), load.operators
-    while True:
-        number = rng.randrange(load.population)
-        name = session_id(number)
-        operator = operators[number % len(operators)]
-        yield name, _request("POST", f"/v1/operators/{operator}/sessions/{name}/touch")
+    return _of_sessions(load, _at_random(load), "POST", "/v1/operators/OPERATOR/sessions/ID/touch")
 
 
 def _bulks(load: Load) -> Iterator[tuple[str, bytes]]:
@@ -65,59 +83,38 @@ def _bulks(load: Load) -> Iterator[tuple[str, bytes]]:
     bodies = []
     for _ in range(BULK_BODIES):
         ids = [session_id(number) for number in rng.sample(range(load.population), BULK)]
-        bodies.append(json.dumps({"sessionIds": ids}).encode())
-    yield from (
-        ("", _request("POST", f"/v1/operators/{load.operators[0]}/sessions/touch", body)) for body in cycle(bodies)
-    )
+        bodies.append(json.dumps({"sessionIds": ids}))
+    ready = [_request("POST", f"/v1/operators/{load.operators[0]}/sessions/touch", body) for body in bodies]
+    return (("", request) for request in cycle(ready))
 
 
 def _notices(load: Load) -> Iterator[tuple[str, bytes]]:
-    number = load.first
-    while True:
-        operator = load.operators[number % len(load.operators)]
-        name = session_id(number)
-        body = {"providerId": operator, "sessionId": name, "externalPlayerId": f"p{number}", "token": "tok-0123456789"}
-        yield name, _request("POST", f"/{operator}", json.dumps(body).encode())
-        number += 1
+    body = {"providerId": "OPERATOR", "sessionId": "ID", "externalPlayerId": "pNUMBER", "token": "tok-0123456789"}
+    return _of_sessions(load, count(load.first), "POST", "/OPERATOR", body)
 
 
 def _opens(load: Load) -> Iterator[tuple[str, bytes]]:
-    number = load.first
-    while True:
-        operator = load.operators[number % len(load.operators)]
-        name = session_id(number)
-        body = {"playerId": f"p{number}", "token": "tok-0123456789", "idleTimeoutSeconds": load.idle_s}
-        yield name, _request("PUT", f"/v1/operators/{operator}/sessions/{name}", json.dumps(body).encode())
-        number += 1
+    body = {"playerId": "pNUMBER", "token": "tok-0123456789", "idleTimeoutSeconds": load.idle_s}
+    return _of_sessions(load, count(load.first), "PUT", "/v1/operators/OPERATOR/sessions/ID", body)
 
 
 def _closes(load: Load) -> Iterator[tuple[str, bytes]]:
-    for number in range(load.first, load.population):
-        name = session_id(number)
-        operator = load.operators[number % len(load.operators)]
-        yield name, _request("POST", f"/v1/operators/{operator}/sessions/{name}/close")
+    numbers = range(load.first, load.population)
+    return _of_sessions(load, numbers, "POST", "/v1/operators/OPERATOR/sessions/ID/close")
 
 
 def _health(load: Load) -> Iterator[tuple[str, bytes]]:
-    while True:
-        yield "", _request("GET", "/health")
+    return repeat(("", _request("GET", "/health")))
 
 
 def _webdis(load: Load) -> Iterator[tuple[str, bytes]]:
     """A touch of the Redis peer: the key lives for so long from now on."""
-    rng = Random(load.seed)
-    while True:
-        name = session_id(rng.randrange(load.population))
-        yield name, _request("GET", f"/EXPIRE/{name}/{load.idle_s}")
+    return _of_sessions(load, _at_random(load), "GET", f"/EXPIRE/ID/{load.idle_s}")
 
 
 def _setex(load: Load) -> Iterator[tuple[str, bytes]]:
     """An opening of the Redis peer."""
-    number = load.first
-    while True:
-        name = session_id(number)
-        yield name, _request("GET", f"/SETEX/{name}/{load.idle_s}/acme:p{number}")
-        number += 1
+    return _of_sessions(load, count(load.first), "GET", f"/SETEX/ID/{load.idle_s}/acme:pNUMBER")
 
 
 KINDS: dict[str, Callable[[Load], Iterator[tuple[str, bytes]]]] = {

@@ -59,7 +59,7 @@ def _of_sessions(
     what it measures.
     """
     ready = []
-    for operator in load.operators:
+    for operator in load.operators or [""]:  # a peer has none
         parts = [part.replace("OPERATOR", operator) for part in (path, json.dumps(body) if body else "")]
         filled = _request(method, *(part.replace("ID", session_id(0)).replace("NUMBER", f"{0:012d}") for part in parts))
         ready.append(filled.replace(session_id(0).encode(), b"%(id)b").replace(b"%012d" % 0, b"%(number)b"))

@@ -600,6 +600,8 @@ class Dispatcher:
                 lane.next_due_at = now_at
             raise
         for lane, claim, rows in zip(ready, claims, found, strict=True):
+            if self._lanes.get((lane.operator.name, lane.sink)) is not lane:
+                continue  # a reload came meanwhile: the one in its place looks for itself
             due = [row for row in rows[: claim.limit - 1] if row.due_at <= now_at]
             lane.ahead += due
             if len(due) < len(rows):

@@ -487,6 +487,20 @@ async def some_turns() -> None:
     await asyncio.sleep(0.01)
 
 
+class Late:
+    """A verb of the store that waits until it is told to go on, as on a slow disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, db: store.Store, verb: str) -> None:
+        self._verb = getattr(db, verb)
+        self.called, self.go_on = asyncio.Event(), asyncio.Event()
+        monkeypatch.setattr(db, verb, self)
+
+    async def __call__(self, argument: Any) -> Any:
+        self.called.set()
+        await self.go_on.wait()
+        return await self._verb(argument)
+
+
 class TestReadingAhead:
     """Due rows are read before there is a slot for them, and a success leaves its slot before it is stored."""
 
@@ -502,20 +516,13 @@ class TestReadingAhead:
                     await b.end(str(number))
                 async with dispatching(b):
                     await operator.wait_for(2)
-                    read, reading, go_on = b.db.claimable, asyncio.Event(), asyncio.Event()
-
-                    async def late(claims: Any) -> Any:
-                        reading.set()
-                        await go_on.wait()
-                        return await read(claims)
-
-                    monkeypatch.setattr(b.db, "claimable", late)
+                    reading = Late(monkeypatch, b.db, "claimable")
                     told.answer()
-                    await reading.wait()
+                    await reading.called.wait()
                     told.answer()
                     await operator.wait_for(4)
                     assert sorted(b.dispatcher.attempting.values()) == [2]
-                    go_on.set()
+                    reading.go_on.set()
                     told.answer()
                     told.answer()
                     await until(lambda: b.db.figures["acme"].pending == 0)
@@ -530,19 +537,13 @@ class TestReadingAhead:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
                 for number in range(9):
                     await b.end(str(number))
-                settle, go_on = b.db.settle, asyncio.Event()
-
-                async def late(settlement: Any) -> Any:
-                    await go_on.wait()
-                    return await settle(settlement)
-
-                monkeypatch.setattr(b.db, "settle", late)
+                storing = Late(monkeypatch, b.db, "settle")
                 async with dispatching(b):
                     await operator.wait_for(4)
                     await until(lambda: b.dispatcher.attempting == {("acme", "http"): 0})
                     await some_turns()
                     assert len(operator.received) == 4
-                    go_on.set()
+                    storing.go_on.set()
                     await until(lambda: b.db.figures["acme"].pending == 0)
                     assert len(operator.received) == 9
 
@@ -553,19 +554,12 @@ class TestReadingAhead:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
                 await b.end("first")
                 await b.end("second")
-                settle, go_on, settling = b.db.settle, asyncio.Event(), asyncio.Event()
-
-                async def late(settlement: Any) -> Any:
-                    settling.set()
-                    await go_on.wait()
-                    return await settle(settlement)
-
-                monkeypatch.setattr(b.db, "settle", late)
+                storing = Late(monkeypatch, b.db, "settle")
                 async with dispatching(b):
-                    await settling.wait()
+                    await storing.called.wait()
                     await some_turns()
                     assert len(operator.received) == 1
-                    go_on.set()
+                    storing.go_on.set()
                     await operator.wait_for(2)
 
     @pytest.mark.parametrize(
@@ -621,6 +615,22 @@ class TestReadingAhead:
                 await some_turns()
                 assert len(operator.received) == 1
                 assert b.db.figures["acme"].pending == 1
+
+    async def test_what_was_being_read_when_its_operator_left_the_file_is_not_sent(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                reading = Late(monkeypatch, b.db, "claimable")
+                async with dispatching(b):
+                    await reading.called.wait()
+                    b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                    reading.go_on.set()
+                    await some_turns()
+                    assert operator.received == []
+                    b.dispatcher.configure(b.settings, {})
+                    await until(lambda: b.db.figures["acme"].pending == 0)
 
     async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_has_left_the_file(
         self, tmp_path: Path, clock: HandClock

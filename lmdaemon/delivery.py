@@ -1,8 +1,8 @@
-"""Delivers ends: due rows → sink → judge → settle. The table is the queue; this module holds ids and times only.
+"""Delivers ends: due rows → sink → judge → settle. The table is the queue; this module holds ids, times and few rows.
 
 Started by `daemon`, woken by the store after commits. A lane is one operator and sink: it has its own slots, its own
 schedule and, for a URL, its own gate (hold, Retry-After, breaker), so nothing one of them does delays another. It must
-never hold more rows than twice a lane's slots, or send inside a transaction.
+never hold more rows than three times a lane's slots (under way, ahead, not stored yet), or send inside a transaction.
 """
 
 import asyncio

@@ -20,7 +20,7 @@ from processes import free_ports, process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
 from lmdaemon.daemon import prune_every_s
-from lmdaemon.serve import GARBAGE
+from lmdaemon.serve import GARBAGE, SWITCH_S
 
 OPERATOR = """
 [operators.acme]
@@ -434,14 +434,15 @@ def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None
         assert (tmp_path / "stopped").exists()
 
 
-def test_garbage_is_looked_for_seldom_and_not_in_what_the_daemon_is_made_of(tmp_path: Path) -> None:
+def test_garbage_is_looked_for_seldom_and_the_writer_waits_briefly_for_the_interpreter(tmp_path: Path) -> None:
     (tmp_path / "looks.py").write_text(
-        "import gc, pathlib\n"
+        "import gc, pathlib, sys\n"
         "class Hook:\n"
         "    def __init__(self, options): self.home = pathlib.Path(options['home'])\n"
         "    async def session_ended(self, event): pass\n"
         "    async def stop(self):\n"
         "        seen = gc.isenabled(), gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects())\n"
+        "        seen += (sys.getswitchinterval(),)\n"
         "        (self.home / 'seen').write_text(' '.join(map(str, seen)))\n"
     )
     toml = OPERATOR.format(url="http://127.0.0.1:1/")
@@ -449,6 +450,7 @@ def test_garbage_is_looked_for_seldom_and_not_in_what_the_daemon_is_made_of(tmp_
     with process(tmp_path, toml, {"PYTHONPATH": str(tmp_path)}) as daemon:
         daemon.popen.send_signal(signal.SIGTERM)
         assert daemon.popen.wait(20) == 0
-    enabled, threshold, kept, looked_through = (tmp_path / "seen").read_text().split()
+    enabled, threshold, kept, looked_through, switch_s = (tmp_path / "seen").read_text().split()
     assert (enabled, int(threshold)) == ("True", GARBAGE)
     assert int(kept) > 10 * int(looked_through)
+    assert float(switch_s) == pytest.approx(SWITCH_S)

@@ -78,11 +78,27 @@ class Transaction(Protocol):
 
 
 _Txn = TypeVar("_Txn", bound=Transaction)
+
+
+class AtOnce(Protocol[_Txn]):
+    """A batch as one statement, which is a transaction of its own; made by `at_once`, on the event loop."""
+
+    txn: _Txn
+
+    def run(self, connection: sqlite3.Connection) -> list[Any]:
+        """Called on the connection's thread. Returns a result for each operation, an exception where one has failed.
+
+        Raises sqlite3.Error when nothing was stored, as it takes more than one statement, or the disk refused.
+        """
+
+
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
+    """What one caller wants to be written. `run(txn, arguments)` does it, for all neighbours of its kind."""
+
     run: Callable[[Any, Sequence[Any]], Sequence[Any]]
     argument: Any
     rows: int
@@ -104,9 +120,10 @@ class Database(Generic[_Txn]):
     """An open database. `run` must be running for writes to be answered; `close` belongs in an exit stack, for an
     aiosqlite connection left open keeps the process from ending.
 
-    `begin` makes the transaction of each batch, `committed` is told of it after the commit (before the waiters are
-    answered), `available` is told when the file stops and starts taking writes again, `measured` how many operations a
-    transaction had and how many seconds it took. `refused` counts operations by the reason they were refused for.
+    `begin` makes the transaction of each batch, `at_once` one that is a single statement, or None where the batch takes
+    more; `committed` is told of the one that was committed (before the waiters are answered), `available` when the file
+    stops and starts taking writes again, `measured` how many operations a transaction had and how many seconds it took.
+    `refused` counts operations by the reason they were refused for.
     """
 
     def __init__(
@@ -120,7 +137,7 @@ class Database(Generic[_Txn]):
         self._reader = reader
         self._checkpointer = checkpointer
         self._lock = lock
-        self._queue: deque[_Operation] = deque()
+        self._queue: deque[Operation] = deque()
         self._queued_rows = 0
         self._wake = asyncio.Event()
         self._committed_something = asyncio.Event()
@@ -129,6 +146,7 @@ class Database(Generic[_Txn]):
         self._lost = False
         self._is_available = True
         self.begin: Callable[[], _Txn]
+        self.at_once: Callable[[_Txn, Sequence[Operation]], AtOnce[_Txn] | None] = lambda txn, batch: None
         self.committed: Callable[[_Txn], None]
         self.available: Callable[[bool], None] = lambda available: None
         self.measured: Callable[[int, float], None] = lambda operations, took_s: None
@@ -142,8 +160,12 @@ class Database(Generic[_Txn]):
         cls,
         path: Path,
         migrations: Sequence[str] | None = None,
+        setup: Sequence[str] = (),
     ) -> Self:
-        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot."""
+        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot.
+
+        `setup` are statements for the writing connection alone, of its own for as long as it is open.
+        """
         path = real_path(path)
         lock = lock_file(path)
         try:
@@ -154,6 +176,8 @@ class Database(Generic[_Txn]):
                 await keeper.run(_execute, "SELECT count(*) FROM sqlite_schema")
                 writer = await _connect(path, stack)
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
+                for statement in setup:
+                    await writer.run(_execute, statement)
                 reader = await _connect(path, stack)
                 await reader.run(_execute, "PRAGMA query_only = ON")
                 await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none
@@ -241,7 +265,7 @@ class Database(Generic[_Txn]):
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             raise StoreError("too many operations are waiting")
         answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Operation(run, argument, rows, answer))
+        self._queue.append(Operation(run, argument, rows, answer))
         self._queued_rows += rows
         self._wake.set()
         return await answer
@@ -283,7 +307,7 @@ class Database(Generic[_Txn]):
             self._refuse(batch, StoreError("the daemon is stopping"))
             raise
 
-    async def _write_and_answer(self, batch: list[_Operation]) -> None:
+    async def _write_and_answer(self, batch: list[Operation]) -> None:
         try:
             txn, results = await self._write(batch)
         except FileLostError as error:
@@ -296,8 +320,8 @@ class Database(Generic[_Txn]):
         else:
             self._answered(txn, batch, results)
 
-    def _next_batch(self) -> list[_Operation]:
-        batch: list[_Operation] = []
+    def _next_batch(self) -> list[Operation]:
+        batch: list[Operation] = []
         rows = 0
         while self._queue and len(batch) < BATCH_MAX:
             if batch and rows + self._queue[0].rows > BATCH_ROWS:
@@ -307,21 +331,23 @@ class Database(Generic[_Txn]):
         self._queued_rows -= rows
         return batch
 
-    async def _write(self, batch: list[_Operation]) -> tuple[_Txn, list[Any]]:
+    async def _write(self, batch: list[Operation]) -> tuple[_Txn, list[Any]]:
         """One transaction on the connection's thread. Raises what it raised."""
         loop = asyncio.get_running_loop()
+        self._files.check()  # here, where nobody else needs the interpreter; of open files, so no disk is waited for
         txn = self.begin()
+        at_once = self.at_once(txn, batch)
         self.writing_since = loop.time()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
-            results = await self._writer.run(_transaction, txn, batch, self._files)
+            written: tuple[_Txn, list[Any]] = await self._writer.run(_write, txn, at_once, batch, self._files)
             self.measured(len(batch), loop.time() - self.writing_since)
-            return txn, results
+            return written
         finally:
             hung.cancel()
             self.writing_since = None
 
-    def _answered(self, txn: _Txn, batch: list[_Operation], results: list[Any]) -> None:
+    def _answered(self, txn: _Txn, batch: list[Operation], results: list[Any]) -> None:
         self.commits += 1
         self._committed_something.set()
         if not self._is_available:
@@ -330,7 +356,11 @@ class Database(Generic[_Txn]):
             self._set_available(True)
         self.committed(txn)
         for operation, result in zip(batch, results, strict=True):
-            if not operation.answer.done():
+            if operation.answer.done():
+                continue
+            if isinstance(result, Exception):
+                operation.answer.set_exception(result)
+            else:
                 operation.answer.set_result(result)
 
     def _look_if_hung(self, since: float) -> None:
@@ -344,7 +374,7 @@ class Database(Generic[_Txn]):
             log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
         self._set_available(False)
 
-    def _failed(self, batch: list[_Operation], error: Exception) -> None:
+    def _failed(self, batch: list[Operation], error: Exception) -> None:
         failure = str(error)
         if failure != self.failure:  # the first failure and each change, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), path=self.path)
@@ -358,7 +388,7 @@ class Database(Generic[_Txn]):
             self._is_available = available
             self.available(available)
 
-    async def _one_by_one(self, batch: list[_Operation], error: Exception) -> None:
+    async def _one_by_one(self, batch: list[Operation], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
         if len(batch) == 1:
             facts = {"operation": batch[0].run.__name__, "error": type(error).__name__}
@@ -378,7 +408,7 @@ class Database(Generic[_Txn]):
                 self._answered(txn, [operation], results)
         return None
 
-    async def _give_up(self, batch: list[_Operation], lost: "FileLostError") -> NoReturn:
+    async def _give_up(self, batch: list[Operation], lost: "FileLostError") -> NoReturn:
         """What is committed from here on would be gone with this process, so it ends, and a new one starts afresh.
 
         A WAL that was only unlinked is still open: what it holds is copied into the file before.
@@ -394,7 +424,7 @@ class Database(Generic[_Txn]):
         raise lost
 
     @staticmethod
-    def _refuse(batch: list[_Operation], error: Exception) -> None:
+    def _refuse(batch: list[Operation], error: Exception) -> None:
         for operation in batch:
             if not operation.answer.done():
                 operation.answer.set_exception(error)
@@ -445,13 +475,25 @@ def _is_outage(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError)
 
 
-def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[_Operation], files: _Files) -> list[Any]:
-    results: list[Any] = []
-    files.check()
+def _write(
+    connection: sqlite3.Connection, txn: _Txn, at_once: AtOnce[_Txn] | None, batch: list[Operation], files: _Files
+) -> tuple[_Txn, list[Any]]:
+    """Commits a batch on the connection's thread. Returns the transaction that did, and a result for each operation."""
     if connection.in_transaction:  # a rollback that the disk refused is made up for
         connection.execute("ROLLBACK")
     if files.wal_bytes > WAL_MAX:
         _empty_wal(connection, files)
+    if at_once is not None:
+        try:
+            return at_once.txn, at_once.run(connection)
+        except sqlite3.Error as error:
+            if _is_outage(error):
+                raise
+    return txn, _transaction(connection, txn, batch)
+
+
+def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[Operation]) -> list[Any]:
+    results: list[Any] = []
     try:
         connection.execute("BEGIN IMMEDIATE")
         txn.bind(connection)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from support import load
 
-from lmdaemon import config, database, retry, store
+from lmdaemon import changes, config, database, retry
 from lmdaemon.clock import STALL_S
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Unreachable, sinks_of
 from lmdaemon.model import Delivery, SessionEnded
@@ -595,7 +595,7 @@ class Promises(RuleBasedStateMachine):
             counted[name] = (live, states.count("pending"), states.count("dead"))
         none = (0, 0, 0)
         assert {name: seen.figures.get(name, none) for name in OPERATORS} == counted
-        assert {name: store._triple(self.db.figures_of(name)) for name in OPERATORS} == counted
+        assert {name: changes._triple(self.db.figures_of(name)) for name in OPERATORS} == counted
         for name in OPERATORS:
             held_at, not_before = seen.gates.get(name, (None, 0))
             assert held_at is not None or name not in self.held, f"{name} is held no more"
@@ -613,7 +613,7 @@ class Promises(RuleBasedStateMachine):
         for key, row in seen.sessions.items():
             one = known[key]
             assert (row.player, row.idle_ms, row.opened_at) == (one.player, one.idle_ms, one.opened_at), key
-            assert store._same(row.token, one.token), key
+            assert changes._same(row.token, one.token), key
             mine = [d for d in seen.deliveries.values() if (d.operator, d.session_id) == key]
             needed = row.reason is None or any(d.state != "delivered" and not self.impossible(d) for d in mine)
             assert row.token is None or (row.token == one.token) is needed, f"{key}: a token that nothing needs"
@@ -988,7 +988,7 @@ class Promises(RuleBasedStateMachine):
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database._Thread, "run", run_at_once)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(store, "REVISIT_MS", REVISIT_MS)
+    monkeypatch.setattr(changes, "REVISIT_MS", REVISIT_MS)
 
 
 def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from conftest import HandClock
 from support import hear, live, open_store, until
 
-from lmdaemon import store as store_module
+from lmdaemon.changes import Touched
 from lmdaemon.clock import TICK_S
 from lmdaemon.store import Opening, Store
 from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
@@ -179,7 +179,7 @@ async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
 async def test_everything_due_goes_in_bounded_batches(
     db: Store, clock: HandClock, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SWEEP_ROWS", 3)
+    monkeypatch.setattr("lmdaemon.changes.SWEEP_ROWS", 3)
     monkeypatch.setattr("lmdaemon.sweeper.SWEEP_ROWS", 3)
     ended: list[int] = []
     db.on_ended = lambda sessions: ended.append(len(sessions))
@@ -289,7 +289,7 @@ async def test_a_request_that_is_already_readable_beats_the_sweep(
     await open_session(db)
     live(clock, db, 11)
 
-    async def handler() -> store_module.Touched:
+    async def handler() -> Touched:
         for _ in range(3):
             await asyncio.sleep(0)
         return await db.touch("acme", ["s"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lmdaemon import api, database, delivery, endpoint, store, sweeper
+from lmdaemon import api, changes, database, delivery, endpoint, store, sweeper
 from lmdaemon.__main__ import main
 
 WATCHED = [
@@ -33,22 +33,24 @@ WATCHED = [
     database.Database._write_and_answer,
     database.Database._write,
     database.Database._answered,
+    database._write,
     database._transaction,
     store.Store._begin,
     store.Store._committed,
-    store._Change.finish,
-    store._open,
-    store._add,
-    store._touch_all,
-    store._close,
-    store._record,
-    store._record_one,
+    changes.Change.finish,
+    changes.AtOnce.run,
+    changes.open_sessions,
+    changes._add,
+    changes._touch_all,
+    changes.close_sessions,
+    changes.record_notices,
+    changes._record_one,
     # The end of a session
     sweeper.Sweeper.once,
     sweeper.Sweeper._end_some,
-    store._end_due_once,
-    store._end,
-    store._follow_up,
+    changes._end_due_once,
+    changes._end,
+    changes._follow_up,
     # From the claim to the settled row
     delivery.Dispatcher._note_due,
     delivery.Dispatcher.once,
@@ -61,8 +63,8 @@ WATCHED = [
     delivery.Dispatcher._settle,
     delivery.Sender.post,
     delivery._read_some,
-    store._settle,
-    store._set_gate_one,
+    changes.settle_deliveries,
+    changes._set_gate_one,
 ]
 
 
@@ -73,7 +75,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-RUN_SQL = ("execute", "executemany", "_execute", "_fetch", "_sessions")
+RUN_SQL = ("execute", "executemany", "execute_rows", "fetch", "fetch_sessions")
 CODES = {code for function in WATCHED for code in codes(function.__code__)}
 KILL_AT = os.environ.get("KILL_AT")
 REACHED = os.environ.get("REACHED")

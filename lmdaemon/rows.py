@@ -1,0 +1,80 @@
+"""How rows go into SQL and come out of it. What `changes` and `store` share.
+
+Each step of a statement, so each row of an executemany() or of a result, and each call of a Python function from SQL,
+gives the interpreter lock away and waits to have it back from a busy event loop. So many rows go in and come out as one
+JSON array.
+"""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from lmdaemon.model import Delivery, Session
+
+SESSION = ", ".join(Session._fields)
+DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{name}" for name in Delivery._fields)
+
+
+def given(*names: str) -> str:
+    """Columns of the rows of json_each(?), an array each."""
+    return ", ".join(f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(names))
+
+
+def as_rows(columns: str) -> str:
+    """The one column of a result that is all its rows."""
+    return f"json_group_array(json_array({columns}))"
+
+
+_SESSION_BY_KEY = f"SELECT {SESSION} FROM session WHERE operator = ? AND session_id = ?"
+_DELIVERY_BY_ID = f"""
+SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
+
+ENDED_BEFORE = f"""
+SELECT {as_rows("id, ended_at")}
+FROM (SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)
+      ORDER BY ended_at, id LIMIT ?)"""
+
+
+def to_json(value: Sequence[Any] | Mapping[str, Any]) -> str:
+    return orjson.dumps(value).decode()
+
+
+def execute_rows(sql: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Runs a statement that takes its rows from json_each(?), if there are any."""
+    if rows:
+        sql.execute(statement, (to_json(rows),))
+
+
+def fetch(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Any]:
+    """What a statement returns as one JSON array."""
+    found: list[Any] = orjson.loads(sql.execute(statement, arguments).fetchone()[0])
+    return found
+
+
+def ids_of(rows: Sequence[Sequence[int]]) -> str:
+    return to_json([row[0] for row in rows])
+
+
+def scalar(cursor: sqlite3.Cursor) -> int | None:
+    row = cursor.fetchone()
+    return None if row is None else row[0]
+
+
+def fetch_sessions(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Session]:
+    return [Session(*row) for row in fetch(sql, statement, *arguments)]
+
+
+def session_by_key(sql: sqlite3.Connection, operator: str, session_id: str) -> Session | None:
+    row = sql.execute(_SESSION_BY_KEY, (operator, session_id)).fetchone()
+    return None if row is None else Session(*row)
+
+
+def delivery_by_webhook_id(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
+    number = webhook_id.removeprefix("msg_").partition("_")[0]
+    if not (number.isascii() and number.isdigit() and len(number) <= 18):
+        return None
+    row = sql.execute(_DELIVERY_BY_ID, (int(number),)).fetchone()
+    delivery = None if row is None else Delivery(*row)
+    return delivery if delivery is not None and delivery.webhook_id == webhook_id else None

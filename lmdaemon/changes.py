@@ -801,10 +801,10 @@ class AtOnce:
     def open(self, openings: Sequence[Opening]) -> bool:
         rows = [_opened(self.txn, opening) for opening in openings]
         self._results += [_created(self.txn, session) for session in self._added(rows)]
-        return self._are_new(openings)
+        return True
 
     def record(self, recordings: Sequence[Recording]) -> bool:
-        if not all(_unacceptable(one) is None for one in recordings) or not self._are_new(recordings):
+        if any(_unacceptable(one) for one in recordings):
             return False
         rows, sinks = _all_reported(self.txn, recordings)
         self._deliveries += _followed_up(self.txn, list(zip(self._added(rows), sinks, strict=True)))
@@ -825,16 +825,13 @@ class AtOnce:
         self._results += arguments
         return True
 
-    def _are_new(self, added: Sequence[Opening | Recording]) -> bool:
-        before = len(self.new)
-        self.new.update(Key(one.operator, one.session_id) for one in added)
-        return len(self.new) == before + len(added)
-
     def _added(self, rows: Sequence[tuple[Any, ...]]) -> list[Session]:
         numbered = [(number, *row) for number, row in enumerate(rows, self._last_session + 1)]
         self._last_session = self.txn.last_session = self._last_session + len(rows)
         self._sessions += numbered
-        return [Session._make(row) for row in numbered]
+        sessions = [Session._make(row) for row in numbered]
+        self.new.update(Key(session.operator, session.session_id) for session in sessions)
+        return sessions
 
     def sealed(self) -> Self:
         """Nothing is added any more."""

@@ -785,9 +785,10 @@ def sinks_of_two(session: Session) -> list[NewDelivery]:
 
 
 def some_operation(random: Random) -> Callable[[Store], Awaitable[object]]:
-    operator, name = random.choice(["acme", "acme", "other"]), random.choice("abcdefgh") * random.choice([1, 2])
+    names = [*"abcdefg", '\U0001f3b2 "ü\\']
+    operator, name = random.choice(["acme", "acme", "other"]), random.choice(names) * random.choice([1, 2])
     token, player = random.choice(["t", "t", None]), random.choice("ppppq")
-    many = random.choices("abcdefgh", k=3)
+    many = random.choices(names, k=3)
     refused, compared = random.random() < 0.05, random.random() < 0.05
     outcome = random.choice(["pending", "delivered", "dead"])
     failed = random.random() < 0.5

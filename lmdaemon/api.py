@@ -5,7 +5,7 @@ administrators. It must never return a token, and never count reading as activit
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
@@ -110,14 +110,14 @@ class Api:
     def shortcut(self, otherwise: Handler) -> Handler:
         """Touches, the one call that comes all day, past aiohttp's router and middleware; the rest to `otherwise`."""
 
-        async def handle(request: web.Request) -> web.StreamResponse:
+        def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
             is_touch = request.method == "POST" and _TOUCH.fullmatch(request.rel_url.raw_path)
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would say 417 before a token is asked for
-                return await self._guarded(request, _unexpected)
+                return self._guarded(request, _unexpected)
             if not is_touch or expect:
-                return await otherwise(request)
-            return await self._guarded(request, self.touch)
+                return otherwise(request)
+            return self._guarded(request, self.touch)
 
         return handle
 

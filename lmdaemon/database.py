@@ -249,10 +249,10 @@ class Database(Generic[_Txn]):
         finally:
             self._reading -= 1
 
-    async def write(
+    def write(
         self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1
-    ) -> _Result:
-        """Queues one operation, which names so many rows, and waits until it is on disk.
+    ) -> asyncio.Future[_Result]:
+        """Queues one operation, which names so many rows. What it returns is done when it is on disk.
 
         `run(txn, arguments)` gets every neighbouring operation of its kind at once and returns one result for each.
         A waiter that is cancelled does not cancel its operation. Raises StoreError.
@@ -268,7 +268,7 @@ class Database(Generic[_Txn]):
         self._queue.append(Operation(run, argument, rows, answer))
         self._queued_rows += rows
         self._wake.set()
-        return await answer
+        return answer
 
     async def run(self) -> None:
         """The writer: takes what is queued, for ever. While the file refuses writes it tries by itself."""

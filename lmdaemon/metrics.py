@@ -9,11 +9,10 @@ import platform
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
     Histogram,
     ProcessCollector,
@@ -70,33 +69,37 @@ class _Process(ProcessCollector):
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-_M = TypeVar("_M", Counter, Histogram)
+class _Counter(Collector):
+    """A counter by its label values: plain numbers until a scrape, for the library's take a microsecond at each touch.
 
-
-class _Children(Generic[_M]):
-    """A metric's children by their label values. Looked up once, for `labels()` costs a microsecond each time; made
-    only where the first `bounded` labels are known, so that the number of series has a bound.
+    Those are counted whose first `bounded` labels are known, so that the number of series has a bound; a call may have
+    begun before a reload that took its operator away.
     """
 
-    def __init__(self, metric: _M, bounded: int) -> None:
-        self._metric: _M = metric
+    def __init__(self, name: str, help_text: str, labels: tuple[str, ...], bounded: int) -> None:
+        self._described = (name, help_text, None, labels)
         self._bounded = bounded
         self._known: frozenset[tuple[str, ...]] = frozenset([()])
-        self._children: dict[tuple[str, ...], _M] = {}
+        self._values: dict[tuple[str, ...], int] = {}
 
-    def get(self, *labels: str) -> _M | None:
-        """None for those that are not known (any more): a call may have begun before a reload."""
-        child = self._children.get(labels)
-        if child is None and labels[: self._bounded] in self._known:
-            child = self._children[labels] = self._metric.labels(*labels)
-        return child
+    def add(self, *labels: str, amount: int = 1) -> None:
+        if labels in self._values:
+            self._values[labels] += amount
+        elif labels[: self._bounded] in self._known:
+            self._values[labels] = amount
 
     def know(self, known: Iterable[tuple[str, ...]]) -> None:
-        """Forgets the children of all others."""
+        """Forgets all others."""
         self._known = frozenset(known)
-        for labels in [labels for labels in self._children if labels[: self._bounded] not in self._known]:
-            del self._children[labels]
-            self._metric.remove(*labels)
+        self._values = {
+            labels: value for labels, value in self._values.items() if labels[: self._bounded] in self._known
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        metric = CounterMetricFamily(*self._described)
+        for labels, value in self._values.items():
+            metric.add_metric(labels, value)
+        yield metric
 
 
 class Metrics:
@@ -109,8 +112,10 @@ class Metrics:
         built = Gauge("lmdaemon_build_info", "1; its labels are the versions.", list(versions), registry=registry)
         built.labels(**versions).set(1)
 
-        def counter(name: str, help_text: str, *labels: str, bounded: int = 1) -> _Children[Counter]:
-            return _Children(Counter(f"lmdaemon_{name}", help_text, labels, registry=registry), bounded)
+        def counter(name: str, help_text: str, *labels: str, bounded: int = 1) -> _Counter:
+            made = _Counter(f"lmdaemon_{name}", help_text, labels, bounded)
+            registry.register(made)
+            return made
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"lmdaemon_{name}", help_text, labels, buckets=buckets, registry=registry)
@@ -133,15 +138,13 @@ class Metrics:
             *("operator", "sink", "outcome"),
             bounded=2,
         )
-        self._durations = _Children(
-            histogram(
-                "delivery_attempt_duration_seconds",
-                "How long attempts took, from the lookup of the name to the end of the answer.",
-                ATTEMPT_BUCKETS,
-                *("operator", "sink"),
-            ),
-            2,
+        self._durations = histogram(
+            "delivery_attempt_duration_seconds",
+            "How long attempts took, from the lookup of the name to the end of the answer.",
+            ATTEMPT_BUCKETS,
+            *("operator", "sink"),
         )
+        self._durations_of: dict[tuple[str, str], Histogram] = {}
         self.lag = histogram(
             "expiry_lag_seconds", "Time from a session's deadline to the commit of its end.", LAG_BUCKETS
         )
@@ -172,20 +175,21 @@ class Metrics:
         begin at 0, so that the first of a kind is an increase.
         """
         names, pairs = [(name,) for name in operators], list(lanes)
-        for children in (self._opens, self._touches, self._ends):
-            children.know(names)
+        for counter in (self._opens, self._touches, self._ends):
+            counter.know(names)
         self._notices.know([*names, ("",)])
         self._attempts.know(pairs)
-        self._durations.know(pairs)
         for (name,) in names:
-            self._opens.get(name)
-            self._touches.get(name)
+            self._opens.add(name, amount=0)
+            self._touches.add(name, amount=0)
             for reason in reasons:
-                self._ends.get(name, reason)
+                self._ends.add(name, reason, amount=0)
         for pair in pairs:
-            self._durations.get(*pair)
             for outcome in ("delivered", "retry", "final", "hold"):
-                self._attempts.get(*pair, outcome)
+                self._attempts.add(*pair, outcome, amount=0)
+        for pair in self._durations_of.keys() - set(pairs):
+            self._durations.remove(*pair)
+        self._durations_of = {pair: self._durations.labels(*pair) for pair in pairs}
 
     def watch(self, read: Callable[[], list[Reading]]) -> None:
         """Registers what is read at each scrape; `read` must not do I/O."""
@@ -194,27 +198,27 @@ class Metrics:
     # -- what happens
 
     def opened(self, operator: str) -> None:
-        _add(self._opens.get(operator))
+        self._opens.add(operator)
 
     def touched(self, operator: str, sessions: int) -> None:
-        _add(self._touches.get(operator), sessions)
+        self._touches.add(operator, amount=sessions)
 
     def ended(self, operator: str, reason: str, sessions: int) -> None:
-        _add(self._ends.get(operator, reason), sessions)
+        self._ends.add(operator, reason, amount=sessions)
 
     def answered(self, operator: str, dialect: str, code: int) -> None:
         """A notice was; `operator` is empty where it could not be told."""
-        _add(self._notices.get(operator, dialect, str(code)))
+        self._notices.add(operator, dialect, str(code))
 
     def not_taken(self, status: int) -> None:
-        _add(self._not_taken.get(str(status)))
+        self._not_taken.add(str(status))
 
     def api_error(self, status: int) -> None:
-        _add(self._api_errors.get(str(status)))
+        self._api_errors.add(str(status))
 
     def attempted(self, operator: str, sink: str, outcome: str, took_s: float) -> None:
-        _add(self._attempts.get(operator, sink, outcome))
-        durations = self._durations.get(operator, sink)
+        self._attempts.add(operator, sink, outcome)
+        durations = self._durations_of.get((operator, sink))
         if durations is not None:
             durations.observe(took_s)
 
@@ -237,8 +241,3 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format, `CONTENT_TYPE`."""
         return generate_latest(self._registry)
-
-
-def _add(counter: Counter | None, amount: float = 1) -> None:
-    if counter is not None:
-        counter.inc(amount)

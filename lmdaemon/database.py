@@ -322,12 +322,10 @@ class Database(Generic[_Txn]):
 
     def _next_batch(self) -> list[Operation]:
         batch: list[Operation] = []
-        rows = 0
-        while self._queue and len(batch) < BATCH_MAX:
-            if batch and rows + self._queue[0].rows > BATCH_ROWS:
-                break
-            batch.append(self._queue.popleft())
-            rows += batch[-1].rows
+        queue, rows = self._queue, 0
+        while queue and len(batch) < BATCH_MAX and (not batch or rows + queue[0].rows <= BATCH_ROWS):
+            batch.append(operation := queue.popleft())
+            rows += operation.rows
         self._queued_rows -= rows
         return batch
 

@@ -169,6 +169,8 @@ def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
 
 def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
     """The accepted dialect that `received` is in, or comes nearest to."""
+    if len(accepted) == 1:
+        return accepted[0]
 
     def missing(dialect: Dialect) -> int:
         return len([meaning for meaning in dialect.required if dialect.fields[meaning] not in received])

@@ -252,22 +252,24 @@ class Database(Generic[_Txn]):
     def write(
         self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1
     ) -> asyncio.Future[_Result]:
-        """Queues one operation, which names so many rows. What it returns is done when it is on disk.
+        """Queues one operation, which names so many rows. What it returns is done when that is on disk, or raises
+        StoreError.
 
         `run(txn, arguments)` gets every neighbouring operation of its kind at once and returns one result for each.
-        A waiter that is cancelled does not cancel its operation. Raises StoreError.
+        A waiter that is cancelled does not cancel its operation.
         """
+        answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         if self._closing:
             self.refused["stopping"] += 1
-            raise StoreError("the store is closed")
-        if len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
+            answer.set_exception(StoreError("the store is closed"))
+        elif len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
             self.refused["queue_full"] += 1
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
-            raise StoreError("too many operations are waiting")
-        answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(Operation(run, argument, rows, answer))
-        self._queued_rows += rows
-        self._wake.set()
+            answer.set_exception(StoreError("too many operations are waiting"))
+        else:
+            self._queue.append(Operation(run, argument, rows, answer))
+            self._queued_rows += rows
+            self._wake.set()
         return answer
 
     async def run(self) -> None:

@@ -7,7 +7,7 @@ connection.
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import chain, groupby
 from operator import attrgetter
@@ -298,21 +298,21 @@ class Store:
 
     # -- changes
 
-    def open_session(self, opening: Opening) -> Awaitable[Opened]:
+    async def open_session(self, opening: Opening) -> Opened:
         """Opens a session; opening the same again counts as a touch and changes nothing else. Raises StoreError."""
-        return self._db.write(changes.open_sessions, opening)
+        return await self._db.write(changes.open_sessions, opening)
 
-    def touch(self, operator: str, session_ids: Sequence[str]) -> Awaitable[Touched]:
+    async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         """Notes activity of sessions of one operator; a duplicate counts once. Raises StoreError."""
-        return self._db.write(changes.touch_sessions, Touching(operator, session_ids), rows=len(session_ids))
+        return await self._db.write(changes.touch_sessions, Touching(operator, session_ids), rows=len(session_ids))
 
-    def end(self, operator: str, session_id: str) -> Awaitable[Session | None]:
+    async def end(self, operator: str, session_id: str) -> Session | None:
         """Closes a session, and returns it, also when it had ended before; None when unknown. Raises StoreError."""
-        return self._db.write(changes.close_sessions, Key(operator, session_id))
+        return await self._db.write(changes.close_sessions, Key(operator, session_id))
 
-    def record(self, recording: Recording) -> Awaitable[Recorded]:
+    async def record(self, recording: Recording) -> Recorded:
         """Records a notice from the peer, once for as long as the row is kept. Raises StoreError."""
-        return self._db.write(changes.record_notices, recording)
+        return await self._db.write(changes.record_notices, recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
@@ -324,28 +324,28 @@ class Store:
         as_of_ms = self.service_clock.now_ms() if idle else None
         return await self._db.write(changes.end_due, as_of_ms, rows=BATCH_ROWS if crowd else 1)
 
-    def settle(self, settlement: Settlement) -> Awaitable[Settled]:
+    async def settle(self, settlement: Settlement) -> Settled:
         """Stores the result of an attempt. Raises StoreError."""
-        return self._db.write(changes.settle_deliveries, settlement)
+        return await self._db.write(changes.settle_deliveries, settlement)
 
-    def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Awaitable[Gate]:
+    async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
-        return self._db.write(changes.set_gates, (operator, change))
+        return await self._db.write(changes.set_gates, (operator, change))
 
-    def retry_dead(self, operator: str, since_at: int) -> Awaitable[int]:
+    async def retry_dead(self, operator: str, since_at: int) -> int:
         """Makes up to RETRY_ROWS deliveries that died since then due again, spaced out. Returns how many."""
-        return self._db.write(changes.retry_dead, (operator, since_at))
+        return await self._db.write(changes.retry_dead, (operator, since_at))
 
-    def retry_one(self, webhook_id: str) -> Awaitable[Delivery | None]:
+    async def retry_one(self, webhook_id: str) -> Delivery | None:
         """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
-        return self._db.write(changes.retry_some, webhook_id)
+        return await self._db.write(changes.retry_some, webhook_id)
 
-    def prune(self, before_at: int, after: tuple[int, int]) -> Awaitable[tuple[int, tuple[int, int] | None]]:
+    async def prune(self, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
         """Deletes up to PRUNE_ROWS sessions that ended before then and have nothing pending, beginning behind `after`.
 
         Returns how many went and where to go on, None at the end.
         """
-        return self._db.write(changes.prune_sessions, (before_at, after))
+        return await self._db.write(changes.prune_sessions, (before_at, after))
 
     async def probe(self) -> None:
         """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError."""

@@ -6,9 +6,8 @@ Writes docs/growth.csv and docs/growth.svg. CPU time, for it is steadier than ra
 import argparse
 import csv
 import shutil
-import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +19,10 @@ from benchmarks.processes import (
     ROOT,
     Daemon,
     Python,
+    add_sessions,
     check_live,
     columns_of,
+    filling,
     operator,
     prefilled,
     running,
@@ -103,23 +104,14 @@ def _until_settled(daemon: Daemon, owners: list[str], number: int, count: int) -
 
 def add_ended(path: Path, count: int) -> None:
     """Copies of a live session that ended one after the other, without deliveries."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as sql:
-        sql.execute("PRAGMA synchronous = OFF")
-        sql.execute("PRAGMA cache_size = -1048576")
-        columns = columns_of(sql)
-        live = sql.execute("SELECT * FROM session WHERE reason IS NULL LIMIT 1").fetchone()
-        template = dict(zip(columns, live, strict=True)) | {"id": None, "reason": "inactivity"}
-
-        def rows() -> Iterator[list[object]]:
-            for number in range(count):
-                own = {"session_id": session_id(OLD + number), "ended_at": template["seen_at"] + number}
-                row = template | own | {"player_id": f"p{number}"}
-                yield [row[column] for column in columns]
-
-        sql.execute("BEGIN")
-        sql.executemany(f"INSERT INTO session VALUES ({', '.join('?' * len(columns))})", rows())
-        sql.execute("COMMIT")
-        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with filling(path) as sql:
+        row = sql.execute("SELECT * FROM session WHERE reason IS NULL LIMIT 1").fetchone()
+        template = dict(zip(columns_of(sql), row, strict=True)) | {"id": None, "reason": "inactivity"}
+        own = (
+            {"session_id": name, "player_id": f"p{number}", "ended_at": template["seen_at"] + number}
+            for name, number in sorted((session_id(OLD + number), number) for number in range(count))
+        )
+        add_sessions(sql, template, own)
 
 
 def plot(rows: Sequence[Sample], path: Path) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -268,32 +268,46 @@ def columns_of(sql: sqlite3.Connection) -> list[str]:
     return [row[1] for row in sql.execute("PRAGMA table_info(session)")]
 
 
-def _multiply(path: Path, live: int) -> None:
-    sql = sqlite3.connect(path, isolation_level=None)
-    sql.execute("PRAGMA synchronous = OFF")
-    sql.execute("PRAGMA cache_size = -262144")
-    sql.execute("BEGIN")
+@contextlib.contextmanager
+def filling(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that adds millions of rows: its indexes are made anew afterwards, each in one go."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as sql:
+        sql.execute("PRAGMA synchronous = OFF")
+        sql.execute("PRAGMA cache_size = -1048576")
+        indexes = sql.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL").fetchall()
+        sql.execute("BEGIN")
+        for name, _ in indexes:
+            sql.execute(f"DROP INDEX {name}")
+        yield sql
+        for _, statement in indexes:
+            sql.execute(statement)
+        sql.execute("COMMIT")
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def add_sessions(sql: sqlite3.Connection, template: dict[str, Any], own: Iterable[dict[str, Any]]) -> None:
+    """Copies of one row, each with values of its own."""
     columns = columns_of(sql)
-    template = dict(zip(columns, sql.execute("SELECT * FROM session").fetchone(), strict=True))
-    indexes = sql.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL").fetchall()
-    for name, _ in indexes:
-        sql.execute(f"DROP INDEX {name}")
+    rows = (tuple((template | values)[column] for column in columns) for values in own)
+    sql.executemany(f"INSERT INTO session VALUES ({', '.join('?' * len(columns))})", rows)
 
-    def rows() -> Iterator[tuple[Any, ...]]:
-        # In the order of the ids, so that the index is filled from one side; what is touched is drawn at random anyway
-        for name, number in sorted((session_id(number), number) for number in range(1, live)):
-            # Never later than the true deadline, as a touch would have left it
-            due_ms = template["due_ms"] - number * 7919 % DUE_SPREAD_MS
-            new = template | {"id": None, "session_id": name, "player_id": f"p{number}", "due_ms": due_ms}
-            yield tuple(new[column] for column in columns)
 
-    sql.executemany(f"INSERT INTO session VALUES ({', '.join('?' * len(columns))})", rows())
-    for _, statement in indexes:
-        sql.execute(statement)
-    sql.execute("UPDATE operator SET live = ? WHERE name = ?", (live, ACME))
-    sql.execute("COMMIT")
-    sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    sql.close()
+def _multiply(path: Path, live: int) -> None:
+    with filling(path) as sql:
+        (row,) = sql.execute("SELECT * FROM session").fetchall()
+        template = dict(zip(columns_of(sql), row, strict=True)) | {"id": None}
+        # In the order of the ids, so that the index is filled from one side; what is touched is drawn at random anyway.
+        # Due never later than the true deadline, as a touch would have left it.
+        own = (
+            {
+                "session_id": name,
+                "player_id": f"p{number}",
+                "due_ms": template["due_ms"] - number * 7919 % DUE_SPREAD_MS,
+            }
+            for name, number in sorted((session_id(number), number) for number in range(1, live))
+        )
+        add_sessions(sql, template, own)
+        sql.execute("UPDATE operator SET live = ? WHERE name = ?", (live, ACME))
 
 
 def check_live(daemon: Daemon, live: int) -> None:

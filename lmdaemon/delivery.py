@@ -61,8 +61,8 @@ class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attem
 
 
 def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
-    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs in the end's own
-    transaction, on the writer's thread: pure.
+    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs for the end's own
+    transaction, on the writer's thread or the event loop, and perhaps for a second try: pure.
     """
     operator = settings.operators.get(session.operator)
     if operator is None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import __version__, api, config, database, delivery, dialects, endpoint, health, http, store
+from lmdaemon import __version__, api, changes, config, database, delivery, dialects, endpoint, health, http
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -92,9 +92,9 @@ def test_readme_shows_the_true_limits() -> None:
         f"ten a second for an operator {api.MAX_RETRIES_PER_CALL} in one call",
         f"{database.WAL_MAX // 1024**2} MiB and one transaction",
         f"warns at {health.LARGE_WAL // 1024**2} MiB",
-        f"{store.SWEEP_ROWS} sessions in one operation",
-        f"the latest {store.HISTORY_MAX}",
-        f"{store.PRUNE_ROWS} sessions in one operation",
+        f"{changes.SWEEP_ROWS} sessions in one operation",
+        f"the latest {changes.HISTORY_MAX}",
+        f"{changes.PRUNE_ROWS} sessions in one operation",
     ):
         assert limit in table, limit
 

@@ -314,7 +314,7 @@ _PRUNE_DELIVERIES = "DELETE FROM delivery WHERE session IN (SELECT value FROM js
 _PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
 
 
-# -- operations: each runs on the writer's thread for all neighbours of its kind at once
+# -- operations, told of by the verbs of Store: each runs on the writer's thread for all neighbours of its kind at once
 
 
 def nothing(change: Change, arguments: Sequence[None]) -> list[None]:

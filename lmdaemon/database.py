@@ -78,6 +78,8 @@ class Transaction(Protocol):
 
 
 _Txn = TypeVar("_Txn", bound=Transaction)
+_Argument = TypeVar("_Argument")
+_Result = TypeVar("_Result")
 
 
 class AtOnce(Protocol[_Txn]):
@@ -90,10 +92,6 @@ class AtOnce(Protocol[_Txn]):
 
         Raises sqlite3.Error when nothing was stored, as it takes more than one statement, or the disk refused.
         """
-
-
-_Argument = TypeVar("_Argument")
-_Result = TypeVar("_Result")
 
 
 class Operation(NamedTuple):

@@ -37,6 +37,7 @@ PRUNE_ROWS = 500
 RETRY_ROWS = 500
 RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
+AT_ONCE_MAX = 300  # operations worked out on the event loop in one go: 2 ms, of the largest notices 20
 HISTORY_MAX = 50  # attempts kept per delivery, the latest
 
 
@@ -778,8 +779,7 @@ class AtOnce:
 
     def add(self, run: Callable[..., Any], arguments: Sequence[Any]) -> bool:
         """Takes in neighbouring operations of one kind; False: a batch with these takes the ordinary way."""
-        one_of_many = _ONE_OF_MANY.get(run)
-        return one_of_many is not None and one_of_many(self, arguments)
+        return AT_ONCE[run](self, arguments)
 
     @property
     def holds(self) -> bool:
@@ -860,7 +860,7 @@ class AtOnce:
         """Finds out which of the touched had ended or are unknown. Nobody but this thread writes, so they still are."""
         try:
             states = {name: _states(connection, name, to_json(list(ids))) for name, ids in self._touched.items()}
-        except sqlite3.Error as error:  # the rest is stored all the same
+        except Exception as error:  # also no memory: all is stored by now, so nothing may fail any more
             for place, _ in self._touchings:
                 self._results[place] = StoreError(f"reading failed: {error}")
             return
@@ -869,7 +869,7 @@ class AtOnce:
 
 
 _ONE_TOUCHED = Touched(1, [], [])
-_ONE_OF_MANY: Mapping[Callable[..., Any], Callable[[AtOnce, Any], bool]] = {
+AT_ONCE: Mapping[Callable[..., Any], Callable[[AtOnce, Any], bool]] = {
     touch_sessions: AtOnce.touch,
     open_sessions: AtOnce.open,
     record_notices: AtOnce.record,
@@ -877,6 +877,7 @@ _ONE_OF_MANY: Mapping[Callable[..., Any], Callable[[AtOnce, Any], bool]] = {
     set_gates: AtOnce.set_gate,
     nothing: AtOnce.nothing,
 }
+ADDING = {open_sessions, record_notices}
 
 
 class Detour:

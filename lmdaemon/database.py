@@ -82,15 +82,16 @@ _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 
 
-class AtOnce(Protocol[_Txn]):
+class OneStatement(Protocol[_Txn]):
     """A batch as one statement, which is a transaction of its own; made by `at_once`, on the event loop."""
 
     txn: _Txn
 
     def run(self, connection: sqlite3.Connection) -> list[Any]:
-        """Called on the connection's thread. Returns a result for each operation, an exception where one has failed.
+        """Called on the connection's thread. Returns a result for each operation, a StoreError where it cannot be told.
 
-        Raises sqlite3.Error when nothing was stored, as it takes more than one statement, or the disk refused.
+        Raises sqlite3.Error when nothing was stored, as it takes more than one statement, or the disk refused; once it
+        is committed, nothing.
         """
 
 
@@ -144,7 +145,7 @@ class Database(Generic[_Txn]):
         self._lost = False
         self._is_available = True
         self.begin: Callable[[], _Txn]
-        self.at_once: Callable[[_Txn, Sequence[Operation]], AtOnce[_Txn] | None] = lambda txn, batch: None
+        self.at_once: Callable[[_Txn, Sequence[Operation]], OneStatement[_Txn] | None] = lambda txn, batch: None
         self.committed: Callable[[_Txn], None]
         self.available: Callable[[bool], None] = lambda available: None
         self.measured: Callable[[int, float], None] = lambda operations, took_s: None
@@ -338,7 +339,7 @@ class Database(Generic[_Txn]):
         self.writing_since = loop.time()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
-            written: tuple[_Txn, list[Any]] = await self._writer.run(_write, txn, at_once, batch, self._files)
+            written: tuple[_Txn, list[Any]] = await self._writer.run(_commit, txn, at_once, batch, self._files)
             self.measured(len(batch), loop.time() - self.writing_since)
             return written
         finally:
@@ -353,10 +354,14 @@ class Database(Generic[_Txn]):
             self.failure = None
             self._set_available(True)
         self.committed(txn)
+        untold = [result for result in results if isinstance(result, StoreError)]
+        if untold:
+            self.refused["reading_failed"] += len(untold)
+            log.error("store.reading_failed", reason=str(untold[0]), path=self.path)
         for operation, result in zip(batch, results, strict=True):
             if operation.answer.done():
                 continue
-            if isinstance(result, Exception):
+            if isinstance(result, StoreError):
                 operation.answer.set_exception(result)
             else:
                 operation.answer.set_result(result)
@@ -473,8 +478,8 @@ def _is_outage(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError)
 
 
-def _write(
-    connection: sqlite3.Connection, txn: _Txn, at_once: AtOnce[_Txn] | None, batch: list[Operation], files: _Files
+def _commit(
+    connection: sqlite3.Connection, txn: _Txn, at_once: OneStatement[_Txn] | None, batch: list[Operation], files: _Files
 ) -> tuple[_Txn, list[Any]]:
     """Commits a batch on the connection's thread. Returns the transaction that did, and a result for each operation."""
     if connection.in_transaction:  # a rollback that the disk refused is made up for

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple, Self
 
 from lmdaemon import changes
 from lmdaemon.changes import (
+    ADDING,
+    AT_ONCE,
+    AT_ONCE_MAX,
     GATE,
     NEXT,
     OPEN_GATE,
@@ -251,13 +254,16 @@ class Store:
         return Change(now_ms, wall_at, self.set_back_ms, self.sinks_of, self.configured, self.gates)
 
     def _at_once(self, change: Change, batch: Sequence[Operation]) -> AtOnce | None:
-        if change.set_back_ms:
+        kinds = {operation.run for operation in batch}
+        if change.set_back_ms or len(batch) > AT_ONCE_MAX or not kinds <= AT_ONCE.keys():
+            return None
+        if kinds & ADDING and self._detour.taken():
             return None
         whole = AtOnce(change, self._last_session)
         for run, operations in groupby(batch, attrgetter("run")):
             if not whole.add(run, [operation.argument for operation in operations]):
                 return None
-        return whole.sealed() if whole.holds and not (whole.new and self._detour.taken()) else None
+        return whole.sealed() if whole.holds else None
 
     def _committed(self, change: Change) -> None:
         self._last_session = max(self._last_session, change.last_session)

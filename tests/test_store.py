@@ -692,6 +692,7 @@ class TestAtOnce:
             for db in (once, steps):
                 db.configured = frozenset({"acme", "other"})
                 db.sinks_of = sinks_of_two
+            told = [note_told(once), note_told(steps)]
             for _ in range(25):
                 queued = [some_operation(random) for _ in range(random.choice([1, 2, 6]))]
                 answers = [
@@ -702,6 +703,8 @@ class TestAtOnce:
                 assert await everything(once) == await everything(steps)
                 assert once.figures == steps.figures
                 assert once.gates == steps.gates
+                assert (once.next_due_ms, once.next_lifetime_at) == (steps.next_due_ms, steps.next_lifetime_at)
+                assert told[0] == told[1]
                 for _ in range(random.choice([0, 1, 3])):
                     clock.advance(1)
                     assert steps.service_clock.now_ms() == once.service_clock.now_ms()
@@ -718,14 +721,15 @@ class TestAtOnce:
         assert (one, many) == ((1, [], []), (2, [], []))
         assert (taken, looked) == ([True], [])
 
+    @pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MemoryError()])
     async def test_a_touch_that_cannot_be_looked_up_fails_alone(
-        self, db: Store, monkeypatch: pytest.MonkeyPatch
+        self, db: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
         """What was committed with it is answered: nobody may be told that it was refused."""
         await db.open_session(opening("a"))
 
         def fail(*arguments: object) -> None:
-            raise sqlite3.OperationalError("disk I/O error")
+            raise error
 
         monkeypatch.setattr(changes, "_states", fail)
         unknown, recorded = await asyncio.gather(
@@ -733,6 +737,7 @@ class TestAtOnce:
         )
         assert isinstance(unknown, store.StoreError)
         assert recorded == "ended"
+        assert db.refused["reading_failed"] == 1
         assert (await found(db, "new")).reason == "reported"
 
     async def test_known_sessions_make_additions_take_the_ordinary_way_for_a_while(self, db: Store) -> None:
@@ -774,6 +779,16 @@ def note_ways(db: Store) -> list[bool]:
 
     db._db.committed = note
     return taken
+
+
+def note_told(db: Store) -> list[object]:
+    """What the others are told of each transaction."""
+    told: list[object] = []
+    db.on_ended = told.append
+    db.on_due = lambda *due: told.append(due)
+    db.on_gate = told.append
+    db.on_deadline = lambda: told.append("deadline")
+    return told
 
 
 def sinks_of_two(session: Session) -> list[NewDelivery]:

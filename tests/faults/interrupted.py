@@ -33,7 +33,7 @@ WATCHED = [
     database.Database._write_and_answer,
     database.Database._write,
     database.Database._answered,
-    database._write,
+    database._commit,
     database._transaction,
     store.Store._begin,
     store.Store._committed,

@@ -695,10 +695,11 @@ class TestAtOnce:
             told = [note_told(once), note_told(steps)]
             for _ in range(25):
                 queued = [some_operation(random) for _ in range(random.choice([1, 2, 6]))]
-                answers = [
-                    await asyncio.gather(*(operation(db) for operation in queued), return_exceptions=True)
-                    for db in (once, steps)
-                ]
+                answers = []
+                for db in (once, steps):
+                    # Read before anything is queued: both see the same
+                    pending = await db.claimable([Claim("acme", sink, [], 3) for sink in ("http", "plugin:x")])
+                    answers.append(await asyncio.gather(*(operation(db, pending) for operation in queued)))
                 assert answers[0] == answers[1]
                 assert await everything(once) == await everything(steps)
                 assert once.figures == steps.figures
@@ -799,7 +800,7 @@ def sinks_of_two(session: Session) -> list[NewDelivery]:
     return [NewDelivery("http", b"" if why else BODY, why), NewDelivery("plugin:x", b"")][: len(session.session_id)]
 
 
-def some_operation(random: Random) -> Callable[[Store], Awaitable[object]]:
+def some_operation(random: Random) -> Callable[[Store, list[list[Delivery]]], Awaitable[object]]:
     names = [*"abcdefg", '\U0001f3b2 "ü\\']
     operator, name = random.choice(["acme", "acme", "other"]), random.choice(names) * random.choice([1, 2])
     token, player = random.choice(["t", "t", None]), random.choice("ppppq")
@@ -808,8 +809,8 @@ def some_operation(random: Random) -> Callable[[Store], Awaitable[object]]:
     outcome = random.choice(["pending", "delivered", "dead"])
     failed = random.random() < 0.5
 
-    async def settle(db: Store) -> object:
-        (rows,) = await db.claimable([Claim("acme", random_sink, [], 3)])
+    async def settle(db: Store, pending: list[list[Delivery]]) -> object:
+        rows = pending[random_sink == "http"]
         settled = [
             db.settle(Settlement(row, outcome, 10, 1, attempt(error="x"), True, retry_of(failed)))  # type: ignore[arg-type]
             for row in (*rows, *rows[:twice])
@@ -819,18 +820,20 @@ def some_operation(random: Random) -> Callable[[Store], Awaitable[object]]:
     random_sink, twice = random.choice(["http", "plugin:x"]), int(random.random() < 0.2)
     return random.choice(
         [
-            lambda db: db.touch(operator, [name]),
-            lambda db: db.touch(operator, [name]),
-            lambda db: db.touch(operator, many),
-            lambda db: db.open_session(opening(name, operator, token=token, player_id=player)),
-            lambda db: db.open_session(opening(f"{name}-{random_sink}", operator, token=token, lifetime_ms=1000)),
-            lambda db: db.record(
+            lambda db, pending: db.touch(operator, [name]),
+            lambda db, pending: db.touch(operator, [name]),
+            lambda db, pending: db.touch(operator, many),
+            lambda db, pending: db.open_session(opening(name, operator, token=token, player_id=player)),
+            lambda db, pending: db.open_session(
+                opening(f"{name}-{random_sink}", operator, token=token, lifetime_ms=1000)
+            ),
+            lambda db, pending: db.record(
                 Recording(operator, name, player, token, compared, not refused, None if failed else '{"x":1}', 1000)
             ),
-            lambda db: db.record(Recording(operator, f"{name}+", player, token, False, True, None, 1000)),
+            lambda db, pending: db.record(Recording(operator, f"{name}+", player, token, False, True, None, 1000)),
             settle,
-            lambda db: db.set_gate("acme", lambda gate: retry.hold(gate, 5, "by_hand")),
-            lambda db: db.end(operator, name) if failed else db.end_due(idle=True),
+            lambda db, pending: db.set_gate("acme", lambda gate: retry.hold(gate, 5, "by_hand")),
+            lambda db, pending: db.end(operator, name) if failed else db.end_due(idle=True),
         ]
     )
 

@@ -20,13 +20,14 @@ from lmdaemon import api, config, endpoint, log, plugins, retry, systemd
 from lmdaemon.api import Api
 from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config import ConfigError, Settings
-from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Sender, sinks_of
+from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
 from lmdaemon.http import Site, address_of, bind, turn_away
 from lmdaemon.metrics import Metrics, Reading, by_label, plain
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.sender import Sender
 from lmdaemon.store import Store, StoreError
 from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__

@@ -23,11 +23,12 @@ from lmdaemon import config
 from lmdaemon.clock import Clock
 from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
 from lmdaemon.config import USER_INFO_RULE, ConfigError, DeliveryTable, Operator, Policy, Settings, duration
-from lmdaemon.delivery import Sender, Unreachable, compose, request_headers
+from lmdaemon.delivery import compose
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
+from lmdaemon.sender import Sender, Unreachable, request_headers
 
 _Struct = TypeVar("_Struct", Operator, Policy)
 MASK = "***"

@@ -19,9 +19,11 @@ from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
 
-from lmdaemon import delivery, retry, store
+from lmdaemon import delivery, resolver, retry, store
 from lmdaemon.config import Settings
-from lmdaemon.delivery import Resolver, Sender, Unreachable, compose, request_headers, sinks_of
+from lmdaemon.delivery import compose, sinks_of
+from lmdaemon.resolver import Resolver
+from lmdaemon.sender import Sender, Unreachable, request_headers
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
 
@@ -855,7 +857,7 @@ class TestALookup:
         assert await Resolver(guarded=False).resolve("localhost", 80)
 
     async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(delivery, "LOOKUPS_MAX", 0)
+        monkeypatch.setattr(resolver, "LOOKUPS_MAX", 0)
         with pytest.raises(OSError, match="lookups"):
             await Resolver(guarded=False).resolve("localhost", 80)
 

@@ -8,7 +8,19 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import __version__, api, changes, config, database, delivery, dialects, endpoint, health, http
+from lmdaemon import (
+    __version__,
+    api,
+    changes,
+    config,
+    database,
+    dialects,
+    endpoint,
+    health,
+    http,
+    resolver,
+    sender,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -87,8 +99,8 @@ def test_readme_shows_the_true_limits() -> None:
         f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
         f"{database.QUEUE_ROWS} then 503; up to {database.BATCH_ROWS} in one transaction",
         f"readers waiting for the disk | {database.READS_MAX} then 503",
-        f"(1xx) | {delivery.INTERIM_MAX - 1} then",
-        f"{delivery.LOOKUPS_MAX} each on a thread of its own",
+        f"(1xx) | {sender.INTERIM_MAX - 1} then",
+        f"{resolver.LOOKUPS_MAX} each on a thread of its own",
         f"ten a second for an operator {api.MAX_RETRIES_PER_CALL} in one call",
         f"{database.WAL_MAX // 1024**2} MiB and one transaction",
         f"warns at {health.LARGE_WAL // 1024**2} MiB",

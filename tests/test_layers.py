@@ -10,9 +10,9 @@ LEVELS = {
     5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "export", "files", "command"},
     4: {"daemon"},
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
-    2: {"store", "plugins"},
+    2: {"store", "plugins", "sender"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
-    | {"documents", "rows", "changes"}
+    | {"documents", "rows", "changes", "resolver"}
     | {"__init__"},
     0: {"model", "version"},
 }

@@ -30,9 +30,10 @@ from support import load
 
 from lmdaemon import changes, config, database, retry
 from lmdaemon.clock import STALL_S
-from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, Unreachable, sinks_of
+from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.sender import Unreachable
 from lmdaemon.store import Opening, Recording, Store, StoreError
 from lmdaemon.sweeper import Sweeper
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lmdaemon import api, changes, database, delivery, endpoint, store, sweeper
+from lmdaemon import api, changes, database, delivery, endpoint, sender, store, sweeper
 from lmdaemon.__main__ import main
 
 WATCHED = [
@@ -61,8 +61,8 @@ WATCHED = [
     delivery.Dispatcher._call,
     delivery.Dispatcher._settlement,
     delivery.Dispatcher._settle,
-    delivery.Sender.post,
-    delivery._read_some,
+    sender.Sender.post,
+    sender._read_some,
     changes.settle_deliveries,
     changes._set_gate_one,
 ]

@@ -1,0 +1,96 @@
+"""Looks up the names of operators' URLs.
+
+A lookup must never keep another one, or the end of the process, waiting, nor lead into a network that is not allowed.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from threading import Thread
+from typing import TypeVar
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from lmdaemon.config import private_address
+
+LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
+
+
+class Resolver(AbstractResolver):
+    """Looks names up, each on a thread of its own: in a shared pool, a few names whose servers do not answer would keep
+    everybody's waiting, and the process from ending.
+
+    A guarded one refuses names that lead, at any of their addresses, into this machine or a private network: a name
+    that was checked once may point elsewhere at the next connect.
+    """
+
+    running = 0  # lookups of all resolvers together
+
+    def __init__(self, *, guarded: bool) -> None:
+        self._guarded = guarded
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        if Resolver.running >= LOOKUPS_MAX:
+            raise OSError(None, "too many lookups hang")
+        Resolver.running += 1
+        try:
+            future = _on_a_thread(partial(_addresses, host, port, family), self._ended)
+        except RuntimeError as error:  # the system lets us start no further thread
+            self._ended()
+            raise OSError(None, "too many lookups hang") from error
+        found = await future
+        if self._guarded and any(private_address(address["host"]) for address in found):
+            raise OSError(None, "private_address")
+        return found
+
+    @staticmethod
+    def _ended() -> None:
+        Resolver.running -= 1
+
+    async def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return [
+        ResolveResult(
+            hostname=host,
+            host=f"{address[0]}%{address[3]}" if len(address) == 4 and address[3] else str(address[0]),
+            port=port,
+            family=kind,
+            proto=protocol,
+            flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+        )
+        for kind, _, protocol, _, address in found
+    ]
+
+
+_Found = TypeVar("_Found")
+
+
+def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "asyncio.Future[_Found]":
+    """Runs it on a thread that the process does not wait for at its end; `ended` is called on the loop."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Found] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
+        ended()
+        if not future.done():  # the attempt may have run into its time-out
+            set_it()
+
+    def work() -> None:
+        set_it: Callable[[], None]
+        try:
+            set_it = partial(future.set_result, function())
+        except Exception as error:
+            set_it = partial(future.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, set_it)
+
+    Thread(target=work, name="lookup", daemon=True).start()
+    return future

@@ -178,6 +178,14 @@ def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Diale
     return min(accepted, key=missing)
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def without_mark(body: bytes) -> bytes:
+    """The body without a byte-order mark: some writers put one before their JSON. Source: RFC 8259 §8.1."""
+    return body.removeprefix(BYTE_ORDER_MARK)
+
+
 def json_object(body: bytes) -> Mapping[str, Any]:
     """A JSON object, strictly: no key twice with different values. Raises BadNotice (bad_parameters)."""
     try:
@@ -365,7 +373,7 @@ _NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # not \d: that is any script's
 def answered_code(body: bytes) -> int | float | None:
     """The `error` of an answer: a number or a numeric string; None when there is none or it is anything else."""
     try:
-        error = orjson.loads(body).get("error")
+        error = orjson.loads(without_mark(body)).get("error")
     except (orjson.JSONDecodeError, AttributeError):
         return None
     if type(error) is int and abs(error) < 2**53:

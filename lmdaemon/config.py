@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from lmdaemon import tls
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
 from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import id_problem
@@ -720,7 +721,7 @@ class _Reader:
         try:
             tls_context(ca_file, cert_file, key_file)
         except OSError as error:  # ssl.SSLError is one
-            self.error(at, f"cannot be used for TLS: {error.strerror or error}")
+            self.error(at, tls.unusable(error))
 
     def check_authentication(
         self, table: OperatorTable, sends: Dialect, receives: tuple[Dialect, ...], at: str
@@ -860,14 +861,9 @@ class _Reader:
             return ()
 
 
-def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext | None:
-    """The TLS profile of an operator that needs one of its own; None for the system's CAs. Raises OSError."""
-    if ca_file is None and cert_file is None:
-        return None
-    context = ssl.create_default_context(cafile=ca_file)
-    if cert_file is not None:
-        context.load_cert_chain(cert_file, key_file, password="")  # never ask for one on the terminal
-    return context
+def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
+    """The TLS profile of an operator. Raises OSError."""
+    return tls.client_context(ca_file, cert_file, key_file)
 
 
 def _holds_everybody(networks: Iterable[Network]) -> bool:

@@ -78,7 +78,7 @@ class Sender:
                 keepalive_timeout=KEEPALIVE_S,
                 ttl_dns_cache=10,
                 resolver=Resolver(guarded=not operator.allow_private_network),
-                ssl=context if context is not None else True,
+                ssl=context,
             )
             self._clients[key] = aiohttp.ClientSession(
                 connector=connector,

@@ -1,0 +1,154 @@
+"""TLS of both sides: contexts, and what certificates in files say of themselves.
+
+The same files verify alike on every Python: 3.13 asks for more than 3.11 does (keyUsage, Authority Key Identifier) and
+takes an intermediate for a trust anchor, which 3.11 does not. It must never ask for a password on the terminal, or put
+the content of a file into an error.
+"""
+
+import base64
+import hashlib
+import re
+import ssl
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+EXPIRES_SOON = timedelta(days=21)  # before its end a certificate is warned about
+_PEM = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL)
+
+
+class Certificate(NamedTuple):
+    """One certificate of a file. `name` is its subject's common name, or as much as there is of a name."""
+
+    name: str
+    not_before: datetime
+    not_after: datetime
+
+
+# -- contexts
+
+
+def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
+    """For connections to others: trusts `ca_file`, or the system's CAs where that is None, and shows the certificate.
+
+    Raises OSError; ssl.SSLError is one.
+    """
+    context = _alike(ssl.create_default_context(cafile=ca_file))
+    if cert_file is not None:
+        _load_pair(context, cert_file, key_file)
+    return context
+
+
+def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path | None = None) -> ssl.SSLContext:
+    """For a listener; with `client_ca_file` every client must show a certificate of that CA.
+
+    Raises OSError; ssl.SSLError is one.
+    """
+    context = _alike(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca_file))
+    if client_ca_file is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    _load_pair(context, cert_file, key_file)
+    return context
+
+
+def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Verifies in one way on every Python: what is trusted is a trust anchor, a root or not, and no extension is asked
+    for that 3.11 does not ask for. Source: what changed in 3.13, ssl.create_default_context.
+    """
+    context.verify_flags = context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
+    context.load_cert_chain(cert_file, key_file, password="")  # an empty one: OpenSSL would ask on the terminal
+
+
+def unusable(error: OSError) -> str:
+    """Why files cannot be used for TLS, as a rule that stands behind their key."""
+    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+        return "does not fit its key"
+    # what OpenSSL calls it, without the place in the interpreter's source
+    why = str(getattr(error, "reason", None) or "").replace("_", " ").lower() or error.strerror or str(error)
+    return f"cannot be used for TLS: {why}"
+
+
+# -- what certificates say
+
+
+def certificates(pem: bytes) -> list[Certificate]:
+    """Those in the content of a PEM file, in its order. Raises ValueError for one that is damaged."""
+    return [_read(base64.b64decode(body)) for body in _PEM.findall(pem)]
+
+
+def ends_soon(one: Certificate, now: datetime) -> str | None:
+    """A sentence, to stand behind its file's key, for one that is not valid now or ends within three weeks."""
+    if now >= one.not_after:
+        return f"has expired on {_day(one.not_after)} ({one.name})"
+    if now < one.not_before:
+        return f"is not valid before {_day(one.not_before)} ({one.name})"
+    if now >= one.not_after - EXPIRES_SOON:
+        return f"expires on {_day(one.not_after)} ({one.name})"
+    return None
+
+
+def _day(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def digest(content: bytes) -> str:
+    """By which two contents are told apart without keeping either."""
+    return hashlib.sha256(content).hexdigest()
+
+
+# -- DER (ITU-T X.690), as far as a certificate's dates and subject need it (RFC 5280, section 4.1)
+
+_SEQUENCE, _VERSION, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0xA0, 0x17, 0x18
+_COMMON_NAME = bytes.fromhex("550403")  # 2.5.4.3
+_ENCODINGS = {0x1E: "utf-16-be", 0x1C: "utf-32-be"}  # BMPString, UniversalString; the others are UTF-8 or ASCII
+
+
+def _read(der: bytes) -> Certificate:
+    """Raises ValueError."""
+    (_, certificate), *_ = _parts(der)
+    (_, content), *_ = _parts(certificate)
+    fields = [part for part in _parts(content) if part[0] != _VERSION]
+    if len(fields) < 5:
+        raise ValueError("a certificate has fewer fields than it must")
+    (_, _), (_, _), (_, _), (_, validity), (_, subject), *_ = fields
+    begins, ends, *_ = [_time(*part) for part in _parts(validity)]
+    return Certificate(_subject(subject), begins, ends)
+
+
+def _parts(der: bytes) -> Sequence[tuple[int, bytes]]:
+    """Tag and content of each value in a row. Raises ValueError."""
+    return tuple(_walk(der))
+
+
+def _walk(der: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at < len(der):
+        tag, size, at = der[at], int.from_bytes(der[at + 1 : at + 2]), at + 2
+        if size > 0x80:  # then it says how many bytes the size has
+            size, at = int.from_bytes(der[at : at + size - 0x80]), at + size - 0x80
+        if at + size > len(der):
+            raise ValueError("a certificate ends before its end")
+        yield tag, der[at : at + size]
+        at += size
+
+
+def _time(tag: int, content: bytes) -> datetime:
+    text = content.decode("ascii")
+    if tag == _UTC_TIME:  # two digits; 50 is 1950 (RFC 5280, section 4.1.2.5.1)
+        text = ("19" if text[:2] >= "50" else "20") + text
+    elif tag != _GENERALIZED_TIME:
+        raise ValueError("a certificate has a date of an unknown kind")
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+
+
+def _subject(name: bytes) -> str:
+    attributes = [_parts(attribute) for _, group in _parts(name) for _, attribute in _parts(group)]
+    texts = {kind[1]: value[1].decode(_ENCODINGS.get(value[0], "utf-8"), "replace") for kind, value, *_ in attributes}
+    return texts.get(_COMMON_NAME) or next(reversed(texts.values()), "without a name")

@@ -41,7 +41,7 @@ class Limit(NamedTuple):
 # journald drops all lines of a service beyond 10,000 in 30 s, errors among them (journald.conf(5), RateLimitBurst=), so
 # what happens to each session must not fill it.
 _EACH_SESSION = Limit(1000)
-_CHANGE = Limit(10, ("operator", "reason"))  # something that flaps is no news any more
+_FLAPS = 10  # lines a minute about something that changes to and fro; more are no news
 
 LIMITS = {
     "session.opened": _EACH_SESSION,
@@ -55,24 +55,24 @@ LIMITS = {
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
     "operator.paused": Limit(1, ("operator",)),
-    "breaker.opened": _CHANGE,
-    "breaker.closed": _CHANGE,
+    "breaker.opened": Limit(_FLAPS, ("operator", "reason")),
+    "breaker.closed": Limit(_FLAPS, ("operator",)),
     "notice.refused": Limit(1, ("operator", "dialect", "meaning")),  # not the reason: a peer could vary it
     "notice.not_taken": Limit(1, ("path", "status", "reason")),
     "notice.not_stored": Limit(1, ("operator", "reason")),
     "notice.failed": Limit(1, ("path", "error", "where")),
     "plugin.check_failed": Limit(1, ("plugin", "operator", "reason")),
     "plugin.ignores_cancellation": Limit(1, ("plugin",)),
-    "api.failed": Limit(1, ("route", "error", "where")),
+    "api.failed": Limit(1, ("call", "error", "where")),
     "api.unauthorized": Limit(1),
     "http.turned_away": Limit(1, ("listener",)),
-    "store.failing": _CHANGE,
-    "store.hanging": _CHANGE,
-    "store.recovered": _CHANGE,
+    "store.failing": Limit(_FLAPS, ("reason",)),
+    "store.hanging": Limit(_FLAPS),
+    "store.recovered": Limit(_FLAPS),
     "store.overloaded": Limit(1, ("reason",)),
     "store.reading_failed": Limit(1, ("reason",)),
     "store.operation_failed": Limit(1, ("operation", "error", "where")),
-    "clock.stalled": _CHANGE,
+    "clock.stalled": Limit(_FLAPS),
     "loop.error": Limit(1, ("error", "where")),
 }
 

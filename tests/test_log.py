@@ -457,10 +457,3 @@ def test_what_is_suppressed_is_counted_by_level(clock: HandClock, lines: Lines) 
     Log("test").error("store.failing", reason="full")
     assert {level: log.happened[level] - before[level] for level in before} == {"warning": 3, "error": 1}
     assert log.repeats.suppressed == 2
-
-
-def test_every_limit_is_of_an_event_that_there_is() -> None:
-    source = "".join(path.read_text() for path in Path(log.__file__).parent.rglob("*.py") if path.stem != "log")
-    for event, limit in log.LIMITS.items():
-        assert f'"{event}"' in source, event
-        assert limit.lines >= 1

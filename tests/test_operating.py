@@ -13,6 +13,7 @@ import yaml
 from support import serving
 
 import lmdaemon
+from lmdaemon.log import LIMITS
 
 ROOT = Path(__file__).parents[1]
 RUNBOOK = (ROOT / "docs" / "operating.md").read_text()
@@ -71,6 +72,98 @@ def test_each_event_of_level_warning_and_above_has_an_entry_with_its_level() -> 
             levels.setdefault(name.value, set()).add(LEVELS[method])
     assert len(levels) > 30
     assert list(section("Log events")) == [f"{name} ({', '.join(sorted(of))})" for name, of in sorted(levels.items())]
+
+
+def facts_of(module: str, call: ast.Call) -> set[str]:
+    """Names of the facts that a call logs; those in a dictionary are looked up where it is made."""
+    tree = TREES[module]
+    inside = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and call.lineno in lines_of(node)]
+    found: set[str] = set()
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            found.add(keyword.arg)
+            continue
+        assert isinstance(keyword.value, ast.Name), f"{module}:{call.lineno}: give the dictionary a name"
+        # The innermost function first; a parameter is a dictionary that another function of the module has made.
+        for scope in [*reversed(inside), tree]:
+            if names := keys_put_into(keyword.value.id, scope):
+                found |= names
+                break
+    return found
+
+
+def lines_of(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def keys_put_into(name: str, scope: ast.AST) -> set[str]:
+    """The keys of the dictionary of this name, by what is assigned to it and its items."""
+    keys: set[str] = set()
+    for node in ast.walk(scope):
+        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and target.id == name and node.value is not None:
+            literals = [part for part in ast.walk(node.value) if isinstance(part, ast.Dict)]
+            keys |= {key.value for one in literals for key in one.keys if isinstance(key, ast.Constant)}
+        elif isinstance(target, ast.Subscript) and ast.unparse(target.value) == name:
+            keys |= {target.slice.value} if isinstance(target.slice, ast.Constant) else set()
+    return keys
+
+
+def names_of(module: str, call: ast.Call) -> list[str]:
+    """The event that a call logs, or both where a line above chooses between two."""
+    if isinstance(call.args[0], ast.Constant):
+        return [call.args[0].value]
+    chosen = ast.unparse(call.args[0])
+    return [
+        part.value
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == chosen
+        for part in ast.walk(node.value)
+        if isinstance(part, ast.Constant) and "." in part.value
+    ]
+
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+TREES = {path.name: ast.parse(path.read_text()) for path in Path(lmdaemon.__file__).parent.rglob("*.py")}
+
+
+def facts_by_event() -> dict[str, list[set[str]]]:
+    """The facts of each call that logs an event, by event. At level debug nothing is limited and nobody is called."""
+    found: dict[str, list[set[str]]] = {}
+    for module, call, method in calls():
+        if method != "debug":
+            for name in names_of(module, call):
+                found.setdefault(name, []).append(facts_of(module, call))
+    return found
+
+
+def test_each_limit_is_of_an_event_and_of_facts_that_it_has() -> None:
+    """Lines that are told apart by a fact that they do not have are all of one kind, and hide one another."""
+    events = facts_by_event()
+    wrong = {event: "nowhere logged" for event in LIMITS if event not in events}
+    wrong |= {
+        event: f"has no {name}"
+        for event, limit in LIMITS.items()
+        for facts in events.get(event, [])
+        for name in limit.same
+        if name not in facts
+    }
+    assert wrong == {}
+
+
+def test_the_runbook_looks_at_facts_that_the_event_has() -> None:
+    events = facts_by_event()
+    for heading, entry in section("Log events").items():
+        event = heading.partition(" ")[0]
+        look = entry.partition("**Look**")[2].partition("**Do**")[0]
+        named = set(re.findall(r"`([a-z_]+)`", look)) - {"suppressed", *NO_FACTS}
+        for facts in events[event]:
+            assert named <= facts, event
+
+
+NO_FACTS = {"df", "dmesg", "listen", "timeout"}  # commands to look with, keys of the configuration to look at
 
 
 def test_each_alert_has_an_entry() -> None:

@@ -22,6 +22,7 @@ import msgspec
 
 from lmdaemon import tls
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
+from lmdaemon.egress import private_address
 from lmdaemon.log import safe_url, stray_at
 from lmdaemon.model import id_problem
 
@@ -320,37 +321,6 @@ def whsec(line: str) -> bytes:
 def endpoint_key(path: str) -> str:
     """What an endpoint path is looked up by: lower case, without a trailing slash (protocol.md, "case of the path")."""
     return path.lower().rstrip("/") or "/"
-
-
-def private_address(host: str) -> bool:
-    """Whether `host` is a literal address that only this machine or network can mean, metadata services included.
-
-    So is a number in a form that the system's resolver takes for an address, as it takes 127.1 and 0x7f000001.
-    """
-    try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        last = host.lower().rstrip(".").rpartition(".")[2]  # no top-level domain is a number (RFC 3696, section 2)
-        return last == "localhost" or last.isdigit() or last.startswith("0x")
-    return not _public(address)
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that IANA has given out; the rest leads nowhere or home
-
-
-def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        # An IPv4 address in IPv6 clothes leads where the IPv4 address leads.
-        inner = address.ipv4_mapped or address.sixtofour
-        if inner is None and address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _public(inner)
-        if address not in _GLOBAL_UNICAST:
-            return False
-    # is_global is False for loopback, private, link-local, CGNAT, benchmark, documentation, Teredo, reserved ranges
-    return address.is_global and not address.is_multicast
 
 
 _READERS: Mapping[Any, Callable[[object], Any]] = {Duration: duration, Listen: listen, Network: network}

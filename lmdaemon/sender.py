@@ -18,7 +18,8 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator, private_address, tls_context
+from lmdaemon.config import Operator, tls_context
+from lmdaemon.egress import private_address
 from lmdaemon.resolver import Resolver
 from lmdaemon.version import __version__
 

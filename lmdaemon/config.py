@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
-from urllib.parse import urlsplit
 
 import msgspec
 
-from lmdaemon import tls
+from lmdaemon import target, tls
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
-from lmdaemon.egress import private_address
-from lmdaemon.log import safe_url, stray_at
+from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
+from lmdaemon.target import Target
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Secrets = Literal["required", "readable", "optional"]
@@ -36,7 +35,6 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
 _PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
-USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
 _FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
@@ -177,7 +175,8 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     allow_from: tuple[Network, ...]
     auth_none: bool
     notify: bool
-    url: str
+    url: str  # as written, for showing it without its secrets
+    target: Target | None  # what is sent; None without a URL
     idle_s: float
     lifetime_s: float
     policy: Policy
@@ -554,7 +553,7 @@ class _Reader:
             self.error(f"{at}.accept", 'must name a dialect; endpoint = "" switches receiving off')
         self.check_spans(table, at)
         self.check_policy(table, at)
-        self.check_url(table, at)
+        target = self.target(table, at)
         self.check_tls(table, at)
         hash_key = self.secret(table, "hash_key", at)
         partner_tokens = self.secret_lines(table, "partner_token", at)
@@ -574,6 +573,7 @@ class _Reader:
             auth_none=table.auth == "none",
             notify=table.notify,
             url=table.url,
+            target=target,
             idle_s=_first(table.idle_timeout, sessions.idle_timeout),
             lifetime_s=_first(table.max_lifetime, sessions.max_lifetime),
             policy=Policy(
@@ -644,35 +644,29 @@ class _Reader:
         if any(wait <= 0 for wait in table.schedule or ()):
             self.error(f"{at}.schedule", "must not contain a wait of zero")
 
-    def check_url(self, table: OperatorTable, at: str) -> None:
+    def target(self, table: OperatorTable, at: str) -> Target | None:
         if not table.url:
             if table.notify:
                 self.error(f"{at}.url", "is required when notify = true")
             return None
-        if stray_at(table.url):  # without the value: what of it is a password cannot be told
-            return self.error(f"{at}.url", USER_INFO_RULE)
+        shown: object = safe_url(table.url)
+        if shown == NOT_A_URL:  # what of it is a password cannot be told
+            shown = _ABSENT
         try:
-            parts = urlsplit(table.url)
-            host, _ = parts.hostname, parts.port
-        except ValueError:  # without the reason, which may quote a password
-            return self.error(f"{at}.url", "must be a URL with a valid host and port")
-        if parts.scheme not in ("https", "http") or not host:
-            return self.error(f"{at}.url", "must be https", safe_url(table.url) if host else _ABSENT)
-        if not table.url.isprintable() or set(table.url) & set(' \\"<>'):
-            rule = 'must not have spaces, control characters, \\, ", < or >'
-            return self.error(f"{at}.url", rule, safe_url(table.url))
-        if ":" not in host and not re.fullmatch(r"[\w.-]+", host):
-            return self.error(f"{at}.url", "must have a host name or an address", safe_url(table.url))
-        if table.allow_private_network:
+            found = target.read(table.url)
+        except ValueError as error:
+            self.error(f"{at}.url", str(error), shown)
             return None
+        if table.allow_private_network:
+            return found
         allowed = "; allow_private_network = true lifts this"
-        if parts.scheme != "https":
-            self.error(f"{at}.url", "must be https", table.url)
+        if found.url.scheme != "https":
+            self.error(f"{at}.url", "must be https", shown)
             self.errors[-1] += allowed
-        if private_address(host):
-            self.error(f"{at}.url", "must not be a loopback, private or metadata address", table.url)
+        if found.private:
+            self.error(f"{at}.url", "must not be a loopback, private or metadata address", shown)
             self.errors[-1] += allowed
-        return None
+        return found
 
     def check_tls(self, table: OperatorTable, at: str) -> None:
         ca, cert, key = table.ca_file, table.client_cert_file, table.client_key_file
@@ -872,6 +866,8 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
 
 
 def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Target):  # what `url` says, once more
+        return
     if isinstance(value, msgspec.Struct) and not isinstance(value, Listen | Dialect):
         value = msgspec.structs.asdict(value)
     if isinstance(value, dict):

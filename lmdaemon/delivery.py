@@ -444,7 +444,7 @@ class Dispatcher:
     async def _post(self, lane: Lane, row: Delivery) -> retry.Outcome:
         operator = lane.operator
         try:
-            status, headers, body, complete = await self._sender.post(operator, operator.url, row.webhook_id, row.body)
+            status, headers, body, complete = await self._sender.post(operator, row.webhook_id, row.body)
         except Unreachable as error:
             return retry.Outcome("retry", str(error))
         return retry.judge(

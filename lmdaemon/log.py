@@ -23,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 
 _ROOT = "lmdaemon"
+NOT_A_URL = "(not a URL)"
 # syslog priorities, which journald reads from `<N>` at the start of a line
 PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
@@ -313,5 +314,5 @@ def safe_url(url: str) -> str:
     except ValueError:
         whole = False
     if not whole:  # what is user info cannot be told
-        return "(not a URL)"
+        return NOT_A_URL
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

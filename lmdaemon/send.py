@@ -6,29 +6,26 @@ answer repeats it.
 
 import argparse
 import asyncio
-import base64
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus, urlencode
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlencode, urlsplit
 from uuid import uuid4
 
-from yarl import URL
-
-from lmdaemon import config
+from lmdaemon import config, target
 from lmdaemon.clock import Clock
 from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
-from lmdaemon.config import USER_INFO_RULE, ConfigError, DeliveryTable, Operator, Policy, Settings, duration
+from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration
 from lmdaemon.delivery import compose
 from lmdaemon.dialects import SHIPPED
-from lmdaemon.log import safe_url, stray_at
+from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
 from lmdaemon.sender import Sender, Unreachable, request_headers
+from lmdaemon.target import Target
 
 _Struct = TypeVar("_Struct", Operator, Policy)
 MASK = "***"
@@ -87,7 +84,7 @@ def _recipient(args: argparse.Namespace) -> Operator:
             operator = _configured(settings, args.operator)
     changes: dict[str, Any] = {}
     if args.url:
-        changes |= {"url": _checked_url(args.url), "allow_private_network": True}
+        changes |= {"url": args.url, "target": _checked_url(args.url), "allow_private_network": True}
     if args.dialect:
         if args.dialect not in dialects:
             raise Usage(f"--dialect: must be one of {', '.join(dialects)} (got {args.dialect!r})")
@@ -124,6 +121,7 @@ def _stranger() -> Operator:
         auth_none=False,
         notify=True,
         url="",
+        target=None,
         idle_s=0,
         lifetime_s=0,
         policy=Policy(DeliveryTable().timeout, (), 0, 1),
@@ -148,14 +146,13 @@ def _configured(settings: Settings, name: str) -> Operator:
     return settings.operators[name]
 
 
-def _checked_url(text: str) -> str:
-    if stray_at(text):
-        raise Usage(f"--url: {USER_INFO_RULE}")
-    with suppress(ValueError):
-        url = URL(text)
-        if url.scheme in ("http", "https") and url.host and text.isprintable() and " " not in text:
-            return text
-    raise Usage(f"--url: must be a URL with http or https (got {safe_url(text)!r})")
+def _checked_url(text: str) -> Target:
+    try:
+        return target.read(text)
+    except ValueError as error:
+        shown = safe_url(text)
+        got = "" if shown == NOT_A_URL else f" (got {shown!r})"
+        raise Usage(f"--url: {error}{got}") from None
 
 
 def _checked_id(text: str, option: str) -> str:
@@ -209,11 +206,11 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
 
     clock, webhook_id = Moment(), f"test_{uuid4().hex}"
     sender = Sender(clock)
-    headers = _headers_of_aiohttp(operator.url, body) | request_headers(operator, webhook_id, body, clock.now_ms / 1000)
+    headers = _headers_of_aiohttp(operator, body) | request_headers(operator, webhook_id, body, clock.now_ms / 1000)
     began = time.monotonic()
     answer, detail = None, ""
     try:
-        answer = await sender.post(operator, operator.url, webhook_id, body)
+        answer = await sender.post(operator, webhook_id, body)
         status, received, content, complete = answer
         outcome = judge(
             status,
@@ -237,13 +234,11 @@ def _timed(outcome: Outcome, began: float) -> Outcome:
     return outcome._replace(duration_ms=round((time.monotonic() - began) * 1000))
 
 
-def _headers_of_aiohttp(url: str, body: bytes) -> dict[str, str]:
+def _headers_of_aiohttp(operator: Operator, body: bytes) -> dict[str, str]:
     """The headers aiohttp adds by itself; a test compares them with what a server gets."""
-    parts = URL(url)
-    headers = {"Host": parts.host_port_subcomponent or "", "Accept": "*/*", "Content-Length": str(len(body))}
-    if parts.user is not None or parts.password is not None:
-        headers["Authorization"] = f"Basic {MASK}"
-    return headers
+    assert operator.target is not None  # noqa: S101 - _recipient has refused an operator without a URL
+    host = operator.target.url.host_port_subcomponent or ""
+    return {"Host": host, "Accept": "*/*", "Content-Length": str(len(body))}
 
 
 def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange: Exchange) -> dict[str, Any]:
@@ -256,7 +251,7 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
         operator.hash_key,
         fields.get(operator.sends.fields.get("hash", "")),
         *signatures,
-        *_secrets_of_url(operator.url),
+        *_secrets_of_url(operator),
     )
     answer = None
     if exchange.answer is not None:
@@ -277,7 +272,7 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
         "request": {
             "method": "POST",
             "url": _shown_url(operator.url),
-            "headers": {name: mask(value) if name != "Host" else value for name, value in exchange.headers.items()},
+            "headers": {name: _shown_header(name, value, mask) for name, value in exchange.headers.items()},
             "body": _masked_body(operator, fields),
         },
         "answer": answer,
@@ -287,6 +282,12 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
         "retryAfterSeconds": outcome.retry_after_s,
         "durationMs": outcome.duration_ms,
     }
+
+
+def _shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
+    if name == "Authorization":  # also where user and password are too short to be told from other text
+        return f"Basic {MASK}"
+    return value if name == "Host" else mask(value)
 
 
 def _body_fields(operator: Operator, body: bytes) -> dict[str, str]:
@@ -310,7 +311,7 @@ def _shown_url(url: str) -> str:
     path = url.partition("#")[0].partition("?")[0]
     shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
     query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in _query_of(url))
-    return f"{shown}?{query}" if query else shown
+    return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown
 
 
 def _query_of(url: str) -> list[tuple[str, str]]:
@@ -324,10 +325,12 @@ def _query_of(url: str) -> list[tuple[str, str]]:
     ]
 
 
-def _secrets_of_url(url: str) -> list[str]:
-    parts = URL(url)
-    basic = base64.b64encode(f"{parts.user or ''}:{parts.password or ''}".encode()).decode()  # as in Authorization
-    found = [parts.user or "", parts.password or "", basic, *(unquote_plus(value) for _, value in _query_of(url))]
+def _secrets_of_url(operator: Operator) -> list[str]:
+    """User, password and the query's values, as they are written in the URL and decoded."""
+    user_info = urlsplit(operator.url).netloc.rpartition("@")[0]
+    written = [*user_info.split(":", 1), *(value for _, value in _query_of(operator.url))]
+    basic = operator.target.authorization if operator.target is not None else None
+    found = [*written, *map(unquote, written), *map(unquote_plus, written), (basic or "").removeprefix("Basic ")]
     return [value for value in found if len(value) >= 4]  # a shorter one is no secret, and stands everywhere
 
 

@@ -15,11 +15,9 @@ from typing import Any
 
 import aiohttp
 from aiohttp.connector import Connection
-from yarl import URL
 
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, tls_context
-from lmdaemon.egress import private_address
 from lmdaemon.resolver import Resolver
 from lmdaemon.version import __version__
 
@@ -91,18 +89,21 @@ class Sender:
         return self._clients[key]
 
     async def post(
-        self, operator: Operator, url: str, webhook_id: str, body: bytes
+        self, operator: Operator, webhook_id: str, body: bytes
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
-        """One attempt: status, headers, at most ANSWER_MAX bytes of the answer, and whether that was all of it.
+        """One attempt at the operator's URL: status, headers, at most ANSWER_MAX bytes of the answer, and whether
+        that was all of it.
 
         Raises Unreachable with a reason in a word.
         """
-        if not operator.allow_private_network and private_address(URL(url).host or ""):
+        target = operator.target
+        assert target is not None  # noqa: S101 - without one there is nothing to post to
+        if target.private and not operator.allow_private_network:
             raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
         try:
             response = await self._client(operator).post(
-                url,
+                target.url,
                 data=body,
                 headers=headers,
                 allow_redirects=False,
@@ -165,6 +166,8 @@ def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: flo
         "Accept-Encoding": "identity",
         "webhook-id": webhook_id,
     }
+    if operator.target is not None and operator.target.authorization is not None:
+        headers["Authorization"] = operator.target.authorization
     if operator.signing_keys:
         stamp = str(int(now_s))
         signed = f"{webhook_id}.{stamp}.".encode() + body

@@ -1,6 +1,7 @@
 """The command line: the real command as a process, against a real daemon process, a real operator, a real database."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -102,7 +103,11 @@ def test_every_command_has_the_function_that_runs_it() -> None:
         ("sessions open acme s1 --player p1 --token-env UNSET", "--token-env: the token must not be empty"),
         ("send nobody", "has no operator 'nobody'; known are acme"),
         ("send acme", "give --url, or an operator of the configuration that has a url"),
-        ("send --url ftp://u:password@host/?query", "must be a URL with http or https (got 'ftp://host/')"),
+        (
+            "send --url ftp://u:password@host/?query",
+            "(got 'ftp://host/')",
+        ),
+        ("send --url http://h/ä?s3cret", "--url: must have percent-escapes for what is not ASCII in path and query"),
         ("send --url https://u:12/s3cret@h/", "--url: must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info"),
         ("send --url http://h --dialect v9", "--dialect: must be one of v4, v4.01"),
         ("send --url http://h --dialect pragmatic", "dialect pragmatic must send 'hash', which is not known here"),
@@ -679,6 +684,35 @@ async def test_what_send_shows_is_what_the_operator_got_but_for_the_secrets(tmp_
     basic = received.headers["Authorization"].removeprefix("Basic ")
     for secret in (signature, basic, "pass-word", "query-secret", "bare-secret", json.loads(received.body)["token"]):
         assert secret not in done.stdout
+
+
+async def test_send_takes_a_url_byte_for_byte_and_masks_it_in_every_spelling(tmp_path: Path) -> None:
+    """As written, decoded, and as a server's own parser makes of it."""
+    path = "/a%2Fb/../c?sig=%41bc%2Bd%2F%7e&empty=&p=%c3%a9t%C3%A9"
+
+    async def echo(request: web.Request) -> web.Response:
+        text = "\n".join((request.raw_path, request.headers["Authorization"], "Abc+d/~", "été", "caf%c3%A9", "café"))
+        return web.Response(text=text)
+
+    async with scripted_operator(echo) as peer:
+        origin = peer.url.removesuffix("/V4/SessionExpired")
+        url = origin.replace("http://", "http://caf%c3%A9:k€y@") + path
+        done = await asyncio.to_thread(run, "send", "--url", url, "--json", cwd=tmp_path)
+    shown = json.loads(done.stdout)
+    assert shown["request"]["url"] == f"{origin}/a%2Fb/../c?sig=***&empty=***&p=***"
+    assert shown["request"]["headers"]["Authorization"] == "Basic ***"
+    assert peer.received[0].headers["Authorization"] == "Basic " + base64.b64encode("café:k€y".encode()).decode()
+    assert shown["answer"]["body"].split("\n") == [
+        *("/a%2Fb/../c?sig=***&empty=&p=***", "Basic ***", "***", "été", "***", "***"),
+    ]
+
+
+def test_send_shows_no_user_and_password_however_short(tmp_path: Path) -> None:
+    done = run("send", "--url", f"http://a:b@127.0.0.1:{free_port()}/?", "--json", cwd=tmp_path)
+    request = json.loads(done.stdout)["request"]
+    assert request["headers"]["Authorization"] == "Basic ***"
+    assert request["url"].endswith("/?")
+    assert "YTpi" not in done.stdout
 
 
 ECHOES = (

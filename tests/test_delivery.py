@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from aiohttp import web
 from conftest import HandClock
@@ -19,8 +20,8 @@ from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
 
-from lmdaemon import delivery, resolver, retry, store
-from lmdaemon.config import Settings
+from lmdaemon import delivery, resolver, retry, store, target
+from lmdaemon.config import Operator, Settings
 from lmdaemon.delivery import compose, sinks_of
 from lmdaemon.resolver import Resolver
 from lmdaemon.sender import Sender, Unreachable, request_headers
@@ -764,6 +765,11 @@ class TestComposing:
             Webhook("whsec_" + "C" * 32).verify(body, headers)
 
 
+def towards(operator: Operator, url: str) -> Operator:
+    """The operator with a URL that its configuration would not allow."""
+    return msgspec.structs.replace(operator, url=url, target=target.read(url))
+
+
 class TestEgress:
     async def test_a_name_that_leads_inside_is_refused_at_the_connect(self, clock: HandClock, tmp_path: Path) -> None:
         toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
@@ -773,7 +779,7 @@ class TestEgress:
         inside = ("localhost", "127.0.0.1", "[::1]", "169.254.169.254", "127.1", "2130706433", "0x7f000001")
         for host in inside:
             with pytest.raises(Unreachable, match="private_address"):
-                await sender.post(operator, f"http://{host}:9/", "msg_1_ab", b"{}")
+                await sender.post(towards(operator, f"http://{host}:9/"), "msg_1_ab", b"{}")
         await sender.close()
 
     async def test_a_public_name_whose_dns_points_inside_is_refused_at_the_connect(
@@ -784,10 +790,9 @@ class TestEgress:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
         sender = Sender(clock)
+        operator = load(tmp_path / "config.toml", toml).operators["acme"]
         with pytest.raises(Unreachable, match="private_address"):
-            await sender.post(
-                load(tmp_path / "config.toml", toml).operators["acme"], "http://wallet.example:9/", "i", b""
-            )
+            await sender.post(towards(operator, "http://wallet.example:9/"), "i", b"")
         await sender.close()
 
     async def test_proxies_of_the_environment_are_ignored(

@@ -12,7 +12,7 @@ LEVELS = {
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins", "sender"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
-    | {"documents", "rows", "changes", "resolver", "tls", "egress"}
+    | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
     | {"__init__"},
     0: {"model", "version"},
 }

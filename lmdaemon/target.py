@@ -1,0 +1,92 @@
+"""An operator's URL, from its text to what is sent: read once, when it is configured, so that no attempt reads it.
+
+Path and query are requested byte for byte as they are written, for they may be signed. What cannot be sent that way is
+an error here instead of a failure at every attempt. An error must never repeat the URL; the caller shows it, masked.
+"""
+
+import base64
+import re
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from yarl import URL
+
+from lmdaemon.egress import private_address
+from lmdaemon.log import stray_at
+
+SHAPE_RULE = "must be a URL such as https://wallet.example/V4/SessionExpired"
+USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
+CHARACTERS_RULE = 'must not have spaces, control characters, \\, ", < or >'
+ASCII_RULE = "must have percent-escapes for what is not ASCII in path and query, as its server expects them"
+FRAGMENT_RULE = "must not have a #, for what is behind it is never sent; %23 stands for the character"
+HOST_RULE = "must have a host name, or an address without a zone, and a port from 1 to 65535 if any"
+CREDENTIALS_RULE = "must have user and password in UTF-8 without control characters, and no %3A in the user (RFC 7617)"
+
+_URL = re.compile(r"(https?)://([^/?#]+)([^#]*)(#?)", re.IGNORECASE)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9_.-]|[^\x00-\x7f])+)(?::([0-9]{0,5}))?")
+_LABELS = re.compile(r"(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")  # RFC 1035, section 2.3.4
+
+
+class Target(NamedTuple):
+    """What an attempt needs of a URL.
+
+    `url` has path and query as one, as they are written, and no user info, which is `authorization`: the header's
+    value. `private` says that it names an address inside, as far as that can be told without looking it up.
+    """
+
+    url: URL
+    authorization: str | None
+    private: bool
+
+    def __repr__(self) -> str:
+        return "Target(…)"  # the rest holds secrets
+
+
+def read(text: str) -> Target:
+    """Raises ValueError with the rule that the URL breaks."""
+    if stray_at(text):
+        raise ValueError(USER_INFO_RULE)
+    if not text.isprintable() or set(text) & set(' \\"<>'):
+        raise ValueError(CHARACTERS_RULE)
+    match = _URL.match(text)
+    if match is None:
+        raise ValueError(SHAPE_RULE)
+    scheme, authority, requested, fragment = match.groups()
+    if not requested.isascii():
+        raise ValueError(ASCII_RULE)
+    if fragment:
+        raise ValueError(FRAGMENT_RULE)
+    user_info, _, place = authority.rpartition("@")
+    server = _server(scheme.lower(), place)
+    return Target(
+        # "?" and all that follows as part of the path: yarl would drop a query that is empty
+        server.with_path(requested or "/", encoded=True),
+        _authorization(user_info),
+        private_address(server.raw_host or ""),
+    )
+
+
+def _server(scheme: str, place: str) -> URL:
+    """Host and port alone; an international name as it stands in DNS. Raises ValueError."""
+    match = _HOST.fullmatch(place)
+    if match is None:
+        raise ValueError(HOST_RULE)
+    try:
+        url = URL(f"{scheme}://{place}/")
+    except ValueError:  # without the reason, which may quote what was written
+        raise ValueError(HOST_RULE) from None
+    host = url.raw_host or ""
+    if url.port == 0 or not (":" in host or _LABELS.fullmatch(host)):
+        raise ValueError(HOST_RULE)
+    return url
+
+
+def _authorization(user_info: str) -> str | None:
+    """The header's value, the user info in UTF-8 (RFC 7617); None without any. Raises ValueError."""
+    try:
+        user, _, password = (unquote_to_bytes(part).decode() for part in user_info.partition(":"))
+    except UnicodeDecodeError:
+        raise ValueError(CREDENTIALS_RULE) from None
+    if ":" in user or re.search(r"[\x00-\x1f\x7f-\x9f]", user + password):
+        raise ValueError(CREDENTIALS_RULE)
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode() if user or password else None

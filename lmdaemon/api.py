@@ -15,7 +15,7 @@ from aiohttp import web
 from lmdaemon import openapi, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Settings
-from lmdaemon.dialects import BadNotice, json_object
+from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
 from lmdaemon.log import Log, place
@@ -87,22 +87,23 @@ class Api:
                 # Before the session's own path: POST names no session here, but a session may be called "touch"
                 web.post(operator + "/sessions/touch", self.touch_many),
                 web.put(operator + "/sessions/touch", self.open),
-                web.get(operator + "/sessions/touch", self.show, allow_head=False),
+                web.get(operator + "/sessions/touch", self.show),
                 web.put(session, self.open),
-                web.get(session, self.show, allow_head=False),
+                web.get(session, self.show),
                 web.post(session + "/touch", self.touch),
                 web.post(session + "/close", self.close),
-                web.get(operator + "/sessions", self.list_sessions, allow_head=False),
-                web.get("/v1/deliveries", self.list_deliveries, allow_head=False),
-                web.get("/v1/deliveries/{id}", self.show_delivery, allow_head=False),
+                web.get(operator + "/sessions", self.list_sessions),
+                web.get("/v1/deliveries", self.list_deliveries),
+                web.get("/v1/deliveries/{id}", self.show_delivery),
                 web.post("/v1/deliveries/{id}/retry", self.retry_one),
                 web.post(operator + "/deliveries/retry", self.retry_dead),
-                web.get("/v1/operators", self.list_operators, allow_head=False),
+                web.get("/v1/operators", self.list_operators),
                 web.post(operator + "/hold", self.hold),
                 web.post(operator + "/release", self.release),
                 web.get("/health", self.health),
-                web.get("/metrics", self.metrics, allow_head=False),
-                web.get("/openapi.json", self.openapi, allow_head=False),
+                web.get("/health/", self.health),
+                web.get("/metrics", self.metrics),
+                web.get("/openapi.json", self.openapi),
             ]
         )
         return app
@@ -131,7 +132,7 @@ class Api:
                     # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
                     raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
                 return await handler(request)
-            if request.path == "/health" and request.method in ("GET", "HEAD"):
+            if request.path in ("/health", "/health/") and request.method in ("GET", "HEAD"):
                 return await self._public_health()
             headers["WWW-Authenticate"] = "Bearer"
             log.warning("api.unauthorized", peer=request.remote or None, request_id=request_id(request))
@@ -158,6 +159,10 @@ class Api:
 
     async def open(self, request: web.Request) -> web.Response:
         operator, session_id = self._operator(request), self._session_id(request)
+        if session_id in (".", ".."):  # also as %2E: clients and proxies resolve it
+            raise _bad(
+                "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"
+            )
         fields = await _fields(request, {"playerId", "token", "idleTimeoutSeconds", "attributes"})
         player_id = _text(fields, "playerId", ID_MAX)
         token = _text(fields, "token", TOKEN_MAX)
@@ -421,18 +426,20 @@ async def _fields(
     request: web.Request, known: set[str], limit: int = BODY_MAX, *, optional: bool = False
 ) -> Mapping[str, Any]:
     """The body as an object of known keys. Raises Problem."""
-    if "Content-Encoding" in request.headers:  # before reading, which would unpack it
-        raise Problem(415, "Unsupported Media Type", "the body must not be compressed")
+    if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
+        seen = ", ".join(codings)[:ID_MAX]
+        raise Problem(415, "Unsupported Media Type", f"the body must not be compressed (got Content-Encoding {seen!r})")
     try:
         body = await read_body(request, limit)
     except BodyTooLarge:
         raise Problem(413, "Content Too Large", f"the body must be at most {limit} bytes") from None
     except BodyTooSlow:
         raise Problem(408, "Request Timeout", "the body came too slowly or broke off") from None
-    if not body and optional:
+    if optional and not without_mark(body):
         return {}
-    if request.content_type != "application/json":
-        raise Problem(415, "Unsupported Media Type", "Content-Type must be application/json")
+    if content_of(seen := request.headers.get("Content-Type", "")) != "json":
+        detail = f"Content-Type must be application/json (got {seen[:ID_MAX]!r})"
+        raise Problem(415, "Unsupported Media Type", detail)
     try:
         fields = json_object(body)
     except BadNotice as error:
@@ -461,9 +468,16 @@ def _attributes(fields: Mapping[str, Any]) -> str | None:
     attributes = fields["attributes"]
     if not isinstance(attributes, dict):
         raise _bad("attributes: must be an object")
-    text = orjson.dumps(attributes)
+    try:
+        text = orjson.dumps(attributes)
+    except orjson.JSONEncodeError as error:  # it reads 1024 levels, but writes 254
+        raise _bad("attributes: must not be nested deeper than 250 levels") from error
     if len(text) > ATTRIBUTES_MAX:
         raise _bad(f"attributes: must be at most {ATTRIBUTES_MAX} bytes of JSON (got {len(text)})")
+    if rounded(attributes, text):
+        raise _bad(
+            "attributes: must have numbers of 64 bits at most, above 2^53 only integers; others go into a string"
+        )
     return text.decode()
 
 

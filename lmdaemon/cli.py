@@ -248,7 +248,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    config_option(parser).set_defaults(run="serve:serve")
+    config_option(parser).set_defaults(run="serve:serve", json=False)
+    parser.add_argument("--version", dest="run", action="store_const", const=VERSION, help="print the version")
     # Suppressed, or a command's missing --config would undo the one before it
     common = config_option(argparse.ArgumentParser(add_help=False), default=argparse.SUPPRESS)
     groups = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}

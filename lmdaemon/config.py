@@ -318,7 +318,9 @@ def whsec(line: str) -> bytes:
 
 
 def endpoint_key(path: str) -> str:
-    """What an endpoint path is looked up by: lower case, without a trailing slash (protocol.md, "case of the path")."""
+    """What an endpoint path is looked up by: lower case, repeated slashes as one, none at the end."""
+    if "//" in path:
+        path = re.sub("/{2,}", "/", path)
     return path.lower().rstrip("/") or "/"
 
 

@@ -138,18 +138,29 @@ class Parsed(msgspec.Struct, frozen=True):
         return {name: value for name, value in self.received.items() if name in unknown} if unknown else {}
 
 
+_CONTENTS: Mapping[str, Literal["json", "form"]] = {
+    "application/json": "json",
+    "application/x-www-form-urlencoded": "form",
+}
+# Names of charsets, which some senders write into Content-Encoding.
+_CHARSET = (
+    r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}|latin[-_]?[0-9]{1,2}"
+    r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr)"
+)
+_UNCODED = re.compile(f"(identity|{_CHARSET})?", re.IGNORECASE)
+
+
 def content_of(content_type: str) -> Literal["json", "form"] | None:
-    """Which content a Content-Type header names; None for everything a dialect cannot be in (415)."""
-    kind, _, parameters = content_type.partition(";")
-    charset = parameters.strip().lower().replace('"', "")
-    if charset not in ("", "charset=utf-8", "charset=utf8"):
-        return None
-    match kind.strip().lower():
-        case "application/json":
-            return "json"
-        case "application/x-www-form-urlencoded":
-            return "form"
-    return None
+    """Which content a Content-Type header names; None for everything a dialect cannot be in (415).
+
+    Its parameters do not matter: senders write any charset, and the bytes must be UTF-8 all the same.
+    """
+    return _CONTENTS.get(content_type.partition(";")[0].strip().lower())
+
+
+def uncoded(content_encodings: Iterable[str]) -> bool:
+    """Whether a body under these Content-Encoding headers can be read as it is: nothing in them compresses."""
+    return all(_UNCODED.fullmatch(one.strip()) for header in content_encodings for one in header.split(","))
 
 
 def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
@@ -188,6 +199,7 @@ def without_mark(body: bytes) -> bytes:
 
 def json_object(body: bytes) -> Mapping[str, Any]:
     """A JSON object, strictly: no key twice with different values. Raises BadNotice (bad_parameters)."""
+    body = without_mark(body)
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -198,6 +210,25 @@ def json_object(body: bytes) -> Mapping[str, Any]:
     if body.count(b":") != len(found):
         _refuse_contradicting_keys(body)
     return found
+
+
+# What orjson writes for a number beyond 2^53 has 16 digits or an exponent. So may a text.
+_PERHAPS_ROUNDED = re.compile(rb"[0-9]{16}|[0-9]e")
+
+
+def rounded(value: object, written: bytes) -> bool:
+    """Whether a number in a JSON value may have been rounded while it was read: integers beyond 64 bits are, and so may
+    be what has a fraction or an exponent and lies beyond 2^53. `written` is the value as orjson writes it.
+    """
+    return bool(_PERHAPS_ROUNDED.search(written)) and _has_rounded(value)
+
+
+def _has_rounded(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_rounded, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_rounded, value))
+    return isinstance(value, float) and abs(value) > 2**53
 
 
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:

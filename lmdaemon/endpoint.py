@@ -13,8 +13,19 @@ import orjson
 from aiohttp import HttpVersion11, web
 
 from lmdaemon.config import Operator, Settings, endpoint_key
-from lmdaemon.dialects import SHIPPED, SUCCESS, BadNotice, Dialect, Parsed, answer, check_hash, content_of, parse
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, Ready, allowed, client_address, read_body, request_id
+from lmdaemon.dialects import (
+    SHIPPED,
+    SUCCESS,
+    BadNotice,
+    Dialect,
+    Parsed,
+    answer,
+    check_hash,
+    content_of,
+    parse,
+    uncoded,
+)
+from lmdaemon.http import Address, BodyTooLarge, BodyTooSlow, Ready, allowed, client_address, read_body, request_id
 from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
@@ -22,6 +33,7 @@ from lmdaemon.store import Recording, Store, StoreError
 
 BODY_MAX = 16 * 1024
 RETRY_AFTER_S = "5"  # while the daemon cannot store
+SEEN_MAX = 100  # characters of a header in a log line
 UNRECORDED = {
     "bad_token": "the token is not the session's",
     "unknown_session": "the session is not known here",
@@ -60,14 +72,25 @@ class Route:
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that never became a notice: HTTP status, text, headers, and whose codes answer, where that is known."""
+    """A request that never became a notice: HTTP status, text, headers, whose codes answer, where that is known, and
+    for the log what was seen of the request.
+    """
 
-    def __init__(self, status: int, description: str, dialect: Dialect | None = None, **headers: str) -> None:
+    def __init__(
+        self,
+        status: int,
+        description: str,
+        dialect: Dialect | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        **seen: str,
+    ) -> None:
         super().__init__(description)
         self.status = status
         self.description = description
         self.dialect = dialect
         self.headers = headers
+        self.seen = seen
 
 
 class Endpoint:
@@ -112,7 +135,15 @@ class Endpoint:
                 log.exception("notice.failed", path=path, **facts)
             codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
             code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
-            why = {"status": refused.status, "reason": refused.description, "request_id": request_id(request)}
+            seen = refused.seen
+            why = {
+                "status": refused.status,
+                "reason": refused.description,
+                "address": seen.get("address"),
+                "content_type": seen.get("content_type"),
+                "content_encoding": seen.get("content_encoding"),
+                "request_id": request_id(request),
+            }
             if route is None:  # a scanner's guesses are no news, and what a stranger asked for may hold anything
                 log.debug("notice.not_taken", **why)
             else:
@@ -132,15 +163,17 @@ class Endpoint:
 
     async def _receive(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         if request.method != "POST":
-            raise Refused(405, "Method not allowed", Allow="POST")
+            raise Refused(405, "Method not allowed", headers={"Allow": "POST"})
         address = None
         if route.looks_at_addresses:
             address = client_address(request, self._settings.server.trusted_proxies)
             if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
-                raise Refused(403, "Address not allowed")
-        content = content_of(request.headers.get("Content-Type", ""))
-        if content not in route.dialects or "Content-Encoding" in request.headers:
-            raise Refused(415, "Unsupported media type")
+                raise _not_allowed(address)
+        content = content_of(content_type := request.headers.get("Content-Type", ""))
+        if content not in route.dialects:
+            raise Refused(415, "Unsupported media type", content_type=content_type[:SEEN_MAX])
+        if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
+            raise Refused(415, "Unsupported content encoding", content_encoding=", ".join(codings)[:SEEN_MAX])
         try:
             await _ask_for_body(request)
             body = await read_body(request, BODY_MAX)
@@ -157,14 +190,14 @@ class Endpoint:
             operator = _operator(route, parsed)
             facts["operator"] = operator.name
             if not allowed(address, operator.allow_from):
-                raise Refused(403, "Address not allowed", dialect)
+                raise _not_allowed(address, dialect)
             await self._record(operator, parsed, facts)
         except BadNotice as refusal:
             return self._refuse(refusal.dialect or dialect, refusal, facts)
         except StoreError as error:
             log.warning("notice.not_stored", **facts, reason=str(error))
             headers = {"Retry-After": RETRY_AFTER_S}
-            raise Refused(503, "Cannot be stored now, please retry", dialect, **headers) from error
+            raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers) from error
         self.on_answer(operator.name, dialect.name, 0)
         return _SUCCESS.to(request)
 
@@ -213,6 +246,10 @@ class Endpoint:
         if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
             log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
+
+
+def _not_allowed(address: Address | None, dialect: Dialect | None = None) -> Refused:
+    return Refused(403, "Address not allowed", dialect, address=str(address or "unknown"))
 
 
 def _operator(route: Route, parsed: Parsed) -> Operator:

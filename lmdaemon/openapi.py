@@ -39,7 +39,8 @@ def document(settings: Settings) -> Json:
             "description": (
                 "SessionExpired as a daemon: the private session API, and the public endpoints that receive notices. "
                 "Every error of the private side is a problem document (RFC 9457); a method that a path does not list "
-                "is answered with 405 and an Allow header that names those it has. Times are RFC 3339 in UTC."
+                "is answered with 405 and an Allow header that names those it has, but HEAD, which every path has that "
+                "has GET. Times are RFC 3339 in UTC."
             ),
         },
         "tags": [
@@ -329,7 +330,8 @@ def _path_parameters(operators: Sequence[Operator]) -> Json:
         "sessionId": _in_path(
             "sessionId",
             _ref("schemas", "Id"),
-            "Percent-encoded UTF-8, read strictly: a slash is %2F, and a broken escape is refused.",
+            "Percent-encoded UTF-8, read strictly: a slash is %2F, and a broken escape is refused. `.` and `..` are "
+            "%2E and %2E%2E: notices may bring them, but no session can be opened under them.",
         ),
         "id": _in_path("id", _ref("schemas", "WebhookId"), "The delivery's `webhook-id`."),
     }
@@ -377,7 +379,7 @@ def _notice_call(operators: Sequence[Operator]) -> Json:
     return {
         "tags": ["notices"],
         "summary": "Report that a session has expired",
-        "description": f"Dialects: {names}. Case and a trailing slash of the path do not matter.",
+        "description": f"Dialects: {names}. Case, repeated slashes and one at the end of the path do not matter.",
         "security": [],
         "requestBody": {
             "required": True,
@@ -436,7 +438,7 @@ _PROBLEMS = {
     409: ("Conflict", "It is not in a state for this; a session that has ended comes along"),
     410: ("Gone", "The session has ended, and comes along"),
     413: ("ContentTooLarge", "The body is too long"),
-    415: ("UnsupportedMediaType", "The body is not application/json, or compressed"),
+    415: ("UnsupportedMediaType", "The body is not application/json, or compressed; `detail` says what was seen"),
     500: ("InternalServerError", "A bug; the log has its traceback"),
     503: ("ServiceUnavailable", "Nothing can be stored now, and nothing was"),
 }
@@ -543,7 +545,11 @@ def _opening(operators: Sequence[Operator]) -> Json:
         playerId=_ref("schemas", "Id"),
         token=token,
         idleTimeoutSeconds={"type": "integer", "minimum": 1, "maximum": IDLE_MAX_S},
-        attributes={"type": "object", "description": f"At most {ATTRIBUTES_MAX} bytes as JSON."},
+        attributes={
+            "type": "object",
+            "description": f"At most {ATTRIBUTES_MAX} bytes as JSON, nested at most 250 levels. Integers are kept "
+            "exactly up to 64 bits, longer ones refused; so are fractions and exponents beyond 2^53.",
+        },
         optional=optional,
     )
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 from conftest import HandClock
-from support import LISTEN, ScriptedOperator, Serving, live, scripted_operator, serving, until
+from support import LISTEN, ScriptedOperator, Serving, live, raw_connection, scripted_operator, serving, until
 from yarl import URL
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -222,6 +222,10 @@ async def test_opening_what_has_ended_answers_409_with_the_session(api: Caller) 
         (OPENING | {"attributes": None}, "attributes"),
         (OPENING | {"attributes": "{}"}, "attributes"),
         (OPENING | {"attributes": {"a": "x" * 4089}}, "attributes"),
+        (OPENING | {"attributes": {"a": 2**64}}, "attributes"),
+        (OPENING | {"attributes": {"a": [{"b": -(2**63) - 1}]}}, "attributes"),
+        (OPENING | {"attributes": {"a": 123456789012345678901234567890}}, "attributes"),
+        (OPENING | {"attributes": {"a": 1e30}}, "attributes"),
         ([], "object"),
         ("text", "object"),
         (5, "object"),
@@ -244,6 +248,11 @@ async def test_opening_with_a_bad_body_answers_400_naming_the_field(api: Caller,
         b'{"playerId": "\xff", "token": "t"}',
         b'{"playerId": NaN, "token": "t"}',
         b'{"playerId": "p1", "token": "t"} {}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": 1e400}}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": Infinity}}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": 1, "a": 2}}',
+        b'{"playerId": "p1", "token": "t", "attributes": ' + b'{"a":' * 300 + b"1" + b"}" * 301,
+        '{"playerId": "p1", "token": "t"}'.encode("utf-16"),
         b'{"playerId": "p1", "token": "t", "idleTimeoutSeconds": 1' + b"0" * 400 + b"}",
         b"[" * 5000,
         b"null",
@@ -262,10 +271,11 @@ async def test_opening_with_broken_json_answers_400(api: Caller, body: bytes) ->
         ({}, {"idleTimeoutSeconds": 600, "attributes": {}}),
         ({"attributes": {"a": "x" * 4088}}, {"attributes": {"a": "x" * 4088}}),
         ({"attributes": {"ü": [1, None, {"deep": True}]}}, {"attributes": {"ü": [1, None, {"deep": True}]}}),
+        ({"attributes": {"a": [2**64 - 1, -(2**63), 0.1]}}, {"attributes": {"a": [2**64 - 1, -(2**63), 0.1]}}),
         ({"playerId": "x" * 256}, {"playerId": "x" * 256}),
         ({"token": "x" * 4096}, {"playerId": "p1"}),
     ],
-    ids=["shortest", "longest", "whole", "default", "4 KiB", "nested", "long player", "long token"],
+    ids=["shortest", "longest", "whole", "default", "4 KiB", "nested", "numbers", "long player", "long token"],
 )
 async def test_what_is_within_the_bounds_opens(api: Caller, fields: dict[str, Any], shown: dict[str, Any]) -> None:
     opened = await api.open(**fields)
@@ -277,16 +287,42 @@ async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) 
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
-async def test_another_content_type_answers_415(api: Caller, content_type: str) -> None:
+async def test_another_content_type_answers_415_and_says_what_was_seen(api: Caller, content_type: str) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     options = {"data": json.dumps(OPENING).encode(), "headers": headers, "skip_auto_headers": ["Content-Type"]}
-    await api("PUT", ACME + "/sessions/s1", 415, **options)
+    assert repr(content_type) in (await api("PUT", ACME + "/sessions/s1", 415, **options))["detail"]
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", "br", "zstd"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "application/json; charset=ISO-8859-1"},
+        {"Content-Type": "application/json; utf-8;"},
+        {"Content-Type": "application/json;"},
+        {"Content-Type": "Application/JSON", "Content-Encoding": "utf-8"},
+        {"Content-Type": "application/json", "Content-Encoding": "identity"},
+    ],
+)
+async def test_json_is_read_whatever_parameters_and_charset_say(api: Caller, headers: dict[str, str]) -> None:
+    await api("PUT", ACME + "/sessions/s1", 201, data=json.dumps(OPENING).encode(), headers=headers)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x-gzip", "unknown"])
 async def test_a_compressed_body_answers_415_unread(api: Caller, encoding: str) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-    await api("PUT", ACME + "/sessions/s1", 415, data=b"not compressed at all", headers=headers)
+    problem = await api("PUT", ACME + "/sessions/s1", 415, data=b"not compressed at all", headers=headers)
+    assert encoding in problem["detail"]
+
+
+async def test_a_byte_order_mark_before_a_body_is_ignored(api: Caller) -> None:
+    for method, path, expected, body in (
+        ("PUT", ACME + "/sessions/s1", 201, OPENING),
+        ("POST", ACME + "/sessions/touch", 200, {"sessionIds": ["s1"]}),
+        ("POST", ACME + "/deliveries/retry", 202, {}),
+    ):
+        marked = b"\xef\xbb\xbf" + json.dumps(body).encode()
+        await api(method, path, expected, data=marked, headers={"Content-Type": "application/json"})
+    await api("POST", ACME + "/deliveries/retry", 202, data=b"\xef\xbb\xbf")
 
 
 async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
@@ -331,8 +367,7 @@ async def test_a_session_id_that_is_none_answers_400(api: Caller, raw: str, meth
     [
         "a/b",
         "/",
-        "..",
-        ".",
+        "...",
         "touch",
         "close",
         "ünïcode",
@@ -357,6 +392,31 @@ async def test_any_id_round_trips_through_path_body_and_answer(api: Caller, sess
     assert touched["touched"] == 1
     assert (await api("GET", ACME + "/sessions", 200))["items"][0]["sessionId"] == session_id
     assert (await api("POST", path + "/close", 200))["sessionId"] == session_id
+
+
+@pytest.mark.parametrize("raw", [".", "..", "%2E", "%2e%2E", ".%2e"])
+async def test_an_id_that_a_client_would_resolve_is_not_opened(api: Caller, raw: str) -> None:
+    async with raw_connection(api.daemon.api) as peer:  # byte by byte: a client resolves it
+        body = json.dumps(OPENING).encode()
+        head = f"PUT {ACME}/sessions/{raw} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        await peer.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await peer.answer()
+    assert answer.status == 400
+    assert "resolved" in json.loads(answer.body)["detail"]
+    assert (await api("GET", ACME + "/sessions", 200))["items"] == []
+
+
+@pytest.mark.parametrize(("session_id", "raw"), [(".", "%2E"), ("..", "%2E%2E")])
+async def test_such_an_id_that_a_notice_brought_is_reached_escaped(api: Caller, session_id: str, raw: str) -> None:
+    notice = {"providerId": "luckymonaco", "sessionId": session_id, "externalPlayerId": "p1", "token": SECRET}
+    async with api.daemon.client.post(api.daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert (await answer.json())["error"] == 0
+    path = f"{ACME}/sessions/{raw}"
+    assert (await api("GET", path, 200))["sessionId"] == session_id
+    assert (await api("POST", path + "/close", 200))["reason"] == "reported"
+    await api("POST", path + "/touch", 410)
+    touched = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": [session_id]})
+    assert touched == {"touched": 0, "unknown": [], "ended": [session_id]}
 
 
 async def test_ids_are_case_sensitive_and_belong_to_their_operator(api: Caller) -> None:
@@ -884,7 +944,7 @@ async def test_an_operator_that_is_not_configured_answers_404(api: Caller, metho
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/", "/v1/operators/", "/v1/sessions", ACME, ACME + "/sessions/", "/V1/operators", "/health/"],
+    ["/", "/v1", "/v1/", "/v1/operators/", "/v1/sessions", ACME, ACME + "/sessions/", "/V1/operators", "/health//"],
 )
 async def test_an_unknown_path_answers_404(api: Caller, path: str) -> None:
     await api("GET", path, 404)
@@ -893,21 +953,21 @@ async def test_an_unknown_path_answers_404(api: Caller, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        (ACME + "/sessions/s1", "GET, PUT"),
+        (ACME + "/sessions/s1", "GET, HEAD, PUT"),
         (ACME + "/sessions/s1/touch", "POST"),
         (ACME + "/sessions/s1/close", "POST"),
-        (ACME + "/sessions/touch", "GET, POST, PUT"),  # a session may be called touch
-        (ACME + "/sessions", "GET"),
+        (ACME + "/sessions/touch", "GET, HEAD, POST, PUT"),  # a session may be called touch
+        (ACME + "/sessions", "GET, HEAD"),
         (ACME + "/deliveries/retry", "POST"),
         (ACME + "/hold", "POST"),
         (ACME + "/release", "POST"),
-        ("/v1/operators", "GET"),
-        ("/v1/deliveries", "GET"),
-        ("/v1/deliveries/msg_1_x", "GET"),
+        ("/v1/operators", "GET, HEAD"),
+        ("/v1/deliveries", "GET, HEAD"),
+        ("/v1/deliveries/msg_1_x", "GET, HEAD"),
         ("/v1/deliveries/msg_1_x/retry", "POST"),
         ("/health", "GET, HEAD"),
-        ("/metrics", "GET"),
-        ("/openapi.json", "GET"),
+        ("/metrics", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
     ],
 )
 async def test_another_method_answers_405_with_allow(api: Caller, path: str, allowed: str) -> None:
@@ -915,6 +975,23 @@ async def test_another_method_answers_405_with_allow(api: Caller, path: str, all
         response, problem = await api.answer(method, path)
         assert (response.status, response.headers["Allow"]) == (405, allowed)
         Caller.check_problem(response, problem)
+
+
+async def test_head_answers_wherever_get_does_with_its_status_and_no_body(api: Caller) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = (await api.delivery_of())["id"]
+    paths = ["/health", "/health/", "/metrics", "/openapi.json", "/v1/operators", "/v1/deliveries"]
+    paths += [f"/v1/deliveries/{delivery}", ACME + "/sessions", ACME + "/sessions/s1", ACME + "/sessions/nobody"]
+    for path in paths:
+        got, _ = await api.answer("GET", path)
+        async with api.daemon.client.head(api.daemon.api + path) as headed:
+            assert (headed.status, headed.headers["Content-Type"]) == (got.status, got.headers["Content-Type"]), path
+            assert int(headed.headers["Content-Length"]) > 0, path
+            assert await headed.read() == b"", path
+    async with api.daemon.client.head(api.daemon.api + ACME + "/hold") as headed:
+        assert headed.status == 405
 
 
 async def test_metrics_count_by_operator_and_name_no_session(api: Caller) -> None:
@@ -1016,6 +1093,7 @@ async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorizatio
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_health_without_the_token_tells_only_the_status(guarded: Caller, method: str) -> None:
+    await guarded(method, "/health/", 200)
     response, body = await guarded.answer(method, "/health", 200)
     assert response.headers["Content-Type"] == "application/health+json"
     if method == "GET":

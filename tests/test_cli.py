@@ -64,6 +64,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
     text, document = text_and_json("version", cwd=tmp_path)
     assert text.stdout == f"lmdaemon {__version__}\n"
     assert document == {"version": __version__}
+    assert run("--version", cwd=tmp_path).stdout == text.stdout
 
 
 @pytest.mark.parametrize("words", ["version", "sessions list acme --limit 0"])

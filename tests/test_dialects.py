@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,8 @@ from lmdaemon.dialects import (
     json_object,
     parse,
     recognise,
+    rounded,
+    uncoded,
 )
 from lmdaemon.model import ID_MAX, MEANINGS, TOKEN_MAX, id_problem
 
@@ -176,7 +179,18 @@ def test_malformed_json_is_refused_with_its_position_and_a_comma_is_blamed_only_
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b" ", b"{", b"\xff", b"\xef\xbb\xbf{}", b'{"a":NaN}', b'{"a":1e999}', b'{"a":"\\ud800"}', b'{"a":"\n"}'],
+    [
+        b"",
+        b" ",
+        b"{",
+        b"\xff",
+        b"\xef\xbb\xbf" * 2 + b"{}",
+        b"\xff\xfe{\x00}\x00",
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":"\\ud800"}',
+        b'{"a":"\n"}',
+    ],
 )
 def test_what_is_no_strict_json_in_utf_8_is_refused_with_a_position(body: bytes) -> None:
     assert refusal(body).startswith("malformed JSON at line 1 column ")
@@ -388,20 +402,85 @@ def test_a_refusal_says_whose_codes_answer_it() -> None:
         ('Application/JSON ; Charset="utf-8"', "json"),
         ("application/x-www-form-urlencoded", "form"),
         ("application/x-www-form-urlencoded; charset=UTF-8", "form"),
+        ("application/json; charset=utf8", "json"),
+        ("application/json; utf-8;", "json"),
+        ("application/json; charset=ISO-8859-1", "json"),
+        ("application/json; charset=utf-16; x=y", "json"),
+        ("application/json;", "json"),
+        ("application/x-www-form-urlencoded;charset=windows-1251", "form"),
         ("", None),
         ("text/json", None),
         ("text/plain", None),
-        ("application/json; charset=latin-1", None),
-        ("application/json; charset=utf-16", None),
         ("application/json-patch+json", None),
         ("application/problem+json", None),
         ("multipart/form-data; boundary=x", None),
         ("application/json, text/plain", None),
         ("charset=utf-8", None),
+        ("; application/json", None),
+        ("application/json charset=utf-8", None),
     ],
 )
-def test_only_json_and_forms_in_utf_8_are_content(header: str, content: str | None) -> None:
+def test_json_and_forms_are_content_whatever_the_parameters_say(header: str, content: str | None) -> None:
     assert content_of(header) == content
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *([], [""], ["identity"], ["Identity"], ["identity, identity"], ["identity", "utf-8"], [" , "]),
+        *(["utf-8"], ["UTF8"], ["utf_8"], ["utf-16le"], ["iso-8859-1"], ["ISO8859-15"], ["latin1"], ["us-ascii"]),
+        *(["windows-1251"], ["cp1252"], ["KOI8-R"], ["gb2312"], ["GBK"], ["big5"], ["Shift_JIS"], ["euc-kr"]),
+    ],
+)
+def test_a_content_encoding_that_packs_nothing_is_read(headers: list[str]) -> None:
+    assert uncoded(headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *(["gzip"], ["x-gzip"], ["GZIP"], ["deflate"], ["br"], ["zstd"], ["compress"], ["x-compress"], ["aes128gcm"]),
+        *(["identity, gzip"], ["utf-8", "gzip"], ["gzip;q=1"], ["unknown"], ["utf-8x"], ["utf 8"], ["chunked"]),
+    ],
+)
+def test_a_content_encoding_that_packs_or_is_unknown_is_not(headers: list[str]) -> None:
+    assert not uncoded(headers)
+
+
+# --- numbers that are kept ---
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [
+        *(("0", False), ("-1", False), ("1.5", False), ("0.1", False), ("1e15", False), ("9007199254740992.0", False)),
+        *(("18446744073709551615", False), ("-9223372036854775808", False), ('"12345678901234567890123"', False)),
+        *(('"1e99"', False), ('{"1e30": "3e4"}', False), ("[true, null]", False)),
+        *(("18446744073709551616", True), ("-9223372036854775809", True), ("123456789012345678901234567890", True)),
+        *(("9007199254740994.0", True), ("1e30", True), ("-1e300", True), ("1.0E+99", True)),
+        *(('{"a": [1, {"b": 1e22}]}', True), ("[[[99999999999999999999]]]", True)),
+    ],
+)
+def test_a_number_that_may_have_been_rounded_is_known(written: str, lost: bool) -> None:
+    value = json_object(f'{{"v": {written}}}'.encode())["v"]
+    assert rounded(value, orjson.dumps(value)) is lost
+
+
+@given(st.integers(-(10**40), 10**40) | st.integers(-(2**64), 2**65))
+def test_an_integer_is_kept_exactly_or_known_to_be_rounded(number: int) -> None:
+    value = json_object(f'{{"v": {number}}}'.encode())["v"]
+    assert rounded(value, orjson.dumps(value)) is (not isinstance(value, int) or value != number)
+
+
+# --- a byte-order mark ---
+
+
+def test_a_byte_order_mark_before_a_notice_is_ignored_and_moves_no_position() -> None:
+    body = json.dumps(NOTICE).encode()
+    assert parse(b"\xef\xbb\xbf" + body, "json", [V4]) == parse(body, "json", [V4])
+    twice = body[:-1] + b', "token": "other"}'
+    assert "stands twice" in refusal(b"\xef\xbb\xbf" + twice)
+    assert refusal(b"\xef\xbb\xbf" + body[:-1] + b";") == refusal(body[:-1] + b";")
 
 
 # --- forms and the hash ---

@@ -337,6 +337,15 @@ class TestStatuses:
         ((status, body, headers),) = seen
         assert (status, json.loads(body)["error"], dict(headers)["Content-Type"]) == (404, 7, JSON)
 
+    async def test_an_address_that_only_the_body_tells_is_refused_with_its_address_in_the_log(
+        self, tmp_path: Path
+    ) -> None:
+        toml = operator() + operator(name="other", provider_id="other", allow_from=["192.0.2.0/24"])
+        with hear() as events:
+            async with serving(tmp_path, toml) as s:
+                assert (await notify(s, provider="other")).status == 403
+        assert [e.facts["address"] for e in events if e.name == "notice.not_taken"] == ["127.0.0.1"]
+
     @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
     async def test_another_method_is_405_and_told_which_is_allowed(self, tmp_path: Path, method: str) -> None:
         async with serving(tmp_path, operator("v4.01")) as s:
@@ -376,11 +385,18 @@ class TestStatuses:
             "application/json; charset=UTF-8",
             "application/json;charset=utf-8",
             'Application/JSON; charset="utf-8"',
+            "application/json; charset=utf8",
+            "application/json; utf-8;",
+            "application/json; charset=ISO-8859-1",
+            "application/json; charset=utf-8; charset=latin-1",
+            "application/json;",
         ],
     )
-    async def test_json_in_utf_8_is_taken(self, tmp_path: Path, content: str) -> None:
+    async def test_json_in_utf_8_is_taken_whatever_its_parameters_say(self, tmp_path: Path, content: str) -> None:
         async with serving(tmp_path, operator()) as s:
             assert (await send(s, V4_WIRE.body(), content=content)).json == SUCCESS
+            answer = await send(s, '{"providerId": "ü"}'.encode("latin-1"), content=content)
+            assert (answer.status, answer.error) == (200, 7)
 
     @pytest.mark.parametrize(
         "content",
@@ -390,10 +406,6 @@ class TestStatuses:
             "text/json",
             "application/jsonx",
             "application/problem+json",
-            "application/json; charset=latin-1",
-            "application/json; charset=iso-8859-1",
-            "application/json; charset=utf-16",
-            "application/json; charset=utf-8; charset=latin-1",
             FORM,
             "multipart/form-data; boundary=x",
             "*/*",
@@ -419,8 +431,10 @@ class TestStatuses:
             answer = await send(s, b"{}", "/sessionexpired", JSON)
             assert (answer.status, answer.error) == (415, 7)
 
-    @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "identity", "x-unknown", ""])
-    async def test_any_content_encoding_is_415(self, tmp_path: Path, encoding: str) -> None:
+    @pytest.mark.parametrize(
+        "encoding", ["gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-unknown", "utf-8, gzip"]
+    )
+    async def test_a_content_encoding_that_packs_or_is_unknown_is_415(self, tmp_path: Path, encoding: str) -> None:
         body = V4_WIRE.body()
         packed = gzip.compress(body) if encoding == "gzip" else body
         request = head("POST", V4, {"Content-Length": str(len(packed)), "Content-Encoding": encoding})
@@ -430,13 +444,65 @@ class TestStatuses:
             assert (answer.status, json.loads(answer.body)["error"]) == (415, 7)
             assert sessions(tmp_path) == []
 
+    @pytest.mark.parametrize("encoding", ["", "identity", "UTF-8", "utf8", "iso-8859-1", "windows-1251"])
+    async def test_a_content_encoding_that_packs_nothing_is_read(self, tmp_path: Path, encoding: str) -> None:
+        body = V4_WIRE.body()
+        async with serving(tmp_path, operator()) as s, raw_connection(s.server) as raw:
+            await raw.send(head("POST", V4, {"Content-Length": str(len(body)), "Content-Encoding": encoding}) + body)
+            assert json.loads((await raw.answer()).body) == SUCCESS
+
+    @pytest.mark.parametrize(
+        ("headers", "seen"),
+        [
+            ({"Content-Type": 'text/xml; charset="x"'}, {"content_type": 'text/xml; charset="x"'}),
+            ({"Content-Type": ""}, {"content_type": ""}),
+            ({"Content-Type": "a/" + "b" * 300}, {"content_type": "a/" + "b" * 98}),
+            ({"Content-Encoding": "gzip"}, {"content_encoding": "gzip"}),
+            ({"Content-Encoding": "utf-8, " + "z" * 300}, {"content_encoding": "utf-8, " + "z" * 93}),
+        ],
+    )
+    async def test_the_log_line_of_a_415_says_what_was_seen(
+        self, tmp_path: Path, headers: dict[str, str], seen: dict[str, str]
+    ) -> None:
+        with hear() as events:
+            async with serving(tmp_path, operator()) as s, raw_connection(s.server) as raw:
+                await raw.send(head("POST", V4, {"Content-Length": "2"} | headers) + b"{}")
+                assert (await raw.answer()).status == 415
+        (facts,) = [event.facts for event in events if event.name == "notice.not_taken"]
+        told = {name: value for name, value in facts.items() if name.startswith("content_") and value is not None}
+        assert told == seen
+
+    @pytest.mark.parametrize(
+        ("forwarded", "address"),
+        [
+            ("203.0.113.9", "203.0.113.9"),
+            ("x, 2001:db8::1", "2001:db8::1"),
+            ("<script>", "unknown"),
+            (None, "127.0.0.1"),
+        ],
+    )
+    async def test_the_log_line_of_a_403_says_whose_address_was_refused(
+        self, tmp_path: Path, forwarded: str | None, address: str
+    ) -> None:
+        server = '[server]\nlisten = "127.0.0.1:0"\ntrusted_proxies = ["127.0.0.0/8"]\n[api]\nlisten = "127.0.0.1:0"\n'
+        one, other = (
+            operator(allow_from=["192.0.2.0/24"]),
+            operator(name="o", provider_id="x", allow_from=["192.0.2.0/24"]),
+        )
+        with hear() as events:
+            async with serving(tmp_path, server + one + other) as s:
+                headers = {} if forwarded is None else {"X_Forwarded_For": forwarded}
+                assert (await send(s, V4_WIRE.body(), **headers)).status == 403
+        assert [e.facts["address"] for e in events if e.name == "notice.not_taken"] == [address]
+
     async def test_the_public_health_tells_one_word(self, tmp_path: Path) -> None:
         async with serving(tmp_path, operator()) as s:
             async with s.client.get(s.server + "/health") as response:
                 assert (response.status, await response.json(content_type=None)) == (200, {"status": "pass"})
                 assert response.headers["Content-Type"] == "application/health+json"
-            async with s.client.head(s.server + "/Health/") as response:
-                assert response.status == 200
+            for path in ("/Health/", "/health/", "//health", "//health//?x=//"):
+                async with s.client.head(s.server + path) as response:
+                    assert (response.status, response.headers["Content-Length"]) == (200, "17"), path
             async with s.client.post(s.server + "/health") as response:
                 assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
@@ -493,6 +559,12 @@ class TestBodies:
         async with serving(tmp_path, operator()) as s:
             answer = await send(s, body)
             assert (answer.status, answer.error) == (200, 7)
+
+    async def test_a_byte_order_mark_before_the_json_is_ignored(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, operator()) as s:
+            assert (await send(s, b"\xef\xbb\xbf" + PAGE.encode())).json == SUCCESS
+            assert (await send(s, b"\xef\xbb\xbf" + V4_WIRE.body())).json == SUCCESS
+            assert (await send(s, PAGE.encode("utf-16"))).error == 7
 
     @pytest.mark.parametrize(
         ("twice", "error"),
@@ -620,6 +692,24 @@ class TestLenience:
     async def test_case_and_a_trailing_slash_of_the_path_do_not_matter(self, tmp_path: Path, path: str) -> None:
         async with serving(tmp_path, operator(endpoint="/v4/sessionExpired/")) as s:
             assert (await send(s, V4_WIRE.body(), path)).json == SUCCESS
+
+    @pytest.mark.parametrize(
+        ("target", "status"),
+        [
+            ("//V4/SessionExpired", 200),
+            ("///V4//SessionExpired//", 200),
+            ("/V4/SessionExpired?next=//elsewhere", 200),
+            ("//V4/SessionExpired?a=//b", 200),
+            ("http://casino.example//V4/SessionExpired", 200),
+            ("/V4/%2FSessionExpired", 404),  # an escaped slash is none
+            ("/%2FV4/SessionExpired", 404),
+            ("//x/V4/SessionExpired", 404),
+        ],
+    )
+    async def test_repeated_slashes_of_the_path_count_as_one(self, tmp_path: Path, target: str, status: int) -> None:
+        async with serving(tmp_path, operator()) as s, raw_connection(s.server) as raw:
+            await raw.send(request(V4_WIRE.body()).replace(V4.encode(), target.encode()))
+            assert (await raw.answer()).status == status
 
     async def test_an_endpoint_of_its_own_replaces_the_dialects_path(self, tmp_path: Path) -> None:
         async with serving(tmp_path, operator(endpoint="/casino/hook")) as s:

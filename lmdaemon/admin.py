@@ -45,7 +45,7 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
     """The command that runs `ask` with a client of the running daemon."""
 
     def run(args: argparse.Namespace) -> int:
-        settings = config.load(config.find(args.config), secrets="optional")
+        settings = config.of_command(args.config, secrets="optional")
         quiet_libraries()
 
         async def talk() -> int:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from lmdaemon import openapi, retry
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator, Settings
+from lmdaemon.config import ApiToken, Operator, Settings
 from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
@@ -127,10 +127,10 @@ class Api:
         """Bearer token first, then the handler; every error becomes a problem document."""
         headers = {}
         try:
-            if bearer(request, tokens := self._settings.api_tokens):
-                if not tokens and "Origin" in request.headers and request.method not in ("GET", "HEAD"):
-                    # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
-                    raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
+            tokens = self._settings.api_tokens
+            token = bearer(request, tokens) if tokens else None
+            if token is not None or not tokens:
+                self._check_rights(request, token)
                 return await handler(request)
             if request.path in ("/health", "/health/") and request.method in ("GET", "HEAD"):
                 return await self._public_health()
@@ -154,6 +154,22 @@ class Api:
             problem = Problem(500, "Internal Server Error", "a bug; the log has its traceback")
         self._metrics.api_error(problem.status)
         return _problem(problem, headers)
+
+    @staticmethod
+    def _check_rights(request: web.Request, token: ApiToken | None) -> None:
+        """Whether what it asks for is allowed; raises Problem. None: no token is configured."""
+        if request.method in ("GET", "HEAD"):
+            return
+        if token is None and "Origin" in request.headers:
+            # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
+            raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
+        if token is not None and not token.may_change:
+            raise Problem(403, "Forbidden", "this token may only read")
+
+    def _by(self, request: web.Request) -> str | None:
+        """The name of the token used, for the log; None for one without a name, or where none is needed."""
+        token = bearer(request, self._settings.api_tokens)
+        return token.name or None if token is not None else None
 
     # -- sessions
 
@@ -277,7 +293,7 @@ class Api:
         delivery = await self._store.delivery(before.webhook_id)
         if delivery is None or delivery.state == "dead":
             raise Problem(409, "Conflict", f"the delivery can never be sent: {before.last_error}")
-        log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id)
+        log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id, by=self._by(request))
         return _json(delivery_document(delivery), 202)
 
     async def retry_dead(self, request: web.Request) -> web.Response:
@@ -288,7 +304,7 @@ class Api:
         # Bounded steps, so that other writers get their turn; what a crash leaves dead is retried by asking again
         while retried < MAX_RETRIES_PER_CALL and (count := await self._store.retry_dead(operator.name, since_at)):
             retried += count
-        log.info("delivery.retried_by_hand", operator=operator.name, count=retried)
+        log.info("delivery.retried_by_hand", operator=operator.name, count=retried, by=self._by(request))
         return _json({"retried": retried}, 202)
 
     # -- operators
@@ -319,13 +335,13 @@ class Api:
     async def hold(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
         await self._change_gate(operator, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"))
-        log.warning("operator.held", operator=operator.name, reason="by_hand")
+        log.warning("operator.held", operator=operator.name, reason="by_hand", by=self._by(request))
         return await self._shown_now(operator)
 
     async def release(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
         await self._change_gate(operator, lambda gate: retry.release(gate, self._clock.wall_ms()))
-        log.info("operator.released", operator=operator.name, reason="by_hand")
+        log.info("operator.released", operator=operator.name, reason="by_hand", by=self._by(request))
         return await self._shown_now(operator)
 
     async def _change_gate(self, operator: Operator, change: Callable[[Gate], Gate]) -> None:

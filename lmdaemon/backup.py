@@ -44,7 +44,7 @@ FLUSH_BYTES = 4 * 1024 * 1024
 
 
 def backup(args: argparse.Namespace) -> int:
-    settings = config.load(config.find(args.config), secrets="optional")
+    settings = config.of_command(args.config, secrets="optional")
     database, target = real_path(settings.database.absolute()), followed(args.file)
     check_source(settings)
     check_target(database, target, force=args.force)
@@ -116,7 +116,7 @@ def _check_integrity(copy: Path) -> None:
 
 
 def restore(args: argparse.Namespace) -> int:
-    settings = config.load(config.find(args.config), secrets="optional")
+    settings = config.of_command(args.config, secrets="optional")
     database, source = real_path(settings.database.absolute()), args.file.absolute()
     _check_restorable(source, database, settings)
     try:

@@ -95,6 +95,13 @@ class _RefuseSecret(argparse.Action):
         parser.error("a command line can be read by everybody on this machine: use --token-file or --token-env")
 
 
+def _file(text: str) -> Path:
+    """A file's name: any bytes, as the system has them."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file")
+    return Path(text)
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number (got {text!r})")
@@ -106,7 +113,7 @@ def _commands() -> tuple[Command, ...]:
     operator = _arg("operator", metavar="OPERATOR", help="its name in the configuration")
     session = _arg("session", metavar="ID", help="the session's id")
     token = (
-        _arg("--token-file", metavar="FILE", help="file with the player's token"),
+        _arg("--token-file", type=_file, metavar="FILE", help="file with the player's token"),
         _arg("--token-env", metavar="NAME", help="environment variable with the player's token"),
         _arg("--token", action=_RefuseSecret, help=argparse.SUPPRESS),
     )
@@ -164,7 +171,7 @@ def _commands() -> tuple[Command, ...]:
                 ),
                 _arg("--until", metavar="TIME", help="those that ended before then (default: now)"),
                 _arg("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
-                _arg("--output", type=Path, metavar="FILE", help="write here, whole or not at all, mode 0600"),
+                _arg("--output", type=_file, metavar="FILE", help="write here, whole or not at all, mode 0600"),
                 _arg("--force", action="store_true", help="replace an existing FILE"),
                 _arg("--json", action="store_true", help="print the summary of --output as JSON"),
             ),
@@ -211,7 +218,7 @@ def _commands() -> tuple[Command, ...]:
                 _arg("--session", metavar="ID", help="session id (default: a test value)"),
                 _arg("--player", metavar="ID", help="player id (default: a test value)"),
                 *token,
-                _arg("--hash-key-file", metavar="FILE", help="file with the key, for a dialect with a hash"),
+                _arg("--hash-key-file", type=_file, metavar="FILE", help="file with the hash key, if any"),
                 _arg("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
                 as_json,
             ),
@@ -221,7 +228,7 @@ def _commands() -> tuple[Command, ...]:
             "backup:backup",
             "write a consistent copy of the database, also while the daemon runs",
             (
-                _arg("file", type=Path, metavar="FILE", help="the copy, mode 0600"),
+                _arg("file", type=_file, metavar="FILE", help="the copy, mode 0600"),
                 _arg("--force", action="store_true", help="replace an existing FILE"),
                 as_json,
             ),
@@ -230,7 +237,7 @@ def _commands() -> tuple[Command, ...]:
             "restore",
             "backup:restore",
             "put a backup in the database's place while the daemon is stopped; what was there is kept beside it",
-            (_arg("file", type=Path, metavar="FILE", help="a copy made by backup; it stays as it is"), as_json),
+            (_arg("file", type=_file, metavar="FILE", help="a copy made by backup; it stays as it is"), as_json),
         ),
         Command("version", VERSION, "print the version", (as_json,)),
     )
@@ -238,7 +245,7 @@ def _commands() -> tuple[Command, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     def config_option(parser: argparse.ArgumentParser, **options: Any) -> argparse.ArgumentParser:
-        parser.add_argument("--config", metavar="FILE", help="configuration file", **options)
+        parser.add_argument("--config", type=_file, metavar="FILE", help="configuration file", **options)
         return parser
 
     parser = argparse.ArgumentParser(

@@ -25,7 +25,7 @@ class Client:
         self._address = settings.api.listen.text
         self._base = _base_url(settings.api.listen)
         self._unix = settings.api.listen.unix
-        self._token = settings.api_tokens[0] if settings.api_tokens else None
+        self._token = settings.api_tokens[0].secret.decode() if settings.api_tokens else None
         # With the daemon's credentials out of this user's reach, a refusal is no surprise, but should say so
         self._hints = [warning for warning in settings.warnings if warning.startswith("api.token_")]
         self._session: aiohttp.ClientSession

@@ -147,7 +147,7 @@ def player_token(args: argparse.Namespace) -> str | None:
     if args.token_file and args.token_env:
         raise Usage("--token-file and --token-env must not both be given")
     if args.token_env:
-        token = os.environ.get(args.token_env, "")
+        token = _secret(os.environb.get(os.fsencode(args.token_env), b""), f"--token-env: {args.token_env}")
     elif args.token_file:
         token = secret_file(args.token_file, "--token-file")
     else:
@@ -158,9 +158,19 @@ def player_token(args: argparse.Namespace) -> str | None:
     return token
 
 
-def secret_file(name: str, option: str) -> str:
+def secret_file(file: Path, option: str) -> str:
+    """The content of a file without the line break at its end. Raises Usage, naming the option."""
     try:
-        return Path(name).read_text("utf-8").rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"  # a UnicodeDecodeError's own text quotes the file
-        raise Usage(f"{option}: {name} cannot be read: {reason}") from None
+        content = file.read_bytes()
+    except OSError as error:
+        raise Usage(f"{option}: {file} cannot be read: {reason(error)}") from None
+    return _secret(content, f"{option}: {file}")
+
+
+def _secret(content: bytes, place: str) -> str:
+    from lmdaemon import textfile
+
+    try:
+        return textfile.decode(content).rstrip("\r\n")
+    except ValueError as error:
+        raise Usage(f"{place} {error}") from None

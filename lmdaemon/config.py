@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from lmdaemon import target, tls
+from lmdaemon import target, textfile, tls, trust
 from lmdaemon.dialects import SHIPPED, Codes, Dialect
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
@@ -30,9 +30,11 @@ Secrets = Literal["required", "readable", "optional"]
 
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
+TOKEN_ADVISED = 16  # characters
 DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 # RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
 _PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
 _FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
@@ -78,6 +80,8 @@ class ApiTable(msgspec.Struct, frozen=True):
     listen: Listen = Listen("127.0.0.1:8081", "127.0.0.1", 8081)
     token_file: str = ""
     token_env: str = ""
+    read_token_file: str = ""
+    read_token_env: str = ""
 
 
 class DatabaseTable(msgspec.Struct, frozen=True):
@@ -190,6 +194,17 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
         return f"Operator({self.name!r})"  # the rest holds secrets
 
 
+class ApiToken(msgspec.Struct, frozen=True):
+    """What a caller of the private API may show. `name`, if it has one, is for the log."""
+
+    secret: bytes
+    name: str = ""
+    may_change: bool = True
+
+    def __repr__(self) -> str:
+        return f"ApiToken({self.name!r})"
+
+
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     use: str
@@ -208,9 +223,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The whole configuration, checked. `warnings` are for the log: allowed, but worth a look."""
 
     file: Path
+    found: bool  # the file was found, not named
     server: ServerTable
     api: ApiTable
-    api_tokens: tuple[str, ...]
+    api_tokens: tuple[ApiToken, ...]  # those that may change something first
     database: Path
     keep_ended_s: float
     restart_grace_s: float
@@ -225,41 +241,59 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"Settings({str(self.file)!r})"
 
 
-def find(explicit: str | None) -> Path:
-    """The configuration file: `--config`, $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml.
+def find(explicit: Path | None) -> tuple[Path, bool]:
+    """The configuration file: `--config`, $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml; and whether it
+    was found, not named.
 
     Raises ConfigError when there is none.
     """
     named = explicit or os.environ.get("LMDAEMON_CONFIG")
     if named:
-        return Path(named)
+        return Path(named), False
     for candidate in PATHS:
         if _exists(Path(candidate)):
-            return Path(candidate)
+            return Path(candidate), True
     raise ConfigError([f"no configuration file: looked for {', '.join(PATHS)}; name one with --config"])
 
 
-def load(path: Path, *, secrets: Secrets = "required") -> Settings:
+def of_command(explicit: Path | None, *, secrets: Secrets = "required") -> Settings:
+    """The settings for a command that was given `--config`, or None. Raises ConfigError with every finding."""
+    path, found = find(explicit)
+    return load(path, found=found, secrets=secrets)
+
+
+def load(path: Path, *, found: bool = False, secrets: Secrets = "required") -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
-    `secrets` says what a missing secret is: an error ("required"); an error unless it is there and this user may not
-    read it, for check-config beside a daemon that systemd hands credentials to ("readable", systemd/systemd#35227); or
-    a warning, for administration, which needs none of the operators' ("optional").
+    One that was found, not named, is refused when somebody else may have written it. `secrets` says what a missing
+    secret is: an error ("required"); an error unless it is there and this user may not read it, for check-config beside
+    a daemon that systemd hands credentials to ("readable", systemd/systemd#35227); or a warning, for administration,
+    which needs none of the operators' ("optional").
     """
-    try:
-        with path.open("rb") as file:
-            tables = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, a number longer than Python reads
-        raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
-    except RecursionError as error:
-        raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
-    reader = _Reader(path, secrets=secrets)
-    settings = reader.settings(tables)
+    reader = _Reader(path, found=found, secrets=secrets)
+    settings = reader.settings(_tables(path, found=found))
     if settings is None:
         raise ConfigError([f"{path}: {finding}" for finding in reader.errors])
     return settings
+
+
+def _tables(path: Path, *, found: bool) -> dict[str, Any]:
+    """The file as TOML. Raises ConfigError."""
+    try:
+        text = textfile.decode(trust.read(path) if found else path.read_bytes())
+    except trust.UntrustedError as error:
+        finding = f"was found, not named, and is not read: {error}. If you know it, name it: --config {path}"
+        raise ConfigError([f"{path}: {finding}"]) from error
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, or a number longer than Python reads
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
 
 
 def duration(text: object) -> Duration:
@@ -348,8 +382,9 @@ _ABSENT = object()
 class _Reader:
     """One reading of one file: collects every finding under its key path instead of stopping at the first."""
 
-    def __init__(self, path: Path, *, secrets: Secrets) -> None:
+    def __init__(self, path: Path, *, secrets: Secrets, found: bool = False) -> None:
         self.path = path
+        self.found = found
         self.secrets = secrets
         self.errors: list[str] = []
         self.warnings: list[str] = []
@@ -397,7 +432,7 @@ class _Reader:
         }
         self.check_shared_paths(operators)
         self.check_exposure(server, operators)
-        api_tokens = self.secret_lines(api, "token", "api")
+        api_tokens = self.api_tokens(api)
         if not api.listen.loopback and not (api.token_file or api.token_env):
             self.error("api.token_file", f"is required when api.listen is beyond loopback (got {api.listen.text!r})")
         listens = self.sound("server", "listen") and self.sound("api", "listen")
@@ -407,6 +442,7 @@ class _Reader:
             return None
         return Settings(
             file=self.path,
+            found=self.found,
             server=server,
             api=api,
             api_tokens=api_tokens,
@@ -485,8 +521,7 @@ class _Reader:
             if _NAME.fullmatch(name):
                 yield name, table
             else:
-                rule = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
-                self.error(at, rule, name)
+                self.error(at, f"names {_NAME_RULE}", name)
 
     # -- the parts
 
@@ -558,7 +593,7 @@ class _Reader:
         target = self.target(table, at)
         self.check_tls(table, at)
         hash_key = self.secret(table, "hash_key", at)
-        partner_tokens = self.secret_lines(table, "partner_token", at)
+        partner_tokens = self.partner_tokens(table, at)
         signing_keys = self.signing_keys(table, at)
         self.check_authentication(table, sends, receives, at)
         return Operator(
@@ -773,26 +808,30 @@ class _Reader:
             self.error(f"{at}.{key}_file", f"and {key}_env must not both be given")
             return None
         if variable:
-            value = os.environ.get(variable, "")
-            if not value.strip():
-                finding = f"must name an environment variable that is set (got {variable!r})"
-                report = self.missing if self.secrets == "optional" else self.error
-                report(f"{at}.{key}_env", finding)
-                return None
-            return value
+            return self.secret_variable(variable, f"{at}.{key}_env")
         return self.secret_file(file_name, f"{at}.{key}_file") if file_name else None
+
+    def secret_variable(self, variable: str, at: str) -> str | None:
+        content = os.environb.get(os.fsencode(variable), b"") if id_problem(variable) is None else b""
+        if not content.strip():
+            finding = f"must name an environment variable that is set (got {variable!r})"
+            report = self.missing if self.secrets == "optional" else self.error
+            report(at, finding)
+            return None
+        return self.secret_text(content, at, f"${variable}")
 
     def secret_file(self, name: str, at: str) -> str | None:
         content = self.read(name, at, secret=True)
-        if content is None:
-            return None
+        return None if content is None else self.secret_text(content, at, str(self.beside(name)))
+
+    def secret_text(self, content: bytes, at: str, source: str) -> str | None:
         try:
-            value = content.decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            self.error(at, f"must be UTF-8 ({self.beside(name)})")
+            value = textfile.decode(content).rstrip("\r\n")
+        except ValueError as error:
+            self.error(at, f"{error} ({source})")
             return None
         if not value.strip():
-            self.error(at, f"must not be empty ({self.beside(name)})")
+            self.error(at, f"must not be empty ({source})")
             return None
         return value
 
@@ -814,16 +853,53 @@ class _Reader:
             self.warnings.append(f"{at}: others can read this secret (mode {mode:o}): {path}")
         return content
 
-    def secret_lines(self, table: msgspec.Struct, key: str, at: str) -> tuple[str, ...]:
-        """Several secrets, one a line, for rotation."""
+    def secret_lines(self, table: msgspec.Struct, key: str, at: str) -> list[tuple[int, str]]:
+        """Several secrets with the numbers of their lines, for rotation. Blank lines and comments (#) are none."""
         value = self.secret(table, key, at)
-        return tuple(line.strip() for line in value.splitlines() if line.strip()) if value else ()
+        lines = textfile.entries(value) if value else []
+        if value and not lines:
+            self.error(self.place_of(table, key, at), "must not have comments alone")
+        return lines
+
+    def place_of(self, table: msgspec.Struct, key: str, at: str) -> str:
+        return f"{at}.{key}_{'env' if getattr(table, f'{key}_env') else 'file'}"
+
+    def partner_tokens(self, table: OperatorTable, at: str) -> tuple[str, ...]:
+        place = self.place_of(table, "partner_token", at)
+        lines = self.secret_lines(table, "partner_token", at)
+        for number, token in lines:
+            self.check_length(token, f"{place}: line {number}")
+        return tuple(token for _, token in lines)
+
+    def api_tokens(self, table: ApiTable) -> tuple[ApiToken, ...]:
+        """Each line is a token, or a name for the log, a colon and a token. Those that may change something first."""
+        found: dict[bytes, ApiToken] = {}
+        for key, may_change in (("token", True), ("read_token", False)):
+            place = self.place_of(table, key, "api")
+            for number, line in self.secret_lines(table, key, "api"):
+                at = f"{place}: line {number}"
+                name, _, secret = line.partition(":") if ":" in line else ("", "", line)
+                token = ApiToken(secret.strip().encode(), name, may_change)
+                if ":" in line and not _NAME.fullmatch(name):
+                    self.error(at, f"what stands before a colon is the token's name, and {_NAME_RULE}")
+                elif not token.secret:
+                    self.error(at, "has a name without a token")
+                elif found.setdefault(token.secret, token).may_change != may_change:
+                    self.error(at, "is a token of token_file too, which may change things")
+                self.check_length(secret.strip(), at)
+        if (table.read_token_file or table.read_token_env) and not (table.token_file or table.token_env):
+            self.error("api.read_token_file", "needs token_file beside it: else nobody may change anything")
+        return tuple(found.values())
+
+    def check_length(self, token: str, at: str) -> None:
+        if 0 < len(token) < TOKEN_ADVISED:
+            self.warnings.append(f"{at}: a token of fewer than {TOKEN_ADVISED} characters may be guessed")
 
     def signing_keys(self, table: OperatorTable, at: str) -> tuple[bytes, ...]:
         try:
-            return tuple(whsec(line) for line in self.secret_lines(table, "signing_secret", at))
+            return tuple(whsec(line) for _, line in self.secret_lines(table, "signing_secret", at))
         except ValueError as error:
-            self.error(f"{at}.signing_secret_{'env' if table.signing_secret_env else 'file'}", str(error))
+            self.error(self.place_of(table, "signing_secret", at), str(error))
             return ()
 
 
@@ -863,7 +939,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The keys whose values differ, without the values: some are secrets."""
     before, after = dict(_flat(old, "")), dict(_flat(new, ""))
     for key in sorted(before.keys() | after.keys()):
-        if key not in ("warnings", "handed_over", "file") and before.get(key, ...) != after.get(key, ...):
+        if key not in ("warnings", "handed_over", "file", "found") and before.get(key, ...) != after.get(key, ...):
             yield key
 
 

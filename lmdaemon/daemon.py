@@ -269,7 +269,7 @@ class Daemon:
     async def reload_once(self) -> None:
         """Reads the file again and takes it over whole, or changes nothing and says why."""
         try:
-            new = config.load(self.settings.file)
+            new = config.load(self.settings.file, found=self.settings.found)
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
             file = f"{self.settings.file}: "  # a plug-in's finding does not have it

@@ -67,7 +67,7 @@ class Told:
 
 
 def export(args: argparse.Namespace) -> int:
-    settings = config.load(config.find(args.config), secrets="optional")
+    settings = config.of_command(args.config, secrets="optional")
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
     check_source(settings)

@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import HttpVersion11, web
 
 from lmdaemon import systemd
-from lmdaemon.config import Listen, Network
+from lmdaemon.config import ApiToken, Listen, Network
 from lmdaemon.log import Log
 
 HEAD_TIMEOUT_S = 10.0  # from the connect to the end of the first request's headers: slow senders are cut
@@ -310,15 +310,15 @@ def _address(text: str) -> Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def bearer(request: web.BaseRequest, tokens: Sequence[str]) -> bool:
-    """Whether the request carries one of the tokens, or none is needed. All are compared, in constant time."""
-    if not tokens:
-        return True
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    matches = [
-        hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()) for token in tokens
-    ]
-    return scheme.lower() == "bearer" and any(matches)
+def bearer(request: web.BaseRequest, tokens: Sequence[ApiToken]) -> ApiToken | None:
+    """The one of the tokens that the request carries. All are compared, each in constant time."""
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    given = text.strip().encode("utf-8", "surrogateescape")
+    found = None
+    for token in tokens:
+        if hmac.compare_digest(given, token.secret):
+            found = token
+    return found if scheme.lower() == "bearer" else None
 
 
 async def turn_away(listening: socket.socket) -> asyncio.Server:

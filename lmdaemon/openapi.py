@@ -65,7 +65,7 @@ def _paths(settings: Settings, operators: Sequence[Operator], *, secured: bool) 
     public = _server(settings.server.listen, "The public side.")
     paths: Json = {
         path: {"servers": [private]}
-        | {method: _secured(call) if secured else _open(method, call) for method, call in calls.items()}
+        | {method: _secured(method, call) if secured else _open(method, call) for method, call in calls.items()}
         | ({"parameters": [_ref("parameters", name) for name in ("operator", "sessionId", "id") if _in(name, path)]})
         for path, calls in _private_calls().items()
     }
@@ -291,11 +291,9 @@ def _call(
     return call
 
 
-def _secured(call: Json) -> Json:
-    return call | {
-        "security": [{"bearer": []}],
-        "responses": call["responses"] | {"401": _ref("responses", _PROBLEMS[401][0])},
-    }
+def _secured(method: str, call: Json) -> Json:
+    call = call | {"responses": call["responses"] | {"401": _ref("responses", _PROBLEMS[401][0])}}
+    return _open(method, call) | {"security": [{"bearer": []}]}
 
 
 def _open(method: str, call: Json) -> Json:
@@ -431,7 +429,10 @@ def _answer(dialects: Iterable[Dialect]) -> Json:
 _PROBLEMS = {
     400: ("BadRequest", "Something in the request breaks its rule; `detail` says which"),
     401: ("Unauthorized", "No valid bearer token was given"),
-    403: ("BrowserRefused", "A change with an Origin, as a browser sends it, where no token is asked for"),
+    403: (
+        "Forbidden",
+        "A change with a token that may only read, or with an Origin and without a token",
+    ),
     404: ("NotFound", "There is no such operator, session or delivery"),
     405: ("MethodNotAllowed", "The path has no such method"),
     408: ("RequestTimeout", "The body came too slowly or broke off"),

@@ -139,6 +139,22 @@ def _remade(refusal: Refuse) -> Refuse:
 
 def load(settings: Plugin) -> LoadedPlugin:
     """Imports and makes one plug-in. Raises ConfigError, naming it."""
+    target = examine(settings)
+    if not inspect.isclass(target):
+        return LoadedPlugin(settings, target)
+    make: Callable[[dict[str, Any]], Any] = target
+    try:
+        hook = make(deepcopy(dict(settings.options)))  # a reload compares ours with the file's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _broken(settings, f"cannot be made: {_why(error)}") from error
+    _check_hooks(settings, hook)  # again: it may have hooks of its own
+    return LoadedPlugin(settings, hook)
+
+
+def examine(settings: Plugin) -> Any:
+    """Imports one plug-in and looks at it, without calling it: the function or class. Raises ConfigError, naming it."""
     module_name, _, attribute = settings.use.partition(":")
     try:
         importlib.invalidate_caches()  # at a reload, the module may have been installed a moment ago
@@ -150,26 +166,20 @@ def load(settings: Plugin) -> LoadedPlugin:
     except BaseException as error:
         raise _broken(settings, f"cannot be imported: {_why(error)}") from error
     if inspect.isclass(target):
-        return LoadedPlugin(settings, _made(settings, target))
-    if not _is_async(target):
+        _check_hooks(settings, target)
+    elif not _is_async(target):
         raise _broken(settings, "must be an async function or a class with one named session_ended")
-    return LoadedPlugin(settings, target)
+    return target
 
 
-def _made(settings: Plugin, kind: Callable[[dict[str, Any]], Any]) -> Any:
-    try:
-        hook = kind(deepcopy(dict(settings.options)))  # a reload compares ours with the file's
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise _broken(settings, f"cannot be made: {_why(error)}") from error
+def _check_hooks(settings: Plugin, hook: Any) -> None:
+    """Raises ConfigError unless the hooks of a class or of an instance are async."""
     if not _is_async(getattr(hook, "session_ended", None)):
         raise _broken(settings, "must have an async method session_ended(event)")
     for name in ("start", "stop", "check"):
         method = getattr(hook, name, None)
         if method is not None and not _is_async(method):
             raise _broken(settings, f"{name} must be async")
-    return hook
 
 
 def _is_async(hook: object) -> bool:

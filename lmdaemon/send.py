@@ -76,7 +76,7 @@ def _recipient(args: argparse.Namespace) -> Operator:
     dialects = dict(SHIPPED)
     operator = _stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
-        settings = config.load(config.find(args.config), secrets="optional")
+        settings = config.of_command(args.config, secrets="optional")
         # An own dialect is known here once some operator of the file uses it
         for one in settings.operators.values():
             dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}

@@ -37,7 +37,7 @@ def serve(args: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_S)
     gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
     try:
-        settings = config.load(config.find(args.config))
+        settings = config.of_command(args.config)
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -129,8 +129,8 @@ def check_config(args: argparse.Namespace) -> int:
     errors: Sequence[str] = ()
     warnings: Sequence[str] = ()
     try:
-        path = config.find(args.config)
-        warnings = _checked(path).warnings
+        path, found = config.find(args.config)
+        warnings = _checked(path, found=found).warnings
     except ConfigError as error:
         errors = error.findings
     if args.json:
@@ -146,23 +146,23 @@ def check_config(args: argparse.Namespace) -> int:
     return MISCONFIGURED if errors else STOPPED
 
 
-def _checked(path: Path) -> Settings:
-    """The settings, their plug-ins imported and made, but not started. Raises ConfigError with every finding."""
+def _checked(path: Path, *, found: bool) -> Settings:
+    """The settings, their plug-ins imported and looked at, but not called. Raises ConfigError with every finding."""
     from lmdaemon import plugins
 
-    settings = config.load(path, secrets="readable")
+    settings = config.load(path, found=found, secrets="readable")
     findings: list[str] = []
 
-    async def load() -> None:  # in a running loop, as the daemon does it: a plug-in may make a client when it is made
+    async def examine() -> None:  # in a running loop, as the daemon does it: a module may ask for it
         for plugin in settings.plugins.values():
             try:
-                plugins.load(plugin)
+                plugins.examine(plugin)
             except ConfigError as error:
                 findings.extend(f"{path}: {finding}" for finding in error.findings)
 
     quiet_libraries()
     with redirect_stdout(sys.stderr):  # stdout is for the result, whatever an import prints
-        asyncio.run(load())
+        asyncio.run(examine())
     if findings:
         raise ConfigError(findings)
     return settings

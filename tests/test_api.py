@@ -14,7 +14,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 from conftest import HandClock
-from support import LISTEN, ScriptedOperator, Serving, live, raw_connection, scripted_operator, serving, until
+from support import LISTEN, ScriptedOperator, Serving, hear, live, raw_connection, scripted_operator, serving, until
 from yarl import URL
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -1089,6 +1089,44 @@ async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorizatio
     for method, path in CALLS[1:]:
         response, _ = await guarded.answer(method, path)
         assert response.status != 401, (method, path)
+
+
+async def test_a_token_that_may_only_read_changes_nothing(tmp_path: Path, clock: HandClock) -> None:
+    (tmp_path / "tokens").write_text("# who may change things\nops: token-that-changes\n")
+    (tmp_path / "readers").write_text("grafana: token-that-reads\n")
+    toml = LISTEN + 'token_file = "tokens"\nread_token_file = "readers"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        api = Caller(daemon)
+        api.headers = {"Authorization": "Bearer token-that-changes"}
+        await api.open("s-1")
+        api.headers = {"Authorization": "Bearer token-that-reads"}
+        for method, path in CALLS:
+            response, body = await api.answer(method, path)
+            assert (response.status == 403) is (method != "GET"), (method, path)
+            if response.status == 403:
+                assert path == "/health" or body["detail"] == "this token may only read"
+        await api("POST", ACME + "/sessions/s-1/touch", 403)
+        assert (await api("GET", "/health", 200)).keys() > {"status"}
+        assert (await api("GET", ACME + "/sessions/s-1", 200))["state"] == "active"
+        for authorization in ("# who may change things", "ops: token-that-changes", "ops"):
+            await api("GET", "/v1/operators", 401, headers={"Authorization": f"Bearer {authorization}"})
+
+
+async def test_what_is_done_by_hand_is_logged_with_the_name_of_the_token(tmp_path: Path, clock: HandClock) -> None:
+    (tmp_path / "tokens").write_text("ops: token-that-changes\ntoken-without-a-name\n")
+    toml = LISTEN + 'token_file = "tokens"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        with hear() as events:
+            for token in ("token-that-changes", "token-without-a-name"):
+                api = Caller(daemon)
+                api.headers = {"Authorization": f"Bearer {token}"}
+                for call in ("/hold", "/release", "/deliveries/retry"):
+                    await api("POST", ACME + call)
+    done = [
+        event for event in events if event.name in ("operator.held", "operator.released", "delivery.retried_by_hand")
+    ]
+    assert [event.facts["by"] for event in done] == ["ops"] * 3 + [None] * 3
+    assert "token-" not in repr(events)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])

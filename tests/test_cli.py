@@ -181,6 +181,7 @@ Path("imported").touch()
 
 class Hook:
     def __init__(self, options):
+        Path("made").touch()
         asyncio.get_running_loop()  # as a client session needs one
         self.options = options
 
@@ -236,13 +237,13 @@ def configure_plugin(directory: Path, use: str) -> Path:
     return configure(directory, f'[plugins.mine]\nuse = "hooks_of_the_tests:{use}"\n')
 
 
-def test_check_config_loads_plugins_without_starting_them(tmp_path: Path) -> None:
+def test_check_config_imports_plugins_without_making_them(tmp_path: Path) -> None:
     configure_plugin(tmp_path, "Hook")
     text, document = text_and_json("check-config", cwd=tmp_path)
     assert text.stdout == "config.toml: valid\n"
     assert document == {"file": "config.toml", "valid": True, "errors": [], "warnings": []}
     assert (tmp_path / "imported").exists()
-    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "made").exists()
 
 
 def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> None:

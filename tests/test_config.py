@@ -2,6 +2,7 @@
 
 import base64
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -14,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdaemon import config
-from lmdaemon.config import ConfigError, Settings
+from lmdaemon.config import ApiToken, ConfigError, Settings
 from lmdaemon.dialects import SHIPPED, Codes
 from lmdaemon.target import HOST_RULE, SHAPE_RULE
 
 CONFIG_TOML = Path(__file__).parents[1] / "config.toml"
-MARK = "hush-4711"  # stands in every secret of these tests, and in nothing a test may print
+MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing a test may print
 OPERATOR = '[operators.a]\nprovider_id = "p"\n'
 DIALECT = (
     '[dialects.x]\npath = "/x"\nfields = { provider = "p", session = "s", player = "u" }\n'
@@ -33,6 +34,7 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BLANK", " \n")
     monkeypatch.setenv("SECRET", MARK)
+    monkeypatch.setenv("LATIN1", os.fsdecode("é".encode("latin-1")))
 
 
 def secret(path: Path, content: str | bytes = MARK, mode: int = 0o600) -> Path:
@@ -52,6 +54,11 @@ def home(tmp_path: Path) -> Path:
     secret(tmp_path / "tokens", f"{MARK}-1\r\n\n  {MARK}-2  \n")
     secret(tmp_path / "blank", " \n\n")
     secret(tmp_path / "latin1", "é".encode("latin-1"))
+    secret(tmp_path / "utf16", MARK.encode("utf-16"))
+    secret(tmp_path / "zero", f"{MARK}\n{MARK}\0\n")
+    secret(tmp_path / "comments", f"# {MARK}\n\n  # {MARK}\n")
+    secret(tmp_path / "badname", f"# {MARK}\n\n{MARK} of ops:{MARK}\n")
+    secret(tmp_path / "unnamed", "ops: \n")
     secret(tmp_path / "whsec23", f"{whsec(24)}\n{whsec(23)}\n")
     secret(tmp_path / "whsec65", whsec(65))
     secret(tmp_path / "unpadded", whsec(25).rstrip("="))
@@ -629,7 +636,42 @@ BAD_FILES = [
     ("[api]\ntoken_file = '/'", "api.token_file: cannot be read: Is a directory (/)"),
     ('[api]\ntoken_file = "a\\u0000"', "api.token_file: cannot be read: embedded null byte ({home}/a\0)"),
     ("[api]\ntoken_file = 'blank'", "api.token_file: must not be empty ({home}/blank)"),
-    ("[api]\ntoken_file = 'latin1'", "api.token_file: must be UTF-8 ({home}/latin1)"),
+    (
+        "[api]\ntoken_file = 'latin1'",
+        "api.token_file: is Latin-1 or another encoding that is not UTF-8 (line 1); save it as UTF-8 ({home}/latin1)",
+    ),
+    (
+        "[api]\ntoken_file = 'utf16'",
+        "api.token_file: is UTF-16; save it as UTF-8 ({home}/utf16)",
+    ),
+    ("[api]\ntoken_file = 'zero'", "api.token_file: must not have a zero byte (line 2) ({home}/zero)"),
+    (
+        "[api]\ntoken_env = 'LATIN1'",
+        "api.token_env: is Latin-1 or another encoding that is not UTF-8 (line 1); save it as UTF-8 ($LATIN1)",
+    ),
+    (
+        '[api]\ntoken_env = "a\\u0000"',
+        "api.token_env: must name an environment variable that is set (got 'a\\x00')",
+    ),
+    ("[api]\ntoken_file = 'comments'", "api.token_file: must not have comments alone"),
+    (
+        OPERATOR + "token_check = 'partner'\npartner_token_file = 'comments'",
+        "operators.a.partner_token_file: must not have comments alone",
+    ),
+    (OPERATOR + "signing_secret_file = 'comments'", "operators.a.signing_secret_file: must not have comments alone"),
+    (
+        "[api]\ntoken_file = 'badname'",
+        f"api.token_file: line 3: what stands before a colon is the token's name, and {config._NAME_RULE}",
+    ),
+    ("[api]\ntoken_file = 'unnamed'", "api.token_file: line 1: has a name without a token"),
+    (
+        "[api]\ntoken_file = 'secret'\nread_token_file = 'secret'",
+        "api.read_token_file: line 1: is a token of token_file too, which may change things",
+    ),
+    (
+        "[api]\nread_token_file = 'tokens'",
+        "api.read_token_file: needs token_file beside it: else nobody may change anything",
+    ),
     ("[api]\ntoken_env = 'UNSET'", "api.token_env: must name an environment variable that is set (got 'UNSET')"),
     ("[api]\ntoken_env = 'BLANK'", "api.token_env: must name an environment variable that is set (got 'BLANK')"),
     ("[api]\ntoken_file = 'secret'\ntoken_env = 'SECRET'", "api.token_file: and token_env must not both be given"),
@@ -828,7 +870,10 @@ def test_mistake_is_not_reported_as_another(home: Path, text: str) -> None:
     [
         (b"[server\n", "not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 8)"),
         (b"[log]\n[log]\n", "not valid TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
-        (b"x = \xff", "not valid TOML: 'utf-8' codec can't decode byte 0xff in position 4: invalid start byte"),
+        (b"\nx = \xff", "is Latin-1 or another encoding that is not UTF-8 (line 2); save it as UTF-8"),
+        ("[log]\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("[log]\n".encode("utf-32-be"), "is UTF-32; save it as UTF-8"),
+        (b"[log]\nlevel = 'info'\n\0", "must not have a zero byte (line 3)"),
         (b"x = " + b"[" * 100_000, "not valid TOML: nested too deeply"),
     ],
 )
@@ -863,12 +908,12 @@ def test_file_is_found_in_the_promised_order(tmp_path: Path, monkeypatch: pytest
         f"no configuration file: looked for ./config.toml, {system}; name one with --config"
     ]
     system.touch()
-    assert config.find(None) == system
+    assert config.find(None) == (system, True)
     Path("config.toml").touch()
-    assert config.find(None) == Path("config.toml")
+    assert config.find(None) == (Path("config.toml"), True)
     monkeypatch.setenv("LMDAEMON_CONFIG", "from-environment.toml")
-    assert config.find(None) == Path("from-environment.toml")
-    assert config.find("named.toml") == Path("named.toml")
+    assert config.find(None) == (Path("from-environment.toml"), False)
+    assert config.find(Path("named.toml")) == (Path("named.toml"), False)
 
 
 def test_file_in_a_directory_closed_to_this_user_is_named_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -876,7 +921,7 @@ def test_file_in_a_directory_closed_to_this_user_is_named_not_passed_over(monkey
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "exists", closed)  # root, who may run the tests, is let in everywhere
-    assert config.find(None) == Path(config.PATHS[0])
+    assert config.find(None) == (Path(config.PATHS[0]), True)
 
 
 def test_database_lies_in_the_state_directory_else_beside_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -909,7 +954,7 @@ def test_secrets_are_read_one_a_line_where_several_may_be_valid(home: Path) -> N
     secret(home / "whsec", f"{whsec(24)}\n{whsec(64)}\n")
     settings = load(home, ALL_SECRETS)
     operator = settings.operators["a"]
-    assert settings.api_tokens == (f"{MARK}-1", f"{MARK}-2")
+    assert settings.api_tokens == (ApiToken(f"{MARK}-1".encode()), ApiToken(f"{MARK}-2".encode()))
     assert operator.partner_tokens == (MARK,)
     assert operator.hash_key == MARK
     assert operator.signing_keys == (bytes(24), bytes(64))
@@ -925,10 +970,57 @@ def test_relative_secret_is_looked_up_among_the_credentials_first(home: Path, mo
     credentials.mkdir()
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
     text = "[api]\ntoken_file = 'secret'\n"
-    assert load(home, text).api_tokens == (MARK,)
+    assert load(home, text).api_tokens == (ApiToken(MARK.encode()),)
     secret(credentials / "secret", "handed over")
-    assert load(home, text).api_tokens == ("handed over",)
-    assert load(home, f"[api]\ntoken_file = '{home}/secret'\n").api_tokens == (MARK,)
+    assert load(home, text).api_tokens == (ApiToken(b"handed over"),)
+    assert load(home, f"[api]\ntoken_file = '{home}/secret'\n").api_tokens == (ApiToken(MARK.encode()),)
+
+
+def test_tokens_have_names_comments_and_rights(home: Path) -> None:
+    secret(home / "changing", f"# rotated 2026-01 by ops\n\n  # next: May\nlobby-1:{MARK}:with:colons\n{MARK}-bare\n")
+    secret(home / "reading", f"grafana: {MARK}-reads\n")
+    settings = load(home, "[api]\ntoken_file = 'changing'\nread_token_file = 'reading'\n")
+    assert settings.api_tokens == (
+        ApiToken(f"{MARK}:with:colons".encode(), "lobby-1"),
+        ApiToken(f"{MARK}-bare".encode()),
+        ApiToken(f"{MARK}-reads".encode(), "grafana", may_change=False),
+    )
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize("content", ["123456789012345", "ops:123456789012345"])
+def test_a_token_that_may_be_guessed_is_warned_about_without_showing_it(home: Path, content: str) -> None:
+    secret(home / "short", f"# ours\n{content}\n{content}6\n")
+    text = "[api]\ntoken_file = 'tokens'\nread_token_file = 'short'\n"
+    assert load(home, text).warnings == (
+        "api.read_token_file: line 2: a token of fewer than 16 characters may be guessed",
+    )
+
+
+@pytest.mark.parametrize("by", ["file", "env"])
+@pytest.mark.parametrize("before", ["", "\ufeff"], ids=["bare", "byte-order mark"])
+def test_every_secret_is_the_same_with_a_byte_order_mark(
+    home: Path, monkeypatch: pytest.MonkeyPatch, by: str, before: str
+) -> None:
+    def kept(name: str, content: str) -> str:
+        secret(home / name, before + content)
+        monkeypatch.setenv(name, before + content)
+        return name
+
+    settings = load(
+        home,
+        f"[api]\ntoken_{by} = '{kept('T', MARK + chr(10))}'\nread_token_{by} = '{kept('R', MARK + '-r' + chr(13))}'\n"
+        f"{OPERATOR}accept = ['v4', 'pragmatic']\ntoken_check = 'present'\npartner_token_{by} = '{kept('P', MARK)}'\n"
+        f"hash_key_{by} = '{kept('H', MARK + chr(13) + chr(10))}'\nsigning_secret_{by} = '{kept('S', whsec(24))}'\n",
+    )
+    operator = settings.operators["a"]
+    assert [token.secret.decode() for token in settings.api_tokens] == [MARK, f"{MARK}-r"]
+    assert (operator.partner_tokens, operator.hash_key, operator.signing_keys) == ((MARK,), MARK, (bytes(24),))
+
+
+def test_a_file_with_a_byte_order_mark_and_line_breaks_of_another_system_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf[log]\r\nlevel = 'debug'\r\n")
+    assert config.load(tmp_path / "config.toml").log.level == "debug"
 
 
 def test_certificates_are_found_like_secrets(home: Path) -> None:

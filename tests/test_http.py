@@ -18,7 +18,7 @@ from aiohttp.test_utils import RawTestServer
 from support import raw_connection, serving, until
 
 from lmdaemon import config, http
-from lmdaemon.config import Network
+from lmdaemon.config import ApiToken, Network
 from lmdaemon.http import (
     BodyTooLarge,
     BodyTooSlow,
@@ -306,31 +306,32 @@ def test_no_network_lets_everybody_in_and_any_only_its_own(
 @pytest.mark.parametrize(
     ("header", "tokens", "valid"),
     [
-        (None, (), True),
-        ("Bearer anything", (), True),
-        (None, ("one",), False),
-        ("Bearer one", ("one",), True),
-        ("bearer  one ", ("one",), True),
-        ("Bearer two", ("one", "two"), True),
-        ("Bearer on", ("one",), False),
-        ("Bearer onee", ("one",), False),
-        ("Bearer", ("one",), False),
-        ("one", ("one",), False),
-        ("Basic one", ("one",), False),
-        ("Bearer ONE", ("one",), False),
-        ("Bearer zwölf", ("zwölf",), True),
+        (None, ("one",), None),
+        ("Bearer one", ("one",), "one"),
+        ("bearer  one ", ("one",), "one"),
+        ("Bearer two", ("one", "two"), "two"),
+        ("Bearer on", ("one",), None),
+        ("Bearer onee", ("one",), None),
+        ("Bearer", ("one",), None),
+        ("one", ("one",), None),
+        ("Basic one", ("one",), None),
+        ("Bearer ONE", ("one",), None),
+        ("Bearer zwölf", ("zwölf",), "zwölf"),
     ],
 )
 async def test_a_bearer_token_is_one_of_those_configured(
-    header: str | None, tokens: tuple[str, ...], valid: bool
+    header: str | None, tokens: tuple[str, ...], valid: str | None
 ) -> None:
+    configured = [ApiToken(token.encode(), f"name of {token}") for token in tokens]
+
     async def handle(request: web.BaseRequest) -> web.Response:
-        return web.Response(text=str(bearer(request, tokens)))
+        found = bearer(request, configured)
+        return web.Response(text="none" if found is None else found.name)
 
     headers = {} if header is None else {"Authorization": header}
     async with RawTestServer(handle) as server, aiohttp.ClientSession(headers=headers) as client:
         async with client.get(server.make_url("/")) as answer:
-            assert await answer.text() == str(valid)
+            assert await answer.text() == (f"name of {valid}" if valid else "none")
 
 
 # -- sockets

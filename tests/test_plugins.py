@@ -106,10 +106,35 @@ class Hook:
     async def session_ended(self, event):
         LOG.append((self.name, event))
 """
+ENDED = "async def session_ended(self, e): pass"
 QUICK = '[delivery]\nschedule = ["10ms", "10ms", "10ms", "10ms", "10ms", "10ms", "10ms", "10ms", "10ms", "10ms"]\n'
 
 
 class TestLoading:
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "class Hook:\n def __init__(self, o): LOG.append('called')",
+            "class Hook:\n def __init__(self, o): LOG.append('called')\n def session_ended(self, e): pass",
+            f"class Hook:\n {ENDED}\n def __init__(self, o): LOG.append('called')\n def check(self, n): pass",
+            "class Meta(type):\n def __call__(self, *a): LOG.append('called')\nclass Hook(metaclass=Meta): pass",
+            "def Hook(options): LOG.append('called')",
+            "class Kind:\n def __call__(self, o): LOG.append('called')\nHook = Kind()",
+        ],
+    )
+    def test_what_is_no_plugin_is_refused_without_being_called(
+        self, written: Callable[[str], str], source: str
+    ) -> None:
+        name = written(source)
+        with pytest.raises(ConfigError, match="must "):
+            plugins.load(settings(f"{name}:Hook"))
+        assert module(name).LOG == []
+
+    def test_hooks_of_an_instance_are_looked_at_too(self, written: Callable[[str], str]) -> None:
+        name = written(f"class Hook:\n {ENDED}\n def __init__(self, o): self.session_ended = print")
+        with pytest.raises(ConfigError, match="must have an async method session_ended"):
+            plugins.load(settings(f"{name}:Hook"))
+
     @pytest.mark.parametrize(
         ("source", "attribute", "finding"),
         [
@@ -123,9 +148,13 @@ class TestLoading:
             ("hook = 5", "hook", "must be an async function or a class"),
             ("def hook(event): pass", "hook", "must be an async function or a class"),
             ("hook = lambda event: asyncio.sleep(0)", "hook", "must be an async function or a class"),
-            ("class Hook: pass", "Hook", "cannot be made: TypeError: "),
-            ("class Hook:\n def __init__(self, o): raise SystemExit(4)", "Hook", "cannot be made: SystemExit at "),
-            ("class Hook:\n def __init__(self, o): o['url']", "Hook", "cannot be made: KeyError: 'url'"),
+            (f"class Hook:\n {ENDED}", "Hook", "cannot be made: TypeError: "),
+            (
+                f"class Hook:\n def __init__(self, o): raise SystemExit(4)\n {ENDED}",
+                "Hook",
+                "cannot be made: SystemExit at ",
+            ),
+            (f"class Hook:\n def __init__(self, o): o['url']\n {ENDED}", "Hook", "cannot be made: KeyError: 'url'"),
             ("class Hook:\n def __init__(self, o): pass", "Hook", "must have an async method session_ended(event)"),
             (
                 "class Hook:\n def __init__(self, o): pass\n def session_ended(self, e): pass",
@@ -162,7 +191,7 @@ class TestLoading:
         ("source", "failed", "line"),
         [
             ("raise RuntimeError('cannot log in with s3cret')", "cannot be imported: RuntimeError", 5),
-            ("class Hook:\n def __init__(self, o):\n  int('s3cret')", "cannot be made: ValueError", 7),
+            (f"class Hook:\n def __init__(self, o):\n  int('s3cret')\n {ENDED}", "cannot be made: ValueError", 7),
             (
                 (
                     "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
@@ -192,7 +221,8 @@ class TestLoading:
     def test_an_interrupt_from_the_terminal_is_not_taken_for_a_broken_plugin(
         self, written: Callable[[str], str]
     ) -> None:
-        for source in ("raise KeyboardInterrupt", "class hook:\n def __init__(self, o): raise KeyboardInterrupt"):
+        made = f"class hook:\n def __init__(self, o): raise KeyboardInterrupt\n {ENDED}"
+        for source in ("raise KeyboardInterrupt", made):
             with pytest.raises(KeyboardInterrupt):
                 plugins.load(settings(f"{written(source)}:hook"))
 

@@ -7,7 +7,7 @@ the system for the time. `ServiceClock` is what promise 4 stands on. It must nev
 import time
 
 STALL_S = 1.5  # a gap between two readings longer than this is a stall: nobody was listening, so no time has passed
-FREEZES = ("starting", "store", "stopping")  # why the service clock may stand still
+FREEZES = ("starting", "store", "listening", "stopping")  # why the service clock may stand still
 TICK_S = 1.0  # how often somebody has to read the service clock while sessions are live
 
 

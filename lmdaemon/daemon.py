@@ -5,6 +5,7 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 """
 
 import asyncio
+import resource
 import signal
 import socket
 from collections import Counter
@@ -23,7 +24,8 @@ from lmdaemon.config import ConfigError, Settings
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
-from lmdaemon.http import Site, address_of, bind, turn_away
+from lmdaemon.http import address_of, bind
+from lmdaemon.listener import Acceptor, Hearing, Site, connections_max, turn_away
 from lmdaemon.metrics import Metrics, Reading, by_label, plain
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
@@ -120,11 +122,18 @@ class Daemon:
         self._plugins = {plugin.name: plugin for plugin in loaded}
         stack.push_async_callback(self._stop_plugins)
         self._metrics = Metrics()
+        self._hearing = Hearing(self._store.service_clock)
         self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s)
         self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng)
         pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
         self._health = Health(
-            self._store, self._clock, pulses, lambda: self.settings, lambda: self._reload_error, self._sweeper.alarm
+            self._store,
+            self._clock,
+            pulses,
+            lambda: self.settings,
+            lambda: self._reload_error,
+            self._sweeper.alarm,
+            self._hearing.deaf,
         )
         self._endpoint = Endpoint(self._store, self._health.status)
         self._api = Api(self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at)
@@ -139,6 +148,13 @@ class Daemon:
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
         self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
+        for site in self._sites.values():
+            self._configure_site(site)
+
+    def _configure_site(self, site: Site) -> None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        site.most = connections_max(files, self._dispatcher.attempts_max)
+        site.trusted_proxies = self.settings.server.trusted_proxies
 
     async def _listen(
         self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
@@ -149,7 +165,7 @@ class Daemon:
         )
         _check_reach(assigned, wanted)
         for needless in unused:
-            await self._turn_away(stack, needless)
+            self._turn_away(stack, needless)
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
         runners: dict[str, web.BaseRunner] = {
             "server": web.ServerRunner(web.Server(self._endpoint.handle), shutdown_timeout=within_s),
@@ -163,12 +179,13 @@ class Daemon:
             stack.push_async_callback(runner.cleanup)
             if name == "api" and runner.server is not None:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
-            site = self._sites[name] = Site(runner, listening, malformed[name], name)
+            site = self._sites[name] = Site(runner, listening, malformed[name], name, self._hearing)
+            self._configure_site(site)
             await site.start()
             self.addresses[name] = listening.getsockname()
         return list(runners.values())
 
-    async def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:
+    def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:
         """Refuses the clients of a socket that no listener has a use for. Closing it would not: systemd holds it open
         too, and clients would wait in it for ever.
         """
@@ -178,7 +195,9 @@ class Daemon:
             note="systemd hands it over, but no listener of the configuration has this address: clients there get 503. "
             "Make them agree (systemctl edit lmdaemon.socket), then: systemctl restart lmdaemon.socket",
         )
-        stack.callback((await turn_away(needless)).close)
+        acceptor = Acceptor(needless, turn_away)
+        acceptor.start()
+        stack.callback(acceptor.close)
 
     def _handle_signals(self) -> None:
         """They stay with the loop until it is closed: a second SIGTERM must not cut the closing short."""
@@ -424,8 +443,14 @@ class Daemon:
     def _own_readings(self) -> Iterator[Reading]:
         """Of the daemon itself: loops, clock, log, connections."""
         frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
+        accepting = {name: float(name not in self._hearing.deaf) for name in self._sites}
+        most = {name: float(site.most) for name, site in self._sites.items()}
         connections = {name: float(site.connections) for name, site in self._sites.items()}
-        turned = {name: float(site.turned_away) for name, site in self._sites.items()}
+        turned = {
+            (name, limit): float(count)
+            for name, site in self._sites.items()
+            for limit, count in site.turned_away.items()
+        }
         yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
         yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
         yield plain("stalled_seconds_total", "Time in stalls, which counts as no idleness.", self._sweeper.lost_s)
@@ -440,7 +465,10 @@ class Daemon:
         yield by_label("log_events_total", "Events of these levels, written or suppressed.", "level", log.happened)
         yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
         yield by_label("http_connections", "Open connections.", "listener", connections)
-        yield by_label("http_connections_refused_total", "Connections beyond the limit.", "listener", turned)
+        yield by_label("http_connections_max", "Connections that a listener takes.", "listener", most)
+        beyond = "Connections beyond what the listener takes, or what it takes from one address."
+        yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
+        yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
 
     def _store_readings(self) -> Iterator[Reading]:
         store = self._store

@@ -285,6 +285,11 @@ class Dispatcher:
         return {pair: lane.attempting for pair, lane in self._lanes.items()}
 
     @property
+    def attempts_max(self) -> int:
+        """Attempts that may be under way at the same time."""
+        return sum(lane.policy.concurrency for lane in self._lanes.values())
+
+    @property
     def overdue_s(self) -> dict[tuple[str, str], float]:
         """By operator and sink, for how long the earliest delivery has been due that still waits for a slot; 0 while
         hold, Retry-After or breaker keep it back.

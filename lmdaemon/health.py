@@ -5,7 +5,7 @@ table. The one thing it does is a tiny write, at most once a second, for a disk 
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from lmdaemon import retry
@@ -68,7 +68,9 @@ class _Question(Generic[_Answer]):
 
 
 class Health:
-    """`settings` gives those in force; `reload_error` what was wrong with the last reload, or None."""
+    """`settings` gives those in force; `reload_error` what was wrong with the last reload, or None; `deaf` names the
+    listeners that cannot accept, with the reason.
+    """
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class Health:
         settings: Callable[[], Settings],
         reload_error: Callable[[], str | None],
         mass_expiry: MassExpiry,
+        deaf: Mapping[str, str],
     ) -> None:
         self._store = store
         self._clock = clock
@@ -85,6 +88,7 @@ class Health:
         self._settings = settings
         self._reload_error = reload_error
         self._mass_expiry = mass_expiry
+        self._deaf = deaf
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
 
@@ -106,6 +110,7 @@ class Health:
         checks = {
             "store": await self._check_store(),
             **{name: self._check_pulse(pulse) for name, pulse in self._pulses.items()},
+            "listeners": self._check_listeners(),
             "expiry": self._check_expiry(),
             "deliveries": await self._check_deliveries(),
             "operators": self._check_operators(),
@@ -159,6 +164,12 @@ class Health:
         if self._store.wal_bytes > LARGE_WAL:
             return check | {"status": "warn", "output": "the WAL cannot start over: somebody keeps reading"}
         return check
+
+    def _check_listeners(self) -> Check:
+        if not self._deaf:
+            return {"status": "pass"}
+        output = "; ".join(f"{listener} cannot accept connections: {reason}" for listener, reason in self._deaf.items())
+        return {"status": "fail", "output": output}
 
     def _check_expiry(self) -> Check:
         alarm = self._mass_expiry

@@ -1,6 +1,6 @@
-"""What both listeners need of HTTP: connections, heads and bodies within bounds, the client's address, tokens, sockets.
+"""What both listeners need of HTTP: bodies within bounds, ready answers, the client's address, tokens, sockets.
 
-Called by `endpoint`, `api` and `daemon`; it knows nothing of sessions or dialects.
+It knows nothing of sessions, dialects or connections; those are `listener`'s.
 """
 
 import asyncio
@@ -21,23 +21,11 @@ from aiohttp import HttpVersion11, web
 
 from lmdaemon import systemd
 from lmdaemon.config import ApiToken, Listen, Network
-from lmdaemon.log import Log
 
-HEAD_TIMEOUT_S = 10.0  # from the connect to the end of the first request's headers: slow senders are cut
 BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body
-KEEPALIVE_S = 75.0  # for which a connection may wait for its next request
-CONNECTIONS_MAX = 2000  # to one listener
-LINE_MAX = 4096  # bytes of the request line
-HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
-BACKLOG = 512
-# At a stop: what a client gets to ask that was let in but has asked nothing yet, or to end what it has begun; and what
-# everybody gets whose request may be on the way.
-HEARD_WITHIN_S = 1.0
-HEARD_S = 0.05
+BACKLOG = 512  # connections that the kernel keeps until they are accepted
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-
-log = Log("http")
 
 Handler = Callable[[Any], Awaitable[web.StreamResponse]]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -49,140 +37,6 @@ class BodyTooLarge(Exception):  # noqa: N818 - a verdict on a request
 
 class BodyTooSlow(Exception):  # noqa: N818
     """The body did not arrive within BODY_TIMEOUT_S, or broke off."""
-
-
-class Connection(web.RequestHandler):
-    """A connection with what aiohttp leaves open: a limit to the time for its first request, an answer to what is no
-    HTTP that does not repeat it, and an end that cuts no request off.
-    """
-
-    __slots__ = ("_answered", "_head_timer", "_site")
-
-    def __init__(self, server: web.Server, site: "Site") -> None:
-        options: Any = {
-            "access_log": None,
-            "keepalive_timeout": KEEPALIVE_S,
-            "max_line_size": LINE_MAX,
-            "max_headers": HEADERS_MAX,
-            "lingering_time": BODY_TIMEOUT_S,  # for what is left of a body that nobody wanted
-            "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
-        }
-        super().__init__(server, loop=asyncio.get_running_loop(), **options)
-        self._site = site
-        self._answered = 0
-        self._head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._head_timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT_S, self._cut)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-        super().connection_lost(exc)
-
-    @property
-    def unheard(self) -> bool:
-        """Whether its client has been let in and has no answer yet."""
-        return self._request_count == 0 or self._request_count > self._answered
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if self._site.closing:
-            resp = resp.ordinary() if isinstance(resp, Ready) else resp
-            resp.force_close()  # the client is told, and does not ask on a connection that is about to end
-        done = await super().finish_response(request, resp, start_time)
-        self._answered += 1
-        return done
-
-    def _cut(self) -> None:
-        if self._request_count == 0:
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer has begun")
-        log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
-        malformed = self._site.malformed
-        answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
-        answer.force_close()
-        return answer
-
-
-class _Turned(asyncio.Protocol):
-    """A connection too many: told to come back, and closed."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101 - for the type checker
-        transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n")
-        transport.write(b"Connection: close\r\n\r\n")
-        transport.close()
-
-
-class Site(web.BaseSite):
-    """Serves a runner's requests on a socket, CONNECTIONS_MAX connections at a time. `malformed` answers what is no
-    HTTP; `listener` is its name in the log.
-    """
-
-    __slots__ = ("_listener", "_socket", "closing", "malformed", "turned_away")
-
-    def __init__(
-        self, runner: web.BaseRunner, listening: socket.socket, malformed: web.Response, listener: str
-    ) -> None:
-        super().__init__(runner)
-        self._listener = listener
-        self.turned_away = 0  # connections beyond CONNECTIONS_MAX
-        self._socket = listening
-        self.malformed = malformed
-        self.closing = False
-
-    @property
-    def name(self) -> str:
-        return str(self._socket.getsockname())
-
-    @property
-    def connections(self) -> int:
-        """Those open now."""
-        server = self._runner.server
-        return 0 if server is None else len(server.connections)
-
-    async def start(self) -> None:
-        await super().start()
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, sock=self._socket, backlog=BACKLOG)
-
-    async def stop(self) -> None:
-        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late."""
-        server, loop = self._runner.server, asyncio.get_running_loop()
-        self.closing = True
-        # asyncio makes a connection's transport a turn after it has accepted it, and drops the connection if its server
-        # is closed by then (base_events.Server._attach): so no more are accepted first. uvloop has no such gap.
-        loop.remove_reader(self._socket)
-        await asyncio.sleep(0)
-        await super().stop()
-        since = loop.time()
-        while server is not None and (waited_s := loop.time() - since) < HEARD_WITHIN_S:
-            if waited_s >= HEARD_S and not any(
-                one.unheard for one in server.connections if isinstance(one, Connection)
-            ):
-                break
-            await asyncio.sleep(0.01)
-
-    def _accept(self) -> asyncio.Protocol:
-        server = self._runner.server
-        assert server is not None  # noqa: S101 - BaseSite has checked it
-        if len(server.connections) >= CONNECTIONS_MAX:
-            self.turned_away += 1
-            log.warning("http.turned_away", listener=self._listener, connections=len(server.connections))
-            return _Turned()
-        return Connection(server, self)
 
 
 class Ready(web.StreamResponse):
@@ -280,11 +134,11 @@ def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network])
     peer = request.transport.get_extra_info("peername") if request.transport is not None else None
     address = _address(peer[0]) if isinstance(peer, tuple) and peer else None
     hops = [hop.strip() for header in request.headers.getall("X-Forwarded-For", []) for hop in header.split(",")]
-    if not trusted_proxies or (peer and not _inside(address, trusted_proxies)):
+    if not trusted_proxies or (peer and not inside(address, trusted_proxies)):
         return address
     while hops:
         address = _address(hops.pop())
-        if not _inside(address, trusted_proxies):
+        if not inside(address, trusted_proxies):
             break
     return address
 
@@ -292,10 +146,11 @@ def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network])
 def allowed(address: Address | None, networks: Iterable[Network]) -> bool:
     """Whether the networks let the address in; no networks let everybody in."""
     networks = tuple(networks)
-    return not networks or _inside(address, networks)
+    return not networks or inside(address, networks)
 
 
-def _inside(address: Address | None, networks: Iterable[Network]) -> bool:
+def inside(address: Address | None, networks: Iterable[Network]) -> bool:
+    """Whether an address that is known lies in one of the networks."""
     return address is not None and any(address in network for network in networks)
 
 
@@ -319,11 +174,6 @@ def bearer(request: web.BaseRequest, tokens: Sequence[ApiToken]) -> ApiToken | N
         if hmac.compare_digest(given, token.secret):
             found = token
     return found if scheme.lower() == "bearer" else None
-
-
-async def turn_away(listening: socket.socket) -> asyncio.Server:
-    """Answers every connection on a socket that serves nothing with 503, until the server is closed."""
-    return await asyncio.get_running_loop().create_server(_Turned, sock=listening, backlog=BACKLOG)
 
 
 def address_of(listen: Listen) -> systemd.Address:

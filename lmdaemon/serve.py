@@ -7,10 +7,11 @@ import argparse
 import asyncio
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def serve(args: argparse.Namespace) -> int:
     # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.setswitchinterval(SWITCH_S)
+    _raise_file_limit()
     gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
     try:
         settings = config.of_command(args.config)
@@ -48,6 +50,15 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         gc.enable()
     return code
+
+
+def _raise_file_limit() -> None:
+    """Lets the process open as many files as it may allow itself: the soft limit, often 1,024, is there for programs
+    that use select(2), and a connection takes one.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a system that refuses what it offers: the listeners live with the soft one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_what_is_made() -> None:

@@ -1,8 +1,9 @@
 """Fixtures for every test: a clock moved by hand, and for the fault suite its length, its seed and its figures."""
 
+import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ class HandClock(Clock):
     def step_wall(self, seconds: float) -> None:
         """Somebody sets the wall clock."""
         self.wall += round(seconds * 1000)
+
+
+# What is tested on both loops that users have: whatever reaches into a loop or its transports
+BOTH_LOOPS = {"test_http", "test_listener", "test_doors"}
+
+
+def _uvloop() -> asyncio.AbstractEventLoop:
+    uvloop = pytest.importorskip("uvloop", reason="uvloop is not installed")
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    own = {"asyncio": asyncio.new_event_loop}
+    return own | {"uvloop": _uvloop} if item.path.stem in BOTH_LOOPS else own
 
 
 @pytest.fixture(autouse=True)

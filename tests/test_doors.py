@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Serving, bench, operator_table, raw_connection, serving
 
-from lmdaemon import http
+from lmdaemon import http, listener
 
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 NOTICE = json.dumps(
@@ -89,8 +89,9 @@ async def answers(url: str, sent: bytes) -> list[int]:
 def impatience() -> Iterator[None]:
     """What never comes to its end is cut soon. Only for what need not be answered: a busy machine is slow to ask."""
     with pytest.MonkeyPatch.context() as patch:
-        for limit in ("HEAD_TIMEOUT_S", "BODY_TIMEOUT_S", "KEEPALIVE_S"):
-            patch.setattr(http, limit, 0.2)
+        patch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+        for limit in ("HEAD_TIMEOUT_S", "KEEPALIVE_S"):
+            patch.setattr(listener, limit, 0.2)
         yield
 
 

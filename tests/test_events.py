@@ -10,7 +10,7 @@ from conftest import HandClock
 from processes import process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
-from lmdaemon import database, http
+from lmdaemon import database
 from lmdaemon.retry import BREAKER_OPENS_AT
 from lmdaemon.store import StoreError
 
@@ -92,7 +92,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
             monkeypatch.setattr(database, "QUEUE_MAX", 0)
             assert await notify(d, V4_01) == 503
             monkeypatch.setattr(database, "QUEUE_MAX", 20_000)
-            monkeypatch.setattr(http, "CONNECTIONS_MAX", 0)
+            monkeypatch.setattr(d.daemon._sites["server"], "most", 0)
             host, port = d.server.removeprefix("http://").split(":")
 
             def knock() -> bytes:
@@ -100,7 +100,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
                     return connection.recv(64)
 
             assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
-            monkeypatch.setattr(http, "CONNECTIONS_MAX", 2000)
+            monkeypatch.setattr(d.daemon._sites["server"], "most", 2000)
             with pytest.raises(StoreError):
                 await d.daemon._store._db.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"

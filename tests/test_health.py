@@ -47,7 +47,7 @@ def pulses(clock: HandClock) -> dict[str, Pulse]:
 @pytest.fixture
 def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
     settings = load(tmp_path / "config.toml", CONFIG)
-    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic))
+    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic), {})
 
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
@@ -97,6 +97,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
             "store": [{"status": "pass", "sessions": 0, "waiting": 0, "time": time}],
             "sweeper": loop,
             "dispatcher": loop,
+            "listeners": [{"status": "pass", "time": time}],
             "expiry": [{"status": "pass", "time": time}],
             "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
             "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],

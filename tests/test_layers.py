@@ -10,7 +10,7 @@ LEVELS = {
     5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "export", "files", "command"},
     4: {"daemon"},
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
-    2: {"store", "plugins", "sender"},
+    2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
     | {"textfile", "trust"}

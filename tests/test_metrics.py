@@ -9,7 +9,7 @@ import pytest
 from conftest import HandClock
 from support import LISTEN, Serving, bench, operator_table, scrape, scripted_operator, serving, until
 
-from lmdaemon import database, http
+from lmdaemon import database
 from lmdaemon.metrics import Metrics, _Process
 from lmdaemon.model import Gate
 from lmdaemon.store import Opening, StoreError
@@ -233,7 +233,7 @@ async def test_connections_and_those_turned_away_are_counted_by_listener(
     async with serving(tmp_path, ACME) as d:
         before = await scrape(d)
         assert before['lmdaemon_http_connections{listener="api"}'] >= 1
-        monkeypatch.setattr(http, "CONNECTIONS_MAX", 0)
+        monkeypatch.setattr(d.daemon._sites["server"], "most", 0)
         host, port = d.server.removeprefix("http://").split(":")
 
         def knock() -> bytes:
@@ -242,8 +242,9 @@ async def test_connections_and_those_turned_away_are_counted_by_listener(
 
         assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
         after = await scrape(d)
-    assert after['lmdaemon_http_connections_refused_total{listener="server"}'] == 1
-    assert after['lmdaemon_http_connections_refused_total{listener="api"}'] == 0
+    assert after['lmdaemon_http_connections_refused_total{limit="listener",listener="server"}'] == 1
+    assert after['lmdaemon_http_connections_refused_total{limit="address",listener="server"}'] == 0
+    assert after['lmdaemon_http_connections_refused_total{limit="listener",listener="api"}'] == 0
 
 
 async def test_a_failed_reload_leaves_the_time_of_the_last_good_one(tmp_path: Path, clock: HandClock) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
-from lmdaemon import openapi, retry
+from lmdaemon import bodies, openapi, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import ApiToken, Operator, Settings
 from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
@@ -21,7 +21,7 @@ from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, dec
 from lmdaemon.log import Log, place
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
-from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, BULK_IDS_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
+from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.store import Opening, Store, StoreError
 
 BODY_MAX = 64 * 1024
@@ -223,14 +223,10 @@ class Api:
 
     async def touch_many(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
-        fields = await _fields(request, {"sessionIds"}, limit=BULK_BODY_MAX)
-        session_ids = fields.get("sessionIds")
-        if not isinstance(session_ids, list) or len(session_ids) > BULK_IDS_MAX:
-            raise _bad(f"sessionIds: must be a list of at most {BULK_IDS_MAX} ids")
-        for index, session_id in enumerate(session_ids):
-            problem = "must be a string" if not isinstance(session_id, str) else id_problem(session_id)
-            if problem:
-                raise _bad(f"sessionIds[{index}]: {problem}")
+        try:
+            session_ids = bodies.session_ids(await _body(request, BULK_BODY_MAX))
+        except ValueError as error:
+            raise _bad(str(error)) from error
         touched = await self._store.touch(operator.name, session_ids)
         self._metrics.touched(operator.name, touched.touched)
         return _json(touched._asdict())
@@ -438,10 +434,8 @@ def _page(items: list[Any], rows: "list[Session] | list[Delivery]", limit: int) 
     return {"items": items, "next": str(rows[limit - 1].id) if len(rows) > limit else None}
 
 
-async def _fields(
-    request: web.Request, known: set[str], limit: int = BODY_MAX, *, optional: bool = False
-) -> Mapping[str, Any]:
-    """The body as an object of known keys. Raises Problem."""
+async def _body(request: web.Request, limit: int, *, optional: bool = False) -> bytes:
+    """A body that says it is JSON; where it is optional, an empty one need not say so. Raises Problem."""
     if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
         seen = ", ".join(codings)[:ID_MAX]
         raise Problem(415, "Unsupported Media Type", f"the body must not be compressed (got Content-Encoding {seen!r})")
@@ -451,11 +445,17 @@ async def _fields(
         raise Problem(413, "Content Too Large", f"the body must be at most {limit} bytes") from None
     except BodyTooSlow:
         raise Problem(408, "Request Timeout", "the body came too slowly or broke off") from None
-    if optional and not without_mark(body):
-        return {}
-    if content_of(seen := request.headers.get("Content-Type", "")) != "json":
+    if (body or not optional) and content_of(seen := request.headers.get("Content-Type", "")) != "json":
         detail = f"Content-Type must be application/json (got {seen[:ID_MAX]!r})"
         raise Problem(415, "Unsupported Media Type", detail)
+    return body
+
+
+async def _fields(request: web.Request, known: set[str], *, optional: bool = False) -> Mapping[str, Any]:
+    """The body as an object of known keys. Raises Problem."""
+    body = await _body(request, BODY_MAX, optional=optional)
+    if optional and not without_mark(body):
+        return {}
     try:
         fields = json_object(body)
     except BadNotice as error:

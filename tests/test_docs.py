@@ -11,6 +11,7 @@ from support import serving
 from lmdaemon import (
     __version__,
     api,
+    bodies,
     changes,
     config,
     database,
@@ -89,7 +90,7 @@ def test_readme_shows_the_true_limits() -> None:
     table = README.partition("## Limits")[2].partition("## Decisions")[0].replace(",", "")
     for limit in (
         f"{endpoint.BODY_MAX // 1024} KiB; API body {api.BODY_MAX // 1024} KiB",
-        f"bulk touch {api.BULK_IDS_MAX} ids and {api.BULK_BODY_MAX // 1024**2} MiB",
+        f"bulk touch {bodies.BULK_IDS_MAX} ids and {api.BULK_BODY_MAX // 1024**2} MiB",
         f"attributes {api.ATTRIBUTES_MAX // 1024} KiB",
         f"{listener.LINE_MAX // 1024} KiB; {listener.HEADERS_MAX} of at most 8190 bytes",
         f"the headers of a new connection have {listener.HEAD_TIMEOUT_S:g} s; a body has {http.BODY_TIMEOUT_S:g} s",

@@ -13,13 +13,13 @@ LEVELS = {
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
-    | {"textfile", "trust"}
+    | {"textfile", "trust", "bodies"}
     | {"__init__"},
     0: {"model", "version"},
 }
 HOMES = {
     "aiosqlite": {"database"},
-    "msgspec": {"config", "dialects", "openapi"},
+    "msgspec": {"bodies", "config", "dialects", "openapi"},
     "prometheus_client": {"metrics"},
     "tomllib": {"config"},
 }

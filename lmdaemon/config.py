@@ -9,10 +9,11 @@ import difflib
 import ipaddress
 import os
 import re
-import ssl
 import stat
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -24,8 +25,10 @@ from lmdaemon.dialects import SHIPPED, Codes, Dialect
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
 from lmdaemon.target import Target
+from lmdaemon.tls import Certificate, Pem, Profile
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs, our certificate, its key
 Secrets = Literal["required", "readable", "optional"]
 
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
@@ -185,9 +188,10 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     lifetime_s: float
     policy: Policy
     allow_private_network: bool
-    ca_file: Path | None
-    client_cert_file: Path | None
-    client_key_file: Path | None
+    ca_file: Pem | None
+    client_cert_file: Pem | None
+    client_key_file: Pem | None
+    tls: Profile  # made of these three
     signing_keys: tuple[bytes, ...]
 
     def __repr__(self) -> str:
@@ -389,6 +393,7 @@ class _Reader:
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.handed_over: list[str] = []
+        self.profiles: dict[TlsFiles, Profile] = {}
 
     def error(self, key: str, rule: str, value: object = _ABSENT) -> None:
         self.errors.append(f"{key}: {rule}" + ("" if value is _ABSENT else f" (got {_shown(value)})"))
@@ -591,7 +596,7 @@ class _Reader:
         self.check_spans(table, at)
         self.check_policy(table, at)
         target = self.target(table, at)
-        self.check_tls(table, at)
+        files = self.tls_files(table, at)
         hash_key = self.secret(table, "hash_key", at)
         partner_tokens = self.partner_tokens(table, at)
         signing_keys = self.signing_keys(table, at)
@@ -620,9 +625,10 @@ class _Reader:
                 _first(table.concurrency, delivery.concurrency),
             ),
             allow_private_network=table.allow_private_network,
-            ca_file=self.beside(table.ca_file) if table.ca_file else None,
-            client_cert_file=self.beside(table.client_cert_file) if table.client_cert_file else None,
-            client_key_file=self.beside(table.client_key_file) if table.client_key_file else None,
+            ca_file=files[0],
+            client_cert_file=files[1],
+            client_key_file=files[2],
+            tls=self.tls_profile(table, target, files, at),
             signing_keys=signing_keys,
         )
 
@@ -705,22 +711,59 @@ class _Reader:
             self.errors[-1] += allowed
         return found
 
-    def check_tls(self, table: OperatorTable, at: str) -> None:
-        ca, cert, key = table.ca_file, table.client_cert_file, table.client_key_file
-        if bool(cert) != bool(key):
+    def tls_files(self, table: OperatorTable, at: str) -> TlsFiles:
+        """Those that are named, read and looked into; None for one that is not, or cannot be used."""
+        if bool(table.client_cert_file) != bool(table.client_key_file):
             self.error(f"{at}.client_cert_file", "and client_key_file must be given together")
-        if ca and self.read(ca, f"{at}.ca_file") is not None:
-            self.check_usable(f"{at}.ca_file", self.beside(ca), None, None)
-        pair = (
-            self.read(cert, f"{at}.client_cert_file") if cert else None,
-            self.read(key, f"{at}.client_key_file", secret=True) if key else None,
+        return (
+            self.certificates(table.ca_file, f"{at}.ca_file", latest=True),
+            self.certificates(table.client_cert_file, f"{at}.client_cert_file"),
+            self.private_key(table.client_key_file, f"{at}.client_key_file"),
         )
-        if None not in pair:
-            self.check_usable(f"{at}.client_cert_file", None, self.beside(cert), self.beside(key))
 
-    def check_usable(self, at: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> None:
+    def certificates(self, name: str, at: str, *, latest: bool = False) -> Pem | None:
+        """A file of certificates. Each that ends soon is warned about, or only the `latest`, where one will do."""
+        content = self.read(name, at) if name else None
+        if content is None:
+            return None
+        if not tls.holds_certificate(content):
+            self.error(at, f"must hold a certificate in PEM form ({self.beside(name)})")
+            return None
+        found: list[Certificate] = []
+        with suppress(ValueError):  # what is wrong with it, OpenSSL says
+            found = tls.certificates(content)
+        if latest:
+            found = sorted(found, key=lambda one: one.not_after)[-1:]
+        said = (tls.ends_soon(one, datetime.now(UTC)) for one in found)
+        self.warnings += [f"{at}: {finding}: {self.beside(name)}" for finding in said if finding]
+        return Pem(self.beside(name), tls.digest(content))
+
+    def private_key(self, name: str, at: str) -> Pem | None:
+        content = self.read(name, at, secret=True) if name else None
+        if content is None:
+            return None
+        if not tls.holds_private_key(content):
+            self.error(at, f"must hold a private key in PEM form, without a passphrase ({self.beside(name)})")
+            return None
+        return Pem(self.beside(name), tls.digest(content))
+
+    def tls_profile(self, table: OperatorTable, target: Target | None, files: TlsFiles, at: str) -> Profile:
+        """What these files make, tried. The system's CAs alone, which cost 20 ms, only where they will be used."""
+        profile = self.profiles.setdefault(files, Profile(*files))
+        ca, cert, key = files
+        named = (table.ca_file, table.client_cert_file, table.client_key_file)
+        whole = [bool(name) for name in named] == [file is not None for file in files] and bool(cert) == bool(key)
+        used = table.notify and target is not None and target.url.scheme == "https" and self.secrets != "optional"
+        if whole and (used or any(named)):
+            if ca is not None and cert is not None:  # alone first: an error does not say which file it is about
+                self.check_usable(Profile(ca, None, None), f"{at}.ca_file")
+            if self.sound(at, "ca_file"):
+                self.check_usable(profile, f"{at}.client_cert_file" if cert else f"{at}.ca_file")
+        return profile
+
+    def check_usable(self, profile: Profile, at: str) -> None:
         try:
-            tls_context(ca_file, cert_file, key_file)
+            _ = profile.context
         except OSError as error:  # ssl.SSLError is one
             self.error(at, tls.unusable(error))
 
@@ -903,11 +946,6 @@ class _Reader:
             return ()
 
 
-def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """The TLS profile of an operator. Raises OSError."""
-    return tls.client_context(ca_file, cert_file, key_file)
-
-
 def _holds_everybody(networks: Iterable[Network]) -> bool:
     return any(network.prefixlen == 0 for network in networks)
 
@@ -944,7 +982,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
 
 
 def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Target):  # what `url` says, once more
+    if isinstance(value, Target | Profile):  # what other keys say, once more
         return
     if isinstance(value, msgspec.Struct) and not isinstance(value, Listen | Dialect):
         value = msgspec.structs.asdict(value)

@@ -26,6 +26,7 @@ from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
 from lmdaemon.sender import Sender, Unreachable, request_headers
 from lmdaemon.target import Target
+from lmdaemon.tls import Profile
 
 _Struct = TypeVar("_Struct", Operator, Policy)
 MASK = "***"
@@ -129,6 +130,7 @@ def _stranger() -> Operator:
         ca_file=None,
         client_cert_file=None,
         client_key_file=None,
+        tls=Profile(None, None, None),
         signing_keys=(),
     )
 

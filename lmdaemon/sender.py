@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp.connector import Connection
 
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator, tls_context
+from lmdaemon.config import Operator
 from lmdaemon.resolver import Resolver
 from lmdaemon.version import __version__
 
@@ -57,36 +57,37 @@ class Answer(aiohttp.ClientResponse):
 
 
 class Sender:
-    """Posts bodies to URLs: one client session for each TLS profile and egress rule, for the life of the process."""
+    """Posts bodies to URLs: one client session where private networks are allowed, one where they are not, for the life
+    of the process.
+
+    A connection belongs to the TLS context that it was made with: another context, as after a reload, never gets it.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._clients: dict[tuple[Any, ...], aiohttp.ClientSession] = {}
+        self._clients: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
 
-    def _client(self, operator: Operator) -> aiohttp.ClientSession:
-        key = (operator.allow_private_network, operator.ca_file, operator.client_cert_file, operator.client_key_file)
-        if key not in self._clients:
-            context = tls_context(*key[1:])
+    def _client(self, *, guarded: bool) -> aiohttp.ClientSession:
+        if guarded not in self._clients:
             connector = aiohttp.TCPConnector(
                 limit=0,  # a shared limit would couple operators; each lane has its own slots
                 keepalive_timeout=KEEPALIVE_S,
                 ttl_dns_cache=10,
-                resolver=Resolver(guarded=not operator.allow_private_network),
-                ssl=context,
+                resolver=Resolver(guarded=guarded),
             )
-            self._clients[key] = aiohttp.ClientSession(
+            self._clients[guarded] = aiohttp.ClientSession(
                 connector=connector,
                 response_class=Answer,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
                 trust_env=False,
             )
-        return self._clients[key]
+        return self._clients[guarded]
 
     async def post(
         self, operator: Operator, webhook_id: str, body: bytes
@@ -102,8 +103,9 @@ class Sender:
             raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
         try:
-            response = await self._client(operator).post(
+            response = await self._client(guarded=not operator.allow_private_network).post(
                 target.url,
+                ssl=operator.tls.context if target.url.scheme == "https" else True,
                 data=body,
                 headers=headers,
                 allow_redirects=False,

@@ -11,6 +11,7 @@ import re
 import ssl
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,25 @@ class Certificate(NamedTuple):
     name: str
     not_before: datetime
     not_after: datetime
+
+
+class Pem(NamedTuple):
+    """A file that was read, and a digest of what stood in it: by this a change is seen without keeping a key."""
+
+    path: Path
+    digest: str
+
+
+class Profile:
+    """How an operator's server is verified and what is shown to it: by the files as they are at the first look."""
+
+    def __init__(self, ca: Pem | None, cert: Pem | None, key: Pem | None) -> None:
+        self._paths = tuple(file and file.path for file in (ca, cert, key))
+
+    @cached_property
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError; ssl.SSLError is one."""
+        return client_context(*self._paths)
 
 
 # -- contexts
@@ -76,6 +96,15 @@ def unusable(error: OSError) -> str:
 
 
 # -- what certificates say
+
+
+def holds_certificate(pem: bytes) -> bool:
+    return _PEM.search(pem) is not None
+
+
+def holds_private_key(pem: bytes) -> bool:
+    """Whether it looks like one without a passphrase, for no place to keep that would be safer than the file."""
+    return b"PRIVATE KEY-----" in pem and b"ENCRYPTED" not in pem
 
 
 def certificates(pem: bytes) -> list[Certificate]:

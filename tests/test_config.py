@@ -4,13 +4,16 @@ import base64
 import math
 import os
 import re
+import ssl
 import tomllib
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from certificates import DAY, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1026,28 +1029,92 @@ def test_a_file_with_a_byte_order_mark_and_line_breaks_of_another_system_is_read
 def test_certificates_are_found_like_secrets(home: Path) -> None:
     text = "client_cert_file = 'cert.pem'\nclient_key_file = 'key.pem'\nca_file = 'cert.pem'\n"
     operator = load(home, OPERATOR + text).operators["a"]
-    assert (operator.client_cert_file, operator.client_key_file) == (home / "cert.pem", home / "key.pem")
-    assert operator.ca_file == home / "cert.pem"
+    files = (operator.ca_file, operator.client_cert_file, operator.client_key_file)
+    assert [file and file.path.name for file in files] == ["cert.pem", "cert.pem", "key.pem"]
     assert load(home, OPERATOR).operators["a"].ca_file is None
 
 
+NO_CERTIFICATE = "must hold a certificate in PEM form ({home}/"
+NO_KEY = "must hold a private key in PEM form, without a passphrase ({home}/"
+
+
 @pytest.mark.parametrize(
-    ("keys", "at"),
+    ("keys", "finding"),
     [
-        ("ca_file = 'secret'", "ca_file"),
-        ("ca_file = 'empty'", "ca_file"),
-        ("client_cert_file = 'empty'\nclient_key_file = 'empty'", "client_cert_file"),
-        ("client_cert_file = 'secret'\nclient_key_file = 'key.pem'", "client_cert_file"),
-        ("client_cert_file = 'cert.pem'\nclient_key_file = 'secret'", "client_cert_file"),
-        ("client_cert_file = 'cert.pem'\nclient_key_file = 'locked.pem'", "client_cert_file"),  # must not ask for it
+        ("ca_file = 'secret'", "ca_file: " + NO_CERTIFICATE + "secret)"),
+        ("ca_file = 'empty'", "ca_file: " + NO_CERTIFICATE + "empty)"),
+        ("ca_file = 'key.pem'", "ca_file: " + NO_CERTIFICATE + "key.pem)"),
+        ("ca_file = 'cert.der'", "ca_file: " + NO_CERTIFICATE + "cert.der)"),
+        ("ca_file = 'cut.pem'", "ca_file: cannot be used for TLS: "),
+        ("ca_file = 'cut.pem'\n{pair}", "ca_file: cannot be used for TLS: "),
+        ("client_cert_file = 'empty'\nclient_key_file = 'key.pem'", "client_cert_file: " + NO_CERTIFICATE + "empty)"),
+        ("client_cert_file = 'cut.pem'\nclient_key_file = 'key.pem'", "client_cert_file: cannot be used for TLS: "),
+        (
+            "ca_file = 'cert.pem'\nclient_cert_file = 'cut.pem'\nclient_key_file = 'key.pem'",
+            "client_cert_file: cannot be",
+        ),
+        ("client_cert_file = 'cert.pem'\nclient_key_file = 'secret'", "client_key_file: " + NO_KEY + "secret)"),
+        # which must not ask for the passphrase
+        ("client_cert_file = 'cert.pem'\nclient_key_file = 'locked.pem'", "client_key_file: " + NO_KEY + "locked.pem)"),
+        ("client_cert_file = 'cert.pem'\nclient_key_file = 'other.key'", "client_cert_file: does not fit its key"),
     ],
 )
-def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, at: str) -> None:
+def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, finding: str) -> None:
     secret(home / "locked.pem", LOCKED_KEY)
     secret(home / "empty", "")
-    (finding,) = findings(home, OPERATOR + keys)
-    assert finding.startswith(f"operators.a.{at}: cannot be used for TLS: ")
-    assert MARK not in finding
+    secret(home / "cert.der", ssl.PEM_cert_to_DER_cert(CERTIFICATE))
+    lines = CERTIFICATE.splitlines(keepends=True)
+    secret(home / "cut.pem", "".join(lines[:3] + lines[-1:]))
+    make(home, "other")
+    pair = "client_cert_file = 'cert.pem'\nclient_key_file = 'key.pem'"
+    (found,) = findings(home, OPERATOR + keys.format(pair=pair))
+    assert found.startswith("operators.a." + finding.replace("{home}", str(home)))
+    assert MARK not in found
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "warned"),
+    [
+        (-DAY, 100 * DAY, None),
+        (-DAY, 20 * DAY, "expires on "),
+        (-2 * DAY, -DAY, "has expired on "),
+        (DAY, 2 * DAY, "is not valid before "),
+    ],
+)
+def test_certificate_that_is_not_valid_or_ends_soon_is_warned_about(
+    home: Path, begins: timedelta, ends: timedelta, warned: str | None
+) -> None:
+    """A warning: one operator's certificate must not keep the daemon from starting for all the others."""
+    one = make(home, "one", begins=begins, ends=ends)
+    for keys, at in (
+        ("ca_file = 'one.crt'", "ca_file"),
+        ("client_cert_file = 'one.crt'\nclient_key_file = 'one.key'", "client_cert_file"),
+    ):
+        found = load(home, OPERATOR + keys).warnings
+        if warned is None:
+            assert found == ()
+        else:
+            assert len(found) == 1
+            assert found[0].startswith(f"operators.a.{at}: {warned}")
+            assert found[0].endswith(f" (one): {one.cert}")
+
+
+def test_an_authority_that_has_expired_beside_its_successor_is_no_matter(home: Path) -> None:
+    old, new = make(home, "old", authority=True, ends=-DAY / 2), make(home, "new", authority=True)
+    secret(home / "both.pem", old.cert.read_bytes() + new.cert.read_bytes())
+    assert load(home, OPERATOR + "ca_file = 'both.pem'").warnings == ()
+
+
+def test_changed_content_of_a_certificate_file_is_a_change_of_its_key(home: Path) -> None:
+    text = OPERATOR + "client_cert_file = 'one.crt'\nclient_key_file = 'one.key'\nca_file = 'cert.pem'\n"
+    make(home, "one")
+    before = load(home, text)
+    assert list(config.changes(before, load(home, text))) == []
+    make(home, "one")
+    assert list(config.changes(before, load(home, text))) == [
+        "operators.a.client_cert_file",
+        "operators.a.client_key_file",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,14 @@ import asyncio
 import contextlib
 import json
 import re
-import shutil
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from certificates import make
 from conftest import FULL, HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -172,24 +171,6 @@ def test_no_bytes_bring_about_an_internal_error_or_stop_the_daemon(tmp_path: Pat
 # -- mutual TLS
 
 
-def make_authority(directory: Path) -> None:
-    """A private authority, a server's and a client's certificate, all in PEM."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs the openssl command to make certificates")
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True)
-
-    new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    openssl(*new, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=authority")
-    for name in ("server", "client"):
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1")
-        usage = ("-addext", "basicConstraints=critical,CA:FALSE")
-        openssl(*new, *signed, *usage, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}")
-    for key in directory.glob("*.key"):
-        key.chmod(0o600)
-
-
 @pytest.mark.parametrize(
     ("keys", "state", "error"),
     [
@@ -201,7 +182,9 @@ def make_authority(directory: Path) -> None:
 async def test_both_sides_of_mutual_tls_are_checked(
     tmp_path: Path, clock: HandClock, keys: tuple[str, ...], state: str, error: str | None
 ) -> None:
-    make_authority(tmp_path)
+    authority = make(tmp_path, "ca", authority=True)
+    for name in ("server", "client"):
+        make(tmp_path, name, authority)
     files = {"ca_file": "ca.crt", "client_cert_file": "client.crt", "client_key_file": "client.key"}
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tmp_path / "ca.crt"))
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")

@@ -115,7 +115,7 @@ async def test_without_user_and_password_nothing_is_sent_for_them(tmp_path: Path
         ("हिन्दी.example", "xn--j2bd4cyah0f.example"),
         ("op_1.example", "op_1.example"),
         ("wallet.example.", "wallet.example."),
-        ("[::FFFF:1.2.3.4]", "::ffff:102:304"),
+        ("[2606:4700:0:0::1111]", "2606:4700::1111"),
     ],
 )
 def test_an_international_name_is_asked_for_as_it_stands_in_dns(host: str, asked_for: str) -> None:

@@ -8,6 +8,7 @@ import argparse
 import csv
 import io
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -55,6 +56,11 @@ CSV_COLUMNS = {
 }
 _OF_SESSION = list(CSV_COLUMNS)[:9]
 _OF_DELIVERY = [CSV_COLUMNS[name] for name in list(CSV_COLUMNS)[9:]]
+
+# Where a spreadsheet may begin a cell, and what begins a formula there: also in the forms that Unicode calls full-width
+# and small, which Excel takes for the same, and behind blanks, which some programs take away. A quote there, also the
+# one that ends our own cell, begins a cell whose text could be a formula.
+_FORMULA = re.compile(r"""(^(?!\Z)|[;\t\r\n])(?=\s*(?:['"=+\-@＝＋－＠﹦﹢﹣﹫]|\Z)|[\t\r\n])""")
 
 
 @dataclass
@@ -164,13 +170,15 @@ def _as_csv(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[bytes
 def _cell(value: object) -> object:
     """A value as a cell. Ids are data of strangers, and a spreadsheet runs a cell that begins like a formula.
 
-    Such a text gets an apostrophe in front (OWASP, "CSV injection"), and so does one that begins with an apostrophe, so
-    that taking one away gives every text back.
+    Such a text gets an apostrophe in front (OWASP, "CSV injection"). Excel takes ; for the separator in much of Europe,
+    so a cell may also begin behind a ;, a tab or a line break inside a text, and gets an apostrophe there too. One that
+    stands in such a place already gets a second one, so that taking one away in each gives every text back. JSON has
+    neither tabs nor line breaks; its ; is written as an escape.
     """
     if isinstance(value, list | orjson.Fragment):
-        return orjson.dumps(value).decode()
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "'", "\t", "\r")):
-        return f"'{value}"
+        return orjson.dumps(value).decode().replace(";", "\\u003b")
+    if isinstance(value, str):
+        return _FORMULA.sub(r"\1'", value)
     return value
 
 

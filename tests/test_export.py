@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from commands import (
     COMMAND,
@@ -30,6 +31,7 @@ from commands import (
     poll,
     run,
 )
+from hypothesis import given, strategies
 from support import open_store, scripted_operator
 
 from lmdaemon import export, store
@@ -204,14 +206,72 @@ def until_of(done: "subprocess.CompletedProcess[str]") -> str:
     return done.stdout.split()[-1]
 
 
-async def test_no_cell_of_a_stranger_is_a_formula_and_every_text_can_be_had_back(tmp_path: Path, clock: Any) -> None:
-    ids = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "'quoted", "plain", "a=b"]
+FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")
+PLAIN = ["plain", "a=b", "a;b", "a; b=c", "x-1", 'say "hi"', ""]
+GUARDED = {
+    "=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0",
+    "+1": "'+1",
+    "-1": "'-1",
+    "@SUM(1)": "'@SUM(1)",
+    "'quoted": "''quoted",
+    "＝1+1": "'＝1+1",
+    "＋1": "'＋1",
+    "－1": "'－1",
+    "＠SUM(1)": "'＠SUM(1)",
+    "﹦1": "'﹦1",
+    " =1": "' =1",
+    '"=1': "'\"=1",
+    "x;=1+1": "x;'=1+1",
+    "x; =1": "x;' =1",
+    'x;"=1;"': "x;'\"=1;'\"",
+    "x;": "x;'",
+    'x;"y"': 'x;\'"y"',
+    "x;'=1": "x;''=1",
+    "a;-1;@b;c": "a;'-1;'@b;c",
+    "x\t=1": "x\t'=1",
+    "x\n=1": "x\n'=1",
+    "\t=1": "'\t'=1",
+    "＝1;＠A": "'＝1;'＠A",
+}
+
+
+def given_back(cell: str) -> str:
+    return re.sub(r"(^|[;\t\r\n])'", r"\1", cell)
+
+
+@pytest.mark.parametrize(("text", "cell"), [*GUARDED.items(), *((text, text) for text in PLAIN)])
+def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) -> None:
+    assert export._cell(text) == cell
+    assert given_back(cell) == text
+
+
+@given(strategies.lists(strategies.text("=+-@＝＠;\t\r\n'\", ab"), min_size=1, max_size=4))
+def test_no_cell_is_a_formula_whatever_separates_cells_and_every_text_comes_back(texts: list[str]) -> None:
+    written = io.StringIO(newline="")
+    csv.writer(written).writerow(["acme", *map(export._cell, texts)])
+    for separator in (",", ";", "\t"):
+        rows = list(csv.reader(io.StringIO(written.getvalue(), newline=""), delimiter=separator))
+        assert not [cell for row in rows for cell in row if cell.strip(' "').startswith(FORMULAS)]
+    ((_, *cells),) = csv.reader(io.StringIO(written.getvalue(), newline=""))
+    assert [given_back(cell) for cell in cells] == texts
+
+
+@pytest.mark.parametrize("text", [";=1+1", "\t=1", "\n;-1", ";"])
+def test_json_in_a_cell_has_nothing_to_split_it_at_and_stays_json(text: str) -> None:
+    for value in ([{"error": text}], orjson.Fragment(orjson.dumps({"table": text}))):
+        cell = export._cell(value)
+        assert isinstance(cell, str)
+        assert not set(cell) & set(";\t\r\n")
+        assert json.loads(cell) == orjson.loads(orjson.dumps(value))
+
+
+async def test_no_id_of_a_stranger_is_a_formula_in_the_file(tmp_path: Path, clock: Any) -> None:
+    ids = [text for text in (*GUARDED, *PLAIN) if text and text.isprintable()]
     configure(tmp_path)
     await ended_sessions(tmp_path, clock, [("acme", session, 0) for session in ids])
     done = run("sessions", "export", "--format", "csv", cwd=tmp_path)
     cells = [row["sessionId"] for row in csv.DictReader(io.StringIO(done.stdout, newline=""), strict=True)]
-    assert not [cell for cell in cells if cell[0] in "=+-@"]
-    assert [cell.removeprefix("'") for cell in cells] == ids
+    assert cells == [GUARDED.get(session, session) for session in ids]
     assert [session["sessionId"] for session in lines(run("sessions", "export", cwd=tmp_path))] == ids
 
 

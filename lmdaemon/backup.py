@@ -8,14 +8,15 @@ import argparse
 import os
 import signal
 import sqlite3
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lmdaemon import config
+from lmdaemon import config, rights
 from lmdaemon.command import STOPPED, Failed, print_json, reason
 from lmdaemon.config import Settings
 from lmdaemon.database import (
@@ -30,28 +31,40 @@ from lmdaemon.database import (
 from lmdaemon.files import (
     COMPANIONS,
     LOOK_EVERY,
+    Inode,
     check_source,
     check_target,
     file_beside,
+    files_of,
     followed,
     hint,
     open_database,
     put_in_place,
 )
 from lmdaemon.model import rfc3339
+from lmdaemon.rights import Rights, UnsafeError, acting_with
 
 FLUSH_BYTES = 4 * 1024 * 1024
 
 
 def backup(args: argparse.Namespace) -> int:
     settings = config.of_command(args.config, secrets="optional")
-    database, target = real_path(settings.database.absolute()), followed(args.file)
-    check_source(settings)
-    check_target(database, target, force=args.force)
-    # A newer program's is as good to keep, and no less needed
-    with _copied(database, target, known=sys.maxsize) as copy:
-        size = copy.stat().st_size
-        put_in_place(copy, target)
+    try:
+        theirs = rights.for_database(settings.database)
+        ours = rights.for_result(args.file, theirs)
+        with acting_with(theirs):
+            check_source(settings)
+            database = real_path(settings.database.absolute())
+            live = files_of(database)
+        with acting_with(ours):
+            target = followed(args.file)
+            check_target(live, target, force=args.force)
+            # A newer program's is as good to keep, and no less needed
+            with _copied(Source(database, theirs), target, known=sys.maxsize) as copy:
+                size = copy.stat().st_size
+                put_in_place(copy, target)
+    except UnsafeError as error:
+        raise Failed(str(error)) from error
     if args.json:
         print_json({"file": str(args.file), "bytes": size})
     else:
@@ -59,25 +72,36 @@ def backup(args: argparse.Namespace) -> int:
     return STOPPED
 
 
+class Source(NamedTuple):
+    """A database to copy, the rights to open it with, and how SQLite opens it."""
+
+    path: Path
+    reading: Rights
+    how: str = "mode=ro"
+
+
 @contextmanager
-def _copied(database: Path, target: Path, *, known: int, how: str = "mode=ro") -> Iterator[Path]:
+def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
     """A checked and synced copy beside the target, mode 0600, gone at the end unless it was renamed.
 
-    Raises Failed, also for what SQLite or the system refuse inside, and for what is no database of ours, or of a
-    version beyond `known`.
+    The source is opened and closed with its rights, all else happens with those in force. Raises Failed, also for what
+    SQLite or the system refuse inside, and for what is no database of ours, or of a version beyond `known`.
     """
     with file_beside(target) as (copy, handle):
         try:
-            with closing(open_database(database, how)) as source:
-                _check_is_ours(source, database, known)  # VACUUM names its target for a fault of the source
-                source.set_progress_handler(_Flush(handle), LOOK_EVERY)
+            writing = rights.own()
+            with acting_with(source.reading), closing(open_database(source.path, source.how)) as sql:
+                _check_is_ours(sql, source.path, known)  # VACUUM names its target for a fault of the source
+                sql.set_progress_handler(_Flush(handle), LOOK_EVERY)
                 # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
-                source.execute("VACUUM INTO ?", (str(copy),))
+                # All that the source needs is open since the check.
+                with acting_with(writing):
+                    sql.execute("VACUUM INTO ?", (str(copy),))
             _check_integrity(copy)
             os.fsync(handle)
             yield copy
         except (sqlite3.Error, OSError) as error:
-            raise Failed(f"{target}: cannot copy {database}: {reason(error)}") from error
+            raise Failed(f"{target}: cannot copy {source.path}: {reason(error)}") from error
 
 
 def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
@@ -117,16 +141,17 @@ def _check_integrity(copy: Path) -> None:
 
 def restore(args: argparse.Namespace) -> int:
     settings = config.of_command(args.config, secrets="optional")
-    database, source = real_path(settings.database.absolute()), args.file.absolute()
-    _check_restorable(source, database, settings)
+    file = args.file.absolute()
     try:
-        lock = lock_file(database)
-    except DatabaseError as error:
-        raise Failed(f"{error}; stop the daemon first" if "in use" in str(error) else str(error)) from error
-    try:
-        found = _put_in_place(source, database, lock)
-    finally:
-        os.close(lock)
+        reading, shared = rights.for_source(file)
+        with acting_with(rights.for_database(settings.database)):
+            database = real_path(settings.database.absolute())
+            live = files_of(database)
+            with acting_with(reading):
+                how = _how_to_read(file, live, shared=shared)
+            found = _restore(Source(file, reading, how), database, settings)
+    except UnsafeError as error:
+        raise Failed(str(error)) from error
     if args.json:
         print_json({"file": str(args.file), "database": str(database), **found})
     else:
@@ -137,39 +162,56 @@ def restore(args: argparse.Namespace) -> int:
     return STOPPED
 
 
-def _check_restorable(source: Path, database: Path, settings: Settings) -> None:
-    try:
-        if not source.is_file():
-            source.stat()
-            raise Failed(f"{source}: is no file")
-        if database.exists() and source.samefile(database):
-            raise Failed(f"{source}: is the database itself")
-    except OSError as error:
-        raise Failed(f"{source}: cannot be read: {reason(error)}") from error
+def _restore(source: Source, database: Path, settings: Settings) -> dict[str, Any]:
+    """With the rights for the database in force. Raises Failed."""
     if not database.parent.is_dir():
         raise Failed(f"{database.parent}: no such directory{hint(settings)}")
+    try:
+        lock = lock_file(database)
+    except DatabaseError as error:
+        raise Failed(f"{error}; stop the daemon first" if "in use" in str(error) else str(error)) from error
+    try:
+        with _copied(source, database, known=len(MIGRATIONS)) as copy:
+            return _put_in_place(copy, database, lock)
+    finally:
+        os.close(lock)
 
 
-def _put_in_place(source: Path, database: Path, lock: int) -> dict[str, Any]:
-    """Copies, checks, moves away what is there, and puts the copy in its place. Says what it holds. Raises Failed."""
-    with _copied(source, database, known=len(MIGRATIONS), how=_how_to_read(source)) as copy:
-        found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy)}
-        _give_to_owner(database.parent, copy, lock)
-        # Half of the files moved must not be taken for a database: the daemon refuses to start until this is undone.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        mark(lock, RESTORING)
-        os.fsync(lock)
-        found["replaced"] = _move_away(database)
-        put_in_place(copy, database)
-        mark(lock, b"")
-        os.fsync(lock)
-    return found
+def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
+    """A backup lies still, maybe where nothing can be written: no -wal and -shm are made for it unless one is there.
 
-
-def _how_to_read(source: Path) -> str:
-    """A backup lies still, maybe where nothing can be written: no -wal and -shm are made for it unless one is there."""
+    Raises Failed for what cannot be restored.
+    """
     wal = source.with_name(f"{source.name}-wal")
-    return "mode=ro" if wal.exists() and wal.stat().st_size else "immutable=1"
+    try:
+        found = source.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Failed(f"{source}: is no file")
+        if (found.st_dev, found.st_ino) in live:
+            raise Failed(f"{source}: is the database itself")
+        if not (wal.exists() and wal.stat().st_size):
+            return "immutable=1"
+    except OSError as error:
+        raise Failed(f"{source}: cannot be read: {reason(error)}") from error
+    if shared:  # anybody may have put it there, and SQLite makes files of root's beside it
+        raise Failed(
+            f"{source}: {wal.name} is beside it, where others can make files: copy both to a directory of root's"
+        )
+    return "mode=ro"
+
+
+def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
+    """Moves away what is there, and puts the copy in its place. Says what it holds."""
+    found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy)}
+    # Half of the files moved must not be taken for a database: the daemon refuses to start until this is undone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    mark(lock, RESTORING)
+    os.fsync(lock)
+    found["replaced"] = _move_away(database)
+    put_in_place(copy, database)
+    mark(lock, b"")
+    os.fsync(lock)
+    return found
 
 
 def _contents(copy: Path) -> dict[str, Any]:
@@ -178,14 +220,6 @@ def _contents(copy: Path) -> dict[str, Any]:
         (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
         live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()
     return {"asOf": rfc3339(wall_at or None), "live": live, "pending": pending}
-
-
-def _give_to_owner(directory: Path, copy: Path, lock: int) -> None:
-    """As root, the service's user must be able to open what was made: its directory says who that is."""
-    if os.geteuid() == 0:
-        owner = directory.stat()
-        os.chown(copy, owner.st_uid, owner.st_gid)
-        os.chown(lock, owner.st_uid, owner.st_gid)
 
 
 def _move_away(database: Path) -> str | None:

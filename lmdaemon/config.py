@@ -270,9 +270,8 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required") -> S
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
     One that was found, not named, is refused when somebody else may have written it. `secrets` says what a missing
-    secret is: an error ("required"); an error unless it is there and this user may not read it, for check-config beside
-    a daemon that systemd hands credentials to ("readable", systemd/systemd#35227); or a warning, for administration,
-    which needs none of the operators' ("optional").
+    secret is: an error ("required"); an error unless the daemon may see it where this process does not ("readable", for
+    check-config); or a warning, for administration, which needs none of the operators' ("optional").
     """
     reader = _Reader(path, found=found, secrets=secrets)
     settings = reader.settings(_tables(path, found=found))
@@ -837,6 +836,15 @@ class _Reader:
                 return handed_over
         return self.path.parent / name
 
+    @staticmethod
+    def may_be_handed_over(name: str) -> bool:
+        """Whether systemd may hand this file to the daemon and not to this process, which is one of its ExecReload=.
+
+        systemd 252 shows ExecReload= the credentials' directory closed, 257 none at all (systemd/systemd#35227). A
+        process of that kind has $MAINPID (systemd.exec(5)).
+        """
+        return not Path(name).is_absolute() and "MAINPID" in os.environ and "CREDENTIALS_DIRECTORY" not in os.environ
+
     def database_path(self, name: str) -> Path:
         state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
         return (Path(state) if state else self.path.parent) / name
@@ -886,8 +894,10 @@ class _Reader:
             mode = stat.S_IMODE(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             finding = f"cannot be read: {getattr(error, 'strerror', error)} ({path})"
-            unreadable = isinstance(error, PermissionError) and self.secrets == "readable"
-            report = self.missing if unreadable or self.secrets == "optional" else self.error
+            unseen = self.secrets == "readable" and (
+                isinstance(error, PermissionError) or self.may_be_handed_over(name)
+            )
+            report = self.missing if unseen or self.secrets == "optional" else self.error
             report(at, finding)
             return None
         if path != self.path.parent / name:

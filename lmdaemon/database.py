@@ -6,10 +6,12 @@ answers each waiter. So the order of the queue is the order of the world, and no
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
 import sqlite3
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from urllib.parse import quote
 
 import aiosqlite
 
+from lmdaemon import rights
 from lmdaemon.clock import STALL_S
 from lmdaemon.log import Log, place
 
@@ -165,6 +168,7 @@ class Database(Generic[_Txn]):
 
         `setup` are statements for the writing connection alone, of its own for as long as it is open.
         """
+        _check_rights(path)
         path = real_path(path)
         lock = lock_file(path)
         try:
@@ -541,15 +545,31 @@ def lock_file(path: Path) -> int:
     """
     name = path.with_name(path.name + ".lock")
     try:
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise DatabaseError(f"{path}: cannot be opened: {error.strerror} ({name})") from error
+        what = "is a link" if error.errno == errno.ELOOP else error.strerror
+        raise DatabaseError(f"{path}: cannot be opened: {what} ({name})") from error
+    found = os.fstat(lock)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # it is written to: nothing else may lose by that
+        os.close(lock)
+        raise DatabaseError(f"{path}: cannot be opened: must be a plain file with one name ({name})")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
         raise DatabaseError(f"{path}: is in use by another lmdaemon") from error
     return lock
+
+
+def _check_rights(path: Path) -> None:
+    """Raises DatabaseError for root where others can exchange files: links in their place would lead it anywhere."""
+    try:
+        needed = rights.for_database(path)
+    except rights.UnsafeError as error:
+        raise DatabaseError(str(error)) from error
+    if needed.uid != os.geteuid():
+        whose = rights.user_name(needed.uid)
+        raise DatabaseError(f"{path}: root must not keep a database where {whose} can exchange it: run as {whose}")
 
 
 # What the lock file may say; nothing after an end in order. Inodes of database and WAL follow the first.
@@ -604,8 +624,11 @@ def _is_strange(path: Path, wal: Path, left: bytes) -> str | None:
 
 def _create(path: Path) -> None:
     """Makes sure the file exists with mode 0600; SQLite gives the same mode to the -wal and -shm files beside it."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    path.chmod(0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
 
 
 async def _connect(path: Path | str, stack: AsyncExitStack) -> _Thread:

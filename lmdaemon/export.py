@@ -19,14 +19,24 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from lmdaemon import config, store
+from lmdaemon import config, rights, store
 from lmdaemon.clock import Clock
 from lmdaemon.command import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config import Settings
 from lmdaemon.database import MIGRATIONS, DatabaseError, check_is_ours, real_path
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
-from lmdaemon.files import check_source, check_target, file_beside, followed, open_database, put_in_place
+from lmdaemon.files import (
+    Inode,
+    check_source,
+    check_target,
+    file_beside,
+    files_of,
+    followed,
+    open_database,
+    put_in_place,
+)
 from lmdaemon.model import rfc3339
+from lmdaemon.rights import UnsafeError, acting_with
 
 SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
 POLL_S = 0.05
@@ -60,7 +70,7 @@ _OF_DELIVERY = [CSV_COLUMNS[name] for name in list(CSV_COLUMNS)[9:]]
 # Where a spreadsheet may begin a cell, and what begins a formula there: also in the forms that Unicode calls full-width
 # and small, which Excel takes for the same, and behind blanks, which some programs take away. A quote there, also the
 # one that ends our own cell, begins a cell whose text could be a formula.
-_FORMULA = re.compile(r"""(^(?!\Z)|[;\t\r\n])(?=\s*(?:['"=+\-@＝＋－＠﹦﹢﹣﹫]|\Z)|[\t\r\n])""")
+_FORMULA = re.compile(r"""(^(?!\Z)|[;\t\r\n])(?=\s*(?:['"=+\-@＝＋－＠﹦﹢﹣﹫\t\r\n]|\Z))""")
 
 
 @dataclass
@@ -76,15 +86,22 @@ def export(args: argparse.Namespace) -> int:
     settings = config.of_command(args.config, secrets="optional")
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
-    check_source(settings)
     told = Told()
     try:
-        with closing(open_database(real_path(settings.database.absolute()))) as sql:
-            check_is_ours(sql, settings.database, len(MIGRATIONS))
-            _wait_until_committed(sql, until_at)
-            write = _as_csv if args.format == "csv" else _as_json_lines
-            _write(args, settings, lambda: write(_sessions(sql, args.operator, since_at, until_at), told))
-    except DatabaseError as error:
+        theirs = rights.for_database(settings.database)
+        ours = theirs if args.output is None else rights.for_result(args.output, theirs)
+        with acting_with(theirs):
+            check_source(settings)
+            database = real_path(settings.database.absolute())
+            with closing(open_database(database)) as sql:
+                check_is_ours(sql, settings.database, len(MIGRATIONS))
+                _wait_until_committed(sql, until_at)
+                write = _as_csv if args.format == "csv" else _as_json_lines
+                live = files_of(database)
+                # Everything of the database that has a name is open by now
+                with acting_with(ours):
+                    _write(args, live, lambda: write(_sessions(sql, args.operator, since_at, until_at), told))
+    except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
     except sqlite3.Error as error:
         raise Failed(f"{settings.database}: cannot be read: {reason(error)}") from error
@@ -185,12 +202,12 @@ def _cell(value: object) -> object:
 # -- where to
 
 
-def _write(args: argparse.Namespace, settings: Settings, chunks: Callable[[], Iterable[bytes]]) -> None:
+def _write(args: argparse.Namespace, live: set[Inode], chunks: Callable[[], Iterable[bytes]]) -> None:
     if args.output is None:
         _pour(chunks(), sys.stdout.buffer)
         return
     target = followed(args.output)
-    check_target(real_path(settings.database.absolute()), target, force=args.force)
+    check_target(live, target, force=args.force)
     with file_beside(target) as (file, handle):
         try:
             with open(handle, "wb", closefd=False) as out:

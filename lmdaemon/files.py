@@ -4,6 +4,7 @@ Called by `backup` and `export`. Everything written has mode 0600.
 """
 
 import os
+import shutil
 import signal
 import sqlite3
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from lmdaemon.command import Failed, reason
 from lmdaemon.config import Settings
+from lmdaemon.rights import UnsafeError, check_link
 
 BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
 NICER = 10  # what reads the whole database takes what time the daemon leaves, on a machine with few cores
@@ -50,21 +52,42 @@ def hint(settings: Settings) -> str:
 
 
 def followed(named: Path) -> Path:
-    """Where a result goes: a link is followed, for what it leads to is what its owner wants to be replaced."""
-    return named.resolve() if named.is_symlink() else named
+    """Where a result goes: a link is followed, for what it leads to is what its owner wants to be replaced.
+
+    Raises Failed for a link that somebody else has planted.
+    """
+    if not named.is_symlink():
+        return named
+    try:
+        check_link(named)
+    except UnsafeError as error:
+        raise Failed(str(error)) from error
+    return named.resolve()
 
 
-def check_target(database: Path, target: Path, *, force: bool) -> None:
-    """Raises Failed if the target must not be written: it exists, or belongs to the database, which nothing forces."""
+Inode = tuple[int, int]  # device and number
+
+
+def files_of(database: Path) -> set[Inode]:
+    """What must never be replaced by a result: the database and all that belongs to it."""
+    found = set()
+    for suffix in ("", *COMPANIONS, ".lock"):
+        with suppress(OSError):
+            file = database.with_name(database.name + suffix).stat()
+            found.add((file.st_dev, file.st_ino))
+    return found
+
+
+def check_target(live: set[Inode], target: Path, *, force: bool) -> None:
+    """Raises Failed if the target must not be written: it exists, or is one of the live files, which nothing forces."""
     try:
         if target.is_dir():
             raise Failed(f"{target}: is a directory; name a file")
         if not target.exists():
             return
-        for suffix in ("", *COMPANIONS, ".lock"):  # replacing one of these destroys the database
-            live = database.with_name(database.name + suffix)
-            if live.exists() and target.samefile(live):
-                raise Failed(f"{target}: belongs to the database itself")
+        found = target.stat()
+        if (found.st_dev, found.st_ino) in live:
+            raise Failed(f"{target}: belongs to the database itself")
     except OSError as error:
         raise Failed(f"{target}: cannot be written: {reason(error)}") from error
     if not force:
@@ -73,20 +96,27 @@ def check_target(database: Path, target: Path, *, force: bool) -> None:
 
 @contextmanager
 def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
-    """An empty file beside the target and a handle of it; gone at the end unless it was put in place. Raises Failed."""
+    """An empty file for what the target shall hold, and a handle of it; gone at the end unless it was put in place.
+
+    It lies in a directory of its own beside the target, mode 0700: SQLite looks for a journal beside each file that it
+    opens, and where everybody can make files, as in /tmp, somebody may have made one. Raises Failed.
+    """
     os.umask(0o077)
     try:
-        handle, name = tempfile.mkstemp(prefix=".lmdaemon-", dir=target.parent)  # mode 0600, whatever the umask
+        directory = Path(tempfile.mkdtemp(prefix=".lmdaemon-", dir=target.parent)).absolute()
     except OSError as error:
         raise Failed(f"{target}: cannot be written: {reason(error)}") from error
-    file = Path(name).absolute()
+    file = directory / "copy"
+    handle = -1
     # A timer's SIGTERM is a Ctrl-C: what was begun goes away with us
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         yield file, handle
     finally:
-        os.close(handle)
-        file.unlink(missing_ok=True)
+        if handle >= 0:
+            os.close(handle)
+        shutil.rmtree(directory)
 
 
 def put_in_place(file: Path, target: Path) -> None:

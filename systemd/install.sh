@@ -43,6 +43,10 @@ check_target() {
         [ "$(id -u)" = 0 ] || die "needs root, or a DESTDIR to put the tree into"
         ! dpkg-query -W -f '${db:Status-Abbrev}' lmdaemon 2>/dev/null | grep -q '^.i' ||
             die "lmdaemon is installed as a Debian package: upgrade with dpkg or apt, or remove it first"
+        # Whoever owns one of them could put a link in a file's place, and root would write to what it leads to.
+        for place in "$PREFIX" "$CONFIG"; do
+            [ ! -e "$place" ] || [ "$(stat -Lc %u "$place")" = 0 ] || die "$place: must be root's own directory"
+        done
     fi
 }
 
@@ -164,7 +168,7 @@ install_config() {
     put_listed 644 "$work/config.toml" "$DOC/config.toml"
 }
 
-give_to_group() { ! is_real || ! getent group lmdaemon >/dev/null || chgrp lmdaemon "$1"; }
+give_to_group() { ! is_real || ! getent group lmdaemon >/dev/null || chgrp --no-dereference lmdaemon "$1"; }
 
 make_user() {
     is_real || return 0

@@ -22,7 +22,7 @@ import pytest
 from commands import COMMAND, Running, configure, daemon, environment, open_many, poll, run
 from support import scripted_operator
 
-from lmdaemon import backup
+from lmdaemon import backup, rights
 from lmdaemon.database import APPLICATION_ID
 
 
@@ -256,7 +256,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fdatasync", noted)
     umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
     try:
-        with backup._copied(database, tmp_path / "copy", known=1) as copy:
+        with backup._copied(backup.Source(database, rights.own()), tmp_path / "copy", known=1) as copy:
             steps = [later - sooner for sooner, later in itertools.pairwise([0, *sizes, copy.stat().st_size])]
     finally:
         os.umask(umask)
@@ -277,7 +277,7 @@ def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.
         )
     before = set(tmp_path.iterdir())
     with subprocess.Popen([*COMMAND, "backup", "copy"], cwd=tmp_path, env=environment()) as process:
-        poll(lambda: any(file.stat().st_size for file in tmp_path.glob(".lmdaemon-*")))
+        poll(lambda: any(file.stat().st_size for file in tmp_path.glob(".lmdaemon-*/copy")))
         process.send_signal(number)
         assert process.wait(20) == 1
     assert set(tmp_path.iterdir()) == before

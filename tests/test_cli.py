@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -83,6 +84,23 @@ print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asy
     )
     ours = ["lmdaemon.cli", "lmdaemon.command", "lmdaemon.model", "lmdaemon.version"]
     assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="this machine makes no cores")
+def test_a_crash_leaves_no_core_that_has_tokens_in_it(tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    code = "import resource; from lmdaemon.cli import main; before = resource.getrlimit(resource.RLIMIT_CORE)[0]; "
+    code += "main(['version']); print(before, resource.getrlimit(resource.RLIMIT_CORE))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)),
+    )
+    assert done.stdout == f"lmdaemon {__version__}\n{hard} (0, 0)\n"
 
 
 def test_every_command_has_the_function_that_runs_it() -> None:

@@ -1177,6 +1177,25 @@ def test_a_secret_that_is_missing_is_an_error_for_check_config_too(home: Path) -
     ]
 
 
+def test_what_systemd_hands_to_the_daemon_alone_is_unchecked_in_an_exec_reload(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd 257 shows a process of ExecReload= no credentials, and tells it $MAINPID."""
+    text = "[api]\ntoken_file = 'handed-over'\n"
+    monkeypatch.setenv("MAINPID", "1")
+    settings = load(home, text, secrets="readable")
+    unseen = f"unchecked: cannot be read: No such file or directory ({home}/handed-over)"
+    assert settings.warnings == (f"api.token_file: {unseen}",)
+    absolute = text.replace("handed-over", f"{home}/handed-over")
+    with pytest.raises(ConfigError, match="No such file"):
+        load(home, absolute, secrets="readable")  # no credential has a path of its own
+    with pytest.raises(ConfigError, match="No such file"):
+        load(home, text)  # the daemon's own reading
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(home))
+    with pytest.raises(ConfigError, match="No such file"):
+        load(home, text, secrets="readable")  # a process that is shown the credentials
+
+
 def test_administration_needs_no_secret_of_the_daemons(home: Path) -> None:
     text = "[api]\ntoken_file = 'handed-over'\n" + OPERATOR + "hash_key_env = 'UNSET'\n"
     assert load(home, text, secrets="optional").warnings == (

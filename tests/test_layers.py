@@ -15,7 +15,7 @@ LEVELS = {
     | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
     | {"textfile", "trust", "bodies"}
     | {"__init__"},
-    0: {"model", "version"},
+    0: {"model", "version", "rights"},
 }
 HOMES = {
     "aiosqlite": {"database"},

@@ -1,21 +1,43 @@
-"""One booted rig for all tests of the service; where none can run, they are skipped with the reason."""
+"""One booted rig of each Debian for all tests of the service; where none can run, they are skipped with the reason."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
 from installed import Service
 from rig import Rig, Unavailable
 
+# Debian 12 (systemd 252, Python 3.11) and 13 (257, 3.13); SUITE= names one of them, or others
+SUITES = (os.environ.get("SUITE") or "bookworm trixie").split()
 
-@pytest.fixture(scope="session")
-def booted() -> Iterator[Rig]:
+
+@pytest.fixture(scope="session", params=SUITES)
+def suite(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def booted_rig(suite: str) -> Iterator[Rig]:
     """A freshly booted systemd; what is done to it stays for the tests that follow."""
     with contextlib.ExitStack() as stack:
         try:
-            rig = stack.enter_context(Rig())
+            rig = stack.enter_context(Rig(suite))
         except Unavailable as reason:
-            pytest.skip(str(reason))
+            pytest.skip(f"{suite}: {reason}")
+        yield rig
+
+
+@pytest.fixture(scope="session")
+def booted(suite: str) -> Iterator[Rig]:
+    with booted_rig(suite) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def bare(suite: str) -> Iterator[Rig]:
+    """A rig for one module, in which no other test has installed anything."""
+    with booted_rig(suite) as rig:
         yield rig
 
 

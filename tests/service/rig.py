@@ -50,7 +50,7 @@ class Unavailable(Exception):  # noqa: N818 - a reason to skip
 class Rig:
     """`with Rig() as rig:` boots. Raises Unavailable, and then nothing of ours is in it yet that could be at fault."""
 
-    def __init__(self, suite: str = "bookworm") -> None:
+    def __init__(self, suite: str) -> None:
         self.suite = suite
         self._leader = 0
         self._nspawn: subprocess.Popen[bytes] | None = None

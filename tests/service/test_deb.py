@@ -3,18 +3,17 @@
 And make install on the same machine before it, since the two must not meet.
 """
 
-import contextlib
 import json
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from installed import CONFIG, DATABASE, PRIVATE, REPOSITORY, SOURCE, UNIT, WITHIN_S, Service
 from processes import wait_for
-from rig import Rig, Unavailable
+from rig import Rig
 
 from lmdaemon import __version__
 
@@ -28,15 +27,9 @@ NEXT = "9.0.0"
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Service]:
-    """A rig that no other test has installed anything in."""
-    with contextlib.ExitStack() as stack:
-        try:
-            rig = stack.enter_context(Rig())
-        except Unavailable as reason:
-            pytest.skip(str(reason))
-        rig.copy(REPOSITORY, SOURCE)
-        yield Service(rig)
+def machine(bare: Rig) -> Service:
+    bare.copy(REPOSITORY, SOURCE)
+    return Service(bare)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +99,15 @@ def test_a_second_make_install_changes_nothing_but_older_settings_that_nobody_ed
     assert machine.pid == pid
     assert machine.serves
     assert "systemctl try-restart lmdaemon" in said
+
+
+def test_make_install_writes_nothing_where_another_user_could_put_links(machine: Service) -> None:
+    for place in ("/etc/lmdaemon", "/opt/lmdaemon"):
+        machine.rig.run("chown", "nobody", place)
+        done = machine.rig.run("make", "-C", SOURCE, "install", check=False)
+        machine.rig.run("chown", "root", place)
+        assert done.returncode != 0
+        assert f"{place}: must be root's own directory" in done.stderr
 
 
 def test_the_package_refuses_to_lie_over_make_install(machine: Service, packages: tuple[str, str]) -> None:

@@ -140,6 +140,12 @@ def test_credentials_are_for_the_daemon_alone_and_change_at_a_restart(service: S
     assert "token-" not in service.said()
 
 
+def test_no_core_is_written_that_would_have_tokens_in_it(service: Service) -> None:
+    assert (service.show("LimitCORE"), service.show("LimitCORESoft")) == ("0", "0")
+    limits = service.rig.path(f"/proc/{service.pid}/limits").read_text()
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+
 def test_uvloop_works_in_it_too(service: Service, tmp_path: Path) -> None:
     version = service.rig.run("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").stdout.strip()
     wheel = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", f"--dest={tmp_path}", "uvloop"]

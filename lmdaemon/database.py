@@ -28,6 +28,7 @@ import aiosqlite
 from lmdaemon import rights
 from lmdaemon.clock import STALL_S
 from lmdaemon.log import Log, place
+from lmdaemon.trust import user_name
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
 BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
@@ -568,7 +569,7 @@ def _check_rights(path: Path) -> None:
     except rights.UnsafeError as error:
         raise DatabaseError(str(error)) from error
     if needed.uid != os.geteuid():
-        whose = rights.user_name(needed.uid)
+        whose = user_name(needed.uid)
         raise DatabaseError(f"{path}: root must not keep a database where {whose} can exchange it: run as {whose}")
 
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from lmdaemon.trust import user_name
+
 _LINKS_MAX = 40  # as the kernel has it (path_resolution(7))
 
 
@@ -101,14 +103,6 @@ def acting_with(rights: Rights) -> Iterator[None]:
         yield
     finally:
         _take(before)
-
-
-def user_name(uid: int) -> str:
-    """The user's name, or the number of one without a name."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def check_link(link: Path) -> None:

@@ -13,9 +13,9 @@ LEVELS = {
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
-    | {"textfile", "trust", "bodies"}
+    | {"textfile", "trust", "bodies", "rights"}
     | {"__init__"},
-    0: {"model", "version", "rights"},
+    0: {"model", "version"},
 }
 HOMES = {
     "aiosqlite": {"database"},

@@ -6,7 +6,7 @@ administrators. It must never return a token, and never count reading as activit
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote
 
 import orjson
@@ -18,20 +18,25 @@ from lmdaemon.config import ApiToken, Operator, Settings
 from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
+from lmdaemon.listener import until_client_leaves
 from lmdaemon.log import Log, place
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
-from lmdaemon.model import ID_MAX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
+from lmdaemon.model import HTTP_SINK, ID_MAX, PLUGIN_PREFIX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
 from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
+from lmdaemon.pages import PAGE_BYTES, Page
 from lmdaemon.store import Opening, Store, StoreError
 
 BODY_MAX = 64 * 1024
 RETRY_AFTER_S = "5"
-MAX_RETRIES_PER_CALL = 100_000
 
 _NO_CONTENT = Ready(204)
 
 _TOUCH = re.compile(r"/v1/operators/[^/]+/sessions/[^/]+/touch")
-_CURSOR = re.compile(r"[1-9][0-9]{0,17}")
+CURSOR_MAX = 18  # digits
+_CURSOR = re.compile(f"[1-9][0-9]{{0,{CURSOR_MAX - 1}}}")
+
+_Found = TypeVar("_Found")
+_Row = TypeVar("_Row", Session, Delivery)
 
 log = Log("api")
 
@@ -71,6 +76,7 @@ class Api:
         self._expires_at = expires_at
         self._settings: Settings
         self._openapi = b""
+        self._retrying: set[str] = set()  # operators whose dead deliveries are being retried
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -238,7 +244,8 @@ class Api:
         return _json(self._session(session))
 
     async def show(self, request: web.Request) -> web.Response:
-        found = await self._store.session(self._operator(request).name, self._session_id(request))
+        reading = self._store.shown_session(self._operator(request).name, self._session_id(request))
+        found = await _shown(request, reading)
         if found is None:
             raise _unknown_session()
         session, deliveries = found
@@ -247,15 +254,14 @@ class Api:
     async def list_sessions(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
         query = _query(request, {"state", "playerId", "limit", "after"})
-        limit = _limit(query)
-        sessions = await self._store.sessions(
+        reading = self._store.sessions(
             operator.name,
             state=_choice(query, "state", ("active", "ended")),
             player_id=_id(query, "playerId"),
-            limit=limit + 1,
+            limit=_limit(query),
             after=_after(query),
         )
-        return _json(_page([self._session(session) for session in sessions[:limit]], sessions, limit))
+        return _json(_page(await _shown(request, reading), self._session))
 
     def _session(self, session: Session) -> dict[str, Any]:
         return session_document(session, self._expires_at(session))
@@ -264,18 +270,29 @@ class Api:
 
     async def list_deliveries(self, request: web.Request) -> web.Response:
         query = _query(request, {"operator", "sink", "state", "limit", "after"})
-        limit = _limit(query)
-        deliveries = await self._store.deliveries(
+        reading = self._store.deliveries(
             operator=_id(query, "operator"),
-            sink=_id(query, "sink"),
+            sink=await self._sink(request, query),
             state=_choice(query, "state", ("pending", "delivered", "dead")),
-            limit=limit + 1,
+            limit=_limit(query),
             after=_after(query),
         )
-        return _json(_page([delivery_document(delivery) for delivery in deliveries[:limit]], deliveries, limit))
+        return _json(_page(await _shown(request, reading), delivery_document))
+
+    async def _sink(self, request: web.Request, query: Mapping[str, str]) -> str | None:
+        """A sink that is configured, or that has deliveries. Raises Problem for any other."""
+        sink = _id(query, "sink")
+        if sink is None or sink == HTTP_SINK:
+            return sink
+        if not sink.startswith(PLUGIN_PREFIX):
+            raise _bad(f"sink: must be {HTTP_SINK} or {PLUGIN_PREFIX}NAME (got {sink!r})")
+        is_configured = sink.removeprefix(PLUGIN_PREFIX) in self._settings.plugins
+        if not is_configured and not await _shown(request, self._store.has_sink(sink)):
+            raise _bad(f"sink: no plug-in of this name is configured or has deliveries (got {sink!r})")
+        return sink
 
     async def show_delivery(self, request: web.Request) -> web.Response:
-        delivery = await self._store.delivery(request.match_info["id"])
+        delivery = await _shown(request, self._store.delivery(request.match_info["id"]))
         if delivery is None:
             raise Problem(404, "Not Found", "no delivery has this id")
         return _json(delivery_document(delivery) | {"history": history_document(delivery)})
@@ -296,10 +313,15 @@ class Api:
         operator = self._operator(request)
         fields = await _fields(request, {"since"}, optional=True)
         since_at = _time(fields, "since")
-        retried = 0
-        # Bounded steps, so that other writers get their turn; what a crash leaves dead is retried by asking again
-        while retried < MAX_RETRIES_PER_CALL and (count := await self._store.retry_dead(operator.name, since_at)):
-            retried += count
+        if since_at > self._clock.wall_ms():
+            raise _bad(f"since: must not lie ahead (got {fields['since']!r})")
+        if operator.name in self._retrying:
+            raise Problem(409, "Conflict", "another call is retrying the dead deliveries of this operator")
+        self._retrying.add(operator.name)
+        try:
+            retried = await self._store.retry_dead(operator.name, since_at)
+        finally:
+            self._retrying.discard(operator.name)
         log.info("delivery.retried_by_hand", operator=operator.name, count=retried, by=self._by(request))
         return _json({"retried": retried}, 202)
 
@@ -307,7 +329,7 @@ class Api:
 
     async def list_operators(self, request: web.Request) -> web.Response:
         _query(request, set())
-        oldest = await self._store.oldest_pending(self._settings.operators)
+        oldest = await _shown(request, self._store.oldest_pending_shown(self._settings.operators))
         items = [self._shown(operator, oldest[name]) for name, operator in self._settings.operators.items()]
         return _json({"items": items})
 
@@ -344,7 +366,7 @@ class Api:
         await self._store.set_gate(operator.name, change)
 
     async def _shown_now(self, operator: Operator) -> web.Response:
-        oldest = await self._store.oldest_pending([operator.name])
+        oldest = await self._store.oldest_pending_shown([operator.name])
         return _json(self._shown(operator, oldest[operator.name]))
 
     # -- the daemon itself
@@ -429,9 +451,23 @@ def _unknown_session() -> Problem:
     return Problem(404, "Not Found", "no session has this id")
 
 
-def _page(items: list[Any], rows: "list[Session] | list[Delivery]", limit: int) -> dict[str, Any]:
-    """A page: one row more than wanted was read, to know whether there is a next one."""
-    return {"items": items, "next": str(rows[limit - 1].id) if len(rows) > limit else None}
+async def _shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:
+    """What is read for people, which ends when its client leaves."""
+    with until_client_leaves(request):
+        return await reading
+
+
+def _page(page: Page[_Row], document: Callable[[_Row], dict[str, Any]]) -> dict[str, Any]:
+    """A page as it is answered: it ends before an item that would make it longer than PAGE_BYTES."""
+    items: list[orjson.Fragment] = []
+    left = PAGE_BYTES - len('{"items":[],"next":""}') - CURSOR_MAX
+    for row in page.rows:
+        item = orjson.dumps(document(row))
+        left -= len(item) + 1  # and a comma
+        if left < 0:
+            return {"items": items, "next": str(page.rows[len(items) - 1].id)}
+        items.append(orjson.Fragment(item))
+    return {"items": items, "next": None if page.next is None else str(page.next)}
 
 
 async def _body(request: web.Request, limit: int, *, optional: bool = False) -> bytes:

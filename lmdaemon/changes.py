@@ -19,7 +19,6 @@ import orjson
 from lmdaemon.database import StoreError
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 from lmdaemon.rows import (
-    DELIVERY,
     ENDED_BEFORE,
     SESSION,
     as_rows,
@@ -302,9 +301,8 @@ UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL,
 FROM (SELECT {given("id", "due_at", "aged_from_at", "held_base_ms")} FROM json_each(?)) AS again
 WHERE delivery.id = again.id"""
 _DEAD = f"""
-SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
-WHERE d.operator = ? AND d.state = 'dead' AND d.settled_at >= ? AND {_MAY_BE_SENT}
-ORDER BY d.id LIMIT ?"""
+SELECT {as_rows("id, sink")} FROM delivery
+WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {_MAY_BE_SENT}"""
 _KEPT = """
 SELECT json_group_array(session) FROM delivery
 WHERE session IN (SELECT value FROM json_each(?)) AND (state = 'pending' OR settled_at >= ?)"""
@@ -666,12 +664,12 @@ def _set_gate_one(change: Change, operator: str, alter: Callable[[Gate], Gate]) 
     return gate
 
 
-def retry_dead(change: Change, arguments: Sequence[tuple[str, int]]) -> list[int]:
+def retry_dead(change: Change, arguments: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
     results = []
-    for operator, since_at in arguments:
-        dead = [Delivery(*row) for row in change.sql.execute(_DEAD, (operator, since_at, RETRY_ROWS)).fetchall()]
-        _revive(change, operator, dead)
-        results.append(len(dead))
+    for operator, ids in arguments:
+        sinks = dict(fetch(change.sql, _DEAD, to_json(ids), operator))  # of those that are dead still
+        _revive(change, operator, [(number, sinks[number]) for number in ids if number in sinks])
+        results.append(len(sinks))
     return results
 
 
@@ -680,21 +678,21 @@ def retry_some(change: Change, webhook_ids: Sequence[str]) -> list[Delivery | No
     for webhook_id in webhook_ids:
         delivery = delivery_by_webhook_id(change.sql, webhook_id)
         if delivery is not None and delivery.state == "dead" and _possible(delivery):
-            _revive(change, delivery.operator, [delivery])
+            _revive(change, delivery.operator, [(delivery.id, delivery.sink)])
         results.append(delivery)
     return results
 
 
-def _revive(change: Change, operator: str, dead: Sequence[Delivery]) -> None:
-    """Dead deliveries become due again, RETRY_SPACING_MS apart, counted over all calls, so that a wallet that has just
-    come back is not run over.
+def _revive(change: Change, operator: str, dead: Sequence[tuple[int, str]]) -> None:
+    """Dead deliveries, as (id, sink), become due again, RETRY_SPACING_MS apart, counted over all calls, so that a
+    wallet that has just come back is not run over.
     """
     gate = _gate(change, operator)
     due_at = max(change.wall_at, gate.paced_until_at)
     rows = []
-    for delivery in dead:
-        rows.append((delivery.id, due_at, change.wall_at, _held_ms(gate, change.wall_at)))
-        change.note_due(operator, delivery.sink, due_at)
+    for number, sink in dead:
+        rows.append((number, due_at, change.wall_at, _held_ms(gate, change.wall_at)))
+        change.note_due(operator, sink, due_at)
         due_at += RETRY_SPACING_MS
     execute_rows(change.sql, _REVIVE, rows)
     change.new_gates[operator] = replace(gate, paced_until_at=due_at)

@@ -1,4 +1,4 @@
-"""The SQLite file: opening and upgrading it, one writer with group commit, one reader. The home of aiosqlite.
+"""The SQLite file: opening and upgrading it, one writer with group commit, two readers. The home of aiosqlite.
 
 Called by `store`, which brings all SQL. Every change is an operation on one queue; the writer takes what is queued,
 runs it as one transaction in one call on the connection's thread, commits with `synchronous=FULL`, and only then
@@ -35,8 +35,11 @@ BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can de
 BATCH_ROWS = 10_000  # rows they name together, for one bulk touch names as many as thousands of single ones
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
 QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
-READS_MAX = 1000  # that wait for the reading connection
-REFUSALS = ("queue_full", "readers_full", "writing_failed", "reading_failed", "stopping")
+READS_MAX = 1000  # that wait for the daemon's own reading connection
+LOOKS_MAX = 100  # that wait for the connection of people's reads
+LOOK_S = 2.0  # that such a read may take, its wait included
+INTERRUPT_EVERY_S = 0.05  # until a read that nobody waits for any more has ended
+REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
 HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
 # A touch writes the one page where its session is. 60 touches at random among 200,000 take 1.6 ms with a page of 1024,
 # 2.8 ms with SQLite's default of 4096; 1,000 take 21 and 45 ms.
@@ -118,6 +121,47 @@ class _Thread(aiosqlite.Connection):
         result: _Result = await self._execute(function, self._conn, *arguments)  # type: ignore[no-untyped-call]
         return result
 
+    def end_statement(self) -> None:
+        """Interrupts the statement that is running on the thread, if there is one."""
+        self._conn.interrupt()
+
+
+class _Desk:
+    """The connection for what people ask: one read at a time, and each ends when its time is over or its caller has
+    gone. Nothing else waits for it.
+    """
+
+    def __init__(self, thread: _Thread) -> None:
+        self._thread = thread
+        self._turn = asyncio.Lock()
+        self.waiting = 0  # reads, the running one included
+
+    async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Raises sqlite3.Error, and TimeoutError after LOOK_S."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await self._turn.acquire()
+                reading = asyncio.ensure_future(self._thread.run(_in_one_transaction, function, *arguments))
+                reading.add_done_callback(lambda _: self._turn.release())
+                try:
+                    return await asyncio.shield(reading)
+                finally:
+                    self._interrupt(reading)
+        finally:
+            self.waiting -= 1
+
+    def _interrupt(self, reading: "asyncio.Future[Any]") -> None:
+        """Ends a read that is still running. It has the turn until it is done, so no other one can be hit. Repeated,
+        for an interrupt between two statements, or before the first, ends nothing.
+        """
+        if not reading.done():
+            self._thread.end_statement()
+            asyncio.get_running_loop().call_later(INTERRUPT_EVERY_S, self._interrupt, reading)
+
+    async def close(self) -> None:
+        await self._thread.close()
+
 
 class Database(Generic[_Txn]):
     """An open database. `run` must be running for writes to be answered; `close` belongs in an exit stack, for an
@@ -130,7 +174,14 @@ class Database(Generic[_Txn]):
     """
 
     def __init__(
-        self, files: "_Files", keeper: _Thread, writer: _Thread, reader: _Thread, checkpointer: _Thread, lock: int
+        self,
+        files: "_Files",
+        keeper: _Thread,
+        writer: _Thread,
+        reader: _Thread,
+        desk: _Desk,
+        checkpointer: _Thread,
+        lock: int,
     ) -> None:
         self._files = files
         # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so that
@@ -138,6 +189,7 @@ class Database(Generic[_Txn]):
         self._keeper = keeper
         self._writer = writer
         self._reader = reader
+        self._desk = desk
         self._checkpointer = checkpointer
         self._lock = lock
         self._queue: deque[Operation] = deque()
@@ -182,9 +234,7 @@ class Database(Generic[_Txn]):
                 await writer.run(_migrate, path, migrations or MIGRATIONS)
                 for statement in setup:
                     await writer.run(_execute, statement)
-                reader = await _connect(path, stack)
-                await reader.run(_execute, "PRAGMA query_only = ON")
-                await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none
+                reader, looker = await _connect_to_read(path, stack), await _connect_to_read(path, stack)
                 checkpointer = await _connect(path, stack)
                 files = _Files(path)
                 stack.pop_all()  # open: from here on `close` ends them
@@ -195,7 +245,7 @@ class Database(Generic[_Txn]):
             os.close(lock)
             raise
         mark(lock, files.in_use)
-        return cls(files, keeper, writer, reader, checkpointer, lock)
+        return cls(files, keeper, writer, reader, _Desk(looker), checkpointer, lock)
 
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
@@ -204,6 +254,7 @@ class Database(Generic[_Txn]):
             # Before the last connection removes the WAL: a crash in between must not look like a loss.
             mark(self._lock, b"")
         await self._checkpointer.close()
+        await self._desk.close()
         await self._reader.close()
         await self._writer.close()
         await self._keeper.close()
@@ -238,20 +289,43 @@ class Database(Generic[_Txn]):
         return self._files.file_bytes
 
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Runs `function(connection, *arguments)` on the reading connection. Raises StoreError."""
+        """Runs `function(connection, *arguments)` for the daemon itself, on a connection where nobody waits for what
+        people ask. Raises StoreError.
+        """
         if self._reading >= READS_MAX:
-            self.refused["readers_full"] += 1
-            log.warning("store.overloaded", reason="readers_full", waiting=self._reading)
-            raise StoreError("too many readers are waiting")
+            raise self._too_many_readers(self._reading)
         self._reading += 1
         try:
             return await self._reader.run(function, *arguments)
         except sqlite3.Error as error:
-            self.refused["reading_failed"] += 1
-            log.error("store.reading_failed", reason=str(error), path=self.path)
-            raise StoreError(f"reading failed: {error}") from error
+            raise self._reading_failed(error) from error
         finally:
             self._reading -= 1
+
+    async def look(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Runs `function(connection, *arguments)` in a read transaction, for people: a few at a time, each for LOOK_S
+        at most. One that is cancelled ends. Raises StoreError.
+        """
+        if self._desk.waiting >= LOOKS_MAX:
+            raise self._too_many_readers(self._desk.waiting)
+        try:
+            return await self._desk.read(function, *arguments)
+        except TimeoutError:
+            self.refused["reading_too_slow"] += 1
+            log.warning("store.overloaded", reason="reading_too_slow", waiting=self._desk.waiting)
+            raise StoreError(f"reading took longer than {LOOK_S:g} s") from None
+        except sqlite3.Error as error:
+            raise self._reading_failed(error) from error
+
+    def _too_many_readers(self, waiting: int) -> StoreError:
+        self.refused["readers_full"] += 1
+        log.warning("store.overloaded", reason="readers_full", waiting=waiting)
+        return StoreError("too many readers are waiting")
+
+    def _reading_failed(self, error: sqlite3.Error) -> StoreError:
+        self.refused["reading_failed"] += 1
+        log.error("store.reading_failed", reason=str(error), path=self.path)
+        return StoreError(f"reading failed: {error}")
 
     def write(
         self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1
@@ -647,8 +721,26 @@ async def _connect(path: Path | str, stack: AsyncExitStack) -> _Thread:
     return opened
 
 
+async def _connect_to_read(path: Path, stack: AsyncExitStack) -> _Thread:
+    reader = await _connect(path, stack)
+    await reader.run(_execute, "PRAGMA query_only = ON")
+    await reader.run(_execute, "SELECT count(*) FROM sqlite_schema")  # makes the WAL where there is none
+    return reader
+
+
 def _execute(connection: sqlite3.Connection, statement: str) -> None:
     connection.execute(statement).fetchall()
+
+
+def _in_one_transaction(connection: sqlite3.Connection, function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Several statements see the same state of the tables."""
+    connection.execute("BEGIN")
+    try:
+        return function(connection, *arguments)
+    finally:
+        while connection.in_transaction:  # the end of it may be interrupted, too
+            with suppress(sqlite3.OperationalError):
+                connection.execute("ROLLBACK")
 
 
 def _statements(script: str) -> list[str]:
@@ -676,7 +768,9 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
 
 
 # Entry n brings a file from version n to n + 1. Never edit one that was released: add the next.
-MIGRATIONS: Sequence[str] = (resources.files("lmdaemon").joinpath("schema.sql").read_text("utf-8"),)
+MIGRATIONS: Sequence[str] = tuple(
+    resources.files("lmdaemon").joinpath(script).read_text("utf-8") for script in ("schema.sql", "schema_2.sql")
+)
 
 
 def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The two listeners: who is let in, how long a request may take to arrive, and how much memory strangers may hold.
 
-Used by `daemon`; the only module that knows aiohttp's server from inside. It must not let one client, or one listener,
-take what the others need: connections, file descriptors, memory.
+Used by `daemon`, and by `api` to end what its client no longer waits for; the only module that knows aiohttp's server
+from inside. It must not let one client, or one listener, take what the others need: connections, file descriptors,
+memory.
 """
 
 import asyncio
@@ -10,8 +11,8 @@ import ipaddress
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aiohttp import web
@@ -171,7 +172,7 @@ class Connection(web.RequestHandler):
     HTTP that does not repeat it, and an end that cuts no request off.
     """
 
-    __slots__ = ("_address", "_answered", "_head_timer", "_site", "made")
+    __slots__ = ("_address", "_answered", "_head_timer", "_site", "made", "reader")
 
     def __init__(self, server: web.Server, site: "Site", address: str | None) -> None:
         options: Any = {
@@ -188,6 +189,7 @@ class Connection(web.RequestHandler):
         self._answered = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self.made = False  # it has a transport, or had one
+        self.reader: asyncio.Task[Any] | None = None  # a handler that is of no use when the client leaves
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.made = True
@@ -198,6 +200,8 @@ class Connection(web.RequestHandler):
         self._site.left(self._address)
         if self._head_timer is not None:
             self._head_timer.cancel()
+        if self.reader is not None:
+            self.reader.cancel()
         super().connection_lost(exc)
 
     @property
@@ -233,6 +237,18 @@ class Connection(web.RequestHandler):
         answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
         answer.force_close()
         return answer
+
+
+@contextmanager
+def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
+    """Cancels the handler when its client leaves meanwhile: for what changes nothing and takes its time."""
+    connection = request.protocol
+    assert isinstance(connection, Connection)  # noqa: S101 - a Site makes no other
+    connection.reader = asyncio.current_task()
+    try:
+        yield
+    finally:
+        connection.reader = None
 
 
 class Site(web.BaseSite):

@@ -22,6 +22,7 @@ PAGE_DEFAULT, PAGE_MAX = 100, 1000
 _PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
 _WEBHOOK_ID = "^msg_[1-9][0-9]{0,17}_[0-9a-f]{20}$"
 _CURSOR = "^[1-9][0-9]{0,17}$"
+_SINK = {"type": "string", "pattern": "^(http|plugin:[^\\u0000-\\u001f\\u007f-\\u009f]+)$", "maxLength": ID_MAX}
 _INTEGERS = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}  # those a JSON reader keeps exactly
 
 Json = dict[str, Any]
@@ -176,7 +177,9 @@ def _private_calls() -> dict[str, Json]:
                 problems=(400, 503),
                 parameters=[
                     _query("operator", _ref("schemas", "Id"), "Only those of this operator, configured or not."),
-                    _query("sink", _ref("schemas", "Id"), "Only those for this sink: `http` or `plugin:NAME`."),
+                    _query(
+                        "sink", _SINK, "Only those for this sink: `http`, or a plug-in that is configured or has any."
+                    ),
                     _query("state", _ref("schemas", "DeliveryState"), "Only those in this state."),
                     *page,
                 ],
@@ -205,9 +208,9 @@ def _private_calls() -> dict[str, Json]:
             "post": _call(
                 "deliveries",
                 "retryDeliveries",
-                "Make the dead deliveries of an operator due again, ten a second",
+                "Make the dead deliveries of an operator due again, ten a second; one call at a time",
                 {202: ("How many", _object(retried=_count()))},
-                problems=(400, 404, 408, 413, 415, 503),
+                problems=(400, 404, 408, 409, 413, 415, 503),
                 body=_ref("schemas", "RetrySince"),
                 body_required=False,
             )
@@ -347,8 +350,8 @@ def _query(name: str, schema: Json, description: str) -> Json:
 def _page_parameters() -> list[Json]:
     limit = {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT}
     return [
-        _query("limit", limit, "How many at most."),
-        _query("after", _ref("schemas", "Cursor"), "The `next` of the page before."),
+        _query("limit", limit, "How many at most; a page also ends at 1 MiB, or when enough was looked at for one."),
+        _query("after", _ref("schemas", "Cursor"), "The `next` of the page before, until that is null."),
     ]
 
 
@@ -502,7 +505,9 @@ def _schemas(operators: Sequence[Operator]) -> Json:
         "BulkTouched": _object(
             touched=_count(), unknown=_list(_ref("schemas", "Id")), ended=_list(_ref("schemas", "Id"))
         ),
-        "RetrySince": _object(since={"type": "string", "format": "date-time"}, optional=["since"]),
+        "RetrySince": _object(
+            since={"type": "string", "format": "date-time", "description": "Not ahead of now."}, optional=["since"]
+        ),
         "Session": _object(**session),
         "SessionWithDeliveries": _object(**session, deliveries=_list(_ref("schemas", "Delivery"))),
         "SessionPage": _page("Session"),
@@ -577,7 +582,7 @@ def _delivery() -> Json:
         "id": _ref("schemas", "WebhookId"),
         "operator": {"type": "string"},
         "sessionId": _ref("schemas", "Id"),
-        "sink": {"type": "string", "pattern": "^(http|plugin:.+)$"},
+        "sink": _SINK,
         "state": _ref("schemas", "DeliveryState"),
         "attempts": _count(),
         "createdAt": _time(),

@@ -71,10 +71,14 @@ def session_by_key(sql: sqlite3.Connection, operator: str, session_id: str) -> S
     return None if row is None else Session(*row)
 
 
-def delivery_by_webhook_id(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
+def number_of(webhook_id: str) -> int | None:
+    """The row number in the public id of a delivery, or None in what is none."""
     number = webhook_id.removeprefix("msg_").partition("_")[0]
-    if not (number.isascii() and number.isdigit() and len(number) <= 18):
-        return None
-    row = sql.execute(_DELIVERY_BY_ID, (int(number),)).fetchone()
+    return int(number) if number.isascii() and number.isdigit() and len(number) <= 18 else None
+
+
+def delivery_by_webhook_id(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
+    number = number_of(webhook_id)
+    row = None if number is None else sql.execute(_DELIVERY_BY_ID, (number,)).fetchone()
     delivery = None if row is None else Delivery(*row)
     return delivery if delivery is not None and delivery.webhook_id == webhook_id else None

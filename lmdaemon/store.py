@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from lmdaemon import changes
+from lmdaemon import changes, pages
 from lmdaemon.changes import (
     ADDING,
     AT_ONCE,
@@ -22,6 +22,7 @@ from lmdaemon.changes import (
     GATE,
     NEXT,
     OPEN_GATE,
+    RETRY_ROWS,
     SET_UP,
     SWEEP_ROWS,
     AtOnce,
@@ -46,12 +47,12 @@ from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.database import BATCH_ROWS, Database, DatabaseError, Operation, StoreError
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.pages import Page
 from lmdaemon.rows import (
     DELIVERY,
     ENDED_BEFORE,
     SESSION,
     as_rows,
-    delivery_by_webhook_id,
     fetch,
     ids_of,
     scalar,
@@ -71,6 +72,7 @@ __all__ = [
     "StoreError",
 ]
 
+RETRIES_MAX = 100_000  # dead deliveries made due again by one call
 EXPORT_ROWS = 500  # sessions in one read
 SET_BACK_MS = 1000  # what the wall clock is behind the monotonic one by less has drifted
 LANES_AT_ONCE = 32  # in one statement
@@ -103,9 +105,16 @@ def _lanes(count: int) -> str:
 
 _DELIVERIES_OF = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
+# The oldest of each sink of an operator, a step in the index each.
 _OLDEST_PENDING = """
-SELECT min(created_at) FROM delivery
-WHERE id = (SELECT id FROM delivery WHERE operator = ? AND state = 'pending' ORDER BY id LIMIT 1)"""
+WITH RECURSIVE its(sink) AS (
+    SELECT (SELECT sink FROM delivery WHERE operator = :operator ORDER BY sink LIMIT 1)
+    UNION ALL
+    SELECT (SELECT d.sink FROM delivery d WHERE d.operator = :operator AND d.sink > its.sink ORDER BY d.sink LIMIT 1)
+    FROM its WHERE its.sink IS NOT NULL)
+SELECT min(created_at) FROM its JOIN delivery ON id = (
+    SELECT id FROM delivery d WHERE d.operator = :operator AND d.sink = its.sink AND d.state = 'pending'
+    ORDER BY id LIMIT 1)"""
 _SESSIONS_OF = f"""
 SELECT {SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""
 _DELIVERIES_OF_ALL = f"""
@@ -339,8 +348,21 @@ class Store:
         return await self._db.write(changes.set_gates, (operator, change))
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
-        """Makes up to RETRY_ROWS deliveries that died since then due again, spaced out. Returns how many."""
-        return await self._db.write(changes.retry_dead, (operator, since_at))
+        """Makes deliveries that died since then due again, spaced out, RETRIES_MAX and a few at most. Returns how many.
+        Raises StoreError.
+
+        They are found by reading and changed in steps, so that other writers get their turn. What is left when a step
+        fails is retried by asking again.
+        """
+        retried, after = 0, (since_at, 0)
+        while retried < RETRIES_MAX:
+            found = await self._db.look(pages.died, operator, after, RETRY_ROWS)
+            if found.ids:
+                retried += await self._db.write(changes.retry_dead, (operator, found.ids), rows=len(found.ids))
+            if found.after is None:
+                break
+            after = found.after
+        return retried
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
         """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
@@ -357,7 +379,7 @@ class Store:
         """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError."""
         await self._db.write(changes.nothing, None)
 
-    # -- reading
+    # -- reading, for the daemon itself
 
     async def session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         """One session with its deliveries."""
@@ -369,24 +391,6 @@ class Store:
             return session, [Delivery(*row) for row in sql.execute(_DELIVERIES_OF, (session.id,))]
 
         return await self._db.read(read)
-
-    async def sessions(
-        self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
-    ) -> list[Session]:
-        """A page of sessions, newest first, with ids below `after`."""
-        statement, arguments = _session_page(operator, state, player_id, limit, after)
-        return await self._db.read(lambda sql: [Session(*row) for row in sql.execute(statement, arguments)])
-
-    async def delivery(self, webhook_id: str) -> Delivery | None:
-        """One delivery by its public id."""
-        return await self._db.read(delivery_by_webhook_id, webhook_id)
-
-    async def deliveries(
-        self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
-    ) -> list[Delivery]:
-        """A page of deliveries, newest first, with ids below `after`."""
-        statement, arguments = _delivery_page(operator, sink, state, limit, after)
-        return await self._db.read(lambda sql: [Delivery(*row) for row in sql.execute(statement, arguments)])
 
     async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
         """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
@@ -403,12 +407,45 @@ class Store:
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         """When the oldest pending delivery of each operator was made; None when nothing is pending."""
-        names = list(operators)
+        return await self._db.read(_oldest_pending, list(operators))
 
-        def read(sql: sqlite3.Connection) -> dict[str, int | None]:
-            return {name: scalar(sql.execute(_OLDEST_PENDING, (name,))) for name in names}
+    # -- reading, for people: without tokens, bodies and what else they are not shown
 
-        return await self._db.read(read)
+    async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
+        """One session with its deliveries. Raises StoreError, as all of these."""
+        return await self._db.look(pages.one_session, operator, session_id)
+
+    async def sessions(
+        self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
+    ) -> Page[Session]:
+        """A page of sessions, newest first, with ids below `after`."""
+        return await self._db.look(pages.session_page, operator, state, player_id, limit, after or pages.BEYOND)
+
+    async def delivery(self, webhook_id: str) -> Delivery | None:
+        """One delivery by its public id, with its history."""
+        return await self._db.look(pages.one_delivery, webhook_id)
+
+    async def deliveries(
+        self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
+    ) -> Page[Delivery]:
+        """A page of deliveries, newest first, with ids below `after`."""
+        after = after or pages.BEYOND
+        if operator is sink is state is None:
+            return await self._db.look(pages.newest_deliveries, limit, after)
+        operators = [operator] if operator is not None else list(self.figures)  # of all that there ever were
+        return await self._db.look(pages.delivery_page, operators, sink, state, limit, after)
+
+    async def has_sink(self, sink: str) -> bool:
+        """Whether there are deliveries for a sink, of whatever operator."""
+        return await self._db.look(pages.has_sink, list(self.figures), sink)
+
+    async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
+        """As `oldest_pending`."""
+        return await self._db.look(_oldest_pending, list(operators))
+
+
+def _oldest_pending(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:
+    return {name: scalar(sql.execute(_OLDEST_PENDING, {"operator": name})) for name in operators}
 
 
 # -- reading the file from another process, beside the daemon
@@ -454,59 +491,3 @@ def _clock(sql: sqlite3.Connection) -> tuple[int, int]:
 def _claimed(row: list[Any]) -> Delivery:
     row[-1] = row[-1].encode()  # the body
     return Delivery(*row)
-
-
-def _session_page(
-    operator: str, state: str | None, player_id: str | None, limit: int, after: int | None
-) -> tuple[str, Mapping[str, Any]]:
-    arguments = {"operator": operator, "player": player_id, "limit": limit, "after": after or _BEYOND}
-    conditions = {"active": "reason IS NULL", "ended": "reason IS NOT NULL", None: "TRUE"}
-    if player_id is not None:
-        where = f"operator = :operator AND player_id = :player AND {conditions[state]}"
-        return _page(SESSION, "session", where), arguments
-    # Each half runs along its own index in order; SQLite merges the two.
-    halves = [
-        _page(SESSION, "session", f"operator = :operator AND {condition}")
-        for name, condition in conditions.items()
-        if name is not None and state in (None, name)
-    ]
-    return _merged(SESSION, halves), arguments
-
-
-def _delivery_page(
-    operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
-) -> tuple[str, Mapping[str, Any]]:
-    arguments = {"operator": operator, "sink": sink, "state": state, "limit": limit, "after": after or _BEYOND}
-    where = " AND ".join(
-        ["TRUE"]
-        + ["operator = :operator"] * (operator is not None)
-        + ["sink = :sink"] * (sink is not None)
-        + ["state = :state"] * (state is not None)
-    )
-    if operator is None and state in ("pending", "dead"):
-        # Few among many: look them up for each operator instead of walking all that were ever delivered.
-        ids = (
-            f"SELECT id FROM delivery WHERE operator = o.name AND {where} AND id < :after ORDER BY id DESC LIMIT :limit"
-        )
-        chosen = f"SELECT d.id FROM operator o, delivery d WHERE d.id IN ({ids}) ORDER BY d.id DESC LIMIT :limit"
-    elif operator is not None and state is None:
-        states = [_page("id", "delivery", f"{where} AND state = '{one}'") for one in ("pending", "delivered", "dead")]
-        chosen = _merged("id", states)
-    else:
-        chosen = _page("id", "delivery", where)
-    return (
-        f"SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session "
-        f"WHERE d.id IN ({chosen}) ORDER BY d.id DESC"
-    ), arguments
-
-
-_BEYOND = 2**63 - 1
-
-
-def _page(columns: str, table: str, where: str) -> str:
-    return f"SELECT {columns} FROM {table} WHERE {where} AND id < :after ORDER BY id DESC LIMIT :limit"
-
-
-def _merged(columns: str, parts: Sequence[str]) -> str:
-    union = " UNION ALL ".join(f"SELECT * FROM ({part})" for part in parts)
-    return f"SELECT {columns} FROM ({union}) ORDER BY id DESC LIMIT :limit"

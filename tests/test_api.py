@@ -1,8 +1,10 @@
 """The private side, call by call, against a whole daemon: contract, section 5."""
 
 import asyncio
+import contextlib
 import json
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,6 +18,8 @@ import pytest
 from conftest import HandClock
 from support import LISTEN, ScriptedOperator, Serving, hear, live, raw_connection, scripted_operator, serving, until
 from yarl import URL
+
+from lmdaemon import database, pages
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 SECRET = "the-player's-token"
@@ -607,6 +611,10 @@ async def test_a_bad_query_answers_400(api: Caller, path: str, query: str) -> No
         ACME + "/sessions?operator=acme",
         "/v1/deliveries?operator=",
         "/v1/deliveries?sink=" + "x" * 257,
+        "/v1/deliveries?sink=nope",
+        "/v1/deliveries?sink=HTTP",
+        "/v1/deliveries?sink=plugin:",
+        "/v1/deliveries?sink=plugin:none&operator=acme",
         "/v1/deliveries?playerId=p1",
         "/v1/operators?limit=1",
     ],
@@ -659,7 +667,7 @@ async def test_pages_of_deliveries_lose_and_double_nothing_for_any_filter(delive
     assert states.count(("bravo", "plugin:hook", "delivered")) == 12
     filters = product(
         (None, "acme", "bravo", "nobody"),
-        (None, "http", "plugin:hook", "plugin:none"),
+        (None, "http", "plugin:hook"),
         (None, "pending", "delivered", "dead"),
         (1, 3, 1000),
     )
@@ -673,6 +681,70 @@ async def test_pages_of_deliveries_lose_and_double_nothing_for_any_filter(delive
             and state in (None, delivery["state"])
         ]
         assert walked == wanted, (operator, sink, state, limit)
+
+
+async def test_deliveries_of_a_plug_in_that_left_the_file_can_still_be_listed(
+    delivered_everywhere: Caller, tmp_path: Path
+) -> None:
+    api = delivered_everywhere
+    assert (await api("GET", "/v1/deliveries?sink=plugin:hook&operator=acme", 200))["items"]
+    file = tmp_path / "config.toml"
+    file.write_text(file.read_text().partition("[plugins.hook]")[0])
+    await api.daemon.daemon.reload_once()
+    assert api.daemon.daemon.settings.plugins == {}
+    assert len((await api("GET", "/v1/deliveries?sink=plugin:hook&operator=acme", 200))["items"]) == 12
+
+
+async def test_a_page_ends_at_a_mebibyte_and_goes_on_behind_it(api: Caller) -> None:
+    attributes = {"note": "x" * 4000}
+    names = [f"{number}-{'🎲' * 250}" for number in range(300)]
+    for first in range(0, len(names), 50):
+        await asyncio.gather(*(api.open(name, attributes=attributes) for name in names[first : first + 50]))
+    found, sizes, after = [], [], ""
+    while True:
+        response, page = await api.answer("GET", f"{ACME}/sessions?limit=1000{after}", 200)
+        found += [session["sessionId"] for session in page["items"]]
+        sizes.append(int(response.headers["Content-Length"]))
+        if page["next"] is None:
+            break
+        after = f"&after={page['next']}"
+    assert len(sizes) == 2
+    assert 1024 * 1024 - 6000 < sizes[0] <= 1024 * 1024  # the next item would not have fitted
+    assert sorted(found) == sorted(names)
+
+
+def endless(sql: sqlite3.Connection, *_: object) -> None:
+    sql.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n").fetchone()
+
+
+async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
+    api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    with monkeypatch.context() as slow:
+        slow.setattr(pages, "newest_deliveries", endless)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(30):
+                reader = await stack.enter_async_context(raw_connection(api.daemon.api))
+                await reader.send(b"GET /v1/deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            desk = api.daemon.daemon._store._db._desk
+            await until(lambda: desk.waiting == 30)
+            await api.open()
+            await api.close()
+            await wallet.wait_for(1)
+            assert (await api("GET", "/health", 200))["status"] == "pass"
+            assert desk.waiting == 30
+        await until(lambda: desk.waiting == 0)
+    assert len((await api("GET", "/v1/deliveries", 200))["items"]) == 1
+
+
+async def test_what_people_read_answers_503_when_it_takes_too_long(
+    api: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOOK_S", 0.05)
+    monkeypatch.setattr(pages, "session_page", endless)
+    problem = await api("GET", ACME + "/sessions", 503)
+    assert problem["detail"] == "reading took longer than 0.05 s"
 
 
 async def test_a_session_shows_its_deliveries(api: Caller, wallet: ScriptedOperator) -> None:
@@ -808,11 +880,28 @@ async def test_retrying_since_a_time_leaves_what_died_before_it(
     await dead_deliveries(api, wallet, "new", "newer")
     await api("POST", ACME + "/hold", 200)
     for since, count in (
-        ("2026-09-21T14:14:20.001Z", 0),
         ("2026-09-21T16:14:20+02:00", 2),
+        ("2026-09-21T14:14:19.999Z", 0),
         ("2026-09-21T14:13:20z", 1),
     ):
         assert await api("POST", ACME + "/deliveries/retry", 202, json={"since": since}) == {"retried": count}
+
+
+async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
+    delivered_everywhere: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = delivered_everywhere
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    store = api.daemon.daemon._store
+    busy = asyncio.ensure_future(store._db.look(endless))
+    first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))
+    other = asyncio.ensure_future(api("POST", "/v1/operators/bravo/deliveries/retry", 202))
+    await until(lambda: store._db._desk.waiting == 3)
+    for _ in range(3):
+        await api("POST", ACME + "/deliveries/retry", 409)
+    busy.cancel()
+    assert [await first, await other] == [{"retried": 3}, {"retried": 3}]
+    assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
 
 
 async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_everywhere: Caller) -> None:
@@ -828,6 +917,7 @@ async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_eve
             {"since": value}
             for value in (None, 5, "", "yesterday", "2026-01-01", "2026-01-01T00:00:00", "2026-13-01T00:00:00Z")
         ),
+        {"since": "2026-09-21T14:13:20.001Z"},  # ahead of the clock
         *({"since": value} for value in ("2026-01-01T25:00:00Z", "2026-01-01 00:00:00Z", "0001-01-01T00:00:00+10:00")),
         {"until": "2026-01-01T00:00:00Z"},
         [],

@@ -75,7 +75,7 @@ async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Pa
             assert await answer.json() == {"error": 0, "description": "Success"}
         await until(lambda: d.daemon._store.figures["acme"].pending == 0)
         deliveries = await d.daemon._store.deliveries(operator=None, sink=None, state=None, limit=9, after=None)
-        assert [(one.state, one.attempts) for one in deliveries] == [("delivered", 1)]
+        assert [(one.state, one.attempts) for one in deliveries.rows] == [("delivered", 1)]
 
 
 @pytest.mark.parametrize(("kept_s", "every_s"), [(0.001, 1), (60, 6), (36_000, 3600), (90 * 86_400, 3600)])

@@ -171,14 +171,17 @@ async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch:
         assert await notify(d) == 503
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 503
         monkeypatch.setattr(database, "QUEUE_MAX", 20_000)
-        monkeypatch.setattr(database, "READS_MAX", 0)
+        monkeypatch.setattr(database, "LOOKS_MAX", 0)
         assert await call(d, "GET", "/v1/operators/acme/sessions/s") == 503
+        monkeypatch.setattr(database, "READS_MAX", 0)
+        with pytest.raises(StoreError):
+            await store.oldest_pending(["acme"])
         monkeypatch.setattr(database, "READS_MAX", 1000)
         with pytest.raises(StoreError):
             await store._db.read(lambda sql: sql.execute("SELECT * FROM nothing"))
         after = await scrape(d)
     assert after['lmdaemon_store_refused_operations_total{reason="queue_full"}'] == 2
-    assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 1
+    assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 2
     assert after['lmdaemon_store_refused_operations_total{reason="reading_failed"}'] == 1
     assert after['lmdaemon_store_refused_operations_total{reason="writing_failed"}'] == 0
     assert after['lmdaemon_notices_not_taken_total{status="503"}'] == 1

@@ -60,6 +60,7 @@ required = ["provider", "session", "player"]
 
 # A refused notice is HTTP 200 with its code in the body (protocol.md), so 200 is what a bad one gets, too.
 # A session that has ended cannot be touched: 410 is to touch what 409 is to open, which the fuzzer knows.
+# No schema can say which plug-ins have deliveries, nor what time it is: an unknown sink and a time ahead are a 400.
 CHECKS = """
 [[operations]]
 include-tag = "notices"
@@ -69,6 +70,14 @@ expected-statuses = ["200", "403", "413", "415"]
 include-operation-id = "touchSession"
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "404", "410"]
+[[operations]]
+include-operation-id = "listDeliveries"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400"]
+[[operations]]
+include-operation-id = "retryDeliveries"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "404", "409"]
 """
 
 # Where a path stands in the document and also fits a template, it is the path that counts (OpenAPI 3.1, Paths Object).

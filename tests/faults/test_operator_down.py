@@ -72,7 +72,9 @@ class Outage:
 
     async def states(self) -> dict[str, int]:
         counted: dict[str, int] = defaultdict(int)
-        for one in await self.bench.db.deliveries(operator=None, sink=None, state=None, limit=9999, after=None):
+        page = await self.bench.db.deliveries(operator=None, sink=None, state=None, limit=9999, after=None)
+        assert page.next is None
+        for one in page.rows:
             counted[one.state] += 1
         return dict(counted)
 

@@ -1,0 +1,230 @@
+"""What people look at: pages of sessions and deliveries, and single ones, without the columns that nobody is shown.
+
+Called by `store`, on the connection for people's reads, inside a read transaction. Each statement goes through an index
+and reads a bounded number of rows, however many rows match: tests/test_pages.py looks at their plans.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import orjson
+
+from lmdaemon.model import Delivery, DeliveryState, Session
+from lmdaemon.rows import as_rows, fetch, number_of, to_json
+
+PAGE_BYTES = 1024 * 1024  # of a page's rows as text: the bound of an answer's size, and of what waits for slow readers
+BLOCK = 100  # rows read by one statement
+PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
+PLAYER_ROWS = 10_000  # and for one page: few of them may be in the state that is asked for
+STATES: Sequence[DeliveryState] = ("pending", "delivered", "dead")
+BEYOND = 2**63 - 1  # every id is below it
+
+_Row = TypeVar("_Row", Session, Delivery)
+
+
+class Page(NamedTuple, Generic[_Row]):
+    """Rows, newest first, and the id behind which the next page begins, or None after the last row.
+
+    A page that ends before it has the rows asked for has `next`, too: it may even be empty.
+    """
+
+    rows: list[_Row]
+    next: int | None
+
+
+_SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
+
+
+def _delivery_columns(history: str) -> str:
+    """Those of a delivery without its body, the last one, and without the session's token."""
+    hidden = {"session_id": "s.session_id", "token": "NULL", "history": history}
+    return ", ".join(hidden.get(name, f"d.{name}") for name in Delivery._fields[:-1])
+
+
+# Ids of sessions, newest first: of an operator by state, and of a player.
+_ACTIVE = """
+SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND reason IS NULL AND id < ?
+                                  ORDER BY id DESC LIMIT ?)"""
+_ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
+_OF_PLAYER = """
+SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND player_id = ? AND id < ?
+                                  ORDER BY id DESC LIMIT ?)"""
+# The same of a player in one state, which no index knows; and how many sessions were looked at, down to which.
+_OF_PLAYER_IN_STATE = """
+SELECT json_group_array(id) FILTER (WHERE (reason IS NULL) = ?), count(*), min(id)
+FROM (SELECT id, reason FROM session WHERE operator = ? AND player_id = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
+_SESSIONS = f"SELECT {as_rows(_SESSION)} FROM session WHERE id IN (SELECT value FROM json_each(?))"
+
+# Ids of deliveries, newest first: all of them, and those of one operator and sink in one state.
+_ALL = """
+SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE id < ? ORDER BY id DESC LIMIT ?)"""
+_OF_LANE = """
+SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE operator = ? AND sink = ? AND state = ? AND id < ?
+                                  ORDER BY id DESC LIMIT ?)"""
+# The sinks of an operator one after the other, and whether any of some operators has a sink: a step in an index each.
+_NEXT_SINK = "SELECT sink FROM delivery WHERE operator = ? AND sink > ? ORDER BY sink LIMIT 1"
+_HAS_SINK = """
+SELECT count(*) FROM (SELECT 1 FROM json_each(?) AS name
+                      WHERE EXISTS (SELECT 1 FROM delivery WHERE operator = name.value AND sink = ?) LIMIT 1)"""
+_DELIVERIES = f"""
+SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session
+WHERE d.id IN (SELECT value FROM json_each(?))"""
+
+_ONE_SESSION = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
+_ITS_DELIVERIES = f"""
+SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ?"""
+_ONE_DELIVERY = f"""
+SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
+
+# Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again.
+_DIED = f"""
+SELECT {as_rows("id, settled_at, sink <> 'http' OR size > 0")}
+FROM (SELECT id, settled_at, sink, length(body) AS size FROM delivery
+      WHERE operator = ? AND state = 'dead' AND (settled_at, id) > (?, ?) ORDER BY settled_at, id LIMIT ?)"""
+
+
+def one_session(sql: sqlite3.Connection, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
+    """A session with its deliveries, oldest first."""
+    row = sql.execute(_ONE_SESSION, (operator, session_id)).fetchone()
+    if row is None:
+        return None
+    session = Session(*row)
+    return session, sorted(_delivery(row) for row in fetch(sql, _ITS_DELIVERIES, session.id))
+
+
+def one_delivery(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
+    """A delivery by its public id, with its history."""
+    number = number_of(webhook_id)
+    row = None if number is None else sql.execute(_ONE_DELIVERY, (number,)).fetchone()
+    delivery = None if row is None else _delivery(row)
+    return delivery if delivery is not None and delivery.webhook_id == webhook_id else None
+
+
+def session_page(
+    sql: sqlite3.Connection, operator: str, state: str | None, player_id: str | None, limit: int, after: int
+) -> Page[Session]:
+    """Sessions of an operator with ids below `after`."""
+    if player_id is not None and state is not None:
+        ids, go_on = _ids_of_player_in(sql, state == "active", operator, player_id, limit + 1, after)
+        return _page(_sessions(sql, ids[:limit]), ids, go_on)
+    if player_id is not None:
+        parts = [_ids(sql, _OF_PLAYER, (operator, player_id), after)]
+    else:
+        wanted = {"active": [_ACTIVE], "ended": [_ENDED], None: [_ACTIVE, _ENDED]}[state]
+        parts = [_ids(sql, statement, (operator,), after) for statement in wanted]
+    ids = _first(parts, limit + 1)
+    return _page(_sessions(sql, ids[:limit]), ids)
+
+
+def delivery_page(
+    sql: sqlite3.Connection,
+    operators: Iterable[str],
+    sink: str | None,
+    state: str | None,
+    limit: int,
+    after: int,
+) -> Page[Delivery]:
+    """Deliveries of these operators with ids below `after`: as many steps in the index as there are operators with
+    their sinks, and a few for each row.
+    """
+    states = STATES if state is None else [state]
+    lanes = [(name, one) for name in operators for one in ([sink] if sink else _sinks(sql, name))]
+    ids = _first([_ids(sql, _OF_LANE, (*lane, one), after) for lane in lanes for one in states], limit + 1)
+    return _page(_deliveries(sql, ids[:limit]), ids)
+
+
+def newest_deliveries(sql: sqlite3.Connection, limit: int, after: int) -> Page[Delivery]:
+    """Deliveries of all operators with ids below `after`."""
+    ids = _first([_ids(sql, _ALL, (), after)], limit + 1)
+    return _page(_deliveries(sql, ids[:limit]), ids)
+
+
+def has_sink(sql: sqlite3.Connection, operators: Sequence[str], sink: str) -> bool:
+    """Whether there are deliveries for a sink."""
+    return bool(sql.execute(_HAS_SINK, (to_json(operators), sink)).fetchone()[0])
+
+
+class Died(NamedTuple):
+    """Ids of dead deliveries that may be sent again, and behind which (settled_at, id) to go on, or None at the end."""
+
+    ids: list[int]
+    after: tuple[int, int] | None
+
+
+def died(sql: sqlite3.Connection, operator: str, after: tuple[int, int], limit: int) -> Died:
+    """Looks at dead deliveries of an operator in the order in which they died, beginning behind `after`."""
+    found = sorted(fetch(sql, _DIED, operator, *after, limit), key=lambda row: (row[1], row[0]))
+    last = (found[-1][1], found[-1][0]) if len(found) == limit else None
+    return Died([number for number, _, may_be_sent in found if may_be_sent], last)
+
+
+# -- ids first, then their rows
+
+
+def _first(parts: Sequence[Iterator[int]], count: int) -> list[int]:
+    """The first ids of several descending sequences together. Each is read as far as it is needed."""
+    return list(islice(merge(*parts, reverse=True), count))
+
+
+def _ids(sql: sqlite3.Connection, statement: str, arguments: tuple[str, ...], after: int) -> Iterator[int]:
+    """All ids of a statement, a block at a time."""
+    found = [after]
+    while found:
+        found = fetch(sql, statement, *arguments, found[-1], BLOCK)
+        yield from found
+
+
+def _ids_of_player_in(
+    sql: sqlite3.Connection, active: bool, operator: str, player_id: str, count: int, after: int
+) -> tuple[list[int], int | None]:
+    """Ids of a player's sessions in a state, and where to go on looking; None: there are no more."""
+    ids: list[int] = []
+    for _ in range(PLAYER_ROWS // PLAYER_BLOCK):
+        arguments = (active, operator, player_id, after, PLAYER_BLOCK)
+        found, looked_at, last = sql.execute(_OF_PLAYER_IN_STATE, arguments).fetchone()
+        ids += sorted(orjson.loads(found), reverse=True)
+        if looked_at < PLAYER_BLOCK:
+            return ids[:count], None
+        after = last
+        if len(ids) >= count:
+            break
+    return ids[:count], after
+
+
+def _sinks(sql: sqlite3.Connection, operator: str) -> Iterator[str]:
+    row = ("",)
+    while row := sql.execute(_NEXT_SINK, (operator, row[0])).fetchone():
+        yield row[0]
+
+
+def _sessions(sql: sqlite3.Connection, ids: Sequence[int]) -> list[Session]:
+    return [Session(*row) for row in _rows(sql, _SESSIONS, ids)]
+
+
+def _deliveries(sql: sqlite3.Connection, ids: Sequence[int]) -> list[Delivery]:
+    return [_delivery(row) for row in _rows(sql, _DELIVERIES, ids)]
+
+
+def _delivery(row: Sequence[Any]) -> Delivery:
+    return Delivery._make((*row, b""))
+
+
+def _rows(sql: sqlite3.Connection, statement: str, ids: Sequence[int]) -> list[list[Any]]:
+    """The rows with these ids in their order, those behind PAGE_BYTES left out."""
+    rows: list[list[Any]] = []
+    size = 0
+    for first in range(0, len(ids), BLOCK):
+        (text,) = sql.execute(statement, (to_json(ids[first : first + BLOCK]),)).fetchone()
+        rows += sorted(orjson.loads(text), reverse=True)
+        size += len(text)
+        if size > PAGE_BYTES:
+            break
+    return rows
+
+
+def _page(rows: list[_Row], ids: Sequence[int], beyond: int | None = None) -> Page[_Row]:
+    """A page of what was found of these ids; `beyond`: where to go on behind all of them."""
+    return Page(rows, rows[-1].id if len(rows) < len(ids) else beyond)

@@ -13,7 +13,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -242,8 +242,7 @@ class Connection(web.RequestHandler):
 @contextmanager
 def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
     """Cancels the handler when its client leaves meanwhile: for what changes nothing and takes its time."""
-    connection = request.protocol
-    assert isinstance(connection, Connection)  # noqa: S101 - a Site makes no other
+    connection = cast(Connection, request.protocol)  # a Site makes no other
     connection.reader = asyncio.current_task()
     try:
         yield

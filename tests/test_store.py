@@ -933,15 +933,18 @@ BY = {
 SCANS = {"NEXT": "SCAN session USING INDEX session_due", "_SET_BACK": "SCAN delivery USING INDEX delivery_due"}
 
 
-@pytest.mark.parametrize("name", STATEMENTS.keys() - {"_WRITE_BATCH", "_PUT_CLOCK"})
+@pytest.mark.parametrize("name", sorted(STATEMENTS.keys() - {"_WRITE_BATCH", "_PUT_CLOCK"}))
 async def test_every_statement_goes_through_an_index(db: Store, name: str) -> None:
     statement = STATEMENTS[name]
     arguments = {"operator": "x"} if ":operator" in statement else ["1"] * statement.count("?")
     plan = await explain(db, statement, arguments)
     assert BY.get(name, "") in plan
     scans = re.findall(r"SCAN (?:session|delivery|operator|clock|d|s)\b[^|]*", plan)
-    assert [scan.strip() for scan in scans] == [SCANS[name]] * (name in SCANS)
-    assert STATEMENTS.keys() >= BY.keys()
+    assert [scan.strip() for scan in scans] == ([SCANS[name]] if name in SCANS else [])
+
+
+def test_every_expected_plan_is_of_a_statement_that_there_is() -> None:
+    assert STATEMENTS.keys() >= BY.keys() | SCANS.keys()
 
 
 async def explain(db: Store, statement: str, arguments: object) -> str:

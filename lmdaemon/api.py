@@ -14,7 +14,7 @@ from aiohttp import web
 
 from lmdaemon import bodies, openapi, retry
 from lmdaemon.clock import Clock
-from lmdaemon.config import ApiToken, Operator, Settings
+from lmdaemon.config import ApiToken, Operator, Settings, names_itself
 from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
@@ -28,6 +28,7 @@ from lmdaemon.store import Opening, Store, StoreError
 
 BODY_MAX = 64 * 1024
 RETRY_AFTER_S = "5"
+SEEN_MAX = 100  # characters of a header in an answer or a log line
 
 _NO_CONTENT = Ready(204)
 
@@ -161,16 +162,34 @@ class Api:
         self._metrics.api_error(problem.status)
         return _problem(problem, headers)
 
-    @staticmethod
-    def _check_rights(request: web.Request, token: ApiToken | None) -> None:
+    def _check_rights(self, request: web.Request, token: ApiToken | None) -> None:
         """Whether what it asks for is allowed; raises Problem. None: no token is configured."""
-        if request.method in ("GET", "HEAD"):
-            return
-        if token is None and "Origin" in request.headers:
-            # Any site may have a browser send it to loopback; what a GET answers, it may not let the site see
-            raise Problem(403, "Forbidden", "a change with an Origin, as a browser sends it, needs a token")
-        if token is not None and not token.may_change:
+        changes = request.method not in ("GET", "HEAD")
+        if token is None:
+            self._check_browser(request, changes=changes)
+        elif changes and not token.may_change:
             raise Problem(403, "Forbidden", "this token may only read")
+
+    def _check_browser(self, request: web.Request, *, changes: bool) -> None:
+        """Without a token, what a page in a browser on this machine asks for must be refused; raises Problem.
+
+        A page from anywhere may have its browser send requests to loopback. It names where it comes from in Origin and
+        may not see what a GET answers, unless its own name leads here (DNS rebinding): then that name is in Host. No
+        browser reaches a unix socket, and none sends a request without Host.
+        """
+        listen, host, origin = self._settings.api.listen, request.headers.get("Host"), request.headers.get("Origin")
+        if host is not None and not listen.unix and not names_itself(host, listen):
+            rule = "without a token, Host must be localhost, a loopback address or the configured one"
+            problem = Problem(421, "Misdirected Request", f"{rule} (got {host[:SEEN_MAX]!r})")
+        elif changes and origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
+            rule = "a change with an Origin other than this address, as a browser sends it, needs a token"
+            problem = Problem(403, "Forbidden", f"{rule} (got {origin[:SEEN_MAX]!r})")
+        else:
+            return
+        seen = {"host": (host or "")[:SEEN_MAX], "origin": (origin or "")[:SEEN_MAX] or None}
+        peer = request.remote or None
+        log.warning("api.refused", status=problem.status, **seen, peer=peer, request_id=request_id(request))
+        raise problem
 
     def _by(self, request: web.Request) -> str | None:
         """The name of the token used, for the log; None for one without a name, or where none is needed."""
@@ -473,7 +492,7 @@ def _page(page: Page[_Row], document: Callable[[_Row], dict[str, Any]]) -> dict[
 async def _body(request: web.Request, limit: int, *, optional: bool = False) -> bytes:
     """A body that says it is JSON; where it is optional, an empty one need not say so. Raises Problem."""
     if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
-        seen = ", ".join(codings)[:ID_MAX]
+        seen = ", ".join(codings)[:SEEN_MAX]
         raise Problem(415, "Unsupported Media Type", f"the body must not be compressed (got Content-Encoding {seen!r})")
     try:
         body = await read_body(request, limit)
@@ -482,7 +501,7 @@ async def _body(request: web.Request, limit: int, *, optional: bool = False) -> 
     except BodyTooSlow:
         raise Problem(408, "Request Timeout", "the body came too slowly or broke off") from None
     if (body or not optional) and content_of(seen := request.headers.get("Content-Type", "")) != "json":
-        detail = f"Content-Type must be application/json (got {seen[:ID_MAX]!r})"
+        detail = f"Content-Type must be application/json (got {seen[:SEEN_MAX]!r})"
         raise Problem(415, "Unsupported Media Type", detail)
     return body
 

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -72,6 +73,19 @@ class Listen(msgspec.Struct, frozen=True):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+_HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")
+
+
+@lru_cache(256)
+def names_itself(host: str, listen: Listen) -> bool:
+    """Whether a Host header, with any port, names this machine's loopback or what is configured to be listened on. A
+    page from elsewhere that has its own name resolve to this machine (DNS rebinding) gives that name.
+    """
+    match = _HOST.fullmatch(host.lower())
+    name = (match[1] or match[2] or "") if match else ""
+    return bool(name) and (name == listen.host.lower() or Listen(host, host=name).loopback)
 
 
 class ServerTable(msgspec.Struct, frozen=True):

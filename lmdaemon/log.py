@@ -65,6 +65,7 @@ LIMITS = {
     "plugin.check_failed": Limit(1, ("plugin", "operator", "reason")),
     "plugin.ignores_cancellation": Limit(1, ("plugin",)),
     "api.failed": Limit(1, ("call", "error", "where")),
+    "api.refused": Limit(1, ("status",)),
     "api.unauthorized": Limit(1),
     "http.turned_away": Limit(1, ("listener",)),
     "store.failing": Limit(_FLAPS, ("reason",)),

@@ -295,19 +295,23 @@ def _call(
 
 
 def _secured(method: str, call: Json) -> Json:
-    call = call | {"responses": call["responses"] | {"401": _ref("responses", _PROBLEMS[401][0])}}
-    return _open(method, call) | {"security": [{"bearer": []}]}
+    return _refusing(call, 401, *[403] * (method != "get")) | {"security": [{"bearer": []}]}
 
 
 def _open(method: str, call: Json) -> Json:
-    if method == "get":
-        return call
-    return call | {"responses": call["responses"] | {"403": _ref("responses", _PROBLEMS[403][0])}}
+    """What a page in a browser could have sent is refused where no token is asked for."""
+    return _refusing(call, 421, *[403] * (method != "get"))
+
+
+def _refusing(call: Json, *statuses: int) -> Json:
+    refusals = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in statuses}
+    return call | {"responses": call["responses"] | refusals}
 
 
 def _health_calls(*, secured: bool) -> Json:
     """Served by both listeners: in full by the private one, to those who have its token."""
     media = {"application/health+json": {"schema": _ref("schemas", "Health")}}
+    misdirected = {} if secured else {"421": _ref("responses", _PROBLEMS[421][0])}
     get: Json = {
         "tags": ["daemon"],
         "operationId": "getHealth",
@@ -317,9 +321,10 @@ def _health_calls(*, secured: bool) -> Json:
             "200": {"description": "It passes, or warns", "content": media},
             "503": {"description": "It fails", "content": media},
             "500": _ref("responses", _PROBLEMS[500][0]),
-        },
+        }
+        | misdirected,
     }
-    bare = {"200": {"description": "It passes, or warns"}, "503": {"description": "It fails"}}
+    bare = {"200": {"description": "It passes, or warns"}, "503": {"description": "It fails"}} | misdirected
     head = get | {"operationId": "headHealth", "summary": "Tell by the status alone", "responses": bare}
     return {"get": get, "head": head}
 
@@ -443,6 +448,7 @@ _PROBLEMS = {
     410: ("Gone", "The session has ended, and comes along"),
     413: ("ContentTooLarge", "The body is too long"),
     415: ("UnsupportedMediaType", "The body is not application/json, or compressed; `detail` says what was seen"),
+    421: ("MisdirectedRequest", "Host is neither loopback nor the configured address, and no token is asked for"),
     500: ("InternalServerError", "A bug; the log has its traceback"),
     503: ("ServiceUnavailable", "Nothing can be stored now, and nothing was"),
 }
@@ -630,6 +636,7 @@ def _health_report() -> Json:
             expiry=check(ended=_count(), of=_count(), output=output, optional=["ended", "of", "output"]),
             deliveries=check(**figures, output=output, optional=[*figures, "output"]),
             operators=check(held=names, broken=names),
+            listeners=check(output=output, optional=["output"]),
             config=check(output=output, optional=["output"]),
         ),
     )

@@ -326,7 +326,8 @@ async def test_a_byte_order_mark_before_a_body_is_ignored(api: Caller) -> None:
     ):
         marked = b"\xef\xbb\xbf" + json.dumps(body).encode()
         await api(method, path, expected, data=marked, headers={"Content-Type": "application/json"})
-    await api("POST", ACME + "/deliveries/retry", 202, data=b"\xef\xbb\xbf")
+    headers = {"Content-Type": "application/json"}
+    await api("POST", ACME + "/deliveries/retry", 202, data=b"\xef\xbb\xbf", headers=headers)
 
 
 async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
@@ -1156,13 +1157,96 @@ async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, aut
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
-async def test_a_page_in_a_browser_can_do_nothing_where_no_token_is_asked_for(api: Caller) -> None:
+async def test_a_page_from_elsewhere_can_change_nothing_where_no_token_is_asked_for(api: Caller) -> None:
     await api.open()
-    for path in ("/sessions/s1/close", "/sessions/s-1/touch", "/hold"):
-        for origin in ("https://elsewhere.example", "null", ""):
-            await api("POST", ACME + path, 403, headers={"Origin": origin})
+    own = api.daemon.api
+    with hear() as events:
+        for path in ("/sessions/s1/close", "/sessions/s1/touch", "/hold"):
+            for origin in ("https://elsewhere.example", "null", "", own.replace("http", "https"), own + "0", own + "/"):
+                problem = await api("POST", ACME + path, 403, headers={"Origin": origin})
+                assert repr(origin) in problem["detail"]
     assert (await api("GET", ACME + "/sessions/s1", 200))["state"] == "active"
     assert not (await api("GET", "/v1/operators", 200))["items"][0]["held"]
+    told = [event.facts for event in events if event.name == "api.refused"]
+    assert (told[0]["status"], told[0]["origin"]) == (403, "https://elsewhere.example")
+
+
+async def test_a_page_that_this_address_has_served_may_change_what_it_likes(api: Caller) -> None:
+    await api.open()
+    await api("POST", ACME + "/sessions/s1/touch", 204, headers={"Origin": api.daemon.api})
+    host = api.daemon.api.removeprefix("http://").replace("127.0.0.1", "LOCALHOST")
+    headers = {"Origin": f"http://{host.lower()}", "Host": host}
+    await api("POST", ACME + "/sessions/s1/close", 200, headers=headers)
+
+
+EVERY_CALL = [("GET", "/health"), ("HEAD", "/health/"), ("OPTIONS", "/v1/operators"), ("GET", "/elsewhere")]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "evil.example",
+            "evil.example:8081",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "192.0.2.1:8081",
+            "",
+        ),
+        *(
+            "0.0.0.0:8081",
+            "[::]:8081",
+            "127.0.0.1@evil.example",
+            "localhost:8081:x",
+            "[::1",
+            "169.254.169.254",
+            "127.1",
+        ),
+        *("\u00fcvil.example", "x" * 300, "[evil.example]", "evil.localhost"),
+    ],
+)
+async def test_a_page_whose_name_leads_here_sees_and_changes_nothing(api: Caller, host: str) -> None:
+    await api.open(playerId="player-of-somebody")
+    with hear() as events:
+        for method, path in [*CALLS, *EVERY_CALL]:
+            async with raw_connection(api.daemon.api) as peer:
+                await peer.send(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                head = await peer.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 421 "), (method, path, head)
+            assert b"application/problem+json" in head
+    assert (await api.session())["state"] == "active"
+    told = [event.facts for event in events if event.name == "api.refused"]
+    assert {(facts["status"], facts["host"]) for facts in told} == {(421, host[:100])}
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:1", "127.0.0.1:8081", "127.255.0.9", "[::1]", "[::1]:8081", "[0:0:0:0:0:0:0:1]:9"]
+)
+async def test_every_name_of_loopback_is_served_whatever_the_port(api: Caller, host: str) -> None:
+    await api("GET", "/v1/operators", 200, headers={"Host": host})
+
+
+async def test_who_sends_no_host_is_no_browser_and_is_served(api: Caller) -> None:
+    async with raw_connection(api.daemon.api) as peer:
+        await peer.send(b"GET /health HTTP/1.0\r\n\r\n")
+        assert (await peer.answer()).status == 200
+
+
+async def test_no_browser_reaches_a_unix_socket_so_any_host_is_served_there(tmp_path: Path, clock: HandClock) -> None:
+    toml = f'[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "unix:{tmp_path}/api.sock"\n'
+    async with serving(tmp_path, toml + CONFIG.format(url="http://127.0.0.1:1/"), clock):
+        for host in ("lmdaemon", "evil.example", ""):
+            reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/api.sock")
+            writer.write(f"GET /v1/operators HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            await writer.wait_closed()
+
+
+async def test_where_a_token_is_asked_for_neither_host_nor_origin_matters(guarded: Caller) -> None:
+    headers = {"Authorization": "Bearer token-one", "Host": "proxy.example", "Origin": "https://console.example"}
+    await guarded("GET", "/v1/operators", 200, headers=headers)
+    await guarded("POST", ACME + "/hold", 200, headers=headers)
 
 
 async def test_an_expectation_opens_no_door_and_is_refused_as_a_problem(guarded: Caller) -> None:

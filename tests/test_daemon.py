@@ -144,7 +144,7 @@ class TestReload:
             assert named == [["restart_grace_s"], ["restart_grace_s"], []]
 
     async def test_a_reload_warns_of_what_a_start_warns_of(self, tmp_path: Path) -> None:
-        (tmp_path / "tokens").write_text("s3cret")
+        (tmp_path / "tokens").write_text("s3cret-of-a-partner")
         (tmp_path / "tokens").chmod(0o600)
         toml = OPERATOR.format(url="http://127.0.0.1:1/")
         toml += 'token_check = "partner"\npartner_token_file = "tokens"\n'
@@ -304,7 +304,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
 def test_stopping_is_quick_when_nothing_is_in_flight_even_with_idle_connections(tmp_path: Path, number: int) -> None:
     with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
         with socket.create_connection(("127.0.0.1", int(daemon.api.rpartition(":")[2]))) as idle:
-            idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert idle.recv(64).startswith(b"HTTP/1.1 200")
             assert daemon.stop(number, within_s=20) == 0
 
@@ -350,7 +350,7 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         early = stack.enter_context(socket.create_connection(sockets[0].getsockname()))
-        early.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        early.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         (tmp_path / "config.toml").write_text(OPERATOR.format(url="http://127.0.0.1:1/"))
         popen = handing_over(tmp_path, {"server": sockets[0], "api": sockets[1]})
         try:

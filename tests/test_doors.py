@@ -27,8 +27,8 @@ CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 NOTICE = json.dumps(
     {"providerId": "luckymonaco", "sessionId": "s", "externalPlayerId": "p", "token": "tok-3n"}
 ).encode()
-SMUGGLED = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-POST = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+SMUGGLED = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+POST = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 
 
@@ -123,8 +123,8 @@ async def test_requests_that_can_be_read_in_one_way_only_are_all_answered(tmp_pa
 REQUESTS = [
     POST + b"Content-Length: %d\r\n\r\n%b" % (len(NOTICE), NOTICE),
     chunked(b"Transfer-Encoding: chunked", chunks=b"5\r\nabcde\r\n0\r\n\r\n"),
-    b"PUT /v1/operators/acme/sessions/s HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
-    b"GET /v1/operators/acme/sessions?limit=1&after=2 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PUT /v1/operators/acme/sessions/s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+    b"GET /v1/operators/acme/sessions?limit=1&after=2 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     SMUGGLED,
 ]
 PIECES = st.sampled_from(

@@ -58,7 +58,7 @@ async def test_a_connection_that_has_asked_once_may_wait(tmp_path: Path, monkeyp
     monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 1)
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
         for wait_s in (1.2, 0):  # longer than the limit: the wait itself is what is tested
-            await peer.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await peer.answer()).status == 200
             await asyncio.sleep(wait_s)
 
@@ -73,7 +73,7 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(
         url = getattr(daemon, side)
         peers = [await stack.enter_async_context(raw_connection(url)) for _ in range(2)]
         for peer in peers:
-            await peer.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await peer.answer()).status == 200
         async with raw_connection(url) as third:
             assert (await third.answer()).status == 503
@@ -82,7 +82,7 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(
 
         async def served() -> bool:
             async with raw_connection(url) as peer:
-                await peer.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 return (await peer.answer()).status == 200
 
         await until(served)
@@ -98,7 +98,7 @@ async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
     monkeypatch.setattr(listener, "HEARD_WITHIN_S", 30)
     async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
         silent, known = [await stack.enter_async_context(raw_connection(getattr(daemon, side))) for _ in range(2)]
-        await known.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        await known.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (await known.answer()).status == 200
         daemon.daemon.stop()
 
@@ -110,7 +110,7 @@ async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
 
         await until(closed)
         for peer in (known, silent):
-            await peer.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = await peer.answer()
             assert (answer.status, answer.headers["connection"]) == (200, "close")
             assert await peer.rest() == b""

@@ -18,7 +18,7 @@ from lmdaemon.listener import CONNECTIONS_MAX, connections_max
 
 NO_GRACE = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "luckymonaco"\n'
 SESSION = "/v1/operators/acme/sessions/s-1"
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -140,7 +140,7 @@ def test_a_daemon_that_cannot_accept_lets_no_idleness_pass_says_so_and_recovers(
         resource.prlimit(daemon.popen.pid, resource.RLIMIT_NOFILE, (files, before[1]))
         waiting = [stack.enter_context(connect(daemon.api)) for _ in range(3)]
         for one in waiting:
-            one.sendall(f"POST {SESSION}/touch HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            one.sendall(f"POST {SESSION}/touch HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         found = wait_for(lambda: (report := known.health())["status"] == "fail" and report)
         output = "api cannot accept connections: Too many open files"
         assert (found["checks"]["listeners"][0]["status"], found["checks"]["listeners"][0]["output"]) == (

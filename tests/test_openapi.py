@@ -311,6 +311,9 @@ def test_without_a_token_every_change_may_be_refused_to_a_browser(directory: Pat
         for _, method, operation in private
         if method not in ("get", "head") and "403" not in operation["responses"]
     ]
+    assert [path for path, _, operation in private if "421" not in operation["responses"]] == []
+    secured = [one for one in operations(document(directory, SETTINGS["tokens"])) if one[2]["tags"] != ["notices"]]
+    assert [path for path, _, operation in secured if "421" in operation["responses"]] == []
 
 
 def test_without_a_token_no_call_asks_for_one(directory: Path) -> None:

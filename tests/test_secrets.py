@@ -222,7 +222,7 @@ def live(spy: Spy) -> None:
     for url in (daemon.server, daemon.api):
         spy.raw(url, f"{PLAYER}\r\n\r\n".encode())
         spy.raw(url, f"GET / HTTP/1.1\r\n{PLAYER}\r\nAuthorization: Bearer {API}\r\n\r\n".encode())
-        spy.raw(url, f"GET /?token={PLAYER} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        spy.raw(url, f"GET /?token={PLAYER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
 
 
 def look(spy: Spy) -> None:

@@ -324,7 +324,7 @@ class Api:
             raise Problem(409, "Conflict", f"the delivery is {before.state}, not dead")
         delivery = await self._store.delivery(before.webhook_id)
         if delivery is None or delivery.state == "dead":
-            raise Problem(409, "Conflict", f"the delivery can never be sent: {before.last_error}")
+            raise Problem(409, "Conflict", f"the delivery can never be sent ({before.last_error})")
         log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id, by=self._by(request))
         return _json(delivery_document(delivery), 202)
 

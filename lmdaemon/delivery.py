@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 from uuid import uuid4
 
-from lmdaemon import retry
+from lmdaemon import causes, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings
 from lmdaemon.dialects import CannotEncode, encode
@@ -45,26 +45,29 @@ def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
     operator = settings.operators.get(session.operator)
     if operator is None:
         return []
-    found = [NewDelivery(HTTP_SINK, *compose(operator, session))] if operator.notify else []
+    found = [_to_url(operator, session)] if operator.notify else []
     plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
     return found + [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
 
 
-def compose(operator: Operator, session: Session) -> tuple[bytes, str | None]:
-    """The body for the operator's URL; empty, with the reason, when a fact that must be sent is not known."""
+def _to_url(operator: Operator, session: Session) -> NewDelivery:
     try:
-        body = encode(
-            operator.sends,
-            provider_id=operator.provider_id,
-            session_id=session.session_id,
-            player_id=session.player_id,
-            token=session.token,
-            request_id=uuid4().hex if "request" in operator.sends.fields else "",
-            hash_key=operator.hash_key,
-        )
+        return NewDelivery(HTTP_SINK, compose(operator, session))
     except CannotEncode as error:
-        return b"", str(error)
-    return body, None
+        return NewDelivery(HTTP_SINK, b"", causes.missing(error.meaning))
+
+
+def compose(operator: Operator, session: Session) -> bytes:
+    """The body for the operator's URL. Raises CannotEncode when a fact that must be sent is not known."""
+    return encode(
+        operator.sends,
+        provider_id=operator.provider_id,
+        session_id=session.session_id,
+        player_id=session.player_id,
+        token=session.token,
+        request_id=uuid4().hex if "request" in operator.sends.fields else "",
+        hash_key=operator.hash_key,
+    )
 
 
 # -- lanes and the loop
@@ -451,7 +454,7 @@ class Dispatcher:
         try:
             status, headers, body, complete = await self._sender.post(operator, row.webhook_id, row.body)
         except Unreachable as error:
-            return retry.Outcome("retry", str(error))
+            return retry.Outcome("retry", error.cause, detail=error.detail)
         return retry.judge(
             status,
             body,
@@ -477,13 +480,7 @@ class Dispatcher:
     ) -> Settlement:
         """What the outcome means for the row, and what it will do to its operator's gate."""
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        attempt = {
-            "at": began_at,
-            "durationMs": outcome.duration_ms,
-            "status": outcome.status,
-            "code": outcome.code,
-            "error": outcome.reason or None,
-        }
+        attempt = entry(outcome, began_at)
 
         def alter(gate: Gate, now_at: int) -> Gate:
             return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
@@ -499,9 +496,12 @@ class Dispatcher:
         lane.failed += 1
         wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
         if wait_s is None:
-            self._log_dead(lane, row, row.attempts + 1, outcome.reason)
+            self._log_dead(lane, row, row.attempts + 1, outcome.reason, outcome.detail)
             return settlement
-        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s, reason=outcome.reason)
+        facts |= {"reason": outcome.reason}
+        if outcome.detail:
+            facts["detail"] = outcome.detail
+        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s)
         return settlement._replace(state="pending", wait_ms=int(wait_s * 1000), step=row.step + 1)
 
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
@@ -530,8 +530,10 @@ class Dispatcher:
                 return settled
 
     @staticmethod
-    def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str) -> None:
+    def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str, detail: str = "") -> None:
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
+        if detail:
+            facts["detail"] = detail
         log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=_shown_url(lane))
 
     @staticmethod
@@ -573,6 +575,18 @@ class Dispatcher:
 
 def _json_object(text: str | None) -> Mapping[str, Any]:
     return json.loads(text) if text else {}
+
+
+def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
+    """The history's entry of an attempt that began then."""
+    attempt = {
+        "at": began_at,
+        "durationMs": outcome.duration_ms,
+        "status": outcome.status,
+        "code": outcome.code,
+        "error": outcome.reason or None,
+    }
+    return attempt | ({"detail": outcome.detail} if outcome.detail else {})
 
 
 def _shown_url(lane: Lane) -> str | None:

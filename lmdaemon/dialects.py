@@ -38,6 +38,10 @@ class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
 class CannotEncode(Exception):  # noqa: N818
     """A fact that the dialect must send is not known, such as the token of a session opened without one."""
 
+    def __init__(self, dialect: "Dialect", meaning: str) -> None:
+        super().__init__(f"dialect {dialect.name} must send {dialect.fields[meaning]!r}, which is not known here")
+        self.meaning = meaning
+
 
 class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Answer codes by meaning. Where a dialect has no code of its own for a meaning, it uses `bad_parameters`."""
@@ -388,7 +392,7 @@ def encode(
     }
     for meaning in dialect.required:
         if facts[meaning] is None:
-            raise CannotEncode(f"dialect {dialect.name} must send {dialect.fields[meaning]!r}, which is not known here")
+            raise CannotEncode(dialect, meaning)
     fields = {name: facts[meaning] for meaning, name in dialect.fields.items() if facts[meaning] is not None}
     if "hash" in dialect.fields and hash_key is not None:
         name = dialect.fields["hash"]

@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from random import Random
 from typing import Literal, NamedTuple
 
+from lmdaemon.causes import code_of, status_of
 from lmdaemon.dialects import answered_code
 from lmdaemon.model import Gate
 
@@ -25,7 +26,8 @@ Verdict = Literal["delivered", "final", "retry", "hold"]
 
 
 class Outcome(NamedTuple):
-    """What one attempt came to. `code` is the answered error code, `reason` a short word for people."""
+    """What one attempt came to. `code` is the answered error code, `reason` a word of
+    `causes`, `detail` what is known besides."""
 
     verdict: Verdict
     reason: str = ""
@@ -33,6 +35,7 @@ class Outcome(NamedTuple):
     code: int | float | None = None
     retry_after_s: float | None = None
     duration_ms: int = 0
+    detail: str = ""
 
 
 def judge(
@@ -55,14 +58,14 @@ def _verdict(status: int, code: int | float | None, *, complete: bool, final: in
     if status == 410:
         return "hold", "gone"
     if code is not None and code in FINAL_CODES | {final}:
-        return "final", f"code_{code}"
+        return "final", code_of(code)
     if 300 <= status < 400:
         return "retry", "redirect"
     if status != 200:
-        return "retry", f"status_{status}"
+        return "retry", status_of(status)
     if not complete:
         return "retry", "answer_too_long"
-    return "retry", "bad_answer" if code is None else f"code_{code}"
+    return "retry", "bad_answer" if code is None else code_of(code)
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:

@@ -20,7 +20,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
 from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration
 from lmdaemon.delivery import compose
-from lmdaemon.dialects import SHIPPED
+from lmdaemon.dialects import SHIPPED, CannotEncode
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
@@ -47,21 +47,21 @@ ANSWER_HEADERS = (
 
 class Exchange(NamedTuple):
     """One SessionExpired and what came back: `answer` is status, headers, body, and whether that was all of it; None
-    when there was none, and `detail` then says more than the verdict's one word.
+    when there was none.
     """
 
     headers: Mapping[str, str]
     answer: tuple[int, Mapping[str, str], bytes, bool] | None
     outcome: Outcome
-    detail: str
 
 
 def send(args: argparse.Namespace) -> int:
     operator = _recipient(args)
     session = _test_session(args, operator)
-    body, impossible = compose(operator, session)
-    if impossible:
-        raise Usage(f"send: {impossible}")
+    try:
+        body = compose(operator, session)
+    except CannotEncode as error:
+        raise Usage(f"send: {error}") from None
     quiet_libraries()
     exchange = asyncio.run(_exchange(operator, body))
     shown = _shown_exchange(operator, session, body, exchange)
@@ -210,7 +210,7 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
     sender = Sender(clock)
     headers = _headers_of_aiohttp(operator, body) | request_headers(operator, webhook_id, body, clock.now_ms / 1000)
     began = time.monotonic()
-    answer, detail = None, ""
+    answer = None
     try:
         answer = await sender.post(operator, webhook_id, body)
         status, received, content, complete = answer
@@ -223,13 +223,10 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
             final=operator.sends.codes.final,
         )
     except Unreachable as error:
-        outcome = Outcome("retry", str(error))
-        # Only the cause of a failed connection: other exceptions may quote the URL with its query
-        cause = getattr(error.__cause__, "os_error", None) or getattr(error.__cause__, "certificate_error", None)
-        detail = str(cause or "")
+        outcome = Outcome("retry", error.cause, detail=error.detail)
     finally:
         await sender.close()
-    return Exchange(headers, answer, _timed(outcome, began), detail)
+    return Exchange(headers, answer, _timed(outcome, began))
 
 
 def _timed(outcome: Outcome, began: float) -> Outcome:
@@ -280,7 +277,7 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
         "answer": answer,
         "verdict": outcome.verdict,
         "reason": outcome.reason or None,
-        "detail": mask(exchange.detail) or None,
+        "detail": mask(outcome.detail) or None,
         "retryAfterSeconds": outcome.retry_after_s,
         "durationMs": outcome.duration_ms,
     }

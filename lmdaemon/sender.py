@@ -4,56 +4,38 @@ What an answer means is `retry`'s business, when to send is `delivery`'s. It mus
 bounds allow, follow a redirect, or take for an answer what came before its request.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import math
+import os
 import ssl
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import aiohttp
-from aiohttp.connector import Connection
 
+from lmdaemon.answers import HEAD_MAX, HEADERS_MAX, Answer, AnswerError, AnswerProtocol
+from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator
 from lmdaemon.resolver import Resolver
 from lmdaemon.version import __version__
 
-ANSWER_MAX = 16 * 1024  # bytes read of an answer
-INTERIM_MAX = 16  # interim answers (1xx) before it, and itself
+ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
 # Servers close idle connections after 5 s (Node), 15 s or more. One that closes as we send costs an attempt, for a POST
 # is never repeated blindly (aiohttp#7363); so give a connection up before the other side does.
 KEEPALIVE_S = 4.0
 
 
 class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attempt
-    """An attempt that got no answer: the text is a short reason."""
+    """An attempt that got no answer: `detail` says more than the word, and is empty where there is no more to say."""
 
-
-class Answer(aiohttp.ClientResponse):
-    """An answer that belongs to its request, and comes to an end."""
-
-    _interim = 0
-
-    @property
-    def _continue(self) -> None:  # type: ignore[override]
-        """Read by aiohttp at each interim answer, and never else. HTTP sets no limit to these, nor does aiohttp: a
-        flood of them would keep the loop busy for all of its time-out. Source: RFC 9110 §15.2.
-        """
-        self._interim += 1
-        if self._interim > INTERIM_MAX:
-            raise aiohttp.ClientPayloadError("too many interim answers")
-
-    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        """Raises ServerDisconnectedError, ClientPayloadError beside aiohttp's own."""
-        protocol: Any = connection.protocol
-        if protocol.should_close:
-            # Something was there before the request: a server that answers twice would settle the next delivery.
-            connection.close()
-            raise aiohttp.ServerDisconnectedError("an answer came before its request")
-        return await super().start(connection)
+    def __init__(self, cause: Cause, detail: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.detail = detail
 
 
 class Sender:
@@ -80,12 +62,16 @@ class Sender:
                 ttl_dns_cache=10,
                 resolver=Resolver(guarded=guarded),
             )
+            connector._factory = partial(AnswerProtocol, loop=asyncio.get_running_loop())  # type: ignore[assignment]
             self._clients[guarded] = aiohttp.ClientSession(
                 connector=connector,
                 response_class=Answer,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
                 trust_env=False,
+                max_line_size=HEAD_MAX,
+                max_field_size=HEAD_MAX,
+                max_headers=HEADERS_MAX,
             )
         return self._clients[guarded]
 
@@ -95,7 +81,7 @@ class Sender:
         """One attempt at the operator's URL: status, headers, at most ANSWER_MAX bytes of the answer, and whether
         that was all of it.
 
-        Raises Unreachable with a reason in a word.
+        Raises Unreachable.
         """
         target = operator.target
         assert target is not None  # noqa: S101 - without one there is nothing to post to
@@ -118,10 +104,8 @@ class Sender:
                 return response.status, response.headers, answer[:ANSWER_MAX], len(answer) <= ANSWER_MAX
             finally:
                 response.release()
-        except TimeoutError:
-            raise Unreachable("timeout") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Unreachable(_reason(error)) from error
+            raise _unreachable(error) from error
 
 
 @cache
@@ -140,21 +124,29 @@ async def _read_some(response: aiohttp.ClientResponse) -> bytes:
     return answer
 
 
-def _reason(error: Exception) -> str:
-    """A reason in a word. The exception's own text may hold a URL with its query, so it is not used."""
-    if isinstance(error, aiohttp.InvalidURL):
-        return "invalid_url"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "private_address" if "private_address" in str(error.os_error) else "dns"
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError | ssl.SSLError):
-        return "tls"
+def _unreachable(error: Exception) -> Unreachable:
+    """The cause in a word. The exception's own text may hold a URL with its query, so it is not used."""
+    if isinstance(error, AnswerError):
+        return Unreachable(error.cause, error.detail)
+    if isinstance(error, TimeoutError):
+        return Unreachable("timeout")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return Unreachable("tls", str(error.certificate_error))
     if isinstance(error, aiohttp.ClientConnectorError):
-        return "private_address" if "private_address" in str(error.os_error) else "connect"
-    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError):
-        return "connection_lost"
+        found = str(error.os_error)
+        if "private_address" in found:
+            return Unreachable("private_address")
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return Unreachable("dns", found)
+        return Unreachable("tls" if isinstance(error, aiohttp.ClientSSLError) else "connect", found)
+    if isinstance(error, ssl.SSLError):
+        return Unreachable("tls", str(error))
+    if isinstance(error, aiohttp.ServerDisconnectedError | OSError):
+        number = getattr(error, "errno", None)
+        return Unreachable("connection_lost", os.strerror(number) if number else "")
     if isinstance(error, aiohttp.ClientPayloadError):
-        return "incomplete_answer"
-    return "invalid_answer"
+        return Unreachable("incomplete_answer")
+    return Unreachable("invalid_url" if isinstance(error, ValueError) else "bad_http", type(error).__name__)
 
 
 def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: float) -> dict[str, str]:

@@ -23,6 +23,7 @@ from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_o
 from lmdaemon import delivery, resolver, retry, store, target
 from lmdaemon.config import Operator, Settings
 from lmdaemon.delivery import compose, sinks_of
+from lmdaemon.dialects import CannotEncode
 from lmdaemon.resolver import Resolver
 from lmdaemon.sender import Sender, Unreachable, request_headers
 
@@ -745,9 +746,10 @@ class TestComposing:
 
     def test_a_missing_token_is_said_instead_of_sending_half_a_notice(self, tmp_path: Path) -> None:
         operator = self.settings(tmp_path).operators["acme"]
-        body, impossible = compose(operator, self.session(token=None))
-        assert body == b""
-        assert impossible == "dialect v4 must send 'token', which is not known here"
+        with pytest.raises(CannotEncode, match="dialect v4 must send 'token', which is not known here"):
+            compose(operator, self.session(token=None))
+        (impossible,) = sinks_of(self.settings(tmp_path), self.session(token=None))
+        assert (impossible.body, impossible.impossible) == (b"", "missing_token")
 
     def test_an_operator_that_is_gone_has_no_sinks(self, tmp_path: Path) -> None:
         assert sinks_of(self.settings(tmp_path), self.session(operator="gone")) == []
@@ -757,7 +759,7 @@ class TestComposing:
         (tmp_path / "signing").write_text("\n".join(keys))
         (tmp_path / "signing").chmod(0o600)
         operator = self.settings(tmp_path, signing_secret_file="signing").operators["acme"]
-        body, _ = compose(operator, self.session())
+        body = compose(operator, self.session())
         headers = request_headers(operator, "msg_1_ab", body, time.time())
         for key in keys:
             assert Webhook(key).verify(body, headers) == json.loads(body)

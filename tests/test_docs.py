@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -10,8 +11,10 @@ from support import serving
 
 from lmdaemon import (
     __version__,
+    answers,
     api,
     bodies,
+    causes,
     changes,
     config,
     database,
@@ -105,7 +108,9 @@ def test_readme_shows_the_true_limits() -> None:
         f"{database.QUEUE_ROWS} then 503; up to {database.BATCH_ROWS} in one transaction",
         f"readers waiting for the disk | {database.READS_MAX} then 503",
         f"one at a time; {database.LOOKS_MAX} may wait; {database.LOOK_S:g} s for each with its wait; then 503",
-        f"(1xx) | {sender.INTERIM_MAX - 1} then",
+        f"| {sender.ANSWER_MAX // 1024} KiB of the body are read of a head of at most {answers.HEAD_MAX // 1024} KiB",
+        f"and {answers.HEADERS_MAX} headers; {answers.WIRE_MAX // 1024**2} MiB to carry the body",
+        f"(1xx) | {answers.INTERIM_MAX} then",
         f"{resolver.LOOKUPS_MAX} each on a thread of its own",
         f"ten a second for an operator {store.RETRIES_MAX} in one call",
         f"{database.WAL_MAX // 1024**2} MiB and one transaction",
@@ -115,6 +120,15 @@ def test_readme_shows_the_true_limits() -> None:
         f"{changes.PRUNE_ROWS} sessions in one operation",
     ):
         assert limit in table, limit
+
+
+def test_the_delivery_page_explains_each_cause() -> None:
+    page, _, holds = (ROOT / "docs" / "delivery.md").read_text().partition("An operator is held")
+    words = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in (page, holds)]
+    patterns = {causes.status_of(1), causes.code_of(1)}
+    assert set(words[0]) == {*get_args(causes.Cause), *(pattern.replace("1", "N") for pattern in patterns)}
+    assert set(words[1]) == set(get_args(causes.HoldCause))
+    assert [len(set(found)) for found in words] == [len(found) for found in words]
 
 
 def test_architecture_has_a_word_on_every_module() -> None:

@@ -12,10 +12,11 @@ LEVELS = {
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
+    | {"answers"}
     | {"documents", "rows", "changes", "resolver", "tls", "egress", "target"}
     | {"textfile", "trust", "bodies", "rights", "pages"}
     | {"__init__"},
-    0: {"model", "version"},
+    0: {"model", "version", "causes"},
 }
 HOMES = {
     "aiosqlite": {"database"},

@@ -1,0 +1,182 @@
+"""The daemon's end of a connection to an operator: one answer a request, within bounds, and nothing behind it.
+
+aiohttp parses; this module says where an answer begins and ends. It must never let bytes that stand before a request
+or behind an answer settle a delivery, nor lose an answer that arrived whole because of what came with it.
+"""
+
+import re
+import ssl
+from asyncio import AbstractEventLoop
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import StreamReader
+
+from lmdaemon.causes import Cause
+
+HEAD_MAX = 64 * 1024  # bytes of an answer's status line and headers
+HEADERS_MAX = 1000  # they are kept as Python objects: more of them cost the loop more than their bytes do
+INTERIM_MAX = 15  # answers 1xx before the final one. HTTP sets no limit. Source: RFC 9110 §15.2
+WIRE_MAX = 1024 * 1024  # bytes behind the head, chunk sizes, extensions and trailers included
+
+_HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
+_HEAD_END_MAX = 5
+
+
+class AnswerError(aiohttp.ClientError):
+    """What came is not one whole answer to the request; `detail` repeats nothing that the peer sent."""
+
+    def __init__(self, cause: Cause, detail: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.detail = detail
+
+
+class AnswerProtocol(ResponseHandler):
+    """Feeds aiohttp's parser head by head. Fed a whole segment, the parser forgets an answer that was complete when it
+    stumbles over a byte behind it.
+    """
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._interim = 0
+        self._body: StreamReader | None = None  # of the final answer, from the end of its head on
+        self._left: int | None = None  # bytes of it still to come, where its head says so
+        self._on_wire = 0  # bytes behind the head
+        self._begin_head()
+
+    def _begin_head(self) -> None:
+        self._head_size = self._head_lines = 0
+        self._head_tail = b""  # the end of it may lie in two segments
+
+    def set_response_params(self, **params: Any) -> None:
+        """A request is about to be sent on this connection."""
+        self._begin()
+        if self._tail:
+            self._tail = b""
+            self.set_exception(AnswerError("unsolicited_answer"))  # not closed: what is sent would fail in other words
+        super().set_response_params(**params)
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None or not data:
+            super().data_received(data)
+            return
+        while data and self._body is None and self._exception is None:
+            data = self._head_received(data)
+        if data and self._body is not None:
+            self._body_received(self._body, data)
+
+    def _head_received(self, data: bytes) -> bytes:
+        """Takes what belongs to the head, and returns the rest."""
+        found = _HEAD_END.search(self._head_tail + data)
+        end = len(data) if found is None else found.end() - len(self._head_tail)
+        part = data[:end]
+        self._head_tail = (self._head_tail + part)[1 - _HEAD_END_MAX :]
+        self._head_size += len(part)
+        self._head_lines += part.count(b"\n")
+        if self._head_size > HEAD_MAX:
+            self._fail(AnswerError("headers_too_large", f"more than {HEAD_MAX} bytes"))
+        elif self._head_lines > HEADERS_MAX + 2:  # the status line and the empty line
+            self._fail(AnswerError("headers_too_large", f"more than {HEADERS_MAX} headers"))
+        else:
+            super().data_received(part)
+        return data[end:]
+
+    def _body_received(self, body: StreamReader, data: bytes) -> None:
+        if body.is_eof():
+            self._drop()
+            return
+        self._on_wire += len(data)
+        if self._on_wire > WIRE_MAX:
+            self._fail(AnswerError("answer_too_long", f"more than {WIRE_MAX} bytes on the wire"))
+            return
+        super().data_received(data[: self._left])
+        if self._left is None:
+            is_more = body.is_eof() and not data.endswith(b"\n")  # a body in chunks ends with an empty line
+        else:
+            self._left -= len(data)
+            is_more = self._left < 0
+        if is_more:
+            self._drop()
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """A head was parsed: called by aiohttp for each."""
+        message, body = data
+        if self._body is not None:
+            self._drop()  # a second answer belongs to no request
+            return
+        if 100 <= message.code < 200 and message.code != 101:
+            self._interim += 1
+            self._begin_head()
+        else:
+            self._body = body
+            length = message.headers.get("Content-Length", "")
+            if not message.chunked and length.isascii() and length.isdigit():
+                self._left = int(length)
+        super().feed_data(data, size)
+        if self._interim > INTERIM_MAX:
+            self._fail(AnswerError("too_many_interim", f"more than {INTERIM_MAX}"))
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
+        """Something is wrong with the connection or with what came over it. Called by aiohttp too."""
+        body = self._body
+        if body is not None and body.is_eof():
+            self.force_close()  # what is wrong lies behind the answer
+            return
+        if isinstance(exc, aiohttp.ClientOSError) and self._is_going:
+            return  # what could not be written: connection_lost is about to say why
+        error = _told(exc, exc_cause, in_body=body is not None)
+        super().set_exception(error)
+        if body is not None and body.exception() is None:
+            body.set_exception(error)  # aiohttp tells nobody who reads the body of a chunk that is broken
+
+    @property
+    def _is_going(self) -> bool:
+        """The connection is lost, and connection_lost was not called yet."""
+        return not self._connection_lost_called and self.transport is not None and self.transport.is_closing()
+
+    def _fail(self, error: AnswerError) -> None:
+        self.set_exception(error)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Nothing that still comes over this connection counts."""
+        self.force_close()
+        if self.transport is not None:
+            self.transport.close()
+
+
+def _told(exc: BaseException, cause: BaseException | None, *, in_body: bool) -> BaseException:
+    """The exception under which the sender hears of it."""
+    if isinstance(cause, ssl.SSLError):
+        # With TLS 1.3 a server refuses a client's certificate after the handshake. Source: RFC 8446 §4.4.2.4, §6.2
+        return AnswerError("tls", str(cause))
+    if isinstance(exc, HttpProcessingError):
+        return AnswerError("bad_chunks" if in_body else "bad_http", _complaint(cause))
+    return exc
+
+
+def _complaint(error: BaseException | None) -> str:
+    """What the parser complains of, without the bytes that it shows behind an empty line."""
+    text, shows_bytes, _ = str(getattr(error, "message", "")).partition("\n\n")
+    return " ".join(text.split()).rstrip(":") if shows_bytes else type(error).__name__
+
+
+class Answer(aiohttp.ClientResponse):
+    """An answer that belongs to its request."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        """Raises AnswerError beside aiohttp's own."""
+        protocol: Any = connection.protocol
+        if protocol.should_close:
+            # Something was there before the request: a server that answers twice would settle the next delivery.
+            error = protocol.exception() or AnswerError("unsolicited_answer")
+            connection.close()
+            raise error
+        return await super().start(connection)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from lmdaemon import config, rights
 from lmdaemon.command import STOPPED, Failed, print_json, reason
 from lmdaemon.config import Settings
+from lmdaemon.contract import DatabaseError
 from lmdaemon.database import (
     MIGRATIONS,
     RESTORING,
-    DatabaseError,
     check_is_ours,
     lock_file,
     mark,

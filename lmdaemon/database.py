@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from importlib import resources
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import quote
@@ -27,12 +25,12 @@ import aiosqlite
 
 from lmdaemon import rights
 from lmdaemon.clock import STALL_S
+from lmdaemon.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 from lmdaemon.log import Log, place
 from lmdaemon.trust import user_name
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
 BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
-BATCH_ROWS = 10_000  # rows they name together, for one bulk touch names as many as thousands of single ones
 QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
 QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
 READS_MAX = 1000  # that wait for the daemon's own reading connection
@@ -66,47 +64,23 @@ _OUTAGES = {
 log = Log("store")
 
 
-class StoreError(Exception):
-    """Nothing was stored, and trying again later may help: disk full, locked or failing, or too much queued."""
-
-
-class DatabaseError(Exception):
-    """The file cannot be used at all: another daemon has it, it is damaged, or a newer program made it. Untouched."""
-
-
-class Transaction(Protocol):
-    """What the writer hands to every operation of a batch; made by `begin`, on the event loop."""
-
-    def bind(self, connection: sqlite3.Connection) -> None:
-        """Called on the connection's thread when the transaction has begun."""
-
-    def finish(self) -> None:
-        """Called on the connection's thread before the commit."""
-
-
-_Txn = TypeVar("_Txn", bound=Transaction)
-_Argument = TypeVar("_Argument")
-_Result = TypeVar("_Result")
-
-
-class OneStatement(Protocol[_Txn]):
-    """A batch as one statement, which is a transaction of its own; made by `at_once`, on the event loop."""
-
-    txn: _Txn
+class Work(Protocol):
+    """One batch of operations, made on the event loop."""
 
     def run(self, connection: sqlite3.Connection) -> list[Any]:
-        """Called on the connection's thread. Returns a result for each operation, a StoreError where it cannot be told.
-
-        Raises sqlite3.Error when nothing was stored, as it takes more than one statement, or the disk refused; once it
-        is committed, nothing.
+        """Commits the batch, on the connection's thread. Returns an answer for each operation; a StoreError in its
+        place is raised to its waiter alone. Raises what went wrong; then nothing is stored.
         """
 
 
-class Operation(NamedTuple):
-    """What one caller wants to be written. `run(txn, arguments)` does it, for all neighbours of its kind."""
+_Work = TypeVar("_Work", bound=Work)
+_Result = TypeVar("_Result")
 
-    run: Callable[[Any, Sequence[Any]], Sequence[Any]]
-    argument: Any
+
+class Queued(NamedTuple):
+    """An operation in the queue: how many rows it names, and who waits for its answer."""
+
+    operation: Operation[Any]
     rows: int
     answer: asyncio.Future[Any]
 
@@ -163,13 +137,13 @@ class _Desk:
         await self._thread.close()
 
 
-class Database(Generic[_Txn]):
+class Database(Generic[_Work]):
     """An open database. `run` must be running for writes to be answered; `close` belongs in an exit stack, for an
     aiosqlite connection left open keeps the process from ending.
 
-    `begin` makes the transaction of each batch, `at_once` one that is a single statement, or None where the batch takes
-    more; `committed` is told of the one that was committed (before the waiters are answered), `available` when the file
-    stops and starts taking writes again, `measured` how many operations a transaction had and how many seconds it took.
+    `begin` makes the work of a batch; `committed` is told of work that was committed (before the waiters are answered),
+    `available` when the file stops and starts taking writes again, `measured` how many operations a transaction had and
+    how many seconds it took.
     `refused` counts operations by the reason they were refused for.
     """
 
@@ -192,7 +166,7 @@ class Database(Generic[_Txn]):
         self._desk = desk
         self._checkpointer = checkpointer
         self._lock = lock
-        self._queue: deque[Operation] = deque()
+        self._queue: deque[Queued] = deque()
         self._queued_rows = 0
         self._wake = asyncio.Event()
         self._committed_something = asyncio.Event()
@@ -200,9 +174,8 @@ class Database(Generic[_Txn]):
         self._closing = False
         self._lost = False
         self._is_available = True
-        self.begin: Callable[[], _Txn]
-        self.at_once: Callable[[_Txn, Sequence[Operation]], OneStatement[_Txn] | None] = lambda txn, batch: None
-        self.committed: Callable[[_Txn], None]
+        self.begin: Callable[[Sequence[Operation[Any]]], _Work]
+        self.committed: Callable[[_Work], None]
         self.available: Callable[[bool], None] = lambda available: None
         self.measured: Callable[[int, float], None] = lambda operations, took_s: None
         self.refused = dict.fromkeys(REFUSALS, 0)
@@ -327,16 +300,11 @@ class Database(Generic[_Txn]):
         log.error("store.reading_failed", reason=str(error), path=self.path)
         return StoreError(f"reading failed: {error}")
 
-    def write(
-        self, run: Callable[[_Txn, Sequence[_Argument]], Sequence[_Result]], argument: _Argument, rows: int = 1
-    ) -> asyncio.Future[_Result]:
-        """Queues one operation, which names so many rows. What it returns is done when that is on disk, or raises
-        StoreError.
-
-        `run(txn, arguments)` gets every neighbouring operation of its kind at once and returns one result for each.
-        A waiter that is cancelled does not cancel its operation.
+    def write(self, operation: Operation[Answer]) -> asyncio.Future[Answer]:
+        """Queues one operation. Done when it is on disk; raises StoreError. A waiter that is
+        cancelled does not cancel its operation.
         """
-        answer: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if self._closing:
             self.refused["stopping"] += 1
             answer.set_exception(StoreError("the store is closed"))
@@ -345,7 +313,7 @@ class Database(Generic[_Txn]):
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             answer.set_exception(StoreError("too many operations are waiting"))
         else:
-            self._queue.append(Operation(run, argument, rows, answer))
+            self._queue.append(Queued(operation, rows := operation.rows, answer))
             self._queued_rows += rows
             self._wake.set()
         return answer
@@ -387,9 +355,9 @@ class Database(Generic[_Txn]):
             self._refuse(batch, StoreError("the daemon is stopping"))
             raise
 
-    async def _write_and_answer(self, batch: list[Operation]) -> None:
+    async def _write_and_answer(self, batch: list[Queued]) -> None:
         try:
-            txn, results = await self._write(batch)
+            work, results = await self._write(batch)
         except FileLostError as error:
             await self._give_up(batch, error)
         except Exception as error:
@@ -398,10 +366,10 @@ class Database(Generic[_Txn]):
             else:
                 await self._one_by_one(batch, error)
         else:
-            self._answered(txn, batch, results)
+            self._answered(work, batch, results)
 
-    def _next_batch(self) -> list[Operation]:
-        batch: list[Operation] = []
+    def _next_batch(self) -> list[Queued]:
+        batch: list[Queued] = []
         queue, rows = self._queue, 0
         while queue and len(batch) < BATCH_MAX and (not batch or rows + queue[0].rows <= BATCH_ROWS):
             batch.append(operation := queue.popleft())
@@ -409,30 +377,29 @@ class Database(Generic[_Txn]):
         self._queued_rows -= rows
         return batch
 
-    async def _write(self, batch: list[Operation]) -> tuple[_Txn, list[Any]]:
+    async def _write(self, batch: list[Queued]) -> tuple[_Work, list[Any]]:
         """One transaction on the connection's thread. Raises what it raised."""
         loop = asyncio.get_running_loop()
         self._files.check()  # here, where nobody else needs the interpreter; of open files, so no disk is waited for
-        txn = self.begin()
-        at_once = self.at_once(txn, batch)
+        work = self.begin([queued.operation for queued in batch])
         self.writing_since = loop.time()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
-            written: tuple[_Txn, list[Any]] = await self._writer.run(_commit, txn, at_once, batch, self._files)
+            results = await self._writer.run(_commit, work, self._files)
             self.measured(len(batch), loop.time() - self.writing_since)
-            return written
+            return work, results
         finally:
             hung.cancel()
             self.writing_since = None
 
-    def _answered(self, txn: _Txn, batch: list[Operation], results: list[Any]) -> None:
+    def _answered(self, work: _Work, batch: list[Queued], results: list[Any]) -> None:
         self.commits += 1
         self._committed_something.set()
         if not self._is_available:
             log.info("store.recovered", after=self.failure or "a write that hung")
             self.failure = None
             self._set_available(True)
-        self.committed(txn)
+        self.committed(work)
         untold = [result for result in results if isinstance(result, StoreError)]
         if untold:
             self.refused["reading_failed"] += len(untold)
@@ -456,7 +423,7 @@ class Database(Generic[_Txn]):
             log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), path=self.path)
         self._set_available(False)
 
-    def _failed(self, batch: list[Operation], error: Exception) -> None:
+    def _failed(self, batch: list[Queued], error: Exception) -> None:
         failure = str(error)
         if failure != self.failure:  # the first failure and each change, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), path=self.path)
@@ -470,15 +437,15 @@ class Database(Generic[_Txn]):
             self._is_available = available
             self.available(available)
 
-    async def _one_by_one(self, batch: list[Operation], error: Exception) -> None:
+    async def _one_by_one(self, batch: list[Queued], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
         if len(batch) == 1:
-            facts = {"operation": batch[0].run.__name__, "error": type(error).__name__}
+            facts = {"operation": type(batch[0].operation).__name__, "error": type(error).__name__}
             log.error("store.operation_failed", **facts, where=place(error))
             return self._refuse(batch, error)
         for operation in batch:
             try:
-                txn, results = await self._write([operation])
+                work, results = await self._write([operation])
             except FileLostError as lost:
                 await self._give_up(batch, lost)
             except Exception as broken:
@@ -487,10 +454,10 @@ class Database(Generic[_Txn]):
                 else:
                     await self._one_by_one([operation], broken)
             else:
-                self._answered(txn, [operation], results)
+                self._answered(work, [operation], results)
         return None
 
-    async def _give_up(self, batch: list[Operation], lost: "FileLostError") -> NoReturn:
+    async def _give_up(self, batch: list[Queued], lost: "FileLostError") -> NoReturn:
         """What is committed from here on would be gone with this process, so it ends, and a new one starts afresh.
 
         A WAL that was only unlinked is still open: what it holds is copied into the file before.
@@ -506,7 +473,7 @@ class Database(Generic[_Txn]):
         raise lost
 
     @staticmethod
-    def _refuse(batch: list[Operation], error: Exception) -> None:
+    def _refuse(batch: list[Queued], error: Exception) -> None:
         for operation in batch:
             if not operation.answer.done():
                 operation.answer.set_exception(error)
@@ -557,37 +524,13 @@ def _is_outage(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError)
 
 
-def _commit(
-    connection: sqlite3.Connection, txn: _Txn, at_once: OneStatement[_Txn] | None, batch: list[Operation], files: _Files
-) -> tuple[_Txn, list[Any]]:
-    """Commits a batch on the connection's thread. Returns the transaction that did, and a result for each operation."""
+def _commit(connection: sqlite3.Connection, work: Work, files: _Files) -> list[Any]:
+    """Commits a batch on the connection's thread."""
     if connection.in_transaction:  # a rollback that the disk refused is made up for
         connection.execute("ROLLBACK")
     if files.wal_bytes > WAL_MAX:
         _empty_wal(connection, files)
-    if at_once is not None:
-        try:
-            return at_once.txn, at_once.run(connection)
-        except sqlite3.Error as error:
-            if _is_outage(error):
-                raise
-    return txn, _transaction(connection, txn, batch)
-
-
-def _transaction(connection: sqlite3.Connection, txn: Transaction, batch: list[Operation]) -> list[Any]:
-    results: list[Any] = []
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        txn.bind(connection)
-        for run, operations in groupby(batch, attrgetter("run")):
-            results.extend(run(txn, [operation.argument for operation in operations]))
-        txn.finish()
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-    return results
+    return work.run(connection)
 
 
 def _empty_wal(connection: sqlite3.Connection, files: _Files) -> None:

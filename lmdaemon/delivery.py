@@ -490,19 +490,18 @@ class Dispatcher:
             self._log_recovery(lane)
             log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
             return Settlement(row, "delivered", 0, row.step, attempt, gate=gate)
-        settlement = Settlement(row, "dead", 0, row.step, attempt, gate=gate)
         if outcome.verdict == "hold":
-            return settlement._replace(state="pending", spent=False)
+            return Settlement(row, "pending", 0, row.step, attempt, spent=False, gate=gate)
         lane.failed += 1
         wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
         if wait_s is None:
             self._log_dead(lane, row, row.attempts + 1, outcome.reason, outcome.detail)
-            return settlement
+            return Settlement(row, "dead", 0, row.step, attempt, gate=gate)
         facts |= {"reason": outcome.reason}
         if outcome.detail:
             facts["detail"] = outcome.detail
         log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s)
-        return settlement._replace(state="pending", wait_ms=int(wait_s * 1000), step=row.step + 1)
+        return Settlement(row, "pending", int(wait_s * 1000), row.step + 1, attempt, gate=gate)
 
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
         """Stores a result. A success leaves its slot before, so that the next attempt need not wait for the disk. A

@@ -23,7 +23,8 @@ from lmdaemon import config, rights, store
 from lmdaemon.clock import Clock
 from lmdaemon.command import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config import Settings
-from lmdaemon.database import MIGRATIONS, DatabaseError, check_is_ours, real_path
+from lmdaemon.contract import DatabaseError
+from lmdaemon.database import MIGRATIONS, check_is_ours, real_path
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.files import (
     Inode,

@@ -72,8 +72,8 @@ def _keep_what_is_made() -> None:
 
 def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     """Runs the daemon to its end, says why it ended, and returns the exit code."""
+    from lmdaemon.contract import DatabaseError, StoreError
     from lmdaemon.daemon import Daemon
-    from lmdaemon.database import DatabaseError, StoreError
 
     daemon = Daemon(settings)
     daemon.on_serving = _keep_what_is_made

@@ -9,42 +9,40 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from itertools import chain, groupby
-from operator import attrgetter
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from lmdaemon import changes, pages
-from lmdaemon.changes import (
-    ADDING,
-    AT_ONCE,
-    AT_ONCE_MAX,
-    GATE,
-    NEXT,
-    OPEN_GATE,
-    RETRY_ROWS,
-    SET_UP,
+from lmdaemon import pages
+from lmdaemon.batches import GATE, NEXT, SET_UP, Batch
+from lmdaemon.clock import Clock, ServiceClock
+from lmdaemon.contract import (
     SWEEP_ROWS,
-    AtOnce,
-    Change,
-    Detour,
+    Closing,
+    DatabaseError,
     Figures,
-    Key,
+    GateChange,
     NewDelivery,
     Opened,
     Opening,
+    Operation,
+    Probe,
+    Pruned,
+    Pruning,
     Recorded,
     Recording,
+    RetryDead,
+    RetryOne,
     Settled,
     Settlement,
     SinksOf,
+    StoreError,
+    Sweep,
     Swept,
     Touched,
     Touching,
-    least,
 )
-from lmdaemon.clock import Clock, ServiceClock
-from lmdaemon.database import BATCH_ROWS, Database, DatabaseError, Operation, StoreError
+from lmdaemon.database import Database
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.pages import Page
@@ -59,6 +57,7 @@ from lmdaemon.rows import (
     session_by_key,
     to_json,
 )
+from lmdaemon.rules import OPEN_GATE, RETRY_ROWS, World, least
 
 __all__ = [
     "SWEEP_ROWS",
@@ -130,7 +129,7 @@ class Store:
     daemon connects them to metrics, the dispatcher and the sweeper.
     """
 
-    def __init__(self, database: Database[Change], clock: Clock, service_clock: ServiceClock) -> None:
+    def __init__(self, database: Database[Batch], clock: Clock, service_clock: ServiceClock) -> None:
         self._db = database
         self._clock = clock
         self.service_clock = service_clock
@@ -141,7 +140,7 @@ class Store:
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
         self._last_session = 0  # the greatest number a session has
-        self._detour = Detour()
+        self._expect_known = False  # whether the last sessions to be added were known
         self._committed_at = (clock.wall_ms(), clock.monotonic())
         self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
         self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
@@ -151,7 +150,6 @@ class Store:
         self.on_commit: Callable[[int, float], None] = lambda operations, took_s: None
         database.measured = lambda operations, took_s: self.on_commit(operations, took_s)
         database.begin = self._begin
-        database.at_once = self._at_once
         database.committed = self._committed
         database.available = self._available
 
@@ -161,7 +159,7 @@ class Store:
 
         With `count_downtime`, the wall time since the last transaction is added to the service clock.
         """
-        database: Database[Change] = await Database.open(path, setup=SET_UP)
+        database: Database[Batch] = await Database.open(path, setup=SET_UP)
         try:
             service_ms, wall_at = await database.read(
                 lambda sql: sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
@@ -258,50 +256,48 @@ class Store:
 
     # -- the writer's hooks, on the event loop
 
-    def _begin(self) -> Change:
-        now_ms, wall_at = self.service_clock.now_ms(), self._clock.wall_ms()
-        return Change(now_ms, wall_at, self.set_back_ms, self.sinks_of, self.configured, self.gates)
+    def _begin(self, operations: Sequence[Operation[Any]]) -> Batch:
+        world = World(
+            service_ms=self.service_clock.now_ms(),
+            wall_at=self._clock.wall_ms(),
+            set_back_ms=self.set_back_ms,
+            last_session=self._last_session,
+            gates=self.gates,
+            configured=self.configured,
+            sinks_of=self.sinks_of,
+        )
+        return Batch(operations, world, expect_known=self._expect_known)
 
-    def _at_once(self, change: Change, batch: Sequence[Operation]) -> AtOnce | None:
-        kinds = {operation.run for operation in batch}
-        if change.set_back_ms or len(batch) > AT_ONCE_MAX or not kinds <= AT_ONCE.keys():
-            return None
-        if kinds & ADDING and self._detour.taken():
-            return None
-        whole = AtOnce(change, self._last_session)
-        for run, operations in groupby(batch, attrgetter("run")):
-            if not whole.add(run, [operation.argument for operation in operations]):
-                return None
-        return whole.sealed() if whole.holds else None
-
-    def _committed(self, change: Change) -> None:
-        self._last_session = max(self._last_session, change.last_session)
-        self._detour.note(change)
+    def _committed(self, batch: Batch) -> None:
+        changes, world = batch.changes, batch.changes.world
+        self._last_session = changes.last_session
+        if batch.read_facts and (changes.met_known or changes.sessions):
+            self._expect_known = changes.met_known
         was_live = self.live > 0
-        self._committed_at = (change.wall_at, self._clock.monotonic())
-        if change.set_back_ms:
-            log.warning("clock.set_back", by_s=change.set_back_ms / 1000)
+        self._committed_at = (world.wall_at, self._clock.monotonic())
+        if world.set_back_ms:
+            log.warning("clock.set_back", by_s=world.set_back_ms / 1000)
             self.on_set_back()
-        for name, figures in change.figures.items():
+        for name, figures in changes.figures.items():
             total = self.figures.setdefault(name, Figures())
             total.live += figures.live
             total.pending += figures.pending
             total.dead += figures.dead
-        self.gates.update(change.new_gates)
-        for operator in change.new_gates:
+        self.gates.update(changes.gates)
+        for operator in changes.gates:
             self.on_gate(operator)
-        if change.looked_ahead:  # the sweep saw the whole index: what it found replaces what was believed
-            self.next_due_ms, self.next_lifetime_at = change.next_due_ms, change.next_lifetime_at
+        if changes.swept:  # the sweep saw the whole index: what it found replaces what was believed
+            self.next_due_ms, self.next_lifetime_at = changes.next_due_ms, changes.next_lifetime_at
         else:
             before = (self.next_due_ms, self.next_lifetime_at)
-            self.next_due_ms = least(self.next_due_ms, change.next_due_ms)
-            self.next_lifetime_at = least(self.next_lifetime_at, change.next_lifetime_at)
+            self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
+            self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
             # Also when the first session opens: while none was live, nobody read the service clock.
             if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
                 self.on_deadline()
-        if change.ended:
-            self.on_ended(change.ended)
-        for (operator, sink), due_at in change.due.items():
+        if changes.ends:
+            self.on_ended(changes.ends)
+        for (operator, sink), due_at in changes.due.items():
             self.on_due(operator, sink, due_at)
 
     def _available(self, available: bool) -> None:
@@ -315,19 +311,19 @@ class Store:
 
     async def open_session(self, opening: Opening) -> Opened:
         """Opens a session; opening the same again counts as a touch and changes nothing else. Raises StoreError."""
-        return await self._db.write(changes.open_sessions, opening)
+        return await self._db.write(opening)
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         """Notes activity of sessions of one operator; a duplicate counts once. Raises StoreError."""
-        return await self._db.write(changes.touch_sessions, Touching(operator, session_ids), rows=len(session_ids))
+        return await self._db.write(Touching(operator, session_ids))
 
     async def end(self, operator: str, session_id: str) -> Session | None:
         """Closes a session, and returns it, also when it had ended before; None when unknown. Raises StoreError."""
-        return await self._db.write(changes.close_sessions, Key(operator, session_id))
+        return await self._db.write(Closing(operator, session_id))
 
     async def record(self, recording: Recording) -> Recorded:
         """Records a notice from the peer, once for as long as the row is kept. Raises StoreError."""
-        return await self._db.write(changes.record_notices, recording)
+        return await self._db.write(recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
@@ -337,15 +333,15 @@ class Store:
         # Due as of now, when it is queued, not when the writer comes to it: of a touch that was queued before its
         # deadline, every sweep that could end its session stands behind it, however long the disk takes.
         as_of_ms = self.service_clock.now_ms() if idle else None
-        return await self._db.write(changes.end_due, as_of_ms, rows=BATCH_ROWS if crowd else 1)
+        return await self._db.write(Sweep(as_of_ms, crowd))
 
     async def settle(self, settlement: Settlement) -> Settled:
         """Stores the result of an attempt. Raises StoreError."""
-        return await self._db.write(changes.settle_deliveries, settlement)
+        return await self._db.write(settlement)
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
-        return await self._db.write(changes.set_gates, (operator, change))
+        return await self._db.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
         """Makes deliveries that died since then due again, spaced out, RETRIES_MAX and a few at most. Returns how many.
@@ -358,7 +354,7 @@ class Store:
         while retried < RETRIES_MAX:
             found = await self._db.look(pages.died, operator, after, RETRY_ROWS)
             if found.ids:
-                retried += await self._db.write(changes.retry_dead, (operator, found.ids), rows=len(found.ids))
+                retried += await self._db.write(RetryDead(operator, found.ids))
             if found.after is None:
                 break
             after = found.after
@@ -366,18 +362,23 @@ class Store:
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
         """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
-        return await self._db.write(changes.retry_some, webhook_id)
+        return await self._db.write(RetryOne(webhook_id))
 
-    async def prune(self, before_at: int, after: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """Deletes up to PRUNE_ROWS sessions that ended before then and have nothing pending, beginning behind `after`.
 
         Returns how many went and where to go on, None at the end.
         """
-        return await self._db.write(changes.prune_sessions, (before_at, after))
+        return await self._db.write(Pruning(before_at, after))
 
     async def probe(self) -> None:
-        """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError."""
-        await self._db.write(changes.nothing, None)
+        """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError if it does not, for
+        whatever reason.
+        """
+        try:
+            await self._db.write(Probe())
+        except sqlite3.Error as error:
+            raise StoreError(f"writing failed: {error}") from error
 
     # -- reading, for the daemon itself
 

@@ -7,37 +7,57 @@ import sqlite3
 import stat
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support import hear, until
 
 from lmdaemon import database
-from lmdaemon.database import Database, DatabaseError, StoreError
+from lmdaemon.contract import DatabaseError, Operation, StoreError
+from lmdaemon.database import Database
 
 
-class Txn:
-    """A transaction that remembers its connection and nothing else."""
+class Do(Operation[Any], frozen=True):
+    """Something done on the connection's thread, which names so many rows."""
 
-    sql: sqlite3.Connection
+    do: Callable[[sqlite3.Connection], Any]
+    size: int = 1
 
-    def bind(self, connection: sqlite3.Connection) -> None:
-        self.sql = connection
-
-    def finish(self) -> None:
-        pass
-
-
-def insert(txn: Txn, values: list[object]) -> list[int]:
-    txn.sql.executemany("INSERT INTO note VALUES (?)", [(value,) for value in values])
-    return [len(values)] * len(values)
+    @property
+    def rows(self) -> int:
+        return self.size
 
 
-def insert_unless_bad(txn: Txn, values: list[object]) -> list[int]:
-    if "bad" in values:
+class Work:
+    """A batch that is done one operation after the other, in one transaction. Its answers: how many these were."""
+
+    def __init__(self, operations: Sequence[Operation[Any]]) -> None:
+        self._operations = cast("Sequence[Do]", operations)
+
+    def run(self, connection: sqlite3.Connection) -> list[Any]:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for operation in self._operations:
+                operation.do(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return [len(self._operations)] * len(self._operations)
+
+
+def insert(value: object, rows: int = 1) -> Do:
+    return Do(lambda sql: sql.execute("INSERT INTO note VALUES (?)", (value,)), rows)
+
+
+def insert_unless_bad(value: object) -> Do:
+    def refuse(sql: sqlite3.Connection) -> None:
         raise ValueError("bad value")
-    return insert(txn, values)
+
+    return Do(refuse) if value == "bad" else insert(value)
 
 
 NOTES = ("CREATE TABLE note (text TEXT);",)
@@ -46,8 +66,8 @@ NOTES = ("CREATE TABLE note (text TEXT);",)
 @pytest.fixture
 async def db(tmp_path: Path):
     opened = await Database.open(tmp_path / "notes.sqlite3", NOTES)
-    opened.begin = Txn
-    opened.committed = lambda txn: None
+    opened.begin = Work
+    opened.committed = lambda work: None
     await opened.accept()
     yield opened
     await opened.close()
@@ -58,15 +78,15 @@ def notes(path: Path) -> list[str]:
         return [row[0] for row in sql.execute("SELECT text FROM note ORDER BY rowid")]
 
 
-async def stored(db: Database[Txn], text: str) -> None:
+async def stored(db: Database[Work], text: str) -> None:
     """One note, written and acknowledged."""
-    queued = asyncio.ensure_future(db.write(insert, text))
+    queued = asyncio.ensure_future(db.write(insert(text)))
     await asyncio.sleep(0)
     await db.write_batch()
     await queued
 
 
-async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Txn]) -> None:
+async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Work]) -> None:
     await stored(db, "x")
     files = list(db.path.parent.iterdir())
     assert {file.suffix for file in files} == {".sqlite3", ".sqlite3-wal", ".sqlite3-shm", ".lock"}
@@ -80,22 +100,24 @@ async def test_a_file_with_a_looser_mode_is_tightened(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Txn]) -> None:
-    def pragmas(txn: Txn, arguments: list[None]) -> list[tuple[str, int]]:
-        (mode,), (level,) = (txn.sql.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous"))
-        return [(mode, level)]
+async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Work]) -> None:
+    found: list[Any] = []
 
-    asked = asyncio.ensure_future(db.write(pragmas, None))
+    def pragmas(sql: sqlite3.Connection) -> None:
+        found.extend(sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
+
+    asked = asyncio.ensure_future(db.write(Do(pragmas)))
     await asyncio.sleep(0)
     await db.write_batch()
-    assert await asked == ("wal", 2)  # 2 is FULL
+    await asked
+    assert found == ["wal", 2]  # 2 is FULL
 
 
 async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
     first = await Database.open(path, NOTES)
-    first.begin, first.committed = Txn, lambda txn: None
-    queued = asyncio.ensure_future(first.write(insert, "kept"))
+    first.begin, first.committed = Work, lambda work: None
+    queued = asyncio.ensure_future(first.write(insert("kept")))
     await asyncio.sleep(0)
     await first.write_batch()
     await queued
@@ -150,7 +172,7 @@ async def test_a_damaged_file_is_refused_and_left_untouched(tmp_path: Path) -> N
     assert path.read_bytes() == before
 
 
-async def test_a_second_daemon_is_kept_off_the_file(db: Database[Txn]) -> None:
+async def test_a_second_daemon_is_kept_off_the_file(db: Database[Work]) -> None:
     with pytest.raises(DatabaseError, match="in use by another lmdaemon"):
         await Database.open(db.path, NOTES)
 
@@ -160,8 +182,8 @@ async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         await Database.open(tmp_path / "nowhere" / "x.sqlite3", NOTES)
 
 
-async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Txn]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(100)]
+async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Work]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(100)]
     await asyncio.sleep(0)
     await db.write_batch()
     assert await asyncio.gather(*waiting) == [100] * 100
@@ -169,10 +191,10 @@ async def test_what_waits_together_is_committed_together_and_in_order(db: Databa
     assert notes(db.path) == [str(number) for number in range(100)]
 
 
-async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Txn]) -> None:
+async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work]) -> None:
     seen: list[list[str]] = []
-    db.committed = lambda txn: seen.append(notes(db.path))
-    queued = asyncio.ensure_future(db.write(insert, "x"))
+    db.committed = lambda work: seen.append(notes(db.path))
+    queued = asyncio.ensure_future(db.write(insert("x")))
     await asyncio.sleep(0)
     assert not queued.done()
     await db.write_batch()
@@ -180,8 +202,8 @@ async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Txn]) -> 
     assert seen == [["x"]]
 
 
-async def test_a_cancelled_waiter_does_not_cancel_its_operation(db: Database[Txn]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(3)]
+async def test_a_cancelled_waiter_does_not_cancel_its_operation(db: Database[Work]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(3)]
     await asyncio.sleep(0)
     waiting[1].cancel()
     await db.write_batch()
@@ -189,9 +211,9 @@ async def test_a_cancelled_waiter_does_not_cancel_its_operation(db: Database[Txn
     assert [await waiting[0], await waiting[2]] == [3, 3]
 
 
-async def test_one_broken_operation_fails_alone(db: Database[Txn]) -> None:
+async def test_one_broken_operation_fails_alone(db: Database[Work]) -> None:
     values = ["a", "bad", "b"]
-    waiting = [asyncio.ensure_future(db.write(insert_unless_bad, value)) for value in values]
+    waiting = [asyncio.ensure_future(db.write(insert_unless_bad(value))) for value in values]
     await asyncio.sleep(0)
     await db.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -200,30 +222,30 @@ async def test_one_broken_operation_fails_alone(db: Database[Txn]) -> None:
     assert notes(db.path) == ["a", "b"]
 
 
-async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Txn]) -> None:
+async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Work]) -> None:
     told: list[bool] = []
     db.available = told.append
     blocker = sqlite3.connect(db.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     running = asyncio.create_task(db.run())
     with pytest.raises(StoreError, match="database is locked"):
-        await db.write(insert, "refused")
+        await db.write(insert("refused"))
     assert db.failure == "database is locked"
     blocker.execute("ROLLBACK")
     blocker.close()
     async with asyncio.timeout(10):
         while db.failure:  # the writer probes by itself, nobody writes
             await asyncio.sleep(0.01)
-    assert await db.write(insert, "stored") == 1
+    assert await db.write(insert("stored")) == 1
     assert told == [False, True]
     assert notes(db.path) == ["stored"]
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_a_full_queue_refuses_instead_of_growing(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "QUEUE_MAX", 2)
-    waiting = [asyncio.ensure_future(db.write(insert, str(number))) for number in range(3)]
+    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(3)]
     await asyncio.sleep(0)
     await db.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -231,11 +253,11 @@ async def test_a_full_queue_refuses_instead_of_growing(db: Database[Txn], monkey
     assert isinstance(results[2], StoreError)
 
 
-async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
     monkeypatch.setattr(database, "BATCH_ROWS", 100)
     monkeypatch.setattr(database, "QUEUE_ROWS", 250)
-    waiting = [asyncio.ensure_future(db.write(insert, str(number), rows=50)) for number in range(6)]
+    waiting = [asyncio.ensure_future(db.write(insert(str(number), rows=50))) for number in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):
         await waiting[5]
@@ -243,22 +265,21 @@ async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Txn], mo
         await db.write_batch()
         assert len(notes(db.path)) == stored
     assert await asyncio.gather(*waiting[:5]) == [2, 2, 2, 2, 1]
-    queued = asyncio.ensure_future(db.write(insert, "again", rows=250))  # one operation goes, whatever its size
+    queued = asyncio.ensure_future(db.write(insert("again", rows=250)))  # one operation goes, whatever its size
     await asyncio.sleep(0)
     await db.write_batch()
     assert await queued == 1
 
 
-async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Txn]) -> None:
+async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work]) -> None:
     """It fails each time it is sent: taken for an outage, it would stop everybody's service time again and again."""
 
-    def poison(txn: Txn, values: list[object]) -> list[int]:
-        txn.sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
-        return [0]
+    def poison(sql: sqlite3.Connection) -> None:
+        sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
 
     told: list[bool] = []
     db.available = told.append
-    waiting = [asyncio.ensure_future(db.write(run, "x")) for run in (insert, poison, insert)]
+    waiting = [asyncio.ensure_future(db.write(one)) for one in (insert("x"), Do(poison), insert("x"))]
     await asyncio.sleep(0)
     await db.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -267,10 +288,10 @@ async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Txn]) 
     assert (told, db.failure) == ([], None)
 
 
-async def test_a_rollback_that_failed_is_made_up_for(db: Database[Txn]) -> None:
+async def test_a_rollback_that_failed_is_made_up_for(db: Database[Work]) -> None:
     await db._writer.run(database._execute, "BEGIN IMMEDIATE")
     await db._writer.run(database._execute, "INSERT INTO note VALUES ('half')")
-    queued = asyncio.ensure_future(db.write(insert, "whole"))
+    queued = asyncio.ensure_future(db.write(insert("whole")))
     await asyncio.sleep(0)
     await db.write_batch()
     assert await queued == 1
@@ -278,7 +299,7 @@ async def test_a_rollback_that_failed_is_made_up_for(db: Database[Txn]) -> None:
 
 
 async def test_a_file_system_that_refuses_to_look_is_an_outage(
-    db: Database[Txn], monkeypatch: pytest.MonkeyPatch
+    db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(db._files, "check", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
@@ -289,8 +310,8 @@ async def test_a_file_system_that_refuses_to_look_is_an_outage(
     assert (notes(db.path), db.failure) == (["y"], None)
 
 
-async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db: Database[Txn]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert_unless_bad, value)) for value in ("bad", "a", "b")]
+async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db: Database[Work]) -> None:
+    waiting = [asyncio.ensure_future(db.write(insert_unless_bad(value))) for value in ("bad", "a", "b")]
     await asyncio.sleep(0)
     write, started = db._write, asyncio.Event()
 
@@ -316,7 +337,7 @@ async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str
         (tmp_path / name).symlink_to(tmp_path / "real.sqlite3")
     for text in ("one", "two"):
         opened = await Database.open(tmp_path / name, NOTES)
-        opened.begin, opened.committed = Txn, lambda txn: None
+        opened.begin, opened.committed = Work, lambda work: None
         await opened.accept()
         await stored(opened, text)
         with pytest.raises(DatabaseError, match="in use"):
@@ -333,17 +354,13 @@ async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None
     assert "store.file_missing" in [event.name for event in events]
 
 
-async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "HUNG_S", 0.01)
     told: list[bool] = []
     db.available = told.append
     hold = threading.Event()
 
-    def hang(txn: Txn, values: list[object]) -> list[int]:
-        hold.wait(10)
-        return [0]
-
-    queued = asyncio.ensure_future(db.write(hang, None))
+    queued = asyncio.ensure_future(db.write(Do(lambda sql: hold.wait(10))))
     await asyncio.sleep(0)
     with hear() as events:
         writing = asyncio.create_task(db.write_batch())
@@ -352,14 +369,14 @@ async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Txn], monk
         assert [event.name for event in events] == ["store.hanging"]
         hold.set()
         await writing
-    assert await queued == 0
+    assert await queued == 1
     assert told == [False, True]
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
-    db: Database[Txn], suffix: str, replaced: bool
+    db: Database[Work], suffix: str, replaced: bool
 ) -> None:
     """SQLite would write on into a file without a name, and what was acknowledged would end with the process."""
     await stored(db, "before")
@@ -369,11 +386,11 @@ async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
         gone.write_bytes(kept.read_bytes())
     running = asyncio.create_task(db.run())
     with pytest.raises(StoreError, match="while the daemon was running"):
-        await db.write(insert, "after")
+        await db.write(insert("after"))
     with pytest.raises(database.FileLostError, match=gone.name):
         await running
     with pytest.raises(StoreError, match="closed"):
-        await db.write(insert, "later")
+        await db.write(insert("later"))
     if suffix:  # what the WAL held has been saved
         assert notes(db.path) == ["before"]
     gone.unlink(missing_ok=True)
@@ -383,7 +400,7 @@ async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
 async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_order: bool) -> None:
     path = tmp_path / "notes.sqlite3"
     first = await Database.open(path, NOTES)
-    first.begin, first.committed = Txn, lambda txn: None
+    first.begin, first.committed = Work, lambda work: None
     await stored(first, "x")
     crashed = tmp_path / "crashed"
     if not in_order:
@@ -396,7 +413,7 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
     assert ("store.wal_missing" in [event.name for event in events]) is not in_order
 
 
-async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """An administrator's shell in the middle of a query: the WAL grows, and nobody waits for the shell."""
     monkeypatch.setattr(database, "WAL_MAX", 100_000)
     await stored(db, "x" * 200_000)
@@ -414,15 +431,11 @@ async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Txn], monk
     assert db.wal_bytes < 100_000
 
 
-async def test_a_stopped_writer_answers_those_who_wait(db: Database[Txn]) -> None:
-    def slow(txn: Txn, values: list[object]) -> list[int]:
-        txn.sql.execute(
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT max(i) FROM n"
-        )
-        return [0]
+async def test_a_stopped_writer_answers_those_who_wait(db: Database[Work]) -> None:
+    counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT max(i) FROM n"
 
     running = asyncio.create_task(db.run())
-    waiting = asyncio.ensure_future(db.write(slow, None))
+    waiting = asyncio.ensure_future(db.write(Do(lambda sql: sql.execute(counting))))
     while db.writing_since is None:
         await asyncio.sleep(0)
     running.cancel()
@@ -430,12 +443,12 @@ async def test_a_stopped_writer_answers_those_who_wait(db: Database[Txn]) -> Non
         await waiting
 
 
-async def test_reading_cannot_write(db: Database[Txn]) -> None:
+async def test_reading_cannot_write(db: Database[Work]) -> None:
     with pytest.raises(StoreError, match="readonly"):
         await db.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))
 
 
-async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Txn], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "WAL_MAX", 100_000)
     wal = Path(f"{db.path}-wal")
     largest = 0
@@ -447,11 +460,11 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Txn], monkeyp
 
 
 async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
-    db: Database[Txn], monkeypatch: pytest.MonkeyPatch
+    db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "CHECKPOINT_S", 0.01)
     running = [asyncio.create_task(db.run()), asyncio.create_task(db.checkpoint_for_ever())]
-    await db.write(insert, "copied")
+    await db.write(insert("copied"))
     async with asyncio.timeout(10):
         while b"copied" not in db.path.read_bytes():
             await asyncio.sleep(0.01)

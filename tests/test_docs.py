@@ -15,8 +15,8 @@ from lmdaemon import (
     api,
     bodies,
     causes,
-    changes,
     config,
+    contract,
     database,
     dialects,
     endpoint,
@@ -25,6 +25,7 @@ from lmdaemon import (
     listener,
     pages,
     resolver,
+    rules,
     sender,
     store,
 )
@@ -105,7 +106,7 @@ def test_readme_shows_the_true_limits() -> None:
         f"{pages.PLAYER_ROWS} of a player's sessions are looked at",
         f"1 s to {api.IDLE_MAX_S // 86400} days",
         f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
-        f"{database.QUEUE_ROWS} then 503; up to {database.BATCH_ROWS} in one transaction",
+        f"{database.QUEUE_ROWS} then 503; up to {contract.BATCH_ROWS} in one transaction",
         f"readers waiting for the disk | {database.READS_MAX} then 503",
         f"one at a time; {database.LOOKS_MAX} may wait; {database.LOOK_S:g} s for each with its wait; then 503",
         f"| {sender.ANSWER_MAX // 1024} KiB of the body are read of a head of at most {answers.HEAD_MAX // 1024} KiB",
@@ -115,9 +116,9 @@ def test_readme_shows_the_true_limits() -> None:
         f"ten a second for an operator {store.RETRIES_MAX} in one call",
         f"{database.WAL_MAX // 1024**2} MiB and one transaction",
         f"warns at {health.LARGE_WAL // 1024**2} MiB",
-        f"{changes.SWEEP_ROWS} sessions in one operation",
-        f"the latest {changes.HISTORY_MAX}",
-        f"{changes.PRUNE_ROWS} sessions in one operation",
+        f"{contract.SWEEP_ROWS} sessions in one operation",
+        f"the latest {rules.HISTORY_MAX}",
+        f"{rules.PRUNE_ROWS} sessions in one operation",
     ):
         assert limit in table, limit
 

@@ -7,6 +7,7 @@ Time is simulated exactly: the loop jumps from timer to timer, so nothing waits 
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import sqlite3
 import sys
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from support import load
 
-from lmdaemon import changes, config, database, retry
+from lmdaemon import config, database, retry, rules
 from lmdaemon.clock import STALL_S
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.model import Delivery, SessionEnded
@@ -596,7 +597,7 @@ class Promises(RuleBasedStateMachine):
             counted[name] = (live, states.count("pending"), states.count("dead"))
         none = (0, 0, 0)
         assert {name: seen.figures.get(name, none) for name in OPERATORS} == counted
-        assert {name: changes._triple(self.db.figures_of(name)) for name in OPERATORS} == counted
+        assert {name: dataclasses.astuple(self.db.figures_of(name)) for name in OPERATORS} == counted
         for name in OPERATORS:
             held_at, not_before = seen.gates.get(name, (None, 0))
             assert held_at is not None or name not in self.held, f"{name} is held no more"
@@ -614,7 +615,7 @@ class Promises(RuleBasedStateMachine):
         for key, row in seen.sessions.items():
             one = known[key]
             assert (row.player, row.idle_ms, row.opened_at) == (one.player, one.idle_ms, one.opened_at), key
-            assert changes._same(row.token, one.token), key
+            assert rules.same_token(row.token, one.token), key
             mine = [d for d in seen.deliveries.values() if (d.operator, d.session_id) == key]
             needed = row.reason is None or any(d.state != "delivered" and not self.impossible(d) for d in mine)
             assert row.token is None or (row.token == one.token) is needed, f"{key}: a token that nothing needs"
@@ -989,7 +990,7 @@ class Promises(RuleBasedStateMachine):
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database._Thread, "run", run_at_once)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(changes, "REVISIT_MS", REVISIT_MS)
+    monkeypatch.setattr(rules, "REVISIT_MS", REVISIT_MS)
 
 
 def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:

@@ -9,8 +9,8 @@ import pytest
 from conftest import HandClock
 from support import hear, live, open_store, until
 
-from lmdaemon.changes import Touched
 from lmdaemon.clock import TICK_S
+from lmdaemon.contract import Touched
 from lmdaemon.store import Opening, Store
 from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
 
@@ -179,7 +179,7 @@ async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
 async def test_everything_due_goes_in_bounded_batches(
     db: Store, clock: HandClock, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmdaemon.changes.SWEEP_ROWS", 3)
+    monkeypatch.setattr("lmdaemon.rules.SWEEP_ROWS", 3)
     monkeypatch.setattr("lmdaemon.sweeper.SWEEP_ROWS", 3)
     ended: list[int] = []
     db.on_ended = lambda sessions: ended.append(len(sessions))

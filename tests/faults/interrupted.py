@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lmdaemon import api, changes, database, delivery, endpoint, sender, store, sweeper
+from lmdaemon import api, batches, database, delivery, endpoint, sender, store, sweeper
 from lmdaemon.__main__ import main
 
 WATCHED = [
@@ -34,23 +34,17 @@ WATCHED = [
     database.Database._write,
     database.Database._answered,
     database._commit,
-    database._transaction,
     store.Store._begin,
     store.Store._committed,
-    changes.Change.finish,
-    changes.AtOnce.run,
-    changes.open_sessions,
-    changes._add,
-    changes._touch_all,
-    changes.close_sessions,
-    changes.record_notices,
-    changes._record_one,
+    batches.Batch.run,
+    batches.Batch._decide_and_apply,
+    batches.Batch._answered,
+    batches.Written.apply,
+    batches._in_transaction,
+    batches.read_facts,
     # The end of a session
     sweeper.Sweeper.once,
     sweeper.Sweeper._end_some,
-    changes._end_due_once,
-    changes._end,
-    changes._follow_up,
     # From the claim to the settled row
     delivery.Dispatcher._note_due,
     delivery.Dispatcher.once,
@@ -63,8 +57,6 @@ WATCHED = [
     delivery.Dispatcher._settle,
     sender.Sender.post,
     sender._read_some,
-    changes.settle_deliveries,
-    changes._set_gate_one,
 ]
 
 
@@ -75,7 +67,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-RUN_SQL = ("execute", "executemany", "execute_rows", "fetch", "fetch_sessions")
+RUN_SQL = ("execute", "fetch", "fetch_sessions", "apply", "run")
 CODES = {code for function in WATCHED for code in codes(function.__code__)}
 KILL_AT = os.environ.get("KILL_AT")
 REACHED = os.environ.get("REACHED")

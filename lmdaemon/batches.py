@@ -1,0 +1,282 @@
+"""How a batch gets into SQLite: the facts it asks for, and its changes as one statement.
+
+Each step of a statement, each row that is fetched and each Python function that SQL calls gives the interpreter's lock
+away and waits to have it back from a busy event loop. So a batch that needs no facts is decided on the loop, which has
+the lock anyway, and written as one row for a temporary view, whose trigger does the rest. Rows go in and come out as
+JSON.
+"""
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields
+from typing import Any
+
+from lmdaemon.contract import SWEEP_ROWS, Opening, Recording, StoreError
+from lmdaemon.model import Gate, Session
+from lmdaemon.rows import (
+    ENDED_BEFORE,
+    SESSION,
+    as_rows,
+    delivery_by_webhook_id,
+    fetch,
+    fetch_sessions,
+    given,
+    ids_of,
+    to_json,
+)
+from lmdaemon.rules import (
+    NEW_DELIVERY,
+    PRUNE_ROWS,
+    RESULT,
+    Changes,
+    Facts,
+    FactsNeeded,
+    OldDelivery,
+    Questions,
+    World,
+    decide,
+    must_look_up,
+    questions,
+)
+
+DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
+
+GATE = tuple(field.name for field in fields(Gate))
+
+# -- facts: what a batch asks for
+
+SESSIONS_BY_KEY = f"""
+SELECT {as_rows(SESSION)} FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+PENDING_OF = """
+SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
+DUE = f"""
+SELECT {as_rows(SESSION)}
+FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?)"""
+DUE_LIFETIME = f"""
+SELECT {as_rows(SESSION)}
+FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
+      ORDER BY lifetime_at LIMIT ?)"""
+# A delivery that may be sent again; an http one without a body could never be composed.
+MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
+DEAD = f"""
+SELECT {as_rows("id, sink")} FROM delivery
+WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {MAY_BE_SENT}"""
+OLD_DELIVERIES = f"""
+SELECT {as_rows(", ".join(OldDelivery._fields))} FROM delivery WHERE session IN (SELECT value FROM json_each(?))"""
+# After a batch: the states of touched sessions, and the next deadlines of the whole table.
+STATES = f"""
+SELECT {as_rows("session_id, reason IS NULL")} FROM session
+WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+NEXT = """
+SELECT (SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1),
+       (SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL
+        ORDER BY lifetime_at LIMIT 1)"""
+
+
+def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts:
+    """Looks up what a batch asks for, in the transaction that writes it."""
+    facts = Facts(asked=asked.sessions)
+    if asked.sessions:
+        facts.sessions = [
+            session
+            for operator, session_ids in asked.sessions.items()
+            for session in fetch_sessions(sql, SESSIONS_BY_KEY, operator, to_json(list(session_ids)))
+        ]
+    if asked.results:
+        facts.pending = frozenset(fetch(sql, PENDING_OF, to_json(asked.results)))
+    if asked.sweeps:
+        limit = asked.sweeps * SWEEP_ROWS
+        facts.outlived = fetch_sessions(sql, DUE_LIFETIME, wall_at, limit)
+        if asked.due_ms is not None:
+            facts.due = fetch_sessions(sql, DUE, asked.due_ms, limit)
+    if asked.retry is not None:
+        facts.dead = dict(fetch(sql, DEAD, to_json(asked.retry.deliveries), asked.retry.operator))
+    facts.deliveries = {name: delivery_by_webhook_id(sql, name) for name in asked.deliveries}
+    if asked.pruning is not None:
+        rows = fetch(sql, ENDED_BEFORE, asked.pruning.before_at, *asked.pruning.after, PRUNE_ROWS)
+        facts.old = [(number, ended_at) for number, ended_at in rows]
+        facts.old_deliveries = [OldDelivery(*row) for row in fetch(sql, OLD_DELIVERIES, ids_of(rows))]
+    return facts
+
+
+# -- apply: the changes as one row for a view, whose trigger is the list of what is written, in its order
+
+TOUCH = """
+UPDATE session SET seen_ms = NEW.seen_ms, seen_at = NEW.wall_at
+WHERE (operator, session_id) IN (SELECT ids.key, id.value FROM json_each(?) AS ids, json_each(ids.value) AS id)
+      AND reason IS NULL"""
+ADD_SESSIONS = f"""
+INSERT INTO session ({", ".join(Session._fields)}, due_ms)
+SELECT *, seen_ms + idle_ms FROM (SELECT {given(*Session._fields)} FROM json_each(?))"""
+END = f"""
+UPDATE session SET reason = ended.reason, ended_at = NEW.wall_at, extra = coalesce(ended.extra, session.extra),
+                   token = ended.token
+FROM (SELECT {given("id", "reason", "extra", "token")} FROM json_each(?)) AS ended
+WHERE session.id = ended.id AND session.reason IS NULL"""
+MOVE_DUE = f"""
+UPDATE session SET due_ms = moved.due_ms FROM (SELECT {given("id", "due_ms")} FROM json_each(?)) AS moved
+WHERE session.id = moved.id"""
+MOVE_LIFETIME = f"""
+UPDATE session SET lifetime_at = moved.lifetime_at
+FROM (SELECT {given("id", "lifetime_at")} FROM json_each(?)) AS moved WHERE session.id = moved.id"""
+ADD_DELIVERIES = f"""
+INSERT INTO delivery ({", ".join(NEW_DELIVERY)})
+SELECT {", ".join(NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
+FROM (SELECT {given(*NEW_DELIVERY)} FROM json_each(?))"""
+SETTLE = f"""
+UPDATE delivery SET {", ".join(f"{name} = result.{name}" for name in RESULT[1:])},
+                    body = CASE WHEN result.state = 'delivered' THEN x'' ELSE body END
+FROM (SELECT {given(*RESULT)} FROM json_each(?)) AS result
+WHERE delivery.id = result.id AND delivery.state = 'pending'"""
+FORGET_TOKENS = f"""
+UPDATE session SET token = digest.token FROM (SELECT {given("id", "token")} FROM json_each(?)) AS digest
+WHERE session.id = digest.id AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {MAY_BE_SENT})"""
+REVIVE = f"""
+UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
+                    aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
+FROM (SELECT {given("id", "due_at", "aged_from_at", "held_base_ms")} FROM json_each(?)) AS again
+WHERE delivery.id = again.id"""
+PRUNE_DELIVERIES = "DELETE FROM delivery WHERE session IN (SELECT value FROM json_each(?))"
+PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
+ADD_FIGURES = f"""
+INSERT INTO operator (name, live, pending, dead)
+SELECT {given("name", "live", "pending", "dead")} FROM json_each(?) WHERE TRUE
+ON CONFLICT (name) DO UPDATE SET live = live + excluded.live, pending = pending + excluded.pending,
+                                 dead = dead + excluded.dead"""
+PUT_GATES = f"""
+INSERT INTO operator (name, {", ".join(GATE)}) SELECT {given("name", *GATE)} FROM json_each(?) WHERE TRUE
+ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in GATE)}"""
+PUT_CLOCK = "UPDATE clock SET service_ms = NEW.service_ms, wall_at = NEW.wall_at"
+# Before everything else in a batch: what is queued with it may add waits that are right already.
+SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
+
+_COLUMNS = ("service_ms", "seen_ms", "wall_at")
+_PARTS = {
+    "touched": (TOUCH,),
+    "sessions": (ADD_SESSIONS,),
+    "ended": (END,),
+    "moved_due": (MOVE_DUE,),
+    "moved_lifetime": (MOVE_LIFETIME,),
+    "deliveries": (ADD_DELIVERIES,),
+    "results": (
+        SETTLE,
+        "SELECT RAISE(ABORT, 'a result was stored before') WHERE changes() <> json_array_length(?)",
+    ),
+    "digests": (FORGET_TOKENS,),
+    "revived": (REVIVE,),
+    "pruned": (PRUNE_DELIVERIES, PRUNE_SESSIONS),
+    "figures": (ADD_FIGURES,),
+    "gates": (PUT_GATES,),
+}
+_WRITES = [statement.replace("?", f"NEW.{part}") for part, statements in _PARTS.items() for statement in statements]
+SET_UP = (
+    "PRAGMA temp_store = MEMORY",
+    f"CREATE TEMP VIEW batch AS SELECT {', '.join(f'NULL AS {name}' for name in (*_COLUMNS, *_PARTS))}",
+    f"CREATE TEMP TRIGGER write_batch INSTEAD OF INSERT ON batch BEGIN {'; '.join([*_WRITES, PUT_CLOCK])}; END",
+)
+WRITE_BATCH = f"INSERT INTO batch VALUES ({', '.join('?' * (len(_COLUMNS) + len(_PARTS)))})"
+
+
+class Written:
+    """The changes as arguments of WRITE_BATCH; made on the event loop where the batch is decided there."""
+
+    def __init__(self, changes: Changes) -> None:
+        self.changes = changes
+        touched = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
+        rows: tuple[list[Any], ...] = (
+            *(changes.sessions, changes.ended, changes.moved_due, changes.moved_lifetime, changes.deliveries),
+            *(list(changes.results.values()), changes.digests, changes.revived, changes.pruned),
+            [(name, one.live, one.pending, one.dead) for name, one in changes.figures.items()],
+            [(name, *astuple(gate)) for name, gate in changes.gates.items()],
+        )
+        # Rows that change if every touched session is known and active; the last is the clock.
+        self._rows = sum(map(len, touched.values())) + sum(map(len, rows)) + 1
+        parts: tuple[Any, ...] = (touched, *rows)
+        times = (changes.world.service_ms, changes.seen_ms, changes.world.wall_at)
+        self._arguments = (*times, *(to_json(part) if part else None for part in parts))
+
+    def apply(self, sql: sqlite3.Connection) -> None:
+        """All or nothing. Raises sqlite3.IntegrityError when an assumption of the decision does not hold."""
+        before = sql.total_changes
+        sql.execute(WRITE_BATCH, self._arguments)
+        if self.changes.touchings and sql.total_changes - before != self._rows:
+            self._look_closer(sql)
+
+    def _look_closer(self, sql: sqlite3.Connection) -> None:
+        """Finds out which of the touched had ended or are unknown. Nobody but this thread writes, so they still are."""
+        active: dict[str, set[str]] = {}
+        ended: dict[str, set[str]] = {}
+        try:
+            for operator, session_ids in self.changes.touched.items():
+                states = fetch(sql, STATES, operator, to_json(list(session_ids)))
+                active[operator] = {session_id for session_id, is_active in states if is_active}
+                ended[operator] = {session_id for session_id, is_active in states if not is_active}
+        except Exception as error:  # also no memory: it may be committed by now, so nothing may fail any more
+            for place, _, _ in self.changes.touchings:
+                self.changes.answers[place] = StoreError(f"reading failed: {error}")
+            return
+        self.changes.states_of_touched(active, ended)
+
+
+class Batch:
+    """One batch on its way into the file. Where nothing must be looked up it is decided at once, on the event loop."""
+
+    def __init__(self, operations: Sequence[Any], world: World, *, expect_known: bool) -> None:
+        self._operations = operations
+        self._world = world
+        self.changes: Changes
+        self._written = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
+        self.read_facts = False  # whether facts were read for it
+
+    def _is_looked_up(self, *, expect_known: bool) -> bool:
+        kinds = set(map(type, self._operations))
+        return (
+            len(self._operations) > DECIDED_ON_LOOP_MAX
+            or must_look_up(kinds)
+            or (expect_known and not kinds.isdisjoint((Opening, Recording)))
+        )
+
+    def _decided_at_once(self) -> Written | None:
+        try:
+            return Written(decide(self._operations, None, self._world))
+        except FactsNeeded:
+            return None
+
+    def run(self, sql: sqlite3.Connection) -> list[Any]:
+        """Commits it, on the connection's thread. Returns an answer for each operation; a StoreError where it cannot be
+        told what a touch met. Raises what went wrong; then nothing is stored.
+        """
+        if self._written is not None and not self._world.set_back_ms:
+            try:
+                return self._answered(self._written, sql)  # one statement is a transaction of its own
+            except sqlite3.IntegrityError:
+                pass  # an assumption does not hold: decided again, with facts
+        return _in_transaction(sql, self._decide_and_apply)
+
+    def _decide_and_apply(self, sql: sqlite3.Connection) -> list[Any]:
+        world = self._world
+        if world.set_back_ms:
+            sql.execute(SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at))
+        self.read_facts = True
+        facts = read_facts(sql, questions(self._operations), world.wall_at)
+        answers = self._answered(Written(decide(self._operations, facts, world)), sql)
+        if self.changes.swept:
+            self.changes.next_due_ms, self.changes.next_lifetime_at = sql.execute(NEXT).fetchone()
+        return answers
+
+    def _answered(self, written: Written, sql: sqlite3.Connection) -> list[Any]:
+        written.apply(sql)
+        self.changes = written.changes
+        return self.changes.answers
+
+
+def _in_transaction(sql: sqlite3.Connection, run: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
+    try:
+        sql.execute("BEGIN IMMEDIATE")
+        answers = run(sql)
+        sql.execute("COMMIT")
+    except BaseException:
+        if sql.in_transaction:
+            sql.execute("ROLLBACK")
+        raise
+    return answers

@@ -1,0 +1,714 @@
+"""What a batch of operations changes: facts → `decide` → `Changes`. No SQL, no clock, no network.
+
+An engine reads the facts that a batch asks for (`questions`), and applies the changes in one transaction, all or
+nothing. Where nothing has to be looked up, a batch is decided without facts, on the assumption that what is added is
+not known and that what is settled is pending. The engine aborts when that is wrong; then the facts are read and the
+batch is decided again. What a session's end means for which sink is handed in as `sinks_of`: nothing here knows a
+protocol or a URL.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import orjson
+
+from lmdaemon.contract import (
+    SWEEP_ROWS,
+    Closing,
+    Figures,
+    GateChange,
+    NewDelivery,
+    Opened,
+    Opening,
+    Probe,
+    Pruned,
+    Pruning,
+    Recorded,
+    Recording,
+    RetryDead,
+    RetryOne,
+    Settled,
+    Settlement,
+    SinksOf,
+    Sweep,
+    Swept,
+    Touched,
+    Touching,
+)
+from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
+
+PRUNE_ROWS = 500
+RETRY_ROWS = 500
+RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
+REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
+HISTORY_MAX = 50  # attempts kept per delivery, the latest
+
+OPEN_GATE = Gate()
+
+
+# -- what a decision rests on
+
+
+class World(NamedTuple):
+    """What the daemon knows without looking at a table, as of the moment of the batch."""
+
+    service_ms: int
+    wall_at: int
+    set_back_ms: int = 0  # by so much the wall clock was set back since the last transaction
+    last_session: int = 0  # the greatest number that a session has
+    gates: Mapping[str, Gate] = MappingProxyType({})
+    configured: frozenset[str] = frozenset()  # operators whose sinks are known
+    sinks_of: SinksOf = lambda session: ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Questions:
+    """What has to be looked up to decide a batch."""
+
+    sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator
+    results: list[int] = field(default_factory=list)  # deliveries: which of them are pending?
+    sweeps: int = 0  # for so many sweeps of SWEEP_ROWS: what is past its lifetime?
+    due_ms: int | None = None  # and what is due as of then
+    retry: RetryDead | None = None  # which of its deliveries are dead, and may be sent?
+    deliveries: list[str] = field(default_factory=list)  # by their public ids
+    pruning: Pruning | None = None
+
+
+class OldDelivery(NamedTuple):
+    session: int
+    operator: str
+    state: DeliveryState
+    settled_at: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Facts:
+    """The answers. What `asked` names and `sessions` lacks is unknown."""
+
+    asked: Mapping[str, set[str]] = field(default_factory=dict)
+    sessions: Iterable[Session] = ()
+    pending: frozenset[int] = frozenset()  # of the results' deliveries
+    outlived: Sequence[Session] = ()  # the longest past its lifetime first
+    due: Sequence[Session] = ()  # the earliest due first
+    dead: Mapping[int, str] = field(default_factory=dict)  # sinks of a RetryDead's deliveries that may be sent
+    deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)
+    old: Sequence[tuple[int, int]] = ()  # (id, ended_at) of sessions old enough to be pruned
+    old_deliveries: Sequence[OldDelivery] = ()
+
+
+_LOOKED_UP = frozenset({Closing, Sweep, RetryDead, RetryOne, Pruning})
+
+
+def must_look_up(kinds: Iterable[type]) -> bool:
+    """Whether a batch with operations of these kinds can be decided with facts only."""
+    return not _LOOKED_UP.isdisjoint(kinds)
+
+
+def questions(batch: Iterable[Any]) -> Questions:
+    """What has to be looked up for these operations. A touch is not: the table says afterwards what it did not meet."""
+    asked = Questions()
+    for one in batch:
+        match one:
+            case Opening() | Recording() | Closing():
+                asked.sessions.setdefault(one.operator, set()).add(one.session_id)
+            case Settlement():
+                asked.results.append(one.delivery.id)
+            case Sweep():
+                asked.sweeps += 1
+                if one.as_of_ms is not None:
+                    asked.due_ms = max(one.as_of_ms, asked.due_ms or 0)
+            case RetryDead():
+                asked.retry = one
+            case RetryOne():
+                asked.deliveries.append(one.webhook_id)
+            case Pruning():
+                asked.pruning = one
+    return asked
+
+
+# -- the changes
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a batch changes, as rows for an engine, and what the daemon has to be told once that is committed."""
+
+    world: World
+    # Rows
+    touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
+    sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
+    ended: list[tuple[Any, ...]] = field(default_factory=list)  # id, reason, extra (None: as it was), token
+    moved_due: list[tuple[int, int]] = field(default_factory=list)  # id, due_ms
+    moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # id, lifetime_at
+    deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
+    results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
+    digests: list[tuple[int, str]] = field(default_factory=list)  # session, what stays of its token
+    revived: list[tuple[int, int, int, int]] = field(default_factory=list)  # id, due_at, aged_from_at, held_base_ms
+    pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
+    figures: dict[str, Figures] = field(default_factory=dict)  # to add to those of an operator
+    gates: dict[str, Gate] = field(default_factory=dict)
+    # Answers
+    answers: list[Any] = field(default_factory=list)  # one for each operation
+    touchings: list["_PlacedTouching"] = field(default_factory=list)  # whose answers hold if the table knows the ids
+    # To be told after the commit
+    ends: list[Session] = field(default_factory=list)
+    due: dict[tuple[str, str], int] = field(default_factory=dict)  # earliest due time by operator and sink
+    next_due_ms: int | None = None
+    next_lifetime_at: int | None = None
+    swept: bool = False  # the engine reads the next deadlines of the whole table instead
+    last_session: int = 0
+    met_known: bool = False  # what was to be added is known, as the facts say
+
+    @property
+    def seen_ms(self) -> int:
+        """What a touch is stamped with: rounded up, so that no session ends a fraction of a millisecond early."""
+        return self.world.service_ms + 1
+
+    def states_of_touched(self, active: Mapping[str, set[str]], ended: Mapping[str, set[str]]) -> None:
+        """Corrects the answers of touches by what the table says of their ids, by operator."""
+        for place, touching, decided in self.touchings:
+            operator = touching.operator
+            self.answers[place] = _touched(touching, decided, active[operator], ended[operator])
+
+
+NEW_DELIVERY = (
+    *("nonce", "session", "operator", "sink", "state", "created_at", "due_at", "settled_at", "aged_from_at"),
+    *("held_base_ms", "last_error", "body"),
+)
+RESULT = (
+    *("id", "state", "due_at", "settled_at", "attempts", "step", "last_status", "last_code", "last_error"),
+    "history",
+)
+
+
+class FactsNeeded(Exception):  # noqa: N818 - not an error: the batch is decided again, with facts
+    """Raised by `decide` without facts for a batch that cannot be decided so."""
+
+
+RandomHex = Callable[[int, int], list[str]]
+
+
+def random_hex(size: int, count: int) -> list[str]:
+    """So many texts of so many random bytes each. One call of the system for all of them: each call gives the
+    interpreter's lock away.
+    """
+    if not count:
+        return []
+    text = secrets.token_hex(size * count)
+    return [text[at : at + 2 * size] for at in range(0, len(text), 2 * size)]
+
+
+def decide(batch: Sequence[Any], facts: Facts | None, world: World, random: RandomHex = random_hex) -> Changes:
+    """Works a batch out, operation after operation in its order. Raises FactsNeeded, and only without facts."""
+    decision = _Decision(facts, world)
+    for kind, operations in groupby(batch, type):
+        _DECIDED_BY[kind](decision, operations)
+    return decision.sealed(random)
+
+
+# What the tables said of a touched id: True: active, False: ended, None: unknown. Ids left to the table are missing.
+_Decided = Mapping[str, bool | None]
+_PlacedTouching = tuple[int, Touching, _Decided]
+
+_ONE_TOUCHED = Touched(1, [], [])
+_NOTHING_DECIDED: _Decided = {}
+
+
+class _Decision:
+    """The sessions and gates as the batch leaves them after each of its operations, and the rows that follow."""
+
+    def __init__(self, facts: Facts | None, world: World) -> None:
+        self._facts = facts
+        self._world = world
+        self._now = world.wall_at
+        self._changes = Changes(world)
+        self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, as of now
+        self._added: list[tuple[str, str]] = []
+        self._last_session = world.last_session
+        self._settled: set[int] = set()  # deliveries of this batch's results that are pending no more
+        self._outlived: list[Session] = []
+        self._due: list[Session] = []
+        if facts is not None:
+            self._learn(facts)
+        if world.set_back_ms:
+            self._set_gates_back()
+
+    def _learn(self, facts: Facts) -> None:
+        for operator in facts.asked:
+            self._known[operator] = {}
+        for session in (*facts.sessions, *facts.outlived, *facts.due):
+            self._put(session)
+        self._outlived, self._due = list(facts.outlived), list(facts.due)
+
+    def _put(self, session: Session) -> None:
+        self._known.setdefault(session.operator, {})[session.session_id] = session
+
+    def _find(self, operator: str, session_id: str) -> Session | None:
+        """The session as of now; None: unknown, or assumed to be."""
+        mine = self._known.get(operator)
+        return None if mine is None else mine.get(session_id)
+
+    def _is_new(self, session: Session) -> bool:
+        """Whether this batch adds it."""
+        return session.id > self._world.last_session
+
+    def _figures(self, operator: str) -> Figures:
+        figures = self._changes.figures.get(operator)
+        if figures is None:
+            figures = self._changes.figures[operator] = Figures()
+        return figures
+
+    # -- sessions
+
+    def touch(self, touchings: Iterable[Touching]) -> None:
+        changes = self._changes
+        for touching in touchings:
+            operator, session_ids = touching.operator, touching.session_ids
+            if operator not in self._known and len(session_ids) == 1:  # as almost always
+                changes.touched.setdefault(operator, {})[session_ids[0]] = None
+                changes.touchings.append((len(changes.answers), touching, _NOTHING_DECIDED))
+                changes.answers.append(_ONE_TOUCHED)
+            else:
+                self._touch_many(touching)
+
+    def _touch_many(self, touching: Touching) -> None:
+        """Touches what is known from the facts or from this batch, and leaves the rest to the table."""
+        changes, operator = self._changes, touching.operator
+        distinct = dict.fromkeys(touching.session_ids)
+        mine, asked = self._known.get(operator, {}), self._asked(operator)
+        decided: dict[str, bool | None] = {}
+        if mine or asked:
+            for session_id in distinct.keys() & (mine.keys() | asked):
+                session = mine.get(session_id)
+                decided[session_id] = None if session is None else session.reason is None
+                if session is not None and session.reason is None:
+                    self._see(session)
+        left = distinct.keys() - decided.keys() if decided else distinct
+        if left:
+            changes.touched.setdefault(operator, {}).update(dict.fromkeys(left))
+            changes.touchings.append((len(changes.answers), touching, decided))
+        changes.answers.append(_touched(touching, decided, distinct.keys(), ()))
+
+    def _asked(self, operator: str) -> set[str]:
+        return self._facts.asked.get(operator, set()) if self._facts is not None else set()
+
+    def _see(self, session: Session) -> Session:
+        """Notes activity of an active session."""
+        seen = session._replace(seen_ms=self._changes.seen_ms, seen_at=self._now)
+        self._put(seen)
+        if not self._is_new(session):  # a row that is added has the stamp anyway
+            self._changes.touched.setdefault(session.operator, {})[session.session_id] = None
+        return seen
+
+    def open(self, openings: Iterable[Opening]) -> None:
+        changes = self._changes
+        for new in openings:
+            known = self._find(new.operator, new.session_id)
+            if known is None:
+                session = self._add(self._opened(new))
+                self._figures(new.operator).live += 1
+                changes.next_due_ms = least(changes.next_due_ms, session.deadline_ms)
+                changes.next_lifetime_at = least(changes.next_lifetime_at, session.lifetime_at)
+                changes.answers.append(Opened("created", session))
+            else:
+                changes.answers.append(self._open_again(new, known))
+
+    def _opened(self, new: Opening) -> Session:
+        return Session(
+            id=self._last_session + 1,
+            operator=new.operator,
+            session_id=new.session_id,
+            player_id=new.player_id,
+            token=new.token,
+            attributes=new.attributes,
+            extra=None,
+            idle_ms=new.idle_ms,
+            opened_at=self._now,
+            seen_ms=self._changes.seen_ms,
+            seen_at=self._now,
+            lifetime_at=self._now + new.lifetime_ms if new.lifetime_ms else None,
+            ended_at=None,
+            reason=None,
+        )
+
+    def _open_again(self, new: Opening, known: Session) -> Opened:
+        self._changes.met_known |= not self._is_new(known)
+        if known.reason is not None:
+            return Opened("ended", known)
+        if known.player_id != new.player_id or not same_token(known.token, new.token):
+            return Opened("differs", known)
+        return Opened("open", self._see(known))
+
+    def _add(self, session: Session) -> Session:
+        """Adds a session that is not known. Without facts, one that was touched before in this batch cannot be: whether
+        that touch met it is not known.
+        """
+        if self._facts is None and session.session_id in self._changes.touched.get(session.operator, ()):
+            raise FactsNeeded
+        self._last_session = session.id
+        self._added.append((session.operator, session.session_id))
+        self._put(session)
+        return session
+
+    def end(self, closings: Iterable[Closing]) -> None:
+        for one in closings:
+            session = self._find(one.operator, one.session_id)
+            if session is None and self._facts is None:
+                raise FactsNeeded
+            if session is not None and session.reason is None:
+                session = self._end(session, "closed")
+            self._changes.answers.append(session)
+
+    def _end(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
+        """The one way a live session ends. What follows from it is made when the batch is sealed."""
+        ended = session._replace(
+            reason=reason, ended_at=self._now, token=token or session.token, extra=extra or session.extra
+        )
+        self._put(ended)
+        self._figures(session.operator).live -= 1
+        self._changes.ends.append(ended)
+        return ended
+
+    def record(self, recordings: Iterable[Recording]) -> None:
+        answers = self._changes.answers
+        for new in recordings:
+            session = self._find(new.operator, new.session_id)
+            answers.append(self._record_unknown(new) if session is None else self._record_known(new, session))
+
+    def _record_unknown(self, new: Recording) -> Recorded:
+        refusal: Recorded | None = "bad_token" if new.compare_token else None
+        if refusal is None and not new.accept_unknown:
+            refusal = "unknown_session"
+        if refusal is not None:
+            if self._facts is None:  # it may be known
+                raise FactsNeeded
+            return refusal
+        self._changes.ends.append(self._add(self._reported(new)))
+        return "ended"
+
+    def _reported(self, new: Recording) -> Session:
+        """A session that is known only by its end."""
+        return Session(
+            id=self._last_session + 1,
+            operator=new.operator,
+            session_id=new.session_id,
+            player_id=new.player_id,
+            token=new.token,
+            attributes=None,
+            extra=new.extra,
+            idle_ms=new.idle_ms,
+            opened_at=self._now,
+            seen_ms=self._world.service_ms,
+            seen_at=self._now,
+            lifetime_at=None,
+            ended_at=self._now,
+            reason="reported",
+        )
+
+    def _record_known(self, new: Recording, session: Session) -> Recorded:
+        self._changes.met_known |= not self._is_new(session)
+        if new.compare_token and not same_token(session.token, new.token):
+            return "bad_token"
+        if session.player_id != new.player_id:
+            return "player_mismatch"
+        if session.reason is not None:
+            return "repeated"
+        # The token of the opening stays; the notice's serves where there was none.
+        self._end(session, "reported", token=None if session.token else new.token, extra=new.extra)
+        return "ended"
+
+    def end_due(self, sweeps: Iterable[Sweep]) -> None:
+        self._changes.swept = True
+        for sweep in sweeps:
+            ended, looked_at = self._end_outlived()
+            if sweep.as_of_ms is not None:
+                idle, due = self._end_idle(sweep.as_of_ms)
+                ended, looked_at = ended + idle, max(looked_at, due)
+            self._changes.answers.append(Swept(ended, looked_at))
+
+    def _end_outlived(self) -> tuple[int, int]:
+        """How many ended, of how many that were looked at."""
+        outlived, self._outlived = self._outlived[:SWEEP_ROWS], self._outlived[SWEEP_ROWS:]
+        ended = 0
+        for session in map(self._as_of_now, outlived):
+            if session.reason is not None:
+                continue  # ended by an operation before, in this batch
+            if session.operator not in self._world.configured:
+                self._changes.moved_lifetime.append((session.id, self._now + REVISIT_MS))
+            else:
+                self._end(session, "max_lifetime")
+                ended += 1
+        return ended, len(outlived)
+
+    def _end_idle(self, as_of_ms: int) -> tuple[int, int]:
+        """How many ended, of how many that were looked at."""
+        due, self._due = self._due[:SWEEP_ROWS], self._due[SWEEP_ROWS:]
+        ended = 0
+        for session in map(self._as_of_now, due):
+            if session.reason is not None:
+                continue  # ended by an operation before, in this batch
+            if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
+                self._changes.moved_due.append((session.id, session.deadline_ms))
+            elif (
+                session.operator not in self._world.configured
+            ):  # ending it would lose its notice: its sinks are unknown
+                self._changes.moved_due.append((session.id, as_of_ms + REVISIT_MS))
+            else:
+                self._end(session, "inactivity")
+                ended += 1
+        return ended, len(due)
+
+    def _as_of_now(self, session: Session) -> Session:
+        return self._known[session.operator][session.session_id]
+
+    # -- deliveries and gates
+
+    def settle(self, settlements: Iterable[Settlement]) -> None:
+        for one in settlements:
+            self._changes.answers.append(self._settled_one(one))
+
+    def _settled_one(self, one: Settlement) -> Settled:
+        """Stores one result. Of a delivery that was settled before, it changes the gate alone."""
+        delivery, due_at = one.delivery, self._now + one.wait_ms
+        if self._is_pending(delivery.id):
+            self._changes.results[delivery.id] = _result(one, due_at, self._now)
+            if one.state == "pending":
+                self._note_due(delivery.operator, delivery.sink, due_at)
+            else:
+                self._settled.add(delivery.id)
+                figures = self._figures(delivery.operator)
+                figures.pending -= 1
+                figures.dead += one.state == "dead"
+                if delivery.token:
+                    # The nonce is no secret, nor need a salt be one: it makes equal tokens differ.
+                    self._changes.digests.append((delivery.session, digest(delivery.token, delivery.nonce[:16])))
+        before, alter = self._gate(delivery.operator), one.gate
+        if alter is None:
+            return Settled(due_at, before, before)
+        return Settled(due_at, before, self._alter(delivery.operator, lambda gate: alter(gate, self._now)))
+
+    def _is_pending(self, delivery: int) -> bool:
+        return delivery not in self._settled and (self._facts is None or delivery in self._facts.pending)
+
+    def _note_due(self, operator: str, sink: str, due_at: int) -> None:
+        known = self._changes.due.get((operator, sink))
+        self._changes.due[operator, sink] = due_at if known is None else min(known, due_at)
+
+    def set_gate(self, gate_changes: Iterable[GateChange]) -> None:
+        for one in gate_changes:
+            self._changes.answers.append(self._alter(one.operator, one.alter))
+
+    def _gate(self, operator: str) -> Gate:
+        return self._changes.gates.get(operator) or self._world.gates.get(operator, OPEN_GATE)
+
+    def _alter(self, operator: str, alter: Callable[[Gate], Gate]) -> Gate:
+        before = self._gate(operator)
+        gate = alter(before)
+        if gate != before:
+            self._changes.gates[operator] = gate
+        return gate
+
+    def _set_gates_back(self) -> None:
+        """Waits outlive the process, so they are kept as wall times. When the wall clock is set back, by an hour or
+        from a wrong century, they go back with it, in the transaction that keeps the new time: nothing waits longer
+        than it was meant to, whatever is killed when. The engine does the same to the deliveries, first of all.
+        """
+        for operator in self._world.gates:
+            self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
+
+    def retry_dead(self, retries: Iterable[RetryDead]) -> None:
+        sinks = self._looked_up.dead
+        for one in retries:
+            self._revive(one.operator, [(number, sinks[number]) for number in one.deliveries if number in sinks])
+            self._changes.answers.append(len(sinks))
+
+    def retry_one(self, retries: Iterable[RetryOne]) -> None:
+        for one in retries:
+            delivery = self._looked_up.deliveries[one.webhook_id]
+            if delivery is not None and delivery.state == "dead" and may_be_sent(delivery):
+                self._revive(delivery.operator, [(delivery.id, delivery.sink)])
+            self._changes.answers.append(delivery)
+
+    @property
+    def _looked_up(self) -> Facts:
+        if self._facts is None:
+            raise FactsNeeded
+        return self._facts
+
+    def _revive(self, operator: str, dead: Sequence[tuple[int, str]]) -> None:
+        """Dead deliveries, as (id, sink), become due again, RETRY_SPACING_MS apart, counted over all calls, so that a
+        wallet that has just come back is not run over.
+        """
+        gate = self._gate(operator)
+        due_at = max(self._now, gate.paced_until_at)
+        for number, sink in dead:
+            self._changes.revived.append((number, due_at, self._now, _held_ms(gate, self._now)))
+            self._note_due(operator, sink, due_at)
+            due_at += RETRY_SPACING_MS
+        self._changes.gates[operator] = replace(gate, paced_until_at=due_at)
+        figures = self._figures(operator)
+        figures.dead -= len(dead)
+        figures.pending += len(dead)
+
+    def prune(self, prunings: Iterable[Pruning]) -> None:
+        for one in prunings:
+            old, deliveries = self._looked_up.old, self._looked_up.old_deliveries
+            kept = {d.session for d in deliveries if d.state == "pending" or (d.settled_at or 0) >= one.before_at}
+            for delivery in deliveries:
+                if delivery.state == "dead" and delivery.session not in kept:
+                    self._figures(delivery.operator).dead -= 1
+            gone = [number for number, _ in old if number not in kept]
+            self._changes.pruned += gone
+            last, last_at = old[-1] if old else (0, 0)
+            self._changes.answers.append(Pruned(len(gone), (last_at, last) if len(old) == PRUNE_ROWS else None))
+
+    def probe(self, probes: Iterable[Probe]) -> None:
+        self._changes.answers += [None for _ in probes]
+
+    # -- sealing
+
+    def sealed(self, random: RandomHex) -> Changes:
+        """The changes, with what follows from the ends of the batch. Nothing may be decided afterwards."""
+        changes = self._changes
+        changes.last_session = self._last_session
+        sinks = [self._world.sinks_of(session) for session in changes.ends]
+        tokens = _tokens_kept([session.token for session in changes.ends], sinks, random)
+        for session, token in zip(changes.ends, tokens, strict=True):
+            self._put(session._replace(token=token))
+            if not self._is_new(session):
+                changes.ended.append((session.id, session.reason, session.extra, token))
+        changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
+        self._follow_up(sinks, random)
+        return changes
+
+    def _follow_up(self, sinks: Sequence[Sequence[NewDelivery]], random: RandomHex) -> None:
+        """One delivery for each sink of each ended session."""
+        now, rows = self._now, []
+        for session, its in zip(self._changes.ends, sinks, strict=True):
+            if not its:
+                continue
+            figures, held_ms = self._figures(session.operator), _held_ms(self._gate(session.operator), now)
+            for sink, body, impossible in its:
+                if impossible is None:
+                    figures.pending += 1
+                    self._note_due(session.operator, sink, now)
+                else:
+                    figures.dead += 1
+                fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
+                rows.append((session.id, session.operator, sink, *fate, now, held_ms, impossible, body.decode()))
+        nonces = random(10, len(rows))
+        self._changes.deliveries = [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)]
+
+
+_DECIDED_BY: Mapping[type, Callable[[_Decision, Any], None]] = {
+    Opening: _Decision.open,
+    Touching: _Decision.touch,
+    Closing: _Decision.end,
+    Recording: _Decision.record,
+    Sweep: _Decision.end_due,
+    Settlement: _Decision.settle,
+    GateChange: _Decision.set_gate,
+    RetryDead: _Decision.retry_dead,
+    RetryOne: _Decision.retry_one,
+    Pruning: _Decision.prune,
+    Probe: _Decision.probe,
+}
+
+
+# -- pieces
+
+
+def _touched(touching: Touching, decided: _Decided, active: Iterable[str], ended: Iterable[str]) -> Touched:
+    """The answer of a touch: by what was decided of an id, else by what the table says of it."""
+    session_ids = dict.fromkeys(touching.session_ids)
+    if not decided and session_ids.keys() <= set(active):  # as almost always
+        return Touched(len(session_ids), [], [])
+    states: dict[str, bool | None] = {**dict.fromkeys(active, True), **dict.fromkeys(ended, False), **decided}
+    found = {session_id: states.get(session_id) for session_id in session_ids}
+    return Touched(
+        sum(state is True for state in found.values()),
+        [session_id for session_id, state in found.items() if state is None],
+        [session_id for session_id, state in found.items() if state is False],
+    )
+
+
+def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]:
+    """A row as in RESULT."""
+    delivery, attempt = settlement.delivery, settlement.attempt or {}
+    history = orjson.loads(delivery.history)
+    if attempt:
+        history.append(attempt)
+    return (
+        *(delivery.id, settlement.state, due_at, None if settlement.state == "pending" else now_at),
+        *(delivery.attempts + bool(attempt and settlement.spent), settlement.step),
+        attempt.get("status", delivery.last_status),
+        attempt.get("code", delivery.last_code),
+        attempt.get("error", delivery.last_error),
+        orjson.dumps(history[-HISTORY_MAX:]).decode(),
+    )
+
+
+def _tokens_kept(
+    tokens: Sequence[str | None], sinks: Sequence[Sequence[NewDelivery]], random: RandomHex
+) -> list[str | None]:
+    """What is kept of the tokens of ended sessions: all of it for sending, and where nothing can be sent, only what
+    tells it from another.
+    """
+    unneeded = [all(one.impossible for one in its) for its in sinks]
+    salts = iter(random(8, sum(unneeded)))
+    return [
+        digest(token, next(salts)) if token and never else token for token, never in zip(tokens, unneeded, strict=True)
+    ]
+
+
+def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
+    def back(at: int) -> int:
+        return max(now_at, at - by_ms) if at > now_at else at
+
+    return replace(
+        gate,
+        not_before_at=back(gate.not_before_at),
+        probe_at=back(gate.probe_at),
+        paced_until_at=back(gate.paced_until_at),
+    )
+
+
+def _held_ms(gate: Gate, now_at: int) -> int:
+    """How long the operator has been held so far, a hold under way included: where a new delivery's age starts."""
+    return gate.held_total_ms + (max(0, now_at - gate.held_at) if gate.held_at is not None else 0)
+
+
+def may_be_sent(delivery: Delivery) -> bool:
+    """Whether it can ever be sent: an http delivery without a body could not be composed."""
+    return bool(delivery.body) or delivery.sink != "http"
+
+
+_DIGEST = "\x1f"  # begins what is left of a token; a token itself has no control characters
+
+
+def digest(token: str, salt: str) -> str:
+    """What is left of a token that is needed no more: enough to know it again."""
+    return f"{_DIGEST}{salt}{hashlib.sha256(f'{salt}{token}'.encode()).hexdigest()}"
+
+
+def same_token(stored: str | None, given: str | None) -> bool:
+    """Compares two tokens in constant time; an absent one equals only an absent one."""
+    if stored is None or given is None:
+        return stored is given
+    if stored.startswith(_DIGEST):
+        given = digest(given, stored[1:17])
+    return hmac.compare_digest(stored.encode(), given.encode())
+
+
+def least(one: int | None, other: int | None) -> int | None:
+    """The smaller of two, where None is none at all."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)

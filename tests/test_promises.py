@@ -368,7 +368,7 @@ class Peer:
     async def close(self) -> None:
         pass
 
-    async def post(self, operator: config.Operator, url: str, webhook_id: str, body: bytes) -> Any:
+    async def post(self, operator: config.Operator, webhook_id: str, body: bytes) -> Any:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._attempt(operator.name, "http", webhook_id, body))
             try:

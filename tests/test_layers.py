@@ -20,7 +20,7 @@ LEVELS = {
 }
 HOMES = {
     "aiosqlite": {"database"},
-    "msgspec": {"bodies", "config", "dialects", "openapi"},
+    "msgspec": {"bodies", "config", "contract", "dialects", "openapi"},
     "prometheus_client": {"metrics"},
     "tomllib": {"config"},
 }

@@ -49,7 +49,7 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
         quiet_libraries()
 
         async def talk() -> int:
-            async with Client(settings) as client:
+            async with Client(settings, args.client_cert, args.client_key) as client:
                 return await ask(client, args)
 
         return asyncio.run(talk())

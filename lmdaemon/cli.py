@@ -263,6 +263,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", dest="run", action="store_const", const=VERSION, help="print the version")
     # Suppressed, or a command's missing --config would undo the one before it
     common = config_option(argparse.ArgumentParser(add_help=False), default=argparse.SUPPRESS)
+    talking = argparse.ArgumentParser(add_help=False)
+    asked = "to show where api.client_ca_file asks for it"
+    talking.add_argument("--client-cert", type=Path, metavar="FILE", help=f"certificate {asked}")
+    talking.add_argument("--client-key", type=Path, metavar="FILE", help="its key, where that is another file")
     groups = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}
     for command in _commands():
         group, _, verb = command.words.rpartition(" ")
@@ -270,8 +274,9 @@ def _parser() -> argparse.ArgumentParser:
             verbs = [other.words.split()[1] for other in _commands() if other.words.startswith(f"{group} ")]
             made = groups[""].add_parser(group, help=", ".join(verbs), parents=[common], allow_abbrev=False)
             groups[group] = made.add_subparsers(metavar="VERB", title="verbs", required=True)
+        parents = [common, talking] if command.run.startswith("admin:") else [common]
         leaf = groups[group].add_parser(
-            verb, help=command.help, description=command.help, parents=[common], allow_abbrev=False
+            verb, help=command.help, description=command.help, parents=parents, allow_abbrev=False
         )
         leaf.set_defaults(run=command.run)
         for names, options in command.arguments:

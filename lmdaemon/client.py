@@ -3,15 +3,18 @@
 import ipaddress
 import json
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlencode
 
 import aiohttp
 from yarl import URL
 
-from lmdaemon.command import Failed, reason, say
+from lmdaemon import tls
+from lmdaemon.command import Failed, Usage, reason, say
 from lmdaemon.config import Listen, Settings
 
 ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs
@@ -19,11 +22,16 @@ PAGE_MAX = 1000  # rows in one answer of the private API
 
 
 class Client:
-    """The private API of the running daemon, found by the configuration. Raises Failed, with one clear line."""
+    """The private API of the running daemon, found by the configuration. Raises Failed or Usage, with one clear line.
 
-    def __init__(self, settings: Settings) -> None:
+    `cert` and `key` are shown to a daemon that asks its clients for a certificate.
+    """
+
+    def __init__(self, settings: Settings, cert: Path | None = None, key: Path | None = None) -> None:
         self._address = settings.api.listen.text
-        self._base = _base_url(settings.api.listen)
+        self._tls = _context(settings, cert, key)
+        self._shows_certificate = self._tls is not None and cert is not None
+        self._base = _base_url(settings.api.listen, "http" if self._tls is None else "https")
         self._unix = settings.api.listen.unix
         self._token = settings.api_tokens[0].secret.decode() if settings.api_tokens else None
         # With the daemon's credentials out of this user's reach, a refusal is no surprise, but should say so
@@ -46,11 +54,20 @@ class Client:
     ) -> Any:
         """The JSON answered to one call; an error document is raised as Failed."""
         try:
-            async with self._session.request(method, self._url(path, query or {}), json=body) as response:
+            url = self._url(path, query or {})
+            async with self._session.request(method, url, json=body, ssl=self._tls or True) as response:
                 content, status, kind = await response.read(), response.status, response.content_type
         except TimeoutError:
             raise Failed(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
+        except aiohttp.ClientConnectorCertificateError as error:
+            why = "shows another certificate than api.tls_cert_file has: reload it, or name its own --config"
+            raise Failed(f"what answers at {self._address} {why}") from error
         except (aiohttp.ClientConnectionError, OSError) as error:
+            if refusal := _tls_refusal(error):
+                raise Failed(f"no TLS with the daemon at {self._address}: {refusal}") from error
+            if self._shows_certificate and not isinstance(error, aiohttp.ClientConnectorError):
+                why = "it may not take --client-cert, as tls.handshake_failed in its log would say"
+                raise Failed(f"the daemon at {self._address} has closed the connection: {why}") from error
             cause = getattr(error, "os_error", error)
             number = getattr(cause, "errno", None) or 0  # negative where no name could be resolved
             why = os.strerror(number) if number > 0 else reason(cause)
@@ -87,15 +104,37 @@ class Client:
         return URL(f"{self._base}/{'/'.join(map(_segment, path))}?{parameters}", encoded=True)
 
 
-def _base_url(listen: Listen) -> str:
+def _context(settings: Settings, cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """Trusts the certificate that the configuration names, and no other; None where the daemon speaks no TLS."""
+    spoken = settings.tls.get("api")
+    if spoken is None:
+        unchecked = [warning for warning in settings.warnings if warning.startswith("api.tls_cert_file: unchecked")]
+        if unchecked:  # without it, what answers cannot be told from somebody else
+            raise Failed(f"{settings.file}: {unchecked[0]}")
+        return None
+    if settings.api.client_ca_file and cert is None:
+        raise Usage("api.client_ca_file asks for a client's certificate: name one with --client-cert and --client-key")
+    try:
+        return tls.pinned_context(spoken.cert.certificates[0].der, cert, key)
+    except OSError as error:
+        raise Usage(f"--client-cert: {tls.unusable(error)}") from error
+
+
+def _tls_refusal(error: BaseException) -> str | None:
+    """OpenSSL's reason for a connection that failed, in its words; None where it is not about TLS."""
+    cause = getattr(error, "os_error", error)
+    return tls.said(cause) if isinstance(cause, ssl.SSLError) else None
+
+
+def _base_url(listen: Listen, scheme: str) -> str:
     if listen.unix:
-        return "http://localhost"
+        return f"{scheme}://localhost"
     host = listen.host
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
         if address.is_unspecified:  # "on every address" is where to listen; a client needs one of them
             host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://[{host}]:{listen.port}" if ":" in host else f"http://{host}:{listen.port}"
+    return f"{scheme}://[{host}]:{listen.port}" if ":" in host else f"{scheme}://{host}:{listen.port}"
 
 
 def _segment(text: str) -> str:

@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+import ssl
 import stat
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -91,6 +92,9 @@ def names_itself(host: str, listen: Listen) -> bool:
 class ServerTable(msgspec.Struct, frozen=True):
     listen: Listen = Listen("127.0.0.1:8080", "127.0.0.1", 8080)
     trusted_proxies: tuple[Network, ...] = ()
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    client_ca_file: str = ""
 
 
 class ApiTable(msgspec.Struct, frozen=True):
@@ -99,6 +103,9 @@ class ApiTable(msgspec.Struct, frozen=True):
     token_env: str = ""
     read_token_file: str = ""
     read_token_env: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    client_ca_file: str = ""
 
 
 class DatabaseTable(msgspec.Struct, frozen=True):
@@ -170,6 +177,13 @@ class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
     fields: dict[str, str]
     required: tuple[str, ...]
     codes: Codes = Codes()
+
+
+class Tls(msgspec.Struct, frozen=True):
+    """What a listener speaks TLS with, as its files were when they were read."""
+
+    cert: Pem  # its own certificate first
+    context: ssl.SSLContext | None  # None where a file could not be read, as for administration by another user
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -245,6 +259,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerTable
     api: ApiTable
     api_tokens: tuple[ApiToken, ...]  # those that may change something first
+    tls: Mapping[str, Tls]  # by listener; one without TLS is not in it
+    pems: Mapping[str, Pem]  # files of certificates and keys, by key path
     database: Path
     keep_ended_s: float
     restart_grace_s: float
@@ -405,6 +421,7 @@ class _Reader:
         self.secrets = secrets
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.pems: dict[str, Pem] = {}
         self.handed_over: list[str] = []
         self.profiles: dict[TlsFiles, Profile] = {}
 
@@ -450,12 +467,14 @@ class _Reader:
         }
         self.check_shared_paths(operators)
         self.check_exposure(server, operators)
+        spoken = {"server": self.listener_tls(server, "server"), "api": self.listener_tls(api, "api")}
         api_tokens = self.api_tokens(api)
         if not api.listen.loopback and not (api.token_file or api.token_env):
             self.error("api.token_file", f"is required when api.listen is beyond loopback (got {api.listen.text!r})")
         listens = self.sound("server", "listen") and self.sound("api", "listen")
         if listens and server.listen == api.listen and (server.listen.port or server.listen.unix):
             self.error("api.listen", "must differ from server.listen", api.listen.text)
+        self.warnings.extend(tls.endings(self.pems, datetime.now(UTC)))
         if self.errors:
             return None
         return Settings(
@@ -464,6 +483,7 @@ class _Reader:
             server=server,
             api=api,
             api_tokens=api_tokens,
+            tls={name: one for name, one in spoken.items() if one is not None},
             database=self.database_path(database.path),
             keep_ended_s=float(database.keep_ended),
             restart_grace_s=float(sessions.restart_grace),
@@ -472,6 +492,7 @@ class _Reader:
             operators=operators,
             plugins=plugins,
             warnings=tuple(self.warnings),
+            pems=self.pems,
             handed_over=tuple(self.handed_over),
         )
 
@@ -672,6 +693,39 @@ class _Reader:
         policy = Policy(table.timeout, delivery.schedule, delivery.max_age, table.concurrency)
         return Plugin(name=name, use=table.use, operators=table.operators, policy=policy, options=table.options)
 
+    def listener_tls(self, table: ServerTable | ApiTable, at: str) -> Tls | None:
+        """What a listener speaks TLS with; None when it speaks none, or its certificate cannot be had."""
+        if bool(table.tls_cert_file) != bool(table.tls_key_file):
+            self.error(f"{at}.tls_cert_file", "and tls_key_file must be given together")
+            return None
+        if not table.tls_cert_file:
+            if table.client_ca_file:
+                self.error(f"{at}.client_ca_file", "needs tls_cert_file: only over TLS a client can show a certificate")
+            return None
+        cert = self.certificates(table.tls_cert_file, f"{at}.tls_cert_file")
+        key = self.private_key(table.tls_key_file, f"{at}.tls_key_file")
+        ca = self.certificates(table.client_ca_file, f"{at}.client_ca_file", latest=True)
+        if cert is None:
+            return None
+        context = None
+        if key is not None and (ca is not None or not table.client_ca_file):
+            context = self.server_context(cert, key, ca, f"{at}.tls_cert_file")
+        return Tls(cert, context)
+
+    def server_context(self, cert: Pem, key: Pem, ca: Pem | None, at: str) -> ssl.SSLContext | None:
+        try:
+            context = tls.server_context(cert.path, key.path, ca and ca.path)
+            if not cert.certificates:
+                self.error(at, f"has a certificate that cannot be read ({cert.path})")
+        except OSError as error:  # ssl.SSLError is one
+            upside_down = "; it begins with an issuer's: the server's own must come first"
+            hint = upside_down if tls.starts_with_issuer(cert.certificates) else ""
+            self.error(at, tls.unusable(error) + hint)
+            return None
+        if out_of_order := tls.out_of_order(cert.certificates):
+            self.warnings.append(f"{at}: {out_of_order}: {cert.path}")
+        return context
+
     # -- rules
 
     def check_path(self, path: str, at: str) -> None:
@@ -735,7 +789,7 @@ class _Reader:
         )
 
     def certificates(self, name: str, at: str, *, latest: bool = False) -> Pem | None:
-        """A file of certificates. Each that ends soon is warned about, or only the `latest`, where one will do."""
+        """A file of certificates: all of them, or only the one that ends `latest`, where one will do."""
         content = self.read(name, at) if name else None
         if content is None:
             return None
@@ -747,9 +801,8 @@ class _Reader:
             found = tls.certificates(content)
         if latest:
             found = sorted(found, key=lambda one: one.not_after)[-1:]
-        said = (tls.ends_soon(one, datetime.now(UTC)) for one in found)
-        self.warnings += [f"{at}: {finding}: {self.beside(name)}" for finding in said if finding]
-        return Pem(self.beside(name), tls.digest(content))
+        pem = self.pems[at] = Pem(self.beside(name), tls.digest(content), tuple(found))
+        return pem
 
     def private_key(self, name: str, at: str) -> Pem | None:
         content = self.read(name, at, secret=True) if name else None
@@ -758,7 +811,8 @@ class _Reader:
         if not tls.holds_private_key(content):
             self.error(at, f"must hold a private key in PEM form, without a passphrase ({self.beside(name)})")
             return None
-        return Pem(self.beside(name), tls.digest(content))
+        pem = self.pems[at] = Pem(self.beside(name), tls.digest(content))
+        return pem
 
     def tls_profile(self, table: OperatorTable, target: Target | None, files: TlsFiles, at: str) -> Profile:
         """What these files make, tried. The system's CAs alone, which cost 20 ms, only where they will be used."""
@@ -823,7 +877,7 @@ class _Reader:
                         served.append(dialect)
 
     def check_exposure(self, server: ServerTable, operators: Mapping[str, Operator]) -> None:
-        if server.listen.loopback:
+        if server.listen.loopback or server.client_ca_file:
             return
         for operator in operators.values():
             if not self.sound(f"operators.{operator.name}", "accept", "token_check", "allow_from", "auth"):
@@ -835,8 +889,8 @@ class _Reader:
             if operator.paths and trusts_anyone and not operator.auth_none:
                 self.error(
                     f"operators.{operator.name}.auth",
-                    f"nothing authenticates a sender on {server.listen.text}: set token_check, allow_from or a dialect "
-                    'with a hash, or write auth = "none"',
+                    f"nothing authenticates a sender on {server.listen.text}: set token_check, allow_from, a dialect "
+                    'with a hash or server.client_ca_file, or write auth = "none"',
                 )
 
     # -- secrets and files
@@ -999,10 +1053,18 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The keys whose values differ, without the values: some are secrets."""
-    before, after = dict(_flat(old, "")), dict(_flat(new, ""))
+    before, after = _by_key(old), _by_key(new)
     for key in sorted(before.keys() | after.keys()):
-        if key not in ("warnings", "handed_over", "file", "found") and before.get(key, ...) != after.get(key, ...):
+        if before.get(key, ...) != after.get(key, ...):
             yield key
+
+
+def _by_key(settings: Settings) -> dict[str, Any]:
+    """What is configured; of a file of certificates or a key, what stands in it."""
+    values = msgspec.structs.asdict(settings)
+    for derived in ("warnings", "handed_over", "file", "found", "pems", "tls"):
+        del values[derived]
+    return {**dict(_flat(values, "")), **settings.pems}
 
 
 def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:

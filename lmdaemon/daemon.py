@@ -155,6 +155,8 @@ class Daemon:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         site.most = connections_max(files, self._dispatcher.attempts_max)
         site.trusted_proxies = self.settings.server.trusted_proxies
+        spoken = self.settings.tls.get(site.listener)
+        site.tls = None if spoken is None else spoken.context  # of connections to come; the others keep what they have
 
     async def _listen(
         self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
@@ -405,7 +407,13 @@ class Daemon:
 
     def _readings(self) -> list[Reading]:
         """What is read at a scrape, from maintained figures: no I/O."""
-        return [*self._operator_readings(), *self._delivery_readings(), *self._own_readings(), *self._store_readings()]
+        return [
+            *self._operator_readings(),
+            *self._delivery_readings(),
+            *self._own_readings(),
+            *self._tls_readings(),
+            *self._store_readings(),
+        ]
 
     def _operator_readings(self) -> Iterator[Reading]:
         """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
@@ -469,6 +477,27 @@ class Daemon:
         beyond = "Connections beyond what the listener takes, or what it takes from one address."
         yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
         yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
+
+    def _tls_readings(self) -> Iterator[Reading]:
+        """Of listeners with TLS, and of what is shown to operators: the first certificate of a file to end counts."""
+        ends = {
+            tuple(key.rpartition(".")[::2]): min(one.not_after for one in pem.certificates).timestamp()
+            for key, pem in self.settings.pems.items()
+            if pem.certificates
+        }
+        own = {at: end for (at, key), end in ends.items() if key == "tls_cert_file"}
+        shown = {at.removeprefix("operators."): end for (at, key), end in ends.items() if key == "client_cert_file"}
+        help_text = "When a listener's certificate expires."
+        yield by_label("certificate_expires_timestamp_seconds", help_text, "listener", own)
+        help_text = "When the certificate that is shown to an operator expires."
+        yield by_label("client_certificate_expires_timestamp_seconds", help_text, "operator", shown)
+        failed = {
+            (name, reason): float(count)
+            for name in self.settings.tls
+            for reason, count in self._sites[name].handshakes_failed.items()
+        }
+        labels = ("listener", "reason")
+        yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed
 
     def _store_readings(self) -> Iterator[Reading]:
         store = self._store

@@ -6,9 +6,10 @@ table. The one thing it does is a tiny write, at most once a second, for a disk 
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from lmdaemon import retry
+from lmdaemon import retry, tls
 from lmdaemon.clock import Clock
 from lmdaemon.config import Settings
 from lmdaemon.database import WAL_MAX
@@ -115,6 +116,7 @@ class Health:
             "deliveries": await self._check_deliveries(),
             "operators": self._check_operators(),
             "config": self._check_config(),
+            "certificates": self._check_certificates(),
         }
         status = max((check["status"] for check in checks.values()), key=_ORDER.index)
         time = rfc3339(self._clock.wall_ms())
@@ -208,3 +210,8 @@ class Health:
     def _check_config(self) -> Check:
         error = self._reload_error()
         return {"status": "warn", "output": error} if error else {"status": "pass"}
+
+    def _check_certificates(self) -> Check:
+        """Warns of those that have expired, or will within three weeks."""
+        ending = [*tls.endings(self._settings().pems, datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC))]
+        return {"status": "warn", "output": "; ".join(ending)} if ending else {"status": "pass"}

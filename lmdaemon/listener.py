@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from lmdaemon import http
+from lmdaemon import handshakes, http
 from lmdaemon.clock import ServiceClock
 from lmdaemon.config import Network
 from lmdaemon.http import BACKLOG, Ready, inside
@@ -28,7 +28,6 @@ KEEPALIVE_S = 75.0  # for which a connection may wait for its next request
 WRITE_TIMEOUT_S = 30.0  # for which a client may take nothing of its answers
 TAKEN_MIN = 4096  # bytes; a client that has taken less in that time has stalled
 PATROL_S = 2.0  # how often the connections are looked at for the two times above; the precision of both
-TLS_HANDSHAKE_S = 10.0
 
 CONNECTIONS_MAX = 2000  # to one listener, where the files that may be open allow it
 FILES_OWN = 64  # that the daemon has open besides connections: database, log, loop, lookups, what a plug-in may need
@@ -260,10 +259,11 @@ class Site(web.BaseSite):
         "_acceptor",
         "_by_address",
         "_connecting",
-        "_listener",
         "_socket",
         "closing",
         "connections",
+        "handshakes_failed",
+        "listener",
         "malformed",
         "most",
         "share",
@@ -282,7 +282,7 @@ class Site(web.BaseSite):
         tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(runner)
-        self._listener = listener
+        self.listener = listener
         self._socket = listening
         self._acceptor = Acceptor(
             listening,
@@ -298,6 +298,7 @@ class Site(web.BaseSite):
         self.share = SHARES[listener]
         self.trusted_proxies: Sequence[Network] = ()
         self.connections = 0  # open now, those still shaking hands included
+        self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)
         self.turned_away = {"listener": 0, "address": 0}  # connections beyond `most`, or beyond an address's share
         self.closing = False
 
@@ -321,6 +322,8 @@ class Site(web.BaseSite):
             if waited_s >= HEARD_S and not unheard:
                 break
             await asyncio.sleep(0.01)
+        for task in self._connecting:  # a handshake that hangs
+            task.cancel()
 
     def _admit(self, accepted: socket.socket, peer: Any) -> None:
         """Serves a connection, unless the listener or its address has as many as it may."""
@@ -333,7 +336,7 @@ class Site(web.BaseSite):
         if limit is not None:
             self.turned_away[limit] += 1
             facts = {"limit": limit, "connections": self.connections, "address": address}
-            log.warning("http.turned_away", listener=self._listener, **facts)
+            log.warning("http.turned_away", listener=self.listener, **facts)
             if self.tls is None:
                 turn_away(accepted)
             else:
@@ -342,21 +345,24 @@ class Site(web.BaseSite):
         self.connections += 1
         if address is not None:
             self._by_address[address] += 1
-        task = asyncio.get_running_loop().create_task(self._connect(accepted, address))
+        task = asyncio.get_running_loop().create_task(self._connect(accepted, peer, address))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, accepted: socket.socket, address: str | None) -> None:
+    async def _connect(self, accepted: socket.socket, peer: Any, address: str | None) -> None:
         server = self._runner.server
         assert server is not None  # noqa: S101 - BaseSite has checked it
-        connection = Connection(server, self, address)
-        timeout = {} if self.tls is None else {"ssl_handshake_timeout": TLS_HANDSHAKE_S}
+        connection, context = Connection(server, self, address), self.tls
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection, accepted, ssl=self.tls, **timeout
+                lambda: connection, accepted, **handshakes.options(context)
             )
         except OSError as error:  # the handshake failed, or the client has gone
-            log.debug("http.not_connected", listener=self._listener, address=address, error=type(error).__name__)
+            if context is None:
+                log.debug("http.not_connected", listener=self.listener, address=address, error=type(error).__name__)
+            else:
+                from_where = peer[0] if isinstance(peer, tuple) else None
+                self.handshakes_failed[handshakes.tell(error, self.listener, from_where)] += 1
         finally:
             if not connection.made:
                 accepted.close()

@@ -68,6 +68,8 @@ LIMITS = {
     "api.refused": Limit(1, ("status",)),
     "api.unauthorized": Limit(1),
     "http.turned_away": Limit(1, ("listener",)),
+    "tls.handshake_failed": Limit(1, ("listener", "reason")),
+    "tls.closed": Limit(1, ("listener",)),
     "store.failing": Limit(_FLAPS, ("reason",)),
     "store.hanging": Limit(_FLAPS),
     "store.recovered": Limit(_FLAPS),

@@ -633,11 +633,12 @@ def _health_report() -> Json:
             store=check(sessions=_count(), waiting=_count(), walBytes=_count(), output=output, optional=["output"]),
             sweeper=loop,
             dispatcher=loop,
+            listeners=check(output=output, optional=["output"]),
             expiry=check(ended=_count(), of=_count(), output=output, optional=["ended", "of", "output"]),
             deliveries=check(**figures, output=output, optional=[*figures, "output"]),
             operators=check(held=names, broken=names),
-            listeners=check(output=output, optional=["output"]),
             config=check(output=output, optional=["output"]),
+            certificates=check(output=output, optional=["output"]),
         ),
     )
 

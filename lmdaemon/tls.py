@@ -9,13 +9,15 @@ import base64
 import hashlib
 import re
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 EXPIRES_SOON = timedelta(days=21)  # before its end a certificate is warned about
+_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
 _PEM = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL)
 
 
@@ -25,13 +27,19 @@ class Certificate(NamedTuple):
     name: str
     not_before: datetime
     not_after: datetime
+    subject: bytes  # both names as they stand in DER, to be compared
+    issuer: bytes
+    der: bytes
 
 
 class Pem(NamedTuple):
-    """A file that was read, and a digest of what stood in it: by this a change is seen without keeping a key."""
+    """A file that was read, and a digest of what stood in it: by this a change is seen without keeping a key. Of
+    certificates, those whose dates matter.
+    """
 
     path: Path
     digest: str
+    certificates: tuple[Certificate, ...] = ()
 
 
 class Profile:
@@ -60,12 +68,28 @@ def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path 
     return context
 
 
+def pinned_context(certificate: bytes, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
+    """For connections to one server whose own certificate (DER) is at hand: trusts that one alone. So its names say
+    nothing more, nor do its dates: whoever has to see to a server with an expired certificate must reach it.
+
+    Raises OSError; ssl.SSLError is one.
+    """
+    context = _alike(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    context.load_verify_locations(cadata=certificate)
+    context.verify_flags |= _NO_CHECK_TIME
+    if cert_file is not None:
+        _load_pair(context, cert_file, key_file)
+    return context
+
+
 def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path | None = None) -> ssl.SSLContext:
     """For a listener; with `client_ca_file` every client must show a certificate of that CA.
 
     Raises OSError; ssl.SSLError is one.
     """
     context = _alike(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca_file))
+    context.options |= ssl.OP_NO_RENEGOTIATION  # which TLS 1.2 lets a client ask for as often as it likes
     if client_ca_file is not None:
         context.verify_mode = ssl.CERT_REQUIRED
     _load_pair(context, cert_file, key_file)
@@ -88,11 +112,16 @@ def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) 
 
 def unusable(error: OSError) -> str:
     """Why files cannot be used for TLS, as a rule that stands behind their key."""
-    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+    if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
         return "does not fit its key"
-    # what OpenSSL calls it, without the place in the interpreter's source
-    why = str(getattr(error, "reason", None) or "").replace("_", " ").lower() or error.strerror or str(error)
-    return f"cannot be used for TLS: {why}"
+    return f"cannot be used for TLS: {said(error)}"
+
+
+def said(error: OSError) -> str:
+    """What OpenSSL calls it, without the place in the interpreter's source."""
+    name = str(getattr(error, "reason", None) or "").replace("_", " ").lower()
+    more = getattr(error, "verify_message", None)  # of a certificate that was refused
+    return (f"{name}: {more}" if more else name) or error.strerror or str(error)
 
 
 # -- what certificates say
@@ -123,6 +152,27 @@ def ends_soon(one: Certificate, now: datetime) -> str | None:
     return None
 
 
+def endings(pems: Mapping[str, Pem], now: datetime) -> Iterator[str]:
+    """A sentence for each certificate in these files (by key) that is not valid now or ends within three weeks."""
+    for key, pem in pems.items():
+        for one in pem.certificates:
+            if sentence := ends_soon(one, now):
+                yield f"{key}: {sentence}: {pem.path}"
+
+
+def out_of_order(chain: Sequence[Certificate]) -> str | None:
+    """A sentence for a chain in which a certificate is not followed by its issuer's (RFC 5246, section 7.4.2)."""
+    for one, other in pairwise(chain):
+        if one.issuer != other.subject:
+            return f"has {other.name} behind {one.name}, which it did not issue: not all will trust that"
+    return None
+
+
+def starts_with_issuer(chain: Sequence[Certificate]) -> bool:
+    """Whether the first certificate is the issuer of another one, as in a chain that is upside down."""
+    return any(other.issuer == chain[0].subject for other in chain[1:])
+
+
 def _day(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
@@ -146,9 +196,9 @@ def _read(der: bytes) -> Certificate:
     fields = [part for part in _parts(content) if part[0] != _VERSION]
     if len(fields) < 5:
         raise ValueError("a certificate has fewer fields than it must")
-    (_, _), (_, _), (_, _), (_, validity), (_, subject), *_ = fields
+    (_, _), (_, _), (_, issuer), (_, validity), (_, subject), *_ = fields
     begins, ends, *_ = [_time(*part) for part in _parts(validity)]
-    return Certificate(_subject(subject), begins, ends)
+    return Certificate(_subject(subject), begins, ends, subject, issuer, der)
 
 
 def _parts(der: bytes) -> Sequence[tuple[int, bytes]]:

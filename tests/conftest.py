@@ -44,7 +44,7 @@ class HandClock(Clock):
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports
-BOTH_LOOPS = {"test_http", "test_listener", "test_doors"}
+BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors"}
 
 
 def _uvloop() -> asyncio.AbstractEventLoop:

@@ -355,8 +355,8 @@ USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info
 LIFTED = "; allow_private_network = true lifts this"
 WHSEC_RULE = "each line must be whsec_ followed by base64 of 24 to 64 bytes"
 EXPOSED = (
-    "operators.a.auth: nothing authenticates a sender on 0.0.0.0:80: set token_check, allow_from or a dialect with a "
-    'hash, or write auth = "none"'
+    "operators.a.auth: nothing authenticates a sender on 0.0.0.0:80: set token_check, allow_from, a dialect with a "
+    'hash or server.client_ca_file, or write auth = "none"'
 )
 KNOWN = "v4, v4.01, v4.02, v1, pragmatic"
 OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR

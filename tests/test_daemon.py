@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from certificates import make
 from conftest import HandClock
 from processes import free_ports, process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
+from lmdaemon import tls
 from lmdaemon.daemon import prune_every_s
 from lmdaemon.serve import GARBAGE, SWITCH_S
 
@@ -359,6 +361,24 @@ def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: 
             api = f"http://127.0.0.1:{sockets[1].getsockname()[1]}"
             with urllib.request.urlopen(api + "/v1/operators", timeout=10) as answer:
                 assert answer.status == 200
+        finally:
+            popen.terminate()
+            assert popen.wait(20) == 0
+
+
+def test_a_socket_handed_over_speaks_tls_also_with_who_waits_in_it(tmp_path: Path) -> None:
+    own = make(tmp_path, "own")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        waiting = stack.enter_context(socket.create_connection(sockets[0].getsockname(), timeout=20))
+        spoken = LISTEN.replace("[api]", 'tls_cert_file = "own.crt"\ntls_key_file = "own.key"\n[api]')
+        (tmp_path / "config.toml").write_text(spoken + OPERATOR.format(url="http://127.0.0.1:1/"))
+        popen = handing_over(tmp_path, {"server": sockets[0], "api": sockets[1]})
+        try:
+            context = tls.client_context(own.cert, None, None)
+            with context.wrap_socket(waiting, server_hostname="127.0.0.1") as early:
+                early.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert early.recv(64).startswith(b"HTTP/1.1 200")
         finally:
             popen.terminate()
             assert popen.wait(20) == 0

@@ -102,6 +102,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
             "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
             "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],
             "config": [{"status": "pass", "time": time}],
+            "certificates": [{"status": "pass", "time": time}],
         },
     }
 

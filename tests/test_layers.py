@@ -14,6 +14,7 @@ LEVELS = {
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"answers"}
     | {"documents", "rows", "rules", "batches", "contract", "resolver", "tls", "egress", "target"}
+    | {"handshakes"}
     | {"textfile", "trust", "bodies", "rights", "pages"}
     | {"__init__"},
     0: {"model", "version", "causes"},

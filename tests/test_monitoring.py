@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from support import Serving, scripted_operator, serving, until
+from certificates import make
+from support import LISTEN, Serving, scripted_operator, serving, until
 
 ROOT = Path(__file__).parents[1]
 ALERTS = ROOT / "docs" / "monitoring" / "alerts.yml"
@@ -47,16 +48,19 @@ def promtool(*words: str, text: str | None = None) -> str:
 
 
 async def live(daemon: Serving, silent: asyncio.Event) -> None:
-    """A bit of everything that has a metric with labels: an expiry, a touch, a notice, errors, something pending."""
+    """A bit of everything that has a metric with labels: an expiry, a touch, a notice, errors, something pending. The
+    public side speaks TLS.
+    """
+    public = daemon.server.replace("http:", "https:")
     session = f"{daemon.api}/v1/operators/acme/sessions/s-1"
     for method, url, body, status in (
         ("PUT", session, SESSION, 201),
         ("POST", session + "/touch", None, 204),
         ("POST", f"{daemon.api}/v1/operators/nobody/hold", None, 404),
-        ("POST", f"{daemon.server}/V4/SessionExpired", NOTICE, 200),
-        ("GET", f"{daemon.server}/V4/SessionExpired", None, 405),
+        ("POST", f"{public}/V4/SessionExpired", NOTICE, 200),
+        ("GET", f"{public}/V4/SessionExpired", None, 405),
     ):
-        async with daemon.client.request(method, url, json=body) as answer:
+        async with daemon.client.request(method, url, json=body, ssl=False) as answer:
             assert answer.status == status
     await until(lambda: daemon.daemon._store.live == 0)
     await until(silent.is_set)
@@ -74,8 +78,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
             await asyncio.sleep(60)
 
         async with scripted_operator(*[never] * 9) as operator:
-            toml = CONFIG.format(url=operator.url) + 'timeout = "1s"\n'
-            async with serving(tmp_path_factory.mktemp("exported"), toml) as daemon:
+            directory = tmp_path_factory.mktemp("exported")
+            make(directory, "own")
+            own = 'tls_cert_file = "own.crt"\ntls_key_file = "own.key"\n'
+            shown = 'client_cert_file = "own.crt"\nclient_key_file = "own.key"\n'
+            toml = LISTEN.replace("[api]", own + "[api]") + CONFIG.format(url=operator.url) + shown
+            async with serving(directory, toml + 'timeout = "1s"\n') as daemon:
                 await live(daemon, silent)
                 async with daemon.client.get(daemon.api + "/metrics") as answer:
                     return await answer.text()

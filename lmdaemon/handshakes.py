@@ -1,0 +1,64 @@
+"""Handshakes of TLS on connections that a listener has accepted: their bounds, and why one has failed.
+
+Called by `listener`. Either loop's own TLS does the work.
+"""
+
+import ssl
+from asyncio import sslproto
+from typing import Any
+
+from lmdaemon import tls
+from lmdaemon.log import Log
+
+HANDSHAKE_TIMEOUT_S = 10.0
+GOODBYE_TIMEOUT_S = 1.0  # for the peer's part of an orderly end of TLS; most do not trouble
+# asyncio holds so many bytes for each TLS connection, idle or not; uvloop has no need for it. With Python's 256 KiB,
+# 2,000 connections take 512 MiB. A record of TLS has 16 KiB at the most (RFC 8446, section 5.1).
+READ_MAX = 32 * 1024
+sslproto.SSLProtocol.max_size = READ_MAX
+
+log = Log("http")
+
+
+# What OpenSSL calls it, and our word for it
+_WORDS = {
+    "HTTP_REQUEST": "plain_http",
+    "HTTPS_PROXY_REQUEST": "plain_http",
+    "WRONG_VERSION_NUMBER": "not_tls",
+    "UNKNOWN_PROTOCOL": "not_tls",
+    "RECORD_LAYER_FAILURE": "not_tls",
+    "BAD_RECORD_TYPE": "not_tls",
+    "UNSUPPORTED_PROTOCOL": "old_version",
+    "VERSION_TOO_LOW": "old_version",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no_client_certificate",
+    "CERTIFICATE_VERIFY_FAILED": "client_certificate_refused",
+}
+REASONS = (*dict.fromkeys(_WORDS.values()), "refused_by_peer", "closed", "timeout", "other")
+
+
+def options(context: ssl.SSLContext | None) -> dict[str, Any]:
+    """For `connect_accepted_socket`: with a context it speaks TLS."""
+    if context is None:
+        return {}
+    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S, "ssl_shutdown_timeout": GOODBYE_TIMEOUT_S}
+
+
+def tell(error: OSError, listener: str, peer: str | None) -> str:
+    """Logs why no TLS came about, and returns the word for it."""
+    word = _word(error)
+    if word == "closed":  # a load balancer that only looks whether somebody listens does this all day
+        log.info("tls.closed", listener=listener, peer=peer)
+    else:
+        detail = tls.said(error) if isinstance(error, ssl.SSLError) else None
+        log.warning("tls.handshake_failed", listener=listener, peer=peer, reason=word, detail=detail)
+    return word
+
+
+def _word(error: OSError) -> str:
+    if isinstance(error, ssl.SSLEOFError):
+        return "closed"
+    if isinstance(error, ssl.SSLError):
+        name = str(error.reason)
+        return "refused_by_peer" if "ALERT" in name else _WORDS.get(name, "other")
+    # ConnectionAbortedError is how both loops tell that the time is up
+    return "timeout" if isinstance(error, ConnectionAbortedError | TimeoutError) else "closed"

@@ -56,7 +56,9 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
     @property
     def rows(self) -> int:
-        """How many rows it names: bounds what is queued and what is in one batch."""
+        """How many rows it names: bounds what is queued and what is in one batch. 0: it changes nothing of what is
+        stored.
+        """
         return 1
 
     def __repr__(self) -> str:
@@ -199,3 +201,7 @@ class Pruning(Alone[Pruned], frozen=True):
 
 class Probe(Operation[None], frozen=True):
     """Write the clock and nothing else."""
+
+    @property
+    def rows(self) -> int:
+        return 0

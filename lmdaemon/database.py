@@ -46,6 +46,7 @@ BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another
 PROBE_S = 1.0  # between attempts to write while the disk refuses
 CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
 WAL_MAX = 64 * 1024 * 1024  # bytes; beyond that the writer itself empties the WAL between two batches
+IDLE_S = 5.0  # without a change, after which the WAL is emptied; twice that at the latest
 
 # What SQLite says when the disk, not the operation, is at fault. Source: sqlite.org/rescode.html
 _OUTAGES = {
@@ -170,6 +171,7 @@ class Database(Generic[_Work]):
         self._queued_rows = 0
         self._wake = asyncio.Event()
         self._committed_something = asyncio.Event()
+        self._changed = asyncio.Event()  # something, since that was last looked at to empty the WAL
         self._reading = 0
         self._closing = False
         self._lost = False
@@ -209,6 +211,7 @@ class Database(Generic[_Work]):
                     await writer.run(_execute, statement)
                 reader, looker = await _connect_to_read(path, stack), await _connect_to_read(path, stack)
                 checkpointer = await _connect(path, stack)
+                await checkpointer.run(_execute, "PRAGMA busy_timeout = 0")  # it never waits
                 files = _Files(path)
                 stack.pop_all()  # open: from here on `close` ends them
         except (sqlite3.Error, OSError) as error:
@@ -343,6 +346,24 @@ class Database(Generic[_Work]):
             with suppress(sqlite3.Error):
                 await self._checkpointer.run(_execute, "PRAGMA wal_checkpoint(PASSIVE)")
 
+    async def empty_wal_when_idle(self) -> None:
+        """Once after each time of work, for ever: until then, what was deleted from the file, such as a player's token,
+        is in the WAL.
+
+        Whoever reads or writes meanwhile is not waited for, and does not wait: it is tried again later.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await asyncio.sleep(IDLE_S)
+            if not self._changed.is_set() and not await self._wal_emptied():
+                self._changed.set()
+
+    async def _wal_emptied(self) -> bool:
+        with suppress(sqlite3.Error):
+            return await self._checkpointer.run(_emptied_wal)
+        return False
+
     async def write_batch(self) -> None:
         """Writes one batch of what is queued, also an empty one, and answers its waiters.
 
@@ -395,6 +416,8 @@ class Database(Generic[_Work]):
     def _answered(self, work: _Work, batch: list[Queued], results: list[Any]) -> None:
         self.commits += 1
         self._committed_something.set()
+        if any(operation.rows for operation in batch):
+            self._changed.set()
         if not self._is_available:
             log.info("store.recovered", after=self.failure or "a write that hung")
             self.failure = None
@@ -547,6 +570,17 @@ def _empty_wal(connection: sqlite3.Connection, files: _Files) -> None:
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
     if blocked:
         files.blocked_until = time.monotonic() + CHECKPOINT_S
+
+
+def _emptied_wal(connection: sqlite3.Connection) -> bool:
+    """Empties the WAL, unless somebody is in the way. All of it is in the file before the writer is locked out, which
+    then is for microseconds.
+    """
+    _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    if pages != copied:
+        return False
+    (blocked, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not blocked
 
 
 def real_path(path: Path) -> Path:

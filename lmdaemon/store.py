@@ -193,10 +193,11 @@ class Store:
         await self._db.read(load)
 
     async def run(self) -> None:
-        """The writer and the checkpoints beside it, for ever."""
+        """The writer, the checkpoints beside it, and the emptying of the WAL after them, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._db.run())
             group.create_task(self._db.checkpoint_for_ever())
+            group.create_task(self._db.empty_wal_when_idle())
 
     async def close(self) -> None:
         await self._db.close()

@@ -471,3 +471,73 @@ async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+@pytest.fixture
+async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
+    """A database that is soon idle, with its loops running."""
+    monkeypatch.setattr(database, "IDLE_S", 0.02)
+    running = [asyncio.create_task(db.run()), asyncio.create_task(db.empty_wal_when_idle())]
+    yield db
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_an_idle_wal_is_emptied(idling: Database[Work]) -> None:
+    wal = Path(f"{idling.path}-wal")
+    for text in ("first", "second"):
+        await idling.write(insert(text))
+        await until(lambda: wal.stat().st_size == 0)
+    assert notes(idling.path) == ["first", "second"]
+
+
+async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
+    idling: Database[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again until the reader has gone."""
+    tries: list[bool] = []
+    emptied = database._emptied_wal
+
+    def note(connection: sqlite3.Connection) -> bool:
+        tries.append(emptied(connection))
+        return tries[-1]
+
+    monkeypatch.setattr(database, "_emptied_wal", note)
+    with contextlib.closing(sqlite3.connect(idling.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM note").fetchall()
+        for number in range(3):
+            tries.clear()
+            await idling.write(insert(str(number)))
+            await until(lambda: len(tries) >= 2)
+            assert not any(tries)
+        assert idling.refused == dict.fromkeys(database.REFUSALS, 0)
+    await until(lambda: Path(f"{idling.path}-wal").stat().st_size == 0)
+    assert notes(idling.path) == ["0", "1", "2"]
+
+
+async def test_what_changes_nothing_does_not_count_as_work(db: Database[Work]) -> None:
+    """A monitor that asks for `/health` every second has the clock written each time."""
+
+    asked = db.write(Do(lambda sql: None, size=0))
+    await asyncio.sleep(0)
+    await db.write_batch()
+    await asked
+    assert not db._changed.is_set()
+    await stored(db, "x")
+    assert db._changed.is_set()
+
+
+async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[Work]) -> None:
+    """What is not in the file yet is copied without its lock, and only an empty rest is cut off with it."""
+    statements: list[str] = []
+    await stored(db, "x" * 100_000)
+    await db._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
+    with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO note VALUES ('y')")
+        assert not await db._wal_emptied()  # and does not wait for it
+        writer.execute("COMMIT")
+    assert await db._wal_emptied()
+    assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import HandClock
 from msgspec.structs import replace as replaced
-from support import live, open_store
+from support import live, open_store, until
 
-from lmdaemon import batches, contract, pages, retry, rows, rules, store
+from lmdaemon import batches, contract, database, pages, retry, rows, rules, store
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store import Claim, NewDelivery, Opening, Recording, Settlement, Store
 
@@ -461,6 +461,27 @@ class TestDeliveries:
         assert await db.record(repeat) == "repeated"
         assert await db.record(replaced(repeat, token="another")) == "bad_token"
         assert await db.record(replaced(repeat, token=digest)) == "bad_token"
+
+    async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
+        self, db: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither in the file, also where its pages became free, nor in what was committed, nor in its index."""
+        monkeypatch.setattr(database, "IDLE_S", 0.05)
+        tokens = ["fSYFZMScpZ01FhR26r59GexREh1xHgEY", "large-" * 600]
+        db.sinks_of = lambda session: [NewDelivery("http", f"body with {session.token}".encode())]
+        for number, token in enumerate(tokens):
+            await db.open_session(opening(str(number), token=token))
+            await db.end("acme", str(number))
+        files = [Path(f"{db.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+        def found() -> list[bool]:
+            content = b"".join(file.read_bytes() for file in files)
+            return [token[:30].encode() in content for token in tokens]
+
+        (rows,) = await db.claimable([Claim("acme", "http", [], 9)])
+        assert found() == [True, True]
+        await asyncio.gather(*(db.settle(Settlement(row, "delivered", 0, 0, attempt())) for row in rows))
+        await until(lambda: found() == [False, False])
 
     async def test_a_token_that_nobody_is_told_goes_with_the_end(self, db: Store) -> None:
         db.sinks_of = lambda session: [NewDelivery("http", b"", "no playerId")]

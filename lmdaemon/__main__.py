@@ -2,7 +2,16 @@
 
 import sys
 
-from lmdaemon.cli import main
+from lmdaemon import streams
+
+
+def main() -> int:
+    """Runs the command line. What it needs is imported when the standard streams can be relied upon."""
+    streams.prepare()
+    from lmdaemon.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from lmdaemon.version import __version__
 
 ROWS_DEFAULT = 100
 VERSION = "version"  # the one command that needs no module
+SERVE = "serve:serve"
 
 EPILOG = """\
 Configuration file: --config, else $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml.
@@ -30,27 +32,30 @@ Exit codes: 0 stopped or done, 1 failed, 2 configuration or usage."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code. Bad usage raises SystemExit(2), as argparse does."""
+    """Runs one command and returns the exit code."""
     with suppress(ValueError, OSError):  # the service's sandbox does not let it, and sets it itself
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has every token in it that was in memory
-    args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # an id may not fit the terminal's encoding
     try:
-        code = _run(args)
+        code = _run(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a long list has seen enough; nothing can be told to it any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Failed as error:
+        say(f"lmdaemon: {error}")
         return FAILED
-    except KeyboardInterrupt:
+    except (BrokenPipeError, KeyboardInterrupt):  # the reader of a long list has seen enough, or whoever asked for it
         return FAILED
     return code
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str] | None) -> int:
+    """One command. Raises Failed."""
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as told:  # the help, or bad usage
+        return int(told.code or STOPPED)
     if args.run == VERSION:
         return _version(args)
+    if args.run == SERVE:
+        _stop_at_once()
     from lmdaemon.config import ConfigError
 
     try:
@@ -58,13 +63,16 @@ def _run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         for finding in error.findings:
             say(finding)
-        return MISCONFIGURED
     except Usage as error:
         say(f"lmdaemon: {error}")
-        return MISCONFIGURED
-    except Failed as error:
-        say(f"lmdaemon: {error}")
-        return FAILED
+    return MISCONFIGURED
+
+
+def _stop_at_once() -> None:
+    """How signals are taken while the daemon's modules are imported: there is nothing to be closed yet, or reloaded."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(STOPPED))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _loaded(name: str) -> Callable[[argparse.Namespace], int]:
@@ -127,7 +135,7 @@ def _commands() -> tuple[Command, ...]:
         as_json,
     )
     return (
-        Command("serve", "serve:serve", "run the daemon (the default command)"),
+        Command("serve", SERVE, "run the daemon (the default command)"),
         Command("check-config", "serve:check_config", "check the configuration file and load its plug-ins", (as_json,)),
         Command("status", "admin:status", "health, and one line for each operator", (as_json,)),
         Command(

@@ -9,11 +9,11 @@ import resource
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from random import Random
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from aiohttp import web
 
@@ -45,6 +45,8 @@ CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
 NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
 
 events = log.Log("daemon")
+
+_T = TypeVar("_T")
 
 
 def prune_every_s(keep_ended_s: float) -> float:
@@ -85,27 +87,45 @@ class Daemon:
             stack.callback(log.repeats.flush, everything=True)
             self._notifier = systemd.Notifier()
             stack.callback(self._notifier.close)
-            handed_over = systemd.listening_sockets()
-            await self._build(stack)
-            runners = await self._listen(stack, handed_over)
-            self._store.service_clock.thaw("starting")
-            self._handle_signals()
-            async with asyncio.TaskGroup() as group:
-                loops = {
-                    name: group.create_task(loop, name=name)
-                    for name, loop in {
-                        "writer": self._store.run(),
-                        "sweeper": self._sweeper.run(),
-                        "dispatcher": self._dispatcher.run(),
-                        "pruner": self._prune_for_ever(),
-                        "reloader": self._reload_for_ever(),
-                        "status": self._report_for_ever(),
-                    }.items()
-                }
-                self._announce()
-                await self._stopping.wait()
-                await self._shut_down(runners, loops)
+            runners = await self._unless_stopped(self._start(stack))
+            if runners is not None:
+                await self._serve(runners)
         events.info("daemon.stopped")
+
+    async def _start(self, stack: AsyncExitStack) -> list[web.BaseRunner]:
+        handed_over = systemd.listening_sockets()
+        await self._build(stack)
+        return await self._listen(stack, handed_over)
+
+    async def _unless_stopped(self, start: Coroutine[Any, Any, _T]) -> _T | None:
+        """What the start returns; None if a stop was asked for before its end, and then nothing of it goes on."""
+        starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return starting.result() if starting.done() else None
+        finally:
+            starting.cancel()
+            stopping.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
+
+    async def _serve(self, runners: list[web.BaseRunner]) -> None:
+        self._store.service_clock.thaw("starting")
+        self._handle_signals()
+        async with asyncio.TaskGroup() as group:
+            loops = {
+                name: group.create_task(loop, name=name)
+                for name, loop in {
+                    "writer": self._store.run(),
+                    "sweeper": self._sweeper.run(),
+                    "dispatcher": self._dispatcher.run(),
+                    "pruner": self._prune_for_ever(),
+                    "reloader": self._reload_for_ever(),
+                    "status": self._report_for_ever(),
+                }.items()
+            }
+            self._announce()
+            await self._stopping.wait()
+            await self._shut_down(runners, loops)
 
     # -- building
 

@@ -10,17 +10,22 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdaemon import config, log
 from lmdaemon.command import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import ConfigError, Settings
 from lmdaemon.log import Log
 
+if TYPE_CHECKING:
+    from lmdaemon.daemon import Daemon
+
+STOPPED_WITHIN_S = 1.0  # by a signal during the start
 ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when everything else has ended
 
 # By so many objects the living may grow before garbage is looked for. Almost all that a request is made of is freed
@@ -33,8 +38,6 @@ SWITCH_S = 0.0002
 
 
 def serve(args: argparse.Namespace) -> int:
-    # Until the daemon handles signals itself, SIGTERM is a Ctrl-C: what was opened is closed, exit 0.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.setswitchinterval(SWITCH_S)
     _raise_file_limit()
     gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
@@ -45,8 +48,6 @@ def serve(args: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = _until_ended(runner, settings)
             _abandon_what_hangs(runner, code)
-    except KeyboardInterrupt:
-        return STOPPED
     finally:
         gc.enable()
     return code
@@ -77,10 +78,9 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
 
     daemon = Daemon(settings)
     daemon.on_serving = _keep_what_is_made
+    _take_signals(daemon, runner.get_loop())
     try:
         runner.run(daemon.run())
-    except KeyboardInterrupt:
-        return STOPPED
     except ConfigError as error:  # a plug-in's finding; the file's name before it, as the file's own findings have it
         for finding in error.findings:
             say(f"{settings.file}: {finding}")
@@ -96,6 +96,24 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
             Log("daemon").error("daemon.failed", reason=str(lost))
         return FAILED
     return STOPPED
+
+
+def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
+    """How signals are taken while the daemon starts; when it serves, it takes them itself.
+
+    A stop closes what was opened, within a second. Then the process ends, whatever it is busy with (a migration, a
+    plug-in that blocks): nothing was acknowledged yet, and the next start finds what a kill would have left.
+    """
+
+    def stop(*_: object) -> None:
+        at_last = threading.Timer(STOPPED_WITHIN_S, os._exit, (STOPPED,))
+        at_last.daemon = True
+        at_last.start()
+        loop.call_soon_threadsafe(daemon.stop)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(daemon.reload))
 
 
 def _file_lost(error: Exception) -> Exception | None:

@@ -153,7 +153,9 @@ def command_for(user: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def daemon(directory: Path, *words: str, user: int | None = None, **env: str) -> Iterator[Running]:
+def daemon(
+    directory: Path, *words: str, user: int | None = None, before: Callable[[], None] | None = None, **env: str
+) -> Iterator[Running]:
     log = directory / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -164,6 +166,7 @@ def daemon(directory: Path, *words: str, user: int | None = None, **env: str) ->
             user=user,
             group=user,
             extra_groups=None if user is None else [],
+            preexec_fn=before,
         )
     try:
         yield Running(directory, process, log)

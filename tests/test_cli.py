@@ -191,7 +191,7 @@ def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command:
 
 
 PLUGIN = """
-import asyncio, logging
+import asyncio, logging, time
 from pathlib import Path
 
 print("imported")
@@ -218,6 +218,15 @@ async def hang():
 
 class Hangs(Hook):
     misbehave = staticmethod(hang)
+
+class Waits(Hook):
+    async def misbehave(self):
+        while not Path("go on").exists():
+            await asyncio.sleep(0.01)
+
+class Blocks(Hook):
+    async def misbehave(self):
+        time.sleep(600)
 
 class Fails(Hook):
     async def misbehave(self):
@@ -311,13 +320,71 @@ def test_a_signal_stops_the_daemon_with_exit_0(
         assert running.events("daemon.stopped")
 
 
-def test_sigterm_while_a_plugin_still_starts_exits_0(tmp_path: Path) -> None:
-    configure_plugin(tmp_path, "Hangs")
-    with daemon(tmp_path) as running:
+def as_a_shell_starts_it_in_the_background() -> None:
+    """`lmdaemon serve &` in a script: without job control, SIGINT is ignored (POSIX, 2.9.3 Asynchronous Lists)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
+@pytest.mark.parametrize("use", ["Hangs", "Blocks", "Stubborn"])
+def test_sigterm_while_a_plugin_still_starts_exits_0(
+    tmp_path: Path, without_uvloop: str, use: str, before: Callable[[], None] | None, loop: str
+) -> None:
+    configure_plugin(tmp_path, use)
+    env = {"PYTHONPATH": without_uvloop} if loop == "asyncio" else {}
+    with daemon(tmp_path, before=before, **env) as running:
         poll(lambda: (tmp_path / "started").exists())
         running.process.terminate()
         assert running.ended() == 0
         assert "Traceback" not in running.log.read_text()
+        assert not running.events("daemon.serving") or use == "Stubborn"
+
+
+@pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
+@pytest.mark.parametrize("where", ["lmdaemon.serve", "lmdaemon.config", "lmdaemon.database"])
+def test_sigterm_while_the_daemon_is_imported_or_opens_its_database_exits_0(
+    tmp_path: Path, where: str, before: Callable[[], None] | None
+) -> None:
+    """The import of a module, or the first migration, takes for ever."""
+    configure(tmp_path)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(f"""
+import sys, time
+from pathlib import Path
+
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == {where!r} and name != "lmdaemon.database":
+            Path("begun").touch()
+            time.sleep(600)
+        if name == "lmdaemon.daemon":
+            import lmdaemon.database
+            migrate = lmdaemon.database._migrate
+
+            def for_ever(connection, *arguments):
+                Path("begun").touch()
+                connection.execute("WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i FROM n) SELECT max(i) FROM n")
+
+            lmdaemon.database._migrate = for_ever
+
+sys.meta_path.insert(0, Late())
+""")
+    with daemon(tmp_path, before=before, PYTHONPATH=f"{tmp_path / 'late'}{os.pathsep}{ROOT}") as running:
+        poll(lambda: (tmp_path / "begun").exists())
+        running.process.terminate()
+        assert running.ended() == 0
+        assert running.log.read_text() == ""
+
+
+def test_sighup_while_a_plugin_still_starts_is_a_reload_after_the_start(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Waits")
+    with daemon(tmp_path) as running:
+        poll(lambda: (tmp_path / "started").exists())
+        running.process.send_signal(signal.SIGHUP)
+        (tmp_path / "go on").touch()
+        running.started("config.reloaded").process.terminate()
+        assert running.ended() == 0
 
 
 def test_a_plugin_that_ignores_its_cancellation_does_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:

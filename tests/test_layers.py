@@ -7,7 +7,7 @@ from pathlib import Path
 import lmdaemon
 
 LEVELS = {
-    5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "export", "files", "command"},
+    5: {"cli", "__main__", "serve", "admin", "client", "send", "backup", "export", "files", "command", "streams"},
     4: {"daemon"},
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins", "sender", "listener"},

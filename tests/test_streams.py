@@ -1,0 +1,164 @@
+"""streams: standard streams that are closed, full, or left by their reader, with every command and both loops."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import COMMAND, Running, configure, daemon, environment, poll, run
+
+CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}
+FULL = Path("/dev/full")
+NO_SPACE = "lmdaemon: standard output cannot be written to: No space left on device\n"
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory = tmp_path_factory.mktemp("lm")
+    configure(directory)
+    with daemon(directory) as running:
+        running.started().open("acme", "s-1")
+        running.open("acme", "s-2")
+        running.api("POST", "operators/acme/sessions/s-2/close")
+        yield running
+
+
+def shell(line: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    """The command with what the line adds to it: `$LM version >&-`."""
+    return subprocess.run(
+        ["sh", "-c", line.replace("$LM", " ".join(COMMAND))],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+COMMANDS = [
+    "--help",
+    "sessions list --help",
+    "version",
+    "version --json",
+    "check-config",
+    "check-config --json",
+    "status",
+    "status --json",
+    "sessions list acme",
+    "sessions show acme s-1 --json",
+    "sessions touch acme s-1",
+    "sessions export",
+    "deliveries list --json",
+    "hold acme",
+    "release acme",
+    "backup --force copy",
+    "send --url http://127.0.0.1:9/",
+]
+
+
+@needs_full
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_result_that_cannot_be_written_is_one_line_and_exits_1(lm: Running, words: str) -> None:
+    told = shell(f"$LM {words}", lm.directory)
+    done = shell(f"$LM {words} > /dev/full", lm.directory)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(NO_SPACE)
+    assert len(done.stderr.splitlines()) == len(told.stderr.splitlines()) + 1
+
+
+@needs_full
+def test_a_result_longer_than_every_buffer_that_cannot_be_written_is_one_line_and_exits_1(lm: Running) -> None:
+    for number in range(300):
+        lm.open("acme", f"{'long' * 50}-{number}")
+    for words in ("sessions list acme --all", "sessions list acme --all --json"):
+        done = shell(f"$LM {words} > /dev/full", lm.directory)
+        assert (done.returncode, done.stderr) == (1, NO_SPACE)
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("version", 0), ("status", 0), ("hold nobody", 1), ("check-config --config none", 2), ("sessions", 2)],
+)
+@pytest.mark.parametrize("where", ["/dev/full", "&-"])
+def test_messages_that_cannot_be_written_change_no_exit_code(lm: Running, words: str, code: int, where: str) -> None:
+    assert shell(f"$LM {words} 2> {where}".replace("> &", ">&"), lm.directory).returncode == code
+    assert shell(f"$LM {words} > /dev/full 2> {where}".replace("> &", ">&"), lm.directory).returncode == (code or 1)
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.parametrize("words", ["version", "status --json", "sessions touch acme s-1", "backup --force copy"])
+def test_a_command_does_its_work_without_standard_streams(lm: Running, words: str, closed: str) -> None:
+    done = shell(f"$LM {words} {CLOSED[closed]}", lm.directory)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) is (closed in ("stdin", "stderr"))
+
+
+def test_nothing_is_opened_in_a_standard_streams_place(lm: Running) -> None:
+    """A database opened as number 2 would be written into by the first message."""
+    done = shell("$LM backup --force copy >&- 2>&-; $LM restore copy >&- 2>&-", lm.directory)
+    assert done.returncode == 1  # the daemon runs
+    assert (lm.directory / "copy").read_bytes().startswith(b"SQLite format 3\0")
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For PYTHONPATH: the loop that `serve` runs on."""
+    ours = environment()["PYTHONPATH"]
+    if request.param == "uvloop":
+        pytest.importorskip("uvloop")
+        return ours
+    directory = tmp_path_factory.mktemp("no-uvloop")
+    (directory / "uvloop.py").write_text("raise ImportError('not installed')\n")
+    return f"{directory}{os.pathsep}{ours}"
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_the_daemon_serves_without_standard_streams(tmp_path: Path, loop: str, closed: str) -> None:
+    configure(tmp_path)
+    serves(tmp_path, loop, CLOSED[closed])
+
+
+@needs_full
+@pytest.mark.parametrize("full", ["2> /dev/full", "> /dev/full"])
+def test_the_daemon_serves_with_full_standard_streams(tmp_path: Path, loop: str, full: str) -> None:
+    configure(tmp_path)
+    serves(tmp_path, loop, full)
+
+
+def serves(directory: Path, loop: str, redirections: str) -> None:
+    """Starts, answers, and stops in order with exit code 0."""
+    line = f"exec {' '.join(COMMAND)} serve {redirections}"
+    running = subprocess.Popen(
+        ["sh", "-c", line], cwd=directory, env=environment(PYTHONPATH=loop), stderr=subprocess.DEVNULL
+    )
+    try:
+        poll(lambda: run("status", cwd=directory).returncode == 0 or running.poll() is not None)
+        assert running.poll() is None
+        for number in range(3):
+            opened = str(Path(f"/proc/{running.pid}/fd/{number}").readlink())
+            assert "sqlite" not in opened
+            assert "socket:" not in opened
+        running.terminate()
+        assert running.wait(60) == 0
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_a_log_on_a_disk_that_was_full_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from lmdaemon import streams
+streams.prepare()
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+print("lost", file=sys.stderr)
+os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 2)
+print("kept", file=sys.stderr)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(), check=True, timeout=60)
+    assert (tmp_path / "log").read_text() == "kept\n"

@@ -37,7 +37,7 @@ DELIVERY_COLUMNS = (
     "lastError",
 )
 ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error")
-OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "oldestPendingSeconds")
+OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 _CHECK_HEAD = ("check", "status", "time")
 
 

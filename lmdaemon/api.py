@@ -268,7 +268,7 @@ class Api:
         if found is None:
             raise _unknown_session()
         session, deliveries = found
-        return _json(self._session(session) | {"deliveries": [delivery_document(delivery) for delivery in deliveries]})
+        return _json(self._session(session) | {"deliveries": [self._delivery(delivery) for delivery in deliveries]})
 
     async def list_sessions(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
@@ -296,7 +296,7 @@ class Api:
             limit=_limit(query),
             after=_after(query),
         )
-        return _json(_page(await _shown(request, reading), delivery_document))
+        return _json(_page(await _shown(request, reading), self._delivery))
 
     async def _sink(self, request: web.Request, query: Mapping[str, str]) -> str | None:
         """A sink that is configured, or that has deliveries. Raises Problem for any other."""
@@ -314,7 +314,10 @@ class Api:
         delivery = await _shown(request, self._store.delivery(request.match_info["id"]))
         if delivery is None:
             raise Problem(404, "Not Found", "no delivery has this id")
-        return _json(delivery_document(delivery) | {"history": history_document(delivery)})
+        return _json(self._delivery(delivery) | {"history": history_document(delivery)})
+
+    def _delivery(self, delivery: Delivery) -> dict[str, Any]:
+        return delivery_document(delivery, self._store.gate(delivery.operator))
 
     async def retry_one(self, request: web.Request) -> web.Response:
         before = await self._store.retry_one(request.match_info["id"])
@@ -326,7 +329,7 @@ class Api:
         if delivery is None or delivery.state == "dead":
             raise Problem(409, "Conflict", f"the delivery can never be sent ({before.last_error})")
         log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id, by=self._by(request))
-        return _json(delivery_document(delivery), 202)
+        return _json(self._delivery(delivery), 202)
 
     async def retry_dead(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
@@ -366,7 +369,7 @@ class Api:
             "pending": figures.pending,
             "dead": figures.dead,
             "oldestPendingSeconds": None if oldest_at is None else max(0, now_at - oldest_at) / 1000,
-            "notBefore": rfc3339(gate.not_before_at) if gate.not_before_at > now_at else None,
+            "notBefore": rfc3339(retry.not_before(gate, now_at)),
         }
 
     async def hold(self, request: web.Request) -> web.Response:

@@ -455,8 +455,8 @@ class Daemon:
             ),
             (
                 "operator_not_before_timestamp_seconds",
-                "Until when a Retry-After keeps sending back; 0 if none ever did.",
-                {n: g.not_before_at / 1000 for n, g in gates.items()},
+                "Until when a Retry-After or the breaker puts the next attempt off; 0 when neither does.",
+                {n: (retry.not_before(g, now_at) or 0) / 1000 for n, g in gates.items()},
             ),
         ]
         for name, help_text, values in per_operator:

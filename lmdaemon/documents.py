@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from lmdaemon.model import Delivery, Session, rfc3339
+from lmdaemon.model import Delivery, Gate, Session, rfc3339
+from lmdaemon.retry import next_attempt_at
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
@@ -31,8 +32,8 @@ def session_document(session: Session, expires_at: int | None) -> dict[str, Any]
     }
 
 
-def delivery_document(delivery: Delivery) -> dict[str, Any]:
-    """A delivery without its body and history."""
+def delivery_document(delivery: Delivery, gate: Gate) -> dict[str, Any]:
+    """A delivery without its body and history; `gate` is its operator's."""
     return {
         "id": delivery.webhook_id,
         "operator": delivery.operator,
@@ -41,7 +42,7 @@ def delivery_document(delivery: Delivery) -> dict[str, Any]:
         "state": delivery.state,
         "attempts": delivery.attempts,
         "createdAt": rfc3339(delivery.created_at),
-        "nextAttemptAt": rfc3339(delivery.due_at) if delivery.state == "pending" else None,
+        "nextAttemptAt": rfc3339(next_attempt_at(delivery, gate)),
         "settledAt": rfc3339(delivery.settled_at),
         "lastStatus": delivery.last_status,
         "lastCode": delivery.last_code,

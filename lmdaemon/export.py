@@ -36,7 +36,7 @@ from lmdaemon.files import (
     open_database,
     put_in_place,
 )
-from lmdaemon.model import rfc3339
+from lmdaemon.model import Delivery, Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
 
 SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
@@ -145,11 +145,16 @@ def _sessions(
     while after is not None:
         page = store.ended(sql, operator, after, until_at)
         after = page.after
+        gates = store.gates(sql)
         yield [
-            session_document(session, None)
-            | {"deliveries": [delivery_document(one) | {"history": history_document(one)} for one in deliveries]}
+            session_document(session, None) | {"deliveries": [_delivery(one, gates) for one in deliveries]}
             for session, deliveries in page.sessions
         ]
+
+
+def _delivery(delivery: Delivery, gates: Mapping[str, Gate]) -> dict[str, Any]:
+    gate = gates.get(delivery.operator, Gate())
+    return delivery_document(delivery, gate) | {"history": history_document(delivery)}
 
 
 # -- formats

@@ -592,7 +592,11 @@ def _delivery() -> Json:
         "state": _ref("schemas", "DeliveryState"),
         "attempts": _count(),
         "createdAt": _time(),
-        "nextAttemptAt": _or_null(_time()) | {"description": "While it is pending."},
+        "nextAttemptAt": _or_null(_time())
+        | {
+            "description": "When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
+            "retries by hand allow it. Null while the operator is held, and once it is settled."
+        },
         "settledAt": _or_null(_time()),
         "lastStatus": _or_null({"type": "integer"}) | {"description": "HTTP status of the last attempt."},
         "lastCode": _or_null({"type": "number"}) | {"description": "Its `error`."},
@@ -612,7 +616,8 @@ def _operator() -> Json:
         pending=_count(),
         dead=_count(),
         oldestPendingSeconds=_or_null({"type": "number", "minimum": 0}),
-        notBefore=_or_null(_time()) | {"description": "Until when its Retry-After asks for silence."},
+        notBefore=_or_null(_time())
+        | {"description": "Until when a Retry-After or the breaker puts the next attempt off."},
     )
 
 

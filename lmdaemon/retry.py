@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from lmdaemon.causes import code_of, status_of
 from lmdaemon.dialects import answered_code
-from lmdaemon.model import Gate
+from lmdaemon.model import HTTP_SINK, Delivery, Gate
 
 JITTER = 0.2  # each wait ±20 %, so that operators coming back together are not hit together
 RETRY_AFTER_MAX_S = 3600.0  # a peer may slow us down, not switch us off
@@ -107,6 +107,24 @@ def opens_at(gate: Gate) -> int | None:
         return None
     probe_at = gate.probe_at if gate.failures >= BREAKER_OPENS_AT else 0
     return max(gate.not_before_at, probe_at)
+
+
+def not_before(gate: Gate, now_at: int) -> int | None:
+    """When the operator's next attempt may begin, where Retry-After or the breaker puts it off; None otherwise."""
+    at = opens_at(gate)
+    return None if at is None or at <= now_at else at
+
+
+def next_attempt_at(delivery: Delivery, gate: Gate) -> int | None:
+    """When a pending delivery can be tried: not before it is due, nor before its operator's gate lets it through. A
+    plug-in has no gate. None while the operator is held, and once the delivery is settled.
+    """
+    if delivery.state != "pending":
+        return None
+    if delivery.sink != HTTP_SINK:
+        return delivery.due_at
+    at = opens_at(gate)
+    return None if at is None else max(delivery.due_at, at)
 
 
 def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:

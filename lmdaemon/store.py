@@ -181,12 +181,9 @@ class Store:
 
     async def _load(self) -> None:
         def load(sql: sqlite3.Connection) -> None:
-            names = ", ".join(GATE)
-            for name, live, pending, dead, *gate in sql.execute(
-                f"SELECT name, live, pending, dead, {names} FROM operator"
-            ):
-                self.figures[name] = Figures(live, pending, dead)
-                self.gates[name] = Gate(*gate)
+            self.gates = gates(sql)
+            for name, *figures in sql.execute("SELECT name, live, pending, dead FROM operator"):
+                self.figures[name] = Figures(*figures)
             self.next_due_ms, self.next_lifetime_at = sql.execute(NEXT).fetchone()
             self._last_session = scalar(sql.execute("SELECT max(id) FROM session")) or 0
 
@@ -478,6 +475,11 @@ def ended(
         sql.execute("COMMIT")
     page = [(sessions[key], found[key]) for key, _ in keys if key in sessions]
     return Ended(page, (keys[-1][1], keys[-1][0]) if len(keys) == rows else None)
+
+
+def gates(sql: sqlite3.Connection) -> dict[str, Gate]:
+    """What holds each operator back. Raises sqlite3.Error."""
+    return {name: Gate(*gate) for name, *gate in sql.execute(f"SELECT name, {', '.join(GATE)} FROM operator")}
 
 
 def committed_at(sql: sqlite3.Connection) -> int:

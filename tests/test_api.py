@@ -7,8 +7,9 @@ import re
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from io import BytesIO
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +17,18 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 from conftest import HandClock
-from support import LISTEN, ScriptedOperator, Serving, hear, live, raw_connection, scripted_operator, serving, until
+from support import (
+    LISTEN,
+    ScriptedOperator,
+    Serving,
+    hear,
+    live,
+    raw_connection,
+    scrape,
+    scripted_operator,
+    serving,
+    until,
+)
 from yarl import URL
 
 from lmdaemon import database, pages
@@ -848,29 +860,35 @@ async def dead_deliveries(api: Caller, wallet: ScriptedOperator, *session_ids: s
 
 def millis(time: str) -> int:
     assert RFC3339.fullmatch(time)
-    minutes, seconds = time[14:16], time[17:23]
-    return int(minutes) * 60_000 + round(float(seconds) * 1000)
+    return round(datetime.fromisoformat(time).timestamp() * 1000)
 
 
 async def test_retrying_all_dead_spaces_them_to_ten_a_second_over_all_calls(
     api: Caller, wallet: ScriptedOperator
 ) -> None:
     await dead_deliveries(api, wallet, *(f"s{number}" for number in range(15)))
-    await api("POST", ACME + "/hold", 200)  # so that they stay where they are put
     assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 15}
-    due = [millis(d["nextAttemptAt"]) for d in await api.walk("/v1/deliveries", 100, state="pending")]
+
+    async def pending() -> list[Any]:
+        return await api.walk("/v1/deliveries", 100, state="pending")
+
+    async def first_is_sent() -> bool:  # the others wait for their turn, and the clock stands still
+        return len(await pending()) == 14
+
+    await until(first_is_sent)
+    due = [millis(delivery["nextAttemptAt"]) for delivery in await pending()]
     start = millis("2026-09-21T14:13:20.000Z")
-    assert sorted(due) == [start + 100 * number for number in range(15)]
+    assert sorted(due) == [start + 100 * number for number in range(1, 15)]
     assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
 
 
 async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet: ScriptedOperator) -> None:
     await dead_deliveries(api, wallet, "a", "b", "c")
-    await api("POST", ACME + "/hold", 200)
     dead = await api.walk("/v1/deliveries", 100, state="dead")
     retried = [await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 202) for delivery in dead]
-    due = [millis(delivery["nextAttemptAt"]) for delivery in retried]
-    assert [after - before for before, after in pairwise(due)] == [100, 100]
+    start = millis("2026-09-21T14:13:20.000Z")
+    due = [millis(delivery["nextAttemptAt"]) - start for delivery in retried[1:]]  # the first may be settled
+    assert due == [100, 200]
 
 
 async def test_retrying_since_a_time_leaves_what_died_before_it(
@@ -1009,6 +1027,67 @@ async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
     assert (await api.operator())["breaker"] == "half-open"
     released = await api("POST", ACME + "/release", 200)
     assert (released["breaker"], released["notBefore"]) == ("closed", None)
+
+
+async def test_the_next_attempt_is_when_it_can_be_tried(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    async def pausing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=503, headers={"Retry-After": "999999"})
+
+    async def everywhere(session_id: str = "s1") -> str | None:
+        """What session, delivery and page say, which is the same."""
+        shown = await api.delivery_of(session_id)
+        one = await api("GET", f"/v1/deliveries/{shown['id']}", 200)
+        (listed,) = [each for each in await api.walk("/v1/deliveries", 100) if each["id"] == shown["id"]]
+        assert shown["nextAttemptAt"] == one["nextAttemptAt"] == listed["nextAttemptAt"]
+        return str(shown["nextAttemptAt"]) if shown["nextAttemptAt"] else None
+
+    async def attempted() -> bool:
+        return (await api.delivery_of())["attempts"] == 1
+
+    series = 'lmdaemon_operator_not_before_timestamp_seconds{operator="acme"}'
+    wallet.script = [pausing]
+    await api.open()
+    await api.close()
+    await until(attempted)
+    in_an_hour = "2026-09-21T15:13:20.000Z"
+    assert await everywhere() == (await api.operator())["notBefore"] == in_an_hour
+    assert (await scrape(api.daemon))[series] == millis(in_an_hour) / 1000
+    await api.open("s2")
+    await api.close("s2")
+    assert await everywhere("s2") == in_an_hour  # also of one that was never tried
+    await api("POST", ACME + "/hold", 200)
+    assert await everywhere() is await everywhere("s2") is None
+    assert (await api.operator())["notBefore"] is None
+    assert (await scrape(api.daemon))[series] == 0
+    await api("POST", ACME + "/release", 200)
+    await until(lambda: len(wallet.received) == 2)  # s2 goes out, s1 waits for its schedule
+    assert millis("2026-09-21T14:13:24.000Z") <= millis(str(await everywhere())) <= millis("2026-09-21T14:13:26.000Z")
+    clock.advance(6)
+    api.daemon.daemon._dispatcher.wake()
+    await api.settled()
+    assert await everywhere() is await everywhere("s2") is None
+
+
+async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller, wallet: ScriptedOperator) -> None:
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def opened() -> bool:
+        return (await api.operator())["breaker"] == "open"
+
+    wallet.script = [failing] * 5
+    for number in range(6):
+        await api.open(f"s{number}")
+        await api.close(f"s{number}")
+    await until(opened)
+    probe_at = (await api.operator())["notBefore"]
+    assert millis(probe_at) == millis("2026-09-21T14:13:25.000Z")
+    assert (await api.delivery_of("s5"))["nextAttemptAt"] == probe_at
+    due = [(await api.delivery_of(f"s{number}"))["nextAttemptAt"] for number in range(5)]
+    assert min(due) >= probe_at
+    assert max(due) > probe_at  # the schedule asks for more
 
 
 @pytest.mark.parametrize(

@@ -382,3 +382,14 @@ def test_systemd_takes_the_runbooks_units(tmp_path: Path) -> None:
     assert ours == []
     for when in re.findall(r"OnCalendar=(.*)", RUNBOOK):
         subprocess.run(["systemd-analyze", "calendar", when], check=True, capture_output=True, timeout=60)
+
+
+async def test_when_a_pending_delivery_is_tried_next_is_what_the_api_says(archive: Path) -> None:
+    with contextlib.closing(sqlite3.connect(archive / "lmdaemon.sqlite3")) as sql:
+        sql.execute("UPDATE delivery SET state = 'pending', due_at = 5000, settled_at = NULL")
+        sql.execute("UPDATE operator SET not_before_at = 9000 WHERE name = 'acme'")
+        sql.execute("UPDATE operator SET held_at = 1 WHERE name = 'other'")
+        sql.commit()
+    found = lines(run("sessions", "export", cwd=archive))
+    times = {(one["operator"], delivery["nextAttemptAt"]) for one in found for delivery in one["deliveries"]}
+    assert times == {("acme", rfc3339(9000)), ("other", None)}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdaemon import retry
-from lmdaemon.model import Gate
+from lmdaemon.model import Delivery, Gate
 from lmdaemon.retry import Outcome
 
 NOW = 1_790_000_000_000
@@ -278,6 +278,43 @@ def failed(times: int, gate: Gate = Gate()) -> Gate:  # noqa: B008 - frozen
     for _ in range(times):
         gate = after(gate, FAILED)
     return gate
+
+
+@pytest.mark.parametrize(
+    ("gate", "due_at", "to_url", "to_plugin"),
+    [
+        (Gate(), NOW + 5, NOW + 5, NOW + 5),
+        (Gate(), NOW - 5, NOW - 5, NOW - 5),
+        (Gate(not_before_at=NOW + HOUR), NOW + 5, NOW + HOUR, NOW + 5),
+        (Gate(not_before_at=NOW + HOUR), NOW + 2 * HOUR, NOW + 2 * HOUR, NOW + 2 * HOUR),
+        (Gate(failures=5, probe_at=NOW + 9), NOW + 5, NOW + 9, NOW + 5),
+        (Gate(failures=4, probe_at=NOW + 9), NOW + 5, NOW + 5, NOW + 5),
+        (Gate(failures=5, probe_at=NOW + 9, not_before_at=NOW + 8), NOW + 5, NOW + 9, NOW + 5),
+        (Gate(held_at=NOW, not_before_at=NOW + HOUR), NOW + 5, None, NOW + 5),
+        (Gate(paced_until_at=NOW + HOUR), NOW + 5, NOW + 5, NOW + 5),
+    ],
+)
+def test_a_delivery_is_tried_when_it_is_due_and_its_gate_lets_it(
+    gate: Gate, due_at: int, to_url: int | None, to_plugin: int
+) -> None:
+    facts = dict.fromkeys(Delivery._fields, 0) | {"due_at": due_at, "state": "pending"}
+    for sink, expected in (("http", to_url), ("plugin:x", to_plugin)):
+        delivery = Delivery(**facts | {"sink": sink})  # type: ignore[arg-type]
+        assert retry.next_attempt_at(delivery, gate) == expected
+        for state in ("delivered", "dead"):
+            assert retry.next_attempt_at(delivery._replace(state=state), gate) is None  # type: ignore[arg-type]
+
+
+def test_an_operator_is_put_off_by_retry_after_and_by_the_breaker_but_not_by_what_is_over() -> None:
+    for gate, at in (
+        (Gate(), None),
+        (Gate(not_before_at=NOW + 1), NOW + 1),
+        (Gate(not_before_at=NOW), None),
+        (Gate(failures=5, probe_at=NOW + 1), NOW + 1),
+        (Gate(failures=5, probe_at=NOW), None),
+        (Gate(held_at=NOW, not_before_at=NOW + 1), None),
+    ):
+        assert retry.not_before(gate, NOW) == at
 
 
 @pytest.mark.parametrize("times", range(5))

@@ -15,7 +15,7 @@ from aiohttp import web
 from lmdaemon import bodies, openapi, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import ApiToken, Operator, Settings, names_itself
-from lmdaemon.dialects import BadNotice, content_of, json_object, rounded, uncoded, without_mark
+from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
 from lmdaemon.listener import until_client_leaves
@@ -212,6 +212,8 @@ class Api:
                 raise _bad(f"{name}: is required: dialect {operator.sends.name} must send it")
         if player_id is None:
             raise _bad("playerId: is required")
+        if "hash" in operator.sends.fields:
+            _check_hashed(operator.sends, sessionId=session_id, playerId=player_id, token=token)
         opened = await self._store.open_session(
             Opening(
                 operator.name,
@@ -534,6 +536,12 @@ def _text(fields: Mapping[str, Any], name: str, longest: int) -> str | None:
     if problem:
         raise _bad(f"{name}: {problem}")
     return value
+
+
+def _check_hashed(dialect: Dialect, **facts: str | None) -> None:
+    for name, value in facts.items():
+        if value is not None and breaks_hash(value):
+            raise _bad(f"{name}: must have no & and no =, which separate the fields that dialect {dialect.name} hashes")
 
 
 def _attributes(fields: Mapping[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ Cause = Literal[
     "max_age",
     "missing_token",
     "missing_hash",
+    "ambiguous_hash",
     "session_gone",
     # A fault of the daemon itself
     "internal_error",

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 
 from lmdaemon import target, textfile, tls, trust
-from lmdaemon.dialects import SHIPPED, Codes, Dialect
+from lmdaemon.dialects import SHIPPED, Codes, Dialect, breaks_hash
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
 from lmdaemon.target import Target
@@ -36,12 +36,14 @@ Secrets = Literal["required", "readable", "optional"]
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
 TOKEN_ADVISED = 16  # characters
+UNKNOWN_PER_MINUTE_MAX = 1_000_000
 DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 # RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
 _PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
+HASHED_RULE = "must have no & and no =, which separate the fields that are hashed"
 _FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
@@ -140,6 +142,7 @@ class OperatorTable(msgspec.Struct, frozen=True, kw_only=True):
     accept: tuple[str, ...] = ("v4",)
     endpoint: str | None = None
     unknown_session: Literal["accept", "reject"] = "accept"
+    unknown_per_minute: int = 0
     token_check: Literal["present", "session", "partner"] = "present"
     partner_token_file: str = ""
     partner_token_env: str = ""
@@ -177,6 +180,7 @@ class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
     fields: dict[str, str]
     required: tuple[str, ...]
     codes: Codes = Codes()
+    extra: bool = True
 
 
 class Tls(msgspec.Struct, frozen=True):
@@ -204,6 +208,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     receives: tuple[Dialect, ...]
     paths: tuple[str, ...]  # as configured; looked up in lower case without a trailing slash
     accept_unknown: bool
+    unknown_per_minute: int = 0  # no bound
     token_check: str
     partner_tokens: tuple[str, ...]
     hash_key: str | None
@@ -578,7 +583,15 @@ class _Reader:
             if parsed is not None:
                 self.check_dialect(parsed, at)
             if parsed is not None and len(self.errors) == before:
-                known[name] = Dialect(name, parsed.path, parsed.fields, parsed.required, parsed.content, parsed.codes)
+                known[name] = Dialect(
+                    name,
+                    parsed.path,
+                    parsed.fields,
+                    parsed.required,
+                    parsed.content,
+                    parsed.codes,
+                    parsed.extra,
+                )
         return known
 
     def check_dialect(self, table: DialectTable, at: str) -> None:
@@ -589,6 +602,8 @@ class _Reader:
                 self.error(f"{at}.fields.{meaning}", f"must be one of {', '.join(_FIELD_MEANINGS)}")
             if id_problem(wire_name):
                 self.error(f"{at}.fields.{meaning}", id_problem(wire_name) or "", wire_name)
+            elif "hash" in table.fields and breaks_hash(wire_name):
+                self.error(f"{at}.fields.{meaning}", HASHED_RULE, wire_name)
         if len(set(table.fields.values())) < len(table.fields):
             self.error(f"{at}.fields", "must not use one wire name twice")
         for meaning in (field.name for field in msgspec.structs.fields(Codes)):
@@ -627,6 +642,9 @@ class _Reader:
         )
         if not table.accept:
             self.error(f"{at}.accept", 'must name a dialect; endpoint = "" switches receiving off')
+        if not 0 <= table.unknown_per_minute <= UNKNOWN_PER_MINUTE_MAX:
+            rule = f"must be between 0 (no bound) and {UNKNOWN_PER_MINUTE_MAX}"
+            self.error(f"{at}.unknown_per_minute", rule, table.unknown_per_minute)
         self.check_spans(table, at)
         self.check_policy(table, at)
         target = self.target(table, at)
@@ -642,6 +660,7 @@ class _Reader:
             receives=receives,
             paths=self.paths(table, receives, at),
             accept_unknown=table.unknown_session == "accept",
+            unknown_per_minute=table.unknown_per_minute,
             token_check=table.token_check,
             partner_tokens=partner_tokens,
             hash_key=hash_key,
@@ -846,6 +865,8 @@ class _Reader:
         if table.token_check == "partner" and not (table.partner_token_file or table.partner_token_env):
             self.error(f"{at}.partner_token_file", 'is required for token_check = "partner"')
         hashed = [dialect.name for dialect in (sends, *receives) if "hash" in dialect.fields]
+        if hashed and breaks_hash(table.provider_id):
+            self.error(f"{at}.provider_id", HASHED_RULE, table.provider_id)
         if hashed and not (table.hash_key_file or table.hash_key_env):
             self.error(f"{at}.hash_key_file", f"is required for dialect {hashed[0]}, which has a hash")
 

@@ -155,7 +155,7 @@ class Daemon:
             self._sweeper.alarm,
             self._hearing.deaf,
         )
-        self._endpoint = Endpoint(self._store, self._health.status)
+        self._endpoint = Endpoint(self._store, self._clock, self._health.status)
         self._api = Api(self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at)
         self._measure()
         self._configure()
@@ -408,6 +408,7 @@ class Daemon:
         self._store.on_commit = metrics.committed
         self._endpoint.on_answer = metrics.answered
         self._endpoint.on_not_taken = metrics.not_taken
+        self._endpoint.on_over_quota = metrics.over_quota
         self._dispatcher.on_attempt = lambda operator, sink, outcome: metrics.attempted(
             operator, sink, outcome.verdict, outcome.duration_ms / 1000
         )

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 from uuid import uuid4
 
-from lmdaemon import causes, retry
+from lmdaemon import retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings
 from lmdaemon.dialects import CannotEncode, encode
@@ -54,11 +54,11 @@ def _to_url(operator: Operator, session: Session) -> NewDelivery:
     try:
         return NewDelivery(HTTP_SINK, compose(operator, session))
     except CannotEncode as error:
-        return NewDelivery(HTTP_SINK, b"", causes.missing(error.meaning))
+        return NewDelivery(HTTP_SINK, b"", error.cause)
 
 
 def compose(operator: Operator, session: Session) -> bytes:
-    """The body for the operator's URL. Raises CannotEncode when a fact that must be sent is not known."""
+    """The body for the operator's URL. Raises CannotEncode when nothing can be sent."""
     return encode(
         operator.sends,
         provider_id=operator.provider_id,

@@ -10,17 +10,19 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 import orjson
 
+from lmdaemon.causes import Cause, missing
 from lmdaemon.model import ID_MAX, TOKEN_MAX, id_problem
 
 REQUEST_MAX = 36  # characters of a request's uuid (protocol.md, v4.01)
 FORM_FIELDS_MAX = 100
+EXTRA_MAX = 2048  # bytes of JSON kept of the fields that a dialect does not know
 
 Meaning = Literal["provider", "session", "player", "token", "request", "hash"]
 
@@ -36,11 +38,13 @@ class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
 
 
 class CannotEncode(Exception):  # noqa: N818
-    """A fact that the dialect must send is not known, such as the token of a session opened without one."""
+    """A fact that the dialect must send is not known, such as the token of a session opened without one, or cannot be
+    hashed.
+    """
 
-    def __init__(self, dialect: "Dialect", meaning: str) -> None:
-        super().__init__(f"dialect {dialect.name} must send {dialect.fields[meaning]!r}, which is not known here")
-        self.meaning = meaning
+    def __init__(self, cause: Cause, description: str) -> None:
+        super().__init__(description)
+        self.cause = cause
 
 
 class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +65,9 @@ class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """One published shape of the method. `fields` maps meaning to wire name; `required` lists meanings."""
+    """One published shape of the method. `fields` maps meaning to wire name; `required` lists meanings; `extra` says
+    whether fields that it does not know are accepted.
+    """
 
     name: str
     path: str
@@ -69,6 +75,7 @@ class Dialect(msgspec.Struct, frozen=True):
     required: tuple[str, ...]
     content: Literal["json", "form"] = "json"
     codes: Codes = Codes()
+    extra: bool = True
 
     @property
     def content_type(self) -> str:
@@ -81,11 +88,12 @@ class Dialect(msgspec.Struct, frozen=True):
 
     def same_wire(self, other: "Dialect") -> bool:
         """Whether both read every body alike, so that telling them apart does not matter (v4.01, v4.02, v1)."""
-        return (self.fields, set(self.required), self.content, self.codes) == (
+        return (self.fields, set(self.required), self.content, self.codes, self.extra) == (
             other.fields,
             set(other.required),
             other.content,
             other.codes,
+            other.extra,
         )
 
 
@@ -135,11 +143,64 @@ class Parsed(msgspec.Struct, frozen=True):
     hash: str | None
     received: Mapping[str, Any]
 
-    @property
-    def extra(self) -> dict[str, Any]:
-        """The fields the dialect does not know, as received: kept for the plug-ins."""
-        unknown = self.received.keys() - self.dialect.fields.values()
-        return {name: value for name, value in self.received.items() if name in unknown} if unknown else {}
+
+class Extra(NamedTuple):
+    """What is kept of the fields that a dialect does not know: as values, as JSON text (None: nothing), and how many of
+    them were left out, whole or in part.
+    """
+
+    fields: dict[str, Any]
+    text: str | None
+    left_out: int
+
+
+_SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|secret|sign|token")
+
+
+def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
+    """The fields that the dialect does not know, in the order received: each that still fits into EXTRA_MAX bytes.
+
+    They stay in the database for months and go to plug-ins. So nothing is kept under a name that looks like a secret's
+    or is one of `secret_names` (casefolded), at any depth, nor a number that was rounded when it was read. Raises
+    BadNotice.
+    """
+    unknown = parsed.received.keys() - parsed.dialect.fields.values()
+    kept: dict[str, Any] = {}
+    parts: list[bytes] = []
+    left_out, room = 0, EXTRA_MAX - len("{}")
+    for name, value in parsed.received.items() if unknown else ():
+        if name not in unknown:
+            continue
+        field = {name: value}
+        _written(field)  # before the next line follows its nesting
+        shown = _without_secrets(field, secret_names)
+        part = _written(shown)[1:-1]
+        fits = bool(shown) and len(part) <= room and not rounded(shown, part)
+        left_out += not fits or shown != field
+        if fits:
+            kept |= shown
+            parts.append(part)
+            room -= len(part) + len(",")
+    return Extra(kept, f"{{{b','.join(parts).decode()}}}" if kept else None, left_out)
+
+
+def _written(value: object) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:  # orjson reads 1024 levels, but writes 254
+        raise BadNotice("bad_parameters", "a field is nested too deeply") from error
+
+
+def _without_secrets(value: Any, secret_names: Container[str]) -> Any:
+    if isinstance(value, list):
+        return [_without_secrets(one, secret_names) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_secrets(inner, secret_names)
+        for name, inner in value.items()
+        if not _SECRET_NAME.search(name.casefold()) and name.casefold() not in secret_names
+    }
 
 
 _CONTENTS: Mapping[str, Literal["json", "form"]] = {
@@ -282,6 +343,10 @@ def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
     for meaning in dialect.required:
         if dialect.fields[meaning] not in received:
             _refuse(f"field {dialect.fields[meaning]!r} is missing")
+    if not dialect.extra and (unknown := received.keys() - dialect.fields.values()):
+        _refuse(f"field {min(unknown)[:ID_MAX]!r} is not known in dialect {dialect.name}")
+    if "hash" in dialect.fields:
+        _check_borders(received, dialect.fields["hash"])
 
     def text(meaning: Meaning, longest: int = ID_MAX) -> str | None:
         name = dialect.fields.get(meaning)
@@ -304,6 +369,12 @@ def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
         hash=text("hash"),
         received=received,
     )
+
+
+def _check_borders(received: Mapping[str, Any], hash_name: str) -> None:
+    for name, value in received.items():
+        if name != hash_name and value is not None and breaks_hash(name + _plain(value)):
+            _refuse(f"field {name[:ID_MAX]!r} must have no & and no =, which separate the fields that are hashed")
 
 
 def _text(name: str, value: object, longest: int) -> str:
@@ -355,10 +426,12 @@ def hash_of(received: Iterable[tuple[str, Any]], hash_name: str, key: str) -> st
 
 
 def _plain(value: object) -> str:
-    try:
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
-    except orjson.JSONEncodeError as error:  # orjson reads 1024 levels, but writes 254
-        raise BadNotice("bad_parameters", "a field is nested too deeply") from error
+    return value if isinstance(value, str) else _written(value).decode()
+
+
+def breaks_hash(text: str) -> bool:
+    """Whether a name or value could be read as several: the hash joins them by these, and marks no borders."""
+    return "&" in text or "=" in text
 
 
 def check_hash(parsed: Parsed, key: str) -> None:
@@ -380,7 +453,7 @@ def encode(
 ) -> bytes:
     """The body of one SessionExpired: the dialect's fields in its order, optional ones only where known.
 
-    Raises CannotEncode when a required fact is unknown.
+    Raises CannotEncode when a required fact is unknown, or one that is hashed has what separates the hashed fields.
     """
     facts = {
         "provider": provider_id,
@@ -392,9 +465,14 @@ def encode(
     }
     for meaning in dialect.required:
         if facts[meaning] is None:
-            raise CannotEncode(dialect, meaning)
+            text = f"dialect {dialect.name} must send {dialect.fields[meaning]!r}, which is not known here"
+            raise CannotEncode(missing(meaning), text)
     fields = {name: facts[meaning] for meaning, name in dialect.fields.items() if facts[meaning] is not None}
     if "hash" in dialect.fields and hash_key is not None:
+        for name, value in fields.items():
+            if breaks_hash(value or ""):
+                text = f"dialect {dialect.name} hashes {name!r}, which must have no & and no = then"
+                raise CannotEncode("ambiguous_hash", text)
         name = dialect.fields["hash"]
         fields[name] = hash_of(fields.items(), name, hash_key)
     if dialect.content == "json":

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from aiohttp import HttpVersion11, web
 
+from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Settings, endpoint_key
 from lmdaemon.dialects import (
     SHIPPED,
@@ -22,6 +23,7 @@ from lmdaemon.dialects import (
     answer,
     check_hash,
     content_of,
+    extra_of,
     parse,
     uncoded,
 )
@@ -29,6 +31,7 @@ from lmdaemon.http import Address, BodyTooLarge, BodyTooSlow, Ready, allowed, cl
 from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
+from lmdaemon.quota import PerMinute
 from lmdaemon.store import Recording, Store, StoreError
 
 BODY_MAX = 16 * 1024
@@ -96,18 +99,23 @@ class Refused(Exception):  # noqa: N818
 class Endpoint:
     """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`;
     `on_answer(operator, dialect, code)` is told of every answer to a request that reached parsing, its operator empty
-    where it could not be told, and `on_not_taken(status)` of every other.
+    where it could not be told, `on_not_taken(status)` of every other, and `on_over_quota(operator)` of every notice
+    that was one of an unknown session too many.
     """
 
-    def __init__(self, store: Store, health: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, store: Store, clock: Clock, health: Callable[[], Awaitable[str]]) -> None:
         self._store = store
+        self._clock = clock
         self._health = health
         self._routes: dict[str, Route] = {}
         self._settings: Settings
         self._plugins: list[LoadedPlugin] = []
+        self._quotas: dict[str, PerMinute] = {}  # of unknown sessions, by operator
+        self._secret_names: frozenset[str] = frozenset()  # what the dialects call tokens and hashes
         self._spellings: set[tuple[str, str]] = set()
         self.on_answer: Callable[[str, str, int], None] = lambda operator, dialect, code: None
         self.on_not_taken: Callable[[int], None] = lambda status: None
+        self.on_over_quota: Callable[[str], None] = lambda operator: None
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -117,6 +125,20 @@ class Endpoint:
                 routes.setdefault(endpoint_key(path), Route()).add(operator)
         self._settings, self._routes = settings, routes
         self._plugins = [plugin for plugin in plugins.values() if plugin.checks]
+        dialects = {one.name: one for op in settings.operators.values() for one in (op.sends, *op.receives)}
+        self._quotas = {op.name: self._quota(op) for op in settings.operators.values() if _bounds_unknown(op)}
+        self._secret_names = frozenset(
+            dialect.fields[meaning].casefold()
+            for dialect in dialects.values()
+            for meaning in ("token", "hash")
+            if meaning in dialect.fields
+        )
+
+    def _quota(self, operator: Operator) -> PerMinute:
+        """The one there is, for a reload forgets nothing."""
+        quota = self._quotas.get(operator.name) or PerMinute(operator.unknown_per_minute)
+        quota.limit = operator.unknown_per_minute
+        return quota
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers any request to the public listener."""
@@ -211,14 +233,19 @@ class Endpoint:
     async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
         """Authenticates one notice, shows it to the plug-ins, and records it. Raises BadNotice, StoreError."""
         self._note_spelling(operator, parsed.provider_id)
-        extra = parsed.extra
-        extra_text = _json(extra)  # before a plug-in sees it: what is kept is what was received
+        extra = extra_of(parsed, self._secret_names)
         if "hash" in parsed.dialect.fields:
             check_hash(parsed, operator.hash_key or "")
         _check_token(operator, parsed)
         plugins = [plugin for plugin in self._plugins if plugin.settings.listens_to(operator.name)]
-        if plugins and not await self._is_repeated(operator, parsed):
-            await _ask(plugins, _notice(operator, parsed, extra))
+        quota = self._quotas.get(operator.name)
+        if plugins or quota is not None:
+            known = await self._store.session(operator.name, parsed.session_id)
+            if known is None or known[0].reason is None:  # a repeat is answered like the first, whatever is asked now
+                await _ask(plugins, _notice(operator, parsed, extra.fields))
+            if known is None and quota is not None and not quota.take(self._clock.monotonic()):
+                self.on_over_quota(operator.name)
+                raise BadNotice("retry", "too many notices of unknown sessions in a minute, please retry later")
         recorded = await self._store.record(
             Recording(
                 operator.name,
@@ -227,25 +254,25 @@ class Endpoint:
                 parsed.token,
                 compare_token=operator.token_check == "session",
                 accept_unknown=operator.accept_unknown,
-                extra=extra_text,
+                extra=extra.text,
                 idle_ms=int(operator.idle_s * 1000),
             )
         )
         if recorded in UNRECORDED:
             raise BadNotice(recorded, UNRECORDED[recorded])
         event = "notice.repeated" if recorded == "repeated" else "notice.recorded"
-        log.info(event, **facts, dialect=parsed.dialect.name)
-
-    async def _is_repeated(self, operator: Operator, parsed: Parsed) -> bool:
-        """Whether the session has ended already: a repeat is answered like the first, whatever a plug-in thinks now."""
-        known = await self._store.session(operator.name, parsed.session_id)
-        return known is not None and known[0].reason is not None
+        log.info(event, **facts, dialect=parsed.dialect.name, extra_left_out=extra.left_out or None)
 
     def _note_spelling(self, operator: Operator, provider_id: str) -> None:
         key = (operator.name, provider_id)
         if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
             log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
+
+
+def _bounds_unknown(operator: Operator) -> bool:
+    """Whether notices of unknown sessions are counted: where none is accepted there is nothing to bound."""
+    return operator.unknown_per_minute > 0 and operator.accept_unknown and operator.token_check != "session"
 
 
 def _not_allowed(address: Address | None, dialect: Dialect | None = None) -> Refused:
@@ -286,14 +313,6 @@ def _notice(operator: Operator, parsed: Parsed, extra: Mapping[str, Any]) -> Not
         request=parsed.request,
         extra=extra,
     )
-
-
-def _json(extra: Mapping[str, Any]) -> str | None:
-    """The fields no dialect knows, as they are kept; None when there are none. Raises BadNotice."""
-    try:
-        return orjson.dumps(extra).decode() if extra else None
-    except orjson.JSONEncodeError as error:  # orjson reads 1024 levels, but writes 254
-        raise BadNotice("bad_parameters", "fields are nested too deeply") from error
 
 
 async def _ask_for_body(request: web.BaseRequest) -> None:

@@ -129,6 +129,11 @@ class Metrics:
         self._not_taken = counter(
             "notices_not_taken_total", "Requests to the endpoint that never became a notice.", "status", bounded=0
         )
+        self._over_quota = counter(
+            "notices_over_quota_total",
+            "Notices of unknown sessions beyond unknown_per_minute: the sender was told to retry.",
+            "operator",
+        )
         self._api_errors = counter(
             "api_errors_total", "Requests to the private API answered with an error.", "status", bounded=0
         )
@@ -175,13 +180,14 @@ class Metrics:
         begin at 0, so that the first of a kind is an increase.
         """
         names, pairs = [(name,) for name in operators], list(lanes)
-        for counter in (self._opens, self._touches, self._ends):
+        for counter in (self._opens, self._touches, self._ends, self._over_quota):
             counter.know(names)
         self._notices.know([*names, ("",)])
         self._attempts.know(pairs)
         for (name,) in names:
             self._opens.add(name, amount=0)
             self._touches.add(name, amount=0)
+            self._over_quota.add(name, amount=0)
             for reason in reasons:
                 self._ends.add(name, reason, amount=0)
         for pair in pairs:
@@ -212,6 +218,10 @@ class Metrics:
 
     def not_taken(self, status: int) -> None:
         self._not_taken.add(str(status))
+
+    def over_quota(self, operator: str) -> None:
+        """A notice of an unknown session was one too many in its minute."""
+        self._over_quota.add(operator)
 
     def api_error(self, status: int) -> None:
         self._api_errors.add(str(status))

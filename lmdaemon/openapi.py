@@ -20,6 +20,7 @@ PAGE_DEFAULT, PAGE_MAX = 100, 1000
 
 # Of an id: neither C0 nor DEL nor C1. Lone surrogates cannot stand in JSON that is UTF-8, and no regex needs to say so.
 _PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
+_HASHED = _PLAIN.replace("[^", "[^&=")
 _WEBHOOK_ID = "^msg_[1-9][0-9]{0,17}_[0-9a-f]{20}$"
 _CURSOR = "^[1-9][0-9]{0,17}$"
 _SINK = {"type": "string", "pattern": "^(http|plugin:[^\\u0000-\\u001f\\u007f-\\u009f]+)$", "maxLength": ID_MAX}
@@ -400,7 +401,7 @@ def _notice_call(operators: Sequence[Operator]) -> Json:
 
 
 def _notice(dialect: Dialect, provider_ids: Sequence[str]) -> Json:
-    """A notice in one dialect. Fields that it does not know are accepted."""
+    """A notice in one dialect."""
     fields = {
         name: _field(meaning, dialect, required=meaning in dialect.required) for meaning, name in dialect.fields.items()
     }
@@ -410,11 +411,13 @@ def _notice(dialect: Dialect, provider_ids: Sequence[str]) -> Json:
         "type": "object",
         "required": sorted(dialect.required_names),
         "properties": fields,
-    }
+    } | ({} if dialect.extra else {"additionalProperties": False})
 
 
 def _field(meaning: str, dialect: Dialect, *, required: bool) -> Json:
     text = _text({"token": TOKEN_MAX, "request": REQUEST_MAX}.get(meaning, ID_MAX))
+    if "hash" in dialect.fields and meaning != "hash":
+        text["pattern"] = _HASHED
     choices = [text]
     if dialect.content == "json":
         choices.append(_INTEGERS)
@@ -553,7 +556,9 @@ def _opening(operators: Sequence[Operator]) -> Json:
         optional.append("token")
         if need_token:
             token["description"] += f" Required for {', '.join(need_token)}."
-    return _object(
+    hashed = [operator.name for operator in operators if "hash" in operator.sends.fields]
+    note = f"For {', '.join(hashed)} no id and no token may have & or =, which separate the fields that are hashed."
+    return ({"description": note} if hashed else {}) | _object(
         playerId=_ref("schemas", "Id"),
         token=token,
         idleTimeoutSeconds={"type": "integer", "minimum": 1, "maximum": IDLE_MAX_S},

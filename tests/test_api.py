@@ -298,6 +298,47 @@ async def test_what_is_within_the_bounds_opens(api: Caller, fields: dict[str, An
     assert {name: opened[name] for name in shown} == shown
 
 
+@pytest.mark.parametrize(
+    ("session_id", "changes", "named"),
+    [
+        ("a%26b", {}, "sessionId"),
+        ("a=", {}, "sessionId"),
+        ("s", {"playerId": "1&sessionId=V"}, "playerId"),
+        ("s", {"token": "dG9rZW4="}, "token"),
+    ],
+)
+async def test_what_would_be_hashed_ambiguously_is_not_opened(
+    tmp_path: Path, session_id: str, changes: dict[str, str], named: str
+) -> None:
+    (tmp_path / "hash.key").write_text("key")
+    toml = '[operators.acme]\nprovider_id = "p"\nhash_key_file = "hash.key"\ndialect = "pragmatic"\n'
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        problem = await api("PUT", f"{ACME}/sessions/{session_id}", 400, json=OPENING | changes)
+        assert problem["detail"].startswith(f"{named}: must have no & and no =")
+        await api("PUT", f"{ACME}/sessions/s", 201, json=OPENING)
+
+
+async def test_what_another_dialect_brought_is_recorded_and_never_hashed(
+    tmp_path: Path, wallet: ScriptedOperator
+) -> None:
+    (tmp_path / "hash.key").write_text("key")
+    toml = CONFIG.format(url=wallet.url).replace("[operators.bravo]", 'hash_key_file = "hash.key"\n[operators.bravo]')
+    toml = toml.replace("concurrency = 1", 'concurrency = 1\ndialect = "pragmatic"', 1)
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "externalPlayerId": "1&sessionId=V", "token": "t"}
+        async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+            assert (await answer.json())["error"] == 0
+        delivery = await api.delivery_of()
+        assert (delivery["state"], delivery["lastError"]) == ("dead", "ambiguous_hash")
+    assert wallet.received == []
+
+
+async def test_where_no_hash_is_sent_it_may_have_any_character(api: Caller) -> None:
+    await api.open("a=b&c", playerId="d=e&f", token="g=h&i")
+
+
 async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) -> None:
     await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
 

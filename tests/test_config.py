@@ -25,6 +25,7 @@ from lmdaemon.target import HOST_RULE, SHAPE_RULE
 CONFIG_TOML = Path(__file__).parents[1] / "config.toml"
 MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing a test may print
 OPERATOR = '[operators.a]\nprovider_id = "p"\n'
+QUOTA_RULE = "must be between 0 (no bound) and 1000000"
 DIALECT = (
     '[dialects.x]\npath = "/x"\nfields = { provider = "p", session = "s", player = "u" }\n'
     'required = ["provider", "session", "player"]\n'
@@ -503,6 +504,18 @@ BAD_FILES = [
         DIALECT.replace('player = "u"', 'player = "u", uuid = "uuid"'),
         "dialects.x.fields.uuid: must be one of provider, session, player, token, request, hash",
     ),
+    (DIALECT + "extra = 'yes'", "dialects.x.extra: must be true or false (got 'yes')"),
+    (
+        DIALECT.replace('player = "u"', 'player = "u=", hash = "h"'),
+        "dialects.x.fields.player: must have no & and no =, which separate the fields that are hashed (got 'u=')",
+    ),
+    (
+        "[operators.a]\nprovider_id = 'a&b'\naccept = ['pragmatic']\nhash_key_file = 'secret'",
+        "operators.a.provider_id: must have no & and no =, which separate the fields that are hashed (got 'a&b')",
+    ),
+    (OPERATOR + "unknown_per_minute = -1", f"operators.a.unknown_per_minute: {QUOTA_RULE} (got -1)"),
+    (OPERATOR + "unknown_per_minute = 1000001", f"operators.a.unknown_per_minute: {QUOTA_RULE} (got 1000001)"),
+    (OPERATOR + "unknown_per_minute = '5'", "operators.a.unknown_per_minute: must be an integer (got '5')"),
     (DIALECT.replace('"player"]', '"player", "hash"]'), "dialects.x.required: must name keys of fields (got 'hash')"),
     (
         DIALECT.replace(', "player"]', "]"),

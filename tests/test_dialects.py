@@ -8,10 +8,11 @@ from urllib.parse import parse_qsl, urlencode
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lmdaemon.dialects import (
+    EXTRA_MAX,
     FORM_FIELDS_MAX,
     REQUEST_MAX,
     SHIPPED,
@@ -20,12 +21,15 @@ from lmdaemon.dialects import (
     CannotEncode,
     Codes,
     Dialect,
+    Extra,
     Parsed,
     answer,
     answered_code,
+    breaks_hash,
     check_hash,
     content_of,
     encode,
+    extra_of,
     hash_of,
     json_object,
     parse,
@@ -150,7 +154,7 @@ def test_the_pages_example_with_its_commas_is_read() -> None:
     assert parsed.session_id == SESSION
     assert parsed.player_id == "123456"
     assert parsed.token == TOKEN
-    assert (parsed.request, parsed.hash, parsed.extra) == (None, None, {})
+    assert (parsed.request, parsed.hash, extra_of(parsed)) == (None, None, ({}, None, 0))
 
 
 def test_the_pages_example_without_commas_is_refused_naming_position_and_missing_comma() -> None:
@@ -354,9 +358,73 @@ def test_an_optional_field_of_a_wrong_type_is_refused() -> None:
     assert refusal(fields, OLD) == "field 'token' must be a string (got an array)"
 
 
-def test_unknown_fields_are_accepted_and_kept_as_received() -> None:
-    extra = {"reason": "idle", "currency": None, "balance": 12.5, "nested": {"a": [1, True]}, "": "", "sessionid": "x"}
-    assert parse(json.dumps(NOTICE | extra).encode(), "json", [V4]).extra == extra
+def extra(body: Mapping[str, Any], *secret_names: str, dialect: Dialect = V4) -> Extra:
+    return extra_of(parse(json.dumps(NOTICE | body).encode(), "json", [dialect]), secret_names)
+
+
+def test_unknown_fields_are_accepted_and_kept_as_received_and_in_that_order() -> None:
+    fields = {"reason": "idle", "currency": None, "balance": 12.5, "nested": {"a": [1, True]}, "": "", "sessionid": "x"}
+    found = extra(fields)
+    assert (found.fields, found.left_out) == (fields, 0)
+    assert found.text == json.dumps(fields, separators=(",", ":"))
+    assert extra({}) == ({}, None, 0)
+
+
+@pytest.mark.parametrize("before", [{}, {"a": 1}, {"a": 1, "é": "ü"}])
+def test_unknown_fields_are_kept_up_to_2_kib_of_json(before: dict[str, Any]) -> None:
+    empty = len(json.dumps(before | {"pad": ""}, separators=(",", ":"), ensure_ascii=False).encode())
+    for size, kept in ((EXTRA_MAX, True), (EXTRA_MAX + 1, False)):
+        found = extra(before | {"pad": "x" * (size - empty)})
+        assert (found.fields.keys() == before.keys() | {"pad"}, found.left_out) == (kept, not kept)
+        assert len((found.text or "").encode()) == (EXTRA_MAX if kept else len((extra(before).text or "").encode()))
+
+
+def test_what_still_fits_is_kept_behind_what_did_not() -> None:
+    found = extra({"first": 1, "long": "x" * EXTRA_MAX, "last": 2})
+    assert found == ({"first": 1, "last": 2}, '{"first":1,"last":2}', 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("token", "accessToken", "HASH", "apiKey", "key", "api_secret", "passwd", "Password", "pwd", "Authorization"),
+        *("signature", "sign", "x-hmac", "Cookie", "jwt", "credentials", "oauth", "ToKeN"),
+    ],
+)
+def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> None:
+    dialect = V4_01  # which has no token of its own
+    notice = {"providerId": "l", "sessionId": "s", "userId": "p", "uuid": "u"}
+    fields = {"game": "g", name: "s3cret", "deep": {"list": [1, {name: {"value": "s3cret"}, "kept": 2}]}, "last": 3}
+    found = extra_of(parse(json.dumps(notice | fields).encode(), "json", [dialect]))
+    assert found.fields == {"game": "g", "deep": {"list": [1, {"kept": 2}]}, "last": 3}
+    assert json.loads(found.text or "") == found.fields
+    assert found.left_out == 2
+
+
+def test_nothing_is_kept_under_the_names_that_dialects_have_for_secrets() -> None:
+    fields = {"SUM": "s3cret", "Sum": 1, "sums": 2, "nested": {"sum": 3}}
+    assert extra(fields, "sum", "rid").fields == {"sums": 2, "nested": {}}
+
+
+def test_a_number_that_was_rounded_is_not_kept() -> None:
+    fields = {"round": 123456789012345678901234567890, "deep": [{"n": 2**64}], "exact": 2**64 - 1, "share": 0.1}
+    assert extra(fields).fields == {"exact": 2**64 - 1, "share": 0.1}
+
+
+def test_a_field_deeper_than_can_be_written_is_refused() -> None:
+    body = raw_notice(b'"s"')[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}"
+    with pytest.raises(BadNotice, match="nested too deeply"):
+        extra_of(parse(body, "json", [V4]))
+
+
+STRICT = Dialect("strict", V4.path, V4.fields, V4.required, extra=False)
+
+
+def test_a_dialect_without_extra_refuses_fields_that_it_does_not_know() -> None:
+    assert parse(json.dumps(NOTICE).encode(), "json", [STRICT]).session_id == SESSION
+    assert refusal(NOTICE | {"zone": 1, "x": 2}, STRICT) == "field 'x' is not known in dialect strict"
+    assert refusal(NOTICE | {"x" * 300: 2}, STRICT) == f"field '{'x' * 256}' is not known in dialect strict"
+    assert not STRICT.same_wire(V4)
 
 
 # --- which dialect a body is in ---
@@ -487,10 +555,10 @@ def test_a_byte_order_mark_before_a_notice_is_ignored_and_moves_no_position() ->
 
 
 def test_a_form_is_read_decoded() -> None:
-    body = b"hash=AB&providerId=Lucky+Monaco&sessionId=%C3%A9%26&playerId=123456&token=&x=1&x=1"
+    body = b"hash=AB&providerId=Lucky+Monaco&sessionId=%C3%A9%2B&playerId=123456&token=&x=1&x=1"
     parsed = parse(body, "form", [PRAGMATIC])
-    assert (parsed.provider_id, parsed.session_id, parsed.player_id) == ("Lucky Monaco", "é&", "123456")
-    assert (parsed.token, parsed.hash, parsed.extra) == (None, "AB", {"x": "1"})
+    assert (parsed.provider_id, parsed.session_id, parsed.player_id) == ("Lucky Monaco", "é+", "123456")
+    assert (parsed.token, parsed.hash, extra_of(parsed).fields) == (None, "AB", {"x": "1"})
 
 
 @pytest.mark.parametrize(
@@ -517,7 +585,7 @@ def test_a_bad_form_is_bad_parameters(body: bytes, description: str) -> None:
 
 def test_a_form_of_100_fields_is_read() -> None:
     fields = FORM | {f"x{n}": "" for n in range(FORM_FIELDS_MAX - len(FORM))}
-    assert len(parse(urlencode(fields).encode(), "form", [PRAGMATIC]).extra) == 96
+    assert len(extra_of(parse(urlencode(fields).encode(), "form", [PRAGMATIC])).fields) == 96
 
 
 GOLDEN = {"playerId": "123456", "providerId": "PragmaticPlay", "sessionId": SESSION}
@@ -536,6 +604,42 @@ def test_the_hash_ignores_order_its_own_field_and_what_is_absent() -> None:
 def test_the_hash_covers_empty_values_and_parameters_added_tomorrow() -> None:
     assert hash_of((GOLDEN | {"token": ""}).items(), "hash", "testKey") != GOLDEN_HASH
     assert hash_of((GOLDEN | {"zone": "1"}).items(), "hash", "testKey") != GOLDEN_HASH
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(
+            {"sessionId": "S1&token=T1"},
+            {"playerId": "1&providerId=pp&sessionId=V&z="},
+            {"token": "a=="},
+            {"zone": "&"},
+        ),
+        *({"zone": "="}, {"a&b": "c"}, {"a=b": "c"}, {"=": ""}),
+    ],
+)
+def test_in_a_dialect_with_a_hash_nothing_may_look_like_a_border_between_fields(odd: dict[str, str]) -> None:
+    problem = f"field {next(iter(odd))!r} must have no & and no =, which separate the fields that are hashed"
+    fields = GOLDEN | {"hash": "0"} | odd
+    assert refusal(urlencode(fields).encode(), PRAGMATIC) == problem
+    assert refusal(fields, OLD) == problem
+    if "token" not in odd:
+        nested = GOLDEN | {"hash": "0", "deep": [odd]}
+        assert "'deep' must have no &" in refusal(nested, OLD)
+
+
+def test_in_a_dialect_without_a_hash_they_are_characters_like_others() -> None:
+    assert parse(json.dumps(NOTICE | {"sessionId": "a=b&c"}).encode(), "json", [V4]).session_id == "a=b&c"
+
+
+@pytest.mark.parametrize("dialect", [PRAGMATIC, OLD])
+@pytest.mark.parametrize("meaning", ["provider_id", "session_id", "player_id", "token"])
+@pytest.mark.parametrize("value", ["a&b", "a=", "&"])
+def test_what_could_be_read_as_several_fields_is_never_hashed(dialect: Dialect, meaning: str, value: str) -> None:
+    facts: dict[str, Any] = {"provider_id": "l", "session_id": "s", "player_id": "p", "token": "t"} | {meaning: value}
+    with pytest.raises(CannotEncode, match="must have no & and no =") as caught:
+        encode(dialect, **facts, request_id="u", hash_key="k")
+    assert caught.value.cause == "ambiguous_hash"
 
 
 def test_the_hash_is_over_decoded_values() -> None:
@@ -793,6 +897,7 @@ TOKENS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max
 def test_what_is_sent_is_read_back(
     dialect: Dialect, provider: str, session: str, player: str, token: str, request_id: str
 ) -> None:
+    assume("hash" not in dialect.fields or not breaks_hash(provider + session + player + token))
     body = encode(
         dialect,
         provider_id=provider,
@@ -806,6 +911,6 @@ def test_what_is_sent_is_read_back(
     assert (parsed.provider_id, parsed.session_id, parsed.player_id) == (provider, session, player)
     assert parsed.token == (token if "token" in dialect.fields else None)
     assert parsed.request == (request_id if "request" in dialect.fields else None)
-    assert parsed.extra == {}
+    assert extra_of(parsed).fields == {}
     if "hash" in dialect.fields:
         check_hash(parsed, "testKey")

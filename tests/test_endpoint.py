@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import hashlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
@@ -11,9 +12,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from conftest import HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import LISTEN, SUCCESS, Serving, hear, raw_connection, serving, until
+from support import LISTEN, SUCCESS, Serving, hear, raw_connection, scrape, serving, until
 from wires import (
     FORM,
     JSON,
@@ -139,12 +141,38 @@ class TestDialects:
     @WITH_HASH
     async def test_the_hash_covers_fields_nobody_knows_and_empty_ones(self, tmp_path: Path, name: str) -> None:
         wire = WIRES[name]
-        extra = {"added": "tomorrow & more", "empty": ""}
+        extra = {"added": "tomorrow + more", "empty": ""}
         async with serving(tmp_path, operator(name)) as s:
             assert (await notify(s, wire, extra=extra)).json == SUCCESS
             hash_of_less = json.loads(WIRES["old"].body(session="x"))["sum"] if name == "old" else "0" * 32
             answer = await notify(s, wire, session="x", extra=extra, hash=hash_of_less)
             assert answer.error == wire.codes["bad_hash"]
+
+    @WITH_HASH
+    async def test_a_captured_hash_passes_for_no_other_fields(self, tmp_path: Path, name: str) -> None:
+        """The hash joins fields and does not say where one ends: what reads the same must not be taken for another."""
+        wire = WIRES[name]
+        session, token, provider, player = (
+            wire.names[meaning] for meaning in ("session", "token", "provider", "player")
+        )
+        fields = wire.fields(session="S1", token="T1")
+        hash_name = wire.names["hash"]
+        names = sorted(fields)
+        text = "&".join(f"{one}={fields[one]}" for one in names) + SECRET
+        assert text.count("=") == 4
+        good = hashlib.md5(text.encode()).hexdigest()
+        moved = dict(fields)
+        before = names[names.index(token) - 1]  # its value swallows the token, which is not sent
+        moved[before] = f"{fields[before]}&{token}={moved.pop(token)}"
+        async with serving(tmp_path, operator(name)) as s:
+            for forged in (moved, {provider: "luckymonaco", player: f"p&{session}=V", session: "V", token: "x"}):
+                body = forged | {hash_name: good}
+                raw = json.dumps(body).encode() if wire.content == JSON else urlencode(body).encode()
+                answer = await send(s, raw, wire.path, wire.content)
+                assert (answer.status, answer.error) == (200, wire.codes["bad_parameters"])
+                assert "must have no &" in answer.json["description"]
+            assert sessions(tmp_path) == []
+            assert (await notify(s, wire, session="S1", token="T1")).json == SUCCESS
 
     async def test_the_ancestors_golden_vector_is_accepted(self, tmp_path: Path) -> None:
         fields = {
@@ -735,6 +763,94 @@ class TestLenience:
             assert (await notify(s, WIRES[name], extra=extra)).json == SUCCESS
             ((kept,),) = query(tmp_path, "SELECT extra FROM session")
             assert json.loads(kept) == extra
+
+    async def test_what_is_kept_of_extra_fields_is_bounded_and_the_log_says_what_was_left_out(
+        self, tmp_path: Path
+    ) -> None:
+        with hear() as events:
+            async with serving(tmp_path, operator()) as s:
+                assert (await notify(s, extra={"game": "g", "pad": "x" * 15_000, "table": 7})).json == SUCCESS
+                assert (await notify(s, session="other", extra={"game": "g"})).json == SUCCESS
+                kept = query(tmp_path, "SELECT extra FROM session ORDER BY id")
+        assert kept == [('{"game":"g","table":7}',), ('{"game":"g"}',)]
+        told = [event.facts["extra_left_out"] for event in events if event.name == "notice.recorded"]
+        assert told == [1, None]
+
+    async def test_a_secret_under_a_name_that_the_dialect_does_not_know_is_in_no_file(self, tmp_path: Path) -> None:
+        extra = {"token": "s3cret-1", "key": "s3cret-2", "deep": {"Password": "s3cret-3"}, "sum": "s3cret-4"}
+        toml = operator("v4.01") + operator("old", name="other", provider_id="other")  # which calls its hash "sum"
+        async with serving(tmp_path, toml) as s:
+            assert (await notify(s, WIRES["v4.01"], extra=extra)).json == SUCCESS
+            assert query(tmp_path, "SELECT extra FROM session") == [('{"deep":{}}',)]
+            for path in tmp_path.glob("lmdaemon.sqlite3*"):
+                assert b"s3cret" not in path.read_bytes(), path.name
+
+    async def test_a_dialect_without_extra_takes_no_unknown_field(self, tmp_path: Path) -> None:
+        toml = operator("old") + "extra = false\n"
+        async with serving(tmp_path, toml) as s:
+            answer = await notify(s, WIRES["old"], extra={"zone": "1"})
+            assert answer.error == 71
+            assert "'zone' is not known" in answer.json["description"]
+            assert (await notify(s, WIRES["old"])).json == SUCCESS
+
+
+class TestQuota:
+    """`unknown_per_minute`: notices of sessions never seen before."""
+
+    @pytest.mark.parametrize("name", ["v4", "v4.01", "pragmatic"])
+    async def test_one_too_many_is_told_to_retry_and_leaves_nothing(
+        self, tmp_path: Path, clock: HandClock, name: str
+    ) -> None:
+        wire = WIRES[name]
+        with hear() as events:
+            async with serving(tmp_path, operator(name, unknown_per_minute=3), clock) as s:
+                for number in range(3):
+                    assert (await notify(s, wire, session=f"s-{number}")).json == SUCCESS
+                for _ in range(2):
+                    answer = await notify(s, wire, session="s-3")
+                    assert (answer.status, answer.error) == (200, wire.codes["retry"])
+                assert len(sessions(tmp_path)) == 3
+                assert (await scrape(s))['lmdaemon_notices_over_quota_total{operator="acme"}'] == 2
+                clock.advance(61)
+                assert (await notify(s, wire, session="s-3")).json == SUCCESS
+        told = [event.facts for event in events if event.name == "notice.refused"]
+        assert [(facts["meaning"], facts["operator"], facts["session"]) for facts in told] == [
+            ("retry", "acme", "s-3")
+        ] * 2
+
+    async def test_known_sessions_and_repeats_do_not_count_and_are_not_refused(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, operator(unknown_per_minute=1)) as s:
+            for number in range(5):
+                await open_session(s, f"known-{number}")
+                assert (await notify(s, session=f"known-{number}")).json == SUCCESS
+            assert (await notify(s, session="first")).json == SUCCESS
+            assert (await notify(s, session="second")).error == 100
+            for number in range(5):
+                assert (await notify(s, session=f"known-{number}")).json == SUCCESS
+            await open_session(s, "opened-since")
+            assert (await notify(s, session="opened-since")).json == SUCCESS
+            assert (await notify(s, session="first")).json == SUCCESS
+            assert (await notify(s, session="first", player="another")).error == 7
+
+    async def test_what_is_refused_anyway_does_not_count(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, operator(token_check="partner", unknown_per_minute=1)) as s:
+            for number in range(3):
+                assert (await notify(s, session=f"s-{number}", token="wrong")).error == 7
+            assert (await notify(s)).json == SUCCESS
+
+    async def test_each_operator_has_its_own_and_a_reload_forgets_nothing(self, tmp_path: Path) -> None:
+        toml = operator(unknown_per_minute=1) + operator(name="other", provider_id="other")
+        async with serving(tmp_path, toml) as s:
+            assert (await notify(s, session="a")).json == SUCCESS
+            await s.daemon.reload_once()
+            assert (await notify(s, session="b")).error == 100
+            for number in range(5):
+                assert (await notify(s, provider="other", session=f"s-{number}")).json == SUCCESS
+            text = (tmp_path / "config.toml").read_text()
+            (tmp_path / "config.toml").write_text(text.replace("unknown_per_minute = 1", "unknown_per_minute = 2"))
+            await s.daemon.reload_once()
+            assert (await notify(s, session="b")).json == SUCCESS
+            assert (await notify(s, session="c")).error == 100
 
 
 class TestTokens:

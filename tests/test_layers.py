@@ -17,7 +17,7 @@ LEVELS = {
     | {"handshakes"}
     | {"textfile", "trust", "bodies", "rights", "pages"}
     | {"__init__"},
-    0: {"model", "version", "causes"},
+    0: {"model", "version", "causes", "quota"},
 }
 HOMES = {
     "aiosqlite": {"database"},

@@ -10,13 +10,13 @@ HANDLER = "aiohttp handler"
 BARE = "aiohttp, aiosqlite, orjson"
 
 
-def _requests(key: str, kind: str, connections: int, *rows: Row) -> Figure:
+def _requests(key: str, kind: str, connections: int, *rows: Row, tls: bool = False) -> Figure:
     return Figure(
         key,
-        partial(requests.requests, kind=kind, connections=connections),
+        partial(requests.requests, kind=kind, connections=connections, tls=tls),
         rows,
-        partial(requests.bare_requests, kind=kind, connections=connections),
-        HANDLER,
+        partial(requests.bare_requests, kind=kind, connections=connections, tls=tls),
+        f"{HANDLER}, TLS" if tls else HANDLER,
     )
 
 
@@ -52,6 +52,8 @@ FIGURES = (
         "sqlite3, 1,000 a transaction",
     ),
     _requests("notice", "notice", 64, Row("rate", "notices accepted, 64 connections", "/s", 0.45, 0.75)),
+    _requests("touch_tls", "touch", 64, Row("rate", "durable touches over TLS", "/s", 0.50, 0.85), tls=True),
+    _requests("notice_tls", "notice", 64, Row("rate", "notices accepted over TLS", "/s", 0.45, 0.75), tls=True),
     _requests("open", "open", 64, Row("rate", "sessions opened, 64 connections", "/s", 0.38, 0.55)),
     Figure(
         "delivery",

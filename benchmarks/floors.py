@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 import time
 from contextlib import suppress
@@ -53,7 +54,8 @@ async def until_told() -> None:
     await stopped.wait()
 
 
-async def handler(port: int) -> None:
+async def handler(port: int, own: tuple[str, str] | None = None) -> None:
+    """With files of a certificate and its key it speaks TLS, as aiohttp does it."""
     import orjson
     from aiohttp import web
 
@@ -75,7 +77,11 @@ async def handler(port: int) -> None:
     )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port, backlog=512).start()
+    context = None
+    if own:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*own)
+    await web.TCPSite(runner, "127.0.0.1", port, backlog=512, ssl_context=context).start()
     await until_told()
     await runner.cleanup()
 

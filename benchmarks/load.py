@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ class Load(NamedTuple):
     most: int = 0  # requests altogether; 0: as many as there is time for
     idle_s: int = 2_592_000
     times: bool = False  # whether to report each request's start (wall ms) and duration (ms)
+    tls: bool = False
 
 
 def session_id(number: int) -> str:
@@ -129,12 +131,21 @@ KINDS: dict[str, Callable[[Load], Iterator[tuple[str, bytes]]]] = {
 }
 
 
+def unverified() -> ssl.SSLContext:
+    """For the certificates of the benchmarks, which nobody has issued."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 class Connection:
     """One socket and the request that is under way on it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if context is not None:
+            self.socket = context.wrap_socket(self.socket)
         self.socket.setblocking(False)
         self.answer = b""
         self.name = ""
@@ -185,9 +196,10 @@ class Run:
     def run(self) -> dict[str, object]:
         load = self.load
         poll = select.epoll()
+        context = unverified() if load.tls else None
         connections = {}
         for index in range(load.connections):
-            connection = Connection(load.port)
+            connection = Connection(load.port, context)
             connections[connection.socket.fileno()] = connection
             poll.register(connection.socket, select.EPOLLIN)
             connection.next_at = time.perf_counter() + load.pause_s * index / load.connections
@@ -216,7 +228,7 @@ class Run:
                 connection = connections[fd]
                 try:
                     complete = connection.receive()
-                except BlockingIOError:
+                except (BlockingIOError, ssl.SSLWantReadError):
                     continue
                 except ConnectionError:
                     self.lost += 1

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import Load, session_id
+from benchmarks.load import Load, session_id, unverified
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "bench"
@@ -159,15 +159,17 @@ def running(process: Process, *, hangs: bool = False) -> Iterator[Process]:
 class Daemon(Process):
     """`python -m lmdaemon --config FILE serve` of one tree, over all its lives."""
 
-    def __init__(self, directory: Path, python: Python, toml: str = "") -> None:
+    def __init__(self, directory: Path, python: Python, toml: str = "", *, tls: bool = False) -> None:
         self.server, self.api = free_ports(2)
+        self.tls = tls
         config = directory / "config.toml"
         super().__init__(
             [sys.executable, "-m", "lmdaemon", "--config", str(config), "serve"], directory, python.environment()
         )
         directory.mkdir(parents=True, exist_ok=True)
+        own = "tls_cert_file = '{}'\ntls_key_file = '{}'\n".format(*certificate(directory)) if tls else ""
         config.write_text(
-            f'[server]\nlisten = "127.0.0.1:{self.server}"\n[api]\nlisten = "127.0.0.1:{self.api}"\n'
+            f'[server]\nlisten = "127.0.0.1:{self.server}"\n{own}[api]\nlisten = "127.0.0.1:{self.api}"\n{own}'
             + (toml or operator(ACME))
         )
 
@@ -177,10 +179,9 @@ class Daemon(Process):
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.api}{path}", data, {"Content-Type": "application/json"}, method=method
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.api}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=unverified() if self.tls else None) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
@@ -197,6 +198,18 @@ def operator(name: str, url: str = "", extra: str = "") -> str:
     """The configuration of one operator."""
     toml = f'[operators.{name}]\nprovider_id = "{name}"\nendpoint = "/{name}"\n{extra}\n'
     return toml + (f'notify = true\nurl = "{url}"\nallow_private_network = true\n' if url else "")
+
+
+def certificate(directory: Path) -> tuple[str, str]:
+    """Files of a certificate that signs itself, with a key as most servers have today, and of that key."""
+    cert, key = str(directory / "own.crt"), str(directory / "own.key")
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    new += ["-days", "2", "-subj", "/CN=127.0.0.1", "-out", cert, "-keyout", key]
+    try:
+        subprocess.run(new, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Broken(f"openssl makes no certificate: {error}") from error
+    return cert, key
 
 
 def python_process(python: Python, directory: Path, module: str, name: str, **arguments: Any) -> Process:
@@ -321,9 +334,9 @@ def check_live(daemon: Daemon, live: int) -> None:
 
 
 @contextlib.contextmanager
-def serving(python: Python, directory: Path, live: int = 0, toml: str = "") -> Iterator[Daemon]:
+def serving(python: Python, directory: Path, live: int = 0, toml: str = "", *, tls: bool = False) -> Iterator[Daemon]:
     """A daemon that serves so many live sessions."""
-    daemon = Daemon(directory, python, toml)
+    daemon = Daemon(directory, python, toml, tls=tls)
     if live:
         shutil.copyfile(prefilled(python, live), daemon.path)
     with running(daemon):

@@ -13,6 +13,7 @@ from benchmarks.processes import (
     ACME,
     Process,
     Python,
+    certificate,
     free_ports,
     generate,
     python_process,
@@ -40,7 +41,7 @@ def loaded(process: Process, load: Load, times: int = 1) -> Sample:
     }
 
 
-def _request_load(bench: Bench, kind: str, port: int, connections: int, number: int) -> Load:
+def _request_load(bench: Bench, kind: str, port: int, connections: int, number: int, *, tls: bool = False) -> Load:
     return Load(
         kind,
         port,
@@ -50,24 +51,28 @@ def _request_load(bench: Bench, kind: str, port: int, connections: int, number: 
         population=bench.live,
         first=NEW * (1 + number),
         seed=number,
+        tls=tls,
     )
 
 
 @contextmanager
-def requests(bench: Bench, python: Python, *, kind: str, connections: int = 64) -> Iterator[Run]:
-    with scratch() as directory, serving(python, directory, bench.live) as daemon:
+def requests(bench: Bench, python: Python, *, kind: str, connections: int = 64, tls: bool = False) -> Iterator[Run]:
+    with scratch() as directory, serving(python, directory, bench.live, tls=tls) as daemon:
         port = daemon.server if kind == "notice" else daemon.api
         times = BULK if kind == "bulk" else 1
-        yield lambda number: loaded(daemon, _request_load(bench, kind, port, connections, number), times)
+        yield lambda number: loaded(daemon, _request_load(bench, kind, port, connections, number, tls=tls), times)
 
 
 @contextmanager
-def bare_requests(bench: Bench, python: Python, *, kind: str, connections: int = 64) -> Iterator[Run]:
+def bare_requests(
+    bench: Bench, python: Python, *, kind: str, connections: int = 64, tls: bool = False
+) -> Iterator[Run]:
     (port,) = free_ports(1)
     with scratch() as directory:
-        handler = python_process(python, directory, "benchmarks.floors", "handler", port=port)
+        own = certificate(directory) if tls else None
+        handler = python_process(python, directory, "benchmarks.floors", "handler", port=port, own=own)
         with running(handler):
-            yield lambda number: loaded(handler, _request_load(bench, kind, port, connections, number))
+            yield lambda number: loaded(handler, _request_load(bench, kind, port, connections, number, tls=tls))
 
 
 @contextmanager

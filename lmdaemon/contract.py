@@ -205,3 +205,30 @@ class Probe(Operation[None], frozen=True):
     @property
     def rows(self) -> int:
         return 0
+
+
+# -- what is told of commits
+
+
+class StoreObserver:
+    """Told of what a commit has made true, on the event loop and before whoever waits for it is answered. Override what
+    you want to hear; it must not do I/O or raise.
+    """
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """These have ended."""
+
+    def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
+        """A delivery of this operator and sink is due at that wall time, perhaps before all others."""
+
+    def gate_changed(self, operator: str) -> None:
+        """What holds this operator's URL back has changed."""
+
+    def deadline_nearer(self) -> None:
+        """The next deadline may have come nearer, or the first session has opened."""
+
+    def wall_clock_set_back(self) -> None:
+        """The wall clock was set back, and kept waits with it."""
+
+    def committed(self, operations: int, took_s: float) -> None:
+        """A transaction of so many operations took so long, its sync included."""

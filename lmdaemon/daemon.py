@@ -21,6 +21,7 @@ from lmdaemon import api, config, endpoint, log, plugins, retry, systemd
 from lmdaemon.api import Api
 from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config import ConfigError, Settings
+from lmdaemon.contract import StoreError, StoreObserver
 from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
@@ -30,7 +31,7 @@ from lmdaemon.metrics import Metrics, Reading, by_label, plain
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.sender import Sender
-from lmdaemon.store import Store, StoreError
+from lmdaemon.store import Store
 from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__
 
@@ -52,6 +53,26 @@ _T = TypeVar("_T")
 def prune_every_s(keep_ended_s: float) -> float:
     """The wait between two prunings: a tenth of what is kept, within bounds."""
     return min(max(keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S)
+
+
+class _Recorder(StoreObserver):
+    """Counts and logs what was committed."""
+
+    def __init__(self, store: Store, metrics: Metrics) -> None:
+        self._store = store
+        self._metrics = metrics
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        now_ms = self._store.service_clock.now_ms()
+        for (operator, reason), count in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
+            self._metrics.ended(operator, reason, count)
+        for session in sessions:
+            if session.reason == "inactivity":
+                self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
+            events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)
+
+    def committed(self, operations: int, took_s: float) -> None:
+        self._metrics.committed(operations, took_s)
 
 
 class Daemon:
@@ -404,8 +425,7 @@ class Daemon:
     def _measure(self) -> None:
         """Connects the counters to where things happen."""
         metrics = self._metrics
-        self._store.on_ended = self._note_ended
-        self._store.on_commit = metrics.committed
+        self._store.observe(_Recorder(self._store, metrics))
         self._endpoint.on_answer = metrics.answered
         self._endpoint.on_not_taken = metrics.not_taken
         self._endpoint.on_over_quota = metrics.over_quota
@@ -416,15 +436,6 @@ class Daemon:
             pulse.on_awake = metrics.turn_lag.observe
         metrics.reloaded(self._clock.wall_ms() / 1000)
         metrics.watch(self._readings)
-
-    def _note_ended(self, sessions: list[Session]) -> None:
-        now_ms = self._store.service_clock.now_ms()
-        for (operator, reason), count in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
-            self._metrics.ended(operator, reason, count)
-        for session in sessions:
-            if session.reason == "inactivity":
-                self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
-            events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)
 
     def _readings(self) -> list[Reading]:
         """What is read at a scrape, from maintained figures: no I/O."""

@@ -75,6 +75,24 @@ class Work(Protocol):
 
 
 _Work = TypeVar("_Work", bound=Work)
+
+
+class Owner(Protocol[_Work]):
+    """Whose batches are written; everything is called on the event loop."""
+
+    def begin(self, operations: Sequence[Operation[Any]]) -> _Work:
+        """Makes the work of one batch."""
+
+    def committed(self, work: _Work) -> None:
+        """The work was committed; its waiters are answered next."""
+
+    def available(self, available: bool) -> None:
+        """The file stops taking writes, or takes them again."""
+
+    def measured(self, operations: int, took_s: float) -> None:
+        """A transaction of so many operations took so long."""
+
+
 _Result = TypeVar("_Result")
 
 
@@ -142,14 +160,12 @@ class Database(Generic[_Work]):
     """An open database. `run` must be running for writes to be answered; `close` belongs in an exit stack, for an
     aiosqlite connection left open keeps the process from ending.
 
-    `begin` makes the work of a batch; `committed` is told of work that was committed (before the waiters are answered),
-    `available` when the file stops and starts taking writes again, `measured` how many operations a transaction had and
-    how many seconds it took.
     `refused` counts operations by the reason they were refused for.
     """
 
     def __init__(
         self,
+        owner: Owner[_Work],
         files: "_Files",
         keeper: _Thread,
         writer: _Thread,
@@ -158,6 +174,7 @@ class Database(Generic[_Work]):
         checkpointer: _Thread,
         lock: int,
     ) -> None:
+        self._owner = owner
         self._files = files
         # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so that
         # a file that turns out to be damaged stays as it was found, its WAL beside it.
@@ -176,10 +193,6 @@ class Database(Generic[_Work]):
         self._closing = False
         self._lost = False
         self._is_available = True
-        self.begin: Callable[[Sequence[Operation[Any]]], _Work]
-        self.committed: Callable[[_Work], None]
-        self.available: Callable[[bool], None] = lambda available: None
-        self.measured: Callable[[int, float], None] = lambda operations, took_s: None
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
         self.writing_since: float | None = None  # loop time at which the running transaction began
@@ -189,6 +202,7 @@ class Database(Generic[_Work]):
     async def open(
         cls,
         path: Path,
+        owner: Owner[_Work],
         migrations: Sequence[str] | None = None,
         setup: Sequence[str] = (),
     ) -> Self:
@@ -221,7 +235,7 @@ class Database(Generic[_Work]):
             os.close(lock)
             raise
         mark(lock, files.in_use)
-        return cls(files, keeper, writer, reader, _Desk(looker), checkpointer, lock)
+        return cls(owner, files, keeper, writer, reader, _Desk(looker), checkpointer, lock)
 
     async def close(self) -> None:
         """Ends the connections; what was queued and not written is refused."""
@@ -402,12 +416,12 @@ class Database(Generic[_Work]):
         """One transaction on the connection's thread. Raises what it raised."""
         loop = asyncio.get_running_loop()
         self._files.check()  # here, where nobody else needs the interpreter; of open files, so no disk is waited for
-        work = self.begin([queued.operation for queued in batch])
+        work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = loop.time()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
             results = await self._writer.run(_commit, work, self._files)
-            self.measured(len(batch), loop.time() - self.writing_since)
+            self._owner.measured(len(batch), loop.time() - self.writing_since)
             return work, results
         finally:
             hung.cancel()
@@ -422,7 +436,7 @@ class Database(Generic[_Work]):
             log.info("store.recovered", after=self.failure or "a write that hung")
             self.failure = None
             self._set_available(True)
-        self.committed(work)
+        self._owner.committed(work)
         untold = [result for result in results if isinstance(result, StoreError)]
         if untold:
             self.refused["reading_failed"] += len(untold)
@@ -458,7 +472,7 @@ class Database(Generic[_Work]):
     def _set_available(self, available: bool) -> None:
         if available != self._is_available:
             self._is_available = available
-            self.available(available)
+            self._owner.available(available)
 
     async def _one_by_one(self, batch: list[Queued], error: Exception) -> None:
         """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""

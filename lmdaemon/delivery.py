@@ -11,7 +11,6 @@ import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import count
 from random import Random
 from typing import Any
@@ -20,13 +19,14 @@ from uuid import uuid4
 from lmdaemon import retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings
+from lmdaemon.contract import NewDelivery, Settled, Settlement, StoreError, StoreObserver
 from lmdaemon.dialects import CannotEncode, encode
 from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
 from lmdaemon.sender import Sender, Unreachable
-from lmdaemon.store import Claim, NewDelivery, Settled, Settlement, Store, StoreError
+from lmdaemon.store import Claim, Store
 
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
@@ -200,7 +200,7 @@ class Agenda:
 Attempted = Callable[[str, str, retry.Outcome], None]
 
 
-class Dispatcher:
+class Dispatcher(StoreObserver):
     """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever.
 
     `on_attempt(operator, sink, outcome)` is told of every attempt, for the metrics.
@@ -220,9 +220,7 @@ class Dispatcher:
         self._running = False
         self.pulse = Pulse(clock.monotonic)
         self.on_attempt: Attempted = lambda operator, sink, outcome: None
-        store.on_due = self._note_due
-        store.on_gate = partial(self._look_at, sink=HTTP_SINK)
-        store.on_set_back = self._look_at_all
+        store.observe(self)
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings. Lanes that stay keep what they have in flight; rows of lanes that go, wait."""
@@ -265,14 +263,17 @@ class Dispatcher:
         self._agenda.now(lane)
         self._ring()
 
-    def _note_due(self, operator: str, sink: str, due_at: int) -> None:
+    def gate_changed(self, operator: str) -> None:
+        self._look_at(operator, HTTP_SINK)
+
+    def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
         lane = self._lanes.get((operator, sink))
         if lane is not None:
             lane.note_due(due_at)
             self._agenda.now(lane)
             self._ring()
 
-    def _look_at_all(self) -> None:
+    def wall_clock_set_back(self) -> None:
         """The wall clock was set: whatever is believed of times is looked up."""
         for lane in self._lanes.values():
             lane.look_again_at = 0
@@ -355,7 +356,7 @@ class Dispatcher:
             return
         claims = [self._claim(lane) for lane in ready]
         for lane in ready:
-            lane.next_due_at = None  # what is committed from here on, _note_due adds
+            lane.next_due_at = None  # what is committed from here on, delivery_due adds
         try:
             found = await self._store.claimable(claims)
         except StoreError:
@@ -426,7 +427,7 @@ class Dispatcher:
             self._look_at(row.operator, row.sink)
         # A round may have come between the commit and this line, and passed over a row that was still in flight.
         if due_at is not None:
-            self._note_due(row.operator, row.sink, due_at)
+            self.delivery_due(row.operator, row.sink, due_at)
 
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from lmdaemon import pages
 from lmdaemon.batches import GATE, NEXT, SET_UP, Batch
-from lmdaemon.clock import Clock, ServiceClock
+from lmdaemon.clock import Clock
 from lmdaemon.contract import (
     SWEEP_ROWS,
     Closing,
@@ -35,7 +35,6 @@ from lmdaemon.contract import (
     RetryOne,
     Settled,
     Settlement,
-    SinksOf,
     StoreError,
     Sweep,
     Swept,
@@ -46,6 +45,7 @@ from lmdaemon.database import Database
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.pages import Page
+from lmdaemon.projection import Loaded, Projection
 from lmdaemon.rows import (
     DELIVERY,
     ENDED_BEFORE,
@@ -57,7 +57,7 @@ from lmdaemon.rows import (
     session_by_key,
     to_json,
 )
-from lmdaemon.rules import OPEN_GATE, RETRY_ROWS, World, least
+from lmdaemon.rules import RETRY_ROWS
 
 __all__ = [
     "SWEEP_ROWS",
@@ -73,7 +73,6 @@ __all__ = [
 
 RETRIES_MAX = 100_000  # dead deliveries made due again by one call
 EXPORT_ROWS = 500  # sessions in one read
-SET_BACK_MS = 1000  # what the wall clock is behind the monotonic one by less has drifted
 LANES_AT_ONCE = 32  # in one statement
 
 
@@ -121,37 +120,16 @@ SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
 
 
-class Store:
-    """The session table and the deliveries. Opened once; `run` must be running for anything to be written.
-
-    `on_ended(sessions)`, `on_due(operator, sink, due_at)`, `on_gate(operator)`, `on_deadline()`, `on_set_back()` are
-    called after the commit that made them true, `on_commit(operations, took_s)` after each, all on the event loop; the
-    daemon connects them to metrics, the dispatcher and the sweeper.
+class Store(Projection):
+    """The session table and the deliveries in one SQLite file. Opened once; `run` must be running for anything to be
+    written.
     """
 
-    def __init__(self, database: Database[Batch], clock: Clock, service_clock: ServiceClock) -> None:
-        self._db = database
-        self._clock = clock
-        self.service_clock = service_clock
-        self.sinks_of: SinksOf = lambda session: ()
-        self.configured: frozenset[str] = frozenset()
-        self.figures: dict[str, Figures] = {}
-        self.gates: dict[str, Gate] = {}
-        self.next_due_ms: int | None = None
-        self.next_lifetime_at: int | None = None
-        self._last_session = 0  # the greatest number a session has
+    def __init__(self, clock: Clock) -> None:
+        """Made by `open`."""
+        super().__init__(clock)
         self._expect_known = False  # whether the last sessions to be added were known
-        self._committed_at = (clock.wall_ms(), clock.monotonic())
-        self.on_ended: Callable[[list[Session]], None] = lambda sessions: None
-        self.on_due: Callable[[str, str, int], None] = lambda operator, sink, due_at: None
-        self.on_gate: Callable[[str], None] = lambda operator: None
-        self.on_deadline: Callable[[], None] = lambda: None
-        self.on_set_back: Callable[[], None] = lambda: None
-        self.on_commit: Callable[[int, float], None] = lambda operations, took_s: None
-        database.measured = lambda operations, took_s: self.on_commit(operations, took_s)
-        database.begin = self._begin
-        database.committed = self._committed
-        database.available = self._available
+        self._db: Database[Batch]
 
     @classmethod
     async def open(cls, path: Path, clock: Clock, *, count_downtime: bool = False) -> Self:
@@ -159,35 +137,22 @@ class Store:
 
         With `count_downtime`, the wall time since the last transaction is added to the service clock.
         """
-        database: Database[Batch] = await Database.open(path, setup=SET_UP)
+        store = cls(clock)
+        store._db = await Database.open(path, store, setup=SET_UP)
         try:
-            service_ms, wall_at = await database.read(
-                lambda sql: sql.execute("SELECT service_ms, wall_at FROM clock").fetchone()
-            )
-            if count_downtime and wall_at:
-                service_ms += max(0, clock.wall_ms() - wall_at)
-            store = cls(database, clock, ServiceClock(clock, service_ms))
-            if wall_at:
-                store._committed_at = (wall_at, clock.monotonic())
-            await store._load()
-            await database.accept()
+            found = await store._db.read(_load)
+            if count_downtime and found.committed_at:
+                downtime_ms = max(0, clock.wall_ms() - found.committed_at)
+                found = found._replace(service_ms=found.service_ms + downtime_ms)
+            store.load(found)
+            await store._db.accept()
         except StoreError as error:  # a page that the opening has not met
-            await database.close()
+            await store._db.close()
             raise DatabaseError(f"{path}: {error}") from error
         except BaseException:
-            await database.close()
+            await store._db.close()
             raise
         return store
-
-    async def _load(self) -> None:
-        def load(sql: sqlite3.Connection) -> None:
-            self.gates = gates(sql)
-            for name, *figures in sql.execute("SELECT name, live, pending, dead FROM operator"):
-                self.figures[name] = Figures(*figures)
-            self.next_due_ms, self.next_lifetime_at = sql.execute(NEXT).fetchone()
-            self._last_session = scalar(sql.execute("SELECT max(id) FROM session")) or 0
-
-        await self._db.read(load)
 
     async def run(self) -> None:
         """The writer, the checkpoints beside it, and the emptying of the WAL after them, for ever."""
@@ -214,15 +179,6 @@ class Store:
         return self._db.writing_since
 
     @property
-    def set_back_ms(self) -> int:
-        """By how much the wall clock was set back since the last transaction, of this run or the one before; 0 if it
-        has only drifted. The next transaction puts every kept wait back with it.
-        """
-        wall_at, monotonic = self._committed_at
-        by_ms = wall_at + int((self._clock.monotonic() - monotonic) * 1000) - self._clock.wall_ms()
-        return by_ms if by_ms > SET_BACK_MS else 0
-
-    @property
     def waiting(self) -> int:
         """Operations that wait for the writer."""
         return self._db.waiting
@@ -242,68 +198,16 @@ class Store:
         """Operations refused so far, by reason."""
         return self._db.refused
 
-    @property
-    def live(self) -> int:
-        return sum(figures.live for figures in self.figures.values())
+    # -- what the writer asks
 
-    def figures_of(self, operator: str) -> Figures:
-        return self.figures.get(operator) or Figures()
+    def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
+        return Batch(operations, self.world(), expect_known=self._expect_known)
 
-    def gate(self, operator: str) -> Gate:
-        return self.gates.get(operator, OPEN_GATE)
-
-    # -- the writer's hooks, on the event loop
-
-    def _begin(self, operations: Sequence[Operation[Any]]) -> Batch:
-        world = World(
-            service_ms=self.service_clock.now_ms(),
-            wall_at=self._clock.wall_ms(),
-            set_back_ms=self.set_back_ms,
-            last_session=self._last_session,
-            gates=self.gates,
-            configured=self.configured,
-            sinks_of=self.sinks_of,
-        )
-        return Batch(operations, world, expect_known=self._expect_known)
-
-    def _committed(self, batch: Batch) -> None:
-        changes, world = batch.changes, batch.changes.world
-        self._last_session = changes.last_session
-        if batch.read_facts and (changes.met_known or changes.sessions):
+    def committed(self, work: Batch) -> None:
+        changes = work.changes
+        if work.read_facts and (changes.met_known or changes.sessions):
             self._expect_known = changes.met_known
-        was_live = self.live > 0
-        self._committed_at = (world.wall_at, self._clock.monotonic())
-        if world.set_back_ms:
-            log.warning("clock.set_back", by_s=world.set_back_ms / 1000)
-            self.on_set_back()
-        for name, figures in changes.figures.items():
-            total = self.figures.setdefault(name, Figures())
-            total.live += figures.live
-            total.pending += figures.pending
-            total.dead += figures.dead
-        self.gates.update(changes.gates)
-        for operator in changes.gates:
-            self.on_gate(operator)
-        if changes.swept:  # the sweep saw the whole index: what it found replaces what was believed
-            self.next_due_ms, self.next_lifetime_at = changes.next_due_ms, changes.next_lifetime_at
-        else:
-            before = (self.next_due_ms, self.next_lifetime_at)
-            self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
-            self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
-            # Also when the first session opens: while none was live, nobody read the service clock.
-            if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
-                self.on_deadline()
-        if changes.ends:
-            self.on_ended(changes.ends)
-        for (operator, sink), due_at in changes.due.items():
-            self.on_due(operator, sink, due_at)
-
-    def _available(self, available: bool) -> None:
-        # While nothing can be stored no touch can be acknowledged, so no idleness may pass either.
-        if available:
-            self.service_clock.thaw("store")
-        else:
-            self.service_clock.freeze("store")
+        self.absorb(changes)
 
     # -- changes
 
@@ -441,6 +345,25 @@ class Store:
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         """As `oldest_pending`."""
         return await self._db.look(_oldest_pending, list(operators))
+
+
+def _load(sql: sqlite3.Connection) -> Loaded:
+    """What the tables say at the start."""
+    service_ms, wall_at = _clock(sql)
+    operators: dict[str, tuple[Figures, Gate]] = {}
+    for name, live, pending, dead, *gate in sql.execute(
+        f"SELECT name, live, pending, dead, {', '.join(GATE)} FROM operator"
+    ):
+        operators[name] = (Figures(live, pending, dead), Gate(*gate))
+    next_due_ms, next_lifetime_at = sql.execute(NEXT).fetchone()
+    return Loaded(
+        service_ms=service_ms,
+        committed_at=wall_at,
+        operators=operators,
+        next_due_ms=next_due_ms,
+        next_lifetime_at=next_lifetime_at,
+        last_session=scalar(sql.execute("SELECT max(id) FROM session")) or 0,
+    )
 
 
 def _oldest_pending(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:

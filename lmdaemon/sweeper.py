@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lmdaemon.clock import STALL_S, TICK_S, Clock
+from lmdaemon.contract import SWEEP_ROWS, StoreError, StoreObserver
 from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.pulse import Pulse
-from lmdaemon.store import SWEEP_ROWS, Store, StoreError
+from lmdaemon.store import Store
 
 QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
 LOOP_TURNS = 5  # accept, read, parse, handle, queue: turns of the loop from a readable socket to a queued touch
@@ -56,7 +57,7 @@ class ExpiryAlarm:
         self._raised_at, self.ended, self.of = now, ended, live + ended
 
 
-class Sweeper:
+class Sweeper(StoreObserver):
     """`once` does all that is due now and says how long to sleep; `run` is `once` for ever."""
 
     def __init__(self, store: Store, clock: Clock, restart_grace_s: float) -> None:
@@ -74,7 +75,10 @@ class Sweeper:
         self._alarm = asyncio.Event()
         self.pulse = Pulse(clock.monotonic)
         self.alarm = ExpiryAlarm(clock.monotonic)
-        store.on_deadline = self.wake
+        store.observe(self)
+
+    def deadline_nearer(self) -> None:
+        self.wake()
 
     def wake(self) -> None:
         """A deadline may have come nearer than the one slept for."""

@@ -63,11 +63,37 @@ def insert_unless_bad(value: object) -> Do:
 NOTES = ("CREATE TABLE note (text TEXT);",)
 
 
+class Owner:
+    """Whose batches are written: remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.availability: list[bool] = []
+        self.on_commit: Callable[[], object] = lambda: None
+
+    def begin(self, operations: Sequence[Operation[Any]]) -> Work:
+        return Work(operations)
+
+    def committed(self, work: Work) -> None:
+        self.on_commit()
+
+    def available(self, available: bool) -> None:
+        self.availability.append(available)
+
+    def measured(self, operations: int, took_s: float) -> None:
+        pass
+
+
+async def open_notes(path: Path, migrations: Sequence[str] = NOTES) -> Database[Work]:
+    return await Database.open(path, Owner(), migrations)
+
+
+def told_by(db: Database[Work]) -> Owner:
+    return cast("Owner", db._owner)
+
+
 @pytest.fixture
 async def db(tmp_path: Path):
-    opened = await Database.open(tmp_path / "notes.sqlite3", NOTES)
-    opened.begin = Work
-    opened.committed = lambda work: None
+    opened = await open_notes(tmp_path / "notes.sqlite3", NOTES)
     await opened.accept()
     yield opened
     await opened.close()
@@ -96,7 +122,7 @@ async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db:
 async def test_a_file_with_a_looser_mode_is_tightened(tmp_path: Path) -> None:
     path = tmp_path / "loose.sqlite3"
     path.touch(0o644)
-    await (await Database.open(path, NOTES)).close()
+    await (await open_notes(path, NOTES)).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -115,14 +141,13 @@ async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Work]) -> No
 
 async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
-    first = await Database.open(path, NOTES)
-    first.begin, first.committed = Work, lambda work: None
+    first = await open_notes(path, NOTES)
     queued = asyncio.ensure_future(first.write(insert("kept")))
     await asyncio.sleep(0)
     await first.write_batch()
     await queued
     await first.close()
-    second = await Database.open(path, (*NOTES, "ALTER TABLE note ADD COLUMN size INTEGER DEFAULT 7;"))
+    second = await open_notes(path, (*NOTES, "ALTER TABLE note ADD COLUMN size INTEGER DEFAULT 7;"))
     assert await second.read(lambda sql: sql.execute("SELECT text, size FROM note").fetchall()) == [("kept", 7)]
     assert await second.read(lambda sql: sql.execute("PRAGMA user_version").fetchone()) == (2,)
     await second.close()
@@ -130,11 +155,11 @@ async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> Non
 
 async def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
-    await (await Database.open(path, NOTES)).close()
+    await (await open_notes(path, NOTES)).close()
     before = path.read_bytes()
     broken = (*NOTES, "CREATE TABLE more (x);\nINSERT INTO nowhere VALUES (1);")
     with pytest.raises(DatabaseError, match="nowhere"):
-        await Database.open(path, broken)
+        await open_notes(path, broken)
     with sqlite3.connect(path) as sql:
         assert sql.execute("PRAGMA user_version").fetchone() == (1,)
         assert sql.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").fetchone() == (0,)
@@ -148,7 +173,7 @@ async def test_a_newer_file_is_refused_and_left_untouched(tmp_path: Path) -> Non
     with pytest.raises(
         DatabaseError, match=r"new\.sqlite3: was written by a newer lmdaemon \(schema 2; this one knows 1\)"
     ):
-        await Database.open(path, NOTES)
+        await open_notes(path, NOTES)
     assert path.read_bytes() == before
 
 
@@ -159,7 +184,7 @@ async def test_another_programs_database_is_refused_and_left_untouched(tmp_path:
     sql.close()
     before = path.read_bytes()
     with pytest.raises(DatabaseError, match="another program"):
-        await Database.open(path, NOTES)
+        await open_notes(path, NOTES)
     assert path.read_bytes() == before
 
 
@@ -168,18 +193,18 @@ async def test_a_damaged_file_is_refused_and_left_untouched(tmp_path: Path) -> N
     path.write_bytes(b"this is no database, but long enough to be read as one" * 100)
     before = path.read_bytes()
     with pytest.raises(DatabaseError, match=r"damaged\.sqlite3: cannot be opened as a database"):
-        await Database.open(path, NOTES)
+        await open_notes(path, NOTES)
     assert path.read_bytes() == before
 
 
 async def test_a_second_daemon_is_kept_off_the_file(db: Database[Work]) -> None:
     with pytest.raises(DatabaseError, match="in use by another lmdaemon"):
-        await Database.open(db.path, NOTES)
+        await open_notes(db.path, NOTES)
 
 
 async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="No such file or directory"):
-        await Database.open(tmp_path / "nowhere" / "x.sqlite3", NOTES)
+        await open_notes(tmp_path / "nowhere" / "x.sqlite3", NOTES)
 
 
 async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Work]) -> None:
@@ -193,7 +218,7 @@ async def test_what_waits_together_is_committed_together_and_in_order(db: Databa
 
 async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work]) -> None:
     seen: list[list[str]] = []
-    db.committed = lambda work: seen.append(notes(db.path))
+    told_by(db).on_commit = lambda: seen.append(notes(db.path))
     queued = asyncio.ensure_future(db.write(insert("x")))
     await asyncio.sleep(0)
     assert not queued.done()
@@ -223,8 +248,7 @@ async def test_one_broken_operation_fails_alone(db: Database[Work]) -> None:
 
 
 async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Work]) -> None:
-    told: list[bool] = []
-    db.available = told.append
+    told = told_by(db).availability
     blocker = sqlite3.connect(db.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     running = asyncio.create_task(db.run())
@@ -277,8 +301,7 @@ async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work])
     def poison(sql: sqlite3.Connection) -> None:
         sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
 
-    told: list[bool] = []
-    db.available = told.append
+    told = told_by(db).availability
     waiting = [asyncio.ensure_future(db.write(one)) for one in (insert("x"), Do(poison), insert("x"))]
     await asyncio.sleep(0)
     await db.write_batch()
@@ -336,12 +359,11 @@ async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str
     if name.startswith("link"):
         (tmp_path / name).symlink_to(tmp_path / "real.sqlite3")
     for text in ("one", "two"):
-        opened = await Database.open(tmp_path / name, NOTES)
-        opened.begin, opened.committed = Work, lambda work: None
+        opened = await open_notes(tmp_path / name, NOTES)
         await opened.accept()
         await stored(opened, text)
         with pytest.raises(DatabaseError, match="in use"):
-            await Database.open(opened.path, NOTES)
+            await open_notes(opened.path, NOTES)
         await opened.close()
     assert notes(tmp_path / name) == ["one", "two"]
 
@@ -350,14 +372,13 @@ async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None
     path = tmp_path / "notes.sqlite3"
     path.with_name(path.name + ".lock").write_bytes(database.IN_USE + b" 1 2\n")
     with hear() as events:
-        await (await Database.open(path, NOTES)).close()
+        await (await open_notes(path, NOTES)).close()
     assert "store.file_missing" in [event.name for event in events]
 
 
 async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "HUNG_S", 0.01)
-    told: list[bool] = []
-    db.available = told.append
+    told = told_by(db).availability
     hold = threading.Event()
 
     queued = asyncio.ensure_future(db.write(Do(lambda sql: hold.wait(10))))
@@ -399,8 +420,7 @@ async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
 @pytest.mark.parametrize("in_order", [True, False])
 async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_order: bool) -> None:
     path = tmp_path / "notes.sqlite3"
-    first = await Database.open(path, NOTES)
-    first.begin, first.committed = Work, lambda work: None
+    first = await open_notes(path, NOTES)
     await stored(first, "x")
     crashed = tmp_path / "crashed"
     if not in_order:
@@ -408,7 +428,7 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
         (crashed / "notes.sqlite3-wal").unlink()
     await first.close()
     with hear() as events:
-        second = await Database.open(path if in_order else crashed / path.name, NOTES)
+        second = await open_notes(path if in_order else crashed / path.name, NOTES)
         await second.close()
     assert ("store.wal_missing" in [event.name for event in events]) is not in_order
 

@@ -22,6 +22,7 @@ from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_o
 
 from lmdaemon import delivery, resolver, retry, store, target
 from lmdaemon.config import Operator, Settings
+from lmdaemon.contract import StoreObserver
 from lmdaemon.delivery import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.resolver import Resolver
@@ -422,20 +423,18 @@ class TestIsolation:
         """A round comes between the commit of a failed attempt and the end of its task, and finds the row in flight."""
         async with scripted_operator(web.Response(status=500)) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
-                note_due = b.db.on_due
-
-                def commit_then_round(name: str, sink: str, due_at: int) -> None:
-                    note_due(name, sink, due_at)
-                    if operator.received:
-                        clock.advance(60)
-                        rounds.append(asyncio.create_task(b.dispatcher.once()))
-
                 rounds: list[asyncio.Task[float | None]] = []
-                b.db.on_due = commit_then_round
+
+                class RoundAfterCommit(StoreObserver):
+                    def delivery_due(self, name: str, sink: str, due_at: int) -> None:
+                        if operator.received and not rounds:
+                            clock.advance(60)
+                            rounds.append(asyncio.create_task(b.dispatcher.once()))
+
+                b.db.observe(RoundAfterCommit())
                 await b.end()
                 await b.round()
                 await asyncio.gather(*rounds)
-                b.db.on_due = note_due
                 await b.round()
                 assert (await b.row()).state == "delivered"
 

@@ -13,7 +13,7 @@ LEVELS = {
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"answers"}
-    | {"documents", "rows", "rules", "batches", "contract", "resolver", "tls", "egress", "target"}
+    | {"documents", "rows", "rules", "batches", "contract", "projection", "resolver", "tls", "egress", "target"}
     | {"handshakes"}
     | {"textfile", "trust", "bodies", "rights", "pages"}
     | {"__init__"},

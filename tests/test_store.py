@@ -820,7 +820,12 @@ async def test_a_sweep_of_a_crowd_makes_nobody_wait_who_came_before_it(
 ) -> None:
     await db.open_session(opening())
     sizes: list[int] = []
-    db.on_commit = lambda operations, took_s: sizes.append(operations)
+
+    class Sizes(contract.StoreObserver):
+        def committed(self, operations: int, took_s: float) -> None:
+            sizes.append(operations)
+
+    db.observe(Sizes())
     await asyncio.gather(db.touch("acme", ["s"]), db.end_due(idle=True, crowd=crowd), db.touch("acme", ["s"]))
     assert sizes == transactions
 

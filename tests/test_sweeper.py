@@ -1,7 +1,7 @@
 """The sweeper: exact, never early, quiet when nothing can be due; the restart grace and stalls."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from conftest import HandClock
 from support import hear, live, open_store, until
 
 from lmdaemon.clock import TICK_S
-from lmdaemon.contract import Touched
+from lmdaemon.contract import StoreObserver, Touched
+from lmdaemon.model import Session
 from lmdaemon.store import Opening, Store
 from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
 
@@ -182,7 +183,12 @@ async def test_everything_due_goes_in_bounded_batches(
     monkeypatch.setattr("lmdaemon.rules.SWEEP_ROWS", 3)
     monkeypatch.setattr("lmdaemon.sweeper.SWEEP_ROWS", 3)
     ended: list[int] = []
-    db.on_ended = lambda sessions: ended.append(len(sessions))
+
+    class Ends(StoreObserver):
+        def sessions_ended(self, sessions: Sequence[Session]) -> None:
+            ended.append(len(sessions))
+
+    db.observe(Ends())
     await asyncio.gather(*(open_session(db, str(number)) for number in range(8)))
     live(clock, db, 10.1)
     await sweeper.once()

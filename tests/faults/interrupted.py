@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lmdaemon import api, batches, database, delivery, endpoint, sender, store, sweeper
+from lmdaemon import api, batches, database, delivery, endpoint, projection, sender, store, sweeper
 from lmdaemon.__main__ import main
 
 WATCHED = [
@@ -34,8 +34,9 @@ WATCHED = [
     database.Database._write,
     database.Database._answered,
     database._commit,
-    store.Store._begin,
-    store.Store._committed,
+    store.Store.begin,
+    store.Store.committed,
+    projection.Projection.absorb,
     batches.Batch.run,
     batches.Batch._decide_and_apply,
     batches.Batch._answered,
@@ -46,7 +47,7 @@ WATCHED = [
     sweeper.Sweeper.once,
     sweeper.Sweeper._end_some,
     # From the claim to the settled row
-    delivery.Dispatcher._note_due,
+    delivery.Dispatcher.delivery_due,
     delivery.Dispatcher.once,
     delivery.Dispatcher._start,
     delivery.Dispatcher._deliver,

@@ -1,0 +1,141 @@
+"""What the daemon keeps in memory of the tables: figures and gates by operator, the next deadlines, the clocks.
+
+An engine loads it at the start and keeps it up with every batch that is committed, so nobody ever counts rows. Whoever
+has to know of a change observes it. It does no I/O.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lmdaemon.clock import Clock, ServiceClock
+from lmdaemon.contract import Figures, SinksOf, StoreObserver
+from lmdaemon.log import Log
+from lmdaemon.model import Gate
+from lmdaemon.rules import OPEN_GATE, Changes, World, least
+
+SET_BACK_MS = 1000  # a wall clock that is behind the monotonic one by less has drifted, and was not set back
+
+log = Log("store")
+
+
+class Loaded(NamedTuple):
+    """What the tables say at the start. `committed_at` is the wall time of the last transaction, 0 without one."""
+
+    service_ms: int
+    committed_at: int
+    operators: Mapping[str, tuple[Figures, Gate]]
+    next_due_ms: int | None
+    next_lifetime_at: int | None
+    last_session: int
+
+
+class Projection:
+    """Figures, gates and deadlines as of the last commit. `observers` are told on the event loop, in their order."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.service_clock = ServiceClock(clock, 0)
+        self.sinks_of: SinksOf = lambda session: ()
+        self.configured: frozenset[str] = frozenset()
+        self.figures: dict[str, Figures] = {}
+        self.gates: dict[str, Gate] = {}
+        self.next_due_ms: int | None = None
+        self.next_lifetime_at: int | None = None
+        self.observers: tuple[StoreObserver, ...] = ()
+        self._last_session = 0  # the greatest number that a session has
+        self._committed_at = (clock.wall_ms(), clock.monotonic())
+
+    def load(self, found: "Loaded") -> None:
+        """Takes over what the tables say at the start."""
+        self.service_clock = ServiceClock(self._clock, found.service_ms)
+        self.figures = {name: figures for name, (figures, _) in found.operators.items()}
+        self.gates = {name: gate for name, (_, gate) in found.operators.items()}
+        self.next_due_ms, self.next_lifetime_at = found.next_due_ms, found.next_lifetime_at
+        self._last_session = found.last_session
+        if found.committed_at:
+            self._committed_at = (found.committed_at, self._clock.monotonic())
+
+    def observe(self, observer: StoreObserver) -> None:
+        """Tells one more of what is committed from now on."""
+        self.observers += (observer,)
+
+    def available(self, available: bool) -> None:
+        """While nothing can be stored, no touch can be acknowledged; so no idleness may pass either."""
+        if available:
+            self.service_clock.thaw("store")
+        else:
+            self.service_clock.freeze("store")
+
+    def measured(self, operations: int, took_s: float) -> None:
+        """A transaction of so many operations took so long, its sync included."""
+        for observer in self.observers:
+            observer.committed(operations, took_s)
+
+    @property
+    def live(self) -> int:
+        """Sessions that are active."""
+        return sum(figures.live for figures in self.figures.values())
+
+    def figures_of(self, operator: str) -> Figures:
+        return self.figures.get(operator) or Figures()
+
+    def gate(self, operator: str) -> Gate:
+        return self.gates.get(operator, OPEN_GATE)
+
+    @property
+    def set_back_ms(self) -> int:
+        """By how much the wall clock was set back since the last transaction, of this run or the one before; 0 if it
+        has only drifted. The next transaction puts every kept wait back with it.
+        """
+        wall_at, monotonic = self._committed_at
+        by_ms = wall_at + int((self._clock.monotonic() - monotonic) * 1000) - self._clock.wall_ms()
+        return by_ms if by_ms > SET_BACK_MS else 0
+
+    def world(self) -> World:
+        """What the next batch is decided with."""
+        return World(
+            service_ms=self.service_clock.now_ms(),
+            wall_at=self._clock.wall_ms(),
+            set_back_ms=self.set_back_ms,
+            last_session=self._last_session,
+            gates=self.gates,
+            configured=self.configured,
+            sinks_of=self.sinks_of,
+        )
+
+    def absorb(self, changes: Changes) -> None:
+        """Keeps up with a batch that was committed, and tells the observers."""
+        was_live = self.live > 0
+        self._last_session = changes.last_session
+        self._committed_at = (changes.world.wall_at, self._clock.monotonic())
+        if changes.world.set_back_ms:
+            log.warning("clock.set_back", by_s=changes.world.set_back_ms / 1000)
+            for observer in self.observers:
+                observer.wall_clock_set_back()
+        for name, figures in changes.figures.items():
+            total = self.figures.setdefault(name, Figures())
+            total.live += figures.live
+            total.pending += figures.pending
+            total.dead += figures.dead
+        self.gates.update(changes.gates)
+        for observer in self.observers:
+            for operator in changes.gates:
+                observer.gate_changed(operator)
+        self._absorb_deadlines(changes, was_live=was_live)
+        for observer in self.observers:
+            if changes.ends:
+                observer.sessions_ended(changes.ends)
+            for (operator, sink), due_at in changes.due.items():
+                observer.delivery_due(operator, sink, due_at)
+
+    def _absorb_deadlines(self, changes: Changes, *, was_live: bool) -> None:
+        if changes.swept:  # the sweep saw the whole index: what it found replaces what was believed
+            self.next_due_ms, self.next_lifetime_at = changes.next_due_ms, changes.next_lifetime_at
+            return
+        before = (self.next_due_ms, self.next_lifetime_at)
+        self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
+        self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
+        # Also when the first session opens: while none was live, nobody read the service clock.
+        if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
+            for observer in self.observers:
+                observer.deadline_nearer()

@@ -1,7 +1,8 @@
-# make run     serve with the shipped config.toml       make test   run the tests
+# make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one
 # make check   what CI runs: ruff, mypy --strict, tests, the fault suite in its short form, and the service on a systemd
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
-# make service-test   the service on a real systemd: needs root, debootstrap, systemd-container; else it says what
+# make service-test   the service on a real systemd, of Debian 12 and of 13; SUITE=trixie takes one of them. It needs root,
+#              debootstrap, systemd-container, and says so where they are missing
 # make fuzz    the parsers, guided by coverage, for SECONDS=60
 # make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
 #              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
@@ -11,9 +12,10 @@
 # make deb     the same as a Debian package, in dist/
 
 PYTHON ?= python3
-VENV := .venv
+# Each Python that is named has an environment of its own, so that none runs what was installed for another.
+VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 BIN := $(VENV)/bin
-BENCH_VENV := build/bench/venv
+BENCH_VENV := build/bench/venv$(VENV:.venv%=%)
 PREFIX ?= /opt/lmdaemon
 BINDIR ?= /usr/local/bin
 # A service needs an interpreter that its user can read; the first on root's own path may be root's own.
@@ -73,7 +75,7 @@ deb:
 	@PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)' sh systemd/deb/build.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file each, so that a second `make run` starts at once and a changed pyproject.toml installs again.
 $(VENV)/.run: pyproject.toml

@@ -137,6 +137,13 @@ def test_credentials_are_for_the_daemon_alone_and_change_at_a_restart(service: S
     service.event("config.reloaded")
     service.restart()
     assert (asked_with("first-token-7"), asked_with("second-token-8")) == (401, 200)
+    service.configure('restart_grace = "0s"', "restart_grace = 5")
+    assert rig.run("systemctl", "reload", UNIT, check=False).returncode != 0
+    service.configure("restart_grace = 5", 'restart_grace = "0s"')
+    service.configure('token_file = "api.tokens"', 'token_file = "misspelt"')
+    service.systemctl("reload", UNIT)  # only the daemon can know
+    assert "api.token_file: cannot be read" in service.event("config.reload_failed")["finding"]
+    assert asked_with("second-token-8") == 200
     assert "token-" not in service.said()
 
 

@@ -41,16 +41,16 @@ class Machine:
         self.home, self.state, self.roots, self.shared = home, home / "state", home / "root-only", home / "shared"
 
     def set_up(self) -> None:
-        for directory, mode, owner in ((self.state, 0o700, OWNER), (self.roots, 0o700, 0), (self.shared, 0o1777, 0)):
+        for directory, mode in ((self.state, 0o700), (self.roots, 0o700), (self.shared, 0o1777)):
             directory.mkdir()
             directory.chmod(mode)
-            os.chown(directory, owner, owner)
         (self.roots / "secret").write_text("of root's alone\n")
         (self.roots / "secret").chmod(0o600)
         configure(self.home)
-        os.chown(self.home / "api-token", OWNER, OWNER)
-        with daemon(self.home, user=OWNER, STATE_DIRECTORY=str(self.state)) as running:
+        with daemon(self.home, STATE_DIRECTORY=str(self.state)) as running:
             running.started().open("acme", "kept")
+        for path in (self.state, *self.state.iterdir()):
+            os.chown(path, OWNER, OWNER)
         assert self.run("backup", "copy").returncode == 0
 
     def run(self, *words: object) -> "subprocess.CompletedProcess[str]":

@@ -13,7 +13,7 @@ import sqlite3
 import ssl
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -108,13 +108,12 @@ async def bare(port: int, path: str) -> None:
 
 def make_table(path: Path, rows: int) -> None:
     """The smallest table that could hold sessions."""
-    with sqlite3.connect(path, isolation_level=None) as sql:
+    with closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("PRAGMA journal_mode = WAL")
         sql.execute("CREATE TABLE session (id TEXT PRIMARY KEY, seen INTEGER) WITHOUT ROWID")
         sql.execute("BEGIN")
         sql.executemany("INSERT INTO session VALUES (?, 0)", ((name,) for name in sorted(map(session_id, range(rows)))))
         sql.execute("COMMIT")
-    sql.close()
 
 
 def touch_rows(path: str, rows: int, seconds: float, seed: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from commands import COMMAND, Running, configure, daemon, environment, open_many
 from support import scripted_operator
 
 from lmdaemon import backup, rights
-from lmdaemon.database import APPLICATION_ID
+from lmdaemon.database import APPLICATION_ID, MIGRATIONS
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "complaint"),
     [
-        ("newer", "was written by a newer lmdaemon (schema 99; this one knows 1)"),
+        ("newer", f"was written by a newer lmdaemon (schema 99; this one knows {len(MIGRATIONS)})"),
         ("a stranger's", "is a database of another program (application_id 0x1)"),
         ("damaged", "the copy is damaged: CHECK constraint failed in session"),
         ("no database", "file is not a database"),

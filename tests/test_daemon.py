@@ -298,7 +298,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
                 assert "delivery.delivered" in daemon.log.read_text()
 
     asyncio.run(run())
-    with sqlite3.connect(tmp_path / "lmdaemon.sqlite3") as sql:
+    with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3")) as sql:
         assert sql.execute("SELECT state, attempts FROM delivery").fetchall() == [("delivered", 1)]
 
 

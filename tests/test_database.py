@@ -100,7 +100,7 @@ async def db(tmp_path: Path):
 
 
 def notes(path: Path) -> list[str]:
-    with sqlite3.connect(path) as sql:
+    with contextlib.closing(sqlite3.connect(path)) as sql:
         return [row[0] for row in sql.execute("SELECT text FROM note ORDER BY rowid")]
 
 
@@ -160,7 +160,7 @@ async def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
     broken = (*NOTES, "CREATE TABLE more (x);\nINSERT INTO nowhere VALUES (1);")
     with pytest.raises(DatabaseError, match="nowhere"):
         await open_notes(path, broken)
-    with sqlite3.connect(path) as sql:
+    with contextlib.closing(sqlite3.connect(path)) as sql:
         assert sql.execute("PRAGMA user_version").fetchone() == (1,)
         assert sql.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").fetchone() == (0,)
     assert path.read_bytes() == before
@@ -179,9 +179,8 @@ async def test_a_newer_file_is_refused_and_left_untouched(tmp_path: Path) -> Non
 
 async def test_another_programs_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
     path = tmp_path / "other.sqlite3"
-    with sqlite3.connect(path) as sql:
+    with contextlib.closing(sqlite3.connect(path)) as sql:
         sql.execute("CREATE TABLE theirs (x)")
-    sql.close()
     before = path.read_bytes()
     with pytest.raises(DatabaseError, match="another program"):
         await open_notes(path, NOTES)

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ async def found(db: Store, session_id: str = "s", operator: str = "acme") -> Ses
 class TestOpening:
     async def test_an_opened_session_is_on_disk_when_the_answer_comes(self, db: Store) -> None:
         assert (await db.open_session(opening())).outcome == "created"
-        with sqlite3.connect(db.path) as sql:
+        with closing(sqlite3.connect(db.path)) as sql:
             assert sql.execute("SELECT operator, session_id FROM session").fetchall() == [("acme", "s")]
 
     async def test_opening_the_same_again_is_a_touch_and_nothing_else(self, db: Store, clock: HandClock) -> None:

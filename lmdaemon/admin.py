@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lmdaemon import config
-from lmdaemon.client import Client
+from lmdaemon.client import ANY, Client
 from lmdaemon.command import (
     FAILED,
     STOPPED,
@@ -38,6 +38,13 @@ DELIVERY_COLUMNS = (
 )
 ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
+
+# What an answer has at least
+HEALTH = {"status": str, "checks?": {ANY: [{"status": str}]}}
+SESSION = {"sessionId": str, "state": str}
+DELIVERY = {"id": str, "state": str}
+OPERATOR = {"operator": str, "held": bool}
+
 _CHECK_HEAD = ("check", "status", "time")
 
 
@@ -59,10 +66,10 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
 
 @_asking
 async def status(client: Client, args: argparse.Namespace) -> int:
-    health = await client.call("GET", "health")
+    health = await client.call("GET", "health", shape=HEALTH)
     operators: list[Any] = []
     try:
-        operators = (await client.call("GET", "v1", "operators"))["items"]
+        operators = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR]}))["items"]
     except Failed as error:
         if health["status"] != "fail":
             raise
@@ -71,7 +78,7 @@ async def status(client: Client, args: argparse.Namespace) -> int:
         print_json({"health": health, "operators": operators})
     else:
         print(f"status: {health['status']} (lmdaemon {health.get('version', '?')})")
-        checks = [{"check": name, **check} for name, found in health.get("checks", {}).items() for check in found]
+        checks = [{**check, "check": name} for name, found in health.get("checks", {}).items() for check in found]
         for check in checks:
             figures = (f"{name}={cell(value)}" for name, value in check.items() if name not in _CHECK_HEAD)
             print(f"  {check['check']:10}  {check['status']:4}  {' '.join(figures)}".rstrip())
@@ -89,22 +96,29 @@ async def list_sessions(client: Client, args: argparse.Namespace) -> int:
 
 @_asking
 async def show_session(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("GET", *_session_path(args)), deliveries=DELIVERY_COLUMNS)
+    return show(
+        args,
+        await client.call("GET", *_session_path(args), shape=SESSION | {"deliveries": [DELIVERY]}),
+        deliveries=DELIVERY_COLUMNS,
+    )
 
 
 @_asking
 async def open_session(client: Client, args: argparse.Namespace) -> int:
     facts = {"playerId": args.player, "token": player_token(args), "idleTimeoutSeconds": args.idle_timeout}
     body = {name: value for name, value in facts.items() if value is not None}
-    return show(args, await client.call("PUT", *_session_path(args), body=body))
+    return show(args, await client.call("PUT", *_session_path(args), shape=SESSION, body=body))
 
 
 @_asking
 async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
+    shape = {"touched": int, "unknown": [str], "ended": [str]}
     for start in range(0, len(args.sessions), TOUCH_MAX):
         body = {"sessionIds": args.sessions[start : start + TOUCH_MAX]}
-        answer = await client.call("POST", "v1", "operators", args.operator, "sessions", "touch", body=body)
+        answer = await client.call(
+            "POST", "v1", "operators", args.operator, "sessions", "touch", shape=shape, body=body
+        )
         total = {name: total[name] + answer[name] for name in total}
     if args.json:
         print_json(total)
@@ -118,7 +132,7 @@ async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
 
 @_asking
 async def close_session(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", *_session_path(args), "close"))
+    return show(args, await client.call("POST", *_session_path(args), "close", shape=SESSION))
 
 
 @_asking
@@ -130,7 +144,11 @@ async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
 
 @_asking
 async def show_delivery(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("GET", "v1", "deliveries", args.delivery), history=ATTEMPT_COLUMNS)
+    return show(
+        args,
+        await client.call("GET", "v1", "deliveries", args.delivery, shape=DELIVERY | {"history": [{}]}),
+        history=ATTEMPT_COLUMNS,
+    )
 
 
 @_asking
@@ -140,19 +158,24 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
             "deliveries retry: give either the ID of a delivery or --operator, and --since only with --operator"
         )
     if args.delivery:
-        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry"))
+        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry", shape=DELIVERY))
     body = {"since": args.since} if args.since else {}
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "deliveries", "retry", body=body))
+    return show(
+        args,
+        await client.call(
+            "POST", "v1", "operators", args.operator, "deliveries", "retry", shape={"retried": int}, body=body
+        ),
+    )
 
 
 @_asking
 async def hold(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold"))
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold", shape=OPERATOR))
 
 
 @_asking
 async def release(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "release"))
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "release", shape=OPERATOR))
 
 
 def _session_path(args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """The private API of the running daemon, as its own commands use it. Called by `admin`."""
 
+import asyncio
 import ipaddress
 import json
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -13,12 +14,74 @@ from urllib.parse import quote, urlencode
 import aiohttp
 from yarl import URL
 
-from lmdaemon import tls
+from lmdaemon import peer, tls, trust
 from lmdaemon.command import Failed, Usage, reason, say
 from lmdaemon.config import Listen, Settings
 
 ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs
 PAGE_MAX = 1000  # rows in one answer of the private API
+
+ANY = "*"  # in a shape: whatever the names are
+PROBLEM = {"status": int, "title": str, "detail": str, "session?": {"state": str}}
+
+
+Shape = Any
+
+
+def fits(value: object, shape: Shape) -> bool:
+    """Whether JSON has a shape: a type or several, a list of a shape, or an object with these names at least.
+
+    A name with a question mark may be missing; ANY stands for each name there is.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    if not isinstance(value, dict):
+        return False
+    if ANY in shape:
+        return all(fits(item, shape[ANY]) for item in value.values())
+    return all(
+        fits(value[bare], inner) if (bare := name.rstrip("?")) in value else bare != name
+        for name, inner in shape.items()
+    )
+
+
+class _Checked(aiohttp.BaseConnector):
+    """Has every new connection checked before a request is sent on it. Raises what the check raises."""
+
+    check: Callable[[asyncio.BaseTransport], None]
+
+    async def _create_connection(self, *args: Any, **options: Any) -> Any:
+        protocol = await super()._create_connection(*args, **options)
+        try:
+            assert protocol.transport is not None  # noqa: S101 - it is connected
+            self.check(protocol.transport)
+        except BaseException:
+            protocol.close()
+            raise
+        return protocol
+
+
+class _Tcp(_Checked, aiohttp.TCPConnector):
+    def __init__(self, check: Callable[[asyncio.BaseTransport], None]) -> None:
+        super().__init__()
+        self.check = check
+
+
+class _Unix(_Checked, aiohttp.UnixConnector):
+    def __init__(self, path: str, check: Callable[[asyncio.BaseTransport], None]) -> None:
+        super().__init__(path)
+        self.check = check
+
+
+def _trusted(settings: Settings) -> frozenset[int]:
+    """Who may be the daemon: root, the caller, and the owners of the configuration and of the database's directory."""
+    owners = {0, os.geteuid()}
+    for path in (settings.file, settings.database.parent):
+        with suppress(OSError):
+            owners.add(path.stat().st_uid)
+    return frozenset(owners)
 
 
 class Client:
@@ -36,11 +99,12 @@ class Client:
         self._token = settings.api_tokens[0].secret.decode() if settings.api_tokens else None
         # With the daemon's credentials out of this user's reach, a refusal is no surprise, but should say so
         self._hints = [warning for warning in settings.warnings if warning.startswith("api.token_")]
+        self._trusted = _trusted(settings)
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(self._unix) if self._unix else aiohttp.TCPConnector(),
+            connector=_Unix(self._unix, self._check_peer) if self._unix else _Tcp(self._check_peer),
             headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
             timeout=aiohttp.ClientTimeout(total=ANSWER_WITHIN_S),
         )
@@ -49,10 +113,33 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
+    def _check_peer(self, transport: asyncio.BaseTransport) -> None:
+        """Raises Failed when who listens there is a stranger, before anything is sent: a token, or whose session it is.
+
+        Over TLS the certificate has told.
+        """
+        if transport.get_extra_info("ssl_object") is not None:
+            return
+        try:
+            owner = peer.listener(transport.get_extra_info("socket"))
+        except peer.NobodyError:
+            raise Failed(f"daemon not reachable at {self._address}: it has gone while it was asked") from None
+        if owner is not None and owner not in self._trusted:
+            ours = ", ".join(sorted(map(trust.user_name, self._trusted)))
+            raise Failed(
+                f"what listens at {self._address} belongs to {trust.user_name(owner)}, and nothing was sent to it: "
+                f"trusted are root, you, and whose the configuration and the database's directory are ({ours})"
+            )
+
     async def call(
-        self, method: str, *path: str, query: Mapping[str, object] | None = None, body: object = None
+        self,
+        method: str,
+        *path: str,
+        shape: Shape,
+        query: Mapping[str, object] | None = None,
+        body: object = None,
     ) -> Any:
-        """The JSON answered to one call; an error document is raised as Failed."""
+        """The JSON answered to one call, which has the shape; an error document is raised as Failed."""
         try:
             url = self._url(path, query or {})
             async with self._session.request(method, url, json=body, ssl=self._tls or True) as response:
@@ -76,32 +163,35 @@ class Client:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error
         try:
             answer = json.loads(content)
-        except ValueError:
-            raise Failed(f"what answers at {self._address} is no lmdaemon (status {status}, {kind})") from None
-        if kind == "application/problem+json":
+        except (ValueError, RecursionError):
+            answer = None
+        is_problem = kind == "application/problem+json"
+        if not fits(answer, PROBLEM if is_problem else shape):
+            raise Failed(f"what answers at {self._address} is no lmdaemon (status {status}, {kind})")
+        if is_problem:
             raise Failed("; ".join([_problem(answer), *(self._hints if status == 401 else ())]))
         return answer
 
     async def pages(self, wanted: int | None, *path: str, query: Mapping[str, object]) -> AsyncIterator[list[Any]]:
         """A list page by page, up to `wanted` rows; says so when there are more. None: all."""
+        shape: Shape = {"items": [{}], "next": (str, type(None))}
         after: str | None = None
         left = wanted
         while left is None or left > 0:
             limit = PAGE_MAX if left is None else min(left, PAGE_MAX)
-            page = await self.call("GET", *path, query={**query, "limit": limit, "after": after})
+            page = await self.call("GET", *path, shape=shape, query={**query, "limit": limit, "after": after})
             yield page["items"]
             after = page["next"]
-            if after is None:
+            if after is None or not page["items"]:
                 return
             left = None if left is None else left - len(page["items"])
         say(f"lmdaemon: {wanted} shown, there are more: --limit N or --all")
 
     def _url(self, path: Sequence[str], query: Mapping[str, object]) -> Any:
         given = {name: value for name, value in query.items() if value is not None}
-        # Encoded here, byte by byte: an id may contain a slash, or not be UTF-8, which the daemon refuses. And taken as
-        # it is: an id may be "..", which a URL would resolve.
-        parameters = urlencode(given, errors="surrogateescape")
-        return URL(f"{self._base}/{'/'.join(map(_segment, path))}?{parameters}", encoded=True)
+        # Encoded here, and taken as it is: an id may contain a slash, or be "..", which a URL would resolve.
+        parameters = urlencode(given)
+        return URL(f"{self._base}/{'/'.join(quote(part, safe='') for part in path)}?{parameters}", encoded=True)
 
 
 def _context(settings: Settings, cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
@@ -137,12 +227,8 @@ def _base_url(listen: Listen, scheme: str) -> str:
     return f"{scheme}://[{host}]:{listen.port}" if ":" in host else f"{scheme}://{host}:{listen.port}"
 
 
-def _segment(text: str) -> str:
-    return quote(os.fsencode(text), safe="")
-
-
 def _problem(document: Mapping[str, Any]) -> str:
     """An RFC 9457 document as one line; an ended session in it is named with its end."""
     line = f"{document.get('status')} {document.get('title')}: {document.get('detail')}"
     session = document.get("session") or {}
-    return line + (f" ({session['reason']}, {session['endedAt']})" if session.get("endedAt") else "")
+    return line + (f" ({session.get('reason')}, {session['endedAt']})" if session.get("endedAt") else "")

@@ -15,7 +15,7 @@ LEVELS = {
     | {"answers"}
     | {"documents", "rows", "rules", "batches", "contract", "projection", "resolver", "tls", "egress", "target"}
     | {"handshakes"}
-    | {"textfile", "trust", "bodies", "rights", "pages"}
+    | {"textfile", "trust", "peer", "bodies", "rights", "pages"}
     | {"__init__"},
     0: {"model", "version", "causes", "quota"},
 }

@@ -3,6 +3,7 @@
 Called by `listener`. Either loop's own TLS does the work.
 """
 
+import socket
 import ssl
 from asyncio import sslproto
 from typing import Any
@@ -36,10 +37,11 @@ _WORDS = {
 REASONS = (*dict.fromkeys(_WORDS.values()), "refused_by_peer", "closed", "timeout", "other")
 
 
-def options(context: ssl.SSLContext | None) -> dict[str, Any]:
-    """For `connect_accepted_socket`: with a context it speaks TLS."""
+def options(context: ssl.SSLContext | None, accepted: socket.socket) -> dict[str, Any]:
+    """For `connect_accepted_socket`, in a task of its own: with a context it speaks TLS."""
     if context is None:
         return {}
+    tls.handshaking.set(accepted)
     return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S, "ssl_shutdown_timeout": GOODBYE_TIMEOUT_S}
 
 

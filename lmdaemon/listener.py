@@ -355,7 +355,7 @@ class Site(web.BaseSite):
         connection, context = Connection(server, self, address), self.tls
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection, accepted, **handshakes.options(context)
+                lambda: connection, accepted, **handshakes.options(context, accepted)
             )
         except OSError as error:  # the handshake failed, or the client has gone
             if context is None:

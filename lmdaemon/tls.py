@@ -8,15 +8,22 @@ the content of a file into an error.
 import base64
 import hashlib
 import re
+import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EXPIRES_SOON = timedelta(days=21)  # before its end a certificate is warned about
+_USE_HTTPS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 29\r\nConnection: close\r\n\r\n"
+    b"This address speaks https://\n"
+)
 _NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
 _PEM = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", re.DOTALL)
 
@@ -88,9 +95,10 @@ def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path 
 
     Raises OSError; ssl.SSLError is one.
     """
-    context = _alike(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca_file))
+    context = _alike(ServerContext(ssl.PROTOCOL_TLS_SERVER))
     context.options |= ssl.OP_NO_RENEGOTIATION  # which TLS 1.2 lets a client ask for as often as it likes
     if client_ca_file is not None:
+        context.load_verify_locations(client_ca_file)
         context.verify_mode = ssl.CERT_REQUIRED
     _load_pair(context, cert_file, key_file)
     return context
@@ -108,6 +116,44 @@ def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
 
 def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
     context.load_cert_chain(cert_file, key_file, password="")  # an empty one: OpenSSL would ask on the terminal
+
+
+# The socket of the connection on which a handshake is begun in this context
+handshaking: ContextVar[socket.socket] = ContextVar("handshaking")
+
+
+class ServerContext(ssl.SSLContext):
+    """Tells the peer of a handshake why it fails. Neither loop does: they close the connection and leave the alert that
+    OpenSSL has made in its buffer, so that all that a client without a certificate sees is an end.
+    """
+
+    def __init__(self, protocol: int) -> None:  # SSLContext has taken it already, in __new__
+        super().__init__()
+        self.sslobject_class = _Handshake
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **options: Any) -> ssl.SSLObject:
+        wrapped = super().wrap_bio(incoming, outgoing, *args, **options)
+        if isinstance(wrapped, _Handshake):
+            wrapped.alerts, wrapped.peer = outgoing, handshaking.get(None)
+        return wrapped
+
+
+class _Handshake(ssl.SSLObject):
+    alerts: ssl.MemoryBIO
+    peer: socket.socket | None
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            told = _USE_HTTPS if error.reason == "HTTP_REQUEST" else self.alerts.read()
+            if self.peer is not None and told:
+                with suppress(OSError):
+                    self.peer.send(told)
+            raise
+        self.peer = None
 
 
 def unusable(error: OSError) -> str:

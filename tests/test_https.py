@@ -232,7 +232,40 @@ async def test_a_client_must_show_a_certificate_of_the_authority(tmp_path: Path,
                     assert event.facts["reason"] == reason
 
 
-async def test_a_client_that_does_not_trust_us_is_told(tmp_path: Path, ca: Files) -> None:
+@pytest.mark.parametrize(
+    ("version", "alert"),
+    [
+        (ssl.TLSVersion.TLSv1_2, "SSLV3_ALERT_HANDSHAKE_FAILURE"),
+        (ssl.TLSVersion.TLSv1_3, "TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+    ],
+)
+async def test_a_client_is_told_why_it_is_refused(
+    tmp_path: Path, ca: Files, version: ssl.TLSVersion, alert: str
+) -> None:
+    context = tls.client_context(ca.cert, None, None)
+    context.maximum_version = version
+
+    def ask(port: int) -> None:
+        raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+        with context.wrap_socket(raw, server_hostname="localhost", do_handshake_on_connect=False) as secured:
+            secured.do_handshake()
+            secured.recv(1)  # TLS 1.3 tells behind the handshake
+
+    async with serving_tls(tmp_path, make(tmp_path, "own", ca), ca) as daemon:
+        with pytest.raises(ssl.SSLError) as caught:
+            await asyncio.to_thread(ask, daemon.daemon.addresses["server"][1])
+    assert caught.value.reason == alert
+
+
+async def test_plain_http_is_told_to_use_https(tmp_path: Path, ca: Files) -> None:
+    async with serving_tls(tmp_path, make(tmp_path, "own", ca)) as daemon, connected(daemon.server, None) as peer:
+        await peer.send(ASK)
+        answer = await peer.answer()
+        assert (answer.status, answer.body) == (400, b"This address speaks https://\n")
+        assert await peer.rest() == b""
+
+
+async def test_a_client_that_does_not_trust_us_is_heard(tmp_path: Path, ca: Files) -> None:
     """One that says so, as OpenSSL's own clients do. Python's hang up without a word."""
     own = make(tmp_path, "own", ca)
     strange = ssl.create_default_context(cafile=make(tmp_path, "strange", authority=True).cert)

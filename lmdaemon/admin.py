@@ -36,7 +36,7 @@ DELIVERY_COLUMNS = (
     "settledAt",
     "lastError",
 )
-ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error")
+ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error", "detail", "answer")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 
 # What an answer has at least

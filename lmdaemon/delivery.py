@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 from uuid import uuid4
 
-from lmdaemon import retry
+from lmdaemon import masks, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings
 from lmdaemon.contract import NewDelivery, Settled, Settlement, StoreError, StoreObserver
@@ -456,7 +456,7 @@ class Dispatcher(StoreObserver):
             status, headers, body, complete = await self._sender.post(operator, row.webhook_id, row.body)
         except Unreachable as error:
             return retry.Outcome("retry", error.cause, detail=error.detail)
-        return retry.judge(
+        outcome = retry.judge(
             status,
             body,
             complete=complete,
@@ -464,6 +464,10 @@ class Dispatcher(StoreObserver):
             now_s=self._clock.wall_ms() / 1000,
             final=operator.sends.codes.final,
         )
+        if outcome.verdict == "delivered":
+            return outcome
+        text = masks.of_notice(operator, row.token, row.body).text_of(body, complete=complete)
+        return outcome._replace(answer=text[: masks.SHOWN_MAX])
 
     async def _call(self, lane: Lane, row: Delivery) -> retry.Outcome:
         assert lane.plugin is not None  # noqa: S101 - a lane without one posts
@@ -578,7 +582,7 @@ def _json_object(text: str | None) -> Mapping[str, Any]:
 
 
 def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
-    """The history's entry of an attempt that began then."""
+    """The history's entry of an attempt that began then. One that failed has what was answered, None if nothing was."""
     attempt = {
         "at": began_at,
         "durationMs": outcome.duration_ms,
@@ -586,7 +590,9 @@ def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
         "code": outcome.code,
         "error": outcome.reason or None,
     }
-    return attempt | ({"detail": outcome.detail} if outcome.detail else {})
+    if outcome.verdict == "delivered":
+        return attempt
+    return attempt | ({"detail": outcome.detail} if outcome.detail else {}) | {"answer": outcome.answer}
 
 
 def _shown_url(lane: Lane) -> str | None:

@@ -52,7 +52,13 @@ def delivery_document(delivery: Delivery, gate: Gate) -> dict[str, Any]:
 
 def history_document(delivery: Delivery) -> list[dict[str, Any]]:
     """The attempts that are kept, the oldest first."""
-    return [attempt | {"at": rfc3339(attempt["at"])} for attempt in orjson.loads(delivery.history)]
+    return [_attempt_document(attempt) for attempt in orjson.loads(delivery.history)]
+
+
+def _attempt_document(attempt: dict[str, Any]) -> dict[str, Any]:
+    """As stored; of a failure that an older version stored, the answer is not known."""
+    unknown = {"answer": None} if attempt["error"] is not None else {}
+    return unknown | attempt | {"at": rfc3339(attempt["at"])}
 
 
 def read_time(text: str) -> int:

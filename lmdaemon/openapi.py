@@ -9,6 +9,7 @@ from typing import Any
 
 from lmdaemon.config import Listen, Operator, Settings, endpoint_key
 from lmdaemon.dialects import REQUEST_MAX, Dialect
+from lmdaemon.masks import SHOWN_MAX
 from lmdaemon.model import ID_MAX, TOKEN_MAX
 from lmdaemon.version import __version__
 
@@ -529,6 +530,10 @@ def _schemas(operators: Sequence[Operator]) -> Json:
             status=_or_null({"type": "integer"}),
             code=_or_null({"type": "number"}),
             error=_or_null({"type": "string"}),
+            detail={"type": "string", "description": "What is known of the error besides."},
+            answer=_or_null({"type": "string", "maxLength": SHOWN_MAX})
+            | {"description": "Of a failure: how the answer began, secrets masked; null if there was none."},
+            optional=["detail", "answer"],
         ),
         "Operator": _operator(),
         "Problem": _object(

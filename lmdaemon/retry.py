@@ -27,7 +27,7 @@ Verdict = Literal["delivered", "final", "retry", "hold"]
 
 class Outcome(NamedTuple):
     """What one attempt came to. `code` is the answered error code, `reason` a word of
-    `causes`, `detail` what is known besides."""
+    `causes`, `detail` what is known besides, `answer` the beginning of what was answered, masked."""
 
     verdict: Verdict
     reason: str = ""
@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     retry_after_s: float | None = None
     duration_ms: int = 0
     detail: str = ""
+    answer: str | None = None
 
 
 def judge(

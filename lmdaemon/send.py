@@ -7,21 +7,20 @@ answer repeats it.
 import argparse
 import asyncio
 import json
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from html import escape
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlencode, urlsplit
+from urllib.parse import urlencode
 from uuid import uuid4
 
-from lmdaemon import config, target
+from lmdaemon import config, masks, target
 from lmdaemon.clock import Clock
 from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
 from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration
 from lmdaemon.delivery import compose
 from lmdaemon.dialects import SHIPPED, CannotEncode
 from lmdaemon.log import NOT_A_URL, safe_url
+from lmdaemon.masks import MASK, fields_of, query_of
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
 from lmdaemon.sender import Sender, Unreachable, request_headers
@@ -29,7 +28,6 @@ from lmdaemon.target import Target
 from lmdaemon.tls import Profile
 
 _Struct = TypeVar("_Struct", Operator, Policy)
-MASK = "***"
 ANSWER_HEADERS = (
     "Allow",
     "Content-Encoding",
@@ -243,19 +241,10 @@ def _headers_of_aiohttp(operator: Operator, body: bytes) -> dict[str, str]:
 def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange: Exchange) -> dict[str, Any]:
     """Both sides as they may be shown to anybody: with token, hash, signatures and the URL's secrets masked."""
     outcome = exchange.outcome
-    fields = _body_fields(operator, body)
-    signatures = [one.partition(",")[2] for one in exchange.headers.get("webhook-signature", "").split()]
-    mask = _Mask(
-        session.token,
-        operator.hash_key,
-        fields.get(operator.sends.fields.get("hash", "")),
-        *signatures,
-        *_secrets_of_url(operator),
-    )
+    mask = masks.of_notice(operator, session.token, body)
     answer = None
     if exchange.answer is not None:
         status, received, content, complete = exchange.answer
-        text = mask(content.decode("utf-8", "replace"))
         answer = {
             "status": status,
             "headers": {
@@ -263,8 +252,7 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
                 for name in ANSWER_HEADERS
                 if name in received
             },
-            # What was cut off may have been the rest of an echoed secret
-            "body": text if complete else text[: max(0, len(text) - mask.longest)],
+            "body": mask.text_of(content, complete=complete),
             "complete": complete,
         }
     return {
@@ -272,7 +260,7 @@ def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange:
             "method": "POST",
             "url": _shown_url(operator.url),
             "headers": {name: _shown_header(name, value, mask) for name, value in exchange.headers.items()},
-            "body": _masked_body(operator, fields),
+            "body": _masked_body(operator, fields_of(operator, body)),
         },
         "answer": answer,
         "verdict": outcome.verdict,
@@ -287,11 +275,6 @@ def _shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
     if name == "Authorization":  # also where user and password are too short to be told from other text
         return f"Basic {MASK}"
     return value if name == "Host" else mask(value)
-
-
-def _body_fields(operator: Operator, body: bytes) -> dict[str, str]:
-    text = body.decode()
-    return json.loads(text) if operator.sends.content == "json" else dict(parse_qsl(text, keep_blank_values=True))
 
 
 def _masked_body(operator: Operator, fields: Mapping[str, str]) -> str:
@@ -309,55 +292,8 @@ def _shown_url(url: str) -> str:
     """
     path = url.partition("#")[0].partition("?")[0]
     shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
-    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in _query_of(url))
+    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in query_of(url))
     return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown
-
-
-def _query_of(url: str) -> list[tuple[str, str]]:
-    """The query's names and values as they stand; a part without `=` may be a secret, so it is a value without name."""
-    parts = url.partition("#")[0].partition("?")[2].split("&")
-    return [
-        (name, value) if equals else ("", name)
-        for part in parts
-        if part
-        for name, equals, value in [part.partition("=")]
-    ]
-
-
-def _secrets_of_url(operator: Operator) -> list[str]:
-    """User, password and the query's values, as they are written in the URL and decoded."""
-    user_info = urlsplit(operator.url).netloc.rpartition("@")[0]
-    written = [*user_info.split(":", 1), *(value for _, value in _query_of(operator.url))]
-    basic = operator.target.authorization if operator.target is not None else None
-    found = [*written, *map(unquote, written), *map(unquote_plus, written), (basic or "").removeprefix("Basic ")]
-    return [value for value in found if len(value) >= 4]  # a shorter one is no secret, and stands everywhere
-
-
-class _Mask:
-    """Replaces secrets, in every spelling in which a server may echo them: as they are, and escaped as in JSON, in a
-    URL, a form or HTML.
-    """
-
-    def __init__(self, *secrets: str | None) -> None:
-        spellings = {spelling for secret in secrets if secret for spelling in _spellings(secret)}
-        longest_first = sorted(spellings, key=len, reverse=True)
-        self.longest = len(longest_first[0]) if longest_first else 0
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)", re.IGNORECASE)
-
-    def __call__(self, text: str) -> str:
-        return self._pattern.sub(MASK, text)
-
-
-def _spellings(secret: str) -> Iterator[str]:
-    yield secret
-    for ascii_only in (True, False):
-        in_json = json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
-        yield in_json
-        yield in_json.replace("/", "\\/")
-    yield quote(secret)
-    yield quote(secret, safe="")
-    yield quote_plus(secret)
-    yield escape(secret)
 
 
 def _print_exchange(shown: Mapping[str, Any]) -> None:

@@ -833,7 +833,14 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
     assert shown == listed | {"history": shown["history"]}
     assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, 120)
     assert shown["history"] == [
-        {"at": "2026-09-21T14:13:20.000Z", "durationMs": 0, "status": 200, "code": 120, "error": "code_120"}
+        {
+            "at": "2026-09-21T14:13:20.000Z",
+            "durationMs": 0,
+            "status": 200,
+            "code": 120,
+            "error": "code_120",
+            "answer": '{"error": 120, "description": "no"}',
+        }
     ]
 
 

@@ -240,6 +240,93 @@ class TestHostileAnswers:
             assert row.last_error in ("connection_lost", "incomplete_answer")
 
 
+class TestHistory:
+    """Of an attempt that failed, the beginning of what was answered is kept, without the notice's secrets."""
+
+    async def answers(self, tmp_path: Path, clock: HandClock, *script: Any, **keys: Any) -> list[dict[str, Any]]:
+        """The entries of as many attempts."""
+        async with scripted_operator(*script) as operator:
+            url = operator.url.replace("http://", "http://user:pass-w0rd@") + "?key=in-the-query"
+            async with bench(tmp_path, clock, operator_table("acme", url, **keys)) as b:
+                await b.end()
+                for _ in script:
+                    await b.round()
+                    await b.skip_to(await b.row())
+                history: list[dict[str, Any]] = json.loads((await b.row()).history)
+                assert len(history) == len(script)
+                return history
+
+    async def test_a_failure_keeps_what_was_answered_and_a_success_does_not(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        script: list[Any] = [
+            {"error": 100, "description": "später"},
+            web.Response(status=503, text="<html>"),
+            web.Response(status=204),
+            web.Response(status=500, body=b"\xef\xbb\xbf\xff\0\n"),
+            {"error": 0},
+        ]
+        history = await self.answers(tmp_path, clock, *script, schedule=["1s"] * 9)
+        kept = [entry.get("answer", "none is kept") for entry in history]
+        assert kept == ['{"error": 100, "description": "sp\\u00e4ter"}', "<html>", "", "\ufffd\0\n", "none is kept"]
+        assert all("detail" not in entry for entry in history)
+
+    async def test_without_an_answer_there_is_none_but_what_is_known_besides(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
+            await b.end()
+            await b.round()
+            (entry,) = json.loads((await b.row()).history)
+            assert (entry["error"], entry["answer"]) == ("connect", None)
+            assert "Connect call failed" in entry["detail"]
+
+    @pytest.mark.parametrize("before", [0, 240, 250, 255, 256])
+    async def test_a_secret_is_masked_wherever_the_text_is_cut(
+        self, tmp_path: Path, clock: HandClock, before: int
+    ) -> None:
+        async def echo(request: web.Request) -> web.Response:
+            token = json.loads(await request.read())["token"]
+            secrets = f"{token} {request.headers['Authorization']} {request.query['key']} user pass-w0rd"
+            return web.Response(status=500, text="." * before + secrets + "." * 300)
+
+        (entry,) = await self.answers(tmp_path, clock, echo)
+        masked = "." * before + "*** Basic *** *** *** ***" + "." * 300
+        assert entry["answer"] == masked[:256]
+
+    @pytest.mark.parametrize("before", [0, 1, 100, 250])
+    async def test_of_a_secret_of_which_a_part_is_read_nothing_is_kept(
+        self, tmp_path: Path, clock: HandClock, before: int
+    ) -> None:
+        """The whole ones before it are masked, so that it comes to stand among the first 256 characters."""
+        token = "T0k3n" * 700
+
+        async def echo(_: web.Request) -> web.Response:
+            return web.Response(status=500, text="." * before + token * 9)
+
+        async with scripted_operator(echo) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.db.open_session(store.Opening("acme", "s", "p", token, None, 10_000, 0))
+                await b.db.end("acme", "s")
+                await b.round()
+                (entry,) = json.loads((await b.row()).history)
+                assert entry["answer"] == ("." * before + "***" * 4)[:256]
+
+    async def test_the_latest_fifty_are_kept_within_bounds(self, tmp_path: Path, clock: HandClock) -> None:
+        script = [web.Response(status=500, body=b"\0" * 20_000) for _ in range(52)]
+        async with scripted_operator(*script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, schedule=["1s"] * 99)) as b:
+                await b.end()
+                for _ in script:
+                    await b.round()
+                    await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                    await b.skip_to(await b.row())
+                row = await b.row()
+                assert row.attempts == 52
+                assert [len(entry["answer"]) for entry in json.loads(row.history)] == [256] * 50
+                assert len(row.history) < 100_000
+
+
 class TestGate:
     async def test_gone_holds_the_operator_and_spends_no_attempt(self, tmp_path: Path, clock: HandClock) -> None:
         async with scripted_operator(web.Response(status=410)) as operator:

@@ -12,7 +12,7 @@ LEVELS = {
     3: {"endpoint", "api", "sweeper", "delivery", "health"},  # the doers never import each other
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
-    | {"answers"}
+    | {"answers", "masks"}
     | {"documents", "rows", "rules", "batches", "contract", "projection", "resolver", "tls", "egress", "target"}
     | {"handshakes"}
     | {"textfile", "trust", "peer", "bodies", "rights", "pages"}

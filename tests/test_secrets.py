@@ -4,6 +4,7 @@ level and broken files, and every byte it lets out is searched for them.
 
 import base64
 import contextlib
+import html
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,7 +99,10 @@ def echoing_wallet() -> Iterator[str]:
             echo = json.dumps({"path": self.path, "body": body, "headers": dict(self.headers)})
             Handler.answers += 1
             status, error = ((200, 100), (302, 0), (500, 7), (429, 1), (200, 0))[Handler.answers % 5]
-            answer = json.dumps({"error": error, "description": echo}).encode()
+            # In one notation after the other, and so that the beginning that is kept ends within each part of it
+            written = (str, html.escape, urllib.parse.quote, lambda text: text * 40)[Handler.answers % 4]
+            description = written("." * (Handler.answers * 7 % 256) + echo)
+            answer = json.dumps({"error": error, "description": description}).encode()
             self.send_response(status, "Answer")
             self.send_header("Location", f"http://wallet.example/?{QUERY}")
             self.send_header("Content-Length", str(len(answer)))
@@ -234,6 +239,7 @@ def look(spy: Spy) -> None:
     for number in (1, 2, 3):
         for (webhook_id,) in spy.daemon.rows("SELECT 'msg_' || id || '_' || nonce FROM delivery WHERE id = ?", number):
             spy.ask("GET", f"{spy.daemon.api}/v1/deliveries/{webhook_id}")
+            spy.run("deliveries", "show", webhook_id)
     for words in (
         ["check-config"],
         ["check-config", "--json"],
@@ -261,6 +267,9 @@ def test_no_secret_leaves_the_daemon_whatever_happens(daemon: Process) -> None:
     wait_for(lambda: len(daemon.events("daemon.serving")) == 2)
     live(spy)
     spy.run("backup", str(daemon.directory / "backup.sqlite3"))
+    kept = [json.loads(history) for (history,) in daemon.rows("SELECT history FROM delivery WHERE sink = 'http'")]
+    assert len([attempt for history in kept for attempt in history if "***" in (attempt.get("answer") or "")]) > 2
+    assert clean(json.dumps(kept).encode())
     assert daemon.stop() == 0
     # A file that is damaged, and one that another has: the reasons are shown
     daemon.path.write_bytes(b"SQLite format 3\0" + PLAYER.encode() * 1000)

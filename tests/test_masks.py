@@ -1,0 +1,114 @@
+"""Secrets are hidden whatever notation a server sends them back in, and no part of one is left."""
+
+import html
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support import load, operator_table
+
+from lmdaemon import masks
+from lmdaemon.dialects import hash_of
+from lmdaemon.masks import MASK, Mask
+from lmdaemon.model import id_problem
+
+NOTATIONS: dict[str, Callable[[str], str]] = {
+    "json": lambda text: json.dumps(text)[1:-1],
+    "json in utf-8": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    "json of PHP": lambda text: json.dumps(text)[1:-1].replace("/", "\\/"),
+    "json of .NET": lambda text: "".join(
+        one if one.isalnum() and one.isascii() else json.dumps(one)[1:-1] if ord(one) > 127 else f"\\u{ord(one):04X}"
+        for one in text
+    ),
+    "url": quote,
+    "url's part": lambda text: quote(text, safe=""),
+    "url in small letters": lambda text: quote(text, safe="").lower() if text.islower() else quote(text),
+    "form": quote_plus,
+    "html": html.escape,
+    "html of PHP": lambda text: html.escape(text).replace("&#x27;", "&#039;"),
+    "html of Go": lambda text: html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+    "html in numbers": lambda text: "".join(one if one.isalnum() else f"&#{ord(one)};" for one in text),
+}
+SECRETS = st.text(min_size=1, max_size=40).filter(lambda text: not id_problem(text, 4096))
+AWKWARD = ["tök/en+1==", 'a"b\\c', "\\", "\\\\\\n", "&amp;x", "%41", "a b", "😀 x", "***", "-", "é" * 20, "ΑΣ"]
+
+
+@pytest.mark.parametrize("secret", AWKWARD)
+@pytest.mark.parametrize("notation", NOTATIONS)
+def test_an_awkward_secret_is_hidden_in_each_notation(secret: str, notation: str) -> None:
+    spelt = NOTATIONS[notation](secret)
+    assert Mask([secret])(f"<{spelt}>") == f"<{MASK}>"
+
+
+@given(SECRETS, st.sampled_from(list(NOTATIONS)), st.sampled_from(list(NOTATIONS)))
+def test_a_secret_is_hidden_in_a_notation_within_another(secret: str, inner: str, outer: str) -> None:
+    """But for what nobody writes: HTML within a URL, and what is escaped in numbers within numbers."""
+    assume(not (outer.startswith(("url", "form", "html in numbers", "json of .NET")) and inner.startswith("html")))
+    assume(not (outer.startswith(("html in numbers", "json of .NET")) and inner != outer))
+    spelt = NOTATIONS[outer](NOTATIONS[inner](secret))
+    mask = Mask([secret])
+    assert mask(f"<{spelt}>") == f"<{MASK}>"
+    assert len(spelt) <= mask.longest
+
+
+@given(SECRETS, st.integers(0, 60))
+def test_of_a_secret_that_was_cut_off_nothing_is_left(secret: str, cut: int) -> None:
+    cut_off = ("." * 20 + secret)[: 20 + cut]
+    shown = Mask([secret]).text_of(cut_off.encode(), complete=False)
+    assert set(shown) <= {".", "*"}
+
+
+def test_other_text_stays_as_it_is() -> None:
+    text = json.dumps({"error": 7, "description": 'no such "player" – ç\\ %41 &amp; \n'})
+    assert Mask(["tok-3n", "secret/+="])(text) == text
+    assert Mask([])(text) == Mask(["", None])(text) == text
+    assert Mask([]).text_of(b"\xef\xbb\xbfa\xff", complete=True) == "a\ufffd"
+
+
+def test_text_made_to_be_slow_is_not(tmp_path: Path) -> None:
+    """Not a time on this machine: eight times the text may not take a hundred times as long."""
+
+    def took(size: int) -> float:
+        best = 1.0
+        for _ in range(3):
+            began = time.process_time()
+            for unit in ("\\", "&amp;", "%25", "0", "&#0"):
+                for secret in ('"a', "\\a", '\\\\\\"""a', "&&a", "%%a", "0a", " a"):
+                    Mask([secret])("a" + unit * size)
+            best = min(best, time.process_time() - began)
+        return best
+
+    took(100)
+    assert took(8000) < 100 * took(1000)
+
+
+def test_what_a_notice_holds_and_was_made_with_is_hidden(tmp_path: Path) -> None:
+    for name, text in (("hash.key", "the-hash-key"), ("signing", "whsec_" + "A" * 44)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    toml = operator_table(
+        "acme",
+        "http://user:p%40ss@wallet.example/path?key=in-the%2Fquery&alone",
+        dialect="pragmatic",
+        accept=["pragmatic"],
+        hash_key_file="hash.key",
+        signing_secret_file="signing",
+    )
+    operator = load(tmp_path / "config.toml", toml).operators["acme"]
+    fields = {"providerId": "acme", "sessionId": "s", "playerId": "p", "token": "the/token"}
+    hashed = hash_of(fields.items(), "hash", "the-hash-key")
+    body = f"hash={hashed}&providerId=acme&sessionId=s&playerId=p&token=the%2Ftoken".encode()
+    mask = masks.of_notice(operator, None, body)
+    secrets = ["the/token", hashed, hashed.upper(), "the-hash-key", "A" * 44, "user", "p@ss", "p%40ss"]
+    secrets += ["in-the/query", "in-the%2Fquery", "alone", "dXNlcjpwQHNz"]
+    assert [secret for secret in secrets if mask(f"({secret})") != f"({MASK})"] == []
+    signature = "v1,K5oZfzN95Z9UVu1EsfQmfVNQhnkZ2pj9o9NDN/H/pI4="
+    for spelt in (signature, quote(signature, safe=""), json.dumps(signature).replace("/", "\\/")[1:-1]):
+        comma = spelt[2:].partition("K5")[0]
+        assert mask(f"signature: {spelt} {spelt}.") == f"signature: v1{comma}{MASK} v1{comma}{MASK}."
+    assert mask("sessionId=s&playerId=p&providerId=acme") == "sessionId=s&playerId=p&providerId=acme"

@@ -18,7 +18,7 @@ from lmdaemon.dialects import without_mark
 MASK = "***"
 SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
 _SPELLING_MAX = 100  # what a character that is no letter may become
-_LETTERS = re.compile(r"[A-Za-z0-9]+")
+_LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # what every notation leaves as it is
 
 
 class Mask:
@@ -28,13 +28,18 @@ class Mask:
         self._secrets = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
-        return self._pattern(text).sub(MASK, text)
+        pattern = self._pattern(text)
+        return text if pattern is None else pattern.sub(MASK, text)
 
-    def _pattern(self, text: str) -> re.Pattern[str]:
-        """Finds those that may be in the text: making it costs much more than seeing that its letters are nowhere."""
+    def _pattern(self, text: str) -> re.Pattern[str] | None:
+        """Finds those that may be in the text, if any: making it costs far more than seeing that no letters of theirs
+        are there.
+        """
         folded = text.casefold()
-        found = [secret for secret in self._secrets if _letters(secret).casefold() in folded]
-        return re.compile("|".join([*map(_pattern, found), _SIGNATURE]), re.IGNORECASE) if found else _SIGNED
+        found = [_pattern(secret) for secret in self._secrets if _letters(secret).casefold() in folded]
+        if "v1" in folded:
+            found.append(_SIGNATURE)
+        return re.compile("|".join(found), re.IGNORECASE) if found else None
 
     @cached_property
     def longest(self) -> int:
@@ -46,9 +51,10 @@ class Mask:
         text = without_mark(body).decode("utf-8", "replace")
         pattern = self._pattern(text)
         if not complete:
-            whole_until = max((match.end() for match in pattern.finditer(text)), default=0)
+            whole = pattern.finditer(text) if pattern is not None else ()
+            whole_until = max((match.end() for match in whole), default=0)
             text = text[: max(whole_until, len(text) - self.longest)]
-        return pattern.sub(MASK, text)
+        return text if pattern is None else pattern.sub(MASK, text)
 
 
 def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
@@ -100,8 +106,9 @@ def _pattern(secret: str) -> str:
 # All repetition is bounded, for the text is a stranger's. A notation within another doubles backslashes, writes % as
 # %25 and & as &amp;, and the characters of the inner one in its own way: up to three of them are known.
 _PERCENT = "%(?:25){0,3}"
+_PLAIN_BACKSLASH = rf"(?:\\|{_PERCENT}5c|&(?:amp;){{0,3}}\#(?:0{{0,5}}92|x0{{0,5}}5c);)"
+_BACKSLASH = f"(?:{_PLAIN_BACKSLASH}{{1,8}}(?:u005c){{1,3}}|{_PLAIN_BACKSLASH})"
 _AMPERSAND = r"(?:&|\\{0,8}u0026)(?:amp;){0,3}"
-_BACKSLASH = rf"(?:\\u005c|\\|{_PERCENT}5c|{_AMPERSAND}\#(?:0{{0,5}}92|x0{{0,5}}5c);)"
 _ENTITIES = {ord("'"): "apos"} | codepoint2name
 
 
@@ -113,16 +120,15 @@ def _spelt(character: str, times: int) -> str:
         return f"{_BACKSLASH}{{{times},{8 * times}}}+"
     point, units = ord(character), character.encode("utf-16-be", "surrogatepass")
     entities = [rf"\#0{{0,5}}{point}", rf"\#x0{{0,5}}{point:x}", *([_ENTITIES[point]] if point in _ENTITIES else [])]
-    ways = [
-        re.escape(character),
-        f"{_BACKSLASH}{{0,8}}".join(f"u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)),  # JSON
-        "".join(f"{_PERCENT}{byte:02x}" for byte in character.encode("utf-8", "surrogatepass")),  # URL
+    ways = [  # the longest first
         f"{_AMPERSAND}(?:{'|'.join(entities)});",  # HTML
-        *([r"\+"] if character == " " else []),  # form
+        "".join(f"{_PERCENT}{byte:02x}" for byte in character.encode("utf-8", "surrogatepass")),  # URL
+        *([rf"\+|{_PERCENT}2b"] if character == " " else []),  # form
+        f"{_BACKSLASH}{{0,8}}".join(f"u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)),  # JSON
+        re.escape(character),
     ]
     return f"(?:{_BACKSLASH}{{0,8}}(?:{'|'.join(ways)})){{{times}}}"
 
 
 # One of Standard Webhooks: 256 bits in base64
 _SIGNATURE = rf"(?:(?<=v1,)|(?<=v1%2c))(?:[A-Za-z0-9]|{_spelt('+', 1)}|{_spelt('/', 1)}){{43}}{_spelt('=', 1)}"
-_SIGNED = re.compile(_SIGNATURE, re.IGNORECASE)

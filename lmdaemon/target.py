@@ -12,10 +12,10 @@ from urllib.parse import unquote_to_bytes
 from yarl import URL
 
 from lmdaemon.egress import private_address
-from lmdaemon.log import stray_at
+from lmdaemon.log import NOT_A_URL, safe_url, stray_at
 
 SHAPE_RULE = "must be a URL such as https://wallet.example/V4/SessionExpired"
-USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
+USER_INFO_RULE = "must have %2F, %3F, %23, %40, %5B and %5D for /?#@[] in user info, and %40 for any @ behind the host"
 CHARACTERS_RULE = 'must not have spaces, control characters, \\, ", < or >'
 ASCII_RULE = "must have percent-escapes for what is not ASCII in path and query, as its server expects them"
 FRAGMENT_RULE = "must not have a #, for what is behind it is never sent; %23 stands for the character"
@@ -58,6 +58,8 @@ def read(text: str) -> Target:
         raise ValueError(FRAGMENT_RULE)
     user_info, _, place = authority.rpartition("@")
     server = _server(scheme.lower(), place)
+    if safe_url(text) == NOT_A_URL:  # for its user info, as the rest is sound: others could not tell where that ends
+        raise ValueError(USER_INFO_RULE)
     return Target(
         # "?" and all that follows as part of the path: yarl would drop a query that is empty
         server.with_path(requested or "/", encoded=True),

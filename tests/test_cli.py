@@ -127,7 +127,10 @@ def test_every_command_has_the_function_that_runs_it() -> None:
             "(got 'ftp://host/')",
         ),
         ("send --url http://h/ä?s3cret", "--url: must have percent-escapes for what is not ASCII in path and query"),
-        ("send --url https://u:12/s3cret@h/", "--url: must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info"),
+        (
+            "send --url https://u:12/s3cret@h/",
+            "--url: must have %2F, %3F, %23, %40, %5B and %5D for /?#@[]",
+        ),
         ("send --url http://h --dialect v9", "--dialect: must be one of v4, v4.01"),
         ("send --url http://h --dialect pragmatic", "dialect pragmatic must send 'hash', which is not known here"),
         ("send --url http://h --timeout 3", 'must be a duration such as "250ms"'),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lmdaemon import config
 from lmdaemon.config import ApiToken, ConfigError, Settings
 from lmdaemon.dialects import SHIPPED, Codes
-from lmdaemon.target import HOST_RULE, SHAPE_RULE
+from lmdaemon.target import HOST_RULE, SHAPE_RULE, USER_INFO_RULE
 
 CONFIG_TOML = Path(__file__).parents[1] / "config.toml"
 MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing a test may print
@@ -352,7 +352,6 @@ NETWORK_RULE = "must be a network such as 192.0.2.0/24 without host bits, or an 
 NAME_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 PATH_RULE = "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/"
 PATH_DOTS_RULE = "must not have //, /./ or /../, which a sender may resolve"
-USER_INFO_RULE = "must have %2F, %3F, %23 and %40 for /, ?, # and @ in user info, and %40 for any @ behind the host"
 LIFTED = "; allow_private_network = true lifts this"
 WHSEC_RULE = "each line must be whsec_ followed by base64 of 24 to 64 bytes"
 EXPOSED = (

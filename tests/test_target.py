@@ -14,6 +14,7 @@ from support import load, operator_table
 
 from lmdaemon import target
 from lmdaemon.config import ConfigError
+from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.sender import Sender
 
 AS_WRITTEN = [
@@ -154,6 +155,8 @@ REFUSED = [
     ("https://h#b", target.FRAGMENT_RULE),
     ("https://h/@x", target.USER_INFO_RULE),
     ("https://u:12/3@h/", target.USER_INFO_RULE),
+    ("https://u:a[b]@h/", target.USER_INFO_RULE),
+    ("https://u\u2100:p@h/", target.USER_INFO_RULE),
     ("", target.SHAPE_RULE),
     ("h/x", target.SHAPE_RULE),
     ("ftp://h/x", target.SHAPE_RULE),
@@ -194,11 +197,12 @@ def test_what_cannot_be_sent_so_is_an_error_that_names_the_rule(text: str, rule:
     assert str(caught.value) == rule
 
 
-@given(st.text(max_size=40))
-def test_no_text_breaks_it_otherwise(text: str) -> None:
-    for url in (text, "https://" + text, f"https://{text}@h/"):
+@given(st.text(max_size=40) | st.text("[]@:/?#%\u2100ab", max_size=8))
+def test_what_is_taken_can_be_shown_and_nothing_breaks_it_otherwise(text: str) -> None:
+    for url in (text, "https://" + text, f"https://{text}@h/", f"https://u:{text}@h/{text}?{text}"):
         with contextlib.suppress(ValueError):
             target.read(url)
+            assert safe_url(url) != NOT_A_URL
 
 
 def test_an_address_inside_is_known_by_what_is_connected_to() -> None:

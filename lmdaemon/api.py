@@ -19,7 +19,7 @@ from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
 from lmdaemon.listener import until_client_leaves
-from lmdaemon.log import Log, place
+from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import HTTP_SINK, ID_MAX, PLUGIN_PREFIX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
 from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
@@ -148,7 +148,7 @@ class Api:
             problem = one
         except StoreError as error:
             headers["Retry-After"] = RETRY_AFTER_S
-            problem = Problem(503, "Service Unavailable", str(error))
+            problem = Problem(503, "Service Unavailable", writable(str(error)))
         except web.HTTPMethodNotAllowed as error:
             headers["Allow"] = ", ".join(sorted(error.allowed_methods))
             detail = f"{error.method} is not allowed here; {headers['Allow']} is"

@@ -23,6 +23,7 @@ from lmdaemon.contract import DatabaseError
 from lmdaemon.database import (
     MIGRATIONS,
     RESTORING,
+    cause,
     check_is_ours,
     lock_file,
     mark,
@@ -96,12 +97,13 @@ def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
                 # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
                 # All that the source needs is open since the check.
                 with acting_with(writing):
-                    sql.execute("VACUUM INTO ?", (str(copy),))
+                    # A name can be any bytes, but SQLite wants it as a text
+                    sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
             _check_integrity(copy)
             os.fsync(handle)
             yield copy
         except (sqlite3.Error, OSError) as error:
-            raise Failed(f"{target}: cannot copy {source.path}: {reason(error)}") from error
+            raise Failed(f"{target}: cannot copy {source.path}: {cause(error, target, source.path)}") from error
 
 
 def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
@@ -156,7 +158,8 @@ def restore(args: argparse.Namespace) -> int:
         print_json({"file": str(args.file), "database": str(database), **found})
     else:
         print(f"{database}: restored from {args.file}, {found['bytes']} bytes, integrity ok")
-        print(f"as of {found['asOf']}, {found['live']} sessions live, {found['pending']} deliveries pending")
+        as_of = f"as of {found['asOf']}" if found["asOf"] else "never written to"
+        print(f"{as_of}, {found['live']} sessions live, {found['pending']} deliveries pending")
         if found["replaced"]:
             print(f"what was there before: {found['replaced']}")
     return STOPPED

@@ -97,7 +97,21 @@ class Command(NamedTuple):
 
 
 def _arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    if "action" not in options:
+        options.setdefault("type", _text)
     return names, options
+
+
+def _text(text: str) -> str:
+    """What is sent to the daemon or an operator. Any bytes can stand on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        from lmdaemon.log import safe_url
+
+        text = safe_url(text) if "://" in text else text
+        raise argparse.ArgumentTypeError(f"must be UTF-8 (got {text!r})") from None
+    return text
 
 
 class _RefuseSecret(argparse.Action):
@@ -273,8 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     common = config_option(argparse.ArgumentParser(add_help=False), default=argparse.SUPPRESS)
     talking = argparse.ArgumentParser(add_help=False)
     asked = "to show where api.client_ca_file asks for it"
-    talking.add_argument("--client-cert", type=Path, metavar="FILE", help=f"certificate {asked}")
-    talking.add_argument("--client-key", type=Path, metavar="FILE", help="its key, where that is another file")
+    talking.add_argument("--client-cert", type=_file, metavar="FILE", help=f"certificate {asked}")
+    talking.add_argument("--client-key", type=_file, metavar="FILE", help="its key, where that is another file")
     groups = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}
     for command in _commands():
         group, _, verb = command.words.rpartition(" ")

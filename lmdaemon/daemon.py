@@ -336,7 +336,7 @@ class Daemon:
         except ConfigError as error:
             file = f"{self.settings.file}: "  # a plug-in's finding does not have it
             findings = [file + finding.removeprefix(file) for finding in error.findings]
-            self._reload_error = "\n".join(findings)
+            self._reload_error = log.writable("\n".join(findings))
             self._metrics.reloaded(None)
             for finding in findings:
                 events.error("config.reload_failed", finding=finding)

@@ -45,6 +45,7 @@ PAGE_BYTES = 1024
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
 CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
+ROOM = 1024 * 1024  # bytes; with less, what SQLite keeps beside a database may not fit
 WAL_MAX = 64 * 1024 * 1024  # bytes; beyond that the writer itself empties the WAL between two batches
 IDLE_S = 5.0  # without a change, after which the WAL is emptied; twice that at the latest
 
@@ -230,7 +231,7 @@ class Database(Generic[_Work]):
                 stack.pop_all()  # open: from here on `close` ends them
         except (sqlite3.Error, OSError) as error:
             os.close(lock)
-            raise DatabaseError(f"{path}: cannot be opened as a database: {error}") from error
+            raise DatabaseError(f"{path}: cannot be opened as a database: {cause(error, path)}") from error
         except BaseException:
             os.close(lock)
             raise
@@ -613,7 +614,7 @@ def lock_file(path: Path) -> int:
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        what = "is a link" if error.errno == errno.ELOOP else error.strerror
+        what = "is a link" if error.errno == errno.ELOOP else cause(error, path)
         raise DatabaseError(f"{path}: cannot be opened: {what} ({name})") from error
     found = os.fstat(lock)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # it is written to: nothing else may lose by that
@@ -719,6 +720,28 @@ async def _connect_to_read(path: Path, stack: AsyncExitStack) -> _Thread:
     return reader
 
 
+def cause(error: Exception, *paths: Path) -> str:
+    """Why SQLite or the system refused. A disk without room for one of the paths is named, whatever they call it: where
+    a -shm file finds none, SQLite says "disk I/O error".
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    told = code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    maybe = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+    for directory in (path.absolute().parent for path in paths):
+        if (told or maybe) and _has_no_room(directory):
+            return f"the disk of {directory} is full ({text})"
+    return f"the disk is full ({text})" if told else text
+
+
+def _has_no_room(directory: Path) -> bool:
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < ROOM or (disk.f_files > 0 and not disk.f_favail)
+
+
 def _execute(connection: sqlite3.Connection, statement: str) -> None:
     connection.execute(statement).fetchall()
 
@@ -777,13 +800,15 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for number, script in enumerate(migrations[version:], version + 1):
+        for script in migrations[version:]:
             for statement in _statements(script):
                 connection.execute(statement)
-            log.info("store.migrated", path=path, schema=number)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # on a full disk SQLite has rolled back itself
+            connection.execute("ROLLBACK")
         raise
+    for number in range(version + 1, len(migrations) + 1):
+        log.info("store.migrated", path=path, schema=number)

@@ -24,7 +24,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.command import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config import Settings
 from lmdaemon.contract import DatabaseError
-from lmdaemon.database import MIGRATIONS, check_is_ours, real_path
+from lmdaemon.database import MIGRATIONS, cause, check_is_ours, real_path
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.files import (
     Inode,
@@ -105,7 +105,7 @@ def export(args: argparse.Namespace) -> int:
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
     except sqlite3.Error as error:
-        raise Failed(f"{settings.database}: cannot be read: {reason(error)}") from error
+        raise Failed(f"{settings.database}: cannot be read: {cause(error, settings.database)}") from error
     _report(args, settings, told, since_at if args.since else None, until_at, now_at)
     return STOPPED
 

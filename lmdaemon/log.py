@@ -233,9 +233,13 @@ class JsonFormatter(logging.Formatter):
             line["traceback"] = stack(record.exc_info[1])
         try:
             text = orjson.dumps(line, default=str).decode()
-        except TypeError:  # a lone surrogate, an integer beyond 64 bits: better all as text than no line
-            text = json.dumps({name: _writable(str(value)) for name, value in line.items()}, ensure_ascii=False)
+        except TypeError:  # a lone surrogate, as for a path that is not UTF-8, or an integer beyond 64 bits
+            text = json.dumps({name: _carried(value) for name, value in line.items()}, ensure_ascii=False)
         return f"<{PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
+
+
+def _carried(value: Any) -> Any:
+    return value if isinstance(value, int | float) and abs(value) < 2**63 else writable(str(value))
 
 
 def stack(error: BaseException | None) -> str:
@@ -264,7 +268,8 @@ def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in facts.items() if value is not None]
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
+    """The text with what UTF-8 has no place for escaped: the name of a file can be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

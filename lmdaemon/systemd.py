@@ -35,7 +35,9 @@ class Notifier:
         if self._socket is None:
             return
         with suppress(OSError):
-            self._socket.send("\n".join(f"{key}={value}" for key, value in state.items()).encode())
+            self._socket.send(
+                "\n".join(f"{key}={value}" for key, value in state.items()).encode(errors="backslashreplace")
+            )
 
     @property
     def listening(self) -> bool:

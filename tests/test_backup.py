@@ -23,7 +23,9 @@ from commands import COMMAND, Running, configure, daemon, environment, open_many
 from support import scripted_operator
 
 from lmdaemon import backup, rights
+from lmdaemon.clock import Clock
 from lmdaemon.database import APPLICATION_ID, MIGRATIONS
+from lmdaemon.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_a_linked_database_is_copied_and_its_files_are_never_replaced(tmp_path: 
 
 def test_a_backup_that_finds_the_disk_full_leaves_nothing(lm: Running, tmp_path: Path) -> None:
     def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
     done = run("backup", tmp_path / "copy", cwd=lm.directory, before=small_files_only)
     assert (done.returncode, done.stdout) == (1, "")
@@ -318,6 +320,16 @@ def test_a_restore_puts_the_backup_in_place_and_keeps_what_was_there(stopped: Pa
     with daemon(stopped) as running:
         assert running.started()("sessions", "show", "acme", "newer").returncode == 1
         running.open("acme", "newer")
+
+
+async def test_a_restore_of_what_was_never_written_to_says_so(tmp_path: Path) -> None:
+    configure(tmp_path)
+    store = await Store.open(tmp_path / "lmdaemon.sqlite3", Clock())
+    await store.close()
+    assert run("backup", "copy", cwd=tmp_path).returncode == 0
+    done = run("restore", "copy", cwd=tmp_path)
+    assert done.stdout.splitlines()[1] == "never written to, 0 sessions live, 0 deliveries pending"
+    assert json.loads(run("restore", "--json", "copy", cwd=tmp_path).stdout)["asOf"] is None
 
 
 def test_a_restore_can_be_undone(stopped: Path) -> None:

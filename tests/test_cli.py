@@ -145,6 +145,36 @@ def test_bad_usage_is_explained_and_exits_2(tmp_path: Path, words: str, complain
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "argument"),
+    [
+        ("sessions show acme {}", "ID"),
+        ("sessions show {} s1", "OPERATOR"),
+        ("sessions open acme s1 --player {}", "--player"),
+        ("sessions open acme s1 --player p1 --token-env {}", "--token-env"),
+        ("sessions touch acme s1 {}", "ID"),
+        ("sessions close acme {}", "ID"),
+        ("sessions list acme --player {}", "--player"),
+        ("sessions export --operator {}", "--operator"),
+        ("sessions export --since {}", "--since"),
+        ("deliveries list --sink {}", "--sink"),
+        ("deliveries show {}", "ID"),
+        ("deliveries retry --operator acme --since {}", "--since"),
+        ("hold {}", "OPERATOR"),
+        ("send --url {}", "--url"),
+        ("send --session {}", "--session"),
+        ("send --dialect {}", "--dialect"),
+        ("send --timeout {}", "--timeout"),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_bad_usage(tmp_path: Path, words: str, argument: str) -> None:
+    odd = os.fsdecode(b"http://u:s3cret@h/\xff" if argument == "--url" else b"b\xff")
+    done = run(*(word.format(odd) for word in words.split()), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    shown = "'http://h/\\udcff'" if argument == "--url" else "'b\\udcff'"
+    assert done.stderr.splitlines()[-1].endswith(f"error: argument {argument}: must be UTF-8 (got {shown})")
+
+
 @pytest.mark.parametrize("command", [["sessions", "open", "acme", "s1", "--player", "p1"], ["send", "acme"]])
 def test_a_token_on_the_command_line_is_refused_without_repeating_it(tmp_path: Path, command: list[str]) -> None:
     done = run(*command, "--token", PLAYER_TOKEN, cwd=tmp_path)
@@ -477,6 +507,39 @@ def test_a_file_that_is_no_database_of_ours_is_named_and_left_untouched(
     assert reason in json.loads(line)["reason"]
     assert "lmdaemon.sqlite3: " in json.loads(line)["reason"]
     assert path.read_bytes() == before
+
+
+def test_everything_works_in_a_directory_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"d\xff\xfe")
+    directory.mkdir()
+    file = configure(directory)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        with daemon(directory, "--config", str(file), "serve", NOTIFY_SOCKET=str(tmp_path / "notify")) as running:
+            running.started()
+            assert b"Opening" in manager.recv(4096)
+            assert running.events("daemon.serving")[0]["live"] == 0
+            running.open("acme", "s-1")
+            running.api("POST", "operators/acme/sessions/s-1/close")
+            copy, export = (os.fsdecode(name) for name in (b"copy\xff", b"export\xff"))
+            assert running("backup", copy).stdout.startswith("copy\\udcff: ")
+            assert json.loads(running("backup", "--force", "--json", copy).stdout)["file"] == copy
+            assert running("sessions", "export", "--output", export).returncode == 0
+            assert running("sessions", "show", "acme", "s-1", "--config", file).returncode == 0
+            good = file.read_text()
+            file.write_text("[srever]\n")
+            running.process.send_signal(signal.SIGHUP)
+            poll(lambda: running.events("config.reload_failed"))
+            file.write_text(good)
+            health = json.loads(running("status", "--json").stdout)["health"]
+            assert "srever" in json.dumps(health)
+            running.process.terminate()
+            assert running.ended() == 0
+    restored = run("restore", copy, cwd=directory)
+    assert (restored.returncode, restored.stderr) == (0, "")
+    assert "d\\udcff\\udcfe/lmdaemon.sqlite3: restored from copy\\udcff" in restored.stdout
+    assert {copy, export} <= {found.name for found in directory.iterdir()}
 
 
 # -- finding the daemon

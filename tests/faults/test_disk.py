@@ -322,7 +322,7 @@ def full_disk(daemon: Daemon) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mounted(directory: Path, options: str = "size=16m") -> Iterator[None]:
+def mounted(directory: Path, options: str = "size=16m,mode=700") -> Iterator[None]:
     """A tmpfs of its own at this directory; skips without the right to mount."""
     directory.mkdir(exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], capture_output=True, text=True)
@@ -836,6 +836,43 @@ def test_a_full_disk_at_start_is_named_and_left_as_it_is(tmp_path: Path, good: b
                 file.write(bytes(4096))
         daemon.refuses_to_start()
         assert daemon.path.read_bytes() == good
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
+def test_a_start_on_a_full_disk_says_so_wherever_it_runs_out_of_room(tmp_path: Path, good: bytes, new: bool) -> None:
+    """From no room at all to almost enough: for the lock, the database, its -shm (SQLite says "disk I/O error" then),
+    its log, the first tables.
+    """
+    said = set()
+    for pages in (0, 1, 2, 3, 5, 8, 11, 12, 13, 14) if new else (0, 1, 3, 6):
+        with mounted(tmp_path / "disk", "size=64k,mode=700" if new else "size=256k,mode=700"):
+            daemon = Daemon(tmp_path, TOML.format(url="http://127.0.0.1:1/"))
+            if not new:
+                daemon.path.write_bytes(good)
+            with (tmp_path / "disk" / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            left = max(0, (tmp_path / "disk" / "ballast").stat().st_size - pages * 4096)
+            os.truncate(tmp_path / "disk" / "ballast", left)
+            daemon.spawn()
+            if daemon.popen.wait(60) != 1:
+                pytest.fail(f"{pages} pages were enough: {daemon.log.read_text()}")
+            (failed,) = daemon.events("daemon.failed")
+            assert f"the disk of {tmp_path}/disk is full (" in failed["reason"]
+            assert not daemon.events("store.migrated")
+            said.add(failed["reason"].rpartition("(")[2])
+            daemon.log.unlink()
+    assert len(said) > 1 or not new
+
+
+def test_a_disk_without_room_for_one_more_file_is_full(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=16m,mode=700,nr_inodes=2"):
+        daemon = Daemon(tmp_path, TOML.format(url="http://127.0.0.1:1/"))
+        (tmp_path / "disk" / "the-last-one").touch()
+        daemon.spawn()
+        assert daemon.popen.wait(60) == 1
+        (failed,) = daemon.events("daemon.failed")
+        assert f"the disk of {tmp_path}/disk is full (No space left on device)" in failed["reason"]
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file", "a directory"])

@@ -842,7 +842,8 @@ class _Reader:
         used = table.notify and target is not None and target.url.scheme == "https" and self.secrets != "optional"
         if whole and (used or any(named)):
             if ca is not None and cert is not None:  # alone first: an error does not say which file it is about
-                self.check_usable(Profile(ca, None, None), f"{at}.ca_file")
+                alone: TlsFiles = (ca, None, None)
+                self.check_usable(self.profiles.setdefault(alone, Profile(*alone)), f"{at}.ca_file")
             if self.sound(at, "ca_file"):
                 self.check_usable(profile, f"{at}.client_cert_file" if cert else f"{at}.ca_file")
         return profile

@@ -165,10 +165,12 @@ def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
     BadNotice.
     """
     unknown = parsed.received.keys() - parsed.dialect.fields.values()
+    if not unknown:  # as almost always
+        return Extra({}, None, 0)
     kept: dict[str, Any] = {}
     parts: list[bytes] = []
     left_out, room = 0, EXTRA_MAX - len("{}")
-    for name, value in parsed.received.items() if unknown else ():
+    for name, value in parsed.received.items():
         if name not in unknown:
             continue
         field = {name: value}
@@ -220,7 +222,7 @@ def content_of(content_type: str) -> Literal["json", "form"] | None:
 
     Its parameters do not matter: senders write any charset, and the bytes must be UTF-8 all the same.
     """
-    return _CONTENTS.get(content_type.partition(";")[0].strip().lower())
+    return _CONTENTS.get(content_type) or _CONTENTS.get(content_type.partition(";")[0].strip().lower())
 
 
 def uncoded(content_encodings: Iterable[str]) -> bool:

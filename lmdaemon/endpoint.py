@@ -194,7 +194,8 @@ class Endpoint:
         content = content_of(content_type := request.headers.get("Content-Type", ""))
         if content not in route.dialects:
             raise Refused(415, "Unsupported media type", content_type=content_type[:SEEN_MAX])
-        if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
+        codings = request.headers.getall("Content-Encoding", ())
+        if codings and not uncoded(codings):
             raise Refused(415, "Unsupported content encoding", content_encoding=", ".join(codings)[:SEEN_MAX])
         try:
             await _ask_for_body(request)

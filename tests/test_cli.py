@@ -651,10 +651,17 @@ def test_a_session_from_open_to_close(lm: Running) -> None:
     assert reopened.stderr.startswith("lmdaemon: 409 Conflict: the session has ended (closed, 20")
 
 
-@pytest.mark.parametrize("session", ["a/b%2F", "..", "touch", "?x=y#z naïve 会话"])
+@pytest.mark.parametrize("session", ["a/b%2F", "...", "touch", "?x=y#z naïve 会话"])
 def test_any_session_id_can_be_named(lm: Running, session: str) -> None:
     lm.open("acme", session)
     assert json.loads(lm("sessions", "close", "acme", session, "--json").stdout)["sessionId"] == session
+
+
+def test_an_id_that_a_url_would_resolve_is_named_as_it_is(lm: Running) -> None:
+    refused = lm("sessions", "open", "acme", "..", "--player", "p", "--token-env", "TOKEN", TOKEN="t")
+    assert refused.returncode == 1
+    assert "sessionId: must not be . or .." in refused.stderr
+    assert "no session has this id" in lm("sessions", "show", "acme", "..").stderr
 
 
 def test_touching_what_is_not_there_says_so_and_exits_1(lm: Running) -> None:

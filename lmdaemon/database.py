@@ -196,7 +196,7 @@ class Database(Generic[_Work]):
         self._is_available = True
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
-        self.writing_since: float | None = None  # loop time at which the running transaction began
+        self.writing_since: float | None = None  # monotonic time at which the running transaction began
         self.commits = 0
 
     @classmethod
@@ -418,11 +418,11 @@ class Database(Generic[_Work]):
         loop = asyncio.get_running_loop()
         self._files.check()  # here, where nobody else needs the interpreter; of open files, so no disk is waited for
         work = self._owner.begin([queued.operation for queued in batch])
-        self.writing_since = loop.time()
+        self.writing_since = time.monotonic()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
         try:
             results = await self._writer.run(_commit, work, self._files)
-            self._owner.measured(len(batch), loop.time() - self.writing_since)
+            self._owner.measured(len(batch), time.monotonic() - self.writing_since)
             return work, results
         finally:
             hung.cancel()

@@ -139,11 +139,17 @@ class Lane:
         return max(0, self.slots + self.policy.concurrency - len(self.ahead))
 
     def overdue_s(self, gate: Gate, now_at: int) -> float:
-        """Seconds for which its earliest row could have been sent but for the slots."""
+        """Seconds for which its earliest row could have been sent but for the slots. Also called beside the event loop,
+        which may take that row meanwhile.
+        """
         opens_at = retry.opens_at(gate) if self.gated else 0
-        if not self._due_at or opens_at is None:  # 0: about to be looked up
+        try:
+            due_at = self._due_at
+        except IndexError:
             return 0.0
-        return max(0, now_at - max(self._due_at, opens_at)) / 1000
+        if not due_at or opens_at is None:  # 0: about to be looked up
+            return 0.0
+        return max(0, now_at - max(due_at, opens_at)) / 1000
 
     def ready_at(self, gate: Gate) -> int | None:
         """Wall time from which attempts can begin; None while only a wake-up can change that."""
@@ -178,6 +184,11 @@ class Agenda:
         elif self._planned.get(lane) != at:
             self._planned[lane] = at
             heapq.heappush(self._heap, (at, next(self._number), lane))
+
+    def drop(self, lane: Lane) -> None:
+        """It is not looked at any more."""
+        self._now.pop(lane, None)
+        self._planned.pop(lane, None)
 
     def take(self, now_at: int) -> list[Lane]:
         """Those whose time has come; they are off the agenda."""
@@ -235,13 +246,28 @@ class Dispatcher(StoreObserver):
                 if plugin.settings.listens_to(operator.name)
             ]
             for sink, policy, plugin in sinks:
-                lane = lanes[operator.name, sink] = Lane(operator, sink, policy, plugin)
-                # also of a lane that went while attempts were under way, and comes back
-                lane.in_flight = self._in_flight.setdefault((operator.name, sink), lane.in_flight)
-                if plugin is not None:
-                    plugin.freed = self.wake
-        self._lanes, self._agenda = lanes, Agenda()
-        self.wake()
+                lanes[operator.name, sink] = self._lane(operator, sink, policy, plugin)
+        for key, lane in self._lanes.items():
+            if lanes.get(key) is not lane:
+                self._agenda.drop(lane)
+        self._lanes = lanes
+        self._ring()
+
+    def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
+        """The lane that there is, where nothing of it changes: a reload costs what has changed. Else a new one, which
+        looks at the table first.
+        """
+        key = (operator.name, sink)
+        old = self._lanes.get(key)
+        if old is not None and old.operator is operator and old.plugin is plugin and old.policy == policy:
+            return old
+        lane = Lane(operator, sink, policy, plugin)
+        # also of a lane that went while attempts were under way, and comes back
+        lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
+        if plugin is not None:
+            plugin.freed = self.wake
+        self._agenda.now(lane)
+        return lane
 
     def wake(self) -> None:
         """Something may be due or have a free slot, wherever that is."""

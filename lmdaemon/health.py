@@ -5,6 +5,7 @@ table. The one thing it does is a tiny write, at most once a second, for a disk 
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
@@ -131,7 +132,7 @@ class Health:
     def writing_s(self) -> float:
         """Seconds for which the running transaction has been running; 0 between two."""
         since = self._store.writing_since
-        return 0.0 if since is None else asyncio.get_running_loop().time() - since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def late_s(self) -> dict[str, float]:

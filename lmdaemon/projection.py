@@ -38,6 +38,7 @@ class Projection:
         self.sinks_of: SinksOf = lambda session: ()
         self.configured: frozenset[str] = frozenset()
         self.figures: dict[str, Figures] = {}
+        self.live = 0  # sessions that are active, of all operators
         self.gates: dict[str, Gate] = {}
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
@@ -49,6 +50,7 @@ class Projection:
         """Takes over what the tables say at the start."""
         self.service_clock = ServiceClock(self._clock, found.service_ms)
         self.figures = {name: figures for name, (figures, _) in found.operators.items()}
+        self.live = sum(figures.live for figures in self.figures.values())
         self.gates = {name: gate for name, (_, gate) in found.operators.items()}
         self.next_due_ms, self.next_lifetime_at = found.next_due_ms, found.next_lifetime_at
         self._last_session = found.last_session
@@ -70,11 +72,6 @@ class Projection:
         """A transaction of so many operations took so long, its sync included."""
         for observer in self.observers:
             observer.committed(operations, took_s)
-
-    @property
-    def live(self) -> int:
-        """Sessions that are active."""
-        return sum(figures.live for figures in self.figures.values())
 
     def figures_of(self, operator: str) -> Figures:
         return self.figures.get(operator) or Figures()
@@ -115,6 +112,7 @@ class Projection:
         for name, figures in changes.figures.items():
             total = self.figures.setdefault(name, Figures())
             total.live += figures.live
+            self.live += figures.live
             total.pending += figures.pending
             total.dead += figures.dead
         self.gates.update(changes.gates)

@@ -175,7 +175,7 @@ class Store(Projection):
 
     @property
     def writing_since(self) -> float | None:
-        """Loop time at which the running transaction began, or None."""
+        """Monotonic time in seconds at which the running transaction began, or None."""
         return self._db.writing_since
 
     @property

@@ -1073,14 +1073,6 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def sharing(old: Settings, new: Settings) -> Settings:
-    """The new settings, in which operators that are as they were are the old objects: whoever takes them over sees by
-    identity what has changed.
-    """
-    kept = {name: one for name, one in old.operators.items() if one == new.operators.get(name)}
-    return msgspec.structs.replace(new, operators={**new.operators, **kept})
-
-
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The keys whose values differ, without the values: some are secrets."""
     before, after = _by_key(old), _by_key(new)

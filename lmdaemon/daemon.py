@@ -359,7 +359,7 @@ class Daemon:
         """The file as it is now. Off the event loop, for it takes a third of a second with 1,000 operators. Raises
         ConfigError.
         """
-        return config.sharing(self.settings, config.load(self.settings.file, found=self.settings.found))
+        return config.load(self.settings.file, found=self.settings.found)
 
     def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
         """The keys that differ from what is in force, and from what the daemon started with."""

@@ -254,19 +254,21 @@ class Dispatcher(StoreObserver):
         self._ring()
 
     def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
-        """The lane that there is, where nothing of it changes: a reload costs what has changed. Else a new one, which
-        looks at the table first.
+        """The lane that there is, with its new settings, or a new one, which looks at the table first. A reload wakes
+        only those whose slots, schedule or plug-in have changed.
         """
         key = (operator.name, sink)
-        old = self._lanes.get(key)
-        if old is not None and old.operator is operator and old.plugin is plugin and old.policy == policy:
-            return old
-        lane = Lane(operator, sink, policy, plugin)
-        # also of a lane that went while attempts were under way, and comes back
-        lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = Lane(operator, sink, policy, plugin)
+            # also of a lane that went while attempts were under way, and comes back
+            lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
+            self._agenda.now(lane)
+        elif lane.policy != policy or lane.plugin is not plugin:
+            self._agenda.now(lane)
+        lane.operator, lane.policy, lane.plugin = operator, policy, plugin
         if plugin is not None:
             plugin.freed = self.wake
-        self._agenda.now(lane)
         return lane
 
     def wake(self) -> None:

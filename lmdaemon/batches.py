@@ -58,6 +58,7 @@ FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT 
       ORDER BY lifetime_at LIMIT ?)"""
 # A delivery that may be sent again; an http one without a body could never be composed.
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
+# By their numbers: without the `+` SQLite would look through all that is dead.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
 WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {MAY_BE_SENT}"""
@@ -147,7 +148,8 @@ PUT_GATES = f"""
 INSERT INTO operator (name, {", ".join(GATE)}) SELECT {given("name", *GATE)} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in GATE)}"""
 PUT_CLOCK = "UPDATE clock SET service_ms = NEW.service_ms, wall_at = NEW.wall_at"
-# Before everything else in a batch: what is queued with it may add waits that are right already.
+# Before everything else in a batch: what is queued with it may add waits that are right already. All in one piece, for
+# a new time without its waits, or the other way round, must never be on disk: 0.7 s where 100,000 wait.
 SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 
 _COLUMNS = ("service_ms", "seen_ms", "wall_at")

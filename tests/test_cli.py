@@ -878,12 +878,12 @@ def test_send_shows_no_user_and_password_however_short(tmp_path: Path) -> None:
 
 
 ECHOES = (
-    'plåyer/to"ken+<&>~never shown',
-    'plåyer/to\\"ken+<&>~never shown',
-    'pl\\u00e5yer\\/to\\"ken+<&>~never shown',
-    "pl%C3%A5yer%2Fto%22ken%2B%3C%26%3E~never%20shown",
-    "pl%c3%a5yer%2fto%22ken%2b%3c%26%3e~never+shown",
-    "plåyer/to&quot;ken+&lt;&amp;&gt;~never shown",
+    'plåyer/to"ken+<>~never shown',
+    'plåyer/to\\"ken+<>~never shown',
+    'pl\\u00e5yer\\/to\\"ken+<>~never shown',
+    "pl%C3%A5yer%2Fto%22ken%2B%3C%3E~never%20shown",
+    "pl%c3%a5yer%2fto%22ken%2b%3c%3e~never+shown",
+    "plåyer/to&quot;ken+&lt;&gt;~never shown",
 )
 
 

@@ -116,7 +116,7 @@ async def test_hold_and_release_by_hand_are_told(tmp_path: Path, settings: str) 
             for verb in ("hold", "release"):
                 async with d.client.post(f"{d.api}/v1/operators/acme/{verb}") as answer:
                     assert answer.status == 200
-    by_hand = {"operator": "acme", "reason": "by_hand"}
+    by_hand = {"operator": "acme", "reason": "by_hand", "by": None}
     told = [(event.name, event.level, event.facts) for event in events]
     assert told == [("operator.held", "warning", by_hand), ("operator.released", "info", by_hand)]
 

@@ -64,8 +64,8 @@ def document(settings: Settings) -> Json:
 
 
 def _paths(settings: Settings, operators: Sequence[Operator], *, secured: bool) -> Json:
-    private = _server(settings.api.listen, "The private side.")
-    public = _server(settings.server.listen, "The public side.")
+    private = _server(settings.api.listen, "The private side.", tls="api" in settings.tls)
+    public = _server(settings.server.listen, "The public side.", tls="server" in settings.tls)
     paths: Json = {
         path: {"servers": [private]}
         | {method: _secured(method, call) if secured else _open(method, call) for method, call in calls.items()}
@@ -87,15 +87,15 @@ def _in(name: str, path: str) -> bool:
     return f"{{{name}}}" in path
 
 
-def _server(listen: Listen, description: str) -> Json:
+def _server(listen: Listen, description: str, *, tls: bool) -> Json:
+    scheme, port = "https" if tls else "http", f":{listen.port}"
     if listen.unix:
-        return {"url": "http://localhost", "description": f"{description} Over the unix socket {listen.unix}."}
-    port = f":{listen.port}"
+        return {"url": f"{scheme}://localhost", "description": f"{description} Over the unix socket {listen.unix}."}
     if listen.host in ("0.0.0.0", "::"):  # noqa: S104 - everywhere: the reader knows by which name
         host = {"default": "localhost", "description": "Any address of the daemon's machine."}
-        return {"url": f"http://{{host}}{port}", "description": description, "variables": {"host": host}}
+        return {"url": f"{scheme}://{{host}}{port}", "description": description, "variables": {"host": host}}
     host_text = f"[{listen.host}]" if ":" in listen.host else listen.host
-    return {"url": f"http://{host_text}{port}", "description": description}
+    return {"url": f"{scheme}://{host_text}{port}", "description": description}
 
 
 # -- the private side

@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+from certificates import make
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
 
@@ -286,6 +287,14 @@ def test_each_path_names_the_listener_it_is_found_at(directory: Path, listen: st
     assert [server["url"] for server in found["paths"]["/v1/operators"]["servers"]] == ["http://127.0.0.1:8081"]
     assert [server["url"] for server in found["paths"]["/health"]["servers"]] == ["http://127.0.0.1:8081", url]
     assert list(jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)) == []
+
+
+def test_a_listener_with_tls_is_named_by_https(directory: Path) -> None:
+    make(directory, "own")
+    toml = '[server]\ntls_cert_file = "own.crt"\ntls_key_file = "own.key"\n[operators.acme]\nprovider_id = "p"\n'
+    found = document(directory, toml)
+    both = ["http://127.0.0.1:8081", "https://127.0.0.1:8080"]
+    assert [server["url"] for server in found["paths"]["/health"]["servers"]] == both
 
 
 def test_every_private_call_asks_for_a_token_where_one_is_configured(directory: Path) -> None:

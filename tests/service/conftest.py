@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,12 @@ from rig import Rig, Unavailable
 
 # Debian 12 (systemd 252, Python 3.11) and 13 (257, 3.13); SUITE= names one of them, or others
 SUITES = (os.environ.get("SUITE") or "bookworm trixie").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ends_in_order() -> None:
+    """Whoever ends the tests from outside, as timeout(1) does, leaves no rig's directories and control groups behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=SUITES)

@@ -125,7 +125,9 @@ class Rig:
         nspawn += ["--machine=rig", "--boot", "--private-network", "--link-journal=no"]
         nspawn += ["--resolv-conf=off", "--timezone=off", *FOR_BPF, *(f"--bind-ro={path}" for path in binds)]
         # Its own session: a Ctrl-C is the tests' to handle. pdeathsig: it ends with the tests, also with killed ones.
-        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "sh", "-euc", MOUNT, "rig"]
+        # A PID namespace around nspawn's own: the kernel ends all that is in it when its first process ends.
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child",
+                   "--mount-proc", "sh", "-euc", MOUNT, "rig"]  # fmt: skip
         command += [directory, str(below), " ".join(map(str, groups)), *nspawn]
         self._nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                                         start_new_session=True,
@@ -144,9 +146,8 @@ class Rig:
 
     def _booted(self) -> bool:
         assert self._nspawn is not None
-        children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children")
         with contextlib.suppress(OSError):
-            for pid in map(int, children.read_text().split()):
+            for pid in [below for child in _children(self._nspawn.pid) for below in _children(child)]:
                 if Path(f"/proc/{pid}/comm").read_text().strip() == "systemd":
                     self._leader = pid
                     state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
@@ -163,6 +164,10 @@ class Rig:
         except subprocess.TimeoutExpired:
             nspawn.kill()
             nspawn.wait()
+
+
+def _children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def base(suite: str) -> Path:

@@ -15,7 +15,7 @@ SUITES = (os.environ.get("SUITE") or "bookworm trixie").split()
 
 @pytest.fixture(scope="session", autouse=True)
 def _ends_in_order() -> None:
-    """Whoever ends the tests from outside, as timeout(1) does, leaves no rig's directories and control groups behind."""
+    """Tests ended from outside, as by timeout(1), leave no directories and control groups of a rig behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -246,7 +246,7 @@ class Store(Projection):
         return await self._db.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
-        """Makes deliveries that died since then due again, spaced out, RETRIES_MAX and a few at most. Returns how many.
+        """Makes deliveries that died since then due again, spaced out, RETRIES_MAX at most. Returns how many.
         Raises StoreError.
 
         They are found by reading and changed in steps, so that other writers get their turn. What is left when a step
@@ -254,7 +254,7 @@ class Store(Projection):
         """
         retried, after = 0, (since_at, 0)
         while retried < RETRIES_MAX:
-            found = await self._db.look(pages.died, operator, after, RETRY_ROWS)
+            found = await self._db.look(pages.died, operator, after, min(RETRY_ROWS, RETRIES_MAX - retried))
             if found.ids:
                 retried += await self._db.write(RetryDead(operator, found.ids))
             if found.after is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import socket
 import ssl
@@ -13,11 +14,13 @@ from typing import Any
 import aiohttp
 import pytest
 from certificates import DAY, make
-from support import load, operator_table, until
+from conftest import HandClock
+from support import bench, hear, load, operator_table, until
 
 from lmdaemon import retry, tls
 from lmdaemon.answers import HEAD_MAX, HEADERS_MAX, INTERIM_MAX, WIRE_MAX
 from lmdaemon.clock import Clock
+from lmdaemon.model import Delivery
 from lmdaemon.sender import ANSWER_MAX, Sender, Unreachable
 
 Steps = Sequence[bytes | float]  # what is sent, in a segment each, and pauses in seconds; CLOSE, RESET end it
@@ -462,5 +465,35 @@ def test_a_certificate_that_is_refused_is_told_as_tls(
         else:
             assert (found.reason, peer.requests) == ("tls", 0)
             assert re.search(detail, found.detail, re.IGNORECASE), found.detail
+
+    run(attempts())
+
+
+def test_what_openssl_says_stands_in_the_history_and_in_the_log(run: Any, tmp_path: Path, clock: HandClock) -> None:
+    authority = make(tmp_path, "authority", authority=True)
+    server = make(tmp_path, "server", authority)
+    context = tls.server_context(server.cert, server.key, authority.cert)
+
+    async def attempts() -> None:
+        with verifying(context) as peer, hear() as events:
+            toml = operator_table(
+                "acme", f"https://127.0.0.1:{peer.port}/", ca_file="authority.crt", schedule=["1s"], timeout="10s"
+            )
+            async with bench(tmp_path, clock, toml) as b:
+                await b.end()
+                for _ in range(2):
+                    await b.round()
+                    await b.skip_to(await b.row())
+                row = await b.row()
+        assert (row.state, row.last_error) == ("dead", "tls")
+        found = [(entry["error"], entry["answer"], "certificate required" in entry["detail"]) for entry in history(row)]
+        assert found == [("tls", None, True)] * 2
+        told = {event.name: event.facts for event in events if event.name in ("delivery.retry", "delivery.dead")}
+        assert [(facts["reason"], facts["detail"]) for facts in told.values()] == [
+            ("tls", history(row)[0]["detail"])
+        ] * 2
+
+    def history(row: Delivery) -> list[dict[str, Any]]:
+        return json.loads(row.history)  # type: ignore[no-any-return]
 
     run(attempts())

@@ -31,7 +31,7 @@ from support import (
 )
 from yarl import URL
 
-from lmdaemon import database, pages
+from lmdaemon import database, pages, store
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 SECRET = "the-player's-token"
@@ -937,6 +937,17 @@ async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet
     start = millis("2026-09-21T14:13:20.000Z")
     due = [millis(delivery["nextAttemptAt"]) - start for delivery in retried[1:]]  # the first may be settled
     assert due == [100, 200]
+
+
+async def test_one_call_retries_as_many_as_it_may_and_no_more(
+    api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RETRIES_MAX", 5)
+    monkeypatch.setattr(store, "RETRY_ROWS", 2)
+    await dead_deliveries(api, wallet, *(f"s{number}" for number in range(6)))
+    await api("POST", ACME + "/hold", 200)
+    for count in (5, 1, 0):
+        assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": count}
 
 
 async def test_retrying_since_a_time_leaves_what_died_before_it(

@@ -276,6 +276,18 @@ async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work], monke
     assert isinstance(results[2], StoreError)
 
 
+async def test_so_many_readers_wait_and_no_more(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "READS_MAX", 2)
+    go_on = threading.Event()
+    reading = [asyncio.ensure_future(db.read(lambda sql: go_on.wait(20))) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError, match="too many"):
+        await db.read(lambda sql: True)
+    go_on.set()
+    assert await asyncio.gather(*reading) == [True, True]
+    assert await db.read(lambda sql: True)
+
+
 async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
     monkeypatch.setattr(database, "BATCH_ROWS", 100)

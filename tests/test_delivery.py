@@ -950,9 +950,19 @@ class TestALookup:
         assert await Resolver(guarded=False).resolve("localhost", 80)
 
     async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(resolver, "LOOKUPS_MAX", 0)
+        """As many as that, and no more; one that ends makes room for another."""
+        go_on = threading.Event()
+        found = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: go_on.wait(20) and found)
+        monkeypatch.setattr(resolver, "LOOKUPS_MAX", 2)
+        look_up = Resolver(guarded=False).resolve
+        hanging = [asyncio.ensure_future(look_up("localhost", 80)) for _ in range(2)]
+        await until(lambda: Resolver.running == 2)
         with pytest.raises(OSError, match="lookups"):
-            await Resolver(guarded=False).resolve("localhost", 80)
+            await look_up("localhost", 80)
+        go_on.set()
+        assert all(await asyncio.gather(*hanging))
+        assert await look_up("localhost", 80)
 
 
 async def test_an_attempt_that_breaks_something_in_us_is_a_failure_like_any_other(

@@ -6,6 +6,7 @@ leaves the file takes its counters with it; what it has left in the store shows 
 """
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - else the first scrape opens it, maybe out of file descriptors
 import platform
 import sqlite3
 import time

@@ -39,8 +39,14 @@ class Bench:
         """Sessions that end while the daemon is killed."""
         return 300 if self.quick else 1000
 
+    @property
+    def operators(self) -> int:
+        """Configured at the same time."""
+        return 100 if self.quick else 1000
+
     def titled(self, title: str) -> str:
-        return title.format(live=f"{self.live:,}", crowd=f"{self.crowd:,}", ends=f"{self.ends:,}")
+        figures = {name: f"{getattr(self, name):,}" for name in ("live", "crowd", "ends", "operators")}
+        return title.format(**figures)
 
 
 @dataclass(frozen=True)

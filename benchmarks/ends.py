@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -300,6 +301,46 @@ def storm(bench: Bench, python: Python) -> Iterator[Run]:
                 return _weather(daemon, bench, crowd)
 
     yield run
+
+
+# -- many operators
+
+
+@contextmanager
+def many_operators(bench: Bench, python: Python) -> Iterator[Run]:
+    """Touches of one operator among many, in calm, and while the daemon is scraped and reloaded all the time."""
+
+    def run(number: int) -> Sample:
+        with scratch() as directory:
+            others = "".join(operator(f"op{number}", "http://127.0.0.1:9/") for number in range(bench.operators))
+            daemon = Daemon(directory, python, operator(ACME) + others)
+            shutil.copyfile(prefilled(python, bench.live), daemon.path)
+            with running(daemon):
+                return _asked_all_the_time(daemon, bench)
+
+    yield run
+
+
+def _asked_all_the_time(daemon: Daemon, bench: Bench) -> Sample:
+    touch = Load("touch", daemon.api, 8, 600, [ACME], population=bench.live, pause_s=0.02, times=True)
+    probe = _background(touch)
+    time.sleep(4 * bench.seconds)
+    busy_from, config = time.time() * 1000, daemon.directory / "config.toml"
+    asked, until = 0, time.monotonic() + 4 * bench.seconds
+    while time.monotonic() < until or not asked:
+        config.write_text(config.read_text() + "\n")
+        daemon.popen.send_signal(signal.SIGHUP)
+        asked += len(daemon.text("/metrics")) > 0
+        daemon.call("GET", "/openapi.json")
+        daemon.call("GET", "/v1/operators")
+    busy_to = time.time() * 1000
+    report = _ended(probe)
+    samples = list(zip(report["began_at"], report["took_ms"], strict=True))
+    calm = [took for at, took in samples if at + took < busy_from]
+    busy = [took for at, took in samples if at + took >= busy_from and at <= busy_to]
+    if not calm or not busy:
+        raise Broken(f"{len(calm)} touches in calm, {len(busy)} meanwhile")
+    return {"worst_added_ms": max(busy) - max(calm), "p99_added_ms": percentile(busy, 0.99) - percentile(calm, 0.99)}
 
 
 def _weather(daemon: Daemon, bench: Bench, crowd: int) -> Sample:

@@ -95,6 +95,21 @@ FIGURES = (
         most_rounds=4,
     ),
     Figure(
+        "many",
+        ends.many_operators,
+        (
+            _at_most(
+                "worst_added_ms",
+                "worst touch while {operators} operators are scraped and reloaded, above calm",
+                "ms",
+                50,
+                20,
+            ),
+            _at_most("p99_added_ms", "the same, p99", "ms", 50, 10),
+        ),
+        most_rounds=2,
+    ),
+    Figure(
         "memory",
         resources.memory,
         (

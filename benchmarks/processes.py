@@ -185,6 +185,11 @@ class Daemon(Process):
             text = answer.read()
         return json.loads(text) if text else None
 
+    def text(self, path: str) -> str:
+        """What is answered to a GET, as it is."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.api}{path}", timeout=30) as answer:
+            return str(answer.read(), "utf-8")
+
     def operators(self) -> dict[str, dict[str, Any]]:
         return {one["operator"]: one for one in self.call("GET", "/v1/operators")["items"]}
 

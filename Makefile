@@ -1,5 +1,7 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one
-# make check   what CI runs: ruff, mypy --strict, tests, the fault suite in its short form, and the service on a systemd
+# make check   what CI runs: ruff, mypy --strict, tests, generated clients, the fault suite in its short form, and the
+#              service on a systemd
+# make clients generates clients from the OpenAPI document and uses them; its tools come from PyPI and npm
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make service-test   the service on a real systemd, of Debian 12 and of 13; SUITE=trixie takes one of them. It needs root,
 #              debootstrap, systemd-container, and says so where they are missing
@@ -22,7 +24,7 @@ BINDIR ?= /usr/local/bin
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
+.PHONY: run test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
 	clean
 
 run: $(VENV)/.run
@@ -30,6 +32,9 @@ run: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
+
+clients: $(VENV)/.test
+	$(BIN)/python -m pytest -m clients tests/test_generated_clients.py $(ARGS)
 
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py tests/test_doors.py $(ARGS)
@@ -58,7 +63,7 @@ bench-growth: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 # The last two wait for other processes most of the time, so they run side by side.
-check: lint types test
+check: lint types test clients
 	$(MAKE) --jobs=2 --output-sync=target faults-short service-test
 
 lint: $(VENV)/.test

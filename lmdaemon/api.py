@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
-from lmdaemon import bodies, openapi, retry
+from lmdaemon import bodies, openapi, retry, shapes
 from lmdaemon.clock import Clock
 from lmdaemon.config import ApiToken, Operator, Settings, names_itself
 from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_object, rounded, uncoded, without_mark
@@ -23,8 +23,8 @@ from lmdaemon.listener import until_client_leaves
 from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import HTTP_SINK, ID_MAX, PLUGIN_PREFIX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
-from lmdaemon.openapi import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.pages import PAGE_BYTES, Page
+from lmdaemon.shapes import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.store import Opening, Store, StoreError
 
 BODY_MAX = 64 * 1024
@@ -45,19 +45,21 @@ log = Log("api")
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word
-    """An answer that is an error: problem+json with status, title, detail and further members."""
+    """An answer that is an error: problem+json with status, title, detail, and the session that it is about."""
 
-    def __init__(self, status: int, title: str, detail: str, **members: Any) -> None:
+    def __init__(self, status: int, title: str, detail: str, session: shapes.Session | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **members}
+        self.body: shapes.Problem = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+        if session is not None:
+            self.body["session"] = session
 
 
 class Health(Protocol):
     """What the daemon knows of itself: a status, and every check with its figures."""
 
     async def status(self) -> str: ...
-    async def report(self) -> dict[str, Any]: ...
+    async def report(self) -> shapes.Health: ...
     async def oldest_pending_s(self) -> dict[str, float]: ...
 
 
@@ -206,7 +208,7 @@ class Api:
             raise _bad(
                 "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"
             )
-        fields = await _fields(request, {"playerId", "token", "idleTimeoutSeconds", "attributes"})
+        fields = await _fields(request, shapes.Opening)
         player_id = _text(fields, "playerId", ID_MAX)
         token = _text(fields, "token", TOKEN_MAX)
         for name, value, meaning in (("playerId", player_id, "player"), ("token", token, "token")):
@@ -230,7 +232,7 @@ class Api:
         if opened.outcome == "differs":
             raise Problem(409, "Conflict", "the session is open with another playerId or token")
         if opened.outcome == "ended":
-            raise Problem(409, "Conflict", "the session has ended", session=self._session(opened.session))
+            raise Problem(409, "Conflict", "the session has ended", self._session(opened.session))
         if opened.outcome == "created":
             self._metrics.opened(operator.name)
             log.info("session.opened", operator=operator.name, session=session_id)
@@ -245,8 +247,7 @@ class Api:
             raise _unknown_session()
         if touched.ended:
             found = await self._store.session(operator.name, session_id)
-            shown = {"session": self._session(found[0])} if found is not None else {}
-            raise Problem(410, "Gone", "the session has ended", **shown)
+            raise Problem(410, "Gone", "the session has ended", self._session(found[0]) if found is not None else None)
         self._metrics.touched(operator.name, 1)
         return _NO_CONTENT.to(request)
 
@@ -258,7 +259,12 @@ class Api:
             raise _bad(str(error)) from error
         touched = await self._store.touch(operator.name, session_ids)
         self._metrics.touched(operator.name, touched.touched)
-        return _json(touched._asdict())
+        answer: shapes.BulkTouched = {
+            "touched": touched.touched,
+            "unknown": touched.unknown,
+            "ended": touched.ended,
+        }
+        return _json(answer)
 
     async def close(self, request: web.Request) -> web.Response:
         session = await self._store.end(self._operator(request).name, self._session_id(request))
@@ -272,7 +278,11 @@ class Api:
         if found is None:
             raise _unknown_session()
         session, deliveries = found
-        return _json(self._session(session) | {"deliveries": [self._delivery(delivery) for delivery in deliveries]})
+        answer: shapes.SessionWithDeliveries = {
+            **self._session(session),
+            "deliveries": [self._delivery(delivery) for delivery in deliveries],
+        }
+        return _json(answer)
 
     async def list_sessions(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
@@ -286,7 +296,7 @@ class Api:
         )
         return _json(_page(await _shown(request, reading), self._session))
 
-    def _session(self, session: Session) -> dict[str, Any]:
+    def _session(self, session: Session) -> shapes.Session:
         return session_document(session, self._expires_at(session))
 
     # -- deliveries
@@ -318,9 +328,10 @@ class Api:
         delivery = await _shown(request, self._store.delivery(request.match_info["id"]))
         if delivery is None:
             raise Problem(404, "Not Found", "no delivery has this id")
-        return _json(self._delivery(delivery) | {"history": history_document(delivery)})
+        answer: shapes.DeliveryWithHistory = {**self._delivery(delivery), "history": history_document(delivery)}
+        return _json(answer)
 
-    def _delivery(self, delivery: Delivery) -> dict[str, Any]:
+    def _delivery(self, delivery: Delivery) -> shapes.Delivery:
         return delivery_document(delivery, self._store.gate(delivery.operator))
 
     async def retry_one(self, request: web.Request) -> web.Response:
@@ -337,7 +348,7 @@ class Api:
 
     async def retry_dead(self, request: web.Request) -> web.Response:
         operator = self._operator(request)
-        fields = await _fields(request, {"since"}, optional=True)
+        fields = await _fields(request, shapes.RetrySince, optional=True)
         since_at = _time(fields, "since")
         if since_at > self._clock.wall_ms():
             raise _bad(f"since: must not lie ahead (got {fields['since']!r})")
@@ -349,7 +360,8 @@ class Api:
         finally:
             self._retrying.discard(operator.name)
         log.info("delivery.retried_by_hand", operator=operator.name, count=retried, by=self._by(request))
-        return _json({"retried": retried}, 202)
+        answer: shapes.RetriedDeliveries = {"retried": retried}
+        return _json(answer, 202)
 
     # -- operators
 
@@ -361,9 +373,10 @@ class Api:
             items.append(self._shown(operator, oldest.get(name)))
             if len(items) % OPERATORS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        return _json({"items": items})
+        answer: shapes.OperatorList = {"items": items}
+        return _json(answer)
 
-    def _shown(self, operator: Operator, oldest_at: int | None) -> dict[str, Any]:
+    def _shown(self, operator: Operator, oldest_at: int | None) -> shapes.Operator:
         now_at = self._clock.wall_ms()
         gate, figures = self._store.gate(operator.name), self._store.figures_of(operator.name)
         return {
@@ -492,7 +505,7 @@ async def _shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:
         return await reading
 
 
-def _page(page: Page[_Row], document: Callable[[_Row], dict[str, Any]]) -> dict[str, Any]:
+def _page(page: Page[_Row], document: Callable[[_Row], object]) -> dict[str, Any]:
     """A page as it is answered: it ends before an item that would make it longer than PAGE_BYTES."""
     items: list[orjson.Fragment] = []
     left = PAGE_BYTES - len('{"items":[],"next":""}') - CURSOR_MAX
@@ -522,8 +535,9 @@ async def _body(request: web.Request, limit: int, *, optional: bool = False) -> 
     return body
 
 
-async def _fields(request: web.Request, known: set[str], *, optional: bool = False) -> Mapping[str, Any]:
-    """The body as an object of known keys. Raises Problem."""
+async def _fields(request: web.Request, kind: type, *, optional: bool = False) -> Mapping[str, Any]:
+    """The body as an object of this type's members, whose values are not looked at yet. Raises Problem."""
+    known = kind.__annotations__
     body = await _body(request, BODY_MAX, optional=optional)
     if optional and not without_mark(body):
         return {}

@@ -9,14 +9,9 @@ import msgspec
 
 from lmdaemon.dialects import without_mark
 from lmdaemon.model import ID_MAX, id_problem
-from lmdaemon.openapi import BULK_IDS_MAX
+from lmdaemon.shapes import BULK_IDS_MAX, BulkTouch
 
-
-class _BulkTouch(msgspec.Struct, forbid_unknown_fields=True):
-    session_ids: list[str] = msgspec.field(name="sessionIds")
-
-
-_DECODER = msgspec.json.Decoder(_BulkTouch)
+_DECODER = msgspec.json.Decoder(BulkTouch)
 _QUOTES_MAX = 2 * (BULK_IDS_MAX + 1)  # of the ids and the key
 
 

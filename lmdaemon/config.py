@@ -39,7 +39,7 @@ TOKEN_ADVISED = 16  # characters
 UNKNOWN_PER_MINUTE_MAX = 1_000_000
 DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 # RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
 _PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
@@ -562,7 +562,7 @@ class _Reader:
             self.error(at, "must be a table")
             return
         for name, table in raw.items():
-            if _NAME.fullmatch(name):
+            if NAME.fullmatch(name):
                 yield name, table
             else:
                 self.error(at, f"names {_NAME_RULE}", name)
@@ -1023,7 +1023,7 @@ class _Reader:
                 at = f"{place}: line {number}"
                 name, _, secret = line.partition(":") if ":" in line else ("", "", line)
                 token = ApiToken(secret.strip().encode(), name, may_change)
-                if ":" in line and not _NAME.fullmatch(name):
+                if ":" in line and not NAME.fullmatch(name):
                     self.error(at, f"what stands before a colon is the token's name, and {_NAME_RULE}")
                 elif not token.secret:
                     self.error(at, "has a name without a token")

@@ -9,13 +9,14 @@ from typing import Any
 
 import orjson
 
+from lmdaemon import shapes
 from lmdaemon.model import Delivery, Gate, Session, rfc3339
 from lmdaemon.retry import next_attempt_at
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
 
-def session_document(session: Session, expires_at: int | None) -> dict[str, Any]:
+def session_document(session: Session, expires_at: int | None) -> shapes.Session:
     """A session without its token; `expires_at` is None once it has ended."""
     return {
         "operator": session.operator,
@@ -32,7 +33,7 @@ def session_document(session: Session, expires_at: int | None) -> dict[str, Any]
     }
 
 
-def delivery_document(delivery: Delivery, gate: Gate) -> dict[str, Any]:
+def delivery_document(delivery: Delivery, gate: Gate) -> shapes.Delivery:
     """A delivery without its body and history; `gate` is its operator's."""
     return {
         "id": delivery.webhook_id,
@@ -50,15 +51,16 @@ def delivery_document(delivery: Delivery, gate: Gate) -> dict[str, Any]:
     }
 
 
-def history_document(delivery: Delivery) -> list[dict[str, Any]]:
+def history_document(delivery: Delivery) -> list[shapes.Attempt]:
     """The attempts that are kept, the oldest first."""
     return [_attempt_document(attempt) for attempt in orjson.loads(delivery.history)]
 
 
-def _attempt_document(attempt: dict[str, Any]) -> dict[str, Any]:
+def _attempt_document(attempt: dict[str, Any]) -> shapes.Attempt:
     """As stored; of a failure that an older version stored, the answer is not known."""
-    unknown = {"answer": None} if attempt["error"] is not None else {}
-    return unknown | attempt | {"at": rfc3339(attempt["at"])}
+    unknown: Any = {"answer": None} if attempt["error"] is not None else {}
+    shown: shapes.Attempt = unknown | attempt | {"at": rfc3339(attempt["at"])}
+    return shown
 
 
 def read_time(text: str) -> int:

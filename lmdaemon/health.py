@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from lmdaemon import retry, tls
+from lmdaemon import retry, shapes, tls
 from lmdaemon.clock import Clock
 from lmdaemon.config import Settings
 from lmdaemon.database import WAL_MAX
@@ -104,10 +104,9 @@ class Health:
 
     async def status(self) -> str:
         """pass, warn or fail."""
-        status: str = (await self.report())["status"]
-        return status
+        return (await self.report())["status"]
 
-    async def report(self) -> dict[str, Any]:
+    async def report(self) -> shapes.Health:
         """Every check with its figures, in the shape of `application/health+json`."""
         checks = {
             "store": await self._check_store(),
@@ -121,11 +120,12 @@ class Health:
         }
         status = max((check["status"] for check in checks.values()), key=_ORDER.index)
         time = rfc3339(self._clock.wall_ms())
+        timed: Any = {name: [check | {"time": time}] for name, check in checks.items()}
         return {
             "status": status,
             "version": __version__,
             "description": "lmdaemon",
-            "checks": {name: [check | {"time": time}] for name, check in checks.items()},
+            "checks": timed,
         }
 
     @property

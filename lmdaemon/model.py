@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 Reason = Literal["inactivity", "max_lifetime", "closed", "reported"]
 DeliveryState = Literal["pending", "delivered", "dead"]
@@ -191,6 +191,10 @@ def utc(at_ms: int) -> datetime:
     return datetime.fromtimestamp(at_ms / 1000, UTC)
 
 
+@overload
+def rfc3339(at_ms: int) -> str: ...
+@overload
+def rfc3339(at_ms: int | None) -> str | None: ...
 def rfc3339(at_ms: int | None) -> str | None:
     """RFC 3339 in UTC with milliseconds, or None."""
     if at_ms is None:

@@ -1,150 +1,162 @@
-"""The OpenAPI 3.1 document of both sides, made from the settings in force, and the limits that it and `api` share.
+"""The OpenAPI 3.1 document of both sides. A pure function of the settings; `api` serves it as `/openapi.json`.
 
-Called by `api`, which serves it as `/openapi.json`. It must say exactly what the handlers do: tests/test_openapi.py has
-a fuzzer read it and hold the running daemon to every word. Sources: contract, sections 4 and 5; protocol.md.
+Others generate clients from it, so nothing that a client is made of depends on who is configured today: operators are
+a pattern and not a list, every call has a name that stays, and a notice's name comes from its path. Of the private side
+only servers and security differ from daemon to daemon. What is taken and answered is described by the types that the
+code itself uses (`shapes`); tests/test_openapi.py has a fuzzer hold the running daemon to every word.
 """
 
+import re
+import ssl
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints, is_typeddict
 
-from lmdaemon.config import Listen, Operator, Settings, endpoint_key
+import msgspec
+
+from lmdaemon import shapes
+from lmdaemon.config import NAME, Operator, Settings, endpoint_key
 from lmdaemon.dialects import REQUEST_MAX, Dialect
-from lmdaemon.masks import SHOWN_MAX
-from lmdaemon.model import ID_MAX, TOKEN_MAX
+from lmdaemon.model import ID_MAX, MEANINGS, TOKEN_MAX
+from lmdaemon.shapes import BULK_BODY_MAX, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.version import __version__
 
-BULK_IDS_MAX = 10_000
-BULK_BODY_MAX = 4 * 1024 * 1024
-ATTRIBUTES_MAX = 4096  # bytes of JSON
-IDLE_MAX_S = 30 * 86400
-PAGE_DEFAULT, PAGE_MAX = 100, 1000
-
-# Of an id: neither C0 nor DEL nor C1. Lone surrogates cannot stand in JSON that is UTF-8, and no regex needs to say so.
-_PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
-_HASHED = _PLAIN.replace("[^", "[^&=")
-_WEBHOOK_ID = "^msg_[1-9][0-9]{0,17}_[0-9a-f]{20}$"
-_CURSOR = "^[1-9][0-9]{0,17}$"
-_SINK = {"type": "string", "pattern": "^(http|plugin:[^\\u0000-\\u001f\\u007f-\\u009f]+)$", "maxLength": ID_MAX}
+_HASHED = shapes.PLAIN.replace("[^", "[^&=")
 _INTEGERS = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}  # those a JSON reader keeps exactly
+
+_DESCRIPTION = """\
+SessionExpired as a daemon: the private session API for game servers and administrators, and the public endpoints that \
+receive notices.
+
+Every 2xx means that it is on disk. Every error of the private side is a problem document (RFC 9457). A method that a \
+path does not list is answered with 405 and an `Allow` header that names those it has, but HEAD, which every path has \
+that has GET; an `Expect` other than `100-continue` is answered with 417. Times are RFC 3339 in UTC. An answer may get \
+further members in a later version; a request must not have any that is not listed."""
+
+_TAGS = {
+    "sessions": "Opened, touched and closed by game servers.",
+    "deliveries": "One for each end of a session and sink of its operator.",
+    "operators": "Those in the configuration, and what holds them back.",
+    "daemon": "The daemon itself.",
+    "notices": "The public side: SessionExpired as received.",
+}
 
 Json = dict[str, Any]
 
 
 def document(settings: Settings) -> Json:
-    """OpenAPI 3.1 of the private and the public listener; each path names the server it is found at."""
+    """OpenAPI 3.1 of the private and the public listener. What names no server of its own is the private one's."""
     operators = list(settings.operators.values())
-    secured = bool(settings.api_tokens)
+    private, public = _server(settings, "api"), _server(settings, "server")
+    notices = _unlike(_dialects(operators), "Notice", "")
+    paths = _private_paths() | {"/health": _health(settings, [private, public])}
+    security = _security(settings, "api", bearer=bool(settings.api_tokens))
+    public_security = _security(settings, "server", bearer=False)
+    used = {name for needed in security + public_security for name in needed}
+    also = {"servers": [public], "security": public_security}
+    _add_endpoints(paths, operators, notices, also)
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "lmdaemon",
-            "version": __version__,
-            "description": (
-                "SessionExpired as a daemon: the private session API, and the public endpoints that receive notices. "
-                "Every error of the private side is a problem document (RFC 9457); a method that a path does not list "
-                "is answered with 405 and an Allow header that names those it has, but HEAD, which every path has that "
-                "has GET. Times are RFC 3339 in UTC."
-            ),
-        },
-        "tags": [
-            {"name": "sessions", "description": "Opened, touched and closed by game servers."},
-            {"name": "deliveries", "description": "One for each end of a session and sink of its operator."},
-            {"name": "operators", "description": "Those in the configuration, and what holds them back."},
-            {"name": "daemon", "description": "The daemon itself."},
-            {"name": "notices", "description": "The public side: SessionExpired as received."},
-        ],
-        "paths": _paths(settings, operators, secured=secured),
+        "info": {"title": "lmdaemon", "version": __version__, "description": _DESCRIPTION},
+        "servers": [private],
+        "security": security,
+        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
+        "paths": paths,
         "components": {
-            "schemas": _schemas(operators),
-            "responses": _problems() | _refusals(),
-            "parameters": _path_parameters(operators),
-        }
-        | ({"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}} if secured else {}),
+            "schemas": schemas() | _notices(operators, notices),
+            "responses": _errors(_PROBLEMS, "application/problem+json", shapes.Problem)
+            | _errors(_REFUSALS, "application/json", shapes.NoticeAnswer),
+            "parameters": dict(_PARAMETERS),
+            "securitySchemes": {name: one for name, one in _SECURITY_SCHEMES.items() if name in used},
+        },
     }
 
 
-def _paths(settings: Settings, operators: Sequence[Operator], *, secured: bool) -> Json:
-    private = _server(settings.api.listen, "The private side.", tls="api" in settings.tls)
-    public = _server(settings.server.listen, "The public side.", tls="server" in settings.tls)
-    paths: Json = {
-        path: {"servers": [private]}
-        | {method: _secured(method, call) if secured else _open(method, call) for method, call in calls.items()}
-        | ({"parameters": [_ref("parameters", name) for name in ("operator", "sessionId", "id") if _in(name, path)]})
-        for path, calls in _private_calls().items()
-    }
-    paths["/health"] = {"servers": [private, public]} | _health_calls(secured=secured)
-    for path, served in _served(operators).items():
-        call = _notice_call(served)
-        # An endpoint may have the path of a private call: the listeners are two, a document has each path once.
-        if path in paths:
-            paths[path]["post"] = call | {"servers": [public], "parameters": []}
-        else:
-            paths[path] = {"servers": [public], "post": call}
-    return paths
+# -- where and by whom
+
+_LISTENERS = {"api": "The private side.", "server": "The public side."}
+_SECURITY_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A token of `token_file`, or of `read_token_file` for what changes nothing.",
+    },
+    "clientCertificate": {"type": "mutualTLS", "description": "Of the CA in the listener's `client_ca_file`."},
+}
 
 
-def _in(name: str, path: str) -> bool:
-    return f"{{{name}}}" in path
-
-
-def _server(listen: Listen, description: str, *, tls: bool) -> Json:
-    scheme, port = "https" if tls else "http", f":{listen.port}"
+def _server(settings: Settings, listener: str) -> Json:
+    description = _LISTENERS[listener]
+    listen = settings.api.listen if listener == "api" else settings.server.listen
+    scheme = "https" if listener in settings.tls else "http"
     if listen.unix:
         return {"url": f"{scheme}://localhost", "description": f"{description} Over the unix socket {listen.unix}."}
     if listen.host in ("0.0.0.0", "::"):  # noqa: S104 - everywhere: the reader knows by which name
-        host = {"default": "localhost", "description": "Any address of the daemon's machine."}
-        return {"url": f"{scheme}://{{host}}{port}", "description": description, "variables": {"host": host}}
+        host = {"default": "localhost", "description": "Any name or address of the daemon's machine."}
+        url = f"{scheme}://{{host}}:{listen.port}"
+        return {"url": url, "description": description, "variables": {"host": host}}
     host_text = f"[{listen.host}]" if ":" in listen.host else listen.host
-    return {"url": f"{scheme}://{host_text}{port}", "description": description}
+    return {"url": f"{scheme}://{host_text}:{listen.port}", "description": description}
+
+
+def _security(settings: Settings, listener: str, *, bearer: bool) -> list[Json]:
+    tls = settings.tls.get(listener)
+    needs_certificate = tls and tls.context and tls.context.verify_mode == ssl.CERT_REQUIRED
+    needed: Json = {"bearer": []} if bearer else {}
+    if needs_certificate:
+        needed["clientCertificate"] = []
+    return [needed] if needed else []
 
 
 # -- the private side
 
 
-def _private_calls() -> dict[str, Json]:
+def _private_paths() -> Json:
     operator, sessions = "/v1/operators/{operator}", "/v1/operators/{operator}/sessions"
     one, delivery = sessions + "/{sessionId}", "/v1/deliveries/{id}"
-    session, page = _ref("schemas", "Session"), _page_parameters()
-    opening = _call(
-        "sessions",
-        "openSession",
-        "Open a session",
-        {
-            200: ("Open already, with the same playerId and token; it counts as a touch", session),
-            201: ("Opened", session),
-        },
-        problems=(400, 404, 408, 409, 413, 415, 503),
-        body=_ref("schemas", "Opening"),
-    )
-    showing = _call(
-        "sessions",
-        "getSession",
-        "Show a session with its deliveries",
-        {200: ("The session", _ref("schemas", "SessionWithDeliveries"))},
-        problems=(400, 404, 503),
-    )
-    return {
-        sessions + "/touch": {
-            "post": _call(
+    calls = {
+        one: {
+            "put": _call(
                 "sessions",
-                "touchSessions",
-                f"Note activity of many sessions, at most {BULK_BODY_MAX} bytes",
-                {200: ("How many were touched, and which could not be", _ref("schemas", "BulkTouched"))},
-                problems=(400, 404, 408, 413, 415, 503),
-                body=_ref("schemas", "BulkTouch"),
+                "openSession",
+                "Open a session",
+                "It can be repeated after a lost answer. `.` and `..` are refused as ids: clients resolve "
+                "them as parts of the path.",
+                {
+                    200: ("Open already, with the same playerId and token: it counts as a touch", shapes.Session),
+                    201: ("Opened", shapes.Session),
+                },
+                problems=(400, 404, 408, 409, 413, 415, 503),
+                body=shapes.Opening,
             ),
-            # A session may be called "touch", and then this is its path.
-            "put": opening | {"operationId": "openSessionTouch", "summary": "Open the session with the id `touch`"},
-            "get": showing | {"operationId": "getSessionTouch", "summary": "Show the session with the id `touch`"},
+            "get": _call(
+                "sessions",
+                "getSession",
+                "Show a session with its deliveries",
+                "Reading never counts as activity.",
+                {200: ("The session", shapes.SessionWithDeliveries)},
+                problems=(400, 404, 503),
+            ),
         },
-        one: {"put": opening, "get": showing},
         one + "/touch": {
             "post": _call(
                 "sessions",
                 "touchSession",
                 "Note activity of a session",
+                "It counts from when the request arrived. A few touches per idle timeout are plenty.",
                 {204: ("Noted", None)},
                 problems=(400, 404, 410, 503),
+            )
+        },
+        sessions + "/touch": {
+            "post": _call(
+                "sessions",
+                "touchSessions",
+                "Note activity of many sessions",
+                f"At most {BULK_BODY_MAX} bytes. Costs a fraction of single touches. A session may have the id "
+                "`touch`: openSession and getSession reach it at this path.",
+                {200: ("How many were touched, and which could not be", shapes.BulkTouched)},
+                problems=(400, 404, 408, 413, 415, 503),
+                body=shapes.BulkTouch,
             )
         },
         one + "/close": {
@@ -152,7 +164,8 @@ def _private_calls() -> dict[str, Json]:
                 "sessions",
                 "closeSession",
                 "Close a session, because its game was closed",
-                {200: ("The session, also when it had ended before", session)},
+                "The first end counts: a session that had ended before is answered as it is.",
+                {200: ("The session, also when it had ended before", shapes.Session)},
                 problems=(400, 404, 503),
             )
         },
@@ -160,13 +173,14 @@ def _private_calls() -> dict[str, Json]:
             "get": _call(
                 "sessions",
                 "listSessions",
-                "List the sessions of an operator, newest first",
-                {200: ("A page", _ref("schemas", "SessionPage"))},
+                "List the sessions of an operator",
+                "A page, newest first.",
+                {200: ("A page", shapes.SessionPage)},
                 problems=(400, 404, 503),
                 parameters=[
-                    _query("state", {"enum": ["active", "ended"]}, "Only those in this state."),
-                    _query("playerId", _ref("schemas", "Id"), "Only those of this player."),
-                    *page,
+                    _query("state", shapes.SessionState, "Only those in this state."),
+                    _query("playerId", shapes.PlayerId, "Only those of this player."),
+                    *_PAGE_PARAMETERS,
                 ],
             )
         },
@@ -174,16 +188,15 @@ def _private_calls() -> dict[str, Json]:
             "get": _call(
                 "deliveries",
                 "listDeliveries",
-                "List deliveries, newest first",
-                {200: ("A page", _ref("schemas", "DeliveryPage"))},
+                "List deliveries",
+                "A page, newest first.",
+                {200: ("A page", shapes.DeliveryPage)},
                 problems=(400, 503),
                 parameters=[
-                    _query("operator", _ref("schemas", "Id"), "Only those of this operator, configured or not."),
-                    _query(
-                        "sink", _SINK, "Only those for this sink: `http`, or a plug-in that is configured or has any."
-                    ),
-                    _query("state", _ref("schemas", "DeliveryState"), "Only those in this state."),
-                    *page,
+                    _query("operator", shapes.Id, "Only those of this operator, configured or not."),
+                    _query("sink", shapes.Sink, "Only those for `http`, or a plug-in that is configured or has any."),
+                    _query("state", shapes.StateOfDelivery, "Only those in this state."),
+                    *_PAGE_PARAMETERS,
                 ],
                 links=("getDelivery", "retryDelivery"),
             )
@@ -193,7 +206,8 @@ def _private_calls() -> dict[str, Json]:
                 "deliveries",
                 "getDelivery",
                 "Show a delivery with its attempts",
-                {200: ("The delivery", _ref("schemas", "DeliveryWithHistory"))},
+                "`history` has what each attempt met with.",
+                {200: ("The delivery", shapes.DeliveryWithHistory)},
                 problems=(404, 503),
             )
         },
@@ -202,7 +216,8 @@ def _private_calls() -> dict[str, Json]:
                 "deliveries",
                 "retryDelivery",
                 "Make a dead delivery due again",
-                {202: ("The delivery as it is now", _ref("schemas", "Delivery"))},
+                "409 if it is not dead, or can never be sent because a fact that its dialect needs is not known.",
+                {202: ("The delivery as it is now", shapes.Delivery)},
                 problems=(404, 409, 503),
             )
         },
@@ -210,10 +225,11 @@ def _private_calls() -> dict[str, Json]:
             "post": _call(
                 "deliveries",
                 "retryDeliveries",
-                "Make the dead deliveries of an operator due again, ten a second; one call at a time",
-                {202: ("How many", _object(retried=_count()))},
+                "Make the dead deliveries of an operator due again",
+                "At most ten a second become due. 409 while another call does so for this operator.",
+                {202: ("How many", shapes.RetriedDeliveries)},
                 problems=(400, 404, 408, 409, 413, 415, 503),
-                body=_ref("schemas", "RetrySince"),
+                body=shapes.RetrySince,
                 body_required=False,
             )
         },
@@ -222,7 +238,8 @@ def _private_calls() -> dict[str, Json]:
                 "operators",
                 "listOperators",
                 "List the configured operators",
-                {200: ("All of them", _object(items=_list(_ref("schemas", "Operator"))))},
+                "With what waits for each of them, and what holds it back.",
+                {200: ("All of them", shapes.OperatorList)},
                 problems=(400, 503),
             )
         },
@@ -230,8 +247,9 @@ def _private_calls() -> dict[str, Json]:
             "post": _call(
                 "operators",
                 "holdOperator",
-                "Stop sending to an operator; ends are still recorded",
-                {200: ("The operator, held", _ref("schemas", "Operator"))},
+                "Stop sending to an operator",
+                "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
+                {200: ("The operator, held", shapes.Operator)},
                 problems=(404, 503),
             )
         },
@@ -239,8 +257,9 @@ def _private_calls() -> dict[str, Json]:
             "post": _call(
                 "operators",
                 "releaseOperator",
-                "Resume sending to an operator, whatever held it back",
-                {200: ("The operator, released", _ref("schemas", "Operator"))},
+                "Resume sending to an operator",
+                "Whatever held it back: a hold or its breaker.",
+                {200: ("The operator, released", shapes.Operator)},
                 problems=(404, 503),
             )
         },
@@ -249,18 +268,20 @@ def _private_calls() -> dict[str, Json]:
                 "daemon",
                 "getMetrics",
                 "Show the metrics for Prometheus",
-                {200: ("Prometheus text format 0.0.4", {"type": "string"})},
+                "Prometheus text format 0.0.4.",
+                {200: ("The metrics", str)},
                 media="text/plain",
             )
         },
         "/openapi.json": {
             "get": _call(
-                "daemon",
-                "getOpenapi",
-                "Show this document",
-                {200: ("OpenAPI 3.1", {"type": "object", "required": ["openapi", "info", "paths", "components"]})},
+                "daemon", "getOpenapi", "Show this document", "OpenAPI 3.1.", {200: ("OpenAPI 3.1", dict[str, Any])}
             )
         },
+    }
+    return {
+        path: {"parameters": [_ref("parameters", name) for name in _PARAMETERS if f"{{{name}}}" in path]} | methods
+        for path, methods in calls.items()
     }
 
 
@@ -268,136 +289,150 @@ def _call(
     tag: str,
     name: str,
     summary: str,
-    answers: Mapping[int, tuple[str, Json | None]],
+    description: str,
+    answers: Mapping[int, tuple[str, Any]],
     *,
     problems: Iterable[int] = (),
     parameters: Sequence[Json] = (),
-    body: Json | None = None,
+    body: Any = None,
     body_required: bool = True,
     media: str = "application/json",
     links: Sequence[str] = (),
 ) -> Json:
-    """One operation of the private side; `links` name those that take the id of what a page begins with.
-
-    A 500 is a bug, and answered as a problem too.
-    """
-    call: Json = {"tags": [tag], "operationId": name, "summary": summary}
+    """One operation of the private side; `links` name those that take the id of what a page begins with."""
+    call: Json = {"tags": [tag], "operationId": name, "summary": summary, "description": description}
     if parameters:
         call["parameters"] = list(parameters)
     if body is not None:
-        call["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": body}}}
+        call["requestBody"] = {"required": body_required, "content": _content("application/json", body)}
+    refused = {*problems, 401, 403, 421, 500}
     call["responses"] = {
-        str(status): {"description": description} | ({"content": {media: {"schema": schema}}} if schema else {})
-        for status, (description, schema) in answers.items()
-    } | {str(status): _ref("responses", _PROBLEMS[status][0]) for status in sorted((*problems, 500))}
+        str(status): {"description": told} | ({"content": _content(media, kind)} if kind else {})
+        for status, (told, kind) in answers.items()
+    } | {str(status): _ref("responses", _PROBLEMS[status][0]) for status in sorted(refused)}
     if links:
         first = {"id": "$response.body#/items/0/id"}
         call["responses"]["200"]["links"] = {name: {"operationId": name, "parameters": first} for name in links}
     return call
 
 
-def _secured(method: str, call: Json) -> Json:
-    return _refusing(call, 401, *[403] * (method != "get")) | {"security": [{"bearer": []}]}
-
-
-def _open(method: str, call: Json) -> Json:
-    """What a page in a browser could have sent is refused where no token is asked for."""
-    return _refusing(call, 421, *[403] * (method != "get"))
-
-
-def _refusing(call: Json, *statuses: int) -> Json:
-    refusals = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in statuses}
-    return call | {"responses": call["responses"] | refusals}
-
-
-def _health_calls(*, secured: bool) -> Json:
+def _health(settings: Settings, servers: Sequence[Json]) -> Json:
     """Served by both listeners: in full by the private one, to those who have its token."""
-    media = {"application/health+json": {"schema": _ref("schemas", "Health")}}
-    misdirected = {} if secured else {"421": _ref("responses", _PROBLEMS[421][0])}
+    anybody = _security(settings, "api", bearer=False) or [{}]
+    problems = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in (421, 500)}
     get: Json = {
         "tags": ["daemon"],
         "operationId": "getHealth",
-        "summary": "Show the state of the daemon; in public, or without the token, no more than its status",
-        "security": [{"bearer": []}, {}] if secured else [],
+        "summary": "Show the state of the daemon",
+        "description": "In public, or without the token, `status` alone.",
         "responses": {
-            "200": {"description": "It passes, or warns", "content": media},
-            "503": {"description": "It fails", "content": media},
-            "500": _ref("responses", _PROBLEMS[500][0]),
-        }
-        | misdirected,
+            "200": {"description": "It passes, or warns"},
+            "503": {"description": "It fails"},
+        },
     }
-    bare = {"200": {"description": "It passes, or warns"}, "503": {"description": "It fails"}} | misdirected
-    head = get | {"operationId": "headHealth", "summary": "Tell by the status alone", "responses": bare}
-    return {"get": get, "head": head}
+    if settings.api_tokens:
+        get["security"] = _security(settings, "api", bearer=True) + anybody
+    head = get | {
+        "operationId": "headHealth",
+        "summary": "Tell the state of the daemon by the status alone",
+        "responses": get["responses"] | {"421": problems["421"]},
+    }
+    content = {"content": _content("application/health+json", shapes.Health)}
+    shown = {status: answer | content for status, answer in get["responses"].items()}
+    return {"servers": servers, "get": get | {"responses": shown | problems}, "head": head}
 
 
-def _path_parameters(operators: Sequence[Operator]) -> Json:
-    names = {"enum": [operator.name for operator in operators]} if operators else {}
-    return {
-        "operator": _in_path("operator", {"type": "string"} | names, "A configured operator; 404 for any other."),
-        "sessionId": _in_path(
-            "sessionId",
-            _ref("schemas", "Id"),
-            "Percent-encoded UTF-8, read strictly: a slash is %2F, and a broken escape is refused. `.` and `..` are "
-            "%2E and %2E%2E: notices may bring them, but no session can be opened under them.",
-        ),
-        "id": _in_path("id", _ref("schemas", "WebhookId"), "The delivery's `webhook-id`."),
-    }
+def _content(media: str, kind: Any) -> Json:
+    return {media: {"schema": _schema(kind)}}
+
+
+def _query(name: str, kind: Any, description: str) -> Json:
+    """A parameter of a page. Any other one is refused, and so is one given twice."""
+    return {"name": name, "in": "query", "schema": _schema(kind), "description": description}
 
 
 def _in_path(name: str, schema: Json, description: str) -> Json:
     return {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
 
 
-def _query(name: str, schema: Json, description: str) -> Json:
-    """A parameter of a page. Any other one is refused, and so is one given twice."""
-    return {"name": name, "in": "query", "schema": schema, "description": description}
-
-
-def _page_parameters() -> list[Json]:
-    limit = {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT}
-    return [
-        _query("limit", limit, "How many at most; a page also ends at 1 MiB, or when enough was looked at for one."),
-        _query("after", _ref("schemas", "Cursor"), "The `next` of the page before, until that is null."),
-    ]
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
 
 
 # -- the public side
 
 
-def _served(operators: Iterable[Operator]) -> dict[str, list[Operator]]:
-    """The operators of each endpoint path, spelled as where it stands first: case and a trailing slash do not count."""
-    spelled: dict[str, str] = {}
-    served: dict[str, list[Operator]] = {}
+def _add_endpoints(paths: Json, operators: Iterable[Operator], notices: Mapping[str, str], also: Json) -> None:
+    """Each endpoint with the operators that it serves, spelled as where it stands first, for case and a trailing slash
+    do not count. It may have the path of a private call: the listeners are two, a document has each path once.
+    """
+    served: dict[str, tuple[str, list[Operator]]] = {}
     for operator in operators:
         for path in operator.paths:
-            served.setdefault(spelled.setdefault(endpoint_key(path), path), []).append(operator)
-    return served
+            served.setdefault(endpoint_key(path), (path, []))[1].append(operator)
+    names = _unlike(served, "report", "Notice")
+    for key, (path, sharing) in served.items():
+        call = _notice_call(names[key], sharing, notices) | also
+        paths[path] = paths.get(path, {}) | {"post": call | ({"parameters": []} if path in paths else {})}
 
 
-def _notice_call(operators: Sequence[Operator]) -> Json:
-    dialects = list({dialect.name: dialect for operator in operators for dialect in operator.receives}.values())
-    shapes: dict[str, list[Json]] = {}
+def _notice_call(name: str, operators: Sequence[Operator], notices: Mapping[str, str]) -> Json:
+    dialects = _dialects(operators).values()
+    shown: dict[str, list[Json]] = {}
     for dialect in dialects:
-        senders = [operator.provider_id for operator in operators if dialect in operator.receives]
-        shapes.setdefault(dialect.content_type, []).append(_notice(dialect, sorted(set(senders))))
-    refusals = [408, 413, 415, 503] + [403] * any(operator.allow_from for operator in operators)
-    answered = {"description": "Taken, or refused: `error` tells", "content": _json(_answer(dialects))}
-    names = ", ".join(dialect.name for dialect in dialects)
+        shown.setdefault(dialect.content_type, []).append(_ref("schemas", notices[dialect.name]))
+    codes = "".join(f"\n- {dialect.name}: {_codes(dialect)}" for dialect in dialects)
     return {
         "tags": ["notices"],
+        "operationId": name,
         "summary": "Report that a session has expired",
-        "description": f"Dialects: {names}. Case, repeated slashes and one at the end of the path do not matter.",
-        "security": [],
+        "description": "A repeat is answered like the first. Case, repeated slashes and one at the end of the path do "
+        f"not matter. What `error` means in the answer, by the dialect of the notice:\n{codes}\n\n"
+        "`retry` is also the answer to notices of unknown sessions beyond the operator's `unknown_per_minute`.",
         "requestBody": {
             "required": True,
             "description": "At most 16 KiB, not compressed.",
             "content": {
-                media: {"schema": found[0] if len(found) == 1 else {"anyOf": found}} for media, found in shapes.items()
+                media: {"schema": found[0] if len(found) == 1 else {"anyOf": found}} for media, found in shown.items()
             },
         },
-        "responses": {"200": answered}
-        | {str(status): _ref("responses", _REFUSALS[status][0]) for status in sorted(refusals)},
+        "responses": {
+            "200": {
+                "description": "Taken, or refused: `error` tells",
+                "content": _content("application/json", shapes.NoticeAnswer),
+            }
+        }
+        | {str(status): _ref("responses", name) for status, (name, _) in _REFUSALS.items()},
+    }
+
+
+def _codes(dialect: Dialect) -> str:
+    meanings: dict[int, list[str]] = {0: ["taken"]}
+    for meaning in MEANINGS:
+        meanings.setdefault(dialect.codes.of(meaning), []).append(f"`{meaning}`")
+    return ", ".join(f"{code} {' or '.join(found)}" for code, found in meanings.items())
+
+
+def _dialects(operators: Iterable[Operator]) -> dict[str, Dialect]:
+    """What these operators receive."""
+    return {dialect.name: dialect for operator in operators for dialect in operator.receives}
+
+
+def _unlike(keys: Iterable[str], prefix: str, empty: str) -> dict[str, str]:
+    """For each of the keys (paths, names of dialects) a name that code can have, told apart by a number if need be."""
+    names: dict[str, str] = {}
+    for key in keys:
+        words = re.findall("[A-Za-z0-9]+", key.replace("sessionexpired", "SessionExpired"))
+        name = prefix + ("".join(word[0].upper() + word[1:] for word in words) or empty)
+        alike = sum(re.fullmatch(f"{name}(_[0-9]+)?", other, re.IGNORECASE) is not None for other in names.values())
+        names[key] = f"{name}_{alike + 1}" if alike else name
+    return names
+
+
+def _notices(operators: Sequence[Operator], notices: Mapping[str, str]) -> Json:
+    return {
+        notices[name]: _notice(dialect, sorted({one.provider_id for one in operators if dialect in one.receives}))
+        for name, dialect in _dialects(operators).items()
     }
 
 
@@ -408,7 +443,7 @@ def _notice(dialect: Dialect, provider_ids: Sequence[str]) -> Json:
     }
     fields[dialect.fields["provider"]] |= {"examples": list(provider_ids)}
     return {
-        "title": f"Notice in dialect {dialect.name}",
+        "description": f"SessionExpired in dialect {dialect.name}.",
         "type": "object",
         "required": sorted(dialect.required_names),
         "properties": fields,
@@ -416,7 +451,7 @@ def _notice(dialect: Dialect, provider_ids: Sequence[str]) -> Json:
 
 
 def _field(meaning: str, dialect: Dialect, *, required: bool) -> Json:
-    text = _text({"token": TOKEN_MAX, "request": REQUEST_MAX}.get(meaning, ID_MAX))
+    text: Json = {"type": "string"} | shapes.text({"token": TOKEN_MAX, "request": REQUEST_MAX}.get(meaning, ID_MAX))
     if "hash" in dialect.fields and meaning != "hash":
         text["pattern"] = _HASHED
     choices = [text]
@@ -429,276 +464,109 @@ def _field(meaning: str, dialect: Dialect, *, required: bool) -> Json:
     return {"anyOf": choices} if len(choices) > 1 else dict(text)
 
 
-def _answer(dialects: Iterable[Dialect]) -> Json:
-    codes = {0}
-    for dialect in dialects:
-        codes |= {dialect.codes.of(meaning) for meaning in dialect.codes.__struct_fields__}
-    return _object(error={"type": "integer", "enum": sorted(codes)}, description={"type": "string"})
-
-
 # -- answers that are errors
 
 _PROBLEMS = {
     400: ("BadRequest", "Something in the request breaks its rule; `detail` says which"),
-    401: ("Unauthorized", "No valid bearer token was given"),
-    403: (
-        "Forbidden",
-        "A change with a token that may only read, or with an Origin and without a token",
-    ),
+    401: ("Unauthorized", "No valid bearer token was given, and one is configured"),
+    403: ("Forbidden", "A change with a token that may only read, or with another Origin and without a token"),
     404: ("NotFound", "There is no such operator, session or delivery"),
-    405: ("MethodNotAllowed", "The path has no such method"),
     408: ("RequestTimeout", "The body came too slowly or broke off"),
     409: ("Conflict", "It is not in a state for this; a session that has ended comes along"),
     410: ("Gone", "The session has ended, and comes along"),
     413: ("ContentTooLarge", "The body is too long"),
     415: ("UnsupportedMediaType", "The body is not application/json, or compressed; `detail` says what was seen"),
-    421: ("MisdirectedRequest", "Host is neither loopback nor the configured address, and no token is asked for"),
+    421: ("MisdirectedRequest", "Host is neither loopback nor the configured address, and no token is configured"),
     500: ("InternalServerError", "A bug; the log has its traceback"),
     503: ("ServiceUnavailable", "Nothing can be stored now, and nothing was"),
 }
 _REFUSALS = {
-    403: ("AddressNotAllowed", "The notice comes from an address that is not allowed"),
+    403: ("AddressNotAllowed", "The notice comes from an address that is not in the operator's `allow_from`"),
     408: ("NoticeTooSlow", "The body came too slowly or broke off"),
     413: ("NoticeTooLarge", "The body is longer than 16 KiB"),
     415: ("NoticeUnreadable", "No dialect of this path has this Content-Type, or the body is compressed"),
+    500: ("NoticeFailed", "A bug; to be repeated"),
     503: ("NoticeNotStored", "It could not be stored, and was not; to be repeated"),
 }
 _HEADERS: Mapping[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
-    405: {"Allow": {"schema": {"type": "string"}, "description": "The methods that the path has."}},
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds to wait."}},
 }
 
 
-def _problems() -> Json:
-    return {
-        name: {
-            "description": description,
-            "content": {"application/problem+json": {"schema": _problem(status)}},
-        }
-        | _headers(status)
-        for status, (name, description) in _PROBLEMS.items()
-    }
+def _errors(errors: Mapping[int, tuple[str, str]], media: str, kind: Any) -> Json:
+    found: Json = {}
+    for status, (name, description) in errors.items():
+        found[name] = {"description": description, "content": _content(media, kind)}
+        if status in _HEADERS:
+            found[name]["headers"] = {header: {"required": True} | one for header, one in _HEADERS[status].items()}
+    return found
 
 
-def _problem(status: int) -> Json:
-    if status == 410:
-        return {"allOf": [_ref("schemas", "Problem"), {"required": ["session"]}]}
-    return _ref("schemas", "Problem")
+# -- schemas, of the types in `shapes`
+
+_REQUESTS = (shapes.Opening, shapes.BulkTouch, shapes.RetrySince)
+_ANSWERS = (
+    *(shapes.BulkTouched, shapes.SessionWithDeliveries, shapes.SessionPage, shapes.DeliveryWithHistory),
+    *(shapes.DeliveryPage, shapes.RetriedDeliveries, shapes.OperatorList, shapes.Problem, shapes.Health),
+    shapes.NoticeAnswer,
+)
 
 
-def _refusals() -> Json:
-    schema = _object(error={"type": "integer"}, description={"type": "string"})
-    return {
-        name: {"description": description, "content": _json(schema)} | _headers(status)
-        for status, (name, description) in _REFUSALS.items()
-    }
+def schemas() -> Json:
+    """Every named type, its members in the order in which they are written there."""
+    named: Json = {}
+    for name, schema in msgspec.json.schema_components((*_REQUESTS, *_ANSWERS), ref_template=_TEMPLATE)[1].items():
+        kind = getattr(shapes, name)
+        if is_typeddict(kind):
+            schema["properties"] = {member: schema["properties"][member] for member in get_type_hints(kind)}
+        if kind in _REQUESTS:
+            schema["additionalProperties"] = False
+        _hoist(schema, named)
+    return named
 
 
-def _headers(status: int) -> Json:
-    headers = {name: {"required": True} | header for name, header in _HEADERS.get(status, {}).items()}
-    return {"headers": headers} if headers else {}
+def _schema(kind: Any) -> Json:
+    """Of one type; a reference where it has a name."""
+    found: Json = _hoist(msgspec.json.schema_components([kind], ref_template=_TEMPLATE)[0][0], {})
+    return found
 
 
-# -- schemas
+def _hoist(value: Any, named: Json) -> Any:
+    """Moves what has a title to `named`, at any depth, and leaves references to it."""
+    if isinstance(value, list):
+        return [_hoist(one, named) for one in value]
+    if not isinstance(value, dict):
+        return value
+    schema = {key: _hoist(inner, named) for key, inner in value.items()}
+    if not isinstance(schema.get("title"), str):
+        return schema
+    name = schema.pop("title")
+    named[name] = schema
+    return _ref("schemas", name)
 
 
-def _schemas(operators: Sequence[Operator]) -> Json:
-    delivery, session = _delivery(), _session()
-    return {
-        "Id": _text(ID_MAX) | {"description": "Opaque; compared as it is."},
-        "WebhookId": {"type": "string", "pattern": _WEBHOOK_ID},
-        "Cursor": {"type": "string", "pattern": _CURSOR},
-        "DeliveryState": {"type": "string", "enum": ["pending", "delivered", "dead"]},
-        "Opening": _opening(operators),
-        "BulkTouch": _object(sessionIds=_list(_ref("schemas", "Id")) | {"maxItems": BULK_IDS_MAX}),
-        "BulkTouched": _object(
-            touched=_count(), unknown=_list(_ref("schemas", "Id")), ended=_list(_ref("schemas", "Id"))
-        ),
-        "RetrySince": _object(
-            since={"type": "string", "format": "date-time", "description": "Not ahead of now."}, optional=["since"]
-        ),
-        "Session": _object(**session),
-        "SessionWithDeliveries": _object(**session, deliveries=_list(_ref("schemas", "Delivery"))),
-        "SessionPage": _page("Session"),
-        "Delivery": _object(**delivery),
-        "DeliveryWithHistory": _object(**delivery, history=_list(_ref("schemas", "Attempt"))),
-        "DeliveryPage": _page("Delivery"),
-        "Attempt": _object(
-            at=_time(),
-            durationMs=_count(),
-            status=_or_null({"type": "integer"}),
-            code=_or_null({"type": "number"}),
-            error=_or_null({"type": "string"}),
-            detail={"type": "string", "description": "What is known of the error besides."},
-            answer=_or_null({"type": "string", "maxLength": SHOWN_MAX})
-            | {"description": "Of a failure: how the answer began, secrets masked; null if there was none."},
-            optional=["detail", "answer"],
-        ),
-        "Operator": _operator(),
-        "Problem": _object(
-            type={"type": "string", "format": "uri-reference"},
-            title={"type": "string"},
-            status={"type": "integer", "minimum": 400, "maximum": 599},
-            detail={"type": "string"},
-            session=_ref("schemas", "Session"),
-            optional=["session"],
-        ),
-        "Health": {"oneOf": [_object(status=_STATUS), _ref("schemas", "HealthReport")]},
-        "HealthReport": _health_report(),
-    }
-
-
-_STATUS = {"type": "string", "enum": ["pass", "warn", "fail"]}
-
-
-def _opening(operators: Sequence[Operator]) -> Json:
-    """The body that opens a session. What a dialect must send, its sessions have to be opened with."""
-    need_token = [operator.name for operator in operators if "token" in operator.sends.required]
-    optional = ["idleTimeoutSeconds", "attributes"]
-    token = _text(TOKEN_MAX) | {"description": "A secret, never returned."}
-    if not need_token or len(need_token) < len(operators):
-        optional.append("token")
-        if need_token:
-            token["description"] += f" Required for {', '.join(need_token)}."
-    hashed = [operator.name for operator in operators if "hash" in operator.sends.fields]
-    note = f"For {', '.join(hashed)} no id and no token may have & or =, which separate the fields that are hashed."
-    return ({"description": note} if hashed else {}) | _object(
-        playerId=_ref("schemas", "Id"),
-        token=token,
-        idleTimeoutSeconds={"type": "integer", "minimum": 1, "maximum": IDLE_MAX_S},
-        attributes={
-            "type": "object",
-            "description": f"At most {ATTRIBUTES_MAX} bytes as JSON, nested at most 250 levels. Integers are kept "
-            "exactly up to 64 bits, longer ones refused; so are fractions and exponents beyond 2^53.",
-        },
-        optional=optional,
-    )
-
-
-def _session() -> Json:
-    reasons = ["inactivity", "max_lifetime", "closed", "reported"]
-    return {
-        "operator": {"type": "string"},
-        "sessionId": _ref("schemas", "Id"),
-        "playerId": _ref("schemas", "Id"),
-        "state": {"type": "string", "enum": ["active", "ended"]},
-        "reason": {"type": ["string", "null"], "enum": [*reasons, None]},
-        "openedAt": _time(),
-        "lastSeenAt": _time(),
-        "expiresAt": _or_null(_time()) | {"description": "If nothing more is heard; null once it has ended."},
-        "endedAt": _or_null(_time()),
-        "idleTimeoutSeconds": {"type": "number", "minimum": 1},
-        "attributes": {"type": "object"},
-    }
-
-
-def _delivery() -> Json:
-    return {
-        "id": _ref("schemas", "WebhookId"),
-        "operator": {"type": "string"},
-        "sessionId": _ref("schemas", "Id"),
-        "sink": _SINK,
-        "state": _ref("schemas", "DeliveryState"),
-        "attempts": _count(),
-        "createdAt": _time(),
-        "nextAttemptAt": _or_null(_time())
-        | {
-            "description": "When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
-            "retries by hand allow it. Null while the operator is held, and once it is settled."
-        },
-        "settledAt": _or_null(_time()),
-        "lastStatus": _or_null({"type": "integer"}) | {"description": "HTTP status of the last attempt."},
-        "lastCode": _or_null({"type": "number"}) | {"description": "Its `error`."},
-        "lastError": _or_null({"type": "string"}) | {"description": "Why it failed, in a word or two."},
-    }
-
-
-def _operator() -> Json:
-    return _object(
-        operator={"type": "string"},
-        notify={"type": "boolean"},
-        dialect={"type": "string"},
-        held={"type": "boolean"},
-        heldReason=_or_null({"type": "string"}),
-        breaker={"type": "string", "enum": ["closed", "open", "half-open"]},
-        live=_count(),
-        pending=_count(),
-        dead=_count(),
-        oldestPendingSeconds=_or_null({"type": "number", "minimum": 0}),
-        notBefore=_or_null(_time())
-        | {"description": "Until when a Retry-After or the breaker puts the next attempt off."},
-    )
-
-
-def _health_report() -> Json:
-    def check(optional: Sequence[str] = (), **figures: Json) -> Json:
-        one = _object(status=_STATUS, time=_time(), **figures, optional=optional)
-        return _list(one) | {"minItems": 1, "maxItems": 1}
-
-    output: Json = {"type": "string", "description": "What is wrong."}
-    loop = check(observedValue={"type": "number", "minimum": 0}, observedUnit={"type": "string"})
-    figures: Json = {"pending": _count(), "dead": _count(), "oldestPendingSeconds": {"type": "number", "minimum": 0}}
-    names = _list({"type": "string"})
-    return _object(
-        status=_STATUS,
-        version={"type": "string"},
-        description={"type": "string"},
-        checks=_object(
-            store=check(sessions=_count(), waiting=_count(), walBytes=_count(), output=output, optional=["output"]),
-            sweeper=loop,
-            dispatcher=loop,
-            listeners=check(output=output, optional=["output"]),
-            expiry=check(ended=_count(), of=_count(), output=output, optional=["ended", "of", "output"]),
-            deliveries=check(**figures, output=output, optional=[*figures, "output"]),
-            operators=check(held=names, broken=names),
-            config=check(output=output, optional=["output"]),
-            certificates=check(output=output, optional=["output"]),
-        ),
-    )
-
-
-def _page(kind: str) -> Json:
-    return _object(
-        items=_list(_ref("schemas", kind)) | {"maxItems": PAGE_MAX}, next=_or_null(_ref("schemas", "Cursor"))
-    )
-
-
-def _object(optional: Sequence[str] = (), **members: Json) -> Json:
-    """An object of exactly these members."""
-    required = [name for name in members if name not in optional]
-    return {
-        "type": "object",
-        "properties": members,
-        "additionalProperties": False,
-    } | ({"required": required} if required else {})
-
-
-def _text(longest: int) -> Json:
-    return {"type": "string", "minLength": 1, "maxLength": longest, "pattern": _PLAIN}
-
-
-def _list(items: Json) -> Json:
-    return {"type": "array", "items": items}
-
-
-def _count() -> Json:
-    return {"type": "integer", "minimum": 0}
-
-
-def _time() -> Json:
-    return {"type": "string", "format": "date-time"}
-
-
-def _or_null(schema: Json) -> Json:
-    if "$ref" in schema:
-        return {"anyOf": [schema, {"type": "null"}]}
-    return schema | {"type": [schema["type"], "null"]}
-
-
-def _json(schema: Json) -> Json:
-    return {"application/json": {"schema": schema}}
-
-
-def _ref(kind: str, name: str) -> Json:
-    return {"$ref": f"#/components/{kind}/{name}"}
+_TEMPLATE = "#/components/schemas/{name}"
+_PAGE_PARAMETERS = (
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT},
+        "description": "How many at most; a page also ends at 1 MiB, or when enough was looked at for one.",
+    },
+    _query("after", shapes.Cursor, "The `next` of the page before, until that is null."),
+)
+_PARAMETERS: Mapping[str, Json] = {
+    "operator": _in_path(
+        "operator",
+        {"type": "string", "pattern": f"^{NAME.pattern}$", "examples": ["acme"]},
+        "A configured operator; 404 for any other.",
+    ),
+    "sessionId": _in_path(
+        "sessionId",
+        _schema(shapes.SessionId),
+        "Percent-encoded UTF-8, read strictly: a slash is %2F, and a broken escape is refused. `.` and `..`, which "
+        "notices may bring, are %2E and %2E%2E.",
+    ),
+    "id": _in_path("id", _schema(shapes.WebhookId), "The delivery's `webhook-id`."),
+}

@@ -14,7 +14,7 @@ from support import raw_connection, serving
 
 from lmdaemon.bodies import session_ids
 from lmdaemon.model import id_problem
-from lmdaemon.openapi import BULK_BODY_MAX, BULK_IDS_MAX
+from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import HandClock
+from documented import complaints
 from support import LISTEN, Serving, load, open_store, serving, until
 
 from lmdaemon import database, health, retry
@@ -52,11 +53,12 @@ def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pu
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
     """One check of a report, having made sure that the report is as bad as it says and nothing else is wrong."""
-    report = await checked.report()
+    report: Any = await checked.report()
     (found,) = report["checks"][name]
     assert report["status"] == found["status"] == await checked.status()
     others = {other for other, (one,) in report["checks"].items() if one["status"] != "pass" and other != name}
     assert others == set()
+    assert complaints("Health", report) == []
     return found
 
 
@@ -76,7 +78,9 @@ def locked(path: Path) -> Iterator[None]:
 async def get(daemon: Serving, base: str) -> tuple[int, dict[str, Any]]:
     async with daemon.client.get(base + "/health") as answer:
         assert answer.headers["Content-Type"] == "application/health+json"
-        return answer.status, await answer.json(content_type=None)
+        report = await answer.json(content_type=None)
+        assert complaints("Health", report) == []
+        return answer.status, report
 
 
 # -- all is well
@@ -213,7 +217,7 @@ async def test_a_table_that_cannot_be_read_fails(tmp_path: Path, store: Store, c
     await end_session(store)
     with contextlib.closing(sqlite3.connect(tmp_path / "test.sqlite3")) as other:
         other.execute("DROP TABLE delivery")
-    report = await checked.report()
+    report: Any = await checked.report()
     assert {name for name, (one,) in report["checks"].items() if one["status"] == "fail"} == {"store", "deliveries"}
 
 

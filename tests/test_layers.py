@@ -13,7 +13,19 @@ LEVELS = {
     2: {"store", "plugins", "sender", "listener"},
     1: {"config", "dialects", "retry", "clock", "metrics", "log", "database", "systemd", "openapi", "http", "pulse"}
     | {"answers", "masks"}
-    | {"documents", "rows", "rules", "batches", "contract", "projection", "resolver", "tls", "egress", "target"}
+    | {
+        "documents",
+        "shapes",
+        "rows",
+        "rules",
+        "batches",
+        "contract",
+        "projection",
+        "resolver",
+        "tls",
+        "egress",
+        "target",
+    }
     | {"handshakes"}
     | {"textfile", "trust", "peer", "bodies", "rights", "pages"}
     | {"__init__"},
@@ -21,7 +33,7 @@ LEVELS = {
 }
 HOMES = {
     "aiosqlite": {"database"},
-    "msgspec": {"bodies", "config", "contract", "dialects", "openapi"},
+    "msgspec": {"bodies", "config", "contract", "dialects", "openapi", "shapes"},
     "prometheus_client": {"metrics"},
     "tomllib": {"config"},
 }

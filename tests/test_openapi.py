@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 from certificates import make
+from documented import closed
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
 
@@ -105,9 +107,21 @@ async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> 
     """Runs schemathesis with every check against one listener, by the document that the daemon serves."""
     (directory / "checks.toml").write_text(CHECKS)
     (directory / "hooks.py").write_text(HOOKS)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with daemon.client.get(daemon.api + "/openapi.json", headers=headers) as answer:
+        document = closed(await answer.json())
+    # What the document says in words: which operators there are, that these need a token to open with, and that a
+    # session with the id "touch" is opened and shown where many are touched.
+    document["components"]["parameters"]["operator"]["schema"]["enum"] = ["acme", "bravo"]
+    document["components"]["schemas"]["Opening"]["required"].append("token")
+    one = document["paths"]["/v1/operators/{operator}/sessions/{sessionId}"]
+    for method in ("put", "get"):
+        of_touch = {"operationId": one[method]["operationId"] + "Touch"}
+        document["paths"]["/v1/operators/{operator}/sessions/touch"][method] = one[method] | of_touch
+    (directory / "openapi.json").write_text(json.dumps(document))
     report = directory / "report.json"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "checks.toml"]
-    command += ["run", daemon.api + "/openapi.json", "--url", base, "--header", f"Authorization: Bearer {TOKEN}"]
+    command += ["run", "openapi.json", "--url", base, "--header", f"Authorization: Bearer {TOKEN}"]
     command += ["--checks", "all", "--generation-deterministic", "--max-examples", "10", "--no-color"]
     command += ["--report", "json", "--report-json-path", str(report), *arguments]
     process = await asyncio.create_subprocess_exec(
@@ -140,7 +154,7 @@ async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
                 *("--include-tag", "notices", "--include-path", "/health"),
                 *("--phases", "examples,coverage,fuzzing"),  # there is nothing to link: each notice stands alone
             )
-    assert private["operations"]["tested"] == private["operations"]["selected"] == 18
+    assert private["operations"]["tested"] == private["operations"]["selected"] == 19
     assert public["operations"]["tested"] == public["operations"]["selected"] == 5
     # A fuzzer that never got through would prove nothing. For these two it needs the links of its last phase, which
     # it does not count: they take what must exist in the right state.
@@ -253,7 +267,9 @@ def test_document_lists_exactly_the_routes_that_are_served(directory: Path) -> N
     listed = {(path, method) for path, method, _ in operations(openapi.document(settings))}
     # HEAD goes without saying where there is GET
     head = {(path, "head") for path, method in routes if method == "get"}
-    assert listed | head == (routes | endpoints) - {("/health/", "get")}
+    # As the description of touchSessions says: openSession and getSession, of a session with the id "touch"
+    same = {("/v1/operators/{operator}/sessions/touch", method) for method in ("put", "get")}
+    assert listed | head == (routes | endpoints) - {("/health/", "get")} - same
 
 
 def test_an_operator_without_an_endpoint_adds_no_path(directory: Path) -> None:
@@ -264,9 +280,8 @@ def test_an_operator_without_an_endpoint_adds_no_path(directory: Path) -> None:
 def test_an_endpoint_with_the_path_of_a_private_call_stands_beside_it(directory: Path) -> None:
     found = document(directory, '[operators.acme]\nprovider_id = "p"\nendpoint = "/metrics"\n')
     item = found["paths"]["/metrics"]
-    assert item["servers"][0]["url"] == "http://127.0.0.1:8081"
     assert item["post"]["servers"][0]["url"] == "http://127.0.0.1:8080"
-    assert "servers" not in item["get"]
+    assert "servers" not in item | item["get"]
     assert list(jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)) == []
 
 
@@ -283,118 +298,181 @@ def test_an_endpoint_with_the_path_of_a_private_call_stands_beside_it(directory:
 def test_each_path_names_the_listener_it_is_found_at(directory: Path, listen: str, url: str) -> None:
     operator = '[operators.acme]\nprovider_id = "p"\nauth = "none"\n'
     found = document(directory, f'[server]\nlisten = "{listen}"\n' + operator)
-    assert [server["url"] for server in found["paths"]["/V4/SessionExpired"]["servers"]] == [url]
-    assert [server["url"] for server in found["paths"]["/v1/operators"]["servers"]] == ["http://127.0.0.1:8081"]
+    assert [server["url"] for server in found["paths"]["/V4/SessionExpired"]["post"]["servers"]] == [url]
+    assert [server["url"] for server in found["servers"]] == ["http://127.0.0.1:8081"]  # of all that names none
+    assert {path for path, item in found["paths"].items() if "servers" in item} == {"/health"}
     assert [server["url"] for server in found["paths"]["/health"]["servers"]] == ["http://127.0.0.1:8081", url]
     assert list(jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)) == []
 
 
-def test_a_listener_with_tls_is_named_by_https(directory: Path) -> None:
-    make(directory, "own")
-    toml = '[server]\ntls_cert_file = "own.crt"\ntls_key_file = "own.key"\n[operators.acme]\nprovider_id = "p"\n'
-    found = document(directory, toml)
-    both = ["http://127.0.0.1:8081", "https://127.0.0.1:8080"]
-    assert [server["url"] for server in found["paths"]["/health"]["servers"]] == both
+def test_a_listener_with_tls_of_its_own_is_found_at_https(directory: Path) -> None:
+    make(directory, "server")
+    tls = 'tls_cert_file = "server.crt"\ntls_key_file = "server.key"\n'
+    found = document(directory, f"[server]\n{tls}[api]\n{tls}" + OPERATORS)
+    assert [server["url"] for server in found["paths"]["/health"]["servers"]] == [
+        "https://127.0.0.1:8081",
+        "https://127.0.0.1:8080",
+    ]
+    assert found["servers"][0]["url"] == "https://127.0.0.1:8081"
+
+
+def test_a_listener_that_asks_for_client_certificates_says_so(directory: Path) -> None:
+    make(directory, "ca", authority=True)
+    make(directory, "server")
+    tls = 'tls_cert_file = "server.crt"\ntls_key_file = "server.key"\nclient_ca_file = "ca.crt"\n'
+    found = document(directory, f'[server]\n{tls}[api]\ntoken_file = "token"\n{tls}' + OPERATORS)
+    assert found["security"] == [{"bearer": [], "clientCertificate": []}]
+    assert found["paths"]["/health"]["get"]["security"] == [
+        {"bearer": [], "clientCertificate": []},
+        {"clientCertificate": []},
+    ]
+    assert found["paths"]["/sessionexpired"]["post"]["security"] == [{"clientCertificate": []}]
+    assert found["components"]["securitySchemes"].keys() == {"bearer", "clientCertificate"}
+    assert found["components"]["securitySchemes"]["clientCertificate"]["type"] == "mutualTLS"
 
 
 def test_every_private_call_asks_for_a_token_where_one_is_configured(directory: Path) -> None:
     found = document(directory, SETTINGS["tokens"])
-    needs = {(path, method): operation["security"] for path, method, operation in operations(found)}
-    for (path, method), security in needs.items():
+    assert found["security"] == [{"bearer": []}]
+    assert found["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    for path, _, operation in operations(found):
         if path == "/health":
-            assert security == [{"bearer": []}, {}]
-        elif found["paths"][path][method]["tags"] == ["notices"]:
-            assert security == []
+            assert operation["security"] == [{"bearer": []}, {}]
+        elif operation["tags"] == ["notices"]:
+            assert operation["security"] == []
         else:
-            assert security == [{"bearer": []}]
-            assert "401" in found["paths"][path][method]["responses"]
-    assert found["components"]["securitySchemes"] == {"bearer": {"type": "http", "scheme": "bearer"}}
-
-
-def test_without_a_token_every_change_may_be_refused_to_a_browser(directory: Path) -> None:
-    found = document(directory, OPERATORS)
-    private = [one for one in operations(found) if one[2]["tags"] != ["notices"]]
-    assert {method for _, method, operation in private if "403" in operation["responses"]} == {"put", "post"}
-    assert not [
-        method
-        for _, method, operation in private
-        if method not in ("get", "head") and "403" not in operation["responses"]
-    ]
-    assert [path for path, _, operation in private if "421" not in operation["responses"]] == []
-    secured = [one for one in operations(document(directory, SETTINGS["tokens"])) if one[2]["tags"] != ["notices"]]
-    assert [path for path, _, operation in secured if "421" in operation["responses"]] == []
+            assert "security" not in operation
 
 
 def test_without_a_token_no_call_asks_for_one(directory: Path) -> None:
     found = document(directory, OPERATORS)
+    assert found["security"] == []
     assert not any(operation.get("security") for _, _, operation in operations(found))
-    assert not any("401" in operation["responses"] for _, _, operation in operations(found))
-    assert "securitySchemes" not in found["components"]
+    assert found["components"]["securitySchemes"] == {}
 
 
-@pytest.mark.parametrize(("status", "header"), [("401", "WWW-Authenticate"), ("405", "Allow"), ("503", "Retry-After")])
+def test_every_private_call_says_how_it_is_refused(directory: Path) -> None:
+    found = document(directory, OPERATORS)
+    for path, method, operation in operations(found):
+        if operation["tags"] != ["notices"] and path != "/health":
+            assert {"401", "403", "421", "500"} <= operation["responses"].keys(), (path, method)
+
+
+# -- what others generate from it
+
+
+def test_nothing_that_a_client_is_generated_from_depends_on_who_is_configured(directory: Path) -> None:
+    """Of the private side only the servers and whether a token is asked for; of the public one its paths alone."""
+    bare, full = (private_side(document(directory, SETTINGS[name])) for name in ("nothing", "tokens"))
+    assert bare == full
+
+
+def private_side(found: dict[str, Any]) -> dict[str, Any]:
+    for path, item in [*found["paths"].items()]:
+        if item.get("post", {}).get("tags") == ["notices"]:
+            del found["paths"][path]
+    for name in [*found["components"]["schemas"]]:
+        if name.startswith("Notice") and name != "NoticeAnswer":
+            del found["components"]["schemas"][name]
+    found["paths"]["/health"]["servers"] = None
+    for method in ("get", "head"):
+        found["paths"]["/health"][method].pop("security", None)
+    components = found["components"] | {"securitySchemes": None}
+    return found | {"servers": None, "security": None, "components": components}
+
+
+def test_an_operator_in_a_path_is_any_name_that_a_configuration_may_have(directory: Path) -> None:
+    found = document(directory, OPERATORS)
+    schema = found["components"]["parameters"]["operator"]["schema"]
+    assert "enum" not in schema
+    for name in ("acme", "not-configured", "A_9.x", "0" * 64):
+        assert jsonschema_rs.is_valid(schema, name)
+    for name in ("", "-acme", "a/b", "ä", "0" * 65, "a\n"):
+        assert not jsonschema_rs.is_valid(schema, name)
+    with_operator = [one for path, _, one in operations(found) if "{operator}" in path]
+    assert all("404" in operation["responses"] for operation in with_operator)
+
+
+def test_every_operation_can_be_called_by_a_name_in_generated_code(directory: Path) -> None:
+    found = [operation for _, _, operation in operations(document(directory, OPERATORS))]
+    names = [operation["operationId"] for operation in found]
+    assert [name for name in names if not re.fullmatch("[a-z][A-Za-z0-9]*", name)] == []
+    assert {"reportV4SessionExpired", "reportV1SessionExpired", "reportSessionExpired"} < set(names)
+    assert [operation["operationId"] for operation in found if not operation["description"].strip()] == []
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "expected"),
+    [
+        (["/V4/SessionExpired"], ["reportV4SessionExpired"]),
+        (["/v4/sessionexpired"], ["reportV4SessionExpired"]),
+        (["/casino-1/42/ended"], ["reportCasino142Ended"]),
+        (["/"], ["reportNotice"]),
+        (["/a-b", "/a/b", "/ab"], ["reportAB", "reportAB_2", "reportAb_3"]),
+    ],
+)
+def test_a_notice_is_named_after_its_path(directory: Path, endpoints: list[str], expected: list[str]) -> None:
+    toml = "".join(
+        f'[operators.o{number}]\nprovider_id = "p"\nendpoint = "{endpoint}"\n'
+        for number, endpoint in enumerate(endpoints)
+    )
+    paths = document(directory, toml)["paths"]
+    assert [paths[endpoint]["post"]["operationId"] for endpoint in endpoints] == expected
+
+
+def test_an_operator_more_leaves_the_names_of_the_others_as_they_are(directory: Path) -> None:
+    def names(toml: str) -> dict[str, str]:
+        found = operations(document(directory, toml))
+        return {path: operation["operationId"] for path, _, operation in found}
+
+    more = OPERATORS + '[operators.delta]\nprovider_id = "d"\naccept = ["v4.02"]\ndialect = "v4.02"\n'
+    more += 'endpoint = "/delta"\n'
+    assert names(OPERATORS).items() < names(more).items()
+
+
+def test_answers_may_get_further_members_and_requests_may_not(directory: Path) -> None:
+    schemas = document(directory, "")["components"]["schemas"]
+    closed = {name for name, schema in schemas.items() if schema.get("additionalProperties") is False}
+    assert closed == {"Opening", "BulkTouch", "RetrySince"}
+
+
+def test_health_is_one_schema_that_keeps_every_check(directory: Path) -> None:
+    schemas = document(directory, "")["components"]["schemas"]
+    assert schemas["Health"]["required"] == ["status"]
+    assert schemas["Health"]["properties"].keys() == {"status", "version", "description", "checks"}
+    assert "store" in schemas["Checks"]["properties"]
+
+
+@pytest.mark.parametrize(("status", "header"), [("401", "WWW-Authenticate"), ("503", "Retry-After")])
 def test_headers_that_come_with_a_status_are_documented(directory: Path, status: str, header: str) -> None:
     responses = document(directory, SETTINGS["tokens"])["components"]["responses"]
     name, _ = openapi._PROBLEMS[int(status)]
     assert responses[name]["headers"][header]["required"] is True
 
 
-@pytest.mark.parametrize(
-    ("dialects", "required", "told"),
-    [
-        (["v4"], True, None),
-        (["v4.01"], False, None),
-        (["v4", "v4.01"], False, "Required for o0."),
-    ],
-    ids=["all", "none", "some"],
-)
-def test_the_token_is_required_to_open_where_every_operator_must_be_sent_one(
-    directory: Path, dialects: list[str], required: bool, told: str | None
-) -> None:
-    operators = (
-        f'[operators.o{number}]\nprovider_id = "p{number}"\ndialect = "{dialect}"\n'
-        for number, dialect in enumerate(dialects)
-    )
-    opening = document(directory, "".join(operators))["components"]["schemas"]["Opening"]
-    assert ("token" in opening["required"]) is required
-    assert (told or "") in opening["properties"]["token"]["description"]
-    assert ("Required" in opening["properties"]["token"]["description"]) is (told is not None)
-
-
-def test_answer_codes_are_those_of_the_dialects_of_the_path(directory: Path) -> None:
+def test_a_notice_says_what_each_code_means(directory: Path) -> None:
     paths = document(directory, OPERATORS)["paths"]
-
-    def codes(path: str) -> list[int]:
-        answer = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
-        return answer["properties"]["error"]["enum"]
-
-    assert codes("/sessionexpired") == [0, 2, 4, 5, 7, 100, 120]
-    assert codes("/v1/SessionExpired") == [0, 7, 54, 55, 57, 100, 120, 998, 999]
-
-
-def test_only_an_endpoint_with_an_allow_list_answers_403(directory: Path) -> None:
-    paths = document(directory, SETTINGS["tokens"])["paths"]
-    public = [path for path in paths if "notices" in paths[path].get("post", {}).get("tags", [])]
-    assert {path for path in public if "403" in paths[path]["post"]["responses"]} == {
-        "/V4/SessionExpired",
-        "/v1/SessionExpired",
-    }
+    pragmatic, v1 = (paths[path]["post"]["description"] for path in ("/sessionexpired", "/v1/SessionExpired"))
+    assert "- pragmatic: 0 taken, 7 `bad_parameters` or `unknown_session`, 4 `bad_token`, 5 `bad_hash`, " in pragmatic
+    assert "2 `player_mismatch`, 100 `retry`, 120 `final`" in pragmatic
+    assert "- v1: 0 taken, 57 `bad_parameters` or" in v1
+    assert "998 `retry`, 999 `final`" in v1
 
 
 @pytest.mark.parametrize("id_text", ["a", "Ünïcode/ &%", "x" * 256, "0" * 256, "\u00a0", "\u2028", "𝄞"])
-def test_what_is_an_id_to_the_code_is_one_to_the_document(directory: Path, id_text: str) -> None:
-    assert is_id(directory, id_text)
+def test_what_is_an_id_to_the_code_is_one_to_the_document(id_text: str) -> None:
+    assert is_id(id_text)
     assert id_problem(id_text) is None
 
 
 @pytest.mark.parametrize("id_text", ["", "x" * 257, "a\n", "\n", "a\x00b", "\x1f", "\x7f", "\x80", "\x9f", 1, None])
-def test_what_is_no_id_to_the_code_is_none_to_the_document(directory: Path, id_text: Any) -> None:
-    assert not is_id(directory, id_text)
+def test_what_is_no_id_to_the_code_is_none_to_the_document(id_text: Any) -> None:
+    assert not is_id(id_text)
     assert not isinstance(id_text, str) or id_problem(id_text) is not None
 
 
-def is_id(directory: Path, value: Any) -> bool:
-    return jsonschema_rs.is_valid(document(directory, "")["components"]["schemas"]["Id"], value)
+def is_id(value: Any) -> bool:
+    return jsonschema_rs.is_valid(openapi.schemas()["Session"]["properties"]["playerId"], value)
 
 
 @pytest.mark.parametrize("secret", ["key-of-the-hash", TOKEN, "partner-token"])

@@ -1,0 +1,336 @@
+"""What the private API takes and answers, as types. No code runs here.
+
+`documents` and `api` make dictionaries of these types, so mypy refuses a member that is missing, unknown or of another
+type; `openapi` describes the same types to the clients that others generate. So the two cannot differ.
+An answer may get further members in a later version; a request may not have any others.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import msgspec
+import orjson
+from msgspec import Meta
+
+from lmdaemon.masks import SHOWN_MAX
+from lmdaemon.model import ID_MAX, TOKEN_MAX, DeliveryState, Reason
+
+BULK_IDS_MAX = 10_000
+BULK_BODY_MAX = 4 * 1024 * 1024
+ATTRIBUTES_MAX = 4096  # bytes of JSON
+IDLE_MAX_S = 30 * 86400
+PAGE_DEFAULT, PAGE_MAX = 100, 1000
+
+# Of an id: neither C0 nor DEL nor C1. Lone surrogates cannot stand in JSON, which is UTF-8, so no pattern names them.
+PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
+
+
+def text(longest: int) -> dict[str, Any]:
+    """The schema of an id or a token, as `model.id_problem` checks it."""
+    return {"minLength": 1, "maxLength": longest, "pattern": PLAIN}
+
+
+_TEXT = {"type": "string"}
+_ANYTHING = {"type": "object", "additionalProperties": True}  # said, or TypeScript's object is one without members
+
+Id = Annotated[str, Meta(extra_json_schema=text(ID_MAX))]
+SessionId = Annotated[Id, Meta(description="Opaque; compared as it is.", examples=["game-7f3a91"])]
+PlayerId = Annotated[Id, Meta(description="Opaque; compared as it is.", examples=["player-4711"])]
+OperatorName = Annotated[str, Meta(description="As in the configuration.", examples=["acme"])]
+Token = Annotated[
+    str,
+    Meta(
+        description="The player's token, a secret that is never returned. Required (else 400) where the operator's "
+        "dialect must send one, as v4 does.",
+        extra_json_schema=text(TOKEN_MAX),
+    ),
+]
+Cursor = Annotated[
+    str,
+    Meta(description="Where the next page begins.", extra_json_schema={"pattern": "^[1-9][0-9]{0,17}$"}),
+]
+WebhookId = Annotated[
+    str,
+    Meta(
+        description="The `webhook-id` header of every attempt.",
+        extra_json_schema={"pattern": "^msg_[1-9][0-9]{0,17}_[0-9a-f]{20}$"},
+        examples=["msg_42_0123456789abcdef0123"],
+    ),
+]
+Sink = Annotated[
+    str,
+    Meta(
+        description="`http`: the operator's URL; `plugin:NAME`: a plug-in.",
+        extra_json_schema={"pattern": "^(http|plugin:[^\\u0000-\\u001f\\u007f-\\u009f]+)$", "maxLength": ID_MAX},
+        examples=["http"],
+    ),
+]
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"}, examples=["2026-01-31T03:00:00.000Z"])]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+# A title makes a schema of its own, so that generated code has one enum and not one for each place.
+SessionState = Annotated[Literal["active", "ended"], Meta(title="SessionState", extra_json_schema=_TEXT)]
+EndReason = Annotated[Reason, Meta(title="EndReason", description="Why a session ended.", extra_json_schema=_TEXT)]
+StateOfDelivery = Annotated[DeliveryState, Meta(title="DeliveryState", extra_json_schema=_TEXT)]
+Breaker = Annotated[Literal["closed", "open", "half-open"], Meta(title="Breaker", extra_json_schema=_TEXT)]
+HealthStatus = Annotated[str, Meta(title="HealthStatus", extra_json_schema=_TEXT | {"enum": ["pass", "warn", "fail"]})]
+
+
+# -- requests
+
+
+class Opening(TypedDict):
+    """Opens a session. Where the operator's dialect has a hash, no id and no token may have `&` or `=`."""
+
+    playerId: PlayerId
+    token: NotRequired[Token]
+    idleTimeoutSeconds: NotRequired[
+        Annotated[int, Meta(ge=1, le=IDLE_MAX_S, description="By default what is configured.", examples=[900])]
+    ]
+    attributes: NotRequired[
+        Annotated[
+            dict[str, Any],
+            Meta(
+                extra_json_schema=_ANYTHING,
+                description=f"Kept for plug-ins. At most {ATTRIBUTES_MAX} bytes as JSON, nested at most 250 levels. "
+                "Integers are kept exactly up to 64 bits, longer ones refused; so are fractions and exponents beyond "
+                "2^53.",
+                examples=[{"table": 7}],
+            ),
+        ]
+    ]
+
+
+class BulkTouch(msgspec.Struct, forbid_unknown_fields=True):
+    """Sessions of one operator; an id that stands twice counts once."""
+
+    session_ids: Annotated[list[SessionId], Meta(extra_json_schema={"maxItems": BULK_IDS_MAX})] = msgspec.field(
+        name="sessionIds"
+    )
+
+
+class RetrySince(TypedDict):
+    """Which dead deliveries become due again; all of them without `since`."""
+
+    since: NotRequired[Annotated[Time, Meta(description="Those that died since then; a time ahead is refused (400).")]]
+
+
+# -- answers
+
+
+class BulkTouched(TypedDict):
+    """How many sessions were touched, and which could not be."""
+
+    touched: Count
+    unknown: list[SessionId]
+    ended: list[SessionId]
+
+
+class Session(TypedDict):
+    """A session, without its token."""
+
+    operator: OperatorName
+    sessionId: SessionId
+    playerId: PlayerId
+    state: SessionState
+    reason: Annotated[EndReason | None, Meta(description="Why it ended; null while it is active.")]
+    openedAt: Time
+    lastSeenAt: Time
+    expiresAt: Annotated[Time | None, Meta(description="If nothing more is heard; null once it has ended.")]
+    endedAt: Time | None
+    idleTimeoutSeconds: Annotated[float, Meta(ge=1, examples=[900])]
+    attributes: Annotated[
+        orjson.Fragment,
+        Meta(description="As given when it was opened.", extra_json_schema=_ANYTHING, examples=[{"table": 7}]),
+    ]
+
+
+class Delivery(TypedDict):
+    """One end of a session for one sink of its operator."""
+
+    id: WebhookId
+    operator: OperatorName
+    sessionId: SessionId
+    sink: Sink
+    state: StateOfDelivery
+    attempts: Count
+    createdAt: Time
+    nextAttemptAt: Annotated[
+        Time | None,
+        Meta(
+            description="When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
+            "retries by hand allow it. Null while the operator is held, and once it is settled."
+        ),
+    ]
+    settledAt: Time | None
+    lastStatus: Annotated[int | None, Meta(description="HTTP status of the last attempt.", examples=[200])]
+    lastCode: Annotated[float | None, Meta(description="Its `error`.", examples=[0])]
+    lastError: Annotated[
+        str | None, Meta(description="Why it failed: one word of the list in docs/delivery.md.", examples=["timeout"])
+    ]
+
+
+class Attempt(TypedDict):
+    """One attempt of a delivery."""
+
+    at: Time
+    durationMs: Count
+    status: Annotated[int | None, Meta(description="HTTP status, if there was an answer.", examples=[503])]
+    code: Annotated[float | None, Meta(description="`error` of the answer, if it had one.")]
+    error: Annotated[str | None, Meta(description="Why it failed; null if it did not.", examples=["status"])]
+    detail: NotRequired[Annotated[str, Meta(description="What is known of the error besides.")]]
+    answer: NotRequired[
+        Annotated[
+            Annotated[str, Meta(extra_json_schema={"maxLength": SHOWN_MAX})] | None,
+            Meta(
+                description=f"Of a failure: the first {SHOWN_MAX} characters that the operator answered, the notice's "
+                "own secrets masked; null if there were none."
+            ),
+        ]
+    ]
+
+
+class SessionWithDeliveries(Session):
+    """A session and what became of its end."""
+
+    deliveries: list[Delivery]
+
+
+class DeliveryWithHistory(Delivery):
+    """A delivery and its attempts, the oldest first."""
+
+    history: list[Attempt]
+
+
+class SessionPage(TypedDict):
+    """Sessions, newest first."""
+
+    items: Annotated[list[Session], Meta(extra_json_schema={"maxItems": PAGE_MAX})]
+    next: Annotated[Cursor | None, Meta(description="To be given as `after`; null on the last page.")]
+
+
+class DeliveryPage(TypedDict):
+    """Deliveries, newest first."""
+
+    items: Annotated[list[Delivery], Meta(extra_json_schema={"maxItems": PAGE_MAX})]
+    next: Annotated[Cursor | None, Meta(description="To be given as `after`; null on the last page.")]
+
+
+class RetriedDeliveries(TypedDict):
+    """How many dead deliveries became due again."""
+
+    retried: Count
+
+
+class Operator(TypedDict):
+    """An operator: what waits for it, and what holds it back."""
+
+    operator: OperatorName
+    notify: Annotated[bool, Meta(description="Whether ends are sent to its URL.")]
+    dialect: Annotated[str, Meta(description="What is sent.", examples=["v4"])]
+    held: Annotated[bool, Meta(description="Nothing is sent until it is released.")]
+    heldReason: str | None
+    breaker: Breaker
+    live: Annotated[Count, Meta(description="Sessions that are active.")]
+    pending: Annotated[Count, Meta(description="Deliveries not yet settled.")]
+    dead: Annotated[Count, Meta(description="Deliveries given up, which can be retried.")]
+    oldestPendingSeconds: Seconds | None
+    notBefore: Annotated[
+        Time | None, Meta(description="Until when a Retry-After or the breaker puts the next attempt off.")
+    ]
+
+
+class OperatorList(TypedDict):
+    """All configured operators."""
+
+    items: list[Operator]
+
+
+class Problem(TypedDict):
+    """An error (RFC 9457)."""
+
+    type: Annotated[str, Meta(extra_json_schema={"format": "uri-reference"}, examples=["about:blank"])]
+    title: Annotated[str, Meta(examples=["Not Found"])]
+    status: Annotated[int, Meta(ge=400, le=599, examples=[404])]
+    detail: Annotated[str, Meta(description="Place, rule and value.", examples=["no session has this id"])]
+    session: NotRequired[Session]
+
+
+class NoticeAnswer(TypedDict):
+    """The answer to a notice: 0 in `error` if it was taken."""
+
+    error: int
+    description: Annotated[str, Meta(examples=["Success"])]
+
+
+# -- health
+
+
+class Check(TypedDict):
+    """One thing that was looked at."""
+
+    status: HealthStatus
+    time: Time
+    output: NotRequired[Annotated[str, Meta(description="What is wrong.")]]
+
+
+class StoreCheck(Check):
+    """Whether the database can be written."""
+
+    sessions: Annotated[Count, Meta(description="Sessions that are active.")]
+    waiting: Annotated[Count, Meta(description="Operations that wait to be written.")]
+    walBytes: Annotated[Count, Meta(description="Size of the write-ahead log.")]
+
+
+class LoopCheck(Check):
+    """Whether a loop of the daemon runs when it should."""
+
+    observedValue: Annotated[Seconds, Meta(description="How late it is.")]
+    observedUnit: str
+
+
+class ExpiryCheck(Check):
+    """Whether a large part of all sessions ended at once."""
+
+    ended: NotRequired[Count]
+    of: NotRequired[Count]
+
+
+class DeliveriesCheck(Check):
+    """Whether deliveries are dead or have waited for long."""
+
+    pending: Count
+    dead: Count
+    oldestPendingSeconds: NotRequired[Seconds]
+
+
+class OperatorsCheck(Check):
+    """Which operators are held back."""
+
+    held: list[OperatorName]
+    broken: Annotated[list[OperatorName], Meta(description="Those whose breaker is not closed.")]
+
+
+_ONE = Meta(min_length=1, max_length=1)
+
+
+class Checks(TypedDict):
+    """Every check, as a list of one."""
+
+    store: Annotated[list[StoreCheck], _ONE]
+    sweeper: Annotated[list[LoopCheck], _ONE]
+    dispatcher: Annotated[list[LoopCheck], _ONE]
+    listeners: Annotated[list[Check], _ONE]
+    expiry: Annotated[list[ExpiryCheck], _ONE]
+    deliveries: Annotated[list[DeliveriesCheck], _ONE]
+    operators: Annotated[list[OperatorsCheck], _ONE]
+    config: Annotated[list[Check], _ONE]
+    certificates: Annotated[list[Check], _ONE]
+
+
+class Health(TypedDict):
+    """The state of the daemon; without the token, and in public, `status` alone."""
+
+    status: HealthStatus
+    version: NotRequired[str]
+    description: NotRequired[str]
+    checks: NotRequired[Checks]

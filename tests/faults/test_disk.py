@@ -581,7 +581,7 @@ def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed_what_it_ackn
     log = tmp_path / "calls"
     with daemon_on(tmp_path) as daemon:
         ledger = Ledger(daemon)
-        with strace(daemon, calls="pwrite64,fdatasync,sendto", log=log):
+        with strace(daemon, calls="pwrite64,fdatasync,sendto,sendmsg,write,writev", log=log):
             for number in range(20):
                 ledger.must("open", f"s{number}")
                 ledger.must("touch", f"s{number}")

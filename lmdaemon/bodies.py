@@ -26,14 +26,14 @@ def session_ids(body: bytes) -> list[str]:
     if body.count(b'"') > _QUOTES_MAX and body.count(b'"') - body.count(b'\\"') > _QUOTES_MAX:
         raise ValueError(f"sessionIds: must be a list of at most {BULK_IDS_MAX} ids")
     ids = _decoded(body)
-    if body.count(b":") > 1:  # the key may stand twice
-        _refuse_contradiction(body, ids)
     if len(ids) > BULK_IDS_MAX:
         raise ValueError(f"sessionIds: must be a list of at most {BULK_IDS_MAX} ids (got {len(ids)})")
     for index, session_id in enumerate(ids):
         problem = id_problem(session_id)
         if problem:
             raise ValueError(f"sessionIds[{index}]: {problem}")
+    if body.count(b":") > 1:  # the key may stand twice
+        _refuse_contradiction(body, ids)
     return ids
 
 

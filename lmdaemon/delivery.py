@@ -494,8 +494,8 @@ class Dispatcher(StoreObserver):
         )
         if outcome.verdict == "delivered":
             return outcome
-        text = masks.of_notice(operator, row.token, row.body).text_of(body, complete=complete)
-        return outcome._replace(answer=text[: masks.SHOWN_MAX])
+        mask = masks.of_notice(operator, row.token, row.body)
+        return outcome._replace(answer=mask.beginning_of(body, complete=complete))
 
     async def _call(self, lane: Lane, row: Delivery) -> retry.Outcome:
         assert lane.plugin is not None  # noqa: S101 - a lane without one posts

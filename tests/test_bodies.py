@@ -122,6 +122,7 @@ LARGE = {
     "too many ids": (filled(b'{"sessionIds":[', b'"a",', b'"a"]}'), 400),
     "too many empty ids": (filled(b'{"sessionIds":[', b'"",', b'""]}'), 400),
     "a long id": (filled(b'{"sessionIds":["', "\u2028".encode(), b'"]}'), 400),
+    "a long id of quotes": (filled(b'{"sessionIds":[":', b'\\"', b'"]}'), 400),
     "a long key": (filled(b'{"', b"k", b'":1}'), 400),
 }
 

@@ -89,6 +89,39 @@ def test_text_made_to_be_slow_is_not(tmp_path: Path) -> None:
     assert took(16_000) < 100 * took(1000)
 
 
+def test_a_secret_made_to_be_slow_is_not() -> None:
+    """A token may be its operator's own, and so may the answer. Not a time on this machine: a secret of characters that
+    each notation writes in its own way may not take twenty times as long as one of letters.
+    """
+    text = "aa" + "a\\" * 1000 + "%25252f" * 500 + "&amp;amp;" * 500 + "\\u005c" * 500
+
+    def took(secret: str) -> float:
+        best = 1.0
+        for _ in range(3):
+            began = time.process_time()
+            Mask([secret]).text_of(text.encode(), complete=False)
+            best = min(best, time.process_time() - began)
+        return best
+
+    letters = took("ab" * 2048)
+    for secret in (
+        "+/" * 2047 + "aa",
+        "/" * 4096,
+        "\\" * 4094 + "aa",
+        "é" * 4096,
+        "%2f" * 1365,
+        "".join(map(chr, range(0x4E00, 0x5E00))),
+    ):
+        assert took(secret) < 20 * letters, secret[:10]
+
+
+def test_of_a_long_answer_its_beginning_is_kept_with_nothing_of_a_secret() -> None:
+    mask = Mask(["tok/en"])
+    answer = "." * (masks.SHOWN_MAX - 4) + "tok\\/en" + "." * 20_000
+    assert mask.beginning_of(answer.encode(), complete=True) == ("." * (masks.SHOWN_MAX - 4) + MASK + ".")
+    assert mask.beginning_of(b"tok/en, refused", complete=True) == f"{MASK}, refused"
+
+
 def test_what_a_notice_holds_and_was_made_with_is_hidden(tmp_path: Path) -> None:
     for name, text in (("hash.key", "the-hash-key"), ("signing", "whsec_" + "A" * 44)):
         (tmp_path / name).write_text(text)

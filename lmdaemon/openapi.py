@@ -114,175 +114,148 @@ def _private_paths() -> Json:
     operator, sessions = "/v1/operators/{operator}", "/v1/operators/{operator}/sessions"
     one, delivery = sessions + "/{sessionId}", "/v1/deliveries/{id}"
     calls = {
-        one: {
-            "put": _call(
-                "sessions",
-                "openSession",
-                "Open a session",
-                "It can be repeated after a lost answer. `.` and `..` are refused as ids: clients resolve "
-                "them as parts of the path.",
-                {
-                    200: ("Open already, with the same playerId and token: it counts as a touch", shapes.Session),
-                    201: ("Opened", shapes.Session),
-                },
-                problems=(400, 404, 408, 409, 413, 415, 503),
-                body=shapes.Opening,
-            ),
-            "get": _call(
-                "sessions",
-                "getSession",
-                "Show a session with its deliveries",
-                "Reading never counts as activity.",
-                {200: ("The session", shapes.SessionWithDeliveries)},
-                problems=(400, 404, 503),
-            ),
-        },
-        one + "/touch": {
-            "post": _call(
-                "sessions",
-                "touchSession",
-                "Note activity of a session",
-                "It counts from when the request arrived. A few touches per idle timeout are plenty.",
-                {204: ("Noted", None)},
-                problems=(400, 404, 410, 503),
-            )
-        },
-        sessions + "/touch": {
-            "post": _call(
-                "sessions",
-                "touchSessions",
-                "Note activity of many sessions",
-                f"At most {BULK_BODY_MAX} bytes. Costs a fraction of single touches. A session may have the id "
-                "`touch`: openSession and getSession reach it at this path.",
-                {200: ("How many were touched, and which could not be", shapes.BulkTouched)},
-                problems=(400, 404, 408, 413, 415, 503),
-                body=shapes.BulkTouch,
-            )
-        },
-        one + "/close": {
-            "post": _call(
-                "sessions",
-                "closeSession",
-                "Close a session, because its game was closed",
-                "The first end counts: a session that had ended before is answered as it is.",
-                {200: ("The session, also when it had ended before", shapes.Session)},
-                problems=(400, 404, 503),
-            )
-        },
-        sessions: {
-            "get": _call(
-                "sessions",
-                "listSessions",
-                "List the sessions of an operator",
-                "A page, newest first.",
-                {200: ("A page", shapes.SessionPage)},
-                problems=(400, 404, 503),
-                parameters=[
-                    _query("state", shapes.SessionState, "Only those in this state."),
-                    _query("playerId", shapes.PlayerId, "Only those of this player."),
-                    *_PAGE_PARAMETERS,
-                ],
-            )
-        },
-        "/v1/deliveries": {
-            "get": _call(
-                "deliveries",
-                "listDeliveries",
-                "List deliveries",
-                "A page, newest first.",
-                {200: ("A page", shapes.DeliveryPage)},
-                problems=(400, 503),
-                parameters=[
-                    _query("operator", shapes.Id, "Only those of this operator, configured or not."),
-                    _query("sink", shapes.Sink, "Only those for `http`, or a plug-in that is configured or has any."),
-                    _query("state", shapes.StateOfDelivery, "Only those in this state."),
-                    *_PAGE_PARAMETERS,
-                ],
-                links=("getDelivery", "retryDelivery"),
-            )
-        },
-        delivery: {
-            "get": _call(
-                "deliveries",
-                "getDelivery",
-                "Show a delivery with its attempts",
-                "`history` has what each attempt met with.",
-                {200: ("The delivery", shapes.DeliveryWithHistory)},
-                problems=(404, 503),
-            )
-        },
-        delivery + "/retry": {
-            "post": _call(
-                "deliveries",
-                "retryDelivery",
-                "Make a dead delivery due again",
-                "409 if it is not dead, or can never be sent because a fact that its dialect needs is not known.",
-                {202: ("The delivery as it is now", shapes.Delivery)},
-                problems=(404, 409, 503),
-            )
-        },
-        operator + "/deliveries/retry": {
-            "post": _call(
-                "deliveries",
-                "retryDeliveries",
-                "Make the dead deliveries of an operator due again",
-                "At most ten a second become due. 409 while another call does so for this operator.",
-                {202: ("How many", shapes.RetriedDeliveries)},
-                problems=(400, 404, 408, 409, 413, 415, 503),
-                body=shapes.RetrySince,
-                body_required=False,
-            )
-        },
-        "/v1/operators": {
-            "get": _call(
-                "operators",
-                "listOperators",
-                "List the configured operators",
-                "With what waits for each of them, and what holds it back.",
-                {200: ("All of them", shapes.OperatorList)},
-                problems=(400, 503),
-            )
-        },
-        operator + "/hold": {
-            "post": _call(
-                "operators",
-                "holdOperator",
-                "Stop sending to an operator",
-                "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
-                {200: ("The operator, held", shapes.Operator)},
-                problems=(404, 503),
-            )
-        },
-        operator + "/release": {
-            "post": _call(
-                "operators",
-                "releaseOperator",
-                "Resume sending to an operator",
-                "Whatever held it back: a hold or its breaker.",
-                {200: ("The operator, released", shapes.Operator)},
-                problems=(404, 503),
-            )
-        },
-        "/metrics": {
-            "get": _call(
-                "daemon",
-                "getMetrics",
-                "Show the metrics for Prometheus",
-                "Prometheus text format 0.0.4.",
-                {200: ("The metrics", str)},
-                media="text/plain",
-            )
-        },
-        "/openapi.json": {
-            "get": _call(
-                "daemon", "getOpenapi", "Show this document", "OpenAPI 3.1.", {200: ("OpenAPI 3.1", dict[str, Any])}
-            )
-        },
+        ("put", one): _call(
+            "sessions",
+            "openSession",
+            "Open a session",
+            "It can be repeated after a lost answer. `.` and `..` are refused as ids: clients resolve "
+            "them as parts of the path.",
+            {
+                200: ("Open already, with the same playerId and token: it counts as a touch", shapes.Session),
+                201: ("Opened", shapes.Session),
+            },
+            problems=(404, 409, 503),
+            body=shapes.Opening,
+        ),
+        ("get", one): _call(
+            "sessions",
+            "getSession",
+            "Show a session with its deliveries",
+            "Reading never counts as activity.",
+            {200: ("The session", shapes.SessionWithDeliveries)},
+            problems=(400, 404, 503),
+        ),
+        ("post", one + "/touch"): _call(
+            "sessions",
+            "touchSession",
+            "Note activity of a session",
+            "It counts from when the request arrived. A few touches per idle timeout are plenty.",
+            {204: ("Noted", None)},
+            problems=(400, 404, 410, 503),
+        ),
+        ("post", sessions + "/touch"): _call(
+            "sessions",
+            "touchSessions",
+            "Note activity of many sessions",
+            f"At most {BULK_BODY_MAX} bytes. Costs a fraction of single touches. A session may have the id "
+            "`touch`: openSession and getSession reach it at this path.",
+            {200: ("How many were touched, and which could not be", shapes.BulkTouched)},
+            problems=(404, 503),
+            body=shapes.BulkTouch,
+        ),
+        ("post", one + "/close"): _call(
+            "sessions",
+            "closeSession",
+            "Close a session, because its game was closed",
+            "The first end counts: a session that had ended before is answered as it is.",
+            {200: ("The session, also when it had ended before", shapes.Session)},
+            problems=(400, 404, 503),
+        ),
+        ("get", sessions): _call(
+            "sessions",
+            "listSessions",
+            "List the sessions of an operator",
+            "A page, newest first.",
+            {200: ("A page", shapes.SessionPage)},
+            problems=(400, 404, 503),
+            parameters=[
+                _query("state", shapes.SessionState, "Only those in this state."),
+                _query("playerId", shapes.PlayerId, "Only those of this player."),
+                *_PAGE_PARAMETERS,
+            ],
+        ),
+        ("get", "/v1/deliveries"): _call(
+            "deliveries",
+            "listDeliveries",
+            "List deliveries",
+            "A page, newest first.",
+            {200: ("A page", shapes.DeliveryPage)},
+            problems=(400, 503),
+            parameters=[
+                _query("operator", shapes.Id, "Only those of this operator, configured or not."),
+                _query("sink", shapes.Sink, "Only those for `http`, or a plug-in that is configured or has any."),
+                _query("state", shapes.StateOfDelivery, "Only those in this state."),
+                *_PAGE_PARAMETERS,
+            ],
+            links=("getDelivery", "retryDelivery"),
+        ),
+        ("get", delivery): _call(
+            "deliveries",
+            "getDelivery",
+            "Show a delivery with its attempts",
+            "`history` has what each attempt met with.",
+            {200: ("The delivery", shapes.DeliveryWithHistory)},
+            problems=(404, 503),
+        ),
+        ("post", delivery + "/retry"): _call(
+            "deliveries",
+            "retryDelivery",
+            "Make a dead delivery due again",
+            "409 if it is not dead, or can never be sent because a fact that its dialect needs is not known.",
+            {202: ("The delivery as it is now", shapes.Delivery)},
+            problems=(404, 409, 503),
+        ),
+        ("post", operator + "/deliveries/retry"): _call(
+            "deliveries",
+            "retryDeliveries",
+            "Make the dead deliveries of an operator due again",
+            "At most ten a second become due. 409 while another call does so for this operator.",
+            {202: ("How many", shapes.RetriedDeliveries)},
+            problems=(404, 409, 503),
+            body=shapes.RetrySince,
+            body_required=False,
+        ),
+        ("get", "/v1/operators"): _call(
+            "operators",
+            "listOperators",
+            "List the configured operators",
+            "With what waits for each of them, and what holds it back.",
+            {200: ("All of them", shapes.OperatorList)},
+            problems=(400, 503),
+        ),
+        ("post", operator + "/hold"): _call(
+            "operators",
+            "holdOperator",
+            "Stop sending to an operator",
+            "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
+            {200: ("The operator, held", shapes.Operator)},
+            problems=(404, 503),
+        ),
+        ("post", operator + "/release"): _call(
+            "operators",
+            "releaseOperator",
+            "Resume sending to an operator",
+            "Whatever held it back: a hold or its breaker.",
+            {200: ("The operator, released", shapes.Operator)},
+            problems=(404, 503),
+        ),
+        ("get", "/metrics"): _call(
+            "daemon",
+            "getMetrics",
+            "Show the metrics for Prometheus",
+            "Prometheus text format 0.0.4.",
+            {200: ("The metrics", str)},
+            media="text/plain",
+        ),
+        ("get", "/openapi.json"): _call(
+            "daemon", "getOpenapi", "Show this document", "OpenAPI 3.1.", {200: ("OpenAPI 3.1", dict[str, Any])}
+        ),
     }
-    return {
-        path: {"parameters": [_ref("parameters", name) for name in _PARAMETERS if f"{{{name}}}" in path]} | methods
-        for path, methods in calls.items()
-    }
+    paths: Json = {}
+    for (method, path), call in calls.items():
+        parameters = [_ref("parameters", name) for name in _PARAMETERS if f"{{{name}}}" in path]
+        paths.setdefault(path, {"parameters": parameters})[method] = call
+    return paths
 
 
 def _call(
@@ -301,11 +274,12 @@ def _call(
 ) -> Json:
     """One operation of the private side; `links` name those that take the id of what a page begins with."""
     call: Json = {"tags": [tag], "operationId": name, "summary": summary, "description": description}
+    refused = {*problems, 401, 403, 421, 500}
     if parameters:
         call["parameters"] = list(parameters)
     if body is not None:
         call["requestBody"] = {"required": body_required, "content": _content("application/json", body)}
-    refused = {*problems, 401, 403, 421, 500}
+        refused |= {400, 408, 413, 415}
     call["responses"] = {
         str(status): {"description": told} | ({"content": _content(media, kind)} if kind else {})
         for status, (told, kind) in answers.items()

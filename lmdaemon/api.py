@@ -18,7 +18,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import ApiToken, Operator, Settings, names_itself
 from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.documents import delivery_document, history_document, read_time, session_document
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Ready, bearer, decode_segment, read_body, request_id
+from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Head, Ready, bearer, decode_segment, read_body, request_id
 from lmdaemon.listener import until_client_leaves
 from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
@@ -132,6 +132,11 @@ class Api:
             return self._guarded(request, self.touch)
 
         return handle
+
+    def knows(self, head: Head) -> bool:
+        """Whether the head of a request shows that its sender is let in, before there is a request."""
+        tokens = self._settings.api_tokens
+        return not tokens or bearer(head, tokens) is not None
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -34,6 +34,7 @@ TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs, our certificate, it
 Secrets = Literal["required", "readable", "optional"]
 
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
+KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connection for a minute to ten
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
 TOKEN_ADVISED = 16  # characters
 UNKNOWN_PER_MINUTE_MAX = 1_000_000
@@ -94,6 +95,7 @@ def names_itself(host: str, listen: Listen) -> bool:
 class ServerTable(msgspec.Struct, frozen=True):
     listen: Listen = Listen("127.0.0.1:8080", "127.0.0.1", 8080)
     trusted_proxies: tuple[Network, ...] = ()
+    keepalive: Duration = Duration(75)
     tls_cert_file: str = ""
     tls_key_file: str = ""
     client_ca_file: str = ""
@@ -453,6 +455,8 @@ class _Reader:
         dialects = self.dialects(tables.get("dialects", {}))
         self.check_spans(sessions, "sessions")
         self.check_policy(delivery, "delivery")
+        if not KEEPALIVE_MIN_S <= server.keepalive <= KEEPALIVE_MAX_S:
+            self.error("server.keepalive", 'must be between "1s" and "1h"')
         if not database.path or "\0" in database.path:
             self.error("database.path", "must name a file", database.path)
         if database.keep_ended <= 0:

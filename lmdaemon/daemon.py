@@ -26,7 +26,16 @@ from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.endpoint import Endpoint
 from lmdaemon.health import Health
 from lmdaemon.http import address_of, bind
-from lmdaemon.listener import Acceptor, Hearing, Site, connections_max, turn_away
+from lmdaemon.listener import (
+    Acceptor,
+    Bounds,
+    Hearing,
+    Site,
+    connections_max,
+    private_request,
+    public_request,
+    turn_away,
+)
 from lmdaemon.metrics import Metrics, Reading, by_label, plain
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
@@ -42,6 +51,7 @@ PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is n
 # What systemd is asked to wait for, where its own limits are shorter
 START_S = 60.0
 UPGRADE_BYTES_S = 10e6  # a slow disk's
+CUT_S = 0.5  # for a handler to end whose connection was cut at a stop; aiohttp waits twice so long
 CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
 NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
 
@@ -164,6 +174,7 @@ class Daemon:
         stack.push_async_callback(self._stop_plugins)
         self._metrics = Metrics()
         self._hearing = Hearing(self._store.service_clock)
+        self._bounds = Bounds()
         self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s)
         self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng)
         pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
@@ -198,6 +209,11 @@ class Daemon:
         site.trusted_proxies = self.settings.server.trusted_proxies
         spoken = self.settings.tls.get(site.listener)
         site.tls = None if spoken is None else spoken.context  # of connections to come; the others keep what they have
+        site.stop_within_s = self._longest_timeout_s() + DRAIN_EXTRA_S - 2 * CUT_S
+        if site is self._sites.get("api"):
+            site.knows = self._api.knows
+        else:
+            site.keepalive_s = self.settings.server.keepalive
 
     async def _listen(
         self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
@@ -209,10 +225,10 @@ class Daemon:
         _check_reach(assigned, wanted)
         for needless in unused:
             self._turn_away(stack, needless)
-        within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
+        public = web.Server(self._endpoint.handle, request_factory=public_request)
         runners: dict[str, web.BaseRunner] = {
-            "server": web.ServerRunner(web.Server(self._endpoint.handle), shutdown_timeout=within_s),
-            "api": web.AppRunner(self._api.application(), shutdown_timeout=within_s),
+            "server": web.ServerRunner(public, shutdown_timeout=CUT_S),
+            "api": web.AppRunner(self._api.application(), shutdown_timeout=CUT_S),
         }
         malformed = {"server": endpoint.malformed(), "api": api.malformed()}
         for name, runner in runners.items():
@@ -222,7 +238,8 @@ class Daemon:
             stack.push_async_callback(runner.cleanup)
             if name == "api" and runner.server is not None:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
-            site = self._sites[name] = Site(runner, listening, malformed[name], name, self._hearing)
+                runner.server.request_factory = private_request(runner.server.request_factory)
+            site = self._sites[name] = Site(runner, listening, malformed[name], name, self._hearing, self._bounds)
             self._configure_site(site)
             await site.start()
             self.addresses[name] = listening.getsockname()
@@ -518,8 +535,12 @@ class Daemon:
         yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
         yield by_label("http_connections", "Open connections.", "listener", connections)
         yield by_label("http_connections_max", "Connections that a listener takes.", "listener", most)
+        cut = {(name, why): float(n) for name, site in self._sites.items() for why, n in site.cuts.items()}
         beyond = "Connections beyond what the listener takes, or what it takes from one address."
         yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
+        yield "lmdaemon_http_connections_cut_total", "Connections cut.", ("listener", "reason"), cut
+        held = {"strangers": self._bounds.strangers.used, "known": self._bounds.known.used}
+        yield by_label("http_held_bytes", "Received and not answered, or answered and not taken.", "by", held)
         yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
 
     def _tls_readings(self) -> Iterator[Reading]:

@@ -11,10 +11,10 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import HttpVersion11, web
@@ -165,7 +165,14 @@ def _address(text: str) -> Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def bearer(request: web.BaseRequest, tokens: Sequence[ApiToken]) -> ApiToken | None:
+class Head(Protocol):
+    """What a request and a head that has just been read have in common."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+
+def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
     """The one of the tokens that the request carries. All are compared, each in constant time."""
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     given = text.strip().encode("utf-8", "surrogateescape")

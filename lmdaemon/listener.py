@@ -7,15 +7,23 @@ memory.
 
 import asyncio
 import errno
+import fcntl
 import ipaddress
 import socket
 import ssl
+import sys
+import termios
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import _ErrInfo
 
 from lmdaemon import handshakes, http
 from lmdaemon.clock import ServiceClock
@@ -31,10 +39,15 @@ PATROL_S = 2.0  # how often the connections are looked at for the two times abov
 
 CONNECTIONS_MAX = 2000  # to one listener, where the files that may be open allow it
 FILES_OWN = 64  # that the daemon has open besides connections: database, log, loop, lookups, what a plug-in may need
+CUTS = ("head", "reader", "memory", "stop")  # why a connection is cut
 SHARES = {"server": 4, "api": 2}  # one address has at most one part in so many of a listener's connections
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
 HEAD_MAX = 32 * 1024  # bytes of all of it
+LINGER_S = 1.0  # for which bytes behind what was refused are dropped, so that no reset overtakes the answer
+STRANGERS_MAX = 6 * 1024**2  # bytes that have arrived over both listeners and are not authenticated yet
+HELD_MIN = 2048  # bytes; who holds less is not cut for it
+KNOWN_MAX = 32 * 1024**2  # bytes that have arrived and are, and of answers that were not taken yet
 
 ACCEPTS_AT_ONCE = 64  # then the other sockets get their turn
 ACCEPT_AGAIN_S = 0.1  # after a failure
@@ -59,6 +72,8 @@ _NOT_OURS = {
     errno.ETIMEDOUT,
     errno.EINTR,
 }
+_feed = web.RequestHandler.data_received
+_HEAD_END = b"\r\n\r\n"
 _TURNED_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 log = Log("http")
@@ -161,22 +176,83 @@ class Acceptor:
 
 
 def turn_away(accepted: socket.socket, peer: object = None) -> None:
-    """Tells a client to come back later, and closes."""
+    """Tells a client to come back later, and closes. What it has sent is read first: closing over unread bytes is a
+    reset, and many clients then forget what they were told.
+    """
     with accepted, suppress(OSError):
         accepted.send(_TURNED_AWAY)
+        accepted.shutdown(socket.SHUT_WR)
+        accepted.recv(65536)
+
+
+class Memory:
+    """Bytes that connections hold, `most` altogether. Beyond that, those are cut whose end gives back the most, until a
+    quarter is free. Who holds as little as an honest request is left alone: the number of connections bounds those.
+    """
+
+    def __init__(self, most: int, holders: "set[Connection]") -> None:
+        self.most = most
+        self.used = 0
+        self._holders = holders
+
+    def take(self, size: int) -> None:
+        self.used += size
+        if self.used > self.most:
+            self.make_room()
+
+    def make_room(self) -> None:
+        sizes = [(size, one) for one in self._holders if (size := one.holds(self)) >= HELD_MIN]
+        for _, one in sorted(sizes, key=lambda found: found[0], reverse=True):
+            if self.used <= self.most * 3 // 4:
+                break
+            one.cut("memory")
+
+
+class Bounds:
+    """What the connections of both listeners share: how many bytes strangers may hold, which is all that has arrived
+    and was not authenticated yet, and how many the others, with the answers that nobody has taken yet.
+    """
+
+    def __init__(self) -> None:
+        self.open: set[Connection] = set()
+        self.strangers = Memory(STRANGERS_MAX, self.open)
+        self.known = Memory(KNOWN_MAX, self.open)
 
 
 class Connection(web.RequestHandler):
-    """A connection with what aiohttp leaves open: a limit to the time for its first request, an answer to what is no
-    HTTP that does not repeat it, and an end that cuts no request off.
+    """A connection with what aiohttp leaves open: limits to the time and the bytes of every head, to the memory it
+    holds and to the time in which nothing of an answer is taken; an answer to what is no HTTP that does not repeat it;
+    and an end that cuts no request off.
+
+    aiohttp does not tell where a request ends in what was received, so bytes are counted: from the end of a request,
+    `_fed` have come; the head that came with them was `_head_size` long. A head is being received since `_head_since`.
     """
 
-    __slots__ = ("_address", "_answered", "_head_timer", "_site", "made", "reader")
+    __slots__ = (
+        "_address",
+        "_answered",
+        "_body",
+        "_fed",
+        "_head_since",
+        "_head_size",
+        "_held",
+        "_left",
+        "_lost",
+        "_memory",
+        "_refused",
+        "_site",
+        "_stalled_since",
+        "_unsent",
+        "_untaken",
+        "_wire",
+        "made",
+        "reader",
+    )
 
     def __init__(self, server: web.Server, site: "Site", address: str | None) -> None:
         options: Any = {
             "access_log": None,
-            "keepalive_timeout": KEEPALIVE_S,
+            "keepalive_timeout": site.keepalive_s,
             "max_line_size": LINE_MAX,
             "max_headers": HEADERS_MAX,
             "lingering_time": http.BODY_TIMEOUT_S,  # for what is left of a body that nobody wanted
@@ -185,28 +261,226 @@ class Connection(web.RequestHandler):
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self._site = site
         self._address = address
+        self._wire: Any = None  # the transport; aiohttp forgets its own when it closes it, and it may close slowly
         self._answered = 0
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._refused = False  # what comes from now on is no request any more
+        self._memory = site.bounds.strangers  # where `_held` is counted
+        self._held = 0  # bytes received and not answered yet
+        self._unsent = 0  # bytes of answers that wait in the transport, counted with the known
+        self._fed = 0
+        self._left = 0  # bytes behind the end of a request, at most: the beginning of a head
+        self._head_size = 0
+        self._head_since: float | None = None
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the latest request
+        self._untaken = 0  # bytes of answers that the client had not taken when it last took some
+        self._stalled_since: float | None = None
+        self._lost: asyncio.Future[None] | None = None  # while it lingers
         self.made = False  # it has a transport, or had one
         self.reader: asyncio.Task[Any] | None = None  # a handler that is of no use when the client leaves
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.made = True
+        self._wire = transport
+        self._head_since = self._loop.time()
+        self._site.made(self)
         super().connection_made(transport)
-        self._head_timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT_S, self._cut)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._site.left(self._address)
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        self._note_unsent(0)
+        if self._task_handler is None:
+            self._free(self._held)
+        else:
+            self._task_handler.add_done_callback(lambda _: self._free(self._held))
+        self._site.lost(self, self._address)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
         if self.reader is not None:
             self.reader.cancel()
         super().connection_lost(exc)
 
+    # -- what arrives
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        size, memory = len(data), self._memory
+        self._held += size
+        memory.used += size
+        if memory.used > memory.most:
+            memory.make_room()
+            if self._refused:  # it was the one to be cut
+                return
+        before, in_body = self._request_count, not self._body.is_eof()
+        _feed(self, data)
+        heads = self._request_count - before
+        if heads == 1 and not self._fed and size < HELD_MIN:  # a whole request at once, as almost all are
+            body = self._messages[-1][1]
+            if body.is_eof() and (
+                data.endswith(_HEAD_END) or data.find(_HEAD_END) + len(_HEAD_END) + body.total_bytes == size
+            ):
+                self._body, self._head_since, self._left = body, None, 0
+                return
+        self._follow(heads, data, in_body=in_body)
+
+    def _follow(self, heads: int, data: bytes, *, in_body: bool) -> None:
+        """Finds out what has come: the end of so many heads, more of one, or of a body."""
+        size = len(data)
+        self._fed += size
+        if heads:
+            self._note_heads(heads, data)
+        elif not in_body and self._fed > HEAD_MAX:
+            self._refuse_head()
+            return
+        if not self._body.is_eof() or (heads and not size):
+            return
+        if data.endswith(_HEAD_END) or self._fed == self._head_size + self._body.total_bytes:  # nothing is behind it
+            self._fed = self._left = 0
+            self._head_since = None
+        elif size and self._head_since is None:
+            self._head_since = self._loop.time()
+            if heads or in_body:  # how much of it is the next head, only the parser knows
+                self._left, self._fed = size, 0
+
+    def _note_heads(self, heads: int, data: bytes) -> None:
+        """So many have come to their end; without data, in what the parser had kept back."""
+        if self._fed > HEAD_MAX or not data:
+            self._refuse_long_heads(heads)
+        head, self._body = self._messages[-1]
+        if isinstance(head, _ErrInfo):
+            self._refused = True
+        elif (len(data) >= HELD_MIN or not self._body.is_eof()) and self._site.knows(head):
+            self._trust()
+        if data:
+            self._head_size = self._fed - len(data) + data.find(_HEAD_END) + len(_HEAD_END)
+            self._head_since = None
+
+    def _refuse_long_heads(self, heads: int) -> None:
+        """Of those that have just come to their end; what is behind the first is not looked at."""
+        for index in range(-heads, 0):
+            message = self._messages[index][0]
+            if not isinstance(message, _ErrInfo) and _head_size(message) > HEAD_MAX:
+                for _ in range(-index):
+                    self._messages.pop()
+                self._refuse_head()
+                return
+
+    def _refuse_head(self) -> None:
+        """As aiohttp does it: answered in its turn."""
+        self._refused = True
+        self._request_count += 1
+        self._messages.append(_error(f"a head of more than {HEAD_MAX} bytes"))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- what it holds
+
+    def _trust(self) -> None:
+        """Its request shows who it is from: what it sends is the known's to hold."""
+        known = self._site.bounds.known
+        if self._memory is not known:
+            self._memory.used -= self._held
+            self._memory = known
+            known.take(self._held)
+
+    def holds(self, memory: Memory) -> int:
+        """Bytes of that memory that cutting it would give back."""
+        held = self._received if self._memory is memory else 0
+        return held + self._unsent if memory is self._site.bounds.known else held
+
+    @property
+    def _received(self) -> int:
+        """Bytes received that are not being answered yet: a handler keeps its request to its end."""
+        if not self._request_in_progress or not self._body.is_eof():
+            return self._held
+        waiting = len(self._messages)
+        return self._held * waiting // (waiting + 1)
+
+    def _free(self, size: int) -> None:
+        self._memory.used -= size
+        self._held -= size
+        if not self._held:
+            self._memory = self._site.bounds.strangers
+
+    def _note_unsent(self, size: int) -> None:
+        known = self._site.bounds.known
+        known.used -= self._unsent
+        self._unsent = size
+        known.take(size)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._note_unsent(self._wire.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._note_unsent(0)
+        self._stalled_since = None  # enough was taken; what is written from now on hides how much
+        super().resume_writing()
+
+    # -- how long it takes
+
+    def look(self, now: float) -> None:
+        """Cuts it if its head has been coming for too long, or its client has not taken anything for too long."""
+        late = self._head_since is not None and now - self._head_since > HEAD_TIMEOUT_S
+        if late and not self._request_in_progress:
+            self.cut("head")
+            return
+        waiting = self._wire.get_write_buffer_size()
+        if not waiting:
+            self._stalled_since = None
+            return
+        untaken = waiting + _unacknowledged(self._wire)
+        if self._stalled_since is None or untaken <= self._untaken - TAKEN_MIN:
+            self._stalled_since, self._untaken = now, untaken
+        elif now - self._stalled_since > WRITE_TIMEOUT_S:
+            self.cut("reader")
+
+    def cut(self, reason: str) -> None:
+        """Ends it and gives back what it holds at once: until the loop tells of the end, as much again may come in over
+        others. Who is not being answered is told to come back.
+        """
+        self._refused = True
+        self._site.note_cut(reason, self._address)
+        self._free(self._received)
+        self._note_unsent(0)
+        tell = reason == "memory" and not self._request_in_progress
+        if tell:
+            self._wire.write(_TURNED_AWAY)
+        self.force_close()
+        if not tell:
+            self._wire.abort()  # closing would wait until the client has taken what is left
+        self._parser = None
+        woken = self._waiter is not None and self._waiter.done()  # and about to take the first message
+        self._messages.clear()
+        if woken:
+            self._messages.append(_error("cut"))
+        with suppress(Exception):  # whatever state it is in; a handler that reads it is told by aiohttp
+            self._body.read_nowait()
+
+    @property
+    def arriving(self) -> bool:
+        """Whether something of a request is still to come: any of the first, or the rest of one that has begun."""
+        return self._head_since is not None or not self._body.is_eof()
+
     @property
     def unheard(self) -> bool:
-        """Whether its client has been let in and has no answer yet."""
-        return self._request_count == 0 or self._request_count > self._answered
+        """Whether its client has been let in and has no answer yet, or is about to ask."""
+        return self._request_count > self._answered or self.arriving
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an answer is being worked out, or on its way."""
+        return self._request_in_progress or bool(self._messages) or self._wire.get_write_buffer_size() > 0
+
+    def finish(self) -> None:
+        """Ends it when what has arrived whole is answered."""
+        if not self._body.is_eof() or (self._head_since is not None and not self._request_in_progress):
+            self.cut("stop")
+        elif self._request_in_progress or self._messages:
+            self.close()
+        else:
+            self.force_close()  # aiohttp's close() leaves an idle one open
+
+    # -- what it answers
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -216,11 +490,22 @@ class Connection(web.RequestHandler):
             resp.force_close()  # the client is told, and does not ask on a connection that is about to end
         done = await super().finish_response(request, resp, start_time)
         self._answered += 1
+        if self._held:
+            kept = 0 if self._head_since is None else self._left + self._fed
+            # what was received for this one; of several in a row each counts alike
+            self._free(max(0, self._held - kept) // (len(self._messages) + 1))
+        if self._refused and not self._messages:
+            await self._linger()
         return done
 
-    def _cut(self) -> None:
-        if self._request_count == 0:
-            self.force_close()
+    async def _linger(self) -> None:
+        """Lets the client finish what it is sending, so that it gets to read the answer."""
+        if self._force_close or self.transport is None:
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._lost = self._loop.create_future()
+        await asyncio.wait({self._lost}, timeout=LINGER_S)
 
     def handle_error(
         self,
@@ -232,6 +517,7 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
         log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
+        self._refused = True
         malformed = self._site.malformed
         answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
         answer.force_close()
@@ -249,6 +535,26 @@ def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
         connection.reader = None
 
 
+def _error(reason: str) -> tuple[_ErrInfo, StreamReader]:
+    """What aiohttp answers as malformed in the place of a request."""
+    error = BadHttpMessage(reason)
+    return _ErrInfo(400, error, error.message), EMPTY_PAYLOAD
+
+
+def _head_size(message: RawRequestMessage) -> int:
+    """Bytes of a head, without the white space that the parser has dropped."""
+    return len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+
+
+def _unacknowledged(transport: asyncio.BaseTransport) -> int:
+    """Bytes that the kernel still holds for the peer; 0 where it does not tell. Source: tcp(7), unix(7), SIOCOUTQ."""
+    with suppress(OSError):
+        return int.from_bytes(
+            fcntl.ioctl(transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4)), sys.byteorder
+        )
+    return 0
+
+
 class Site(web.BaseSite):
     """Serves a runner's requests on a socket, to at most `most` connections at a time. `malformed` answers what is no
     HTTP; `listener` is its name in the configuration and the log. With `tls`, which may be replaced for the connections
@@ -259,14 +565,21 @@ class Site(web.BaseSite):
         "_acceptor",
         "_by_address",
         "_connecting",
+        "_open",
+        "_patrol",
         "_socket",
+        "bounds",
         "closing",
         "connections",
+        "cuts",
         "handshakes_failed",
+        "keepalive_s",
+        "knows",
         "listener",
         "malformed",
         "most",
         "share",
+        "stop_within_s",
         "tls",
         "trusted_proxies",
         "turned_away",
@@ -279,6 +592,7 @@ class Site(web.BaseSite):
         malformed: web.Response,
         listener: str,
         hearing: Hearing,
+        bounds: Bounds,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(runner)
@@ -292,14 +606,21 @@ class Site(web.BaseSite):
         )
         self._connecting: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
+        self._open: set[Connection] = set()
+        self._patrol: asyncio.TimerHandle | None = None
+        self.bounds = bounds
         self.tls = tls
         self.malformed = malformed
         self.most = CONNECTIONS_MAX
         self.share = SHARES[listener]
         self.trusted_proxies: Sequence[Network] = ()
+        self.keepalive_s = KEEPALIVE_S
+        self.knows: Callable[[Any], bool] = lambda head: False  # whether a head shows that its sender is known
+        self.stop_within_s = 10.0  # for what is under way at a stop
         self.connections = 0  # open now, those still shaking hands included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)
         self.turned_away = {"listener": 0, "address": 0}  # connections beyond `most`, or beyond an address's share
+        self.cuts = dict.fromkeys(CUTS, 0)  # connections cut, by reason
         self.closing = False
 
     @property
@@ -311,19 +632,38 @@ class Site(web.BaseSite):
         self._acceptor.start()
 
     async def stop(self) -> None:
-        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late."""
-        server, loop = self._runner.server, asyncio.get_running_loop()
+        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late. Then
+        finishes what has arrived whole, within `stop_within_s`.
+        """
+        until = asyncio.get_running_loop().time() + self.stop_within_s
         self.closing = True
         self._acceptor.close()
         await super().stop()
-        since = loop.time()
-        while server is not None and (waited_s := loop.time() - since) < HEARD_WITHIN_S:
-            unheard = self._connecting or any(one.unheard for one in server.connections if isinstance(one, Connection))
-            if waited_s >= HEARD_S and not unheard:
-                break
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(HEARD_S)
+        await self._until(
+            lambda: not self._connecting and not any(one.unheard for one in self._open), HEARD_WITHIN_S - HEARD_S
+        )
         for task in self._connecting:  # a handshake that hangs
             task.cancel()
+        for one in list(self._open):
+            one.finish()
+        left_s = until - asyncio.get_running_loop().time()
+        await self._until(lambda: not any(one.unfinished for one in self._open), left_s)
+        for one in list(self._open):
+            if one.unfinished:
+                one.cut("stop")
+        if self._patrol is not None:
+            self._patrol.cancel()
+
+    @staticmethod
+    async def _until(condition: Callable[[], bool], within_s: float) -> None:
+        """Waits, but not longer than that."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + within_s
+        while loop.time() < end:
+            if condition():
+                break
+            await asyncio.sleep(0.01)
 
     def _admit(self, accepted: socket.socket, peer: Any) -> None:
         """Serves a connection, unless the listener or its address has as many as it may."""
@@ -366,15 +706,37 @@ class Site(web.BaseSite):
         finally:
             if not connection.made:
                 accepted.close()
-                self.left(address)
+                self._leave(address)
 
-    def left(self, address: str | None) -> None:
+    def _leave(self, address: str | None) -> None:
         """One of its connections has ended."""
         self.connections -= 1
         if address is not None:
             self._by_address[address] -= 1
             if not self._by_address[address]:
                 del self._by_address[address]
+
+    def made(self, connection: Connection) -> None:
+        self._open.add(connection)
+        self.bounds.open.add(connection)
+        if self._patrol is None:
+            self._patrol = asyncio.get_running_loop().call_later(PATROL_S, self._look_round)
+
+    def lost(self, connection: Connection, address: str | None) -> None:
+        self._open.discard(connection)
+        self.bounds.open.discard(connection)
+        self._leave(address)
+
+    def note_cut(self, reason: str, address: str | None) -> None:
+        self.cuts[reason] += 1
+        log.warning("http.cut", listener=self.listener, reason=reason, address=address)
+
+    def _look_round(self) -> None:
+        """Looks at every connection, as long as there are any: a timer for each head would cost more."""
+        loop = asyncio.get_running_loop()
+        for one in list(self._open):
+            one.look(loop.time())
+        self._patrol = loop.call_later(PATROL_S, self._look_round) if self._open else None
 
     def _counted_as(self, peer: Any) -> str | None:
         """Whose share a connection comes out of: the peer's address, of IPv6 the network of 64 bits that one customer
@@ -389,3 +751,30 @@ class Site(web.BaseSite):
         if address.version == 4:
             return str(address)
         return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
+
+
+class _Request(web.Request):
+    """A request to the private side whose answer does not tell by which software it is given."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        await super()._prepare_hook(response)
+        response.headers.popall(hdrs.SERVER, None)
+
+
+class _BaseRequest(web.BaseRequest):
+    """The same of the public side."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        response.headers.popall(hdrs.SERVER, None)
+
+
+def public_request(
+    message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: "asyncio.Task[None]"
+) -> web.BaseRequest:
+    """What makes the requests of a web.Server."""
+    return _BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
+
+
+def private_request(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+    """The same for a web.Application, from what makes its requests."""
+    return partial(make, _cls=_Request)

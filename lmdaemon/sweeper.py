@@ -17,7 +17,9 @@ from lmdaemon.pulse import Pulse
 from lmdaemon.store import Store
 
 QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
-LOOP_TURNS = 5  # accept, read, parse, handle, queue: turns of the loop from a readable socket to a queued touch
+LOOP_TURNS = (
+    8  # accept, connect, read, parse, handle, queue: the loop's turns from a client that waits to a queued touch
+)
 PERSIST_S = 10.0  # idleness that a crash may forget, to the later side; never more than the run was long
 RETRY_S = 1.0  # while the store refuses
 MASS_SESSIONS = 1000  # more ends than this within MASS_S, and more than MASS_SHARE of all sessions, are an alarm:

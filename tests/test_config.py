@@ -277,7 +277,7 @@ def test_only_restart_grace_and_max_lifetime_may_be_zero(home: Path) -> None:
                 refused.add(field.name)
             else:
                 assert field.name in ("restart_grace", "max_lifetime"), f"{table}.{field.name} may be zero"
-    assert refused == {"keep_ended", "idle_timeout", "timeout", "schedule", "max_age"}
+    assert refused == {"keepalive", "keep_ended", "idle_timeout", "timeout", "schedule", "max_age"}
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,8 @@ BAD_FILES = [
     ("[sessions]\nidle_timeout = '0s'", 'sessions.idle_timeout: must be at least "1s"'),
     ("[sessions]\nmax_lifetime = '3651d'", "sessions.max_lifetime: must be at most \"3650d\" (got '3651d')"),
     (OPERATOR + "idle_timeout = '0s'", 'operators.a.idle_timeout: must be at least "1s"'),
+    ("[server]\nkeepalive = '999ms'", 'server.keepalive: must be between "1s" and "1h"'),
+    ("[server]\nkeepalive = '3601s'", 'server.keepalive: must be between "1s" and "1h"'),
     ("[database]\nkeep_ended = '0d'", "database.keep_ended: must not be zero"),
     ("[delivery]\ntimeout = '0s'", "delivery.timeout: must not be zero"),
     ("[delivery]\nmax_age = '0s'", "delivery.max_age: must not be zero"),

@@ -3,15 +3,19 @@
 import asyncio
 import contextlib
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
-from support import LISTEN, raw_connection, serving, until
+from support import LISTEN, RawConnection, raw_connection, serving, until
 
 from lmdaemon import listener
+from lmdaemon.sweeper import LOOP_TURNS
 
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
+ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @SIDES
@@ -20,17 +24,23 @@ CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
     [
         pytest.param(b"tok-3n\r\n\r\n", id="no HTTP"),
         pytest.param(b"GET /tok-3n HTTP/9.9\r\n\r\n", id="no such version"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\ntok-3n\r\n\r\n", id="a header without a colon"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nX: tok-3n\0\r\n\r\n", id="NUL in a header"),
-        pytest.param(b"GET /" + b"tok-3n" * 1000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", id="a long line"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"tok-3n" * 2000 + b"\r\n\r\n", id="a long header"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"tok: tok-3n\r\n" * 100 + b"\r\n", id="many headers"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\ntok-3n\r\n\r\n", id="a header without a colon"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: tok-3n\0\r\n\r\n", id="NUL in a header"),
+        pytest.param(b"GET /" + b"tok-3n" * 1000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="a long line"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"tok-3n" * 2000 + b"\r\n\r\n", id="a long header"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok: tok-3n\r\n" * 100 + b"\r\n", id="many headers"),
         pytest.param(
-            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\ntok-3n", id="two lengths"
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\ntok-3n",
+            id="two lengths",
         ),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +6\r\n\r\ntok-3n", id="a signed length"),
         pytest.param(
-            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\ntok-3n",
+            b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"Content-Type: tok-3n\r\n" * 2 + b"\r\n", id="two types"
+        ),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: tok-3n\r\nHost: localhost\r\n\r\n", id="two hosts"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok-3n" * 2000 + b": x\r\n\r\n", id="a long name"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: +6\r\n\r\ntok-3n", id="a signed length"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\ntok-3n",
             id="length and chunks",
         ),
     ],
@@ -42,25 +52,10 @@ async def test_what_is_no_http_is_answered_without_repeating_it(tmp_path: Path, 
         assert answer.status == 400
         assert b"tok-3n" not in answer.body
         shape = ["error", "description"] if side == "server" else ["type", "title", "status", "detail"]
-        assert list(json.loads(answer.body)) == shape
+        told = json.loads(answer.body)
+        assert list(told) == shape
+        assert told.get("description", told.get("detail")).capitalize() == "Malformed http"
         assert await peer.rest() == b""  # nothing behind it is read as another request
-
-
-@SIDES
-async def test_a_head_that_drips_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
-    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.1)
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
-        await peer.send(b"GET /health HTTP/1.1\r\nHost")
-        assert await peer.rest() == b""
-
-
-async def test_a_connection_that_has_asked_once_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 1)
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
-        for wait_s in (1.2, 0):  # longer than the limit: the wait itself is what is tested
-            await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert (await peer.answer()).status == 200
-            await asyncio.sleep(wait_s)
 
 
 @SIDES
@@ -86,6 +81,327 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(
                 return (await peer.answer()).status == 200
 
         await until(served)
+
+
+# -- heads
+
+
+def head(size: int, path: str = "/health") -> bytes:
+    """A head of exactly so many bytes, as the parser counts them: in headers of at most 4 KB."""
+    start, end = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode(), b"\r\n"
+    lines, left = [], size - len(start) - len(end)
+    while left:
+        length = left if left <= 4000 else min(4000, left - 100)
+        lines.append(b"X: " + b"x" * (length - 5) + b"\r\n")
+        left -= length
+    return start + b"".join(lines) + end
+
+
+LATER = pytest.mark.parametrize("later", [False, True], ids=["the first", "a later one"])
+WAYS = pytest.mark.parametrize("pieces", [1, 20], ids=["at once", "in pieces"])
+
+
+async def send_in_pieces(peer: RawConnection, data: bytes, pieces: int) -> None:
+    step = -(-len(data) // pieces)
+    for start in range(0, len(data), step):
+        await peer.send(data[start : start + step])
+        await asyncio.sleep(0.002)  # so that they are read one by one, as a rule
+
+
+@SIDES
+@LATER
+@WAYS
+async def test_a_head_has_a_total(tmp_path: Path, side: str, later: bool, pieces: int) -> None:
+    """Below it, it is answered; above it, refused like anything that is no HTTP."""
+    async with serving(tmp_path, CONFIG) as daemon:
+        for size, status in ((listener.HEAD_MAX - 200, 200), (listener.HEAD_MAX + 200, 400)):
+            async with raw_connection(getattr(daemon, side)) as peer:
+                if later:
+                    await peer.send(ASK)
+                    assert (await peer.answer()).status == 200
+                await send_in_pieces(peer, head(size), pieces)
+                assert (await peer.answer()).status == status
+                if status == 400:
+                    assert await peer.rest() == b""
+
+
+async def test_a_head_that_is_too_long_is_refused_in_its_turn(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
+        await peer.send(ASK + ASK + head(listener.HEAD_MAX + 200) + ASK)
+        assert [(await peer.answer()).status for _ in range(3)] == [200, 200, 400]
+        assert await peer.rest() == b""
+
+
+async def test_a_body_behind_a_head_does_not_count_as_one(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as peer:
+        for body in (
+            json.dumps({"sessionIds": [f"{n:0100}" for n in range(count)]}).encode() for count in (2000, 9000)
+        ):
+            start = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\n"
+            start += b"Content-Type: application/json\r\n"
+            await peer.send(start + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert (await peer.answer()).status == 200
+            await peer.send(ASK)
+            assert (await peer.answer()).status == 200
+
+
+@SIDES
+async def test_the_answer_to_what_is_refused_is_not_lost_behind_what_is_still_sent(tmp_path: Path, side: str) -> None:
+    """Closing a connection with bytes that nobody has read resets it, and the client may forget what it has got."""
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
+        await peer.send(head(30 * listener.HEAD_MAX))
+        assert (await peer.answer()).status == 400
+        assert await peer.rest() == b""
+
+
+# Requests after each of which the daemon has to know that the next one has not begun
+NOTICE = b'{"providerId":"luckymonaco","sessionId":"s","externalPlayerId":"p","token":"tok-3n"}'
+POST = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SIZED = POST + b"Content-Length: %d\r\n\r\n" % len(NOTICE)
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(NOTICE), NOTICE)
+WHOLE = {
+    "without a body": [ASK],
+    "with a body": [SIZED + NOTICE],
+    "a body behind its head": [SIZED, NOTICE],
+    "a body in pieces": [SIZED + NOTICE[:10], NOTICE[10:20], NOTICE[20:]],
+    "a head in pieces": [SIZED[:30], SIZED[30:] + NOTICE],
+    "chunks": [CHUNKED + CHUNKS],
+    "chunks behind their head": [CHUNKED, CHUNKS[:9], CHUNKS[9:]],
+    "two at once": [ASK + ASK],
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A daemon that waits no longer than this for a head."""
+    monkeypatch.setattr(listener, "PATROL_S", 0.02)
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.2)
+    return 0.2
+
+
+async def ask_in_pieces(peer: RawConnection, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        await peer.send(piece)
+        await asyncio.sleep(0.02)
+    for _ in range(b"".join(pieces).count(b" HTTP/1.1")):
+        assert (await peer.answer()).status == 200
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_a_client_that_has_asked_may_wait(tmp_path: Path, impatient: float, name: str) -> None:
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
+        await ask_in_pieces(peer, WHOLE[name])
+        await asyncio.sleep(2 * impatient)  # the wait itself is what is tested
+        await ask_in_pieces(peer, WHOLE[name])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("joined", [False, True], ids=["in its own time", "right behind"])
+async def test_each_head_has_to_come_in_time(tmp_path: Path, impatient: float, name: str, joined: bool) -> None:
+    *first, last = WHOLE[name]
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
+        if joined:
+            await ask_in_pieces(peer, [*first, last + ASK[:10]])
+        else:
+            await ask_in_pieces(peer, WHOLE[name])
+            await peer.send(ASK[:10])
+        assert await peer.rest() == b""
+        assert daemon.daemon._sites["server"].cuts["head"] == 1
+
+
+async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) -> None:
+    """On the public side; also those that come after a reload."""
+    toml = LISTEN.replace("[api]", 'keepalive = "{}"\n[api]') + CONFIG
+    async with serving(tmp_path, toml.format("1h")) as daemon, raw_connection(daemon.api) as private:
+        async with raw_connection(daemon.server) as long:
+            for peer in (private, long):
+                await peer.send(ASK)
+                assert (await peer.answer()).status == 200
+            (tmp_path / "config.toml").write_text(toml.format("1s"))
+            await daemon.daemon.reload_once()
+            async with raw_connection(daemon.server) as short:
+                await short.send(ASK)
+                assert (await short.answer()).status == 200
+                assert await short.rest() == b""
+            for peer in (private, long):
+                await peer.send(ASK)
+                assert (await peer.answer()).status == 200
+
+
+# -- memory
+
+
+async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "STRANGERS_MAX", 100_000)
+    async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
+        bounds, site = daemon.daemon._bounds, daemon.daemon._sites["server"]
+        modest = [await stack.enter_async_context(raw_connection(daemon.server)) for _ in range(12)]
+        for peer in modest:
+            await peer.send(head(6000)[:-2])
+        await until(lambda: bounds.strangers.used > 71_000)
+        for _ in range(5):
+            async with raw_connection(daemon.server) as greedy:
+                await greedy.send(head(30_000)[:-2])
+                answer = await greedy.answer()
+                assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+                assert await greedy.rest() == b""
+        assert site.cuts["memory"] == 5
+        async with raw_connection(daemon.server) as honest:
+            for name in WHOLE:
+                await ask_in_pieces(honest, WHOLE[name])
+        for peer in modest:
+            await peer.send(b"\r\n")
+            assert (await peer.answer()).status == 200
+        assert site.cuts["memory"] == 5
+
+
+async def test_bodies_from_known_senders_do_not_count_as_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "STRANGERS_MAX", 400_000)
+    (tmp_path / "tokens").write_text("a-token-of-some-length\n")
+    (tmp_path / "tokens").chmod(0o600)
+    toml = LISTEN + 'token_file = "tokens"\n' + CONFIG
+    start = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    start += b"Content-Length: 900000\r\n"
+    async with serving(tmp_path, toml) as daemon:
+        async with raw_connection(daemon.api) as known, raw_connection(daemon.api) as stranger:
+            await known.send(start + b"Authorization: Bearer a-token-of-some-length\r\n\r\n")
+            await known.send(b" " * 500_000)
+            await until(lambda: daemon.daemon._bounds.known.used > 500_000)
+            await stranger.send(start + b"Authorization: Bearer another\r\n\r\n")
+            assert (await stranger.answer()).status == 401
+            with contextlib.suppress(ConnectionError):
+                await stranger.send(b" " * 500_000)
+            await until(lambda: daemon.daemon._sites["api"].cuts["memory"] == 1)
+            await known.send(b" " * 399_983 + b'{"sessionIds":[]}')
+            assert (await known.answer()).status == 200
+
+
+async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
+    """Whatever they send, and however they end: at last nothing is counted any more."""
+    sent = [b"".join(pieces) for pieces in WHOLE.values()]
+    sent += [b"GET", head(30_000)[:-2], head(50_000), SIZED, SIZED + NOTICE[:9], CHUNKED + b"zz\r\n", b"\0", ASK * 100]
+    sent += [
+        POST + b"Content-Length: 99999\r\n\r\n" + b"x" * 50_000,
+        POST + b"Expect: 100-continue\r\n\r\n",
+        SIZED + b"x" * 999,
+    ]
+    sent += [ASK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), ASK + b"\r\n\r\n\r\n", b"\r\n\r\n"]
+    async with serving(tmp_path, CONFIG) as daemon:
+        for side in (daemon.server, daemon.api):
+            for data in sent:
+                for patient in (False, True):
+                    async with raw_connection(side) as peer:
+                        await peer.send(data)
+                        if patient:
+                            await asyncio.sleep(0.02)
+        sites, bounds = daemon.daemon._sites, daemon.daemon._bounds
+        await until(lambda: not any(site.connections for site in sites.values()))
+        await until(lambda: (bounds.strangers.used, bounds.known.used) == (0, 0))
+        assert not bounds.open
+        assert not any(site._by_address for site in sites.values())
+
+
+# -- answers that nobody takes
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that soon gives up a client that takes nothing."""
+    monkeypatch.setattr(listener, "PATROL_S", 0.02)
+    monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
+
+
+def narrow(url: str, window: int = 4096) -> socket.socket:
+    """A connection that takes in little by itself."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    return connection
+
+
+@pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"], ids=["kept open", "about to close"])
+async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, hasty: None, last: bytes) -> None:
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+    async with serving(tmp_path, CONFIG) as daemon:
+        with narrow(daemon.api) as peer:
+            site = daemon.daemon._sites["api"]
+            await asyncio.to_thread(peer.sendall, request % b"" * 300 + request % last)  # more than the kernel takes
+            await until(lambda: site.cuts["reader"] == 1 and not site.connections)
+            await until(lambda: daemon.daemon._bounds.known.used == 0)
+
+
+async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path, hasty: None) -> None:
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+
+    def read(peer: socket.socket) -> int:
+        peer.sendall(request % b"" * 200 + request % b"Connection: close\r\n")
+        taken = 0
+        while data := peer.recv(65536):
+            taken += len(data)
+            time.sleep(0.01)
+        return taken
+
+    async with serving(tmp_path, CONFIG) as daemon:
+        async with daemon.client.get(daemon.api + "/openapi.json") as answer:
+            size = len(await answer.read())
+        with narrow(daemon.api, 65536) as peer:
+            assert await asyncio.to_thread(read, peer) > 201 * size
+        assert daemon.daemon._sites["api"].cuts["reader"] == 0
+
+
+# -- what the sweeper relies on
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["on a new connection", "on one that is kept"])
+async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """It waits in the kernel when the loop comes round, as after a moment in which the loop was busy."""
+    queued = []
+    async with serving(tmp_path, CONFIG) as daemon:
+        touch = daemon.daemon._store.touch
+        monkeypatch.setattr(daemon.daemon._store, "touch", lambda *ids: (queued.append(ids), touch(*ids))[1])
+        host, port = daemon.api.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as peer:
+            if kept:
+                peer.sendall(ASK)
+                site = daemon.daemon._sites["api"]
+                await until(lambda: any(one._answered for one in site._open))
+            peer.sendall(b"POST /v1/operators/acme/sessions/s/touch HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for _ in range(LOOP_TURNS):
+                await asyncio.sleep(0)
+            assert queued
+
+
+# -- what answers tell
+
+
+@SIDES
+async def test_no_answer_names_the_software(tmp_path: Path, side: str) -> None:
+    (tmp_path / "tokens").write_text("a-token-of-some-length\n")
+    (tmp_path / "tokens").chmod(0o600)
+    sent = [
+        ASK,
+        b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        ASK.replace(b"1.1", b"1.0"),
+        SIZED + NOTICE,
+    ]
+    touch = b"POST /v1/operators/acme/sessions/s/touch HTTP/1.1\r\nHost: localhost\r\n"
+    known = b"Authorization: Bearer a-token-of-some-length\r\n\r\n"
+    sent += [touch + b"\r\n", touch + known, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n" + known]
+    async with serving(tmp_path, LISTEN + 'token_file = "tokens"\n' + CONFIG) as daemon:
+        for request in sent:
+            async with raw_connection(getattr(daemon, side)) as peer:
+                await peer.send(request)
+                assert "server" not in (await peer.answer()).headers
 
 
 # -- stopping
@@ -116,10 +432,45 @@ async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
             assert await peer.rest() == b""
 
 
+@pytest.mark.parametrize(
+    ("side", "first", "rest"),
+    [
+        pytest.param("server", ASK[:9], ASK[9:], id="a head"),
+        pytest.param("api", ASK[:9], ASK[9:], id="a head to the api"),
+        pytest.param("server", ASK + ASK[:9], ASK[9:], id="a later head"),
+        pytest.param("server", SIZED, NOTICE, id="a body"),
+        pytest.param("server", CHUNKED + CHUNKS[:9], CHUNKS[9:], id="chunks"),
+    ],
+)
+async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, first: bytes, rest: bytes
+) -> None:
+    monkeypatch.setattr(listener, "HEARD_WITHIN_S", 30)
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
+        await peer.send(first)
+        if first.startswith(ASK):
+            assert (await peer.answer()).status == 200
+        site = daemon.daemon._sites[side]
+        await until(lambda: site._open and all(one.arriving for one in site._open))
+        daemon.daemon.stop()
+        await until(lambda: site.closing)
+        await peer.send(rest)
+        answer = await peer.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert await peer.rest() == b""
+
+
 async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither one that never did, nor one that has got its answer and keeps its connection."""
     monkeypatch.setattr(listener, "HEARD_WITHIN_S", 0.2)
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as peer:
-        daemon.daemon.stop()
-        assert await peer.rest() == b""
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as silent:
+        async with raw_connection(daemon.api) as idle:
+            await idle.send(ASK)
+            assert (await idle.answer()).status == 200
+            daemon.daemon.stop()
+            assert await silent.rest() == b""
+            assert await idle.rest() == b""
+            async with asyncio.timeout(8):  # others have 15 s
+                await asyncio.shield(daemon.running)

@@ -5,9 +5,10 @@ import http.client
 import json
 import os
 import resource
+import selectors
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,102 @@ def test_a_daemon_that_cannot_accept_lets_no_idleness_pass_says_so_and_recovers(
         wait_for(lambda: '"state":"ended"' in known.call("GET", SESSION)[1])
         assert [line["listener"] for line in daemon.events("http.cannot_accept")] == ["api"]
         assert len(daemon.events("http.accepting_again")) == 1
+
+
+# -- the time for a stop
+
+
+def test_who_does_not_come_to_an_end_does_not_hold_a_stop_up(tmp_path: Path, loop: dict[str, str]) -> None:
+    """Half a request, first or later, head or body; a connection that asks nothing; a reader that does not read."""
+    toml = NO_GRACE + 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\ntimeout = "1s"\n'
+    post = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    begun = [
+        b"",
+        HEALTH[:9],
+        HEALTH + HEALTH[:9],
+        post + b"Content-Length: 99\r\n\r\n{",
+        HEALTH + post + b"Content-Length: 9\r\n\r\n",
+    ]
+    begun += [post + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"]
+    with process(tmp_path, toml, loop) as daemon, contextlib.ExitStack() as stack:
+        for side in (daemon.server, daemon.api):
+            for data in begun * 3:
+                stack.enter_context(connect(side)).sendall(data)
+        deaf = stack.enter_context(connect(daemon.api))
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)  # more than the kernel takes
+        wait_for(lambda: daemon.call("GET", daemon.api + "/v1/operators")[0] == 200)
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < 6  # the longest time-out and 5 s
+
+
+# -- resident memory
+
+MEMORY_MAX_MIB = 100
+CROWD = 1900  # connections; some are left to honest senders
+BIG_HEAD = HEALTH[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 480) for n in range(62))  # 30 KB, and no end
+PIPELINE = b"".join([HEALTH[:-2] + b"X: %b\r\n" % (b"x" * 8000) * 3 + b"\r\n"] * 31)
+NOTICE = (
+    b"POST /V4/SessionExpired HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 16000\r\n\r\n"
+)
+BULK = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
+FLOODS = {
+    "first heads": ("server", b"", BIG_HEAD),
+    "later heads": ("server", HEALTH, BIG_HEAD),
+    "heads behind requests": ("server", b"", HEALTH + BIG_HEAD),
+    "requests in a row": ("server", b"", PIPELINE),
+    "bodies announced": ("server", b"", NOTICE + b" " * 15_900),
+    "heads to the api": ("api", HEALTH, BIG_HEAD),
+    "bulk bodies without a token": ("api", b"", BULK + b" " * 500_000),
+}
+
+
+@contextlib.contextmanager
+def flood(url: str, first: bytes, payload: bytes) -> Iterator[Callable[[], bool]]:
+    """Connections from several addresses. What is yielded sends of the payload what can be sent over each, and says
+    whether that was something.
+    """
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for index in range(CROWD):
+            one = stack.enter_context(connect(url, f"127.0.1.{1 + index % 8}"))
+            if first:
+                assert ask(one, first)
+            one.setblocking(False)
+            selector.register(one, selectors.EVENT_WRITE, [memoryview(payload)])
+
+        def send() -> bool:
+            ready = selector.select(0.2)
+            for key, _ in ready:
+                left = key.data
+                try:
+                    left[0] = left[0][key.fileobj.send(left[0][:8192]) :]
+                except OSError:  # it was cut
+                    left[0] = b""
+                if not left[0]:
+                    selector.unregister(key.fileobj)
+            return bool(ready)
+
+        yield send
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_does_not_fill_the_memory_and_honest_senders_are_answered(
+    tmp_path: Path, measured: Callable[..., None], name: str
+) -> None:
+    side, first, payload = FLOODS[name]
+    (tmp_path / "tokens").write_text("a-token-of-some-length\n")
+    (tmp_path / "tokens").chmod(0o600)
+    with process(tmp_path, 'token_file = "tokens"\n' + NO_GRACE) as daemon:
+        url = daemon.server if side == "server" else daemon.api
+        with flood(url, first, payload) as send:
+            until = time.monotonic() + 3
+            while send() and time.monotonic() < until:
+                with connect(url, "127.0.9.9") as honest:
+                    assert ask(honest).startswith(b"HTTP/1.1 200")
+            for _ in range(5):  # until all has been read
+                with connect(url, "127.0.9.9") as honest:
+                    assert ask(honest).startswith(b"HTTP/1.1 200")
+            status = Path(f"/proc/{daemon.popen.pid}/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    measured(peak_mib=peak_kib // 1024)
+    assert peak_kib < MEMORY_MAX_MIB * 1024

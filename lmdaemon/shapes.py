@@ -1,4 +1,4 @@
-"""What the private API takes and answers, as types. No code runs here.
+"""What the private API takes and answers, as types, with the limits that its code and its document share.
 
 `documents` and `api` make dictionaries of these types, so mypy refuses a member that is missing, unknown or of another
 type; `openapi` describes the same types to the clients that others generate. So the two cannot differ.

@@ -2,13 +2,13 @@
 
 import sys
 
-from lmdaemon import streams
+from lmdaemon.commands import streams
 
 
 def main() -> int:
     """Runs the command line. What it needs is imported when the standard streams can be relied upon."""
     streams.prepare()
-    from lmdaemon.cli import main as run
+    from lmdaemon.commands.cli import main as run
 
     return run()
 

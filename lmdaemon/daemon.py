@@ -17,16 +17,23 @@ from typing import Any, TypeVar, get_args
 
 from aiohttp import web
 
-from lmdaemon import api, config, endpoint, log, plugins, retry, systemd
-from lmdaemon.api import Api
+from lmdaemon import config, log, plugins, retry, systemd
 from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config import ConfigError, Settings
-from lmdaemon.contract import StoreError, StoreObserver
-from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
-from lmdaemon.endpoint import Endpoint
+from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
+from lmdaemon.delivery.sender import Sender
 from lmdaemon.health import Health
-from lmdaemon.http import address_of, bind
-from lmdaemon.listener import (
+from lmdaemon.metrics import Metrics, Reading, by_label, plain
+from lmdaemon.model import Reason, Session
+from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.store.contract import StoreError, StoreObserver
+from lmdaemon.store.sqlite.store import Store
+from lmdaemon.sweeper import Sweeper
+from lmdaemon.version import __version__
+from lmdaemon.web import api, endpoint
+from lmdaemon.web.api import Api
+from lmdaemon.web.endpoint import Endpoint
+from lmdaemon.web.listener import (
     Acceptor,
     Bounds,
     Hearing,
@@ -36,13 +43,7 @@ from lmdaemon.listener import (
     public_request,
     turn_away,
 )
-from lmdaemon.metrics import Metrics, Reading, by_label, plain
-from lmdaemon.model import Reason, Session
-from lmdaemon.plugins import LoadedPlugin
-from lmdaemon.sender import Sender
-from lmdaemon.store import Store
-from lmdaemon.sweeper import Sweeper
-from lmdaemon.version import __version__
+from lmdaemon.web.requests import address_of, bind
 
 STATUS_EVERY_S = 10.0
 PRUNE_EVERY_MAX_S = 3600.0

@@ -13,10 +13,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from lmdaemon import retry, shapes, tls
 from lmdaemon.clock import Clock
 from lmdaemon.config import Settings
-from lmdaemon.database import WAL_MAX
 from lmdaemon.model import rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store import Store, StoreError
+from lmdaemon.store.sqlite.file import WAL_MAX
+from lmdaemon.store.sqlite.store import Store, StoreError
 from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from lmdaemon import openapi
+from lmdaemon.web import openapi
 
 
 def closed(document: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import atheris
 with atheris.instrument_imports(include=["lmdaemon"]):
     from lmdaemon import retry
     from lmdaemon.dialects import SHIPPED, BadNotice, answered_code, check_hash, content_of, parse
-    from lmdaemon.http import decode_segment
+    from lmdaemon.web.requests import decode_segment
 
 BY_CONTENT = {
     content: [dialect for dialect in SHIPPED.values() if dialect.content == content] for content in ("json", "form")

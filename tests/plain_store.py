@@ -3,7 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from lmdaemon.contract import (
+from lmdaemon.model import Gate
+from lmdaemon.store.contract import (
     SWEEP_ROWS,
     Closing,
     GateChange,
@@ -18,7 +19,6 @@ from lmdaemon.contract import (
     Sweep,
     Touching,
 )
-from lmdaemon.model import Gate
 
 REVISIT_MS = 3_600_000
 PACE_MS = 100

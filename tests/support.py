@@ -18,10 +18,10 @@ from aiohttp.test_utils import TestServer
 from lmdaemon import config, plugins
 from lmdaemon.clock import Clock
 from lmdaemon.daemon import Daemon
-from lmdaemon.delivery import Dispatcher, sinks_of
+from lmdaemon.delivery.dispatcher import Dispatcher, sinks_of
+from lmdaemon.delivery.sender import Sender
 from lmdaemon.model import Delivery
-from lmdaemon.sender import Sender
-from lmdaemon.store import Opening, Store
+from lmdaemon.store.sqlite.store import Opening, Store
 
 SUCCESS = {"error": 0, "description": "Success"}
 Answer = Callable[[web.Request], Any]

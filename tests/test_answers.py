@@ -18,10 +18,10 @@ from conftest import HandClock
 from support import bench, hear, load, operator_table, until
 
 from lmdaemon import retry, tls
-from lmdaemon.answers import HEAD_MAX, HEADERS_MAX, INTERIM_MAX, WIRE_MAX
 from lmdaemon.clock import Clock
+from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, INTERIM_MAX, WIRE_MAX
+from lmdaemon.delivery.sender import ANSWER_MAX, Sender, Unreachable
 from lmdaemon.model import Delivery
-from lmdaemon.sender import ANSWER_MAX, Sender, Unreachable
 
 Steps = Sequence[bytes | float]  # what is sent, in a segment each, and pauses in seconds; CLOSE, RESET end it
 CLOSE, RESET = -1.0, -2.0

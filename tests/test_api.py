@@ -31,7 +31,8 @@ from support import (
 )
 from yarl import URL
 
-from lmdaemon import database, pages, store
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages, store
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 SECRET = "the-player's-token"

@@ -22,10 +22,11 @@ import pytest
 from commands import COMMAND, Running, configure, daemon, environment, open_many, poll, run
 from support import scripted_operator
 
-from lmdaemon import backup, rights
+from lmdaemon import rights
 from lmdaemon.clock import Clock
-from lmdaemon.database import APPLICATION_ID, MIGRATIONS
-from lmdaemon.store import Store
+from lmdaemon.commands import backup
+from lmdaemon.store.sqlite.file import APPLICATION_ID, MIGRATIONS
+from lmdaemon.store.sqlite.store import Store
 
 
 @pytest.fixture(scope="module")

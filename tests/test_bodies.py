@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import raw_connection, serving
 
-from lmdaemon.bodies import session_ids
 from lmdaemon.model import id_problem
 from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX
+from lmdaemon.web.bodies import session_ids
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ from commands import (
 )
 from support import scripted_operator
 
-from lmdaemon import __version__, cli
-from lmdaemon.database import MIGRATIONS
+from lmdaemon import __version__
+from lmdaemon.commands import cli
+from lmdaemon.store.sqlite.file import MIGRATIONS
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asy
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
     )
-    ours = ["lmdaemon.cli", "lmdaemon.command", "lmdaemon.model", "lmdaemon.version"]
+    ours = ["lmdaemon.commands.cli", "lmdaemon.commands.shared", "lmdaemon.model", "lmdaemon.version"]
     assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
 
 
@@ -376,7 +377,7 @@ def test_sigterm_while_a_plugin_still_starts_exits_0(
 
 
 @pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
-@pytest.mark.parametrize("where", ["lmdaemon.serve", "lmdaemon.config", "lmdaemon.database"])
+@pytest.mark.parametrize("where", ["lmdaemon.commands.serve", "lmdaemon.config", "lmdaemon.store.sqlite.file"])
 def test_sigterm_while_the_daemon_is_imported_or_opens_its_database_exits_0(
     tmp_path: Path, where: str, before: Callable[[], None] | None
 ) -> None:
@@ -389,11 +390,11 @@ from pathlib import Path
 
 class Late:
     def find_spec(self, name, path=None, target=None):
-        if name == {where!r} and name != "lmdaemon.database":
+        if name == {where!r} and name != "lmdaemon.store.sqlite.file":
             Path("begun").touch()
             time.sleep(600)
         if name == "lmdaemon.daemon":
-            import lmdaemon.database
+            import lmdaemon.store.sqlite.file
             migrate = lmdaemon.database._migrate
 
             def for_ever(connection, *arguments):

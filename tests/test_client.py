@@ -13,8 +13,8 @@ from aiohttp import web
 from commands import API_TOKEN, configure, run
 from support import scripted_operator
 
-from lmdaemon import peer
-from lmdaemon.client import ANY, fits
+from lmdaemon.commands import peer
+from lmdaemon.commands.client import ANY, fits
 
 STRANGER = 12345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another user")

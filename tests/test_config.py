@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from lmdaemon import config
 from lmdaemon.config import ApiToken, ConfigError, Settings
+from lmdaemon.config.target import HOST_RULE, SHAPE_RULE, USER_INFO_RULE
 from lmdaemon.dialects import SHIPPED, Codes
-from lmdaemon.target import HOST_RULE, SHAPE_RULE, USER_INFO_RULE
 
 CONFIG_TOML = Path(__file__).parents[1] / "config.toml"
 MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing a test may print

@@ -21,8 +21,8 @@ from processes import free_ports, process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
 from lmdaemon import tls
+from lmdaemon.commands.serve import GARBAGE, SWITCH_S
 from lmdaemon.daemon import prune_every_s
-from lmdaemon.serve import GARBAGE, SWITCH_S
 
 OPERATOR = """
 [operators.acme]

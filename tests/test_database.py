@@ -14,9 +14,9 @@ from typing import Any, cast
 import pytest
 from support import hear, until
 
-from lmdaemon import database
-from lmdaemon.contract import DatabaseError, Operation, StoreError
-from lmdaemon.database import Database
+from lmdaemon.store.contract import DatabaseError, Operation, StoreError
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.file import Database
 
 
 class Do(Operation[Any], frozen=True):

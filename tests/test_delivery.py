@@ -20,13 +20,16 @@ from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
 
-from lmdaemon import delivery, resolver, retry, store, target
-from lmdaemon.config import Operator, Settings
-from lmdaemon.contract import StoreObserver
-from lmdaemon.delivery import compose, sinks_of
+from lmdaemon import retry
+from lmdaemon.config import Operator, Settings, target
+from lmdaemon.delivery import dispatcher as delivery
+from lmdaemon.delivery import resolver
+from lmdaemon.delivery.dispatcher import compose, sinks_of
+from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.dialects import CannotEncode
-from lmdaemon.resolver import Resolver
-from lmdaemon.sender import Sender, Unreachable, request_headers
+from lmdaemon.store.contract import StoreObserver
+from lmdaemon.store.sqlite import store
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
 
@@ -798,7 +801,7 @@ class TestStopping:
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The disk fails between the answer and its record: the row stays in flight and is not sent again."""
-        monkeypatch.setattr("lmdaemon.delivery.STORE_RETRY_S", 0.01)
+        monkeypatch.setattr("lmdaemon.delivery.dispatcher.STORE_RETRY_S", 0.01)
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end()

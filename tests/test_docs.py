@@ -9,27 +9,13 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import (
-    __version__,
-    answers,
-    api,
-    bodies,
-    causes,
-    config,
-    contract,
-    database,
-    dialects,
-    endpoint,
-    handshakes,
-    health,
-    http,
-    listener,
-    pages,
-    resolver,
-    rules,
-    sender,
-    store,
-)
+from lmdaemon import __version__, causes, config, dialects, health
+from lmdaemon.delivery import answers, resolver, sender
+from lmdaemon.store import contract, rules
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages, store
+from lmdaemon.web import api, bodies, endpoint, handshakes, listener
+from lmdaemon.web import requests as http
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

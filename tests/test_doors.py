@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Serving, bench, operator_table, raw_connection, serving
 
-from lmdaemon import http, listener
+from lmdaemon.web import listener
+from lmdaemon.web import requests as http
 
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 NOTICE = json.dumps(

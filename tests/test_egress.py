@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdaemon.egress import CARRIERS, SPECIAL, private_address
+from lmdaemon.config.egress import CARRIERS, SPECIAL, private_address
 
 # The first and the last address of each row of IANA's special-purpose registries, within another row or not, and of
 # what is refused beside them

@@ -34,7 +34,8 @@ from wires import (
     write_secrets,
 )
 
-from lmdaemon import database, http
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.web import requests as http
 
 EVERY = pytest.mark.parametrize("name", WIRES)
 WITH_TOKEN = pytest.mark.parametrize("name", [name for name, wire in WIRES.items() if "token" in wire.names])

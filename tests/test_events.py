@@ -10,9 +10,9 @@ from conftest import HandClock
 from processes import process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
-from lmdaemon import database
 from lmdaemon.retry import BREAKER_OPENS_AT
-from lmdaemon.store import StoreError
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import StoreError
 
 OPERATORS = """
 [operators.acme]

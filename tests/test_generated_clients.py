@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support import LISTEN, load, scripted_operator, serving
 
-from lmdaemon import openapi
+from lmdaemon.web import openapi
 
 pytestmark = pytest.mark.clients
 

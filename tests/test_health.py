@@ -16,11 +16,12 @@ from conftest import HandClock
 from documented import complaints
 from support import LISTEN, Serving, load, open_store, serving, until
 
-from lmdaemon import database, health, retry
+from lmdaemon import health, retry
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store import NewDelivery, Opening, Store
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import NewDelivery, Opening, Store
 from lmdaemon.sweeper import ExpiryAlarm
 from lmdaemon.version import __version__
 

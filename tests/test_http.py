@@ -15,9 +15,10 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from support import serving
 
-from lmdaemon import config, http
+from lmdaemon import config
 from lmdaemon.config import ApiToken, Network
-from lmdaemon.http import (
+from lmdaemon.web import requests as http
+from lmdaemon.web.requests import (
     BodyTooLarge,
     BodyTooSlow,
     Ready,

@@ -17,8 +17,9 @@ from commands import run
 from conftest import HandClock
 from support import RawConnection, Serving, hear, load, serving, until
 
-from lmdaemon import handshakes, listener, tls
+from lmdaemon import tls
 from lmdaemon.config import ConfigError
+from lmdaemon.web import handshakes, listener
 
 OPERATOR = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 NOTICE = {"providerId": "luckymonaco", "sessionId": "s", "externalPlayerId": "p", "token": "tok-3n"}

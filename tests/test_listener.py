@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support import LISTEN, RawConnection, raw_connection, serving, until
 
-from lmdaemon import listener
 from lmdaemon.sweeper import LOOP_TURNS
+from lmdaemon.web import listener
 
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from processes import process, wait_for
 
-from lmdaemon.listener import CONNECTIONS_MAX, connections_max
+from lmdaemon.web.listener import CONNECTIONS_MAX, connections_max
 
 NO_GRACE = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "luckymonaco"\n'
 SESSION = "/v1/operators/acme/sessions/s-1"

@@ -9,7 +9,8 @@ import pytest
 from conftest import HandClock
 from support import LISTEN, bench, load, serving
 
-from lmdaemon import api, config, metrics, openapi
+from lmdaemon import config, metrics
+from lmdaemon.web import api, openapi
 
 OPERATORS = "".join(
     f'[operators.op{number}]\nprovider_id = "p{number}"\nendpoint = "/e/{number}"\nnotify = true\n'

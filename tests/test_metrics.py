@@ -9,10 +9,10 @@ import pytest
 from conftest import HandClock
 from support import LISTEN, Serving, bench, operator_table, scrape, scripted_operator, serving, until
 
-from lmdaemon import database
 from lmdaemon.metrics import Metrics, _Process
 from lmdaemon.model import Gate
-from lmdaemon.store import Opening, StoreError
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import Opening, StoreError
 
 ACME = """
 [operators.acme]

@@ -18,9 +18,10 @@ from documented import closed
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
 
-from lmdaemon import config, openapi
-from lmdaemon.api import Api
+from lmdaemon import config
 from lmdaemon.model import id_problem
+from lmdaemon.web import openapi
+from lmdaemon.web.api import Api
 
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 TOKEN = "api-token-of-the-tests"

@@ -14,9 +14,10 @@ import pytest
 from conftest import HandClock
 from support import hear, open_store, until
 
-from lmdaemon import database, pages
 from lmdaemon.model import Delivery, Session
-from lmdaemon.store import NewDelivery, Opening, Settlement, Store, StoreError
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages
+from lmdaemon.store.sqlite.store import NewDelivery, Opening, Settlement, Store, StoreError
 
 STATES = (None, "pending", "delivered", "dead")
 MANY = 20_000

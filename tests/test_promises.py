@@ -29,13 +29,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from support import load
 
-from lmdaemon import config, database, retry, rules
+from lmdaemon import config, retry
 from lmdaemon.clock import STALL_S
-from lmdaemon.delivery import DRAIN_EXTRA_S, Dispatcher, sinks_of
+from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
+from lmdaemon.delivery.sender import Unreachable
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
-from lmdaemon.sender import Unreachable
-from lmdaemon.store import Opening, Recording, Store, StoreError
+from lmdaemon.store import rules
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import Opening, Recording, Store, StoreError
 from lmdaemon.sweeper import Sweeper
 
 CONFIG = """

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdaemon.quota import PerMinute
+from lmdaemon.web.quota import PerMinute
 
 
 @given(st.integers(1, 5), st.lists(st.floats(0, 40), max_size=80))

@@ -14,7 +14,8 @@ from plain_store import PlainStore, sinks_of_two
 from support import open_store
 
 from lmdaemon import retry
-from lmdaemon.contract import (
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import (
     Closing,
     Figures,
     GateChange,
@@ -30,9 +31,8 @@ from lmdaemon.contract import (
     Sweep,
     Touching,
 )
-from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.rules import Facts, FactsNeeded, World, decide, must_look_up
-from lmdaemon.store import Claim, Store
+from lmdaemon.store.rules import Facts, FactsNeeded, World, decide, must_look_up
+from lmdaemon.store.sqlite.store import Claim, Store
 
 IDLE_MS = 1000
 WORLD = World(service_ms=5000, wall_at=900_000, last_session=7, configured=frozenset({"acme"}))

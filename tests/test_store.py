@@ -14,9 +14,13 @@ from conftest import HandClock
 from msgspec.structs import replace as replaced
 from support import live, open_store, until
 
-from lmdaemon import batches, contract, database, pages, retry, rows, rules, store
+from lmdaemon import retry
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store import Claim, NewDelivery, Opening, Recording, Settlement, Store
+from lmdaemon.store import contract, rules
+from lmdaemon.store.sqlite import batch as batches
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages, rows, store
+from lmdaemon.store.sqlite.store import Claim, NewDelivery, Opening, Recording, Settlement, Store
 
 IDLE_MS = 10_000
 BODY = b'{"sessionId":"s"}'

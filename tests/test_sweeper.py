@@ -10,9 +10,9 @@ from conftest import HandClock
 from support import hear, live, open_store, until
 
 from lmdaemon.clock import TICK_S
-from lmdaemon.contract import StoreObserver, Touched
 from lmdaemon.model import Session
-from lmdaemon.store import Opening, Store
+from lmdaemon.store.contract import StoreObserver, Touched
+from lmdaemon.store.sqlite.store import Opening, Store
 from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
 
 GRACE_S = 60.0
@@ -180,7 +180,7 @@ async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
 async def test_everything_due_goes_in_bounded_batches(
     db: Store, clock: HandClock, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmdaemon.rules.SWEEP_ROWS", 3)
+    monkeypatch.setattr("lmdaemon.store.rules.SWEEP_ROWS", 3)
     monkeypatch.setattr("lmdaemon.sweeper.SWEEP_ROWS", 3)
     ended: list[int] = []
 

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import load, operator_table
 
-from lmdaemon import target
-from lmdaemon.config import ConfigError
+from lmdaemon.config import ConfigError, target
+from lmdaemon.delivery.sender import Sender
 from lmdaemon.log import NOT_A_URL, safe_url
-from lmdaemon.sender import Sender
 
 AS_WRITTEN = [
     "/x?sp=%2Ftriggers%2Frun&sig=a%2Bb%2Fc%3D",

@@ -16,8 +16,15 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lmdaemon import api, batches, database, delivery, endpoint, projection, sender, store, sweeper
+from lmdaemon import sweeper
 from lmdaemon.__main__ import main
+from lmdaemon.delivery import dispatcher as delivery
+from lmdaemon.delivery import sender
+from lmdaemon.store import projection
+from lmdaemon.store.sqlite import batch as batches
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import store
+from lmdaemon.web import api, endpoint
 
 WATCHED = [
     # A request, into the queue and back

@@ -34,7 +34,7 @@ from conftest import FULL
 from processes import AS_USERS_DO, Process, wait_for
 
 from lmdaemon.clock import STALL_S
-from lmdaemon.database import BUSY_TIMEOUT_S, PAGE_BYTES
+from lmdaemon.store.sqlite.file import BUSY_TIMEOUT_S, PAGE_BYTES
 
 TOML = """
 [database]
@@ -613,7 +613,7 @@ WAL_MAX = 300_000
 WITH_A_SMALL_WAL = (
     sys.executable,
     "-c",
-    f"import lmdaemon.database as d; d.WAL_MAX = {WAL_MAX}; from lmdaemon.__main__ import main; exit(main())",
+    f"import lmdaemon.store.sqlite.file as d; d.WAL_MAX = {WAL_MAX}; from lmdaemon.__main__ import main; exit(main())",
 )
 
 

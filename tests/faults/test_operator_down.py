@@ -15,7 +15,7 @@ from conftest import FULL, HandClock
 from support import Bench, bench, operator_table, scripted_operator
 
 from lmdaemon import retry
-from lmdaemon.rules import RETRY_SPACING_MS
+from lmdaemon.store.rules import RETRY_SPACING_MS
 
 HOUR = 3600.0
 SCHEDULE = ["5s", "30s", "2m", "10m", "30m", "2h", "5h", "10h", "10h"]

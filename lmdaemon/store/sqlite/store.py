@@ -13,10 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from lmdaemon import pages
-from lmdaemon.batches import GATE, NEXT, SET_UP, Batch
 from lmdaemon.clock import Clock
-from lmdaemon.contract import (
+from lmdaemon.log import Log
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import (
     SWEEP_ROWS,
     Closing,
     DatabaseError,
@@ -41,12 +41,13 @@ from lmdaemon.contract import (
     Touched,
     Touching,
 )
-from lmdaemon.database import Database
-from lmdaemon.log import Log
-from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.pages import Page
-from lmdaemon.projection import Loaded, Projection
-from lmdaemon.rows import (
+from lmdaemon.store.projection import Loaded, Projection
+from lmdaemon.store.rules import RETRY_ROWS
+from lmdaemon.store.sqlite import pages
+from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
+from lmdaemon.store.sqlite.file import Database
+from lmdaemon.store.sqlite.pages import Page
+from lmdaemon.store.sqlite.rows import (
     DELIVERY,
     ENDED_BEFORE,
     SESSION,
@@ -57,7 +58,6 @@ from lmdaemon.rows import (
     session_by_key,
     to_json,
 )
-from lmdaemon.rules import RETRY_ROWS
 
 __all__ = [
     "SWEEP_ROWS",

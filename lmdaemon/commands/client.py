@@ -14,8 +14,9 @@ from urllib.parse import quote, urlencode
 import aiohttp
 from yarl import URL
 
-from lmdaemon import peer, tls, trust
-from lmdaemon.command import Failed, Usage, reason, say
+from lmdaemon import tls, trust
+from lmdaemon.commands import peer
+from lmdaemon.commands.shared import Failed, Usage, reason, say
 from lmdaemon.config import Listen, Settings
 
 ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs

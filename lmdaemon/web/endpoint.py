@@ -27,12 +27,21 @@ from lmdaemon.dialects import (
     parse,
     uncoded,
 )
-from lmdaemon.http import Address, BodyTooLarge, BodyTooSlow, Ready, allowed, client_address, read_body, request_id
 from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
-from lmdaemon.quota import PerMinute
-from lmdaemon.store import Recording, Store, StoreError
+from lmdaemon.store.sqlite.store import Recording, Store, StoreError
+from lmdaemon.web.quota import PerMinute
+from lmdaemon.web.requests import (
+    Address,
+    BodyTooLarge,
+    BodyTooSlow,
+    Ready,
+    allowed,
+    client_address,
+    read_body,
+    request_id,
+)
 
 BODY_MAX = 16 * 1024
 RETRY_AFTER_S = "5"  # while the daemon cannot store

@@ -44,7 +44,7 @@ class _Output(io.FileIO):
             os.close(null)
             if isinstance(error, BrokenPipeError):
                 raise
-            from lmdaemon.command import Failed, reason
+            from lmdaemon.commands.shared import Failed, reason
 
             raise Failed(f"standard output cannot be written to: {reason(error)}") from error
 

@@ -19,14 +19,14 @@ from uuid import uuid4
 from lmdaemon import masks, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator, Policy, Settings
-from lmdaemon.contract import NewDelivery, Settled, Settlement, StoreError, StoreObserver
+from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.dialects import CannotEncode, encode
 from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
-from lmdaemon.sender import Sender, Unreachable
-from lmdaemon.store import Claim, Store
+from lmdaemon.store.contract import NewDelivery, Settled, Settlement, StoreError, StoreObserver
+from lmdaemon.store.sqlite.store import Claim, Store
 
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0

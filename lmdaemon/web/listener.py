@@ -25,11 +25,12 @@ from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
-from lmdaemon import handshakes, http
 from lmdaemon.clock import ServiceClock
 from lmdaemon.config import Network
-from lmdaemon.http import BACKLOG, Ready, inside
 from lmdaemon.log import Log
+from lmdaemon.web import handshakes
+from lmdaemon.web import requests as http
+from lmdaemon.web.requests import BACKLOG, Ready, inside
 
 HEAD_TIMEOUT_S = 10.0  # from the connect, or a later head's first byte, to the end of the head
 KEEPALIVE_S = 75.0  # for which a connection may wait for its next request

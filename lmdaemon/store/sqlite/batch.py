@@ -11,20 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from typing import Any
 
-from lmdaemon.contract import SWEEP_ROWS, Opening, Recording, StoreError
 from lmdaemon.model import Gate, Session
-from lmdaemon.rows import (
-    ENDED_BEFORE,
-    SESSION,
-    as_rows,
-    delivery_by_webhook_id,
-    fetch,
-    fetch_sessions,
-    given,
-    ids_of,
-    to_json,
-)
-from lmdaemon.rules import (
+from lmdaemon.store.contract import SWEEP_ROWS, Opening, Recording, StoreError
+from lmdaemon.store.rules import (
     NEW_DELIVERY,
     PRUNE_ROWS,
     RESULT,
@@ -37,6 +26,17 @@ from lmdaemon.rules import (
     decide,
     must_look_up,
     questions,
+)
+from lmdaemon.store.sqlite.rows import (
+    ENDED_BEFORE,
+    SESSION,
+    as_rows,
+    delivery_by_webhook_id,
+    fetch,
+    fetch_sessions,
+    given,
+    ids_of,
+    to_json,
 )
 
 DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20

@@ -16,11 +16,11 @@ from functools import cache, partial
 
 import aiohttp
 
-from lmdaemon.answers import HEAD_MAX, HEADERS_MAX, Answer, AnswerError, AnswerProtocol
 from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
 from lmdaemon.config import Operator
-from lmdaemon.resolver import Resolver
+from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, Answer, AnswerError, AnswerProtocol
+from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer's body

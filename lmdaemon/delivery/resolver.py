@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from lmdaemon.egress import private_address
+from lmdaemon.config.egress import private_address
 
 LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
 

@@ -25,8 +25,8 @@ import aiosqlite
 
 from lmdaemon import rights
 from lmdaemon.clock import STALL_S
-from lmdaemon.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 from lmdaemon.log import Log, place
+from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 from lmdaemon.trust import user_name
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lmdaemon.command import FAILED, MISCONFIGURED, STOPPED, Failed, Usage, say
+from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, Failed, Usage, say
 from lmdaemon.version import __version__
 
 ROWS_DEFAULT = 100
@@ -78,7 +78,7 @@ def _stop_at_once() -> None:
 def _loaded(name: str) -> Callable[[argparse.Namespace], int]:
     """The function that is named as `module:function`."""
     module, _, function = name.partition(":")
-    run: Callable[[argparse.Namespace], int] = getattr(import_module(f"lmdaemon.{module}"), function)
+    run: Callable[[argparse.Namespace], int] = getattr(import_module(f"lmdaemon.commands.{module}"), function)
     return run
 
 

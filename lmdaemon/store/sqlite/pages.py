@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import orjson
 
 from lmdaemon.model import Delivery, DeliveryState, Session
-from lmdaemon.rows import as_rows, fetch, number_of, to_json
+from lmdaemon.store.sqlite.rows import as_rows, fetch, number_of, to_json
 
 PAGE_BYTES = 1024 * 1024  # of a page's rows as text: the bound of an answer's size, and of what waits for slow readers
 BLOCK = 100  # rows read by one statement

@@ -17,19 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmdaemon import config, rights
-from lmdaemon.command import STOPPED, Failed, print_json, reason
-from lmdaemon.config import Settings
-from lmdaemon.contract import DatabaseError
-from lmdaemon.database import (
-    MIGRATIONS,
-    RESTORING,
-    cause,
-    check_is_ours,
-    lock_file,
-    mark,
-    real_path,
-)
-from lmdaemon.files import (
+from lmdaemon.commands.files import (
     COMPANIONS,
     LOOK_EVERY,
     Inode,
@@ -42,8 +30,12 @@ from lmdaemon.files import (
     open_database,
     put_in_place,
 )
+from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason
+from lmdaemon.config import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.rights import Rights, UnsafeError, acting_with
+from lmdaemon.store.contract import DatabaseError
+from lmdaemon.store.sqlite.file import MIGRATIONS, RESTORING, cause, check_is_ours, lock_file, mark, real_path
 
 FLUSH_BYTES = 4 * 1024 * 1024
 

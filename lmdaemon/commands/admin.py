@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lmdaemon import config
-from lmdaemon.client import ANY, Client
-from lmdaemon.command import (
+from lmdaemon.commands.client import ANY, Client
+from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
     Failed,

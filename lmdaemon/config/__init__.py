@@ -22,11 +22,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from lmdaemon import target, textfile, tls, trust
+from lmdaemon import textfile, tls, trust
+from lmdaemon.config import target
+from lmdaemon.config.target import Target
 from lmdaemon.dialects import SHIPPED, Codes, Dialect, breaks_hash
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
-from lmdaemon.target import Target
 from lmdaemon.tls import Certificate, Pem, Profile
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -19,14 +19,9 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from lmdaemon import config, rights, store
+from lmdaemon import config, rights
 from lmdaemon.clock import Clock
-from lmdaemon.command import STOPPED, Failed, Usage, print_json, reason, say
-from lmdaemon.config import Settings
-from lmdaemon.contract import DatabaseError
-from lmdaemon.database import MIGRATIONS, cause, check_is_ours, real_path
-from lmdaemon.documents import delivery_document, history_document, read_time, session_document
-from lmdaemon.files import (
+from lmdaemon.commands.files import (
     Inode,
     check_source,
     check_target,
@@ -36,8 +31,14 @@ from lmdaemon.files import (
     open_database,
     put_in_place,
 )
+from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
+from lmdaemon.config import Settings
 from lmdaemon.model import Delivery, Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
+from lmdaemon.store.contract import DatabaseError
+from lmdaemon.store.sqlite import store
+from lmdaemon.store.sqlite.file import MIGRATIONS, cause, check_is_ours, real_path
+from lmdaemon.web.documents import delivery_document, history_document, read_time, session_document
 
 SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
 POLL_S = 0.05

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from lmdaemon.contract import (
+from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
+from lmdaemon.store.contract import (
     SWEEP_ROWS,
     Closing,
     Figures,
@@ -42,7 +43,6 @@ from lmdaemon.contract import (
     Touched,
     Touching,
 )
-from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 
 PRUNE_ROWS = 500
 RETRY_ROWS = 500

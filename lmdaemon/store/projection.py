@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lmdaemon.clock import Clock, ServiceClock
-from lmdaemon.contract import Figures, SinksOf, StoreObserver
 from lmdaemon.log import Log
 from lmdaemon.model import Gate
-from lmdaemon.rules import OPEN_GATE, Changes, World, least
+from lmdaemon.store.contract import Figures, SinksOf, StoreObserver
+from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
 
 SET_BACK_MS = 1000  # a wall clock that is behind the monotonic one by less has drifted, and was not set back
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lmdaemon.command import Failed, reason
+from lmdaemon.commands.shared import Failed, reason
 from lmdaemon.config import Settings
 from lmdaemon.rights import UnsafeError, check_link
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 
 from yarl import URL
 
-from lmdaemon.egress import private_address
+from lmdaemon.config.egress import private_address
 from lmdaemon.log import NOT_A_URL, safe_url, stray_at
 
 SHAPE_RULE = "must be a URL such as https://wallet.example/V4/SessionExpired"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdaemon import config, log
-from lmdaemon.command import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
+from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import ConfigError, Settings
 from lmdaemon.log import Log
 
@@ -73,8 +73,8 @@ def _keep_what_is_made() -> None:
 
 def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     """Runs the daemon to its end, says why it ended, and returns the exit code."""
-    from lmdaemon.contract import DatabaseError, StoreError
     from lmdaemon.daemon import Daemon
+    from lmdaemon.store.contract import DatabaseError, StoreError
 
     daemon = Daemon(settings)
     daemon.on_serving = _keep_what_is_made
@@ -118,7 +118,7 @@ def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
 
 def _file_lost(error: Exception) -> Exception | None:
     """The one reason in a group of exceptions when it is a file that was taken away, else None."""
-    from lmdaemon.database import FileLostError
+    from lmdaemon.store.sqlite.file import FileLostError
 
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]

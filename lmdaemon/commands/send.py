@@ -13,18 +13,27 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 from uuid import uuid4
 
-from lmdaemon import config, masks, target
+from lmdaemon import config, masks
 from lmdaemon.clock import Clock
-from lmdaemon.command import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries, secret_file
-from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration
-from lmdaemon.delivery import compose
+from lmdaemon.commands.shared import (
+    FAILED,
+    STOPPED,
+    Usage,
+    line,
+    player_token,
+    print_json,
+    quiet_libraries,
+    secret_file,
+)
+from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration, target
+from lmdaemon.config.target import Target
+from lmdaemon.delivery.dispatcher import compose
+from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.dialects import SHIPPED, CannotEncode
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.masks import MASK, fields_of, query_of
 from lmdaemon.model import Session, id_problem
 from lmdaemon.retry import Outcome, judge
-from lmdaemon.sender import Sender, Unreachable, request_headers
-from lmdaemon.target import Target
 from lmdaemon.tls import Profile
 
 _Struct = TypeVar("_Struct", Operator, Policy)

@@ -13,19 +13,30 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
-from lmdaemon import bodies, openapi, retry, shapes
+from lmdaemon import retry, shapes
 from lmdaemon.clock import Clock
 from lmdaemon.config import ApiToken, Operator, Settings, names_itself
 from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_object, rounded, uncoded, without_mark
-from lmdaemon.documents import delivery_document, history_document, read_time, session_document
-from lmdaemon.http import BodyTooLarge, BodyTooSlow, Handler, Head, Ready, bearer, decode_segment, read_body, request_id
-from lmdaemon.listener import until_client_leaves
 from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import HTTP_SINK, ID_MAX, PLUGIN_PREFIX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
-from lmdaemon.pages import PAGE_BYTES, Page
 from lmdaemon.shapes import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
-from lmdaemon.store import Opening, Store, StoreError
+from lmdaemon.store.sqlite.pages import PAGE_BYTES, Page
+from lmdaemon.store.sqlite.store import Opening, Store, StoreError
+from lmdaemon.web import bodies, openapi
+from lmdaemon.web.documents import delivery_document, history_document, read_time, session_document
+from lmdaemon.web.listener import until_client_leaves
+from lmdaemon.web.requests import (
+    BodyTooLarge,
+    BodyTooSlow,
+    Handler,
+    Head,
+    Ready,
+    bearer,
+    decode_segment,
+    read_body,
+    request_id,
+)
 
 BODY_MAX = 64 * 1024
 RETRY_AFTER_S = "5"

@@ -1,0 +1,1 @@
+"""From a stored end to the operator's URL and the plug-ins."""

@@ -1,0 +1,1 @@
+"""The session table and the deliveries: what doers may know of them, the rules, and the engines."""

@@ -1,0 +1,1 @@
+"""The two listeners: the operators' endpoints, and the private API."""

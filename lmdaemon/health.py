@@ -15,14 +15,12 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.sqlite.file import WAL_MAX
-from lmdaemon.store.sqlite.store import Store, StoreError
+from lmdaemon.store.contract import Store, StoreError
 from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0
 ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery pending for longer is worth a look
-LARGE_WAL = 2 * WAL_MAX  # somebody reads in one long transaction, and the WAL cannot start over
 
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
@@ -164,8 +162,8 @@ class Health:
         }
         if failure:
             return check | {"output": failure}
-        if self._store.wal_bytes > LARGE_WAL:
-            return check | {"status": "warn", "output": "the WAL cannot start over: somebody keeps reading"}
+        if self._store.strained:
+            return check | {"status": "warn", "output": self._store.strained}
         return check
 
     def _check_listeners(self) -> Check:

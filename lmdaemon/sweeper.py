@@ -13,8 +13,7 @@ from lmdaemon.clock import STALL_S, TICK_S, Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.pulse import Pulse
-from lmdaemon.store.contract import SWEEP_ROWS, StoreError, StoreObserver
-from lmdaemon.store.sqlite.store import Store
+from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
 QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
 LOOP_TURNS = (

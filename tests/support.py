@@ -21,7 +21,8 @@ from lmdaemon.daemon import Daemon
 from lmdaemon.delivery.dispatcher import Dispatcher, sinks_of
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.model import Delivery
-from lmdaemon.store.sqlite.store import Opening, Store
+from lmdaemon.store.contract import Opening
+from lmdaemon.store.sqlite.store import Store
 
 SUCCESS = {"error": 0, "description": "Success"}
 Answer = Callable[[web.Request], Any]

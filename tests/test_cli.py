@@ -74,7 +74,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
 def test_what_needs_no_configuration_imports_no_more_than_the_command_line(tmp_path: Path, words: str) -> None:
     script = f"""
 import sys
-from lmdaemon.cli import main
+from lmdaemon.commands.cli import main
 try:
     main({words.split()!r})
 except SystemExit:
@@ -84,15 +84,21 @@ print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asy
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
     )
-    ours = ["lmdaemon.commands.cli", "lmdaemon.commands.shared", "lmdaemon.model", "lmdaemon.version"]
+    ours = [
+        *("lmdaemon.commands", "lmdaemon.commands.cli", "lmdaemon.commands.shared"),
+        *("lmdaemon.model", "lmdaemon.version"),
+    ]
     assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
 
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="this machine makes no cores")
 def test_a_crash_leaves_no_core_that_has_tokens_in_it(tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    code = "import resource; from lmdaemon.cli import main; before = resource.getrlimit(resource.RLIMIT_CORE)[0]; "
-    code += "main(['version']); print(before, resource.getrlimit(resource.RLIMIT_CORE))"
+    code = (
+        "import resource; from lmdaemon.commands.cli import main; "
+        "before = resource.getrlimit(resource.RLIMIT_CORE)[0]; main(['version']); "
+        "print(before, resource.getrlimit(resource.RLIMIT_CORE))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment(),
@@ -394,14 +400,14 @@ class Late:
             Path("begun").touch()
             time.sleep(600)
         if name == "lmdaemon.daemon":
-            import lmdaemon.store.sqlite.file
-            migrate = lmdaemon.database._migrate
+            import lmdaemon.store.sqlite.file as file
+            migrate = file._migrate
 
             def for_ever(connection, *arguments):
                 Path("begun").touch()
                 connection.execute("WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i FROM n) SELECT max(i) FROM n")
 
-            lmdaemon.database._migrate = for_ever
+            file._migrate = for_ever
 
 sys.meta_path.insert(0, Late())
 """)

@@ -28,6 +28,7 @@ from lmdaemon.delivery.dispatcher import compose, sinks_of
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.dialects import CannotEncode
+from lmdaemon.model import Session
 from lmdaemon.store.contract import StoreObserver
 from lmdaemon.store.sqlite import store
 
@@ -827,11 +828,11 @@ class TestComposing:
             tmp_path / "config.toml", operator_table("acme", "https://wallet.example/V4/SessionExpired", **keys)
         )
 
-    def session(self, **changes: Any) -> store.Session:
+    def session(self, **changes: Any) -> Session:
         facts = {"operator": "acme", "session_id": "s", "player_id": "p", "token": "tok-3n", "reason": "closed"}
         times = dict.fromkeys(("id", "idle_ms", "opened_at", "seen_ms", "seen_at", "ended_at"), 1)
         empty = dict.fromkeys(("attributes", "extra", "lifetime_at"))
-        return store.Session(**(facts | times | empty | changes))  # type: ignore[arg-type]
+        return Session(**(facts | times | empty | changes))  # type: ignore[arg-type]
 
     def test_a_missing_token_is_said_instead_of_sending_half_a_notice(self, tmp_path: Path) -> None:
         operator = self.settings(tmp_path).operators["acme"]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import __version__, causes, config, dialects, health
+from lmdaemon import __version__, causes, config, dialects
 from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.store import contract, rules
 from lmdaemon.store.sqlite import file as database
@@ -110,7 +110,7 @@ def test_readme_shows_the_true_limits() -> None:
         f"{resolver.LOOKUPS_MAX} each on a thread of its own",
         f"ten a second for an operator {store.RETRIES_MAX} in one call",
         f"{database.WAL_MAX // 1024**2} MiB and one transaction",
-        f"warns at {health.LARGE_WAL // 1024**2} MiB",
+        f"warns at {store.LARGE_WAL // 1024**2} MiB",
         f"{contract.SWEEP_ROWS} sessions in one operation",
         f"the latest {rules.HISTORY_MAX}",
         f"{rules.PRUNE_ROWS} sessions in one operation",
@@ -128,7 +128,7 @@ def test_the_delivery_page_explains_each_cause() -> None:
 
 
 def test_architecture_has_a_word_on_every_module() -> None:
-    modules = {path.stem for path in (ROOT / "lmdaemon").glob("*.py")} - {"__init__", "__main__", "version"}
+    modules = {path.stem for path in (ROOT / "lmdaemon").rglob("*.py")} - {"__init__", "__main__", "version"}
     described = set(re.findall(r"\*\*(\w+)\*\*", ARCHITECTURE))
     assert modules <= described
 

@@ -11,8 +11,8 @@ from processes import process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
 from lmdaemon.retry import BREAKER_OPENS_AT
+from lmdaemon.store.contract import StoreError
 from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite.store import StoreError
 
 OPERATORS = """
 [operators.acme]

@@ -36,8 +36,8 @@ from support import open_store, scripted_operator
 
 from lmdaemon.commands import export
 from lmdaemon.model import rfc3339
+from lmdaemon.store.contract import NewDelivery, Opening
 from lmdaemon.store.sqlite import store
-from lmdaemon.store.sqlite.store import NewDelivery, Opening
 
 LONG_AGO = 1_700_000_000_000
 

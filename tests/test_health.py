@@ -20,8 +20,9 @@ from lmdaemon import health, retry
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
+from lmdaemon.store.contract import NewDelivery, Opening
 from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite.store import NewDelivery, Opening, Store
+from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import ExpiryAlarm
 from lmdaemon.version import __version__
 
@@ -467,7 +468,7 @@ async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock
 
 
 async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LARGE_WAL", 100)
+    monkeypatch.setattr("lmdaemon.store.sqlite.store.LARGE_WAL", 100)
     async with serving(tmp_path, CONFIG) as daemon:
         await end_session(daemon.daemon._store)
         await daemon.daemon._store.probe()

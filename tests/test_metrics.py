@@ -11,8 +11,8 @@ from support import LISTEN, Serving, bench, operator_table, scrape, scripted_ope
 
 from lmdaemon.metrics import Metrics, _Process
 from lmdaemon.model import Gate
+from lmdaemon.store.contract import Opening, StoreError
 from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite.store import Opening, StoreError
 
 ACME = """
 [operators.acme]

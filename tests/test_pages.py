@@ -15,9 +15,10 @@ from conftest import HandClock
 from support import hear, open_store, until
 
 from lmdaemon.model import Delivery, Session
+from lmdaemon.store.contract import NewDelivery, Opening, Page, Settlement, StoreError
 from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import pages
-from lmdaemon.store.sqlite.store import NewDelivery, Opening, Settlement, Store, StoreError
+from lmdaemon.store.sqlite.store import Store
 
 STATES = (None, "pending", "delivered", "dead")
 MANY = 20_000
@@ -241,7 +242,7 @@ async def test_a_page_is_of_one_moment(db: Store) -> None:
     assert stored is not None
     begun, settled = threading.Event(), threading.Event()
 
-    def read(sql: sqlite3.Connection) -> pages.Page[Delivery]:
+    def read(sql: sqlite3.Connection) -> Page[Delivery]:
         assert pages.has_sink(sql, ["acme"], "http")
         begun.set()
         assert settled.wait(10)

@@ -36,8 +36,9 @@ from lmdaemon.delivery.sender import Unreachable
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules
+from lmdaemon.store.contract import Opening, Recording, StoreError
 from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite.store import Opening, Recording, Store, StoreError
+from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
 
 CONFIG = """

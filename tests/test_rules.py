@@ -16,6 +16,7 @@ from support import open_store
 from lmdaemon import retry
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
+    Claim,
     Closing,
     Figures,
     GateChange,
@@ -32,7 +33,7 @@ from lmdaemon.store.contract import (
     Touching,
 )
 from lmdaemon.store.rules import Facts, FactsNeeded, World, decide, must_look_up
-from lmdaemon.store.sqlite.store import Claim, Store
+from lmdaemon.store.sqlite.store import Store
 
 IDLE_MS = 1000
 WORLD = World(service_ms=5000, wall_at=900_000, last_session=7, configured=frozenset({"acme"}))

@@ -17,10 +17,11 @@ from support import live, open_store, until
 from lmdaemon import retry
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store import contract, rules
+from lmdaemon.store.contract import Claim, NewDelivery, Opening, Recording, Settlement, StoreError
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import pages, rows, store
-from lmdaemon.store.sqlite.store import Claim, NewDelivery, Opening, Recording, Settlement, Store
+from lmdaemon.store.sqlite.store import Store
 
 IDLE_MS = 10_000
 BODY = b'{"sessionId":"s"}'
@@ -339,7 +340,7 @@ class TestRestart:
         await db.open_session(opening())
         blocker = sqlite3.connect(db.path, isolation_level=None)
         blocker.execute("BEGIN IMMEDIATE")
-        with pytest.raises(store.StoreError):
+        with pytest.raises(StoreError):
             await db.touch("acme", ["s"])
         frozen_ms = db.service_clock.now_ms()
         live(clock, db, 60)
@@ -727,7 +728,7 @@ class TestOneWay:
             db.touch("acme", ["a", "none"]), db.record(notice("new")), return_exceptions=True
         )
         monkeypatch.undo()
-        assert isinstance(unknown, store.StoreError)
+        assert isinstance(unknown, StoreError)
         assert recorded == "ended"
         assert db.refused["reading_failed"] == 1
         assert (await found(db, "new")).reason == "reported"

@@ -153,7 +153,7 @@ def serves(directory: Path, loop: str, redirections: str) -> None:
 def test_a_log_on_a_disk_that_was_full_goes_on_when_there_is_room(tmp_path: Path) -> None:
     script = """
 import os, sys
-from lmdaemon import streams
+from lmdaemon.commands import streams
 streams.prepare()
 os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 print("lost", file=sys.stderr)

@@ -11,8 +11,8 @@ from support import hear, live, open_store, until
 
 from lmdaemon.clock import TICK_S
 from lmdaemon.model import Session
-from lmdaemon.store.contract import StoreObserver, Touched
-from lmdaemon.store.sqlite.store import Opening, Store
+from lmdaemon.store.contract import Opening, StoreObserver, Touched
+from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
 
 GRACE_S = 60.0

@@ -25,8 +25,7 @@ from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
-from lmdaemon.store.contract import NewDelivery, Settled, Settlement, StoreError, StoreObserver
-from lmdaemon.store.sqlite.store import Claim, Store
+from lmdaemon.store.contract import Claim, NewDelivery, Settled, Settlement, Store, StoreError, StoreObserver
 
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0

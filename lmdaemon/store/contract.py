@@ -3,15 +3,17 @@
 Wall times (`_at`) are milliseconds since the epoch, service times (`_ms`) milliseconds of the service clock.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from lmdaemon.clock import ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Session
 
 BATCH_ROWS = 10_000  # rows that the operations of one batch name together; one that names as many is alone in its batch
+PAGE_BYTES = 1024 * 1024  # of a page's rows as text: bounds an answer, and what waits for slow readers
 SWEEP_ROWS = 100  # sessions looked at in one sweep operation: about 3 ms on the writer
 
 
@@ -207,6 +209,33 @@ class Probe(Operation[None], frozen=True):
         return 0
 
 
+# -- what people read
+
+_Row = TypeVar("_Row", Session, Delivery)
+
+
+class Page(NamedTuple, Generic[_Row]):
+    """Rows, newest first, and the id behind which the next page begins, or None after the last row.
+
+    A page that ends before it has the rows asked for has `next`, too: it may even be empty.
+    """
+
+    rows: list[_Row]
+    next: int | None
+
+
+# -- what the dispatcher reads
+
+
+class Claim(NamedTuple):
+    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (ids)."""
+
+    operator: str
+    sink: str
+    taken: Sequence[int]
+    limit: int
+
+
 # -- what is told of commits
 
 
@@ -232,3 +261,152 @@ class StoreObserver:
 
     def committed(self, operations: int, took_s: float) -> None:
         """A transaction of so many operations took so long, its sync included."""
+
+
+# -- the store
+
+
+class Store(Protocol):
+    """The session table and the deliveries, as verbs. The doers meet here and nowhere else.
+
+    A verb that changes something returns once that is on disk. They take effect in the order in which they were
+    called, also when their callers are cancelled meanwhile. Each raises StoreError when nothing was stored, and may be
+    repeated.
+    """
+
+    # What the daemon hands in
+    configured: frozenset[str]  # operators whose sinks are known: nobody else's sessions end by themselves
+    sinks_of: SinksOf
+
+    # What is known without looking, as of the last commit
+    service_clock: ServiceClock
+    figures: dict[str, Figures]
+    next_due_ms: int | None  # the next deadline may be later, never earlier
+    next_lifetime_at: int | None
+
+    @property
+    def live(self) -> int:
+        """Sessions that are active."""
+
+    @property
+    def set_back_ms(self) -> int:
+        """By how much the wall clock was set back since the last commit, of this run or the one before; else 0."""
+
+    def figures_of(self, operator: str) -> Figures:
+        """Its counts; zeros for one that is unknown."""
+
+    def gate(self, operator: str) -> Gate:
+        """What holds its URL back; an open gate for one that is unknown."""
+
+    def observe(self, observer: StoreObserver) -> None:
+        """Tells one more of what is committed from now on."""
+
+    # How the engine is
+    @property
+    def failure(self) -> str | None:
+        """Why the last write was refused; None while writes work."""
+
+    @property
+    def strained(self) -> str | None:
+        """What is wrong with the engine but does not stop it, in words; None if nothing is."""
+
+    @property
+    def writing_since(self) -> float | None:
+        """Loop time at which the running transaction began; None between two."""
+
+    @property
+    def waiting(self) -> int:
+        """Operations that wait for the writer."""
+
+    @property
+    def wal_bytes(self) -> int:
+        """Size of the write-ahead log at the last transaction."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the database at the last transaction."""
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Operations refused so far, by reason."""
+
+    async def run(self) -> None:
+        """Writes what is queued, for ever. Raises DatabaseError when the database is gone."""
+
+    async def close(self) -> None:
+        """Refuses what is queued, and lets go of the database."""
+
+    # Changes
+    async def open_session(self, opening: Opening) -> Opened:
+        """Opens a session; opening the same again counts as a touch and changes nothing else."""
+
+    async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
+        """Notes activity of sessions of one operator; a duplicate counts once. Touching again only moves deadlines."""
+
+    async def end(self, operator: str, session_id: str) -> Session | None:
+        """Closes a session and returns it, also when it had ended before; None when it is unknown."""
+
+    async def record(self, recording: Recording) -> Recorded:
+        """Records a notice from the peer: the first ends the session, each repeat is told so and changes nothing."""
+
+    async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
+        """Ends what is past its lifetime and, if `idle`, what had been idle for too long when this was called; the
+        oldest first, at most SWEEP_ROWS sessions each. One of a crowd has a transaction of its own.
+        """
+
+    async def settle(self, settlement: Settlement) -> Settled:
+        """Stores the result of an attempt. That of a delivery which is settled already changes its operator's gate
+        alone.
+        """
+
+    async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
+        """Changes what holds an operator's URL back, atomically, and returns it."""
+
+    async def retry_dead(self, operator: str, since_at: int) -> int:
+        """Makes deliveries that died since then due again, spaced out, in steps. Returns how many; what is left when a
+        step fails is retried by asking again.
+        """
+
+    async def retry_one(self, webhook_id: str) -> Delivery | None:
+        """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
+
+    async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
+        """Deletes sessions that ended before then and have nothing pending, a bounded number, beginning behind `after`
+        as (ended_at, id).
+        """
+
+    async def probe(self) -> None:
+        """Writes the clock and nothing else: proves that writes work."""
+
+    # Reading, for the daemon itself
+    async def session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
+        """One session with its deliveries."""
+
+    async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
+        """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
+
+    async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
+        """When the oldest pending delivery of each operator was made; None when nothing is pending."""
+
+    # Reading, for people: bounded in rows, bytes and time; without tokens and bodies
+    async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
+        """One session with its deliveries."""
+
+    async def sessions(
+        self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
+    ) -> Page[Session]:
+        """A page of sessions, newest first, with ids below `after`."""
+
+    async def delivery(self, webhook_id: str) -> Delivery | None:
+        """One delivery by its public id, with its history."""
+
+    async def deliveries(
+        self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
+    ) -> Page[Delivery]:
+        """A page of deliveries, newest first, with ids below `after`."""
+
+    async def has_sink(self, sink: str) -> bool:
+        """Whether there are deliveries for a sink, of whatever operator."""
+
+    async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
+        """As `oldest_pending`."""

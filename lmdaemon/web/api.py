@@ -21,8 +21,7 @@ from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics
 from lmdaemon.model import HTTP_SINK, ID_MAX, PLUGIN_PREFIX, TOKEN_MAX, Delivery, Gate, Session, id_problem, rfc3339
 from lmdaemon.shapes import ATTRIBUTES_MAX, BULK_BODY_MAX, IDLE_MAX_S, PAGE_DEFAULT, PAGE_MAX
-from lmdaemon.store.sqlite.pages import PAGE_BYTES, Page
-from lmdaemon.store.sqlite.store import Opening, Store, StoreError
+from lmdaemon.store.contract import PAGE_BYTES, Opening, Page, Store, StoreError
 from lmdaemon.web import bodies, openapi
 from lmdaemon.web.documents import delivery_document, history_document, read_time, session_document
 from lmdaemon.web.listener import until_client_leaves

@@ -30,7 +30,7 @@ from lmdaemon.dialects import (
 from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
-from lmdaemon.store.sqlite.store import Recording, Store, StoreError
+from lmdaemon.store.contract import Recording, Store, StoreError
 from lmdaemon.web.quota import PerMinute
 from lmdaemon.web.requests import (
     Address,

@@ -17,7 +17,7 @@ from support import open_store, until
 from witness import OPERATOR, Witness, wallet
 
 from lmdaemon.clock import Clock
-from lmdaemon.store.sqlite.store import SWEEP_ROWS, Opening
+from lmdaemon.store.contract import SWEEP_ROWS, Opening
 
 CROWD = '[operators.crowd]\nprovider_id = "crowd"\nendpoint = ""\n'
 OTHERS = 200

@@ -783,7 +783,7 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
 
 # Entry n brings a file from version n to n + 1. Never edit one that was released: add the next.
 MIGRATIONS: Sequence[str] = tuple(
-    resources.files("lmdaemon").joinpath(script).read_text("utf-8") for script in ("schema.sql", "schema_2.sql")
+    resources.files(__package__).joinpath(script).read_text("utf-8") for script in ("schema.sql", "schema_2.sql")
 )
 
 

@@ -8,14 +8,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from lmdaemon.model import Delivery, DeliveryState, Session
+from lmdaemon.store.contract import PAGE_BYTES, Page
 from lmdaemon.store.sqlite.rows import as_rows, fetch, number_of, to_json
 
-PAGE_BYTES = 1024 * 1024  # of a page's rows as text: the bound of an answer's size, and of what waits for slow readers
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
 PLAYER_ROWS = 10_000  # and for one page: few of them may be in the state that is asked for
@@ -23,17 +23,6 @@ STATES: Sequence[DeliveryState] = ("pending", "delivered", "dead")
 BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
-
-
-class Page(NamedTuple, Generic[_Row]):
-    """Rows, newest first, and the id behind which the next page begins, or None after the last row.
-
-    A page that ends before it has the rows asked for has `next`, too: it may even be empty.
-    """
-
-    rows: list[_Row]
-    next: int | None
-
 
 _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
 

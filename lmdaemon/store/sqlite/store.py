@@ -17,15 +17,15 @@ from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
-    SWEEP_ROWS,
+    Claim,
     Closing,
     DatabaseError,
     Figures,
     GateChange,
-    NewDelivery,
     Opened,
     Opening,
     Operation,
+    Page,
     Probe,
     Pruned,
     Pruning,
@@ -45,8 +45,7 @@ from lmdaemon.store.projection import Loaded, Projection
 from lmdaemon.store.rules import RETRY_ROWS
 from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
-from lmdaemon.store.sqlite.file import Database
-from lmdaemon.store.sqlite.pages import Page
+from lmdaemon.store.sqlite.file import WAL_MAX, Database
 from lmdaemon.store.sqlite.rows import (
     DELIVERY,
     ENDED_BEFORE,
@@ -59,33 +58,13 @@ from lmdaemon.store.sqlite.rows import (
     to_json,
 )
 
-__all__ = [
-    "SWEEP_ROWS",
-    "Claim",
-    "NewDelivery",
-    "Opening",
-    "Recording",
-    "Settled",
-    "Settlement",
-    "Store",
-    "StoreError",
-]
-
+LARGE_WAL = 2 * WAL_MAX  # bytes; somebody reads in one long transaction, and the WAL cannot start over
 RETRIES_MAX = 100_000  # dead deliveries made due again by one call
 EXPORT_ROWS = 500  # sessions in one read
 LANES_AT_ONCE = 32  # in one statement
 
 
 log = Log("store")
-
-
-class Claim(NamedTuple):
-    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (ids)."""
-
-    operator: str
-    sink: str
-    taken: Sequence[int]
-    limit: int
 
 
 _LANE = f"""
@@ -121,8 +100,8 @@ WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
 
 
 class Store(Projection):
-    """The session table and the deliveries in one SQLite file. Opened once; `run` must be running for anything to be
-    written.
+    """The store in one SQLite file; its verbs are documented in `lmdaemon.store.contract`. Opened once; `run` must be
+    running for anything to be written.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -170,32 +149,30 @@ class Store(Projection):
 
     @property
     def failure(self) -> str | None:
-        """Why the last write was refused, or None while writes work."""
         return self._db.failure
 
     @property
     def writing_since(self) -> float | None:
-        """Monotonic time in seconds at which the running transaction began, or None."""
         return self._db.writing_since
 
     @property
     def waiting(self) -> int:
-        """Operations that wait for the writer."""
         return self._db.waiting
 
     @property
     def wal_bytes(self) -> int:
-        """Size of the write-ahead log at the last transaction."""
         return self._db.wal_bytes
 
     @property
+    def strained(self) -> str | None:
+        return "the WAL cannot start over: somebody keeps reading" if self.wal_bytes > LARGE_WAL else None
+
+    @property
     def file_bytes(self) -> int:
-        """Size of the database file at the last transaction."""
         return self._db.file_bytes
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """Operations refused so far, by reason."""
         return self._db.refused
 
     # -- what the writer asks
@@ -212,46 +189,31 @@ class Store(Projection):
     # -- changes
 
     async def open_session(self, opening: Opening) -> Opened:
-        """Opens a session; opening the same again counts as a touch and changes nothing else. Raises StoreError."""
         return await self._db.write(opening)
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
-        """Notes activity of sessions of one operator; a duplicate counts once. Raises StoreError."""
         return await self._db.write(Touching(operator, session_ids))
 
     async def end(self, operator: str, session_id: str) -> Session | None:
-        """Closes a session, and returns it, also when it had ended before; None when unknown. Raises StoreError."""
         return await self._db.write(Closing(operator, session_id))
 
     async def record(self, recording: Recording) -> Recorded:
-        """Records a notice from the peer, once for as long as the row is kept. Raises StoreError."""
         return await self._db.write(recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
-        """Ends what is due by max_lifetime and, if `idle`, what has been idle for too long, the oldest first, at most
-        SWEEP_ROWS sessions each. One of a crowd has a transaction of its own, so that whoever came before it need not
-        wait for it. Raises StoreError.
-        """
         # Due as of now, when it is queued, not when the writer comes to it: of a touch that was queued before its
         # deadline, every sweep that could end its session stands behind it, however long the disk takes.
         as_of_ms = self.service_clock.now_ms() if idle else None
         return await self._db.write(Sweep(as_of_ms, crowd))
 
     async def settle(self, settlement: Settlement) -> Settled:
-        """Stores the result of an attempt. Raises StoreError."""
         return await self._db.write(settlement)
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
-        """Changes what holds an operator's URL back, atomically, and returns it. Raises StoreError."""
         return await self._db.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
-        """Makes deliveries that died since then due again, spaced out, RETRIES_MAX at most. Returns how many.
-        Raises StoreError.
-
-        They are found by reading and changed in steps, so that other writers get their turn. What is left when a step
-        fails is retried by asking again.
-        """
+        # Found by reading, and changed in steps, so that other writers get their turn
         retried, after = 0, (since_at, 0)
         while retried < RETRIES_MAX:
             found = await self._db.look(pages.died, operator, after, min(RETRY_ROWS, RETRIES_MAX - retried))
@@ -263,20 +225,12 @@ class Store(Projection):
         return retried
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
-        """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
         return await self._db.write(RetryOne(webhook_id))
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
-        """Deletes up to PRUNE_ROWS sessions that ended before then and have nothing pending, beginning behind `after`.
-
-        Returns how many went and where to go on, None at the end.
-        """
         return await self._db.write(Pruning(before_at, after))
 
     async def probe(self) -> None:
-        """Writes the clock and nothing else: proves that the file takes writes. Raises StoreError if it does not, for
-        whatever reason.
-        """
         try:
             await self._db.write(Probe())
         except sqlite3.Error as error:
@@ -285,7 +239,6 @@ class Store(Projection):
     # -- reading, for the daemon itself
 
     async def session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-        """One session with its deliveries."""
 
         def read(sql: sqlite3.Connection) -> tuple[Session, list[Delivery]] | None:
             session = session_by_key(sql, operator, session_id)
@@ -296,7 +249,6 @@ class Store(Projection):
         return await self._db.read(read)
 
     async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
-        """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
 
         def read(sql: sqlite3.Connection) -> list[list[Delivery]]:
             found: list[list[Delivery]] = []
@@ -309,29 +261,24 @@ class Store(Projection):
         return await self._db.read(read)
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """When the oldest pending delivery of each operator was made; None when nothing is pending."""
         return await self._db.read(_oldest_pending, list(operators))
 
     # -- reading, for people: without tokens, bodies and what else they are not shown
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-        """One session with its deliveries. Raises StoreError, as all of these."""
         return await self._db.look(pages.one_session, operator, session_id)
 
     async def sessions(
         self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
     ) -> Page[Session]:
-        """A page of sessions, newest first, with ids below `after`."""
         return await self._db.look(pages.session_page, operator, state, player_id, limit, after or pages.BEYOND)
 
     async def delivery(self, webhook_id: str) -> Delivery | None:
-        """One delivery by its public id, with its history."""
         return await self._db.look(pages.one_delivery, webhook_id)
 
     async def deliveries(
         self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
     ) -> Page[Delivery]:
-        """A page of deliveries, newest first, with ids below `after`."""
         after = after or pages.BEYOND
         if operator is sink is state is None:
             return await self._db.look(pages.newest_deliveries, limit, after)
@@ -339,11 +286,9 @@ class Store(Projection):
         return await self._db.look(pages.delivery_page, operators, sink, state, limit, after)
 
     async def has_sink(self, sink: str) -> bool:
-        """Whether there are deliveries for a sink, of whatever operator."""
         return await self._db.look(pages.has_sink, list(self.figures), sink)
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """As `oldest_pending`."""
         return await self._db.look(_oldest_pending, list(operators))
 
 

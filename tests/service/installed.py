@@ -96,7 +96,7 @@ class Service:
     def _start_wallet(self) -> None:
         rig = self.rig
         rig.write(f"{WALLET}/wallet.py", Path(__file__).with_name("wallet.py").read_text())
-        rig.run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=wallet.example",
+        rig.run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90", "-subj", "/CN=wallet.example",
                 "-addext", "subjectAltName=DNS:wallet.example", "-keyout", f"{WALLET}/key.pem",
                 "-out", f"{WALLET}/certificate.pem")  # fmt: skip
         rig.write("/etc/lmdaemon/wallet.pem", rig.path(f"{WALLET}/certificate.pem").read_text())
@@ -122,8 +122,9 @@ class Service:
         if dropped:
             rig.run("systemctl", "daemon-reload")
         if dropped or changed or not self.active:
-            rig.run("systemctl", "restart", "lmdaemon.socket")
-            rig.run("systemctl", "start", UNIT)
+            for words in (("restart", "lmdaemon.socket"), ("start", UNIT)):
+                done = rig.run("systemctl", *words, check=False)
+                assert not done.returncode, rig.run("journalctl", "--no-pager", "--lines=40").stdout
         self.wait_until_serving()
         self._cursor = rig.run("journalctl", "-n0", "--show-cursor").stdout.partition("cursor: ")[2].strip()
 

@@ -96,9 +96,9 @@ class Service:
     def _start_wallet(self) -> None:
         rig = self.rig
         rig.write(f"{WALLET}/wallet.py", Path(__file__).with_name("wallet.py").read_text())
-        rig.run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90", "-subj", "/CN=wallet.example",
-                "-addext", "subjectAltName=DNS:wallet.example", "-keyout", f"{WALLET}/key.pem",
-                "-out", f"{WALLET}/certificate.pem")  # fmt: skip
+        certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90"]
+        certificate += ["-subj", "/CN=wallet.example", "-addext", "subjectAltName=DNS:wallet.example"]
+        rig.run(*certificate, "-keyout", f"{WALLET}/key.pem", "-out", f"{WALLET}/certificate.pem")
         rig.write("/etc/lmdaemon/wallet.pem", rig.path(f"{WALLET}/certificate.pem").read_text())
         rig.write("/etc/resolv.conf", "nameserver 127.0.0.1\n")
         rig.run("systemd-run", "--quiet", "--unit=wallet", "python3", f"{WALLET}/wallet.py", WALLET)

@@ -14,6 +14,12 @@ def test_a_client_that_comes_before_the_daemon_is_answered_when_it_is_there(serv
     assert service.call("GET", f"{PUBLIC}/health") == (200, {"status": "pass"})  # it has started it
 
 
+def test_restarts_in_a_row_never_close_its_addresses_for_good(service: Service) -> None:
+    for _ in range(7):  # systemd's own limit is 5 in 10 seconds
+        service.systemctl("restart", "lmdaemon.socket")
+    service.wait_until_serving()
+
+
 def test_an_address_changed_in_one_place_alone_is_told_and_no_client_hangs(service: Service) -> None:
     moved(service)
     service.systemctl("restart", UNIT)

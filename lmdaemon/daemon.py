@@ -231,7 +231,7 @@ class Daemon:
             "server": web.ServerRunner(public, shutdown_timeout=CUT_S),
             "api": web.AppRunner(self._api.application(), shutdown_timeout=CUT_S),
         }
-        malformed = {"server": endpoint.malformed(), "api": api.malformed()}
+        malformed = {"server": endpoint.malformed, "api": api.malformed}
         for name, runner in runners.items():
             listening = assigned.get(name) or bind(wanted[name])
             stack.callback(listening.close)

@@ -71,6 +71,7 @@ LIMITS = {
     "tls.closed": Limit(1, ("listener",)),
     "http.turned_away": Limit(1, ("listener", "limit")),
     "http.cut": Limit(1, ("listener", "reason")),
+    "http.malformed": Limit(1, ("listener", "reason")),
     "http.cannot_accept": Limit(_FLAPS, ("listener", "reason")),
     "http.accepting_again": Limit(_FLAPS, ("listener",)),
     "store.failing": Limit(_FLAPS, ("reason",)),

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import LISTEN, RawConnection, raw_connection, serving, until
+from support import LISTEN, RawConnection, hear, raw_connection, serving, until
 
 from lmdaemon.sweeper import LOOP_TURNS
 from lmdaemon.web import listener
@@ -54,8 +54,48 @@ async def test_what_is_no_http_is_answered_without_repeating_it(tmp_path: Path, 
         shape = ["error", "description"] if side == "server" else ["type", "title", "status", "detail"]
         told = json.loads(answer.body)
         assert list(told) == shape
-        assert told.get("description", told.get("detail")).capitalize() == "Malformed http"
         assert await peer.rest() == b""  # nothing behind it is read as another request
+
+
+TYPE = b"Content-Type: application/json\r\n"
+
+
+GET, HOST = b"GET / HTTP/1.1\r\n", b"Host: localhost\r\n"
+HEADS: list[tuple[bytes, str]] = [
+    (GET + TYPE * 2, "header Content-Type stands twice"),
+    (GET + HOST * 2, "header Host stands twice"),
+    (GET, "header Host is missing"),
+    (GET + HOST + b"X: y\r\n" * 63, ""),
+    (GET + HOST + b"X: y\r\n" * 64, "too many headers: at most 64"),
+    (GET + HOST + b"X: " + b"y" * 8190 + b"\r\n", ""),
+    (GET + HOST + b"X: " + b"y" * 8191 + b"\r\n", "header too long: at most 8190 bytes"),
+    (GET + HOST + b"x" * 8192 + b": y\r\n", "header too long: at most 8190 bytes"),
+    (GET.replace(b"/ ", b"/" + b"y" * 4095 + b" ") + HOST, ""),
+    (GET.replace(b"/ ", b"/" + b"y" * 4096 + b" ") + HOST, "request line too long: at most 4096 bytes"),
+    (GET + HOST + (b"X: " + b"y" * 8000 + b"\r\n") * 5, "headers too long: at most 32768 bytes altogether"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "this address does not speak https://"),
+    (b"get / HTTP/1.1\r\n" + HOST, "malformed HTTP"),
+    (GET + HOST + b"X : y\r\n", "malformed HTTP"),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n", "malformed HTTP"),
+]
+
+
+@SIDES
+async def test_what_is_wrong_with_a_head_is_answered_and_logged(tmp_path: Path, side: str) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        for head, reason in HEADS:
+            with hear() as events:
+                async with raw_connection(getattr(daemon, side)) as peer:
+                    await peer.send(head + b"\r\n")
+                    answer = await peer.answer()
+            told = json.loads(answer.body)
+            lines = [event.facts for event in events if event.name == "http.malformed"]
+            if reason:
+                said = reason[0].upper() + reason[1:] if side == "server" else reason
+                assert (answer.status, told.get("description", told.get("detail"))) == (400, said)
+                assert lines == [{"listener": side, "reason": reason, "peer": "127.0.0.1"}]
+            else:
+                assert (answer.status, lines) == (404, [])
 
 
 @SIDES

@@ -501,9 +501,9 @@ def _problem(problem: Problem, headers: Mapping[str, str] | None = None) -> web.
     )
 
 
-def malformed() -> web.Response:
+def malformed(reason: str) -> web.Response:
     """The answer to what is no HTTP."""
-    return _problem(_bad("malformed HTTP"))
+    return _problem(_bad(reason))
 
 
 def _bad(detail: str) -> Problem:

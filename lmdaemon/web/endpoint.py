@@ -345,9 +345,9 @@ async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
             raise BadNotice("retry", "cannot be checked now, please retry") from failure
 
 
-def malformed() -> web.Response:
+def malformed(reason: str) -> web.Response:
     """The answer to what is no HTTP, and so belongs to no path."""
-    return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), "Malformed HTTP"), 400)
+    return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), reason[0].upper() + reason[1:]), 400)
 
 
 def _response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import fcntl
 import ipaddress
+import re
 import socket
 import ssl
 import sys
@@ -21,7 +22,7 @@ from typing import Any, cast
 
 from aiohttp import hdrs, web
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
@@ -43,7 +44,8 @@ FILES_OWN = 64  # that the daemon has open besides connections: database, log, l
 CUTS = ("head", "reader", "memory", "stop")  # why a connection is cut
 SHARES = {"server": 4, "api": 2}  # one address has at most one part in so many of a listener's connections
 LINE_MAX = 4096  # bytes of the request line
-HEADERS_MAX = 64  # and 8190 bytes each, aiohttp's own limit
+HEADERS_MAX = 64
+FIELD_MAX = 8190  # bytes of a header's name, and of its value
 HEAD_MAX = 32 * 1024  # bytes of all of it
 LINGER_S = 1.0  # for which bytes behind what was refused are dropped, so that no reset overtakes the answer
 STRANGERS_MAX = 6 * 1024**2  # bytes that have arrived over both listeners and are not authenticated yet
@@ -256,6 +258,7 @@ class Connection(web.RequestHandler):
             "keepalive_timeout": site.keepalive_s,
             "max_line_size": LINE_MAX,
             "max_headers": HEADERS_MAX,
+            "max_field_size": FIELD_MAX,
             "lingering_time": http.BODY_TIMEOUT_S,  # for what is left of a body that nobody wanted
             "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
         }
@@ -369,7 +372,7 @@ class Connection(web.RequestHandler):
         """As aiohttp does it: answered in its turn."""
         self._refused = True
         self._request_count += 1
-        self._messages.append(_error(f"a head of more than {HEAD_MAX} bytes"))
+        self._messages.append(_error(_LongHead("")))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -453,7 +456,7 @@ class Connection(web.RequestHandler):
         woken = self._waiter is not None and self._waiter.done()  # and about to take the first message
         self._messages.clear()
         if woken:
-            self._messages.append(_error("cut"))
+            self._messages.append(_error(BadHttpMessage("cut")))
         with suppress(Exception):  # whatever state it is in; a handler that reads it is told by aiohttp
             self._body.read_nowait()
 
@@ -517,10 +520,12 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
-        log.debug("http.malformed", peer=request.remote, error=type(exc).__name__)
+        reason = _complaint(exc)
+        if self.transport is not None:  # it was not cut
+            log.warning("http.malformed", listener=self._site.listener, reason=reason, peer=request.remote)
         self._refused = True
-        malformed = self._site.malformed
-        answer = web.Response(body=malformed.body, status=status, content_type=malformed.content_type)
+        answer = self._site.malformed(reason)
+        answer.set_status(status)
         answer.force_close()
         return answer
 
@@ -536,10 +541,36 @@ def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
         connection.reader = None
 
 
-def _error(reason: str) -> tuple[_ErrInfo, StreamReader]:
+def _error(error: BadHttpMessage) -> tuple[_ErrInfo, StreamReader]:
     """What aiohttp answers as malformed in the place of a request."""
-    error = BadHttpMessage(reason)
     return _ErrInfo(400, error, error.message), EMPTY_PAYLOAD
+
+
+class _LongHead(BadHttpMessage):
+    """All headers together are too long."""
+
+
+_TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")  # one of aiohttp's list of names
+_MISSING_HOST = "Missing 'Host' header in request."
+_TLS = "Received HTTPS traffic on an HTTP port"
+
+
+def _complaint(error: BaseException | None) -> str:
+    """What is wrong with what is no HTTP, in words that repeat nothing of it."""
+    message = str(getattr(error, "message", ""))
+    if isinstance(error, _LongHead):
+        return f"headers too long: at most {HEAD_MAX} bytes altogether"
+    if isinstance(error, LineTooLong):
+        if message.startswith(f"Got more than {LINE_MAX} bytes"):
+            return f"request line too long: at most {LINE_MAX} bytes"
+        return f"header too long: at most {FIELD_MAX} bytes"
+    if message == "Too many headers received":
+        return f"too many headers: at most {HEADERS_MAX}"
+    if twice := _TWICE.fullmatch(message):
+        return f"header {twice[1]} stands twice"
+    return {_MISSING_HOST: "header Host is missing", _TLS: "this address does not speak https://"}.get(
+        message, "malformed HTTP"
+    )
 
 
 def _head_size(message: RawRequestMessage) -> int:
@@ -557,9 +588,9 @@ def _unacknowledged(transport: asyncio.BaseTransport) -> int:
 
 
 class Site(web.BaseSite):
-    """Serves a runner's requests on a socket, to at most `most` connections at a time. `malformed` answers what is no
-    HTTP; `listener` is its name in the configuration and the log. With `tls`, which may be replaced for the connections
-    to come, it speaks TLS.
+    """Serves a runner's requests on a socket, to at most `most` connections at a time. `malformed` makes the answer to
+    what is no HTTP of what is wrong with it; `listener` is its name in the configuration and the log. With `tls`, which
+    may be replaced for the connections to come, it speaks TLS.
     """
 
     __slots__ = (
@@ -590,7 +621,7 @@ class Site(web.BaseSite):
         self,
         runner: web.BaseRunner,
         listening: socket.socket,
-        malformed: web.Response,
+        malformed: Callable[[str], web.Response],
         listener: str,
         hearing: Hearing,
         bounds: Bounds,

@@ -140,6 +140,16 @@ def test_what_no_restore_would_take_is_not_passed_off_as_a_backup(tmp_path: Path
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["lmdaemon.sqlite3", "lmdaemon.sqlite3-journal"])
+@pytest.mark.parametrize("command", [["backup", "copy.sqlite3"], ["sessions", "export"]])
+def test_nobody_waits_for_a_pipe_in_the_place_of_a_database(stopped: Path, name: str, command: list[str]) -> None:
+    (stopped / name).unlink(missing_ok=True)
+    os.mkfifo(stopped / name)
+    refused = run(*command, cwd=stopped)
+    assert refused.returncode == 1
+    assert f"{name} is no plain file" in refused.stderr
+
+
 def test_a_newer_programs_database_can_still_be_copied(tmp_path: Path) -> None:
     configure(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:

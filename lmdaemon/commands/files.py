@@ -26,8 +26,13 @@ def open_database(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
     """A connection in autocommit mode. Raises sqlite3.Error.
 
     `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
-    owner and mode of the database, also as root (unixOpen, robustFchown).
+    owner and mode of the database, also as root (unixOpen, robustFchown). At a pipe it would wait for ever, deaf to
+    signals, and the nightly backup with it.
     """
+    for suffix in ("", *COMPANIONS):
+        file = path.with_name(path.name + suffix)
+        if file.exists() and not file.is_file():
+            raise sqlite3.OperationalError(f"{file} is no plain file")
     connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
     # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
     connection.set_progress_handler(lambda: 0, LOOK_EVERY)

@@ -86,12 +86,14 @@ async def answers(url: str, sent: bytes) -> list[int]:
 
 
 @contextlib.contextmanager
-def impatience() -> Iterator[None]:
+def impatience(daemon: Serving) -> Iterator[None]:
     """What never comes to its end is cut soon. Only for what need not be answered: a busy machine is slow to ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http, "BODY_TIMEOUT_S", 0.2)
-        for limit in ("HEAD_TIMEOUT_S", "KEEPALIVE_S"):
+        for limit in ("HEAD_TIMEOUT_S", "PATROL_S"):
             patch.setattr(listener, limit, 0.2)
+        for site in daemon.daemon._sites.values():
+            patch.setattr(site, "keepalive_s", 0.2)
         yield
 
 
@@ -101,7 +103,7 @@ async def test_a_request_that_can_be_read_in_two_ways_is_answered_once_and_ends_
     tmp_path: Path, side: str, name: str
 ) -> None:
     async with serving(tmp_path, CONFIG) as daemon:
-        with impatience():
+        with impatience(daemon):
             found = await answers(getattr(daemon, side), AMBIGUOUS[name] + SMUGGLED)
         assert len(found) <= 1, f"what was behind it was taken for a request: {found}"
         assert set(found) <= {400, 404, 405, 408, 415, 501}, found
@@ -159,7 +161,7 @@ def test_no_bytes_bring_about_an_internal_error_or_stop_the_daemon(tmp_path: Pat
         )
         @given(st.sampled_from(REQUESTS), EDITS, st.sampled_from(["server", "api"]))
         def attack(request: bytes, edits: list[tuple[int, int, bytes]], side: str) -> None:
-            with impatience():
+            with impatience(daemon):
                 found = runner.run(answers(getattr(daemon, side), edited(request, edits)))
             assert 500 not in found
 

@@ -239,6 +239,7 @@ class Connection(web.RequestHandler):
         "_head_since",
         "_head_size",
         "_held",
+        "_in_body",
         "_left",
         "_lost",
         "_memory",
@@ -276,6 +277,7 @@ class Connection(web.RequestHandler):
         self._head_size = 0
         self._head_since: float | None = None
         self._body: StreamReader = EMPTY_PAYLOAD  # of the latest request
+        self._in_body = False  # more of it is to come, as of the last bytes received
         self._untaken = 0  # bytes of answers that the client had not taken when it last took some
         self._stalled_since: float | None = None
         self._lost: asyncio.Future[None] | None = None  # while it lingers
@@ -314,28 +316,31 @@ class Connection(web.RequestHandler):
             memory.make_room()
             if self._refused:  # it was the one to be cut
                 return
-        before, in_body = self._request_count, not self._body.is_eof()
+        before = self._request_count
         _feed(self, data)
         heads = self._request_count - before
         if heads == 1 and not self._fed and size < HELD_MIN:  # a whole request at once, as almost all are
             body = self._messages[-1][1]
-            if body.is_eof() and (
-                data.endswith(_HEAD_END) or data.find(_HEAD_END) + len(_HEAD_END) + body.total_bytes == size
-            ):
-                self._body, self._head_since, self._left = body, None, 0
+            if body is EMPTY_PAYLOAD:
+                whole = data.endswith(_HEAD_END)
+            else:
+                whole = body.is_eof() and data.find(_HEAD_END) + len(_HEAD_END) + body.total_bytes == size
+            if whole:
+                self._body, self._head_since, self._left, self._in_body = body, None, 0, False
                 return
-        self._follow(heads, data, in_body=in_body)
+        self._follow(heads, data)
 
-    def _follow(self, heads: int, data: bytes, *, in_body: bool) -> None:
+    def _follow(self, heads: int, data: bytes) -> None:
         """Finds out what has come: the end of so many heads, more of one, or of a body."""
-        size = len(data)
+        size, in_body = len(data), self._in_body
         self._fed += size
         if heads:
             self._note_heads(heads, data)
         elif not in_body and self._fed > HEAD_MAX:
             self._refuse_head()
             return
-        if not self._body.is_eof() or (heads and not size):
+        self._in_body = not self._body.is_eof()
+        if self._in_body or (heads and not size):
             return
         if data.endswith(_HEAD_END) or self._fed == self._head_size + self._body.total_bytes:  # nothing is behind it
             self._fed = self._left = 0
@@ -496,8 +501,9 @@ class Connection(web.RequestHandler):
         self._answered += 1
         if self._held:
             kept = 0 if self._head_since is None else self._left + self._fed
+            waiting = len(self._messages)
             # what was received for this one; of several in a row each counts alike
-            self._free(max(0, self._held - kept) // (len(self._messages) + 1))
+            self._free(max(0, self._held - kept) // (waiting + 1) if waiting or kept else self._held)
         if self._refused and not self._messages:
             await self._linger()
         return done

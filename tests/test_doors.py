@@ -19,7 +19,7 @@ from certificates import make
 from conftest import FULL, HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Serving, bench, operator_table, raw_connection, serving
+from support import Serving, bench, operator_table, raw_connection, serving, until
 
 from lmdaemon.web import listener
 from lmdaemon.web import requests as http
@@ -149,6 +149,11 @@ async def fuzzed(directory: Path) -> AsyncIterator[Serving]:
         yield daemon
         for side in (daemon.server, daemon.api):
             assert await answers(side, SMUGGLED) == [200]
+        sites, bounds = daemon.daemon._sites, daemon.daemon._bounds
+        await until(lambda: not any(site.connections for site in sites.values()))
+        await until(
+            lambda: (bounds.strangers.used, bounds.known.used) == (0, 0)
+        )  # nothing is counted twice, or for ever
 
 
 def test_no_bytes_bring_about_an_internal_error_or_stop_the_daemon(tmp_path: Path) -> None:

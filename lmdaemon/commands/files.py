@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,8 +32,9 @@ def open_database(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
     """
     for suffix in ("", *COMPANIONS):
         file = path.with_name(path.name + suffix)
-        if file.exists() and not file.is_file():
-            raise sqlite3.OperationalError(f"{file} is no plain file")
+        with suppress(OSError):  # SQLite meets it too, and says so
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise sqlite3.OperationalError(f"{file} is no plain file")
     connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
     # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
     connection.set_progress_handler(lambda: 0, LOOK_EVERY)

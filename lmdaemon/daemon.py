@@ -54,7 +54,7 @@ START_S = 60.0
 UPGRADE_BYTES_S = 10e6  # a slow disk's
 CUT_S = 0.5  # for a handler to end whose connection was cut at a stop; aiohttp waits twice so long
 CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
-NEEDS_RESTART = ("server.listen", "api.listen", "database", "restart_grace_s", "count_downtime")
+NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.restart_grace", "sessions.downtime"}
 
 events = log.Log("daemon")
 
@@ -361,7 +361,7 @@ class Daemon:
             return
         changed, since_start = await asyncio.to_thread(self._changes_to, new)
         for key in since_start:
-            if key.startswith(NEEDS_RESTART):
+            if key in NEEDS_RESTART:
                 events.warning("config.needs_restart", key=key)
         gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
         self.settings, self._plugins, self._reload_error = new, fresh, None

@@ -63,6 +63,7 @@ def home(tmp_path: Path) -> Path:
     secret(tmp_path / "comments", f"# {MARK}\n\n  # {MARK}\n")
     secret(tmp_path / "badname", f"# {MARK}\n\n{MARK} of ops:{MARK}\n")
     secret(tmp_path / "unnamed", "ops: \n")
+    secret(tmp_path / "signing", whsec(24))
     secret(tmp_path / "whsec23", f"{whsec(24)}\n{whsec(23)}\n")
     secret(tmp_path / "whsec65", whsec(65))
     secret(tmp_path / "unpadded", whsec(25).rstrip("="))
@@ -1128,6 +1129,79 @@ def test_changed_content_of_a_certificate_file_is_a_change_of_its_key(home: Path
     assert list(config.changes(before, load(home, text))) == [
         "operators.a.client_cert_file",
         "operators.a.client_key_file",
+    ]
+
+
+CHANGEABLE = """\
+[server]
+[api]
+token_file = "tokens"
+[sessions]
+[dialects.d]
+path = "/d"
+fields = { provider = "a", session = "b", player = "c", token = "t" }
+required = ["provider", "session", "player", "token"]
+[dialects.d.codes]
+[plugins.p]
+use = "m:f"
+[delivery]
+[database]
+[operators."a.b"]
+provider_id = "p"
+partner_token_env = "PARTNER"
+token_check = "partner"
+signing_secret_file = "signing"
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "written", "key"),
+    [
+        ("[server]", 'listen = "127.0.0.1:1"', "server.listen"),
+        ("[database]", 'path = "other"', "database.path"),
+        ("[database]", 'keep_ended = "8d"', "database.keep_ended"),
+        ("[sessions]", 'idle_timeout = "1m"', "sessions.idle_timeout"),
+        ("[sessions]", 'restart_grace = "1s"', "sessions.restart_grace"),
+        ("[sessions]", 'downtime = "count"', "sessions.downtime"),
+        ("[delivery]", "concurrency = 5", "delivery.concurrency"),
+        ("[dialects.d.codes]", "retry = 99", "dialects.d.codes.retry"),
+        ("[plugins.p]", "options = { x = 1 }", "plugins.p.options"),
+        ('[operators."a.b"]', 'dialect = "v4.01"', "operators.a.b.dialect"),
+        ('[operators."a.b"]', 'accept = ["v4", "d"]', "operators.a.b.accept"),
+        ('[operators."a.b"]', 'unknown_session = "reject"', "operators.a.b.unknown_session"),
+        ('[operators."a.b"]', 'auth = "none"', "operators.a.b.auth"),
+        ('[operators."a.b"]', 'endpoint = "/e"', "operators.a.b.endpoint"),
+        ('[operators."a.b"]', 'url = "https://h.example/"', "operators.a.b.url"),
+        ('[operators."a.b"]', 'max_age = "1h"', "operators.a.b.max_age"),
+        ("[server]", '[operators.new]\nprovider_id = "n"\n[server]', "operators.new"),
+    ],
+)
+def test_what_changed_is_told_by_its_key_in_the_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch, table: str, written: str, key: str
+) -> None:
+    monkeypatch.setenv("PARTNER", MARK)
+    before = load(home, CHANGEABLE)
+    changed = CHANGEABLE.replace(table, written if table in written else f"{table}\n{written}", 1)
+    assert list(config.changes(before, load(home, changed))) == [key]
+    assert list(config.changes(load(home, changed), load(home, CHANGEABLE))) == [key]
+
+
+def test_what_is_written_otherwise_or_as_its_default_is_no_change(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTNER", MARK)
+    same = CHANGEABLE.replace("[sessions]", '# more\n[sessions]\nidle_timeout = "1800s"\nmax_lifetime = "0s"')
+    assert list(config.changes(load(home, CHANGEABLE), load(home, same))) == []
+
+
+def test_a_secret_that_changed_is_told_by_the_key_that_names_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTNER", MARK)
+    before = load(home, CHANGEABLE)
+    monkeypatch.setenv("PARTNER", MARK + "2")
+    secret(home / "tokens", "ops:" + MARK)
+    secret(home / "signing", whsec(40))
+    assert list(config.changes(before, load(home, CHANGEABLE))) == [
+        "api.token_file",
+        "operators.a.b.partner_token_env",
+        "operators.a.b.signing_secret_file",
     ]
 
 

@@ -143,7 +143,7 @@ class TestReload:
                 with hear("lmdaemon.daemon") as events:
                     await d.daemon.reload_once()
                 named.append([event.facts["key"] for event in events if event.name == "config.needs_restart"])
-            assert named == [["restart_grace_s"], ["restart_grace_s"], []]
+            assert named == [["sessions.restart_grace"], ["sessions.restart_grace"], []]
 
     async def test_a_reload_warns_of_what_a_start_warns_of(self, tmp_path: Path) -> None:
         (tmp_path / "tokens").write_text("s3cret-of-a-partner")

@@ -276,6 +276,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log: LogTable
     operators: Mapping[str, Operator]
     plugins: Mapping[str, Plugin]
+    tables: Mapping[str, msgspec.Struct]  # as written, with their defaults, by name: what changed is told by their keys
+    secrets: Mapping[str, str]  # digests of what the daemon was given in files or the environment, by key path
     warnings: tuple[str, ...]
     handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
 
@@ -430,6 +432,8 @@ class _Reader:
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.pems: dict[str, Pem] = {}
+        self.tables: dict[str, msgspec.Struct] = {}
+        self.digests: dict[str, str] = {}
         self.handed_over: list[str] = []
         self.profiles: dict[TlsFiles, Profile] = {}
 
@@ -503,14 +507,23 @@ class _Reader:
             plugins=plugins,
             warnings=tuple(self.warnings),
             pems=self.pems,
+            tables=self.tables,
+            secrets=self.digests,
             handed_over=tuple(self.handed_over),
         )
 
     # -- tables into structs
 
     def table(self, kind: type[_T], raw: object, at: str) -> _T | None:
-        """One table into its struct; None when it is no table. A key that does not fit is recorded and stands at its
-        default (a required one empty), so that the rules between keys can still be checked.
+        """One table of the file into its struct; None when it is no table."""
+        table = self.struct(kind, raw, at)
+        if table is not None:
+            self.tables[at] = table
+        return table
+
+    def struct(self, kind: type[_T], raw: object, at: str) -> _T | None:
+        """A table, or one within it, into its struct; None when it is no table. A key that does not fit is recorded and
+        stands at its default (a required one empty), so that the rules between keys can still be checked.
         """
         if not isinstance(raw, dict):
             self.error(at, "must be a table")  # without the value: it may be a secret in the wrong place
@@ -553,7 +566,7 @@ class _Reader:
             except ValueError as error:
                 return self.error(at, str(error), value)
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            return self.table(kind, value, at)
+            return self.struct(kind, value, at)
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError:
@@ -972,6 +985,7 @@ class _Reader:
 
     def secret_text(self, content: bytes, at: str, source: str) -> str | None:
         try:
+            self.digests[at] = tls.digest(content)
             value = textfile.decode(content).rstrip("\r\n")
         except ValueError as error:
             self.error(at, f"{error} ({source})")
@@ -1079,28 +1093,28 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
-    """The keys whose values differ, without the values: some are secrets."""
+    """The tables that came or went, and the keys that differ in value, or in the secret or the certificates that they
+    name. As they stand in the file, and without the values, some of which are secrets.
+    """
+    yield from sorted(old.tables.keys() ^ new.tables.keys())
     before, after = _by_key(old), _by_key(new)
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key, ...) != after.get(key, ...):
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key]:
             yield key
 
 
 def _by_key(settings: Settings) -> dict[str, Any]:
-    """What is configured; of a file of certificates or a key, what stands in it."""
-    values = msgspec.structs.asdict(settings)
-    for derived in ("warnings", "handed_over", "file", "found", "pems", "tls"):
-        del values[derived]
-    return {**dict(_flat(values, "")), **settings.pems}
+    """Every key's value and, where it names a secret or a file of certificates, the digest of that."""
+    digests = dict(settings.secrets) | {key: pem.digest for key, pem in settings.pems.items()}
+    values: dict[str, Any] = {}
+    for name, table in settings.tables.items():
+        values.update(_flat(table, name))
+    return {key: (value, digests.get(key)) for key, value in values.items()}
 
 
-def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Target | Profile):  # what other keys say, once more
-        return
-    if isinstance(value, msgspec.Struct) and not isinstance(value, Listen | Dialect):
-        value = msgspec.structs.asdict(value)
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{at}.{name}" if at else str(name))
-    else:
-        yield at, value
+def _flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
+    for name, value in msgspec.structs.asdict(table).items():
+        if isinstance(value, Codes):  # a table within it
+            yield from _flat(value, f"{at}.{name}")
+        else:
+            yield f"{at}.{name}", value

@@ -39,7 +39,7 @@ def test_a_reload_takes_the_file_over_and_names_what_changed(service: Service) -
     before = service.pid
     service.configure('endpoint = "/hooked"', 'endpoint = "/elsewhere"')
     service.systemctl("reload", UNIT)
-    assert service.event("config.reloaded")["changed"] == "operators.hooked.paths"
+    assert service.event("config.reloaded")["changed"] == "operators.hooked.endpoint"
     assert service.pid == before
 
 

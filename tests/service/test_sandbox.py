@@ -56,7 +56,7 @@ def test_names_certificates_the_journal_and_a_reload_work_in_it(sandboxed: Servi
     assert [notice["port"] for notice in sandboxed.received(name)] == [9443]
     sandboxed.configure('endpoint = "/hooked"', 'endpoint = "/elsewhere"')
     sandboxed.systemctl("reload", UNIT)
-    assert sandboxed.event("config.reloaded")["changed"] == "operators.hooked.paths"
+    assert sandboxed.event("config.reloaded")["changed"] == "operators.hooked.endpoint"
     sandboxed.configure("[operators.acme]", "[operators.acme]\nno_such_key = 1")
     assert sandboxed.rig.run("systemctl", "reload", UNIT, check=False).returncode != 0
     assert sandboxed.serves

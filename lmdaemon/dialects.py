@@ -3,7 +3,7 @@
 A dialect is data: path, content type, names of the fields, which are required, answer codes. Adding one is one entry in
 `SHIPPED` or one `[dialects.NAME]` table; nothing else in the daemon knows a wire name or a code. Called by `endpoint`
 (parse, answer), by the store's composer (encode) and by `config` (the tables). It must never log or raise anything but
-`BadNotice` and `CannotEncode`. Source: `protocol.md`, the provider's pages and the ancestor's public code.
+`BadNotice` and `CannotEncode`. Source: the provider's pages and the ancestor's public code.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import orjson
 from lmdaemon.causes import Cause, missing
 from lmdaemon.model import ID_MAX, TOKEN_MAX, id_problem
 
-REQUEST_MAX = 36  # characters of a request's uuid (protocol.md, v4.01)
+REQUEST_MAX = 36  # characters of a request's uuid. Source: the provider's page v4.01
 FORM_FIELDS_MAX = 100
 EXTRA_MAX = 2048  # bytes of JSON kept of the fields that a dialect does not know
 
@@ -264,6 +264,28 @@ def without_mark(body: bytes) -> bytes:
     return body.removeprefix(BYTE_ORDER_MARK)
 
 
+def encoding_of(body: bytes) -> str:
+    """The encoding of JSON or other text that begins with ASCII, by its first bytes. UTF-8 where they tell no other."""
+    return json.detect_encoding(body[:4])
+
+
+def not_utf8(body: bytes) -> str:
+    """What a text is instead of UTF-8, or nothing."""
+    encoding = encoding_of(body)
+    if encoding.startswith(("utf-16", "utf-32")):
+        return f"{encoding[:6].upper()}, not UTF-8"
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return ""
+
+
+def unreadable(body: bytes) -> str:
+    """Why an answer cannot be read as JSON, where the look of it does not tell; else nothing."""
+    return "compressed with gzip" if body.startswith(b"\x1f\x8b") else not_utf8(body)
+
+
 def json_object(body: bytes) -> Mapping[str, Any]:
     """A JSON object, strictly: no key twice with different values. Raises BadNotice (bad_parameters)."""
     body = without_mark(body)
@@ -301,7 +323,9 @@ def _has_rounded(value: object) -> bool:
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
     where = f"line {error.lineno} column {error.colno}"
     # orjson counts characters of the decoded text; a body that is not UTF-8 never gets that far.
-    text = body.decode("utf-8", "replace")
+    if otherwise := not_utf8(body):
+        return f"malformed JSON at {where}: {otherwise}"
+    text = body.decode()
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if "expected ','" in error.msg and after[:1] == '"' and before[-1:] not in ("", ",", "{", "["):
         return f"malformed JSON at {where}: a comma is missing before this field"
@@ -419,8 +443,8 @@ SUCCESS = answer(0, "Success")
 def hash_of(received: Iterable[tuple[str, Any]], hash_name: str, key: str) -> str:
     """The ancestor's hash: MD5 over every parameter but the hash, sorted, as `k=v` joined by `&`, and the secret.
 
-    Over decoded values; an empty value counts, null is absent. Lower-case hex. Source: protocol.md, golden vector in
-    the tests. MD5 is the protocol's choice, not ours.
+    Over decoded values; an empty value counts, null is absent. Lower-case hex. The tests have a
+    vector of the ancestor. MD5 is the protocol's choice, not ours.
     """
     pairs = sorted((name, _plain(value)) for name, value in received if name != hash_name and value is not None)
     text = "&".join(f"{name}={value}" for name, value in pairs) + key
@@ -485,10 +509,26 @@ def encode(
 _NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # not \d: that is any script's digits
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+def _json(body: bytes) -> Any:
+    """The value of an answer. Half a surrogate pair in a text is no fault there: a description that was cut to a length
+    may end with one. Source: RFC 8259 §8.2. Raises orjson.JSONDecodeError.
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        readable = _SURROGATE.sub(rb"\\ufffd", body)
+        if readable == body:
+            raise
+        return orjson.loads(readable)
+
+
 def answered_code(body: bytes) -> int | float | None:
     """The `error` of an answer: a number or a numeric string; None when there is none or it is anything else."""
     try:
-        error = orjson.loads(without_mark(body)).get("error")
+        error = _json(without_mark(body)).get("error")
     except (orjson.JSONDecodeError, AttributeError):
         return None
     if type(error) is int and abs(error) < 2**53:

@@ -14,13 +14,14 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, unquote_plus, unquote_to_bytes, urlsplit
 
 from lmdaemon.config import Operator
-from lmdaemon.dialects import without_mark
+from lmdaemon.dialects import encoding_of, without_mark
 
 MASK = "***"
 SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
 _LOOKED_AT = 8192  # bytes of it that are read for them, as long as secrets are no longer
 _SPELLING_MAX = 100  # what a character that is no letter may become
 _NOTATIONS_MAX = 4  # within one another
+_PART_MIN = 8  # characters of a secret in a row that are hidden where the rest of it is not there
 _LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # what every notation leaves as it is
 # A signature of Standard Webhooks, 256 bits in base64, as `_folded` has it
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
@@ -29,14 +30,16 @@ _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
 class Mask:
     """Replaces secrets as they are, and as JSON, URLs, forms and HTML write them, also within one another.
 
-    What is escaped in the text is read, and the secrets are looked for in what was read.
+    What is escaped in the text is read, and the secrets are looked for in what was read. So are parts of them: many a
+    server quotes no more than the beginning, or the surroundings, of what it could not read.
     """
 
     def __init__(self, secrets: Iterable[str | None]) -> None:
         self._secrets = {secret for secret in secrets if secret}
 
     def __call__(self, text: str) -> str:
-        return _masked(text, self._found(text))
+        found, parts = self._found(text)
+        return _masked(text, found + parts)
 
     @cached_property
     def longest(self) -> int:
@@ -45,12 +48,12 @@ class Mask:
 
     def text_of(self, body: bytes, *, complete: bool) -> str:
         """The text of an answer. Of one that was cut off, without an end that could be the beginning of a secret."""
-        text = without_mark(body).decode("utf-8", "replace")
-        found = self._found(text)
+        text = without_mark(body).decode(encoding_of(body), "replace")
+        found, parts = self._found(text)
         if not complete:
             whole_until = max((end for _, end in found), default=0)
             text = text[: max(whole_until, len(text) - self.longest)]
-        return _masked(text, found)
+        return _masked(text, found + parts)
 
     def beginning_of(self, body: bytes, *, complete: bool) -> str:
         """What is kept of an answer."""
@@ -71,11 +74,13 @@ class Mask:
                     found[text] = found.get(text, False) or reading.text.endswith("\\")
         return found
 
-    def _found(self, text: str) -> list[tuple[int, int]]:
-        """Where secrets stand in the text."""
+    def _found(self, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Where secrets stand in the text, and where parts of them do."""
         found: list[tuple[int, int]] = []
+        parts: list[tuple[int, int]] = []
         for reading in _readings(text):
             folded = _folded(reading)
+            rest = folded.text  # without the whole secrets
             for secret, with_backslashes in self._looked_for.items():
                 if not secret:  # it consists of backslashes
                     found += (reading.span(*run.span()) for run in re.finditer(r"\\+", reading.text))
@@ -84,8 +89,28 @@ class Mask:
                 while at >= 0:
                     found.append(folded.span(at, at + len(secret), with_backslashes=with_backslashes))
                     at = folded.text.find(secret, at + len(secret))
+                rest = rest.replace(secret, "\0" * len(secret))
             found += (folded.span(*match.span()) for match in _SIGNATURE.finditer(folded.text))
-        return found
+            parts += (folded.span(start, end) for start, end in self._parts_in(rest))
+        return found, parts
+
+    @cached_property
+    def _parts(self) -> frozenset[str]:
+        return frozenset(
+            secret[at : at + _PART_MIN] for secret in self._looked_for for at in range(len(secret) - _PART_MIN + 1)
+        )
+
+    def _parts_in(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where at least _PART_MIN characters stand in a row that do so in a secret."""
+        start, end = 0, -1
+        for at in range(len(text) - _PART_MIN + 1) if self._parts else ():
+            if text[at : at + _PART_MIN] in self._parts:
+                if at > end >= 0:
+                    yield start, end
+                start = at if at > end else start
+                end = at + _PART_MIN
+        if end > 0:
+            yield start, end
 
 
 def _masked(text: str, places: Iterable[tuple[int, int]]) -> str:

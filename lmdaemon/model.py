@@ -20,7 +20,7 @@ PLUGIN_PREFIX = "plugin:"
 # What an answer can mean besides success: the keys of a dialect's `codes` and the vocabulary of `Refuse`.
 MEANINGS = ("bad_parameters", "bad_token", "bad_hash", "unknown_session", "player_mismatch", "retry", "final")
 
-ID_MAX = 256  # characters of a session, player or provider id (protocol.md, "ids")
+ID_MAX = 256  # characters of a session, player or provider id
 TOKEN_MAX = 4096  # characters; the page gives no limit, a body of 16 KiB does
 
 

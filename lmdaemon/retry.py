@@ -1,7 +1,7 @@
 """Judge an answer, say when to try again, and keep the breaker. Pure: `now`, `rng` and the policy are passed in.
 
-Called by `delivery` alone. It must never do I/O, read a clock or log. Every rule here is one row of contract.md,
-section 6, and the tests hold one row for every status and answer.
+Called by `delivery` alone. It must never do I/O, read a clock or log. The tests hold one row for every status
+and answer.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 from lmdaemon.causes import code_of, status_of
-from lmdaemon.dialects import answered_code
+from lmdaemon.dialects import answered_code, unreadable
 from lmdaemon.model import HTTP_SINK, Delivery, Gate
 
 JITTER = 0.2  # each wait ±20 %, so that operators coming back together are not hit together
@@ -50,7 +50,8 @@ def judge(
     code = answered_code(body) if complete else None
     wait_s = retry_after_s(retry_after, now_s)
     verdict, reason = _verdict(status, code, complete=complete, final=final)
-    return Outcome(verdict, reason, status, code, wait_s)
+    detail = unreadable(body) if reason == "bad_answer" else ""
+    return Outcome(verdict, reason, status, code, wait_s, detail=detail)
 
 
 def _verdict(status: int, code: int | float | None, *, complete: bool, final: int) -> tuple[Verdict, str]:

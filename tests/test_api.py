@@ -344,6 +344,12 @@ async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) 
     await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
 
 
+@pytest.mark.parametrize(("given", "shown"), [("60", '"60"'), (True, "true"), (None, "null"), (1.5, "1.5")])
+async def test_an_idle_time_that_is_none_is_shown_as_it_was_written(api: Caller, given: object, shown: str) -> None:
+    problem = await api("PUT", ACME + "/sessions/s1", 400, json=OPENING | {"idleTimeoutSeconds": given})
+    assert problem["detail"] == f"idleTimeoutSeconds: must be an integer from 1 to 2592000 (got {shown})"
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
 async def test_another_content_type_answers_415_and_says_what_was_seen(api: Caller, content_type: str) -> None:
     headers = {"Content-Type": content_type} if content_type else {}

@@ -28,7 +28,7 @@ from lmdaemon.delivery.dispatcher import compose, sinks_of
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.dialects import CannotEncode
-from lmdaemon.model import Session
+from lmdaemon.model import Session, rfc3339
 from lmdaemon.store.contract import StoreObserver
 from lmdaemon.store.sqlite import store
 
@@ -355,7 +355,13 @@ class TestGate:
         async with scripted_operator(answer) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end("first")
-                await b.round()
+                with hear("lmdaemon.delivery") as events:
+                    await b.round()
+                facts = {event.name: event.facts for event in events}
+                assert facts["operator.paused"]["until"] == rfc3339(b.db.gate("acme").not_before_at)
+                if status != 200:
+                    wait_s = facts["delivery.retry"]["wait_s"]
+                    assert wait_s == round(wait_s, 3)
                 await b.end("second")
                 wait_s = await b.round()
                 assert wait_s == 60  # it looks again once a minute, and finds the gate still shut

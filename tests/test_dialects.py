@@ -1,4 +1,4 @@
-"""The wire, both directions: every dialect, every code, every gap of the page as `protocol.md` reads it."""
+"""The wire, both directions: every dialect, every code, every gap of the page."""
 
 import json
 import time
@@ -119,7 +119,7 @@ def test_five_dialects_are_shipped() -> None:
     assert list(SHIPPED) == ["v4", "v4.01", "v4.02", "v1", "pragmatic"]
 
 
-CODES = {  # protocol.md, "Answer codes"; a meaning without a code of its own is answered as bad parameters
+CODES = {  # README.md, "The endpoint"; a meaning without a code of its own is answered as bad parameters
     "bad_parameters": (7, 57, 7),
     "bad_token": (7, 54, 4),
     "bad_hash": (7, 57, 5),
@@ -198,6 +198,14 @@ def test_malformed_json_is_refused_with_its_position_and_a_comma_is_blamed_only_
 )
 def test_what_is_no_strict_json_in_utf_8_is_refused_with_a_position(body: bytes) -> None:
     assert refusal(body).startswith("malformed JSON at line 1 column ")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("utf-16", "UTF-16, not UTF-8"), ("utf-16-be", "UTF-16, not UTF-8"), ("latin-1", "not UTF-8")],
+)
+def test_json_in_another_encoding_is_told_so(encoding: str, said: str) -> None:
+    assert refusal('{"a": "é"}'.encode(encoding)) == f"malformed JSON at line 1 column 1: {said}"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,33 @@ def test_of_a_secret_that_was_cut_off_nothing_is_left(secret: str, cut: int) -> 
     assert set(shown) <= {".", "*"}
 
 
+TOKEN = "fSYFZMScpZ01FhR26r59GexREh1xHgEY"
+
+
+@pytest.mark.parametrize(
+    ("answered", "shown"),
+    [
+        (f"Unexpected end of JSON: {TOKEN[:20]}", "Unexpected end of JSON: ***"),
+        (f"Unexpected end of JSON: {TOKEN[:20]}...", "Unexpected end of JSON: ***..."),
+        (f"near '...{TOKEN[-9:]}\"}}'", "near '...***\"}'"),
+        (f"at {TOKEN[4:12]} and {TOKEN[:8].lower()}", "at *** and ***"),
+        (f"{TOKEN[:16]}\r\n{TOKEN[16:]}", "***\r\n***"),
+        (f"{TOKEN[:-8]}=\n{TOKEN[-8:]}", "***=\n***"),
+        (f"{TOKEN[8:]}{TOKEN[:8]}", "***"),
+        (f"no session {TOKEN[:7]}", f"no session {TOKEN[:7]}"),
+    ],
+)
+def test_of_a_secret_no_eight_characters_in_a_row_are_left(answered: str, shown: str) -> None:
+    assert Mask([TOKEN, "short"])(answered) == shown
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig"])
+def test_an_answer_in_another_encoding_is_read_before_secrets_are_looked_for(encoding: str) -> None:
+    answered = f'{{"error":7,"description":"no {TOKEN}, Zürich 😀"}}'
+    for body in (answered, f"<html>{TOKEN}</html>"):
+        assert Mask([TOKEN]).beginning_of(body.encode(encoding), complete=True) == body.replace(TOKEN, MASK)
+
+
 def test_other_text_stays_as_it_is() -> None:
     text = json.dumps({"error": 7, "description": 'no such "player" – ç\\ %41 &amp; \n'})
     assert Mask(["tok-3n", "secret/+="])(text) == text

@@ -62,7 +62,7 @@ fields = {{ provider = "providerId", session = "sessionId", player = "playerId",
 required = ["provider", "session", "player"]
 """
 
-# A refused notice is HTTP 200 with its code in the body (protocol.md), so 200 is what a bad one gets, too.
+# A refused notice is HTTP 200 with its code in the body, so 200 is what a bad one gets, too.
 # A session that has ended cannot be touched: 410 is to touch what 409 is to open, which the fuzzer knows.
 # No schema can say which plug-ins have deliveries, nor what time it is: an unknown sink and a time ahead are a 400.
 CHECKS = """

@@ -1,5 +1,6 @@
 """Judging an answer, the waits, the breaker: one row for every status and shape of answer (contract, section 6)."""
 
+import gzip
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -69,6 +70,11 @@ BAD_ANSWER = ("retry", "bad_answer")
         (b'\xef\xbb\xbf{"error":0}', DELIVERED),
         (b'\xef\xbb\xbf{"error":120}', ("final", "code_120")),
         (b'\xef\xbb\xbf\xef\xbb\xbf{"error":0}', BAD_ANSWER),
+        (b'{"error":0,"description":"cut in an emoji \\ud83d"}', DELIVERED),
+        (b'{"error":120,"description":"\\uDE00 \\uD83D\\uDE00"}', ("final", "code_120")),
+        (b'{"error":0,"description":"\\ud83d"', BAD_ANSWER),
+        (b'{"error":NaN,"description":"\\ud83d"}', BAD_ANSWER),
+        (b'{"error":"\\ud83d"}', BAD_ANSWER),
         (b'{"error":false}', BAD_ANSWER),
         (b'{"error":true}', BAD_ANSWER),
         (b'{"error":null}', BAD_ANSWER),
@@ -119,6 +125,25 @@ BAD_ANSWER = ("retry", "bad_answer")
 )
 def test_every_shape_of_a_200_has_its_verdict(body: bytes, verdict: tuple[str, str]) -> None:
     assert told(200, body) == verdict
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (SUCCESS.decode().encode("utf-16"), "UTF-16, not UTF-8"),
+        (SUCCESS.decode().encode("utf-16-le"), "UTF-16, not UTF-8"),
+        (SUCCESS.decode().encode("utf-16-be"), "UTF-16, not UTF-8"),
+        (SUCCESS.decode().encode("utf-32"), "UTF-32, not UTF-8"),
+        ('{"error":0,"description":"Éxito"}'.encode("latin-1"), "not UTF-8"),
+        (gzip.compress(SUCCESS), "compressed with gzip"),
+        (b"<html>", ""),
+        (b"", ""),
+        (b"{}", ""),
+    ],
+)
+def test_why_an_answer_cannot_be_read_is_told_where_it_does_not_show(body: bytes, detail: str) -> None:
+    outcome = retry.judge(200, body, now_s=0)
+    assert (outcome.verdict, outcome.reason, outcome.detail) == ("retry", "bad_answer", detail)
 
 
 def test_the_dialects_own_final_code_is_final_too() -> None:

@@ -1,7 +1,7 @@
 """config.toml → frozen `Settings`, or every error in the file at once with its key path.
 
 Called by `cli` (start, check-config) and `daemon` (reload). Reads the file, the secret files and environment variables
-it names, and nothing else; it must never print a secret. Shape and rules: contract.md, section 3.
+it names, and nothing else; it must never print a secret.
 """
 
 import base64

@@ -22,7 +22,7 @@ from lmdaemon.config import Operator, Policy, Settings
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.dialects import CannotEncode, encode
 from lmdaemon.log import Log, place, safe_url
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, utc
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, rfc3339, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse
 from lmdaemon.store.contract import Claim, NewDelivery, Settled, Settlement, Store, StoreError, StoreObserver
@@ -532,7 +532,7 @@ class Dispatcher(StoreObserver):
         facts |= {"reason": outcome.reason}
         if outcome.detail:
             facts["detail"] = outcome.detail
-        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=wait_s)
+        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=round(wait_s, 3))
         return Settlement(row, "pending", int(wait_s * 1000), row.step + 1, attempt, gate=gate)
 
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
@@ -589,7 +589,9 @@ class Dispatcher(StoreObserver):
         if was_open and not is_open and gate.held_at is None:
             log.info("breaker.closed", operator=operator.name, failed=before.failures, url=url)
         if gate.not_before_at > before.not_before_at:
-            log.warning("operator.paused", operator=operator.name, reason="retry_after", until=utc(gate.not_before_at))
+            log.warning(
+                "operator.paused", operator=operator.name, reason="retry_after", until=rfc3339(gate.not_before_at)
+            )
 
     async def drain(self, within_s: float) -> None:
         """Lets attempts in flight finish within that time; what does not, stays pending and is sent again later."""

@@ -610,7 +610,8 @@ def _idle_ms(fields: Mapping[str, Any], operator: Operator) -> int:
     # 90.0 is an integer too, to JSON Schema; true is none
     whole = type(seconds) is int or (type(seconds) is float and seconds.is_integer())
     if not whole or not 1 <= seconds <= IDLE_MAX_S:
-        raise _bad(f"idleTimeoutSeconds: must be an integer from 1 to {IDLE_MAX_S} (got {str(seconds)[:40]})")
+        got = orjson.dumps(seconds).decode()[:40]
+        raise _bad(f"idleTimeoutSeconds: must be an integer from 1 to {IDLE_MAX_S} (got {got})")
     return int(seconds) * 1000
 
 

@@ -1,4 +1,4 @@
-"""Operators that hang, flood, lie and break off, against the daemon as a process: contract.md, promises 3, 6 and 7."""
+"""Operators that hang, flood, lie and break off, against the daemon as a process: none delays another."""
 
 import contextlib
 import gzip

@@ -1150,3 +1150,30 @@ async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: 
             b.db.claimable = claimable  # type: ignore[method-assign]
             await b.round()
             assert {(await b.row(str(number))).state for number in range(12)} == {"delivered"}
+
+
+async def test_nothing_begins_before_an_answer_that_keeps_the_operator_back_is_stored(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots: a success frees its slot while the other answer, with Retry-After, waits for the disk."""
+    script = [web.Response(status=503, headers={"Retry-After": "60"}), web.json_response({"error": 0})]
+    async with scripted_operator(*script) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+            for name in ("a", "b", "c"):
+                await b.end(name)
+            stored, settle = asyncio.Event(), b.db.settle
+
+            async def late(settlement: Any) -> Any:
+                if settlement.state == "pending":
+                    await stored.wait()
+                return await settle(settlement)
+
+            monkeypatch.setattr(b.db, "settle", late)
+            await b.dispatcher.once()
+            await until(lambda: len(operator.received) == 2 and b.dispatcher.in_flight == 1)
+            await b.dispatcher.once()
+            assert b.dispatcher.in_flight == 1
+            stored.set()
+            await until(lambda: not b.dispatcher.in_flight)
+            await b.dispatcher.once()
+            assert len(operator.received) == 2

@@ -87,6 +87,7 @@ class Lane:
         self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
         self.delivered = 0  # of them, those that were answered with success: they hold no slot
         self.ahead: deque[Delivery] = deque()  # due, and read before there was a slot
+        self.closing = 0  # answers that keep the operator back (Retry-After, 410) and are not stored yet
         self.failed = 0  # attempts in a row
 
     def look_again(self, now_at: int) -> None:
@@ -126,6 +127,8 @@ class Lane:
 
     def _places(self, gate: Gate) -> int:
         """Attempts that may be added once the gate lets something through: one probe, or as many as there are slots."""
+        if self.closing:
+            return 0
         if self.probes(gate):
             return 0 if self.in_flight else 1
         return self.slots
@@ -430,7 +433,10 @@ class Dispatcher(StoreObserver):
             self._tasks.add(task)
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
-        """One row, from its slot to its settled result."""
+        """One row, from its slot to its settled result. Nothing begins between an answer that keeps the operator back
+        and its commit.
+        """
+        closing = False
         try:
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
@@ -439,6 +445,8 @@ class Dispatcher(StoreObserver):
                 settlement = Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)
             else:
                 outcome = await self._attempt(lane, row)
+                closing = lane.gated and (outcome.verdict == "hold" or bool(outcome.retry_after_s))
+                lane.closing += closing
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             settled = await self._record(lane, settlement)
             due_at = settled.due_at if settlement.state == "pending" else None
@@ -451,6 +459,7 @@ class Dispatcher(StoreObserver):
         finally:
             self._tasks.discard(asyncio.current_task())
             lane.in_flight.discard(row.id)
+            lane.closing -= closing
             self._look_at(row.operator, row.sink)
         # A round may have come between the commit and this line, and passed over a row that was still in flight.
         if due_at is not None:

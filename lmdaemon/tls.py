@@ -163,8 +163,24 @@ def unusable(error: OSError) -> str:
     return f"cannot be used for TLS: {said(error)}"
 
 
+def damaged(error: OSError) -> bool:
+    """Whether OpenSSL could not read a file. Which of several that is, it does not say."""
+    return isinstance(error, ssl.SSLError) and error.reason is None and "PEM lib" in str(error)
+
+
+def readable(certificates_file: Path) -> bool:
+    """Whether OpenSSL can read the certificates in a file."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificates_file)
+    except OSError:  # ssl.SSLError is one
+        return False
+    return True
+
+
 def said(error: OSError) -> str:
     """What OpenSSL calls it, without the place in the interpreter's source."""
+    if damaged(error):
+        return "it is damaged"
     name = str(getattr(error, "reason", None) or "").replace("_", " ").lower()
     more = getattr(error, "verify_message", None)  # of a certificate that was refused
     return (f"{name}: {more}" if more else name) or error.strerror or str(error)

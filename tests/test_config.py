@@ -1072,6 +1072,15 @@ NO_KEY = "must hold a private key in PEM form, without a passphrase ({home}/"
         # which must not ask for the passphrase
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'locked.pem'", "client_key_file: " + NO_KEY + "locked.pem)"),
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'other.key'", "client_cert_file: does not fit its key"),
+        (
+            "client_cert_file = 'cert.pem'\nclient_key_file = 'cut.key'",
+            "client_key_file: cannot be used for TLS: it is damaged",
+        ),
+        (
+            "client_cert_file = 'torn.pem'\nclient_key_file = 'key.pem'",
+            "client_cert_file: cannot be used for TLS: it is damaged",
+        ),
+        ("ca_file = 'torn.pem'", "ca_file: cannot be used for TLS: it is damaged"),
     ],
 )
 def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, finding: str) -> None:
@@ -1080,6 +1089,8 @@ def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, find
     secret(home / "cert.der", ssl.PEM_cert_to_DER_cert(CERTIFICATE))
     lines = CERTIFICATE.splitlines(keepends=True)
     secret(home / "cut.pem", "".join(lines[:3] + lines[-1:]))
+    secret(home / "torn.pem", CERTIFICATE.replace(lines[1], "!" + lines[1][1:]))
+    secret(home / "cut.key", KEY[: len(KEY) // 2])
     make(home, "other")
     pair = "client_cert_file = 'cert.pem'\nclient_key_file = 'key.pem'"
     (found,) = findings(home, OPERATOR + keys.format(pair=pair))

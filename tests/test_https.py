@@ -439,6 +439,18 @@ async def test_a_request_over_tls_is_answered_while_the_daemon_stops(tmp_path: P
             "tls_cert_file: does not fit its key; it begins with an issuer's: the server's own must come first",
         ),
         (
+            "tls_cert_file = 'own.crt'\ntls_key_file = 'cut.key'",
+            "tls_key_file: cannot be used for TLS: it is damaged",
+        ),
+        (
+            "tls_cert_file = 'torn.crt'\ntls_key_file = 'own.key'",
+            "tls_cert_file: cannot be used for TLS: it is damaged",
+        ),
+        (
+            "tls_cert_file = 'own.crt'\ntls_key_file = 'own.key'\nclient_ca_file = 'torn.crt'",
+            "client_ca_file: cannot be used for TLS: it is damaged",
+        ),
+        (
             "tls_cert_file = 'own.crt'\ntls_key_file = 'own.key'\nclient_ca_file = 'own.key'",
             "client_ca_file: must hold a certificate in PEM form ({home}/own.key)",
         ),
@@ -448,6 +460,8 @@ def test_what_cannot_be_used_is_told(tmp_path: Path, ca: Files, at: str, lines: 
     own = make(tmp_path, "own", ca)
     (tmp_path / "empty").write_bytes(b"\n")
     (tmp_path / "upside-down.crt").write_bytes(ca.cert.read_bytes() + own.cert.read_bytes())
+    (tmp_path / "cut.key").write_bytes(own.key.read_bytes()[:100])
+    (tmp_path / "torn.crt").write_bytes(own.cert.read_bytes().replace(b"\nMI", b"\n!I", 1))
     (tmp_path / "locked.key").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
     file = tmp_path / "config.toml"
     with pytest.raises(ConfigError) as caught:

@@ -757,7 +757,10 @@ class _Reader:
         except OSError as error:  # ssl.SSLError is one
             upside_down = "; it begins with an issuer's: the server's own must come first"
             hint = upside_down if tls.starts_with_issuer(cert.certificates) else ""
-            self.error(at, tls.unusable(error) + hint)
+            if ca is not None and not tls.readable(ca.path):
+                self.error(at.replace("tls_cert", "client_ca"), tls.unusable(error))
+            else:
+                self.error(self.blamed(error, cert, at), tls.unusable(error) + hint)
             return None
         if out_of_order := tls.out_of_order(cert.certificates):
             self.warnings.append(f"{at}: {out_of_order}: {cert.path}")
@@ -863,14 +866,22 @@ class _Reader:
                 alone: TlsFiles = (ca, None, None)
                 self.check_usable(self.profiles.setdefault(alone, Profile(*alone)), f"{at}.ca_file")
             if self.sound(at, "ca_file"):
-                self.check_usable(profile, f"{at}.client_cert_file" if cert else f"{at}.ca_file")
+                self.check_usable(profile, f"{at}.client_cert_file" if cert else f"{at}.ca_file", cert)
         return profile
 
-    def check_usable(self, profile: Profile, at: str) -> None:
+    def check_usable(self, profile: Profile, at: str, cert: Pem | None = None) -> None:
         try:
             _ = profile.context
         except OSError as error:  # ssl.SSLError is one
-            self.error(at, tls.unusable(error))
+            self.error(at if cert is None else self.blamed(error, cert, at), tls.unusable(error))
+
+    @staticmethod
+    def blamed(error: OSError, cert: Pem, at: str) -> str:
+        """The key of the file that an error of a certificate and its key is about: where one of them is damaged and the
+        certificate can be read, it is the other.
+        """
+        is_key = tls.damaged(error) and tls.readable(cert.path)
+        return at.removesuffix("cert_file") + "key_file" if is_key else at
 
     def check_authentication(
         self, table: OperatorTable, sends: Dialect, receives: tuple[Dialect, ...], at: str

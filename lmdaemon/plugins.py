@@ -1,6 +1,6 @@
 """Plug-ins: loading dotted names, and calling them so that whatever they do harms nobody else.
 
-Called by `daemon` (load, start, stop), `endpoint` (check) and `delivery` (session_ended). A plug-in runs in the
+Called by `daemon` (load, start, stop), `endpoint` (check) and `dispatcher` (session_ended). A plug-in runs in the
 daemon's event loop: it may hang, raise anything or ignore its cancellation, but a call that blocks the loop without
 awaiting blocks the daemon, and nothing in here can help that.
 """

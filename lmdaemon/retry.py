@@ -1,7 +1,6 @@
 """Judge an answer, say when to try again, and keep the breaker. Pure: `now`, `rng` and the policy are passed in.
 
-Called by `delivery` alone. It must never do I/O, read a clock or log. The tests hold one row for every status
-and answer.
+It must never do I/O, read a clock or log. The tests hold one row for every status and answer.
 """
 
 from collections.abc import Sequence

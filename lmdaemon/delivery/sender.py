@@ -1,7 +1,7 @@
 """Posts one body to one URL and reads the answer: the client's side of HTTP.
 
-What an answer means is `retry`'s business, when to send is `delivery`'s. It must never read more of an answer than its
-bounds allow, follow a redirect, or take for an answer what came before its request.
+What an answer means is `retry`'s business, when to send is `dispatcher`'s. It must never read more of an answer than
+its bounds allow, follow a redirect, or take for an answer what came before its request.
 """
 
 import asyncio

@@ -312,7 +312,7 @@ class Store(Protocol):
 
     @property
     def writing_since(self) -> float | None:
-        """Loop time at which the running transaction began; None between two."""
+        """Monotonic time in seconds at which the running transaction began; None between two."""
 
     @property
     def waiting(self) -> int:

@@ -228,12 +228,13 @@ class Batch:
         self._world = world
         self.changes: Changes
         self._written = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
-        self.read_facts = False  # whether facts were read for it
+        self.looked_up = False  # whether facts were read for it
 
     def _is_looked_up(self, *, expect_known: bool) -> bool:
         kinds = set(map(type, self._operations))
         return (
             len(self._operations) > DECIDED_ON_LOOP_MAX
+            or self._world.set_back_ms > 0  # kept waits go back first, in a statement of their own
             or must_look_up(kinds)
             or (expect_known and not kinds.isdisjoint((Opening, Recording)))
         )
@@ -248,7 +249,7 @@ class Batch:
         """Commits it, on the connection's thread. Returns an answer for each operation; a StoreError where it cannot be
         told what a touch met. Raises what went wrong; then nothing is stored.
         """
-        if self._written is not None and not self._world.set_back_ms:
+        if self._written is not None:
             try:
                 return self._answered(self._written, sql)  # one statement is a transaction of its own
             except sqlite3.IntegrityError:
@@ -259,7 +260,7 @@ class Batch:
         world = self._world
         if world.set_back_ms:
             sql.execute(SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at))
-        self.read_facts = True
+        self.looked_up = True
         facts = read_facts(sql, questions(self._operations), world.wall_at)
         answers = self._answered(Written(decide(self._operations, facts, world)), sql)
         if self.changes.swept:

@@ -1,4 +1,4 @@
-"""How rows go into SQL and come out of it. What `changes` and `store` share.
+"""How rows go into SQL and come out of it. What `batch`, `pages` and `store` share.
 
 Each step of a statement, so each row of an executemany() or of a result, and each call of a Python function from SQL,
 gives the interpreter lock away and waits to have it back from a busy event loop. So many rows go in and come out as one

@@ -1,8 +1,7 @@
-"""The session table and the deliveries, as verbs: what the doers change, through `changes`, and what people look at.
+"""The store in one SQLite file: the verbs of `store.contract`, as operations for the writer and as reads.
 
-Called by the four doers and by nobody else; the table is the only place where they meet. Verbs that change something
-run on the one writer, in the order they were queued, and answer after their commit; verbs that read use the second
-connection.
+What changes something runs on the one writer, in the order in which it was queued, and is answered after its commit.
+What the daemon reads for itself and what people look at have a connection each.
 """
 
 import asyncio
@@ -182,7 +181,7 @@ class Store(Projection):
 
     def committed(self, work: Batch) -> None:
         changes = work.changes
-        if work.read_facts and (changes.met_known or changes.sessions):
+        if work.looked_up and (changes.met_known or changes.sessions):
             self._expect_known = changes.met_known
         self.absorb(changes)
 

@@ -34,8 +34,7 @@ from conftest import FULL
 from processes import AS_USERS_DO, Process, wait_for
 
 from lmdaemon.clock import STALL_S
-from lmdaemon.store.contract import PAGE_BYTES
-from lmdaemon.store.sqlite.file import BUSY_TIMEOUT_S
+from lmdaemon.store.sqlite.file import BUSY_TIMEOUT_S, DISK_PAGE_BYTES
 
 TOML = """
 [database]
@@ -730,7 +729,7 @@ def damaged_root(table: str) -> Callable[[bytes], bytes]:
         with contextlib.closing(sqlite3.connect(":memory:")) as connection:
             connection.deserialize(good[:18] + b"\x01\x01" + good[20:])  # as not in WAL mode, which memory has not
             (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
-        return damaged_at((page - 1) * PAGE_BYTES, PAGE_BYTES)(good)
+        return damaged_at((page - 1) * DISK_PAGE_BYTES, DISK_PAGE_BYTES)(good)
 
     return damage
 
@@ -782,8 +781,8 @@ def test_a_file_damaged_while_it_is_in_use_is_never_the_source_of_an_acknowledge
         daemon.path.write_bytes(good)
         daemon.start()
         with daemon.path.open("r+b") as file:  # all but the first page, which is read at every transaction
-            file.seek(PAGE_BYTES)
-            file.write(b"\xa5" * (len(good) - PAGE_BYTES))
+            file.seek(DISK_PAGE_BYTES)
+            file.write(b"\xa5" * (len(good) - DISK_PAGE_BYTES))
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
         answers = [daemon.ask("GET", f"{sessions}/s-{number}") for number in range(0, 200, 10)]
         answers += [daemon.ask("POST", f"{sessions}/s-{number}/touch") for number in range(0, 200, 10)]

@@ -41,7 +41,7 @@ REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", 
 HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
 # A touch writes the one page where its session is. 60 touches at random among 200,000 take 1.6 ms with a page of 1024,
 # 2.8 ms with SQLite's default of 4096; 1,000 take 21 and 45 ms.
-PAGE_BYTES = 1024
+DISK_PAGE_BYTES = 1024
 BUSY_TIMEOUT_S = 2.0  # for an administrator's sqlite3 holding the file; another daemon is kept out by the lock file
 PROBE_S = 1.0  # between attempts to write while the disk refuses
 CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
@@ -791,7 +791,7 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
     """Brings the file to the newest version in one transaction. Raises DatabaseError before it changes anything."""
     version = check_is_ours(connection, path, len(migrations))
     # Before the first table: all of it is written into the file for good.
-    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    connection.execute(f"PRAGMA page_size = {DISK_PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     # What is left of a deleted token is overwritten; FAST would spare pages that become free.

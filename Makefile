@@ -34,10 +34,10 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
 
 clients: $(VENV)/.test
-	$(BIN)/python -m pytest -m clients tests/test_generated_clients.py $(ARGS)
+	$(BIN)/python -m pytest -m clients tests/web/test_generated_clients.py $(ARGS)
 
 faults: $(VENV)/.test
-	FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_promises.py tests/test_doors.py $(ARGS)
+	FAULTS=full $(BIN)/python -m pytest tests/faults tests/daemon/test_promises.py tests/web/test_doors.py $(ARGS)
 
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -1,46 +1,21 @@
 """Fixtures for every test: a clock moved by hand, and for the fault suite its length, its seed and its figures."""
 
 import asyncio
-import os
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from chance import FULL, SEED
+from clocks import HandClock
 from hypothesis import HealthCheck, settings
 
 from lmdaemon import log
-from lmdaemon.clock import Clock
 
-FULL = os.environ.get("FAULTS") == "full"  # `make faults`: more runs of the same tests
-SEED = int(os.environ.get("FAULTS_SEED") or random.SystemRandom().randrange(2**32))
 _FIGURES: list[str] = []
 # A machine that stood still for a second is no finding
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
-
-
-class HandClock(Clock):
-    """A clock that stands still until it is moved: `wall` in milliseconds since the epoch, `mono` in seconds."""
-
-    def __init__(self) -> None:
-        self.wall = 1_790_000_000_000
-        self.mono = 1000.0
-
-    def wall_ms(self) -> int:
-        return int(self.wall)
-
-    def monotonic(self) -> float:
-        return self.mono
-
-    def advance(self, seconds: float) -> None:
-        """Time passes, on both clocks."""
-        self.mono += seconds
-        self.wall += round(seconds * 1000)
-
-    def step_wall(self, seconds: float) -> None:
-        """Somebody sets the wall clock."""
-        self.wall += round(seconds * 1000)
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports

@@ -3,7 +3,7 @@
 Others generate clients from it, so nothing that a client is made of depends on who is configured today: operators are
 a pattern and not a list, every call has a name that stays, and a notice's name comes from its path. Of the private side
 only servers and security differ from daemon to daemon. What is taken and answered is described by the types that the
-code itself uses (`shapes`); tests/test_openapi.py has a fuzzer hold the running daemon to every word.
+code itself uses (`shapes`); tests/web/test_openapi.py has a fuzzer hold the running daemon to every word.
 """
 
 import re

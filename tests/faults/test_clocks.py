@@ -11,7 +11,7 @@ from random import Random
 
 import aiohttp
 import pytest
-from conftest import FULL
+from chance import FULL
 from processes import Process
 from support import until
 from witness import OPERATOR, Witness, check, settled, wallet

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL
+from chance import FULL
 from processes import AS_USERS_DO, Process, wait_for
 
 from lmdaemon.clock import STALL_S

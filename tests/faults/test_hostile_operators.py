@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import FULL
+from chance import FULL
 from operators import (
     CLOSE,
     HANG,

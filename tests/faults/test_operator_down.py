@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 from aiohttp import web
-from conftest import FULL, HandClock
+from chance import FULL
+from clocks import HandClock
 from support import Bench, bench, operator_table, scripted_operator
 
 from lmdaemon import retry

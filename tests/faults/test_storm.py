@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import aiohttp
-from conftest import FULL
+from chance import FULL
 from processes import process
 from support import open_store, until
 from witness import OPERATOR, Witness, wallet

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 import aiohttp
-from conftest import FULL
+from chance import FULL
 from processes import process
 from support import until
 from witness import OPERATOR, Witness, check, settled, wallet

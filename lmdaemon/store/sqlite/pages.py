@@ -1,7 +1,7 @@
 """What people look at: pages of sessions and deliveries, and single ones, without the columns that nobody is shown.
 
 Called by `store`, on the connection for people's reads, inside a read transaction. Each statement goes through an index
-and reads a bounded number of rows, however many rows match: tests/test_pages.py looks at their plans.
+and reads a bounded number of rows, however many rows match: tests/store/test_pages.py looks at their plans.
 """
 
 import sqlite3

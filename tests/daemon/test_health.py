@@ -1,0 +1,477 @@
+"""`/health`: each check, turned by causing what it is there for."""
+
+import asyncio
+import contextlib
+import resource
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from clocks import HandClock
+from documented import complaints
+from support import LISTEN, Serving, load, open_store, serving, until
+
+from lmdaemon import health, retry
+from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
+from lmdaemon.model import Gate
+from lmdaemon.pulse import LATE_S, Pulse
+from lmdaemon.store.contract import NewDelivery, Opening
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import Store
+from lmdaemon.sweeper import ExpiryAlarm
+from lmdaemon.version import __version__
+
+NOTIFY = 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\n'
+CONFIG = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "p"\n'
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
+    async with open_store(tmp_path / "test.sqlite3", clock) as opened:
+        opened.configured = frozenset({"acme"})
+        opened.sinks_of = lambda session: [NewDelivery("http", b"{}")]
+        yield opened
+
+
+@pytest.fixture
+def pulses(clock: HandClock) -> dict[str, Pulse]:
+    """Those of two loops that sleep until somebody wakes them."""
+    made = {name: Pulse(clock.monotonic) for name in ("sweeper", "dispatcher")}
+    for pulse in made.values():
+        pulse.sleeping(None)
+    return made
+
+
+@pytest.fixture
+def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
+    settings = load(tmp_path / "config.toml", CONFIG)
+    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic), {})
+
+
+async def check(checked: Health, name: str) -> dict[str, Any]:
+    """One check of a report, having made sure that the report is as bad as it says and nothing else is wrong."""
+    report: Any = await checked.report()
+    (found,) = report["checks"][name]
+    assert report["status"] == found["status"] == await checked.status()
+    others = {other for other, (one,) in report["checks"].items() if one["status"] != "pass" and other != name}
+    assert others == set()
+    assert complaints("Health", report) == []
+    return found
+
+
+async def end_session(store: Store, session_id: str = "s1") -> None:
+    await store.open_session(Opening("acme", session_id, "p", "t", None, 1000, 0))
+    await store.end("acme", session_id)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Somebody else holds the database, as an administrator's sqlite3 might."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+async def get(daemon: Serving, base: str) -> tuple[int, dict[str, Any]]:
+    async with daemon.client.get(base + "/health") as answer:
+        assert answer.headers["Content-Type"] == "application/health+json"
+        report = await answer.json(content_type=None)
+        assert complaints("Health", report) == []
+        return answer.status, report
+
+
+# -- all is well
+
+
+async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        status, report = await get(daemon, daemon.api)
+    time = "2026-09-21T14:13:20.000Z"
+    loop = [{"status": "pass", "observedValue": 0.0, "observedUnit": "s late", "time": time}]
+    assert status == 200
+    assert report["checks"]["store"][0].pop("walBytes") > 0
+    assert report == {
+        "status": "pass",
+        "version": __version__,
+        "description": "lmdaemon",
+        "checks": {
+            "store": [{"status": "pass", "sessions": 0, "waiting": 0, "time": time}],
+            "sweeper": loop,
+            "dispatcher": loop,
+            "listeners": [{"status": "pass", "time": time}],
+            "expiry": [{"status": "pass", "time": time}],
+            "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
+            "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],
+            "config": [{"status": "pass", "time": time}],
+            "certificates": [{"status": "pass", "time": time}],
+        },
+    }
+
+
+async def test_the_public_side_tells_only_the_status(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        assert await get(daemon, daemon.server) == (200, {"status": "pass"})
+        await daemon.daemon._store.set_gate("acme", lambda gate: retry.hold(gate, 1, "by_hand"))
+        assert await get(daemon, daemon.server) == (200, {"status": "warn"})
+
+
+# -- the store
+
+
+async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    async with serving(tmp_path, CONFIG) as daemon:
+
+        async def failing() -> bool:
+            return (await get(daemon, daemon.server))[0] == 503
+
+        with locked(tmp_path / "lmdaemon.sqlite3"):
+            await until(failing)
+            status, report = await get(daemon, daemon.api)
+            assert (status, report["status"]) == (503, "fail")
+            assert "locked" in report["checks"]["store"][0]["output"]
+            assert (await get(daemon, daemon.server))[1] == {"status": "fail"}
+            await check_refusals(daemon)
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[1]["status"] == "pass"
+
+        await until(passing)
+        assert (await get(daemon, daemon.server))[0] == 200
+
+
+async def check_refusals(daemon: Serving) -> None:
+    """While nothing can be stored both sides say so, and when to come back."""
+    opening = {"playerId": "p", "token": "t"}
+    async with daemon.client.put(daemon.api + "/v1/operators/acme/sessions/s", json=opening) as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert answer.headers["Content-Type"] == "application/problem+json"
+    notice = {"providerId": "p", "sessionId": "s", "externalPlayerId": "p", "token": "t"}
+    async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert (await answer.json())["error"] == 100
+
+
+@contextlib.contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """No file of this process may grow beyond the write-ahead log as it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
+    store: Store, checked: Health, clock: HandClock
+) -> None:
+    await end_session(store)
+    clock.advance(1)  # SQLite writes nothing for an update that changes nothing
+    with no_room(store.path):
+        assert (await check(checked, "store"))["status"] == "fail"
+        assert not checked.stuck
+    clock.advance(ASK_EVERY_S)
+    assert (await check(checked, "store"))["status"] == "pass"
+
+
+async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
+    tmp_path: Path, store: Store, checked: Health, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.02)
+    assert not checked.stuck
+    with locked(tmp_path / "test.sqlite3"):  # the writer waits for two seconds
+        found = await check(checked, "store")
+        assert found["status"] == "fail"
+        assert "took longer" in found["output"]
+        assert not checked.stuck
+        monkeypatch.setattr(health, "LATE_S", 0.01)
+        assert checked.stuck
+
+    async def idle() -> bool:
+        return store.writing_since is None
+
+    await until(idle)
+    monkeypatch.undo()  # a sound disk may take longer on a busy machine
+    clock.advance(ASK_EVERY_S)
+    assert (await check(checked, "store"))["status"] == "pass"
+    assert not checked.stuck
+
+
+async def test_asking_often_writes_once_a_second(store: Store, checked: Health, clock: HandClock) -> None:
+    before = store._db.commits
+    for _ in range(5):
+        await checked.report()
+    assert store._db.commits == before + 1
+    clock.advance(ASK_EVERY_S)
+    await checked.report()
+    assert store._db.commits == before + 2
+
+
+async def test_a_table_that_cannot_be_read_fails(tmp_path: Path, store: Store, checked: Health) -> None:
+    await end_session(store)
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.sqlite3")) as other:
+        other.execute("DROP TABLE delivery")
+    report: Any = await checked.report()
+    assert {name for name, (one,) in report["checks"].items() if one["status"] == "fail"} == {"store", "deliveries"}
+
+
+# -- the loops
+
+
+@pytest.mark.parametrize("name", ["sweeper", "dispatcher"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(lambda pulse: pulse.working(), id="works on one step for ever"),
+        pytest.param(lambda pulse: pulse.sleeping(0.0), id="sleeps past its time"),
+        pytest.param(lambda pulse: pulse.woken(), id="does not hear its alarm"),
+    ],
+)
+async def test_a_loop_that_has_not_run_when_it_should_have_fails(
+    checked: Health, pulses: dict[str, Pulse], clock: HandClock, name: str, event: Callable[[Pulse], None]
+) -> None:
+    event(pulses[name])
+    clock.advance(LATE_S)
+    assert (await check(checked, name))["status"] == "pass"
+    assert not checked.stuck
+    clock.advance(0.5)
+    found = await check(checked, name)
+    assert (found["status"], found["observedValue"], found["observedUnit"]) == ("fail", LATE_S + 0.5, "s late")
+    assert checked.stuck
+    pulses[name].working()
+    assert (await check(checked, name))["status"] == "pass"
+
+
+async def test_a_loop_with_nothing_to_do_may_sleep_for_ever(checked: Health, clock: HandClock) -> None:
+    clock.advance(30 * 86400)
+    assert (await checked.report())["status"] == "pass"
+    assert not checked.stuck
+
+
+async def test_a_daemon_whose_sweeper_is_stuck_fails(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        released = asyncio.Event()
+        entered = asyncio.Event()
+        once = daemon.daemon._sweeper.once
+
+        async def stuck() -> float | None:
+            entered.set()
+            await released.wait()
+            return await once()
+
+        monkeypatch.setattr(daemon.daemon._sweeper, "once", stuck)
+        daemon.daemon._sweeper.wake()
+        await asyncio.wait_for(entered.wait(), 10)
+        clock.advance(LATE_S + 1)
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["status"], report["checks"]["sweeper"][0]["status"]) == (503, "fail", "fail")
+        assert report["checks"]["dispatcher"][0]["status"] == "pass"
+        released.set()
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[0] == 200
+
+        await until(passing)
+
+
+# -- what people should look at
+
+
+async def test_a_dead_delivery_warns(store: Store, checked: Health) -> None:
+    store.sinks_of = lambda session: [NewDelivery("http", b"", "cannot be composed")]
+    await end_session(store)
+    found = await check(checked, "deliveries")
+    assert (found["status"], found["dead"], found["pending"]) == ("warn", 1, 0)
+
+
+async def test_an_old_backlog_warns(store: Store, checked: Health, clock: HandClock) -> None:
+    await end_session(store)
+    clock.advance(OLD_BACKLOG_S)
+    await end_session(store, "newer")
+    assert (await check(checked, "deliveries"))["status"] == "pass"
+    clock.advance(1)
+    found = await check(checked, "deliveries")
+    assert (found["status"], found["pending"], found["oldestPendingSeconds"]) == ("warn", 2, OLD_BACKLOG_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "held", "broken"),
+    [
+        (Gate(held_at=1, held_reason="by_hand"), ["acme"], []),
+        (Gate(failures=5, probe_at=2**50), [], ["acme"]),
+        (Gate(failures=5), [], ["acme"]),
+    ],
+    ids=["held", "open", "half-open"],
+)
+async def test_an_operator_that_is_held_or_broken_warns(
+    store: Store, checked: Health, gate: Gate, held: list[str], broken: list[str]
+) -> None:
+    await store.set_gate("acme", lambda known: gate)
+    found = await check(checked, "operators")
+    assert (found["status"], found["held"], found["broken"]) == ("warn", held, broken)
+    await store.set_gate("acme", lambda known: replace(gate, held_at=None, failures=4))
+    assert (await check(checked, "operators"))["status"] == "pass"
+
+
+async def test_a_failed_reload_warns_until_one_succeeds(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        (tmp_path / "config.toml").write_text(LISTEN + CONFIG + "notify = 5\n")
+        await daemon.daemon.reload_once()
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["status"]) == (200, "warn")
+        assert "operators.acme.notify" in report["checks"]["config"][0]["output"]
+        (tmp_path / "config.toml").write_text(LISTEN + CONFIG)
+        await daemon.daemon.reload_once()
+        assert (await get(daemon, daemon.api))[1]["status"] == "pass"
+
+
+async def test_the_worst_check_is_the_status(
+    store: Store, checked: Health, pulses: dict[str, Pulse], clock: HandClock
+) -> None:
+    await store.set_gate("acme", lambda known: Gate(held_at=1))
+    assert await checked.status() == "warn"
+    pulses["sweeper"].working()
+    clock.advance(LATE_S + 1)
+    assert await checked.status() == "fail"
+
+
+async def test_head_answers_like_get_without_a_body(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG) as daemon, aiohttp.ClientSession() as client:
+        for base in (daemon.api, daemon.server):
+            async with client.head(base + "/health") as answer:
+                assert (answer.status, await answer.read()) == (200, b"")
+
+
+# -- alarms of a whole daemon: each thing stalls, and /health and /metrics tell
+
+
+async def metric(daemon: Serving, name: str) -> float:
+    async with daemon.client.get(daemon.api + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    (value,) = [line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+    return float(value)
+
+
+@pytest.mark.parametrize(("loop", "verb"), [("sweeper", "end_due"), ("dispatcher", "claimable")])
+async def test_a_loop_that_hangs_in_its_work_is_told(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, loop: str, verb: str
+) -> None:
+    """It never comes back from what it awaits, as a bug or a lost wake-up would have it."""
+    entered = asyncio.Event()
+
+    async def never(*_: Any, **__: Any) -> Any:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with serving(tmp_path, CONFIG + NOTIFY, clock) as daemon:
+        store = daemon.daemon._store
+        monkeypatch.setattr(store, verb, never)
+        await store.open_session(Opening("acme", "s", "p", "t", None, 1000, 0))
+        if loop == "dispatcher":
+            await store.end("acme", "s")
+        else:
+            for _ in range(3):
+                clock.advance(1)
+                store.service_clock.now_ms()
+            daemon.daemon._sweeper.wake()
+        await asyncio.wait_for(entered.wait(), 10)
+        clock.advance(LATE_S + 1)
+        status, report = await get(daemon, daemon.api)
+        assert (status, report["checks"][loop][0]["status"]) == (503, "fail")
+        assert await metric(daemon, f'lmdaemon_loop_late_seconds{{loop="{loop}"}}') > LATE_S
+        assert daemon.daemon._health.stuck  # the watchdog is withheld
+
+
+async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.2)
+    hold = threading.Event()
+
+    async with serving(tmp_path, CONFIG) as daemon:
+        store = daemon.daemon._store
+        monkeypatch.setattr(database, "_empty_wal", lambda *arguments: hold.wait(20))
+        monkeypatch.setattr(database, "WAL_MAX", -1)
+        writing = asyncio.ensure_future(store.probe())
+        await until(lambda: store.writing_since)
+        for _ in range(3):
+            status, report = await get(daemon, daemon.api)
+            assert (status, report["checks"]["store"][0]["status"]) == (503, "fail")
+        assert report["checks"]["store"][0]["waiting"] <= 2
+        assert await metric(daemon, "lmdaemon_store_transaction_seconds") > 0.1
+        hold.set()
+        await writing
+
+        async def passing() -> bool:
+            return (await get(daemon, daemon.api))[0] == 200
+
+        await until(passing)
+
+
+async def test_whoever_asks_is_answered_also_when_the_next_question_comes_in_that_turn(clock: HandClock) -> None:
+    asked: list[asyncio.Future[int]] = []
+
+    async def ask() -> int:
+        asked.append(asyncio.get_running_loop().create_future())
+        return await asked[-1]
+
+    question = health._Question("it", ask, clock.monotonic)
+    first = asyncio.create_task(question.answer())
+    await until(lambda: asked)
+    clock.advance(ASK_EVERY_S)
+    asked[0].set_result(1)
+    await until(lambda: question._task is not None and question._task.done())
+    second = asyncio.create_task(question.answer())
+    assert await first == 1
+    await until(lambda: len(asked) == 2)
+    asked[1].set_result(2)
+    assert await second == 2
+
+
+async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        store = daemon.daemon._store
+        await asyncio.gather(
+            *(store.open_session(Opening("acme", f"s{number}", "p", "t", None, 1000, 0)) for number in range(1200))
+        )
+        for _ in range(3):
+            clock.advance(1)
+            store.service_clock.now_ms()
+        daemon.daemon._sweeper.wake()
+        await until(lambda: store.live == 0)
+        report = (await get(daemon, daemon.api))[1]
+        expiry = report["checks"]["expiry"][0]
+        assert (report["status"], expiry["status"], expiry["of"]) == ("warn", "warn", 1200)
+        assert expiry["ended"] > 1000
+        assert await metric(daemon, "lmdaemon_mass_expiry") == 1
+
+
+async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        daemon.daemon._store.sinks_of = lambda session: [NewDelivery("http", b"{}")]
+        await end_session(daemon.daemon._store)
+        clock.advance(OLD_BACKLOG_S + 1)
+        report = (await get(daemon, daemon.api))[1]
+        assert report["checks"]["deliveries"][0]["status"] == "warn"
+        name = 'lmdaemon_deliveries_oldest_pending_seconds{operator="acme"}'
+        assert await metric(daemon, name) > OLD_BACKLOG_S
+
+
+async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdaemon.store.sqlite.store.LARGE_WAL", 100)
+    async with serving(tmp_path, CONFIG) as daemon:
+        await end_session(daemon.daemon._store)
+        await daemon.daemon._store.probe()
+        report = (await get(daemon, daemon.api))[1]
+        assert (report["status"], report["checks"]["store"][0]["status"]) == ("warn", "warn")
+        assert await metric(daemon, "lmdaemon_store_wal_bytes") > 100

@@ -1,0 +1,108 @@
+"""What grows with the configuration does not hold the event loop: a thread does it, or only what changed is touched."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clocks import HandClock
+from support import LISTEN, bench, load, serving
+
+from lmdaemon import config, metrics
+from lmdaemon.web import api, openapi
+
+OPERATORS = "".join(
+    f'[operators.op{number}]\nprovider_id = "p{number}"\nendpoint = "/e/{number}"\nnotify = true\n'
+    f'url = "http://127.0.0.1:1/{number}"\nallow_private_network = true\n'
+    for number in range(5)
+)
+
+
+def threads_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    """The threads that call a function from now on."""
+    called: list[int] = []
+    function: Callable[..., Any] = getattr(module, name)
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        called.append(threading.get_ident())
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, noting)
+    return called
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/openapi.json"])
+async def test_what_lists_all_operators_is_made_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    module, name = {"/metrics": (metrics, "generate_latest"), "/openapi.json": (openapi, "document")}[path]
+    called = threads_of(monkeypatch, module, name)
+    async with serving(tmp_path, OPERATORS) as d:
+        async with d.client.get(d.api + path) as response:
+            assert response.status == 200
+            text = await response.text()
+    assert called
+    assert threading.get_ident() not in called
+    assert path == "/openapi.json" or text.count("lmdaemon_sessions_live{") == 5
+
+
+async def test_a_file_is_read_checked_and_compared_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, OPERATORS) as d:
+        loads, changes = threads_of(monkeypatch, config, "load"), threads_of(monkeypatch, config, "changes")
+        (tmp_path / "config.toml").write_text(LISTEN + OPERATORS.replace('"p3"', '"other"'))
+        await d.daemon.reload_once()
+        assert d.daemon.settings.operators["op3"].provider_id == "other"
+    assert loads
+    assert changes
+    assert threading.get_ident() not in loads + changes
+
+
+async def test_a_reload_looks_at_lanes_that_have_changed_alone(tmp_path: Path, clock: HandClock) -> None:
+    async with bench(tmp_path, clock, OPERATORS) as b:
+        await b.dispatcher.once()
+        before = dict(b.dispatcher._lanes)
+        changed = OPERATORS.replace("127.0.0.1:1/3", "127.0.0.1:1/elsewhere").replace('"p2"', '"p2"\nconcurrency = 9')
+        b.dispatcher.configure(load(tmp_path / "config.toml", LISTEN + changed), {})
+        lanes = b.dispatcher._lanes
+        assert lanes == before
+        assert lanes["op3", "http"].operator.url.endswith("/elsewhere")
+        assert b.dispatcher._agenda.take(clock.wall_ms()) == [lanes["op2", "http"]]
+
+
+async def test_lanes_of_operators_that_left_are_not_looked_at(tmp_path: Path, clock: HandClock) -> None:
+    async with bench(tmp_path, clock, OPERATORS) as b:
+        b.dispatcher.configure(load(tmp_path / "config.toml", LISTEN), {})
+        assert b.dispatcher._agenda.take(clock.wall_ms()) == []
+
+
+async def test_counters_of_operators_that_stay_go_on_and_new_ones_begin_at_zero() -> None:
+    counted = metrics.Metrics()
+    counted.configure(["a", "b"], [("a", "http")], ["closed"])
+    counted.touched("a", 3)
+    counted.configure(["a", "c"], [("a", "http"), ("c", "http")], ["closed"])
+    text = counted.text().decode()
+    assert 'lmdaemon_touches_total{operator="a"} 3.0' in text
+    assert 'lmdaemon_touches_total{operator="c"} 0.0' in text
+    assert 'lmdaemon_delivery_attempts_total{operator="c",outcome="retry",sink="http"} 0.0' in text
+    assert 'operator="b"' not in text
+
+
+async def test_all_operators_are_listed_in_bounded_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "OPERATORS_AT_ONCE", 2)
+    turns: list[float] = []
+    sleep = api.asyncio.sleep
+
+    async def noting(delay: float, *rest: Any) -> Any:
+        turns.append(delay)
+        return await sleep(delay, *rest)
+
+    async with serving(tmp_path, OPERATORS) as d:
+        monkeypatch.setattr(api.asyncio, "sleep", noting)
+        async with d.client.get(d.api + "/v1/operators") as response:
+            items = (await response.json())["items"]
+        monkeypatch.undo()
+    assert [item["operator"] for item in items] == [f"op{number}" for number in range(5)]
+    assert turns.count(0) >= 2

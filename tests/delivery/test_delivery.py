@@ -1,0 +1,1179 @@
+"""Delivery against a real operator: judged, retried, held, broken, isolated, drained; the clock is moved by hand."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+from aiohttp import web
+from clocks import HandClock
+from processes import free_ports
+from standardwebhooks import Webhook
+from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
+
+from lmdaemon import retry
+from lmdaemon.config import Operator, Settings, target
+from lmdaemon.delivery import dispatcher as delivery
+from lmdaemon.delivery import resolver
+from lmdaemon.delivery.dispatcher import compose, sinks_of
+from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
+from lmdaemon.dialects import CannotEncode
+from lmdaemon.model import Session, rfc3339
+from lmdaemon.store.contract import StoreObserver
+from lmdaemon.store.sqlite import store
+
+SCHEDULE = ["5s", "30s", "2m", "10m"]
+
+
+def refused_url() -> str:
+    """A URL that refuses connections."""
+    return f"http://127.0.0.1:{free_ports(1)[0]}/V4/SessionExpired"
+
+
+class TestOneDelivery:
+    async def test_an_end_reaches_the_operators_url_as_on_the_page(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            await b.end()
+            await b.round()
+            (received,) = operator.received
+            assert json.loads(received.body) == {
+                "providerId": "acme",
+                "sessionId": "s",
+                "externalPlayerId": "p",
+                "token": "tok-3n",
+            }
+            row = await b.row()
+            assert received.headers["Content-Type"] == "application/json"
+            assert received.headers["webhook-id"] == row.webhook_id
+            assert (row.state, row.attempts, row.last_status, row.last_code) == ("delivered", 1, 200, 0)
+
+    async def test_every_attempt_has_the_same_id_and_the_same_bytes(self, tmp_path: Path, clock: HandClock) -> None:
+        answers = (web.Response(status=500), {"error": 100}, web.Response(text="<html>"))
+        toml = operator_table("acme", "http://x/", dialect="v4.01", schedule=["5s"] * 9)
+        async with scripted_operator(*answers) as operator:
+            async with bench(tmp_path, clock, toml.replace("http://x/", operator.url)) as b:
+                await b.end()
+                for _ in range(4):
+                    await b.round()
+                    await b.skip_to(await b.row())
+                assert len(operator.received) == 4
+                assert len({received.body for received in operator.received}) == 1
+                assert {received.headers["webhook-id"] for received in operator.received} == {
+                    (await b.row()).webhook_id
+                }
+                assert (await b.row()).state == "delivered"
+
+    async def test_failures_follow_the_schedule_with_jitter_and_end_dead_with_the_reason(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
+            await b.end()
+            for step, wait_s in enumerate((5, 30, 120, 600)):
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.attempts, row.step) == ("pending", step + 1, step + 1)
+                assert 0.8 * wait_s <= (row.due_at - clock.wall_ms()) / 1000 <= 1.2 * wait_s
+                await b.skip_to(row)
+                b.clock.advance(1e-3)
+            await b.round()
+            row = await b.row()
+            assert (row.state, row.attempts, row.last_error) == ("dead", 5, "connect")
+            assert len(json.loads(row.history)) == 5
+            assert b.db.figures["acme"].dead == 1
+
+    @pytest.mark.parametrize("code", [120, "120", 999, 120.0])
+    async def test_a_final_code_is_never_tried_again(self, tmp_path: Path, clock: HandClock, code: object) -> None:
+        async with scripted_operator({"error": code}) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                clock.advance(86400)
+                await b.round()
+                assert len(operator.received) == 1
+                assert (await b.row()).state == "dead"
+
+    async def test_a_delivery_older_than_max_age_is_dead_without_another_try(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator(web.Response(status=503)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, max_age="1m", schedule=["2m"])) as b:
+                await b.end()
+                await b.round()
+                await b.skip_to(await b.row())
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.last_error, row.attempts) == ("dead", "max_age", 1)
+                assert len(operator.received) == 1
+
+    async def test_nothing_is_sent_while_the_operator_has_not_asked_for_it(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, notify=False)) as b:
+                await b.end()
+                await b.round()
+                known = await b.db.session("acme", "s")
+                assert known is not None
+                assert (known[1], operator.received) == ([], [])
+
+    async def test_a_dead_delivery_retried_by_hand_starts_its_schedule_again(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with scripted_operator({"error": 120}) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                clock.advance(100 * 86400)  # older than max_age: by hand it starts anew
+                assert await b.db.retry_dead("acme", 0) == 1
+                await b.round()
+                row = await b.row()
+                assert (row.state, row.attempts) == ("delivered", 2)
+
+
+class TestHostileAnswers:
+    @pytest.mark.parametrize(
+        ("answer", "reason", "code"),
+        [
+            (web.json_response({"error": False}), "bad_answer", None),
+            (web.json_response({}), "bad_answer", None),
+            (web.json_response([0]), "bad_answer", None),
+            (web.Response(text="OK"), "bad_answer", None),
+            (web.json_response({"error": 100}), "code_100", 100),
+            (web.json_response({"error": 7}), "code_7", 7),
+            (web.json_response({"error": 0}, status=201), "status_201", 0),
+            (web.json_response({"error": 0}, status=302, headers={"Location": "/elsewhere"}), "redirect", 0),
+            (web.json_response({"error": 0, "pad": "x" * 20_000}), "answer_too_long", None),
+            (web.json_response({"error": 0}, headers={"Content-Encoding": "gzip"}), "delivered", 0),
+        ],
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+    async def test_each_is_judged_and_nothing_is_followed(
+        self, tmp_path: Path, clock: HandClock, answer: web.Response, reason: str, code: int | None
+    ) -> None:
+        async def play(request: web.Request) -> web.Response:
+            return web.Response(body=answer.body, status=answer.status, headers=answer.headers)
+
+        async with scripted_operator(play) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                row = await b.row()
+                assert len(operator.received) == 1
+                if reason == "delivered":  # the body is plain whatever the header says, and is read as it came
+                    assert row.state == "delivered"
+                else:
+                    assert (row.state, row.last_error, row.last_code) == ("pending", reason, code)
+
+    async def test_an_answer_that_never_comes_is_cut_at_the_time_out(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(hang) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, timeout="200ms")) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "timeout"
+
+    async def test_a_body_that_drips_is_cut_at_the_same_deadline(self, tmp_path: Path, clock: HandClock) -> None:
+        async def drip(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    await response.write(b" ")
+                    await asyncio.sleep(0.05)
+            return response
+
+        async with scripted_operator(drip) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, timeout="300ms")) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "timeout"
+
+    async def test_an_endless_body_costs_no_more_than_the_limit(self, tmp_path: Path, clock: HandClock) -> None:
+        sent = 0
+
+        async def flood(request: web.Request) -> web.StreamResponse:
+            nonlocal sent
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):
+                while sent < 1 << 30:
+                    await response.write(b"x" * 65536)
+                    sent += 65536
+            return response
+
+        async with scripted_operator(flood) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+                assert (await b.row()).last_error == "answer_too_long"
+                assert sent < 1 << 24
+
+    async def test_a_connection_lost_half_way_is_a_failed_attempt_and_is_not_repeated_blindly(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        connections = 0
+
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+            await writer.drain()
+            writer.transport.abort()
+
+        server = await asyncio.start_server(reset, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, bench(tmp_path, clock, operator_table("acme", f"http://127.0.0.1:{port}/")) as b:
+            await b.end()
+            await b.round()
+            row = await b.row()
+            assert (row.state, row.attempts, connections) == ("pending", 1, 1)
+            assert row.last_error in ("connection_lost", "incomplete_answer")
+
+
+class TestHistory:
+    """Of an attempt that failed, the beginning of what was answered is kept, without the notice's secrets."""
+
+    async def answers(self, tmp_path: Path, clock: HandClock, *script: Any, **keys: Any) -> list[dict[str, Any]]:
+        """The entries of as many attempts."""
+        async with scripted_operator(*script) as operator:
+            url = operator.url.replace("http://", "http://user:pass-w0rd@") + "?key=in-the-query"
+            async with bench(tmp_path, clock, operator_table("acme", url, **keys)) as b:
+                await b.end()
+                for _ in script:
+                    await b.round()
+                    await b.skip_to(await b.row())
+                history: list[dict[str, Any]] = json.loads((await b.row()).history)
+                assert len(history) == len(script)
+                return history
+
+    async def test_a_failure_keeps_what_was_answered_and_a_success_does_not(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        script: list[Any] = [
+            {"error": 100, "description": "später"},
+            web.Response(status=503, text="<html>"),
+            web.Response(status=204),
+            web.Response(status=500, body=b"\xef\xbb\xbf\xff\0\n"),
+            {"error": 0},
+        ]
+        history = await self.answers(tmp_path, clock, *script, schedule=["1s"] * 9)
+        kept = [entry.get("answer", "none is kept") for entry in history]
+        assert kept == ['{"error": 100, "description": "sp\\u00e4ter"}', "<html>", "", "\ufffd\0\n", "none is kept"]
+        assert all("detail" not in entry for entry in history)
+
+    async def test_without_an_answer_there_is_none_but_what_is_known_besides(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
+            await b.end()
+            await b.round()
+            (entry,) = json.loads((await b.row()).history)
+            assert (entry["error"], entry["answer"]) == ("connect", None)
+            assert "Connect call failed" in entry["detail"]
+
+    @pytest.mark.parametrize("before", [0, 240, 250, 255, 256])
+    async def test_a_secret_is_masked_wherever_the_text_is_cut(
+        self, tmp_path: Path, clock: HandClock, before: int
+    ) -> None:
+        async def echo(request: web.Request) -> web.Response:
+            token = json.loads(await request.read())["token"]
+            secrets = f"{token} {request.headers['Authorization']} {request.query['key']} user pass-w0rd"
+            return web.Response(status=500, text="." * before + secrets + "." * 300)
+
+        (entry,) = await self.answers(tmp_path, clock, echo)
+        masked = "." * before + "*** Basic *** *** *** ***" + "." * 300
+        assert entry["answer"] == masked[:256]
+
+    @pytest.mark.parametrize("before", [0, 1, 100, 250])
+    async def test_of_a_secret_of_which_a_part_is_read_nothing_is_kept(
+        self, tmp_path: Path, clock: HandClock, before: int
+    ) -> None:
+        """The whole ones before it are masked, so that it comes to stand among the first 256 characters."""
+        token = "T0k3n" * 700
+
+        async def echo(_: web.Request) -> web.Response:
+            return web.Response(status=500, text="." * before + token * 9)
+
+        async with scripted_operator(echo) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.db.open_session(store.Opening("acme", "s", "p", token, None, 10_000, 0))
+                await b.db.end("acme", "s")
+                await b.round()
+                (entry,) = json.loads((await b.row()).history)
+                assert entry["answer"] == ("." * before + "***" * 2)[:256]  # of the first 8 KiB
+
+    async def test_the_latest_fifty_are_kept_within_bounds(self, tmp_path: Path, clock: HandClock) -> None:
+        script = [web.Response(status=500, body=b"\0" * 20_000) for _ in range(52)]
+        async with scripted_operator(*script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, schedule=["1s"] * 99)) as b:
+                await b.end()
+                for _ in script:
+                    await b.round()
+                    await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                    await b.skip_to(await b.row())
+                row = await b.row()
+                assert row.attempts == 52
+                assert [len(entry["answer"]) for entry in json.loads(row.history)] == [256] * 50
+                assert len(row.history) < 100_000
+
+
+class TestGate:
+    async def test_gone_holds_the_operator_and_spends_no_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator(web.Response(status=410)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                await b.round()
+                await b.end("second")
+                clock.advance(86400)
+                assert await b.round() is None  # held: nothing to wait for but the release
+                first = await b.row("first")
+                assert (first.state, first.attempts, first.last_status) == ("pending", 0, 410)
+                assert len(operator.received) == 1
+                gate = b.db.gate("acme")
+                assert (gate.held_reason, b.db.figures["acme"].pending) == ("gone", 2)
+                await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                await b.round()
+                assert [(await b.row(name)).state for name in ("first", "second")] == ["delivered"] * 2
+
+    @pytest.mark.parametrize("status", [200, 429, 503])
+    async def test_retry_after_delays_the_whole_operator(self, tmp_path: Path, clock: HandClock, status: int) -> None:
+        answer = web.json_response({"error": 0}, status=status, headers={"Retry-After": "120"})
+        async with scripted_operator(answer) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                with hear("lmdaemon.delivery") as events:
+                    await b.round()
+                facts = {event.name: event.facts for event in events}
+                assert facts["operator.paused"]["until"] == rfc3339(b.db.gate("acme").not_before_at)
+                if status != 200:
+                    wait_s = facts["delivery.retry"]["wait_s"]
+                    assert wait_s == round(wait_s, 3)
+                await b.end("second")
+                wait_s = await b.round()
+                assert wait_s == 60  # it looks again once a minute, and finds the gate still shut
+                clock.advance(119)
+                await b.round()
+                assert len(operator.received) == 1
+                clock.advance(25.1)  # jitter goes upward only
+                await b.round()
+                assert (await b.row("second")).state == "delivered"
+
+    async def test_five_failures_open_the_breaker_and_one_probe_goes_at_a_time(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        down = [web.Response(status=500) for _ in range(7)]
+        async with scripted_operator(*down) as operator:
+            toml = operator_table("acme", operator.url, concurrency=1, schedule=["1s"] * 50)
+            async with bench(tmp_path, clock, toml) as b:
+                for number in range(20):
+                    await b.end(str(number))
+                await b.round()
+                assert len(operator.received) == 5
+                assert b.db.gate("acme").failures == 5
+                for pause_s in (1, 2):  # the first wait of the schedule, then doubled
+                    clock.advance(pause_s - 0.01)
+                    await b.round()
+                    before = len(operator.received)
+                    clock.advance(0.02)
+                    await b.round()
+                    assert len(operator.received) == before + 1
+                clock.advance(4.01)
+                await b.round()  # the probe succeeds, and the rest follows at once
+                assert b.db.gate("acme").failures == 0
+                clock.advance(2)
+                await b.round()
+                states = [(await b.row(str(number))).state for number in range(20)]
+                assert states == ["delivered"] * 20
+
+    async def test_waiting_for_a_broken_operator_spends_no_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        down = [web.Response(status=500) for _ in range(5)]
+        async with scripted_operator(*down) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=5)) as b:
+                for number in range(5):
+                    await b.end(f"down {number}")
+                await b.round()
+                await b.end("waiting")
+                await b.round()
+                assert (await b.row("waiting")).attempts == 0
+                assert b.db.gate("acme").failures == 5
+
+    async def test_five_days_of_nothing_but_failure_hold_the_operator(self, tmp_path: Path, clock: HandClock) -> None:
+        async with bench(
+            tmp_path, clock, operator_table("acme", refused_url(), max_age="30d", schedule=["90m"] * 99)
+        ) as b:
+            await b.end()
+            for _ in range(5 * 24 + 40):
+                await b.round()
+                if b.db.gate("acme").held_at is not None:
+                    break
+                clock.advance(5400 * 1.2 + 1)
+            assert b.db.gate("acme").held_reason == "failing_for_days"
+            assert clock.wall_ms() - (await b.row()).created_at >= 5 * 86_400_000
+            assert (await b.row()).state == "pending"
+
+    async def test_gate_and_schedule_survive_a_restart(self, tmp_path: Path, clock: HandClock) -> None:
+        url = refused_url()
+        toml = operator_table("acme", url, concurrency=5)
+        async with bench(tmp_path, clock, toml) as b:
+            for number in range(5):
+                await b.end(str(number))
+            await b.round()
+            before = (b.db.gate("acme"), await b.row("0"))
+        async with bench(tmp_path, clock, toml) as b:
+            assert (b.db.gate("acme"), await b.row("0")) == before
+            assert before[0].failures == 5
+            assert await b.round() is not None
+
+
+class TestIsolation:
+    async def test_a_hanging_operator_delays_no_other(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(*[hang] * 4) as slow, scripted_operator() as fast:
+            toml = operator_table("slow", slow.url) + operator_table("fast", fast.url)
+            async with bench(tmp_path, clock, toml) as b:
+                running = asyncio.create_task(b.dispatcher.run())
+                for number in range(10):
+                    await b.end(str(number), "slow")
+                for number in range(10):
+                    await b.end(str(number), "fast")
+                await fast.wait_for(10)
+                await until(lambda: b.db.figures["fast"].pending == 0)
+                assert len(slow.received) == 4  # never more than its slots
+                assert b.db.figures["slow"].pending == 10
+                running.cancel()
+
+    async def test_no_operator_gets_more_than_its_concurrency_at_once(self, tmp_path: Path, clock: HandClock) -> None:
+        at_once = most = 0
+        full = asyncio.Event()
+
+        async def count(request: web.Request) -> web.Response:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            if at_once == 3:
+                full.set()
+            await full.wait()
+            await asyncio.sleep(0.01)  # a fourth would come in this time
+            at_once -= 1
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(*[count] * 30) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=3)) as b:
+                running = asyncio.create_task(b.dispatcher.run())
+                for number in range(30):
+                    await b.end(str(number))
+                await until(lambda: b.db.figures["acme"].pending == 0)
+                assert (most, len(operator.received)) == (3, 30)
+                running.cancel()
+
+    async def test_a_row_settled_while_the_next_claim_is_read_is_not_sent_again(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The claim reads the first row as pending; that is settled, and only then the claim's answer comes."""
+        answer_first = asyncio.Event()
+
+        async def late(request: web.Request) -> web.Response:
+            await answer_first.wait()
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(late) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end("first")
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                await b.end("second")
+                read = b.db.claimable
+
+                async def read_then_settle(lanes: Any) -> Any:
+                    found = await read(lanes)
+                    answer_first.set()
+                    await until(lambda: b.db.figures["acme"].pending == 1 and not b.dispatcher.in_flight)
+                    return found
+
+                monkeypatch.setattr(b.db, "claimable", read_then_settle)
+                await b.dispatcher.once()
+                monkeypatch.undo()
+                await b.round()
+                sent = [json.loads(received.body)["sessionId"] for received in operator.received]
+                assert sent == ["first", "second"]
+
+    async def test_a_row_due_again_before_its_slot_is_free_is_not_forgotten(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        """A round comes between the commit of a failed attempt and the end of its task, and finds the row in flight."""
+        async with scripted_operator(web.Response(status=500)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                rounds: list[asyncio.Task[float | None]] = []
+
+                class RoundAfterCommit(StoreObserver):
+                    def delivery_due(self, name: str, sink: str, due_at: int) -> None:
+                        if operator.received and not rounds:
+                            clock.advance(60)
+                            rounds.append(asyncio.create_task(b.dispatcher.once()))
+
+                b.db.observe(RoundAfterCommit())
+                await b.end()
+                await b.round()
+                await asyncio.gather(*rounds)
+                await b.round()
+                assert (await b.row()).state == "delivered"
+
+    async def test_a_hold_of_the_url_leaves_plugins_alone(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "hook_alone.py").write_text("SEEN = []\nasync def hook(event):\n    SEEN.append(event)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        async with scripted_operator(web.Response(status=410)) as operator:
+            toml = operator_table("acme", operator.url) + '[plugins.x]\nuse = "hook_alone:hook"\n'
+            async with bench(tmp_path, clock, toml) as b:
+                await b.end("first")
+                await b.round()
+                await b.end("second")
+                await b.round()
+                assert len(operator.received) == 1
+                rows = [await b.row(name, sink="plugin:x") for name in ("first", "second")]
+                assert [row.state for row in rows] == ["delivered"] * 2
+                import hook_alone  # type: ignore[import-not-found]
+
+                assert [event.id for event in hook_alone.SEEN] == [row.webhook_id for row in rows]
+
+
+@contextlib.asynccontextmanager
+async def dispatching(b: Bench) -> AsyncIterator["asyncio.Task[None]"]:
+    running = asyncio.create_task(b.dispatcher.run())
+    try:
+        yield running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+class OneAtATime:
+    """An operator that answers when it is told to."""
+
+    def __init__(self, *answers: Any) -> None:
+        self._told: asyncio.Queue[None] = asyncio.Queue()
+        self.script = [partial(self._answer, answer) for answer in answers]
+
+    async def _answer(self, answer: Any, request: web.Request) -> Any:
+        await self._told.get()
+        return answer
+
+    def answer(self) -> None:
+        self._told.put_nowait(None)
+
+
+async def some_turns() -> None:
+    """Enough for a request to reach an operator in this process, were one sent."""
+    for _ in range(200):
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+
+
+class Late:
+    """A verb of the store that waits until it is told to go on, as on a slow disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, db: store.Store, verb: str) -> None:
+        self._verb = getattr(db, verb)
+        self.called, self.go_on = asyncio.Event(), asyncio.Event()
+        monkeypatch.setattr(db, verb, self)
+
+    async def __call__(self, argument: Any) -> Any:
+        self.called.set()
+        await self.go_on.wait()
+        return await self._verb(argument)
+
+
+class TestReadingAhead:
+    """Due rows are read before there is a slot for them, and a success leaves its slot before it is stored."""
+
+    OK: ClassVar = {"error": 0}
+
+    async def test_an_attempt_is_followed_by_the_next_while_the_table_is_being_read(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told = OneAtATime(*[self.OK] * 4)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+                for number in range(9):
+                    await b.end(str(number))
+                async with dispatching(b):
+                    await operator.wait_for(2)
+                    reading = Late(monkeypatch, b.db, "claimable")
+                    told.answer()
+                    await reading.called.wait()
+                    told.answer()
+                    await operator.wait_for(4)
+                    assert sorted(b.dispatcher.attempting.values()) == [2]
+                    reading.go_on.set()
+                    told.answer()
+                    told.answer()
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    sent = [json.loads(received.body)["sessionId"] for received in operator.received]
+                    assert sorted(sent) == [str(number) for number in range(9)]
+
+    async def test_a_success_leaves_its_slot_before_it_is_stored_but_not_for_ever(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk takes its time: what a kill would repeat is at most twice the concurrency."""
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+                for number in range(9):
+                    await b.end(str(number))
+                storing = Late(monkeypatch, b.db, "settle")
+                async with dispatching(b):
+                    await operator.wait_for(4)
+                    await until(lambda: b.dispatcher.attempting == {("acme", "http"): 0})
+                    await some_turns()
+                    assert len(operator.received) == 4
+                    storing.go_on.set()
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    assert len(operator.received) == 9
+
+    async def test_a_failure_keeps_its_slot_until_it_is_stored(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with scripted_operator(web.Response(status=500)) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                storing = Late(monkeypatch, b.db, "settle")
+                async with dispatching(b):
+                    await storing.called.wait()
+                    await some_turns()
+                    assert len(operator.received) == 1
+                    storing.go_on.set()
+                    await operator.wait_for(2)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            web.Response(status=410),
+            web.Response(status=503, headers={"Retry-After": "60"}),
+            web.Response(status=500),
+        ],
+        ids=["gone", "retry after", "fifth failure"],
+    )
+    async def test_what_was_read_ahead_is_kept_back_with_the_rest(
+        self, tmp_path: Path, clock: HandClock, answer: web.Response
+    ) -> None:
+        failures = retry.BREAKER_OPENS_AT if answer.status == 500 else 1
+        script = [web.Response(status=500) for _ in range(failures - 1)]
+        async with scripted_operator(*script, answer) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                for number in range(failures + 2):
+                    await b.end(str(number))
+                async with dispatching(b):
+                    await operator.wait_for(failures)
+                    await until(lambda: not b.dispatcher.in_flight)
+                    await some_turns()
+                    assert len(operator.received) == failures
+                    await b.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+                    await operator.wait_for(failures + 2)
+
+    async def test_what_was_read_ahead_goes_out_when_the_pause_is_over(self, tmp_path: Path, clock: HandClock) -> None:
+        async with scripted_operator(web.Response(status=503, headers={"Retry-After": "20"})) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                wait_s = await b.round()
+                assert len(operator.received) == 1
+                assert wait_s is not None
+                assert 20 <= wait_s <= 24
+                clock.advance(wait_s)
+                await b.dispatcher.once()
+                await operator.wait_for(2)
+
+    async def test_a_stop_is_not_followed_by_what_was_read_ahead(self, tmp_path: Path, clock: HandClock) -> None:
+        told = OneAtATime(self.OK)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                async with dispatching(b):
+                    await operator.wait_for(1)
+                draining = asyncio.create_task(b.dispatcher.drain(10))
+                told.answer()
+                await draining
+                await some_turns()
+                assert len(operator.received) == 1
+                assert b.db.figures["acme"].pending == 1
+
+    async def test_what_was_being_read_when_its_operator_left_the_file_is_not_sent(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                reading = Late(monkeypatch, b.db, "claimable")
+                async with dispatching(b):
+                    await reading.called.wait()
+                    b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                    reading.go_on.set()
+                    await some_turns()
+                    assert operator.received == []
+                    b.dispatcher.configure(b.settings, {})
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+
+    async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_has_left_the_file(
+        self, tmp_path: Path, clock: HandClock
+    ) -> None:
+        told = OneAtATime(self.OK)
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
+                await b.end("first")
+                await b.end("second")
+                async with dispatching(b):
+                    await operator.wait_for(1)
+                    b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                    told.answer()
+                    await until(lambda: b.db.figures["acme"].pending == 1)
+                    await some_turns()
+                    assert len(operator.received) == 1
+                    b.dispatcher.configure(b.settings, {})
+                    await until(lambda: b.db.figures["acme"].pending == 0)
+                    assert len(operator.received) == 2
+
+
+class TestStopping:
+    @pytest.mark.parametrize("left", [False, True], ids=["there", "left the file"])
+    async def test_a_bug_ends_the_dispatcher_loudly(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, left: bool
+    ) -> None:
+        """Also of an operator that is gone meanwhile."""
+        told = OneAtATime({"error": 0})
+        async with scripted_operator(*told.script) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                monkeypatch.setattr(b.dispatcher, "_settlement", lambda *_, **__: 1 / 0)
+                await b.end()
+                async with dispatching(b) as running:
+                    await operator.wait_for(1)
+                    if left:
+                        b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+                        await some_turns()
+                    told.answer()
+                    with pytest.raises(ZeroDivisionError):
+                        await asyncio.wait_for(running, 10)
+
+    async def test_what_is_in_flight_is_finished_and_recorded(self, tmp_path: Path, clock: HandClock) -> None:
+        release = asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            await release.wait()
+            return web.json_response({"error": 0})
+
+        async with scripted_operator(slow) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                draining = asyncio.create_task(b.dispatcher.drain(10))
+                await asyncio.sleep(0)
+                release.set()
+                await draining
+                assert (await b.row()).state == "delivered"
+
+    async def test_what_does_not_finish_in_time_stays_pending(self, tmp_path: Path, clock: HandClock) -> None:
+        async def hang(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        async with scripted_operator(hang) as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.dispatcher.once()
+                await operator.wait_for(1)
+                await b.dispatcher.drain(0.05)
+                row = await b.row()
+                assert (row.state, row.attempts) == ("pending", 0)
+
+    async def test_a_result_is_kept_until_the_store_takes_it(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The disk fails between the answer and its record: the row stays in flight and is not sent again."""
+        monkeypatch.setattr("lmdaemon.delivery.dispatcher.STORE_RETRY_S", 0.01)
+        async with scripted_operator() as operator:
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                blocker = store.sqlite3.connect(b.db.path, isolation_level=None)
+
+                async def lock_first(request: web.Request) -> web.Response:
+                    blocker.execute("BEGIN IMMEDIATE")
+                    return web.json_response({"error": 0})
+
+                operator.script.append(lock_first)
+                running = asyncio.create_task(b.dispatcher.run())
+                await until(lambda: b.db.failure is not None)
+                blocker.execute("ROLLBACK")
+                blocker.close()
+                await until(lambda: b.db.figures["acme"].pending == 0)
+                assert len(operator.received) == 1
+                running.cancel()
+
+
+class TestComposing:
+    def settings(self, tmp_path: Path, **keys: Any) -> Settings:
+        return load(
+            tmp_path / "config.toml", operator_table("acme", "https://wallet.example/V4/SessionExpired", **keys)
+        )
+
+    def session(self, **changes: Any) -> Session:
+        facts = {"operator": "acme", "session_id": "s", "player_id": "p", "token": "tok-3n", "reason": "closed"}
+        times = dict.fromkeys(("id", "idle_ms", "opened_at", "seen_ms", "seen_at", "ended_at"), 1)
+        empty = dict.fromkeys(("attributes", "extra", "lifetime_at"))
+        return Session(**(facts | times | empty | changes))  # type: ignore[arg-type]
+
+    def test_a_missing_token_is_said_instead_of_sending_half_a_notice(self, tmp_path: Path) -> None:
+        operator = self.settings(tmp_path).operators["acme"]
+        with pytest.raises(CannotEncode, match="dialect v4 must send 'token', which is not known here"):
+            compose(operator, self.session(token=None))
+        (impossible,) = sinks_of(self.settings(tmp_path), self.session(token=None))
+        assert (impossible.body, impossible.impossible) == (b"", "missing_token")
+
+    def test_an_operator_that_is_gone_has_no_sinks(self, tmp_path: Path) -> None:
+        assert sinks_of(self.settings(tmp_path), self.session(operator="gone")) == []
+
+    def test_signatures_verify_under_every_key_and_no_other(self, tmp_path: Path) -> None:
+        keys = ["whsec_" + "A" * 32, "whsec_" + "B" * 32]
+        (tmp_path / "signing").write_text("\n".join(keys))
+        (tmp_path / "signing").chmod(0o600)
+        operator = self.settings(tmp_path, signing_secret_file="signing").operators["acme"]
+        body = compose(operator, self.session())
+        headers = request_headers(operator, "msg_1_ab", body, time.time())
+        for key in keys:
+            assert Webhook(key).verify(body, headers) == json.loads(body)
+        with pytest.raises(Exception, match="No matching signature"):
+            Webhook("whsec_" + "C" * 32).verify(body, headers)
+
+
+def towards(operator: Operator, url: str) -> Operator:
+    """The operator with a URL that its configuration would not allow."""
+    return msgspec.structs.replace(operator, url=url, target=target.read(url))
+
+
+class TestEgress:
+    async def test_a_name_that_leads_inside_is_refused_at_the_connect(self, clock: HandClock, tmp_path: Path) -> None:
+        toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
+        operator = load(tmp_path / "config.toml", toml).operators["acme"]
+        sender = Sender(clock)
+        # /etc/hosts resolves this name to loopback on every machine, as a hostile DNS might
+        inside = ("localhost", "127.0.0.1", "[::1]", "169.254.169.254", "127.1", "2130706433", "0x7f000001")
+        for host in inside:
+            with pytest.raises(Unreachable, match="private_address"):
+                await sender.post(towards(operator, f"http://{host}:9/"), "msg_1_ab", b"{}")
+        await sender.close()
+
+    async def test_a_public_name_whose_dns_points_inside_is_refused_at_the_connect(
+        self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One private address among its addresses is enough."""
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 9)) for host in ("93.184.216.34", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
+        sender = Sender(clock)
+        operator = load(tmp_path / "config.toml", toml).operators["acme"]
+        with pytest.raises(Unreachable, match="private_address"):
+            await sender.post(towards(operator, "http://wallet.example:9/"), "i", b"")
+        await sender.close()
+
+    async def test_proxies_of_the_environment_are_ignored(
+        self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One would see every notice, and resolve names where no guard stands."""
+        async with scripted_operator() as proxy, scripted_operator() as operator:
+            for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+                monkeypatch.setenv(name, proxy.url)
+            monkeypatch.delenv("no_proxy", raising=False)
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+                await b.end()
+                await b.round()
+            assert (len(proxy.received), len(operator.received)) == (0, 1)
+
+    async def test_the_guard_refuses_every_name_with_a_private_address(self) -> None:
+        with pytest.raises(OSError, match="private_address"):
+            await Resolver(guarded=True).resolve("localhost", 80)
+
+
+class TestALookup:
+    async def test_names_that_are_never_found_delay_nobody_elses(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """More of them than any pool of threads would have."""
+        hold, real = threading.Event(), socket.getaddrinfo
+        hanging: list[str] = []
+
+        def getaddrinfo(host: str, *rest: Any, **named: Any) -> Any:
+            if host.startswith("dead"):
+                hanging.append(host)
+                hold.wait(20)
+                raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+            return real("127.0.0.1", *rest, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        names = [f"dead{number}" for number in range(40)]
+        toml = "".join(operator_table(name, f"http://{name}.example/", timeout="1s") for name in names)
+        async with scripted_operator() as operator:
+            port = operator.url.rpartition(":")[2]
+            toml += operator_table("good", f"http://wallet.example:{port}")
+            async with bench(tmp_path, clock, toml) as b:
+                for name in [*names, "good"]:
+                    await b.end("s", name)
+                await b.round()
+                await until(lambda: len(hanging) == 40)
+                assert (await b.row("s", "good")).state == "delivered"
+                assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
+                hold.set()
+                await until(lambda: Resolver.running == 0)
+
+    async def test_a_name_that_is_not_found_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        async with bench(tmp_path, clock, operator_table("acme", "http://nobody.invalid/")) as b:
+            await b.end()
+            await b.round()
+            assert ((await b.row()).last_error, (await b.row()).attempts) == ("dns", 1)
+
+    async def test_a_thread_that_cannot_be_had_costs_one_attempt_and_no_later_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
+            with pytest.raises(OSError, match="lookups"):
+                await Resolver(guarded=False).resolve("localhost", 80)
+        assert Resolver.running == 0
+        assert await Resolver(guarded=False).resolve("localhost", 80)
+
+    async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As many as that, and no more; one that ends makes room for another."""
+        go_on = threading.Event()
+        found = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: go_on.wait(20) and found)
+        monkeypatch.setattr(resolver, "LOOKUPS_MAX", 2)
+        look_up = Resolver(guarded=False).resolve
+        hanging = [asyncio.ensure_future(look_up("localhost", 80)) for _ in range(2)]
+        await until(lambda: Resolver.running == 2)
+        with pytest.raises(OSError, match="lookups"):
+            await look_up("localhost", 80)
+        go_on.set()
+        assert all(await asyncio.gather(*hanging))
+        assert await look_up("localhost", 80)
+
+
+async def test_an_attempt_that_breaks_something_in_us_is_a_failure_like_any_other(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer nobody thought of must not stop the daemon, again and again, for everybody."""
+
+    def judge(*_: Any, **__: Any) -> None:
+        raise KeyError("tok-3n")
+
+    async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+        with hear() as events, monkeypatch.context() as broken:
+            broken.setattr(retry, "judge", judge)
+            await b.end()
+            await b.round()
+        row = await b.row()
+        assert (row.state, row.attempts, row.last_error) == ("pending", 1, "internal_error")
+        (failed,) = [event for event in events if event.name == "delivery.attempt_failed"]
+        assert failed.facts["error"] == "KeyError"
+        assert "tok-3n" not in str(failed)
+        await b.skip_to(row)
+        await b.round()
+        assert (await b.row()).state == "delivered"
+
+
+async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path: Path, clock: HandClock) -> None:
+    """As after a start with a clock from a wrong century, put right later."""
+    clock.step_wall(73 * 365 * 86400)
+    toml = operator_table("acme", "http://x/")
+    answers = [web.Response(status=500) for _ in range(5)]
+    async with scripted_operator(*answers) as operator:
+        async with bench(tmp_path, clock, toml.replace("http://x/", operator.url)) as b:
+            for number in range(5):
+                await b.end(f"s{number}")
+            await b.round()
+            assert b.db.gate("acme").failures == 5
+            with hear() as events:
+                clock.step_wall(-73 * 365 * 86400)
+                for _ in range(10):  # each wait is as long as it was meant to be, and no longer
+                    await b.round()
+                    clock.advance(6)
+            assert "clock.set_back" in [event.name for event in events]
+            assert {(await b.row(f"s{number}")).state for number in range(5)} == {"delivered"}
+
+
+async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing_waiting(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    """The wait was reckoned with the old time, and the round that notices the step passes over the row in flight."""
+    async with scripted_operator(web.Response(status=500)) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            settle, asked, hold = b.db.settle, asyncio.Event(), asyncio.Event()
+
+            async def slow(settlement: Any) -> Any:
+                asked.set()
+                await hold.wait()
+                return await settle(settlement)
+
+            b.db.settle = slow  # type: ignore[method-assign]
+            await b.end()
+            await b.dispatcher.once()
+            await asked.wait()
+            clock.step_wall(-3600)
+            await b.dispatcher.once()
+            hold.set()
+            await b.round()
+            clock.advance(6)  # the first wait of the schedule
+            await b.round()
+            assert (await b.row()).state == "delivered"
+
+
+async def test_a_wall_clock_that_was_set_back_while_nobody_ran_leaves_no_delivery_waiting(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    toml = operator_table("acme", "http://x/")
+    async with scripted_operator(web.Response(status=429, headers={"Retry-After": "60"})) as operator:
+        toml = toml.replace("http://x/", operator.url)
+        async with bench(tmp_path, clock, toml) as b:
+            for session_id in ("s", "behind"):
+                await b.end(session_id)
+            await b.round()
+        clock.step_wall(-86400)
+        async with bench(tmp_path, clock, toml) as b:
+            await b.round()
+            clock.advance(73)  # what Retry-After asked for, and its jitter
+            await b.round()
+            assert {(await b.row(one)).state for one in ("s", "behind")} == {"delivered"}
+
+
+async def test_a_wall_clock_that_is_set_back_keeps_the_pace_of_what_is_retried_by_hand(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    async with scripted_operator(*({"error": 120} for _ in range(30))) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            for number in range(30):
+                await b.end(str(number))
+            await b.round()
+            assert await b.db.retry_dead("acme", 0) == 30
+            await b.dispatcher.once()
+            clock.step_wall(-3600)
+            arrived = []
+            for _ in range(30):
+                await b.round()
+                arrived.append(len(operator.received) - 30)
+                clock.advance(0.1)
+            assert max(later - earlier for earlier, later in pairwise(arrived)) <= 2  # at most ten a second
+            assert arrived[-1] >= 29
+
+
+async def test_an_operator_that_leaves_the_file_and_comes_back_is_not_sent_what_is_under_way(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    hold = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        await hold.wait()
+        return web.json_response({"error": 0})
+
+    async with scripted_operator(slow) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            await b.end()
+            await b.dispatcher.once()
+            await operator.wait_for(1)
+            b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
+            b.dispatcher.configure(b.settings, {})
+            await b.dispatcher.once()
+            assert b.dispatcher.in_flight == 1
+            hold.set()
+            await b.round()
+            assert len(operator.received) == 1
+            assert (await b.row()).state == "delivered"
+
+
+async def test_what_waits_is_looked_at_once_a_minute_whatever_is_believed(tmp_path: Path, clock: HandClock) -> None:
+    async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+        await b.round()
+        await b.end()
+        b.dispatcher._lanes["acme", "http"].next_due_at = None  # overlooked, as a bug might
+        wait_s = await b.round()
+        assert wait_s is not None
+        assert 1 < wait_s <= delivery.LOOK_AGAIN_MS / 1000
+        clock.advance(wait_s)
+        assert await b.round() is None  # nothing is pending, so nothing is looked at
+        assert (await b.row()).state == "delivered"
+
+
+async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: Path, clock: HandClock) -> None:
+    """More attempts end than rows were read for. What was not read is still there, and nobody else wakes the lane."""
+    release = [asyncio.Event() for _ in range(4)]
+    waiting = iter(release)
+
+    async def slow(request: web.Request) -> web.Response:
+        await next(waiting).wait()
+        return web.json_response({"error": 0})
+
+    async with scripted_operator(*[slow] * 4) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            for number in range(12):
+                await b.end(str(number))
+            await b.dispatcher.once()
+            await operator.wait_for(4)
+            release[0].set()
+            await until(lambda: b.dispatcher.in_flight == 3)
+            claimable = b.db.claimable
+
+            async def slowly(claims: Any) -> Any:
+                found = await claimable(claims)
+                for one in release:
+                    one.set()
+                await until(lambda: b.dispatcher.in_flight == 0)
+                return found
+
+            b.db.claimable = slowly  # type: ignore[method-assign]
+            await b.dispatcher.once()
+            b.db.claimable = claimable  # type: ignore[method-assign]
+            await b.round()
+            assert {(await b.row(str(number))).state for number in range(12)} == {"delivered"}
+
+
+async def test_nothing_begins_before_an_answer_that_keeps_the_operator_back_is_stored(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots: a success frees its slot while the other answer, with Retry-After, waits for the disk."""
+    script = [web.Response(status=503, headers={"Retry-After": "60"}), web.json_response({"error": 0})]
+    async with scripted_operator(*script) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
+            for name in ("a", "b", "c"):
+                await b.end(name)
+            stored, settle = asyncio.Event(), b.db.settle
+
+            async def late(settlement: Any) -> Any:
+                if settlement.state == "pending":
+                    await stored.wait()
+                return await settle(settlement)
+
+            monkeypatch.setattr(b.db, "settle", late)
+            await b.dispatcher.once()
+            await until(lambda: len(operator.received) == 2 and b.dispatcher.in_flight == 1)
+            await b.dispatcher.once()
+            assert b.dispatcher.in_flight == 1
+            stored.set()
+            await until(lambda: not b.dispatcher.in_flight)
+            await b.dispatcher.once()
+            assert len(operator.received) == 2

@@ -1,0 +1,291 @@
+"""`/metrics`: what happens is counted where it happens, and the number of series has a bound."""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from clocks import HandClock
+from support import LISTEN, Serving, bench, operator_table, scrape, scripted_operator, serving, until
+
+from lmdaemon.metrics import Metrics, _Process
+from lmdaemon.model import Gate
+from lmdaemon.store.contract import Opening, StoreError
+from lmdaemon.store.sqlite import file as database
+
+ACME = """
+[operators.acme]
+provider_id = "luckymonaco"
+"""
+NOTIFY = 'notify = true\nurl = "{url}"\nallow_private_network = true\nschedule = ["1h"]\n'
+NO_GRACE = '[sessions]\nrestart_grace = "0s"\n'
+SESSION = {"playerId": "p", "token": "tok-3n"}
+NOTICE = {"providerId": "luckymonaco", "sessionId": "told", "externalPlayerId": "p", "token": "tok-3n"}
+
+
+async def call(daemon: Serving, method: str, path: str, **options: object) -> int:
+    async with daemon.client.request(method, daemon.api + path, **options) as answer:  # type: ignore[arg-type]
+        await answer.read()
+        return answer.status
+
+
+async def notify(daemon: Serving, **fields: str) -> int:
+    async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=NOTICE | fields) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def test_opens_touches_and_ends_are_counted_by_operator(tmp_path: Path) -> None:
+    async with serving(tmp_path, ACME) as d:
+        path = "/v1/operators/acme/sessions"
+        before = await scrape(d)
+        assert before['lmdaemon_sessions_opened_total{operator="acme"}'] == 0  # the first one is an increase
+        assert before['lmdaemon_sessions_ended_total{operator="acme",reason="inactivity"}'] == 0
+        for name in ("s-1", "s-2"):
+            assert await call(d, "PUT", f"{path}/{name}", json=SESSION) == 201
+        assert await call(d, "PUT", f"{path}/s-1", json=SESSION) == 200  # a touch
+        assert await call(d, "POST", f"{path}/s-1/touch") == 204
+        assert await call(d, "POST", f"{path}/touch", json={"sessionIds": ["s-1", "s-2", "none"]}) == 200
+        assert await call(d, "POST", f"{path}/s-1/close") == 200
+        assert await call(d, "POST", f"{path}/s-1/touch") == 410
+        assert await notify(d, sessionId="s-2") == 200
+        after = await scrape(d)
+    assert after['lmdaemon_sessions_opened_total{operator="acme"}'] == 2
+    assert after['lmdaemon_touches_total{operator="acme"}'] == 4
+    assert after['lmdaemon_sessions_ended_total{operator="acme",reason="closed"}'] == 1
+    assert after['lmdaemon_sessions_ended_total{operator="acme",reason="reported"}'] == 1
+    assert after['lmdaemon_api_errors_total{status="410"}'] == 1
+
+
+async def test_the_lag_of_an_expiry_is_measured(tmp_path: Path) -> None:
+    async with serving(tmp_path, NO_GRACE + ACME) as d:
+        body = SESSION | {"idleTimeoutSeconds": 1}
+        assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=body) == 201
+        await until(lambda: d.daemon._store.live == 0)
+        after = await scrape(d)
+    assert after["lmdaemon_expiry_lag_seconds_count"] == 1
+    assert after["lmdaemon_event_loop_lag_seconds_count"] >= 1
+
+
+async def test_attempts_are_counted_and_timed_by_operator_and_sink(tmp_path: Path) -> None:
+    refused = {"error": 100, "description": "later"}
+    async with scripted_operator(refused) as operator:
+        async with serving(tmp_path, ACME + NOTIFY.format(url=operator.url)) as d:
+            for session in ("a", "b"):
+                assert await notify(d, sessionId=session) == 200
+                await operator.wait_for(1 if session == "a" else 2)
+            await until(lambda: d.daemon._store.figures["acme"].pending == 1)
+            after = await scrape(d)
+    lane = 'operator="acme",'
+    assert after[f'lmdaemon_delivery_attempts_total{{{lane}outcome="delivered",sink="http"}}'] == 1
+    assert after[f'lmdaemon_delivery_attempts_total{{{lane}outcome="retry",sink="http"}}'] == 1
+    assert after[f'lmdaemon_delivery_attempts_total{{{lane}outcome="final",sink="http"}}'] == 0
+    assert after[f'lmdaemon_delivery_attempt_duration_seconds_count{{{lane}sink="http"}}'] == 2
+    assert after[f'lmdaemon_deliveries_overdue_seconds{{{lane}sink="http"}}'] == 0
+
+
+async def test_a_delivery_that_waits_for_a_slot_is_overdue_and_one_whose_operator_is_kept_back_is_not(
+    tmp_path: Path, clock: HandClock
+) -> None:
+    go_on = asyncio.Event()
+
+    async def slow(_: object) -> dict[str, int]:
+        await go_on.wait()
+        return {"error": 0}
+
+    async with scripted_operator(slow) as operator:
+        toml = ACME + NOTIFY.format(url=operator.url) + "concurrency = 1\n"
+        async with serving(tmp_path, toml, clock) as d:
+            lane = '{operator="acme",sink="http"}'
+            assert await notify(d, sessionId="a") == 200
+            await operator.wait_for(1)
+            assert await notify(d, sessionId="b") == 200
+            clock.advance(7)
+            waits = await scrape(d)
+            assert waits[f"lmdaemon_deliveries_in_flight{lane}"] == 1
+            assert waits[f"lmdaemon_deliveries_overdue_seconds{lane}"] == 7
+            assert await call(d, "POST", "/v1/operators/acme/hold") == 200
+            held = await scrape(d)
+            assert held[f"lmdaemon_deliveries_overdue_seconds{lane}"] == 0
+            assert held['lmdaemon_operator_held{operator="acme"}'] == 1
+            go_on.set()
+
+
+async def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(tmp_path: Path, clock: HandClock) -> None:
+    async with bench(tmp_path, clock, operator_table("acme", "http://127.0.0.1:1/")) as b:
+        (lane,) = b.dispatcher._lanes.values()
+        now_at = clock.wall_ms()
+        lane.next_due_at = now_at - 60_000
+        assert lane.overdue_s(Gate(), now_at) == 60
+        assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
+        assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
+        lane.next_due_at = 0  # about to be looked up
+        assert lane.overdue_s(Gate(), now_at) == 0
+
+
+async def test_an_operator_that_leaves_the_file_takes_its_series_along_once_nothing_of_it_waits(tmp_path: Path) -> None:
+    async with serving(tmp_path, ACME + NOTIFY.format(url="http://127.0.0.1:1/")) as d:
+        path = "/v1/operators/acme"
+        assert await call(d, "POST", path + "/hold") == 200
+        assert await call(d, "PUT", path + "/sessions/s", json=SESSION) == 201
+        assert await call(d, "POST", path + "/sessions/s/close") == 200
+        assert await notify(d, sessionId="s") == 200
+        (tmp_path / "config.toml").write_text(LISTEN + ACME.replace("acme", "other"))
+        await d.daemon.reload_once()
+        after = await scrape(d)
+        kept = {series.partition("{")[0] for series in after if 'operator="acme"' in series}
+        assert kept == {
+            "lmdaemon_sessions_live",
+            "lmdaemon_deliveries_pending",
+            "lmdaemon_deliveries_dead",
+            "lmdaemon_deliveries_oldest_pending_seconds",
+            "lmdaemon_operator_held",
+            "lmdaemon_operator_breaker_state",
+            "lmdaemon_operator_not_before_timestamp_seconds",
+        }
+        assert 'lmdaemon_touches_total{operator="other"}' in after
+        d.daemon._metrics.touched("acme", 1)  # by a request that had begun before
+        d.daemon._store.figures["acme"].pending = 0
+
+        async def gone() -> bool:  # the oldest delivery's age is asked for once a second
+            return not [series for series in await scrape(d) if 'operator="acme"' in series]
+
+        await until(gone)
+
+
+def test_a_sink_that_leaves_the_file_takes_its_series_along() -> None:
+    metrics = Metrics()
+    metrics.configure(["acme"], [("acme", "http"), ("acme", "plugin:x")], ["closed"])
+    metrics.attempted("acme", "plugin:x", "delivered", 0.1)
+    assert b"plugin:x" in metrics.text()
+    metrics.configure(["acme"], [("acme", "http")], ["closed"])
+    metrics.attempted("acme", "plugin:x", "delivered", 0.1)
+    assert b"plugin:x" not in metrics.text()
+
+
+async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, ACME) as d:
+        store = d.daemon._store
+        monkeypatch.setattr(database, "QUEUE_MAX", 0)
+        assert await notify(d) == 503
+        assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 503
+        monkeypatch.setattr(database, "QUEUE_MAX", 20_000)
+        monkeypatch.setattr(database, "LOOKS_MAX", 0)
+        assert await call(d, "GET", "/v1/operators/acme/sessions/s") == 503
+        monkeypatch.setattr(database, "READS_MAX", 0)
+        with pytest.raises(StoreError):
+            await store.oldest_pending(["acme"])
+        monkeypatch.setattr(database, "READS_MAX", 1000)
+        with pytest.raises(StoreError):
+            await store._db.read(lambda sql: sql.execute("SELECT * FROM nothing"))
+        after = await scrape(d)
+    assert after['lmdaemon_store_refused_operations_total{reason="queue_full"}'] == 2
+    assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 2
+    assert after['lmdaemon_store_refused_operations_total{reason="reading_failed"}'] == 1
+    assert after['lmdaemon_store_refused_operations_total{reason="writing_failed"}'] == 0
+    assert after['lmdaemon_notices_not_taken_total{status="503"}'] == 1
+    assert after['lmdaemon_api_errors_total{status="503"}'] == 2
+
+
+async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with serving(tmp_path, ACME) as d:
+        with monkeypatch.context() as patch:
+            patch.setattr(database._Files, "check", full)
+            assert await notify(d) == 503
+            failing = await scrape(d)
+        assert failing["lmdaemon_store_writable"] == 0
+        assert failing['lmdaemon_service_clock_frozen{reason="store"}'] == 1
+        assert failing['lmdaemon_store_refused_operations_total{reason="writing_failed"}'] >= 1
+        assert await notify(d) == 200
+        works = await scrape(d)
+        assert works['lmdaemon_service_clock_frozen{reason="store"}'] == 0
+        assert works["lmdaemon_store_writable"] == 1
+
+
+async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_S", 3600)  # the file would grow between two looks at it
+    async with serving(tmp_path, ACME) as d:
+        store = d.daemon._store
+        before = await scrape(d)
+        opened = [store.open_session(Opening("acme", f"s{n}", "p", "t", None, 60_000, 0)) for n in range(30)]
+        await asyncio.gather(*opened)
+        await store.probe()
+        made = store._db.commits
+        after = await scrape(d)
+        commits = after["lmdaemon_store_commit_duration_seconds_count"]
+        assert commits > before["lmdaemon_store_commit_duration_seconds_count"]
+        assert commits == after["lmdaemon_store_batch_operations_count"]
+        assert made <= commits <= store._db.commits  # the daemon also writes of its own accord
+        operations = after["lmdaemon_store_batch_operations_sum"] - before["lmdaemon_store_batch_operations_sum"]
+        assert operations >= 31
+        assert after["lmdaemon_store_file_bytes"] == (tmp_path / "lmdaemon.sqlite3").stat().st_size
+        assert 0 < after["lmdaemon_store_wal_bytes"] <= (tmp_path / "lmdaemon.sqlite3-wal").stat().st_size
+
+
+async def test_connections_and_those_turned_away_are_counted_by_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, ACME) as d:
+        before = await scrape(d)
+        assert before['lmdaemon_http_connections{listener="api"}'] >= 1
+        monkeypatch.setattr(d.daemon._sites["server"], "most", 0)
+        host, port = d.server.removeprefix("http://").split(":")
+
+        def knock() -> bytes:
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                return connection.recv(64)
+
+        assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
+        after = await scrape(d)
+    assert after['lmdaemon_http_connections_refused_total{limit="listener",listener="server"}'] == 1
+    assert after['lmdaemon_http_connections_refused_total{limit="address",listener="server"}'] == 0
+    assert after['lmdaemon_http_connections_refused_total{limit="listener",listener="api"}'] == 0
+
+
+async def test_a_failed_reload_leaves_the_time_of_the_last_good_one(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, ACME, clock) as d:
+        started_at = clock.wall_ms() / 1000
+        clock.advance(60)
+        (tmp_path / "config.toml").write_text("nonsense = 1")
+        await d.daemon.reload_once()
+        failed = await scrape(d)
+        assert failed["lmdaemon_config_last_reload_successful"] == 0
+        assert failed["lmdaemon_config_last_reload_success_timestamp_seconds"] == started_at
+        (tmp_path / "config.toml").write_text(LISTEN + ACME)
+        await d.daemon.reload_once()
+        good = await scrape(d)
+        assert good["lmdaemon_config_last_reload_successful"] == 1
+        assert good["lmdaemon_config_last_reload_success_timestamp_seconds"] == started_at + 60
+
+
+async def test_a_stall_is_counted_in_seconds(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, ACME, clock) as d:
+        assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 201
+        await until(lambda: d.daemon._sweeper._ticking)
+        clock.advance(30)
+        d.daemon._sweeper.wake()
+        await until(lambda: d.daemon._sweeper.lost_s)
+        assert (await scrape(d))["lmdaemon_stalled_seconds_total"] == 30
+
+
+def test_the_process_is_measured_also_where_the_unit_hides_all_of_proc_but_processes(tmp_path: Path) -> None:
+    (tmp_path / "self").symlink_to(f"/proc/{os.getpid()}")
+    values = {
+        sample.name: sample.value
+        for metric in _Process(proc=str(tmp_path), registry=None).collect()
+        for sample in metric.samples
+    }
+    stat = Path("/proc/stat").read_text()
+    booted_at = int(stat.partition("\nbtime ")[2].split()[0])
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    assert values["process_start_time_seconds"] == pytest.approx(booted_at + ticks / os.sysconf("SC_CLK_TCK"), abs=10)
+    assert values["process_resident_memory_bytes"] > 1e6
+    assert values["process_open_fds"] > 2

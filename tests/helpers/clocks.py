@@ -1,0 +1,26 @@
+"""A clock that a test moves by hand."""
+
+from lmdaemon.clock import Clock
+
+
+class HandClock(Clock):
+    """A clock that stands still until it is moved: `wall` in milliseconds since the epoch, `mono` in seconds."""
+
+    def __init__(self) -> None:
+        self.wall = 1_790_000_000_000
+        self.mono = 1000.0
+
+    def wall_ms(self) -> int:
+        return int(self.wall)
+
+    def monotonic(self) -> float:
+        return self.mono
+
+    def advance(self, seconds: float) -> None:
+        """Time passes, on both clocks."""
+        self.mono += seconds
+        self.wall += round(seconds * 1000)
+
+    def step_wall(self, seconds: float) -> None:
+        """Somebody sets the wall clock."""
+        self.wall += round(seconds * 1000)

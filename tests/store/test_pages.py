@@ -1,0 +1,256 @@
+"""What people look at: every filter has an index, work and size of a page are bounded, nothing secret is read."""
+
+import asyncio
+import contextlib
+import re
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clocks import HandClock
+from support import hear, open_store, until
+
+from lmdaemon.model import Delivery, Session
+from lmdaemon.store.contract import NewDelivery, Opening, Page, Settlement, StoreError
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages
+from lmdaemon.store.sqlite.store import Store
+
+STATES = (None, "pending", "delivered", "dead")
+MANY = 20_000
+# Sessions 1 to MANY of two operators and five players; 3 of 4 have ended, and each of these was delivered long ago. The
+# first few went elsewhere, too.
+DELIVERY = "nonce, session, operator, sink, state, created_at, due_at, settled_at, aged_from_at, held_base_ms, body"
+FILL = f"""
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {MANY})
+INSERT INTO session (id, operator, session_id, player_id, token, idle_ms, opened_at, seen_ms, seen_at, due_ms)
+SELECT i, iif(i % 2, 'acme', 'other'), i, 'p' || (i % 5), 'tok-3n', 1000, i, 0, i, 1000 FROM n;
+UPDATE session SET ended_at = id, reason = 'closed' WHERE id % 4;
+INSERT INTO delivery ({DELIVERY})
+SELECT 'x', id, operator, 'http', 'delivered', id, id, id, id, 0, x'' FROM session WHERE reason IS NOT NULL;
+INSERT INTO delivery ({DELIVERY})
+SELECT 'x', id, operator, 'plugin:old', iif(id % 3, 'dead', 'pending'), id, id, id, id, 0, x'' FROM session
+WHERE reason IS NOT NULL AND id < 20;
+INSERT INTO operator (name) VALUES ('acme'), ('other');
+"""
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy is no finding."""
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+
+
+@pytest.fixture
+async def full(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
+    path = tmp_path / "test.sqlite3"
+    async with open_store(path, clock):
+        pass
+    with contextlib.closing(sqlite3.connect(path)) as sql:
+        sql.executescript(FILL)
+    async with open_store(path, clock) as store:
+        yield store
+
+
+@pytest.fixture
+async def db(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
+    async with open_store(tmp_path / "test.sqlite3", clock) as store:
+        store.sinks_of = lambda session: [NewDelivery("http", b"tok-3n")]
+        yield store
+
+
+async def on_desk(db: Store, function: Callable[..., Any], *arguments: Any) -> Any:
+    """On the connection for people's reads."""
+    return await db._db._desk._thread.run(function, *arguments)
+
+
+def everything_asked(db: Store) -> list[Callable[[], Any]]:
+    """Every read that the API can ask for: all filters in all combinations, at the beginning and further on."""
+    asked: list[Callable[[], Any]] = [
+        lambda: db.shown_session("acme", "1"),
+        lambda: db.delivery("msg_1_x"),
+        lambda: db.oldest_pending_shown(["acme", "other", "none"]),
+        lambda: db.has_sink("plugin:none"),
+        lambda: db.retry_dead("none", 0),
+    ]
+    for state, player, after in product((None, "active", "ended"), (None, "p1", "p9"), (None, 500)):
+        asked.append(lambda s=state, p=player, a=after: db.sessions("acme", state=s, player_id=p, limit=10, after=a))
+    for operator, sink, one, after in product(
+        (None, "acme", "none"), (None, "http", "plugin:old", "plugin:none"), STATES, (None, 500)
+    ):
+        asked.append(
+            lambda o=operator, k=sink, s=one, a=after: db.deliveries(operator=o, sink=k, state=s, limit=10, after=a)
+        )
+    return asked
+
+
+async def test_every_read_for_people_goes_through_an_index(full: Store) -> None:
+    statements: set[str] = set()
+    await on_desk(full, lambda sql: sql.set_trace_callback(statements.add))
+    for ask in everything_asked(full):
+        await ask()
+    await on_desk(full, lambda sql: sql.set_trace_callback(None))
+    asked = [one for one in statements if "FROM" in one]
+    assert len(asked) > 50
+    with contextlib.closing(sqlite3.connect(full.path)) as sql:
+        for statement in asked:
+            plan = " | ".join(row[3] for row in sql.execute("EXPLAIN QUERY PLAN " + statement))
+            assert not re.search(r"SCAN (session|delivery|operator|d|s|o)\b|TEMP B-TREE|AUTOMATIC", plan), (
+                statement,
+                plan,
+            )
+
+
+async def test_a_page_takes_work_for_its_rows_however_many_there_are(full: Store) -> None:
+    """Counted in steps of SQLite's machine: to look at each row of a table takes 100,000."""
+    steps = [0]
+
+    def count() -> None:
+        steps[0] += 1
+
+    await on_desk(full, lambda sql: sql.set_progress_handler(count, 100))
+    for ask in everything_asked(full):
+        steps[0] = 0
+        await ask()
+        assert steps[0] * 100 < 50_000
+
+
+@pytest.mark.parametrize("state", ["active", "ended"])
+async def test_a_player_with_many_sessions_is_looked_through_page_by_page(
+    full: Store, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page ends where it has looked at enough; whoever goes on behind `next` gets all of them, and none twice."""
+    monkeypatch.setattr(pages, "PLAYER_ROWS", 200)
+    monkeypatch.setattr(pages, "PLAYER_BLOCK", 100)
+    found: list[int] = []
+    after, sizes = None, []
+    while True:
+        page = await full.sessions("acme", state=state, player_id="p1", limit=150, after=after)
+        found += [session.id for session in page.rows]
+        sizes.append(len(page.rows))
+        if page.next is None:
+            break
+        after = page.next
+    assert found == [i for i in range(MANY, 0, -1) if i % 2 and i % 5 == 1 and bool(i % 4) == (state == "ended")]
+    assert max(sizes) <= 150
+    if state == "active":  # no session of acme is: it has the odd numbers
+        assert set(sizes) == {0}
+        assert len(sizes) == 1 + MANY // 10 // 200
+
+
+async def test_pages_show_neither_token_nor_body_nor_what_nobody_sees(db: Store) -> None:
+    await db.open_session(Opening("acme", "s", "p", "tok-3n", '{"a":1}', 1000, 0))
+    await db.end("acme", "s")
+    found = await db.shown_session("acme", "s")
+    assert found is not None
+    (listed,) = (await db.sessions("acme", state=None, player_id=None, limit=1, after=None)).rows
+    (delivery,) = (await db.deliveries(operator=None, sink=None, state=None, limit=1, after=None)).rows
+    one = await db.delivery(delivery.webhook_id)
+    stored = await db.session("acme", "s")
+    assert stored is not None
+    assert (stored[0].token, stored[1][0].body) == ("tok-3n", b"tok-3n")
+    assert found[0] == listed == stored[0]._replace(token=None, extra=None)
+    assert found[1] == [delivery] == [one] == [stored[1][0]._replace(token=None, body=b"")]
+
+
+async def test_a_page_is_read_up_to_its_bytes(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PAGE_BYTES", 100_000)
+    attributes = '{"a":"' + "x" * 4000 + '"}'
+    await asyncio.gather(
+        *(db.open_session(Opening("acme", f"{n}", "p", None, attributes, 1000, 0)) for n in range(450))
+    )
+    names: list[str] = []
+    after, sizes = None, []
+    while True:
+        page = await db.sessions("acme", state=None, player_id=None, limit=1000, after=after)
+        names += [session.session_id for session in page.rows]
+        sizes.append(len(page.rows))
+        if page.next is None:
+            break
+        after = page.next
+    assert sizes == [100, 100, 100, 100, 50]  # what one statement reads is the least
+    assert names == [str(number) for number in reversed(range(450))]
+
+
+# -- on a connection of their own
+
+
+def endless(sql: sqlite3.Connection, started: threading.Event | None = None) -> None:
+    if started is not None:
+        started.set()
+    sql.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n").fetchone()
+
+
+async def test_a_read_for_people_that_takes_too_long_ends_with_its_reason(
+    db: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOOK_S", 0.05)
+    with hear() as events, pytest.raises(StoreError, match=r"reading took longer than 0\.05 s"):
+        await db._db.look(endless)
+    assert [(event.name, event.facts["reason"]) for event in events] == [("store.overloaded", "reading_too_slow")]
+    assert db.refused["reading_too_slow"] == 1
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    assert await db.delivery("msg_1_x") is None  # the connection is free again
+
+
+async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
+    started = threading.Event()
+    slow = asyncio.ensure_future(db._db.look(endless, started))
+    await until(started.is_set)
+    waiting = [asyncio.ensure_future(db.delivery("msg_1_x")) for _ in range(10)]
+    await asyncio.sleep(0)
+    assert await db.claimable([]) == []
+    assert await db.oldest_pending(["acme"]) == {"acme": None}
+    assert not any(one.done() for one in (slow, *waiting))
+    slow.cancel()
+    assert await asyncio.gather(*waiting) == [None] * 10
+
+
+@pytest.mark.parametrize("moment", ["before it begins", "while it runs"])
+async def test_a_read_whose_caller_has_gone_ends_and_hits_nobody_else(db: Store, moment: str) -> None:
+    for _ in range(50):
+        started = threading.Event()
+        gone = asyncio.ensure_future(db._db.look(endless, started))
+        await asyncio.sleep(0)
+        if moment == "while it runs":
+            await until(started.is_set)
+        next_one = asyncio.ensure_future(db.delivery("msg_1_x"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await next_one is None
+    assert db.refused["reading_failed"] == 0
+
+
+async def test_few_people_wait_at_a_time(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "LOOKS_MAX", 3)
+    asked = [asyncio.ensure_future(db.delivery("msg_1_x")) for _ in range(5)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert results[:3] == [None] * 3
+    assert [str(result) for result in results[3:]] == ["too many readers are waiting"] * 2
+
+
+async def test_a_page_is_of_one_moment(db: Store) -> None:
+    """A delivery that is settled while a page is read is neither on it twice nor missing."""
+    await db.open_session(Opening("acme", "s", "p", None, None, 1000, 0))
+    await db.end("acme", "s")
+    (delivery,) = (await db.deliveries(operator="acme", sink=None, state=None, limit=9, after=None)).rows
+    stored = await db.session("acme", "s")
+    assert stored is not None
+    begun, settled = threading.Event(), threading.Event()
+
+    def read(sql: sqlite3.Connection) -> Page[Delivery]:
+        assert pages.has_sink(sql, ["acme"], "http")
+        begun.set()
+        assert settled.wait(10)
+        return pages.delivery_page(sql, ["acme"], None, None, 9, pages.BEYOND)
+
+    reading = asyncio.ensure_future(db._db.look(read))
+    await until(begun.is_set)
+    await db.settle(Settlement(stored[1][0], "delivered", 0, 0, {"at": 1}))
+    settled.set()
+    assert (await reading).rows == [delivery]
+    assert isinstance(stored[0], Session)

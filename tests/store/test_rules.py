@@ -1,0 +1,386 @@
+"""What a batch changes: `decide` in tables of cases, and the whole store against plain dictionaries."""
+
+import asyncio
+import dataclasses
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from clocks import HandClock
+from plain_store import PlainStore, sinks_of_two
+from support import open_store
+
+from lmdaemon import retry
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import (
+    Claim,
+    Closing,
+    Figures,
+    GateChange,
+    NewDelivery,
+    Opening,
+    Operation,
+    Probe,
+    Pruning,
+    Recording,
+    RetryDead,
+    RetryOne,
+    Settlement,
+    Sweep,
+    Touching,
+)
+from lmdaemon.store.rules import Facts, FactsNeeded, World, decide, must_look_up
+from lmdaemon.store.sqlite.store import Store
+
+IDLE_MS = 1000
+WORLD = World(service_ms=5000, wall_at=900_000, last_session=7, configured=frozenset({"acme"}))
+
+
+def opening(session_id: str = "s", operator: str = "acme", player_id: str = "p", token: str | None = "t") -> Opening:
+    return Opening(operator, session_id, player_id, token, None, IDLE_MS, 0)
+
+
+def recording(session_id: str = "s", **facts: Any) -> Recording:
+    given = {"player_id": "p", "token": "t", "compare_token": False, "accept_unknown": True, "extra": None, **facts}
+    return Recording(operator="acme", session_id=session_id, idle_ms=IDLE_MS, **given)
+
+
+def session(session_id: str = "s", number: int = 1, seen_ms: int = 0, reason: Any = None, **facts: Any) -> Session:
+    row = Session(
+        id=number,
+        operator="acme",
+        session_id=session_id,
+        player_id="p",
+        token="t",
+        attributes=None,
+        extra=None,
+        idle_ms=IDLE_MS,
+        opened_at=0,
+        seen_ms=seen_ms,
+        seen_at=0,
+        lifetime_at=None,
+        ended_at=None if reason is None else 1,
+        reason=reason,
+    )
+    return row._replace(**facts)
+
+
+def known(*sessions: Session, asked: str = "s", **facts: Any) -> Facts:
+    """The facts of a batch that asked for that session id."""
+    return Facts(asked={"acme": {asked}}, sessions=sessions, **facts)
+
+
+ACTIVE, ENDED = session(), session(reason="closed")
+
+# What each operation answers and ends, by what is known of its session.
+CASES: list[tuple[str, Operation[Any], Facts, object, list[str]]] = [
+    ("open unknown", opening(), known(), "created", []),
+    ("open again", opening(), known(ACTIVE), "open", []),
+    ("open ended", opening(), known(ENDED), "ended", []),
+    ("open with another player", opening(player_id="q"), known(ACTIVE), "differs", []),
+    ("open with another token", opening(token="u"), known(ACTIVE), "differs", []),
+    ("open without its token", opening(token=None), known(ACTIVE), "differs", []),
+    ("touch active", Touching("acme", ["s"]), known(ACTIVE), (1, [], []), []),
+    ("touch ended", Touching("acme", ["s"]), known(ENDED), (0, [], ["s"]), []),
+    ("touch unknown", Touching("acme", ["s"]), known(), (0, ["s"], []), []),
+    ("close active", Closing("acme", "s"), known(ACTIVE), "closed", ["closed"]),
+    ("close ended", Closing("acme", "s"), known(session(reason="reported")), "reported", []),
+    ("close unknown", Closing("acme", "s"), known(), None, []),
+    ("record unknown", recording(), known(), "ended", ["reported"]),
+    ("record unknown, refused", recording(accept_unknown=False), known(), "unknown_session", []),
+    ("record unknown, token asked", recording(compare_token=True), known(), "bad_token", []),
+    ("record active", recording(), known(ACTIVE), "ended", ["reported"]),
+    ("record active, refused if unknown", recording(accept_unknown=False), known(ACTIVE), "ended", ["reported"]),
+    ("record active, wrong token", recording(compare_token=True, token="u"), known(ACTIVE), "bad_token", []),
+    ("record active, another player", recording(player_id="q"), known(ACTIVE), "player_mismatch", []),
+    ("record ended", recording(), known(ENDED), "repeated", []),
+    ("record ended, another player", recording(player_id="q"), known(ENDED), "player_mismatch", []),
+    ("sweep idle", Sweep(1000), known(due=[ACTIVE]), (1, 1), ["inactivity"]),
+    ("sweep a moment before", Sweep(999), known(due=[ACTIVE]), (0, 1), []),
+    ("sweep touched", Sweep(1000), known(due=[session(seen_ms=1)]), (0, 1), []),
+    ("sweep outlived, not idle", Sweep(None), known(outlived=[ACTIVE]), (1, 1), ["max_lifetime"]),
+    ("sweep idle and outlived", Sweep(1000), known(outlived=[ACTIVE], due=[ACTIVE]), (1, 1), ["max_lifetime"]),
+    ("sweep who left the file", Sweep(1000), Facts(due=[session(operator="gone")]), (0, 1), []),
+    ("probe", Probe(), known(), None, []),
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "facts", "expected", "ends"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
+def test_each_operation_by_what_is_known(
+    operation: Operation[Any], facts: Facts, expected: object, ends: list[str]
+) -> None:
+    changes = decide([operation], facts, WORLD)
+    (answer,) = changes.answers
+    assert comparable(answer) == expected
+    assert [one.reason for one in changes.ends] == ends
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ([Touching("acme", ["s"]), opening()], [(0, ["s"], []), "created"]),
+        ([opening(), Touching("acme", ["s"])], ["created", (1, [], [])]),
+        ([opening(), opening()], ["created", "open"]),
+        ([opening(), Closing("acme", "s"), opening()], ["created", "closed", "ended"]),
+        ([opening(), recording(), recording()], ["created", "ended", "repeated"]),
+        ([recording(accept_unknown=False), recording(), recording()], ["unknown_session", "ended", "repeated"]),
+        ([recording(), Touching("acme", ["s", "s"])], ["ended", (0, [], ["s"])]),
+    ],
+)
+def test_operations_of_one_batch_see_those_before_them(batch: list[Operation[Any]], expected: list[object]) -> None:
+    changes = decide(batch, known(), WORLD)
+    assert [comparable(answer) for answer in changes.answers] == expected
+    assert [row[0] for row in changes.sessions] == [8]
+    assert changes.touched == {}
+
+
+def test_a_touch_in_the_batch_of_its_sweep_saves_the_session() -> None:
+    changes = decide([Touching("acme", ["s"]), Sweep(5000)], Facts(due=[ACTIVE]), WORLD)
+    assert [comparable(answer) for answer in changes.answers] == [(1, [], []), (0, 1)]
+    assert changes.moved_due == [(1, 5001 + IDLE_MS)]
+    assert changes.touched == {"acme": {"s": None}}
+
+
+def test_a_touch_after_its_sweep_meets_the_end() -> None:
+    changes = decide([Sweep(5000), Touching("acme", ["s"])], Facts(due=[ACTIVE]), WORLD)
+    assert [comparable(answer) for answer in changes.answers] == [(1, 1), (0, [], ["s"])]
+    assert changes.touched == {}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [Closing("acme", "s")],
+        [RetryOne("msg_1_x")],
+        [recording(accept_unknown=False)],
+        [recording(compare_token=True)],
+        [Touching("acme", ["s"]), opening()],
+        [Touching("acme", ["a", "s"]), recording()],
+    ],
+)
+def test_what_depends_on_the_tables_is_not_decided_without_facts(batch: list[Operation[Any]]) -> None:
+    with pytest.raises(FactsNeeded):
+        decide(batch, None, WORLD)
+
+
+def test_some_kinds_are_looked_up_in_any_case() -> None:
+    kinds = (Closing, Sweep, RetryDead, RetryOne, Pruning)
+    assert all(must_look_up([Touching, kind]) for kind in kinds)
+    assert not must_look_up([Touching, Opening, Recording, Settlement, GateChange, Probe])
+
+
+def test_without_facts_additions_are_assumed_to_be_new() -> None:
+    changes = decide([opening("a"), recording("b"), Touching("acme", ["c"])], None, WORLD)
+    assert [row[:3] for row in changes.sessions] == [(8, "acme", "a"), (9, "acme", "b")]
+    assert (changes.last_session, changes.touched) == (9, {"acme": {"c": None}})
+    assert changes.figures == {"acme": Figures(live=1)}
+
+
+def delivery(number: int = 3, state: Any = "pending") -> Delivery:
+    return Delivery(
+        id=number,
+        nonce="00" * 10,
+        session=1,
+        operator="acme",
+        session_id="s",
+        token="t",
+        sink="http",
+        state=state,
+        created_at=0,
+        due_at=0,
+        settled_at=None,
+        attempts=0,
+        step=0,
+        aged_from_at=0,
+        held_base_ms=0,
+        last_status=None,
+        last_code=None,
+        last_error=None,
+        history="[]",
+        body=b"{}",
+    )
+
+
+def test_of_two_results_the_second_finds_the_delivery_settled() -> None:
+    fail = retry_of(failed=True)
+    results = [Settlement(delivery(), state, 0, 1, {"error": "x"}, gate=fail) for state in ("dead", "delivered")]
+    for facts in (None, Facts(pending=frozenset({3}))):
+        changes = decide(results, facts, WORLD)
+        assert [row[1] for row in changes.results.values()] == ["dead"]
+        assert changes.figures == {"acme": Figures(pending=-1, dead=1)}
+        assert changes.gates["acme"].failures == 2
+
+
+def test_a_result_of_a_settled_delivery_stores_nothing_but_its_gate() -> None:
+    late = Settlement(delivery(), "delivered", 0, 1, {"status": 200}, gate=retry_of(failed=True))
+    changes = decide([late], Facts(pending=frozenset()), WORLD)
+    assert (changes.results, changes.digests, changes.figures, changes.due) == ({}, [], {}, {})
+    assert changes.gates["acme"].failures == 1
+
+
+def test_gates_go_back_with_the_wall_clock_before_anything_else() -> None:
+    gate = Gate(not_before_at=WORLD.wall_at + 7_000_000, probe_at=WORLD.wall_at - 1, paced_until_at=WORLD.wall_at + 5)
+    world = WORLD._replace(gates={"acme": gate}, set_back_ms=3_600_000)
+    changes = decide([GateChange("acme", lambda gate: dataclasses.replace(gate, failures=1))], None, world)
+    expected = {"not_before_at": WORLD.wall_at + 3_400_000, "paced_until_at": WORLD.wall_at, "failures": 1}
+    assert changes.gates == {"acme": dataclasses.replace(gate, **expected)}
+
+
+def test_a_token_that_nothing_will_send_becomes_a_digest() -> None:
+    world = WORLD._replace(sinks_of=lambda session: [NewDelivery("http", b"", "no player")])
+    changes = decide([recording()], None, world, lambda size, count: ["5a" * size] * count)
+    token = changes.sessions[0][Session._fields.index("token")]
+    assert token.startswith("\x1f" + "5a" * 8)
+    assert changes.figures == {"acme": Figures(dead=1)}
+
+
+def comparable(answer: object) -> object:
+    """An answer as the plain store and the tables of cases have it."""
+    match answer:
+        case Session():
+            return answer.reason
+        case Delivery():
+            return answer.state
+    if hasattr(answer, "outcome"):
+        return answer.outcome
+    if hasattr(answer, "before"):
+        return answer.before, answer.after
+    return answer
+
+
+# -- the whole store against plain dictionaries
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_the_store_does_what_plain_dictionaries_do(tmp_path: Path, clock: HandClock, seed: int) -> None:
+    random = Random(seed)
+    async with open_store(tmp_path / "random.sqlite3", clock) as db:
+        db.configured, db.sinks_of = frozenset({"acme", "other"}), sinks_of_two
+        plain = PlainStore({"acme", "other"}, sinks_of_two)
+        for _ in range(25):
+            note_ids(plain, await rows_of(db, "delivery"))
+            due = [row for lane in await db.claimable([Claim("acme", s, [], 3) for s in SINKS]) for row in lane]
+            batch = [some_operation(random, db, due, plain) for _ in range(random.choice([1, 2, 6, 20]))]
+            plain.now_ms, plain.now_at = db.service_clock.now_ms(), clock.wall_ms()
+            if db.set_back_ms:
+                set_back(plain, db.set_back_ms)
+            answers = await asyncio.gather(*(db._db.write(operation) for operation in batch))
+            expected = [plain.do(operation) for operation in batch]
+            told = [
+                answer.ended if isinstance(o, Sweep) else comparable(answer)
+                for o, answer in zip(batch, answers, strict=True)
+            ]
+            assert told == expected
+            await assert_same(db, plain)
+            for _ in range(random.choice([0, 0, 1, 3])):
+                clock.advance(1)
+                db.service_clock.now_ms()
+            if random.random() < 0.1:
+                clock.step_wall(-random.choice([30, 3600]))
+
+
+SINKS = ("http", "plugin:x")
+
+
+def note_ids(plain: PlainStore, rows: list[sqlite3.Row]) -> None:
+    """Public ids are random: the plain store learns those of the tables."""
+    for row in rows:
+        key = (row["operator"], row["session_id"], row["sink"])
+        plain.deliveries[key]["webhook_id"] = f"msg_{row['id']}_{row['nonce']}"
+
+
+def set_back(plain: PlainStore, by_ms: int) -> None:
+    def back(at: int) -> int:
+        return max(plain.now_at, at - by_ms) if at > plain.now_at else at
+
+    for row in plain.deliveries.values():
+        if row["state"] == "pending":
+            row["due_at"] = back(row["due_at"])
+    for operator, gate in plain.gates.items():
+        times = {name: back(getattr(gate, name)) for name in ("not_before_at", "probe_at", "paced_until_at")}
+        plain.gates[operator] = dataclasses.replace(gate, **times)
+
+
+async def rows_of(db: Store, table: str) -> list[sqlite3.Row]:
+    def read(sql: sqlite3.Connection) -> list[sqlite3.Row]:
+        cursor = sql.cursor()
+        cursor.row_factory = sqlite3.Row  # type: ignore[assignment]
+        join = "JOIN session s ON s.id = d.session" if table == "delivery" else ""
+        columns = "d.*, s.session_id" if table == "delivery" else "d.*"
+        return cursor.execute(f"SELECT {columns} FROM {table} d {join}").fetchall()
+
+    return await db._db.read(read)
+
+
+async def assert_same(db: Store, plain: PlainStore) -> None:
+    sessions = {(row["operator"], row["session_id"]): row for row in await rows_of(db, "session")}
+    assert sessions.keys() == plain.sessions.keys()
+    for key, session in plain.sessions.items():
+        expected = {name: value for name, value in session.items() if name != "token"}
+        assert {name: sessions[key][name] for name in expected} == expected, key
+        token = sessions[key]["token"]
+        assert (token or "").startswith("\x1f") or token == session["token"]
+    deliveries = {(row["operator"], row["session_id"], row["sink"]): row for row in await rows_of(db, "delivery")}
+    assert deliveries.keys() == plain.deliveries.keys()
+    for key, delivery in plain.deliveries.items():
+        expected = {name: value for name, value in delivery.items() if name != "webhook_id"}
+        assert {name: deliveries[key][name] for name in expected} == expected, key
+    counted = {name: (one.live, one.pending, one.dead) for name, one in db.figures.items()}
+    assert {name: of for name, of in counted.items() if any(of)} == {
+        n: of for n, of in plain.figures.items() if any(of)
+    }
+    assert {name: gate for name, gate in db.gates.items() if gate != Gate()} == {
+        name: gate for name, gate in plain.gates.items() if gate != Gate()
+    }
+    live = [row for row in sessions.values() if row["reason"] is None]
+    assert db.next_due_ms is None or not live or db.next_due_ms <= min(row["due_ms"] for row in live)
+
+
+def some_operation(random: Random, db: Store, due: list[Delivery], plain: PlainStore) -> Operation[Any]:
+    names = [*"abcdefg", '\U0001f3b2 "ü\\']
+    operator, name = random.choice(["acme", "acme", "other"]), random.choice(names) * random.choice([1, 2])
+    token, player = random.choice(["t", "t", None]), random.choice("ppppq")
+    ids = [row["webhook_id"] for row in plain.deliveries.values() if "webhook_id" in row]
+    kinds: list[Callable[[], Operation[Any]]] = [
+        lambda: Touching(operator, [name]),
+        lambda: Touching(operator, [name]),
+        lambda: Touching(operator, random.choices(names, k=3)),
+        lambda: opening(name, operator, player, token),
+        lambda: Opening(operator, f"{name}-", player, token, None, IDLE_MS, 2000),
+        lambda: Recording(
+            operator,
+            name + random.choice(["", "", "+"]),
+            player,
+            token,
+            compare_token=random.random() < 0.05,
+            accept_unknown=random.random() > 0.05,
+            extra=random.choice([None, '{"x":1}']),
+            idle_ms=IDLE_MS,
+        ),
+        lambda: Closing(operator, name),
+        lambda: Sweep(db.service_clock.now_ms() if random.random() < 0.8 else None),
+        lambda: GateChange("acme", random.choice([lambda gate: retry.hold(gate, 5, "by_hand"), lambda gate: Gate()])),
+        lambda: RetryOne(random.choice(ids) if ids else "msg_1_none"),
+        Probe,
+    ]
+    if due and random.random() < 0.4:
+        return Settlement(
+            random.choice(due),
+            random.choice(["pending", "delivered", "dead"]),
+            random.choice([10, 5_000_000]),
+            1,
+            {"error": random.choice([None, "x"])},
+            gate=retry_of(failed=random.random() < 0.5),
+        )
+    return random.choice(kinds)()
+
+
+def retry_of(*, failed: bool) -> Callable[[Gate, int], Gate]:
+    return lambda gate, now_at: dataclasses.replace(
+        gate, failures=gate.failures + 1 if failed else 0, not_before_at=now_at + 100_000
+    )

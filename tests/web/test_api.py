@@ -1,0 +1,1461 @@
+"""The private side, call by call, against a whole daemon: contract, section 5."""
+
+import asyncio
+import contextlib
+import json
+import re
+import sqlite3
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+from clocks import HandClock
+from support import (
+    LISTEN,
+    ScriptedOperator,
+    Serving,
+    hear,
+    live,
+    raw_connection,
+    scrape,
+    scripted_operator,
+    serving,
+    until,
+)
+from yarl import URL
+
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import pages, store
+
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+SECRET = "the-player's-token"
+OPENING = {"playerId": "p1", "token": SECRET}
+ACME = "/v1/operators/acme"
+FINAL = {"error": 120, "description": "no"}
+
+CONFIG = """
+[sessions]
+restart_grace = "0s"
+idle_timeout = "10m"
+[operators.acme]
+provider_id = "luckymonaco"
+notify = true
+url = "{url}?key=in-the-query"
+allow_private_network = true
+concurrency = 1
+[operators.bravo]
+provider_id = "bravo"
+dialect = "v4.01"
+accept = ["v4.01"]
+"""
+
+
+async def ignore(event: object) -> None:
+    """A plug-in that has nothing to do."""
+
+
+@dataclass
+class Caller:
+    """Calls the private side. Every error it gets must be a problem document, and no answer may hold the token."""
+
+    daemon: Serving
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def __call__(self, method: str, path: str, expected: int | None = None, **options: Any) -> Any:
+        _, body = await self.answer(method, path, expected, **options)
+        return body
+
+    async def answer(
+        self, method: str, path: str, expected: int | None = None, **options: Any
+    ) -> tuple[aiohttp.ClientResponse, Any]:
+        url = URL(self.daemon.api + path, encoded=True)
+        headers = self.headers | options.pop("headers", {})
+        async with self.daemon.client.request(method, url, headers=headers, **options) as response:
+            text = await response.text()
+        assert expected in (None, response.status), f"{method} {path}: {response.status} {text}"
+        assert SECRET not in text + str(response.headers)
+        if response.status >= 400 and path != "/health":
+            self.check_problem(response, json.loads(text))
+        return response, json.loads(text) if text and "json" in response.content_type else text
+
+    @staticmethod
+    def check_problem(response: aiohttp.ClientResponse, problem: dict[str, Any]) -> None:
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert problem["status"] == response.status
+        assert problem.keys() - {"session"} == {"type", "title", "status", "detail"}
+        assert problem["detail"]
+
+    async def open(self, session_id: str = "s1", operator: str = "acme", **fields: Any) -> Any:
+        path = f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}"
+        return await self("PUT", path, 201, json=OPENING | fields)
+
+    async def session(self, session_id: str = "s1", operator: str = "acme") -> Any:
+        return await self("GET", f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}", 200)
+
+    async def close(self, session_id: str = "s1", operator: str = "acme") -> Any:
+        return await self("POST", f"/v1/operators/{operator}/sessions/{session_id}/close", 200)
+
+    async def operator(self, name: str = "acme") -> Any:
+        return next(shown for shown in (await self("GET", "/v1/operators", 200))["items"] if shown["operator"] == name)
+
+    async def settled(self, name: str = "acme") -> None:
+        """Until nothing of the operator is pending."""
+
+        async def none_pending() -> bool:
+            return (await self.operator(name))["pending"] == 0
+
+        await until(none_pending)
+
+    async def delivery_of(self, session_id: str = "s1") -> Any:
+        (delivery,) = (await self.session(session_id))["deliveries"]
+        return delivery
+
+    async def walk(self, path: str, limit: int, **query: str | None) -> list[Any]:
+        """Every item of all pages, following the cursors; no page but the last is short."""
+        given = {name: value for name, value in query.items() if value is not None}
+        items: list[Any] = []
+        after: dict[str, str] = {}
+        while True:
+            page = await self("GET", path, 200, params=given | {"limit": str(limit)} | after)
+            assert page.keys() == {"items", "next"}
+            items += page["items"]
+            if page["next"] is None:
+                assert len(page["items"]) <= limit
+                return items
+            assert len(page["items"]) == limit
+            after = {"after": page["next"]}
+
+
+@pytest.fixture
+async def wallet() -> AsyncIterator[ScriptedOperator]:
+    async with scripted_operator() as operator:
+        yield operator
+
+
+@pytest.fixture
+async def api(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
+    async with serving(tmp_path, CONFIG.format(url=wallet.url), clock) as daemon:
+        yield Caller(daemon)
+
+
+# -- PUT …/sessions/{sessionId}
+
+
+async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> None:
+    opened = await api.open(attributes={"game": "roulette", "table": 7}, idleTimeoutSeconds=90)
+    assert opened == {
+        "operator": "acme",
+        "sessionId": "s1",
+        "playerId": "p1",
+        "state": "active",
+        "reason": None,
+        "openedAt": "2026-09-21T14:13:20.000Z",
+        "lastSeenAt": "2026-09-21T14:13:20.000Z",
+        "expiresAt": "2026-09-21T14:14:50.001Z",
+        "endedAt": None,
+        "idleTimeoutSeconds": 90,
+        "attributes": {"game": "roulette", "table": 7},
+    }
+    assert await api.session() == opened | {"deliveries": []}
+
+
+async def test_opening_again_answers_200_counts_as_a_touch_and_changes_nothing_else(
+    api: Caller, clock: HandClock
+) -> None:
+    opened = await api.open(attributes={"a": 1})
+    live(clock, api.daemon.daemon._store, 60)
+    again = await api(
+        "PUT", ACME + "/sessions/s1", 200, json=OPENING | {"attributes": {"b": 2}, "idleTimeoutSeconds": 5}
+    )
+    assert again["lastSeenAt"] == "2026-09-21T14:14:20.000Z"
+    assert again["expiresAt"] == "2026-09-21T14:24:20.001Z"
+    moved = {"lastSeenAt", "expiresAt"}
+    assert {k: v for k, v in again.items() if k not in moved} == {k: v for k, v in opened.items() if k not in moved}
+
+
+@pytest.mark.parametrize(
+    "other", [{"playerId": "p2"}, {"token": "another"}, {"playerId": "P1"}], ids=["player", "token", "player's case"]
+)
+async def test_opening_what_is_open_for_another_answers_409_and_touches_nothing(
+    api: Caller, clock: HandClock, other: dict[str, str]
+) -> None:
+    await api.open()
+    before = await api.session()
+    clock.advance(1)
+    await api("PUT", ACME + "/sessions/s1", 409, json=OPENING | other)
+    assert (await api.session())["lastSeenAt"] == before["lastSeenAt"]
+    assert (await api.session())["playerId"] == "p1"
+
+
+async def test_a_token_where_there_was_none_differs(api: Caller) -> None:
+    path = "/v1/operators/bravo/sessions/s1"
+    await api("PUT", path, 201, json={"playerId": "p1"})
+    await api("PUT", path, 409, json=OPENING)
+    await api("PUT", path, 200, json={"playerId": "p1"})
+
+
+async def test_opening_what_has_ended_answers_409_with_the_session(api: Caller) -> None:
+    await api.open()
+    ended = await api.close()
+    problem = await api("PUT", ACME + "/sessions/s1", 409, json=OPENING)
+    assert problem["session"] == ended
+    assert (await api.session())["state"] == "ended"
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "playerId"),
+        ({"playerId": "p1"}, "token"),
+        ({"token": "t"}, "playerId"),
+        (OPENING | {"playerid": "p1"}, "playerid"),
+        (OPENING | {"sessionId": "s1"}, "sessionId"),
+        (OPENING | {"playerId": 1}, "playerId"),
+        (OPENING | {"playerId": None}, "playerId"),
+        (OPENING | {"playerId": ""}, "playerId"),
+        (OPENING | {"playerId": "x" * 257}, "playerId"),
+        (OPENING | {"playerId": "a\nb"}, "playerId"),
+        (OPENING | {"playerId": "a\x85b"}, "playerId"),
+        (OPENING | {"token": None}, "token"),
+        (OPENING | {"token": ""}, "token"),
+        (OPENING | {"token": 7}, "token"),
+        (OPENING | {"token": "x" * 4097}, "token"),
+        (OPENING | {"idleTimeoutSeconds": 0}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": -1}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 2592001}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 1.5}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": 1e300}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": "60"}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": True}, "idleTimeoutSeconds"),
+        (OPENING | {"idleTimeoutSeconds": None}, "idleTimeoutSeconds"),
+        (OPENING | {"attributes": []}, "attributes"),
+        (OPENING | {"attributes": None}, "attributes"),
+        (OPENING | {"attributes": "{}"}, "attributes"),
+        (OPENING | {"attributes": {"a": "x" * 4089}}, "attributes"),
+        (OPENING | {"attributes": {"a": 2**64}}, "attributes"),
+        (OPENING | {"attributes": {"a": [{"b": -(2**63) - 1}]}}, "attributes"),
+        (OPENING | {"attributes": {"a": 123456789012345678901234567890}}, "attributes"),
+        (OPENING | {"attributes": {"a": 1e30}}, "attributes"),
+        ([], "object"),
+        ("text", "object"),
+        (5, "object"),
+    ],
+)
+async def test_opening_with_a_bad_body_answers_400_naming_the_field(api: Caller, body: Any, named: str) -> None:
+    problem = await api("PUT", ACME + "/sessions/s1", 400, json=body)
+    assert named in problem["detail"]
+    await api("GET", ACME + "/sessions/s1", 404)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"playerId": "p1" "token": "t"}',
+        b'{"playerId": "p1", "token": "t", "playerId": "p2"}',
+        b'{"playerId": "\\ud800", "token": "t"}',
+        b'{"playerId": "\xff", "token": "t"}',
+        b'{"playerId": NaN, "token": "t"}',
+        b'{"playerId": "p1", "token": "t"} {}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": 1e400}}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": Infinity}}',
+        b'{"playerId": "p1", "token": "t", "attributes": {"a": 1, "a": 2}}',
+        b'{"playerId": "p1", "token": "t", "attributes": ' + b'{"a":' * 300 + b"1" + b"}" * 301,
+        '{"playerId": "p1", "token": "t"}'.encode("utf-16"),
+        b'{"playerId": "p1", "token": "t", "idleTimeoutSeconds": 1' + b"0" * 400 + b"}",
+        b"[" * 5000,
+        b"null",
+    ],
+)
+async def test_opening_with_broken_json_answers_400(api: Caller, body: bytes) -> None:
+    await api("PUT", ACME + "/sessions/s1", 400, data=body, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"idleTimeoutSeconds": 1}, {"idleTimeoutSeconds": 1}),
+        ({"idleTimeoutSeconds": 2592000}, {"idleTimeoutSeconds": 2592000}),
+        ({"idleTimeoutSeconds": 60.0}, {"idleTimeoutSeconds": 60}),
+        ({}, {"idleTimeoutSeconds": 600, "attributes": {}}),
+        ({"attributes": {"a": "x" * 4088}}, {"attributes": {"a": "x" * 4088}}),
+        ({"attributes": {"ü": [1, None, {"deep": True}]}}, {"attributes": {"ü": [1, None, {"deep": True}]}}),
+        ({"attributes": {"a": [2**64 - 1, -(2**63), 0.1]}}, {"attributes": {"a": [2**64 - 1, -(2**63), 0.1]}}),
+        ({"playerId": "x" * 256}, {"playerId": "x" * 256}),
+        ({"token": "x" * 4096}, {"playerId": "p1"}),
+    ],
+    ids=["shortest", "longest", "whole", "default", "4 KiB", "nested", "numbers", "long player", "long token"],
+)
+async def test_what_is_within_the_bounds_opens(api: Caller, fields: dict[str, Any], shown: dict[str, Any]) -> None:
+    opened = await api.open(**fields)
+    assert {name: opened[name] for name in shown} == shown
+
+
+@pytest.mark.parametrize(
+    ("session_id", "changes", "named"),
+    [
+        ("a%26b", {}, "sessionId"),
+        ("a=", {}, "sessionId"),
+        ("s", {"playerId": "1&sessionId=V"}, "playerId"),
+        ("s", {"token": "dG9rZW4="}, "token"),
+    ],
+)
+async def test_what_would_be_hashed_ambiguously_is_not_opened(
+    tmp_path: Path, session_id: str, changes: dict[str, str], named: str
+) -> None:
+    (tmp_path / "hash.key").write_text("key")
+    toml = '[operators.acme]\nprovider_id = "p"\nhash_key_file = "hash.key"\ndialect = "pragmatic"\n'
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        problem = await api("PUT", f"{ACME}/sessions/{session_id}", 400, json=OPENING | changes)
+        assert problem["detail"].startswith(f"{named}: must have no & and no =")
+        await api("PUT", f"{ACME}/sessions/s", 201, json=OPENING)
+
+
+async def test_what_another_dialect_brought_is_recorded_and_never_hashed(
+    tmp_path: Path, wallet: ScriptedOperator
+) -> None:
+    (tmp_path / "hash.key").write_text("key")
+    toml = CONFIG.format(url=wallet.url).replace("[operators.bravo]", 'hash_key_file = "hash.key"\n[operators.bravo]')
+    toml = toml.replace("concurrency = 1", 'concurrency = 1\ndialect = "pragmatic"', 1)
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "externalPlayerId": "1&sessionId=V", "token": "t"}
+        async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+            assert (await answer.json())["error"] == 0
+        delivery = await api.delivery_of()
+        assert (delivery["state"], delivery["lastError"]) == ("dead", "ambiguous_hash")
+    assert wallet.received == []
+
+
+async def test_where_no_hash_is_sent_it_may_have_any_character(api: Caller) -> None:
+    await api.open("a=b&c", playerId="d=e&f", token="g=h&i")
+
+
+async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) -> None:
+    await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
+
+
+@pytest.mark.parametrize(("given", "shown"), [("60", '"60"'), (True, "true"), (None, "null"), (1.5, "1.5")])
+async def test_an_idle_time_that_is_none_is_shown_as_it_was_written(api: Caller, given: object, shown: str) -> None:
+    problem = await api("PUT", ACME + "/sessions/s1", 400, json=OPENING | {"idleTimeoutSeconds": given})
+    assert problem["detail"] == f"idleTimeoutSeconds: must be an integer from 1 to 2592000 (got {shown})"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
+async def test_another_content_type_answers_415_and_says_what_was_seen(api: Caller, content_type: str) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    options = {"data": json.dumps(OPENING).encode(), "headers": headers, "skip_auto_headers": ["Content-Type"]}
+    assert repr(content_type) in (await api("PUT", ACME + "/sessions/s1", 415, **options))["detail"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "application/json; charset=ISO-8859-1"},
+        {"Content-Type": "application/json; utf-8;"},
+        {"Content-Type": "application/json;"},
+        {"Content-Type": "Application/JSON", "Content-Encoding": "utf-8"},
+        {"Content-Type": "application/json", "Content-Encoding": "identity"},
+    ],
+)
+async def test_json_is_read_whatever_parameters_and_charset_say(api: Caller, headers: dict[str, str]) -> None:
+    await api("PUT", ACME + "/sessions/s1", 201, data=json.dumps(OPENING).encode(), headers=headers)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x-gzip", "unknown"])
+async def test_a_compressed_body_answers_415_unread(api: Caller, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    problem = await api("PUT", ACME + "/sessions/s1", 415, data=b"not compressed at all", headers=headers)
+    assert encoding in problem["detail"]
+
+
+async def test_a_byte_order_mark_before_a_body_is_ignored(api: Caller) -> None:
+    for method, path, expected, body in (
+        ("PUT", ACME + "/sessions/s1", 201, OPENING),
+        ("POST", ACME + "/sessions/touch", 200, {"sessionIds": ["s1"]}),
+        ("POST", ACME + "/deliveries/retry", 202, {}),
+    ):
+        marked = b"\xef\xbb\xbf" + json.dumps(body).encode()
+        await api(method, path, expected, data=marked, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    await api("POST", ACME + "/deliveries/retry", 202, data=b"\xef\xbb\xbf", headers=headers)
+
+
+async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 65536):
+        yield body[start : start + 65536]
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+@pytest.mark.parametrize(
+    ("method", "path", "limit"),
+    [
+        ("PUT", ACME + "/sessions/s1", 64 * 1024),
+        ("POST", ACME + "/sessions/touch", 4 * 1024 * 1024),
+        ("POST", ACME + "/deliveries/retry", 64 * 1024),
+    ],
+)
+async def test_a_body_over_its_limit_answers_413(
+    api: Caller, method: str, path: str, limit: int, announced: bool
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    for size, expected in ((limit, 400), (limit + 1, 413)):
+        body = b'"' + b"x" * (size - 2) + b'"'
+        await api(method, path, expected, data=BytesIO(body) if announced else in_pieces(body), headers=headers)
+
+
+# -- ids in the path
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["%FF", "%ED%A0%80", "%C0%AF", "%", "%4", "%zz", "a%", "%00", "%0A", "%7F", "%C2%85", "x" * 257, "%F4%90%80%80"],
+)
+@pytest.mark.parametrize(("method", "end"), [("PUT", ""), ("GET", ""), ("POST", "/touch"), ("POST", "/close")])
+async def test_a_session_id_that_is_none_answers_400(api: Caller, raw: str, method: str, end: str) -> None:
+    body = {"json": OPENING} if method == "PUT" else {}
+    problem = await api(method, f"{ACME}/sessions/{raw}{end}", 400, **body)
+    assert "sessionId" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "session_id",
+    [
+        "a/b",
+        "/",
+        "...",
+        "touch",
+        "close",
+        "ünïcode",
+        "𝄞",
+        "a b",
+        "a+b",
+        "100%",
+        "%2F",
+        "{x}",
+        "a?b#c",
+        "\u2028",
+        "x" * 256,
+    ],
+)
+async def test_any_id_round_trips_through_path_body_and_answer(api: Caller, session_id: str) -> None:
+    raw = "".join(f"%{byte:02X}" for byte in session_id.encode())  # every byte escaped, also where it need not be
+    path = f"{ACME}/sessions/{raw}"
+    assert (await api("PUT", path, 201, json=OPENING))["sessionId"] == session_id
+    assert (await api.session(session_id))["sessionId"] == session_id
+    await api("POST", path + "/touch", 204)
+    touched = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": [session_id]})
+    assert touched["touched"] == 1
+    assert (await api("GET", ACME + "/sessions", 200))["items"][0]["sessionId"] == session_id
+    assert (await api("POST", path + "/close", 200))["sessionId"] == session_id
+
+
+@pytest.mark.parametrize("raw", [".", "..", "%2E", "%2e%2E", ".%2e"])
+async def test_an_id_that_a_client_would_resolve_is_not_opened(api: Caller, raw: str) -> None:
+    async with raw_connection(api.daemon.api) as peer:  # byte by byte: a client resolves it
+        body = json.dumps(OPENING).encode()
+        head = f"PUT {ACME}/sessions/{raw} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        await peer.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await peer.answer()
+    assert answer.status == 400
+    assert "resolved" in json.loads(answer.body)["detail"]
+    assert (await api("GET", ACME + "/sessions", 200))["items"] == []
+
+
+@pytest.mark.parametrize(("session_id", "raw"), [(".", "%2E"), ("..", "%2E%2E")])
+async def test_such_an_id_that_a_notice_brought_is_reached_escaped(api: Caller, session_id: str, raw: str) -> None:
+    notice = {"providerId": "luckymonaco", "sessionId": session_id, "externalPlayerId": "p1", "token": SECRET}
+    async with api.daemon.client.post(api.daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert (await answer.json())["error"] == 0
+    path = f"{ACME}/sessions/{raw}"
+    assert (await api("GET", path, 200))["sessionId"] == session_id
+    assert (await api("POST", path + "/close", 200))["reason"] == "reported"
+    await api("POST", path + "/touch", 410)
+    touched = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": [session_id]})
+    assert touched == {"touched": 0, "unknown": [], "ended": [session_id]}
+
+
+async def test_ids_are_case_sensitive_and_belong_to_their_operator(api: Caller) -> None:
+    await api.open("s")
+    await api("GET", ACME + "/sessions/S", 404)
+    await api("GET", "/v1/operators/bravo/sessions/s", 404)
+    await api.open("s", operator="bravo", playerId="another")
+    assert (await api.session("s"))["playerId"] == "p1"
+
+
+# -- touch and close
+
+
+async def test_touching_answers_204_and_moves_the_deadline(api: Caller, clock: HandClock) -> None:
+    await api.open()
+    live(clock, api.daemon.daemon._store, 120)
+    assert await api("POST", ACME + "/sessions/s1/touch", 204) == ""
+    touched = await api.session()
+    assert touched["lastSeenAt"] == "2026-09-21T14:15:20.000Z"
+    assert touched["expiresAt"] == "2026-09-21T14:25:20.001Z"
+
+
+@pytest.mark.parametrize(("method", "end"), [("POST", "/touch"), ("POST", "/close"), ("GET", "")])
+async def test_an_unknown_session_answers_404(api: Caller, method: str, end: str) -> None:
+    await api(method, f"{ACME}/sessions/nobody{end}", 404)
+
+
+async def test_touching_what_has_ended_answers_410_with_the_session(api: Caller) -> None:
+    await api.open()
+    ended = await api.close()
+    problem = await api("POST", ACME + "/sessions/s1/touch", 410)
+    assert problem["session"] == ended
+    assert ended["state"] == "ended"
+
+
+async def test_touching_many_says_what_was_touched_counting_a_duplicate_once(api: Caller, clock: HandClock) -> None:
+    for session_id in ("a", "b", "c"):
+        await api.open(session_id)
+    await api.close("c")
+    clock.advance(1)
+    ids = ["b", "nobody", "a", "c", "b", "nobody", "c", "a"]
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": ids})
+    assert answer == {"touched": 2, "unknown": ["nobody"], "ended": ["c"]}
+    assert (await api.session("a"))["lastSeenAt"] == "2026-09-21T14:13:21.000Z"
+
+
+async def test_touching_many_takes_ten_thousand_and_no_more(api: Caller) -> None:
+    await api.open("5")
+    ids = [str(number) for number in range(10_001)]
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": ids[:10_000]})
+    assert (answer["touched"], len(answer["unknown"]), answer["ended"]) == (1, 9_999, [])
+    await api("POST", ACME + "/sessions/touch", 400, json={"sessionIds": ids})
+
+
+async def test_touching_none_touches_none(api: Caller) -> None:
+    answer = await api("POST", ACME + "/sessions/touch", 200, json={"sessionIds": []})
+    assert answer == {"touched": 0, "unknown": [], "ended": []}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"sessionIds": None},
+        {"sessionIds": "s1"},
+        {"sessionIds": {"s1": 1}},
+        {"sessionIds": ["s1", 5]},
+        {"sessionIds": ["s1", None]},
+        {"sessionIds": ["s1", ""]},
+        {"sessionIds": ["s1", "a\x00"]},
+        {"sessionIds": ["s1", "x" * 257]},
+        {"sessionIds": ["s1"], "more": 1},
+        ["s1"],
+    ],
+)
+async def test_touching_many_with_a_bad_body_answers_400_and_touches_none(
+    api: Caller, clock: HandClock, body: Any
+) -> None:
+    before = await api.open()
+    clock.advance(1)
+    await api("POST", ACME + "/sessions/touch", 400, json=body)
+    assert (await api.session())["lastSeenAt"] == before["lastSeenAt"]
+
+
+async def test_closing_answers_200_with_the_same_session_however_often(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    await api.open()
+    closed = await api.close()
+    assert (closed["state"], closed["reason"], closed["expiresAt"]) == ("ended", "closed", None)
+    assert closed["endedAt"] == "2026-09-21T14:13:20.000Z"
+    clock.advance(5)
+    assert await api.close() == closed
+    await api.settled()
+    assert len(wallet.received) == 1
+
+
+async def test_closing_after_a_notice_answers_with_the_reported_end(api: Caller) -> None:
+    await api.open()
+    notice = {"providerId": "luckymonaco", "sessionId": "s1", "externalPlayerId": "p1", "token": SECRET}
+    async with api.daemon.client.post(api.daemon.server + "/V4/SessionExpired", json=notice) as answer:
+        assert (await answer.json())["error"] == 0
+    assert (await api.close())["reason"] == "reported"
+
+
+async def test_closing_after_inactivity_answers_with_that_end(api: Caller, clock: HandClock) -> None:
+    await api.open(idleTimeoutSeconds=2)
+    live(clock, api.daemon.daemon._store, 2.1)
+    api.daemon.daemon._sweeper.wake()
+
+    async def ended() -> bool:
+        return (await api.session())["state"] == "ended"
+
+    await until(ended)
+    closed = await api.close()
+    assert (closed["reason"], closed["endedAt"]) == ("inactivity", "2026-09-21T14:13:22.100Z")
+
+
+async def test_reading_never_counts_as_activity(api: Caller, clock: HandClock) -> None:
+    opened = await api.open()
+    live(clock, api.daemon.daemon._store, 30)
+    for path in ("/sessions/s1", "/sessions", "/sessions?state=active&playerId=p1"):
+        await api("GET", ACME + path, 200)
+    for path in ("/v1/deliveries", "/v1/operators", "/health", "/metrics", "/openapi.json"):
+        await api("GET", path)
+    shown = await api.session()
+    assert (shown["lastSeenAt"], shown["expiresAt"]) == (opened["lastSeenAt"], opened["expiresAt"])
+
+
+# -- GET …/sessions
+
+
+async def test_pages_of_sessions_lose_and_double_nothing_for_any_filter(api: Caller) -> None:
+    known = []
+    for number in range(23):
+        await api.open(f"s{number}", playerId=f"p{number % 3}")
+        if number % 4 == 0:
+            await api.close(f"s{number}")
+        known.append((f"s{number}", f"p{number % 3}", "ended" if number % 4 == 0 else "active"))
+    await api.open("elsewhere", operator="bravo")
+    for state, player, limit in product((None, "active", "ended"), (None, "p0", "p1", "nobody"), (1, 2, 5, 1000)):
+        walked = await api.walk(ACME + "/sessions", limit, state=state, playerId=player)
+        wanted = [s for s, p, st in reversed(known) if state in (None, st) and player in (None, p)]
+        assert [session["sessionId"] for session in walked] == wanted, (state, player, limit)
+
+
+async def test_a_page_that_is_exactly_full_is_the_last(api: Caller) -> None:
+    for number in range(3):
+        await api.open(f"s{number}")
+    assert (await api("GET", ACME + "/sessions?limit=3", 200))["next"] is None
+    assert (await api("GET", ACME + "/sessions?limit=2", 200))["next"] is not None
+
+
+async def test_sessions_opened_while_pages_are_read_disturb_none(api: Caller) -> None:
+    for number in range(6):
+        await api.open(f"s{number}")
+    page = await api("GET", ACME + "/sessions?limit=3", 200)
+    await api.open("late")
+    rest = await api("GET", f"{ACME}/sessions?limit=3&after={page['next']}", 200)
+    found = [session["sessionId"] for session in page["items"] + rest["items"]]
+    assert found == ["s5", "s4", "s3", "s2", "s1", "s0"]
+
+
+async def test_a_page_holds_a_hundred_unless_told_otherwise(api: Caller) -> None:
+    await asyncio.gather(*(api.open(f"s{number}") for number in range(101)))
+    assert len((await api("GET", ACME + "/sessions", 200))["items"]) == 100
+    assert len((await api("GET", ACME + "/sessions?limit=1000", 200))["items"]) == 101
+
+
+@pytest.mark.parametrize("path", [ACME + "/sessions", "/v1/deliveries"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("limit=0", "limit=1001", "limit=-1", "limit=", "limit=x", "limit=1.5", "limit=%D9%A3", "limit=1&limit=2"),
+        *("after=0", "after=x", "after=", "after=-1", "after=1.0", "after=9999999999999999999", "after=1&after=1"),
+        *("state=gone", "state=", "state=Active", "unknown=1", "Limit=5", "=1"),
+    ],
+)
+async def test_a_bad_query_answers_400(api: Caller, path: str, query: str) -> None:
+    await api("GET", f"{path}?{query}", 400)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ACME + "/sessions?playerId=",
+        ACME + "/sessions?playerId=a%00",
+        ACME + "/sessions?operator=acme",
+        "/v1/deliveries?operator=",
+        "/v1/deliveries?sink=" + "x" * 257,
+        "/v1/deliveries?sink=nope",
+        "/v1/deliveries?sink=HTTP",
+        "/v1/deliveries?sink=plugin:",
+        "/v1/deliveries?sink=plugin:none&operator=acme",
+        "/v1/deliveries?playerId=p1",
+        "/v1/operators?limit=1",
+    ],
+)
+async def test_a_filter_that_is_none_answers_400(api: Caller, target: str) -> None:
+    await api("GET", target, 400)
+
+
+# -- deliveries
+
+
+@pytest.fixture
+async def delivered_everywhere(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
+    """Two operators with a URL and a plug-in each; deliveries in every state."""
+    second = CONFIG.format(url=wallet.url).replace(
+        "[operators.bravo]",
+        '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true\nconcurrency = 1',
+    )
+    async with serving(tmp_path, second + '[plugins.hook]\nuse = "tests.web.test_api:ignore"\n', clock) as daemon:
+        api = Caller(daemon)
+        for operator in ("acme", "bravo"):
+            for number in range(12):
+                await api.open(f"s{number}", operator=operator)
+            wallet.script = [FINAL] * 3
+            for number in range(9):
+                await api.close(f"s{number}", operator=operator)
+            await api.settled(operator)
+            await api("POST", f"/v1/operators/{operator}/hold", 200)
+            for number in range(9, 12):
+                await api.close(f"s{number}", operator=operator)
+        yield api
+
+
+async def test_pages_of_deliveries_lose_and_double_nothing_for_any_filter(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+
+    async def plugins_done() -> bool:
+        return not (await api("GET", "/v1/deliveries?sink=plugin:hook&state=pending", 200))["items"]
+
+    await until(plugins_done)
+    known = await api.walk("/v1/deliveries", 1000)
+    numbers = [int(delivery["id"].split("_")[1]) for delivery in known]
+    assert numbers == sorted(numbers, reverse=True)
+    states = [(d["operator"], d["sink"], d["state"]) for d in known]
+    assert {state: states.count(("acme", "http", state)) for state in ("pending", "delivered", "dead")} == {
+        "pending": 3,
+        "delivered": 6,
+        "dead": 3,
+    }
+    assert states.count(("bravo", "plugin:hook", "delivered")) == 12
+    filters = product(
+        (None, "acme", "bravo", "nobody"),
+        (None, "http", "plugin:hook"),
+        (None, "pending", "delivered", "dead"),
+        (1, 3, 1000),
+    )
+    for operator, sink, state, limit in filters:
+        walked = await api.walk("/v1/deliveries", limit, operator=operator, sink=sink, state=state)
+        wanted = [
+            delivery
+            for delivery in known
+            if operator in (None, delivery["operator"])
+            and sink in (None, delivery["sink"])
+            and state in (None, delivery["state"])
+        ]
+        assert walked == wanted, (operator, sink, state, limit)
+
+
+async def test_deliveries_of_a_plug_in_that_left_the_file_can_still_be_listed(
+    delivered_everywhere: Caller, tmp_path: Path
+) -> None:
+    api = delivered_everywhere
+    assert (await api("GET", "/v1/deliveries?sink=plugin:hook&operator=acme", 200))["items"]
+    file = tmp_path / "config.toml"
+    file.write_text(file.read_text().partition("[plugins.hook]")[0])
+    await api.daemon.daemon.reload_once()
+    assert api.daemon.daemon.settings.plugins == {}
+    assert len((await api("GET", "/v1/deliveries?sink=plugin:hook&operator=acme", 200))["items"]) == 12
+
+
+async def test_a_page_ends_at_a_mebibyte_and_goes_on_behind_it(api: Caller) -> None:
+    attributes = {"note": "x" * 4000}
+    names = [f"{number}-{'🎲' * 250}" for number in range(300)]
+    for first in range(0, len(names), 50):
+        await asyncio.gather(*(api.open(name, attributes=attributes) for name in names[first : first + 50]))
+    found, sizes, after = [], [], ""
+    while True:
+        response, page = await api.answer("GET", f"{ACME}/sessions?limit=1000{after}", 200)
+        found += [session["sessionId"] for session in page["items"]]
+        sizes.append(int(response.headers["Content-Length"]))
+        if page["next"] is None:
+            break
+        after = f"&after={page['next']}"
+    assert len(sizes) == 2
+    assert 1024 * 1024 - 6000 < sizes[0] <= 1024 * 1024  # the next item would not have fitted
+    assert sorted(found) == sorted(names)
+
+
+def endless(sql: sqlite3.Connection, *_: object) -> None:
+    sql.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n").fetchone()
+
+
+async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
+    api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    with monkeypatch.context() as slow:
+        slow.setattr(pages, "newest_deliveries", endless)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(30):
+                reader = await stack.enter_async_context(raw_connection(api.daemon.api))
+                await reader.send(b"GET /v1/deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            desk = api.daemon.daemon._store._db._desk
+            await until(lambda: desk.waiting == 30)
+            await api.open()
+            await api.close()
+            await wallet.wait_for(1)
+            assert (await api("GET", "/health", 200))["status"] == "pass"
+            assert desk.waiting == 30
+        await until(lambda: desk.waiting == 0)
+    assert len((await api("GET", "/v1/deliveries", 200))["items"]) == 1
+
+
+async def test_what_people_read_answers_503_when_it_takes_too_long(
+    api: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOOK_S", 0.05)
+    monkeypatch.setattr(pages, "session_page", endless)
+    problem = await api("GET", ACME + "/sessions", 503)
+    assert problem["detail"] == "reading took longer than 0.05 s"
+
+
+async def test_a_session_shows_its_deliveries(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = await api.delivery_of()
+    assert delivery == {
+        "id": delivery["id"],
+        "operator": "acme",
+        "sessionId": "s1",
+        "sink": "http",
+        "state": "delivered",
+        "attempts": 1,
+        "createdAt": "2026-09-21T14:13:20.000Z",
+        "nextAttemptAt": None,
+        "settledAt": "2026-09-21T14:13:20.000Z",
+        "lastStatus": 200,
+        "lastCode": 0,
+        "lastError": None,
+    }
+    assert wallet.received[0].headers["webhook-id"] == delivery["id"]
+
+
+async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet: ScriptedOperator) -> None:
+    wallet.script = [FINAL]
+    await api.open()
+    await api.close()
+    await api.settled()
+    listed = await api.delivery_of()
+    shown = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
+    assert shown == listed | {"history": shown["history"]}
+    assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, 120)
+    assert shown["history"] == [
+        {
+            "at": "2026-09-21T14:13:20.000Z",
+            "durationMs": 0,
+            "status": 200,
+            "code": 120,
+            "error": "code_120",
+            "answer": '{"error": 120, "description": "no"}',
+        }
+    ]
+
+
+@pytest.mark.parametrize("webhook_id", ["msg_1_0123456789abcdef0123", "msg_999", "msg_", "1", "%FF", "msg_1_x", "s1"])
+async def test_an_unknown_delivery_answers_404(api: Caller, webhook_id: str) -> None:
+    await api.open()
+    await api.close()
+    await api("GET", f"/v1/deliveries/{webhook_id}", 404)
+    await api("POST", f"/v1/deliveries/{webhook_id}/retry", 404)
+
+
+async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(
+    api: Caller, wallet: ScriptedOperator
+) -> None:
+    wallet.script = [FINAL]
+    await api.open()
+    await api.close()
+    await api.settled()
+    dead = await api.delivery_of()
+    assert (await api.operator())["dead"] == 1
+    retried = await api("POST", f"/v1/deliveries/{dead['id']}/retry", 202)
+    assert retried["id"] == dead["id"]
+    await api.settled()
+    shown = await api("GET", f"/v1/deliveries/{dead['id']}", 200)
+    assert (shown["state"], shown["attempts"], len(shown["history"])) == ("delivered", 2, 2)
+    assert (await api.operator())["dead"] == 0
+    first, second = wallet.received
+    assert first.body == second.body
+    assert first.headers["webhook-id"] == second.headers["webhook-id"] == dead["id"]
+
+
+async def test_retrying_what_is_not_dead_answers_409_and_sends_nothing(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    await api("POST", f"/v1/deliveries/{(await api.delivery_of())['id']}/retry", 409)
+    await api("POST", ACME + "/hold", 200)
+    await api.open("waits")
+    await api.close("waits")
+    await api("POST", f"/v1/deliveries/{(await api.delivery_of('waits'))['id']}/retry", 409)
+    assert len(wallet.received) == 1
+
+
+async def test_retrying_what_can_never_be_sent_answers_409(tmp_path: Path, wallet: ScriptedOperator) -> None:
+    toml = CONFIG.format(url=wallet.url).replace("[operators.acme]", '[operators.acme]\naccept = ["v4.01"]')
+    async with serving(tmp_path, toml) as daemon:
+        api = Caller(daemon)
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # without a token
+        async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
+            assert (await answer.json())["error"] == 0
+        delivery = await api.delivery_of()
+        assert delivery["state"] == "dead"
+        await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 409)
+        assert (await api("POST", ACME + "/deliveries/retry", 202, json={}))["retried"] == 0
+    assert wallet.received == []
+
+
+async def dead_deliveries(api: Caller, wallet: ScriptedOperator, *session_ids: str) -> None:
+    wallet.script = [FINAL] * len(session_ids)
+    for session_id in session_ids:
+        await api.open(session_id)
+        await api.close(session_id)
+    await api.settled()
+
+
+def millis(time: str) -> int:
+    assert RFC3339.fullmatch(time)
+    return round(datetime.fromisoformat(time).timestamp() * 1000)
+
+
+async def test_retrying_all_dead_spaces_them_to_ten_a_second_over_all_calls(
+    api: Caller, wallet: ScriptedOperator
+) -> None:
+    await dead_deliveries(api, wallet, *(f"s{number}" for number in range(15)))
+    assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 15}
+
+    async def pending() -> list[Any]:
+        return await api.walk("/v1/deliveries", 100, state="pending")
+
+    async def first_is_sent() -> bool:  # the others wait for their turn, and the clock stands still
+        return len(await pending()) == 14
+
+    await until(first_is_sent)
+    due = [millis(delivery["nextAttemptAt"]) for delivery in await pending()]
+    start = millis("2026-09-21T14:13:20.000Z")
+    assert sorted(due) == [start + 100 * number for number in range(1, 15)]
+    assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
+
+
+async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet: ScriptedOperator) -> None:
+    await dead_deliveries(api, wallet, "a", "b", "c")
+    dead = await api.walk("/v1/deliveries", 100, state="dead")
+    retried = [await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 202) for delivery in dead]
+    start = millis("2026-09-21T14:13:20.000Z")
+    due = [millis(delivery["nextAttemptAt"]) - start for delivery in retried[1:]]  # the first may be settled
+    assert due == [100, 200]
+
+
+async def test_one_call_retries_as_many_as_it_may_and_no_more(
+    api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RETRIES_MAX", 5)
+    monkeypatch.setattr(store, "RETRY_ROWS", 2)
+    await dead_deliveries(api, wallet, *(f"s{number}" for number in range(6)))
+    await api("POST", ACME + "/hold", 200)
+    for count in (5, 1, 0):
+        assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": count}
+
+
+async def test_retrying_since_a_time_leaves_what_died_before_it(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    await dead_deliveries(api, wallet, "old")
+    clock.advance(60)
+    await dead_deliveries(api, wallet, "new", "newer")
+    await api("POST", ACME + "/hold", 200)
+    for since, count in (
+        ("2026-09-21T16:14:20+02:00", 2),
+        ("2026-09-21T14:14:19.999Z", 0),
+        ("2026-09-21T14:13:20z", 1),
+    ):
+        assert await api("POST", ACME + "/deliveries/retry", 202, json={"since": since}) == {"retried": count}
+
+
+async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
+    delivered_everywhere: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = delivered_everywhere
+    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    store = api.daemon.daemon._store
+    busy = asyncio.ensure_future(store._db.look(endless))
+    first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))
+    other = asyncio.ensure_future(api("POST", "/v1/operators/bravo/deliveries/retry", 202))
+    await until(lambda: store._db._desk.waiting == 3)
+    for _ in range(3):
+        await api("POST", ACME + "/deliveries/retry", 409)
+    busy.cancel()
+    assert [await first, await other] == [{"retried": 3}, {"retried": 3}]
+    assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
+
+
+async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+    assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 3}
+    assert (await api.operator("bravo"))["dead"] == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            {"since": value}
+            for value in (None, 5, "", "yesterday", "2026-01-01", "2026-01-01T00:00:00", "2026-13-01T00:00:00Z")
+        ),
+        {"since": "2026-09-21T14:13:20.001Z"},  # ahead of the clock
+        *({"since": value} for value in ("2026-01-01T25:00:00Z", "2026-01-01 00:00:00Z", "0001-01-01T00:00:00+10:00")),
+        {"until": "2026-01-01T00:00:00Z"},
+        [],
+    ],
+)
+async def test_retrying_with_a_bad_body_answers_400(api: Caller, body: Any) -> None:
+    await api("POST", ACME + "/deliveries/retry", 400, json=body)
+
+
+# -- operators
+
+
+async def test_operators_are_listed_with_their_figures(api: Caller, clock: HandClock, wallet: ScriptedOperator) -> None:
+    await dead_deliveries(api, wallet, "dead")
+    await api("POST", ACME + "/hold", 200)
+    await api.open("waits")
+    await api.close("waits")
+    await api.open("live")
+    clock.advance(2.5)
+    assert await api("GET", "/v1/operators", 200) == {
+        "items": [
+            {
+                "operator": "acme",
+                "notify": True,
+                "dialect": "v4",
+                "held": True,
+                "heldReason": "by_hand",
+                "breaker": "closed",
+                "live": 1,
+                "pending": 1,
+                "dead": 1,
+                "oldestPendingSeconds": 2.5,
+                "notBefore": None,
+            },
+            {
+                "operator": "bravo",
+                "notify": False,
+                "dialect": "v4.01",
+                "held": False,
+                "heldReason": None,
+                "breaker": "closed",
+                "live": 0,
+                "pending": 0,
+                "dead": 0,
+                "oldestPendingSeconds": None,
+                "notBefore": None,
+            },
+        ]
+    }
+
+
+async def test_a_held_operator_is_sent_nothing_until_it_is_released(api: Caller, wallet: ScriptedOperator) -> None:
+    for _ in range(2):
+        assert (await api("POST", ACME + "/hold", 200))["held"] is True
+    await api.open()
+    assert (await api.close())["state"] == "ended"
+    assert (await api.operator())["pending"] == 1
+    await api.open("s2")
+    await api.close("s2")
+    assert wallet.received == []
+    for _ in range(2):
+        assert (await api("POST", ACME + "/release", 200))["held"] is False
+    await api.settled()
+    assert len(wallet.received) == 2
+
+
+async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def pausing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=503, headers={"Retry-After": "100"})
+
+    wallet.script = [failing] * 4 + [pausing]
+    for number in range(5):
+        await api.open(f"s{number}")
+        await api.close(f"s{number}")
+
+    async def opened() -> bool:
+        return (await api.operator())["breaker"] == "open"
+
+    await until(opened)
+    shown = await api.operator()
+    assert 100_000 <= millis(shown["notBefore"]) - millis("2026-09-21T14:13:20.000Z") <= 120_000
+    clock.advance(60)
+    assert (await api.operator())["breaker"] == "half-open"
+    released = await api("POST", ACME + "/release", 200)
+    assert (released["breaker"], released["notBefore"]) == ("closed", None)
+
+
+async def test_the_next_attempt_is_when_it_can_be_tried(
+    api: Caller, clock: HandClock, wallet: ScriptedOperator
+) -> None:
+    async def pausing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=503, headers={"Retry-After": "999999"})
+
+    async def everywhere(session_id: str = "s1") -> str | None:
+        """What session, delivery and page say, which is the same."""
+        shown = await api.delivery_of(session_id)
+        one = await api("GET", f"/v1/deliveries/{shown['id']}", 200)
+        (listed,) = [each for each in await api.walk("/v1/deliveries", 100) if each["id"] == shown["id"]]
+        assert shown["nextAttemptAt"] == one["nextAttemptAt"] == listed["nextAttemptAt"]
+        return str(shown["nextAttemptAt"]) if shown["nextAttemptAt"] else None
+
+    async def attempted() -> bool:
+        return (await api.delivery_of())["attempts"] == 1
+
+    series = 'lmdaemon_operator_not_before_timestamp_seconds{operator="acme"}'
+    wallet.script = [pausing]
+    await api.open()
+    await api.close()
+    await until(attempted)
+    in_an_hour = "2026-09-21T15:13:20.000Z"
+    assert await everywhere() == (await api.operator())["notBefore"] == in_an_hour
+    assert (await scrape(api.daemon))[series] == millis(in_an_hour) / 1000
+    await api.open("s2")
+    await api.close("s2")
+    assert await everywhere("s2") == in_an_hour  # also of one that was never tried
+    await api("POST", ACME + "/hold", 200)
+    assert await everywhere() is await everywhere("s2") is None
+    assert (await api.operator())["notBefore"] is None
+    assert (await scrape(api.daemon))[series] == 0
+    await api("POST", ACME + "/release", 200)
+    await until(lambda: len(wallet.received) == 2)  # s2 goes out, s1 waits for its schedule
+    assert millis("2026-09-21T14:13:24.000Z") <= millis(str(await everywhere())) <= millis("2026-09-21T14:13:26.000Z")
+    clock.advance(6)
+    api.daemon.daemon._dispatcher.wake()
+    await api.settled()
+    assert await everywhere() is await everywhere("s2") is None
+
+
+async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller, wallet: ScriptedOperator) -> None:
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def opened() -> bool:
+        return (await api.operator())["breaker"] == "open"
+
+    wallet.script = [failing] * 5
+    for number in range(6):
+        await api.open(f"s{number}")
+        await api.close(f"s{number}")
+    await until(opened)
+    probe_at = (await api.operator())["notBefore"]
+    assert millis(probe_at) == millis("2026-09-21T14:13:25.000Z")
+    assert (await api.delivery_of("s5"))["nextAttemptAt"] == probe_at
+    due = [(await api.delivery_of(f"s{number}"))["nextAttemptAt"] for number in range(5)]
+    assert min(due) >= probe_at
+    assert max(due) > probe_at  # the schedule asks for more
+
+
+@pytest.mark.parametrize(
+    ("method", "end"),
+    [
+        ("PUT", "/sessions/s1"),
+        ("GET", "/sessions/s1"),
+        ("POST", "/sessions/s1/touch"),
+        ("POST", "/sessions/s1/close"),
+        ("POST", "/sessions/touch"),
+        ("GET", "/sessions"),
+        ("POST", "/deliveries/retry"),
+        ("POST", "/hold"),
+        ("POST", "/release"),
+    ],
+)
+async def test_an_operator_that_is_not_configured_answers_404(api: Caller, method: str, end: str) -> None:
+    for name in ("nobody", "ACME", "%FF", "a" * 300):
+        await api(method, f"/v1/operators/{name}{end}", 404)
+
+
+# -- the rest
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/v1", "/v1/", "/v1/operators/", "/v1/sessions", ACME, ACME + "/sessions/", "/V1/operators", "/health//"],
+)
+async def test_an_unknown_path_answers_404(api: Caller, path: str) -> None:
+    await api("GET", path, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (ACME + "/sessions/s1", "GET, HEAD, PUT"),
+        (ACME + "/sessions/s1/touch", "POST"),
+        (ACME + "/sessions/s1/close", "POST"),
+        (ACME + "/sessions/touch", "GET, HEAD, POST, PUT"),  # a session may be called touch
+        (ACME + "/sessions", "GET, HEAD"),
+        (ACME + "/deliveries/retry", "POST"),
+        (ACME + "/hold", "POST"),
+        (ACME + "/release", "POST"),
+        ("/v1/operators", "GET, HEAD"),
+        ("/v1/deliveries", "GET, HEAD"),
+        ("/v1/deliveries/msg_1_x", "GET, HEAD"),
+        ("/v1/deliveries/msg_1_x/retry", "POST"),
+        ("/health", "GET, HEAD"),
+        ("/metrics", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+async def test_another_method_answers_405_with_allow(api: Caller, path: str, allowed: str) -> None:
+    for method in ("DELETE", "PATCH", "OPTIONS"):
+        response, problem = await api.answer(method, path)
+        assert (response.status, response.headers["Allow"]) == (405, allowed)
+        Caller.check_problem(response, problem)
+
+
+async def test_head_answers_wherever_get_does_with_its_status_and_no_body(api: Caller) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = (await api.delivery_of())["id"]
+    paths = ["/health", "/health/", "/metrics", "/openapi.json", "/v1/operators", "/v1/deliveries"]
+    paths += [f"/v1/deliveries/{delivery}", ACME + "/sessions", ACME + "/sessions/s1", ACME + "/sessions/nobody"]
+    for path in paths:
+        got, _ = await api.answer("GET", path)
+        async with api.daemon.client.head(api.daemon.api + path) as headed:
+            assert (headed.status, headed.headers["Content-Type"]) == (got.status, got.headers["Content-Type"]), path
+            assert int(headed.headers["Content-Length"]) > 0, path
+            assert await headed.read() == b"", path
+    async with api.daemon.client.head(api.daemon.api + ACME + "/hold") as headed:
+        assert headed.status == 405
+
+
+async def test_metrics_count_by_operator_and_name_no_session(api: Caller) -> None:
+    await api.open("secret-session", playerId="secret-player")
+    await api("POST", ACME + "/sessions/secret-session/touch", 204)
+    response, text = await api.answer("GET", "/metrics", 200)
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert 'lmdaemon_sessions_live{operator="acme"} 1.0' in text
+    assert re.search(r'lmdaemon_\w*touch\w*_total\{operator="acme"\} 1\.0', text)
+    assert "secret" not in text
+
+
+async def test_all_times_are_rfc_3339_in_utc(delivered_everywhere: Caller) -> None:
+    api = delivered_everywhere
+    sessions = (await api("GET", ACME + "/sessions", 200))["items"]
+    deliveries = (await api("GET", "/v1/deliveries", 200))["items"]
+    history = (await api("GET", f"/v1/deliveries/{deliveries[-1]['id']}", 200))["history"]
+    health = [check for checks in (await api("GET", "/health", 200))["checks"].values() for check in checks]
+    times = [
+        value
+        for item in sessions + deliveries + history + health
+        for name, value in item.items()
+        if (name.endswith("At") or name in ("at", "time")) and value is not None
+    ]
+    assert len(times) > 100
+    assert [time for time in times if not RFC3339.fullmatch(time)] == []
+
+
+# -- tokens
+
+CALLS = [
+    ("PUT", ACME + "/sessions/s1"),
+    ("GET", ACME + "/sessions/s1"),
+    ("POST", ACME + "/sessions/s1/touch"),
+    ("POST", ACME + "/sessions/touch"),
+    ("POST", ACME + "/sessions/s1/close"),
+    ("GET", ACME + "/sessions"),
+    ("GET", "/v1/deliveries"),
+    ("GET", "/v1/deliveries/msg_1_x"),
+    ("POST", "/v1/deliveries/msg_1_x/retry"),
+    ("POST", ACME + "/deliveries/retry"),
+    ("GET", "/v1/operators"),
+    ("POST", ACME + "/hold"),
+    ("POST", ACME + "/release"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing"),
+    ("DELETE", "/v1/operators"),
+    ("POST", "/health"),
+]
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path, clock: HandClock) -> AsyncIterator[Caller]:
+    (tmp_path / "tokens").write_text("token-one\n\n  token-twö  \n")
+    toml = LISTEN + 'token_file = "tokens"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        yield Caller(daemon)
+
+
+WRONG = [
+    *("", "Bearer", "Bearer ", "Bearer wrong", "Bearer token-one2", "Bearer token-on", "bearer TOKEN-ONE", "token-one"),
+    *("Basic token-one", "Bearer token-one, Bearer token-one", "Bearer token-one token-one", "Bearer \u00ff"),
+]
+
+
+@pytest.mark.parametrize("authorization", WRONG)
+async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, authorization: str) -> None:
+    headers = {"Authorization": authorization} if authorization else {}
+    for method, path in CALLS:
+        response, _ = await guarded.answer(method, path, 401 if path != "/health" else None, headers=headers)
+        assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+async def test_a_page_from_elsewhere_can_change_nothing_where_no_token_is_asked_for(api: Caller) -> None:
+    await api.open()
+    own = api.daemon.api
+    with hear() as events:
+        for path in ("/sessions/s1/close", "/sessions/s1/touch", "/hold"):
+            for origin in ("https://elsewhere.example", "null", "", own.replace("http", "https"), own + "0", own + "/"):
+                problem = await api("POST", ACME + path, 403, headers={"Origin": origin})
+                assert repr(origin) in problem["detail"]
+    assert (await api("GET", ACME + "/sessions/s1", 200))["state"] == "active"
+    assert not (await api("GET", "/v1/operators", 200))["items"][0]["held"]
+    told = [event.facts for event in events if event.name == "api.refused"]
+    assert (told[0]["status"], told[0]["origin"]) == (403, "https://elsewhere.example")
+
+
+async def test_a_page_that_this_address_has_served_may_change_what_it_likes(api: Caller) -> None:
+    await api.open()
+    await api("POST", ACME + "/sessions/s1/touch", 204, headers={"Origin": api.daemon.api})
+    host = api.daemon.api.removeprefix("http://").replace("127.0.0.1", "LOCALHOST")
+    headers = {"Origin": f"http://{host.lower()}", "Host": host}
+    await api("POST", ACME + "/sessions/s1/close", 200, headers=headers)
+
+
+EVERY_CALL = [("GET", "/health"), ("HEAD", "/health/"), ("OPTIONS", "/v1/operators"), ("GET", "/elsewhere")]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "evil.example",
+            "evil.example:8081",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "192.0.2.1:8081",
+            "",
+        ),
+        *(
+            "0.0.0.0:8081",
+            "[::]:8081",
+            "127.0.0.1@evil.example",
+            "localhost:8081:x",
+            "[::1",
+            "169.254.169.254",
+            "127.1",
+        ),
+        *("\u00fcvil.example", "x" * 300, "[evil.example]", "evil.localhost"),
+    ],
+)
+async def test_a_page_whose_name_leads_here_sees_and_changes_nothing(api: Caller, host: str) -> None:
+    await api.open(playerId="player-of-somebody")
+    with hear() as events:
+        for method, path in [*CALLS, *EVERY_CALL]:
+            async with raw_connection(api.daemon.api) as peer:
+                await peer.send(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                head = await peer.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 421 "), (method, path, head)
+            assert b"application/problem+json" in head
+    assert (await api.session())["state"] == "active"
+    told = [event.facts for event in events if event.name == "api.refused"]
+    assert {(facts["status"], facts["host"]) for facts in told} == {(421, host[:100])}
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:1", "127.0.0.1:8081", "127.255.0.9", "[::1]", "[::1]:8081", "[0:0:0:0:0:0:0:1]:9"]
+)
+async def test_every_name_of_loopback_is_served_whatever_the_port(api: Caller, host: str) -> None:
+    await api("GET", "/v1/operators", 200, headers={"Host": host})
+
+
+async def test_who_sends_no_host_is_no_browser_and_is_served(api: Caller) -> None:
+    async with raw_connection(api.daemon.api) as peer:
+        await peer.send(b"GET /health HTTP/1.0\r\n\r\n")
+        assert (await peer.answer()).status == 200
+
+
+async def test_no_browser_reaches_a_unix_socket_so_any_host_is_served_there(tmp_path: Path, clock: HandClock) -> None:
+    toml = f'[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "unix:{tmp_path}/api.sock"\n'
+    async with serving(tmp_path, toml + CONFIG.format(url="http://127.0.0.1:1/"), clock):
+        for host in ("lmdaemon", "evil.example", ""):
+            reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/api.sock")
+            writer.write(f"GET /v1/operators HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            await writer.wait_closed()
+
+
+async def test_where_a_token_is_asked_for_neither_host_nor_origin_matters(guarded: Caller) -> None:
+    headers = {"Authorization": "Bearer token-one", "Host": "proxy.example", "Origin": "https://console.example"}
+    await guarded("GET", "/v1/operators", 200, headers=headers)
+    await guarded("POST", ACME + "/hold", 200, headers=headers)
+
+
+async def test_an_expectation_opens_no_door_and_is_refused_as_a_problem(guarded: Caller) -> None:
+    for path in ("/v1/operators", "/v1/nothing", ACME + "/sessions/s/touch"):
+        await guarded("POST", path, 401, headers={"Expect": "anything"})
+        authorized = {"Authorization": "Bearer token-one", "Expect": "anything"}
+        assert (await guarded("POST", path, 417, headers=authorized))["detail"] == "Expect must be 100-continue"
+
+
+@pytest.mark.parametrize("authorization", ["Bearer token-one", "bearer  token-one ", "BEARER token-twö"])
+async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorization: str) -> None:
+    guarded.headers = {"Authorization": authorization}
+    await guarded.open()
+    for method, path in CALLS[1:]:
+        response, _ = await guarded.answer(method, path)
+        assert response.status != 401, (method, path)
+
+
+async def test_a_token_that_may_only_read_changes_nothing(tmp_path: Path, clock: HandClock) -> None:
+    (tmp_path / "tokens").write_text("# who may change things\nops: token-that-changes\n")
+    (tmp_path / "readers").write_text("grafana: token-that-reads\n")
+    toml = LISTEN + 'token_file = "tokens"\nread_token_file = "readers"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        api = Caller(daemon)
+        api.headers = {"Authorization": "Bearer token-that-changes"}
+        await api.open("s-1")
+        api.headers = {"Authorization": "Bearer token-that-reads"}
+        for method, path in CALLS:
+            response, body = await api.answer(method, path)
+            assert (response.status == 403) is (method != "GET"), (method, path)
+            if response.status == 403:
+                assert path == "/health" or body["detail"] == "this token may only read"
+        await api("POST", ACME + "/sessions/s-1/touch", 403)
+        assert (await api("GET", "/health", 200)).keys() > {"status"}
+        assert (await api("GET", ACME + "/sessions/s-1", 200))["state"] == "active"
+        for authorization in ("# who may change things", "ops: token-that-changes", "ops"):
+            await api("GET", "/v1/operators", 401, headers={"Authorization": f"Bearer {authorization}"})
+
+
+async def test_what_is_done_by_hand_is_logged_with_the_name_of_the_token(tmp_path: Path, clock: HandClock) -> None:
+    (tmp_path / "tokens").write_text("ops: token-that-changes\ntoken-without-a-name\n")
+    toml = LISTEN + 'token_file = "tokens"\n' + CONFIG.format(url="http://127.0.0.1:1/")
+    async with serving(tmp_path, toml, clock) as daemon:
+        with hear() as events:
+            for token in ("token-that-changes", "token-without-a-name"):
+                api = Caller(daemon)
+                api.headers = {"Authorization": f"Bearer {token}"}
+                for call in ("/hold", "/release", "/deliveries/retry"):
+                    await api("POST", ACME + call)
+    done = [
+        event for event in events if event.name in ("operator.held", "operator.released", "delivery.retried_by_hand")
+    ]
+    assert [event.facts["by"] for event in done] == ["ops"] * 3 + [None] * 3
+    assert "token-" not in repr(events)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_health_without_the_token_tells_only_the_status(guarded: Caller, method: str) -> None:
+    await guarded(method, "/health/", 200)
+    response, body = await guarded.answer(method, "/health", 200)
+    assert response.headers["Content-Type"] == "application/health+json"
+    if method == "GET":
+        assert body == {"status": "pass"}
+        full = await guarded("GET", "/health", 200, headers={"Authorization": "Bearer token-one"})
+        assert full.keys() > {"status"}
+    async with guarded.daemon.client.get(guarded.daemon.server + "/health") as public:
+        assert await public.json(content_type=None) == {"status": "pass"}

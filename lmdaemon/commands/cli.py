@@ -239,6 +239,7 @@ def _commands() -> tuple[Command, ...]:
             (
                 _arg("operator", nargs="?", metavar="OPERATOR", help="send as the daemon would to this operator"),
                 _arg("--url", metavar="URL", help="send here instead; private addresses are allowed, you chose it"),
+                _arg("--yes", action="store_true", help="the operator's code may act on it (not asked on loopback)"),
                 _arg("--dialect", metavar="NAME", help="instead of the operator's (without one: v4)"),
                 _arg("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
                 _arg("--session", metavar="ID", help="session id (default: a test value)"),

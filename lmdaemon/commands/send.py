@@ -8,177 +8,66 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from uuid import uuid4
 
-from lmdaemon import config, masks
+from lmdaemon import masks
 from lmdaemon.clock import Clock
-from lmdaemon.commands.shared import (
-    FAILED,
-    STOPPED,
-    Usage,
-    line,
-    player_token,
-    print_json,
-    quiet_libraries,
-    secret_file,
-)
-from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration, target
-from lmdaemon.config.target import Target
+from lmdaemon.commands.recipient import checked_id, recipient
+from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
+from lmdaemon.config import Operator
 from lmdaemon.delivery.dispatcher import compose
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
-from lmdaemon.dialects import SHIPPED, CannotEncode
-from lmdaemon.log import NOT_A_URL, safe_url
-from lmdaemon.masks import MASK, fields_of, query_of
-from lmdaemon.model import Session, id_problem
+from lmdaemon.dialects import CannotEncode
+from lmdaemon.masks import MASK, fields_of
+from lmdaemon.model import Session
 from lmdaemon.retry import Outcome, judge
-from lmdaemon.tls import Profile
+from lmdaemon.workbench import explain
+from lmdaemon.workbench.exchanges import Answer, Asked, Exchange, shown
 
-_Struct = TypeVar("_Struct", Operator, Policy)
-ANSWER_HEADERS = (
-    "Allow",
-    "Content-Encoding",
-    "Content-Length",
-    "Content-Type",
-    "Date",
-    "Location",
-    "Retry-After",
-    "Server",
-    "Via",
-    "WWW-Authenticate",
-    "X-Request-Id",
-)
+MADE_UP = "lmdaemon-test"  # what made-up ids begin with, so that whoever finds one knows what it is
 
 
-class Exchange(NamedTuple):
-    """One SessionExpired and what came back: `answer` is status, headers, body, and whether that was all of it; None
-    when there was none.
-    """
+class Sent(NamedTuple):
+    """One SessionExpired: both sides of it, and what the daemon would make of the answer."""
 
-    headers: Mapping[str, str]
-    answer: tuple[int, Mapping[str, str], bytes, bool] | None
+    exchange: Exchange
     outcome: Outcome
 
 
 def send(args: argparse.Namespace) -> int:
-    operator = _recipient(args)
+    operator = recipient(args, "send")
     session = _test_session(args, operator)
     try:
         body = compose(operator, session)
     except CannotEncode as error:
         raise Usage(f"send: {error}") from None
+    if not args.yes and not _is_loopback(operator):
+        host = operator.target.url.host if operator.target else ""
+        raise Usage(
+            f"send: this tells {host} that session {session.session_id!r} of player {session.player_id!r} has ended, "
+            "and its code will act on it; say --yes if that is meant"
+        )
     quiet_libraries()
-    exchange = asyncio.run(_exchange(operator, body))
-    shown = _shown_exchange(operator, session, body, exchange)
+    sent = asyncio.run(_send(operator, body))
+    document = _shown(operator, session, sent)
     if args.json:
-        print_json(shown)
+        print_json(document)
     else:
-        _print_exchange(shown)
-    return STOPPED if exchange.outcome.verdict == "delivered" else FAILED
+        _print_exchange(document)
+    return STOPPED if sent.outcome.verdict == "delivered" else FAILED
 
 
-def _recipient(args: argparse.Namespace) -> Operator:
-    """The operator of the configuration with what the options change, or one made of the options. Raises Usage."""
-    dialects = dict(SHIPPED)
-    operator = _stranger()
-    if args.operator or args.config or args.dialect not in (None, *SHIPPED):
-        settings = config.of_command(args.config, secrets="optional")
-        # An own dialect is known here once some operator of the file uses it
-        for one in settings.operators.values():
-            dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}
-        if args.operator:
-            operator = _configured(settings, args.operator)
-    changes: dict[str, Any] = {}
-    if args.url:
-        changes |= {"url": args.url, "target": _checked_url(args.url), "allow_private_network": True}
-    if args.dialect:
-        if args.dialect not in dialects:
-            raise Usage(f"--dialect: must be one of {', '.join(dialects)} (got {args.dialect!r})")
-        changes["sends"] = dialects[args.dialect]
-    if args.provider_id:
-        changes["provider_id"] = _checked_id(args.provider_id, "--provider-id")
-    if args.hash_key_file:
-        changes["hash_key"] = secret_file(args.hash_key_file, "--hash-key-file")
-    if args.timeout:
-        changes["policy"] = _changed(operator.policy, timeout_s=_checked_span(args.timeout))
-    operator = _changed(operator, **changes)
-    if not operator.url:
-        raise Usage("send: give --url, or an operator of the configuration that has a url")
-    return operator
-
-
-def _changed(struct: _Struct, **changes: Any) -> _Struct:
-    return type(struct)(**{name: getattr(struct, name) for name in struct.__struct_fields__} | changes)
-
-
-def _stranger() -> Operator:
-    """The operator of `send --url`, as a file that says nothing else would make it; the options change it."""
-    return Operator(
-        name="(none)",
-        provider_id="luckymonaco",
-        sends=SHIPPED["v4"],
-        receives=(),
-        paths=(),
-        accept_unknown=True,
-        token_check="present",  # noqa: S106 - a mode, not a token
-        partner_tokens=(),
-        hash_key=None,
-        allow_from=(),
-        auth_none=False,
-        notify=True,
-        url="",
-        target=None,
-        idle_s=0,
-        lifetime_s=0,
-        policy=Policy(DeliveryTable().timeout, (), 0, 1),
-        allow_private_network=True,
-        ca_file=None,
-        client_cert_file=None,
-        client_key_file=None,
-        tls=Profile(None, None, None),
-        signing_keys=(),
-    )
-
-
-def _configured(settings: Settings, name: str) -> Operator:
-    if name not in settings.operators:
-        known = ", ".join(settings.operators) or "none"
-        raise Usage(f"send: {settings.file} has no operator {name!r}; known are {known}")
-    at = f"operators.{name}."
-    # What the daemon sends is hashed, signed and encrypted with these; without them the verdict would be another one.
-    sending = tuple(at + key for key in ("hash_key_", "signing_secret_", "ca_file", "client_"))
-    missing = [warning for warning in settings.warnings if warning.startswith(sending) and ": unchecked: " in warning]
-    if missing:
-        raise ConfigError([f"{settings.file}: {finding.replace(' unchecked:', '', 1)}" for finding in missing])
-    return settings.operators[name]
-
-
-def _checked_url(text: str) -> Target:
+def _is_loopback(operator: Operator) -> bool:
+    """Whether the URL names this very machine. A name that only resolves to it does not."""
+    host = (operator.target.url.raw_host or "") if operator.target else ""
     try:
-        return target.read(text)
-    except ValueError as error:
-        shown = safe_url(text)
-        got = "" if shown == NOT_A_URL else f" (got {shown!r})"
-        raise Usage(f"--url: {error}{got}") from None
-
-
-def _checked_id(text: str, option: str) -> str:
-    problem = id_problem(text)
-    if problem:
-        raise Usage(f"{option}: {problem}")
-    return text
-
-
-def _checked_span(text: str) -> float:
-    try:
-        span = duration(text)
-    except ValueError as error:
-        raise Usage(f"--timeout: {error} (got {text!r})") from None
-    if span <= 0:
-        raise Usage("--timeout: must not be zero")
-    return span
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".") == "localhost"
 
 
 def _test_session(args: argparse.Namespace, operator: Operator) -> Session:
@@ -187,9 +76,9 @@ def _test_session(args: argparse.Namespace, operator: Operator) -> Session:
     return Session(
         id=0,
         operator=operator.name,
-        session_id=_checked_id(args.session or f"test-{uuid4().hex}", "--session"),
-        player_id=_checked_id(args.player or "test-player", "--player"),
-        token=player_token(args) or f"test-{uuid4().hex}",
+        session_id=checked_id(args.session or f"{MADE_UP}-{uuid4().hex}", "--session"),
+        player_id=checked_id(args.player or f"{MADE_UP}-player", "--player"),
+        token=player_token(args) or f"made-up-{uuid4().hex}",
         attributes=None,
         extra=None,
         idle_ms=0,
@@ -202,7 +91,7 @@ def _test_session(args: argparse.Namespace, operator: Operator) -> Session:
     )
 
 
-async def _exchange(operator: Operator, body: bytes) -> Exchange:
+async def _send(operator: Operator, body: bytes) -> Sent:
     """Sends it once, through the very code the daemon sends with."""
 
     class Moment(Clock):
@@ -219,13 +108,12 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
     began = time.monotonic()
     answer = None
     try:
-        answer = await sender.post(operator, webhook_id, body)
-        status, received, content, complete = answer
+        answer = Answer(*await sender.post(operator, webhook_id, body))
         outcome = judge(
-            status,
-            content,
-            complete=complete,
-            retry_after=received.get("Retry-After"),
+            answer.status,
+            answer.body,
+            complete=answer.complete,
+            retry_after=answer.headers.get("Retry-After"),
             now_s=clock.now_ms / 1000,
             final=operator.sends.codes.final,
         )
@@ -233,57 +121,34 @@ async def _exchange(operator: Operator, body: bytes) -> Exchange:
         outcome = Outcome("retry", error.cause, detail=error.detail)
     finally:
         await sender.close()
-    return Exchange(headers, answer, _timed(outcome, began))
-
-
-def _timed(outcome: Outcome, began: float) -> Outcome:
-    return outcome._replace(duration_ms=round((time.monotonic() - began) * 1000))
+    cause = "" if answer else outcome.reason
+    took_ms = round((time.monotonic() - began) * 1000)
+    return Sent(Exchange(Asked("POST", operator.url, headers, body), answer, cause, outcome.detail, took_ms), outcome)
 
 
 def _headers_of_aiohttp(operator: Operator, body: bytes) -> dict[str, str]:
     """The headers aiohttp adds by itself; a test compares them with what a server gets."""
-    assert operator.target is not None  # noqa: S101 - _recipient has refused an operator without a URL
+    assert operator.target is not None  # noqa: S101 - recipient has refused an operator without a URL
     host = operator.target.url.host_port_subcomponent or ""
     return {"Host": host, "Accept": "*/*", "Content-Length": str(len(body))}
 
 
-def _shown_exchange(operator: Operator, session: Session, body: bytes, exchange: Exchange) -> dict[str, Any]:
+def _shown(operator: Operator, session: Session, sent: Sent) -> dict[str, Any]:
     """Both sides as they may be shown to anybody: with token, hash, signatures and the URL's secrets masked."""
-    outcome = exchange.outcome
+    exchange, outcome = sent
+    body = exchange.asked.body
     mask = masks.of_notice(operator, session.token, body)
-    answer = None
-    if exchange.answer is not None:
-        status, received, content, complete = exchange.answer
-        answer = {
-            "status": status,
-            "headers": {
-                name: mask(_shown_url(received[name]) if name == "Location" else received[name])
-                for name in ANSWER_HEADERS
-                if name in received
-            },
-            "body": mask.text_of(content, complete=complete),
-            "complete": complete,
-        }
+    both = shown(exchange, mask, _masked_body(operator, fields_of(operator, body)))
     return {
-        "request": {
-            "method": "POST",
-            "url": _shown_url(operator.url),
-            "headers": {name: _shown_header(name, value, mask) for name, value in exchange.headers.items()},
-            "body": _masked_body(operator, fields_of(operator, body)),
-        },
-        "answer": answer,
+        "request": both["request"],
+        "answer": both["answer"],
+        "explanation": mask(explain.exchange(exchange, operator.sends)),
         "verdict": outcome.verdict,
         "reason": outcome.reason or None,
-        "detail": mask(outcome.detail) or None,
+        "detail": both["detail"],
         "retryAfterSeconds": outcome.retry_after_s,
-        "durationMs": outcome.duration_ms,
+        "durationMs": exchange.duration_ms,
     }
-
-
-def _shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
-    if name == "Authorization":  # also where user and password are too short to be told from other text
-        return f"Basic {MASK}"
-    return value if name == "Host" else mask(value)
 
 
 def _masked_body(operator: Operator, fields: Mapping[str, str]) -> str:
@@ -295,31 +160,22 @@ def _masked_body(operator: Operator, fields: Mapping[str, str]) -> str:
     return urlencode(masked, safe="*")
 
 
-def _shown_url(url: str) -> str:
-    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
-    alone, as a Location may be.
-    """
-    path = url.partition("#")[0].partition("?")[0]
-    shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
-    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in query_of(url))
-    return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown
-
-
-def _print_exchange(shown: Mapping[str, Any]) -> None:
+def _print_exchange(document: Mapping[str, Any]) -> None:
     """Both sides as they stand on the wire, and the verdict: for pasting into a ticket."""
-    request, answer = shown["request"], shown["answer"]
+    request, answer = document["request"], document["answer"]
     print(f"{request['method']} {line(request['url'])}")
     _print_message(request)
     if answer is None:
-        print(f"No answer ({shown['durationMs']} ms)")
+        print(f"No answer ({document['durationMs']} ms)")
         print()
     else:
-        print(f"HTTP {answer['status']} ({shown['durationMs']} ms)")
+        print(f"HTTP {answer['status']} ({document['durationMs']} ms)")
         _print_message(answer)
         if not answer["complete"]:
             print("(the answer is longer; the rest was not read)")
             print()
-    print(f"Verdict: {line(_verdict(shown))}")
+    print(f"In words: {line(document['explanation'])}")
+    print(f"Verdict: {line(_verdict(document))}")
 
 
 def _print_message(message: Mapping[str, Any]) -> None:
@@ -331,13 +187,15 @@ def _print_message(message: Mapping[str, Any]) -> None:
     print()
 
 
-def _verdict(shown: Mapping[str, Any]) -> str:
-    reason = shown["reason"] + (f" ({shown['detail']})" if shown["detail"] else "") if shown["reason"] else ""
+def _verdict(document: Mapping[str, Any]) -> str:
+    reason = (
+        document["reason"] + (f" ({document['detail']})" if document["detail"] else "") if document["reason"] else ""
+    )
     text = {
         "delivered": "delivered",
         "final": f"final, never sent again because {reason}",
         "retry": f"would be retried because {reason}",
         "hold": f"would hold the operator because {reason}",
-    }[shown["verdict"]]
-    wait_s = shown["retryAfterSeconds"]
+    }[document["verdict"]]
+    wait_s = document["retryAfterSeconds"]
     return text + (f"; nothing would be sent to this operator for {wait_s:g} s (Retry-After)" if wait_s else "")

@@ -972,7 +972,7 @@ async def test_send_speaks_the_dialects_of_the_configuration(tmp_path: Path) -> 
         )
         words = ("send", "--url", peer.url, "--dialect", "old", "--session", "s1")
         done = await asyncio.to_thread(run, *words, cwd=tmp_path)
-    assert json.loads(peer.received[0].body) == {"p": "luckymonaco", "s": "s1", "who": "test-player"}
+    assert json.loads(peer.received[0].body) == {"p": "luckymonaco", "s": "s1", "who": "lmdaemon-test-player"}
     assert done.stdout.endswith("Verdict: final, never sent again because code_5\n")
 
 
@@ -989,15 +989,39 @@ def test_send_to_nobody_says_why_there_is_no_answer(tmp_path: Path) -> None:
 def test_send_does_not_go_where_the_daemon_would_not(tmp_path: Path) -> None:
     # A name is checked when it is resolved; localhost is refused by the file itself, this one is not
     configure(tmp_path, 'url = "https://acme.example.invalid/"\n')
-    done = run("send", "acme", cwd=tmp_path)
+    done = run("send", "acme", "--yes", cwd=tmp_path)
     assert done.returncode == 1
     assert "Verdict: would be retried because dns" in done.stdout
+
+
+def test_send_asks_before_it_tells_another_machine(tmp_path: Path) -> None:
+    for url in ("https://127.0.0.1.example.invalid/", "http://127.0.0.1@example.invalid/", "https://10.0.0.1/"):
+        done = run("send", "--url", url, "--session", "s1", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "that session 's1' of player 'lmdaemon-test-player' has ended" in done.stderr
+        assert "say --yes if that is meant" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("<html>no</html>", "200, but the body is HTML"),
+        ('{"Error": 0}', '200, but there is "Error", but no "error"'),
+        ('{"error": false}', "200, but `error` is false, where a number is expected"),
+        ('{"error": 7, "description": "no"}', '200, but `error` is 7, bad parameters ("no")'),
+        ('{"error": 0}', "200, `error` is 0"),
+    ],
+)
+async def test_send_says_in_words_what_came_back(tmp_path: Path, answer: str, words: str) -> None:
+    async with scripted_operator(web.Response(text=answer)) as peer:
+        done = await asyncio.to_thread(run, "send", "--url", peer.url, cwd=tmp_path)
+    assert done.stdout.splitlines()[-2] == f"In words: {words}"
 
 
 def test_send_refuses_to_judge_an_operator_whose_secrets_are_out_of_reach(tmp_path: Path) -> None:
     configure(tmp_path, 'url = "https://acme.example.invalid/"\nsigning_secret_file = "handed-over"\n')
     secret_file(tmp_path / "handed-over", SIGNING_SECRET).chmod(0)
-    done = run("send", "acme", cwd=tmp_path, before=forgo_privileges)
+    done = run("send", "acme", "--yes", cwd=tmp_path, before=forgo_privileges)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "config.toml: operators.acme.signing_secret_file: cannot be read: Permission denied (handed-over)\n"

@@ -1,0 +1,128 @@
+"""Whom `send` and `check` speak to: an operator of the configuration, or a URL and the options beside it."""
+
+import argparse
+from typing import Any, TypeVar
+
+from lmdaemon import config
+from lmdaemon.commands.shared import Usage, secret_file
+from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration, target
+from lmdaemon.config.target import Target
+from lmdaemon.dialects import SHIPPED
+from lmdaemon.log import NOT_A_URL, safe_url
+from lmdaemon.model import id_problem
+from lmdaemon.tls import Profile
+
+_Struct = TypeVar("_Struct", Operator, Policy)
+
+
+def recipient(args: argparse.Namespace, command: str) -> Operator:
+    """The operator of the configuration with what the options change, or one made of the options. Raises Usage."""
+    dialects = dict(SHIPPED)
+    operator = _stranger()
+    if args.operator or args.config or args.dialect not in (None, *SHIPPED):
+        settings = config.of_command(args.config, secrets="optional")
+        # An own dialect is known here once some operator of the file uses it
+        for one in settings.operators.values():
+            dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}
+        if args.operator:
+            operator = _configured(settings, args.operator, command)
+    changes: dict[str, Any] = {}
+    if args.url:
+        changes |= {"url": args.url, "target": _checked_url(args.url), "allow_private_network": True}
+    if args.dialect:
+        if args.dialect not in dialects:
+            raise Usage(f"--dialect: must be one of {', '.join(dialects)} (got {args.dialect!r})")
+        changes["sends"] = dialects[args.dialect]
+    if args.provider_id:
+        changes["provider_id"] = checked_id(args.provider_id, "--provider-id")
+    if args.hash_key_file:
+        changes["hash_key"] = secret_file(args.hash_key_file, "--hash-key-file")
+    if getattr(args, "signing_secret_file", None):
+        changes["signing_keys"] = _signing_keys(args)
+    if args.timeout:
+        changes["policy"] = _changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
+    operator = _changed(operator, **changes)
+    if not operator.url:
+        raise Usage(f"{command}: give --url, or an operator of the configuration that has a url")
+    return operator
+
+
+def _changed(struct: _Struct, **changes: Any) -> _Struct:
+    return type(struct)(**{name: getattr(struct, name) for name in struct.__struct_fields__} | changes)
+
+
+def _stranger() -> Operator:
+    """The operator of `--url`, as a file that says nothing else would make it; the options change it."""
+    return Operator(
+        name="(none)",
+        provider_id="luckymonaco",
+        sends=SHIPPED["v4"],
+        receives=(),
+        paths=(),
+        accept_unknown=True,
+        token_check="present",  # noqa: S106 - a mode, not a token
+        partner_tokens=(),
+        hash_key=None,
+        allow_from=(),
+        auth_none=False,
+        notify=True,
+        url="",
+        target=None,
+        idle_s=0,
+        lifetime_s=0,
+        policy=Policy(DeliveryTable().timeout, (), 0, 1),
+        allow_private_network=True,
+        ca_file=None,
+        client_cert_file=None,
+        client_key_file=None,
+        tls=Profile(None, None, None),
+        signing_keys=(),
+    )
+
+
+def _configured(settings: Settings, name: str, command: str) -> Operator:
+    if name not in settings.operators:
+        known = ", ".join(settings.operators) or "none"
+        raise Usage(f"{command}: {settings.file} has no operator {name!r}; known are {known}")
+    at = f"operators.{name}."
+    # What the daemon sends is hashed, signed and encrypted with these; without them the verdict would be another one.
+    sending = tuple(at + key for key in ("hash_key_", "signing_secret_", "ca_file", "client_"))
+    missing = [warning for warning in settings.warnings if warning.startswith(sending) and ": unchecked: " in warning]
+    if missing:
+        raise ConfigError([f"{settings.file}: {finding.replace(' unchecked:', '', 1)}" for finding in missing])
+    return settings.operators[name]
+
+
+def _signing_keys(args: argparse.Namespace) -> tuple[bytes, ...]:
+    lines = secret_file(args.signing_secret_file, "--signing-secret-file").splitlines()
+    try:
+        return tuple(config.whsec(line.strip()) for line in lines if line.strip())
+    except ValueError as error:
+        raise Usage(f"--signing-secret-file: {error}") from None
+
+
+def _checked_url(text: str) -> Target:
+    try:
+        return target.read(text)
+    except ValueError as error:
+        shown = safe_url(text)
+        got = "" if shown == NOT_A_URL else f" (got {shown!r})"
+        raise Usage(f"--url: {error}{got}") from None
+
+
+def checked_id(text: str, option: str) -> str:
+    problem = id_problem(text)
+    if problem:
+        raise Usage(f"{option}: {problem}")
+    return text
+
+
+def checked_span(text: str, option: str) -> float:
+    """Seconds, more than none. Raises Usage."""
+    try:
+        span = duration(text)
+    except ValueError as error:
+        raise Usage(f"{option}: {error} (got {text!r})") from None
+    if span <= 0:
+        raise Usage(f"{option}: must not be zero")
+    return span

@@ -1,0 +1,118 @@
+"""One request and what came back, and both as they may be shown to anybody.
+
+What is shown must hold no secret: tokens, hashes, signatures, user info and the URL's values are masked.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lmdaemon.dialects import answered_code
+from lmdaemon.log import safe_url
+from lmdaemon.masks import MASK, Mask, query_of
+
+ANSWER_HEADERS = (
+    "Allow",
+    "Connection",
+    "Content-Encoding",
+    "Content-Length",
+    "Content-Type",
+    "Date",
+    "Location",
+    "Retry-After",
+    "Server",
+    "Transfer-Encoding",
+    "Via",
+    "WWW-Authenticate",
+    "X-Request-Id",
+)
+
+
+class Asked(NamedTuple):
+    """A request as it was sent."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Answer(NamedTuple):
+    """What was read of an answer, and whether that was all of it. `headers` ignores the case of names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    complete: bool
+
+
+class Exchange(NamedTuple):
+    """A request and its answer, or why there is none: a word of `causes`, and what is known besides."""
+
+    asked: Asked
+    answer: Answer | None
+    cause: str = ""
+    detail: str = ""
+    duration_ms: int = 0
+    reused: bool = False  # the connection had carried another request before
+
+    @property
+    def status(self) -> int | None:
+        return self.answer.status if self.answer is not None else None
+
+    @property
+    def code(self) -> int | float | None:
+        """The answered `error`, whatever the status; None where there is none that a sender can read."""
+        if self.answer is None or not self.answer.complete:
+            return None
+        return answered_code(self.answer.body)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the sender takes it for success."""
+        return self.status == 200 and self.code == 0
+
+
+def shown(exchange: Exchange, mask: Mask, body: str | None = None) -> dict[str, Any]:
+    """Both sides as JSON for a report; `body` is the request's where the caller has masked it himself."""
+    asked = exchange.asked
+    return {
+        "request": {
+            "method": asked.method,
+            "url": shown_url(asked.url),
+            "headers": {name: shown_header(name, value, mask) for name, value in asked.headers.items()},
+            "body": mask.text_of(asked.body, complete=True) if body is None else body,
+        },
+        "answer": None if exchange.answer is None else shown_answer(exchange.answer, mask),
+        "cause": exchange.cause or None,
+        "detail": mask(exchange.detail) or None,
+        "durationMs": exchange.duration_ms,
+    }
+
+
+def shown_answer(answer: Answer, mask: Mask) -> dict[str, Any]:
+    return {
+        "status": answer.status,
+        "headers": {
+            name: mask(shown_url(answer.headers[name]) if name == "Location" else answer.headers[name])
+            for name in ANSWER_HEADERS
+            if name in answer.headers
+        },
+        "body": mask.text_of(answer.body, complete=answer.complete),
+        "complete": answer.complete,
+    }
+
+
+def shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
+    if name == "Authorization":  # also where user and password are too short to be told from other text
+        return f"Basic {MASK}"
+    return value if name == "Host" else mask(value)
+
+
+def shown_url(url: str) -> str:
+    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
+    alone, as a Location may be.
+    """
+    path = url.partition("#")[0].partition("?")[0]
+    shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
+    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in query_of(url))
+    return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown

@@ -17,9 +17,12 @@ from typing import Any, TypeVar, get_args
 
 from aiohttp import web
 
-from lmdaemon import config, log, plugins, retry, systemd
+from lmdaemon import log, plugins, retry, systemd
 from lmdaemon.clock import FREEZES, Clock
-from lmdaemon.config import ConfigError, Settings
+from lmdaemon.config import reader
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Plugin, Settings, changes
+from lmdaemon.config.values import Listen
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.health import Health
@@ -377,11 +380,11 @@ class Daemon:
         """The file as it is now. Off the event loop, for it takes 0.2 s with 1,000 operators. Raises
         ConfigError.
         """
-        return config.load(self.settings.file, found=self.settings.found)
+        return reader.load(self.settings.file, found=self.settings.found)
 
     def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
         """The keys that differ from what is in force, and from what the daemon started with."""
-        return list(config.changes(self.settings, new)), list(config.changes(self._started_with, new))
+        return list(changes(self.settings, new)), list(changes(self._started_with, new))
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: those that did not change as they are, the others made and started."""
@@ -584,11 +587,11 @@ class Daemon:
         )
 
 
-def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, config.Listen]) -> None:
+def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:
     """A socket handed over by name may reach further than the address whose rules were checked. Raises ConfigError."""
     for name, handed_over in assigned.items():
         at = systemd.address_of(handed_over)
-        if isinstance(at, tuple) and wanted[name].loopback and not config.Listen("", *at).loopback:
+        if isinstance(at, tuple) and wanted[name].loopback and not Listen("", *at).loopback:
             rule = f"systemd hands over {_text(at)}, which other machines can reach: write that here, for it has rules"
             raise ConfigError([f"{name}.listen: {rule} (got {wanted[name].text!r})"])
 
@@ -605,5 +608,5 @@ def _count(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _same_hook(one: config.Plugin, other: config.Plugin) -> bool:
+def _same_hook(one: Plugin, other: Plugin) -> bool:
     return (one.use, dict(one.options)) == (other.use, dict(other.options))

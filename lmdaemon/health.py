@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from lmdaemon import retry, shapes, tls
 from lmdaemon.clock import Clock
-from lmdaemon.config import Settings
+from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError

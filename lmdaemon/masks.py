@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, unquote_plus, unquote_to_bytes, urlsplit
 
-from lmdaemon.config import Operator
+from lmdaemon.config.settings import Operator
 from lmdaemon.dialects import encoding_of, without_mark
 
 MASK = "***"

@@ -13,7 +13,8 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from lmdaemon.config import ConfigError, Plugin
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Plugin
 from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse, SessionEnded
 

@@ -5,7 +5,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from lmdaemon import config
 from lmdaemon.commands.client import ANY, Client
 from lmdaemon.commands.shared import (
     FAILED,
@@ -21,6 +20,7 @@ from lmdaemon.commands.shared import (
     say,
     show,
 )
+from lmdaemon.config import reader
 
 TOUCH_MAX = 10_000  # ids in one bulk touch
 
@@ -52,7 +52,7 @@ def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Call
     """The command that runs `ask` with a client of the running daemon."""
 
     def run(args: argparse.Namespace) -> int:
-        settings = config.of_command(args.config, secrets="optional")
+        settings = reader.of_command(args.config, secrets="optional")
         quiet_libraries()
 
         async def talk() -> int:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmdaemon import config, rights
+from lmdaemon import rights
 from lmdaemon.commands.files import (
     COMPANIONS,
     LOOK_EVERY,
@@ -31,7 +31,8 @@ from lmdaemon.commands.files import (
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason
-from lmdaemon.config import Settings
+from lmdaemon.config import reader
+from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.rights import Rights, UnsafeError, acting_with
 from lmdaemon.store.contract import DatabaseError
@@ -41,7 +42,7 @@ FLUSH_BYTES = 4 * 1024 * 1024
 
 
 def backup(args: argparse.Namespace) -> int:
-    settings = config.of_command(args.config, secrets="optional")
+    settings = reader.of_command(args.config, secrets="optional")
     try:
         theirs = rights.for_database(settings.database)
         ours = rights.for_result(args.file, theirs)
@@ -134,7 +135,7 @@ def _check_integrity(copy: Path) -> None:
 
 
 def restore(args: argparse.Namespace) -> int:
-    settings = config.of_command(args.config, secrets="optional")
+    settings = reader.of_command(args.config, secrets="optional")
     file = args.file.absolute()
     try:
         reading, shared = rights.for_source(file)

@@ -56,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _version(args)
     if args.run == SERVE:
         _stop_at_once()
-    from lmdaemon.config import ConfigError
+    from lmdaemon.config.findings import ConfigError
 
     try:
         return _loaded(args.run)(args)

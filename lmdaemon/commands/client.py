@@ -17,7 +17,8 @@ from yarl import URL
 from lmdaemon import tls, trust
 from lmdaemon.commands import peer
 from lmdaemon.commands.shared import Failed, Usage, reason, say
-from lmdaemon.config import Listen, Settings
+from lmdaemon.config.settings import Settings
+from lmdaemon.config.values import Listen
 
 ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs
 PAGE_MAX = 1000  # rows in one answer of the private API

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from lmdaemon import config, rights
+from lmdaemon import rights
 from lmdaemon.clock import Clock
 from lmdaemon.commands.files import (
     Inode,
@@ -32,7 +32,8 @@ from lmdaemon.commands.files import (
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
-from lmdaemon.config import Settings
+from lmdaemon.config import reader
+from lmdaemon.config.settings import Settings
 from lmdaemon.model import Delivery, Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
 from lmdaemon.store.contract import DatabaseError
@@ -85,7 +86,7 @@ class Told:
 
 
 def export(args: argparse.Namespace) -> int:
-    settings = config.of_command(args.config, secrets="optional")
+    settings = reader.of_command(args.config, secrets="optional")
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
     told = Told()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lmdaemon.commands.shared import Failed, reason
-from lmdaemon.config import Settings
+from lmdaemon.config.settings import Settings
 from lmdaemon.rights import UnsafeError, check_link
 
 BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash

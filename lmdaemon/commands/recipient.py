@@ -3,10 +3,12 @@
 import argparse
 from typing import Any, TypeVar
 
-from lmdaemon import config
 from lmdaemon.commands.shared import Usage, secret_file
-from lmdaemon.config import ConfigError, DeliveryTable, Operator, Policy, Settings, duration, target
+from lmdaemon.config import reader, target
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import DeliveryTable, Operator, Policy, Settings
 from lmdaemon.config.target import Target
+from lmdaemon.config.values import duration
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
@@ -20,7 +22,7 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
     dialects = dict(SHIPPED)
     operator = _stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
-        settings = config.of_command(args.config, secrets="optional")
+        settings = reader.of_command(args.config, secrets="optional")
         # An own dialect is known here once some operator of the file uses it
         for one in settings.operators.values():
             dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}

@@ -18,7 +18,7 @@ from lmdaemon import masks
 from lmdaemon.clock import Clock
 from lmdaemon.commands.recipient import checked_id, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
-from lmdaemon.config import Operator
+from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.dispatcher import compose
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.dialects import CannotEncode

@@ -17,9 +17,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdaemon import config, log
+from lmdaemon import log
 from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
-from lmdaemon.config import ConfigError, Settings
+from lmdaemon.config import reader
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Settings
 from lmdaemon.log import Log
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def serve(args: argparse.Namespace) -> int:
     _raise_file_limit()
     gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
     try:
-        settings = config.of_command(args.config)
+        settings = reader.of_command(args.config)
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -158,7 +160,7 @@ def check_config(args: argparse.Namespace) -> int:
     errors: Sequence[str] = ()
     warnings: Sequence[str] = ()
     try:
-        path, found = config.find(args.config)
+        path, found = reader.find(args.config)
         warnings = _checked(path, found=found).warnings
     except ConfigError as error:
         errors = error.findings
@@ -179,7 +181,7 @@ def _checked(path: Path, *, found: bool) -> Settings:
     """The settings, their plug-ins imported and looked at, but not called. Raises ConfigError with every finding."""
     from lmdaemon import plugins
 
-    settings = config.load(path, found=found, secrets="readable")
+    settings = reader.load(path, found=found, secrets="readable")
     findings: list[str] = []
 
     async def examine() -> None:  # in a running loop, as the daemon does it: a module may ask for it

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from lmdaemon import masks, retry
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator, Policy, Settings
+from lmdaemon.config.settings import Operator, Policy, Settings
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.dialects import CannotEncode, encode
 from lmdaemon.log import Log, place, safe_url

@@ -18,7 +18,7 @@ import aiohttp
 
 from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator
+from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, Answer, AnswerError, AnswerProtocol
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.version import __version__

@@ -15,7 +15,8 @@ from aiohttp import web
 
 from lmdaemon import retry, shapes
 from lmdaemon.clock import Clock
-from lmdaemon.config import ApiToken, Operator, Settings, names_itself
+from lmdaemon.config.settings import ApiToken, Operator, Settings
+from lmdaemon.config.values import names_itself
 from lmdaemon.dialects import BadNotice, Dialect, breaks_hash, content_of, json_object, rounded, uncoded, without_mark
 from lmdaemon.log import Log, place, writable
 from lmdaemon.metrics import CONTENT_TYPE, Metrics

@@ -13,7 +13,8 @@ import orjson
 from aiohttp import HttpVersion11, web
 
 from lmdaemon.clock import Clock
-from lmdaemon.config import Operator, Settings, endpoint_key
+from lmdaemon.config.settings import Operator, Settings
+from lmdaemon.config.values import endpoint_key
 from lmdaemon.dialects import (
     SHIPPED,
     SUCCESS,

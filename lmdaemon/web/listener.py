@@ -27,7 +27,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from lmdaemon.clock import ServiceClock
-from lmdaemon.config import Network
+from lmdaemon.config.values import Network
 from lmdaemon.log import Log
 from lmdaemon.web import handshakes
 from lmdaemon.web import requests as http

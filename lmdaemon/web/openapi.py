@@ -14,7 +14,8 @@ from typing import Any, get_type_hints, is_typeddict
 import msgspec
 
 from lmdaemon import shapes
-from lmdaemon.config import NAME, Operator, Settings, endpoint_key
+from lmdaemon.config.settings import Operator, Settings
+from lmdaemon.config.values import NAME, endpoint_key
 from lmdaemon.dialects import REQUEST_MAX, Dialect
 from lmdaemon.model import ID_MAX, MEANINGS, TOKEN_MAX
 from lmdaemon.shapes import BULK_BODY_MAX, PAGE_DEFAULT, PAGE_MAX

@@ -20,7 +20,8 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import HttpVersion11, web
 
 from lmdaemon import systemd
-from lmdaemon.config import ApiToken, Listen, Network
+from lmdaemon.config.settings import ApiToken
+from lmdaemon.config.values import Listen, Network
 
 BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body
 BACKLOG = 512  # connections that the kernel keeps until they are accepted

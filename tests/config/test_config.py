@@ -17,8 +17,26 @@ from certificates import DAY, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdaemon import config
-from lmdaemon.config import ApiToken, ConfigError, Settings
+from lmdaemon.config import reader, values
+from lmdaemon.config import settings as settings_room
+from lmdaemon.config.findings import ConfigError, Findings
+from lmdaemon.config.secrets import Secrets
+from lmdaemon.config.settings import (
+    ApiTable,
+    ApiToken,
+    DatabaseTable,
+    DeliveryTable,
+    DialectTable,
+    LogTable,
+    OperatorTable,
+    PluginTable,
+    Policy,
+    ServerTable,
+    SessionsTable,
+    Settings,
+    changes,
+)
+from lmdaemon.config.tables import Tables
 from lmdaemon.config.target import HOST_RULE, SHAPE_RULE, USER_INFO_RULE
 from lmdaemon.dialects import SHIPPED, Codes
 
@@ -73,13 +91,13 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(home: Path, text: str, *, secrets: config.Secrets = "required") -> Settings:
+def load(home: Path, text: str, *, secrets: Secrets = "required") -> Settings:
     file = home / "config.toml"
     file.write_text(text)
-    return config.load(file, secrets=secrets)
+    return reader.load(file, secrets=secrets)
 
 
-def findings(home: Path, text: str, *, secrets: config.Secrets = "required") -> list[str]:
+def findings(home: Path, text: str, *, secrets: Secrets = "required") -> list[str]:
     """What is wrong with a file, without the file's name, which must stand before each."""
     with pytest.raises(ConfigError) as caught:
         load(home, text, secrets=secrets)
@@ -92,21 +110,19 @@ def findings(home: Path, text: str, *, secrets: config.Secrets = "required") -> 
 # -- the shipped file
 
 STRUCTS: Mapping[str, type[msgspec.Struct]] = {
-    "server": config.ServerTable,
-    "api": config.ApiTable,
-    "database": config.DatabaseTable,
-    "sessions": config.SessionsTable,
-    "delivery": config.DeliveryTable,
-    "log": config.LogTable,
-    "operators.demo": config.OperatorTable,
-    "plugins.release_lock": config.PluginTable,
-    "dialects.old": config.DialectTable,
+    "server": ServerTable,
+    "api": ApiTable,
+    "database": DatabaseTable,
+    "sessions": SessionsTable,
+    "delivery": DeliveryTable,
+    "log": LogTable,
+    "operators.demo": OperatorTable,
+    "plugins.release_lock": PluginTable,
+    "dialects.old": DialectTable,
     "dialects.old.codes": Codes,
 }
 INHERITED = {
-    field.name: field.default
-    for table in (config.SessionsTable, config.DeliveryTable)
-    for field in msgspec.structs.fields(table)
+    field.name: field.default for table in (SessionsTable, DeliveryTable) for field in msgspec.structs.fields(table)
 }
 
 
@@ -143,14 +159,14 @@ def beside(line: str) -> str:
 
 
 def read(kind: Any, value: object) -> Any:
-    reader = config._Reader(CONFIG_TOML, secrets="required")
-    found = reader.value(kind, value, "key")
-    assert reader.errors == []
+    found_wrong = Findings()
+    found = Tables(found_wrong).value(kind, value, "key")
+    assert found_wrong.errors == []
     return found
 
 
 def test_shipped_file_loads_without_error_and_warning() -> None:
-    settings = config.load(CONFIG_TOML)
+    settings = reader.load(CONFIG_TOML)
     assert settings.warnings == ()
     demo = settings.operators["demo"]
     assert (demo.provider_id, demo.notify, demo.allow_private_network) == ("luckymonaco", True, True)
@@ -172,7 +188,9 @@ def test_shipped_file_fits_120_columns() -> None:
 
 
 def test_shipped_file_shows_every_table() -> None:
-    structs = {name for name, value in vars(config).items() if name.endswith("Table") and isinstance(value, type)}
+    structs = {
+        name for name, value in vars(settings_room).items() if name.endswith("Table") and isinstance(value, type)
+    }
     assert structs | {"Codes"} == {struct.__name__ for struct in STRUCTS.values()}
     assert {table.partition(".")[0] for table in STRUCTS} == tomllib.loads(switched_on()).keys()
 
@@ -212,7 +230,7 @@ def test_shipped_file_shows_every_key_with_its_true_default_and_a_comment(table:
 
 def test_empty_file_has_a_default_for_everything(home: Path) -> None:
     settings = load(home, "")
-    assert (settings.server, settings.api, settings.log) == (config.ServerTable(), config.ApiTable(), config.LogTable())
+    assert (settings.server, settings.api, settings.log) == (ServerTable(), ApiTable(), LogTable())
     assert settings.database == home / "lmdaemon.sqlite3"
     assert (settings.keep_ended_s, settings.restart_grace_s, settings.count_downtime) == (90 * 86400, 60, False)
     assert (settings.operators, settings.plugins, settings.api_tokens, settings.warnings) == ({}, {}, (), ())
@@ -223,7 +241,7 @@ def test_empty_file_has_a_default_for_everything(home: Path) -> None:
     [("250ms", 0.25), ("0s", 0), ("30s", 30), ("15m", 900), ("2h", 7200), ("7d", 604800), ("3650d", 315360000)],
 )
 def test_duration_is_read_in_its_unit(text: str, seconds: float) -> None:
-    assert config.duration(text) == seconds
+    assert values.duration(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -244,7 +262,7 @@ def test_duration_is_read_in_its_unit(text: str, seconds: float) -> None:
 def test_listen_address_is_read_and_known_as_loopback_or_not(
     text: str, host: str, port: int, unix: str, loopback: bool
 ) -> None:
-    found = config.listen(text)
+    found = values.listen(text)
     assert (found.host, found.port, found.unix, found.loopback) == (host, port, unix, loopback)
 
 
@@ -257,9 +275,9 @@ def test_operator_inherits_what_it_does_not_set(home: Path) -> None:
         'concurrency = 1\n[plugins.p]\nuse = "m:f"\ntimeout = "9s"\n',
     )
     a, b = settings.operators["a"], settings.operators["b"]
-    assert (a.idle_s, a.lifetime_s, a.policy) == (300, 28800, config.Policy(3, (1,), 3600, 7))
-    assert (b.idle_s, b.lifetime_s, b.policy) == (1, 0, config.Policy(4, (2, 3), 7200, 1))
-    assert settings.plugins["p"].policy == config.Policy(9, (1,), 3600, 4)
+    assert (a.idle_s, a.lifetime_s, a.policy) == (300, 28800, Policy(3, (1,), 3600, 7))
+    assert (b.idle_s, b.lifetime_s, b.policy) == (1, 0, Policy(4, (2, 3), 7200, 1))
+    assert settings.plugins["p"].policy == Policy(9, (1,), 3600, 4)
 
 
 def test_only_restart_grace_and_max_lifetime_may_be_zero(home: Path) -> None:
@@ -292,7 +310,7 @@ def test_only_restart_grace_and_max_lifetime_may_be_zero(home: Path) -> None:
     ],
 )
 def test_endpoint_defaults_to_the_paths_of_the_accepted_dialects(home: Path, keys: str, paths: tuple[str, ...]) -> None:
-    assert tuple(map(config.endpoint_key, load(home, OPERATOR + keys).operators["a"].paths)) == paths
+    assert tuple(map(values.endpoint_key, load(home, OPERATOR + keys).operators["a"].paths)) == paths
 
 
 @pytest.mark.parametrize(
@@ -350,7 +368,7 @@ def test_plugin_listens_to_the_operators_it_names(home: Path) -> None:
 DURATION_RULE = 'must be a duration such as "250ms", "30s", "15m", "2h" or "7d"'
 LISTEN_RULE = 'must be "host:port", "[v6]:port" or "unix:/path"'
 NETWORK_RULE = "must be a network such as 192.0.2.0/24 without host bits, or an address"
-NAME_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
+NAMES_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 PATH_RULE = "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/"
 PATH_DOTS_RULE = "must not have //, /./ or /../, which a sender may resolve"
 LIFTED = "; allow_private_network = true lifts this"
@@ -472,13 +490,13 @@ BAD_FILES = [
     (OPERATOR + "allow_from = [['10.0.0.0', 8]]", f"operators.a.allow_from[0]: {NETWORK_RULE} (got a list)"),
     (OPERATOR + "allow_from = [167772160]", f"operators.a.allow_from[0]: {NETWORK_RULE} (got 167772160)"),
     # names
-    ("[operators.'a b']\nprovider_id = 'p'", f"operators: {NAME_RULE} (got 'a b')"),
-    ("[operators.'']\nprovider_id = 'p'", f"operators: {NAME_RULE} (got '')"),
-    ("[operators._a]\nprovider_id = 'p'", f"operators: {NAME_RULE} (got '_a')"),
-    ("[operators.'..']\nprovider_id = 'p'", f"operators: {NAME_RULE} (got '..')"),
-    (f"[operators.{'a' * 65}]\nprovider_id = 'p'", f"operators: {NAME_RULE} (got '{'a' * 65}')"),
-    ("[plugins.'a/b']\nuse = 'm:f'", f"plugins: {NAME_RULE} (got 'a/b')"),
-    ("[dialects.'ä']", f"dialects: {NAME_RULE} (got 'ä')"),
+    ("[operators.'a b']\nprovider_id = 'p'", f"operators: {NAMES_RULE} (got 'a b')"),
+    ("[operators.'']\nprovider_id = 'p'", f"operators: {NAMES_RULE} (got '')"),
+    ("[operators._a]\nprovider_id = 'p'", f"operators: {NAMES_RULE} (got '_a')"),
+    ("[operators.'..']\nprovider_id = 'p'", f"operators: {NAMES_RULE} (got '..')"),
+    (f"[operators.{'a' * 65}]\nprovider_id = 'p'", f"operators: {NAMES_RULE} (got '{'a' * 65}')"),
+    ("[plugins.'a/b']\nuse = 'm:f'", f"plugins: {NAMES_RULE} (got 'a/b')"),
+    ("[dialects.'ä']", f"dialects: {NAMES_RULE} (got 'ä')"),
     ("[operators.a]", "operators.a.provider_id: is required"),
     ("[operators.a]\nprovider_id = 5", "operators.a.provider_id: must be a string (got 5)"),
     ("[operators.a]\nprovider_id = ''", "operators.a.provider_id: must not be empty (got '')"),
@@ -679,7 +697,7 @@ BAD_FILES = [
     (OPERATOR + "signing_secret_file = 'comments'", "operators.a.signing_secret_file: must not have comments alone"),
     (
         "[api]\ntoken_file = 'badname'",
-        f"api.token_file: line 3: what stands before a colon is the token's name, and {config._NAME_RULE}",
+        f"api.token_file: line 3: what stands before a colon is the token's name, and {values.NAME_RULE}",
     ),
     ("[api]\ntoken_file = 'unnamed'", "api.token_file: line 1: has a name without a token"),
     (
@@ -899,7 +917,7 @@ def test_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes, findin
     file = tmp_path / "config.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        config.load(file)
+        reader.load(file)
     assert caught.value.findings == [f"{file}: {finding}"]
 
 
@@ -911,7 +929,7 @@ def test_number_too_long_for_python_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "reason"), [("none.toml", "No such file or directory"), (".", "Is a directory")])
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.load(tmp_path / name)
+        reader.load(tmp_path / name)
     assert caught.value.findings == [f"{tmp_path / name}: cannot be read: {reason}"]
 
 
@@ -919,19 +937,19 @@ def test_file_is_found_in_the_promised_order(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     system = tmp_path / "etc.toml"
-    monkeypatch.setattr(config, "PATHS", ("./config.toml", str(system)))
+    monkeypatch.setattr(reader, "PATHS", ("./config.toml", str(system)))
     with pytest.raises(ConfigError) as caught:
-        config.find(None)
+        reader.find(None)
     assert caught.value.findings == [
         f"no configuration file: looked for ./config.toml, {system}; name one with --config"
     ]
     system.touch()
-    assert config.find(None) == (system, True)
+    assert reader.find(None) == (system, True)
     Path("config.toml").touch()
-    assert config.find(None) == (Path("config.toml"), True)
+    assert reader.find(None) == (Path("config.toml"), True)
     monkeypatch.setenv("LMDAEMON_CONFIG", "from-environment.toml")
-    assert config.find(None) == (Path("from-environment.toml"), False)
-    assert config.find(Path("named.toml")) == (Path("named.toml"), False)
+    assert reader.find(None) == (Path("from-environment.toml"), False)
+    assert reader.find(Path("named.toml")) == (Path("named.toml"), False)
 
 
 def test_file_in_a_directory_closed_to_this_user_is_named_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -939,7 +957,7 @@ def test_file_in_a_directory_closed_to_this_user_is_named_not_passed_over(monkey
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "exists", closed)  # root, who may run the tests, is let in everywhere
-    assert config.find(None) == (Path(config.PATHS[0]), True)
+    assert reader.find(None) == (Path(reader.PATHS[0]), True)
 
 
 def test_database_lies_in_the_state_directory_else_beside_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1038,7 +1056,7 @@ def test_every_secret_is_the_same_with_a_byte_order_mark(
 
 def test_a_file_with_a_byte_order_mark_and_line_breaks_of_another_system_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf[log]\r\nlevel = 'debug'\r\n")
-    assert config.load(tmp_path / "config.toml").log.level == "debug"
+    assert reader.load(tmp_path / "config.toml").log.level == "debug"
 
 
 def test_certificates_are_found_like_secrets(home: Path) -> None:
@@ -1135,9 +1153,9 @@ def test_changed_content_of_a_certificate_file_is_a_change_of_its_key(home: Path
     text = OPERATOR + "client_cert_file = 'one.crt'\nclient_key_file = 'one.key'\nca_file = 'cert.pem'\n"
     make(home, "one")
     before = load(home, text)
-    assert list(config.changes(before, load(home, text))) == []
+    assert list(changes(before, load(home, text))) == []
     make(home, "one")
-    assert list(config.changes(before, load(home, text))) == [
+    assert list(changes(before, load(home, text))) == [
         "operators.a.client_cert_file",
         "operators.a.client_key_file",
     ]
@@ -1193,14 +1211,14 @@ def test_what_changed_is_told_by_its_key_in_the_file(
     monkeypatch.setenv("PARTNER", MARK)
     before = load(home, CHANGEABLE)
     changed = CHANGEABLE.replace(table, written if table in written else f"{table}\n{written}", 1)
-    assert list(config.changes(before, load(home, changed))) == [key]
-    assert list(config.changes(load(home, changed), load(home, CHANGEABLE))) == [key]
+    assert list(changes(before, load(home, changed))) == [key]
+    assert list(changes(load(home, changed), load(home, CHANGEABLE))) == [key]
 
 
 def test_what_is_written_otherwise_or_as_its_default_is_no_change(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARTNER", MARK)
     same = CHANGEABLE.replace("[sessions]", '# more\n[sessions]\nidle_timeout = "1800s"\nmax_lifetime = "0s"')
-    assert list(config.changes(load(home, CHANGEABLE), load(home, same))) == []
+    assert list(changes(load(home, CHANGEABLE), load(home, same))) == []
 
 
 def test_a_secret_that_changed_is_told_by_the_key_that_names_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1209,7 +1227,7 @@ def test_a_secret_that_changed_is_told_by_the_key_that_names_it(home: Path, monk
     monkeypatch.setenv("PARTNER", MARK + "2")
     secret(home / "tokens", "ops:" + MARK)
     secret(home / "signing", whsec(40))
-    assert list(config.changes(before, load(home, CHANGEABLE))) == [
+    assert list(changes(before, load(home, CHANGEABLE))) == [
         "api.token_file",
         "operators.a.b.partner_token_env",
         "operators.a.b.signing_secret_file",
@@ -1408,8 +1426,8 @@ def named(struct: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 FILE = st.fixed_dictionaries(
-    {"operators": named(config.OperatorTable), "dialects": named(config.DialectTable)},
-    optional={"plugins": named(config.PluginTable), "server": tables_like(config.ServerTable)},
+    {"operators": named(OperatorTable), "dialects": named(DialectTable)},
+    optional={"plugins": named(PluginTable), "server": tables_like(ServerTable)},
 ) | st.dictionaries(
     st.sampled_from(sorted({table.partition(".")[0] for table in STRUCTS})) | TEXT,
     st.one_of(*map(tables_like, STRUCTS.values())) | VALUE,
@@ -1427,13 +1445,11 @@ def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(deadline=None)
 @given(tables=FILE, secrets=st.sampled_from(["required", "readable", "optional"]))
-def test_any_tables_become_settings_or_findings(
-    quiet_home: Path, tables: dict[str, Any], secrets: config.Secrets
-) -> None:
-    reader = config._Reader(quiet_home / "config.toml", secrets=secrets)
-    found = reader.settings(tables)
-    assert (found is None) == bool(reader.errors)
-    for finding in reader.errors + reader.warnings:
+def test_any_tables_become_settings_or_findings(quiet_home: Path, tables: dict[str, Any], secrets: Secrets) -> None:
+    reading = reader.Reader(quiet_home / "config.toml", secrets=secrets)
+    found = reading.settings(tables)
+    assert (found is None) == bool(reading.findings.errors)
+    for finding in reading.findings.errors + reading.findings.warnings:
         assert ": " in finding
         assert MARK not in finding
     if found is not None:
@@ -1447,7 +1463,7 @@ def test_any_bytes_are_settings_or_a_config_error(quiet_home: Path, content: byt
     file = quiet_home / "any.toml"
     file.write_bytes(content)
     try:
-        found = config.load(file).warnings
+        found = reader.load(file).warnings
     except ConfigError as error:
         found = tuple(error.findings)
         assert found

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import load, operator_table
 
-from lmdaemon.config import ConfigError, target
+from lmdaemon.config import target
+from lmdaemon.config.findings import ConfigError
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.log import NOT_A_URL, safe_url
 

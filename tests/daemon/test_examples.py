@@ -14,7 +14,7 @@ from support import SUCCESS, ScriptedOperator, scripted_operator, serving, until
 from wires import TOKEN, notify, open_session, operator, query
 
 from lmdaemon import Notice, SessionEnded
-from lmdaemon.config import ConfigError
+from lmdaemon.config.findings import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 QUICK = '[delivery]\nschedule = ["10ms", "10ms", "10ms", "10ms", "10ms"]\n'

@@ -16,7 +16,8 @@ from support import SUCCESS, Serving, hear, scripted_operator, serving, until
 from wires import TOKEN, WIRES, notify, open_session, operator, query, sessions, write_secrets
 
 from lmdaemon import Notice, SessionEnded, plugins
-from lmdaemon.config import ConfigError, Plugin, Policy
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Plugin, Policy
 from lmdaemon.plugins import PluginFailed
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -30,8 +30,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from support import load
 
-from lmdaemon import config, retry
+from lmdaemon import retry
 from lmdaemon.clock import STALL_S
+from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
 from lmdaemon.delivery.sender import Unreachable
 from lmdaemon.model import Delivery, SessionEnded
@@ -94,13 +95,13 @@ ANSWERS: Mapping[str, Any] = {
 
 
 @cache
-def base() -> config.Settings:
+def base() -> Settings:
     with tempfile.TemporaryDirectory() as directory:
         return load(Path(directory) / "config.toml", CONFIG)
 
 
 @cache
-def configured(acme: str, beta: str) -> config.Settings:
+def configured(acme: str, beta: str) -> Settings:
     """The configuration with each operator "on", not notified ("off"), or "gone"."""
     wanted = {"acme": acme, "beta": beta}
     operators = {
@@ -181,7 +182,7 @@ class Now:
     wall: int
     heard: float
     sure: float
-    settings: config.Settings
+    settings: Settings
 
     def sinks(self, operator: str) -> frozenset[str]:
         known = self.settings.operators.get(operator)
@@ -372,7 +373,7 @@ class Peer:
     async def close(self) -> None:
         pass
 
-    async def post(self, operator: config.Operator, webhook_id: str, body: bytes) -> Any:
+    async def post(self, operator: Operator, webhook_id: str, body: bytes) -> Any:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._attempt(operator.name, "http", webhook_id, body))
             try:
@@ -470,7 +471,7 @@ class Promises(RuleBasedStateMachine):
         self.rests: dict[str, int] = {}  # until when operators asked for rest
 
     @property
-    def settings(self) -> config.Settings:
+    def settings(self) -> Settings:
         return configured(self.states["acme"], self.states["beta"])
 
     @property

@@ -21,7 +21,8 @@ from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
 
 from lmdaemon import retry
-from lmdaemon.config import Operator, Settings, target
+from lmdaemon.config import target
+from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.delivery import dispatcher as delivery
 from lmdaemon.delivery import resolver
 from lmdaemon.delivery.dispatcher import compose, sinks_of

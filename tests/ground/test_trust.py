@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run, secret_file
 
-from lmdaemon import config, trust
-from lmdaemon.config import ConfigError
+from lmdaemon import trust
+from lmdaemon.config import reader
+from lmdaemon.config.findings import ConfigError
 
 STRANGER = 12345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -28,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusal() -> str:
     with pytest.raises(ConfigError) as refused:
-        config.of_command(None)
+        reader.of_command(None)
     (finding,) = refused.value.findings
     before, after = (
         "config.toml: was found, not named, and is not read: ",
@@ -40,7 +41,7 @@ def refusal() -> str:
 
 
 def test_ones_own_file_in_ones_own_directory_is_read(here: Path) -> None:
-    assert config.of_command(None).log.level == "debug"
+    assert reader.of_command(None).log.level == "debug"
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o777, 0o757])
@@ -67,11 +68,11 @@ def test_what_belongs_to_somebody_else_is_not_trusted(here: Path, what: str) -> 
 def test_what_a_group_can_write_to_is_trusted_only_if_the_group_is_its_owners_alone(here: Path) -> None:
     file = here / "config.toml"
     file.chmod(0o664)
-    assert config.of_command(None).log.level == "debug"  # root's own group
+    assert reader.of_command(None).log.level == "debug"  # root's own group
     os.chown(file, 0, STRANGER)
     assert refusal() == f"the group {STRANGER} can write to it (mode 664)"
     file.chmod(0o640)
-    assert config.of_command(None).log.level == "debug"  # as the service's: root's, its group may read
+    assert reader.of_command(None).log.level == "debug"  # as the service's: root's, its group may read
 
 
 @as_root
@@ -81,7 +82,7 @@ def test_a_link_is_followed_and_both_its_ends_are_looked_at(here: Path, tmp_path
     elsewhere.mkdir(mode=0o755)
     (here / "config.toml").rename(elsewhere / "real.toml")
     (here / "config.toml").symlink_to("../elsewhere/real.toml")
-    assert config.of_command(None).log.level == "debug"
+    assert reader.of_command(None).log.level == "debug"
     at = {"the link's directory": here, "the file's directory": elsewhere, "the file": elsewhere / "real.toml"}[loose]
     os.chown(at, STRANGER, STRANGER)
     assert f"belongs to user {STRANGER}" in refusal()
@@ -89,17 +90,17 @@ def test_a_link_is_followed_and_both_its_ends_are_looked_at(here: Path, tmp_path
 
 def test_the_callers_word_is_taken(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here.chmod(0o1777)
-    assert config.of_command(Path("config.toml")).log.level == "debug"
+    assert reader.of_command(Path("config.toml")).log.level == "debug"
     monkeypatch.setenv("LMDAEMON_CONFIG", "config.toml")
-    assert config.of_command(None).log.level == "debug"
+    assert reader.of_command(None).log.level == "debug"
 
 
 def test_a_file_that_was_found_is_looked_at_again_at_a_reload(here: Path) -> None:
-    settings = config.of_command(None)
+    settings = reader.of_command(None)
     assert settings.found
     here.chmod(0o1777)
     with pytest.raises(ConfigError, match="not named"):
-        config.load(settings.file, found=settings.found)
+        reader.load(settings.file, found=settings.found)
 
 
 def test_what_is_exchanged_after_the_look_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

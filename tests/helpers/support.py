@@ -15,8 +15,10 @@ import aiohttp
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from lmdaemon import config, plugins
+from lmdaemon import plugins
 from lmdaemon.clock import Clock
+from lmdaemon.config import reader
+from lmdaemon.config.settings import Settings
 from lmdaemon.daemon import Daemon
 from lmdaemon.delivery.dispatcher import Dispatcher, sinks_of
 from lmdaemon.delivery.sender import Sender
@@ -116,7 +118,7 @@ class Bench:
     db: Store
     clock: Any
     dispatcher: Dispatcher
-    settings: config.Settings
+    settings: Settings
     plugins: dict[str, Any] = field(default_factory=dict)
 
     async def end(self, session_id: str = "s", operator: str = "acme") -> None:
@@ -157,9 +159,9 @@ async def bench(tmp_path: Path, clock: Any, toml: str) -> AsyncIterator[Bench]:
             await sender.close()
 
 
-def load(path: Path, toml: str) -> config.Settings:
+def load(path: Path, toml: str) -> Settings:
     path.write_text(toml)
-    return config.load(path)
+    return reader.load(path)
 
 
 @dataclass

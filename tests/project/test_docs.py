@@ -9,7 +9,20 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import __version__, causes, config, dialects
+from lmdaemon import __version__, causes, dialects
+from lmdaemon.config.findings import Findings
+from lmdaemon.config.settings import (
+    ApiTable,
+    DatabaseTable,
+    DeliveryTable,
+    DialectTable,
+    LogTable,
+    OperatorTable,
+    PluginTable,
+    ServerTable,
+    SessionsTable,
+)
+from lmdaemon.config.tables import Tables
 from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.store import contract, rules
 from lmdaemon.store.sqlite import file as database
@@ -21,15 +34,15 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 TABLES = {
-    "[server]": config.ServerTable,
-    "[api]": config.ApiTable,
-    "[database]": config.DatabaseTable,
-    "[sessions]": config.SessionsTable,
-    "[delivery]": config.DeliveryTable,
-    "[log]": config.LogTable,
-    "[operators.NAME]": config.OperatorTable,
-    "[plugins.NAME]": config.PluginTable,
-    "[dialects.NAME]": config.DialectTable,
+    "[server]": ServerTable,
+    "[api]": ApiTable,
+    "[database]": DatabaseTable,
+    "[sessions]": SessionsTable,
+    "[delivery]": DeliveryTable,
+    "[log]": LogTable,
+    "[operators.NAME]": OperatorTable,
+    "[plugins.NAME]": PluginTable,
+    "[dialects.NAME]": DialectTable,
 }
 
 
@@ -51,14 +64,15 @@ def test_readme_shows_the_true_defaults(table: str) -> None:
     defaults = TABLES[table]
     settings = re.findall(r"`([a-z_]+ = [^`]*)`", row(f"`{table}`")[1])
     assert settings
-    reader = config._Reader(ROOT / "config.toml", secrets="required")
+    findings = Findings()
+    tables = Tables(findings)
     fields = {field.name: field for field in msgspec.structs.fields(defaults)}
     for setting in settings:
         ((name, value),) = tomllib.loads(setting).items()
         field = fields[name]
         default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-        assert reader.value(field.type, value, name) == default, setting
-    assert reader.errors == []
+        assert tables.value(field.type, value, name) == default, setting
+    assert findings.errors == []
 
 
 @pytest.mark.parametrize("name", dialects.SHIPPED)

@@ -46,7 +46,7 @@ HOMES = {
     "aiosqlite": {"store.sqlite.file"},
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web"},
     "prometheus_client": {"metrics"},
-    "tomllib": {"config"},
+    "tomllib": {"config.reader"},
 }
 
 

@@ -15,8 +15,9 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from support import serving
 
-from lmdaemon import config
-from lmdaemon.config import ApiToken, Network
+from lmdaemon.config import values
+from lmdaemon.config.settings import ApiToken
+from lmdaemon.config.values import Listen, Network
 from lmdaemon.web import requests as http
 from lmdaemon.web.requests import (
     BodyTooLarge,
@@ -343,8 +344,8 @@ def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path()
 
 
-def unix(path: Path) -> config.Listen:
-    return config.Listen(f"unix:{path}", unix=str(path))
+def unix(path: Path) -> Listen:
+    return Listen(f"unix:{path}", unix=str(path))
 
 
 @pytest.fixture
@@ -366,7 +367,7 @@ V6 = pytest.mark.skipif(not has_v6(), reason="this machine has no IPv6")
 
 @pytest.mark.parametrize("text", ["127.0.0.1:0", pytest.param("[::1]:0", marks=V6), "localhost:0"])
 def test_an_address_is_listened_on_without_blocking(text: str) -> None:
-    with bind(config.listen(text)) as bound:
+    with bind(values.listen(text)) as bound:
         assert bound.getsockname()[1] > 0
         assert not bound.getblocking()
         with socket.create_connection(bound.getsockname()[:2], timeout=5):
@@ -375,20 +376,20 @@ def test_an_address_is_listened_on_without_blocking(text: str) -> None:
 
 @V6
 def test_a_v6_address_leaves_the_v4_one_to_others() -> None:
-    with bind(config.listen("[::]:0")) as six:
-        with bind(config.listen(f"0.0.0.0:{six.getsockname()[1]}")) as four:
+    with bind(values.listen("[::]:0")) as six:
+        with bind(values.listen(f"0.0.0.0:{six.getsockname()[1]}")) as four:
             assert four.getsockname()[1] == six.getsockname()[1]
 
 
 def test_a_taken_port_is_an_error_that_names_the_address(occupied: int) -> None:
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{occupied}: ") as refused:
-        bind(config.listen(f"127.0.0.1:{occupied}"))
+        bind(values.listen(f"127.0.0.1:{occupied}"))
     assert refused.value.errno == errno.EADDRINUSE
 
 
 def test_an_address_of_another_machine_is_an_error_that_names_it() -> None:
     with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:0: "):
-        bind(config.listen("192.0.2.1:0"))
+        bind(values.listen("192.0.2.1:0"))
 
 
 def test_a_unix_socket_is_for_owner_and_group_only(sockets: Path) -> None:

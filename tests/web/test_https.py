@@ -18,7 +18,7 @@ from commands import run
 from support import RawConnection, Serving, hear, load, serving, until
 
 from lmdaemon import tls
-from lmdaemon.config import ConfigError
+from lmdaemon.config.findings import ConfigError
 from lmdaemon.web import handshakes, listener
 
 OPERATOR = '[operators.acme]\nprovider_id = "luckymonaco"\n'

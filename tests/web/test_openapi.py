@@ -18,7 +18,7 @@ from documented import closed
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
 
-from lmdaemon import config
+from lmdaemon.config.settings import Settings
 from lmdaemon.model import id_problem
 from lmdaemon.web import openapi
 from lmdaemon.web.api import Api
@@ -204,7 +204,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings_of(directory: Path, toml: str) -> config.Settings:
+def settings_of(directory: Path, toml: str) -> Settings:
     return load(directory / "config.toml", toml)
 
 

@@ -1,0 +1,54 @@
+"""What is wrong with a file, or worth a look: each finding under the key that it is about, without any secret."""
+
+import difflib
+from collections.abc import Iterable
+
+from lmdaemon.log import safe_url
+
+ABSENT = object()  # for a value that is not shown
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `findings` are complete sentences: file, key path, rule, value."""
+
+    def __init__(self, findings: list[str]) -> None:
+        super().__init__("\n".join(findings))
+        self.findings = findings
+
+
+class Findings:
+    """Errors and warnings of one reading of one file, each as `key path: what is wrong with it`."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def error(self, key: str, rule: str, value: object = ABSENT, hint: str = "") -> None:
+        self.errors.append(f"{key}: {rule}" + ("" if value is ABSENT else f" (got {_shown(value)})") + hint)
+
+    def warn(self, key: str, text: str) -> None:
+        self.warnings.append(f"{key}: {text}")
+
+    def unchecked(self, key: str, why: str) -> None:
+        """A warning in an error's place, where the daemon may be able to read what this process cannot."""
+        self.warn(key, f"unchecked: {why}")
+
+    def sound(self, at: str, *keys: str) -> bool:
+        """Whether no error stands under these keys of a table, so that a rule between them finds what was meant."""
+        places = tuple(f"{at}.{key}{end}" for key in keys for end in ":.[")
+        return not any(error.startswith(places) for error in self.errors)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name that was probably meant, as an end of a finding; else empty."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):  # what is in it may be a secret
+        return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > 64:  # repr refuses the longest
+        return "a number of more than 64 bits"
+    text = repr(safe_url(value) if isinstance(value, str) and "://" in value else value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,299 @@
+"""config.toml → frozen `Settings`, or every error in the file at once with its key path.
+
+Reads the file, and the secret files and environment variables it names, and nothing else; it must never print a secret.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from lmdaemon import textfile, tls, trust
+from lmdaemon.config import rules
+from lmdaemon.config.certificates import Certificates
+from lmdaemon.config.findings import ConfigError, Findings, suggestion
+from lmdaemon.config.secrets import SecretFiles, Secrets, exists
+from lmdaemon.config.settings import (
+    ApiTable,
+    DatabaseTable,
+    DeliveryTable,
+    DialectTable,
+    LogTable,
+    Operator,
+    OperatorTable,
+    Plugin,
+    PluginTable,
+    Policy,
+    ServerTable,
+    SessionsTable,
+    Settings,
+)
+from lmdaemon.config.tables import Tables
+from lmdaemon.config.values import endpoint_key
+from lmdaemon.dialects import SHIPPED, Dialect
+
+PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
+TABLES = ("server", "api", "database", "sessions", "delivery", "log", "operators", "plugins", "dialects")
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def find(explicit: Path | None) -> tuple[Path, bool]:
+    """The configuration file: `--config`, $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml; and whether it
+    was found, not named.
+
+    Raises ConfigError when there is none.
+    """
+    named = explicit or os.environ.get("LMDAEMON_CONFIG")
+    if named:
+        return Path(named), False
+    for candidate in PATHS:
+        if exists(Path(candidate)):
+            return Path(candidate), True
+    raise ConfigError([f"no configuration file: looked for {', '.join(PATHS)}; name one with --config"])
+
+
+def of_command(explicit: Path | None, *, secrets: Secrets = "required") -> Settings:
+    """The settings for a command that was given `--config`, or None. Raises ConfigError with every finding."""
+    path, found = find(explicit)
+    return load(path, found=found, secrets=secrets)
+
+
+def load(path: Path, *, found: bool = False, secrets: Secrets = "required") -> Settings:
+    """Reads and checks the whole file. Raises ConfigError with every finding.
+
+    One that was found, not named, is refused when somebody else may have written it. `secrets` says what a missing
+    secret is: an error ("required"); an error unless the daemon may see it where this process does not ("readable", for
+    check-config); or a warning, for administration, which needs none of the operators' ("optional").
+    """
+    reader = Reader(path, found=found, secrets=secrets)
+    settings = reader.settings(toml(path, found=found))
+    if settings is None:
+        raise ConfigError([f"{path}: {finding}" for finding in reader.findings.errors])
+    return settings
+
+
+def toml(path: Path, *, found: bool) -> dict[str, Any]:
+    """The file as TOML. Raises ConfigError."""
+    try:
+        text = textfile.decode(trust.read(path) if found else path.read_bytes())
+    except trust.UntrustedError as error:
+        finding = f"was found, not named, and is not read: {error}. If you know it, name it: --config {path}"
+        raise ConfigError([f"{path}: {finding}"]) from error
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, or a number longer than Python reads
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
+
+
+class Reader:
+    """One reading of one file: collects every finding under its key path instead of stopping at the first."""
+
+    def __init__(self, path: Path, *, secrets: Secrets, found: bool = False) -> None:
+        self._path = path
+        self._found = found
+        self._secrets = secrets
+        self.findings = Findings()
+        self._tables = Tables(self.findings)
+        self._files = SecretFiles(path, secrets, self.findings)
+        self._certificates = Certificates(self._files, self.findings)
+
+    def settings(self, raw: dict[str, Any]) -> Settings | None:
+        """Everything checked, or None when there are errors."""
+        findings = self.findings
+        for name in raw:
+            if name not in TABLES:
+                findings.error(name, "is no table of this file" + suggestion(name, TABLES))
+        server = self._single(ServerTable, raw, "server")
+        api = self._single(ApiTable, raw, "api")
+        database = self._single(DatabaseTable, raw, "database")
+        sessions = self._single(SessionsTable, raw, "sessions")
+        delivery = self._single(DeliveryTable, raw, "delivery")
+        log = self._single(LogTable, raw, "log")
+        dialects = self._dialects(raw.get("dialects", {}))
+        rules.check_spans(findings, sessions, "sessions")
+        rules.check_policy(findings, delivery, "delivery")
+        rules.check_server(findings, server)
+        rules.check_database(findings, database)
+        operators = self._operators(raw.get("operators", {}), dialects, sessions, delivery)
+        plugins = self._plugins(raw.get("plugins", {}), delivery, raw.get("operators", {}))
+        rules.check_shared_paths(findings, operators)
+        rules.check_exposure(findings, server, operators)
+        spoken = {
+            "server": self._certificates.of_listener(server, "server"),
+            "api": self._certificates.of_listener(api, "api"),
+        }
+        api_tokens = self._files.api_tokens(api)
+        rules.check_listeners(findings, server, api)
+        findings.warnings.extend(tls.endings(self._certificates.pems, datetime.now(UTC)))
+        if findings.errors:
+            return None
+        return Settings(
+            file=self._path,
+            found=self._found,
+            server=server,
+            api=api,
+            api_tokens=api_tokens,
+            tls={name: one for name, one in spoken.items() if one is not None},
+            database=self._database_path(database.path),
+            keep_ended_s=float(database.keep_ended),
+            restart_grace_s=float(sessions.restart_grace),
+            count_downtime=sessions.downtime == "count",
+            log=log,
+            operators=operators,
+            plugins=plugins,
+            warnings=tuple(findings.warnings),
+            pems=self._certificates.pems,
+            tables=self._tables.read,
+            secrets=self._files.digests,
+            handed_over=tuple(self._files.handed_over),
+        )
+
+    def _single(self, kind: type[_T], raw: Mapping[str, Any], name: str) -> _T:
+        """A table that the file has once; its defaults where it is missing or no table."""
+        return self._tables.table(kind, raw.get(name, {}), name) or kind()
+
+    def _database_path(self, name: str) -> Path:
+        state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        return (Path(state) if state else self._path.parent) / name
+
+    # -- dialects
+
+    def _dialects(self, raw: object) -> dict[str, Dialect | None]:
+        """Every dialect by name; None for one with errors, which no rule between dialects can use."""
+        known: dict[str, Dialect | None] = dict(SHIPPED)
+        for name, table in self._tables.named(raw, "dialects"):
+            at = f"dialects.{name}"
+            if name in SHIPPED:
+                self.findings.error(at, "is the name of a shipped dialect; choose another")
+                continue
+            before = len(self.findings.errors)
+            known[name] = None
+            parsed = self._tables.table(DialectTable, table, at)
+            if parsed is not None:
+                rules.check_dialect(self.findings, parsed, at)
+            if parsed is not None and len(self.findings.errors) == before:
+                known[name] = Dialect(
+                    name,
+                    parsed.path,
+                    parsed.fields,
+                    parsed.required,
+                    parsed.content,
+                    parsed.codes,
+                    parsed.extra,
+                )
+        return known
+
+    def _dialect(self, name: str, dialects: Mapping[str, Dialect | None], at: str) -> Dialect | None:
+        if name not in dialects:
+            self.findings.error(at, f"is no dialect; known are {', '.join(dialects)}", name)
+        return dialects.get(name)
+
+    # -- operators
+
+    def _operators(
+        self,
+        raw: object,
+        dialects: Mapping[str, Dialect | None],
+        sessions: SessionsTable,
+        delivery: DeliveryTable,
+    ) -> dict[str, Operator]:
+        found: dict[str, Operator] = {}
+        for name, written in self._tables.named(raw, "operators"):
+            table = self._tables.table(OperatorTable, written, f"operators.{name}")
+            if table is not None:
+                found[name] = self._operator(name, table, dialects, sessions, delivery)
+        return found
+
+    def _operator(
+        self,
+        name: str,
+        table: OperatorTable,
+        dialects: Mapping[str, Dialect | None],
+        sessions: SessionsTable,
+        delivery: DeliveryTable,
+    ) -> Operator:
+        at = f"operators.{name}"
+        rules.check_provider_id(self.findings, table, at)
+        sends = self._dialect(table.dialect, dialects, f"{at}.dialect") or SHIPPED["v4"]
+        receives = tuple(
+            dialect
+            for index, accepted in enumerate(table.accept)
+            if (dialect := self._dialect(accepted, dialects, f"{at}.accept[{index}]")) is not None
+        )
+        rules.check_operator(self.findings, table, at)
+        target = rules.checked_target(self.findings, table, at)
+        files = self._certificates.of_operator(table, at)
+        hash_key = self._files.secret(table, "hash_key", at)
+        partner_tokens = self._files.partner_tokens(table, at)
+        signing_keys = self._files.signing_keys(table, at)
+        rules.check_authentication(self.findings, table, sends, receives, at)
+        encrypted = table.notify and target is not None and target.url.scheme == "https"
+        return Operator(
+            name=name,
+            provider_id=table.provider_id,
+            sends=sends,
+            receives=receives,
+            paths=self._paths(table, receives, at),
+            accept_unknown=table.unknown_session == "accept",
+            unknown_per_minute=table.unknown_per_minute,
+            token_check=table.token_check,
+            partner_tokens=partner_tokens,
+            hash_key=hash_key,
+            allow_from=table.allow_from,
+            auth_none=table.auth == "none",
+            notify=table.notify,
+            url=table.url,
+            target=target,
+            idle_s=_first(table.idle_timeout, sessions.idle_timeout),
+            lifetime_s=_first(table.max_lifetime, sessions.max_lifetime),
+            policy=Policy(
+                _first(table.timeout, delivery.timeout),
+                _first(table.schedule, delivery.schedule),
+                _first(table.max_age, delivery.max_age),
+                _first(table.concurrency, delivery.concurrency),
+            ),
+            allow_private_network=table.allow_private_network,
+            ca_file=files[0],
+            client_cert_file=files[1],
+            client_key_file=files[2],
+            tls=self._certificates.profile(table, files, at, used=encrypted and self._secrets != "optional"),
+            signing_keys=signing_keys,
+        )
+
+    def _paths(self, table: OperatorTable, receives: tuple[Dialect, ...], at: str) -> tuple[str, ...]:
+        if table.endpoint == "":
+            return ()
+        if table.endpoint is None:
+            return tuple({endpoint_key(dialect.path): dialect.path for dialect in receives}.values())
+        rules.check_path(self.findings, table.endpoint, f"{at}.endpoint")
+        return (table.endpoint,)
+
+    # -- plug-ins
+
+    def _plugins(self, raw: object, delivery: DeliveryTable, operators: object) -> dict[str, Plugin]:
+        found: dict[str, Plugin] = {}
+        for name, written in self._tables.named(raw, "plugins"):
+            at = f"plugins.{name}"
+            table = self._tables.table(PluginTable, written, at)
+            if table is None:
+                continue
+            rules.check_plugin(self.findings, table, at, operators if isinstance(operators, dict) else {})
+            policy = Policy(table.timeout, delivery.schedule, delivery.max_age, table.concurrency)
+            found[name] = Plugin(
+                name=name, use=table.use, operators=table.operators, policy=policy, options=table.options
+            )
+        return found
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,233 @@
+"""What the file says, as frozen structs: its tables as written, and `Settings`, which the daemon works with."""
+
+import ssl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from lmdaemon.config.target import Target
+from lmdaemon.config.values import Duration, Listen, Network
+from lmdaemon.dialects import Codes, Dialect
+from lmdaemon.tls import Pem, Profile
+
+
+class ServerTable(msgspec.Struct, frozen=True):
+    listen: Listen = Listen("127.0.0.1:8080", "127.0.0.1", 8080)
+    trusted_proxies: tuple[Network, ...] = ()
+    keepalive: Duration = Duration(75)
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    client_ca_file: str = ""
+
+
+class ApiTable(msgspec.Struct, frozen=True):
+    listen: Listen = Listen("127.0.0.1:8081", "127.0.0.1", 8081)
+    token_file: str = ""
+    token_env: str = ""
+    read_token_file: str = ""
+    read_token_env: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    client_ca_file: str = ""
+
+
+class DatabaseTable(msgspec.Struct, frozen=True):
+    path: str = "lmdaemon.sqlite3"
+    keep_ended: Duration = Duration(90 * 86400)
+
+
+class SessionsTable(msgspec.Struct, frozen=True):
+    idle_timeout: Duration = Duration(1800)
+    max_lifetime: Duration = Duration(0)
+    restart_grace: Duration = Duration(60)
+    downtime: Literal["pause", "count"] = "pause"
+
+
+class DeliveryTable(msgspec.Struct, frozen=True):
+    timeout: Duration = Duration(10)
+    schedule: tuple[Duration, ...] = tuple(map(Duration, (5, 30, 120, 600, 1800, 7200, 18000, 36000, 36000)))
+    max_age: Duration = Duration(72 * 3600)
+    concurrency: int = 4
+
+
+class LogTable(msgspec.Struct, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
+
+
+class OperatorTable(msgspec.Struct, frozen=True, kw_only=True):
+    """`[operators.NAME]` as written. None means: inherited from [sessions] or [delivery]."""
+
+    provider_id: str
+    dialect: str = "v4"
+    accept: tuple[str, ...] = ("v4",)
+    endpoint: str | None = None
+    unknown_session: Literal["accept", "reject"] = "accept"
+    unknown_per_minute: int = 0
+    token_check: Literal["present", "session", "partner"] = "present"
+    partner_token_file: str = ""
+    partner_token_env: str = ""
+    hash_key_file: str = ""
+    hash_key_env: str = ""
+    allow_from: tuple[Network, ...] = ()
+    auth: Literal["", "none"] = ""
+    notify: bool = False
+    url: str = ""
+    idle_timeout: Duration | None = None
+    max_lifetime: Duration | None = None
+    timeout: Duration | None = None
+    schedule: tuple[Duration, ...] | None = None
+    max_age: Duration | None = None
+    concurrency: int | None = None
+    ca_file: str = ""
+    client_cert_file: str = ""
+    client_key_file: str = ""
+    allow_private_network: bool = False
+    signing_secret_file: str = ""
+    signing_secret_env: str = ""
+
+
+class PluginTable(msgspec.Struct, frozen=True, kw_only=True):
+    use: str
+    operators: tuple[str, ...] | None = None
+    timeout: Duration = Duration(10)
+    concurrency: int = 4
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    content: Literal["json", "form"] = "json"
+    fields: dict[str, str]
+    required: tuple[str, ...]
+    codes: Codes = Codes()
+    extra: bool = True
+
+
+class Tls(msgspec.Struct, frozen=True):
+    """What a listener speaks TLS with, as its files were when they were read."""
+
+    cert: Pem  # its own certificate first
+    context: ssl.SSLContext | None  # None where a file could not be read, as for administration by another user
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """How a sink is tried: spans in seconds, attempts at once."""
+
+    timeout_s: float
+    schedule_s: tuple[float, ...]
+    max_age_s: float
+    concurrency: int
+
+
+class Operator(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator with everything inherited, looked up and read: what the daemon works with."""
+
+    name: str
+    provider_id: str
+    sends: Dialect
+    receives: tuple[Dialect, ...]
+    paths: tuple[str, ...]  # as configured; looked up in lower case without a trailing slash
+    accept_unknown: bool
+    unknown_per_minute: int = 0  # no bound
+    token_check: str
+    partner_tokens: tuple[str, ...]
+    hash_key: str | None
+    allow_from: tuple[Network, ...]
+    auth_none: bool
+    notify: bool
+    url: str  # as written, for showing it without its secrets
+    target: Target | None  # what is sent; None without a URL
+    idle_s: float
+    lifetime_s: float
+    policy: Policy
+    allow_private_network: bool
+    ca_file: Pem | None
+    client_cert_file: Pem | None
+    client_key_file: Pem | None
+    tls: Profile  # made of these three
+    signing_keys: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name!r})"  # the rest holds secrets
+
+
+class ApiToken(msgspec.Struct, frozen=True):
+    """What a caller of the private API may show. `name`, if it has one, is for the log."""
+
+    secret: bytes
+    name: str = ""
+    may_change: bool = True
+
+    def __repr__(self) -> str:
+        return f"ApiToken({self.name!r})"
+
+
+class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    use: str
+    operators: tuple[str, ...] | None  # None: all
+    policy: Policy
+    options: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Plugin({self.name!r})"  # its options may hold a secret
+
+    def listens_to(self, operator: str) -> bool:
+        return self.operators is None or operator in self.operators
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration, checked. `warnings` are for the log: allowed, but worth a look."""
+
+    file: Path
+    found: bool  # the file was found, not named
+    server: ServerTable
+    api: ApiTable
+    api_tokens: tuple[ApiToken, ...]  # those that may change something first
+    tls: Mapping[str, Tls]  # by listener; one without TLS is not in it
+    pems: Mapping[str, Pem]  # files of certificates and keys, by key path
+    database: Path
+    keep_ended_s: float
+    restart_grace_s: float
+    count_downtime: bool
+    log: LogTable
+    operators: Mapping[str, Operator]
+    plugins: Mapping[str, Plugin]
+    tables: Mapping[str, msgspec.Struct]  # as written, with their defaults, by name: what changed is told by their keys
+    secrets: Mapping[str, str]  # digests of what the daemon was given in files or the environment, by key path
+    warnings: tuple[str, ...]
+    handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
+
+    def __repr__(self) -> str:
+        return f"Settings({str(self.file)!r})"
+
+
+def changes(old: Settings, new: Settings) -> Iterator[str]:
+    """The tables that came or went, and the keys that differ in value, or in the secret or the certificates that they
+    name. As they stand in the file, and without the values, some of which are secrets.
+    """
+    yield from sorted(old.tables.keys() ^ new.tables.keys())
+    before, after = _by_key(old), _by_key(new)
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key]:
+            yield key
+
+
+def _by_key(settings: Settings) -> dict[str, Any]:
+    """Every key's value and, where it names a secret or a file of certificates, the digest of that."""
+    digests = dict(settings.secrets) | {key: pem.digest for key, pem in settings.pems.items()}
+    values: dict[str, Any] = {}
+    for name, table in settings.tables.items():
+        values.update(_flat(table, name))
+    return {key: (value, digests.get(key)) for key, value in values.items()}
+
+
+def _flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
+    for name, value in msgspec.structs.asdict(table).items():
+        if isinstance(value, Codes):  # a table within it
+            yield from _flat(value, f"{at}.{name}")
+        else:
+            yield f"{at}.{name}", value

@@ -1,0 +1,103 @@
+"""Tables of the file into their structs, by the types of the structs' fields. Rules between keys stand in `rules`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+
+from lmdaemon.config import values
+from lmdaemon.config.findings import Findings, suggestion
+from lmdaemon.config.values import NAME, NAME_RULE, Duration, Listen, Network
+
+_READERS: Mapping[Any, Callable[[object], Any]] = {
+    Duration: values.duration,
+    Listen: values.listen,
+    Network: values.network,
+}
+_RULES: Mapping[Any, str] = {
+    str: "must be a string",
+    int: "must be an integer",
+    bool: "must be true or false",
+}
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class Tables:
+    """Reads tables; `read` has each of them by its name, as it was written and with its defaults."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self.read: dict[str, msgspec.Struct] = {}
+
+    def table(self, kind: type[_T], raw: object, at: str) -> _T | None:
+        """One table of the file into its struct; None when it is no table."""
+        table = self.struct(kind, raw, at)
+        if table is not None:
+            self.read[at] = table
+        return table
+
+    def struct(self, kind: type[_T], raw: object, at: str) -> _T | None:
+        """A table, or one within it, into its struct; None when it is no table. A key that does not fit is recorded and
+        stands at its default (a required one empty), so that the rules between keys can still be checked.
+        """
+        error = self._findings.error
+        if not isinstance(raw, dict):
+            error(at, "must be a table")  # without the value: it may be a secret in the wrong place
+            return None
+        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        for key in raw:
+            if key not in fields:
+                error(f"{at}.{key}", "is no key of this table" + suggestion(key, fields))
+        found: dict[str, Any] = {}
+        for name, field in fields.items():
+            before = len(self._findings.errors)
+            if name in raw:
+                found[name] = self.value(field.type, raw[name], f"{at}.{name}")
+            elif field.required:
+                error(f"{at}.{name}", "is required")
+            if len(self._findings.errors) > before:
+                found.pop(name, None)
+                if field.required:
+                    found[name] = (get_origin(field.type) or field.type)()
+        return kind(**found)
+
+    def value(self, kind: Any, value: object, at: str) -> Any:
+        """One value into its type; records an error and returns None when it does not fit."""
+        error = self._findings.error
+        options = get_args(kind)
+        if get_origin(kind) in (UnionType, Union) and type(None) in options:
+            (kind,) = (option for option in options if option is not type(None))
+        if get_origin(kind) is tuple:
+            if not isinstance(value, list):
+                return error(at, "must be a list", value)
+            (element, _) = get_args(kind)
+            return tuple(self.value(element, item, f"{at}[{index}]") for index, item in enumerate(value))
+        if get_origin(kind) is dict:
+            if not isinstance(value, dict):
+                return error(at, "must be a table")
+            return {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+        if kind in _READERS:
+            try:
+                return _READERS[kind](value)
+            except ValueError as broken:
+                return error(at, str(broken), value)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return self.struct(kind, value, at)
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            choices = ", ".join(f'"{choice}"' for choice in get_args(kind) if choice)
+            rule = f"must be one of {choices}" if get_origin(kind) is Literal else _RULES[kind]
+            return error(at, rule, value)
+
+    def named(self, raw: object, at: str) -> Iterable[tuple[str, object]]:
+        """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` whose names can stand in a URL and a log."""
+        if not isinstance(raw, dict):
+            self._findings.error(at, "must be a table")
+            return
+        for name, table in raw.items():
+            if NAME.fullmatch(name):
+                yield name, table
+            else:
+                self._findings.error(at, f"names {NAME_RULE}", name)

@@ -90,12 +90,20 @@ class _Recorder(StoreObserver):
 
 
 class Daemon:
-    """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`.
+    """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`. `on_serving` is called when it
+    is ready.
 
     Raises ConfigError (plug-ins), DatabaseError, OSError (addresses), and an ExceptionGroup when a loop died.
     """
 
-    def __init__(self, settings: Settings, *, clock: Clock | None = None, rng: Random | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        rng: Random | None = None,
+        on_serving: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = settings
         self._started_with = settings  # whose addresses, database and clock are in use to the end
         self._clock = clock or Clock()
@@ -106,7 +114,7 @@ class Daemon:
         self._plugins: dict[str, LoadedPlugin] = {}
         self._sites: dict[str, Site] = {}
         self.serving = asyncio.Event()
-        self.on_serving: Callable[[], None] = lambda: None
+        self._on_serving = on_serving
         self.addresses: dict[str, Any] = {}
 
     def stop(self) -> None:
@@ -172,15 +180,15 @@ class Daemon:
         self._store.service_clock.freeze("starting")  # plug-ins may take their time, and nobody is heard meanwhile
         self._sender = Sender(self._clock)
         stack.push_async_callback(self._sender.close)
-        loaded = [plugins.load(plugin) for plugin in settings.plugins.values()]
+        self._metrics = Metrics()
+        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng, self._metrics)
+        loaded = [plugins.load(plugin, self._dispatcher.wake) for plugin in settings.plugins.values()]
         await plugins.start_all(loaded)
         self._plugins = {plugin.name: plugin for plugin in loaded}
         stack.push_async_callback(self._stop_plugins)
-        self._metrics = Metrics()
         self._hearing = Hearing(self._store.service_clock)
         self._bounds = Bounds()
-        self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s)
-        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng)
+        self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s, self._metrics)
         pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
         self._health = Health(
             self._store,
@@ -191,7 +199,7 @@ class Daemon:
             self._sweeper.alarm,
             self._hearing.deaf,
         )
-        self._endpoint = Endpoint(self._store, self._clock, self._health.status)
+        self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
         self._api = Api(self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at)
         self._measure()
         self._configure()
@@ -286,7 +294,7 @@ class Daemon:
             restart_grace_s=self.settings.restart_grace_s,
         )
         self.serving.set()
-        self.on_serving()
+        self._on_serving()
 
     def _warn(self) -> None:
         """Of what the settings in force allow, but is worth a look."""
@@ -393,7 +401,7 @@ class Daemon:
             for name, plugin in self._plugins.items()
             if name in new.plugins and _same_hook(plugin.settings, new.plugins[name])
         }
-        made = [plugins.load(plugin) for name, plugin in new.plugins.items() if name not in kept]
+        made = [plugins.load(plugin, self._dispatcher.wake) for name, plugin in new.plugins.items() if name not in kept]
         await plugins.start_all(made)
         for name, plugin in kept.items():
             plugin.settings = new.plugins[name]
@@ -457,14 +465,6 @@ class Daemon:
         """Connects the counters to where things happen."""
         metrics = self._metrics
         self._store.observe(_Recorder(self._store, metrics))
-        self._endpoint.on_answer = metrics.answered
-        self._endpoint.on_not_taken = metrics.not_taken
-        self._endpoint.on_over_quota = metrics.over_quota
-        self._dispatcher.on_attempt = lambda operator, sink, outcome: metrics.attempted(
-            operator, sink, outcome.verdict, outcome.duration_ms / 1000
-        )
-        for pulse in (self._sweeper.pulse, self._dispatcher.pulse):
-            pulse.on_awake = metrics.turn_lag.observe
         metrics.reloaded(self._clock.wall_ms() / 1000)
         metrics.watch(self._readings)
 

@@ -159,7 +159,7 @@ class Metrics:
         self.lag = histogram(
             "expiry_lag_seconds", "Time from a session's deadline to the commit of its end.", LAG_BUCKETS
         )
-        self.turn_lag = histogram(
+        self._turn_lag = histogram(
             "event_loop_lag_seconds", "How late the event loop ran what was due, at each wake-up.", TURN_BUCKETS
         )
         self._commits = histogram(
@@ -234,6 +234,10 @@ class Metrics:
         durations = self._durations_of.get((operator, sink))
         if durations is not None:
             durations.observe(took_s)
+
+    def awoke(self, late_s: float) -> None:
+        """The event loop came so late to a loop whose time had come."""
+        self._turn_lag.observe(late_s)
 
     def committed(self, operations: int, took_s: float) -> None:
         self._batches.observe(operations)

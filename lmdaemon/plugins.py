@@ -30,16 +30,21 @@ class PluginFailed(Exception):  # noqa: N818 - a value for the caller to judge, 
     """A hook did not do its work: it raised, or ran into its time-out. The text is a short reason without secrets."""
 
 
-class LoadedPlugin:
-    """One `[plugins.NAME]`, ready to be called. `stray` counts hooks that ignore their cancellation and still run."""
+def _to_nobody() -> None: ...
 
-    def __init__(self, settings: Plugin, hook: Any) -> None:
+
+class LoadedPlugin:
+    """One `[plugins.NAME]`, ready to be called. `stray` counts hooks that ignore their cancellation and still run;
+    `freed` is called when one of them has ended after all.
+    """
+
+    def __init__(self, settings: Plugin, hook: Any, freed: Callable[[], None] = _to_nobody) -> None:
         self.settings = settings
         self._hook = hook
         self._session_ended: Callable[[SessionEnded], Awaitable[None]] = getattr(hook, "session_ended", hook)
         self._check: Callable[[Notice], Awaitable[None]] | None = getattr(hook, "check", None)
         self.stray = 0
-        self.freed: Callable[[], None] = lambda: None  # called when a stray hook has ended after all
+        self._freed = freed
 
     @property
     def name(self) -> str:
@@ -113,7 +118,7 @@ class LoadedPlugin:
 
         def ended(_: object) -> None:
             self.stray -= 1
-            self.freed()
+            self._freed()
 
         task.add_done_callback(ended)
 
@@ -138,11 +143,11 @@ def _remade(refusal: Refuse) -> Refuse:
         raise PluginFailed(type(error).__name__) from error
 
 
-def load(settings: Plugin) -> LoadedPlugin:
-    """Imports and makes one plug-in. Raises ConfigError, naming it."""
+def load(settings: Plugin, freed: Callable[[], None] = _to_nobody) -> LoadedPlugin:
+    """Imports and makes one plug-in; `freed` as in LoadedPlugin. Raises ConfigError, naming it."""
     target = examine(settings)
     if not inspect.isclass(target):
-        return LoadedPlugin(settings, target)
+        return LoadedPlugin(settings, target, freed)
     make: Callable[[dict[str, Any]], Any] = target
     try:
         hook = make(deepcopy(dict(settings.options)))  # a reload compares ours with the file's
@@ -151,7 +156,7 @@ def load(settings: Plugin) -> LoadedPlugin:
     except BaseException as error:
         raise _broken(settings, f"cannot be made: {_why(error)}") from error
     _check_hooks(settings, hook)  # again: it may have hooks of its own
-    return LoadedPlugin(settings, hook)
+    return LoadedPlugin(settings, hook, freed)
 
 
 def examine(settings: Plugin) -> Any:

@@ -1,32 +1,40 @@
 """Signs of life of a loop: what `/health` and the watchdog judge by. A loop that should have run and has not, shows.
 
-Each loop owns one `Pulse` and says when it starts working and until when it sleeps; nobody else writes it.
+Each loop owns one `Pulse` and says when it starts working and until when it sleeps; nobody else writes it. `Rounds` is
+the loop that sleeps as long as its last round said, or until it is woken.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol
 
 LATE_S = 5.0  # a loop later than this, or working on one step for longer, is stuck
 
 
-class Pulse:
-    """`monotonic` is the clock's; all times are its seconds. `on_awake(late_s)` is told of every wake-up and how late
-    the event loop came to it.
-    """
+class WakeObserver(Protocol):
+    """Told of every wake-up of a loop whose time had come."""
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    def awoke(self, late_s: float) -> None:
+        """The event loop came to it so many seconds late."""
+
+
+class Pulse:
+    """`monotonic` is the clock's; all times are its seconds."""
+
+    def __init__(self, monotonic: Callable[[], float], observer: WakeObserver | None = None) -> None:
         self._monotonic = monotonic
-        self._since = monotonic()
-        self._until: float | None = self._since  # None: asleep until woken
+        self._until: float | None = None  # asleep until woken; as long as the loop has not begun, too
         self._asleep = False
-        self.on_awake: Callable[[float], None] = lambda late_s: None
+        self._observer = observer
 
     def working(self) -> None:
         """A step begins."""
         now = self._monotonic()
-        if self._asleep and self._until is not None:
-            self.on_awake(max(0.0, now - self._until))
+        if self._asleep and self._until is not None and self._observer is not None:
+            self._observer.awoke(max(0.0, now - self._until))
         self._asleep = False
-        self._since = self._until = now
+        self._until = now
 
     def sleeping(self, wait_s: float | None) -> None:
         """The step is over; the next comes in `wait_s` seconds, or when somebody wakes the loop."""
@@ -46,3 +54,28 @@ class Pulse:
     @property
     def stuck(self) -> bool:
         return self.late_s > LATE_S
+
+
+class Rounds:
+    """Calls `once` for ever: after the seconds that it returned (None: no time limit), or when `wake` was called."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._alarm = asyncio.Event()
+
+    def wake(self) -> None:
+        """The next round comes at once."""
+        if not self._alarm.is_set():
+            self._pulse.woken()
+            self._alarm.set()
+
+    async def run(self, once: Callable[[], Awaitable[float | None]]) -> None:
+        """Raises what a round raises."""
+        while True:
+            self._pulse.working()
+            wait_s = await once()
+            self._pulse.sleeping(wait_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._alarm.wait()
+            self._alarm.clear()

@@ -7,12 +7,11 @@ stall, and not before the requests that are already readable have been queued.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 from lmdaemon.clock import STALL_S, TICK_S, Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Session
-from lmdaemon.pulse import Pulse
+from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
 QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
@@ -61,7 +60,9 @@ class ExpiryAlarm:
 class Sweeper(StoreObserver):
     """`once` does all that is due now and says how long to sleep; `run` is `once` for ever."""
 
-    def __init__(self, store: Store, clock: Clock, restart_grace_s: float) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, restart_grace_s: float, observer: WakeObserver | None = None
+    ) -> None:
         self._store = store
         self._clock = clock
         self._service = store.service_clock
@@ -73,8 +74,8 @@ class Sweeper(StoreObserver):
         self._persisted = clock.monotonic()
         self._ticking = False
         self.lost_s = 0.0  # in stalls, of which each was logged
-        self._alarm = asyncio.Event()
-        self.pulse = Pulse(clock.monotonic)
+        self.pulse = Pulse(clock.monotonic, observer)
+        self._rounds = Rounds(self.pulse)
         self.alarm = ExpiryAlarm(clock.monotonic)
         store.observe(self)
 
@@ -83,8 +84,7 @@ class Sweeper(StoreObserver):
 
     def wake(self) -> None:
         """A deadline may have come nearer than the one slept for."""
-        self.pulse.woken()
-        self._alarm.set()
+        self._rounds.wake()
 
     @property
     def hold_s(self) -> float:
@@ -105,14 +105,7 @@ class Sweeper(StoreObserver):
         return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
 
     async def run(self) -> None:
-        while True:
-            self.pulse.working()
-            wait_s = await self._once_if_possible()
-            self.pulse.sleeping(wait_s)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._alarm.wait()
-            self._alarm.clear()
+        await self._rounds.run(self._once_if_possible)
 
     async def _once_if_possible(self) -> float | None:
         try:

@@ -78,8 +78,7 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     from lmdaemon.daemon import Daemon
     from lmdaemon.store.contract import DatabaseError, StoreError
 
-    daemon = Daemon(settings)
-    daemon.on_serving = _keep_what_is_made
+    daemon = Daemon(settings, on_serving=_keep_what_is_made)
     _take_signals(daemon, runner.get_loop())
     try:
         runner.run(daemon.run())

@@ -9,11 +9,10 @@ import asyncio
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import count
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from lmdaemon import masks, retry
@@ -24,7 +23,7 @@ from lmdaemon.dialects import CannotEncode, encode
 from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, rfc3339, utc
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
-from lmdaemon.pulse import Pulse
+from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import Claim, NewDelivery, Settled, Settlement, Store, StoreError, StoreObserver
 
 STORE_RETRY_S = 1.0
@@ -210,16 +209,19 @@ class Agenda:
         return self._heap[0][0] if self._heap else None
 
 
-Attempted = Callable[[str, str, retry.Outcome], None]
+class AttemptObserver(WakeObserver, Protocol):
+    """Told of the loop's wake-ups and of every attempt."""
+
+    def attempted(self, operator: str, sink: str, verdict: retry.Verdict, took_s: float) -> None:
+        """An attempt has ended, and took so long."""
 
 
 class Dispatcher(StoreObserver):
-    """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever.
+    """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever."""
 
-    `on_attempt(operator, sink, outcome)` is told of every attempt, for the metrics.
-    """
-
-    def __init__(self, store: Store, clock: Clock, sender: Sender, rng: Random) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, sender: Sender, rng: Random, observer: AttemptObserver | None = None
+    ) -> None:
         self._store = store
         self._clock = clock
         self._sender = sender
@@ -227,12 +229,13 @@ class Dispatcher(StoreObserver):
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._agenda = Agenda()
-        self._alarm = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
         self._running = False
-        self.pulse = Pulse(clock.monotonic)
-        self.on_attempt: Attempted = lambda operator, sink, outcome: None
+        self.pulse = Pulse(clock.monotonic, observer)
+        self._rounds = Rounds(self.pulse)
+        self._observer = observer
+        self._store_failure: str | None = None  # as it was logged
         store.observe(self)
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
@@ -253,7 +256,7 @@ class Dispatcher(StoreObserver):
             if lanes.get(key) is not lane:
                 self._agenda.drop(lane)
         self._lanes = lanes
-        self._ring()
+        self._rounds.wake()
 
     def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
         """The lane that there is, with its new settings, or a new one, which looks at the table first. A reload wakes
@@ -269,20 +272,13 @@ class Dispatcher(StoreObserver):
         elif lane.policy != policy or lane.plugin is not plugin:
             self._agenda.now(lane)
         lane.operator, lane.policy, lane.plugin = operator, policy, plugin
-        if plugin is not None:
-            plugin.freed = self.wake
         return lane
 
     def wake(self) -> None:
         """Something may be due or have a free slot, wherever that is."""
         for lane in self._lanes.values():
             self._agenda.now(lane)
-        self._ring()
-
-    def _ring(self) -> None:
-        if not self._alarm.is_set():
-            self.pulse.woken()
-            self._alarm.set()
+        self._rounds.wake()
 
     def _look_at(self, operator: str, sink: str) -> None:
         lane = self._lanes.get((operator, sink))  # not the one that an attempt began with: the file may be another
@@ -291,7 +287,7 @@ class Dispatcher(StoreObserver):
         if self._running:
             self._start(lane)
         self._agenda.now(lane)
-        self._ring()
+        self._rounds.wake()
 
     def gate_changed(self, operator: str) -> None:
         self._look_at(operator, HTTP_SINK)
@@ -301,7 +297,7 @@ class Dispatcher(StoreObserver):
         if lane is not None:
             lane.note_due(due_at)
             self._agenda.now(lane)
-            self._ring()
+            self._rounds.wake()
 
     def wall_clock_set_back(self) -> None:
         """The wall clock was set: whatever is believed of times is looked up."""
@@ -335,29 +331,22 @@ class Dispatcher(StoreObserver):
         """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
         self._running = True
         try:
-            await self._run()
+            await self._rounds.run(self._once_if_possible)
         finally:
             self._running = False  # what is in flight is not followed by what was read ahead
 
-    async def _run(self) -> None:
-        failure = None
-        while True:
-            self.pulse.working()
-            try:
-                wait_s = await self.once()
-                failure = None
-            except StoreError as error:
-                if str(error) != failure:  # the first and each change, not every attempt
-                    failure = str(error)
-                    log.warning("delivery.waiting_for_store", reason=failure)
-                wait_s = STORE_RETRY_S
-            if self._crash is not None:
-                raise self._crash
-            self.pulse.sleeping(wait_s)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._alarm.wait()
-            self._alarm.clear()
+    async def _once_if_possible(self) -> float | None:
+        try:
+            wait_s = await self.once()
+            self._store_failure = None
+        except StoreError as error:
+            if str(error) != self._store_failure:  # the first and each change, not every attempt
+                self._store_failure = str(error)
+                log.warning("delivery.waiting_for_store", reason=self._store_failure)
+            wait_s = STORE_RETRY_S
+        if self._crash is not None:
+            raise self._crash
+        return wait_s
 
     async def once(self) -> float | None:
         """Starts an attempt for every row that is due and has a free slot, and reads ahead. Returns seconds to sleep,
@@ -455,7 +444,7 @@ class Dispatcher(StoreObserver):
             due_at = row.due_at
         except Exception as error:  # a bug, which `run` raises
             self._crash, due_at = error, None
-            self._ring()
+            self._rounds.wake()
         finally:
             self._tasks.discard(asyncio.current_task())
             lane.in_flight.discard(row.id)
@@ -483,7 +472,8 @@ class Dispatcher(StoreObserver):
             )
             outcome = retry.Outcome("retry", "internal_error")
         outcome = outcome._replace(duration_ms=int((self._clock.monotonic() - began) * 1000))
-        self.on_attempt(lane.operator.name, lane.sink, outcome)
+        if self._observer is not None:
+            self._observer.attempted(lane.operator.name, lane.sink, outcome.verdict, outcome.duration_ms / 1000)
         return outcome
 
     async def _post(self, lane: Lane, row: Delivery) -> retry.Outcome:

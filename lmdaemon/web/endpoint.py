@@ -7,7 +7,7 @@ hidden one.
 
 import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -106,26 +106,35 @@ class Refused(Exception):  # noqa: N818
         self.seen = seen
 
 
-class Endpoint:
-    """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`;
-    `on_answer(operator, dialect, code)` is told of every answer to a request that reached parsing, its operator empty
-    where it could not be told, `on_not_taken(status)` of every other, and `on_over_quota(operator)` of every notice
-    that was one of an unknown session too many.
-    """
+class NoticeObserver(Protocol):
+    """Told of every request to an endpoint."""
 
-    def __init__(self, store: Store, clock: Clock, health: Callable[[], Awaitable[str]]) -> None:
+    def answered(self, operator: str, dialect: str, code: int) -> None:
+        """A request that reached parsing was answered with this code; `operator` is empty where none could be told."""
+
+    def not_taken(self, status: int) -> None:
+        """Any other request was answered with this status."""
+
+    def over_quota(self, operator: str) -> None:
+        """A notice was one of an unknown session too many."""
+
+
+class Endpoint:
+    """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`."""
+
+    def __init__(
+        self, store: Store, clock: Clock, health: Callable[[], Awaitable[str]], observer: NoticeObserver
+    ) -> None:
         self._store = store
         self._clock = clock
         self._health = health
+        self._observer = observer
         self._routes: dict[str, Route] = {}
         self._settings: Settings
         self._plugins: list[LoadedPlugin] = []
         self._quotas: dict[str, PerMinute] = {}  # of unknown sessions, by operator
         self._secret_names: frozenset[str] = frozenset()  # what the dialects call tokens and hashes
         self._spellings: set[tuple[str, str]] = set()
-        self.on_answer: Callable[[str, str, int], None] = lambda operator, dialect, code: None
-        self.on_not_taken: Callable[[int], None] = lambda status: None
-        self.on_over_quota: Callable[[str], None] = lambda operator: None
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -180,7 +189,7 @@ class Endpoint:
                 log.debug("notice.not_taken", **why)
             else:
                 log.warning("notice.not_taken", path=path, **why)
-            self.on_not_taken(refused.status)
+            self._observer.not_taken(refused.status)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
                 response.force_close()  # what is left of the body would be read as the next request
@@ -231,14 +240,14 @@ class Endpoint:
             log.warning("notice.not_stored", **facts, reason=str(error))
             headers = {"Retry-After": RETRY_AFTER_S}
             raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers) from error
-        self.on_answer(operator.name, dialect.name, 0)
+        self._observer.answered(operator.name, dialect.name, 0)
         return _SUCCESS.to(request)
 
     def _refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
         code = dialect.codes.of(refusal.meaning)
         why = {"dialect": dialect.name, "code": code, "meaning": refusal.meaning, "reason": refusal.description}
         log.warning("notice.refused", **facts, **why)
-        self.on_answer(facts["operator"] or "", dialect.name, code)
+        self._observer.answered(facts["operator"] or "", dialect.name, code)
         return _response(answer(code, refusal.description))
 
     async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
@@ -255,7 +264,7 @@ class Endpoint:
             if known is None or known[0].reason is None:  # a repeat is answered like the first, whatever is asked now
                 await _ask(plugins, _notice(operator, parsed, extra.fields))
             if known is None and quota is not None and not quota.take(self._clock.monotonic()):
-                self.on_over_quota(operator.name)
+                self._observer.over_quota(operator.name)
                 raise BadNotice("retry", "too many notices of unknown sessions in a minute, please retry later")
         recorded = await self._store.record(
             Recording(

@@ -384,9 +384,8 @@ class TestContained:
         self, written: Callable[[str], str]
     ) -> None:
         name = written(STUBBORN)
-        loaded = plugins.load(settings(f"{name}:hook", timeout_s=0.02))
-        freed = []
-        loaded.freed = lambda: freed.append(loaded.stray)
+        freed: list[int] = []
+        loaded = plugins.load(settings(f"{name}:hook", timeout_s=0.02), lambda: freed.append(loaded.stray))
         with pytest.raises(PluginFailed, match="timeout"):
             await loaded.session_ended(EVENT)
         assert (loaded.stray, freed) == (1, [])

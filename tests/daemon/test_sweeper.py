@@ -167,14 +167,23 @@ async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(
 
 
 async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
-    db: Store, clock: HandClock, sweeper: Sweeper
+    db: Store, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its deadline is later than the one last known, which needs no wake-up; but nobody was reading the clock."""
+    live_in_rounds = []
+
+    async def once() -> None:
+        live_in_rounds.append(db.live)
+
+    monkeypatch.setattr(sweeper, "once", once)
+    running = asyncio.create_task(sweeper.run())
     await open_session(db, "first", idle_s=1)
     await db.end("acme", "first")
-    sweeper._alarm.clear()
+    await db.probe()  # by the end of it, the sweeper has followed every wake-up so far
+    live_in_rounds.clear()
     await open_session(db, "second", idle_s=600)
-    assert sweeper._alarm.is_set()
+    await until(lambda: live_in_rounds == [1])
+    running.cancel()
 
 
 async def test_everything_due_goes_in_bounded_batches(

@@ -148,7 +148,7 @@ async def bench(tmp_path: Path, clock: Any, toml: str) -> AsyncIterator[Bench]:
     async with open_store(tmp_path / "test.sqlite3", clock) as db:
         sender = Sender(clock)
         dispatcher = Dispatcher(db, clock, sender, Random(7))
-        loaded = {name: plugins.load(plugin) for name, plugin in settings.plugins.items()}
+        loaded = {name: plugins.load(plugin, dispatcher.wake) for name, plugin in settings.plugins.items()}
         db.configured = frozenset(settings.operators)
         db.sinks_of = partial(sinks_of, settings)
         dispatcher.configure(settings, loaded)

@@ -1,22 +1,13 @@
-"""What a batch changes: `decide` in tables of cases, and the whole store against plain dictionaries."""
+"""What a batch changes: `decide`, in tables of cases."""
 
-import asyncio
 import dataclasses
-import sqlite3
-from collections.abc import Callable
-from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
-from clocks import HandClock
-from plain_store import PlainStore, sinks_of_two
-from support import open_store
+from operations import comparable, counted
 
-from lmdaemon import retry
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
-    Claim,
     Closing,
     Figures,
     GateChange,
@@ -33,7 +24,6 @@ from lmdaemon.store.contract import (
     Touching,
 )
 from lmdaemon.store.rules import Facts, FactsNeeded, World, decide, must_look_up
-from lmdaemon.store.sqlite.store import Store
 
 IDLE_MS = 1000
 WORLD = World(service_ms=5000, wall_at=900_000, last_session=7, configured=frozenset({"acme"}))
@@ -207,7 +197,7 @@ def delivery(number: int = 3, state: Any = "pending") -> Delivery:
 
 
 def test_of_two_results_the_second_finds_the_delivery_settled() -> None:
-    fail = retry_of(failed=True)
+    fail = counted(failed=True)
     results = [Settlement(delivery(), state, 0, 1, {"error": "x"}, gate=fail) for state in ("dead", "delivered")]
     for facts in (None, Facts(pending=frozenset({3}))):
         changes = decide(results, facts, WORLD)
@@ -217,7 +207,7 @@ def test_of_two_results_the_second_finds_the_delivery_settled() -> None:
 
 
 def test_a_result_of_a_settled_delivery_stores_nothing_but_its_gate() -> None:
-    late = Settlement(delivery(), "delivered", 0, 1, {"status": 200}, gate=retry_of(failed=True))
+    late = Settlement(delivery(), "delivered", 0, 1, {"status": 200}, gate=counted(failed=True))
     changes = decide([late], Facts(pending=frozenset()), WORLD)
     assert (changes.results, changes.digests, changes.figures, changes.due) == ({}, [], {}, {})
     assert changes.gates["acme"].failures == 1
@@ -237,150 +227,3 @@ def test_a_token_that_nothing_will_send_becomes_a_digest() -> None:
     token = changes.sessions[0][Session._fields.index("token")]
     assert token.startswith("\x1f" + "5a" * 8)
     assert changes.figures == {"acme": Figures(dead=1)}
-
-
-def comparable(answer: object) -> object:
-    """An answer as the plain store and the tables of cases have it."""
-    match answer:
-        case Session():
-            return answer.reason
-        case Delivery():
-            return answer.state
-    if hasattr(answer, "outcome"):
-        return answer.outcome
-    if hasattr(answer, "before"):
-        return answer.before, answer.after
-    return answer
-
-
-# -- the whole store against plain dictionaries
-
-
-@pytest.mark.parametrize("seed", range(40))
-async def test_the_store_does_what_plain_dictionaries_do(tmp_path: Path, clock: HandClock, seed: int) -> None:
-    random = Random(seed)
-    async with open_store(tmp_path / "random.sqlite3", clock) as db:
-        db.configured, db.sinks_of = frozenset({"acme", "other"}), sinks_of_two
-        plain = PlainStore({"acme", "other"}, sinks_of_two)
-        for _ in range(25):
-            note_ids(plain, await rows_of(db, "delivery"))
-            due = [row for lane in await db.claimable([Claim("acme", s, [], 3) for s in SINKS]) for row in lane]
-            batch = [some_operation(random, db, due, plain) for _ in range(random.choice([1, 2, 6, 20]))]
-            plain.now_ms, plain.now_at = db.service_clock.now_ms(), clock.wall_ms()
-            if db.set_back_ms:
-                set_back(plain, db.set_back_ms)
-            answers = await asyncio.gather(*(db._db.write(operation) for operation in batch))
-            expected = [plain.do(operation) for operation in batch]
-            told = [
-                answer.ended if isinstance(o, Sweep) else comparable(answer)
-                for o, answer in zip(batch, answers, strict=True)
-            ]
-            assert told == expected
-            await assert_same(db, plain)
-            for _ in range(random.choice([0, 0, 1, 3])):
-                clock.advance(1)
-                db.service_clock.now_ms()
-            if random.random() < 0.1:
-                clock.step_wall(-random.choice([30, 3600]))
-
-
-SINKS = ("http", "plugin:x")
-
-
-def note_ids(plain: PlainStore, rows: list[sqlite3.Row]) -> None:
-    """Public ids are random: the plain store learns those of the tables."""
-    for row in rows:
-        key = (row["operator"], row["session_id"], row["sink"])
-        plain.deliveries[key]["webhook_id"] = f"msg_{row['id']}_{row['nonce']}"
-
-
-def set_back(plain: PlainStore, by_ms: int) -> None:
-    def back(at: int) -> int:
-        return max(plain.now_at, at - by_ms) if at > plain.now_at else at
-
-    for row in plain.deliveries.values():
-        if row["state"] == "pending":
-            row["due_at"] = back(row["due_at"])
-    for operator, gate in plain.gates.items():
-        times = {name: back(getattr(gate, name)) for name in ("not_before_at", "probe_at", "paced_until_at")}
-        plain.gates[operator] = dataclasses.replace(gate, **times)
-
-
-async def rows_of(db: Store, table: str) -> list[sqlite3.Row]:
-    def read(sql: sqlite3.Connection) -> list[sqlite3.Row]:
-        cursor = sql.cursor()
-        cursor.row_factory = sqlite3.Row  # type: ignore[assignment]
-        join = "JOIN session s ON s.id = d.session" if table == "delivery" else ""
-        columns = "d.*, s.session_id" if table == "delivery" else "d.*"
-        return cursor.execute(f"SELECT {columns} FROM {table} d {join}").fetchall()
-
-    return await db._db.read(read)
-
-
-async def assert_same(db: Store, plain: PlainStore) -> None:
-    sessions = {(row["operator"], row["session_id"]): row for row in await rows_of(db, "session")}
-    assert sessions.keys() == plain.sessions.keys()
-    for key, session in plain.sessions.items():
-        expected = {name: value for name, value in session.items() if name != "token"}
-        assert {name: sessions[key][name] for name in expected} == expected, key
-        token = sessions[key]["token"]
-        assert (token or "").startswith("\x1f") or token == session["token"]
-    deliveries = {(row["operator"], row["session_id"], row["sink"]): row for row in await rows_of(db, "delivery")}
-    assert deliveries.keys() == plain.deliveries.keys()
-    for key, delivery in plain.deliveries.items():
-        expected = {name: value for name, value in delivery.items() if name != "webhook_id"}
-        assert {name: deliveries[key][name] for name in expected} == expected, key
-    counted = {name: (one.live, one.pending, one.dead) for name, one in db.figures.items()}
-    assert {name: of for name, of in counted.items() if any(of)} == {
-        n: of for n, of in plain.figures.items() if any(of)
-    }
-    assert {name: gate for name, gate in db.gates.items() if gate != Gate()} == {
-        name: gate for name, gate in plain.gates.items() if gate != Gate()
-    }
-    live = [row for row in sessions.values() if row["reason"] is None]
-    assert db.next_due_ms is None or not live or db.next_due_ms <= min(row["due_ms"] for row in live)
-
-
-def some_operation(random: Random, db: Store, due: list[Delivery], plain: PlainStore) -> Operation[Any]:
-    names = [*"abcdefg", '\U0001f3b2 "ü\\']
-    operator, name = random.choice(["acme", "acme", "other"]), random.choice(names) * random.choice([1, 2])
-    token, player = random.choice(["t", "t", None]), random.choice("ppppq")
-    ids = [row["webhook_id"] for row in plain.deliveries.values() if "webhook_id" in row]
-    kinds: list[Callable[[], Operation[Any]]] = [
-        lambda: Touching(operator, [name]),
-        lambda: Touching(operator, [name]),
-        lambda: Touching(operator, random.choices(names, k=3)),
-        lambda: opening(name, operator, player, token),
-        lambda: Opening(operator, f"{name}-", player, token, None, IDLE_MS, 2000),
-        lambda: Recording(
-            operator,
-            name + random.choice(["", "", "+"]),
-            player,
-            token,
-            compare_token=random.random() < 0.05,
-            accept_unknown=random.random() > 0.05,
-            extra=random.choice([None, '{"x":1}']),
-            idle_ms=IDLE_MS,
-        ),
-        lambda: Closing(operator, name),
-        lambda: Sweep(db.service_clock.now_ms() if random.random() < 0.8 else None),
-        lambda: GateChange("acme", random.choice([lambda gate: retry.hold(gate, 5, "by_hand"), lambda gate: Gate()])),
-        lambda: RetryOne(random.choice(ids) if ids else "msg_1_none"),
-        Probe,
-    ]
-    if due and random.random() < 0.4:
-        return Settlement(
-            random.choice(due),
-            random.choice(["pending", "delivered", "dead"]),
-            random.choice([10, 5_000_000]),
-            1,
-            {"error": random.choice([None, "x"])},
-            gate=retry_of(failed=random.random() < 0.5),
-        )
-    return random.choice(kinds)()
-
-
-def retry_of(*, failed: bool) -> Callable[[Gate, int], Gate]:
-    return lambda gate, now_at: dataclasses.replace(
-        gate, failures=gate.failures + 1 if failed else 0, not_before_at=now_at + 100_000
-    )

@@ -142,21 +142,6 @@ async def test_a_player_with_many_sessions_is_looked_through_page_by_page(
         assert len(sizes) == 1 + MANY // 10 // 200
 
 
-async def test_pages_show_neither_token_nor_body_nor_what_nobody_sees(db: Store) -> None:
-    await db.open_session(Opening("acme", "s", "p", "tok-3n", '{"a":1}', 1000, 0))
-    await db.end("acme", "s")
-    found = await db.shown_session("acme", "s")
-    assert found is not None
-    (listed,) = (await db.sessions("acme", state=None, player_id=None, limit=1, after=None)).rows
-    (delivery,) = (await db.deliveries(operator=None, sink=None, state=None, limit=1, after=None)).rows
-    one = await db.delivery(delivery.webhook_id)
-    stored = await db.session("acme", "s")
-    assert stored is not None
-    assert (stored[0].token, stored[1][0].body) == ("tok-3n", b"tok-3n")
-    assert found[0] == listed == stored[0]._replace(token=None, extra=None)
-    assert found[1] == [delivery] == [one] == [stored[1][0]._replace(token=None, body=b"")]
-
-
 async def test_a_page_is_read_up_to_its_bytes(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "PAGE_BYTES", 100_000)
     attributes = '{"a":"' + "x" * 4000 + '"}'

@@ -1,0 +1,44 @@
+"""A store on a real database, whose figures are checked when a test has ended."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from clocks import HandClock
+from engines import Engine, SqliteEngine
+from operations import BODY
+
+from lmdaemon.store.contract import NewDelivery, Store
+
+
+@pytest.fixture
+def sqlite_engine(tmp_path: Path) -> SqliteEngine:
+    return SqliteEngine(tmp_path)
+
+
+@pytest.fixture
+def engine(sqlite_engine: SqliteEngine) -> Engine:
+    """SQLite; in `contract` every engine."""
+    return sqlite_engine
+
+
+@pytest.fixture
+async def db(engine: Engine, clock: HandClock) -> AsyncIterator[Store]:
+    """The operators acme and other are configured, and every end has one delivery, by HTTP."""
+    async with engine.open(clock) as opened:
+        opened.configured = frozenset({"acme", "other"})
+        opened.sinks_of = lambda session: [NewDelivery("http", BODY)]
+        yield opened
+        assert_figures_are_true(engine, opened)
+
+
+def assert_figures_are_true(engine: Engine, db: Store) -> None:
+    """What is kept up in every transaction is what counting would say, in memory and in the database."""
+    live = Counter(row["operator"] for row in engine.rows("session") if row["reason"] is None)
+    states = Counter((row["operator"], row["state"]) for row in engine.rows("delivery"))
+    stored = {row["name"]: (row["live"], row["pending"], row["dead"]) for row in engine.rows("operator")}
+    assert stored == {name: (live[name], states[name, "pending"], states[name, "dead"]) for name in stored}
+    assert stored.keys() >= live.keys() | {operator for operator, _ in states}
+    assert {name: dataclasses.astuple(figures) for name, figures in db.figures.items()} == stored

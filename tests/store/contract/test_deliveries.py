@@ -1,0 +1,166 @@
+"""Deliveries: claimed, settled once, retried, and rid of their secrets."""
+
+import asyncio
+import dataclasses
+import json
+
+from clocks import HandClock
+from msgspec.structs import replace as replaced
+from operations import attempt, kept, notice, one_delivery, opening
+
+from lmdaemon import retry
+from lmdaemon.model import Gate
+from lmdaemon.store import contract, rules
+from lmdaemon.store.contract import Claim, NewDelivery, Settlement, Store
+
+
+class TestDeliveries:
+    async def test_a_settled_delivery_keeps_its_history_and_its_body(self, db: Store, clock: HandClock) -> None:
+        first = await one_delivery(db)
+        failed = attempt(status=500, error="status_500")
+        await db.settle(Settlement(first, "pending", 5000, 1, failed))
+        second = await db.delivery(first.webhook_id)
+        assert second is not None
+        assert (second.attempts, second.step, second.last_status, second.last_error) == (1, 1, 500, "status_500")
+        await db.settle(Settlement(second, "delivered", 0, 1, attempt(status=200, code="0")))
+        third = await db.delivery(first.webhook_id)
+        assert third is not None
+        assert (third.state, third.attempts, third.last_error, third.body) == ("delivered", 2, None, b"")
+        assert [one["status"] for one in json.loads(third.history)] == [500, 200]
+
+    async def test_the_history_keeps_the_latest_attempts_only(self, db: Store) -> None:
+        delivery = await one_delivery(db)
+        for number in range(rules.HISTORY_MAX + 5):
+            await db.settle(Settlement(delivery, "pending", 0, 0, attempt(at=number)))
+            again = await db.delivery(delivery.webhook_id)
+            assert again is not None
+            delivery = again
+        history = json.loads(delivery.history)
+        assert (len(history), history[-1]["at"]) == (rules.HISTORY_MAX, rules.HISTORY_MAX + 4)
+        assert delivery.attempts == rules.HISTORY_MAX + 5
+
+    async def test_a_delivery_is_settled_once(self, db: Store) -> None:
+        delivery = await one_delivery(db)
+        await db.settle(Settlement(delivery, "delivered", 0, 0, attempt(status=200)))
+        await db.settle(Settlement(delivery, "dead", 0, 0, attempt(status=500)))
+        known = await db.delivery(delivery.webhook_id)
+        assert known is not None
+        assert known.state == "delivered"
+        assert db.figures_of("acme") == contract.Figures(live=0, pending=0, dead=0)
+
+    async def test_a_delivery_that_two_results_of_one_batch_are_of_is_settled_once(self, db: Store) -> None:
+        twice, other = await one_delivery(db, "twice"), await one_delivery(db, "other")
+        results = [
+            Settlement(twice, "delivered", 0, 0, attempt(status=200)),
+            Settlement(other, "dead", 0, 0, attempt(status=500)),
+            Settlement(twice, "dead", 0, 0, attempt(status=500)),
+        ]
+        await asyncio.gather(*(db.settle(one) for one in results))
+        known = [await db.delivery(one.webhook_id) for one in (twice, other)]
+        assert [one and one.state for one in known] == ["delivered", "dead"]
+        assert db.figures_of("acme") == contract.Figures(live=0, pending=0, dead=1)
+
+    async def test_a_wrong_nonce_finds_nothing(self, db: Store) -> None:
+        delivery = await one_delivery(db)
+        for webhook_id in (f"msg_{delivery.id}_0", "msg_1", "", "msg_", "msg_x_y", f"msg_{'9' * 30}_0", "msg_²_0"):
+            assert await db.delivery(webhook_id) is None
+            assert await db.retry_one(webhook_id) is None
+
+    async def test_lanes_are_claimed_earliest_due_first(self, db: Store, clock: HandClock) -> None:
+        first, second = await one_delivery(db, "first"), await one_delivery(db, "second")
+        await one_delivery(db, "elsewhere", "other")
+        await db.settle(Settlement(first, "pending", 9000, 1, attempt()))
+        lanes = [Claim("acme", "http", [], 5), Claim("acme", "plugin:x", [], 5), Claim("other", "http", [], 1)]
+        claimed = await db.claimable(lanes)
+        assert [[row.session_id for row in rows] for rows in claimed] == [["second", "first"], [], ["elsewhere"]]
+        assert second.due_at < claimed[0][1].due_at
+        (rest,) = await db.claimable([Claim("acme", "http", [second.id], 5)])
+        assert [row.session_id for row in rest] == ["first"]
+
+    async def test_any_number_of_lanes_is_claimed_each_with_its_own_rows_the_earliest_due_first(
+        self, db: Store, clock: HandClock
+    ) -> None:
+        names = [f"operator-{number}" for number in range(65)]
+        first = [await one_delivery(db, operator=name) for name in names]
+        again = await db.settle(Settlement(first[-1], "pending", 5000, 1, attempt()))
+        clock.advance(1)
+        second = [await one_delivery(db, "later", name) for name in names]
+        lanes = await db.claimable([Claim(name, "http", [], 2) for name in names])
+        assert lanes[:-1] == [list(pair) for pair in zip(first, second, strict=True)][:-1]
+        assert [row.due_at for row in lanes[-1]] == [second[-1].due_at, again.due_at]
+        assert await db.claimable([]) == []
+
+    async def test_a_token_goes_when_nothing_can_need_it_any_more_and_is_still_known_again(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", session.token.encode()), NewDelivery("plugin:a", b"")]
+        await db.open_session(opening(token="tok-3n"))
+        await db.end("acme", "s")
+        known = await db.session("acme", "s")
+        assert known is not None
+        http, plugin = known[1]
+        await db.settle(Settlement(http, "delivered", 0, 0, attempt()))
+        assert await kept(db) == ("tok-3n", [b"", b""])  # the plug-in is to be told it
+        await db.settle(Settlement(plugin, "dead", 0, 0, attempt()))
+        assert (await kept(db))[0] == "tok-3n"  # and may be, by hand
+        await db.retry_dead("acme", 0)
+        await db.settle(Settlement(plugin, "delivered", 0, 0, attempt()))
+        digest, bodies = await kept(db)
+        assert "tok-3n" not in digest
+        assert bodies == [b"", b""]
+        repeat = notice(token="tok-3n", compare_token=True)
+        assert await db.record(repeat) == "repeated"
+        assert await db.record(replaced(repeat, token="another")) == "bad_token"
+        assert await db.record(replaced(repeat, token=digest)) == "bad_token"
+
+    async def test_a_token_that_nobody_is_told_goes_with_the_end(self, db: Store) -> None:
+        db.sinks_of = lambda session: [NewDelivery("http", b"", "no playerId")]
+        await db.open_session(opening(token="tok-3n"))
+        await db.end("acme", "s")
+        assert "tok-3n" not in (await kept(db))[0]
+
+    async def test_gates_change_atomically_under_concurrent_results(self, db: Store) -> None:
+        rows = [await one_delivery(db, str(number)) for number in range(4)]
+        failed = lambda gate, now_at: dataclasses.replace(gate, failures=gate.failures + 1)  # noqa: E731
+        await asyncio.gather(*(db.settle(Settlement(row, "pending", 0, 1, attempt(), gate=failed)) for row in rows))
+        assert db.gate("acme").failures == 4
+
+    async def test_dead_deliveries_come_back_ten_a_second_over_all_calls(self, db: Store, clock: HandClock) -> None:
+        for number in range(12):
+            await db.settle(Settlement(await one_delivery(db, str(number)), "dead", 0, 3, attempt()))
+        since = clock.wall_ms()
+        clock.advance(60)
+        late = await one_delivery(db, "late")
+        await db.settle(Settlement(late, "dead", 0, 3, attempt()))
+        assert await db.retry_dead("acme", clock.wall_ms()) == 1
+        assert await db.retry_dead("acme", since) == 12
+        assert await db.retry_dead("acme", 0) == 0
+        (rows,) = await db.claimable([Claim("acme", "http", [], 99)])
+        assert [row.due_at - clock.wall_ms() for row in rows] == [100 * place for place in range(13)]
+        assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
+
+    async def test_a_hold_does_not_age_what_waits(self, db: Store, clock: HandClock) -> None:
+        before = await one_delivery(db, "before")
+        await db.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "gone"))
+        clock.advance(50)
+        during = await one_delivery(db, "during")
+        clock.advance(50)
+        ages = [
+            retry.age_ms(row.aged_from_at, row.held_base_ms, db.gate("acme"), clock.wall_ms())
+            for row in (before, during)
+        ]
+        assert ages == [0, 0]
+        await db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+        clock.advance(7)
+        ages = [
+            retry.age_ms(row.aged_from_at, row.held_base_ms, db.gate("acme"), clock.wall_ms())
+            for row in (before, during)
+        ]
+        assert ages == [7000, 7000]
+        assert db.gate("acme") == Gate(held_total_ms=100_000)
+
+    async def test_the_oldest_pending_is_found_without_counting(self, db: Store, clock: HandClock) -> None:
+        first = await one_delivery(db, "first")
+        clock.advance(5)
+        second = await one_delivery(db, "second")
+        assert await db.oldest_pending(["acme", "other"]) == {"acme": first.created_at, "other": None}
+        await db.settle(Settlement(first, "delivered", 0, 0, attempt()))
+        assert await db.oldest_pending(["acme"]) == {"acme": second.created_at}

@@ -1,0 +1,113 @@
+"""What the store does with its SQLite file: how many statements it takes, and what is left in the file."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from operations import attempt, found, notice, opening
+from support import until
+
+from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreError
+from lmdaemon.store.sqlite import batch as batches
+from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite.store import Store
+
+
+class TestOneWay:
+    """One statement where nothing must be looked up; after a wrong guess the batch is decided again, with facts."""
+
+    async def test_touches_of_active_sessions_are_not_looked_at_again(
+        self, db: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await asyncio.gather(*(db.open_session(opening(name)) for name in "abc"), db.record(notice("over")))
+        monkeypatch.setattr(batches.Written, "_look_closer", fail_with(AssertionError("looked at again")))
+        statements = await trace(db)
+        one, many = await asyncio.gather(db.touch("acme", ["a"]), db.touch("acme", ["b", "c", "b"]))
+        assert (one, many) == ((1, [], []), (2, [], []))
+        assert [statement.split()[0] for statement in statements] == ["INSERT"]
+
+    @pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MemoryError()])
+    async def test_a_touch_that_cannot_be_looked_up_fails_alone(
+        self, db: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """What was committed with it is answered: nobody may be told that it was refused."""
+        await db.open_session(opening("a"))
+        monkeypatch.setattr(batches, "fetch", fail_with(error))
+        unknown, recorded = await asyncio.gather(
+            db.touch("acme", ["a", "none"]), db.record(notice("new")), return_exceptions=True
+        )
+        monkeypatch.undo()
+        assert isinstance(unknown, StoreError)
+        assert recorded == "ended"
+        assert db.refused["reading_failed"] == 1
+        assert (await found(db, "new")).reason == "reported"
+
+    async def test_after_a_wrong_guess_facts_are_read_until_no_session_was_known(self, db: Store) -> None:
+        await db.record(notice("s"))
+        statements = await trace(db)
+
+        async def ways(name: str) -> list[str]:
+            statements.clear()
+            await db.record(notice(name))
+            return [statement.split()[0] for statement in statements]
+
+        guessed, looked_up = ["INSERT"], ["BEGIN", "SELECT", "INSERT", "COMMIT"]
+        assert await ways("1") == guessed
+        assert await ways("s") == guessed + looked_up
+        assert await ways("s") == looked_up
+        assert await ways("2") == looked_up
+        assert await ways("3") == guessed
+        assert await ways("s") == guessed + looked_up
+        statements.clear()
+        await db.touch("acme", ["s"])  # a touch guesses nothing
+        assert [statement.split()[0] for statement in statements] == ["INSERT", "SELECT"]
+
+    @pytest.mark.parametrize(("more", "first"), [(0, "INSERT"), (1, "BEGIN")])
+    async def test_at_most_300_operations_are_decided_on_the_event_loop(self, db: Store, more: int, first: str) -> None:
+        statements = await trace(db)
+        await asyncio.gather(*(db.open_session(opening(str(number))) for number in range(300 + more)))
+        assert statements[0].split()[0] == first
+        assert db.live == 300 + more
+
+
+async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
+    db: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the file, also where its pages became free, nor in what was committed, nor in its index."""
+    monkeypatch.setattr(database, "IDLE_S", 0.05)
+    tokens = ["fSYFZMScpZ01FhR26r59GexREh1xHgEY", "large-" * 600]
+    db.sinks_of = lambda session: [NewDelivery("http", f"body with {session.token}".encode())]
+    for number, token in enumerate(tokens):
+        await db.open_session(opening(str(number), token=token))
+        await db.end("acme", str(number))
+    files = [Path(f"{db.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+    def found() -> list[bool]:
+        content = b"".join(file.read_bytes() for file in files)
+        return [token[:30].encode() in content for token in tokens]
+
+    (rows,) = await db.claimable([Claim("acme", "http", [], 9)])
+    assert found() == [True, True]
+    await asyncio.gather(*(db.settle(Settlement(row, "delivered", 0, 0, attempt())) for row in rows))
+    await until(lambda: found() == [False, False])
+
+
+async def trace(db: Store) -> list[str]:
+    """The statements of the writer from now on."""
+    statements: list[str] = []
+
+    def note(statement: str) -> None:
+        if statement not in statements[-1:]:  # told once more for each statement of its trigger
+            statements.append(statement)
+
+    await db._db._writer.run(lambda sql: sql.set_trace_callback(note))
+    return statements
+
+
+def fail_with(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail

@@ -8,7 +8,7 @@ from lmdaemon.config import reader, target
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import DeliveryTable, Operator, Policy, Settings
 from lmdaemon.config.target import Target
-from lmdaemon.config.values import duration
+from lmdaemon.config.values import duration, whsec
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
@@ -98,7 +98,7 @@ def _configured(settings: Settings, name: str, command: str) -> Operator:
 def _signing_keys(args: argparse.Namespace) -> tuple[bytes, ...]:
     lines = secret_file(args.signing_secret_file, "--signing-secret-file").splitlines()
     try:
-        return tuple(config.whsec(line.strip()) for line in lines if line.strip())
+        return tuple(whsec(line.strip()) for line in lines if line.strip())
     except ValueError as error:
         raise Usage(f"--signing-secret-file: {error}") from None
 

@@ -1,7 +1,7 @@
 """The public side: `POST …/SessionExpired` for every operator, and the bare `/health`.
 
-Authenticates, parses, asks the plug-ins, records, and answers after the commit; README's "The endpoint" says with which
-status and code. Called by aiohttp. It must never answer success before the store has, nor tell an unknown path from a
+Authenticates, parses, asks the plug-ins, records, and answers after the commit; docs/endpoint.md says with which
+status and code. It must never answer success before the store has, nor tell an unknown path from a
 hidden one.
 """
 

@@ -31,8 +31,8 @@ from lmdaemon.web import api, bodies, endpoint, handshakes, listener
 from lmdaemon.web import requests as http
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 TABLES = {
     "[server]": ServerTable,
     "[api]": ApiTable,
@@ -46,40 +46,55 @@ TABLES = {
 }
 
 
-def row(first: str) -> list[str]:
-    """The cells of the README's table row that begins with this cell."""
-    (found,) = (line for line in README.splitlines() if line.startswith(f"| {first} |"))
-    return [cell.strip() for cell in found.strip("|").split("|")]
+def page(name: str) -> str:
+    """The text of `docs/NAME.md`."""
+    return (DOCS / f"{name}.md").read_text()
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all table rows in a text, heads and rules included."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def settings(table: str) -> dict[str, str]:
+    """Key to default, as the page on the configuration shows them for this table."""
+    section = page("configuration").partition(f"## {table}\n")[2].partition("\n## ")[0]
+    return {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section)[2:]}
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_readme_names_every_setting_and_no_other(table: str) -> None:
-    shown = re.findall(r"`([a-z_]+)(?: = [^`]*)?`", row(f"`{table}`")[1])
-    assert shown == [field.name for field in msgspec.structs.fields(TABLES[table])]
+def test_the_configuration_page_names_every_setting_and_no_other(table: str) -> None:
+    assert list(settings(table)) == [field.name for field in msgspec.structs.fields(TABLES[table])]
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_readme_shows_the_true_defaults(table: str) -> None:
-    """Each `key = value` is TOML, and reading it gives what leaving it out gives."""
-    defaults = TABLES[table]
-    settings = re.findall(r"`([a-z_]+ = [^`]*)`", row(f"`{table}`")[1])
-    assert settings
+def test_the_configuration_page_shows_the_true_defaults(table: str) -> None:
+    """Each key with its default is TOML, and reading it gives what leaving it out gives.
+
+    "required" stands where there is no default, and nothing where leaving the key out means "as in another table".
+    """
     findings = Findings()
     tables = Tables(findings)
-    fields = {field.name: field for field in msgspec.structs.fields(defaults)}
-    for setting in settings:
-        ((name, value),) = tomllib.loads(setting).items()
+    fields = {field.name: field for field in msgspec.structs.fields(TABLES[table])}
+    shown = settings(table)
+    assert shown
+    for name, text in shown.items():
         field = fields[name]
-        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-        assert tables.value(field.type, value, name) == default, setting
+        if text == "required":
+            assert field.required, name
+        elif text:
+            default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+            (value,) = tomllib.loads(f"{name} = {text}").values()
+            assert tables.value(field.type, value, name) == default, name
+        else:
+            assert not field.required, name
     assert findings.errors == []
 
 
 @pytest.mark.parametrize("name", dialects.SHIPPED)
-def test_readme_shows_each_dialect_with_its_codes(name: str) -> None:
+def test_the_endpoint_page_shows_each_dialect_with_its_codes(name: str) -> None:
     dialect = dialects.SHIPPED[name]
-    (line,) = (line for line in README.splitlines() if line.startswith(f"| `{name}`"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    (cells,) = (cells for cells in rows(page("endpoint")) if cells[0].startswith(f"`{name}`"))
     assert cells[1] == f"`{dialect.path}`"
     if "as v4.01" in cells[2]:
         assert dialect.same_wire(dialects.SHIPPED["v4.01"])
@@ -93,8 +108,36 @@ def test_readme_shows_each_dialect_with_its_codes(name: str) -> None:
     assert cells[3:] == codes
 
 
-def test_readme_shows_the_true_limits() -> None:
-    table = README.partition("## Limits")[2].partition("## Decisions")[0].replace(",", "")
+@pytest.mark.parametrize("name", dialects.SHIPPED)
+def test_the_protocol_page_shows_each_dialect_and_its_codes(name: str) -> None:
+    dialect = dialects.SHIPPED[name]
+    shapes, answers_ = (page("protocol").partition(f"## {head}")[2] for head in ("Dialects", "Answers"))
+    (cells,) = (cells for cells in rows(shapes) if cells[0].startswith(f"`{name}`") and len(cells) == 5)
+    assert cells[2] == f"`{dialect.path}`"
+    assert cells[3] == f"`{dialect.fields['player']}`"
+    others = set(re.findall(r"`(\w+)`", cells[4].partition(";")[0]))
+    needed = {dialect.fields[meaning] for meaning in dialect.required}
+    assert needed == {"providerId", "sessionId", cells[3].strip("`"), *others}
+    table = rows(answers_)
+    (column,) = (at for at, head in enumerate(table[0]) if f"`{name}`" in head.split(", "))
+    codes = {cells[0].partition(" (")[0]: cells[column] for cells in table[2:10]}
+    meanings = {
+        "bad parameters": "bad_parameters",
+        "bad or expired token": "bad_token",
+        "bad hash": "bad_hash",
+        "unknown session": "unknown_session",
+        "another player than the session's": "player_mismatch",
+        "internal error, retry": "retry",
+        "internal error, do not retry": "final",
+    }
+    expected = {words: str(dialect.codes.of(meaning)) for words, meaning in meanings.items()}
+    if "hash" not in dialect.fields:
+        expected["bad hash"] = "–"
+    assert codes == {"success": "0"} | expected
+
+
+def test_the_limits_page_shows_the_true_limits() -> None:
+    table = page("limits").replace(",", "")
     for limit in (
         f"{endpoint.BODY_MAX // 1024} KiB; API body {api.BODY_MAX // 1024} KiB",
         f"bulk touch {bodies.BULK_IDS_MAX} ids and {api.BULK_BODY_MAX // 1024**2} MiB",
@@ -133,8 +176,8 @@ def test_readme_shows_the_true_limits() -> None:
 
 
 def test_the_delivery_page_explains_each_cause() -> None:
-    page, _, holds = (ROOT / "docs" / "delivery.md").read_text().partition("An operator is held")
-    words = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in (page, holds)]
+    causes_, _, holds = page("delivery").partition("An operator is held")
+    words = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in (causes_, holds)]
     patterns = {causes.status_of(1), causes.code_of(1)}
     assert set(words[0]) == {*get_args(causes.Cause), *(pattern.replace("1", "N") for pattern in patterns)}
     assert set(words[1]) == set(get_args(causes.HoldCause))
@@ -143,21 +186,32 @@ def test_the_delivery_page_explains_each_cause() -> None:
 
 def test_architecture_has_a_word_on_every_module() -> None:
     modules = {path.stem for path in (ROOT / "lmdaemon").rglob("*.py")} - {"__init__", "__main__", "version"}
-    described = set(re.findall(r"\*\*(\w+)\*\*", ARCHITECTURE))
+    described = set(re.findall(r"\*\*(\w+)\*\*", page("architecture")))
     assert modules <= described
 
 
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
-    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
     for document in documents:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{document.name}: {path}#{anchor}"
 
 
-def test_anchors_of_the_readme_exist() -> None:
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in README.splitlines()}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings, anchor
+def test_the_readme_is_short_and_a_map_of_every_page() -> None:
+    """It is the first five minutes; whatever else there is to say has a page, and the README says on which."""
+    assert len(README.splitlines()) <= 200
+    table = README.partition("## The documents")[2].partition("\n## ")[0]
+    mapped = [path for cells in rows(table) for path in re.findall(r"^\[[^]]+\]\(docs/([^)#]+)\)", cells[0])]
+    assert sorted(mapped) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
 def test_the_changelog_knows_this_version() -> None:
@@ -172,8 +226,8 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     ]
 
 
-async def test_the_readmes_endpoint_of_ones_own_takes_what_the_page_says_and_nothing_else(tmp_path: Path) -> None:
-    section = README.partition("### From the provider's page")[2].partition("\n## ")[0]
+async def test_the_endpoint_of_ones_own_takes_what_the_page_says(tmp_path: Path) -> None:
+    section = page("endpoint").partition("## From the provider's page")[2].partition("\n## ")[0]
     toml = re.search(r"```toml\n(.*?)```", section, re.DOTALL)
     curl = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert toml

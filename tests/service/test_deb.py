@@ -213,10 +213,10 @@ def test_what_the_administrator_stopped_or_disabled_stays_so_over_an_upgrade(
     machine.wait_until_serving()
 
 
-def test_the_readmes_restore_brings_back_what_the_backup_had(machine: Service) -> None:
+def test_the_runbooks_restore_brings_back_what_the_backup_had(machine: Service) -> None:
     machine.rig.run("lmdaemon", "backup", "/root/before.sqlite3")
     machine.open("after", "demo")
-    section = (REPOSITORY / "README.md").read_text().partition("### Backup and restore")[2]
+    section = (REPOSITORY / "docs" / "operating.md").read_text().partition("### Restoring")[2]
     commands = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert commands
     machine.rig.run("sh", "-euc", commands[1])

@@ -1,15 +1,14 @@
 """What the private API takes and answers, as types, with the limits that its code and its document share.
 
-`documents` and `api` make dictionaries of these types, so mypy refuses a member that is missing, unknown or of another
-type; `openapi` describes the same types to the clients that others generate. So the two cannot differ.
+Requests are read into these types (`web.bodies`), answers are made of them, and `web.openapi` describes the same types
+to the clients that others generate. So what is documented is what happens.
 An answer may get further members in a later version; a request may not have any others.
 """
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
-import orjson
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from lmdaemon.masks import SHOWN_MAX
 from lmdaemon.model import ID_MAX, TOKEN_MAX, DeliveryState, Reason
@@ -19,6 +18,7 @@ BULK_BODY_MAX = 4 * 1024 * 1024
 ATTRIBUTES_MAX = 4096  # bytes of JSON
 IDLE_MAX_S = 30 * 86400
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
+CURSOR_MAX = 18  # digits
 
 # Of an id: neither C0 nor DEL nor C1. Lone surrogates cannot stand in JSON, which is UTF-8, so no pattern names them.
 PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
@@ -42,11 +42,16 @@ Token = Annotated[
         description="The player's token, a secret that is never returned. Required (else 400) where the operator's "
         "dialect must send one, as v4 does.",
         extra_json_schema=text(TOKEN_MAX),
+        extra={"secret": True},
     ),
 ]
 Cursor = Annotated[
     str,
-    Meta(description="Where the next page begins.", extra_json_schema={"pattern": "^[1-9][0-9]{0,17}$"}),
+    Meta(
+        description="Where the next page begins.",
+        pattern=f"^[1-9][0-9]{{0,{CURSOR_MAX - 1}}}$",
+        extra={"rule": "must be the `next` of a page"},
+    ),
 ]
 WebhookId = Annotated[
     str,
@@ -78,15 +83,20 @@ HealthStatus = Annotated[str, Meta(title="HealthStatus", extra_json_schema=_TEXT
 # -- requests
 
 
-class Opening(TypedDict):
+class Request(msgspec.Struct, rename="camel", kw_only=True, forbid_unknown_fields=True):
+    """A body, or the parameters of a query."""
+
+
+class Opening(Request):
     """Opens a session. Where the operator's dialect has a hash, no id and no token may have `&` or `=`."""
 
-    playerId: PlayerId
-    token: NotRequired[Token]
-    idleTimeoutSeconds: NotRequired[
+    player_id: PlayerId
+    token: Token | UnsetType = UNSET
+    idle_timeout_seconds: (
         Annotated[int, Meta(ge=1, le=IDLE_MAX_S, description="By default what is configured.", examples=[900])]
-    ]
-    attributes: NotRequired[
+        | UnsetType
+    ) = UNSET
+    attributes: (
         Annotated[
             dict[str, Any],
             Meta(
@@ -97,27 +107,73 @@ class Opening(TypedDict):
                 examples=[{"table": 7}],
             ),
         ]
-    ]
+        | UnsetType
+    ) = UNSET
 
 
-class BulkTouch(msgspec.Struct, forbid_unknown_fields=True):
+class BulkTouch(Request):
     """Sessions of one operator; an id that stands twice counts once."""
 
-    session_ids: Annotated[list[SessionId], Meta(extra_json_schema={"maxItems": BULK_IDS_MAX})] = msgspec.field(
-        name="sessionIds"
-    )
+    session_ids: Annotated[list[SessionId], Meta(extra_json_schema={"maxItems": BULK_IDS_MAX})]
 
 
-class RetrySince(TypedDict):
+class RetrySince(Request):
     """Which dead deliveries become due again; all of them without `since`."""
 
-    since: NotRequired[Annotated[Time, Meta(description="Those that died since then; a time ahead is refused (400).")]]
+    since: (
+        Annotated[Time, Meta(description="Those that died since then; a time ahead is refused (400).")] | UnsetType
+    ) = UNSET
+
+
+class NoQuery(Request):
+    """No parameters."""
+
+
+class PageQuery(Request):
+    """Which part of a list."""
+
+    limit: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=PAGE_MAX,
+            description="How many at most; a page also ends at 1 MiB, or when enough was looked at for one.",
+        ),
+    ] = PAGE_DEFAULT
+    after: Annotated[Cursor, Meta(description="The `next` of the page before, until that is null.")] | UnsetType = UNSET
+
+    @property
+    def after_id(self) -> int | None:
+        """The cursor as the number that the store knows; None at the first page."""
+        return None if self.after is UNSET else int(self.after)
+
+
+class SessionQuery(PageQuery):
+    """Which sessions of an operator."""
+
+    state: Annotated[SessionState, Meta(description="Only those in this state.")] | UnsetType = UNSET
+    player_id: Annotated[PlayerId, Meta(description="Only those of this player.")] | UnsetType = UNSET
+
+
+class DeliveryQuery(PageQuery):
+    """Which deliveries."""
+
+    operator: Annotated[Id, Meta(description="Only those of this operator, configured or not.")] | UnsetType = UNSET
+    sink: (
+        Annotated[Sink, Meta(description="Only those for `http`, or a plug-in that is configured or has any.")]
+        | UnsetType
+    ) = UNSET
+    state: Annotated[StateOfDelivery, Meta(description="Only those in this state.")] | UnsetType = UNSET
 
 
 # -- answers
 
 
-class BulkTouched(TypedDict):
+class Answer(msgspec.Struct, rename="camel", kw_only=True):
+    """The body of an answer, or a part of one."""
+
+
+class BulkTouched(Answer):
     """How many sessions were touched, and which could not be."""
 
     touched: Count
@@ -125,60 +181,60 @@ class BulkTouched(TypedDict):
     ended: list[SessionId]
 
 
-class Session(TypedDict):
+class Session(Answer):
     """A session, without its token."""
 
     operator: OperatorName
-    sessionId: SessionId
-    playerId: PlayerId
+    session_id: SessionId
+    player_id: PlayerId
     state: SessionState
     reason: Annotated[EndReason | None, Meta(description="Why it ended; null while it is active.")]
-    openedAt: Time
-    lastSeenAt: Time
-    expiresAt: Annotated[Time | None, Meta(description="If nothing more is heard; null once it has ended.")]
-    endedAt: Time | None
-    idleTimeoutSeconds: Annotated[float, Meta(ge=1, examples=[900])]
+    opened_at: Time
+    last_seen_at: Time
+    expires_at: Annotated[Time | None, Meta(description="If nothing more is heard; null once it has ended.")]
+    ended_at: Time | None
+    idle_timeout_seconds: Annotated[float, Meta(ge=1, examples=[900])]
     attributes: Annotated[
-        orjson.Fragment,
+        msgspec.Raw,
         Meta(description="As given when it was opened.", extra_json_schema=_ANYTHING, examples=[{"table": 7}]),
     ]
 
 
-class Delivery(TypedDict):
+class Delivery(Answer):
     """One end of a session for one sink of its operator."""
 
     id: WebhookId
     operator: OperatorName
-    sessionId: SessionId
+    session_id: SessionId
     sink: Sink
     state: StateOfDelivery
     attempts: Count
-    createdAt: Time
-    nextAttemptAt: Annotated[
+    created_at: Time
+    next_attempt_at: Annotated[
         Time | None,
         Meta(
             description="When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
             "retries by hand allow it. Null while the operator is held, and once it is settled."
         ),
     ]
-    settledAt: Time | None
-    lastStatus: Annotated[int | None, Meta(description="HTTP status of the last attempt.", examples=[200])]
-    lastCode: Annotated[float | None, Meta(description="Its `error`.", examples=[0])]
-    lastError: Annotated[
+    settled_at: Time | None
+    last_status: Annotated[int | None, Meta(description="HTTP status of the last attempt.", examples=[200])]
+    last_code: Annotated[float | None, Meta(description="Its `error`.", examples=[0])]
+    last_error: Annotated[
         str | None, Meta(description="Why it failed: one word of the list in docs/delivery.md.", examples=["timeout"])
     ]
 
 
-class Attempt(TypedDict):
+class Attempt(Answer):
     """One attempt of a delivery."""
 
     at: Time
-    durationMs: Count
+    duration_ms: Count
     status: Annotated[int | None, Meta(description="HTTP status, if there was an answer.", examples=[503])]
     code: Annotated[float | None, Meta(description="`error` of the answer, if it had one.")]
     error: Annotated[str | None, Meta(description="Why it failed; null if it did not.", examples=["status"])]
-    detail: NotRequired[Annotated[str, Meta(description="What is known of the error besides.")]]
-    answer: NotRequired[
+    detail: Annotated[str, Meta(description="What is known of the error besides.")] | UnsetType = UNSET
+    answer: (
         Annotated[
             Annotated[str, Meta(extra_json_schema={"maxLength": SHOWN_MAX})] | None,
             Meta(
@@ -186,7 +242,8 @@ class Attempt(TypedDict):
                 "own secrets masked; null if there were none."
             ),
         ]
-    ]
+        | UnsetType
+    ) = UNSET
 
 
 class SessionWithDeliveries(Session):
@@ -201,61 +258,75 @@ class DeliveryWithHistory(Delivery):
     history: list[Attempt]
 
 
-class SessionPage(TypedDict):
+class ArchivedSession(Session):
+    """A session and all that became of its end."""
+
+    deliveries: list[DeliveryWithHistory]
+
+
+class SessionPage(Answer):
     """Sessions, newest first."""
 
     items: Annotated[list[Session], Meta(extra_json_schema={"maxItems": PAGE_MAX})]
     next: Annotated[Cursor | None, Meta(description="To be given as `after`; null on the last page.")]
 
 
-class DeliveryPage(TypedDict):
+class DeliveryPage(Answer):
     """Deliveries, newest first."""
 
     items: Annotated[list[Delivery], Meta(extra_json_schema={"maxItems": PAGE_MAX})]
     next: Annotated[Cursor | None, Meta(description="To be given as `after`; null on the last page.")]
 
 
-class RetriedDeliveries(TypedDict):
+class RetriedDeliveries(Answer):
     """How many dead deliveries became due again."""
 
     retried: Count
 
 
-class Operator(TypedDict):
+class Operator(Answer):
     """An operator: what waits for it, and what holds it back."""
 
     operator: OperatorName
     notify: Annotated[bool, Meta(description="Whether ends are sent to its URL.")]
     dialect: Annotated[str, Meta(description="What is sent.", examples=["v4"])]
     held: Annotated[bool, Meta(description="Nothing is sent until it is released.")]
-    heldReason: str | None
+    held_reason: str | None
     breaker: Breaker
     live: Annotated[Count, Meta(description="Sessions that are active.")]
     pending: Annotated[Count, Meta(description="Deliveries not yet settled.")]
     dead: Annotated[Count, Meta(description="Deliveries given up, which can be retried.")]
-    oldestPendingSeconds: Seconds | None
-    notBefore: Annotated[
+    oldest_pending_seconds: Seconds | None
+    not_before: Annotated[
         Time | None, Meta(description="Until when a Retry-After or the breaker puts the next attempt off.")
     ]
 
 
-class OperatorList(TypedDict):
+class OperatorList(Answer):
     """All configured operators."""
 
     items: list[Operator]
 
 
-class Problem(TypedDict):
+class Problem(Answer):
     """An error (RFC 9457)."""
 
-    type: Annotated[str, Meta(extra_json_schema={"format": "uri-reference"}, examples=["about:blank"])]
+    type: Annotated[str, Meta(extra_json_schema={"format": "uri"}, examples=["urn:lmdaemon:problem:unknown-session"])]
     title: Annotated[str, Meta(examples=["Not Found"])]
     status: Annotated[int, Meta(ge=400, le=599, examples=[404])]
     detail: Annotated[str, Meta(description="Place, rule and value.", examples=["no session has this id"])]
-    session: NotRequired[Session]
+    code: Annotated[
+        str,
+        Meta(
+            description="The last part of `type`: what to decide by. Each call says which it may answer with.",
+            extra_json_schema={"pattern": "^[a-z]+(-[a-z]+)*$"},
+            examples=["unknown-session"],
+        ),
+    ]
+    session: Session | UnsetType = UNSET
 
 
-class NoticeAnswer(TypedDict):
+class NoticeAnswer(Answer):
     """The answer to a notice: 0 in `error` if it was taken."""
 
     error: int

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import orjson
+import msgspec
 
 from lmdaemon import rights
 from lmdaemon.clock import Clock
@@ -34,12 +34,13 @@ from lmdaemon.commands.files import (
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config import reader
 from lmdaemon.config.settings import Settings
-from lmdaemon.model import Delivery, Gate, rfc3339
+from lmdaemon.model import Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
+from lmdaemon.shapes import ArchivedSession
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.sqlite import store
 from lmdaemon.store.sqlite.file import MIGRATIONS, cause, check_is_ours, real_path
-from lmdaemon.web.documents import delivery_document, history_document, read_time, session_document
+from lmdaemon.web.documents import archived, read_time, to_json
 
 SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
 POLL_S = 0.05
@@ -47,28 +48,27 @@ POLL_S = 0.05
 # One row a delivery, or one without any for a session that had none.
 CSV_COLUMNS = {
     "operator": "operator",
-    "sessionId": "sessionId",
-    "playerId": "playerId",
+    "sessionId": "session_id",
+    "playerId": "player_id",
     "reason": "reason",
-    "openedAt": "openedAt",
-    "lastSeenAt": "lastSeenAt",
-    "endedAt": "endedAt",
-    "idleTimeoutSeconds": "idleTimeoutSeconds",
+    "openedAt": "opened_at",
+    "lastSeenAt": "last_seen_at",
+    "endedAt": "ended_at",
+    "idleTimeoutSeconds": "idle_timeout_seconds",
     "attributes": "attributes",
     "deliveryId": "id",
     "sink": "sink",
     "deliveryState": "state",
     "attempts": "attempts",
-    "createdAt": "createdAt",
-    "nextAttemptAt": "nextAttemptAt",
-    "settledAt": "settledAt",
-    "lastStatus": "lastStatus",
-    "lastCode": "lastCode",
-    "lastError": "lastError",
+    "createdAt": "created_at",
+    "nextAttemptAt": "next_attempt_at",
+    "settledAt": "settled_at",
+    "lastStatus": "last_status",
+    "lastCode": "last_code",
+    "lastError": "last_error",
     "history": "history",
 }
-_OF_SESSION = list(CSV_COLUMNS)[:9]
-_OF_DELIVERY = [CSV_COLUMNS[name] for name in list(CSV_COLUMNS)[9:]]
+_OF_SESSION, _OF_DELIVERY = [*CSV_COLUMNS.values()][:9], [*CSV_COLUMNS.values()][9:]
 
 # Where a spreadsheet may begin a cell, and what begins a formula there: also in the forms that Unicode calls full-width
 # and small, which Excel takes for the same, and behind blanks, which some programs take away. A quote there, also the
@@ -141,7 +141,7 @@ def _wait_until_committed(sql: sqlite3.Connection, until_at: int) -> None:
 
 def _sessions(
     sql: sqlite3.Connection, operator: str | None, since_at: int, until_at: int
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[ArchivedSession]]:
     """Pages of documents, in the order in which the sessions ended. What ends meanwhile lies behind `until_at`."""
     after: tuple[int, int] | None = (since_at, 0)
     while after is not None:
@@ -149,43 +149,38 @@ def _sessions(
         after = page.after
         gates = store.gates(sql)
         yield [
-            session_document(session, None) | {"deliveries": [_delivery(one, gates) for one in deliveries]}
-            for session, deliveries in page.sessions
+            archived(session, deliveries, gates.get(session.operator, Gate())) for session, deliveries in page.sessions
         ]
-
-
-def _delivery(delivery: Delivery, gates: Mapping[str, Gate]) -> dict[str, Any]:
-    gate = gates.get(delivery.operator, Gate())
-    return delivery_document(delivery, gate) | {"history": history_document(delivery)}
 
 
 # -- formats
 
 
-def _count(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[list[dict[str, Any]]]:
+def _count(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[list[ArchivedSession]]:
     for page in pages:
         for session in page:
             told.sessions += 1
-            told.deliveries += len(session["deliveries"])
-            told.pending += sum(delivery["state"] == "pending" for delivery in session["deliveries"])
+            told.deliveries += len(session.deliveries)
+            told.pending += sum(delivery.state == "pending" for delivery in session.deliveries)
         yield page
 
 
-def _as_json_lines(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[bytes]:
+def _as_json_lines(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[bytes]:
     for page in _count(pages, told):
-        yield b"".join(orjson.dumps(session, option=orjson.OPT_APPEND_NEWLINE) for session in page)
+        yield b"".join(to_json(session) + b"\n" for session in page)
 
 
-def _as_csv(pages: Iterable[list[dict[str, Any]]], told: Told) -> Iterator[bytes]:
+def _as_csv(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[bytes]:
     """RFC 4180 in UTF-8, with a header."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)
     for page in _count(pages, told):
         for session in page:
-            own = [_cell(session[name]) for name in _OF_SESSION]
-            for delivery in session["deliveries"] or [{}]:
-                writer.writerow([*own, *(_cell(delivery.get(name)) for name in _OF_DELIVERY)])
+            own = [_cell(getattr(session, name)) for name in _OF_SESSION]
+            rows: list[object] = [*session.deliveries] or [None]
+            for delivery in rows:
+                writer.writerow([*own, *(_cell(getattr(delivery, name, None)) for name in _OF_DELIVERY)])
         yield text.getvalue().encode()
         text.seek(0)
         text.truncate()
@@ -200,8 +195,8 @@ def _cell(value: object) -> object:
     stands in such a place already gets a second one, so that taking one away in each gives every text back. JSON has
     neither tabs nor line breaks; its ; is written as an escape.
     """
-    if isinstance(value, list | orjson.Fragment):
-        return orjson.dumps(value).decode().replace(";", "\\u003b")
+    if isinstance(value, list | msgspec.Raw):
+        return to_json(value).decode().replace(";", "\\u003b")
     if isinstance(value, str):
         return _FORMULA.sub(r"\1'", value)
     return value

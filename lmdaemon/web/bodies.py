@@ -1,18 +1,136 @@
-"""The body of a bulk touch, read so that none holds the event loop for long, whatever is in it. Pure, no I/O.
+"""Bodies and queries as the types of `shapes`, and why one cannot be read: place, rule, value. Pure, no I/O.
 
-Other bodies are at most 64 KiB, and `dialects.json_object` reads them.
+None holds the event loop for long, whatever is in it.
 """
 
 import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
+import orjson
+from msgspec import inspect
 
-from lmdaemon.dialects import without_mark
+from lmdaemon.dialects import BadNotice, json_object, without_mark
 from lmdaemon.model import ID_MAX, id_problem
-from lmdaemon.shapes import BULK_IDS_MAX, BulkTouch
+from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, BulkTouch, Request
+
+BODY_MAX = 64 * 1024
+SHOWN_MAX = 40  # characters of a value in an error
 
 _DECODER = msgspec.json.Decoder(BulkTouch)
 _QUOTES_MAX = 2 * (BULK_IDS_MAX + 1)  # of the ids and the key
+
+_Asked = TypeVar("_Asked", bound=Request)
+
+
+def longest(kind: type[Request]) -> int:
+    """The limit in bytes of a body that is read as this type."""
+    return BULK_BODY_MAX if kind is BulkTouch else BODY_MAX
+
+
+def required(kind: type[Request]) -> list[str]:
+    """The members that must be given."""
+    return _Members.of(kind).required
+
+
+def of_body(kind: type[Request], body: bytes) -> Request:
+    """A body of at most `longest(kind)` bytes; an empty one has no fields. Raises ValueError: place, rule, value."""
+    if kind is BulkTouch:
+        return BulkTouch(session_ids=session_ids(body))
+    try:
+        fields = json_object(body) if without_mark(body) or required(kind) else {}
+    except BadNotice as error:
+        raise ValueError(error.description) from error
+    # 90.0 is an integer, too, to JSON Schema
+    whole = {name: int(one) if type(one) is float and one.is_integer() else one for name, one in fields.items()}
+    return _read(kind, whole, fields, "field")
+
+
+def of_query(kind: type[_Asked], query: Mapping[str, str]) -> _Asked:
+    """The parameters of a query. Raises ValueError with place, rule, value."""
+    numbers = _Members.of(kind).numbers
+    digits = {name: int(query[name]) for name in numbers if re.fullmatch("[0-9]{1,9}", query.get(name, ""))}
+    return _read(kind, {**query, **digits}, query, "parameter")
+
+
+def _read(kind: type[_Asked], fields: Mapping[str, Any], given: Mapping[str, Any], noun: str) -> _Asked:
+    members = _Members.of(kind)
+    for name in fields:
+        if name not in members.all:
+            known = ", ".join(sorted(members.all)) or "none"
+            raise ValueError(f"{name[:ID_MAX]}: is no {noun} of this call; known are {known}")
+    for name in members.required:
+        if name not in fields:
+            raise ValueError(f"{name}: is required")
+    try:
+        found = msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(members.complaint(fields, given)) from error
+    for name, longest in members.texts.items():
+        if name in fields and (problem := id_problem(fields[name], longest)):
+            raise ValueError(f"{name}: {problem}")
+    return found
+
+
+class _Members:
+    """What the document says of the members of a type, as far as msgspec does not check it, or not in plain words."""
+
+    def __init__(self, kind: type[Request]) -> None:
+        info = inspect.type_info(kind)
+        hints = get_type_hints(kind, include_extras=True)
+        self.all: dict[str, Any] = {}
+        self.texts: dict[str, int] = {}  # ids and tokens, by their greatest length
+        self.required: list[str] = []
+        self.numbers: list[str] = []
+        self._rules: dict[str, str] = {}
+        self._secret: set[str] = set()
+        assert isinstance(info, inspect.StructType)  # noqa: S101 - of a Request
+        for field in info.fields:
+            name, kind_of = field.encode_name, field.type
+            extra: dict[str, Any] = {}
+            schema: dict[str, Any] = {}
+            while isinstance(kind_of, inspect.Metadata):
+                extra, schema = (kind_of.extra or {}) | extra, (kind_of.extra_json_schema or {}) | schema
+                kind_of = kind_of.type
+            self.all[name] = hints[field.name]
+            self._rules[name] = extra.get("rule") or _rule(kind_of)
+            if "maxLength" in schema:
+                self.texts[name] = schema["maxLength"]
+            if extra.get("secret"):
+                self._secret.add(name)
+            if field.required:
+                self.required.append(name)
+            if isinstance(kind_of, inspect.IntType):
+                self.numbers.append(name)
+
+    @staticmethod
+    @cache
+    def of(kind: type[Request]) -> "_Members":
+        return _Members(kind)
+
+    def complaint(self, fields: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+        """What is wrong with the first member that cannot be read."""
+        for name, value in fields.items():
+            try:
+                msgspec.convert(value, self.all[name])
+            except msgspec.ValidationError:
+                got = "" if name in self._secret else f" (got {orjson.dumps(given[name]).decode()[:SHOWN_MAX]})"
+                return f"{name}: {self._rules[name]}{got}"
+        raise AssertionError("each member can be read, all of them cannot")
+
+
+def _rule(kind: inspect.Type) -> str:
+    match kind:
+        case inspect.IntType():
+            return f"must be an integer from {kind.ge} to {kind.le}"
+        case inspect.LiteralType():
+            return f"must be one of {', '.join(map(str, kind.values))}"
+        case inspect.StrType():
+            return "must be a string"
+    return "must be an object"
 
 
 def session_ids(body: bytes) -> list[str]:

@@ -4,9 +4,11 @@ A token or a body must never get into one.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import orjson
 
 from lmdaemon import shapes
@@ -15,52 +17,64 @@ from lmdaemon.retry import next_attempt_at
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
+to_json = msgspec.json.Encoder().encode
+
 
 def session_document(session: Session, expires_at: int | None) -> shapes.Session:
     """A session without its token; `expires_at` is None once it has ended."""
-    return {
-        "operator": session.operator,
-        "sessionId": session.session_id,
-        "playerId": session.player_id,
-        "state": "active" if session.reason is None else "ended",
-        "reason": session.reason,
-        "openedAt": rfc3339(session.opened_at),
-        "lastSeenAt": rfc3339(session.seen_at),
-        "expiresAt": rfc3339(expires_at),
-        "endedAt": rfc3339(session.ended_at),
-        "idleTimeoutSeconds": session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
-        "attributes": orjson.Fragment(session.attributes or "{}"),
-    }
+    return shapes.Session(
+        operator=session.operator,
+        session_id=session.session_id,
+        player_id=session.player_id,
+        state="active" if session.reason is None else "ended",
+        reason=session.reason,
+        opened_at=rfc3339(session.opened_at),
+        last_seen_at=rfc3339(session.seen_at),
+        expires_at=rfc3339(expires_at),
+        ended_at=rfc3339(session.ended_at),
+        idle_timeout_seconds=session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
+        attributes=msgspec.Raw((session.attributes or "{}").encode()),
+    )
+
+
+def with_deliveries(session: shapes.Session, deliveries: Sequence[shapes.Delivery]) -> shapes.SessionWithDeliveries:
+    return shapes.SessionWithDeliveries(**msgspec.structs.asdict(session), deliveries=list(deliveries))
 
 
 def delivery_document(delivery: Delivery, gate: Gate) -> shapes.Delivery:
     """A delivery without its body and history; `gate` is its operator's."""
-    return {
-        "id": delivery.webhook_id,
-        "operator": delivery.operator,
-        "sessionId": delivery.session_id,
-        "sink": delivery.sink,
-        "state": delivery.state,
-        "attempts": delivery.attempts,
-        "createdAt": rfc3339(delivery.created_at),
-        "nextAttemptAt": rfc3339(next_attempt_at(delivery, gate)),
-        "settledAt": rfc3339(delivery.settled_at),
-        "lastStatus": delivery.last_status,
-        "lastCode": delivery.last_code,
-        "lastError": delivery.last_error,
-    }
+    return shapes.Delivery(
+        id=delivery.webhook_id,
+        operator=delivery.operator,
+        session_id=delivery.session_id,
+        sink=delivery.sink,
+        state=delivery.state,
+        attempts=delivery.attempts,
+        created_at=rfc3339(delivery.created_at),
+        next_attempt_at=rfc3339(next_attempt_at(delivery, gate)),
+        settled_at=rfc3339(delivery.settled_at),
+        last_status=delivery.last_status,
+        last_code=delivery.last_code,
+        last_error=delivery.last_error,
+    )
 
 
-def history_document(delivery: Delivery) -> list[shapes.Attempt]:
-    """The attempts that are kept, the oldest first."""
-    return [_attempt_document(attempt) for attempt in orjson.loads(delivery.history)]
+def with_history(delivery: Delivery, gate: Gate) -> shapes.DeliveryWithHistory:
+    """With the attempts that are kept, the oldest first."""
+    shown = msgspec.structs.asdict(delivery_document(delivery, gate))
+    return shapes.DeliveryWithHistory(**shown, history=list(map(_attempt, orjson.loads(delivery.history))))
 
 
-def _attempt_document(attempt: dict[str, Any]) -> shapes.Attempt:
-    """As stored; of a failure that an older version stored, the answer is not known."""
-    unknown: Any = {"answer": None} if attempt["error"] is not None else {}
-    shown: shapes.Attempt = unknown | attempt | {"at": rfc3339(attempt["at"])}
-    return shown
+def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> shapes.ArchivedSession:
+    """An ended session with all that became of its end; `gate` is its operator's."""
+    shown = msgspec.structs.asdict(session_document(session, None))
+    return shapes.ArchivedSession(**shown, deliveries=[with_history(one, gate) for one in deliveries])
+
+
+def _attempt(stored: dict[str, Any]) -> shapes.Attempt:
+    """Of a failure that an older version stored, the answer is not known."""
+    unknown = {"answer": None} if stored["error"] is not None else {}
+    return msgspec.convert(unknown | stored | {"at": rfc3339(stored["at"])}, shapes.Attempt)
 
 
 def read_time(text: str) -> int:

@@ -18,8 +18,11 @@ from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.config.values import NAME, endpoint_key
 from lmdaemon.dialects import REQUEST_MAX, Dialect
 from lmdaemon.model import ID_MAX, MEANINGS, TOKEN_MAX
-from lmdaemon.shapes import BULK_BODY_MAX, PAGE_DEFAULT, PAGE_MAX
 from lmdaemon.version import __version__
+from lmdaemon.web import bodies
+from lmdaemon.web.calls import Call
+from lmdaemon.web.problems import KINDS
+from lmdaemon.web.routes import CALLS, HEALTH, TAGS
 
 _HASHED = shapes.PLAIN.replace("[^", "[^&=")
 _INTEGERS = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}  # those a JSON reader keeps exactly
@@ -33,14 +36,6 @@ path does not list is answered with 405 and an `Allow` header that names those i
 that has GET; an `Expect` other than `100-continue` is answered with 417. Times are RFC 3339 in UTC. An answer may get \
 further members in a later version; a request must not have any that is not listed."""
 
-_TAGS = {
-    "sessions": "Opened, touched and closed by game servers.",
-    "deliveries": "One for each end of a session and sink of its operator.",
-    "operators": "Those in the configuration, and what holds them back.",
-    "daemon": "The daemon itself.",
-    "notices": "The public side: SessionExpired as received.",
-}
-
 Json = dict[str, Any]
 
 
@@ -49,7 +44,7 @@ def document(settings: Settings) -> Json:
     operators = list(settings.operators.values())
     private, public = _server(settings, "api"), _server(settings, "server")
     notices = _unlike(_dialects(operators), "Notice", "")
-    paths = _private_paths() | {"/health": _health(settings, [private, public])}
+    paths = _private_paths(settings, [private, public])
     security = _security(settings, "api", bearer=bool(settings.api_tokens))
     public_security = _security(settings, "server", bearer=False)
     used = {name for needed in security + public_security for name in needed}
@@ -60,12 +55,18 @@ def document(settings: Settings) -> Json:
         "info": {"title": "lmdaemon", "version": __version__, "description": _DESCRIPTION},
         "servers": [private],
         "security": security,
-        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
+        "tags": [
+            {"name": name, "description": description}
+            for name, description in (TAGS | {"notices": "The public side: SessionExpired as received."}).items()
+        ],
         "paths": paths,
         "components": {
             "schemas": schemas() | _notices(operators, notices),
-            "responses": _errors(_PROBLEMS, "application/problem+json", shapes.Problem)
-            | _errors(_REFUSALS, "application/json", shapes.NoticeAnswer),
+            "responses": {
+                name: {"description": told, "content": _content("application/json", shapes.NoticeAnswer)}
+                | _headers(status)
+                for status, (name, told) in _REFUSALS.items()
+            },
             "parameters": dict(_PARAMETERS),
             "securitySchemes": {name: one for name, one in _SECURITY_SCHEMES.items() if name in used},
         },
@@ -111,219 +112,83 @@ def _security(settings: Settings, listener: str, *, bearer: bool) -> list[Json]:
 # -- the private side
 
 
-def _private_paths() -> Json:
-    operator, sessions = "/v1/operators/{operator}", "/v1/operators/{operator}/sessions"
-    one, delivery = sessions + "/{sessionId}", "/v1/deliveries/{id}"
-    calls = {
-        ("put", one): _call(
-            "sessions",
-            "openSession",
-            "Open a session",
-            "It can be repeated after a lost answer. `.` and `..` are refused as ids: clients resolve "
-            "them as parts of the path.",
-            {
-                200: ("Open already, with the same playerId and token: it counts as a touch", shapes.Session),
-                201: ("Opened", shapes.Session),
-            },
-            problems=(404, 409, 503),
-            body=shapes.Opening,
-        ),
-        ("get", one): _call(
-            "sessions",
-            "getSession",
-            "Show a session with its deliveries",
-            "Reading never counts as activity.",
-            {200: ("The session", shapes.SessionWithDeliveries)},
-            problems=(400, 404, 503),
-        ),
-        ("post", one + "/touch"): _call(
-            "sessions",
-            "touchSession",
-            "Note activity of a session",
-            "It counts from when the request arrived. A few touches per idle timeout are plenty.",
-            {204: ("Noted", None)},
-            problems=(400, 404, 410, 503),
-        ),
-        ("post", sessions + "/touch"): _call(
-            "sessions",
-            "touchSessions",
-            "Note activity of many sessions",
-            f"At most {BULK_BODY_MAX} bytes. Costs a fraction of single touches. A session may have the id "
-            "`touch`: openSession and getSession reach it at this path.",
-            {200: ("How many were touched, and which could not be", shapes.BulkTouched)},
-            problems=(404, 503),
-            body=shapes.BulkTouch,
-        ),
-        ("post", one + "/close"): _call(
-            "sessions",
-            "closeSession",
-            "Close a session, because its game was closed",
-            "The first end counts: a session that had ended before is answered as it is.",
-            {200: ("The session, also when it had ended before", shapes.Session)},
-            problems=(400, 404, 503),
-        ),
-        ("get", sessions): _call(
-            "sessions",
-            "listSessions",
-            "List the sessions of an operator",
-            "A page, newest first.",
-            {200: ("A page", shapes.SessionPage)},
-            problems=(400, 404, 503),
-            parameters=[
-                _query("state", shapes.SessionState, "Only those in this state."),
-                _query("playerId", shapes.PlayerId, "Only those of this player."),
-                *_PAGE_PARAMETERS,
-            ],
-        ),
-        ("get", "/v1/deliveries"): _call(
-            "deliveries",
-            "listDeliveries",
-            "List deliveries",
-            "A page, newest first.",
-            {200: ("A page", shapes.DeliveryPage)},
-            problems=(400, 503),
-            parameters=[
-                _query("operator", shapes.Id, "Only those of this operator, configured or not."),
-                _query("sink", shapes.Sink, "Only those for `http`, or a plug-in that is configured or has any."),
-                _query("state", shapes.StateOfDelivery, "Only those in this state."),
-                *_PAGE_PARAMETERS,
-            ],
-            links=("getDelivery", "retryDelivery"),
-        ),
-        ("get", delivery): _call(
-            "deliveries",
-            "getDelivery",
-            "Show a delivery with its attempts",
-            "`history` has what each attempt met with.",
-            {200: ("The delivery", shapes.DeliveryWithHistory)},
-            problems=(404, 503),
-        ),
-        ("post", delivery + "/retry"): _call(
-            "deliveries",
-            "retryDelivery",
-            "Make a dead delivery due again",
-            "409 if it is not dead, or can never be sent because a fact that its dialect needs is not known.",
-            {202: ("The delivery as it is now", shapes.Delivery)},
-            problems=(404, 409, 503),
-        ),
-        ("post", operator + "/deliveries/retry"): _call(
-            "deliveries",
-            "retryDeliveries",
-            "Make the dead deliveries of an operator due again",
-            "At most ten a second become due. 409 while another call does so for this operator.",
-            {202: ("How many", shapes.RetriedDeliveries)},
-            problems=(404, 409, 503),
-            body=shapes.RetrySince,
-            body_required=False,
-        ),
-        ("get", "/v1/operators"): _call(
-            "operators",
-            "listOperators",
-            "List the configured operators",
-            "With what waits for each of them, and what holds it back.",
-            {200: ("All of them", shapes.OperatorList)},
-            problems=(400, 503),
-        ),
-        ("post", operator + "/hold"): _call(
-            "operators",
-            "holdOperator",
-            "Stop sending to an operator",
-            "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
-            {200: ("The operator, held", shapes.Operator)},
-            problems=(404, 503),
-        ),
-        ("post", operator + "/release"): _call(
-            "operators",
-            "releaseOperator",
-            "Resume sending to an operator",
-            "Whatever held it back: a hold or its breaker.",
-            {200: ("The operator, released", shapes.Operator)},
-            problems=(404, 503),
-        ),
-        ("get", "/metrics"): _call(
-            "daemon",
-            "getMetrics",
-            "Show the metrics for Prometheus",
-            "Prometheus text format 0.0.4.",
-            {200: ("The metrics", str)},
-            media="text/plain",
-        ),
-        ("get", "/openapi.json"): _call(
-            "daemon", "getOpenapi", "Show this document", "OpenAPI 3.1.", {200: ("OpenAPI 3.1", dict[str, Any])}
-        ),
-    }
+def _private_paths(settings: Settings, servers: Sequence[Json]) -> Json:
     paths: Json = {}
-    for (method, path), call in calls.items():
-        parameters = [_ref("parameters", name) for name in _PARAMETERS if f"{{{name}}}" in path]
-        paths.setdefault(path, {"parameters": parameters})[method] = call
+    for call in CALLS:
+        item = paths.setdefault(call.path, {})
+        if needed := [_ref("parameters", name) for name in _PARAMETERS if f"{{{name}}}" in call.path]:
+            item["parameters"] = needed
+        item[call.method.lower()] = _operation(call)
+    _tell_of_health(paths[HEALTH], settings, servers)
     return paths
 
 
-def _call(
-    tag: str,
-    name: str,
-    summary: str,
-    description: str,
-    answers: Mapping[int, tuple[str, Any]],
-    *,
-    problems: Iterable[int] = (),
-    parameters: Sequence[Json] = (),
-    body: Any = None,
-    body_required: bool = True,
-    media: str = "application/json",
-    links: Sequence[str] = (),
-) -> Json:
-    """One operation of the private side; `links` name those that take the id of what a page begins with."""
-    call: Json = {"tags": [tag], "operationId": name, "summary": summary, "description": description}
-    refused = {*problems, 401, 403, 421, 500}
-    if parameters:
-        call["parameters"] = list(parameters)
-    if body is not None:
-        call["requestBody"] = {"required": body_required, "content": _content("application/json", body)}
-        refused |= {400, 408, 413, 415}
-    call["responses"] = {
-        str(status): {"description": told} | ({"content": _content(media, kind)} if kind else {})
-        for status, (told, kind) in answers.items()
-    } | {str(status): _ref("responses", _PROBLEMS[status][0]) for status in sorted(refused)}
-    if links:
+def _operation(call: Call) -> Json:
+    """One operation of the private side."""
+    operation: Json = {"tags": [call.tag], "operationId": call.name}
+    operation |= {"summary": call.summary, "description": call.description}
+    if call.takes is not None and call.has_body:
+        required = bool(bodies.required(call.takes))
+        operation["requestBody"] = {"required": required, "content": _content("application/json", call.takes)}
+    elif call.takes is not None and (parameters := _query(call.takes)):
+        operation["parameters"] = parameters
+    operation["responses"] = {
+        str(status): {"description": told} | ({"content": _content(call.media, kind)} if kind else {})
+        for status, (told, kind) in call.answers.items()
+    } | _problems(call.may_fail_with)
+    if call.links:
         first = {"id": "$response.body#/items/0/id"}
-        call["responses"]["200"]["links"] = {name: {"operationId": name, "parameters": first} for name in links}
-    return call
+        operation["responses"]["200"]["links"] = {
+            name: {"operationId": name, "parameters": first} for name in call.links
+        }
+    return operation
 
 
-def _health(settings: Settings, servers: Sequence[Json]) -> Json:
-    """Served by both listeners: in full by the private one, to those who have its token."""
-    anybody = _security(settings, "api", bearer=False) or [{}]
-    problems = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in (421, 500)}
-    get: Json = {
-        "tags": ["daemon"],
-        "operationId": "getHealth",
-        "summary": "Show the state of the daemon",
-        "description": "In public, or without the token, `status` alone.",
-        "responses": {
-            "200": {"description": "It passes, or warns"},
-            "503": {"description": "It fails"},
-        },
+def _problems(codes: Iterable[tuple[str, int]]) -> Json:
+    """The responses of these problems by status, each with what its codes mean and what a client does then."""
+    by_status: dict[str, list[str]] = {}
+    for code, status in codes:
+        _, meaning, to_do = KINDS[code]
+        by_status.setdefault(str(status), []).append(f"`{code}`: {meaning} {to_do}")
+    return {
+        status: {"description": "\n\n".join(told), "content": _content("application/problem+json", shapes.Problem)}
+        | _headers(int(status))
+        for status, told in sorted(by_status.items())
     }
+
+
+def _headers(status: int) -> Json:
+    headers = {name: {"required": True} | one for name, one in _HEADERS.get(status, {}).items()}
+    return {"headers": headers} if headers else {}
+
+
+def _query(kind: type[shapes.Request]) -> list[Json]:
+    """The members of a type as parameters. Any other one is refused, and so is one given twice."""
+    found: list[Json] = []
+    schema = msgspec.json.schema_components([kind], ref_template=_TEMPLATE)[1][kind.__name__]
+    for name, member in schema["properties"].items():
+        description = member.pop("description")
+        found.append({"name": name, "in": "query", "schema": _hoist(member, {}), "description": description})
+    return found
+
+
+def _tell_of_health(item: Json, settings: Settings, servers: Sequence[Json]) -> None:
+    """Served by both listeners: in full by the private one, to those who have its token."""
+    item["servers"] = servers
+    get = item["get"]
     if settings.api_tokens:
+        anybody = _security(settings, "api", bearer=False) or [{}]
         get["security"] = _security(settings, "api", bearer=True) + anybody
-    head = get | {
+    bare = {status: {"description": one["description"]} for status, one in get["responses"].items()}
+    item["head"] = get | {
         "operationId": "headHealth",
         "summary": "Tell the state of the daemon by the status alone",
-        "responses": get["responses"] | {"421": problems["421"]},
+        "responses": bare,
     }
-    content = {"content": _content("application/health+json", shapes.Health)}
-    shown = {status: answer | content for status, answer in get["responses"].items()}
-    return {"servers": servers, "get": get | {"responses": shown | problems}, "head": head}
 
 
 def _content(media: str, kind: Any) -> Json:
     return {media: {"schema": _schema(kind)}}
-
-
-def _query(name: str, kind: Any, description: str) -> Json:
-    """A parameter of a page. Any other one is refused, and so is one given twice."""
-    return {"name": name, "in": "query", "schema": _schema(kind), "description": description}
 
 
 def _in_path(name: str, schema: Json, description: str) -> Json:
@@ -441,20 +306,6 @@ def _field(meaning: str, dialect: Dialect, *, required: bool) -> Json:
 
 # -- answers that are errors
 
-_PROBLEMS = {
-    400: ("BadRequest", "Something in the request breaks its rule; `detail` says which"),
-    401: ("Unauthorized", "No valid bearer token was given, and one is configured"),
-    403: ("Forbidden", "A change with a token that may only read, or with another Origin and without a token"),
-    404: ("NotFound", "There is no such operator, session or delivery"),
-    408: ("RequestTimeout", "The body came too slowly or broke off"),
-    409: ("Conflict", "It is not in a state for this; a session that has ended comes along"),
-    410: ("Gone", "The session has ended, and comes along"),
-    413: ("ContentTooLarge", "The body is too long"),
-    415: ("UnsupportedMediaType", "The body is not application/json, or compressed; `detail` says what was seen"),
-    421: ("MisdirectedRequest", "Host is neither loopback nor the configured address, and no token is configured"),
-    500: ("InternalServerError", "A bug; the log has its traceback"),
-    503: ("ServiceUnavailable", "Nothing can be stored now, and nothing was"),
-}
 _REFUSALS = {
     403: ("AddressNotAllowed", "The notice comes from an address that is not in the operator's `allow_from`"),
     408: ("NoticeTooSlow", "The body came too slowly or broke off"),
@@ -469,34 +320,20 @@ _HEADERS: Mapping[int, Json] = {
 }
 
 
-def _errors(errors: Mapping[int, tuple[str, str]], media: str, kind: Any) -> Json:
-    found: Json = {}
-    for status, (name, description) in errors.items():
-        found[name] = {"description": description, "content": _content(media, kind)}
-        if status in _HEADERS:
-            found[name]["headers"] = {header: {"required": True} | one for header, one in _HEADERS[status].items()}
-    return found
-
-
 # -- schemas, of the types in `shapes`
 
-_REQUESTS = (shapes.Opening, shapes.BulkTouch, shapes.RetrySince)
-_ANSWERS = (
-    *(shapes.BulkTouched, shapes.SessionWithDeliveries, shapes.SessionPage, shapes.DeliveryWithHistory),
-    *(shapes.DeliveryPage, shapes.RetriedDeliveries, shapes.OperatorList, shapes.Problem, shapes.Health),
-    shapes.NoticeAnswer,
-)
+_TAKEN = {call.takes for call in CALLS if call.takes is not None and call.has_body}
+_ANSWERED = {kind for call in CALLS for _, kind in call.answers.values() if isinstance(kind, type)} - {str}
 
 
 def schemas() -> Json:
     """Every named type, its members in the order in which they are written there."""
     named: Json = {}
-    for name, schema in msgspec.json.schema_components((*_REQUESTS, *_ANSWERS), ref_template=_TEMPLATE)[1].items():
+    kinds = sorted(_TAKEN | _ANSWERED | {shapes.Problem, shapes.NoticeAnswer}, key=lambda kind: kind.__name__)
+    for name, schema in msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)[1].items():
         kind = getattr(shapes, name)
         if is_typeddict(kind):
             schema["properties"] = {member: schema["properties"][member] for member in get_type_hints(kind)}
-        if kind in _REQUESTS:
-            schema["additionalProperties"] = False
         _hoist(schema, named)
     return named
 
@@ -522,15 +359,6 @@ def _hoist(value: Any, named: Json) -> Any:
 
 
 _TEMPLATE = "#/components/schemas/{name}"
-_PAGE_PARAMETERS = (
-    {
-        "name": "limit",
-        "in": "query",
-        "schema": {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT},
-        "description": "How many at most; a page also ends at 1 MiB, or when enough was looked at for one.",
-    },
-    _query("after", shapes.Cursor, "The `next` of the page before, until that is null."),
-)
 _PARAMETERS: Mapping[str, Json] = {
     "operator": _in_path(
         "operator",

@@ -11,7 +11,7 @@ from support import LISTEN, bench, load, serving
 
 from lmdaemon import daemon, metrics
 from lmdaemon.config import reader
-from lmdaemon.web import api, openapi
+from lmdaemon.web import administration, openapi
 
 OPERATORS = "".join(
     f'[operators.op{number}]\nprovider_id = "p{number}"\nendpoint = "/e/{number}"\nnotify = true\n'
@@ -92,16 +92,16 @@ async def test_counters_of_operators_that_stay_go_on_and_new_ones_begin_at_zero(
 
 
 async def test_all_operators_are_listed_in_bounded_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "OPERATORS_AT_ONCE", 2)
+    monkeypatch.setattr(administration, "OPERATORS_AT_ONCE", 2)
     turns: list[float] = []
-    sleep = api.asyncio.sleep
+    sleep = administration.asyncio.sleep
 
     async def noting(delay: float, *rest: Any) -> Any:
         turns.append(delay)
         return await sleep(delay, *rest)
 
     async with serving(tmp_path, OPERATORS) as d:
-        monkeypatch.setattr(api.asyncio, "sleep", noting)
+        monkeypatch.setattr(administration.asyncio, "sleep", noting)
         async with d.client.get(d.api + "/v1/operators") as response:
             items = (await response.json())["items"]
         monkeypatch.undo()

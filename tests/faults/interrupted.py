@@ -24,15 +24,15 @@ from lmdaemon.store import projection
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import store
-from lmdaemon.web import api, endpoint
+from lmdaemon.web import endpoint, sessions
 
 WATCHED = [
     # A request, into the queue and back
     endpoint.Endpoint._receive,
     endpoint.Endpoint._record,
-    api.Api.open,
-    api.Api.touch,
-    api.Api.close,
+    sessions.Sessions.open,
+    sessions.Sessions.touch,
+    sessions.Sessions.close,
     database.Database.write,
     # The writer: from the queue into the file
     database.Database.run,

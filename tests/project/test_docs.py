@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from support import serving
 
-from lmdaemon import __version__, causes, dialects
+from lmdaemon import __version__, causes, dialects, shapes
 from lmdaemon.config.findings import Findings
 from lmdaemon.config.settings import (
     ApiTable,
@@ -27,7 +27,7 @@ from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.store import contract, rules
 from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import pages, store
-from lmdaemon.web import api, bodies, endpoint, handshakes, listener
+from lmdaemon.web import bodies, endpoint, handshakes, listener
 from lmdaemon.web import requests as http
 
 ROOT = Path(__file__).parents[2]
@@ -139,9 +139,9 @@ def test_the_protocol_page_shows_each_dialect_and_its_codes(name: str) -> None:
 def test_the_limits_page_shows_the_true_limits() -> None:
     table = page("limits").replace(",", "")
     for limit in (
-        f"{endpoint.BODY_MAX // 1024} KiB; API body {api.BODY_MAX // 1024} KiB",
-        f"bulk touch {bodies.BULK_IDS_MAX} ids and {api.BULK_BODY_MAX // 1024**2} MiB",
-        f"attributes {api.ATTRIBUTES_MAX // 1024} KiB",
+        f"{endpoint.BODY_MAX // 1024} KiB; API body {bodies.BODY_MAX // 1024} KiB",
+        f"bulk touch {bodies.BULK_IDS_MAX} ids and {shapes.BULK_BODY_MAX // 1024**2} MiB",
+        f"attributes {shapes.ATTRIBUTES_MAX // 1024} KiB",
         f"{listener.LINE_MAX // 1024} KiB; {listener.HEADERS_MAX} of at most 8190 bytes",
         f"bytes; {listener.HEAD_MAX // 1024} KiB altogether",
         f"each head has {listener.HEAD_TIMEOUT_S:g} s",
@@ -152,11 +152,11 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"has not arrived whole has {listener.HEARD_WITHIN_S:g} s",
         f"waits {listener.KEEPALIVE_S:g} s for its next request",
         f"{listener.CONNECTIONS_MAX} to each listener",
-        f"{api.PAGE_DEFAULT} rows by default {api.PAGE_MAX} or {pages.PAGE_BYTES // 1024**2} MiB at most",
+        f"{shapes.PAGE_DEFAULT} rows by default {shapes.PAGE_MAX} or {pages.PAGE_BYTES // 1024**2} MiB at most",
         f"{pages.PLAYER_ROWS} of a player's sessions are looked at",
         f"a handshake has {handshakes.HANDSHAKE_TIMEOUT_S:g} s and counts as a connection",
         f"orderly end has {handshakes.GOODBYE_TIMEOUT_S:g} s",
-        f"1 s to {api.IDLE_MAX_S // 86400} days",
+        f"1 s to {shapes.IDLE_MAX_S // 86400} days",
         f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
         f"{database.QUEUE_ROWS} then 503; up to {contract.BATCH_ROWS} in one transaction",
         f"readers waiting for the disk | {database.READS_MAX} then 503",

@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "config",
         "plugins",
         "masks",
+        "shapes",
         "store",
         "store.sqlite",
         "delivery",
@@ -44,7 +45,7 @@ MAY_IMPORT = {
 HOMES = {
     "aiohttp": {"web", "delivery", "daemon", "commands.client", "workbench"},
     "aiosqlite": {"store.sqlite.file"},
-    "msgspec": {"config", "store.contract", "dialects", "shapes", "web"},
+    "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
     "tomllib": {"config.reader"},
 }

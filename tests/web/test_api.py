@@ -33,6 +33,7 @@ from yarl import URL
 
 from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import pages, store
+from lmdaemon.web.problems import KINDS
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 SECRET = "the-player's-token"
@@ -89,8 +90,10 @@ class Caller:
     def check_problem(response: aiohttp.ClientResponse, problem: dict[str, Any]) -> None:
         assert response.headers["Content-Type"] == "application/problem+json"
         assert problem["status"] == response.status
-        assert problem.keys() - {"session"} == {"type", "title", "status", "detail"}
+        assert problem.keys() - {"session"} == {"type", "title", "status", "detail", "code"}
         assert problem["detail"]
+        assert problem["type"] == f"urn:lmdaemon:problem:{problem['code']}"
+        assert problem["code"] in KINDS
 
     async def open(self, session_id: str = "s1", operator: str = "acme", **fields: Any) -> Any:
         path = f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}"

@@ -51,7 +51,7 @@ async def test_what_is_no_http_is_answered_without_repeating_it(tmp_path: Path, 
         answer = await peer.answer()
         assert answer.status == 400
         assert b"tok-3n" not in answer.body
-        shape = ["error", "description"] if side == "server" else ["type", "title", "status", "detail"]
+        shape = ["error", "description"] if side == "server" else ["type", "title", "status", "detail", "code"]
         told = json.loads(answer.body)
         assert list(told) == shape
         assert await peer.rest() == b""  # nothing behind it is read as another request

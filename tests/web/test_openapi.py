@@ -22,6 +22,8 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.model import id_problem
 from lmdaemon.web import openapi
 from lmdaemon.web.api import Api
+from lmdaemon.web.problems import KINDS
+from lmdaemon.web.routes import CALLS
 
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 TOKEN = "api-token-of-the-tests"
@@ -356,7 +358,8 @@ def test_every_private_call_says_how_it_is_refused(directory: Path) -> None:
     found = document(directory, OPERATORS)
     for path, method, operation in operations(found):
         if operation["tags"] != ["notices"] and path != "/health":
-            assert {"401", "403", "421", "500"} <= operation["responses"].keys(), (path, method)
+            refusals = {"401", "421", "500"} | ({"403"} if method != "get" else set())
+            assert refusals <= operation["responses"].keys(), (path, method)
 
 
 # -- what others generate from it
@@ -446,9 +449,19 @@ def test_health_is_one_schema_that_keeps_every_check(directory: Path) -> None:
 
 @pytest.mark.parametrize(("status", "header"), [("401", "WWW-Authenticate"), ("503", "Retry-After")])
 def test_headers_that_come_with_a_status_are_documented(directory: Path, status: str, header: str) -> None:
-    responses = document(directory, SETTINGS["tokens"])["components"]["responses"]
-    name, _ = openapi._PROBLEMS[int(status)]
-    assert responses[name]["headers"][header]["required"] is True
+    found = document(directory, SETTINGS["tokens"])
+    answers = [one["responses"][status] for _, _, one in operations(found) if status in one["responses"]]
+    problems = [one for one in answers if "application/problem+json" in one.get("content", {})]
+    assert problems
+    assert all(one["headers"][header]["required"] for one in problems)
+
+
+def test_every_problem_is_told_with_its_code_its_meaning_and_what_to_do(directory: Path) -> None:
+    found = {call["operationId"]: call for _, _, call in operations(document(directory, SETTINGS["tokens"]))}
+    for call in CALLS:
+        for code, status in call.may_fail_with:
+            _, meaning, to_do = KINDS[code]
+            assert f"`{code}`: {meaning} {to_do}" in found[call.name]["responses"][str(status)]["description"]
 
 
 def test_a_notice_says_what_each_code_means(directory: Path) -> None:

@@ -1,0 +1,237 @@
+"""A call of the private API: how the table in `routes` names it, and what its handler gets of a request.
+
+It knows requests, answers and settings; what a call does is its handler's.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from lmdaemon import shapes
+from lmdaemon.clock import Clock
+from lmdaemon.config.settings import Operator, Settings
+from lmdaemon.dialects import content_of, uncoded
+from lmdaemon.metrics import Metrics
+from lmdaemon.model import ID_MAX, Delivery, Session, id_problem
+from lmdaemon.store.contract import PAGE_BYTES, Page, Store
+from lmdaemon.web import bodies
+from lmdaemon.web.documents import delivery_document, session_document, to_json
+from lmdaemon.web.listener import until_client_leaves
+from lmdaemon.web.problems import KINDS, Problem, invalid
+from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body
+
+SEEN_MAX = 100  # characters of a header in an answer or a log line
+OPERATOR = "/v1/operators/{operator}"
+SESSIONS = OPERATOR + "/sessions"
+SESSION = SESSIONS + "/{sessionId}"
+
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
+_Row = TypeVar("_Row", Session, Delivery)
+
+
+class Health(Protocol):
+    """What the daemon knows of itself: a status, and every check with its figures."""
+
+    async def status(self) -> str: ...
+    async def report(self) -> shapes.Health: ...
+    async def oldest_pending_s(self) -> dict[str, float]: ...
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What the handlers share. `expires_at` belongs to another doer, which none of them imports; `settings` are those
+    in force.
+    """
+
+    store: Store
+    clock: Clock
+    health: Health
+    metrics: Metrics
+    expires_at: Callable[[Session], int | None]
+    settings: Settings = field(init=False)
+
+    def operator(self, request: web.Request) -> Operator:
+        """The one in the path. Raises Problem."""
+        name = unquote(request.rel_url.raw_path.split("/")[3])
+        operator = self.settings.operators.get(name)
+        if operator is None:
+            raise Problem("unknown-operator", f"no operator of this name is configured (got {name[:ID_MAX]!r})")
+        return operator
+
+    def by(self, request: web.Request) -> str | None:
+        """The name of the token used, for the log; None for one without a name, or where none is needed."""
+        token = bearer(request, self.settings.api_tokens)
+        return token.name or None if token is not None else None
+
+    def session(self, session: Session) -> shapes.Session:
+        return session_document(session, self.expires_at(session))
+
+    def delivery(self, delivery: Delivery) -> shapes.Delivery:
+        return delivery_document(delivery, self.store.gate(delivery.operator))
+
+
+class Asked(Generic[_Given]):
+    """A request as its handler gets it: the operator and the id of the session in its path, and what was given in its
+    body or query, as far as the call has them.
+    """
+
+    __slots__ = ("given", "operator", "request", "session_id")
+
+    operator: Operator
+    session_id: str
+    given: _Given
+
+    def __init__(self, request: web.Request) -> None:
+        self.request = request
+
+
+Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | web.StreamResponse]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One line of the table. `answers`: by status, what it means and the type of its body; the first is that of what
+    the handler returns, unless it returns a response. `takes`: the query of a GET, the body of others. `problems`:
+    codes besides those that any call may have, with a status where it is not the code's own. `links` name calls that
+    take the id of what a page begins with.
+    """
+
+    handler: Handler  # a method of a part of the API
+    method: str
+    path: str
+    name: str
+    tag: str
+    summary: str
+    description: str
+    answers: Mapping[int, tuple[str, Any]]
+    problems: tuple[str | tuple[str, int], ...] = ()
+    takes: type[shapes.Request] | None = None
+    media: str = "application/json"
+    links: tuple[str, ...] = ()
+
+    @property
+    def part(self) -> str:
+        """The name of the class that has the handler."""
+        return self.handler.__qualname__.partition(".")[0]
+
+    @property
+    def has_body(self) -> bool:
+        return self.takes is not None and self.method != "GET"
+
+    @property
+    def may_fail_with(self) -> list[tuple[str, int]]:
+        """Code and status of all its problems."""
+        special = dict(one for one in self.problems if not isinstance(one, str))
+        codes = {"unauthorized", "misdirected", "internal-error", *special}
+        codes.update(one for one in self.problems if isinstance(one, str))
+        if self.method != "GET":
+            codes |= {"read-only", "cross-origin"}
+        if "{operator}" in self.path:
+            codes.add("unknown-operator")
+        if self.takes is not None:
+            codes.add("invalid")
+        if self.has_body:
+            codes |= {"too-slow", "too-large", "unsupported-media-type"}
+        return [(code, special.get(code, kind.status)) for code, kind in KINDS.items() if code in codes]
+
+    def served_by(self, part: object, context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """The handler for aiohttp, as a method of this part."""
+        handler = self.handler.__get__(part)
+        status = next(iter(self.answers))
+        of_operator, of_session, takes = "{operator}" in self.path, "{sessionId}" in self.path, self.takes
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            asked: Asked[Any] = Asked(request)
+            if of_operator:
+                asked.operator = context.operator(request)
+            if of_session:
+                asked.session_id = session_id_of(request)
+            if takes is not None:
+                asked.given = await (_body if self.has_body else _query)(request, takes)
+            answer = await handler(asked)
+            return answer if isinstance(answer, web.StreamResponse) else json_answer(answer, status)
+
+        handle.__name__ = self.name
+        return handle
+
+
+def session_id_of(request: web.Request) -> str:
+    """The path as sent, not as aiohttp repaired it: /v1/operators/{operator}/sessions/{sessionId}… Raises Problem."""
+    raw = request.rel_url.raw_path.split("/")[5]
+    try:
+        session_id = decode_segment(raw)
+    except ValueError as error:
+        raise invalid(f"sessionId: {error}") from error
+    problem = id_problem(session_id)
+    if problem:
+        raise invalid(f"sessionId: {problem}")
+    return session_id
+
+
+async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
+    """The query's parameters, each known and given once. Raises Problem."""
+    query: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in query:
+            raise invalid(f"{name[:ID_MAX]}: must be given once")
+        query[name] = value
+    try:
+        return bodies.of_query(kind, query)
+    except ValueError as error:
+        raise invalid(str(error)) from error
+
+
+async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
+    """A body that says it is JSON; an empty one, where no field is required, need not say so. Raises Problem."""
+    if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
+        seen = ", ".join(codings)[:SEEN_MAX]
+        detail = f"the body must not be compressed (got Content-Encoding {seen!r})"
+        raise Problem("unsupported-media-type", detail)
+    limit = bodies.longest(kind)
+    try:
+        body = await read_body(request, limit)
+    except BodyTooLarge:
+        raise Problem("too-large", f"the body must be at most {limit} bytes") from None
+    except BodyTooSlow:
+        raise Problem("too-slow", "the body came too slowly or broke off") from None
+    may_be_empty = not bodies.required(kind)
+    if (body or not may_be_empty) and content_of(seen := request.headers.get("Content-Type", "")) != "json":
+        detail = f"Content-Type must be application/json (got {seen[:SEEN_MAX]!r})"
+        raise Problem("unsupported-media-type", detail)
+    try:
+        return bodies.of_body(kind, body)
+    except ValueError as error:
+        raise invalid(str(error)) from error
+
+
+# -- answers
+
+
+def json_answer(answer: shapes.Answer, status: int = 200) -> web.Response:
+    return web.Response(body=to_json(answer), status=status, content_type="application/json")
+
+
+async def shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:
+    """What is read for people, which ends when its client leaves."""
+    with until_client_leaves(request):
+        return await reading
+
+
+def page_answer(page: Page[_Row], document: Callable[[_Row], shapes.Answer]) -> web.Response:
+    """A page as it is answered: it ends before an item that would make it longer than PAGE_BYTES."""
+    items: list[bytes] = []
+    left, after = PAGE_BYTES - len('{"items":[],"next":""}') - shapes.CURSOR_MAX, page.next
+    for row in page.rows:
+        item = to_json(document(row))
+        left -= len(item) + 1  # and a comma
+        if left < 0:
+            after = page.rows[len(items) - 1].id
+            break
+        items.append(item)
+    cursor = to_json(None if after is None else str(after))
+    body = b'{"items":[' + b",".join(items) + b'],"next":' + cursor + b"}"
+    return web.Response(body=body, content_type="application/json")

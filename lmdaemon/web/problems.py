@@ -1,0 +1,110 @@
+"""Errors of the private side as problem documents (RFC 9457), each with a type that a client can decide by. Pure.
+
+A status says what kind of error it is, `code` which one: two statuses have several, and what to do differs.
+"""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+from aiohttp import web
+from msgspec import UNSET
+
+from lmdaemon import shapes
+from lmdaemon.web.documents import to_json
+
+TYPE = "urn:lmdaemon:problem:"
+RETRY_AFTER_S = "5"
+
+
+class Kind(NamedTuple):
+    """Its status, what it means, and what a client does then."""
+
+    status: int
+    meaning: str
+    to_do: str
+
+
+_MISTAKE = "Mend the client: the same request is refused again."
+KINDS = {
+    "invalid": Kind(400, "Something in the request breaks its rule; `detail` has place, rule and value.", _MISTAKE),
+    "unauthorized": Kind(401, "No valid bearer token was given, and one is configured.", "Give the token."),
+    "read-only": Kind(403, "The token may only read.", "Use a token of `token_file`."),
+    "cross-origin": Kind(403, "A change with another Origin, and no token is configured.", "Configure a token."),
+    "unknown-path": Kind(404, "Nothing is served there.", _MISTAKE),
+    "unknown-operator": Kind(
+        404, "No operator of this name is configured.", "Compare the name with the configuration; do not open again."
+    ),
+    "unknown-session": Kind(
+        404,
+        "No session has this id. After a restore, those opened since the backup are unknown.",
+        "If the game is still played, open it again with the same id.",
+    ),
+    "unknown-delivery": Kind(404, "No delivery has this id.", "Look it up again; old ones are pruned."),
+    "method-not-allowed": Kind(405, "The path has other methods; `Allow` names them.", _MISTAKE),
+    "too-slow": Kind(408, "The body came too slowly or broke off.", "Try again."),
+    "differs": Kind(
+        409,
+        "The session is open with another playerId or token.",
+        "Use a new id: ids must be unique, and a session keeps the token that it was opened with.",
+    ),
+    "ended": Kind(
+        409,
+        "The session has ended, and comes along in `session`. 409 to an opening, 410 to a touch.",
+        "Stop playing under this id. A player who goes on needs a session with a new id.",
+    ),
+    "busy": Kind(409, "Another call is retrying the dead deliveries of this operator.", "Wait for that one."),
+    "not-dead": Kind(409, "Only a dead delivery can be retried; `detail` has its state.", "Nothing."),
+    "cannot-be-sent": Kind(409, "A fact that the dialect must send is not known.", "Nothing: it can never be sent."),
+    "too-large": Kind(413, "The body is too long.", "Send less at once."),
+    "unsupported-media-type": Kind(415, "The body is not application/json, or is compressed.", _MISTAKE),
+    "expectation-failed": Kind(417, "An `Expect` other than `100-continue`.", _MISTAKE),
+    "misdirected": Kind(
+        421,
+        "Host is neither loopback nor the configured address, and no token is configured.",
+        "Use such a Host, or configure a token.",
+    ),
+    "internal-error": Kind(500, "A bug; the log has its traceback.", "Try again, with growing waits. Report it."),
+    "cannot-store": Kind(
+        503,
+        "Nothing can be stored or read now, and nothing was. No session grows older meanwhile.",
+        "Try again after `Retry-After` seconds, until it succeeds.",
+    ),
+}
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's word
+    """An answer that is an error: a code of KINDS, a detail for people, and the session that it is about. `status`:
+    where it is not that of the kind.
+    """
+
+    def __init__(
+        self, code: str, detail: str, session: shapes.Session | None = None, *, status: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status = status or KINDS[code].status
+        self.body = shapes.Problem(
+            type=TYPE + code,
+            title=HTTPStatus(self.status).phrase.replace("Request Entity Too Large", "Content Too Large"),
+            status=self.status,
+            detail=detail,
+            code=code,
+            session=UNSET if session is None else session,
+        )
+
+    def answer(self, headers: Mapping[str, str] | None = None) -> web.Response:
+        return web.Response(
+            body=to_json(self.body), status=self.status, headers=headers, content_type="application/problem+json"
+        )
+
+
+def invalid(detail: str) -> Problem:
+    return Problem("invalid", detail)
+
+
+def unknown_session() -> Problem:
+    return Problem("unknown-session", "no session has this id")
+
+
+def ended(session: shapes.Session | None, status: int) -> Problem:
+    return Problem("ended", "the session has ended", session, status=status)

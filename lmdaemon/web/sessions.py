@@ -1,0 +1,124 @@
+"""The calls about sessions, for game servers. A token must never be returned, and reading never counts as activity."""
+
+import orjson
+from aiohttp import web
+from msgspec import UNSET
+
+from lmdaemon import shapes
+from lmdaemon.dialects import breaks_hash, rounded
+from lmdaemon.log import Log
+from lmdaemon.shapes import ATTRIBUTES_MAX
+from lmdaemon.store.contract import Opening
+from lmdaemon.web.calls import Asked, Context, json_answer, page_answer, shown
+from lmdaemon.web.documents import with_deliveries
+from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
+from lmdaemon.web.requests import Ready
+
+_NO_CONTENT = Ready(204)
+
+log = Log("api")
+
+
+class Sessions:
+    """Their handlers."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = context.store
+        self._metrics = context.metrics
+
+    async def open(self, asked: Asked[shapes.Opening]) -> web.Response:
+        operator = asked.operator
+        opened = await self._store.open_session(_opening(asked))
+        if opened.outcome == "differs":
+            raise Problem("differs", "the session is open with another playerId or token")
+        if opened.outcome == "ended":
+            raise ended(self._context.session(opened.session), 409)
+        if opened.outcome == "created":
+            self._metrics.opened(operator.name)
+            log.info("session.opened", operator=operator.name, session=asked.session_id)
+        else:
+            self._metrics.touched(operator.name, 1)
+        return json_answer(self._context.session(opened.session), 201 if opened.outcome == "created" else 200)
+
+    async def touch(self, asked: Asked[None]) -> web.StreamResponse:
+        operator, session_id = asked.operator.name, asked.session_id
+        touched = await self._store.touch(operator, [session_id])
+        if touched.unknown:
+            raise unknown_session()
+        if touched.ended:
+            found = await self._store.session(operator, session_id)
+            raise ended(None if found is None else self._context.session(found[0]), 410)
+        self._metrics.touched(operator, 1)
+        return _NO_CONTENT.to(asked.request)
+
+    async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> shapes.BulkTouched:
+        operator = asked.operator.name
+        touched = await self._store.touch(operator, asked.given.session_ids)
+        self._metrics.touched(operator, touched.touched)
+        return shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended)
+
+    async def close(self, asked: Asked[None]) -> shapes.Session:
+        session = await self._store.end(asked.operator.name, asked.session_id)
+        if session is None:
+            raise unknown_session()
+        return self._context.session(session)
+
+    async def show(self, asked: Asked[None]) -> shapes.SessionWithDeliveries:
+        found = await shown(asked.request, self._store.shown_session(asked.operator.name, asked.session_id))
+        if found is None:
+            raise unknown_session()
+        session, deliveries = found
+        return with_deliveries(self._context.session(session), list(map(self._context.delivery, deliveries)))
+
+    async def list(self, asked: Asked[shapes.SessionQuery]) -> web.Response:
+        query = asked.given
+        reading = self._store.sessions(
+            asked.operator.name,
+            state=query.state or None,
+            player_id=query.player_id or None,
+            limit=query.limit,
+            after=query.after_id,
+        )
+        return page_answer(await shown(asked.request, reading), self._context.session)
+
+
+def _opening(asked: Asked[shapes.Opening]) -> Opening:
+    """What the store is asked for. Raises Problem."""
+    operator, session_id, given = asked.operator, asked.session_id, asked.given
+    if session_id in (".", ".."):  # also as %2E: clients and proxies resolve it
+        raise invalid(
+            "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"
+        )
+    token, dialect = given.token or None, operator.sends
+    if token is None and "token" in dialect.required:
+        raise invalid(f"token: is required: dialect {dialect.name} must send it")
+    if "hash" in dialect.fields:
+        for name, value in (("sessionId", session_id), ("playerId", given.player_id), ("token", token)):
+            if value is not None and breaks_hash(value):
+                rule = f"must have no & and no =, which separate the fields that dialect {dialect.name} hashes"
+                raise invalid(f"{name}: {rule}")
+    idle_s = operator.idle_s if given.idle_timeout_seconds is UNSET else given.idle_timeout_seconds
+    return Opening(
+        operator.name,
+        session_id,
+        given.player_id,
+        token,
+        None if given.attributes is UNSET else _attributes(given.attributes),
+        int(idle_s * 1000),
+        int(operator.lifetime_s * 1000),
+    )
+
+
+def _attributes(attributes: dict[str, object]) -> str:
+    try:
+        text = orjson.dumps(attributes)
+    except orjson.JSONEncodeError as error:  # it reads 1024 levels, but writes 254
+        raise invalid("attributes: must not be nested deeper than 250 levels") from error
+    if len(text) > ATTRIBUTES_MAX:
+        raise invalid(f"attributes: must be at most {ATTRIBUTES_MAX} bytes of JSON (got {len(text)})")
+    if rounded(attributes, text):
+        raise invalid(
+            "attributes: must have numbers of 64 bits at most, above 2^53 only integers; others go into a string"
+        )
+    return text.decode()

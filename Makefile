@@ -1,6 +1,7 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one
-# make check   what CI runs: ruff, mypy --strict, tests, generated clients, the fault suite in its short form, and the
-#              service on a systemd
+# make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its
+#              short form, and the service on a systemd
+# make docs    the documents as a site, in build/docs/site; fails where a link leads nowhere (docs-test: and tries that)
 # make clients generates clients from the OpenAPI document and uses them; its tools come from PyPI and npm
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
 # make service-test   the service on a real systemd, of Debian 12 and of 13; SUITE=trixie takes one of them. It needs root,
@@ -18,13 +19,14 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 BIN := $(VENV)/bin
 BENCH_VENV := build/bench/venv$(VENV:.venv%=%)
+DOCS_VENV := build/docs/venv$(VENV:.venv%=%)
 PREFIX ?= /opt/lmdaemon
 BINDIR ?= /usr/local/bin
 # A service needs an interpreter that its user can read; the first on root's own path may be root's own.
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 
-.PHONY: run test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
+.PHONY: run test docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
 	clean
 
 run: $(VENV)/.run
@@ -32,6 +34,12 @@ run: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
+
+docs: $(DOCS_VENV)/.ready
+	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -c docs/site -d build/docs/cache . build/docs/site
+
+docs-test: $(VENV)/.test
+	$(BIN)/python -m pytest -m site tests/project/test_site.py $(ARGS)
 
 clients: $(VENV)/.test
 	$(BIN)/python -m pytest -m clients tests/web/test_generated_clients.py $(ARGS)
@@ -63,7 +71,7 @@ bench-growth: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 # The last two wait for other processes most of the time, so they run side by side.
-check: lint types test clients
+check: lint types test docs-test clients
 	$(MAKE) --jobs=2 --output-sync=target faults-short service-test
 
 lint: $(VENV)/.test
@@ -91,6 +99,12 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+# An environment of its own for the generator of the site, which lmdaemon itself does not need.
+$(DOCS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 # Of its own, so that what is only measured is in nobody's way.

@@ -130,7 +130,7 @@ install_units() {
 }
 
 install_docs() {
-    find README.md CHANGELOG.md docs -type f -name '*.*' ! -name '*.pyc' >"$work/docs"
+    find README.md CHANGELOG.md docs -type f -name '*.*' ! -name '*.pyc' ! -path 'docs/site/*' >"$work/docs"
     while read -r file; do put_listed 644 "$file" "$DOC/$file"; done <"$work/docs"
 }
 

@@ -119,7 +119,7 @@ def test_five_dialects_are_shipped() -> None:
     assert list(SHIPPED) == ["v4", "v4.01", "v4.02", "v1", "pragmatic"]
 
 
-CODES = {  # docs/endpoint.md; a meaning without a code of its own is answered as bad parameters
+CODES = {  # docs/protocol.md; a meaning without a code of its own is answered as bad parameters
     "bad_parameters": (7, 57, 7),
     "bad_token": (7, 54, 4),
     "bad_hash": (7, 57, 5),

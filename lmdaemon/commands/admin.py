@@ -1,10 +1,23 @@
-"""The commands that administer the running daemon, over its private API. Called by `cli`."""
+"""The commands that administer the running daemon, over its private API."""
 
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from lmdaemon.commands.arguments import (
+    CLIENT_CERTIFICATE,
+    JSON,
+    OF_OPERATOR,
+    OPERATOR,
+    PLAYER_TOKEN,
+    ROWS,
+    SESSION,
+    Argument,
+    Command,
+    argument,
+    count,
+)
 from lmdaemon.commands.client import ANY, Client
 from lmdaemon.commands.shared import (
     FAILED,
@@ -40,36 +53,41 @@ ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error", "detail", "ans
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 
 # What an answer has at least
-HEALTH = {"status": str, "checks?": {ANY: [{"status": str}]}}
-SESSION = {"sessionId": str, "state": str}
-DELIVERY = {"id": str, "state": str}
-OPERATOR = {"operator": str, "held": bool}
+HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
+SESSION_SHAPE = {"sessionId": str, "state": str}
+DELIVERY_SHAPE = {"id": str, "state": str}
+OPERATOR_SHAPE = {"operator": str, "held": bool}
 
 _CHECK_HEAD = ("check", "status", "time")
 
-
-def _asking(ask: Callable[[Client, argparse.Namespace], Awaitable[int]]) -> Callable[[argparse.Namespace], int]:
-    """The command that runs `ask` with a client of the running daemon."""
-
-    def run(args: argparse.Namespace) -> int:
-        settings = reader.of_command(args.config, secrets="optional")
-        quiet_libraries()
-
-        async def talk() -> int:
-            async with Client(settings, args.client_cert, args.client_key) as client:
-                return await ask(client, args)
-
-        return asyncio.run(talk())
-
-    return run
+Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
 
 
-@_asking
+def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
+    """Makes a function a command that runs it with a client of the running daemon."""
+
+    def made(ask: Ask) -> Command:
+        def run(args: argparse.Namespace) -> int:
+            settings = reader.of_command(args.config, secrets="optional")
+            quiet_libraries()
+
+            async def talk() -> int:
+                async with Client(settings, args.client_cert, args.client_key) as client:
+                    return await ask(client, args)
+
+            return asyncio.run(talk())
+
+        return Command(run, (*CLIENT_CERTIFICATE, *arguments))
+
+    return made
+
+
+@_asking(JSON)
 async def status(client: Client, args: argparse.Namespace) -> int:
-    health = await client.call("GET", "health", shape=HEALTH)
+    health = await client.call("GET", "health", shape=HEALTH_SHAPE)
     operators: list[Any] = []
     try:
-        operators = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR]}))["items"]
+        operators = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR_SHAPE]}))["items"]
     except Failed as error:
         if health["status"] != "fail":
             raise
@@ -87,30 +105,42 @@ async def status(client: Client, args: argparse.Namespace) -> int:
     return FAILED if health["status"] == "fail" else STOPPED
 
 
-@_asking
+@_asking(
+    OPERATOR,
+    argument("--state", choices=("active", "ended")),
+    argument("--player", metavar="ID", help="of this player only"),
+    *ROWS,
+)
 async def list_sessions(client: Client, args: argparse.Namespace) -> int:
     query = {"state": args.state, "playerId": args.player}
     pages = client.pages(_wanted(args), "v1", "operators", args.operator, "sessions", query=query)
     return await print_pages(SESSION_COLUMNS, pages, as_json=args.json)
 
 
-@_asking
+@_asking(OPERATOR, SESSION, JSON)
 async def show_session(client: Client, args: argparse.Namespace) -> int:
     return show(
         args,
-        await client.call("GET", *_session_path(args), shape=SESSION | {"deliveries": [DELIVERY]}),
+        await client.call("GET", *_session_path(args), shape=SESSION_SHAPE | {"deliveries": [DELIVERY_SHAPE]}),
         deliveries=DELIVERY_COLUMNS,
     )
 
 
-@_asking
+@_asking(
+    OPERATOR,
+    SESSION,
+    argument("--player", required=True, metavar="ID", help="the player's id"),
+    *PLAYER_TOKEN,
+    argument("--idle-timeout", type=count, metavar="S", help="seconds (default: the operator's)"),
+    JSON,
+)
 async def open_session(client: Client, args: argparse.Namespace) -> int:
     facts = {"playerId": args.player, "token": player_token(args), "idleTimeoutSeconds": args.idle_timeout}
     body = {name: value for name, value in facts.items() if value is not None}
-    return show(args, await client.call("PUT", *_session_path(args), shape=SESSION, body=body))
+    return show(args, await client.call("PUT", *_session_path(args), shape=SESSION_SHAPE, body=body))
 
 
-@_asking
+@_asking(OPERATOR, argument("sessions", nargs="+", metavar="ID", help="the sessions' ids"), JSON)
 async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
     shape = {"touched": int, "unknown": [str], "ended": [str]}
@@ -130,35 +160,45 @@ async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     return FAILED if total["unknown"] or total["ended"] else STOPPED
 
 
-@_asking
+@_asking(OPERATOR, SESSION, JSON)
 async def close_session(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", *_session_path(args), "close", shape=SESSION))
+    return show(args, await client.call("POST", *_session_path(args), "close", shape=SESSION_SHAPE))
 
 
-@_asking
+@_asking(
+    OF_OPERATOR,
+    argument("--sink", metavar="SINK", help='"http" or "plugin:NAME"'),
+    argument("--state", choices=("pending", "delivered", "dead")),
+    *ROWS,
+)
 async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
     query = {"operator": args.operator, "sink": args.sink, "state": args.state}
     pages = client.pages(_wanted(args), "v1", "deliveries", query=query)
     return await print_pages(DELIVERY_COLUMNS, pages, as_json=args.json)
 
 
-@_asking
+@_asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
 async def show_delivery(client: Client, args: argparse.Namespace) -> int:
     return show(
         args,
-        await client.call("GET", "v1", "deliveries", args.delivery, shape=DELIVERY | {"history": [{}]}),
+        await client.call("GET", "v1", "deliveries", args.delivery, shape=DELIVERY_SHAPE | {"history": [{}]}),
         history=ATTEMPT_COLUMNS,
     )
 
 
-@_asking
+@_asking(
+    argument("delivery", nargs="?", metavar="ID", help="its webhook-id"),
+    argument("--operator", metavar="OPERATOR", help="all dead ones of this operator"),
+    argument("--since", metavar="TIME", help="only those given up since then, as in 2026-01-31T03:00:00Z"),
+    JSON,
+)
 async def retry(client: Client, args: argparse.Namespace) -> int:
     if bool(args.delivery) == bool(args.operator) or (args.since and not args.operator):
         raise Usage(
             "deliveries retry: give either the ID of a delivery or --operator, and --since only with --operator"
         )
     if args.delivery:
-        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry", shape=DELIVERY))
+        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry", shape=DELIVERY_SHAPE))
     body = {"since": args.since} if args.since else {}
     return show(
         args,
@@ -168,14 +208,14 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
     )
 
 
-@_asking
+@_asking(OPERATOR, JSON)
 async def hold(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold", shape=OPERATOR))
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold", shape=OPERATOR_SHAPE))
 
 
-@_asking
+@_asking(OPERATOR, JSON)
 async def release(client: Client, args: argparse.Namespace) -> int:
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "release", shape=OPERATOR))
+    return show(args, await client.call("POST", "v1", "operators", args.operator, "release", shape=OPERATOR_SHAPE))
 
 
 def _session_path(args: argparse.Namespace) -> tuple[str, ...]:

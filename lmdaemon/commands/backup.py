@@ -1,4 +1,4 @@
-"""`lmdaemon backup` and `lmdaemon restore`: a consistent copy of the database, and the way back. Called by `cli`.
+"""`lmdaemon backup` and `lmdaemon restore`: a consistent copy of the database, and the way back.
 
 A copy is made into a file beside its target, checked, synced and renamed: what has the target's name is whole. Nothing
 here may ever change the database that is copied, or delete the one that is replaced.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmdaemon import rights
+from lmdaemon.commands.arguments import FORCE, JSON, argument, command, file
 from lmdaemon.commands.files import (
     COMPANIONS,
     LOOK_EVERY,
@@ -41,6 +42,7 @@ from lmdaemon.store.sqlite.file import MIGRATIONS, RESTORING, cause, check_is_ou
 FLUSH_BYTES = 4 * 1024 * 1024
 
 
+@command(argument("file", type=file, metavar="FILE", help="the copy, mode 0600"), FORCE, JSON)
 def backup(args: argparse.Namespace) -> int:
     settings = reader.of_command(args.config, secrets="optional")
     try:
@@ -134,6 +136,7 @@ def _check_integrity(copy: Path) -> None:
 # -- restore
 
 
+@command(argument("file", type=file, metavar="FILE", help="a copy made by backup; it stays as it is"), JSON)
 def restore(args: argparse.Namespace) -> int:
     settings = reader.of_command(args.config, secrets="optional")
     file = args.file.absolute()

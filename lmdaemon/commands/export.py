@@ -1,4 +1,4 @@
-"""`lmdaemon sessions export`: ended sessions with their deliveries and attempts, for an archive. Called by `cli`.
+"""`lmdaemon sessions export`: ended sessions with their deliveries and attempts, for an archive.
 
 It reads the database file beside the daemon, page by page, and never writes to it: the daemon spends no time on it, and
 need not be running. Tokens and bodies stay where they are.
@@ -21,6 +21,7 @@ import msgspec
 
 from lmdaemon import rights
 from lmdaemon.clock import Clock
+from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file
 from lmdaemon.commands.files import (
     Inode,
     check_source,
@@ -85,6 +86,17 @@ class Told:
     pending: int = 0
 
 
+@command(
+    OF_OPERATOR,
+    argument(
+        "--since", metavar="TIME", help="those that ended then or later, as in 2026-01-31T03:00:00Z or 2026-01-31"
+    ),
+    argument("--until", metavar="TIME", help="those that ended before then (default: now)"),
+    argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
+    argument("--output", type=file, metavar="FILE", help="write here, whole or not at all, mode 0600"),
+    FORCE,
+    argument("--json", action="store_true", help="print the summary of --output as JSON"),
+)
 def export(args: argparse.Namespace) -> int:
     settings = reader.of_command(args.config, secrets="optional")
     now_at = Clock().wall_ms()

@@ -1,6 +1,6 @@
 """`lmdaemon send`: one SessionExpired to an operator or URL, through the very code the daemon sends with.
 
-Called by `cli`. What was sent and answered is printed for a ticket, so every secret in it is masked, also where the
+What was sent and answered is printed for a ticket, so every secret in it is masked, also where the
 answer repeats it.
 """
 
@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from lmdaemon import masks
 from lmdaemon.clock import Clock
+from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, file
 from lmdaemon.commands.recipient import checked_id, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
 from lmdaemon.config.settings import Operator
@@ -38,6 +39,19 @@ class Sent(NamedTuple):
     outcome: Outcome
 
 
+@command(
+    argument("operator", nargs="?", metavar="OPERATOR", help="send as the daemon would to this operator"),
+    argument("--url", metavar="URL", help="send here instead; private addresses are allowed, you chose it"),
+    argument("--yes", action="store_true", help="the operator's code may act on it (not asked on loopback)"),
+    argument("--dialect", metavar="NAME", help="instead of the operator's (without one: v4)"),
+    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
+    argument("--session", metavar="ID", help="session id (default: a test value)"),
+    argument("--player", metavar="ID", help="player id (default: a test value)"),
+    *PLAYER_TOKEN,
+    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
+    argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
+    JSON,
+)
 def send(args: argparse.Namespace) -> int:
     operator = recipient(args, "send")
     session = _test_session(args, operator)

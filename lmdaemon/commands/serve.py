@@ -1,6 +1,6 @@
 """The commands that read the whole configuration: `serve`, which runs the daemon to its end, and `check-config`.
 
-Called by `cli`. `daemon` and what it needs is imported only when the configuration is sound.
+`daemon` and what it needs is imported only when the configuration is sound.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdaemon import log
+from lmdaemon.commands.arguments import JSON, command
 from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
@@ -39,6 +40,7 @@ GARBAGE = 10_000
 SWITCH_S = 0.0002
 
 
+@command()
 def serve(args: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_S)
     _raise_file_limit()
@@ -154,6 +156,7 @@ def _loop_factory() -> Callable[[], Any] | None:
     return factory
 
 
+@command(JSON)
 def check_config(args: argparse.Namespace) -> int:
     path: Path | None = None
     errors: Sequence[str] = ()

@@ -41,7 +41,6 @@ from commands import (
 from support import scripted_operator
 
 from lmdaemon import __version__
-from lmdaemon.commands import cli
 from lmdaemon.store.sqlite.file import MIGRATIONS
 
 
@@ -70,7 +69,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout == text.stdout
 
 
-@pytest.mark.parametrize("words", ["version", "sessions list acme --limit 0"])
+@pytest.mark.parametrize("words", ["version", "--help", "sessions", "no-such-command"])
 def test_what_needs_no_configuration_imports_no_more_than_the_command_line(tmp_path: Path, words: str) -> None:
     script = f"""
 import sys
@@ -85,7 +84,7 @@ print(sorted(name for name in sys.modules if name.startswith("lmdaemon.")), "asy
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
     )
     ours = [
-        *("lmdaemon.commands", "lmdaemon.commands.cli", "lmdaemon.commands.shared"),
+        *("lmdaemon.commands", "lmdaemon.commands.arguments", "lmdaemon.commands.cli", "lmdaemon.commands.shared"),
         *("lmdaemon.model", "lmdaemon.version"),
     ]
     assert done.stdout.splitlines()[-1] == f"{ours} False", done.stderr
@@ -112,9 +111,18 @@ def test_a_crash_leaves_no_core_that_has_tokens_in_it(tmp_path: Path) -> None:
 
 
 def test_every_command_has_the_function_that_runs_it() -> None:
-    commands = [command for command in cli._commands() if command.run != cli.VERSION]
-    assert len(commands) > 10
-    assert all(callable(cli._loaded(command.run)) for command in commands)
+    """The parser takes each function's arguments, and every one that is told of has a help text."""
+    script = """
+from lmdaemon.commands import cli
+cli.parser(whole=True)
+for run, _ in cli.COMMANDS.values():
+    for names, options in cli.loaded(run).arguments:
+        assert options.get("help") or options.get("choices"), names
+print(len(cli.COMMANDS))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30)
+    assert done.stderr == ""
+    assert int(done.stdout) > 10
 
 
 @pytest.mark.parametrize(

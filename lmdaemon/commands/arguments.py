@@ -1,0 +1,101 @@
+"""What a command's module declares beside each of its functions: the options and positional arguments it takes.
+
+@command(OPERATOR, argument("--state", choices=("active", "ended")), JSON)
+def list_sessions(args: argparse.Namespace) -> int: ...
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+ROWS_DEFAULT = 100
+
+Run = Callable[[argparse.Namespace], int]
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # as argparse's add_argument takes it
+
+
+class Command(NamedTuple):
+    """A function that runs one command and returns its exit code, with the arguments it takes."""
+
+    run: Run
+    arguments: tuple[Argument, ...]
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        return self.run(args)
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        for names, options in self.arguments:
+            parser.add_argument(*names, **options)
+
+
+def command(*arguments: Argument) -> Callable[[Run], Command]:
+    """Makes a function a command that takes these arguments."""
+    return lambda run: Command(run, arguments)
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """One option or positional argument. A value is text that can be sent on as UTF-8, unless it has another type."""
+    if "action" not in options:
+        options.setdefault("type", text)
+    return names, options
+
+
+# -- types
+
+
+def text(value: str) -> str:
+    """What is sent to the daemon or an operator. Any bytes can stand on a command line."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        from lmdaemon.log import safe_url
+
+        value = safe_url(value) if "://" in value else value
+        raise argparse.ArgumentTypeError(f"must be UTF-8 (got {value!r})") from None
+    return value
+
+
+def file(value: str) -> Path:
+    """A file's name: any bytes, as the system has them."""
+    if not value:
+        raise argparse.ArgumentTypeError("must name a file")
+    return Path(value)
+
+
+def count(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number (got {value!r})")
+    return int(value)
+
+
+class _RefuseSecret(argparse.Action):
+    """`--token VALUE`: refused without repeating the value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        parser.error("a command line can be read by everybody on this machine: use --token-file or --token-env")
+
+
+# -- arguments that several commands take
+
+JSON = argument("--json", action="store_true", help="print JSON")
+OPERATOR = argument("operator", metavar="OPERATOR", help="its name in the configuration")
+OF_OPERATOR = argument("--operator", metavar="OPERATOR", help="of this operator only")
+SESSION = argument("session", metavar="ID", help="the session's id")
+FORCE = argument("--force", action="store_true", help="replace an existing FILE")
+PLAYER_TOKEN = (
+    argument("--token-file", type=file, metavar="FILE", help="file with the player's token"),
+    argument("--token-env", metavar="NAME", help="environment variable with the player's token"),
+    argument("--token", action=_RefuseSecret, help=argparse.SUPPRESS),
+)
+ROWS = (
+    argument("--limit", type=count, default=ROWS_DEFAULT, metavar="N", help="how many, newest first (default 100)"),
+    argument("--all", action="store_true", help="all of them"),
+    JSON,
+)
+_ASKED = "to show where api.client_ca_file asks for it"
+CLIENT_CERTIFICATE = (
+    argument("--client-cert", type=file, metavar="FILE", help=f"certificate {_ASKED}"),
+    argument("--client-key", type=file, metavar="FILE", help="its key, where that is another file"),
+)

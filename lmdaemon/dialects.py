@@ -1,9 +1,8 @@
-"""SessionExpired on the wire, both directions: bytes to `Parsed`, facts to bytes. Pure, no I/O.
+"""SessionExpired on the wire, both directions: a notice is parsed from bytes and encoded to bytes. Pure, no I/O.
 
 A dialect is data: path, content type, names of the fields, which are required, answer codes. Adding one is one entry in
-`SHIPPED` or one `[dialects.NAME]` table; nothing else in the daemon knows a wire name or a code. Called by `endpoint`
-(parse, answer), by the store's composer (encode) and by `config` (the tables). It must never log or raise anything but
-`BadNotice` and `CannotEncode`. Source: the provider's pages and the ancestor's public code.
+`SHIPPED` or one `[dialects.NAME]` table; nothing else in the daemon knows a wire name or a code. It must never log, or
+raise anything but `BadNotice` and `CannotEncode`. What each rule is for: docs/protocol.md.
 """
 
 import hashlib
@@ -20,9 +19,9 @@ import orjson
 from lmdaemon.causes import Cause, missing
 from lmdaemon.model import ID_MAX, TOKEN_MAX, id_problem
 
-REQUEST_MAX = 36  # characters of a request's uuid. Source: the provider's page v4.01
+REQUEST_MAX = 36  # characters of a request's uuid; the limit of dialect v4.01
 FORM_FIELDS_MAX = 100
-EXTRA_MAX = 2048  # bytes of JSON kept of the fields that a dialect does not know
+EXTRA_MAX = 2048  # bytes of JSON that are kept of fields unknown to the dialect
 
 Meaning = Literal["provider", "session", "player", "token", "request", "hash"]
 
@@ -34,12 +33,12 @@ class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
         super().__init__(description)
         self.meaning = meaning
         self.description = description
-        self.dialect: Dialect | None = None  # whose codes answer it, where the body told
+        self.dialect: Dialect | None = None  # the dialect whose codes answer it; None where the body did not tell
 
 
 class CannotEncode(Exception):  # noqa: N818
-    """A fact that the dialect must send is not known, such as the token of a session opened without one, or cannot be
-    hashed.
+    """The notice cannot be sent: a required value is unknown (the token of a session opened without one) or cannot be
+    hashed. `cause` is the word for it in docs/delivery.md.
     """
 
     def __init__(self, cause: Cause, description: str) -> None:
@@ -79,11 +78,12 @@ class Dialect(msgspec.Struct, frozen=True):
 
     @property
     def content_type(self) -> str:
+        """The Content-Type header of what is sent."""
         return "application/json" if self.content == "json" else "application/x-www-form-urlencoded"
 
     @property
     def required_names(self) -> frozenset[str]:
-        """Wire names that must be there: what a body is recognised by."""
+        """The wire names of the required fields, by which a body's dialect is recognised."""
         return frozenset(self.fields[meaning] for meaning in self.required)
 
     def same_wire(self, other: "Dialect") -> bool:
@@ -145,8 +145,10 @@ class Parsed(msgspec.Struct, frozen=True):
 
 
 class Extra(NamedTuple):
-    """What is kept of the fields that a dialect does not know: as values, as JSON text (None: nothing), and how many of
-    them were left out, whole or in part.
+    """What is kept of the fields that a dialect does not know.
+
+    `fields` are their values, `text` the same as JSON (None: nothing is kept), `left_out` the number of fields of which
+    all or a part was dropped.
     """
 
     fields: dict[str, Any]
@@ -158,14 +160,14 @@ _SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|se
 
 
 def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
-    """The fields that the dialect does not know, in the order received: each that still fits into EXTRA_MAX bytes.
+    """The fields that the dialect does not know, in the order received, as long as they fit into EXTRA_MAX bytes.
 
-    They stay in the database for months and go to plug-ins. So nothing is kept under a name that looks like a secret's
-    or is one of `secret_names` (casefolded), at any depth, nor a number that was rounded when it was read. Raises
-    BadNotice.
+    They stay in the database for months and go to plug-ins. So nothing is kept whose name looks like a secret's or is
+    one of `secret_names` (casefolded), at any depth, and no number that was rounded when it was read. Raises BadNotice
+    for a field that is nested too deeply.
     """
     unknown = parsed.received.keys() - parsed.dialect.fields.values()
-    if not unknown:  # as almost always
+    if not unknown:  # the usual case
         return Extra({}, None, 0)
     kept: dict[str, Any] = {}
     parts: list[bytes] = []
@@ -174,7 +176,7 @@ def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
         if name not in unknown:
             continue
         field = {name: value}
-        _written(field)  # before the next line follows its nesting
+        _written(field)  # refuses deep nesting, which the recursion of the next line could not take
         shown = _without_secrets(field, secret_names)
         part = _written(shown)[1:-1]
         fits = bool(shown) and len(part) <= room and not rounded(shown, part)
@@ -209,7 +211,7 @@ _CONTENTS: Mapping[str, Literal["json", "form"]] = {
     "application/json": "json",
     "application/x-www-form-urlencoded": "form",
 }
-# Names of charsets, which some senders write into Content-Encoding.
+# Names of charsets. Some senders write one into Content-Encoding, where it means nothing.
 _CHARSET = (
     r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}|latin[-_]?[0-9]{1,2}"
     r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr)"
@@ -218,23 +220,23 @@ _UNCODED = re.compile(f"(identity|{_CHARSET})?", re.IGNORECASE)
 
 
 def content_of(content_type: str) -> Literal["json", "form"] | None:
-    """Which content a Content-Type header names; None for everything a dialect cannot be in (415).
+    """The content that a Content-Type header names; None for a type that no dialect has (answered with 415).
 
-    Its parameters do not matter: senders write any charset, and the bytes must be UTF-8 all the same.
+    Its parameters are ignored: senders name all sorts of charsets, and the bytes must be UTF-8 in any case.
     """
     return _CONTENTS.get(content_type) or _CONTENTS.get(content_type.partition(";")[0].strip().lower())
 
 
 def uncoded(content_encodings: Iterable[str]) -> bool:
-    """Whether a body under these Content-Encoding headers can be read as it is: nothing in them compresses."""
+    """Whether a body with these Content-Encoding headers can be read as it is, because none of them compresses."""
     return all(_UNCODED.fullmatch(one.strip()) for header in content_encodings for one in header.split(","))
 
 
 def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
-    """Reads one body under the dialects in `accepted` (those whose `content` it has, at least one).
+    """Reads one body as a notice of one of the `accepted` dialects: at least one, all with this `content`.
 
-    The dialect is recognised by its required names; where none fits, the one that misses fewest names is blamed, the
-    earlier accepted one on a tie. Raises BadNotice (meaning bad_parameters) and nothing else.
+    The dialect is the one of whose required names the fewest are missing, the first of `accepted` on a tie. Raises
+    BadNotice (meaning bad_parameters) and nothing else.
     """
     received = json_object(body) if content == "json" else _form_fields(body)
     dialect = recognise(received, accepted)
@@ -246,7 +248,7 @@ def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
 
 
 def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
-    """The accepted dialect that `received` is in, or comes nearest to."""
+    """The accepted dialect of whose required names `received` has the most; the first of them on a tie."""
     if len(accepted) == 1:
         return accepted[0]
 
@@ -260,17 +262,17 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def without_mark(body: bytes) -> bytes:
-    """The body without a byte-order mark: some writers put one before their JSON. Source: RFC 8259 §8.1."""
+    """The body without a byte-order mark, which some libraries write before JSON. Source: RFC 8259 §8.1."""
     return body.removeprefix(BYTE_ORDER_MARK)
 
 
 def encoding_of(body: bytes) -> str:
-    """The encoding of JSON or other text that begins with ASCII, by its first bytes. UTF-8 where they tell no other."""
+    """The encoding of JSON, or other text that begins with ASCII, by its first four bytes; UTF-8 by default."""
     return json.detect_encoding(body[:4])
 
 
 def not_utf8(body: bytes) -> str:
-    """What a text is instead of UTF-8, or nothing."""
+    """The encoding that a text has instead of UTF-8, in words for an error; empty where it is UTF-8."""
     encoding = encoding_of(body)
     if encoding.startswith(("utf-16", "utf-32")):
         return f"{encoding[:6].upper()}, not UTF-8"
@@ -282,7 +284,7 @@ def not_utf8(body: bytes) -> str:
 
 
 def unreadable(body: bytes) -> str:
-    """Why an answer cannot be read as JSON, where the look of it does not tell; else nothing."""
+    """A reason, not visible in an answer as it is shown, why it cannot be read as JSON; empty where there is none."""
     return "compressed with gzip" if body.startswith(b"\x1f\x8b") else not_utf8(body)
 
 
@@ -295,19 +297,20 @@ def json_object(body: bytes) -> Mapping[str, Any]:
         _refuse(_json_complaint(body, error))
     if not isinstance(found, dict):
         _refuse(f"body must be a JSON object (got {_kind(found)})")
-    # As many colons as keys: no key can stand twice. Only the rest pays for a second, slower reading.
+    # With as many colons as keys, no key can stand twice. Only other bodies cost a second, slower reading.
     if body.count(b":") != len(found):
         _refuse_contradicting_keys(body)
     return found
 
 
-# What orjson writes for a number beyond 2^53 has 16 digits or an exponent. So may a text.
+# orjson writes a number beyond 2^53 with 16 digits or an exponent. A text may match too, so a match is only a hint.
 _PERHAPS_ROUNDED = re.compile(rb"[0-9]{16}|[0-9]e")
 
 
 def rounded(value: object, written: bytes) -> bool:
-    """Whether a number in a JSON value may have been rounded while it was read: integers beyond 64 bits are, and so may
-    be what has a fraction or an exponent and lies beyond 2^53. `written` is the value as orjson writes it.
+    """Whether a number in a JSON value may have been rounded when read. `written` is the value as orjson writes it.
+
+    Integers beyond 64 bits are rounded; numbers with a fraction or an exponent may be if they are beyond 2^53.
     """
     return bool(_PERHAPS_ROUNDED.search(written)) and _has_rounded(value)
 
@@ -338,8 +341,8 @@ def _refuse_contradicting_keys(body: bytes) -> None:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for key, value in pairs:
-            # repr tells 1 from true and 1.0, which == does not. Only of a key seen before: of every value it would
-            # be the square of the nesting, a second of the loop for one body of 16 KiB.
+            # repr distinguishes 1, true and 1.0, which == does not. It is called for repeated keys only: called for
+            # every value, it would take a second of the event loop for a deeply nested body of 16 KiB.
             if key in fields and repr(fields[key]) != repr(value):
                 _refuse(f"field {key[:ID_MAX]!r} stands twice with different values")
             fields[key] = value
@@ -347,7 +350,7 @@ def _refuse_contradicting_keys(body: bytes) -> None:
 
     try:
         json.loads(body, object_pairs_hook=checked)
-    except (ValueError, RecursionError) as error:  # deeper or longer numbers than any reader of it could take
+    except (ValueError, RecursionError) as error:  # nested more deeply, or a longer number, than `json` can read
         raise BadNotice("bad_parameters", "malformed JSON: nested too deeply or a number too long") from error
 
 
@@ -433,7 +436,7 @@ def _refuse(description: str) -> NoReturn:
 
 
 def answer(code: int, description: str) -> bytes:
-    """The answer's body: an object of a number and a text, as on the page."""
+    """The body of an answer to a notice: `{"error": code, "description": description}`."""
     return orjson.dumps({"error": code, "description": description})
 
 
@@ -441,10 +444,10 @@ SUCCESS = answer(0, "Success")
 
 
 def hash_of(received: Iterable[tuple[str, Any]], hash_name: str, key: str) -> str:
-    """The ancestor's hash: MD5 over every parameter but the hash, sorted, as `k=v` joined by `&`, and the secret.
+    """The hash of dialect `pragmatic`: MD5, in lower-case hex, of the parameters without the hash, then the key.
 
-    Over decoded values; an empty value counts, null is absent. Lower-case hex. The tests have a
-    vector of the ancestor. MD5 is the protocol's choice, not ours.
+    The parameters are sorted by name and written as `name=value`, joined by `&`. Values are decoded ones; an empty
+    value counts, null does not. The protocol prescribes MD5. See docs/protocol.md, "The hash".
     """
     pairs = sorted((name, _plain(value)) for name, value in received if name != hash_name and value is not None)
     text = "&".join(f"{name}={value}" for name, value in pairs) + key
@@ -456,12 +459,12 @@ def _plain(value: object) -> str:
 
 
 def breaks_hash(text: str) -> bool:
-    """Whether a name or value could be read as several: the hash joins them by these, and marks no borders."""
+    """Whether a name or value has `&` or `=`, by which the hash joins fields, so that it could pass for several."""
     return "&" in text or "=" in text
 
 
 def check_hash(parsed: Parsed, key: str) -> None:
-    """Raises BadNotice (bad_hash) unless the hash fits, in constant time; the expected value goes nowhere."""
+    """Raises BadNotice (bad_hash) unless the hash is right. Compares in constant time and never shows the right one."""
     expected = hash_of(parsed.received.items(), parsed.dialect.fields["hash"], key)
     if not hmac.compare_digest(expected.encode(), (parsed.hash or "").lower().encode()):
         raise BadNotice("bad_hash", "the hash does not fit the parameters")
@@ -477,9 +480,9 @@ def encode(
     request_id: str,
     hash_key: str | None,
 ) -> bytes:
-    """The body of one SessionExpired: the dialect's fields in its order, optional ones only where known.
+    """The body of one SessionExpired: the dialect's fields in its order, optional ones only if they are known.
 
-    Raises CannotEncode when a required fact is unknown, or one that is hashed has what separates the hashed fields.
+    Raises CannotEncode when a required value is unknown, or when a value to be hashed has `&` or `=` in it.
     """
     facts = {
         "provider": provider_id,
@@ -506,15 +509,17 @@ def encode(
     return urlencode(fields).encode()
 
 
-_NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # not \d: that is any script's digits
+_NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # \d would also match the digits of other scripts
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def _json(body: bytes) -> Any:
-    """The value of an answer. Half a surrogate pair in a text is no fault there: a description that was cut to a length
-    may end with one. Source: RFC 8259 §8.2. Raises orjson.JSONDecodeError.
+    """The value of an answer's JSON. Raises orjson.JSONDecodeError.
+
+    An escaped lone surrogate, which orjson refuses, is replaced: a description cut to a length may end with half of a
+    pair (RFC 8259 §8.2).
     """
     try:
         return orjson.loads(body)
@@ -526,17 +531,17 @@ def _json(body: bytes) -> Any:
 
 
 def answered_code(body: bytes) -> int | float | None:
-    """The `error` of an answer: a number or a numeric string; None when there is none or it is anything else."""
+    """The `error` of an answer as a number, whether it was sent as a number or as text; None if it is anything else."""
     try:
         error = _json(without_mark(body)).get("error")
     except (orjson.JSONDecodeError, AttributeError):
         return None
     if type(error) is int and abs(error) < 2**53:
-        return error  # as almost always
+        return error  # the usual case
     if isinstance(error, str) and len(error) <= 32 and _NUMERIC.fullmatch(error.strip()):
         error = float(error)
     if isinstance(error, bool) or not isinstance(error, int | float):
         return None
     number = float(error)
-    # 120.0 is 120; beyond 2^53 a float is no exact integer any more, and beyond 2^63 SQLite takes none
+    # 120.0 becomes 120. Not beyond 2^53, where a float is not an exact integer, and SQLite takes none beyond 2^63.
     return int(number) if number.is_integer() and abs(number) < 2**53 else number

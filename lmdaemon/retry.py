@@ -1,6 +1,7 @@
-"""Judge an answer, say when to try again, and keep the breaker. Pure: `now`, `rng` and the policy are passed in.
+"""What an operator's answer means, when to try again, and the state of its breaker.
 
-It must never do I/O, read a clock or log. The tests hold one row for every status and answer.
+Pure functions: the time, the random generator and the policy are arguments. They must never do I/O, read a clock or
+log.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from lmdaemon.causes import code_of, status_of
 from lmdaemon.dialects import answered_code, unreadable
 from lmdaemon.model import HTTP_SINK, Delivery, Gate
 
-JITTER = 0.2  # each wait ±20 %, so that operators coming back together are not hit together
-RETRY_AFTER_MAX_S = 3600.0  # a peer may slow us down, not switch us off
-FINAL_CODES = frozenset({120, 999})
+JITTER = 0.2  # each wait varies by ±20 %, so that deliveries that failed together are not all repeated together
+RETRY_AFTER_MAX_S = 3600.0  # an operator may delay its notices, but not stop them
+FINAL_CODES = frozenset({120, 999})  # "internal error, do not retry" in the shipped dialects
 BREAKER_OPENS_AT = 5  # failures in a row
 PROBE_PAUSE_MAX_S = 300.0
 HOLD_AFTER_S = 5 * 86400.0  # nothing but failures for this long
@@ -25,8 +26,11 @@ Verdict = Literal["delivered", "final", "retry", "hold"]
 
 
 class Outcome(NamedTuple):
-    """What one attempt came to. `code` is the answered error code, `reason` a word of
-    `causes`, `detail` what is known besides, `answer` the beginning of what was answered, masked."""
+    """The result of one attempt.
+
+    `reason` is a word of `causes`, `code` the `error` in the answer, `detail` more about the reason for people,
+    `answer` the beginning of the answer with secrets masked.
+    """
 
     verdict: Verdict
     reason: str = ""
@@ -41,10 +45,10 @@ class Outcome(NamedTuple):
 def judge(
     status: int, body: bytes, *, complete: bool = True, retry_after: str | None = None, now_s: float, final: int = 120
 ) -> Outcome:
-    """What an answer means. `complete` is False when the body was longer than what is read (16 KiB).
+    """What an answer means. `complete` is False when the body was longer than the 16 KiB that are read.
 
-    `final` is the dialect's own code for "do not retry"; 120 and 999 always are. `now_s` (epoch) reads a Retry-After
-    that is a date.
+    `final` is the dialect's own code for "do not retry"; 120 and 999 always mean that. `now_s` is the wall time
+    (epoch), from which a Retry-After with a date is counted.
     """
     code = answered_code(body) if complete else None
     wait_s = retry_after_s(retry_after, now_s)
@@ -70,7 +74,7 @@ def _verdict(status: int, code: int | float | None, *, complete: bool, final: in
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:
-    """Seconds a Retry-After asks for, 0 to 3600; None when it is absent or nonsense. Source: RFC 9110 §10.2.3."""
+    """The seconds of a Retry-After header, 0 to 3600; None when it is absent or invalid. Source: RFC 9110 §10.2.3."""
     if value is None:
         return None
     text = value.strip()
@@ -86,9 +90,9 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
 
 
 def delay_s(step: int, schedule: Sequence[float], rng: Random) -> float | None:
-    """Wait before the next try after failure number `step` + 1; None when the schedule is used up.
+    """Seconds to wait after failure number `step` + 1; None when the schedule is used up.
 
-    Units: seconds, the schedule's own wait times 0.8–1.2 at random.
+    It is the wait of the schedule (seconds) times a random factor of 0.8 to 1.2.
     """
     if step >= len(schedule):
         return None
@@ -96,14 +100,14 @@ def delay_s(step: int, schedule: Sequence[float], rng: Random) -> float | None:
 
 
 def breaker(gate: Gate, now_at: int) -> Literal["closed", "open", "half-open"]:
-    """The breaker's state: half-open once its pause is over and one probe may go, or is under way."""
+    """The breaker's state at `now_at` (wall ms): half-open once its pause is over, so that one probe may be sent."""
     if gate.failures < BREAKER_OPENS_AT:
         return "closed"
     return "half-open" if now_at >= gate.probe_at else "open"
 
 
 def opens_at(gate: Gate) -> int | None:
-    """Wall time from which the gate lets something through; None while it is held."""
+    """Wall time (ms) from which something may be sent, by Retry-After and breaker; None while the operator is held."""
     if gate.held_at is not None:
         return None
     probe_at = gate.probe_at if gate.failures >= BREAKER_OPENS_AT else 0
@@ -111,14 +115,15 @@ def opens_at(gate: Gate) -> int | None:
 
 
 def not_before(gate: Gate, now_at: int) -> int | None:
-    """When the operator's next attempt may begin, where Retry-After or the breaker puts it off; None otherwise."""
+    """Wall time (ms) before which Retry-After or the breaker allows no attempt; None where neither does so now."""
     at = opens_at(gate)
     return None if at is None or at <= now_at else at
 
 
 def next_attempt_at(delivery: Delivery, gate: Gate) -> int | None:
-    """When a pending delivery can be tried: not before it is due, nor before its operator's gate lets it through. A
-    plug-in has no gate. None while the operator is held, and once the delivery is settled.
+    """Wall time (ms) at which a pending delivery can be tried: when it is due and its operator's gate is open.
+
+    A plug-in has no gate. None while the operator is held, and once the delivery is settled.
     """
     if delivery.state != "pending":
         return None
@@ -129,13 +134,13 @@ def next_attempt_at(delivery: Delivery, gate: Gate) -> int | None:
 
 
 def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:
-    """The gate after one attempt: Retry-After, failures in a row, breaker pause, hold.
+    """The gate after one attempt: with its Retry-After, failures in a row, breaker pause and hold.
 
-    `probe` says that the attempt was let through an open breaker: only a probe's failure doubles the pause, not the
-    failures of attempts that were already on their way when the breaker opened.
+    `probe` says that the attempt was sent while the breaker was open. Only the failure of a probe doubles the pause,
+    not that of an attempt that was under way when the breaker opened. `first_wait_s` is the schedule's first wait.
     """
     if outcome.retry_after_s:
-        # Jitter only upward: a peer that says "not before" means it.
+        # Jitter only upward: Retry-After is the earliest time.
         wait_ms = int(outcome.retry_after_s * rng.uniform(1, 1 + JITTER) * 1000)
         wait_ms = min(wait_ms, int(RETRY_AFTER_MAX_S * 1000))
         gate = replace(gate, not_before_at=max(gate.not_before_at, now_at + wait_ms))
@@ -143,7 +148,7 @@ def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, pro
         return hold(gate, now_at, outcome.reason)
     if outcome.verdict != "retry":
         if not gate.failures and gate.failing_since_at is None:
-            return gate  # as almost always
+            return gate  # the usual case
         return replace(gate, failures=0, failing_since_at=None, pause_ms=0, probe_at=0)
     return _after_failure(gate, now_at, first_wait_s, probe=probe)
 
@@ -163,20 +168,23 @@ def _after_failure(gate: Gate, now_at: int, first_wait_s: float, *, probe: bool)
 
 
 def hold(gate: Gate, now_at: int, reason: str) -> Gate:
-    """Holds the operator; a hold that stands keeps its start and reason."""
+    """The gate, held from now on; one that is held already keeps its start and its reason."""
     if gate.held_at is not None:
         return gate
     return replace(gate, held_at=now_at, held_reason=reason)
 
 
 def release(gate: Gate, now_at: int) -> Gate:
-    """Closes breaker and hold, forgets Retry-After, and adds the hold to what does not count as a delivery's age."""
+    """The gate without hold, breaker and Retry-After. The time on hold is added to what no delivery's age includes."""
     held_ms = 0 if gate.held_at is None else max(0, now_at - gate.held_at)
     return Gate(held_total_ms=gate.held_total_ms + held_ms, paced_until_at=gate.paced_until_at)
 
 
 def age_ms(aged_from_at: int, held_base_ms: int, gate: Gate, now_at: int) -> int:
-    """Age of a delivery: wall time since it was created or retried by hand, without the time its operator was held."""
+    """Age of a delivery (ms): wall time since it was created or retried by hand, without the time on hold since then.
+
+    `held_base_ms` is the gate's `held_total_ms` at that moment.
+    """
     held_ms = gate.held_total_ms - held_base_ms
     if gate.held_at is not None:
         held_ms += max(0, now_at - gate.held_at)

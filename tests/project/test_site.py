@@ -1,7 +1,7 @@
 """The documents as a site: it builds without a warning, loads nothing from elsewhere, a broken link stops the build.
 
-`make docs-test` runs these tests. The generator is installed once, as for `make docs`; where it cannot be had, the tests
-are skipped and say so.
+`make docs-test` runs these tests. The generator is installed once, as for `make docs`; where it cannot be had, the
+tests are skipped and say so.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""The words for why an attempt failed, a delivery is dead, or an operator is held. docs/delivery.md explains them.
+"""The words for why an attempt failed, a delivery is dead, or an operator is held. docs/delivery.md explains each.
 
-They are shown (`lastError`, `history`, log, `send`) and stored, so a word keeps its meaning for ever.
+They are shown (`lastError`, `history`, log, `send`) and stored, so the meaning of a word must never change.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ Cause = Literal[
     "too_many_interim",
     "bad_chunks",
     "incomplete_answer",
-    # The answer was read and is no success; `status_of` and `code_of` make the others
+    # The answer was read and is not a success; `status_of` and `code_of` make further words of this kind
     "gone",
     "redirect",
     "answer_too_long",
@@ -39,15 +39,15 @@ HoldCause = Literal["by_hand", "gone", "failing_for_days"]
 
 
 def missing(meaning: str) -> Cause:
-    """A fact that the dialect must send was not known when the session ended."""
+    """The word for a required value, token or hash, that was not known when the session ended."""
     return "missing_token" if meaning == "token" else "missing_hash"
 
 
 def status_of(status: int) -> str:
-    """An HTTP status that means nothing else."""
+    """The word for an HTTP status that has no other word."""
     return f"status_{status}"
 
 
 def code_of(code: float) -> str:
-    """An answer's own `error`."""
+    """The word for an answer code, the `error` of an answer."""
     return f"code_{code}"

@@ -1,7 +1,7 @@
-"""Hides the secrets of a notice in what may be shown to anybody: what its operator answered, what `send` prints.
+"""Hides the secrets of a notice in what is shown: in an operator's answer, and in what `lmdaemon send` prints.
 
-An operator may send back what it got, in any notation. It must never leave a part of a secret behind, nor take long:
-text and secrets may both be made by one that wants the event loop to wait.
+An operator may send back what it received, escaped in any way. No part of a secret may remain readable. And it must not
+take long: a hostile operator chooses the text, and may have chosen the token, to keep the event loop busy.
 """
 
 import base64
@@ -18,36 +18,40 @@ from lmdaemon.dialects import encoding_of, without_mark
 
 MASK = "***"
 SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
-_LOOKED_AT = 8192  # bytes of it that are read for them, as long as secrets are no longer
-_SPELLING_MAX = 100  # what a character that is no letter may become
-_NOTATIONS_MAX = 4  # within one another
-_PART_MIN = 8  # characters of a secret in a row that are hidden where the rest of it is not there
-_LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # what every notation leaves as it is
-# A signature of Standard Webhooks, 256 bits in base64, as `_folded` has it
+_LOOKED_AT = 8192  # bytes at the beginning of an answer that are searched for secrets to show SHOWN_MAX characters
+_SPELLING_MAX = 100  # characters that one character may become when it is escaped several times over
+_NOTATIONS_MAX = 4  # levels of escaping that are undone, one within the other
+_PART_MIN = 8  # so many characters in a row of a secret are hidden even where the rest of it is missing
+_LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # characters that no notation escapes
+# A signature of Standard Webhooks (256 bits in base64) after `_folded` has put it into lower case
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
 
 
 class Mask:
-    """Replaces secrets as they are, and as JSON, URLs, forms and HTML write them, also within one another.
+    """Replaces secrets in a text by `***`: as they are, and as JSON, URLs, forms and HTML escape them, also nested.
 
-    What is escaped in the text is read, and the secrets are looked for in what was read. So are parts of them: many a
-    server quotes no more than the beginning, or the surroundings, of what it could not read.
+    The text is unescaped, and secrets are searched for in the result. So are parts of them, because many servers quote
+    only a piece of what they could not read.
     """
 
     def __init__(self, secrets: Iterable[str | None]) -> None:
         self._secrets = {secret for secret in secrets if secret}
 
     def __call__(self, text: str) -> str:
+        """The text with the secrets, and parts of them, replaced."""
         found, parts = self._found(text)
         return _masked(text, found + parts)
 
     @cached_property
     def longest(self) -> int:
-        """Characters that a secret may have in the text."""
+        """The most characters that one of the secrets can take up in a text, however it is escaped."""
         return max((len(_LETTERS.sub("", one)) * _SPELLING_MAX + len(one) for one in self._secrets), default=0)
 
     def text_of(self, body: bytes, *, complete: bool) -> str:
-        """The text of an answer. Of one that was cut off, without an end that could be the beginning of a secret."""
+        """The text of an answer, masked. `complete` is False for a body that was cut off.
+
+        Its last characters are then left out, because they could be the beginning of a secret that is not recognised.
+        """
         text = without_mark(body).decode(encoding_of(body), "replace")
         found, parts = self._found(text)
         if not complete:
@@ -56,15 +60,15 @@ class Mask:
         return _masked(text, found + parts)
 
     def beginning_of(self, body: bytes, *, complete: bool) -> str:
-        """What is kept of an answer."""
+        """The first SHOWN_MAX characters of an answer, masked: what is kept with an attempt."""
         return self.text_of(body[:_LOOKED_AT], complete=complete and len(body) <= _LOOKED_AT)[:SHOWN_MAX]
 
     @cached_property
     def _looked_for(self) -> Mapping[str, bool]:
-        """Secrets as `_folded` has them, and whether backslashes behind them belong to them.
+        """Each secret as `_folded` changes it, and whether backslashes right after it are a part of it.
 
-        Of one that looks like something escaped also what it stands for: so it reads in a text in which other things
-        are escaped too. But not if that is short, for then it stands everywhere.
+        A secret that itself looks escaped is also searched for unescaped, because unescaping the text changes it as
+        well. But not if the result is shorter than four characters, for that would be found everywhere.
         """
         found: dict[str, bool] = {}
         for secret in self._secrets:
@@ -75,12 +79,12 @@ class Mask:
         return found
 
     def _found(self, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Where secrets stand in the text, and where parts of them do."""
+        """Where whole secrets are in the text, and where parts of them are: (start, end) each, in characters."""
         found: list[tuple[int, int]] = []
         parts: list[tuple[int, int]] = []
         for reading in _readings(text):
             folded = _folded(reading)
-            rest = folded.text  # without the whole secrets
+            rest = folded.text  # the whole secrets are blanked out in it, so that only parts are found there
             for secret, with_backslashes in self._looked_for.items():
                 if not secret:  # it consists of backslashes
                     found += (reading.span(*run.span()) for run in re.finditer(r"\\+", reading.text))
@@ -101,7 +105,7 @@ class Mask:
         )
 
     def _parts_in(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where at least _PART_MIN characters stand in a row that do so in a secret."""
+        """Where at least _PART_MIN characters in a row are the same as in a secret."""
         start, end = 0, -1
         for at in range(len(text) - _PART_MIN + 1) if self._parts else ():
             if text[at : at + _PART_MIN] in self._parts:
@@ -125,7 +129,10 @@ def _masked(text: str, places: Iterable[tuple[int, int]]) -> str:
 
 
 def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
-    """Hides what was sent and must stay a secret, and what it was made with."""
+    """Hides the secrets of a notice that was sent, and those it was made with.
+
+    That is its token and hash, the operator's hash key and signing keys, and the secret parts of its URL.
+    """
     fields = fields_of(operator, body)
     sent = (fields.get(operator.sends.fields.get(meaning, "")) for meaning in ("token", "hash"))
     keys = (base64.b64encode(key).decode() for key in operator.signing_keys)
@@ -133,13 +140,16 @@ def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
 
 
 def fields_of(operator: Operator, body: bytes) -> Mapping[str, str]:
-    """A notice's fields by their names on the wire."""
+    """The fields of a notice that was sent, by their wire names."""
     text = body.decode()
     return json.loads(text) if operator.sends.content == "json" else dict(parse_qsl(text, keep_blank_values=True))
 
 
 def query_of(url: str) -> list[tuple[str, str]]:
-    """The query's names and values as they stand; a part without `=` may be a secret, so it is a value without name."""
+    """The names and values in a URL's query, not decoded.
+
+    A part without `=` is returned as a value without a name, because it may be a secret.
+    """
     parts = url.partition("#")[0].partition("?")[2].split("&")
     return [
         (name, value) if equals else ("", name)
@@ -150,19 +160,19 @@ def query_of(url: str) -> list[tuple[str, str]]:
 
 
 def _of_url(operator: Operator) -> list[str]:
-    """User, password and the query's values, as they are written in the URL and decoded."""
+    """User, password and query values of the operator's URL: as written there, and decoded."""
     user_info = urlsplit(operator.url).netloc.rpartition("@")[0]
     written = [*user_info.split(":", 1), *(value for _, value in query_of(operator.url))]
     basic = operator.target.authorization if operator.target is not None else None
     found = [*written, *map(unquote, written), *map(unquote_plus, written), (basic or "").removeprefix("Basic ")]
-    return [value for value in found if len(value) >= 4]  # a shorter one is no secret, and stands everywhere
+    return [value for value in found if len(value) >= 4]  # shorter values would be found everywhere
 
 
-# -- what a text means
+# -- undoing escapes
 
 
 class _Reading(NamedTuple):
-    """A text as it reads where something in it is escaped, and where each of its characters stands, and its end."""
+    """A text, unescaped to some level, and where each of its characters, and its end, is in the original text."""
 
     text: str
     at: Sequence[int]
@@ -172,8 +182,10 @@ class _Reading(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """A text without what notations differ in: backslashes, the case, + for a space. Where each character stands: the
-    backslashes before it begin, it ends, and the backslashes behind it end.
+    """A text without that in which notations differ: backslashes, upper and lower case, + for a space.
+
+    For each of its characters, positions in the original text: `begins`, where the backslashes before it begin; `ends`,
+    where it ends; `beyond`, where the backslashes after it end.
     """
 
     text: str
@@ -191,7 +203,7 @@ _ESCAPED = re.compile(
 
 
 def _readings(text: str) -> Iterator[_Reading]:
-    """The text as it stands, and what that means, and what that means in turn."""
+    """The text as it is, then unescaped once, twice and so on, until nothing changes or _NOTATIONS_MAX is reached."""
     reading = _Reading(text, range(len(text) + 1))
     yield reading
     for _ in range(_NOTATIONS_MAX):
@@ -219,7 +231,7 @@ def _unescaped(reading: _Reading) -> _Reading:
 
 
 def _meaning(escaped: str) -> Iterator[tuple[str, int]]:
-    """The characters that it stands for, and how much of it each of them takes."""
+    """The characters that an escape sequence stands for, each with how many characters of the sequence it takes."""
     if escaped[0] == "%":
         for character in unquote_to_bytes(escaped).decode("utf-8", "surrogateescape"):
             yield character, 3 * len(character.encode("utf-8", "surrogateescape"))
@@ -229,13 +241,13 @@ def _meaning(escaped: str) -> Iterator[tuple[str, int]]:
         characters = html.unescape(escaped)
         if len(characters) == 1:
             yield characters, len(escaped)
-        else:  # it has no meaning, or a rare one that no secret has
+        else:  # no entity, or one for several characters, which no secret has
             yield from ((character, 1) for character in escaped)
 
 
 def _folded(reading: _Reading) -> _Folded:
     text, at = reading
-    if text and max(text) > "\uffff":  # JSON writes such a character as two
+    if text and max(text) > "\uffff":  # JSON escapes such a character as two surrogates
         pairs = [(unit, place) for character, place in zip(text, at, strict=False) for unit in _units(character)]
         text, at = "".join(unit for unit, _ in pairs), [*(place for _, place in pairs), at[-1]]
     begins: Sequence[int] = at[:-1]
@@ -245,13 +257,13 @@ def _folded(reading: _Reading) -> _Folded:
         begins, ends, beyond = _without_backslashes(text, at)
         text = text.replace("\\", "")
     lower = text.casefold()
-    if len(lower) > len(text):  # there are characters that become several
+    if len(lower) > len(text):  # casefold turns some characters into several; those are left as they are
         lower = "".join(one if len(one.casefold()) > 1 else one.casefold() for one in text)
     return _Folded(lower.replace("+", " "), begins, ends, beyond)
 
 
 def _units(character: str) -> str:
-    """The character in UTF-16."""
+    """The UTF-16 code units of a character, as one or two characters."""
     if character <= "\uffff":
         return character
     high, low = divmod(ord(character) - 0x10000, 0x400)

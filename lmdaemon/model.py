@@ -1,8 +1,8 @@
 """The vocabulary: sessions, notices, ends and deliveries as frozen values.
 
-Everybody imports this module; it imports nobody and does no I/O. Wall times end in `_at` and are milliseconds since
-the epoch (UTC); service times end in `_ms` and are milliseconds of the persisted service clock (`lmdaemon.clock`);
-spans in seconds end in `_s`.
+Every other module may import this one; it imports none of them and does no I/O. Names tell units: `_at` is wall time in
+milliseconds since the epoch (UTC), `_ms` is service time in milliseconds (`lmdaemon.clock`) or a span in milliseconds,
+`_s` is a span in seconds.
 """
 
 import re
@@ -17,23 +17,26 @@ DeliveryState = Literal["pending", "delivered", "dead"]
 HTTP_SINK = "http"
 PLUGIN_PREFIX = "plugin:"
 
-# What an answer can mean besides success: the keys of a dialect's `codes` and the vocabulary of `Refuse`.
+# The meanings of a refusal: the keys of a dialect's `codes`, and what `Refuse` takes.
 MEANINGS = ("bad_parameters", "bad_token", "bad_hash", "unknown_session", "player_mismatch", "retry", "final")
 
 ID_MAX = 256  # characters of a session, player or provider id
-TOKEN_MAX = 4096  # characters; the page gives no limit, a body of 16 KiB does
+TOKEN_MAX = 4096  # characters of a player's token; the protocol names no limit
 
 
 _NEVER_IN_IDS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def id_problem(value: str, longest: int = ID_MAX) -> str | None:
-    """Says what makes `value` no id, or None: 1 to `longest` characters, none of them control or lone surrogate."""
+    """The rule for ids that `value` breaks, in words, or None.
+
+    An id has 1 to `longest` characters, no control characters and no lone surrogates.
+    """
     if not value:
         return "must not be empty"
     if len(value) > longest:
         return f"must be at most {longest} characters (got {len(value)})"
-    if value.isprintable():  # as almost always; no control character is, nor a surrogate
+    if value.isprintable():  # the usual case: neither control characters nor surrogates are printable
         return None
     found = _NEVER_IN_IDS.search(value)
     if found is None:
@@ -42,10 +45,10 @@ def id_problem(value: str, longest: int = ID_MAX) -> str | None:
     return f"must not contain {what}"
 
 
-class Refuse(Exception):  # noqa: N818 - the name is the plug-in contract's: `raise Refuse("bad_token", "…")`
-    """Raised by a plug-in's `check(notice)` to refuse a notice with a meaning of the dialect's code table.
+class Refuse(Exception):  # noqa: N818 - plug-ins raise it by this name: `raise Refuse("bad_token", "…")`
+    """Raised by a plug-in's `check(notice)` to refuse a notice. `meaning` chooses the answer code of the dialect.
 
-    Raises ValueError when `meaning` is none of `MEANINGS`: an answer nobody defined cannot be given.
+    Raises ValueError when `meaning` is none of `MEANINGS`, for which no dialect has a code.
     """
 
     def __init__(self, meaning: str, description: str = "Refused") -> None:
@@ -60,8 +63,8 @@ class Refuse(Exception):  # noqa: N818 - the name is the plug-in contract's: `ra
 class Notice:
     """One SessionExpired as received: parsed and authenticated, not yet recorded.
 
-    `token` and `request` are None where the dialect has none or the sender left them out; `extra` holds the fields
-    no dialect knows, as received.
+    `token` and `request` are None where the dialect has none or the sender left them out; `extra` has fields that the
+    dialect does not know, as received (docs/plugins.md, "Extra fields").
     """
 
     operator: str
@@ -97,7 +100,7 @@ class SessionEnded:
     extra: Mapping[str, Any] = field(repr=False)
 
 
-# Named tuples: hundreds are made at a time, each in a tenth of the time that a frozen dataclass takes.
+# Rows are named tuples because hundreds are made at a time: one takes a tenth of the time of a frozen dataclass.
 
 
 def _shown(row: NamedTuple, *hidden: str) -> str:
@@ -128,19 +131,22 @@ class Session(NamedTuple):
 
     @property
     def deadline_ms(self) -> int:
-        """Service time at which the session is idle for too long."""
+        """Service time at which the session ends for inactivity."""
         return self.seen_ms + self.idle_ms
 
 
 class Delivery(NamedTuple):
-    """One end for one sink: the row that is the queue. `body` is what is sent, byte for byte, at every attempt."""
+    """One end for one sink, as stored: the table of these rows is the queue.
+
+    `body` is sent as it is at every attempt.
+    """
 
     id: int
     nonce: str
     session: int
     operator: str
     session_id: str
-    token: str | None  # the session's
+    token: str | None  # the session's token
     sink: str
     state: DeliveryState
     created_at: int
@@ -161,18 +167,20 @@ class Delivery(NamedTuple):
 
     @property
     def webhook_id(self) -> str:
-        """The public id. It carries its row number, so finding it needs no index; the nonce keeps it unique for ever,
-        also after an older database was restored and row numbers are given out again.
+        """The public id of the delivery. The row number in it makes an index superfluous.
+
+        The random `nonce` keeps it unique, also after an older database was restored and row numbers are used again.
         """
         return f"msg_{self.id}_{self.nonce}"
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What holds an operator's URL back, persisted (contract, section 6). All times are wall milliseconds.
+    """What keeps deliveries to an operator's URL waiting: hold, breaker and Retry-After, as stored (docs/delivery.md).
 
-    `failures` counts failures in a row; the breaker is open from the fifth on, and `probe_at` says when the next
-    single attempt may go. `held_total_ms` sums finished holds, so that a hold stops a delivery's age.
+    `failures` counts failures in a row. The breaker opens at the fifth; then `probe_at` is when the next single attempt
+    may be sent, and `pause_ms` the pause before it. `not_before_at` is from Retry-After. `held_total_ms` is the sum of
+    finished holds, which no delivery's age includes. `paced_until_at` is when the last delivery retried by hand is due.
     """
 
     held_at: int | None = None
@@ -203,6 +211,6 @@ def rfc3339(at_ms: int | None) -> str | None:
     return f"{_second(seconds)}.{ms:03}Z"
 
 
-@lru_cache(256)  # documents made at about the same time share theirs: a quarter of the time
+@lru_cache(256)  # many documents are made in the same second: a quarter of the time without the cache
 def _second(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat().removesuffix("+00:00")

@@ -1,10 +1,10 @@
-"""With whose rights root touches a file: with root's own where root alone decides what lies there, else the owner's.
+"""With whose rights commands run by root open files: the directory owner's, unless root alone controls the way there.
 
-Whoever owns a directory can put a link in the place of a file at any moment, also between two calls, and root that
-follows it overwrites or gives away a file of root's. SQLite opens files by name, several to a database, so no handle
-helps. With the rights of the directory's owner a link leads no further than that owner could go alone.
+Whoever owns a directory can replace a file by a link at any moment, also between two calls. If root followed it, a file
+of root's would be overwritten or given away. Open file descriptors do not help, because SQLite opens several files of a
+database by name. With the rights of the directory's owner, a link leads nowhere that this owner could not go anyway.
 
-Nobody but root changes rights here: everybody else acts as himself, always.
+Other users than root always act with their own rights.
 """
 
 import os
@@ -22,26 +22,28 @@ _LINKS_MAX = 40  # as the kernel has it (path_resolution(7))
 
 
 class UnsafeError(Exception):
-    """Nobody's rights are safe to act with; the text says why, and what would help."""
+    """With no user's rights is it safe to go on. The text says why, and what would help."""
 
 
 class Rights(NamedTuple):
+    """Effective user, group and supplementary groups."""
+
     uid: int
     gid: int
     groups: tuple[int, ...]
 
 
 class _Place(NamedTuple):
-    """Where a path leads, as far as root alone decides it."""
+    """What following a path has shown, up to the first directory that is not root's."""
 
     owner: os.stat_result | None  # the first directory on the way that is not root's; None: they are all root's
-    file: os.stat_result | None  # what the path names, if it is there and the way to it is root's
-    open_way: Path | None  # a directory on the way in which others can exchange what lies there
-    shared: Path | None  # the directory that the file lies in, if others can make files there
+    file: os.stat_result | None  # what the path names, if it exists and every directory before it is root's
+    open_way: Path | None  # a directory on the way in which others can replace entries
+    shared: Path | None  # the directory of the file, if others can create files in it
 
 
 def for_database(path: Path) -> Rights:
-    """To act with on a database and on what SQLite keeps beside it. Raises UnsafeError."""
+    """The rights with which to open a database and the files that SQLite keeps beside it. Raises UnsafeError."""
     if os.geteuid():
         return own()
     place = _walk(path)
@@ -50,16 +52,18 @@ def for_database(path: Path) -> Rights:
     shared = place.open_way or place.shared
     if shared is None:
         return own()
-    # SQLite takes what lies beside a database for its own: where others can put something there, root keeps out
+    # SQLite uses whatever is beside a database under the right name, so root must not open one where others can create
+    # files
     if place.file is not None and place.file.st_uid:
         return _of(place.file.st_uid, place.file.st_gid)
     raise UnsafeError(f"{path}: others can make files in {shared}: root keeps its database where nobody else can")
 
 
 def for_result(path: Path, database: Rights) -> Rights:
-    """To write with what was read from the database of these rights, in a directory of its own beside the path.
+    """The rights with which to write a result (a backup, an export) beside `path`.
 
-    Raises UnsafeError. Not with anybody else's, for then he could read the result.
+    They are root's own or those with which the database was read (`database`), and no third user's, who could read the
+    result. Raises UnsafeError.
     """
     if os.geteuid():
         return own()
@@ -74,7 +78,7 @@ def for_result(path: Path, database: Rights) -> Rights:
 
 
 def for_source(path: Path) -> tuple[Rights, bool]:
-    """To read a file with, and whether others can put something beside it. Raises UnsafeError."""
+    """The rights with which to read a file, and whether others can create files beside it. Raises UnsafeError."""
     if os.geteuid():
         return own(), False
     place = _walk(path)
@@ -85,10 +89,9 @@ def for_source(path: Path) -> tuple[Rights, bool]:
 
 @contextmanager
 def acting_with(rights: Rights) -> Iterator[None]:
-    """Everything inside happens with these rights, in all threads. Raises UnsafeError if they cannot be had.
+    """Inside the context every thread of the process has these rights. Raises UnsafeError if they cannot be taken.
 
-    The real user stays root, so the user whose rights they are can neither kill nor trace this process
-    (credentials(7)).
+    The real user id stays root's, so that the other user can neither kill nor trace this process (credentials(7)).
     """
     before = own()
     if rights.uid == before.uid:
@@ -106,8 +109,9 @@ def acting_with(rights: Rights) -> Iterator[None]:
 
 
 def check_link(link: Path) -> None:
-    """Raises UnsafeError for a link that somebody else has put where everybody can: the kernel's fs.protected_symlinks,
-    also for links that are read and not followed.
+    """Raises UnsafeError for a link that another user has made in a directory that others can write to.
+
+    It is the rule of the kernel's fs.protected_symlinks, here also for links that are read and not followed.
     """
     directory, found = link.parent.stat(), link.lstat()
     if stat.S_ISLNK(found.st_mode) and _is_shared(directory) and found.st_uid not in (os.geteuid(), directory.st_uid):
@@ -115,12 +119,12 @@ def check_link(link: Path) -> None:
 
 
 def own() -> Rights:
-    """Those that are in force."""
+    """The rights that this process has now."""
     return Rights(os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
 
 def _of(uid: int, gid: int) -> Rights:
-    """The rights of a user; the group is that of the directory, which new files there are given."""
+    """The rights of a user; `gid` is the group of the directory, which new files there get."""
     try:
         groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
     except KeyError:
@@ -136,14 +140,14 @@ def _take(rights: Rights) -> None:
 
 
 def _is_shared(directory: os.stat_result) -> bool:
-    """Whether others than the owner can make files in it."""
+    """Whether others than the owner can create files in it."""
     return bool(directory.st_mode & 0o002 or (directory.st_mode & 0o020 and directory.st_gid))
 
 
 def _walk(path: Path) -> _Place:
     """Follows the path as the kernel does, as long as every directory is root's. Raises UnsafeError.
 
-    What it has seen stays so, for nobody but root can change it, except behind `open_way`.
+    What it returns stays true, because only root can change those directories; after `open_way` others can.
     """
     here = Path("/")
     parts = deque(path.absolute().parts[1:])
@@ -163,7 +167,7 @@ def _walk(path: Path) -> _Place:
         entry = here / part
         try:
             found = entry.lstat()
-        except OSError:  # whoever uses the path meets it too, and says so
+        except OSError:  # opening the path will fail in the same way and be reported then
             break
         if stat.S_ISLNK(found.st_mode):
             check_link(entry)

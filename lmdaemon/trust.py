@@ -1,7 +1,7 @@
-"""Who can have written a file that nobody named, such as a `config.toml` in the directory one happens to be in.
+"""Reads a configuration file that was found by its default name, such as `./config.toml`, only if it can be trusted.
 
-It is read only if it and its directory belong to the caller or to root, and nobody else can write to them. Everything
-is asked of open handles, so that nothing can be exchanged between the look and the reading.
+That is, if it and its directory belong to the caller or to root, and nobody else can write to them. Open file
+descriptors are checked, not names, so that nothing can be exchanged between the check and the reading.
 """
 
 import grp
@@ -12,16 +12,16 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-# A planted FIFO must not hold us up
+# Not blocking, for to open a FIFO that somebody has put there would wait for ever
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class UntrustedError(Exception):
-    """Somebody else may have written the file. The text says what is wrong with which of the two."""
+    """Somebody else may have written the file. The text says what is wrong, with the file or with its directory."""
 
 
 def read(path: Path) -> bytes:
-    """The content of the file, links followed. Raises UntrustedError, OSError."""
+    """The content of the file; links are followed. Raises UntrustedError and OSError."""
     real = Path(os.path.realpath(path))
     with ExitStack() as stack:
         for directory in (path.parent, real.parent):  # of the link, and of what it leads to
@@ -44,7 +44,7 @@ def _check(found: os.stat_result, what: str) -> None:
 
 
 def _is_private(gid: int, uid: int) -> bool:
-    """Whether the group is the owner's alone, as many systems make one for each user (pam_umask(8), usergroups)."""
+    """Whether the group has no member but the owner. Many systems make such a group for each user (pam_umask(8))."""
     with suppress(KeyError):
         owner, group = pwd.getpwuid(uid), grp.getgrgid(gid)
         return owner.pw_gid == gid and group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name}
@@ -52,7 +52,7 @@ def _is_private(gid: int, uid: int) -> bool:
 
 
 def user_name(uid: int) -> str:
-    """The user's name, or the number of one without a name."""
+    """The user's name, or "user NUMBER" where it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from random import Random
@@ -17,18 +17,21 @@ from typing import Any, TypeVar, get_args
 
 from aiohttp import web
 
-from lmdaemon import log, plugins, retry, systemd
-from lmdaemon.clock import FREEZES, Clock
+from lmdaemon import log, plugins, systemd
+from lmdaemon.clock import Clock
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Plugin, Settings, changes
 from lmdaemon.config.values import Listen
-from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
+from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
+from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.health import Health
-from lmdaemon.metrics import Metrics, Reading, by_label, plain
+from lmdaemon.metrics import Metrics
 from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.pruner import Pruner
+from lmdaemon.readings import Readings
 from lmdaemon.store.contract import StoreError, StoreObserver
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
@@ -49,9 +52,6 @@ from lmdaemon.web.listener import (
 from lmdaemon.web.requests import address_of, bind
 
 STATUS_EVERY_S = 10.0
-PRUNE_EVERY_MAX_S = 3600.0
-PRUNE_EVERY_MIN_S = 1.0  # each is a commit, whatever keep_ended says
-PRUNE_PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
 # What systemd is asked to wait for, where its own limits are shorter
 START_S = 60.0
 UPGRADE_BYTES_S = 10e6  # a slow disk's
@@ -62,11 +62,6 @@ NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.resta
 events = log.Log("daemon")
 
 _T = TypeVar("_T")
-
-
-def prune_every_s(keep_ended_s: float) -> float:
-    """The wait between two prunings: a tenth of what is kept, within bounds."""
-    return min(max(keep_ended_s / 10, PRUNE_EVERY_MIN_S), PRUNE_EVERY_MAX_S)
 
 
 class _Recorder(StoreObserver):
@@ -161,7 +156,7 @@ class Daemon:
                     "writer": self._store.run(),
                     "sweeper": self._sweeper.run(),
                     "dispatcher": self._dispatcher.run(),
-                    "pruner": self._prune_for_ever(),
+                    "pruner": self._pruner.run(),
                     "reloader": self._reload_for_ever(),
                     "status": self._report_for_ever(),
                 }.items()
@@ -189,6 +184,7 @@ class Daemon:
         self._hearing = Hearing(self._store.service_clock)
         self._bounds = Bounds()
         self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s, self._metrics)
+        self._pruner = Pruner(self._store, self._clock, lambda: self.settings.keep_ended_s)
         pulses = {"sweeper": self._sweeper.pulse, "dispatcher": self._dispatcher.pulse}
         self._health = Health(
             self._store,
@@ -408,28 +404,6 @@ class Daemon:
         by_name = kept | {plugin.name: plugin for plugin in made}
         return {name: by_name[name] for name in new.plugins}
 
-    async def _prune_for_ever(self) -> None:
-        while True:
-            try:
-                await self._prune()
-            except StoreError as error:
-                events.warning("store.not_pruned", reason=str(error))
-            await asyncio.sleep(prune_every_s(self.settings.keep_ended_s))
-
-    async def _prune(self) -> None:
-        """Deletes what ended longer ago than keep_ended, in small batches, the oldest first."""
-        before_at = self._clock.wall_ms() - int(self.settings.keep_ended_s * 1000)
-        pruned, after = 0, (0, 0)
-        while True:
-            count, go_on = await self._store.prune(before_at, after)
-            pruned += count
-            if go_on is None:
-                break
-            after = go_on
-            await asyncio.sleep(PRUNE_PAUSE_S)
-        if pruned:
-            events.info("store.pruned", sessions=pruned)
-
     async def _report_for_ever(self) -> None:
         """Feeds the watchdog and keeps STATUS up to date, if a service manager listens."""
         if not self._notifier.listening:
@@ -466,125 +440,18 @@ class Daemon:
         metrics = self._metrics
         self._store.observe(_Recorder(self._store, metrics))
         metrics.reloaded(self._clock.wall_ms() / 1000)
-        metrics.watch(self._readings)
-
-    def _readings(self) -> list[Reading]:
-        """What is read at a scrape, from maintained figures: no I/O. It runs on a thread beside the event loop, so it
-        changes nothing, and copies what may grow meanwhile.
-        """
-        return [
-            *self._operator_readings(),
-            *self._delivery_readings(),
-            *self._own_readings(),
-            *self._tls_readings(),
-            *self._store_readings(),
-        ]
-
-    def _operator_readings(self) -> Iterator[Reading]:
-        """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
-        now_at = self._clock.wall_ms()
-        waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]
-        names = sorted({*waiting, *self.settings.operators})
-        figures = {name: self._store.figures_of(name) for name in names}
-        gates = {name: self._store.gate(name) for name in names}
-        states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
-        per_operator: list[tuple[str, str, dict[str, float]]] = [
-            ("sessions_live", "Sessions that are active.", {n: f.live for n, f in figures.items()}),
-            ("deliveries_pending", "Deliveries not settled yet.", {n: f.pending for n, f in figures.items()}),
-            ("deliveries_dead", "Deliveries given up.", {n: f.dead for n, f in figures.items()}),
-            ("operator_held", "1 while sending is held.", {n: float(g.held_at is not None) for n, g in gates.items()}),
-            (
-                "operator_breaker_state",
-                "0 closed, 1 half-open, 2 open.",
-                {n: states[retry.breaker(g, now_at)] for n, g in gates.items()},
-            ),
-            (
-                "operator_not_before_timestamp_seconds",
-                "Until when a Retry-After or the breaker puts the next attempt off; 0 when neither does.",
-                {n: (retry.not_before(g, now_at) or 0) / 1000 for n, g in gates.items()},
-            ),
-        ]
-        for name, help_text, values in per_operator:
-            yield by_label(name, help_text, "operator", values)
-
-    def _delivery_readings(self) -> Iterator[Reading]:
-        lane = ("operator", "sink")
-        overdue = "How long the earliest due delivery has waited for a free slot; 0 while its operator is kept back."
-        yield "lmdaemon_deliveries_in_flight", "Attempts under way.", lane, self._dispatcher.attempting
-        yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
-
-    def _own_readings(self) -> Iterator[Reading]:
-        """Of the daemon itself: loops, clock, log, connections."""
-        frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
-        accepting = {name: float(name not in self._hearing.deaf) for name in self._sites}
-        most = {name: float(site.most) for name, site in self._sites.items()}
-        connections = {name: float(site.connections) for name, site in self._sites.items()}
-        turned = {
-            (name, limit): float(count)
-            for name, site in self._sites.items()
-            for limit, count in site.turned_away.copy().items()
-        }
-        yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
-        yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
-        yield plain("stalled_seconds_total", "Time in stalls, which counts as no idleness.", self._sweeper.lost_s)
-        yield plain(
-            "expiry_hold_seconds",
-            "For how long nothing ends for inactivity yet: the grace after a start, or a pause after a stall.",
-            self._sweeper.hold_s,
+        readings = Readings(
+            store=self._store,
+            clock=self._clock,
+            settings=lambda: self.settings,
+            sweeper=self._sweeper,
+            dispatcher=self._dispatcher,
+            health=self._health,
+            hearing=self._hearing,
+            bounds=self._bounds,
+            sites=self._sites,
         )
-        yield plain(
-            "mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)
-        )
-        yield by_label("log_events_total", "Events of these levels, written or suppressed.", "level", log.happened)
-        yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
-        yield by_label("http_connections", "Open connections.", "listener", connections)
-        yield by_label("http_connections_max", "Connections that a listener takes.", "listener", most)
-        cut = {(name, why): float(n) for name, site in self._sites.items() for why, n in site.cuts.items()}
-        beyond = "Connections beyond what the listener takes, or what it takes from one address."
-        yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
-        yield "lmdaemon_http_connections_cut_total", "Connections cut.", ("listener", "reason"), cut
-        held = {"strangers": self._bounds.strangers.used, "known": self._bounds.known.used}
-        yield by_label("http_held_bytes", "Received and not answered, or answered and not taken.", "by", held)
-        yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
-
-    def _tls_readings(self) -> Iterator[Reading]:
-        """Of listeners with TLS, and of what is shown to operators: the first certificate of a file to end counts."""
-        ends = {
-            tuple(key.rpartition(".")[::2]): min(one.not_after for one in pem.certificates).timestamp()
-            for key, pem in self.settings.pems.items()
-            if pem.certificates
-        }
-        own = {at: end for (at, key), end in ends.items() if key == "tls_cert_file"}
-        shown = {at.removeprefix("operators."): end for (at, key), end in ends.items() if key == "client_cert_file"}
-        help_text = "When a listener's certificate expires."
-        yield by_label("certificate_expires_timestamp_seconds", help_text, "listener", own)
-        help_text = "When the certificate that is shown to an operator expires."
-        yield by_label("client_certificate_expires_timestamp_seconds", help_text, "operator", shown)
-        failed = {
-            (name, reason): float(count)
-            for name in self.settings.tls
-            for reason, count in self._sites[name].handshakes_failed.copy().items()
-        }
-        labels = ("listener", "reason")
-        yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed
-
-    def _store_readings(self) -> Iterator[Reading]:
-        store = self._store
-        yield plain("store_writable", "1 while the last write succeeded.", float(store.failure is None))
-        yield plain(
-            "store_transaction_seconds",
-            "How long the running transaction has been running; 0 between two.",
-            self._health.writing_s,
-        )
-        yield plain("store_waiting_operations", "Operations that wait for the writer.", store.waiting)
-        yield plain("store_wal_bytes", "Size of the write-ahead log at the last transaction.", store.wal_bytes)
-        yield plain("store_file_bytes", "Size of the database file at the last transaction.", store.file_bytes)
-        yield by_label(
-            "store_refused_operations_total",
-            "Operations refused: the caller was told to retry.",
-            "reason",
-            store.refused,
-        )
+        metrics.watch(readings.read)
 
 
 def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 Reason = Literal["inactivity", "max_lifetime", "closed", "reported"]
 DeliveryState = Literal["pending", "delivered", "dead"]
+DELIVERY_STATES: tuple[DeliveryState, ...] = get_args(DeliveryState)
 HTTP_SINK = "http"
 PLUGIN_PREFIX = "plugin:"
 

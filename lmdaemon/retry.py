@@ -176,16 +176,17 @@ def hold(gate: Gate, now_at: int, reason: str) -> Gate:
 
 def release(gate: Gate, now_at: int) -> Gate:
     """The gate without hold, breaker and Retry-After. The time on hold is added to what no delivery's age includes."""
-    held_ms = 0 if gate.held_at is None else max(0, now_at - gate.held_at)
-    return Gate(held_total_ms=gate.held_total_ms + held_ms, paced_until_at=gate.paced_until_at)
+    return Gate(held_total_ms=held_ms(gate, now_at), paced_until_at=gate.paced_until_at)
+
+
+def held_ms(gate: Gate, now_at: int) -> int:
+    """How long the operator has been on hold so far (ms), including a hold that is in force."""
+    return gate.held_total_ms + (0 if gate.held_at is None else max(0, now_at - gate.held_at))
 
 
 def age_ms(aged_from_at: int, held_base_ms: int, gate: Gate, now_at: int) -> int:
     """Age of a delivery (ms): wall time since it was created or retried by hand, without the time on hold since then.
 
-    `held_base_ms` is the gate's `held_total_ms` at that moment.
+    `held_base_ms` is what `held_ms` was at that moment.
     """
-    held_ms = gate.held_total_ms - held_base_ms
-    if gate.held_at is not None:
-        held_ms += max(0, now_at - gate.held_at)
-    return now_at - aged_from_at - held_ms
+    return now_at - aged_from_at - (held_ms(gate, now_at) - held_base_ms)

@@ -20,8 +20,8 @@ from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, f
 from lmdaemon.commands.recipient import checked_id, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
 from lmdaemon.config.settings import Operator
-from lmdaemon.delivery.dispatcher import compose
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
+from lmdaemon.delivery.sinks import compose
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.masks import MASK, fields_of
 from lmdaemon.model import Session

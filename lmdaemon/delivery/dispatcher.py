@@ -6,207 +6,26 @@ never hold more rows than three times a lane's slots (under way, ahead, not stor
 """
 
 import asyncio
-import heapq
-import json
-from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import count
 from random import Random
 from typing import Any, Protocol
-from uuid import uuid4
 
 from lmdaemon import masks, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Policy, Settings
+from lmdaemon.delivery.lanes import Agenda, Lane
 from lmdaemon.delivery.sender import Sender, Unreachable
-from lmdaemon.dialects import CannotEncode, encode
+from lmdaemon.delivery.sinks import event_of
 from lmdaemon.log import Log, place, safe_url
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, Session, SessionEnded, rfc3339, utc
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, rfc3339
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.pulse import Pulse, Rounds, WakeObserver
-from lmdaemon.store.contract import Claim, NewDelivery, Settled, Settlement, Store, StoreError, StoreObserver
+from lmdaemon.store.contract import Claim, Settled, Settlement, Store, StoreError, StoreObserver
 
 STORE_RETRY_S = 1.0
 DRAIN_EXTRA_S = 5.0
-LOOK_AGAIN_MS = 60_000
 
 log = Log("delivery")
-
-
-# -- what an end means for its sinks
-
-
-def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
-    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs for the end's own
-    transaction, on the writer's thread or the event loop, and perhaps for a second try: pure.
-    """
-    operator = settings.operators.get(session.operator)
-    if operator is None:
-        return []
-    found = [_to_url(operator, session)] if operator.notify else []
-    plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
-    return found + [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
-
-
-def _to_url(operator: Operator, session: Session) -> NewDelivery:
-    try:
-        return NewDelivery(HTTP_SINK, compose(operator, session))
-    except CannotEncode as error:
-        return NewDelivery(HTTP_SINK, b"", error.cause)
-
-
-def compose(operator: Operator, session: Session) -> bytes:
-    """The body for the operator's URL. Raises CannotEncode when nothing can be sent."""
-    return encode(
-        operator.sends,
-        provider_id=operator.provider_id,
-        session_id=session.session_id,
-        player_id=session.player_id,
-        token=session.token,
-        request_id=uuid4().hex if "request" in operator.sends.fields else "",
-        hash_key=operator.hash_key,
-    )
-
-
-# -- lanes and the loop
-
-
-class Lane:
-    """One operator and sink: its policy, its free slots, the rows read ahead, and when the next of those that were not
-    is due (wall ms; None: nothing is).
-    """
-
-    def __init__(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> None:
-        self.operator = operator
-        self.sink = sink
-        self.policy = policy
-        self.plugin = plugin
-        self.next_due_at: int | None = 0  # looked up at the first round
-        self.look_again_at = 0  # wall ms from which what is believed above is looked up again
-        self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
-        self.delivered = 0  # of them, those that were answered with success: they hold no slot
-        self.ahead: deque[Delivery] = deque()  # due, and read before there was a slot
-        self.closing = 0  # answers that keep the operator back (Retry-After, 410) and are not stored yet
-        self.failed = 0  # attempts in a row
-
-    def look_again(self, now_at: int) -> None:
-        """Once a minute whatever is believed is looked up: an overlooked row would wait for ever."""
-        if now_at >= self.look_again_at:
-            self.next_due_at, self.look_again_at = 0, now_at + LOOK_AGAIN_MS
-
-    def note_due(self, due_at: int) -> None:
-        """A row is due then, perhaps before those known so far."""
-        self.next_due_at = due_at if self.next_due_at is None else min(self.next_due_at, due_at)
-
-    @property
-    def gated(self) -> bool:
-        """Hold, Retry-After and breaker are for URLs; a plug-in has its schedule."""
-        return self.plugin is None
-
-    @property
-    def attempting(self) -> int:
-        """Attempts under way."""
-        return len(self.in_flight) - self.delivered
-
-    @property
-    def slots(self) -> int:
-        """Attempts that may be added to those under way. As many successes again may wait to be stored."""
-        most = self.policy.concurrency
-        stray = self.plugin.stray if self.plugin is not None else 0
-        return max(0, most + min(most, self.delivered) - len(self.in_flight) - stray)
-
-    def free(self, gate: Gate, now_at: int) -> int:
-        """How many attempts may begin now."""
-        opens_at = retry.opens_at(gate) if self.gated else 0
-        return 0 if opens_at is None or opens_at > now_at else self._places(gate)
-
-    def probes(self, gate: Gate) -> bool:
-        """Whether no more than one attempt at a time is let through."""
-        return self.gated and gate.failures >= retry.BREAKER_OPENS_AT
-
-    def _places(self, gate: Gate) -> int:
-        """Attempts that may be added once the gate lets something through: one probe, or as many as there are slots."""
-        if self.closing:
-            return 0
-        if self.probes(gate):
-            return 0 if self.in_flight else 1
-        return self.slots
-
-    @property
-    def wanted(self) -> int:
-        """How many rows to read: for the free slots, and as many ahead as there are slots in all, so that an attempt's
-        end is followed by the next without a look into the table.
-        """
-        return max(0, self.slots + self.policy.concurrency - len(self.ahead))
-
-    def overdue_s(self, gate: Gate, now_at: int) -> float:
-        """Seconds for which its earliest row could have been sent but for the slots. Also called beside the event loop,
-        which may take that row meanwhile.
-        """
-        opens_at = retry.opens_at(gate) if self.gated else 0
-        try:
-            due_at = self._due_at
-        except IndexError:
-            return 0.0
-        if not due_at or opens_at is None:  # 0: about to be looked up
-            return 0.0
-        return max(0, now_at - max(due_at, opens_at)) / 1000
-
-    def ready_at(self, gate: Gate) -> int | None:
-        """Wall time from which attempts can begin; None while only a wake-up can change that."""
-        opens_at = retry.opens_at(gate) if self.gated else 0
-        if self._due_at is None or opens_at is None:
-            return None
-        at = max(self._due_at, opens_at)
-        return at if self._places(gate) else None
-
-    @property
-    def _due_at(self) -> int | None:
-        """When its earliest row is due, read or not."""
-        return self.ahead[0].due_at if self.ahead else self.next_due_at
-
-
-class Agenda:
-    """The lanes to look at now, and those to look at later: a round costs what has changed, not what is configured."""
-
-    def __init__(self) -> None:
-        self._now: dict[Lane, None] = {}
-        self._planned: dict[Lane, int] = {}
-        self._heap: list[tuple[int, int, Lane]] = []  # also of times that were planned once and are no longer
-        self._number = count()  # two lanes of one time have an order
-
-    def now(self, lane: Lane) -> None:
-        self._now[lane] = None
-
-    def plan(self, lane: Lane, at: int | None) -> None:
-        """At that wall time (ms), or not before somebody says so. Takes the place of what was planned."""
-        if at is None:
-            self._planned.pop(lane, None)
-        elif self._planned.get(lane) != at:
-            self._planned[lane] = at
-            heapq.heappush(self._heap, (at, next(self._number), lane))
-
-    def drop(self, lane: Lane) -> None:
-        """It is not looked at any more."""
-        self._now.pop(lane, None)
-        self._planned.pop(lane, None)
-
-    def take(self, now_at: int) -> list[Lane]:
-        """Those whose time has come; they are off the agenda."""
-        while (at := self._planned_at()) is not None and at <= now_at:
-            self.now(self._heap[0][2])
-            del self._planned[self._heap[0][2]]
-        lanes = list(self._now)
-        self._now.clear()
-        return lanes
-
-    def next_at(self, now_at: int) -> int | None:
-        return now_at if self._now else self._planned_at()
-
-    def _planned_at(self) -> int | None:
-        while self._heap and self._planned.get(self._heap[0][2]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
 
 
 class AttemptObserver(WakeObserver, Protocol):
@@ -605,10 +424,6 @@ class Dispatcher(StoreObserver):
             await asyncio.wait(late)
 
 
-def _json_object(text: str | None) -> Mapping[str, Any]:
-    return json.loads(text) if text else {}
-
-
 def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
     """The history's entry of an attempt that began then. One that failed has what was answered, None if nothing was."""
     attempt = {
@@ -625,23 +440,3 @@ def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
 
 def _shown_url(lane: Lane) -> str | None:
     return safe_url(lane.operator.url) if lane.plugin is None else None
-
-
-def event_of(operator: Operator, session: Session, event_id: str) -> SessionEnded:
-    """The end of a session as plug-ins see it: the same at every attempt, for an ended session never changes."""
-    assert session.reason is not None  # noqa: S101 - only ended sessions have deliveries
-    assert session.ended_at is not None  # noqa: S101
-    return SessionEnded(
-        id=event_id,
-        operator=operator.name,
-        provider_id=operator.provider_id,
-        session_id=session.session_id,
-        player_id=session.player_id,
-        token=session.token,
-        reason=session.reason,
-        opened_at=utc(session.opened_at),
-        last_seen_at=utc(session.seen_at),
-        ended_at=utc(session.ended_at),
-        attributes=_json_object(session.attributes),
-        extra=_json_object(session.extra),
-    )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from lmdaemon import retry
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 from lmdaemon.store.contract import (
     SWEEP_ROWS,
@@ -77,7 +78,7 @@ class Questions:
     sweeps: int = 0  # for so many sweeps of SWEEP_ROWS: what is past its lifetime?
     due_ms: int | None = None  # and what is due as of then
     retry: RetryDead | None = None  # which of its deliveries are dead, and may be sent?
-    deliveries: list[str] = field(default_factory=list)  # by their public ids
+    deliveries: list[str] = field(default_factory=list)  # by their public ids; and which are dead, and may be sent?
     pruning: Pruning | None = None
 
 
@@ -97,7 +98,7 @@ class Facts:
     pending: frozenset[int] = frozenset()  # of the results' deliveries
     outlived: Sequence[Session] = ()  # the longest past its lifetime first
     due: Sequence[Session] = ()  # the earliest due first
-    dead: Mapping[int, str] = field(default_factory=dict)  # sinks of a RetryDead's deliveries that may be sent
+    dead: dict[int, str] = field(default_factory=dict)  # sinks, of those to retry that are dead and may be sent
     deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)
     old: Sequence[tuple[int, int]] = ()  # (id, ended_at) of sessions old enough to be pruned
     old_deliveries: Sequence[OldDelivery] = ()
@@ -532,7 +533,7 @@ class _Decision:
     def retry_one(self, retries: Iterable[RetryOne]) -> None:
         for one in retries:
             delivery = self._looked_up.deliveries[one.webhook_id]
-            if delivery is not None and delivery.state == "dead" and may_be_sent(delivery):
+            if delivery is not None and delivery.id in self._looked_up.dead:
                 self._revive(delivery.operator, [(delivery.id, delivery.sink)])
             self._changes.answers.append(delivery)
 
@@ -549,7 +550,7 @@ class _Decision:
         gate = self._gate(operator)
         due_at = max(self._now, gate.paced_until_at)
         for number, sink in dead:
-            self._changes.revived.append((number, due_at, self._now, _held_ms(gate, self._now)))
+            self._changes.revived.append((number, due_at, self._now, retry.held_ms(gate, self._now)))
             self._note_due(operator, sink, due_at)
             due_at += RETRY_SPACING_MS
         self._changes.gates[operator] = replace(gate, paced_until_at=due_at)
@@ -594,7 +595,7 @@ class _Decision:
         for session, its in zip(self._changes.ends, sinks, strict=True):
             if not its:
                 continue
-            figures, held_ms = self._figures(session.operator), _held_ms(self._gate(session.operator), now)
+            figures, held_ms = self._figures(session.operator), retry.held_ms(self._gate(session.operator), now)
             for sink, body, impossible in its:
                 if impossible is None:
                     figures.pending += 1
@@ -678,16 +679,6 @@ def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
         probe_at=back(gate.probe_at),
         paced_until_at=back(gate.paced_until_at),
     )
-
-
-def _held_ms(gate: Gate, now_at: int) -> int:
-    """How long the operator has been held so far, a hold under way included: where a new delivery's age starts."""
-    return gate.held_total_ms + (max(0, now_at - gate.held_at) if gate.held_at is not None else 0)
-
-
-def may_be_sent(delivery: Delivery) -> bool:
-    """Whether it can ever be sent: an http delivery without a body could not be composed."""
-    return bool(delivery.body) or delivery.sink != "http"
 
 
 _DIGEST = "\x1f"  # begins what is left of a token; a token itself has no control characters

@@ -20,9 +20,8 @@ from clocks import HandClock
 from processes import free_ports, process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
-from lmdaemon import tls
+from lmdaemon import pruner, tls
 from lmdaemon.commands.serve import GARBAGE, SWITCH_S
-from lmdaemon.daemon import prune_every_s
 
 OPERATOR = """
 [operators.acme]
@@ -82,7 +81,7 @@ async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Pa
 
 @pytest.mark.parametrize(("kept_s", "every_s"), [(0.001, 1), (60, 6), (36_000, 3600), (90 * 86_400, 3600)])
 def test_pruning_comes_every_tenth_of_what_is_kept_but_hourly_and_no_spin(kept_s: float, every_s: float) -> None:
-    assert prune_every_s(kept_s) == every_s
+    assert pruner.every_s(kept_s) == every_s
 
 
 class TestReload:

@@ -33,8 +33,9 @@ from support import load
 from lmdaemon import retry
 from lmdaemon.clock import STALL_S
 from lmdaemon.config.settings import Operator, Settings
-from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher, sinks_of
+from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Unreachable
+from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules

@@ -23,11 +23,10 @@ from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_o
 from lmdaemon import retry
 from lmdaemon.config import target
 from lmdaemon.config.settings import Operator, Settings
-from lmdaemon.delivery import dispatcher as delivery
-from lmdaemon.delivery import resolver
-from lmdaemon.delivery.dispatcher import compose, sinks_of
+from lmdaemon.delivery import lanes, resolver
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
+from lmdaemon.delivery.sinks import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.model import Session, rfc3339
 from lmdaemon.store.contract import StoreObserver
@@ -1114,7 +1113,7 @@ async def test_what_waits_is_looked_at_once_a_minute_whatever_is_believed(tmp_pa
         b.dispatcher._lanes["acme", "http"].next_due_at = None  # overlooked, as a bug might
         wait_s = await b.round()
         assert wait_s is not None
-        assert 1 < wait_s <= delivery.LOOK_AGAIN_MS / 1000
+        assert 1 < wait_s <= lanes.LOOK_AGAIN_MS / 1000
         clock.advance(wait_s)
         assert await b.round() is None  # nothing is pending, so nothing is looked at
         assert (await b.row()).state == "delivered"

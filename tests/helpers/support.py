@@ -20,8 +20,9 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import reader
 from lmdaemon.config.settings import Settings
 from lmdaemon.daemon import Daemon
-from lmdaemon.delivery.dispatcher import Dispatcher, sinks_of
+from lmdaemon.delivery.dispatcher import Dispatcher
 from lmdaemon.delivery.sender import Sender
+from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.model import Delivery
 from lmdaemon.store.contract import Opening
 from lmdaemon.store.sqlite.store import Store

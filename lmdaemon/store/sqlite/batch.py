@@ -29,6 +29,7 @@ from lmdaemon.store.rules import (
 )
 from lmdaemon.store.sqlite.rows import (
     ENDED_BEFORE,
+    MAY_BE_SENT,
     SESSION,
     as_rows,
     delivery_by_webhook_id,
@@ -56,8 +57,6 @@ DUE_LIFETIME = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
       ORDER BY lifetime_at LIMIT ?)"""
-# A delivery that may be sent again; an http one without a body could never be composed.
-MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 # By their numbers: without the `+` SQLite would look through all that is dead.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
@@ -93,6 +92,9 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
     if asked.retry is not None:
         facts.dead = dict(fetch(sql, DEAD, to_json(asked.retry.deliveries), asked.retry.operator))
     facts.deliveries = {name: delivery_by_webhook_id(sql, name) for name in asked.deliveries}
+    for found in facts.deliveries.values():
+        if found is not None:
+            facts.dead |= dict(fetch(sql, DEAD, to_json([found.id]), found.operator))
     if asked.pruning is not None:
         rows = fetch(sql, ENDED_BEFORE, asked.pruning.before_at, *asked.pruning.after, PRUNE_ROWS)
         facts.old = [(number, ended_at) for number, ended_at in rows]

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
-from lmdaemon.model import Delivery, DeliveryState, Session
+from lmdaemon.model import DELIVERY_STATES, Delivery, Session
 from lmdaemon.store.contract import PAGE_BYTES, Page
-from lmdaemon.store.sqlite.rows import as_rows, fetch, number_of, to_json
+from lmdaemon.store.sqlite.rows import MAY_BE_SENT, as_rows, fetch, number_of, to_json
 
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
 PLAYER_ROWS = 10_000  # and for one page: few of them may be in the state that is asked for
-STATES: Sequence[DeliveryState] = ("pending", "delivered", "dead")
 BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
@@ -70,8 +69,8 @@ SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id =
 
 # Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again.
 _DIED = f"""
-SELECT {as_rows("id, settled_at, sink <> 'http' OR size > 0")}
-FROM (SELECT id, settled_at, sink, length(body) AS size FROM delivery
+SELECT {as_rows("id, settled_at, may_be_sent")}
+FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent FROM delivery
       WHERE operator = ? AND state = 'dead' AND (settled_at, id) > (?, ?) ORDER BY settled_at, id LIMIT ?)"""
 
 
@@ -119,7 +118,7 @@ def delivery_page(
     """Deliveries of these operators with ids below `after`: as many steps in the index as there are operators with
     their sinks, and a few for each row.
     """
-    states = STATES if state is None else [state]
+    states = DELIVERY_STATES if state is None else [state]
     lanes = [(name, one) for name in operators for one in ([sink] if sink else _sinks(sql, name))]
     ids = _first([_ids(sql, _OF_LANE, (*lane, one), after) for lane in lanes for one in states], limit + 1)
     return _page(_deliveries(sql, ids[:limit]), ids)

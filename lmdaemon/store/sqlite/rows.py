@@ -31,6 +31,9 @@ _SESSION_BY_KEY = f"SELECT {SESSION} FROM session WHERE operator = ? AND session
 _DELIVERY_BY_ID = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
+# A delivery that may be sent, now or again; an http one without a body could never be composed.
+MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
+
 ENDED_BEFORE = f"""
 SELECT {as_rows("id, ended_at")}
 FROM (SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)

@@ -1,0 +1,70 @@
+"""What an end means for whom: a delivery for each sink of its operator, the body for a URL, the event for a plug-in.
+
+Pure, but for the id of a request: it is called inside the end's own transaction.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from uuid import uuid4
+
+from lmdaemon.config.settings import Operator, Settings
+from lmdaemon.dialects import CannotEncode, encode
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Session, SessionEnded, utc
+from lmdaemon.store.contract import NewDelivery
+
+
+def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
+    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs for the end's own
+    transaction, on the writer's thread or the event loop, and perhaps for a second try: pure.
+    """
+    operator = settings.operators.get(session.operator)
+    if operator is None:
+        return []
+    found = [_to_url(operator, session)] if operator.notify else []
+    plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
+    return found + [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
+
+
+def _to_url(operator: Operator, session: Session) -> NewDelivery:
+    try:
+        return NewDelivery(HTTP_SINK, compose(operator, session))
+    except CannotEncode as error:
+        return NewDelivery(HTTP_SINK, b"", error.cause)
+
+
+def compose(operator: Operator, session: Session) -> bytes:
+    """The body for the operator's URL. Raises CannotEncode when nothing can be sent."""
+    return encode(
+        operator.sends,
+        provider_id=operator.provider_id,
+        session_id=session.session_id,
+        player_id=session.player_id,
+        token=session.token,
+        request_id=uuid4().hex if "request" in operator.sends.fields else "",
+        hash_key=operator.hash_key,
+    )
+
+
+def event_of(operator: Operator, session: Session, event_id: str) -> SessionEnded:
+    """The end of a session as plug-ins see it: the same at every attempt, for an ended session never changes."""
+    assert session.reason is not None  # noqa: S101 - only ended sessions have deliveries
+    assert session.ended_at is not None  # noqa: S101
+    return SessionEnded(
+        id=event_id,
+        operator=operator.name,
+        provider_id=operator.provider_id,
+        session_id=session.session_id,
+        player_id=session.player_id,
+        token=session.token,
+        reason=session.reason,
+        opened_at=utc(session.opened_at),
+        last_seen_at=utc(session.seen_at),
+        ended_at=utc(session.ended_at),
+        attributes=_json_object(session.attributes),
+        extra=_json_object(session.extra),
+    )
+
+
+def _json_object(text: str | None) -> Mapping[str, Any]:
+    return json.loads(text) if text else {}

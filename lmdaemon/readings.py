@@ -1,0 +1,162 @@
+"""What `/metrics` reads from the parts at a scrape: gauges, and counters that a part keeps itself.
+
+Made by `daemon`, called by `metrics` on a thread beside the event loop. It must not do I/O nor change anything, and
+copies what may grow meanwhile.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from lmdaemon import log, retry
+from lmdaemon.clock import FREEZES, Clock
+from lmdaemon.config.settings import Settings
+from lmdaemon.delivery.dispatcher import Dispatcher
+from lmdaemon.health import Health
+from lmdaemon.metrics import Reading, by_label, plain
+from lmdaemon.store.contract import Store
+from lmdaemon.sweeper import Sweeper
+from lmdaemon.web.listener import Bounds, Hearing, Site
+
+
+class Readings:
+    """`settings` gives those in force; `sites` the listeners by name, once they listen."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        settings: Callable[[], Settings],
+        sweeper: Sweeper,
+        dispatcher: Dispatcher,
+        health: Health,
+        hearing: Hearing,
+        bounds: Bounds,
+        sites: Mapping[str, Site],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._settings = settings
+        self._sweeper = sweeper
+        self._dispatcher = dispatcher
+        self._health = health
+        self._hearing = hearing
+        self._bounds = bounds
+        self._sites = sites
+
+    def read(self) -> list[Reading]:
+        """What is read at a scrape, from maintained figures: no I/O. It runs on a thread beside the event loop, so it
+        changes nothing, and copies what may grow meanwhile.
+        """
+        return [
+            *self._of_operators(),
+            *self._of_deliveries(),
+            *self._of_the_daemon(),
+            *self._of_certificates(),
+            *self._of_the_store(),
+        ]
+
+    def _of_operators(self) -> Iterator[Reading]:
+        """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
+        now_at = self._clock.wall_ms()
+        waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]
+        names = sorted({*waiting, *self._settings().operators})
+        figures = {name: self._store.figures_of(name) for name in names}
+        gates = {name: self._store.gate(name) for name in names}
+        states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+        per_operator: list[tuple[str, str, dict[str, float]]] = [
+            ("sessions_live", "Sessions that are active.", {n: f.live for n, f in figures.items()}),
+            ("deliveries_pending", "Deliveries not settled yet.", {n: f.pending for n, f in figures.items()}),
+            ("deliveries_dead", "Deliveries given up.", {n: f.dead for n, f in figures.items()}),
+            ("operator_held", "1 while sending is held.", {n: float(g.held_at is not None) for n, g in gates.items()}),
+            (
+                "operator_breaker_state",
+                "0 closed, 1 half-open, 2 open.",
+                {n: states[retry.breaker(g, now_at)] for n, g in gates.items()},
+            ),
+            (
+                "operator_not_before_timestamp_seconds",
+                "Until when a Retry-After or the breaker puts the next attempt off; 0 when neither does.",
+                {n: (retry.not_before(g, now_at) or 0) / 1000 for n, g in gates.items()},
+            ),
+        ]
+        for name, help_text, values in per_operator:
+            yield by_label(name, help_text, "operator", values)
+
+    def _of_deliveries(self) -> Iterator[Reading]:
+        lane = ("operator", "sink")
+        overdue = "How long the earliest due delivery has waited for a free slot; 0 while its operator is kept back."
+        yield "lmdaemon_deliveries_in_flight", "Attempts under way.", lane, self._dispatcher.attempting
+        yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
+
+    def _of_the_daemon(self) -> Iterator[Reading]:
+        """Of the daemon itself: loops, clock, log, connections."""
+        frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
+        accepting = {name: float(name not in self._hearing.deaf) for name in self._sites}
+        most = {name: float(site.most) for name, site in self._sites.items()}
+        connections = {name: float(site.connections) for name, site in self._sites.items()}
+        turned = {
+            (name, limit): float(count)
+            for name, site in self._sites.items()
+            for limit, count in site.turned_away.copy().items()
+        }
+        yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
+        yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
+        yield plain("stalled_seconds_total", "Time in stalls, which counts as no idleness.", self._sweeper.lost_s)
+        yield plain(
+            "expiry_hold_seconds",
+            "For how long nothing ends for inactivity yet: the grace after a start, or a pause after a stall.",
+            self._sweeper.hold_s,
+        )
+        yield plain(
+            "mass_expiry", "1 while many sessions have ended at once lately.", float(self._sweeper.alarm.active)
+        )
+        yield by_label("log_events_total", "Events of these levels, written or suppressed.", "level", log.happened)
+        yield plain("log_lines_suppressed_total", "Lines that were counted instead of written.", log.repeats.suppressed)
+        yield by_label("http_connections", "Open connections.", "listener", connections)
+        yield by_label("http_connections_max", "Connections that a listener takes.", "listener", most)
+        cut = {(name, why): float(n) for name, site in self._sites.items() for why, n in site.cuts.items()}
+        beyond = "Connections beyond what the listener takes, or what it takes from one address."
+        yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
+        yield "lmdaemon_http_connections_cut_total", "Connections cut.", ("listener", "reason"), cut
+        held = {"strangers": self._bounds.strangers.used, "known": self._bounds.known.used}
+        yield by_label("http_held_bytes", "Received and not answered, or answered and not taken.", "by", held)
+        yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
+
+    def _of_certificates(self) -> Iterator[Reading]:
+        """Of listeners with TLS, and of what is shown to operators: the first certificate of a file to end counts."""
+        ends = {
+            tuple(key.rpartition(".")[::2]): min(one.not_after for one in pem.certificates).timestamp()
+            for key, pem in self._settings().pems.items()
+            if pem.certificates
+        }
+        own = {at: end for (at, key), end in ends.items() if key == "tls_cert_file"}
+        shown = {at.removeprefix("operators."): end for (at, key), end in ends.items() if key == "client_cert_file"}
+        help_text = "When a listener's certificate expires."
+        yield by_label("certificate_expires_timestamp_seconds", help_text, "listener", own)
+        help_text = "When the certificate that is shown to an operator expires."
+        yield by_label("client_certificate_expires_timestamp_seconds", help_text, "operator", shown)
+        failed = {
+            (name, reason): float(count)
+            for name in self._settings().tls
+            for reason, count in self._sites[name].handshakes_failed.copy().items()
+        }
+        labels = ("listener", "reason")
+        yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed
+
+    def _of_the_store(self) -> Iterator[Reading]:
+        store = self._store
+        yield plain("store_writable", "1 while the last write succeeded.", float(store.failure is None))
+        yield plain(
+            "store_transaction_seconds",
+            "How long the running transaction has been running; 0 between two.",
+            self._health.writing_s,
+        )
+        yield plain("store_waiting_operations", "Operations that wait for the writer.", store.waiting)
+        yield plain("store_wal_bytes", "Size of the write-ahead log at the last transaction.", store.wal_bytes)
+        yield plain("store_file_bytes", "Size of the database file at the last transaction.", store.file_bytes)
+        yield by_label(
+            "store_refused_operations_total",
+            "Operations refused: the caller was told to retry.",
+            "reason",
+            store.refused,
+        )

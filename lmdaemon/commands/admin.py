@@ -34,6 +34,7 @@ from lmdaemon.commands.shared import (
     show,
 )
 from lmdaemon.config import reader
+from lmdaemon.model import DELIVERY_STATES
 
 TOUCH_MAX = 10_000  # ids in one bulk touch
 
@@ -168,7 +169,7 @@ async def close_session(client: Client, args: argparse.Namespace) -> int:
 @_asking(
     OF_OPERATOR,
     argument("--sink", metavar="SINK", help='"http" or "plugin:NAME"'),
-    argument("--state", choices=("pending", "delivered", "dead")),
+    argument("--state", choices=DELIVERY_STATES),
     *ROWS,
 )
 async def list_deliveries(client: Client, args: argparse.Namespace) -> int:

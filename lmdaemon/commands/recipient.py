@@ -72,6 +72,7 @@ def _stranger() -> Operator:
         target=None,
         idle_s=0,
         lifetime_s=0,
+        mass_expiry="warn",
         policy=Policy(DeliveryTable().timeout, (), 0, 1),
         allow_private_network=True,
         ca_file=None,

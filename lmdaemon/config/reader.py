@@ -28,6 +28,7 @@ from lmdaemon.config.settings import (
     Plugin,
     PluginTable,
     Policy,
+    Postgres,
     ServerTable,
     SessionsTable,
     Settings,
@@ -123,7 +124,8 @@ class Reader:
         rules.check_spans(findings, sessions, "sessions")
         rules.check_policy(findings, delivery, "delivery")
         rules.check_server(findings, server)
-        rules.check_database(findings, database)
+        rules.check_database(findings, database, raw.get("database"))
+        postgres = self._postgres(database)
         operators = self._operators(raw.get("operators", {}), dialects, sessions, delivery)
         plugins = self._plugins(raw.get("plugins", {}), delivery, raw.get("operators", {}))
         rules.check_shared_paths(findings, operators)
@@ -145,8 +147,10 @@ class Reader:
             api_tokens=api_tokens,
             tls={name: one for name, one in spoken.items() if one is not None},
             database=self._database_path(database.path),
+            postgres=postgres,
             keep_ended_s=float(database.keep_ended),
             restart_grace_s=float(sessions.restart_grace),
+            daemon_grace_s=float(sessions.daemon_grace),
             count_downtime=sessions.downtime == "count",
             log=log,
             operators=operators,
@@ -161,6 +165,10 @@ class Reader:
     def _single(self, kind: type[_T], raw: Mapping[str, Any], name: str) -> _T:
         """A table that the file has once; its defaults where it is missing or no table."""
         return self._tables.table(kind, raw.get(name, {}), name) or kind()
+
+    def _postgres(self, table: DatabaseTable) -> Postgres | None:
+        password = self._files.secret(table, "password", "database")
+        return Postgres(table.url, password, table.migrate) if table.url else None
 
     def _database_path(self, name: str) -> Path:
         state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
@@ -256,6 +264,7 @@ class Reader:
             target=target,
             idle_s=_first(table.idle_timeout, sessions.idle_timeout),
             lifetime_s=_first(table.max_lifetime, sessions.max_lifetime),
+            mass_expiry=_first(table.mass_expiry, sessions.mass_expiry),
             policy=Policy(
                 _first(table.timeout, delivery.timeout),
                 _first(table.schedule, delivery.schedule),

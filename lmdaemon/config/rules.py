@@ -5,6 +5,8 @@ Each function records what is wrong in `findings`; none reads a file.
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -31,6 +33,10 @@ KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connectio
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
 UNKNOWN_PER_MINUTE_MAX = 1_000_000
 HASHED_RULE = "must have no & and no =, which separate the fields that are hashed"
+# libpq's, "Connection URIs"; several hosts may stand between commas, none means its default
+_DATABASE_URL = re.compile(
+    r"postgres(?:ql)?://(?:(?P<user>[^@/?#\s]*)@)?(?P<hosts>[^@/?#\s]*)(?:/(?P<name>[^/?#\s]*))?(?:\?(?P<query>[^#\s]*))?"
+)
 FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
@@ -42,13 +48,43 @@ def check_server(findings: Findings, table: ServerTable) -> None:
         findings.error("server.keepalive", 'must be between "1s" and "1h"')
 
 
-def check_database(findings: Findings, table: DatabaseTable) -> None:
+def check_database(findings: Findings, table: DatabaseTable, written: object) -> None:
+    """`written` is the table as it stands in the file, for a default does not contradict `url`."""
     if not table.path or "\0" in table.path:
         findings.error("database.path", "must name a file", table.path)
     if table.keep_ended <= 0:
         findings.error("database.keep_ended", "must not be zero")
     elif table.keep_ended < KEEP_ENDED_ADVISED_S:
         findings.warn("database.keep_ended", "below 7d a late repeat of a notice may be taken for a new one")
+
+    named = "database.password_file" if table.password_file else "database.password_env"
+    if table.url:
+        check_database_url(findings, table.url)
+        if isinstance(written, dict) and "path" in written:
+            findings.error("database.url", "and path must not both be given")
+    elif table.password_file or table.password_env:
+        findings.error(named, "is for a database.url, and there is none")
+
+
+def check_database_url(findings: Findings, url: str) -> None:
+    """Never shows the URL, which may hold a password where it must not."""
+    at = "database.url"
+    match = _DATABASE_URL.fullmatch(url)
+    if match is None or not url.isprintable():
+        findings.error(at, "must be a URL such as postgresql://user@host/name, with what is special percent-escaped")
+        return
+    secret = {"password", "sslpassword"} & {name.lower() for name, _ in parse_qsl(match["query"] or "", True)}
+    if ":" in (match["user"] or "") or secret:
+        findings.error(at, "must not hold a password: name its file in password_file, or a variable in password_env")
+    if find_spec("psycopg") is None:
+        findings.error(at, "needs psycopg, which is not installed: pip install 'lmdaemon[postgres]'")
+    elif not has_postgres():
+        findings.error(at, "cannot be served: this version of lmdaemon stores in a file alone")
+
+
+def has_postgres() -> bool:
+    """Whether this version has an engine for PostgreSQL."""
+    return find_spec("lmdaemon.store.postgres") is not None
 
 
 def check_spans(findings: Findings, table: SessionsTable | OperatorTable, at: str) -> None:

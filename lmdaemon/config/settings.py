@@ -31,11 +31,16 @@ class ApiTable(msgspec.Struct, frozen=True):
     tls_cert_file: str = ""
     tls_key_file: str = ""
     client_ca_file: str = ""
+    console: bool = True
 
 
 class DatabaseTable(msgspec.Struct, frozen=True):
     path: str = "lmdaemon.sqlite3"
     keep_ended: Duration = Duration(90 * 86400)
+    url: str = ""
+    password_file: str = ""
+    password_env: str = ""
+    migrate: bool = True
 
 
 class SessionsTable(msgspec.Struct, frozen=True):
@@ -43,6 +48,8 @@ class SessionsTable(msgspec.Struct, frozen=True):
     max_lifetime: Duration = Duration(0)
     restart_grace: Duration = Duration(60)
     downtime: Literal["pause", "count"] = "pause"
+    mass_expiry: Literal["warn", "pause"] = "warn"
+    daemon_grace: Duration = Duration(10)
 
 
 class DeliveryTable(msgspec.Struct, frozen=True):
@@ -77,6 +84,7 @@ class OperatorTable(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     idle_timeout: Duration | None = None
     max_lifetime: Duration | None = None
+    mass_expiry: Literal["warn", "pause"] | None = None
     timeout: Duration | None = None
     schedule: tuple[Duration, ...] | None = None
     max_age: Duration | None = None
@@ -113,6 +121,17 @@ class Tls(msgspec.Struct, frozen=True):
     context: ssl.SSLContext | None  # None where a file could not be read, as for administration by another user
 
 
+class Postgres(msgspec.Struct, frozen=True):
+    """A database on PostgreSQL. Its password is in no text of this struct."""
+
+    url: str  # without a password
+    password: str | None  # None: libpq finds one in its own ways, or needs none
+    migrate: bool  # whether a start brings the schema up to date
+
+    def __repr__(self) -> str:
+        return "Postgres(…)"
+
+
 class Policy(msgspec.Struct, frozen=True):
     """How a sink is tried: spans in seconds, attempts at once."""
 
@@ -142,6 +161,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     target: Target | None  # what is sent; None without a URL
     idle_s: float
     lifetime_s: float
+    mass_expiry: Literal["warn", "pause"]
     policy: Policy
     allow_private_network: bool
     ca_file: Pem | None
@@ -190,8 +210,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls: Mapping[str, Tls]  # by listener; one without TLS is not in it
     pems: Mapping[str, Pem]  # files of certificates and keys, by key path
     database: Path
+    postgres: Postgres | None  # in place of the file
     keep_ended_s: float
     restart_grace_s: float
+    daemon_grace_s: float
     count_downtime: bool
     log: LogTable
     operators: Mapping[str, Operator]

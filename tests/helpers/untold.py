@@ -1,0 +1,8 @@
+"""Settings that are read, and not told of in the documents and the shipped file until what they set is there."""
+
+UNTOLD = {
+    "api": {"console"},
+    "database": {"url", "password_file", "password_env", "migrate"},
+    "sessions": {"daemon_grace", "mass_expiry"},
+    "operators": {"mass_expiry"},
+}

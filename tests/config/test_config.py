@@ -297,7 +297,7 @@ def test_only_graces_and_max_lifetime_may_be_zero(home: Path) -> None:
             except ConfigError:
                 refused.add(field.name)
             else:
-                assert field.name in ("restart_grace", "daemon_grace", "max_lifetime"), f"{table}.{field.name} may be zero"
+                assert field.name in ("restart_grace", "daemon_grace", "max_lifetime"), f"{table}.{field.name} may be 0"
     assert refused == {"keepalive", "keep_ended", "idle_timeout", "timeout", "schedule", "max_age"}
 
 

@@ -1,4 +1,5 @@
-# make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one
+# make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
+#              WORKERS=1 so many at a time (one for each core)
 # make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its
 #              short form, and the service on a systemd
 # make docs    the documents as a site, in build/docs/site; fails where a link leads nowhere (docs-test: and tries that)
@@ -25,6 +26,11 @@ BINDIR ?= /usr/local/bin
 # A service needs an interpreter that its user can read; the first on root's own path may be root's own.
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
+# Tests side by side, their files in memory where there is room: syncing them to a disk takes longer than all the rest.
+# What a disk does to the daemon is the fault suite's matter, on a real one.
+WORKERS ?= auto
+PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
+IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
 .PHONY: run test docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
 	clean
@@ -33,7 +39,7 @@ run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/service $(ARGS)
+	$(IN_MEMORY) $(BIN)/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
 
 docs: $(DOCS_VENV)/.ready
 	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -c docs/site -d build/docs/cache . build/docs/site

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from lmdaemon import log
 
-_FIGURES: list[str] = []
+_MEASURED = "measured"  # the key of a test's figures in its report
 # A machine that stood still for a second is no finding
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
@@ -56,7 +56,8 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`measured(kills=50, lost=0)`: figures for the end of the report, and for docs/reliability.md."""
 
     def note(**figures: Any) -> None:
-        _FIGURES.append(f"{request.node.name}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        line = f"{request.node.name}: " + ", ".join(f"{name} {value}" for name, value in figures.items())
+        request.node.user_properties.append((_MEASURED, line))
 
     return note
 
@@ -66,7 +67,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _FIGURES:
+    reports = [one for some in terminalreporter.stats.values() for one in some if isinstance(one, pytest.TestReport)]
+    lines = [line for one in reports if one.when == "teardown" for key, line in one.user_properties if key == _MEASURED]
+    if lines:
         terminalreporter.section("measured")
-        for line in _FIGURES:
+        for line in lines:
             terminalreporter.line(line)

@@ -47,7 +47,7 @@ def sessions_in(path: Path) -> set[str]:
         return {row[0] for row in sql.execute("SELECT session_id FROM session")}
 
 
-async def test_a_backup_while_sessions_are_opened_holds_all_acknowledged_before_it(lm: Running, tmp_path: Path) -> None:
+async def test_a_backup_beside_openings_holds_all_acknowledged_before_it(lm: Running, tmp_path: Path) -> None:
     before = [f"before-{number}" for number in range(200)]
     await open_many(lm, "many", before)
     target = tmp_path / "copy.sqlite3"
@@ -183,7 +183,8 @@ def test_a_copy_that_fails_its_check_is_not_passed_off_as_a_backup(tmp_path: Pat
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_backup_after_a_crash_holds_what_was_acknowledged_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_backup_after_a_crash_holds_what_was_acknowledged(tmp_path: Path) -> None:
+    """And it changes nothing in the directory."""
     configure(tmp_path)
     with daemon(tmp_path) as running:
         running.started().open("acme", "acknowledged")
@@ -197,7 +198,8 @@ def test_a_backup_after_a_crash_holds_what_was_acknowledged_and_changes_nothing(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_backup_by_root_leaves_nothing_of_root_beside_the_database_of_a_stopped_daemon(tmp_path: Path) -> None:
+def test_a_backup_by_root_leaves_no_file_of_root_behind(tmp_path: Path) -> None:
+    """Beside the database of a daemon that does not run, and is another user's."""
     configure(tmp_path)
     state = tmp_path / "state"
     state.mkdir()
@@ -432,7 +434,8 @@ def test_a_restore_into_an_empty_directory_is_a_move_to_another_machine(stopped:
     assert sessions_in(state / "lmdaemon.sqlite3") == {"older"}
 
 
-def test_a_restore_that_was_cut_short_keeps_the_daemon_from_starting_until_it_is_done(stopped: Path) -> None:
+def test_a_restore_cut_short_keeps_the_daemon_from_starting(stopped: Path) -> None:
+    """Until it has been done again, to its end."""
     (stopped / "lmdaemon.sqlite3.lock").write_bytes(b"restoring")
     (stopped / "lmdaemon.sqlite3").rename(stopped / "moved-away")
     with daemon(stopped) as running:

@@ -70,7 +70,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["version", "--help", "sessions", "no-such-command"])
-def test_what_needs_no_configuration_imports_no_more_than_the_command_line(tmp_path: Path, words: str) -> None:
+def test_without_a_configuration_only_the_command_line_is_imported(tmp_path: Path, words: str) -> None:
     script = f"""
 import sys
 from lmdaemon.commands.cli import main
@@ -392,7 +392,7 @@ def test_sigterm_while_a_plugin_still_starts_exits_0(
 
 @pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
 @pytest.mark.parametrize("where", ["lmdaemon.commands.serve", "lmdaemon.config", "lmdaemon.store.sqlite.file"])
-def test_sigterm_while_the_daemon_is_imported_or_opens_its_database_exits_0(
+def test_sigterm_during_imports_or_the_opening_exits_0(
     tmp_path: Path, where: str, before: Callable[[], None] | None
 ) -> None:
     """The import of a module, or the first migration, takes for ever."""
@@ -436,7 +436,7 @@ def test_sighup_while_a_plugin_still_starts_is_a_reload_after_the_start(tmp_path
         assert running.ended() == 0
 
 
-def test_a_plugin_that_ignores_its_cancellation_does_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
+def test_a_plugin_that_ignores_its_cancellation_lets_the_daemon_end(tmp_path: Path) -> None:
     configure_plugin(tmp_path, "Stubborn")
     with daemon(tmp_path) as running:
         running.started().process.terminate()
@@ -960,7 +960,8 @@ async def test_the_token_is_in_no_process_list_while_send_runs(tmp_path: Path) -
     assert json.loads(peer.received[0].body)["token"] == PLAYER_TOKEN
 
 
-async def test_send_to_a_url_needs_no_configuration_file_and_takes_every_shipped_dialect(tmp_path: Path) -> None:
+async def test_send_to_a_url_takes_every_shipped_dialect(tmp_path: Path) -> None:
+    """Without a configuration file."""
     async with scripted_operator() as peer:
         for dialect, player in (("v4", "externalPlayerId"), ("v4.01", "userId")):
             words = ("send", "--url", peer.url, "--dialect", dialect, "--provider-id", "them", "--player", "p9")

@@ -125,9 +125,11 @@ def test_the_listener_at_the_other_end_is_known(short: Path, where: str) -> None
                 accepted.close()
 
 
-def test_the_listener_on_another_machine_or_an_unknown_system_is_not_known(
+def test_a_listener_elsewhere_or_on_an_unknown_system_is_not_known(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The listener on another machine, or where the system cannot tell whose it is."""
+
     class Elsewhere:
         family = socket.AF_INET
 

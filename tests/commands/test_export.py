@@ -12,6 +12,8 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from commands import (
     configure,
     daemon,
     environment,
-    open_many,
     poll,
     run,
 )
@@ -68,7 +69,9 @@ async def archive(tmp_path: Path, clock: Any) -> Path:
     return tmp_path
 
 
-def test_a_line_is_a_session_as_the_api_shows_it_with_its_deliveries_and_attempts(tmp_path: Path) -> None:
+def test_a_line_is_a_session_as_the_api_shows_it(tmp_path: Path) -> None:
+    """With its deliveries and their attempts."""
+
     async def scenario() -> None:
         async with scripted_operator({"error": 100}) as peer:
             configure(
@@ -113,9 +116,8 @@ async def test_an_export_is_what_ended_from_since_on_and_before_until(
     assert all("secret" not in json.dumps(session) for session in found)
 
 
-async def test_pages_end_nowhere_twice_and_miss_none_that_ended_in_the_same_millisecond(
-    tmp_path: Path, clock: Any
-) -> None:
+async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_path: Path, clock: Any) -> None:
+    """Wherever a page ends."""
     ends = [("acme" if number % 3 else "other", f"s{number}", number // 4) for number in range(50)]
     await ended_sessions(tmp_path, clock, ends)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
@@ -143,11 +145,13 @@ async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypat
         assert [len(page) for page in pages] == [2, 1]
 
 
-def test_exports_of_consecutive_periods_hold_every_session_once_though_the_daemon_ends_more_meanwhile(
+def test_exports_of_consecutive_periods_hold_every_session_once(
     tmp_path: Path,
 ) -> None:
+    """Though the daemon ends more of them meanwhile."""
     configure(tmp_path)
-    ids = [f"s{number}" for number in range(400)]
+    ids: list[str] = []
+    enough = threading.Event()
 
     def exported(running: Running, since: str | None) -> tuple[list[str], str]:
         words = ("--since", since) if since else ()
@@ -157,24 +161,21 @@ def test_exports_of_consecutive_periods_hold_every_session_once_though_the_daemo
         assert [session["endedAt"] for session in part] == sorted(session["endedAt"] for session in part)
         return [session["sessionId"] for session in part], json.loads(done.stdout)["until"]
 
-    async def scenario(running: Running) -> list[list[str]]:
-        await open_many(running, "acme", ids)
+    def end_sessions(running: Running) -> None:
+        while not enough.is_set():
+            ids.append(f"s{len(ids)}")
+            running.open("acme", ids[-1])
+            running.api("POST", f"operators/acme/sessions/{ids[-1]}/close")
 
-        def close_all() -> None:
-            for session in ids:
-                running.api("POST", f"operators/acme/sessions/{session}/close")
-
-        closing = asyncio.create_task(asyncio.to_thread(close_all))
+    with daemon(tmp_path) as running, ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(end_sessions, running.started())
         parts, since = [], None
-        while not closing.done():
-            part, since = await asyncio.to_thread(exported, running, since)
+        for _ in range(3):
+            part, since = exported(running, since)
             parts.append(part)
-        await closing
-        parts.append((await asyncio.to_thread(exported, running, since))[0])
-        return parts
-
-    with daemon(tmp_path) as running:
-        parts = asyncio.run(scenario(running.started()))
+        enough.set()
+        ending.result()
+        parts.append(exported(running, since)[0])
     assert len([part for part in parts if part]) > 1
     assert sorted(session for part in parts for session in part) == sorted(ids)
 
@@ -249,7 +250,8 @@ def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) ->
 
 
 @given(strategies.lists(strategies.text("=+-@＝＠;\t\r\n'\", ab"), min_size=1, max_size=4))
-def test_no_cell_is_a_formula_whatever_separates_cells_and_every_text_comes_back(texts: list[str]) -> None:
+def test_no_cell_is_a_formula_and_every_text_comes_back(texts: list[str]) -> None:
+    """Whatever the reader takes for a separator of cells."""
     written = io.StringIO(newline="")
     csv.writer(written).writerow(["acme", *map(export._cell, texts)])
     for separator in (",", ";", "\t"):
@@ -281,7 +283,8 @@ async def test_no_id_of_a_stranger_is_a_formula_in_the_file(tmp_path: Path, cloc
 # -- where it goes
 
 
-async def test_an_output_appears_whole_with_mode_0600_and_replaces_only_when_forced(archive: Path) -> None:
+async def test_an_output_appears_whole_and_replaces_only_when_forced(archive: Path) -> None:
+    """With mode 0600."""
     target = archive / "out.jsonl"
     target.write_text("precious")
     refused = run("sessions", "export", "--output", target, cwd=archive)

@@ -71,7 +71,8 @@ def test_a_result_that_cannot_be_written_is_one_line_and_exits_1(lm: Running, wo
 
 
 @needs_full
-def test_a_result_longer_than_every_buffer_that_cannot_be_written_is_one_line_and_exits_1(lm: Running) -> None:
+def test_a_long_result_that_cannot_be_written_is_one_line(lm: Running) -> None:
+    """A result longer than every buffer; it exits with 1."""
     for number in range(300):
         lm.open("acme", f"{'long' * 50}-{number}")
     for words in ("sessions list acme --all", "sessions list acme --all --json"):

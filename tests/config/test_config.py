@@ -868,7 +868,7 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
     ]
 
 
-def test_operator_with_an_error_of_its_own_is_still_compared_with_the_others(home: Path) -> None:
+def test_an_operator_with_an_error_is_still_compared_with_the_others(home: Path) -> None:
     text = OPEN + "url = 'ftp://op.example/'\n[operators.b]\nprovider_id = 'P'\nauth = 'none'\ntimeout = '0s'\n"
     assert findings(home, text) == [
         f"operators.a.url: {SHAPE_RULE} (got 'ftp://op.example/')",
@@ -1056,7 +1056,7 @@ def test_every_secret_is_the_same_with_a_byte_order_mark(
     assert (operator.partner_tokens, operator.hash_key, operator.signing_keys) == ((MARK,), MARK, (bytes(24),))
 
 
-def test_a_file_with_a_byte_order_mark_and_line_breaks_of_another_system_is_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_foreign_line_breaks_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf[log]\r\nlevel = 'debug'\r\n")
     assert reader.load(tmp_path / "config.toml").log.level == "debug"
 
@@ -1296,9 +1296,7 @@ def test_a_secret_that_is_missing_is_an_error_for_check_config_too(home: Path) -
     ]
 
 
-def test_what_systemd_hands_to_the_daemon_alone_is_unchecked_in_an_exec_reload(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_systemd_hands_over_is_unchecked_in_an_exec_reload(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd 257 shows a process of ExecReload= no credentials, and tells it $MAINPID."""
     text = "[api]\ntoken_file = 'handed-over'\n"
     monkeypatch.setenv("MAINPID", "1")

@@ -145,7 +145,8 @@ def _normal(row: tuple[str, str, str]) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "name", ["localhost", "LOCALHOST.", "op.localhost", "127.1", "2130706433", "0x7f000001", "0X7F.1"]
 )
-def test_names_and_numbers_that_the_resolver_takes_for_an_address_are_refused(name: str) -> None:
+def test_what_the_resolver_takes_for_an_address_is_refused(name: str) -> None:
+    """Names and numbers alike."""
     assert private_address(name)
 
 

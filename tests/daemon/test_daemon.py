@@ -35,7 +35,7 @@ SESSION = {"playerId": "p", "token": "tok-3n", "idleTimeoutSeconds": 1}
 NOTICE = {"providerId": "luckymonaco", "sessionId": "told", "externalPlayerId": "p", "token": "tok-3n"}
 
 
-async def test_a_session_opened_over_http_ends_by_itself_and_its_operator_is_told_once(tmp_path: Path) -> None:
+async def test_a_session_ends_by_itself_and_its_operator_is_told_once(tmp_path: Path) -> None:
     async with scripted_operator() as operator, serving(tmp_path, NO_GRACE + OPERATOR.format(url=operator.url)) as d:
         session = f"{d.api}/v1/operators/acme/sessions/s-1"
         async with d.client.put(session, json=SESSION) as opened:
@@ -130,9 +130,8 @@ class TestReload:
             assert {"key": "server.listen"} in facts
             assert not [one for one in facts if "secret" in str(one)]
 
-    async def test_what_needs_a_restart_is_said_at_every_reload_until_the_file_is_as_at_the_start(
-        self, tmp_path: Path
-    ) -> None:
+    async def test_what_needs_a_restart_is_said_at_every_reload(self, tmp_path: Path) -> None:
+        """Until the file is again as it was at the start."""
         toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             named = []
@@ -179,7 +178,7 @@ class TestReload:
             (facts,) = [event.facts for event in events if event.name == "config.reloaded"]
             assert facts["note"] == "as systemd handed them over at the start: operators.acme.partner_token_file"
 
-    async def test_a_plugin_that_cannot_be_loaded_at_a_reload_is_named_with_the_file(self, tmp_path: Path) -> None:
+    async def test_a_plugin_that_a_reload_cannot_load_is_named_with_the_file(self, tmp_path: Path) -> None:
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             text = (tmp_path / "config.toml").read_text()
             (tmp_path / "config.toml").write_text(text + '[plugins.p]\nuse = "no_such_module_at_all:Hook"\n')
@@ -302,7 +301,8 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_is_quick_when_nothing_is_in_flight_even_with_idle_connections(tmp_path: Path, number: int) -> None:
+def test_stopping_is_quick_when_nothing_is_in_flight(tmp_path: Path, number: int) -> None:
+    """Even with idle connections."""
     with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
         with socket.create_connection(("127.0.0.1", int(daemon.api.rpartition(":")[2]))) as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -401,7 +401,7 @@ def handing_over(directory: Path, sockets: dict[str, socket.socket]) -> "subproc
         return subprocess.Popen(command, stderr=stderr, pass_fds=fds)
 
 
-def test_clients_of_a_handed_over_socket_that_no_listener_has_a_use_for_are_told(tmp_path: Path) -> None:
+def test_clients_of_a_handed_over_socket_without_a_use_are_told(tmp_path: Path) -> None:
     """We hold it open as systemd does: were it only closed, they would wait for ever."""
     with socket.create_server(("127.0.0.1", 0)) as needless, socket.create_server(("127.0.0.1", 0)) as api:
         (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
@@ -420,7 +420,8 @@ def test_clients_of_a_handed_over_socket_that_no_listener_has_a_use_for_are_told
         assert "systemctl restart lmdaemon.socket" in warning
 
 
-def test_a_socket_that_reaches_further_than_the_address_that_was_checked_is_refused(tmp_path: Path) -> None:
+def test_a_socket_that_reaches_further_than_its_address_is_refused(tmp_path: Path) -> None:
+    """Further than the address that was checked."""
     with socket.create_server(("0.0.0.0", 0)) as wide:
         (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
         popen = handing_over(tmp_path, {"api": wide})
@@ -453,7 +454,8 @@ def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None
         assert (tmp_path / "stopped").exists()
 
 
-def test_garbage_is_looked_for_seldom_and_the_writer_waits_briefly_for_the_interpreter(tmp_path: Path) -> None:
+def test_collector_and_thread_switches_are_set_while_it_serves(tmp_path: Path) -> None:
+    """Garbage is looked for seldom, and the writer waits only briefly for the interpreter."""
     (tmp_path / "looks.py").write_text(
         "import gc, pathlib, sys\n"
         "class Hook:\n"

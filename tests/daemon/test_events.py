@@ -47,9 +47,8 @@ def settings(tmp_path: Path) -> str:
     return OPERATORS
 
 
-async def test_a_notice_is_told_with_its_operator_session_uuid_and_the_proxys_request_id(
-    tmp_path: Path, settings: str
-) -> None:
+async def test_a_notice_is_logged_with_what_ties_its_lines_together(tmp_path: Path, settings: str) -> None:
+    """Operator, session, uuid, and the request id of the proxy."""
     async with serving(tmp_path, settings) as d:
         with hear() as events:
             assert await notify(d, V4_01, X_Request_Id="req-4711") == 200

@@ -65,7 +65,7 @@ async def test_the_lock_is_released_once_when_the_lobby_acknowledges(tmp_path: P
 
 
 @pytest.mark.parametrize("status", [500, 404, 302])
-async def test_it_is_tried_again_under_the_same_key_until_the_lobby_acknowledges(
+async def test_it_is_tried_again_under_the_same_key_until_acknowledged(
     tmp_path: Path, lobby: ScriptedOperator, status: int
 ) -> None:
     lobby.script += [web.Response(status=status, headers={"Location": lobby.url}) for _ in range(2)]
@@ -77,9 +77,8 @@ async def test_it_is_tried_again_under_the_same_key_until_the_lobby_acknowledges
     assert len({received.body for received in lobby.received}) == 1
 
 
-async def test_a_lobby_that_does_not_answer_is_given_up_after_the_options_time_out(
-    tmp_path: Path, lobby: ScriptedOperator
-) -> None:
+async def test_a_lobby_that_does_not_answer_is_given_up_in_time(tmp_path: Path, lobby: ScriptedOperator) -> None:
+    """After the time-out in the options."""
     enough = asyncio.Event()
 
     async def hang(request: web.Request) -> web.Response:
@@ -103,7 +102,7 @@ def test_it_stays_short_enough_to_be_copied() -> None:
     assert len((EXAMPLES / "release_lock.py").read_text().splitlines()) <= 60
 
 
-def test_the_table_in_the_documentation_names_every_field_of_an_event_and_a_notice() -> None:
+def test_the_documents_name_every_field_of_an_event_and_a_notice() -> None:
     text = (EXAMPLES.parent / "plugins.md").read_text()
     for kind, heading in ((SessionEnded, "## The event"), (Notice, "## The notice")):
         section = text.partition(heading)[2].partition("\n## ")[0]

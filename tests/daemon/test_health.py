@@ -392,7 +392,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
         assert daemon.daemon._health.stuck  # the watchdog is withheld
 
 
-async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions(
+async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.2)
@@ -418,7 +418,8 @@ async def test_a_writer_that_hangs_is_told_and_does_not_bury_itself_in_questions
         await until(passing)
 
 
-async def test_whoever_asks_is_answered_also_when_the_next_question_comes_in_that_turn(clock: HandClock) -> None:
+async def test_who_asks_is_answered_though_the_next_question_comes_at_once(clock: HandClock) -> None:
+    """In the same turn of the event loop."""
     asked: list[asyncio.Future[int]] = []
 
     async def ask() -> int:

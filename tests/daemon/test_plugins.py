@@ -273,9 +273,10 @@ FAILING_STARTS = [f"raise {raised}" for raised in RAISED] + [
 
 class TestStartAndStop:
     @pytest.mark.parametrize("body", FAILING_STARTS)
-    async def test_a_start_that_fails_or_hangs_stops_the_daemon_and_those_already_started(
+    async def test_a_start_that_fails_or_hangs_stops_the_daemon(
         self, tmp_path: Path, written: Callable[[str], str], body: str
     ) -> None:
+        """And the plug-ins that have started already."""
         journal = written(JOURNAL)
         broken = written(
             "class Hook:\n"
@@ -380,9 +381,8 @@ class TestContained:
             await loaded.session_ended(EVENT)
         assert (module(name).LOG, loaded.stray) == (["cleaned up"], 0)
 
-    async def test_a_hook_that_ignores_its_cancellation_is_left_behind_and_counted_until_it_ends(
-        self, written: Callable[[str], str]
-    ) -> None:
+    async def test_a_hook_that_ignores_its_cancellation_is_left_behind(self, written: Callable[[str], str]) -> None:
+        """And counted until it ends."""
         name = written(STUBBORN)
         freed: list[int] = []
         loaded = plugins.load(settings(f"{name}:hook", timeout_s=0.02), lambda: freed.append(loaded.stray))
@@ -482,9 +482,10 @@ class TestDelivery:
             await settled(tmp_path, "plugin:mine", "delivered")
         assert module(name).LOG == ["other"]
 
-    async def test_a_failure_of_any_kind_is_retried_with_the_same_event_until_it_is_delivered(
+    async def test_a_failure_of_any_kind_is_retried_with_the_same_event(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
+        """Until it is delivered."""
         failures = [*RAISED, "Refuse('final')"]
         name = written(
             f"FAILURES = [lambda: {', lambda: '.join(failures)}]\n"
@@ -586,7 +587,7 @@ class TestIsolation:
                 module(bad).RELEASE.set()
         assert sorted(module(good).LOG, key=int) == [str(number) for number in range(20)]
 
-    async def test_calls_that_ignore_their_cancellation_never_exceed_the_concurrency(
+    async def test_calls_that_ignore_cancellation_never_exceed_the_concurrency(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
         name = written(STUBBORN)
@@ -795,7 +796,7 @@ class TestReload:
             await s.daemon.reload_once()
         return s.daemon._reload_error
 
-    async def test_an_unchanged_plugin_keeps_its_instance_and_a_changed_one_is_replaced(
+    async def test_a_reload_replaces_the_instances_of_changed_plugins_alone(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
         name = written(JOURNAL)

@@ -1042,7 +1042,7 @@ def test_what_is_in_flight_is_not_sent_again_when_its_operator_comes_back(simula
         machine.reload("acme", [state, "on"])
 
 
-def test_service_time_passes_for_the_first_session_though_an_older_deadline_comes_first(simulated: None) -> None:
+def test_service_time_passes_for_the_first_session_of_an_operator(simulated: None) -> None:
     """The sweeper sleeps until the deadline of a session that has ended; nobody else reads the service clock."""
     with playing() as machine:
         machine.play("acme", 1)

@@ -141,7 +141,7 @@ async def test_what_is_in_flight_at_the_reload_finishes_as_it_began(home: Home) 
         assert peer.shown == ["first", "second"]
 
 
-async def test_a_certificate_that_had_expired_at_the_start_is_renewed_by_a_reload(home: Home) -> None:
+async def test_a_certificate_expired_at_the_start_is_renewed_by_a_reload(home: Home) -> None:
     home.show(home.client("late", ends=-DAY / 2))
     async with wallet(home.server, home.authority) as peer:
         with hear("lmdaemon.daemon") as events:

@@ -44,7 +44,7 @@ async def test_nothing_live_means_no_wake_up_at_all(sweeper: Sweeper) -> None:
     assert await sweeper.once() is None
 
 
-async def test_it_ticks_once_a_second_while_sessions_are_live_and_wakes_for_the_deadline(
+async def test_it_ticks_each_second_while_sessions_live_and_at_deadlines(
     db: Store, clock: HandClock, sweeper: Sweeper
 ) -> None:
     await open_session(db, idle_s=2.5)
@@ -72,9 +72,8 @@ async def test_ticks_do_not_write(db: Store, clock: HandClock, sweeper: Sweeper)
     assert written == [1, 2, 4, 8, 16, 26, 36, 46]
 
 
-async def test_a_touch_that_was_queued_before_its_deadline_wins_however_long_the_disk_takes(
-    db: Store, clock: HandClock
-) -> None:
+async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock: HandClock) -> None:
+    """However long the disk takes."""
     await open_session(db, idle_s=10)
     live(clock, db, 9.9)
     entered, hold, written = asyncio.Event(), asyncio.Event(), db._db._write

@@ -73,9 +73,10 @@ class TestOneDelivery:
                 }
                 assert (await b.row()).state == "delivered"
 
-    async def test_failures_follow_the_schedule_with_jitter_and_end_dead_with_the_reason(
+    async def test_failures_follow_the_schedule_and_end_dead_with_the_reason(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
+        """Each wait of the schedule with its jitter."""
         async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
             await b.end()
             for step, wait_s in enumerate((5, 30, 120, 600)):
@@ -221,9 +222,8 @@ class TestHostileAnswers:
                 assert (await b.row()).last_error == "answer_too_long"
                 assert sent < 1 << 24
 
-    async def test_a_connection_lost_half_way_is_a_failed_attempt_and_is_not_repeated_blindly(
-        self, tmp_path: Path, clock: HandClock
-    ) -> None:
+    async def test_a_connection_lost_half_way_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+        """And is not repeated blindly."""
         connections = 0
 
         async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -732,9 +732,10 @@ class TestReadingAhead:
                     b.dispatcher.configure(b.settings, {})
                     await until(lambda: b.db.figures["acme"].pending == 0)
 
-    async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_has_left_the_file(
+    async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_left(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
+        """That has left the file."""
         told = OneAtATime(self.OK)
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
@@ -975,7 +976,7 @@ class TestALookup:
         assert await look_up("localhost", 80)
 
 
-async def test_an_attempt_that_breaks_something_in_us_is_a_failure_like_any_other(
+async def test_an_attempt_that_breaks_the_daemons_code_is_a_failed_attempt(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer nobody thought of must not stop the daemon, again and again, for everybody."""
@@ -1018,9 +1019,7 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
             assert {(await b.row(f"s{number}")).state for number in range(5)} == {"delivered"}
 
 
-async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing_waiting(
-    tmp_path: Path, clock: HandClock
-) -> None:
+async def test_a_clock_set_back_between_answer_and_commit_delays_nothing(tmp_path: Path, clock: HandClock) -> None:
     """The wait was reckoned with the old time, and the round that notices the step passes over the row in flight."""
     async with scripted_operator(web.Response(status=500)) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
@@ -1044,9 +1043,7 @@ async def test_a_clock_set_back_between_the_answer_and_its_commit_leaves_nothing
             assert (await b.row()).state == "delivered"
 
 
-async def test_a_wall_clock_that_was_set_back_while_nobody_ran_leaves_no_delivery_waiting(
-    tmp_path: Path, clock: HandClock
-) -> None:
+async def test_a_wall_clock_set_back_while_nobody_ran_delays_no_delivery(tmp_path: Path, clock: HandClock) -> None:
     toml = operator_table("acme", "http://x/")
     async with scripted_operator(web.Response(status=429, headers={"Retry-After": "60"})) as operator:
         toml = toml.replace("http://x/", operator.url)
@@ -1062,9 +1059,7 @@ async def test_a_wall_clock_that_was_set_back_while_nobody_ran_leaves_no_deliver
             assert {(await b.row(one)).state for one in ("s", "behind")} == {"delivered"}
 
 
-async def test_a_wall_clock_that_is_set_back_keeps_the_pace_of_what_is_retried_by_hand(
-    tmp_path: Path, clock: HandClock
-) -> None:
+async def test_a_wall_clock_set_back_keeps_the_pace_of_retries_by_hand(tmp_path: Path, clock: HandClock) -> None:
     async with scripted_operator(*({"error": 120} for _ in range(30))) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
             for number in range(30):
@@ -1082,9 +1077,8 @@ async def test_a_wall_clock_that_is_set_back_keeps_the_pace_of_what_is_retried_b
             assert arrived[-1] >= 29
 
 
-async def test_an_operator_that_leaves_the_file_and_comes_back_is_not_sent_what_is_under_way(
-    tmp_path: Path, clock: HandClock
-) -> None:
+async def test_what_is_under_way_is_not_sent_twice_to_who_left_and_came_back(tmp_path: Path, clock: HandClock) -> None:
+    """To an operator that leaves the file and comes back."""
     hold = asyncio.Event()
 
     async def slow(request: web.Request) -> web.Response:
@@ -1152,7 +1146,7 @@ async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: 
             assert {(await b.row(str(number))).state for number in range(12)} == {"delivered"}
 
 
-async def test_nothing_begins_before_an_answer_that_keeps_the_operator_back_is_stored(
+async def test_nothing_begins_until_what_keeps_the_operator_back_is_stored(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two slots: a success frees its slot while the other answer, with Retry-After, waits for the disk."""

@@ -370,9 +370,10 @@ def until_refused(ledger: Ledger, verb: str, name: str, **more: Any) -> Answer:
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_fault_that_passes_refuses_loses_nothing_and_work_resumes_by_itself(
+def test_a_fault_that_passes_loses_nothing_and_work_resumes(
     fault: Fault, tmp_path: Path, wallet: Wallet, measured: Callable[..., None]
 ) -> None:
+    """By itself; what comes meanwhile is refused."""
     with ExitStack() as stack:
         if fault.mount:
             stack.enter_context(mounted(tmp_path / "disk"))
@@ -476,9 +477,10 @@ def until_hanging(ledger: Ledger, pool: ThreadPoolExecutor, name: str) -> "Futur
     return pytest.fail("the disk does not hang")
 
 
-def test_a_disk_that_hangs_fails_health_withholds_the_watchdog_acknowledges_nothing_and_costs_no_idle_time(
+def test_a_disk_that_hangs_acknowledges_nothing_and_costs_no_idle_time(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
+    """It fails health, too, and withholds the watchdog."""
     with ExitStack() as stack:
         manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.bind(str(tmp_path / "notify"))
@@ -544,9 +546,10 @@ def work(ledger: Ledger, worker: int, life: int) -> None:
             ledger.do(("close", "notice")[number % 2], name)
 
 
-def test_killed_inside_a_commit_or_a_checkpoint_at_any_write_it_has_lost_nothing(
+def test_killed_inside_a_commit_or_a_checkpoint_it_has_lost_nothing(
     tmp_path: Path, wallet: Wallet, measured: Callable[..., None]
 ) -> None:
+    """At any write."""
     kills = 40 if FULL else 10
     with daemon_on(tmp_path, wallet.url) as daemon, ThreadPoolExecutor() as pool:
         ledger = Ledger(daemon)
@@ -571,7 +574,7 @@ def test_killed_inside_a_commit_or_a_checkpoint_at_any_write_it_has_lost_nothing
         measured(kills=kills, acknowledged=ledger.acknowledged, lost=0, ended=len(ended), sent_again=repeats)
 
 
-def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed_what_it_acknowledges(
+def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     """A power cut loses what was written and not synced. So each answer has a write to the WAL, and after that a sync
@@ -617,9 +620,7 @@ WITH_A_SMALL_WAL = (
 )
 
 
-def test_a_long_read_of_another_process_slows_no_writer_and_the_wal_shrinks_when_it_is_over(
-    tmp_path: Path, measured: Callable[..., None]
-) -> None:
+def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured: Callable[..., None]) -> None:
     """As by `backup` of a large file, or an administrator's sqlite3 left open."""
     with daemon_on(tmp_path, command=WITH_A_SMALL_WAL) as daemon:
         ledger = Ledger(daemon)
@@ -661,7 +662,8 @@ def until_gone(ledger: Ledger) -> int:
     return ledger.daemon.popen.wait()
 
 
-def test_a_wal_unlinked_under_the_running_daemon_is_noticed_and_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+def test_a_wal_unlinked_under_the_running_daemon_is_noticed(tmp_path: Path) -> None:
+    """Nothing that was acknowledged is lost."""
     with daemon_on(tmp_path) as daemon:
         ledger = Ledger(daemon)
         ledger.must("open", "player")
@@ -675,7 +677,7 @@ def test_a_wal_unlinked_under_the_running_daemon_is_noticed_and_nothing_acknowle
         assert daemon.rows("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_database_replaced_under_the_running_daemon_is_noticed_and_left_alone(tmp_path: Path, good: bytes) -> None:
+def test_a_database_replaced_under_the_running_daemon_is_left_alone(tmp_path: Path, good: bytes) -> None:
     """Whoever moves a backup over the file of a running daemon has it used from the next start on, as it is."""
     with daemon_on(tmp_path) as daemon:
         ledger = Ledger(daemon)
@@ -773,9 +775,8 @@ def test_a_damaged_file_is_left_as_it_is_together_with_the_wal_of_a_crash(tmp_pa
         assert (daemon.path.read_bytes(), daemon.wal.read_bytes()) == before
 
 
-def test_a_file_damaged_while_it_is_in_use_is_never_the_source_of_an_acknowledgement(
-    tmp_path: Path, good: bytes
-) -> None:
+def test_a_file_damaged_in_use_is_never_the_source_of_a_success(tmp_path: Path, good: bytes) -> None:
+    """Nothing is acknowledged on the strength of a damaged page."""
     with daemon_on(tmp_path) as daemon:
         assert daemon.stop() == 0
         daemon.path.write_bytes(good)

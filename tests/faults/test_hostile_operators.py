@@ -404,7 +404,7 @@ def settled(daemon: Process, session: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("end", [CLOSE, RESET])
-def test_a_kept_connection_that_dies_as_it_is_used_again_costs_one_attempt(tmp_path: Path, end: str) -> None:
+def test_a_kept_connection_that_dies_at_its_next_use_costs_one_attempt(tmp_path: Path, end: str) -> None:
     with one_operator(tmp_path, [SUCCESS], [end], [SUCCESS]) as (daemon, operator):
         notify(daemon, "acme", ["one"])
         assert settled(daemon, "one")["attempts"] == 1
@@ -437,9 +437,10 @@ def test_an_answer_that_came_before_its_request_settles_nothing(tmp_path: Path) 
         assert (found["state"], found["lastError"]) == ("dead", "code_7")
 
 
-def test_twenty_hostile_operators_at_once_harm_no_other_and_sigterm_ends_in_time(
+def test_twenty_hostile_operators_at_once_harm_no_other(
     tmp_path: Path, certificates: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
+    """And SIGTERM ends in time."""
     good_ones, each = [f"good{number}" for number in range(5)], 200 if FULL else 50
     rows = HANGING + rng.sample(ANSWERING, 20 - len(HANGING))
     with Operators(certificates) as operators:

@@ -51,9 +51,10 @@ async def work(witness: Witness, life: int) -> None:
     await witness.touch("acme", f"left-{life - 1}")
 
 
-async def test_killed_at_any_line_nothing_acknowledged_is_lost_and_nothing_ends_twice(
+async def test_killed_at_any_line_it_loses_nothing_and_ends_nothing_twice(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
+    """Nothing that was acknowledged."""
     (tmp_path / "told_hook.py").write_text(HOOK)
     async with wallet(rng, refuses=0.3) as acme, aiohttp.ClientSession() as client:
         toml = TOML + OPERATOR.format(name="acme", url=acme.url)

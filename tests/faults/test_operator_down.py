@@ -111,7 +111,7 @@ def check_identity(requests: list[tuple[float, str, bytes, bool]]) -> None:
     assert {len(sent) for sent in bodies.values()} == {1}
 
 
-async def test_a_day_down_is_probed_gently_and_everything_arrives_when_it_is_over(
+async def test_a_day_down_is_probed_gently_and_then_everything_arrives(
     tmp_path: Path, clock: HandClock, rng: Random, measured: Callable[..., None]
 ) -> None:
     async with outage(tmp_path, clock, rng) as o:
@@ -139,7 +139,7 @@ async def test_a_day_down_is_probed_gently_and_everything_arrives_when_it_is_ove
         measured(restarts=o.restarts, requests_in_24h=len(tried), back_after_s=round(first - came_back), lost=0)
 
 
-async def test_five_days_of_nothing_but_failure_hold_it_and_a_release_brings_all_of_it_back(
+async def test_five_days_of_failure_hold_it_and_a_release_brings_all_back(
     tmp_path: Path, clock: HandClock, rng: Random, measured: Callable[..., None]
 ) -> None:
     async with outage(tmp_path, clock, rng) as o:

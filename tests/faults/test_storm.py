@@ -48,9 +48,10 @@ async def timed(call: Callable[[], Awaitable[int]], pause_s: float, over: asynci
     return took
 
 
-async def test_a_crowd_that_is_due_at_once_ends_in_small_steps_while_everybody_else_is_served(
+async def test_a_crowd_that_is_due_at_once_ends_in_small_steps(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
+    """While everybody else is served."""
     size = 100_000 if FULL else 20_000
     await gather_crowd(tmp_path / "lmdaemon.sqlite3", size)
     async with wallet(rng) as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:

@@ -28,7 +28,7 @@ async def meet(witness: Witness, session_id: str, rng: Random) -> tuple[int, boo
     return status, time.monotonic() - began < IDLE_S
 
 
-async def test_a_touch_acknowledged_keeps_the_session_and_one_refused_never_does(
+async def test_an_acknowledged_touch_keeps_the_session_a_refused_one_never(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
     rounds = 24 if FULL else 8

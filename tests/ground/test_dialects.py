@@ -157,7 +157,8 @@ def test_the_pages_example_with_its_commas_is_read() -> None:
     assert (parsed.request, parsed.hash, extra_of(parsed)) == (None, None, ({}, None, 0))
 
 
-def test_the_pages_example_without_commas_is_refused_naming_position_and_missing_comma() -> None:
+def test_the_pages_example_without_commas_is_refused_with_the_place() -> None:
+    """The answer names the position and the missing comma."""
     assert refusal(PAGE_EXAMPLE) == "malformed JSON at line 3 column 2: a comma is missing before this field"
 
 
@@ -175,9 +176,8 @@ def test_the_pages_example_without_commas_is_refused_naming_position_and_missing
         ('{"a":1}"b"', "line 1 column 8: unexpected content after document"),
     ],
 )
-def test_malformed_json_is_refused_with_its_position_and_a_comma_is_blamed_only_where_it_is_the_cause(
-    body: str, complaint: str
-) -> None:
+def test_malformed_json_is_refused_with_its_position(body: str, complaint: str) -> None:
+    """A comma is blamed only where it is the cause."""
     assert refusal(body.encode()) == f"malformed JSON at {complaint}"
 
 
@@ -267,7 +267,7 @@ def test_a_nested_body_costs_what_its_size_costs(inner: bytes) -> None:
 
 
 @pytest.mark.parametrize("depth", [900, 990, 1000, 1010, 1020])
-def test_a_body_deeper_than_its_second_reader_can_follow_is_a_notice_or_a_refusal(depth: int) -> None:
+def test_a_body_too_deep_for_its_second_reader_is_notice_or_refusal(depth: int) -> None:
     body = raw_notice(b'"s"')[:-1] + b',"x":{"a":' + b"[" * depth + b"]" * depth + b"}}"
     check_parsed_or_refused(body, "json")
 
@@ -370,7 +370,7 @@ def extra(body: Mapping[str, Any], *secret_names: str, dialect: Dialect = V4) ->
     return extra_of(parse(json.dumps(NOTICE | body).encode(), "json", [dialect]), secret_names)
 
 
-def test_unknown_fields_are_accepted_and_kept_as_received_and_in_that_order() -> None:
+def test_unknown_fields_are_kept_as_received_and_in_that_order() -> None:
     fields = {"reason": "idle", "currency": None, "balance": 12.5, "nested": {"a": [1, True]}, "": "", "sessionid": "x"}
     found = extra(fields)
     assert (found.fields, found.left_out) == (fields, 0)
@@ -454,9 +454,8 @@ def test_a_dialect_without_extra_refuses_fields_that_it_does_not_know() -> None:
         (("v4.02", "v1"), "providerId sessionId userId uuid", "v4.02"),
     ],
 )
-def test_a_body_is_read_in_the_dialect_it_names_and_in_the_first_accepted_where_it_does_not_tell(
-    accepted: tuple[str, ...], names: str, dialect: str
-) -> None:
+def test_a_body_is_read_in_the_dialect_it_names(accepted: tuple[str, ...], names: str, dialect: str) -> None:
+    """And in the first accepted one where it does not tell."""
     assert recognise(dict.fromkeys(names.split(), "x"), [SHIPPED[name] for name in accepted]).name == dialect
 
 
@@ -551,7 +550,7 @@ def test_an_integer_is_kept_exactly_or_known_to_be_rounded(number: int) -> None:
 # --- a byte-order mark ---
 
 
-def test_a_byte_order_mark_before_a_notice_is_ignored_and_moves_no_position() -> None:
+def test_a_byte_order_mark_is_ignored_and_moves_no_position() -> None:
     body = json.dumps(NOTICE).encode()
     assert parse(b"\xef\xbb\xbf" + body, "json", [V4]) == parse(body, "json", [V4])
     twice = body[:-1] + b', "token": "other"}'
@@ -626,7 +625,7 @@ def test_the_hash_covers_empty_values_and_parameters_added_tomorrow() -> None:
         *({"zone": "="}, {"a&b": "c"}, {"a=b": "c"}, {"=": ""}),
     ],
 )
-def test_in_a_dialect_with_a_hash_nothing_may_look_like_a_border_between_fields(odd: dict[str, str]) -> None:
+def test_with_a_hash_nothing_may_look_like_a_border_between_fields(odd: dict[str, str]) -> None:
     problem = f"field {next(iter(odd))!r} must have no & and no =, which separate the fields that are hashed"
     fields = GOLDEN | {"hash": "0"} | odd
     assert refusal(urlencode(fields).encode(), PRAGMATIC) == problem
@@ -678,7 +677,8 @@ def test_a_wrong_key_is_bad_hash() -> None:
         check_hash(parsed, "testkey")
 
 
-def test_a_json_value_too_deep_to_write_again_is_bad_parameters_for_the_hash() -> None:
+def test_a_value_too_deep_to_write_again_is_bad_parameters() -> None:
+    """For the hash, which needs it written again."""
     body = b'{"providerId":"p","sessionId":"s","playerId":"1","hash":"00","x":' + b"[" * 300 + b"]" * 300 + b"}"
     with pytest.raises(BadNotice, match="nested too deeply") as caught:
         check_hash(parse(body, "json", [OLD]), "k")

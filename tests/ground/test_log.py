@@ -103,7 +103,7 @@ def test_a_text_line_is_the_event_and_its_facts() -> None:
         ("file\udce9", '"file\\udce9"'),
     ],
 )
-def test_a_text_fact_is_quoted_wherever_it_could_be_taken_for_more_than_one(value: object, shown: str) -> None:
+def test_a_text_fact_is_quoted_where_it_could_be_taken_for_several(value: object, shown: str) -> None:
     assert written("text", lambda to: to.info("event", fact=value)).endswith(f" info event fact={shown}\n")
 
 
@@ -196,7 +196,7 @@ def test_an_exception_is_logged_with_its_traceback() -> None:
     assert rest[-1] == "RuntimeError"
 
 
-def test_an_exceptions_own_text_is_left_out_and_its_causes_and_parts_are_shown() -> None:
+def test_an_exceptions_text_is_left_out_and_its_causes_are_shown() -> None:
     """The text may hold what a peer has sent."""
 
     def group(to: Log) -> None:
@@ -352,7 +352,7 @@ def retry_failed(reason: str = "timeout", operator: str = "acme", **facts: Any) 
     Log("test").warning("delivery.retry", operator=operator, sink="http", reason=reason, **facts)
 
 
-def test_the_first_of_a_kind_and_every_change_are_written_and_repeats_are_not(lines: Lines) -> None:
+def test_the_first_of_a_kind_and_each_change_are_written_not_repeats(lines: Lines) -> None:
     for reason in ("timeout", "timeout", "connect", "timeout", "connect"):
         retry_failed(reason)
         retry_failed(reason, "other")

@@ -86,7 +86,7 @@ def test_of_a_secret_no_eight_characters_in_a_row_are_left(answered: str, shown:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig"])
-def test_an_answer_in_another_encoding_is_read_before_secrets_are_looked_for(encoding: str) -> None:
+def test_an_answer_is_decoded_before_secrets_are_looked_for(encoding: str) -> None:
     answered = f'{{"error":7,"description":"no {TOKEN}, Zürich 😀"}}'
     for body in (answered, f"<html>{TOKEN}</html>"):
         assert Mask([TOKEN]).beginning_of(body.encode(encoding), complete=True) == body.replace(TOKEN, MASK)

@@ -85,9 +85,8 @@ async def test_attempts_are_counted_and_timed_by_operator_and_sink(tmp_path: Pat
     assert after[f'lmdaemon_deliveries_overdue_seconds{{{lane}sink="http"}}'] == 0
 
 
-async def test_a_delivery_that_waits_for_a_slot_is_overdue_and_one_whose_operator_is_kept_back_is_not(
-    tmp_path: Path, clock: HandClock
-) -> None:
+async def test_a_delivery_that_waits_for_a_slot_is_overdue(tmp_path: Path, clock: HandClock) -> None:
+    """One whose operator is kept back is not."""
     go_on = asyncio.Event()
 
     async def slow(_: object) -> dict[str, int]:
@@ -124,7 +123,8 @@ async def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(tmp_p
         assert lane.overdue_s(Gate(), now_at) == 0
 
 
-async def test_an_operator_that_leaves_the_file_takes_its_series_along_once_nothing_of_it_waits(tmp_path: Path) -> None:
+async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path: Path) -> None:
+    """Once nothing of it waits."""
     async with serving(tmp_path, ACME + NOTIFY.format(url="http://127.0.0.1:1/")) as d:
         path = "/v1/operators/acme"
         assert await call(d, "POST", path + "/hold") == 200
@@ -276,7 +276,8 @@ async def test_a_stall_is_counted_in_seconds(tmp_path: Path, clock: HandClock) -
         assert (await scrape(d))["lmdaemon_stalled_seconds_total"] == 30
 
 
-def test_the_process_is_measured_also_where_the_unit_hides_all_of_proc_but_processes(tmp_path: Path) -> None:
+def test_the_process_is_measured_where_most_of_proc_is_hidden(tmp_path: Path) -> None:
+    """As the unit does: all but processes."""
     (tmp_path / "self").symlink_to(f"/proc/{os.getpid()}")
     values = {
         sample.name: sample.value

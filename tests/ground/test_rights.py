@@ -168,7 +168,8 @@ def test_a_link_of_roots_own_in_a_shared_directory_is_followed(machine: Machine)
     assert (machine.roots / "result").stat().st_size
 
 
-def test_a_result_in_a_shared_directory_replaces_what_somebody_put_there_and_is_roots(machine: Machine) -> None:
+def test_a_result_in_a_shared_directory_replaces_what_is_there(machine: Machine) -> None:
+    """What somebody put there; the result is root's."""
     result = machine.shared / "result"
     result.write_text("of another's")
     os.chown(result, OTHER, OTHER)
@@ -191,9 +192,10 @@ def test_root_writes_no_result_where_others_can_exchange_it(machine: Machine, ho
     assert (done.returncode, list(place.iterdir())) == (1, [])
 
 
-def test_a_copy_in_a_shared_directory_is_restored_but_not_with_a_log_that_anybody_may_have_put_there(
+def test_a_copy_in_a_shared_directory_is_restored_without_a_log(
     machine: Machine,
 ) -> None:
+    """Anybody may have put the log there."""
     copy = Path(shutil.copy(machine.home / "copy", machine.shared))
     assert machine.run("restore", copy).returncode == 0
     (machine.shared / "copy-wal").write_text("planted")

@@ -65,7 +65,8 @@ def test_what_belongs_to_somebody_else_is_not_trusted(here: Path, what: str) -> 
 
 
 @as_root
-def test_what_a_group_can_write_to_is_trusted_only_if_the_group_is_its_owners_alone(here: Path) -> None:
+def test_what_a_group_can_write_to_is_trusted_if_it_is_its_owners_own(here: Path) -> None:
+    """Only if the group is its owner's alone."""
     file = here / "config.toml"
     file.chmod(0o664)
     assert reader.of_command(None).log.level == "debug"  # root's own group
@@ -126,7 +127,7 @@ def test_what_is_exchanged_after_the_look_is_not_read(here: Path, monkeypatch: p
 
 @as_root
 @pytest.mark.parametrize("command", ["status", "check-config", "serve", "backup copy", "sessions export"])
-def test_roots_command_in_a_strangers_directory_does_nothing_that_the_file_says(tmp_path: Path, command: str) -> None:
+def test_roots_command_in_a_strangers_directory_ignores_the_file(tmp_path: Path, command: str) -> None:
     directory = tmp_path / "public"
     directory.mkdir()
     directory.chmod(0o1777)

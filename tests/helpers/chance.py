@@ -5,3 +5,4 @@ import random
 
 FULL = os.environ.get("FAULTS") == "full"  # `make faults`: more runs of the same tests
 SEED = int(os.environ.get("FAULTS_SEED") or random.SystemRandom().randrange(2**32))
+os.environ["FAULTS_SEED"] = str(SEED)  # the workers of one run (pytest-xdist) inherit it

@@ -99,7 +99,7 @@ def site(tree: Path) -> Path:
 
 
 @needs_venv
-def test_everything_lands_where_a_service_and_an_administrator_look_for_it(trees: Trees) -> None:
+def test_everything_lands_where_service_and_administrator_look_for_it(trees: Trees) -> None:
     outside = {path for path in inside(trees.bare) if not path.startswith((f"{PREFIX}/lib/", DOC))}
     units = [path.name for path in (ROOT / "systemd").iterdir() if path.suffix in (".service", ".socket", ".timer")]
     minor = site(trees.bare).parent.name
@@ -137,9 +137,11 @@ def test_the_default_is_a_directory_of_its_own_below_opt() -> None:
 
 
 @needs_venv
-def test_settings_are_for_root_and_the_services_group_secrets_for_root_and_the_rest_for_all_to_read(
+def test_settings_and_secrets_can_be_read_by_whom_they_are_for(
     trees: Trees,
 ) -> None:
+    """Settings by root and the service's group, secrets by root, the rest by all."""
+
     def mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
 
@@ -187,7 +189,8 @@ def test_what_was_installed_runs_and_reads_its_settings(trees: Trees) -> None:
 
 
 @needs_venv
-def test_the_services_settings_are_the_shipped_ones_with_its_database_and_a_grace_that_suits_one(trees: Trees) -> None:
+def test_the_services_settings_are_the_shipped_ones_and_a_little_more(trees: Trees) -> None:
+    """Its database, and a grace that suits a service."""
     shipped = tomllib.loads((ROOT / "config.toml").read_text())
     installed = tomllib.loads((trees.bare / "etc/lmdaemon/config.toml").read_text())
     # In a root shell there is no $STATE_DIRECTORY that a relative path could be looked up in.
@@ -212,7 +215,8 @@ def test_edited_settings_are_kept_and_it_is_said_where_the_new_ones_are(trees: T
 
 
 @needs_venv
-def test_an_upgrade_removes_what_a_version_no_longer_has_and_nothing_of_the_administrators(trees: Trees) -> None:
+def test_an_upgrade_removes_what_a_version_no_longer_has(trees: Trees) -> None:
+    """And nothing of the administrator's."""
     added = f"/{(site(trees.edited) / 'acme_hooks.py').relative_to(trees.edited)}"
     assert inside(trees.edited) == inside(trees.bare) | {added}
     assert not (site(trees.edited) / "gone").exists()
@@ -286,9 +290,7 @@ def test_install_refuses_with_the_reason_and_touches_nothing(tmp_path: Path, wor
         ("*version_info*", "needs Python 3.11 or newer"),
     ],
 )
-def test_a_python_that_lacks_something_is_told_with_the_package_that_has_it(
-    tmp_path: Path, works: str, reason: str
-) -> None:
+def test_what_a_python_lacks_is_told_with_the_package_that_has_it(tmp_path: Path, works: str, reason: str) -> None:
     python = write(tmp_path / "python3", f'#!/bin/sh\ncase $2 in {works}) exit 1 ;; esac\n', mode=0o755)  # fmt: skip
     done = make("install", f"DESTDIR={tmp_path}/tree", f"PYTHON={python}")
     assert done.returncode != 0

@@ -1,12 +1,15 @@
-"""The architecture as a test: who may import whom, by packages, and one home for each library."""
+"""The architecture as a test: who may import whom, by packages, one home for each library, names that can be read."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeGuard
 
 import lmdaemon
 
 ROOT = Path(lmdaemon.__file__).parent
+TESTS = Path(__file__).parents[1]
 # A room is a package, or a module beside them; `ground` are the modules that everybody may use.
 GROUND = {
     *("__init__", "version", "model", "clock", "log", "pulse", "systemd", "causes", "dialects", "retry", "metrics"),
@@ -138,3 +141,25 @@ def test_each_library_has_one_home() -> None:
         and not any(module == home or module.startswith(f"{home}.") for home in homes)
     }
     assert strangers == set()
+
+
+def test_names_of_tests_are_under_70_characters() -> None:
+    """What does not fit is told in a docstring."""
+    sources = list(TESTS.rglob("test_*.py"))
+    functions = [node for source in sources for node in ast.walk(ast.parse(source.read_text())) if is_test(node)]
+    assert len(functions) > 1000
+    assert [node.name for node in functions if len(node.name) >= 70] == []
+
+
+def is_test(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+
+
+def test_the_tests_that_the_reliability_page_names_are_there() -> None:
+    """Each fault names a file below `tests`, and may name a class or how a test begins."""
+    page = (TESTS.parent / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+)…?)?`", page)
+    assert len(named) > 30
+    for file, name in named:
+        source = (TESTS / file).read_text()
+        assert re.search(rf"^ *(async def|def|class) {name}", source, re.MULTILINE), f"{file}::{name}"

@@ -63,7 +63,7 @@ def test_no_warning_hides_behind_a_variable() -> None:
                 assert f"{ast.unparse(node)}(" in path.read_text().splitlines()[node.lineno - 1], path.name
 
 
-def test_each_event_of_level_warning_and_above_has_an_entry_with_its_level() -> None:
+def test_each_event_from_warning_upwards_has_an_entry_with_its_level() -> None:
     levels: dict[str, set[str]] = {}
     for _, call, method in calls():
         if method in LEVELS:

@@ -86,7 +86,7 @@ def test_two_commands_install_and_start_it(machine: Service) -> None:
     assert owner(machine, DATABASE) == "lmdaemon:lmdaemon 600"
 
 
-def test_a_second_make_install_changes_nothing_but_older_settings_that_nobody_edited(machine: Service) -> None:
+def test_a_second_make_install_changes_unedited_older_settings_alone(machine: Service) -> None:
     def seen() -> str:
         sums = "find /opt/lmdaemon /usr/lib/systemd /etc/lmdaemon -type f ! -name '*.pyc' -exec sha256sum {} + | sort"
         return machine.rig.run("sh", "-c", f"{sums}; stat -c '%n %U:%G %a' /etc/lmdaemon/*").stdout
@@ -155,9 +155,10 @@ def test_a_fresh_package_serves_and_delivers_and_answers_to_root(machine: Servic
     assert dpkg(machine, "--verify", "lmdaemon") == ""
 
 
-def test_an_upgrade_under_load_refuses_nobody_and_keeps_sessions_and_edited_settings(
+def test_an_upgrade_under_load_refuses_nobody_and_keeps_all(
     machine: Service, packages: tuple[str, str], measured: Callable[..., None]
 ) -> None:
+    """Sessions and edited settings."""
     rig = machine.rig
     edited = rig.path(CONFIG).read_text() + OURS
     rig.path(CONFIG).write_text(edited)
@@ -199,9 +200,7 @@ def test_an_upgrade_asks_nothing_where_the_shipped_settings_are_the_same(
     assert machine.rig.path(CONFIG).read_text() == edited
 
 
-def test_what_the_administrator_stopped_or_disabled_stays_so_over_an_upgrade(
-    machine: Service, packages: tuple[str, str]
-) -> None:
+def test_what_was_stopped_or_disabled_stays_so_over_an_upgrade(machine: Service, packages: tuple[str, str]) -> None:
     machine.systemctl("stop", *UNITS)
     dpkg(machine, "--install", packages[1])
     assert states(machine) == ["inactive", "inactive"]

@@ -43,7 +43,8 @@ def test_a_reload_takes_the_file_over_and_names_what_changed(service: Service) -
     assert service.pid == before
 
 
-def test_a_reload_of_a_broken_file_fails_and_the_daemon_serves_on_with_the_old_one(service: Service) -> None:
+def test_a_reload_of_a_broken_file_fails_and_the_daemon_serves_on(service: Service) -> None:
+    """With the old one."""
     before = service.pid
     service.configure('restart_grace = "0s"', "restart_grace = 5")
     failed = service.rig.run("systemctl", "reload", UNIT, check=False)
@@ -107,7 +108,8 @@ def test_a_stopped_process_is_restarted_by_the_watchdog(service: Service) -> Non
     service.says("Watchdog timeout")
 
 
-def test_a_blocked_loop_is_restarted_with_its_stack_in_the_journal_and_nothing_is_lost(service: Service) -> None:
+def test_a_blocked_loop_is_restarted_with_its_stack_in_the_journal(service: Service) -> None:
+    """Nothing is lost."""
     watched(service)
     service.rig.path("/run/lmdaemon/block").touch()
     service.open("blocked", "hooked")
@@ -186,7 +188,7 @@ def test_restarts_under_load_refuse_nobody_and_lose_nothing_acknowledged(service
     assert touched == (200, {"touched": len(done["opened"]), "unknown": [], "ended": []})
 
 
-def test_a_start_and_a_stop_that_take_long_for_a_reason_are_given_the_time(service: Service) -> None:
+def test_a_start_and_a_stop_that_take_long_with_reason_get_the_time(service: Service) -> None:
     # On a busy machine an interpreter alone takes seconds, until it can ask for more time
     service.drop_in("[Service]\nTimeoutStartSec=10\nTimeoutStopSec=4\n")
     service.rig.write("/run/lmdaemon/slow-start", "12")

@@ -9,7 +9,7 @@ from processes import wait_for
 MOVED = "http://127.0.0.1:8090"
 
 
-def test_a_client_that_comes_before_the_daemon_is_answered_when_it_is_there(service: Service) -> None:
+def test_a_client_that_comes_before_the_daemon_is_answered_by_it(service: Service) -> None:
     service.systemctl("stop", UNIT)
     assert service.call("GET", f"{PUBLIC}/health") == (200, {"status": "pass"})  # it has started it
 
@@ -20,7 +20,8 @@ def test_restarts_in_a_row_never_close_its_addresses_for_good(service: Service) 
     service.wait_until_serving()
 
 
-def test_an_address_changed_in_one_place_alone_is_told_and_no_client_hangs(service: Service) -> None:
+def test_an_address_changed_in_one_place_is_told_and_nobody_hangs(service: Service) -> None:
+    """In one place alone, of the two that name it."""
     moved(service)
     service.systemctl("restart", UNIT)
     wait_for(lambda: service.call("GET", f"{MOVED}/health")[0] == 200, WITHIN_S)

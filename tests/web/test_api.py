@@ -169,9 +169,7 @@ async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> No
     assert await api.session() == opened | {"deliveries": []}
 
 
-async def test_opening_again_answers_200_counts_as_a_touch_and_changes_nothing_else(
-    api: Caller, clock: HandClock
-) -> None:
+async def test_opening_again_answers_200_and_is_a_touch_and_nothing_else(api: Caller, clock: HandClock) -> None:
     opened = await api.open(attributes={"a": 1})
     live(clock, api.daemon.daemon._store, 60)
     again = await api(
@@ -1305,7 +1303,8 @@ async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, aut
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
-async def test_a_page_from_elsewhere_can_change_nothing_where_no_token_is_asked_for(api: Caller) -> None:
+async def test_a_page_from_elsewhere_can_change_nothing_without_a_token(api: Caller) -> None:
+    """Where no token is asked for."""
     await api.open()
     own = api.daemon.api
     with hear() as events:

@@ -58,7 +58,9 @@ def test_what_is_no_list_of_ids_is_refused_with_its_place(body: bytes, problem: 
 
 
 @pytest.mark.parametrize("id_text", ['"a"', r'"\""', r'"\\"', r'"a\\\""'])
-def test_ten_thousand_ids_are_read_and_one_more_is_not_however_they_are_quoted(id_text: str) -> None:
+def test_ten_thousand_ids_are_read_and_one_more_is_not(id_text: str) -> None:
+    """However they are quoted."""
+
     def body(count: int) -> bytes:
         return f'{{"sessionIds":[{",".join([id_text] * count)}]}}'.encode()
 

@@ -100,9 +100,10 @@ def impatience(daemon: Serving) -> Iterator[None]:
 
 @SIDES
 @pytest.mark.parametrize("name", AMBIGUOUS)
-async def test_a_request_that_can_be_read_in_two_ways_is_answered_once_and_ends_the_connection(
+async def test_an_ambiguous_request_is_answered_once_and_ends_the_connection(
     tmp_path: Path, side: str, name: str
 ) -> None:
+    """One that can be read in two ways."""
     async with serving(tmp_path, CONFIG) as daemon:
         with impatience(daemon):
             found = await answers(getattr(daemon, side), AMBIGUOUS[name] + SMUGGLED)

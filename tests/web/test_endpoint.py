@@ -366,9 +366,8 @@ class TestStatuses:
         ((status, body, headers),) = seen
         assert (status, json.loads(body)["error"], dict(headers)["Content-Type"]) == (404, 7, JSON)
 
-    async def test_an_address_that_only_the_body_tells_is_refused_with_its_address_in_the_log(
-        self, tmp_path: Path
-    ) -> None:
+    async def test_who_is_refused_after_the_body_was_read_is_logged_with_address(self, tmp_path: Path) -> None:
+        """Whose operator only the body tells."""
         toml = operator() + operator(name="other", provider_id="other", allow_from=["192.0.2.0/24"])
         with hear() as events:
             async with serving(tmp_path, toml) as s:
@@ -765,9 +764,8 @@ class TestLenience:
             ((kept,),) = query(tmp_path, "SELECT extra FROM session")
             assert json.loads(kept) == extra
 
-    async def test_what_is_kept_of_extra_fields_is_bounded_and_the_log_says_what_was_left_out(
-        self, tmp_path: Path
-    ) -> None:
+    async def test_what_is_kept_of_extra_fields_is_bounded(self, tmp_path: Path) -> None:
+        """The log says what was left out."""
         with hear() as events:
             async with serving(tmp_path, operator()) as s:
                 assert (await notify(s, extra={"game": "g", "pad": "x" * 15_000, "table": 7})).json == SUCCESS
@@ -777,7 +775,7 @@ class TestLenience:
         told = [event.facts["extra_left_out"] for event in events if event.name == "notice.recorded"]
         assert told == [1, None]
 
-    async def test_a_secret_under_a_name_that_the_dialect_does_not_know_is_in_no_file(self, tmp_path: Path) -> None:
+    async def test_a_secret_in_a_field_unknown_to_the_dialect_is_in_no_file(self, tmp_path: Path) -> None:
         extra = {"token": "s3cret-1", "key": "s3cret-2", "deep": {"Password": "s3cret-3"}, "sum": "s3cret-4"}
         toml = operator("v4.01") + operator("old", name="other", provider_id="other")  # which calls its hash "sum"
         async with serving(tmp_path, toml) as s:
@@ -916,7 +914,7 @@ class TestTokens:
 
 
 class TestOneEnd:
-    async def test_a_repeated_notice_is_answered_the_same_and_delivered_once_for_ever(
+    async def test_a_repeated_notice_is_answered_the_same_and_delivered_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "hook_repeat.py").write_text("SEEN = []\nasync def hook(event):\n    SEEN.append(event)\n")
@@ -1035,7 +1033,7 @@ class TestRawHttp:
             ("/unknown", {"Content-Length": "10"}, 404),
         ],
     )
-    async def test_a_client_that_waits_for_100_continue_is_spared_a_body_that_is_refused(
+    async def test_who_waits_for_100_continue_is_spared_a_body_that_is_refused(
         self, tmp_path: Path, path: str, headers: dict[str, str], status: int
     ) -> None:
         async with serving(tmp_path, operator()) as s, raw_connection(s.server) as raw:
@@ -1082,7 +1080,7 @@ class TestRawHttp:
             assert (await notify(s, session="after")).json == SUCCESS
             assert [row[1] for row in sessions(tmp_path)] == ["after"]
 
-    async def test_a_client_that_does_not_wait_for_its_answer_is_recorded_all_the_same(self, tmp_path: Path) -> None:
+    async def test_a_notice_whose_client_leaves_early_is_recorded_all_the_same(self, tmp_path: Path) -> None:
         async with serving(tmp_path, operator()) as s:
             async with raw_connection(s.server) as raw:
                 await raw.send(request(V4_WIRE.body()))

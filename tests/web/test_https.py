@@ -286,9 +286,7 @@ async def test_a_client_that_does_not_trust_us_is_heard(tmp_path: Path, ca: File
 
 
 @SIDES
-async def test_a_renewed_certificate_is_shown_to_whoever_connects_next_and_cuts_nobody_off(
-    tmp_path: Path, ca: Files, side: str
-) -> None:
+async def test_a_renewed_certificate_is_shown_next_and_cuts_nobody_off(tmp_path: Path, ca: Files, side: str) -> None:
     context = tls.client_context(ca.cert, None, None)
     own = make(tmp_path, "own", ca)
     async with serving_tls(tmp_path, own) as daemon, connected(getattr(daemon, side), context) as before:

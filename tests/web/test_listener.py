@@ -186,7 +186,7 @@ async def test_a_body_behind_a_head_does_not_count_as_one(tmp_path: Path) -> Non
 
 
 @SIDES
-async def test_the_answer_to_what_is_refused_is_not_lost_behind_what_is_still_sent(tmp_path: Path, side: str) -> None:
+async def test_a_refusal_is_not_lost_behind_what_is_still_sent(tmp_path: Path, side: str) -> None:
     """Closing a connection with bytes that nobody has read resets it, and the client may forget what it has got."""
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
         await peer.send(head(30 * listener.HEAD_MAX))

@@ -92,9 +92,8 @@ def strangers(url: str, count: int, addresses: int) -> Iterator[list[bytes]]:
         pytest.param(16, 8, 1, id="never none"),
     ],
 )
-def test_the_listeners_share_the_files_that_deliveries_and_the_store_leave(
-    files: int, attempts: int, most: int
-) -> None:
+def test_the_listeners_share_the_files_that_the_rest_leaves(files: int, attempts: int, most: int) -> None:
+    """Deliveries and the store."""
     assert connections_max(files, attempts) == most
 
 
@@ -128,9 +127,8 @@ def test_strangers_on_the_public_port_do_not_keep_touches_out(tmp_path: Path, lo
             assert daemon.call("GET", daemon.api + SESSION)[1]["state"] == "active"
 
 
-def test_a_daemon_that_cannot_accept_lets_no_idleness_pass_says_so_and_recovers(
-    tmp_path: Path, loop: dict[str, str]
-) -> None:
+def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop: dict[str, str]) -> None:
+    """It says so, and recovers."""
     with process(tmp_path, NO_GRACE, loop) as daemon, contextlib.ExitStack() as stack:
         known = stack.enter_context(contextlib.closing(Client(daemon.api)))
         assert known.health()["checks"]["listeners"][0]["status"] == "pass"

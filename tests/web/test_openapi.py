@@ -365,7 +365,7 @@ def test_every_private_call_says_how_it_is_refused(directory: Path) -> None:
 # -- what others generate from it
 
 
-def test_nothing_that_a_client_is_generated_from_depends_on_who_is_configured(directory: Path) -> None:
+def test_what_clients_are_generated_from_depends_on_no_configuration(directory: Path) -> None:
     """Of the private side only the servers and whether a token is asked for; of the public one its paths alone."""
     bare, full = (private_side(document(directory, SETTINGS[name])) for name in ("nothing", "tokens"))
     assert bare == full

@@ -89,7 +89,7 @@ class TestBatches:
         assert (kept.state, kept.attempts, kept.last_error) == ("dead", 1, "x")
         assert db.figures_of("acme") == contract.Figures(live=0, pending=0, dead=1)
 
-    async def test_a_wait_that_is_queued_while_the_wall_clock_goes_back_stays_as_long(
+    async def test_a_wait_queued_while_the_wall_clock_goes_back_stays_as_long(
         self, db: Store, clock: HandClock
     ) -> None:
         """Kept waits go back with the clock; the wait of a result in the same batch is right already."""

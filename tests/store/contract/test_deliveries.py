@@ -77,9 +77,8 @@ class TestDeliveries:
         (rest,) = await db.claimable([Claim("acme", "http", [second.id], 5)])
         assert [row.session_id for row in rest] == ["first"]
 
-    async def test_any_number_of_lanes_is_claimed_each_with_its_own_rows_the_earliest_due_first(
-        self, db: Store, clock: HandClock
-    ) -> None:
+    async def test_any_number_of_lanes_is_claimed_each_with_its_own_rows(self, db: Store, clock: HandClock) -> None:
+        """The earliest due first."""
         names = [f"operator-{number}" for number in range(65)]
         first = [await one_delivery(db, operator=name) for name in names]
         again = await db.settle(Settlement(first[-1], "pending", 5000, 1, attempt()))
@@ -90,7 +89,7 @@ class TestDeliveries:
         assert [row.due_at for row in lanes[-1]] == [second[-1].due_at, again.due_at]
         assert await db.claimable([]) == []
 
-    async def test_a_token_goes_when_nothing_can_need_it_any_more_and_is_still_known_again(self, db: Store) -> None:
+    async def test_a_token_that_nothing_needs_goes_and_is_still_recognised(self, db: Store) -> None:
         db.sinks_of = lambda session: [NewDelivery("http", session.token.encode()), NewDelivery("plugin:a", b"")]
         await db.open_session(opening(token="tok-3n"))
         await db.end("acme", "s")

@@ -136,7 +136,7 @@ class TestExpiry:
         assert await db.end_due(idle=True) == (1, 1)
         assert db.next_due_ms is None
 
-    async def test_sessions_of_an_operator_that_is_not_configured_wait_and_do_not_block(
+    async def test_sessions_of_an_unconfigured_operator_wait_and_do_not_block(
         self, db: Store, clock: HandClock
     ) -> None:
         await db.open_session(opening("orphan", operator="removed", lifetime_ms=5000))

@@ -32,8 +32,8 @@ from lmdaemon.model import Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
-from lmdaemon.store.contract import StoreError, StoreObserver
-from lmdaemon.store.sqlite.store import Store
+from lmdaemon.store.contract import Store, StoreError, StoreObserver
+from lmdaemon.store.open import open_store
 from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__
 from lmdaemon.web import api, endpoint
@@ -170,12 +170,12 @@ class Daemon:
     async def _build(self, stack: AsyncExitStack) -> None:
         settings = self.settings
         self._notifier.starting(self._start_limit_s(), f"Starting. Opening {settings.database}.")
-        self._store = await Store.open(settings.database, self._clock, count_downtime=settings.count_downtime)
+        self._store: Store = await open_store(settings, self._clock)
         stack.push_async_callback(self._store.close)
         self._store.service_clock.freeze("starting")  # plug-ins may take their time, and nobody is heard meanwhile
         self._sender = Sender(self._clock)
         stack.push_async_callback(self._sender.close)
-        self._metrics = Metrics()
+        self._metrics = Metrics(self._store.engine)
         self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng, self._metrics)
         loaded = [plugins.load(plugin, self._dispatcher.wake) for plugin in settings.plugins.values()]
         await plugins.start_all(loaded)

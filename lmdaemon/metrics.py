@@ -8,9 +8,9 @@ leaves the file takes its counters with it; what it has left in the store shows 
 import asyncio
 import concurrent.futures.thread  # noqa: F401 - else the first scrape opens it, maybe out of file descriptors
 import platform
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import (
@@ -111,10 +111,11 @@ class _Counter(Collector):
 class Metrics:
     """A registry of its own, so that two daemons in one process (the tests) do not share figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`engine`: name and version of what the store runs on."""
         self._registry = registry = CollectorRegistry()
         _Process(registry=registry)
-        versions = {"version": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+        versions = {"version": __version__, "python": platform.python_version(), **engine}
         built = Gauge("lmdaemon_build_info", "1; its labels are the versions.", list(versions), registry=registry)
         built.labels(**versions).set(1)
 

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 from lmdaemon import rights
 from lmdaemon.commands.arguments import FORCE, JSON, argument, command, file
 from lmdaemon.commands.files import (
-    COMPANIONS,
-    LOOK_EVERY,
     Inode,
     check_source,
     check_target,
@@ -28,7 +26,6 @@ from lmdaemon.commands.files import (
     files_of,
     followed,
     hint,
-    open_database,
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason
@@ -37,7 +34,18 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.rights import Rights, UnsafeError, acting_with
 from lmdaemon.store.contract import DatabaseError
-from lmdaemon.store.sqlite.file import MIGRATIONS, RESTORING, cause, check_is_ours, lock_file, mark, real_path
+from lmdaemon.store.sqlite.file import (
+    COMPANIONS,
+    LOOK_EVERY,
+    MIGRATIONS,
+    RESTORING,
+    cause,
+    check_is_ours,
+    lock_file,
+    mark,
+    open_beside,
+    real_path,
+)
 
 FLUSH_BYTES = 4 * 1024 * 1024
 
@@ -86,7 +94,7 @@ def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
     with file_beside(target) as (copy, handle):
         try:
             writing = rights.own()
-            with acting_with(source.reading), closing(open_database(source.path, source.how)) as sql:
+            with acting_with(source.reading), closing(open_beside(source.path, source.how)) as sql:
                 _check_is_ours(sql, source.path, known)  # VACUUM names its target for a fault of the source
                 sql.set_progress_handler(_Flush(handle), LOOK_EVERY)
                 # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
@@ -127,7 +135,7 @@ class _Flush:
 
 def _check_integrity(copy: Path) -> None:
     # Not read-only, though nothing is written: SQLite leaves out CHECK constraints then
-    with closing(open_database(copy, "mode=rw")) as opened:
+    with closing(open_beside(copy, "mode=rw")) as opened:
         (verdict,) = opened.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise sqlite3.DatabaseError(f"the copy is damaged: {verdict}")
@@ -215,7 +223,7 @@ def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
 
 def _contents(copy: Path) -> dict[str, Any]:
     """What a restored database would begin with."""
-    with closing(open_database(copy)) as sql:
+    with closing(open_beside(copy)) as sql:
         (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
         live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()
     return {"asOf": rfc3339(wall_at or None), "live": live, "pending": pending}

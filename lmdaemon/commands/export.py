@@ -9,11 +9,9 @@ import csv
 import io
 import os
 import re
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -29,7 +27,6 @@ from lmdaemon.commands.files import (
     file_beside,
     files_of,
     followed,
-    open_database,
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
@@ -38,9 +35,8 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
 from lmdaemon.shapes import ArchivedSession
-from lmdaemon.store.contract import DatabaseError
-from lmdaemon.store.sqlite import store
-from lmdaemon.store.sqlite.file import MIGRATIONS, cause, check_is_ours, real_path
+from lmdaemon.store.contract import Archive, DatabaseError
+from lmdaemon.store.open import open_archive, real_path
 from lmdaemon.web.documents import archived, read_time, to_json
 
 SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
@@ -107,19 +103,15 @@ def export(args: argparse.Namespace) -> int:
         ours = theirs if args.output is None else rights.for_result(args.output, theirs)
         with acting_with(theirs):
             check_source(settings)
-            database = real_path(settings.database.absolute())
-            with closing(open_database(database)) as sql:
-                check_is_ours(sql, settings.database, len(MIGRATIONS))
-                _wait_until_committed(sql, until_at)
+            with open_archive(settings) as archive:
+                _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
-                live = files_of(database)
+                live = files_of(real_path(settings.database.absolute()))
                 # Everything of the database that has a name is open by now
                 with acting_with(ours):
-                    _write(args, live, lambda: write(_sessions(sql, args.operator, since_at, until_at), told))
+                    _write(args, live, lambda: write(_sessions(archive, args.operator, since_at, until_at), told))
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
-    except sqlite3.Error as error:
-        raise Failed(f"{settings.database}: cannot be read: {cause(error, settings.database)}") from error
     _report(args, settings, told, since_at if args.since else None, until_at, now_at)
     return STOPPED
 
@@ -145,21 +137,19 @@ def _time(text: str, option: str) -> int:
         raise Usage(f"{option}: {error}, or a date, which begins in UTC (got {text!r})") from None
 
 
-def _wait_until_committed(sql: sqlite3.Connection, until_at: int) -> None:
+def _wait_until_committed(archive: Archive, until_at: int) -> None:
     """Until nothing that ended before then can still be on its way into the file."""
-    while store.committed_at(sql) < until_at and Clock().wall_ms() < until_at + SETTLED_S * 1000:
+    while archive.committed_at() < until_at and Clock().wall_ms() < until_at + SETTLED_S * 1000:
         time.sleep(POLL_S)
 
 
-def _sessions(
-    sql: sqlite3.Connection, operator: str | None, since_at: int, until_at: int
-) -> Iterator[list[ArchivedSession]]:
+def _sessions(archive: Archive, operator: str | None, since_at: int, until_at: int) -> Iterator[list[ArchivedSession]]:
     """Pages of documents, in the order in which the sessions ended. What ends meanwhile lies behind `until_at`."""
     after: tuple[int, int] | None = (since_at, 0)
     while after is not None:
-        page = store.ended(sql, operator, after, until_at)
+        page = archive.ended(operator, after, until_at)
         after = page.after
-        gates = store.gates(sql)
+        gates = archive.gates()
         yield [
             archived(session, deliveries, gates.get(session.operator, Gate())) for session, deliveries in page.sessions
         ]

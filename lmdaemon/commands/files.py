@@ -6,8 +6,6 @@ Called by `backup` and `export`. Everything written has mode 0600.
 import os
 import shutil
 import signal
-import sqlite3
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,29 +14,9 @@ from pathlib import Path
 from lmdaemon.commands.shared import Failed, reason
 from lmdaemon.config.settings import Settings
 from lmdaemon.rights import UnsafeError, check_link
+from lmdaemon.store.open import COMPANIONS
 
-BUSY_TIMEOUT_S = 10.0  # while the daemon recovers its log after a crash
 NICER = 10  # what reads the whole database takes what time the daemon leaves, on a machine with few cores
-LOOK_EVERY = 100_000  # steps of SQLite's between two looks at signals, some milliseconds
-COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
-
-
-def open_database(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
-    """A connection in autocommit mode. Raises sqlite3.Error.
-
-    `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
-    owner and mode of the database, also as root (unixOpen, robustFchown). At a pipe it would wait for ever, deaf to
-    signals, and the nightly backup with it.
-    """
-    for suffix in ("", *COMPANIONS):
-        file = path.with_name(path.name + suffix)
-        with suppress(OSError):  # SQLite meets it too, and says so
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise sqlite3.OperationalError(f"{file} is no plain file")
-    connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
-    # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
-    connection.set_progress_handler(lambda: 0, LOOK_EVERY)
-    return connection
 
 
 def check_source(settings: Settings) -> None:

@@ -92,7 +92,7 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
         Log("daemon").error("daemon.failed", reason=reason(error))
         return FAILED
     except Exception as error:  # an ExceptionGroup when a loop died; the service manager starts us again
-        lost = _file_lost(error)
+        lost = _database_lost(error)
         if lost is None:
             Log("daemon").exception("daemon.crashed")
         else:
@@ -119,13 +119,13 @@ def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
     signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(daemon.reload))
 
 
-def _file_lost(error: Exception) -> Exception | None:
-    """The one reason in a group of exceptions when it is a file that was taken away, else None."""
-    from lmdaemon.store.sqlite.file import FileLostError
+def _database_lost(error: Exception) -> Exception | None:
+    """The one reason in a group of exceptions when it is a database that was taken away, else None."""
+    from lmdaemon.store.contract import DatabaseError
 
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
-    return error if isinstance(error, FileLostError) else None
+    return error if isinstance(error, DatabaseError) else None
 
 
 def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:

@@ -224,6 +224,28 @@ class Page(NamedTuple, Generic[_Row]):
     next: int | None
 
 
+class Ended(NamedTuple):
+    """Ended sessions with their deliveries, in the order in which they ended, and behind which (ended_at, id) to go on,
+    None at the end.
+    """
+
+    sessions: list[tuple[Session, list[Delivery]]]
+    after: tuple[int, int] | None
+
+
+class Archive(Protocol):
+    """What has ended, read beside the daemon for an export. Its verbs raise DatabaseError."""
+
+    def ended(self, operator: str | None, after: tuple[int, int], before_at: int) -> Ended:
+        """A page of what ended before then, beginning behind `after`."""
+
+    def gates(self) -> Mapping[str, Gate]:
+        """What holds each operator back."""
+
+    def committed_at(self) -> int:
+        """Wall time of the last transaction."""
+
+
 # -- what the dispatcher reads
 
 
@@ -277,6 +299,8 @@ class Store(Protocol):
     # What the daemon hands in
     configured: frozenset[str]  # operators whose sinks are known: nobody else's sessions end by themselves
     sinks_of: SinksOf
+
+    engine: Mapping[str, str]  # its name and version
 
     # What is known without looking, as of the last commit
     service_clock: ServiceClock

@@ -313,7 +313,7 @@ class _Decision:
         for new in openings:
             known = self._find(new.operator, new.session_id)
             if known is None:
-                session = self._add(self._opened(new))
+                session = self._add(self._new(new, attributes=new.attributes, lifetime_ms=new.lifetime_ms))
                 self._figures(new.operator).live += 1
                 changes.next_due_ms = least(changes.next_due_ms, session.deadline_ms)
                 changes.next_lifetime_at = least(changes.next_lifetime_at, session.lifetime_at)
@@ -321,20 +321,23 @@ class _Decision:
             else:
                 changes.answers.append(self._open_again(new, known))
 
-    def _opened(self, new: Opening) -> Session:
+    def _new(
+        self, new: Opening | Recording, *, attributes: str | None = None, extra: str | None = None, lifetime_ms: int = 0
+    ) -> Session:
+        """A session that begins now."""
         return Session(
             id=self._last_session + 1,
             operator=new.operator,
             session_id=new.session_id,
             player_id=new.player_id,
             token=new.token,
-            attributes=new.attributes,
-            extra=None,
+            attributes=attributes,
+            extra=extra,
             idle_ms=new.idle_ms,
             opened_at=self._now,
             seen_ms=self._changes.seen_ms,
             seen_at=self._now,
-            lifetime_at=self._now + new.lifetime_ms if new.lifetime_ms else None,
+            lifetime_at=self._now + lifetime_ms if lifetime_ms else None,
             ended_at=None,
             reason=None,
         )
@@ -391,27 +394,9 @@ class _Decision:
             if self._facts is None:  # it may be known
                 raise FactsNeeded
             return refusal
-        self._changes.ends.append(self._add(self._reported(new)))
+        known_by_its_end = self._new(new, extra=new.extra)._replace(ended_at=self._now, reason="reported")
+        self._changes.ends.append(self._add(known_by_its_end))
         return "ended"
-
-    def _reported(self, new: Recording) -> Session:
-        """A session that is known only by its end."""
-        return Session(
-            id=self._last_session + 1,
-            operator=new.operator,
-            session_id=new.session_id,
-            player_id=new.player_id,
-            token=new.token,
-            attributes=None,
-            extra=new.extra,
-            idle_ms=new.idle_ms,
-            opened_at=self._now,
-            seen_ms=self._world.service_ms,
-            seen_at=self._now,
-            lifetime_at=None,
-            ended_at=self._now,
-            reason="reported",
-        )
 
     def _record_known(self, new: Recording, session: Session) -> Recorded:
         self._changes.met_known |= not self._is_new(session)

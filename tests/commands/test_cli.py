@@ -409,13 +409,13 @@ class Late:
             time.sleep(600)
         if name == "lmdaemon.daemon":
             import lmdaemon.store.sqlite.file as file
-            migrate = file._migrate
+            migrate = file.migrate
 
             def for_ever(connection, *arguments):
                 Path("begun").touch()
                 connection.execute("WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i FROM n) SELECT max(i) FROM n")
 
-            file._migrate = for_ever
+            file.migrate = for_ever
 
 sys.meta_path.insert(0, Late())
 """)

@@ -39,7 +39,7 @@ from support import open_store, scripted_operator
 from lmdaemon.commands import export
 from lmdaemon.model import rfc3339
 from lmdaemon.store.contract import NewDelivery, Opening
-from lmdaemon.store.sqlite import store
+from lmdaemon.store.sqlite.archive import Archive
 
 LONG_AGO = 1_700_000_000_000
 
@@ -125,7 +125,7 @@ async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_pat
             for operator in (None, "acme"):
                 found, after = [], (0, 0)
                 while after is not None:
-                    page, after = store.ended(sql, operator, after, LONG_AGO + 10**6, rows)
+                    page, after = Archive(sql).ended(operator, after, LONG_AGO + 10**6, rows)
                     found += [session.session_id for session, _ in page]
                 assert found == [session for whose, session, _ in ends if operator in (None, whose)]
 
@@ -137,8 +137,8 @@ async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypat
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader,
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer,
     ):
-        monkeypatch.setattr(store.ended, "__defaults__", (2,))
-        pages = export._sessions(reader, None, 0, LONG_AGO + 10**6)
+        monkeypatch.setattr(Archive.ended, "__defaults__", (2,))
+        pages = export._sessions(Archive(reader), None, 0, LONG_AGO + 10**6)
         assert len(next(pages)) == 2
         writer.execute("UPDATE clock SET wall_at = wall_at + 1")
         assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)

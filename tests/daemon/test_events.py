@@ -11,8 +11,8 @@ from processes import process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
 from lmdaemon.retry import BREAKER_OPENS_AT
+from lmdaemon.store import writer
 from lmdaemon.store.contract import StoreError
-from lmdaemon.store.sqlite import file as database
 
 OPERATORS = """
 [operators.acme]
@@ -89,9 +89,9 @@ async def test_what_is_refused_for_want_of_room_is_told(
 ) -> None:
     async with serving(tmp_path, settings) as d:
         with hear() as events:
-            monkeypatch.setattr(database, "QUEUE_MAX", 0)
+            monkeypatch.setattr(writer, "QUEUE_MAX", 0)
             assert await notify(d, V4_01) == 503
-            monkeypatch.setattr(database, "QUEUE_MAX", 20_000)
+            monkeypatch.setattr(writer, "QUEUE_MAX", 20_000)
             monkeypatch.setattr(d.daemon._sites["server"], "most", 0)
             host, port = d.server.removeprefix("http://").split(":")
 
@@ -102,7 +102,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
             assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
             monkeypatch.setattr(d.daemon._sites["server"], "most", 2000)
             with pytest.raises(StoreError):
-                await d.daemon._store._db.read(lambda sql: sql.execute("SELECT * FROM nothing"))
+                await d.daemon._store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"
     assert only(events, "notice.not_stored").facts["session"] == "s-1"
     assert only(events, "http.turned_away").facts["listener"] == "server"

@@ -21,7 +21,8 @@ from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import NewDelivery, Opening
-from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import thread
+from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import ExpiryAlarm
 from lmdaemon.version import __version__
@@ -124,7 +125,7 @@ async def test_the_public_side_tells_only_the_status(tmp_path: Path) -> None:
 
 
 async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.05)
     async with serving(tmp_path, CONFIG) as daemon:
 
         async def failing() -> bool:
@@ -206,13 +207,13 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
 
 
 async def test_asking_often_writes_once_a_second(store: Store, checked: Health, clock: HandClock) -> None:
-    before = store._db.commits
+    before = store._db.writer.commits
     for _ in range(5):
         await checked.report()
-    assert store._db.commits == before + 1
+    assert store._db.writer.commits == before + 1
     clock.advance(ASK_EVERY_S)
     await checked.report()
-    assert store._db.commits == before + 2
+    assert store._db.writer.commits == before + 2
 
 
 async def test_a_table_that_cannot_be_read_fails(tmp_path: Path, store: Store, checked: Health) -> None:
@@ -400,8 +401,8 @@ async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
 
     async with serving(tmp_path, CONFIG) as daemon:
         store = daemon.daemon._store
-        monkeypatch.setattr(database, "_empty_wal", lambda *arguments: hold.wait(20))
-        monkeypatch.setattr(database, "WAL_MAX", -1)
+        monkeypatch.setattr(disk.Disk, "_empty_wal", lambda *arguments: hold.wait(20))
+        monkeypatch.setattr(disk, "WAL_MAX", -1)
         writing = asyncio.ensure_future(store.probe())
         await until(lambda: store.writing_since)
         for _ in range(3):

@@ -40,7 +40,7 @@ from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules
 from lmdaemon.store.contract import Opening, Recording, StoreError
-from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import thread
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
 
@@ -561,8 +561,8 @@ class Promises(RuleBasedStateMachine):
         for task in self.loops.values():
             if task.done():
                 task.result()
-        if self.db._db.commits != self.commits:
-            self.commits = self.db._db.commits
+        if self.db._db.writer.commits != self.commits:
+            self.commits = self.db._db.writer.commits
             self.committed = (self.heard, self.sure, self.clock.wall_ms())
             self.check()
         self.check_clock()
@@ -591,7 +591,7 @@ class Promises(RuleBasedStateMachine):
     # -- what is promised
 
     def check(self) -> None:
-        seen: Seen = self.loop.run_until_complete(self.db._db.read(Seen.read))
+        seen: Seen = self.loop.run_until_complete(self.db._db.reads.read(Seen.read))
         assert seen.service_ms >= self.stored_ms
         self.stored_ms = seen.service_ms
         self.reconcile(seen, self.known)
@@ -994,8 +994,8 @@ class Promises(RuleBasedStateMachine):
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database._Thread, "run", run_at_once)
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(thread.Thread, "run", run_at_once)
+    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.0)
     monkeypatch.setattr(rules, "REVISIT_MS", REVISIT_MS)
 
 

@@ -64,9 +64,9 @@ async def test_ticks_do_not_write(db: Store, clock: HandClock, sweeper: Sweeper)
     written: list[int] = []
     for second in range(1, 47):
         clock.advance(1)
-        commits = db._db.commits
+        commits = db._db.writer.commits
         await sweeper.once()
-        if db._db.commits > commits:
+        if db._db.writer.commits > commits:
             written.append(second)
     # The clock is kept every ten seconds, and sooner after a start: a crash forgets at most half of a short run
     assert written == [1, 2, 4, 8, 16, 26, 36, 46]
@@ -76,20 +76,20 @@ async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock
     """However long the disk takes."""
     await open_session(db, idle_s=10)
     live(clock, db, 9.9)
-    entered, hold, written = asyncio.Event(), asyncio.Event(), db._db._write
+    entered, hold, written = asyncio.Event(), asyncio.Event(), db._db.writer._write
 
     async def slow(batch: Any) -> Any:
         entered.set()
         await hold.wait()
         return await written(batch)
 
-    db._db._write = slow  # type: ignore[method-assign]
+    db._db.writer._write = slow  # type: ignore[method-assign]
     first = asyncio.create_task(db.probe())
     await entered.wait()
     swept = asyncio.create_task(db.end_due(idle=True))  # for another session, say
-    await until(lambda: db._db._queue)
+    await until(lambda: db._db.writer._queue)
     touched = asyncio.create_task(db.touch("acme", ["s"]))
-    await until(lambda: len(db._db._queue) == 2)
+    await until(lambda: len(db._db.writer._queue) == 2)
     live(clock, db, 1.0)
     hold.set()
     await asyncio.gather(first, swept)

@@ -1,4 +1,4 @@
-"""lmdaemon, killed (SIGKILL) when it comes to a line: `KILL_AT=database.py:210 python interrupted.py … serve`.
+"""lmdaemon, killed (SIGKILL) when it comes to a line: `KILL_AT=store/writer.py:210 python interrupted.py … serve`.
 
 Points are the lines before and after each await and each SQL statement between the queue and the commit, and between
 the claim and the settled row: in between nothing changes that outlives the process. With `REACHED=FILE` it runs on and
@@ -20,10 +20,10 @@ from lmdaemon import sweeper
 from lmdaemon.__main__ import main
 from lmdaemon.delivery import dispatcher as delivery
 from lmdaemon.delivery import sender
-from lmdaemon.store import projection
+from lmdaemon.store import projection, writer
 from lmdaemon.store.sqlite import batch as batches
-from lmdaemon.store.sqlite import file as database
 from lmdaemon.store.sqlite import store
+from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.web import endpoint, sessions
 
 WATCHED = [
@@ -33,14 +33,15 @@ WATCHED = [
     sessions.Sessions.open,
     sessions.Sessions.touch,
     sessions.Sessions.close,
-    database.Database.write,
+    writer.Writer.write,
     # The writer: from the queue into the file
-    database.Database.run,
-    database.Database.write_batch,
-    database.Database._write_and_answer,
-    database.Database._write,
-    database.Database._answered,
-    database._commit,
+    writer.Writer.run,
+    writer.Writer.write_batch,
+    writer.Writer._write_and_answer,
+    writer.Writer._write,
+    writer.Writer._answered,
+    disk.Disk.commit,
+    disk.Disk._commit,
     store.Store.begin,
     store.Store.committed,
     projection.Projection.absorb,
@@ -106,7 +107,7 @@ class Follow:
 
     def __init__(self, frame: FrameType) -> None:
         self.steps = STEPS[frame.f_code.co_filename]
-        self.name = Path(frame.f_code.co_filename).name
+        self.name = "/".join(Path(frame.f_code.co_filename).parts[-2:])
         self.last = frame.f_lineno  # where a coroutine was resumed
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:

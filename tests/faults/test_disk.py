@@ -616,7 +616,7 @@ WAL_MAX = 300_000
 WITH_A_SMALL_WAL = (
     sys.executable,
     "-c",
-    f"import lmdaemon.store.sqlite.file as d; d.WAL_MAX = {WAL_MAX}; from lmdaemon.__main__ import main; exit(main())",
+    f"import lmdaemon.store.sqlite.writer as d; d.WAL_MAX={WAL_MAX}; from lmdaemon.__main__ import main; exit(main())",
 )
 
 

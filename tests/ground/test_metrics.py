@@ -11,8 +11,10 @@ from support import LISTEN, Serving, bench, operator_table, scrape, scripted_ope
 
 from lmdaemon.metrics import Metrics, _Process
 from lmdaemon.model import Gate
+from lmdaemon.store import writer
 from lmdaemon.store.contract import Opening, StoreError
-from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import file, reads
+from lmdaemon.store.sqlite import writer as disk
 
 ACME = """
 [operators.acme]
@@ -167,18 +169,18 @@ def test_a_sink_that_leaves_the_file_takes_its_series_along() -> None:
 async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path, ACME) as d:
         store = d.daemon._store
-        monkeypatch.setattr(database, "QUEUE_MAX", 0)
+        monkeypatch.setattr(writer, "QUEUE_MAX", 0)
         assert await notify(d) == 503
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 503
-        monkeypatch.setattr(database, "QUEUE_MAX", 20_000)
-        monkeypatch.setattr(database, "LOOKS_MAX", 0)
+        monkeypatch.setattr(writer, "QUEUE_MAX", 20_000)
+        monkeypatch.setattr(reads, "LOOKS_MAX", 0)
         assert await call(d, "GET", "/v1/operators/acme/sessions/s") == 503
-        monkeypatch.setattr(database, "READS_MAX", 0)
+        monkeypatch.setattr(reads, "READS_MAX", 0)
         with pytest.raises(StoreError):
             await store.oldest_pending(["acme"])
-        monkeypatch.setattr(database, "READS_MAX", 1000)
+        monkeypatch.setattr(reads, "READS_MAX", 1000)
         with pytest.raises(StoreError):
-            await store._db.read(lambda sql: sql.execute("SELECT * FROM nothing"))
+            await store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
         after = await scrape(d)
     assert after['lmdaemon_store_refused_operations_total{reason="queue_full"}'] == 2
     assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 2
@@ -196,7 +198,7 @@ async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
 
     async with serving(tmp_path, ACME) as d:
         with monkeypatch.context() as patch:
-            patch.setattr(database._Files, "check", full)
+            patch.setattr(file.Files, "check", full)
             assert await notify(d) == 503
             failing = await scrape(d)
         assert failing["lmdaemon_store_writable"] == 0
@@ -211,19 +213,19 @@ async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
 async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "CHECKPOINT_S", 3600)  # the file would grow between two looks at it
+    monkeypatch.setattr(disk, "CHECKPOINT_S", 3600)  # the file would grow between two looks at it
     async with serving(tmp_path, ACME) as d:
         store = d.daemon._store
         before = await scrape(d)
         opened = [store.open_session(Opening("acme", f"s{n}", "p", "t", None, 60_000, 0)) for n in range(30)]
         await asyncio.gather(*opened)
         await store.probe()
-        made = store._db.commits
+        made = store._db.writer.commits
         after = await scrape(d)
         commits = after["lmdaemon_store_commit_duration_seconds_count"]
         assert commits > before["lmdaemon_store_commit_duration_seconds_count"]
         assert commits == after["lmdaemon_store_batch_operations_count"]
-        assert made <= commits <= store._db.commits  # the daemon also writes of its own accord
+        assert made <= commits <= store._db.writer.commits  # the daemon also writes of its own accord
         operations = after["lmdaemon_store_batch_operations_sum"] - before["lmdaemon_store_batch_operations_sum"]
         assert operations >= 31
         assert after["lmdaemon_store_file_bytes"] == (tmp_path / "lmdaemon.sqlite3").stat().st_size

@@ -25,9 +25,9 @@ from lmdaemon.config.settings import (
 )
 from lmdaemon.config.tables import Tables
 from lmdaemon.delivery import answers, resolver, sender
-from lmdaemon.store import contract, rules
-from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite import pages, store
+from lmdaemon.store import contract, rules, verbs, writer
+from lmdaemon.store.sqlite import pages, reads, store
+from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.web import bodies, endpoint, handshakes, listener
 from lmdaemon.web import requests as http
 
@@ -155,16 +155,16 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"a handshake has {handshakes.HANDSHAKE_TIMEOUT_S:g} s and counts as a connection",
         f"orderly end has {handshakes.GOODBYE_TIMEOUT_S:g} s",
         f"1 s to {shapes.IDLE_MAX_S // 86400} days",
-        f"{database.QUEUE_MAX} then 503; up to {database.BATCH_MAX} in one transaction",
-        f"{database.QUEUE_ROWS} then 503; up to {contract.BATCH_ROWS} in one transaction",
-        f"readers waiting for the disk | {database.READS_MAX} then 503",
-        f"one at a time; {database.LOOKS_MAX} may wait; {database.LOOK_S:g} s for each with its wait; then 503",
+        f"{writer.QUEUE_MAX} then 503; up to {writer.BATCH_MAX} in one transaction",
+        f"{writer.QUEUE_ROWS} then 503; up to {contract.BATCH_ROWS} in one transaction",
+        f"readers waiting for the disk | {reads.READS_MAX} then 503",
+        f"one at a time; {reads.LOOKS_MAX} may wait; {reads.LOOK_S:g} s for each with its wait; then 503",
         f"| {sender.ANSWER_MAX // 1024} KiB of the body are read of a head of at most {answers.HEAD_MAX // 1024} KiB",
         f"and {answers.HEADERS_MAX} headers; {answers.WIRE_MAX // 1024**2} MiB to carry the body",
         f"(1xx) | {answers.INTERIM_MAX} then",
         f"{resolver.LOOKUPS_MAX} each on a thread of its own",
-        f"ten a second for an operator {store.RETRIES_MAX} in one call",
-        f"{database.WAL_MAX // 1024**2} MiB and one transaction",
+        f"ten a second for an operator {verbs.RETRIES_MAX} in one call",
+        f"{disk.WAL_MAX // 1024**2} MiB and one transaction",
         f"warns at {store.LARGE_WAL // 1024**2} MiB",
         f"{contract.SWEEP_ROWS} sessions in one operation",
         f"the latest {rules.HISTORY_MAX}",

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "shapes": {"ground", "masks"},
     "store": {"ground"},
     "store.sqlite": {"ground", "store"},
+    "store.open": {"ground", "config", "store", "store.sqlite"},  # chooses an engine
     # The doers: none imports another, and none knows an engine.
     "delivery": {"ground", "config", "plugins", "masks", "store"},
     "web": {"ground", "config", "plugins", "masks", "shapes", "store"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
         "config",
         "plugins",
         "store",
-        "store.sqlite",
+        "store.open",
         "delivery",
         "web",
         "sweeper",
@@ -51,19 +52,21 @@ MAY_IMPORT = {
         "masks",
         "shapes",
         "store",
-        "store.sqlite",
+        "store.open",
         "delivery",
         "web",
         "daemon",
         "workbench",
     },
+    "commands.backup": {"ground", "config", "commands", "store", "store.sqlite"},  # copies the file
     "__main__": {"commands"},
 }
 HOMES = {
     "aiohttp": {"web", "delivery", "daemon", "commands.client", "workbench"},
-    "aiosqlite": {"store.sqlite.file"},
+    "aiosqlite": {"store.sqlite.thread"},
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
+    "sqlite3": {"store.sqlite", "commands.backup"},
     "tomllib": {"config.reader"},
 }
 

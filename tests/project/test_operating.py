@@ -40,7 +40,7 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
             named = isinstance(owner, ast.Name) and owner.id in LOGS
             made = isinstance(owner, ast.Call) and ast.unparse(owner.func).rpartition(".")[2] == "Log"
             if (named or made) and node.func.attr in {"debug", "info", *LEVELS}:
-                yield path.name, node, node.func.attr
+                yield str(path), node, node.func.attr
 
 
 def test_every_event_has_its_name_written_out() -> None:
@@ -126,7 +126,7 @@ def names_of(module: str, call: ast.Call) -> list[str]:
 
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
-TREES = {path.name: ast.parse(path.read_text()) for path in Path(lmdaemon.__file__).parent.rglob("*.py")}
+TREES = {str(path): ast.parse(path.read_text()) for path in Path(lmdaemon.__file__).parent.rglob("*.py")}
 
 
 def facts_by_event() -> dict[str, list[set[str]]]:

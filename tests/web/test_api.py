@@ -31,8 +31,8 @@ from support import (
 )
 from yarl import URL
 
-from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite import pages, store
+from lmdaemon.store import verbs
+from lmdaemon.store.sqlite import pages, reads
 from lmdaemon.web.problems import KINDS
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -782,14 +782,14 @@ def endless(sql: sqlite3.Connection, *_: object) -> None:
 async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
     api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    monkeypatch.setattr(reads, "LOOK_S", 60.0)
     with monkeypatch.context() as slow:
         slow.setattr(pages, "newest_deliveries", endless)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(30):
                 reader = await stack.enter_async_context(raw_connection(api.daemon.api))
                 await reader.send(b"GET /v1/deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            desk = api.daemon.daemon._store._db._desk
+            desk = api.daemon.daemon._store._db.reads._desk
             await until(lambda: desk.waiting == 30)
             await api.open()
             await api.close()
@@ -803,7 +803,7 @@ async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
 async def test_what_people_read_answers_503_when_it_takes_too_long(
     api: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LOOK_S", 0.05)
+    monkeypatch.setattr(reads, "LOOK_S", 0.05)
     monkeypatch.setattr(pages, "session_page", endless)
     problem = await api("GET", ACME + "/sessions", 503)
     assert problem["detail"] == "reading took longer than 0.05 s"
@@ -950,8 +950,8 @@ async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet
 async def test_one_call_retries_as_many_as_it_may_and_no_more(
     api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "RETRIES_MAX", 5)
-    monkeypatch.setattr(store, "RETRY_ROWS", 2)
+    monkeypatch.setattr(verbs, "RETRIES_MAX", 5)
+    monkeypatch.setattr(verbs, "RETRY_ROWS", 2)
     await dead_deliveries(api, wallet, *(f"s{number}" for number in range(6)))
     await api("POST", ACME + "/hold", 200)
     for count in (5, 1, 0):
@@ -977,12 +977,12 @@ async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
     delivered_everywhere: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = delivered_everywhere
-    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    monkeypatch.setattr(reads, "LOOK_S", 60.0)
     store = api.daemon.daemon._store
-    busy = asyncio.ensure_future(store._db.look(endless))
+    busy = asyncio.ensure_future(store._db.reads.look(endless))
     first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))
     other = asyncio.ensure_future(api("POST", "/v1/operators/bravo/deliveries/retry", 202))
-    await until(lambda: store._db._desk.waiting == 3)
+    await until(lambda: store._db.reads._desk.waiting == 3)
     for _ in range(3):
         await api("POST", ACME + "/deliveries/retry", 409)
     busy.cancel()

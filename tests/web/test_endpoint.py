@@ -34,7 +34,7 @@ from wires import (
     write_secrets,
 )
 
-from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import thread
 from lmdaemon.web import requests as http
 
 EVERY = pytest.mark.parametrize("name", WIRES)
@@ -49,7 +49,7 @@ def secrets(tmp_path: Path) -> None:
 
 @pytest.fixture
 def short_busy_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.05)
 
 
 def write_lock(directory: Path) -> closing[sqlite3.Connection]:

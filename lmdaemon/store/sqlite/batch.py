@@ -46,27 +46,34 @@ GATE = tuple(field.name for field in fields(Gate))
 
 # -- facts: what a batch asks for
 
+# Sessions of an operator by their ids.
 SESSIONS_BY_KEY = f"""
 SELECT {as_rows(SESSION)} FROM session WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+# Which of these deliveries are pending.
 PENDING_OF = """
 SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_each(?)) AND state = 'pending'"""
+# Active sessions that may be idle for too long, the earliest due first.
 DUE = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?)"""
+# Active sessions past their lifetime, the longest first.
 DUE_LIFETIME = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
       ORDER BY lifetime_at LIMIT ?)"""
-# By their numbers: without the `+` SQLite would look through all that is dead.
+# Which of these deliveries are dead and may be sent, with their sinks. Without the `+` SQLite would look through all
+# that is dead.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
 WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {MAY_BE_SENT}"""
+# What decides whether old sessions can go: their deliveries.
 OLD_DELIVERIES = f"""
 SELECT {as_rows(", ".join(OldDelivery._fields))} FROM delivery WHERE session IN (SELECT value FROM json_each(?))"""
-# After a batch: the states of touched sessions, and the next deadlines of the whole table.
+# After a batch: whether touched sessions are active.
 STATES = f"""
 SELECT {as_rows("session_id, reason IS NULL")} FROM session
 WHERE operator = ? AND session_id IN (SELECT value FROM json_each(?))"""
+# After a sweep: the next deadlines of the whole table.
 NEXT = """
 SELECT (SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1),
        (SELECT lifetime_at FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL
@@ -104,54 +111,69 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
 
 # -- apply: the changes as one row for a view, whose trigger is the list of what is written, in its order
 
+# Stamps the active ones of the touched sessions.
 TOUCH = """
 UPDATE session SET seen_ms = NEW.seen_ms, seen_at = NEW.wall_at
 WHERE (operator, session_id) IN (SELECT ids.key, id.value FROM json_each(?) AS ids, json_each(ids.value) AS id)
       AND reason IS NULL"""
+# Adds sessions.
 ADD_SESSIONS = f"""
 INSERT INTO session ({", ".join(Session._fields)}, due_ms)
 SELECT *, seen_ms + idle_ms FROM (SELECT {given(*Session._fields)} FROM json_each(?))"""
+# Ends sessions that are active.
 END = f"""
 UPDATE session SET reason = ended.reason, ended_at = NEW.wall_at, extra = coalesce(ended.extra, session.extra),
                    token = ended.token
 FROM (SELECT {given("id", "reason", "extra", "token")} FROM json_each(?)) AS ended
 WHERE session.id = ended.id AND session.reason IS NULL"""
+# Moves deadlines to where touches have put them.
 MOVE_DUE = f"""
 UPDATE session SET due_ms = moved.due_ms FROM (SELECT {given("id", "due_ms")} FROM json_each(?)) AS moved
 WHERE session.id = moved.id"""
+# Puts off ends by lifetime.
 MOVE_LIFETIME = f"""
 UPDATE session SET lifetime_at = moved.lifetime_at
 FROM (SELECT {given("id", "lifetime_at")} FROM json_each(?)) AS moved WHERE session.id = moved.id"""
+# Adds deliveries.
 ADD_DELIVERIES = f"""
 INSERT INTO delivery ({", ".join(NEW_DELIVERY)})
 SELECT {", ".join(NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
 FROM (SELECT {given(*NEW_DELIVERY)} FROM json_each(?))"""
+# Stores results of attempts; what was delivered needs its body no more.
 SETTLE = f"""
 UPDATE delivery SET {", ".join(f"{name} = result.{name}" for name in RESULT[1:])},
                     body = CASE WHEN result.state = 'delivered' THEN x'' ELSE body END
 FROM (SELECT {given(*RESULT)} FROM json_each(?)) AS result
 WHERE delivery.id = result.id AND delivery.state = 'pending'"""
+# Puts a digest in the place of a token that no delivery needs any more.
 FORGET_TOKENS = f"""
 UPDATE session SET token = digest.token FROM (SELECT {given("id", "token")} FROM json_each(?)) AS digest
 WHERE session.id = digest.id AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {MAY_BE_SENT})"""
+# Makes dead deliveries due again.
 REVIVE = f"""
 UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
                     aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
 FROM (SELECT {given("id", "due_at", "aged_from_at", "held_base_ms")} FROM json_each(?)) AS again
 WHERE delivery.id = again.id"""
+# Deletes the deliveries of pruned sessions.
 PRUNE_DELIVERIES = "DELETE FROM delivery WHERE session IN (SELECT value FROM json_each(?))"
+# Deletes pruned sessions.
 PRUNE_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
+# Adds to the counts of operators.
 ADD_FIGURES = f"""
 INSERT INTO operator (name, live, pending, dead)
 SELECT {given("name", "live", "pending", "dead")} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET live = live + excluded.live, pending = pending + excluded.pending,
                                  dead = dead + excluded.dead"""
+# Stores what holds operators back.
 PUT_GATES = f"""
 INSERT INTO operator (name, {", ".join(GATE)}) SELECT {given("name", *GATE)} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in GATE)}"""
+# Keeps the clock as of this transaction.
 PUT_CLOCK = "UPDATE clock SET service_ms = NEW.service_ms, wall_at = NEW.wall_at"
-# Before everything else in a batch: what is queued with it may add waits that are right already. All in one piece, for
-# a new time without its waits, or the other way round, must never be on disk: 0.7 s where 100,000 wait.
+# Puts kept waits back with the wall clock. Before everything else in a batch: what is queued with it may add waits that
+# are right already. All in one piece, for a new time without its waits, or the other way round, must never be on disk:
+# 0.7 s where 100,000 wait.
 SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 
 _COLUMNS = ("service_ms", "seen_ms", "wall_at")

@@ -8,13 +8,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
 from lmdaemon.model import DELIVERY_STATES, Delivery, Session
 from lmdaemon.store.contract import PAGE_BYTES, Page
 from lmdaemon.store.sqlite.rows import MAY_BE_SENT, as_rows, fetch, number_of, to_json
+from lmdaemon.store.verbs import Died
 
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
@@ -32,38 +33,47 @@ def _delivery_columns(history: str) -> str:
     return ", ".join(hidden.get(name, f"d.{name}") for name in Delivery._fields[:-1])
 
 
-# Ids of sessions, newest first: of an operator by state, and of a player.
+# Ids of active sessions of an operator, newest first.
 _ACTIVE = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND reason IS NULL AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
+# The same of those that have ended.
 _ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
+# The same of a player, in whatever state.
 _OF_PLAYER = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND player_id = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# The same of a player in one state, which no index knows; and how many sessions were looked at, down to which.
+# Those of a player in one state, which no index knows; and how many sessions were looked at, down to which.
 _OF_PLAYER_IN_STATE = """
 SELECT json_group_array(id) FILTER (WHERE (reason IS NULL) = ?), count(*), min(id)
 FROM (SELECT id, reason FROM session WHERE operator = ? AND player_id = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
+# Sessions by their ids, without what is not shown.
 _SESSIONS = f"SELECT {as_rows(_SESSION)} FROM session WHERE id IN (SELECT value FROM json_each(?))"
 
-# Ids of deliveries, newest first: all of them, and those of one operator and sink in one state.
+# Ids of all deliveries, newest first.
 _ALL = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE id < ? ORDER BY id DESC LIMIT ?)"""
+# The same of one operator and sink in one state.
 _OF_LANE = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE operator = ? AND sink = ? AND state = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# The sinks of an operator one after the other, and whether any of some operators has a sink: a step in an index each.
+# The sinks of an operator one after the other, a step in the index each.
 _NEXT_SINK = "SELECT sink FROM delivery WHERE operator = ? AND sink > ? ORDER BY sink LIMIT 1"
+# Whether any of some operators has a sink, a step in the index each.
 _HAS_SINK = """
 SELECT count(*) FROM (SELECT 1 FROM json_each(?) AS name
                       WHERE EXISTS (SELECT 1 FROM delivery WHERE operator = name.value AND sink = ?) LIMIT 1)"""
+# Deliveries by their ids, without what is not shown.
 _DELIVERIES = f"""
 SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.id IN (SELECT value FROM json_each(?))"""
 
+# One session by its key.
 _ONE_SESSION = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
+# The deliveries of a session.
 _ITS_DELIVERIES = f"""
 SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ?"""
+# One delivery by its number, with its history.
 _ONE_DELIVERY = f"""
 SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
@@ -133,13 +143,6 @@ def newest_deliveries(sql: sqlite3.Connection, limit: int, after: int) -> Page[D
 def has_sink(sql: sqlite3.Connection, operators: Sequence[str], sink: str) -> bool:
     """Whether there are deliveries for a sink."""
     return bool(sql.execute(_HAS_SINK, (to_json(operators), sink)).fetchone()[0])
-
-
-class Died(NamedTuple):
-    """Ids of dead deliveries that may be sent again, and behind which (settled_at, id) to go on, or None at the end."""
-
-    ids: list[int]
-    after: tuple[int, int] | None
 
 
 def died(sql: sqlite3.Connection, operator: str, after: tuple[int, int], limit: int) -> Died:

@@ -27,13 +27,16 @@ def as_rows(columns: str) -> str:
     return f"json_group_array(json_array({columns}))"
 
 
+# A session by its key.
 _SESSION_BY_KEY = f"SELECT {SESSION} FROM session WHERE operator = ? AND session_id = ?"
+# A delivery by its number.
 _DELIVERY_BY_ID = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
 # A delivery that may be sent, now or again; an http one without a body could never be composed.
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 
+# Ids of what ended before a time, in the order in which it ended, behind a place.
 ENDED_BEFORE = f"""
 SELECT {as_rows("id, ended_at")}
 FROM (SELECT id, ended_at FROM session WHERE ended_at IS NOT NULL AND ended_at < ? AND (ended_at, id) > (?, ?)

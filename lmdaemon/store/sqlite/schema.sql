@@ -1,4 +1,4 @@
--- The database of lmdaemon, version 1 (PRAGMA user_version). A change of it is a migration in database.py, never an edit
+-- The database of lmdaemon, version 1 (PRAGMA user_version). A change of it is a migration in file.py, never an edit
 -- of what older files were made with.
 --
 -- Wall times (…_at) are milliseconds since the epoch, UTC. Service times (…_ms) are milliseconds of the service clock,

@@ -14,9 +14,11 @@ from typing import Any, cast
 import pytest
 from support import hear, until
 
+from lmdaemon.store import writer
 from lmdaemon.store.contract import DatabaseError, Operation, StoreError
-from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite.file import Database
+from lmdaemon.store.sqlite import file, reads, thread
+from lmdaemon.store.sqlite import writer as disk
+from lmdaemon.store.sqlite.database import Database
 
 
 class Do(Operation[Any], frozen=True):
@@ -88,7 +90,7 @@ async def open_notes(path: Path, migrations: Sequence[str] = NOTES) -> Database[
 
 
 def told_by(db: Database[Work]) -> Owner:
-    return cast("Owner", db._owner)
+    return cast("Owner", db.writer._owner)
 
 
 @pytest.fixture
@@ -106,9 +108,9 @@ def notes(path: Path) -> list[str]:
 
 async def stored(db: Database[Work], text: str) -> None:
     """One note, written and acknowledged."""
-    queued = asyncio.ensure_future(db.write(insert(text)))
+    queued = asyncio.ensure_future(db.writer.write(insert(text)))
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     await queued
 
 
@@ -132,9 +134,9 @@ async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Work]) -> No
     def pragmas(sql: sqlite3.Connection) -> None:
         found.extend(sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
 
-    asked = asyncio.ensure_future(db.write(Do(pragmas)))
+    asked = asyncio.ensure_future(db.writer.write(Do(pragmas)))
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     await asked
     assert found == ["wal", 2]  # 2 is FULL
 
@@ -142,14 +144,14 @@ async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Work]) -> No
 async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
     first = await open_notes(path, NOTES)
-    queued = asyncio.ensure_future(first.write(insert("kept")))
+    queued = asyncio.ensure_future(first.writer.write(insert("kept")))
     await asyncio.sleep(0)
-    await first.write_batch()
+    await first.writer.write_batch()
     await queued
     await first.close()
     second = await open_notes(path, (*NOTES, "ALTER TABLE note ADD COLUMN size INTEGER DEFAULT 7;"))
-    assert await second.read(lambda sql: sql.execute("SELECT text, size FROM note").fetchall()) == [("kept", 7)]
-    assert await second.read(lambda sql: sql.execute("PRAGMA user_version").fetchone()) == (2,)
+    assert await second.reads.read(lambda sql: sql.execute("SELECT text, size FROM note").fetchall()) == [("kept", 7)]
+    assert await second.reads.read(lambda sql: sql.execute("PRAGMA user_version").fetchone()) == (2,)
     await second.close()
 
 
@@ -207,39 +209,39 @@ async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
 
 
 async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Work]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(100)]
+    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number)))) for number in range(100)]
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     assert await asyncio.gather(*waiting) == [100] * 100
-    assert db.commits == 1
+    assert db.writer.commits == 1
     assert notes(db.path) == [str(number) for number in range(100)]
 
 
 async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work]) -> None:
     seen: list[list[str]] = []
     told_by(db).on_commit = lambda: seen.append(notes(db.path))
-    queued = asyncio.ensure_future(db.write(insert("x")))
+    queued = asyncio.ensure_future(db.writer.write(insert("x")))
     await asyncio.sleep(0)
     assert not queued.done()
-    await db.write_batch()
+    await db.writer.write_batch()
     assert await queued == 1
     assert seen == [["x"]]
 
 
 async def test_a_cancelled_waiter_does_not_cancel_its_operation(db: Database[Work]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(3)]
+    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number)))) for number in range(3)]
     await asyncio.sleep(0)
     waiting[1].cancel()
-    await db.write_batch()
+    await db.writer.write_batch()
     assert notes(db.path) == ["0", "1", "2"]
     assert [await waiting[0], await waiting[2]] == [3, 3]
 
 
 async def test_one_broken_operation_fails_alone(db: Database[Work]) -> None:
     values = ["a", "bad", "b"]
-    waiting = [asyncio.ensure_future(db.write(insert_unless_bad(value))) for value in values]
+    waiting = [asyncio.ensure_future(db.writer.write(insert_unless_bad(value))) for value in values]
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [results[0], results[2]] == [1, 1]
     assert isinstance(results[1], ValueError)
@@ -250,16 +252,16 @@ async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Dat
     told = told_by(db).availability
     blocker = sqlite3.connect(db.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    running = asyncio.create_task(db.run())
+    running = asyncio.create_task(db.writer.run())
     with pytest.raises(StoreError, match="database is locked"):
-        await db.write(insert("refused"))
-    assert db.failure == "database is locked"
+        await db.writer.write(insert("refused"))
+    assert db.writer.failure == "database is locked"
     blocker.execute("ROLLBACK")
     blocker.close()
     async with asyncio.timeout(10):
-        while db.failure:  # the writer probes by itself, nobody writes
+        while db.writer.failure:  # the writer probes by itself, nobody writes
             await asyncio.sleep(0.01)
-    assert await db.write(insert("stored")) == 1
+    assert await db.writer.write(insert("stored")) == 1
     assert told == [False, True]
     assert notes(db.path) == ["stored"]
     running.cancel()
@@ -267,42 +269,42 @@ async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Dat
 
 
 async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "QUEUE_MAX", 2)
-    waiting = [asyncio.ensure_future(db.write(insert(str(number)))) for number in range(3)]
+    monkeypatch.setattr(writer, "QUEUE_MAX", 2)
+    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number)))) for number in range(3)]
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert results[:2] == [2, 2]
     assert isinstance(results[2], StoreError)
 
 
 async def test_so_many_readers_wait_and_no_more(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "READS_MAX", 2)
+    monkeypatch.setattr(reads, "READS_MAX", 2)
     go_on = threading.Event()
-    reading = [asyncio.ensure_future(db.read(lambda sql: go_on.wait(20))) for _ in range(2)]
+    reading = [asyncio.ensure_future(db.reads.read(lambda sql: go_on.wait(20))) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):
-        await db.read(lambda sql: True)
+        await db.reads.read(lambda sql: True)
     go_on.set()
     assert await asyncio.gather(*reading) == [True, True]
-    assert await db.read(lambda sql: True)
+    assert await db.reads.read(lambda sql: True)
 
 
 async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
-    monkeypatch.setattr(database, "BATCH_ROWS", 100)
-    monkeypatch.setattr(database, "QUEUE_ROWS", 250)
-    waiting = [asyncio.ensure_future(db.write(insert(str(number), rows=50))) for number in range(6)]
+    monkeypatch.setattr(writer, "BATCH_ROWS", 100)
+    monkeypatch.setattr(writer, "QUEUE_ROWS", 250)
+    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number), rows=50))) for number in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):
         await waiting[5]
     for stored in (2, 4, 5):
-        await db.write_batch()
+        await db.writer.write_batch()
         assert len(notes(db.path)) == stored
     assert await asyncio.gather(*waiting[:5]) == [2, 2, 2, 2, 1]
-    queued = asyncio.ensure_future(db.write(insert("again", rows=250)))  # one operation goes, whatever its size
+    queued = asyncio.ensure_future(db.writer.write(insert("again", rows=250)))  # one operation goes, whatever its size
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     assert await queued == 1
 
 
@@ -313,21 +315,21 @@ async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work])
         sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
 
     told = told_by(db).availability
-    waiting = [asyncio.ensure_future(db.write(one)) for one in (insert("x"), Do(poison), insert("x"))]
+    waiting = [asyncio.ensure_future(db.writer.write(one)) for one in (insert("x"), Do(poison), insert("x"))]
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [results[0], results[2]] == [1, 1]
     assert isinstance(results[1], sqlite3.OperationalError)
-    assert (told, db.failure) == ([], None)
+    assert (told, db.writer.failure) == ([], None)
 
 
 async def test_a_rollback_that_failed_is_made_up_for(db: Database[Work]) -> None:
-    await db._writer.run(database._execute, "BEGIN IMMEDIATE")
-    await db._writer.run(database._execute, "INSERT INTO note VALUES ('half')")
-    queued = asyncio.ensure_future(db.write(insert("whole")))
+    await db._disk._writer.run(thread.execute, "BEGIN IMMEDIATE")
+    await db._disk._writer.run(thread.execute, "INSERT INTO note VALUES ('half')")
+    queued = asyncio.ensure_future(db.writer.write(insert("whole")))
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     assert await queued == 1
     assert notes(db.path) == ["whole"]
 
@@ -339,15 +341,15 @@ async def test_a_file_system_that_refuses_to_look_is_an_outage(
         broken.setattr(db._files, "check", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         with pytest.raises(StoreError, match="Input/output error"):
             await stored(db, "x")
-        assert db.failure is not None
+        assert db.writer.failure is not None
     await stored(db, "y")
-    assert (notes(db.path), db.failure) == (["y"], None)
+    assert (notes(db.path), db.writer.failure) == (["y"], None)
 
 
 async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db: Database[Work]) -> None:
-    waiting = [asyncio.ensure_future(db.write(insert_unless_bad(value))) for value in ("bad", "a", "b")]
+    waiting = [asyncio.ensure_future(db.writer.write(insert_unless_bad(value))) for value in ("bad", "a", "b")]
     await asyncio.sleep(0)
-    write, started = db._write, asyncio.Event()
+    write, started = db.writer._write, asyncio.Event()
 
     async def slow(batch: Any) -> Any:
         if len(batch) == 1:
@@ -355,8 +357,8 @@ async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db:
             await asyncio.Event().wait()
         return await write(batch)
 
-    db._write = slow  # type: ignore[method-assign]
-    writing = asyncio.create_task(db.write_batch())
+    db.writer._write = slow  # type: ignore[method-assign]
+    writing = asyncio.create_task(db.writer.write_batch())
     await started.wait()
     writing.cancel()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -381,21 +383,21 @@ async def test_a_linked_file_and_odd_names_can_be_used(tmp_path: Path, name: str
 
 async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None:
     path = tmp_path / "notes.sqlite3"
-    path.with_name(path.name + ".lock").write_bytes(database.IN_USE + b" 1 2\n")
+    path.with_name(path.name + ".lock").write_bytes(file.IN_USE + b" 1 2\n")
     with hear() as events:
         await (await open_notes(path, NOTES)).close()
     assert "store.file_missing" in [event.name for event in events]
 
 
 async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "HUNG_S", 0.01)
+    monkeypatch.setattr(writer, "HUNG_S", 0.01)
     told = told_by(db).availability
     hold = threading.Event()
 
-    queued = asyncio.ensure_future(db.write(Do(lambda sql: hold.wait(10))))
+    queued = asyncio.ensure_future(db.writer.write(Do(lambda sql: hold.wait(10))))
     await asyncio.sleep(0)
     with hear() as events:
-        writing = asyncio.create_task(db.write_batch())
+        writing = asyncio.create_task(db.writer.write_batch())
         await until(lambda: told)
         assert told == [False]
         assert [event.name for event in events] == ["store.hanging"]
@@ -416,13 +418,13 @@ async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
     kept = gone.rename(gone.with_name("kept"))
     if replaced:
         gone.write_bytes(kept.read_bytes())
-    running = asyncio.create_task(db.run())
+    running = asyncio.create_task(db.writer.run())
     with pytest.raises(StoreError, match="while the daemon was running"):
-        await db.write(insert("after"))
-    with pytest.raises(database.FileLostError, match=gone.name):
+        await db.writer.write(insert("after"))
+    with pytest.raises(file.FileLostError, match=gone.name):
         await running
     with pytest.raises(StoreError, match="closed"):
-        await db.write(insert("later"))
+        await db.writer.write(insert("later"))
     if suffix:  # what the WAL held has been saved
         assert notes(db.path) == ["before"]
     gone.unlink(missing_ok=True)
@@ -446,16 +448,16 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
 
 async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """An administrator's shell in the middle of a query: the WAL grows, and nobody waits for the shell."""
-    monkeypatch.setattr(database, "WAL_MAX", 100_000)
+    monkeypatch.setattr(disk, "WAL_MAX", 100_000)
     await stored(db, "x" * 200_000)
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM note").fetchone()
         began = time.monotonic()
         await stored(db, "y")
-        assert time.monotonic() - began < database.BUSY_TIMEOUT_S
-        assert db._files.blocked_until > began  # and it is not tried again with every batch
-    db._files.blocked_until = 0.0
+        assert time.monotonic() - began < thread.BUSY_TIMEOUT_S
+        assert db._disk._blocked_until > began  # and it is not tried again with every batch
+    db._disk._blocked_until = 0.0
     await stored(db, "w")
     assert db.wal_bytes > 100_000  # as it was found
     await stored(db, "w")
@@ -465,9 +467,9 @@ async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], mon
 async def test_a_stopped_writer_answers_those_who_wait(db: Database[Work]) -> None:
     counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT max(i) FROM n"
 
-    running = asyncio.create_task(db.run())
-    waiting = asyncio.ensure_future(db.write(Do(lambda sql: sql.execute(counting))))
-    while db.writing_since is None:
+    running = asyncio.create_task(db.writer.run())
+    waiting = asyncio.ensure_future(db.writer.write(Do(lambda sql: sql.execute(counting))))
+    while db.writer.writing_since is None:
         await asyncio.sleep(0)
     running.cancel()
     with pytest.raises(StoreError, match="stopping"):
@@ -476,11 +478,11 @@ async def test_a_stopped_writer_answers_those_who_wait(db: Database[Work]) -> No
 
 async def test_reading_cannot_write(db: Database[Work]) -> None:
     with pytest.raises(StoreError, match="readonly"):
-        await db.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))
+        await db.reads.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))
 
 
 async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "WAL_MAX", 100_000)
+    monkeypatch.setattr(disk, "WAL_MAX", 100_000)
     wal = Path(f"{db.path}-wal")
     largest = 0
     for _ in range(100):
@@ -493,9 +495,12 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkey
 async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
     db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "CHECKPOINT_S", 0.01)
-    running = [asyncio.create_task(db.run()), asyncio.create_task(db.checkpoint_for_ever())]
-    await db.write(insert("copied"))
+    monkeypatch.setattr(disk, "CHECKPOINT_S", 0.01)
+    running = [
+        asyncio.create_task(db.writer.run()),
+        asyncio.create_task(db._disk.checkpoint_for_ever(db.writer.committed_something)),
+    ]
+    await db.writer.write(insert("copied"))
     async with asyncio.timeout(10):
         while b"copied" not in db.path.read_bytes():
             await asyncio.sleep(0.01)
@@ -507,8 +512,11 @@ async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
 @pytest.fixture
 async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
     """A database that is soon idle, with its loops running."""
-    monkeypatch.setattr(database, "IDLE_S", 0.02)
-    running = [asyncio.create_task(db.run()), asyncio.create_task(db.empty_wal_when_idle())]
+    monkeypatch.setattr(disk, "IDLE_S", 0.02)
+    running = [
+        asyncio.create_task(db.writer.run()),
+        asyncio.create_task(db._disk.empty_wal_when_idle(db.writer.changed)),
+    ]
     yield db
     for task in running:
         task.cancel()
@@ -518,7 +526,7 @@ async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
 async def test_an_idle_wal_is_emptied(idling: Database[Work]) -> None:
     wal = Path(f"{idling.path}-wal")
     for text in ("first", "second"):
-        await idling.write(insert(text))
+        await idling.writer.write(insert(text))
         await until(lambda: wal.stat().st_size == 0)
     assert notes(idling.path) == ["first", "second"]
 
@@ -528,22 +536,22 @@ async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
 ) -> None:
     """It is tried again until the reader has gone."""
     tries: list[bool] = []
-    emptied = database._emptied_wal
+    emptied = disk.emptied_wal
 
     def note(connection: sqlite3.Connection) -> bool:
         tries.append(emptied(connection))
         return tries[-1]
 
-    monkeypatch.setattr(database, "_emptied_wal", note)
+    monkeypatch.setattr(disk, "emptied_wal", note)
     with contextlib.closing(sqlite3.connect(idling.path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM note").fetchall()
         for number in range(3):
             tries.clear()
-            await idling.write(insert(str(number)))
+            await idling.writer.write(insert(str(number)))
             await until(lambda: len(tries) >= 2)
             assert not any(tries)
-        assert idling.refused == dict.fromkeys(database.REFUSALS, 0)
+        assert idling.writer.refused == dict.fromkeys(writer.REFUSALS, 0)
     await until(lambda: Path(f"{idling.path}-wal").stat().st_size == 0)
     assert notes(idling.path) == ["0", "1", "2"]
 
@@ -551,24 +559,24 @@ async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
 async def test_what_changes_nothing_does_not_count_as_work(db: Database[Work]) -> None:
     """A monitor that asks for `/health` every second has the clock written each time."""
 
-    asked = db.write(Do(lambda sql: None, size=0))
+    asked = db.writer.write(Do(lambda sql: None, size=0))
     await asyncio.sleep(0)
-    await db.write_batch()
+    await db.writer.write_batch()
     await asked
-    assert not db._changed.is_set()
+    assert not db.writer.changed.is_set()
     await stored(db, "x")
-    assert db._changed.is_set()
+    assert db.writer.changed.is_set()
 
 
 async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[Work]) -> None:
     """What is not in the file yet is copied without its lock, and only an empty rest is cut off with it."""
     statements: list[str] = []
     await stored(db, "x" * 100_000)
-    await db._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
+    await db._disk._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO note VALUES ('y')")
-        assert not await db._wal_emptied()  # and does not wait for it
+        assert not await db._disk._wal_emptied()  # and does not wait for it
         writer.execute("COMMIT")
-    assert await db._wal_emptied()
+    assert await db._disk._wal_emptied()
     assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2

@@ -16,8 +16,7 @@ from support import hear, open_store, until
 
 from lmdaemon.model import Delivery, Session
 from lmdaemon.store.contract import NewDelivery, Opening, Page, Settlement, StoreError
-from lmdaemon.store.sqlite import file as database
-from lmdaemon.store.sqlite import pages
+from lmdaemon.store.sqlite import pages, reads
 from lmdaemon.store.sqlite.store import Store
 
 STATES = (None, "pending", "delivered", "dead")
@@ -42,7 +41,7 @@ INSERT INTO operator (name) VALUES ('acme'), ('other');
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is busy is no finding."""
-    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    monkeypatch.setattr(reads, "LOOK_S", 60.0)
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ async def db(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
 
 async def on_desk(db: Store, function: Callable[..., Any], *arguments: Any) -> Any:
     """On the connection for people's reads."""
-    return await db._db._desk._thread.run(function, *arguments)
+    return await db._db.reads._desk._thread.run(function, *arguments)
 
 
 def everything_asked(db: Store) -> list[Callable[[], Any]]:
@@ -173,18 +172,18 @@ def endless(sql: sqlite3.Connection, started: threading.Event | None = None) -> 
 async def test_a_read_for_people_that_takes_too_long_ends_with_its_reason(
     db: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LOOK_S", 0.05)
+    monkeypatch.setattr(reads, "LOOK_S", 0.05)
     with hear() as events, pytest.raises(StoreError, match=r"reading took longer than 0\.05 s"):
-        await db._db.look(endless)
+        await db._db.reads.look(endless)
     assert [(event.name, event.facts["reason"]) for event in events] == [("store.overloaded", "reading_too_slow")]
     assert db.refused["reading_too_slow"] == 1
-    monkeypatch.setattr(database, "LOOK_S", 60.0)
+    monkeypatch.setattr(reads, "LOOK_S", 60.0)
     assert await db.delivery("msg_1_x") is None  # the connection is free again
 
 
 async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
     started = threading.Event()
-    slow = asyncio.ensure_future(db._db.look(endless, started))
+    slow = asyncio.ensure_future(db._db.reads.look(endless, started))
     await until(started.is_set)
     waiting = [asyncio.ensure_future(db.delivery("msg_1_x")) for _ in range(10)]
     await asyncio.sleep(0)
@@ -199,7 +198,7 @@ async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
 async def test_a_read_whose_caller_has_gone_ends_and_hits_nobody_else(db: Store, moment: str) -> None:
     for _ in range(50):
         started = threading.Event()
-        gone = asyncio.ensure_future(db._db.look(endless, started))
+        gone = asyncio.ensure_future(db._db.reads.look(endless, started))
         await asyncio.sleep(0)
         if moment == "while it runs":
             await until(started.is_set)
@@ -211,7 +210,7 @@ async def test_a_read_whose_caller_has_gone_ends_and_hits_nobody_else(db: Store,
 
 
 async def test_few_people_wait_at_a_time(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "LOOKS_MAX", 3)
+    monkeypatch.setattr(reads, "LOOKS_MAX", 3)
     asked = [asyncio.ensure_future(db.delivery("msg_1_x")) for _ in range(5)]
     results = await asyncio.gather(*asked, return_exceptions=True)
     assert results[:3] == [None] * 3
@@ -233,7 +232,7 @@ async def test_a_page_is_of_one_moment(db: Store) -> None:
         assert settled.wait(10)
         return pages.delivery_page(sql, ["acme"], None, None, 9, pages.BEYOND)
 
-    reading = asyncio.ensure_future(db._db.look(read))
+    reading = asyncio.ensure_future(db._db.reads.look(read))
     await until(begun.is_set)
     await db.settle(Settlement(stored[1][0], "delivered", 0, 0, {"at": 1}))
     settled.set()

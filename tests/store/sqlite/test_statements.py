@@ -5,13 +5,13 @@ import sqlite3
 
 import pytest
 
+from lmdaemon.store.sqlite import archive, pages, rows, store
 from lmdaemon.store.sqlite import batch as batches
-from lmdaemon.store.sqlite import pages, rows, store
 from lmdaemon.store.sqlite.store import Store
 
 STATEMENTS = {
     name: re.sub(r"NEW\.\w+", "1", statement)
-    for module in (rows, batches, pages, store)
+    for module in (archive, rows, batches, pages, store)
     for name, statement in vars(module).items()
     if isinstance(statement, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", statement)
 }
@@ -44,8 +44,12 @@ BY = {
     "PRUNE_DELIVERIES": "(session=?)",
     "PRUNE_SESSIONS": "INTEGER PRIMARY KEY",
 }
-# The first row of an index, no more; and what is pending, once after the wall clock was set back.
-SCANS = {"NEXT": "SCAN session USING INDEX session_due", "SET_BACK": "SCAN delivery USING INDEX delivery_due"}
+# The first row of an index, no more; what is pending, after the wall clock was set back; all operators, at a start.
+SCANS = {
+    "NEXT": "SCAN session USING INDEX session_due",
+    "SET_BACK": "SCAN delivery USING INDEX delivery_due",
+    "_OPERATORS": "SCAN operator",
+}
 
 
 @pytest.mark.parametrize("name", sorted(STATEMENTS.keys() - {"WRITE_BATCH", "PUT_CLOCK"}))
@@ -66,4 +70,4 @@ async def explain(db: Store, statement: str, arguments: object) -> str:
     def read(sql: sqlite3.Connection) -> str:
         return " | ".join(row[3] for row in sql.execute("EXPLAIN QUERY PLAN " + statement, arguments))  # type: ignore[arg-type]
 
-    return await db._db.read(read)
+    return await db._db.reads.read(read)

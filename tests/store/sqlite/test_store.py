@@ -11,7 +11,7 @@ from support import until
 
 from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreError
 from lmdaemon.store.sqlite import batch as batches
-from lmdaemon.store.sqlite import file as database
+from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.store import Store
 
 
@@ -76,7 +76,7 @@ async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
     db: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither in the file, also where its pages became free, nor in what was committed, nor in its index."""
-    monkeypatch.setattr(database, "IDLE_S", 0.05)
+    monkeypatch.setattr(disk, "IDLE_S", 0.05)
     tokens = ["fSYFZMScpZ01FhR26r59GexREh1xHgEY", "large-" * 600]
     db.sinks_of = lambda session: [NewDelivery("http", f"body with {session.token}".encode())]
     for number, token in enumerate(tokens):
@@ -102,7 +102,7 @@ async def trace(db: Store) -> list[str]:
         if statement not in statements[-1:]:  # told once more for each statement of its trigger
             statements.append(statement)
 
-    await db._db._writer.run(lambda sql: sql.set_trace_callback(note))
+    await db._db._disk._writer.run(lambda sql: sql.set_trace_callback(note))
     return statements
 
 

@@ -1,0 +1,67 @@
+"""What has ended, read from the SQLite file by another process beside the daemon, page by page."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import DatabaseError, Ended
+from lmdaemon.store.sqlite.batch import GATE
+from lmdaemon.store.sqlite.file import MIGRATIONS, cause, check_is_ours, open_beside, real_path
+from lmdaemon.store.sqlite.rows import DELIVERY, ENDED_BEFORE, SESSION, fetch, ids_of, to_json
+
+EXPORT_ROWS = 500  # sessions in one read
+
+# Sessions by their ids, of one operator or of all.
+_SESSIONS_OF = f"""
+SELECT {SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""
+# All deliveries of some sessions, oldest first.
+_DELIVERIES_OF_ALL = f"""
+SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
+
+
+class Archive:
+    """An open file, for `open_archive`, which turns what SQLite raises into a DatabaseError."""
+
+    def __init__(self, sql: sqlite3.Connection) -> None:
+        self._sql = sql
+
+    def ended(self, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
+        """A page of what ended before then, beginning behind `after`, as (ended_at, id). One short read transaction:
+        longer ones would keep the WAL from starting over.
+        """
+        sql = self._sql
+        sql.execute("BEGIN")
+        try:
+            keys = fetch(sql, ENDED_BEFORE, before_at, *after, rows)
+            sessions = {row[0]: Session(*row) for row in sql.execute(_SESSIONS_OF, (ids_of(keys), operator))}
+            found: dict[int, list[Delivery]] = {session: [] for session in sessions}
+            for row in sql.execute(_DELIVERIES_OF_ALL, (to_json(list(sessions)),)):
+                delivery = Delivery(*row)
+                found[delivery.session].append(delivery)
+        finally:
+            sql.execute("COMMIT")
+        page = [(sessions[key], found[key]) for key, _ in keys if key in sessions]
+        return Ended(page, (keys[-1][1], keys[-1][0]) if len(keys) == rows else None)
+
+    def gates(self) -> dict[str, Gate]:
+        """What holds each operator back."""
+        return {name: Gate(*gate) for name, *gate in self._sql.execute(f"SELECT name, {', '.join(GATE)} FROM operator")}
+
+    def committed_at(self) -> int:
+        """Wall time of the last transaction in the file."""
+        found: int = self._sql.execute("SELECT wall_at FROM clock").fetchone()[0]
+        return found
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Raises DatabaseError, naming the file, also for what fails inside."""
+    try:
+        with closing(open_beside(real_path(path.absolute()))) as sql:
+            check_is_ours(sql, path, len(MIGRATIONS))
+            yield Archive(sql)
+    except sqlite3.Error as error:
+        raise DatabaseError(f"{path}: cannot be read: {cause(error, path)}") from error

@@ -1,0 +1,121 @@
+"""An open SQLite file: the writer behind its queue, and the reads beside it. Opened and closed in an order that loses
+nothing.
+"""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+from urllib.parse import quote
+
+from lmdaemon.store.contract import DatabaseError, StoreError
+from lmdaemon.store.sqlite import file
+from lmdaemon.store.sqlite.reads import Reads
+from lmdaemon.store.sqlite.thread import Thread, connect, connect_to_read, execute
+from lmdaemon.store.sqlite.writer import Disk, Work
+from lmdaemon.store.writer import Owner, Writer
+
+_Work = TypeVar("_Work", bound=Work)
+
+
+class Database(Generic[_Work]):
+    """`run` must be running for what is queued with `writer.write` to be answered; `close` belongs in an exit stack,
+    for an aiosqlite connection left open keeps the process from ending.
+    """
+
+    def __init__(
+        self,
+        owner: Owner[_Work],
+        files: file.Files,
+        keeper: Thread,
+        disk: Disk,
+        readers: tuple[Thread, Thread],
+        lock: int,
+    ) -> None:
+        self._files = files
+        # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so that
+        # a file that turns out to be damaged stays as it was found, its WAL beside it.
+        self._keeper = keeper
+        self._disk = disk
+        self._lock = lock
+        self.writer = Writer(owner, disk)
+        self.reads = Reads(*readers, self.writer.refused, disk.database)
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path,
+        owner: Owner[_Work],
+        migrations: Sequence[str] | None = None,
+        setup: Sequence[str] = (),
+    ) -> Self:
+        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot.
+
+        `setup` are statements for the writing connection alone, of its own for as long as it is open.
+        """
+        file.check_rights(path)
+        path = file.real_path(path)
+        lock = file.lock_file(path)
+        try:
+            file.look_beside(path, lock)
+            file.create(path)
+            async with AsyncExitStack() as stack:
+                keeper = await connect(f"file://{quote(os.fsencode(path.absolute()))}?mode=ro", stack)
+                await keeper.run(execute, "SELECT count(*) FROM sqlite_schema")
+                writer = await connect(path, stack)
+                await writer.run(file.migrate, path, migrations or file.MIGRATIONS)
+                for statement in setup:
+                    await writer.run(execute, statement)
+                readers = (await connect_to_read(path, stack), await connect_to_read(path, stack))
+                checkpointer = await connect(path, stack)
+                await checkpointer.run(execute, "PRAGMA busy_timeout = 0")  # it never waits
+                files = file.Files(path)
+                stack.pop_all()  # open: from here on `close` ends them
+        except (sqlite3.Error, OSError) as error:
+            os.close(lock)
+            raise DatabaseError(f"{path}: cannot be opened as a database: {file.cause(error, path)}") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        file.mark(lock, files.in_use)
+        return cls(owner, files, keeper, Disk(files, writer, checkpointer), readers, lock)
+
+    async def accept(self) -> None:
+        """The file is sound, as far as it had to be read: from now on a close leaves no WAL behind."""
+        await self._keeper.close()
+
+    async def run(self) -> None:
+        """The writer, the checkpoints beside it, and the emptying of the WAL after them, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.writer.run())
+            group.create_task(self._disk.checkpoint_for_ever(self.writer.committed_something))
+            group.create_task(self._disk.empty_wal_when_idle(self.writer.changed))
+
+    async def close(self) -> None:
+        """Ends the connections; what was queued and not written is refused."""
+        self.writer.stop_taking(StoreError("the store is closed"))
+        if not self._disk.lost:
+            # Before the last connection removes the WAL: a crash in between must not look like a loss.
+            file.mark(self._lock, b"")
+        await self._disk.close_checkpointer()
+        await self.reads.close()
+        await self._disk.close()
+        await self._keeper.close()
+        os.close(self._lock)
+
+    @property
+    def path(self) -> Path:
+        return self._files.path
+
+    @property
+    def wal_bytes(self) -> int:
+        """Size of the WAL at the last transaction."""
+        return self._files.wal_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file at the last transaction."""
+        return self._files.file_bytes

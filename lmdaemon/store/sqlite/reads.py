@@ -1,0 +1,122 @@
+"""Reads of the SQLite file: those of the daemon itself, and those for people, which wait for nobody and keep nobody
+waiting. Each kind has a connection of its own.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from lmdaemon.log import Log
+from lmdaemon.store.contract import StoreError
+from lmdaemon.store.sqlite.thread import Result, Thread
+
+READS_MAX = 1000  # that wait for the daemon's own reading connection
+LOOKS_MAX = 100  # that wait for the connection of people's reads
+LOOK_S = 2.0  # that such a read may take, its wait included
+INTERRUPT_EVERY_S = 0.05  # until a read that nobody waits for any more has ended
+
+log = Log("store")
+
+
+class Reads:
+    """`refused` counts what is refused, by reason; `database` is the file, for log lines."""
+
+    def __init__(self, reader: Thread, looker: Thread, refused: dict[str, int], database: str) -> None:
+        self._reader = reader
+        self._desk = _Desk(looker)
+        self._refused = refused
+        self._database = database
+        self._reading = 0
+
+    async def close(self) -> None:
+        await self._desk.close()
+        await self._reader.close()
+
+    async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs `function(connection, *arguments)` for the daemon itself, on a connection where nobody waits for what
+        people ask. Raises StoreError.
+        """
+        if self._reading >= READS_MAX:
+            raise self._too_many_readers(self._reading)
+        self._reading += 1
+        try:
+            return await self._reader.run(function, *arguments)
+        except sqlite3.Error as error:
+            raise self._reading_failed(error) from error
+        finally:
+            self._reading -= 1
+
+    async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs `function(connection, *arguments)` in a read transaction, for people: a few at a time, each for LOOK_S
+        at most. One that is cancelled ends. Raises StoreError.
+        """
+        if self._desk.waiting >= LOOKS_MAX:
+            raise self._too_many_readers(self._desk.waiting)
+        try:
+            return await self._desk.read(function, *arguments)
+        except TimeoutError:
+            self._refused["reading_too_slow"] += 1
+            log.warning("store.overloaded", reason="reading_too_slow", waiting=self._desk.waiting)
+            raise StoreError(f"reading took longer than {LOOK_S:g} s") from None
+        except sqlite3.Error as error:
+            raise self._reading_failed(error) from error
+
+    def _too_many_readers(self, waiting: int) -> StoreError:
+        self._refused["readers_full"] += 1
+        log.warning("store.overloaded", reason="readers_full", waiting=waiting)
+        return StoreError("too many readers are waiting")
+
+    def _reading_failed(self, error: sqlite3.Error) -> StoreError:
+        self._refused["reading_failed"] += 1
+        log.error("store.reading_failed", reason=str(error), database=self._database)
+        return StoreError(f"reading failed: {error}")
+
+
+class _Desk:
+    """The connection for what people ask: one read at a time, and each ends when its time is over or its caller has
+    gone. Nothing else waits for it.
+    """
+
+    def __init__(self, thread: Thread) -> None:
+        self._thread = thread
+        self._turn = asyncio.Lock()
+        self.waiting = 0  # reads, the running one included
+
+    async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Raises sqlite3.Error, and TimeoutError after LOOK_S."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await self._turn.acquire()
+                reading = asyncio.ensure_future(self._thread.run(_in_one_transaction, function, *arguments))
+                reading.add_done_callback(lambda _: self._turn.release())
+                try:
+                    return await asyncio.shield(reading)
+                finally:
+                    self._interrupt(reading)
+        finally:
+            self.waiting -= 1
+
+    def _interrupt(self, reading: "asyncio.Future[Any]") -> None:
+        """Ends a read that is still running. It has the turn until it is done, so no other one can be hit. Repeated,
+        for an interrupt between two statements, or before the first, ends nothing.
+        """
+        if not reading.done():
+            self._thread.end_statement()
+            asyncio.get_running_loop().call_later(INTERRUPT_EVERY_S, self._interrupt, reading)
+
+    async def close(self) -> None:
+        await self._thread.close()
+
+
+def _in_one_transaction(connection: sqlite3.Connection, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Several statements see the same state of the tables."""
+    connection.execute("BEGIN")
+    try:
+        return function(connection, *arguments)
+    finally:
+        while connection.in_transaction:  # the end of it may be interrupted, too
+            with suppress(sqlite3.OperationalError):
+                connection.execute("ROLLBACK")

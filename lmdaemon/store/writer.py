@@ -1,0 +1,271 @@
+"""The one writer of a store: a queue, batches of it as one transaction each, and what an outage does to them.
+
+Whoever changes something queues an operation. The writer takes what is queued, has it committed by the engine as one
+transaction, and only then answers each waiter. So the order of the queue is the order of the world. A broken operation
+fails alone; an outage is refused, logged once and tried again once a second. It knows no engine.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+
+from lmdaemon.clock import STALL_S
+from lmdaemon.log import Log, place
+from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
+
+BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
+QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
+QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
+REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
+HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
+PROBE_S = 1.0  # between attempts to write while the engine refuses
+
+log = Log("store")
+
+Work = TypeVar("Work")
+
+
+class Owner(Protocol[Work]):
+    """Whose batches are written; everything is called on the event loop."""
+
+    def begin(self, operations: Sequence[Operation[Any]]) -> Work:
+        """Makes the work of one batch."""
+
+    def committed(self, work: Work) -> None:
+        """The work was committed; its waiters are answered next."""
+
+    def available(self, available: bool) -> None:
+        """The engine stops taking writes, or takes them again."""
+
+    def measured(self, operations: int, took_s: float) -> None:
+        """A transaction of so many operations took so long."""
+
+
+_TheirWork = TypeVar("_TheirWork", contravariant=True)
+
+
+class Engine(Protocol[_TheirWork]):
+    """What commits the work of a batch."""
+
+    @property
+    def database(self) -> str:
+        """Which database it is, for log lines."""
+
+    def check(self) -> None:
+        """Raises DatabaseError when the database is gone and writing on would lose what is acknowledged."""
+
+    async def commit(self, work: _TheirWork) -> list[Any]:
+        """Commits a batch. Returns an answer for each operation; a StoreError in its place is raised to its waiter
+        alone. Raises what went wrong; then nothing is stored.
+        """
+
+    def is_outage(self, error: Exception) -> bool:
+        """Whether the disk, the network or a machine refused, and not the operation."""
+
+    async def give_up(self) -> None:
+        """The last call after a DatabaseError: saves what can be saved."""
+
+
+class _Queued(NamedTuple):
+    """An operation in the queue: how many rows it names, and who waits for its answer."""
+
+    operation: Operation[Any]
+    rows: int
+    answer: asyncio.Future[Any]
+
+
+class Writer(Generic[Work]):
+    """`run` must be running for writes to be answered. `refused` counts operations by the reason they were refused
+    for; whoever reads counts there, too.
+    """
+
+    def __init__(self, owner: Owner[Work], engine: Engine[Work]) -> None:
+        self._owner = owner
+        self._engine = engine
+        self._queue: deque[_Queued] = deque()
+        self._queued_rows = 0
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._is_available = True
+        self.refused = dict.fromkeys(REFUSALS, 0)
+        self.failure: str | None = None  # why the last write was refused; None while writes work
+        self.writing_since: float | None = None  # monotonic time at which the running transaction began
+        self.commits = 0
+        self.committed_something = asyncio.Event()  # for others to clear
+        self.changed = asyncio.Event()  # something other than the clock; for others to clear
+
+    @property
+    def waiting(self) -> int:
+        """Operations that wait for the writer."""
+        return len(self._queue)
+
+    def write(self, operation: Operation[Answer]) -> asyncio.Future[Answer]:
+        """Queues one operation. Done when it is committed; raises StoreError. A waiter that is cancelled does not
+        cancel its operation.
+        """
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        if self._closing:
+            self.refused["stopping"] += 1
+            answer.set_exception(StoreError("the store is closed"))
+        elif len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
+            self.refused["queue_full"] += 1
+            log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
+            answer.set_exception(StoreError("too many operations are waiting"))
+        else:
+            self._queue.append(_Queued(operation, rows := operation.rows, answer))
+            self._queued_rows += rows
+            self._wake.set()
+        return answer
+
+    async def run(self) -> None:
+        """Takes what is queued, for ever. While the engine refuses writes it tries by itself."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S if self.failure else None):
+                    await self._wake.wait()
+            self._wake.clear()
+            while self._queue or self.failure:
+                await self.write_batch()
+                if self.failure:
+                    break
+
+    def stop_taking(self, error: StoreError) -> None:
+        """Refuses what is queued, and whatever comes later."""
+        self._closing = True
+        self._refuse(list(self._queue), error)
+        self._queue.clear()
+
+    async def write_batch(self) -> None:
+        """Writes one batch of what is queued, also an empty one, and answers its waiters.
+
+        Raises DatabaseError when the database is gone.
+        """
+        batch = self._next_batch()
+        try:
+            await self._write_and_answer(batch)
+        except asyncio.CancelledError:
+            self._refuse(batch, StoreError("the daemon is stopping"))
+            raise
+
+    async def _write_and_answer(self, batch: list[_Queued]) -> None:
+        try:
+            work, results = await self._write(batch)
+        except DatabaseError as error:
+            await self._give_up(batch, error)
+        except Exception as error:
+            if self._engine.is_outage(error):
+                self._failed(batch, error)
+            else:
+                await self._one_by_one(batch, error)
+        else:
+            self._answered(work, batch, results)
+
+    def _next_batch(self) -> list[_Queued]:
+        batch: list[_Queued] = []
+        queue, rows = self._queue, 0
+        while queue and len(batch) < BATCH_MAX and (not batch or rows + queue[0].rows <= BATCH_ROWS):
+            batch.append(operation := queue.popleft())
+            rows += operation.rows
+        self._queued_rows -= rows
+        return batch
+
+    async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
+        """One transaction. Raises what it raised."""
+        loop = asyncio.get_running_loop()
+        self._engine.check()  # here, where nobody else needs the interpreter
+        work = self._owner.begin([queued.operation for queued in batch])
+        self.writing_since = time.monotonic()
+        hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
+        try:
+            results = await self._engine.commit(work)
+            self._owner.measured(len(batch), time.monotonic() - self.writing_since)
+            return work, results
+        finally:
+            hung.cancel()
+            self.writing_since = None
+
+    def _answered(self, work: Work, batch: list[_Queued], results: list[Any]) -> None:
+        self.commits += 1
+        self.committed_something.set()
+        if any(operation.rows for operation in batch):
+            self.changed.set()
+        if not self._is_available:
+            log.info("store.recovered", after=self.failure or "a write that hung")
+            self.failure = None
+            self._set_available(True)
+        self._owner.committed(work)
+        untold = [result for result in results if isinstance(result, StoreError)]
+        if untold:
+            self.refused["reading_failed"] += len(untold)
+            log.error("store.reading_failed", reason=str(untold[0]), database=self._engine.database)
+        for operation, result in zip(batch, results, strict=True):
+            if operation.answer.done():
+                continue
+            if isinstance(result, StoreError):
+                operation.answer.set_exception(result)
+            else:
+                operation.answer.set_result(result)
+
+    def _look_if_hung(self, since: float) -> None:
+        # Once more round the loop: if that was what hung, the result is there already.
+        asyncio.get_running_loop().call_soon(self._hung, since)
+
+    def _hung(self, since: float) -> None:
+        if self.writing_since != since:
+            return
+        if self._is_available:
+            log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), database=self._engine.database)
+        self._set_available(False)
+
+    def _failed(self, batch: list[_Queued], error: Exception) -> None:
+        failure = str(error)
+        if failure != self.failure:  # the first failure and each change, not every attempt
+            log.error("store.failing", reason=failure, refused=len(batch), database=self._engine.database)
+        self._set_available(False)
+        self.failure = failure
+        self.refused["writing_failed"] += len(batch)
+        self._refuse(batch, StoreError(f"writing failed: {error}"))
+
+    def _set_available(self, available: bool) -> None:
+        if available != self._is_available:
+            self._is_available = available
+            self._owner.available(available)
+
+    async def _one_by_one(self, batch: list[_Queued], error: Exception) -> None:
+        """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
+        if len(batch) == 1:
+            facts = {"operation": type(batch[0].operation).__name__, "error": type(error).__name__}
+            log.error("store.operation_failed", **facts, where=place(error))
+            return self._refuse(batch, error)
+        for operation in batch:
+            try:
+                work, results = await self._write([operation])
+            except DatabaseError as lost:
+                await self._give_up(batch, lost)
+            except Exception as broken:
+                if self._engine.is_outage(broken):
+                    self._failed([operation], broken)
+                else:
+                    await self._one_by_one([operation], broken)
+            else:
+                self._answered(work, [operation], results)
+        return None
+
+    async def _give_up(self, batch: list[_Queued], lost: DatabaseError) -> NoReturn:
+        """What is committed from here on would be gone with this process, so it ends, and a new one starts afresh."""
+        log.error("store.lost_file", reason=str(lost))
+        self._set_available(False)
+        self.failure = str(lost)
+        self._refuse(batch, StoreError(self.failure))
+        self.stop_taking(StoreError(self.failure))
+        await self._engine.give_up()
+        raise lost
+
+    @staticmethod
+    def _refuse(batch: list[_Queued], error: Exception) -> None:
+        for operation in batch:
+            if not operation.answer.done():
+                operation.answer.set_exception(error)

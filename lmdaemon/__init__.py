@@ -1,6 +1,6 @@
 """lmdaemon: the SessionExpired method of Lucky Monaco as a small daemon.
 
-What stands here is what a plug-in may import; the daemon itself starts in `lmdaemon.__main__`.
+Plug-ins may import the names below and nothing else. The daemon starts in `lmdaemon.__main__`.
 """
 
 from lmdaemon.model import Notice, Refuse, SessionEnded

@@ -6,7 +6,7 @@ from lmdaemon.commands import streams
 
 
 def main() -> int:
-    """Runs the command line. What it needs is imported when the standard streams can be relied upon."""
+    """Runs the command line and returns the exit code. The standard streams are made reliable before other imports."""
     streams.prepare()
     from lmdaemon.commands.cli import main as run
 

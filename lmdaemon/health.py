@@ -1,7 +1,7 @@
-"""`/health` from signs of life: what the store, the loops, the operators and the last reload show, never a constant.
+"""Judges the daemon's health for `/health` and the watchdog: store, loops, listeners, deliveries, operators, reload.
 
-Called by both listeners and by the watchdog. It looks at figures and single rows through an index; it never scans a
-table. The one thing it does is a tiny write, at most once a second, for a disk that is full shows only then.
+It reads figures kept in memory and single rows found by an index; it must never scan a table. It also writes one small
+row, at most once a second, because only a write shows that the disk is full.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0
 ANSWER_WITHIN_S = 2.0
-OLD_BACKLOG_S = 900.0  # a delivery pending for longer is worth a look
+OLD_BACKLOG_S = 900.0  # a delivery that is pending for longer is a warning
 
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
@@ -28,18 +28,21 @@ Check = dict[str, Any]
 
 
 class MassExpiry(Protocol):
-    """What the sweeper knows of a large part of all sessions ending at once."""
+    """Whether a large part of all sessions has lately ended at once: `ended` of `of` sessions."""
 
     @property
-    def active(self) -> bool: ...
+    def active(self) -> bool:
+        """Whether it is to be shown now."""
+        ...
 
     ended: int
     of: int
 
 
 class _Question(Generic[_Answer]):
-    """Something asked of the store: one at a time and at most once in ASK_EVERY_S, however many want to know, so that a
-    disk that hangs is not buried in questions. Whoever waits longer than ANSWER_WITHIN_S has been answered by that.
+    """A question to the store that is asked once at a time and at most once in ASK_EVERY_S, however many callers wait.
+
+    So a disk that hangs does not gather questions. No answer within ANSWER_WITHIN_S is an error for every caller.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class _Question(Generic[_Answer]):
         if task is None or (task.done() and now - self._asked >= ASK_EVERY_S):
             self._asked, self._asked_loop = now, loop.time()
             task = self._task = asyncio.create_task(self._ask())
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody asks again
+            # Marks an exception as seen: the next caller asks again, so nobody may be there to look at it
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
         left_s = max(0.0, self._asked_loop + ANSWER_WITHIN_S - loop.time())
         done, _ = await asyncio.wait({task}, timeout=left_s)
         if not done:
@@ -68,8 +72,10 @@ class _Question(Generic[_Answer]):
 
 
 class Health:
-    """`settings` gives those in force; `reload_error` what was wrong with the last reload, or None; `deaf` names the
-    listeners that cannot accept, with the reason.
+    """The state of one daemon.
+
+    `settings` returns those in force, `reload_error` what was wrong with the last reload, or None. `deaf` has the
+    listeners that cannot accept connections, with the reason.
     """
 
     def __init__(
@@ -94,18 +100,20 @@ class Health:
 
     @property
     def stuck(self) -> list[str]:
-        """What does not run when it should: loops, and a write that hangs. The watchdog is fed while it is empty. A
-        disk that refuses is outlived, so it is no reason to be restarted.
+        """The loops that do not run when they should, and "writer" for a write that hangs.
+
+        The watchdog is fed while this is empty. A disk that refuses writes is not in it, because a restart would not
+        help.
         """
         loops = [name for name, pulse in self._pulses.items() if pulse.stuck]
         return loops if self.writing_s <= LATE_S else [*loops, "writer"]
 
     async def status(self) -> str:
-        """pass, warn or fail."""
+        """The worst status of all checks: pass, warn or fail."""
         return (await self.report())["status"]
 
     async def report(self) -> shapes.Health:
-        """Every check with its figures, in the shape of `application/health+json`."""
+        """Every check with its figures, as `application/health+json` (docs/operating.md, "Health checks")."""
         checks = {
             "store": await self._check_store(),
             **{name: self._check_pulse(pulse) for name, pulse in self._pulses.items()},
@@ -128,17 +136,20 @@ class Health:
 
     @property
     def writing_s(self) -> float:
-        """Seconds for which the running transaction has been running; 0 between two."""
+        """Seconds since the current transaction began; 0 while there is none."""
         since = self._store.writing_since
         return 0.0 if since is None else time.monotonic() - since
 
     @property
     def late_s(self) -> dict[str, float]:
-        """By loop, seconds since it should have come round."""
+        """For each loop, the seconds since it should have run."""
         return {name: pulse.late_s for name, pulse in self._pulses.items()}
 
     async def oldest_pending_s(self) -> dict[str, float]:
-        """By operator with something pending, the age of the oldest, at most a second ago. Raises StoreError."""
+        """The age of the oldest pending delivery, for each operator that has one. It may be a second old.
+
+        Raises StoreError.
+        """
         now_at = self._clock.wall_ms()
         return {name: max(0, now_at - at) / 1000 for name, at in (await self._oldest.answer()).items()}
 
@@ -211,6 +222,6 @@ class Health:
         return {"status": "warn", "output": error} if error else {"status": "pass"}
 
     def _check_certificates(self) -> Check:
-        """Warns of those that have expired, or will within three weeks."""
+        """Warns of certificates that are not valid now or expire within three weeks."""
         ending = [*tls.endings(self._settings().pems, datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC))]
         return {"status": "warn", "output": "; ".join(ending)} if ending else {"status": "pass"}

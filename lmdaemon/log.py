@@ -1,8 +1,8 @@
 """Logging: an event and its facts, as text on a terminal and as JSON lines otherwise.
 
-`log.info("delivery.retry", operator="acme", wait_s=8.2)` is the only form; nothing is formatted into the event, so a
-line can be searched by its name. It must never be given a secret: tokens, keys, bodies and full URLs stay out. What a
-peer, a plug-in or a disk can repeat at will is written a few times a minute and counted otherwise (`LIMITS`).
+`log.info("delivery.retry", operator="acme", wait_s=8.2)` is the only form. Nothing is formatted into the event's name,
+so that lines can be searched by it. Facts must never be secrets: no tokens, keys, bodies or full URLs. Events that a
+peer, a plug-in or a disk can cause without end are written a few times a minute and counted otherwise (`LIMITS`).
 """
 
 import asyncio
@@ -28,21 +28,24 @@ NOT_A_URL = "(not a URL)"
 PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 WINDOW_S = 60.0
-KINDS_MAX = 1000  # of lines that are told apart at the same time, which bounds the memory
-STRAGGLERS_S = 1.0  # after a window, in which the next line of its kind may carry the count
+KINDS_MAX = 1000  # kinds of lines that are counted at the same time; bounds the memory
+STRAGGLERS_S = 1.0  # after a window the timer waits so long for the next line of its kind, which would have the count
 
 
 class Limit(NamedTuple):
-    """So many lines in WINDOW_S; two are of a kind if they have the event and these facts in common."""
+    """At most `lines` of a kind are written in WINDOW_S.
+
+    Lines of one event are of a kind if the facts `same` are equal.
+    """
 
     lines: int
     same: tuple[str, ...] = ()
 
 
-# journald drops all lines of a service beyond 10,000 in 30 s, errors among them (journald.conf(5), RateLimitBurst=), so
-# what happens to each session must not fill it.
+# By default journald drops all lines of a service beyond 10,000 in 30 s, errors among them (journald.conf(5),
+# RateLimitBurst=). Events that happen for every session must stay below that.
 _EACH_SESSION = Limit(1000)
-_FLAPS = 10  # lines a minute about something that changes to and fro; more are no news
+_FLAPS = 10  # lines a minute about a state that changes back and forth
 
 LIMITS = {
     "session.opened": _EACH_SESSION,
@@ -96,10 +99,10 @@ class _Kind:
 
 
 class Repeats:
-    """Lets the first lines of a kind through and counts the rest: the first line of the next window carries the count
-    as `suppressed`, or, if none comes, a line of its own. `monotonic` gives seconds.
+    """Writes the first lines of a kind in each window and counts the others. `monotonic` gives seconds.
 
-    A timer runs only while something is counted: an idle daemon is not woken.
+    The count is the fact `suppressed` of the first line after the window or, if none comes, of a line of its own. A
+    timer runs only while something is counted, so that an idle daemon is not woken.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -109,7 +112,7 @@ class Repeats:
         self.suppressed = 0  # lines, altogether
 
     def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> int | None:
-        """None if the line is suppressed; else how many of its kind have been since the last one that was written."""
+        """None if the line is suppressed; else how many lines of its kind were suppressed before it."""
         now = self._monotonic()
         key = (event, *map(facts.get, limit.same))
         kind = self._kinds.get(key)
@@ -119,7 +122,7 @@ class Repeats:
                 key = (event,)
                 kind = self._kinds.get(key)
         if kind is None:
-            same = dict(zip(limit.same, key[1:], strict=False))  # of none, where there are too many kinds
+            same = dict(zip(limit.same, key[1:], strict=False))  # empty where there are too many kinds
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
             return 0
         if now >= kind.until:
@@ -136,7 +139,7 @@ class Repeats:
         return None
 
     def flush(self, *, everything: bool = False) -> None:
-        """Writes the counts of the windows that are over, or of all, and forgets those windows."""
+        """Writes the counts of the windows that are over, or of all windows, and forgets these windows."""
         now = self._monotonic()
         for key, kind in list(self._kinds.items()):
             if everything or now >= kind.until:
@@ -150,7 +153,7 @@ class Repeats:
             return
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # then the next line of a kind, or a flush, tells
+        except RuntimeError:  # no loop: the next line of the kind, or a flush, writes the count
             return
         self._timer = loop, loop.call_later(wait_s, self._elapsed)
 
@@ -163,7 +166,7 @@ class Repeats:
 
 
 repeats = Repeats()
-happened = {"warning": 0, "error": 0}  # events of these levels, also those suppressed
+happened = {"warning": 0, "error": 0}  # events of these levels since the start, suppressed ones included
 
 
 class Log:
@@ -173,19 +176,23 @@ class Log:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
 
     def debug(self, event: str, **facts: Any) -> None:
+        """An event for `level = "debug"` only."""
         self._emit(logging.DEBUG, event, facts)
 
     def info(self, event: str, **facts: Any) -> None:
+        """An event that needs nobody's attention."""
         self._emit(logging.INFO, event, facts)
 
     def warning(self, event: str, **facts: Any) -> None:
+        """An event that somebody should look at within days; it has an entry in docs/operating.md."""
         self._emit(logging.WARNING, event, facts)
 
     def error(self, event: str, **facts: Any) -> None:
+        """An event that somebody should look at now; it has an entry in docs/operating.md."""
         self._emit(logging.ERROR, event, facts)
 
     def exception(self, event: str, **facts: Any) -> None:
-        """An error with the traceback of the exception being handled, its text left out: see `stack`."""
+        """An error with the traceback of the exception that is being handled, without its text: see `stack`."""
         self._emit(logging.ERROR, event, facts, exc_info=True)
 
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
@@ -211,6 +218,7 @@ class TextFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line, with the traceback below it where there is one."""
         facts = "".join(f" {name}={_shown(value)}" for name, value in _facts(record))
         line = f"{record.levelname.lower()} {record.getMessage()}{facts}"
         if record.exc_info:
@@ -230,6 +238,7 @@ class JsonFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line as JSON; a traceback is one of its members."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "event": record.getMessage()}
         line.update(_facts(record))
@@ -237,7 +246,7 @@ class JsonFormatter(logging.Formatter):
             line["traceback"] = stack(record.exc_info[1])
         try:
             text = orjson.dumps(line, default=str).decode()
-        except TypeError:  # a lone surrogate, as for a path that is not UTF-8, or an integer beyond 64 bits
+        except TypeError:  # a lone surrogate, as in a path that is not UTF-8, or an integer beyond 64 bits
             text = json.dumps({name: _carried(value) for name, value in line.items()}, ensure_ascii=False)
         return f"<{PRIORITY.get(record.levelname, 6)}>{text}" if self._journal else text
 
@@ -247,8 +256,9 @@ def _carried(value: Any) -> Any:
 
 
 def stack(error: BaseException | None) -> str:
-    """Where an exception comes from, and its causes and parts, without any text of theirs: that may hold what a peer
-    has sent, or a URL with its query.
+    """The traceback of an exception with its causes and, for a group, its parts, by the names of their types only.
+
+    Their texts are left out because they may quote what a peer has sent, or a URL with its query.
     """
     if error is None:
         return ""
@@ -273,7 +283,7 @@ def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
 
 
 def writable(text: str) -> str:
-    """The text with what UTF-8 has no place for escaped: the name of a file can be any bytes."""
+    """The text with lone surrogates escaped, which UTF-8 cannot express; a file's name with any bytes may have them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -281,8 +291,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     text = str(value)
-    # Quoted wherever a reader could take it for more than one fact; escaped where a character could break the line,
-    # as U+2028 does, or could not be written, as a lone surrogate
+    # Quoted where it could be read as more than one fact. Escaped where a character could break the line (U+2028) or
+    # could not be written (a lone surrogate).
     printable = text.isprintable()
     return text if printable and text and not set(text) & set(' "=') else json.dumps(text, ensure_ascii=not printable)
 
@@ -301,7 +311,7 @@ def setup(level: str, form: str, stream: TextIO | None = None) -> None:
 
 
 def is_journal(stream: TextIO) -> bool:
-    """Whether the stream goes to journald: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Whether the stream leads to journald: $JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -310,8 +320,10 @@ def is_journal(stream: TextIO) -> bool:
 
 
 def stray_at(url: str) -> bool:
-    """Whether an `@` stands behind the host. Then it may be user info with an unescaped `/`, `?` or `#`: what reads as
-    host, port and path may be user and password.
+    """Whether an `@` comes after the host.
+
+    It may then be the end of user info with an unescaped `/`, `?` or `#` in it, so that what is parsed as host, port
+    and path is really user and password.
     """
     _, *rest = re.split(r"[/?#]", url.partition("//")[2], maxsplit=1)
     return any("@" in part for part in rest)
@@ -321,10 +333,10 @@ def safe_url(url: str) -> str:
     """The URL without user info, query and fragment: those may carry secrets."""
     try:
         parts = urlsplit(url)
-        # asking for the port raises for one that is none
+        # `port` raises ValueError for text that is not a port
         whole = parts.netloc and parts.port != -1 and not stray_at(url)
     except ValueError:
         whole = False
-    if not whole:  # what is user info cannot be told
+    if not whole:  # where the user info ends is unknown
         return NOT_A_URL
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -1,12 +1,12 @@
-"""Prometheus metrics: counters raised where things happen, gauges read at a scrape. The home of prometheus-client.
+"""Prometheus metrics: counters raised where things happen, gauges read at a scrape; the one user of its library.
 
-Wired up by `daemon`; `api` serves `text()`. Names follow the Prometheus conventions: base units, `_total`, bounded
-labels (operators, sinks, reasons and codes are few; players and sessions are never a label). An operator or sink that
-leaves the file takes its counters with it; what it has left in the store shows in the gauges until it is gone.
+Names follow the Prometheus conventions: base units, `_total`, and bounded labels (operators, sinks, reasons and codes
+are few; players and sessions must never be a label). The counters of an operator or sink end when it is removed from
+the configuration; its gauges stay for as long as something of it is in the store.
 """
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - else the first scrape opens it, maybe out of file descriptors
+import concurrent.futures.thread  # noqa: F401 - the first scrape would import it, perhaps when no file can be opened
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every counter, which process_start_time_seconds makes superfluous
 
-# One metric read at a scrape, a counter if its name says `_total`: name, help, labels, and the values by label values.
+# A metric that is read at a scrape: name, help, label names, values by label values. A name in `_total` is a counter.
 Reading = tuple[str, str, tuple[str, ...], Mapping[Any, float]]
 
 
@@ -63,8 +63,10 @@ class _Readings(Collector):
 
 
 class _Process(ProcessCollector):
-    """`process_…`, read from /proc/self at a scrape. The library takes the time of boot from /proc/stat, which the unit
-    hides (ProcSubset=pid), and would then show nothing at all.
+    """`process_…` metrics, read from /proc/self at a scrape.
+
+    The library reads the time of boot from /proc/stat. The systemd unit hides that file (ProcSubset=pid), and without
+    it the library would show none of these metrics.
     """
 
     def _boot_time(self) -> float:
@@ -72,10 +74,10 @@ class _Process(ProcessCollector):
 
 
 class _Counter(Collector):
-    """A counter by its label values: plain numbers until a scrape, for the library's take a microsecond at each touch.
+    """A counter that is a plain number by label values until a scrape: the library's own costs a microsecond a touch.
 
-    Those are counted whose first `bounded` labels are known, so that the number of series has a bound; a call may have
-    begun before a reload that took its operator away.
+    To bound the number of series, label values are counted only if the first `bounded` of them are known (`know`). A
+    call may name an operator that a reload has removed since the call began.
     """
 
     def __init__(self, name: str, help_text: str, labels: tuple[str, ...], bounded: int) -> None:
@@ -85,13 +87,17 @@ class _Counter(Collector):
         self._values: dict[tuple[str, ...], int] = {}
 
     def add(self, *labels: str, amount: int = 1) -> None:
+        """Raises the counter with these label values, if they are known."""
         if labels in self._values:
             self._values[labels] += amount
         elif labels[: self._bounded] in self._known:
             self._values[labels] = amount
 
     def know(self, known: Iterable[tuple[str, ...]], endings: Iterable[tuple[str, ...]] = ()) -> None:
-        """Forgets all others. Those that are new begin at 0, with each of these further labels."""
+        """Counts these label values from now on and forgets all others.
+
+        New ones begin at 0 together with each of `endings`, the values of the remaining labels.
+        """
         before, self._known = self._known, frozenset(known)
         if before - self._known:
             self._values = {
@@ -109,7 +115,7 @@ class _Counter(Collector):
 
 
 class Metrics:
-    """A registry of its own, so that two daemons in one process (the tests) do not share figures."""
+    """All metrics of one daemon, in a registry of its own: two daemons in one process (in tests) share no figures."""
 
     def __init__(self, engine: Mapping[str, str] = MappingProxyType({})) -> None:
         """`engine`: name and version of what the store runs on."""
@@ -184,8 +190,9 @@ class Metrics:
         return [by_label("deliveries_oldest_pending_seconds", help_text, "operator", self._oldest_pending_s)]
 
     def configure(self, operators: Iterable[str], lanes: Iterable[tuple[str, str]], reasons: Iterable[str]) -> None:
-        """The operators, the lanes (operator and sink) and the reasons of ends there are from now on. Their counters
-        begin at 0, so that the first of a kind is an increase.
+        """Sets the operators, lanes (operator and sink) and reasons of ends that are counted from now on.
+
+        Their counters begin at 0, so that Prometheus sees the first event as an increase.
         """
         names, pairs = [(name,) for name in operators], list(lanes)
         for counter, endings in (
@@ -202,62 +209,71 @@ class Metrics:
         self._durations_of = {pair: self._durations_of.get(pair) or self._durations.labels(*pair) for pair in pairs}
 
     def watch(self, read: Callable[[], list[Reading]]) -> None:
-        """Registers what is read at each scrape, on the thread of `scrape`; `read` must not do I/O."""
+        """Registers readings for every scrape. `read` is called on a thread and must not do I/O."""
         self._registry.register(_Readings(read))
 
     # -- what happens
 
     def opened(self, operator: str) -> None:
+        """A session was opened."""
         self._opens.add(operator)
 
     def touched(self, operator: str, sessions: int) -> None:
+        """So many sessions were touched."""
         self._touches.add(operator, amount=sessions)
 
     def ended(self, operator: str, reason: str, sessions: int) -> None:
+        """So many sessions have ended for this reason."""
         self._ends.add(operator, reason, amount=sessions)
 
     def answered(self, operator: str, dialect: str, code: int) -> None:
-        """A notice was; `operator` is empty where it could not be told."""
+        """A notice was answered with this code; `operator` is empty where the notice did not tell it."""
         self._notices.add(operator, dialect, str(code))
 
     def not_taken(self, status: int) -> None:
+        """A request to the endpoint was answered with this HTTP status before it was parsed."""
         self._not_taken.add(str(status))
 
     def over_quota(self, operator: str) -> None:
-        """A notice of an unknown session was one too many in its minute."""
+        """A notice of an unknown session was refused for `unknown_per_minute`."""
         self._over_quota.add(operator)
 
     def api_error(self, status: int) -> None:
+        """A request to the private API was answered with this HTTP status, an error."""
         self._api_errors.add(str(status))
 
     def attempted(self, operator: str, sink: str, outcome: str, took_s: float) -> None:
+        """An attempt has ended with this outcome, one of `retry.Verdict`."""
         self._attempts.add(operator, sink, outcome)
         durations = self._durations_of.get((operator, sink))
         if durations is not None:
             durations.observe(took_s)
 
     def awoke(self, late_s: float) -> None:
-        """The event loop came so late to a loop whose time had come."""
+        """The event loop ran something that was due, this late."""
         self._turn_lag.observe(late_s)
 
     def committed(self, operations: int, took_s: float) -> None:
+        """A transaction with so many operations was committed; `took_s` includes its sync."""
         self._batches.observe(operations)
         self._commits.observe(took_s)
 
     def reloaded(self, at_s: float | None) -> None:
-        """The configuration was read and is in force since then (epoch), or could not be (None)."""
+        """The configuration was reloaded at `at_s` (epoch) and is in force, or the reload failed (None)."""
         self._reloaded.set(at_s is not None)
         if at_s is not None:
             self._reloaded_at.set(at_s)
 
     async def scrape(self, oldest_pending_s: Mapping[str, float]) -> bytes:
-        """The exposition format, `CONTENT_TYPE`. Rendered on a thread, one at a time: 1,000 operators take
-        0.2 s. `oldest_pending_s`: age of the oldest pending delivery by operator.
+        """All metrics in the exposition format, `CONTENT_TYPE`.
+
+        They are rendered on a thread, one scrape at a time: 1,000 operators take 0.2 s. `oldest_pending_s` is the age
+        of the oldest pending delivery by operator.
         """
         async with self._scraping:
             self._oldest_pending_s = oldest_pending_s
             return await asyncio.to_thread(self.text)
 
     def text(self) -> bytes:
-        """The exposition format, `CONTENT_TYPE`."""
+        """All metrics in the exposition format, rendered on the calling thread."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""Signs of life of a loop: what `/health` and the watchdog judge by. A loop that should have run and has not, shows.
+"""Shows whether a loop of the daemon runs when it should; `/health` and the watchdog read it.
 
-Each loop owns one `Pulse` and says when it starts working and until when it sleeps; nobody else writes it. `Rounds` is
-the loop that sleeps as long as its last round said, or until it is woken.
+Each loop has one `Pulse`, to which it alone writes: when it begins to work, and until when it sleeps. `Rounds` is a
+loop that sleeps for as long as its last round returned, or until it is woken.
 """
 
 import asyncio
@@ -9,22 +9,22 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Protocol
 
-LATE_S = 5.0  # a loop later than this, or working on one step for longer, is stuck
+LATE_S = 5.0  # a loop that is later than this, or works longer on one step, is stuck
 
 
 class WakeObserver(Protocol):
-    """Told of every wake-up of a loop whose time had come."""
+    """Told how late a loop was woken, each time when it was due."""
 
     def awoke(self, late_s: float) -> None:
-        """The event loop came to it so many seconds late."""
+        """The event loop ran it this many seconds after it was due."""
 
 
 class Pulse:
-    """`monotonic` is the clock's; all times are its seconds."""
+    """Until when a loop sleeps, or since when it works. `monotonic` is the clock's; all times are its seconds."""
 
     def __init__(self, monotonic: Callable[[], float], observer: WakeObserver | None = None) -> None:
         self._monotonic = monotonic
-        self._until: float | None = None  # asleep until woken; as long as the loop has not begun, too
+        self._until: float | None = None  # None: it sleeps until it is woken, or has not begun
         self._asleep = False
         self._observer = observer
 
@@ -37,22 +37,23 @@ class Pulse:
         self._until = now
 
     def sleeping(self, wait_s: float | None) -> None:
-        """The step is over; the next comes in `wait_s` seconds, or when somebody wakes the loop."""
+        """A step is over; the next begins in `wait_s` seconds (None: not by itself), or when the loop is woken."""
         self._asleep = True
         self._until = None if wait_s is None else self._monotonic() + wait_s
 
     def woken(self) -> None:
-        """Somebody has set the loop's alarm: it has to run now."""
+        """The loop was woken and is due now."""
         if self._until is None or self._until > self._monotonic():
             self._until = self._monotonic()
 
     @property
     def late_s(self) -> float:
-        """Seconds since the loop should have come round; 0 while all is well."""
+        """Seconds since the loop should have run, or since it began to work; 0 while it sleeps."""
         return 0.0 if self._until is None else max(0.0, self._monotonic() - self._until)
 
     @property
     def stuck(self) -> bool:
+        """Whether it is later than LATE_S."""
         return self.late_s > LATE_S
 
 
@@ -64,13 +65,13 @@ class Rounds:
         self._alarm = asyncio.Event()
 
     def wake(self) -> None:
-        """The next round comes at once."""
+        """The next round begins at once."""
         if not self._alarm.is_set():
             self._pulse.woken()
             self._alarm.set()
 
     async def run(self, once: Callable[[], Awaitable[float | None]]) -> None:
-        """Raises what a round raises."""
+        """Runs for ever. Raises what a round raises."""
         while True:
             self._pulse.working()
             wait_s = await once()

@@ -1,7 +1,7 @@
-"""Ends what is due, and sleeps until the next deadline. Started by `daemon`; the only reader of deadlines.
+"""Ends the sessions that are due, and sleeps until the next deadline.
 
-It must never end a session that somebody may still be touching: not before the restart grace is over, not right after a
-stall, and not before the requests that are already readable have been queued.
+It must never end a session for inactivity whose touch may be under way: not before the restart grace is over, not right
+after a stall, and not before requests that have already arrived are queued.
 """
 
 import asyncio
@@ -14,16 +14,18 @@ from lmdaemon.model import Session
 from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
-QUIET_AFTER_STALL_S = 1.0  # those who could not reach us are heard before anything ends
+QUIET_AFTER_STALL_S = 1.0  # after a stall nothing ends for so long: touches that could not arrive come first
 LOOP_TURNS = (
-    8  # accept, connect, read, parse, handle, queue: the loop's turns from a client that waits to a queued touch
+    8  # turns of the event loop from a waiting client to its queued touch: accept, connect, read, parse, handle, queue
 )
-PERSIST_S = 10.0  # idleness that a crash may forget, to the later side; never more than the run was long
-RETRY_S = 1.0  # while the store refuses
-MASS_SESSIONS = 1000  # more ends than this within MASS_S, and more than MASS_SHARE of all sessions, are an alarm:
-MASS_SHARE = 0.2  # it is rather the clients' way to us that has failed than so many players that have left
+PERSIST_S = 10.0  # how often the service clock is stored; a crash loses as much, so that sessions end that much later
+RETRY_S = 1.0  # pause while the store refuses
+# More ends than MASS_SESSIONS and than MASS_SHARE of all sessions within MASS_S are an alarm: that so many players
+# leave at once is less likely than that game servers cannot reach the daemon.
+MASS_SESSIONS = 1000
+MASS_SHARE = 0.2
 MASS_S = 10.0
-MASS_SHOWN_S = 600.0  # how long /health speaks of it
+MASS_SHOWN_S = 600.0  # how long /health shows it
 
 log = Log("sweeper")
 
@@ -33,18 +35,18 @@ class ExpiryAlarm:
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self._lately: deque[tuple[float, int]] = deque()  # when how many ended, within MASS_S
+        self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the sweeps within MASS_S
         self._raised_at = float("-inf")
-        self.ended = 0  # within MASS_S, when it was last seen going on
-        self.of = 0  # sessions that were live before those
+        self.ended = 0  # ended within MASS_S, when the alarm was last raised
+        self.of = 0  # sessions that were live before these ended
 
     @property
     def active(self) -> bool:
-        """Whether there was one within MASS_SHOWN_S."""
+        """Whether the alarm was raised within MASS_SHOWN_S."""
         return self._monotonic() - self._raised_at < MASS_SHOWN_S
 
     def note(self, ended: int, live: int) -> None:
-        """So many have just ended, and so many are live still."""
+        """Counts sessions that have just ended; `live` is how many there are now."""
         now = self._monotonic()
         self._lately.append((now, ended))
         while now - self._lately[0][0] > MASS_S:
@@ -52,7 +54,7 @@ class ExpiryAlarm:
         ended = sum(one for _, one in self._lately)
         if ended <= MASS_SESSIONS or ended <= (live + ended) * MASS_SHARE:
             return
-        if now - self._raised_at > MASS_S:  # one that goes on is told once
+        if now - self._raised_at > MASS_S:  # logged once, however long it goes on
             log.error("sweeper.mass_expired", ended=ended, of=live + ended, within_s=MASS_S)
         self._raised_at, self.ended, self.of = now, ended, live + ended
 
@@ -73,17 +75,18 @@ class Sweeper(StoreObserver):
         self._quiet_until = 0.0
         self._persisted = clock.monotonic()
         self._ticking = False
-        self.lost_s = 0.0  # in stalls, of which each was logged
+        self.lost_s = 0.0  # sum of the stalls that were logged
         self.pulse = Pulse(clock.monotonic, observer)
         self._rounds = Rounds(self.pulse)
         self.alarm = ExpiryAlarm(clock.monotonic)
         store.observe(self)
 
     def deadline_nearer(self) -> None:
+        """A deadline is earlier than all others (StoreObserver)."""
         self.wake()
 
     def wake(self) -> None:
-        """A deadline may have come nearer than the one slept for."""
+        """Looks again at once, because a deadline may be earlier than the one that is waited for."""
         self._rounds.wake()
 
     @property
@@ -97,7 +100,7 @@ class Sweeper(StoreObserver):
         return max(0.0, self._grace_s - ran_s, self._quiet_until - now)
 
     def expires_at(self, session: Session) -> int | None:
-        """Wall time at which the session will end if nothing more is heard; None once it has ended."""
+        """Wall time (ms) at which the session will end if it is not touched again; None once it has ended."""
         if session.reason is not None:
             return None
         left_ms = max(session.deadline_ms - self._service.now_ms(), int(self.hold_s * 1000), 0)
@@ -105,18 +108,19 @@ class Sweeper(StoreObserver):
         return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
 
     async def run(self) -> None:
+        """Sweeps for ever."""
         await self._rounds.run(self._once_if_possible)
 
     async def _once_if_possible(self) -> float | None:
         try:
             return await self.once()
-        except StoreError:  # the writer has logged it, and the service clock stands still
+        except StoreError:  # the writer has logged it, and the service clock is stopped
             return RETRY_S
 
     async def once(self) -> float | None:
-        """Ends everything due now, in bounded batches. Returns seconds to sleep, None until a session is opened.
+        """Ends everything that is due now, SWEEP_ROWS at a time.
 
-        Raises StoreError.
+        Returns the seconds to sleep, or None for until a session is opened. Raises StoreError.
         """
         crowd = False
         while True:
@@ -131,7 +135,7 @@ class Sweeper(StoreObserver):
         return self._next_wait_s()
 
     async def _end_some(self, *, crowd: bool) -> bool:
-        """Ends one batch of what is due, once those who are already readable have been heard. Whether there is more."""
+        """Ends one batch, after requests that have already arrived were queued. Returns whether there is more."""
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
         swept = await self._store.end_due(idle=self.hold_s == 0, crowd=crowd)
@@ -141,13 +145,15 @@ class Sweeper(StoreObserver):
 
     @property
     def _persist_after_s(self) -> float:
-        """Short after a start, and doubled from time to time: a crash forgets at most half of what a run was long, so
-        that sessions grow older also in a daemon that crashes again and again.
+        """How long after the last time the service clock is stored again: as long as the run was by then, PERSIST_S at
+        most.
+
+        A crash so loses at most half of the run, and sessions grow older even in a daemon that crashes again and again.
         """
         return min(PERSIST_S, max(TICK_S, self._persisted - self._started))
 
     def _tick(self) -> None:
-        """Reads the service clock, and holds back for a moment when the reading shows that nobody was listening."""
+        """Reads the service clock. After a stall, nothing ends for QUIET_AFTER_STALL_S."""
         self._service.now_ms()
         gap_s = self._service.stalled_s - self._stalled_s
         self._stalled_s = self._service.stalled_s

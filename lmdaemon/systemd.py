@@ -1,7 +1,7 @@
-"""The service manager's side: sd_notify messages and sockets handed over. A no-op where systemd is not.
+"""Talks to systemd: state messages (sd_notify(3)) and sockets that it hands over (sd_listen_fds(3)).
 
-Called by `daemon` alone. Source: sd_notify(3), sd_listen_fds(3). Written by hand: the packages for it are abandoned, or
-a binary wheel for these few lines.
+Without systemd nothing happens. Written by hand, because the packages for it are abandoned or need a binary wheel for
+these few lines.
 """
 
 import os
@@ -16,14 +16,14 @@ Address = str | tuple[str, int]  # of a listening socket: a path, or host and po
 
 
 class Notifier:
-    """Sends state to the service manager, and takes its variables out of the environment: no child inherits them."""
+    """Sends state to the service manager. Its variables are removed from the environment, so that no child has them."""
 
     def __init__(self, environment: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
         address = environment.pop("NOTIFY_SOCKET", "")
         watchdog_us = environment.pop("WATCHDOG_USEC", "")
         watchdog_pid = environment.pop("WATCHDOG_PID", str(os.getpid()))
         self._socket: socket.socket | None = None
-        # Half the limit, as sd_watchdog_enabled(3) advises; None: nobody watches.
+        # How often to feed the watchdog: half the limit, as sd_watchdog_enabled(3) advises. None: there is no watchdog.
         self.watchdog_s = int(watchdog_us) / 2e6 if watchdog_us.isdigit() and watchdog_pid == str(os.getpid()) else None
         if address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -31,7 +31,7 @@ class Notifier:
             self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
 
     def send(self, **state: str) -> None:
-        """`send(READY="1", STATUS="…")`: one datagram; a manager that does not listen is no reason to stop."""
+        """Sends one datagram, as in `send(READY="1", STATUS="…")`. Failures are ignored: they are no reason to stop."""
         if self._socket is None:
             return
         with suppress(OSError):
@@ -45,18 +45,19 @@ class Notifier:
         return self._socket is not None
 
     def reloading(self) -> None:
-        """RELOADING with its time stamp, which Type=notify-reload needs and Type=notify ignores."""
+        """Sends RELOADING with its time stamp, which Type=notify-reload needs and Type=notify ignores."""
         self.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
 
     def starting(self, within_s: float, status: str) -> None:
-        """The start may take this long from now on: more than its TimeoutStartSec, where need be."""
+        """Says that the start may take `within_s` from now on, even if TimeoutStartSec is shorter."""
         self.send(EXTEND_TIMEOUT_USEC=_usec(within_s), STATUS=status)
 
     def stopping(self, within_s: float, status: str) -> None:
-        """STOPPING, which may take this long: more than its TimeoutStopSec, where need be."""
+        """Says that the daemon stops, which may take `within_s`, even if TimeoutStopSec is shorter."""
         self.send(STOPPING="1", EXTEND_TIMEOUT_USEC=_usec(within_s), STATUS=status)
 
     def close(self) -> None:
+        """Closes the socket; nothing is sent any more."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -67,7 +68,7 @@ def _usec(seconds: float) -> str:
 
 
 def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> list[tuple[str, socket.socket]]:
-    """Sockets handed over by socket activation, with their FileDescriptorName; empty without it."""
+    """The sockets handed over by socket activation, each after its FileDescriptorName; empty without activation."""
     pid = environment.pop("LISTEN_PID", "")
     count = environment.pop("LISTEN_FDS", "")
     names = environment.pop("LISTEN_FDNAMES", "").split(":")
@@ -85,8 +86,9 @@ def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.envi
 def assign(
     found: Sequence[tuple[str, socket.socket]], wanted: Mapping[str, Address]
 ) -> tuple[dict[str, socket.socket], list[socket.socket]]:
-    """Which handed-over socket serves which listener: by name ("server", "api"), else by address. And those that serve
-    none.
+    """Assigns handed-over sockets to listeners, by name ("server", "api") or else by address.
+
+    Returns the socket of each listener that has one, and the sockets that no listener uses.
     """
     assigned: dict[str, socket.socket] = {}
     for name, handed_over in found:
@@ -102,6 +104,6 @@ def assign(
 
 
 def address_of(bound: socket.socket) -> Address:
-    """Path, or host and port, that a socket is bound to."""
+    """The address that a socket is bound to: a path, or host and port."""
     at = bound.getsockname()
     return at[:2] if isinstance(at, tuple) else os.fsdecode(at)

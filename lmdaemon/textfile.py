@@ -1,14 +1,13 @@
-"""Text as people save it: UTF-8, with or without a byte-order mark.
+"""Decodes files and environment variables that are read as text: UTF-8, with or without a byte-order mark.
 
-For every file and environment variable that the daemon and its commands read as text. What is read may be a secret, so
-no error may repeat any of it.
+The content may be a secret, so no error may quote any of it.
 """
 
 import codecs
 import re
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, because it begins with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
@@ -16,12 +15,12 @@ _MARKS = (
 
 
 def decode(content: bytes) -> str:
-    """The text, without a byte-order mark. Raises ValueError, which says what it is instead of UTF-8."""
+    """The text without a byte-order mark. Raises ValueError, whose text says which encoding it has instead of UTF-8."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             raise ValueError(f"is {encoding}; save it as UTF-8")
     if zeros := content.count(0):
-        # ASCII letters have one zero byte of two in UTF-16, three of four in UTF-32
+        # Of the bytes of ASCII letters, a half are zero in UTF-16, three quarters in UTF-32
         share = zeros / len(content)
         if share < 0.4:
             raise ValueError(f"must not have a zero byte (line {_line(content, content.index(0))})")
@@ -38,6 +37,6 @@ def _line(content: bytes, at: int) -> int:
 
 
 def entries(text: str) -> list[tuple[int, str]]:
-    """The lines with their numbers, without the spaces around them; blank lines and comments (#) are left out."""
+    """The lines with their numbers, stripped of surrounding spaces, without blank lines and comments (`#`)."""
     lines = ((number, line.strip()) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]

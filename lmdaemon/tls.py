@@ -1,8 +1,8 @@
-"""TLS of both sides: contexts, and what certificates in files say of themselves.
+"""TLS for listeners and for connections to others: contexts, and what is read out of certificates.
 
-The same files verify alike on every Python: 3.13 asks for more than 3.11 does (keyUsage, Authority Key Identifier) and
-takes an intermediate for a trust anchor, which 3.11 does not. It must never ask for a password on the terminal, or put
-the content of a file into an error.
+The same files verify alike on every Python. By default 3.13 is stricter than 3.11 (keyUsage, Authority Key Identifier)
+and takes an intermediate for a trust anchor, which 3.11 does not. This module must never ask for a password on the
+terminal, or put the content of a file into an error.
 """
 
 import base64
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EXPIRES_SOON = timedelta(days=21)  # before its end a certificate is warned about
+EXPIRES_SOON = timedelta(days=21)  # a certificate that expires within this time is warned about
 _USE_HTTPS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 29\r\nConnection: close\r\n\r\n"
     b"This address speaks https://\n"
@@ -29,19 +29,23 @@ _PEM = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END
 
 
 class Certificate(NamedTuple):
-    """One certificate of a file. `name` is its subject's common name, or as much as there is of a name."""
+    """One certificate of a file.
+
+    `name` is its subject's common name, or another part of the subject where it has none.
+    """
 
     name: str
     not_before: datetime
     not_after: datetime
-    subject: bytes  # both names as they stand in DER, to be compared
-    issuer: bytes
+    subject: bytes  # DER, compared with the next certificate's in a chain
+    issuer: bytes  # DER
     der: bytes
 
 
 class Pem(NamedTuple):
-    """A file that was read, and a digest of what stood in it: by this a change is seen without keeping a key. Of
-    certificates, those whose dates matter.
+    """A file that was read. The digest of its content shows a change without a key being kept in memory.
+
+    `certificates` are those of its certificates whose dates are watched.
     """
 
     path: Path
@@ -50,14 +54,17 @@ class Pem(NamedTuple):
 
 
 class Profile:
-    """How an operator's server is verified and what is shown to it: by the files as they are at the first look."""
+    """How an operator's server is verified and which certificate is shown to it.
+
+    The files are read when `context` is first asked for, and not again.
+    """
 
     def __init__(self, ca: Pem | None, cert: Pem | None, key: Pem | None) -> None:
         self._paths = tuple(file and file.path for file in (ca, cert, key))
 
     @cached_property
     def context(self) -> ssl.SSLContext:
-        """Raises OSError; ssl.SSLError is one."""
+        """The context for connections to this operator. Raises OSError (ssl.SSLError is one)."""
         return client_context(*self._paths)
 
 
@@ -65,9 +72,9 @@ class Profile:
 
 
 def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """For connections to others: trusts `ca_file`, or the system's CAs where that is None, and shows the certificate.
+    """For connections to others. It trusts `ca_file`, or the system's CAs where that is None, and shows `cert_file`.
 
-    Raises OSError; ssl.SSLError is one.
+    Raises OSError (ssl.SSLError is one).
     """
     context = _alike(ssl.create_default_context(cafile=ca_file))
     if cert_file is not None:
@@ -76,10 +83,10 @@ def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path 
 
 
 def pinned_context(certificate: bytes, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """For connections to one server whose own certificate (DER) is at hand: trusts that one alone. So its names say
-    nothing more, nor do its dates: whoever has to see to a server with an expired certificate must reach it.
+    """For connections to one server, of which only this certificate (DER) is trusted.
 
-    Raises OSError; ssl.SSLError is one.
+    Its names and dates are not checked: an administrator must reach a daemon whose certificate has expired. Raises
+    OSError (ssl.SSLError is one).
     """
     context = _alike(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     context.check_hostname = False
@@ -91,12 +98,12 @@ def pinned_context(certificate: bytes, cert_file: Path | None, key_file: Path | 
 
 
 def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path | None = None) -> ssl.SSLContext:
-    """For a listener; with `client_ca_file` every client must show a certificate of that CA.
+    """For a listener. With `client_ca_file` every client must show a certificate of that CA.
 
-    Raises OSError; ssl.SSLError is one.
+    Raises OSError (ssl.SSLError is one).
     """
     context = _alike(ServerContext(ssl.PROTOCOL_TLS_SERVER))
-    context.options |= ssl.OP_NO_RENEGOTIATION  # which TLS 1.2 lets a client ask for as often as it likes
+    context.options |= ssl.OP_NO_RENEGOTIATION  # in TLS 1.2 a client could ask for it without end
     if client_ca_file is not None:
         context.load_verify_locations(client_ca_file)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -105,8 +112,10 @@ def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path 
 
 
 def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
-    """Verifies in one way on every Python: what is trusted is a trust anchor, a root or not, and no extension is asked
-    for that 3.11 does not ask for. Source: what changed in 3.13, ssl.create_default_context.
+    """The context, set to verify in the same way on every Python, with TLS 1.2 or newer and HTTP/1.1.
+
+    Every trusted certificate is a trust anchor, a root or not, and no extension is required that 3.11 does not require.
+    Source: the documentation of ssl.create_default_context, "Changed in version 3.13".
     """
     context.verify_flags = context.verify_flags & ~ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -115,16 +124,18 @@ def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
 
 
 def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
-    context.load_cert_chain(cert_file, key_file, password="")  # an empty one: OpenSSL would ask on the terminal
+    context.load_cert_chain(cert_file, key_file, password="")  # without any, OpenSSL would ask on the terminal
 
 
-# The socket of the connection on which a handshake is begun in this context
+# The socket of the connection whose handshake begins, in the context of the code that begins it
 handshaking: ContextVar[socket.socket] = ContextVar("handshaking")
 
 
 class ServerContext(ssl.SSLContext):
-    """Tells the peer of a handshake why it fails. Neither loop does: they close the connection and leave the alert that
-    OpenSSL has made in its buffer, so that all that a client without a certificate sees is an end.
+    """A context that tells the client why a handshake failed.
+
+    Neither event loop does so: they close the connection and leave the alert that OpenSSL has made in its buffer. A
+    client that shows no certificate, for example, would see nothing but a closed connection.
     """
 
     def __init__(self, protocol: int) -> None:  # SSLContext has taken it already, in __new__
@@ -132,6 +143,7 @@ class ServerContext(ssl.SSLContext):
         self.sslobject_class = _Handshake
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **options: Any) -> ssl.SSLObject:
+        """As the parent's; it also gives the handshake the buffer with its alerts, and the socket to send them to."""
         wrapped = super().wrap_bio(incoming, outgoing, *args, **options)
         if isinstance(wrapped, _Handshake):
             wrapped.alerts, wrapped.peer = outgoing, handshaking.get(None)
@@ -157,14 +169,14 @@ class _Handshake(ssl.SSLObject):
 
 
 def unusable(error: OSError) -> str:
-    """Why files cannot be used for TLS, as a rule that stands behind their key."""
+    """Why files cannot be used for TLS, in words that are written after their key of the configuration."""
     if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
         return "does not fit its key"
     return f"cannot be used for TLS: {said(error)}"
 
 
 def damaged(error: OSError) -> bool:
-    """Whether OpenSSL could not read a file. Which of several that is, it does not say."""
+    """Whether OpenSSL could not read a file. It does not say which one, where there are several."""
     return isinstance(error, ssl.SSLError) and error.reason is None and "PEM lib" in str(error)
 
 
@@ -178,7 +190,7 @@ def readable(certificates_file: Path) -> bool:
 
 
 def said(error: OSError) -> str:
-    """What OpenSSL calls it, without the place in the interpreter's source."""
+    """OpenSSL's or the system's words for an error, without the line of the interpreter's source that raised it."""
     if damaged(error):
         return "it is damaged"
     name = str(getattr(error, "reason", None) or "").replace("_", " ").lower()
@@ -190,21 +202,25 @@ def said(error: OSError) -> str:
 
 
 def holds_certificate(pem: bytes) -> bool:
+    """Whether the content of a PEM file has a certificate in it."""
     return _PEM.search(pem) is not None
 
 
 def holds_private_key(pem: bytes) -> bool:
-    """Whether it looks like one without a passphrase, for no place to keep that would be safer than the file."""
+    """Whether the content of a PEM file looks like a key without a passphrase.
+
+    Passphrases are not supported: a passphrase could be kept nowhere safer than the key itself.
+    """
     return b"PRIVATE KEY-----" in pem and b"ENCRYPTED" not in pem
 
 
 def certificates(pem: bytes) -> list[Certificate]:
-    """Those in the content of a PEM file, in its order. Raises ValueError for one that is damaged."""
+    """The certificates in the content of a PEM file, in its order. Raises ValueError for one that is damaged."""
     return [_read(base64.b64decode(body)) for body in _PEM.findall(pem)]
 
 
 def ends_soon(one: Certificate, now: datetime) -> str | None:
-    """A sentence, to stand behind its file's key, for one that is not valid now or ends within three weeks."""
+    """A sentence, to be written after the key of its file, if a certificate is not valid now or expires soon."""
     if now >= one.not_after:
         return f"has expired on {_day(one.not_after)} ({one.name})"
     if now < one.not_before:
@@ -215,7 +231,7 @@ def ends_soon(one: Certificate, now: datetime) -> str | None:
 
 
 def endings(pems: Mapping[str, Pem], now: datetime) -> Iterator[str]:
-    """A sentence for each certificate in these files (by key) that is not valid now or ends within three weeks."""
+    """A sentence for each certificate in these files (by key) that is not valid now or expires within EXPIRES_SOON."""
     for key, pem in pems.items():
         for one in pem.certificates:
             if sentence := ends_soon(one, now):
@@ -240,7 +256,7 @@ def _day(moment: datetime) -> str:
 
 
 def digest(content: bytes) -> str:
-    """By which two contents are told apart without keeping either."""
+    """A digest of a file's content, to see later whether it has changed."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -252,7 +268,7 @@ _ENCODINGS = {0x1E: "utf-16-be", 0x1C: "utf-32-be"}  # BMPString, UniversalStrin
 
 
 def _read(der: bytes) -> Certificate:
-    """Raises ValueError."""
+    """One certificate, from DER. Raises ValueError."""
     (_, certificate), *_ = _parts(der)
     (_, content), *_ = _parts(certificate)
     fields = [part for part in _parts(content) if part[0] != _VERSION]
@@ -264,7 +280,7 @@ def _read(der: bytes) -> Certificate:
 
 
 def _parts(der: bytes) -> Sequence[tuple[int, bytes]]:
-    """Tag and content of each value in a row. Raises ValueError."""
+    """Tag and content of each of the DER values that follow one another. Raises ValueError."""
     return tuple(_walk(der))
 
 
@@ -272,7 +288,7 @@ def _walk(der: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(der):
         tag, size, at = der[at], int.from_bytes(der[at + 1 : at + 2]), at + 2
-        if size > 0x80:  # then it says how many bytes the size has
+        if size > 0x80:  # the long form: it is the number of the bytes that have the size
             size, at = int.from_bytes(der[at : at + size - 0x80]), at + size - 0x80
         if at + size > len(der):
             raise ValueError("a certificate ends before its end")

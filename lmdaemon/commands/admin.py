@@ -19,6 +19,7 @@ from lmdaemon.commands.arguments import (
     count,
 )
 from lmdaemon.commands.client import ANY, Client
+from lmdaemon.commands.configured import ADMINISTRATION, configured
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -33,7 +34,6 @@ from lmdaemon.commands.shared import (
     say,
     show,
 )
-from lmdaemon.config import reader
 from lmdaemon.model import DELIVERY_STATES
 
 TOUCH_MAX = 10_000  # ids in one bulk touch
@@ -69,7 +69,7 @@ def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
 
     def made(ask: Ask) -> Command:
         def run(args: argparse.Namespace) -> int:
-            settings = reader.of_command(args.config, secrets="optional")
+            settings = configured(args, *ADMINISTRATION)
             quiet_libraries()
 
             async def talk() -> int:

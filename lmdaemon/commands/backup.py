@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from lmdaemon import rights
 from lmdaemon.commands.arguments import FORCE, JSON, argument, command, file
+from lmdaemon.commands.configured import configured
 from lmdaemon.commands.files import (
     Inode,
     check_source,
@@ -29,7 +30,6 @@ from lmdaemon.commands.files import (
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason
-from lmdaemon.config import reader
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.rights import Rights, UnsafeError, acting_with
@@ -52,7 +52,7 @@ FLUSH_BYTES = 4 * 1024 * 1024
 
 @command(argument("file", type=file, metavar="FILE", help="the copy, mode 0600"), FORCE, JSON)
 def backup(args: argparse.Namespace) -> int:
-    settings = reader.of_command(args.config, secrets="optional")
+    settings = configured(args, "database")
     try:
         theirs = rights.for_database(settings.database)
         ours = rights.for_result(args.file, theirs)
@@ -146,7 +146,7 @@ def _check_integrity(copy: Path) -> None:
 
 @command(argument("file", type=file, metavar="FILE", help="a copy made by backup; it stays as it is"), JSON)
 def restore(args: argparse.Namespace) -> int:
-    settings = reader.of_command(args.config, secrets="optional")
+    settings = configured(args, "database")
     file = args.file.absolute()
     try:
         reading, shared = rights.for_source(file)

@@ -20,6 +20,7 @@ import msgspec
 from lmdaemon import rights
 from lmdaemon.clock import Clock
 from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file
+from lmdaemon.commands.configured import configured
 from lmdaemon.commands.files import (
     Inode,
     check_source,
@@ -30,7 +31,6 @@ from lmdaemon.commands.files import (
     put_in_place,
 )
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
-from lmdaemon.config import reader
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
@@ -94,7 +94,7 @@ class Told:
     argument("--json", action="store_true", help="print the summary of --output as JSON"),
 )
 def export(args: argparse.Namespace) -> int:
-    settings = reader.of_command(args.config, secrets="optional")
+    settings = configured(args, "database")
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
     told = Told()

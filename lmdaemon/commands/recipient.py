@@ -3,8 +3,9 @@
 import argparse
 from typing import Any, TypeVar
 
+from lmdaemon.commands.configured import configured
 from lmdaemon.commands.shared import Usage, secret_file
-from lmdaemon.config import reader, target
+from lmdaemon.config import target
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import DeliveryTable, Operator, Policy, Settings
 from lmdaemon.config.target import Target
@@ -22,7 +23,8 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
     dialects = dict(SHIPPED)
     operator = _stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
-        settings = reader.of_command(args.config, secrets="optional")
+        of_operator = [f"operators.{args.operator}"] if args.operator else []
+        settings = configured(args, "sessions", "delivery", "dialects", *of_operator)
         # An own dialect is known here once some operator of the file uses it
         for one in settings.operators.values():
             dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}

@@ -33,6 +33,11 @@ class Findings:
         """A warning in an error's place, where the daemon may be able to read what this process cannot."""
         self.warn(key, f"unchecked: {why}")
 
+    def about(self, tables: Iterable[str]) -> list[str]:
+        """The errors that stand in these tables of the file."""
+        places = tuple(f"{table}{end}" for table in tables for end in ":.[")
+        return [error for error in self.errors if error.startswith(places)]
+
     def sound(self, at: str, *keys: str) -> bool:
         """Whether no error stands under these keys of a table, so that a rule between them finds what was meant."""
         places = tuple(f"{at}.{key}{end}" for key in keys for end in ":.[")

@@ -4,8 +4,9 @@ Reads the file, and the secret files and environment variables it names, and not
 """
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,8 @@ from lmdaemon.dialects import SHIPPED, Dialect
 
 PATHS = ("./config.toml", "/etc/lmdaemon/config.toml")
 TABLES = ("server", "api", "database", "sessions", "delivery", "log", "operators", "plugins", "dialects")
+Needs = Sequence[str] | None  # names of tables; None: all of the file
+_HEAD = re.compile(r"\[([A-Za-z0-9_.-]+)\][ \t]*(#.*)?$", re.MULTILINE)
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -57,30 +60,58 @@ def find(explicit: Path | None) -> tuple[Path, bool]:
     raise ConfigError([f"no configuration file: looked for {', '.join(PATHS)}; name one with --config"])
 
 
-def of_command(explicit: Path | None, *, secrets: Secrets = "required") -> Settings:
+def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: Needs = None) -> Settings:
     """The settings for a command that was given `--config`, or None. Raises ConfigError with every finding."""
     path, found = find(explicit)
-    return load(path, found=found, secrets=secrets)
+    return load(path, found=found, secrets=secrets, needs=needs)
 
 
-def load(path: Path, *, found: bool = False, secrets: Secrets = "required") -> Settings:
+def load(path: Path, *, found: bool = False, secrets: Secrets = "required", needs: Needs = None) -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
     One that was found, not named, is refused when somebody else may have written it. `secrets` says what a missing
     secret is: an error ("required"); an error unless the daemon may see it where this process does not ("readable", for
     check-config); or a warning, for administration, which needs none of the operators' ("optional").
+
+    With `needs`, errors in other tables than these are no reason to raise: they are `unusable` in the settings, and
+    the keys that they are about stand at their defaults.
     """
-    reader = Reader(path, found=found, secrets=secrets)
-    settings = reader.settings(toml(path, found=found))
+    reader = Reader(path, found=found, secrets=secrets, needs=needs)
+    text = _text(path, found=found)
+    try:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number longer than Python reads
+        finding = f"not valid TOML: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+        salvaged = None if needs is None else _salvaged(text, needs)
+        if salvaged is None:
+            raise ConfigError([f"{path}: {finding}"]) from error
+        reader.findings.errors.append(finding)
+        raw = salvaged
+    settings = reader.settings(raw)
     if settings is None:
         raise ConfigError([f"{path}: {finding}" for finding in reader.findings.errors])
     return settings
 
 
-def toml(path: Path, *, found: bool) -> dict[str, Any]:
-    """The file as TOML. Raises ConfigError."""
+def _salvaged(text: str, needs: Sequence[str]) -> dict[str, Any] | None:
+    """Those tables of a broken file, each from its head to the next one, as far as the file has them; None when one
+    cannot be read alone, or something else than its head begins with its name.
+    """
+    parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
+    wanted = [part for part in parts if (head := _HEAD.match(part)) and head[1] in needs]
+    elsewhere = "".join(part for part in parts if part not in wanted)
+    if any(re.search(rf"^[ \t[]*[\"']?{re.escape(name)}\b", elsewhere, re.MULTILINE) for name in needs):
+        return None
     try:
-        text = textfile.decode(trust.read(path) if found else path.read_bytes())
+        return tomllib.loads("".join(wanted))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(path: Path, *, found: bool) -> str:
+    """The file as text. Raises ConfigError."""
+    try:
+        return textfile.decode(trust.read(path) if found else path.read_bytes())
     except trust.UntrustedError as error:
         finding = f"was found, not named, and is not read: {error}. If you know it, name it: --config {path}"
         raise ConfigError([f"{path}: {finding}"]) from error
@@ -88,28 +119,23 @@ def toml(path: Path, *, found: bool) -> dict[str, Any]:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
     except ValueError as error:
         raise ConfigError([f"{path}: {error}"]) from error
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:  # TOMLDecodeError, or a number longer than Python reads
-        raise ConfigError([f"{path}: not valid TOML: {error}"]) from error
-    except RecursionError as error:
-        raise ConfigError([f"{path}: not valid TOML: nested too deeply"]) from error
 
 
 class Reader:
     """One reading of one file: collects every finding under its key path instead of stopping at the first."""
 
-    def __init__(self, path: Path, *, secrets: Secrets, found: bool = False) -> None:
+    def __init__(self, path: Path, *, secrets: Secrets, found: bool = False, needs: Needs = None) -> None:
         self._path = path
         self._found = found
         self._secrets = secrets
+        self._needs = needs
         self.findings = Findings()
         self._tables = Tables(self.findings)
         self._files = SecretFiles(path, secrets, self.findings)
         self._certificates = Certificates(self._files, self.findings)
 
     def settings(self, raw: dict[str, Any]) -> Settings | None:
-        """Everything checked, or None when there are errors."""
+        """Everything checked, or None when there are errors in what is needed."""
         findings = self.findings
         for name in raw:
             if name not in TABLES:
@@ -137,7 +163,7 @@ class Reader:
         api_tokens = self._files.api_tokens(api)
         rules.check_listeners(findings, server, api)
         findings.warnings.extend(tls.endings(self._certificates.pems, datetime.now(UTC)))
-        if findings.errors:
+        if findings.errors if self._needs is None else findings.about(self._needs):
             return None
         return Settings(
             file=self._path,
@@ -156,6 +182,7 @@ class Reader:
             operators=operators,
             plugins=plugins,
             warnings=tuple(findings.warnings),
+            unusable=tuple(findings.errors),
             pems=self._certificates.pems,
             tables=self._tables.read,
             secrets=self._files.digests,

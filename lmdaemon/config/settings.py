@@ -221,6 +221,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tables: Mapping[str, msgspec.Struct]  # as written, with their defaults, by name: what changed is told by their keys
     secrets: Mapping[str, str]  # digests of what the daemon was given in files or the environment, by key path
     warnings: tuple[str, ...]
+    unusable: tuple[str, ...]  # errors in tables that were not needed; empty where the whole file was
     handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
 
     def __repr__(self) -> str:

@@ -622,6 +622,37 @@ def test_status_shows_every_check_and_one_line_for_each_operator(lm: Running) ->
     assert document["health"]["status"] in ("pass", "warn")
 
 
+@pytest.mark.parametrize(
+    ("typo", "told"),
+    [
+        ("[operators.acme]\nprovider = 5\n", "operators.acme.provider: is no key of this table (did you mean"),
+        ("[operators.acme\n", "not valid TOML: "),
+    ],
+)
+def test_commands_work_beside_a_file_that_is_broken_elsewhere(
+    lm: Running, tmp_path: Path, typo: str, told: str
+) -> None:
+    """Whoever mends the file must see the daemon meanwhile; nothing of the warning is in the results."""
+    broken = tmp_path / "config.toml"
+    broken.write_text((lm.directory / "config.toml").read_text().replace("[operators.acme]\n", typo))
+    secret_file(tmp_path / "api-token", API_TOKEN)
+    done = run("--config", broken, "status", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["operators"]
+    assert done.stderr.startswith(f"{broken}: warning: {told}")
+    assert run("--config", broken, "check-config", cwd=tmp_path).returncode == 2
+
+
+def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Path) -> None:
+    broken = tmp_path / "config.toml"
+    broken.write_text((lm.directory / "config.toml").read_text() + "[log]\n" + "".join(f"k{i} = 1\n" for i in range(9)))
+    secret_file(tmp_path / "api-token", API_TOKEN)
+    done = run("--config", broken, "status", cwd=tmp_path)
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 4
+    assert done.stderr.endswith("warning: 6 more, which lmdaemon check-config tells\n")
+
+
 def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Running) -> None:
     held = lm("hold", "many")
     assert held.returncode == 0

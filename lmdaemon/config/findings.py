@@ -44,10 +44,15 @@ class Findings:
         return not any(error.startswith(places) for error in self.errors)
 
 
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a wrong one was probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The known name that was probably meant, as an end of a finding; else empty."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    found = meant(name, known)
+    return f" (did you mean {found!r}?)" if found else ""
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ Reads the file, and the secret files and environment variables it names, and not
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import msgspec
 from lmdaemon import textfile, tls, trust
 from lmdaemon.config import rules
 from lmdaemon.config.certificates import Certificates
-from lmdaemon.config.findings import ConfigError, Findings, suggestion
+from lmdaemon.config.findings import ConfigError, Findings, meant, suggestion
 from lmdaemon.config.secrets import SecretFiles, Secrets, exists
 from lmdaemon.config.settings import (
     ApiTable,
@@ -100,12 +100,19 @@ def _salvaged(text: str, needs: Sequence[str]) -> dict[str, Any] | None:
     parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
     wanted = [part for part in parts if (head := _HEAD.match(part)) and head[1] in needs]
     elsewhere = "".join(part for part in parts if part not in wanted)
+    if _hides(re.findall(r"^[ \t[]*[\"']?(\w+)", "\n".join(part.partition("\n")[0] for part in parts), re.M), needs):
+        return None
     if any(re.search(rf"^[ \t[]*[\"']?{re.escape(name)}\b", elsewhere, re.MULTILINE) for name in needs):
         return None
     try:
         return tomllib.loads("".join(wanted))
     except (ValueError, RecursionError):
         return None
+
+
+def _hides(names: Iterable[str], needs: Sequence[str]) -> bool:
+    """Whether one of these names is no table's, and may have been meant to be a needed one's."""
+    return any(meant(name, TABLES) in (None, *needs) for name in names if name not in TABLES)
 
 
 def _text(path: Path, *, found: bool) -> str:
@@ -163,7 +170,7 @@ class Reader:
         api_tokens = self._files.api_tokens(api)
         rules.check_listeners(findings, server, api)
         findings.warnings.extend(tls.endings(self._certificates.pems, datetime.now(UTC)))
-        if findings.errors if self._needs is None else findings.about(self._needs):
+        if findings.errors if self._needs is None else self._missed(raw):
             return None
         return Settings(
             file=self._path,
@@ -188,6 +195,10 @@ class Reader:
             secrets=self._files.digests,
             handed_over=tuple(self._files.handed_over),
         )
+
+    def _missed(self, raw: Mapping[str, Any]) -> bool:
+        """Whether what is needed has errors, or may be what stands under a name that is wrong."""
+        return bool(self.findings.about(self._needs or ())) or _hides(raw, self._needs or ())
 
     def _single(self, kind: type[_T], raw: Mapping[str, Any], name: str) -> _T:
         """A table that the file has once; its defaults where it is missing or no table."""

@@ -224,7 +224,7 @@ def test_no_configuration_file_at_all_exits_2(tmp_path: Path, command: str) -> N
     )
 
 
-@pytest.mark.parametrize("command", ["serve", "check-config", "backup copy"])
+@pytest.mark.parametrize("command", ["serve", "check-config"])
 def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text('[srever]\n[sessions]\nidle_timeout = 5\n[operators.acme]\nnotify = "yes"\n')

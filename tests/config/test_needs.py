@@ -54,6 +54,9 @@ def test_errors_in_other_tables_are_told_and_harmless(tmp_path: Path, broken: st
         'x\napi.listen = "127.0.0.1:7001"\n',
         'x\n[api.listen]\n"127.0.0.1:7001"\n',
         "x\n[ api ]\n",
+        SOUND.replace("[api]", "[apl]"),
+        SOUND.replace("[api]", "[administration]"),
+        SOUND.replace("[database]", "[databse]") + "x\n",
     ],
 )
 def test_errors_in_the_tables_that_are_needed_are_refused(tmp_path: Path, text: str) -> None:

@@ -42,6 +42,7 @@ from lmdaemon.web.endpoint import Endpoint
 from lmdaemon.web.listener import (
     Acceptor,
     Bounds,
+    Connection,
     Hearing,
     Site,
     connections_max,
@@ -62,6 +63,15 @@ NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.resta
 events = log.Log("daemon")
 
 _T = TypeVar("_T")
+
+
+def _connection_type() -> type[Connection]:
+    """What serves connections: the fast one if it is there."""
+    try:
+        from lmdaemon.web import hot
+    except ImportError:  # it saves time, and nothing else
+        return Connection
+    return hot.connection_type()
 
 
 class _Recorder(StoreObserver):
@@ -239,6 +249,7 @@ class Daemon:
             "api": web.AppRunner(self._api.application(), shutdown_timeout=CUT_S),
         }
         malformed = {"server": endpoint.malformed, "api": api.malformed}
+        connection = _connection_type()
         for name, runner in runners.items():
             listening = assigned.get(name) or bind(wanted[name])
             stack.callback(listening.close)
@@ -247,7 +258,9 @@ class Daemon:
             if name == "api" and runner.server is not None:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
                 runner.server.request_factory = private_request(runner.server.request_factory)
-            site = self._sites[name] = Site(runner, listening, malformed[name], name, self._hearing, self._bounds)
+            site = Site(runner, listening, malformed[name], name, self._hearing, self._bounds, connection=connection)
+            site.direct = self._api.direct if name == "api" else self._endpoint.direct
+            self._sites[name] = site
             self._configure_site(site)
             await site.start()
             self.addresses[name] = listening.getsockname()

@@ -2,13 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from chance import FULL, SEED
 from clocks import HandClock
 from hypothesis import HealthCheck, settings
+from ways import WAYS, on_the
 
 from lmdaemon import log
 
@@ -19,7 +20,7 @@ settings.load_profile("busy")
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports
-BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors"}
+BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_hot"}
 
 
 def _uvloop() -> asyncio.AbstractEventLoop:
@@ -33,6 +34,22 @@ def pytest_asyncio_loop_factories(
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     own = {"asyncio": asyncio.new_event_loop}
     return own | {"uvloop": _uvloop} if item.path.stem in BOTH_LOOPS else own
+
+
+# What is tested over both ways in which a request can be served: what tries a listener from outside
+BOTH_WAYS = {"test_doors", "test_listener", "test_listener_limits"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.path.stem in BOTH_WAYS:
+        metafunc.parametrize("way", WAYS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The way in which daemons of this test serve plain requests."""
+    with on_the(chosen := getattr(request, "param", "hot")):
+        yield chosen
 
 
 @pytest.fixture(autouse=True)

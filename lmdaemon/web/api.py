@@ -5,9 +5,9 @@ a listener of its own, for game servers, `lmdaemon`'s own commands and administr
 """
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
@@ -25,10 +25,11 @@ from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context, Health
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.problems import RETRY_AFTER_S, Problem, invalid
 from lmdaemon.web.requests import Handler, Head, bearer, request_id
-from lmdaemon.web.routes import CALLS, HEALTH, TOUCH
+from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 
-_TOUCH = re.compile(r"/v1/operators/[^/]+/sessions/[^/]+/touch")
+# Where the calls are served that come all day; an operator's name never needs an escape. Groups: session, touch.
+_DIRECT = re.compile(r"/v1/operators/[\w.-]+/sessions/([^/]+)(/touch)?", re.ASCII)
 
 log = Log("api")
 
@@ -53,7 +54,10 @@ class Api:
         self._parts = {type(part).__name__: part for part in parts}
         self._health = health
         self._metrics = metrics
-        self._touch = TOUCH.served_by(self._parts[TOUCH.part], self._context)
+        served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
+        self._open, self._touch, self._touch_many = (
+            served[name] for name in ("openSession", "touchSession", "touchSessions")
+        )
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -74,18 +78,28 @@ class Api:
         return app
 
     def shortcut(self, otherwise: Handler) -> Handler:
-        """Touches, the one call that comes all day, past aiohttp's router and middleware; the rest to `otherwise`."""
+        """The calls that come all day, past aiohttp's router and middleware; the rest to `otherwise`."""
 
         def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
-            is_touch = request.method == "POST" and _TOUCH.fullmatch(request.rel_url.raw_path)
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would say 417 before a token is asked for
                 return self._guarded(request, _unexpected)
-            if not is_touch or expect:
-                return otherwise(request)
-            return self._guarded(request, self._touch)
+            return (None if expect else self.direct(request)) or otherwise(request)
 
         return handle
+
+    def direct(self, request: web.Request) -> Coroutine[Any, Any, web.StreamResponse] | None:
+        """The handler at work on one of the calls that come all day, if this is one. None of them needs a task."""
+        found = _DIRECT.fullmatch(request.rel_url.raw_path)
+        if found is None:
+            return None
+        session, touch = found.groups()
+        handler: Handler | None = None
+        if request.method == "POST":
+            handler = self._touch if touch else self._touch_many if session == "touch" else None
+        elif request.method == "PUT" and not touch:
+            handler = self._open
+        return None if handler is None else self._guarded(request, handler)
 
     def knows(self, head: Head) -> bool:
         """Whether the head of a request shows that its sender is let in, before there is a request."""

@@ -21,7 +21,7 @@ from lmdaemon.web import bodies
 from lmdaemon.web.documents import delivery_document, session_document, to_json
 from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import KINDS, Problem, invalid
-from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, bearer, decode_segment, read_body
+from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
 OPERATOR = "/v1/operators/{operator}"
@@ -213,6 +213,11 @@ async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Requ
 
 def json_answer(answer: shapes.Answer, status: int = 200) -> web.Response:
     return web.Response(body=to_json(answer), status=status, content_type="application/json")
+
+
+def ready_answer(answer: shapes.Answer, status: int = 200) -> Ready:
+    """The same, and cheaper, for calls that come all day."""
+    return Ready(status, to_json(answer), "application/json")
 
 
 async def shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:

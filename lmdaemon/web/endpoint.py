@@ -6,7 +6,7 @@ hidden one.
 """
 
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -195,6 +195,12 @@ class Endpoint:
                 response.force_close()  # what is left of the body would be read as the next request
             return response
 
+    def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, web.StreamResponse] | None:
+        """`handle` at work on a notice, unless a plug-in has to be asked: that needs a task to run in."""
+        if request.method != "POST" or self._plugins or endpoint_key(request.rel_url.raw_path) not in self._routes:
+            return None
+        return self.handle(request)
+
     async def _answer_health(self, request: web.BaseRequest) -> web.Response:
         if request.method not in ("GET", "HEAD"):
             return _response(answer(7, "Method not allowed"), 405, {"Allow": "GET, HEAD"})
@@ -241,7 +247,7 @@ class Endpoint:
             headers = {"Retry-After": RETRY_AFTER_S}
             raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers) from error
         self._observer.answered(operator.name, dialect.name, 0)
-        return _SUCCESS.to(request)
+        return _SUCCESS
 
     def _refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
         code = dialect.codes.of(refusal.meaning)

@@ -15,7 +15,7 @@ import ssl
 import sys
 import termios
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, cast
@@ -47,6 +47,7 @@ LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64
 FIELD_MAX = 8190  # bytes of a header's name, and of its value
 HEAD_MAX = 32 * 1024  # bytes of all of it
+HEAD_END = b"\r\n\r\n"
 LINGER_S = 1.0  # for which bytes behind what was refused are dropped, so that no reset overtakes the answer
 STRANGERS_MAX = 6 * 1024**2  # bytes that have arrived over both listeners and are not authenticated yet
 HELD_MIN = 2048  # bytes; who holds less is not cut for it
@@ -76,7 +77,6 @@ _NOT_OURS = {
     errno.EINTR,
 }
 _feed = web.RequestHandler.data_received
-_HEAD_END = b"\r\n\r\n"
 _TURNED_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 log = Log("http")
@@ -322,9 +322,9 @@ class Connection(web.RequestHandler):
         if heads == 1 and not self._fed and size < HELD_MIN:  # a whole request at once, as almost all are
             body = self._messages[-1][1]
             if body is EMPTY_PAYLOAD:
-                whole = data.endswith(_HEAD_END)
+                whole = data.endswith(HEAD_END)
             else:
-                whole = body.is_eof() and data.find(_HEAD_END) + len(_HEAD_END) + body.total_bytes == size
+                whole = body.is_eof() and data.find(HEAD_END) + len(HEAD_END) + body.total_bytes == size
             if whole:
                 self._body, self._head_since, self._left, self._in_body = body, None, 0, False
                 return
@@ -342,7 +342,7 @@ class Connection(web.RequestHandler):
         self._in_body = not self._body.is_eof()
         if self._in_body or (heads and not size):
             return
-        if data.endswith(_HEAD_END) or self._fed == self._head_size + self._body.total_bytes:  # nothing is behind it
+        if data.endswith(HEAD_END) or self._fed == self._head_size + self._body.total_bytes:  # nothing is behind it
             self._fed = self._left = 0
             self._head_since = None
         elif size and self._head_since is None:
@@ -360,7 +360,7 @@ class Connection(web.RequestHandler):
         elif (len(data) >= HELD_MIN or not self._body.is_eof()) and self._site.knows(head):
             self._trust()
         if data:
-            self._head_size = self._fed - len(data) + data.find(_HEAD_END) + len(_HEAD_END)
+            self._head_size = self._fed - len(data) + data.find(HEAD_END) + len(HEAD_END)
             self._head_since = None
 
     def _refuse_long_heads(self, heads: int) -> None:
@@ -494,8 +494,9 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, Ready):
+            resp = resp.ordinary() if self._site.closing else resp.to(request)
         if self._site.closing:
-            resp = resp.ordinary() if isinstance(resp, Ready) else resp
             resp.force_close()  # the client is told, and does not ask on a connection that is about to end
         done = await super().finish_response(request, resp, start_time)
         self._answered += 1
@@ -603,6 +604,7 @@ class Site(web.BaseSite):
         "_acceptor",
         "_by_address",
         "_connecting",
+        "_connection",
         "_open",
         "_patrol",
         "_socket",
@@ -610,6 +612,7 @@ class Site(web.BaseSite):
         "closing",
         "connections",
         "cuts",
+        "direct",
         "handshakes_failed",
         "keepalive_s",
         "knows",
@@ -632,8 +635,10 @@ class Site(web.BaseSite):
         hearing: Hearing,
         bounds: Bounds,
         tls: ssl.SSLContext | None = None,
+        connection: type[Connection] = Connection,
     ) -> None:
         super().__init__(runner)
+        self._connection = connection
         self.listener = listener
         self._socket = listening
         self._acceptor = Acceptor(
@@ -654,6 +659,8 @@ class Site(web.BaseSite):
         self.trusted_proxies: Sequence[Network] = ()
         self.keepalive_s = KEEPALIVE_S
         self.knows: Callable[[Any], bool] = lambda head: False  # whether a head shows that its sender is known
+        # The handler of a request at work, where it needs no task of its own to run in; else None.
+        self.direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None] = lambda request: None
         self.stop_within_s = 10.0  # for what is under way at a stop
         self.connections = 0  # open now, those still shaking hands included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)
@@ -730,7 +737,7 @@ class Site(web.BaseSite):
     async def _connect(self, accepted: socket.socket, peer: Any, address: str | None) -> None:
         server = self._runner.server
         assert server is not None  # noqa: S101 - BaseSite has checked it
-        connection, context = Connection(server, self, address), self.tls
+        connection, context = self._connection(server, self, address), self.tls
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, accepted, **handshakes.options(context, accepted)

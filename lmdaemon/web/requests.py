@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
@@ -65,20 +66,30 @@ class Ready(web.StreamResponse):
     def keep_alive(self) -> bool:
         return True
 
-    async def prepare(self, request: web.BaseRequest) -> None:
+    @property
+    def whole(self) -> bytes:
+        """As it is sent now to a client of HTTP/1.1 whose connection stays open: all but the date stays the same."""
         second = int(time.time())
         if second != self._second:
             self._whole, self._second = self._rendered(second), second
-        await request.writer.write(self._whole)
+        return self._whole
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        await request.writer.write(self.whole)
 
     def _rendered(self, second: int) -> bytes:
-        head = [f"HTTP/1.1 {self.status} {self.reason}", f"Date: {formatdate(second, usegmt=True)}"]
+        head = [f"HTTP/1.1 {self.status} {self.reason}", f"Date: {_date(second)}"]
         if self._content:
             head += [f"Content-Type: {self._kind}", f"Content-Length: {len(self._content)}"]
         return "\r\n".join([*head, "", ""]).encode() + self._content
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to be sent."""
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:

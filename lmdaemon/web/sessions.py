@@ -9,7 +9,7 @@ from lmdaemon.dialects import breaks_hash, rounded
 from lmdaemon.log import Log
 from lmdaemon.shapes import ATTRIBUTES_MAX
 from lmdaemon.store.contract import Opening
-from lmdaemon.web.calls import Asked, Context, json_answer, page_answer, shown
+from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
 from lmdaemon.web.documents import with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
 from lmdaemon.web.requests import Ready
@@ -27,7 +27,7 @@ class Sessions:
         self._store = context.store
         self._metrics = context.metrics
 
-    async def open(self, asked: Asked[shapes.Opening]) -> web.Response:
+    async def open(self, asked: Asked[shapes.Opening]) -> web.StreamResponse:
         operator = asked.operator
         opened = await self._store.open_session(_opening(asked))
         if opened.outcome == "differs":
@@ -39,7 +39,7 @@ class Sessions:
             log.info("session.opened", operator=operator.name, session=asked.session_id)
         else:
             self._metrics.touched(operator.name, 1)
-        return json_answer(self._context.session(opened.session), 201 if opened.outcome == "created" else 200)
+        return ready_answer(self._context.session(opened.session), 201 if opened.outcome == "created" else 200)
 
     async def touch(self, asked: Asked[None]) -> web.StreamResponse:
         operator, session_id = asked.operator.name, asked.session_id
@@ -50,13 +50,13 @@ class Sessions:
             found = await self._store.session(operator, session_id)
             raise ended(None if found is None else self._context.session(found[0]), 410)
         self._metrics.touched(operator, 1)
-        return _NO_CONTENT.to(asked.request)
+        return _NO_CONTENT
 
-    async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> shapes.BulkTouched:
+    async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> web.StreamResponse:
         operator = asked.operator.name
         touched = await self._store.touch(operator, asked.given.session_ids)
         self._metrics.touched(operator, touched.touched)
-        return shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended)
+        return ready_answer(shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended))
 
     async def close(self, asked: Asked[None]) -> shapes.Session:
         session = await self._store.end(asked.operator.name, asked.session_id)

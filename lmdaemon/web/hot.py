@@ -1,0 +1,285 @@
+"""The calls that come all day, past most of the framework: no `web.Request`, no task and no response object for them.
+
+What arrives is still read by aiohttp's own parser, so what it refuses is refused, and the handlers are those that serve
+everybody else. Only a plain request is taken: whole, small, in one piece, on a connection with nothing else under way,
+and to a call that `Site.direct` knows. Whatever is not plain, or is not answered with a `Ready`, goes aiohttp's way.
+
+It exists for speed alone (docs/performance.md): without this file everything works as before, only slower. It knows
+aiohttp's connection from inside; `misfit` says whether that is still as it was.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import aiohttp
+from aiohttp import HttpVersion11, web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+from aiohttp.http_writer import StreamWriter
+from aiohttp.streams import EMPTY_PAYLOAD
+
+from lmdaemon.log import Log, place
+from lmdaemon.web.listener import HEAD_END, HELD_MIN, Connection
+from lmdaemon.web.requests import Ready
+
+# What it uses of aiohttp's connection and of the parser's messages, which are no promise of aiohttp's.
+_CONNECTION = (
+    *("_close", "_force_close", "_handler_waiter", "_keepalive_handle", "_keepalive_timeout", "_loop", "_manager"),
+    *("_messages", "_next_keepalive_close_time", "_parser", "_paused", "_process_keepalive", "_request_count"),
+    *("_request_factory", "_request_handler", "_request_in_progress", "_upgraded", "_waiter", "transport"),
+)
+_MESSAGE = {"method": "POST", "path": "/x", "should_close": False, "upgrade": False, "chunked": False}
+_TRIAL = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+
+log = Log("http")
+
+
+def connection_type() -> type[Connection]:
+    """What to serve connections with: this, if it fits the aiohttp that is installed. Needs a running loop."""
+    reason = misfit()
+    if reason is None:
+        return HotConnection
+    log.warning(
+        "http.slower", reason=reason, aiohttp=aiohttp.__version__, note="requests take longer; all else is as ever"
+    )
+    return Connection
+
+
+def misfit() -> str | None:
+    """What of aiohttp is not as it is expected here, tried out on a request; None if all is."""
+    if missing := [name for name in _CONNECTION if not hasattr(web.RequestHandler, name)]:
+        return f"aiohttp's connection has no {', '.join(missing)}"
+    if HttpRequestParser is HttpRequestParserPy:
+        return "aiohttp's parser is the one in Python"
+    try:
+        trial = web.RequestHandler(web.Server(_unused), loop=asyncio.get_running_loop())
+        ((message, body),), upgraded, rest = trial._parser.feed_data(_TRIAL)  # type: ignore[union-attr]
+        trial._parser.message_consumed()  # type: ignore[union-attr]
+        found = {name: getattr(message, name) for name in _MESSAGE}
+        whole = body.is_eof() and body.total_bytes == 2 and body.read_nowait() == b"{}"
+        headers, url, version = message.headers["host"], message.url.raw_path, message.version
+    except Exception as error:
+        return f"aiohttp's parser answers otherwise: {type(error).__name__} at {place(error)}"
+    if (
+        found != _MESSAGE
+        or not whole
+        or (headers, url) != ("x", "/x")
+        or version is not HttpVersion11
+        or upgraded
+        or rest
+    ):
+        return "aiohttp's parser reads a request otherwise"
+    return None
+
+
+async def _unused(_: web.BaseRequest) -> web.StreamResponse:
+    raise NotImplementedError
+
+
+class _Body:
+    """A body that is there. aiohttp's stream would have the connection read on, which it does anyway."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, body: bytes) -> None:
+        self._bytes = body
+
+    def is_eof(self) -> bool:
+        return True
+
+    def read_nowait(self) -> bytes:
+        return self._bytes
+
+
+class PlainRequest:
+    """What the handlers need of a plain request. Anything else they ask for is read from aiohttp's own request, which
+    is made then.
+    """
+
+    __slots__ = ("_connection", "_full", "_make", "_message", "_stream", "content", "headers", "method", "rel_url")
+
+    keep_alive = True
+    version = HttpVersion11
+
+    def __init__(self, connection: "HotConnection", make: Any, message: Any, stream: Any, body: bytes) -> None:
+        self._connection = connection
+        self._make = make  # aiohttp's request; the connection forgets it when it is lost
+        self._message = message
+        self._stream = stream
+        self._full: web.BaseRequest | None = None
+        self.content = _Body(body)
+        self.headers = message.headers
+        self.method = message.method
+        self.rel_url = message.url
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        return self._connection.transport
+
+    def __getattr__(self, name: str) -> Any:
+        if self._full is None:
+            connection, loop = self._connection, asyncio.get_running_loop()
+            self._full = self._make(self._message, self._stream, connection, StreamWriter(connection, loop), None)
+        return getattr(self._full, name)
+
+
+class _Parsed:
+    """Stands in for the parser once, with what the parser has made of some bytes already."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+
+    def feed_data(self, data: bytes) -> Any:
+        if isinstance(self._made, Exception):
+            raise self._made
+        return self._made
+
+
+class HotConnection(Connection):
+    """A connection that answers plain requests itself.
+
+    aiohttp serves a connection in one task, which waits in `_waiter` for the next request. While a plain one is under
+    way that future is kept in `_idle`: what arrives meanwhile is queued as behind any other request, and nobody wakes.
+    """
+
+    __slots__ = ("_call", "_idle", "_message", "_stream")
+
+    _call: Coroutine[Any, Any, web.StreamResponse]
+    _idle: "asyncio.Future[None]"
+    _message: Any
+    _stream: Any
+
+    def data_received(self, data: bytes) -> None:
+        waiter, parser = self._waiter, self._parser
+        if (
+            waiter is None  # a request is under way
+            or self._held  # a part of one has come
+            or self._paused  # its client does not take its answers
+            or self._upgraded
+            or waiter.done()
+            or len(data) >= HELD_MIN
+            or parser is None
+        ):
+            super().data_received(data)
+            return
+        made: Any
+        try:
+            made = parser.feed_data(data)
+        except Exception as error:  # raised again where aiohttp expects it
+            made = error
+        else:
+            messages, upgraded, _ = made
+            if len(messages) == 1 and not upgraded and self._takes(messages[0], data, waiter):
+                return
+        stand_in: Any = _Parsed(made)
+        self._parser = stand_in
+        try:
+            super().data_received(data)
+        finally:
+            if self._parser is stand_in:  # it was not cut
+                self._parser = parser
+
+    def _takes(self, parsed: tuple[Any, Any], data: bytes, waiter: "asyncio.Future[None]") -> bool:
+        """Begins to serve a request if it is a plain one."""
+        message, stream = parsed
+        if stream is EMPTY_PAYLOAD:
+            body, whole = b"", data.endswith(HEAD_END)
+        else:
+            body_at = data.find(HEAD_END) + len(HEAD_END)
+            body, whole = data[body_at:], stream.is_eof() and body_at + stream.total_bytes == len(data)
+        if (
+            not whole
+            or message.version is not HttpVersion11
+            or message.should_close
+            or message.upgrade
+            or message.chunked
+            or message.path[:1] != "/"
+            or "Expect" in message.headers
+        ):
+            return False
+        call = self._site.direct(PlainRequest(self, self._request_factory, message, stream, body))
+        if call is None:
+            return False
+        self._message, self._stream, self._call, self._idle = message, stream, call, waiter
+        self._request_count += 1
+        self._request_in_progress = True
+        self._waiter = None
+        self._head_since = None
+        self._go_on()
+        return True
+
+    def _go_on(self, _: object = None) -> None:
+        """Runs the handler to what it waits for next, as a task would, or to its answer."""
+        try:
+            awaited = self._call.send(None)
+        except StopIteration as end:
+            self._answer(end.value)
+        except Exception as error:
+            self._hand_over(error)
+        except BaseException:
+            self._end()
+            raise
+        else:
+            if awaited is None:  # asyncio.sleep(0)
+                self._loop.call_soon(self._go_on)
+            else:
+                awaited._asyncio_future_blocking = False  # as a task says that it has understood
+                awaited.add_done_callback(self._go_on)
+
+    def _answer(self, answer: web.StreamResponse) -> None:
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            self._end()
+        elif type(answer) is not Ready or self._close or self._force_close or self._site.closing:
+            self._hand_over(answer)
+        else:
+            transport.write(answer.whole)
+            self._answered += 1
+            self._count()
+            self._request_in_progress = False
+            self._wait_again()
+
+    def _count(self) -> None:
+        """As aiohttp does when it takes a request from its queue."""
+        if self._manager is not None:
+            self._manager.requests_count += 1
+        if self._parser is not None:
+            self._parser.message_consumed()
+
+    def _wait_again(self) -> None:
+        """For the next request, which may be there."""
+        self._waiter = self._idle
+        if self._messages:
+            self._idle.set_result(None)
+        self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
+
+    def _hand_over(self, answer: web.StreamResponse | Exception) -> None:
+        """Has aiohttp serve the request, by a handler that has this result."""
+        handler = self._request_handler
+
+        async def known(_: web.BaseRequest) -> web.StreamResponse:
+            self._request_handler = handler
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        if self.transport is None:
+            self._end()
+            return
+        self._request_handler = known
+        self._messages.appendleft((self._message, self._stream))
+        self._waiter = self._idle
+        self._idle.set_result(None)
+
+    def _end(self) -> None:
+        """Nobody is there to be answered."""
+        self._count()
+        self._request_in_progress = False
+        if self._handler_waiter is not None and not self._handler_waiter.done():
+            self._handler_waiter.set_result(None)
+        self._waiter = self._idle
+        self.force_close()

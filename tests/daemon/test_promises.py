@@ -1004,7 +1004,7 @@ def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:
         Promises,
         settings=settings(
             stateful_step_count=30,
-            max_examples=700 if FULL else 150,
+            max_examples=700 if FULL else 100,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,

@@ -60,7 +60,7 @@ async def test_a_touch_keeps_it_alive_and_a_close_ends_it_at_once(tmp_path: Path
         for _ in range(3):
             for _ in range(9):
                 clock.advance(1)
-                d.daemon._store.service_clock.now_ms()
+                d.store.service_clock.now_ms()
             async with d.client.post(session + "/touch") as touched:
                 assert touched.status == 204
         async with d.client.post(session + "/close") as closed:
@@ -74,8 +74,8 @@ async def test_the_demo_that_talks_to_itself_settles_after_one_turn(tmp_path: Pa
     async with serving(tmp_path, toml + OPERATOR.format(url=url)) as d:
         async with d.client.post(url, json=NOTICE) as answer:
             assert await answer.json() == {"error": 0, "description": "Success"}
-        await until(lambda: d.daemon._store.figures["acme"].pending == 0)
-        deliveries = await d.daemon._store.deliveries(operator=None, sink=None, state=None, limit=9, after=None)
+        await until(lambda: d.store.figures["acme"].pending == 0)
+        deliveries = await d.store.deliveries(operator=None, sink=None, state=None, limit=9, after=None)
         assert [(one.state, one.attempts) for one in deliveries.rows] == [("delivered", 1)]
 
 
@@ -191,11 +191,11 @@ class TestReload:
         async with scripted_operator() as operator:
             toml = OPERATOR.format(url=operator.url)
             async with serving(tmp_path, toml) as d:
-                await d.daemon._store.set_gate("acme", lambda gate: gate)
+                await d.store.set_gate("acme", lambda gate: gate)
                 (tmp_path / "config.toml").write_text(
                     LISTEN + toml.replace("notify = true", "notify = true\ntimeout='9s'")
                 )
-                store = d.daemon._store
+                store = d.store
                 session = f"{d.api}/v1/operators/acme/sessions/s-1"
                 async with d.client.post(f"{d.api}/v1/operators/acme/hold"):
                     pass
@@ -236,8 +236,8 @@ async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
-            d.daemon._sweeper.once = broken  # type: ignore[method-assign, assignment]
-            d.daemon._sweeper.wake()
+            d.sweeper.once = broken  # type: ignore[method-assign, assignment]
+            d.sweeper.wake()
             await asyncio.wait({d.running}, timeout=10)  # `serving` raises what it ended with
 
     with pytest.raises(ExceptionGroup, match="unhandled errors"):

@@ -117,7 +117,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
 async def test_the_public_side_tells_only_the_status(tmp_path: Path) -> None:
     async with serving(tmp_path, CONFIG) as daemon:
         assert await get(daemon, daemon.server) == (200, {"status": "pass"})
-        await daemon.daemon._store.set_gate("acme", lambda gate: retry.hold(gate, 1, "by_hand"))
+        await daemon.store.set_gate("acme", lambda gate: retry.hold(gate, 1, "by_hand"))
         assert await get(daemon, daemon.server) == (200, {"status": "warn"})
 
 
@@ -263,15 +263,15 @@ async def test_a_daemon_whose_sweeper_is_stuck_fails(
     async with serving(tmp_path, CONFIG, clock) as daemon:
         released = asyncio.Event()
         entered = asyncio.Event()
-        once = daemon.daemon._sweeper.once
+        once = daemon.sweeper.once
 
         async def stuck() -> float | None:
             entered.set()
             await released.wait()
             return await once()
 
-        monkeypatch.setattr(daemon.daemon._sweeper, "once", stuck)
-        daemon.daemon._sweeper.wake()
+        monkeypatch.setattr(daemon.sweeper, "once", stuck)
+        daemon.sweeper.wake()
         await asyncio.wait_for(entered.wait(), 10)
         clock.advance(LATE_S + 1)
         status, report = await get(daemon, daemon.api)
@@ -375,7 +375,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
         await asyncio.Event().wait()
 
     async with serving(tmp_path, CONFIG + NOTIFY, clock) as daemon:
-        store = daemon.daemon._store
+        store = daemon.store
         monkeypatch.setattr(store, verb, never)
         await store.open_session(Opening("acme", "s", "p", "t", None, 1000, 0))
         if loop == "dispatcher":
@@ -384,7 +384,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
             for _ in range(3):
                 clock.advance(1)
                 store.service_clock.now_ms()
-            daemon.daemon._sweeper.wake()
+            daemon.sweeper.wake()
         await asyncio.wait_for(entered.wait(), 10)
         clock.advance(LATE_S + 1)
         status, report = await get(daemon, daemon.api)
@@ -400,7 +400,7 @@ async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
     hold = threading.Event()
 
     async with serving(tmp_path, CONFIG) as daemon:
-        store = daemon.daemon._store
+        store = daemon.store
         monkeypatch.setattr(disk.Disk, "_empty_wal", lambda *arguments: hold.wait(20))
         monkeypatch.setattr(disk, "WAL_MAX", -1)
         writing = asyncio.ensure_future(store.probe())
@@ -442,14 +442,14 @@ async def test_who_asks_is_answered_though_the_next_question_comes_at_once(clock
 
 async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
     async with serving(tmp_path, CONFIG, clock) as daemon:
-        store = daemon.daemon._store
+        store = daemon.store
         await asyncio.gather(
             *(store.open_session(Opening("acme", f"s{number}", "p", "t", None, 1000, 0)) for number in range(1200))
         )
         for _ in range(3):
             clock.advance(1)
             store.service_clock.now_ms()
-        daemon.daemon._sweeper.wake()
+        daemon.sweeper.wake()
         await until(lambda: store.live == 0)
         report = (await get(daemon, daemon.api))[1]
         expiry = report["checks"]["expiry"][0]
@@ -460,8 +460,8 @@ async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
 
 async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock) -> None:
     async with serving(tmp_path, CONFIG, clock) as daemon:
-        daemon.daemon._store.sinks_of = lambda session: [NewDelivery("http", b"{}")]
-        await end_session(daemon.daemon._store)
+        daemon.store.sinks_of = lambda session: [NewDelivery("http", b"{}")]
+        await end_session(daemon.store)
         clock.advance(OLD_BACKLOG_S + 1)
         report = (await get(daemon, daemon.api))[1]
         assert report["checks"]["deliveries"][0]["status"] == "warn"
@@ -472,8 +472,8 @@ async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock
 async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmdaemon.store.sqlite.store.LARGE_WAL", 100)
     async with serving(tmp_path, CONFIG) as daemon:
-        await end_session(daemon.daemon._store)
-        await daemon.daemon._store.probe()
+        await end_session(daemon.store)
+        await daemon.store.probe()
         report = (await get(daemon, daemon.api))[1]
         assert (report["status"], report["checks"]["store"][0]["status"]) == ("warn", "warn")
         assert await metric(daemon, "lmdaemon_store_wal_bytes") > 100

@@ -512,11 +512,11 @@ class TestDelivery:
             await notify(s)
             for attempt, wait_s in ((1, 5), (2, 3600)):
                 await until(lambda attempt=attempt: delivery_row(tmp_path, "plugin:x", "attempts") == (attempt,))
-                await until(lambda: s.daemon._dispatcher.in_flight == 0)
+                await until(lambda: s.dispatcher.in_flight == 0)
                 (due_at,) = delivery_row(tmp_path, "plugin:x", "due_at")
                 assert 0.8 * wait_s <= (due_at - clock.wall) / 1000 <= 1.2 * wait_s
                 clock.advance(1.2 * wait_s + 0.001)
-                s.daemon._dispatcher.wake()
+                s.dispatcher.wake()
             await settled(tmp_path, "plugin:x", "dead")
         assert len(module(name).LOG) == 3
         assert len(set(module(name).LOG)) == 1
@@ -596,9 +596,9 @@ class TestIsolation:
             for number in range(6):
                 await notify(s, session=str(number))
             await until(lambda: query(tmp_path, "SELECT sum(attempts) FROM delivery") == [(2,)])
-            await until(lambda: s.daemon._dispatcher.in_flight == 0)
-            await s.daemon._dispatcher.once()  # four are due, and no place is free
-            assert (s.daemon._dispatcher.in_flight, s.daemon._plugins["x"].stray, module(name).most) == (0, 2, 2)
+            await until(lambda: s.dispatcher.in_flight == 0)
+            await s.dispatcher.once()  # four are due, and no place is free
+            assert (s.dispatcher.in_flight, s.plugins["x"].stray, module(name).most) == (0, 2, 2)
             module(name).RELEASE.set()  # they end after all, and the rest is delivered
             await settled(tmp_path, "plugin:x", "delivered", 6)
             assert module(name).most == 2
@@ -610,7 +610,7 @@ class TestIsolation:
         async with serving(tmp_path, operator() + plugin("x", f"{name}:hook", concurrency=3)) as s:
             await asyncio.gather(*(notify(s, session=str(number)) for number in range(10)))
             await until(lambda: module(name).running == 3)
-            assert s.daemon._dispatcher.in_flight == 3
+            assert s.dispatcher.in_flight == 3
             module(name).RELEASE.set()
             await settled(tmp_path, "plugin:x", "delivered", 10)
         assert module(name).most == 3
@@ -781,7 +781,7 @@ class TestCheck:
                 assert (await notify(s, session=str(number))).error == 100
             assert len(module(hook).LOG) == 2
             module(hook).RELEASE.set()
-            await until(lambda: s.daemon._plugins["x"].stray == 0)
+            await until(lambda: s.plugins["x"].stray == 0)
             assert (await notify(s)).json == SUCCESS
 
 
@@ -806,14 +806,14 @@ class TestReload:
             return operator() + first + plugin("second", f"{name}:Hook", options={"name": second})
 
         async with serving(tmp_path, toml("old", "10s")) as s:
-            before = dict(s.daemon._plugins)
+            before = dict(s.plugins)
             log = module(name).LOG
             log.clear()
             assert await self.reload(s, toml("new", "7s")) is None
             assert log == [("made", "new"), ("started", "new"), ("stopped", "old")]
-            assert s.daemon._plugins["first"] is before["first"]
-            assert s.daemon._plugins["first"].settings.policy.timeout_s == 7
-            assert s.daemon._plugins["second"] is not before["second"]
+            assert s.plugins["first"] is before["first"]
+            assert s.plugins["first"].settings.policy.timeout_s == 7
+            assert s.plugins["second"] is not before["second"]
             await notify(s)
             for sink in ("first", "second"):
                 await settled(tmp_path, f"plugin:{sink}", "delivered")
@@ -846,11 +846,11 @@ class TestReload:
         new = operator(provider_id="changed") + plugin("x", f"{name}:Hook", timeout="7s", options={"name": "old"})
         new += plugin("fresh", f"{name}:Hook", options={"name": "fresh"}) + plugin("broken", use)
         async with serving(tmp_path, old) as s:
-            before = (s.daemon.settings, dict(s.daemon._plugins), s.daemon._plugins["x"].settings)
+            before = (s.daemon.settings, dict(s.plugins), s.plugins["x"].settings)
             found = await self.reload(s, new)
             assert found is not None
             assert found.startswith(f"{s.daemon.settings.file}: plugins.broken")
-            assert (s.daemon.settings, s.daemon._plugins, s.daemon._plugins["x"].settings) == before
+            assert (s.daemon.settings, s.plugins, s.plugins["x"].settings) == before
             log = module(name).LOG
             assert ("stopped", "old") not in log
             assert log.count(("started", "fresh")) == log.count(("stopped", "fresh"))

@@ -64,7 +64,7 @@ async def test_the_lag_of_an_expiry_is_measured(tmp_path: Path) -> None:
     async with serving(tmp_path, NO_GRACE + ACME) as d:
         body = SESSION | {"idleTimeoutSeconds": 1}
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=body) == 201
-        await until(lambda: d.daemon._store.live == 0)
+        await until(lambda: d.store.live == 0)
         after = await scrape(d)
     assert after["lmdaemon_expiry_lag_seconds_count"] == 1
     assert after["lmdaemon_event_loop_lag_seconds_count"] >= 1
@@ -77,7 +77,7 @@ async def test_attempts_are_counted_and_timed_by_operator_and_sink(tmp_path: Pat
             for session in ("a", "b"):
                 assert await notify(d, sessionId=session) == 200
                 await operator.wait_for(1 if session == "a" else 2)
-            await until(lambda: d.daemon._store.figures["acme"].pending == 1)
+            await until(lambda: d.store.figures["acme"].pending == 1)
             after = await scrape(d)
     lane = 'operator="acme",'
     assert after[f'lmdaemon_delivery_attempts_total{{{lane}outcome="delivered",sink="http"}}'] == 1
@@ -147,8 +147,8 @@ async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path:
             "lmdaemon_operator_not_before_timestamp_seconds",
         }
         assert 'lmdaemon_touches_total{operator="other"}' in after
-        d.daemon._metrics.touched("acme", 1)  # by a request that had begun before
-        d.daemon._store.figures["acme"].pending = 0
+        d.metrics.touched("acme", 1)  # by a request that had begun before
+        d.store.figures["acme"].pending = 0
 
         async def gone() -> bool:  # the oldest delivery's age is asked for once a second
             return not [series for series in await scrape(d) if 'operator="acme"' in series]
@@ -168,7 +168,7 @@ def test_a_sink_that_leaves_the_file_takes_its_series_along() -> None:
 
 async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path, ACME) as d:
-        store = d.daemon._store
+        store = d.store
         monkeypatch.setattr(writer, "QUEUE_MAX", 0)
         assert await notify(d) == 503
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 503
@@ -215,7 +215,7 @@ async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
 ) -> None:
     monkeypatch.setattr(disk, "CHECKPOINT_S", 3600)  # the file would grow between two looks at it
     async with serving(tmp_path, ACME) as d:
-        store = d.daemon._store
+        store = d.store
         before = await scrape(d)
         opened = [store.open_session(Opening("acme", f"s{n}", "p", "t", None, 60_000, 0)) for n in range(30)]
         await asyncio.gather(*opened)
@@ -238,7 +238,7 @@ async def test_connections_and_those_turned_away_are_counted_by_listener(
     async with serving(tmp_path, ACME) as d:
         before = await scrape(d)
         assert before['lmdaemon_http_connections{listener="api"}'] >= 1
-        monkeypatch.setattr(d.daemon._sites["server"], "most", 0)
+        monkeypatch.setattr(d.sites["server"], "most", 0)
         host, port = d.server.removeprefix("http://").split(":")
 
         def knock() -> bytes:
@@ -271,10 +271,10 @@ async def test_a_failed_reload_leaves_the_time_of_the_last_good_one(tmp_path: Pa
 async def test_a_stall_is_counted_in_seconds(tmp_path: Path, clock: HandClock) -> None:
     async with serving(tmp_path, ACME, clock) as d:
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 201
-        await until(lambda: d.daemon._sweeper._ticking)
+        await until(lambda: d.sweeper._ticking)
         clock.advance(30)
-        d.daemon._sweeper.wake()
-        await until(lambda: d.daemon._sweeper.lost_s)
+        d.sweeper.wake()
+        await until(lambda: d.sweeper.lost_s)
         assert (await scrape(d))["lmdaemon_stalled_seconds_total"] == 30
 
 

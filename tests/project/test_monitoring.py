@@ -64,7 +64,7 @@ async def live(daemon: Serving, silent: asyncio.Event) -> None:
     ):
         async with daemon.client.request(method, url, json=body, ssl=False) as answer:
             assert answer.status == status
-    await until(lambda: daemon.daemon._store.live == 0)
+    await until(lambda: daemon.store.live == 0)
     await until(silent.is_set)
 
 

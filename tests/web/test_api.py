@@ -171,7 +171,7 @@ async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> No
 
 async def test_opening_again_answers_200_and_is_a_touch_and_nothing_else(api: Caller, clock: HandClock) -> None:
     opened = await api.open(attributes={"a": 1})
-    live(clock, api.daemon.daemon._store, 60)
+    live(clock, api.daemon.store, 60)
     again = await api(
         "PUT", ACME + "/sessions/s1", 200, json=OPENING | {"attributes": {"b": 2}, "idleTimeoutSeconds": 5}
     )
@@ -498,7 +498,7 @@ async def test_ids_are_case_sensitive_and_belong_to_their_operator(api: Caller) 
 
 async def test_touching_answers_204_and_moves_the_deadline(api: Caller, clock: HandClock) -> None:
     await api.open()
-    live(clock, api.daemon.daemon._store, 120)
+    live(clock, api.daemon.store, 120)
     assert await api("POST", ACME + "/sessions/s1/touch", 204) == ""
     touched = await api.session()
     assert touched["lastSeenAt"] == "2026-09-21T14:15:20.000Z"
@@ -590,8 +590,8 @@ async def test_closing_after_a_notice_answers_with_the_reported_end(api: Caller)
 
 async def test_closing_after_inactivity_answers_with_that_end(api: Caller, clock: HandClock) -> None:
     await api.open(idleTimeoutSeconds=2)
-    live(clock, api.daemon.daemon._store, 2.1)
-    api.daemon.daemon._sweeper.wake()
+    live(clock, api.daemon.store, 2.1)
+    api.daemon.sweeper.wake()
 
     async def ended() -> bool:
         return (await api.session())["state"] == "ended"
@@ -603,7 +603,7 @@ async def test_closing_after_inactivity_answers_with_that_end(api: Caller, clock
 
 async def test_reading_never_counts_as_activity(api: Caller, clock: HandClock) -> None:
     opened = await api.open()
-    live(clock, api.daemon.daemon._store, 30)
+    live(clock, api.daemon.store, 30)
     for path in ("/sessions/s1", "/sessions", "/sessions?state=active&playerId=p1"):
         await api("GET", ACME + path, 200)
     for path in ("/v1/deliveries", "/v1/operators", "/health", "/metrics", "/openapi.json"):
@@ -789,7 +789,7 @@ async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
             for _ in range(30):
                 reader = await stack.enter_async_context(raw_connection(api.daemon.api))
                 await reader.send(b"GET /v1/deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            desk = api.daemon.daemon._store._db.reads._desk
+            desk = api.daemon.store._db.reads._desk
             await until(lambda: desk.waiting == 30)
             await api.open()
             await api.close()
@@ -978,7 +978,7 @@ async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
 ) -> None:
     api = delivered_everywhere
     monkeypatch.setattr(reads, "LOOK_S", 60.0)
-    store = api.daemon.daemon._store
+    store = api.daemon.store
     busy = asyncio.ensure_future(store._db.reads.look(endless))
     first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))
     other = asyncio.ensure_future(api("POST", "/v1/operators/bravo/deliveries/retry", 202))
@@ -1132,7 +1132,7 @@ async def test_the_next_attempt_is_when_it_can_be_tried(
     await until(lambda: len(wallet.received) == 2)  # s2 goes out, s1 waits for its schedule
     assert millis("2026-09-21T14:13:24.000Z") <= millis(str(await everywhere())) <= millis("2026-09-21T14:13:26.000Z")
     clock.advance(6)
-    api.daemon.daemon._dispatcher.wake()
+    api.daemon.dispatcher.wake()
     await api.settled()
     assert await everywhere() is await everywhere("s2") is None
 

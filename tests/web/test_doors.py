@@ -93,7 +93,7 @@ def impatience(daemon: Serving) -> Iterator[None]:
         patch.setattr(http, "BODY_TIMEOUT_S", 0.2)
         for limit in ("HEAD_TIMEOUT_S", "PATROL_S"):
             patch.setattr(listener, limit, 0.2)
-        for site in daemon.daemon._sites.values():
+        for site in daemon.sites.values():
             patch.setattr(site, "keepalive_s", 0.2)
         yield
 
@@ -109,7 +109,7 @@ async def test_an_ambiguous_request_is_answered_once_and_ends_the_connection(
             found = await answers(getattr(daemon, side), AMBIGUOUS[name] + SMUGGLED)
         assert len(found) <= 1, f"what was behind it was taken for a request: {found}"
         assert set(found) <= {400, 404, 405, 408, 415, 501}, found
-        assert daemon.daemon._store.live == 0
+        assert daemon.store.live == 0
         assert await answers(getattr(daemon, side), SMUGGLED) == [200]
 
 
@@ -151,7 +151,7 @@ async def fuzzed(directory: Path) -> AsyncIterator[Serving]:
         yield daemon
         for side in (daemon.server, daemon.api):
             assert await answers(side, SMUGGLED) == [200]
-        sites, bounds = daemon.daemon._sites, daemon.daemon._bounds
+        sites, bounds = daemon.sites, daemon.bounds
         await until(lambda: not any(site.connections for site in sites.values()))
         await until(
             lambda: (bounds.strangers.used, bounds.known.used) == (0, 0)

@@ -924,7 +924,7 @@ class TestOneEnd:
         for _ in range(2):  # a restart forgets nothing
             async with serving(tmp_path, toml) as s:
                 answers += [await notify(s) for _ in range(3)]
-                await until(lambda: s.daemon._store.figures["acme"].pending == 0)
+                await until(lambda: s.store.figures["acme"].pending == 0)
         assert {(answer.status, answer.body) for answer in answers} == {(200, b'{"error":0,"description":"Success"}')}
         assert query(tmp_path, "SELECT state, attempts FROM delivery") == [("delivered", 1)]
         import hook_repeat  # type: ignore[import-not-found]
@@ -963,10 +963,10 @@ class TestOneEnd:
 
     async def test_the_answer_comes_after_the_commit(self, tmp_path: Path) -> None:
         async with serving(tmp_path, operator()) as s:
-            await until(lambda: s.daemon._store.writing_since is None)
+            await until(lambda: s.store.writing_since is None)
             with write_lock(tmp_path):
                 asked = asyncio.create_task(notify(s))
-                await until(lambda: s.daemon._store.writing_since is not None)
+                await until(lambda: s.store.writing_since is not None)
                 assert sessions(tmp_path) == []
                 assert not asked.done()
             assert (await asked).json == SUCCESS

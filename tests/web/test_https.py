@@ -187,7 +187,7 @@ async def test_a_handshake_that_hangs_is_cut(
 async def test_handshakes_count_as_connections_and_leave_room_for_others(tmp_path: Path, ca: Files, side: str) -> None:
     context = tls.client_context(ca.cert, None, None)
     async with serving_tls(tmp_path, make(tmp_path, "own", ca)) as daemon, contextlib.AsyncExitStack() as stack:
-        url, site = getattr(daemon, side), daemon.daemon._sites[side]
+        url, site = getattr(daemon, side), daemon.sites[side]
         site.most, site.share = 3, 1
         honest = await stack.enter_async_context(connected(url, context))
         hanging = [await stack.enter_async_context(connected(url, None)) for _ in range(2)]
@@ -315,7 +315,7 @@ async def test_a_handshake_that_began_before_a_renewal_ends_well(tmp_path: Path,
     hello = outgoing.read()
     async with serving_tls(tmp_path, own) as daemon, connected(daemon.server, None) as peer:
         await peer.send(hello[:100])
-        await until(lambda: len(daemon.daemon._sites["server"]._connecting) == 1)
+        await until(lambda: len(daemon.sites["server"]._connecting) == 1)
         make(tmp_path, "own", ca)
         await daemon.daemon.reload_once()
         await peer.send(hello[100:])
@@ -381,7 +381,7 @@ async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(
             assert (await quiet.answer()).status == 200
             quiet.writer.transport.pause_reading()
             await stack.enter_async_context(connected(url, None))
-        await until(lambda: all(len(site._connecting) == 1 for site in daemon.daemon._sites.values()))
+        await until(lambda: all(len(site._connecting) == 1 for site in daemon.sites.values()))
         daemon.daemon.stop()
         async with asyncio.timeout(5):
             await daemon.running
@@ -391,7 +391,7 @@ async def test_a_request_over_tls_is_answered_while_the_daemon_stops(tmp_path: P
     context = tls.client_context(ca.cert, None, None)
     async with serving_tls(tmp_path, make(tmp_path, "own", ca)) as daemon, connected(daemon.server, context) as peer:
         daemon.daemon.stop()
-        await until(lambda: daemon.daemon._sites["server"].closing)
+        await until(lambda: daemon.sites["server"].closing)
         await peer.send(ASK)
         answer = await peer.answer()
         assert (answer.status, answer.headers["connection"]) == (200, "close")

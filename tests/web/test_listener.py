@@ -247,7 +247,7 @@ async def test_each_head_has_to_come_in_time(tmp_path: Path, impatient: float, n
             await ask_in_pieces(peer, WHOLE[name])
             await peer.send(ASK[:10])
         assert await peer.rest() == b""
-        assert daemon.daemon._sites["server"].cuts["head"] == 1
+        assert daemon.sites["server"].cuts["head"] == 1
 
 
 async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
 ) -> None:
     monkeypatch.setattr(listener, "STRANGERS_MAX", 100_000)
     async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
-        bounds, site = daemon.daemon._bounds, daemon.daemon._sites["server"]
+        bounds, site = daemon.bounds, daemon.sites["server"]
         modest = [await stack.enter_async_context(raw_connection(daemon.server)) for _ in range(12)]
         for peer in modest:
             await peer.send(head(6000)[:-2])
@@ -311,12 +311,12 @@ async def test_bodies_from_known_senders_do_not_count_as_strangers(
         async with raw_connection(daemon.api) as known, raw_connection(daemon.api) as stranger:
             await known.send(start + b"Authorization: Bearer a-token-of-some-length\r\n\r\n")
             await known.send(b" " * 500_000)
-            await until(lambda: daemon.daemon._bounds.known.used > 500_000)
+            await until(lambda: daemon.bounds.known.used > 500_000)
             await stranger.send(start + b"Authorization: Bearer another\r\n\r\n")
             assert (await stranger.answer()).status == 401
             with contextlib.suppress(ConnectionError):
                 await stranger.send(b" " * 500_000)
-            await until(lambda: daemon.daemon._sites["api"].cuts["memory"] == 1)
+            await until(lambda: daemon.sites["api"].cuts["memory"] == 1)
             await known.send(b" " * 399_983 + b'{"sessionIds":[]}')
             assert (await known.answer()).status == 200
 
@@ -339,7 +339,7 @@ async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
                         await peer.send(data)
                         if patient:
                             await asyncio.sleep(0.02)
-        sites, bounds = daemon.daemon._sites, daemon.daemon._bounds
+        sites, bounds = daemon.sites, daemon.bounds
         await until(lambda: not any(site.connections for site in sites.values()))
         await until(lambda: (bounds.strangers.used, bounds.known.used) == (0, 0))
         assert not bounds.open
@@ -371,10 +371,10 @@ async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, hasty: None
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
     async with serving(tmp_path, CONFIG) as daemon:
         with narrow(daemon.api) as peer:
-            site = daemon.daemon._sites["api"]
+            site = daemon.sites["api"]
             await asyncio.to_thread(peer.sendall, request % b"" * 300 + request % last)  # more than the kernel takes
             await until(lambda: site.cuts["reader"] == 1 and not site.connections)
-            await until(lambda: daemon.daemon._bounds.known.used == 0)
+            await until(lambda: daemon.bounds.known.used == 0)
 
 
 async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path, hasty: None) -> None:
@@ -393,7 +393,7 @@ async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path, hasty: N
             size = len(await answer.read())
         with narrow(daemon.api, 65536) as peer:
             assert await asyncio.to_thread(read, peer) > 201 * size
-        assert daemon.daemon._sites["api"].cuts["reader"] == 0
+        assert daemon.sites["api"].cuts["reader"] == 0
 
 
 # -- what the sweeper relies on
@@ -406,13 +406,13 @@ async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
     """It waits in the kernel when the loop comes round, as after a moment in which the loop was busy."""
     queued = []
     async with serving(tmp_path, CONFIG) as daemon:
-        touch = daemon.daemon._store.touch
-        monkeypatch.setattr(daemon.daemon._store, "touch", lambda *ids: (queued.append(ids), touch(*ids))[1])
+        touch = daemon.store.touch
+        monkeypatch.setattr(daemon.store, "touch", lambda *ids: (queued.append(ids), touch(*ids))[1])
         host, port = daemon.api.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as peer:
             if kept:
                 peer.sendall(ASK)
-                site = daemon.daemon._sites["api"]
+                site = daemon.sites["api"]
                 await until(lambda: any(one._answered for one in site._open))
             peer.sendall(b"POST /v1/operators/acme/sessions/s/touch HTTP/1.1\r\nHost: localhost\r\n\r\n")
             for _ in range(LOOP_TURNS):
@@ -490,7 +490,7 @@ async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
         await peer.send(first)
         if first.startswith(ASK):
             assert (await peer.answer()).status == 200
-        site = daemon.daemon._sites[side]
+        site = daemon.sites[side]
         await until(lambda: site._open and all(one.arriving for one in site._open))
         daemon.daemon.stop()
         await until(lambda: site.closing)

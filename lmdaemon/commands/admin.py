@@ -1,4 +1,4 @@
-"""The commands that administer the running daemon, over its private API."""
+"""The commands that administer the running daemon over its private API."""
 
 import argparse
 import asyncio
@@ -53,7 +53,7 @@ DELIVERY_COLUMNS = (
 ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error", "detail", "answer")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 
-# What an answer has at least
+# What an answer must have, to be taken for lmdaemon's: see `client.fits`
 HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
 SESSION_SHAPE = {"sessionId": str, "state": str}
 DELIVERY_SHAPE = {"id": str, "state": str}
@@ -65,7 +65,7 @@ Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
 
 
 def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
-    """Makes a function a command that runs it with a client of the running daemon."""
+    """Makes a function a command, which calls it with a client of the running daemon."""
 
     def made(ask: Ask) -> Command:
         def run(args: argparse.Namespace) -> int:
@@ -85,6 +85,7 @@ def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
 
 @_asking(JSON)
 async def status(client: Client, args: argparse.Namespace) -> int:
+    """Prints the daemon's health and a line for each operator. Exit code 1 if the health is `fail`."""
     health = await client.call("GET", "health", shape=HEALTH_SHAPE)
     operators: list[Any] = []
     try:
@@ -92,7 +93,7 @@ async def status(client: Client, args: argparse.Namespace) -> int:
     except Failed as error:
         if health["status"] != "fail":
             raise
-        say(f"lmdaemon: {error}")  # a daemon that cannot read its store still tells so
+        say(f"lmdaemon: {error}")  # a daemon that cannot read its store still answers for its health
     if args.json:
         print_json({"health": health, "operators": operators})
     else:
@@ -113,6 +114,7 @@ async def status(client: Client, args: argparse.Namespace) -> int:
     *ROWS,
 )
 async def list_sessions(client: Client, args: argparse.Namespace) -> int:
+    """Prints an operator's sessions, newest first."""
     query = {"state": args.state, "playerId": args.player}
     pages = client.pages(_wanted(args), "v1", "operators", args.operator, "sessions", query=query)
     return await print_pages(SESSION_COLUMNS, pages, as_json=args.json)
@@ -120,6 +122,7 @@ async def list_sessions(client: Client, args: argparse.Namespace) -> int:
 
 @_asking(OPERATOR, SESSION, JSON)
 async def show_session(client: Client, args: argparse.Namespace) -> int:
+    """Prints one session with its deliveries."""
     return show(
         args,
         await client.call("GET", *_session_path(args), shape=SESSION_SHAPE | {"deliveries": [DELIVERY_SHAPE]}),
@@ -136,6 +139,7 @@ async def show_session(client: Client, args: argparse.Namespace) -> int:
     JSON,
 )
 async def open_session(client: Client, args: argparse.Namespace) -> int:
+    """Opens a session and prints it."""
     facts = {"playerId": args.player, "token": player_token(args), "idleTimeoutSeconds": args.idle_timeout}
     body = {name: value for name, value in facts.items() if value is not None}
     return show(args, await client.call("PUT", *_session_path(args), shape=SESSION_SHAPE, body=body))
@@ -143,6 +147,7 @@ async def open_session(client: Client, args: argparse.Namespace) -> int:
 
 @_asking(OPERATOR, argument("sessions", nargs="+", metavar="ID", help="the sessions' ids"), JSON)
 async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
+    """Touches sessions, TOUCH_MAX a call. Exit code 1 if one of them is unknown or has ended."""
     total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
     shape = {"touched": int, "unknown": [str], "ended": [str]}
     for start in range(0, len(args.sessions), TOUCH_MAX):
@@ -163,6 +168,7 @@ async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
 
 @_asking(OPERATOR, SESSION, JSON)
 async def close_session(client: Client, args: argparse.Namespace) -> int:
+    """Ends a session because its game was closed, and prints it."""
     return show(args, await client.call("POST", *_session_path(args), "close", shape=SESSION_SHAPE))
 
 
@@ -173,6 +179,7 @@ async def close_session(client: Client, args: argparse.Namespace) -> int:
     *ROWS,
 )
 async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
+    """Prints deliveries, newest first."""
     query = {"operator": args.operator, "sink": args.sink, "state": args.state}
     pages = client.pages(_wanted(args), "v1", "deliveries", query=query)
     return await print_pages(DELIVERY_COLUMNS, pages, as_json=args.json)
@@ -180,6 +187,7 @@ async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
 
 @_asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
 async def show_delivery(client: Client, args: argparse.Namespace) -> int:
+    """Prints one delivery with its attempts."""
     return show(
         args,
         await client.call("GET", "v1", "deliveries", args.delivery, shape=DELIVERY_SHAPE | {"history": [{}]}),
@@ -194,6 +202,7 @@ async def show_delivery(client: Client, args: argparse.Namespace) -> int:
     JSON,
 )
 async def retry(client: Client, args: argparse.Namespace) -> int:
+    """Makes one dead delivery, or those of an operator, due again."""
     if bool(args.delivery) == bool(args.operator) or (args.since and not args.operator):
         raise Usage(
             "deliveries retry: give either the ID of a delivery or --operator, and --since only with --operator"
@@ -211,11 +220,13 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
 
 @_asking(OPERATOR, JSON)
 async def hold(client: Client, args: argparse.Namespace) -> int:
+    """Stops sending to an operator."""
     return show(args, await client.call("POST", "v1", "operators", args.operator, "hold", shape=OPERATOR_SHAPE))
 
 
 @_asking(OPERATOR, JSON)
 async def release(client: Client, args: argparse.Namespace) -> int:
+    """Resumes sending to an operator."""
     return show(args, await client.call("POST", "v1", "operators", args.operator, "release", shape=OPERATOR_SHAPE))
 
 

@@ -1,7 +1,7 @@
-"""`lmdaemon backup` and `lmdaemon restore`: a consistent copy of the database, and the way back.
+"""`lmdaemon backup` and `lmdaemon restore`: make a consistent copy of the database, and put one back.
 
-A copy is made into a file beside its target, checked, synced and renamed: what has the target's name is whole. Nothing
-here may ever change the database that is copied, or delete the one that is replaced.
+A copy is written to a file beside its target, checked, synced and then renamed, so that a file with the target's name
+is always whole. Nothing here may change the database that is copied, or delete the one that is replaced.
 """
 
 import argparse
@@ -52,6 +52,7 @@ FLUSH_BYTES = 4 * 1024 * 1024
 
 @command(argument("file", type=file, metavar="FILE", help="the copy, mode 0600"), FORCE, JSON)
 def backup(args: argparse.Namespace) -> int:
+    """Writes a checked copy of the database, also while the daemon runs."""
     settings = configured(args, "database")
     try:
         theirs = rights.for_database(settings.database)
@@ -63,7 +64,7 @@ def backup(args: argparse.Namespace) -> int:
         with acting_with(ours):
             target = followed(args.file)
             check_target(live, target, force=args.force)
-            # A newer program's is as good to keep, and no less needed
+            # The database of a newer lmdaemon may be copied too
             with _copied(Source(database, theirs), target, known=sys.maxsize) as copy:
                 size = copy.stat().st_size
                 put_in_place(copy, target)
@@ -77,7 +78,7 @@ def backup(args: argparse.Namespace) -> int:
 
 
 class Source(NamedTuple):
-    """A database to copy, the rights to open it with, and how SQLite opens it."""
+    """A database to copy, the rights to open it with, and the mode in which SQLite opens it (its URI parameters)."""
 
     path: Path
     reading: Rights
@@ -86,21 +87,22 @@ class Source(NamedTuple):
 
 @contextmanager
 def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
-    """A checked and synced copy beside the target, mode 0600, gone at the end unless it was renamed.
+    """A checked and synced copy beside the target, mode 0600. It is deleted at the end unless it was renamed.
 
-    The source is opened and closed with its rights, all else happens with those in force. Raises Failed, also for what
-    SQLite or the system refuse inside, and for what is no database of ours, or of a version beyond `known`.
+    The source is opened and closed with its own rights, everything else is done with the present ones. Raises Failed
+    for errors of SQLite and of the system, also inside the context, for a file that is no database of lmdaemon, and for
+    one of a version beyond `known`.
     """
     with file_beside(target) as (copy, handle):
         try:
             writing = rights.own()
             with acting_with(source.reading), closing(open_beside(source.path, source.how)) as sql:
-                _check_is_ours(sql, source.path, known)  # VACUUM names its target for a fault of the source
+                _check_is_ours(sql, source.path, known)  # first, because VACUUM blames its target for a damaged source
                 sql.set_progress_handler(_Flush(handle), LOOK_EVERY)
-                # One read transaction: the daemon writes on meanwhile. Page by page, its every commit starts it again.
-                # All that the source needs is open since the check.
+                # One read transaction, during which the daemon goes on writing. A copy page by page (SQLite's backup
+                # API) would start again at each of its commits. The check has opened all files of the source.
                 with acting_with(writing):
-                    # A name can be any bytes, but SQLite wants it as a text
+                    # A file's name can be any bytes; SQLite expects text
                     sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
             _check_integrity(copy)
             os.fsync(handle)
@@ -119,7 +121,10 @@ def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
 
 
 class _Flush:
-    """Writes the copy to the disk as it grows. In one piece at the end, the daemon's own syncs would wait behind it."""
+    """Syncs the copy as it grows. Synced in one piece at the end, it would hold up the daemon's own syncs.
+
+    SQLite calls it every LOOK_EVERY instructions; 0 tells it to go on.
+    """
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -134,7 +139,7 @@ class _Flush:
 
 
 def _check_integrity(copy: Path) -> None:
-    # Not read-only, though nothing is written: SQLite leaves out CHECK constraints then
+    # Opened for writing, though nothing is written: read-only, SQLite would not check the CHECK constraints
     with closing(open_beside(copy, "mode=rw")) as opened:
         (verdict,) = opened.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
@@ -146,6 +151,7 @@ def _check_integrity(copy: Path) -> None:
 
 @command(argument("file", type=file, metavar="FILE", help="a copy made by backup; it stays as it is"), JSON)
 def restore(args: argparse.Namespace) -> int:
+    """Puts a copy in the place of the database, while the daemon is stopped; the old files are kept."""
     settings = configured(args, "database")
     file = args.file.absolute()
     try:
@@ -170,7 +176,7 @@ def restore(args: argparse.Namespace) -> int:
 
 
 def _restore(source: Source, database: Path, settings: Settings) -> dict[str, Any]:
-    """With the rights for the database in force. Raises Failed."""
+    """Copies the source and puts the copy in place. Must run with the rights for the database. Raises Failed."""
     if not database.parent.is_dir():
         raise Failed(f"{database.parent}: no such directory{hint(settings)}")
     try:
@@ -185,9 +191,10 @@ def _restore(source: Source, database: Path, settings: Settings) -> dict[str, An
 
 
 def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
-    """A backup lies still, maybe where nothing can be written: no -wal and -shm are made for it unless one is there.
+    """The mode in which SQLite opens a backup: "immutable" unless a write-ahead log is beside it.
 
-    Raises Failed for what cannot be restored.
+    A backup does not change, and may be where nothing can be written; "immutable" creates no files beside it. Raises
+    Failed for a file that cannot be restored.
     """
     wal = source.with_name(f"{source.name}-wal")
     try:
@@ -200,7 +207,7 @@ def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
             return "immutable=1"
     except OSError as error:
         raise Failed(f"{source}: cannot be read: {reason(error)}") from error
-    if shared:  # anybody may have put it there, and SQLite makes files of root's beside it
+    if shared:  # anybody may have put the log there, and SQLite would create files of root's beside it
         raise Failed(
             f"{source}: {wal.name} is beside it, where others can make files: copy both to a directory of root's"
         )
@@ -208,9 +215,9 @@ def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
 
 
 def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
-    """Moves away what is there, and puts the copy in its place. Says what it holds."""
+    """Moves the old files away and puts the copy in their place. Returns what the copy has in it, for the output."""
     found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy)}
-    # Half of the files moved must not be taken for a database: the daemon refuses to start until this is undone.
+    # The daemon refuses to start while the lock file has this mark, so that no half-moved set of files is opened.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     mark(lock, RESTORING)
     os.fsync(lock)
@@ -222,7 +229,7 @@ def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
 
 
 def _contents(copy: Path) -> dict[str, Any]:
-    """What a restored database would begin with."""
+    """The time and the figures with which a restored database would begin."""
     with closing(open_beside(copy)) as sql:
         (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
         live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()
@@ -230,7 +237,7 @@ def _contents(copy: Path) -> dict[str, Any]:
 
 
 def _move_away(database: Path) -> str | None:
-    """Renames the database with its companions so that they can still be opened together. Returns the new name."""
+    """Renames the database and its companions, so that they still belong together. Returns the new name."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     away = database.with_name(f"{database.name}.before-restore-{stamp}")
     moved = None

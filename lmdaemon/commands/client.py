@@ -1,4 +1,4 @@
-"""The private API of the running daemon, as its own commands use it. Called by `admin`."""
+"""A client of the running daemon's private API, for the commands."""
 
 import asyncio
 import ipaddress
@@ -20,10 +20,10 @@ from lmdaemon.commands.shared import Failed, Usage, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.config.values import Listen
 
-ANSWER_WITHIN_S = 60.0  # of the private API: a bulk retry takes seconds, anything longer is a daemon that hangs
+ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds: beyond this the daemon hangs
 PAGE_MAX = 1000  # rows in one answer of the private API
 
-ANY = "*"  # in a shape: whatever the names are
+ANY = "*"  # in a shape: any name
 PROBLEM = {"status": int, "title": str, "detail": str, "session?": {"state": str}}
 
 
@@ -31,9 +31,10 @@ Shape = Any
 
 
 def fits(value: object, shape: Shape) -> bool:
-    """Whether JSON has a shape: a type or several, a list of a shape, or an object with these names at least.
+    """Whether a JSON value has a shape.
 
-    A name with a question mark may be missing; ANY stands for each name there is.
+    A shape is a type or a tuple of types, a list with the shape of its items, or an object with the names that must be
+    there and their shapes. A name with a question mark may be missing; ANY stands for all names.
     """
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
@@ -50,7 +51,7 @@ def fits(value: object, shape: Shape) -> bool:
 
 
 class _Checked(aiohttp.BaseConnector):
-    """Has every new connection checked before a request is sent on it. Raises what the check raises."""
+    """Calls `check` with every new connection before a request is sent on it. Raises what the check raises."""
 
     check: Callable[[asyncio.BaseTransport], None]
 
@@ -78,7 +79,7 @@ class _Unix(_Checked, aiohttp.UnixConnector):
 
 
 def _trusted(settings: Settings) -> frozenset[int]:
-    """Who may be the daemon: root, the caller, and the owners of the configuration and of the database's directory."""
+    """The users whose listener is trusted: root, the caller, the owners of configuration and database directory."""
     owners = {0, os.geteuid()}
     for path in (settings.file, settings.database.parent):
         with suppress(OSError):
@@ -87,9 +88,9 @@ def _trusted(settings: Settings) -> frozenset[int]:
 
 
 class Client:
-    """The private API of the running daemon, found by the configuration. Raises Failed or Usage, with one clear line.
+    """The private API of the running daemon, at the address in the configuration. Raises Failed and Usage.
 
-    `cert` and `key` are shown to a daemon that asks its clients for a certificate.
+    `cert` and `key` are for a daemon that asks its clients for a certificate.
     """
 
     def __init__(self, settings: Settings, cert: Path | None = None, key: Path | None = None) -> None:
@@ -99,7 +100,7 @@ class Client:
         self._base = _base_url(settings.api.listen, "http" if self._tls is None else "https")
         self._unix = settings.api.listen.unix
         self._token = settings.api_tokens[0].secret.decode() if settings.api_tokens else None
-        # With the daemon's credentials out of this user's reach, a refusal is no surprise, but should say so
+        # Where this user cannot read the daemon's token file, a refusal (401) should say why
         self._hints = [warning for warning in settings.warnings if warning.startswith("api.token_")]
         self._trusted = _trusted(settings)
         self._session: aiohttp.ClientSession
@@ -116,9 +117,9 @@ class Client:
         await self._session.close()
 
     def _check_peer(self, transport: asyncio.BaseTransport) -> None:
-        """Raises Failed when who listens there is a stranger, before anything is sent: a token, or whose session it is.
+        """Raises Failed, before anything is sent, when the listener belongs to a user who is not trusted.
 
-        Over TLS the certificate has told.
+        Over TLS the certificate has proven who it is.
         """
         if transport.get_extra_info("ssl_object") is not None:
             return
@@ -141,7 +142,10 @@ class Client:
         query: Mapping[str, object] | None = None,
         body: object = None,
     ) -> Any:
-        """The JSON answered to one call, which has the shape; an error document is raised as Failed."""
+        """Makes one call and returns the JSON of the answer, which has this shape.
+
+        Raises Failed, also for an error document and for an answer of another shape.
+        """
         try:
             url = self._url(path, query or {})
             async with self._session.request(method, url, json=body, ssl=self._tls or True) as response:
@@ -175,7 +179,10 @@ class Client:
         return answer
 
     async def pages(self, wanted: int | None, *path: str, query: Mapping[str, object]) -> AsyncIterator[list[Any]]:
-        """A list page by page, up to `wanted` rows; says so when there are more. None: all."""
+        """A list, page by page, up to `wanted` rows (None: all).
+
+        Prints a message when there are more. Raises Failed.
+        """
         shape: Shape = {"items": [{}], "next": (str, type(None))}
         after: str | None = None
         left = wanted
@@ -191,17 +198,20 @@ class Client:
 
     def _url(self, path: Sequence[str], query: Mapping[str, object]) -> Any:
         given = {name: value for name, value in query.items() if value is not None}
-        # Encoded here, and taken as it is: an id may contain a slash, or be "..", which a URL would resolve.
+        # Encoded here and not again by yarl: an id may have a slash in it, or be "..", which a URL would resolve
         parameters = urlencode(given)
         return URL(f"{self._base}/{'/'.join(quote(part, safe='') for part in path)}?{parameters}", encoded=True)
 
 
 def _context(settings: Settings, cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """Trusts the certificate that the configuration names, and no other; None where the daemon speaks no TLS."""
+    """A context that trusts only the certificate in the configuration; None where the daemon speaks no TLS.
+
+    Raises Failed and Usage.
+    """
     spoken = settings.tls.get("api")
     if spoken is None:
         unchecked = [warning for warning in settings.warnings if warning.startswith("api.tls_cert_file: unchecked")]
-        if unchecked:  # without it, what answers cannot be told from somebody else
+        if unchecked:  # without the certificate, the daemon cannot be told from another server
             raise Failed(f"{settings.file}: {unchecked[0]}")
         return None
     if settings.api.client_ca_file and cert is None:
@@ -213,7 +223,7 @@ def _context(settings: Settings, cert: Path | None, key: Path | None) -> ssl.SSL
 
 
 def _tls_refusal(error: BaseException) -> str | None:
-    """OpenSSL's reason for a connection that failed, in its words; None where it is not about TLS."""
+    """OpenSSL's words for why a connection failed; None where it failed for another reason than TLS."""
     cause = getattr(error, "os_error", error)
     return tls.said(cause) if isinstance(cause, ssl.SSLError) else None
 
@@ -224,13 +234,13 @@ def _base_url(listen: Listen, scheme: str) -> str:
     host = listen.host
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
-        if address.is_unspecified:  # "on every address" is where to listen; a client needs one of them
+        if address.is_unspecified:  # "every address" can be listened at, not connected to
             host = "127.0.0.1" if address.version == 4 else "::1"
     return f"{scheme}://[{host}]:{listen.port}" if ":" in host else f"{scheme}://{host}:{listen.port}"
 
 
 def _problem(document: Mapping[str, Any]) -> str:
-    """An RFC 9457 document as one line; an ended session in it is named with its end."""
+    """An error document (RFC 9457) as one line, with the end of the session where it has one."""
     line = f"{document.get('status')} {document.get('title')}: {document.get('detail')}"
     session = document.get("session") or {}
     return line + (f" ({session.get('reason')}, {session['endedAt']})" if session.get("endedAt") else "")

@@ -1,7 +1,7 @@
 """`lmdaemon sessions export`: ended sessions with their deliveries and attempts, for an archive.
 
-It reads the database file beside the daemon, page by page, and never writes to it: the daemon spends no time on it, and
-need not be running. Tokens and bodies stay where they are.
+It reads the database file itself, page by page, and never writes to it. So the daemon spends no time on it, and need
+not run. Tokens and bodies are not exported.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from lmdaemon.store.contract import Archive, DatabaseError
 from lmdaemon.store.open import open_archive, real_path
 from lmdaemon.web.documents import archived, read_time, to_json
 
-SETTLED_S = 2.0  # a transaction carries the time at which it began; more than this it takes only while the disk hangs
+SETTLED_S = 2.0  # ends carry the time at which their transaction began; only on a hanging disk does one take longer
 POLL_S = 0.05
 
-# One row a delivery, or one without any for a session that had none.
+# CSV column → name of the value. There is one row for each delivery, and one for a session without any.
 CSV_COLUMNS = {
     "operator": "operator",
     "sessionId": "session_id",
@@ -67,15 +67,16 @@ CSV_COLUMNS = {
 }
 _OF_SESSION, _OF_DELIVERY = [*CSV_COLUMNS.values()][:9], [*CSV_COLUMNS.values()][9:]
 
-# Where a spreadsheet may begin a cell, and what begins a formula there: also in the forms that Unicode calls full-width
-# and small, which Excel takes for the same, and behind blanks, which some programs take away. A quote there, also the
-# one that ends our own cell, begins a cell whose text could be a formula.
+# A place where a spreadsheet may begin a cell, if what follows could begin a formula. That may be one of = + - @, also
+# in the full-width and small forms of Unicode, which Excel treats alike, and also after blanks, which some programs
+# remove; or a quote, since a program that splits here would read a quoted formula. The end of the text counts as such a
+# quote: the cell's own closing quote follows it.
 _FORMULA = re.compile(r"""(^(?!\Z)|[;\t\r\n])(?=\s*(?:['"=+\-@＝＋－＠﹦﹢﹣﹫\t\r\n]|\Z))""")
 
 
 @dataclass
 class Told:
-    """What has been written so far."""
+    """Counts of what has been written so far."""
 
     sessions: int = 0
     deliveries: int = 0
@@ -94,6 +95,7 @@ class Told:
     argument("--json", action="store_true", help="print the summary of --output as JSON"),
 )
 def export(args: argparse.Namespace) -> int:
+    """Writes the sessions that ended in a period, with deliveries and attempts."""
     settings = configured(args, "database")
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
@@ -107,7 +109,7 @@ def export(args: argparse.Namespace) -> int:
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = files_of(real_path(settings.database.absolute()))
-                # Everything of the database that has a name is open by now
+                # All files of the database are open by now, so its rights are not needed any more
                 with acting_with(ours):
                     _write(args, live, lambda: write(_sessions(archive, args.operator, since_at, until_at), told))
     except (DatabaseError, UnsafeError) as error:
@@ -117,7 +119,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
-    """The ends of [since, until) as wall times. Raises Usage."""
+    """The bounds of the period [since, until) as wall times (ms). Raises Usage."""
     if args.json and not args.output:
         raise Usage("sessions export: --json is for the summary that --output prints; the format is --format")
     since_at = _time(args.since, "--since") if args.since else 0
@@ -138,13 +140,16 @@ def _time(text: str, option: str) -> int:
 
 
 def _wait_until_committed(archive: Archive, until_at: int) -> None:
-    """Until nothing that ended before then can still be on its way into the file."""
+    """Waits until every end before `until_at` is in the file, or SETTLED_S have passed."""
     while archive.committed_at() < until_at and Clock().wall_ms() < until_at + SETTLED_S * 1000:
         time.sleep(POLL_S)
 
 
 def _sessions(archive: Archive, operator: str | None, since_at: int, until_at: int) -> Iterator[list[ArchivedSession]]:
-    """Pages of documents, in the order in which the sessions ended. What ends meanwhile lies behind `until_at`."""
+    """Pages of documents, in the order in which the sessions ended.
+
+    Sessions that end meanwhile do so after `until_at`.
+    """
     after: tuple[int, int] | None = (since_at, 0)
     while after is not None:
         page = archive.ended(operator, after, until_at)
@@ -190,12 +195,12 @@ def _as_csv(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[byte
 
 
 def _cell(value: object) -> object:
-    """A value as a cell. Ids are data of strangers, and a spreadsheet runs a cell that begins like a formula.
+    """A value as a cell that no spreadsheet takes for a formula: ids are chosen by strangers.
 
-    Such a text gets an apostrophe in front (OWASP, "CSV injection"). Excel takes ; for the separator in much of Europe,
-    so a cell may also begin behind a ;, a tab or a line break inside a text, and gets an apostrophe there too. One that
-    stands in such a place already gets a second one, so that taking one away in each gives every text back. JSON has
-    neither tabs nor line breaks; its ; is written as an escape.
+    A text that begins like a formula gets an apostrophe in front (OWASP, "CSV injection"). In much of Europe Excel
+    separates cells at `;`, so the same is done after each `;`, tab and line break inside a text. An apostrophe that is
+    already in such a place gets a second one, so that removing one in each place restores the text. JSON has no tabs or
+    line breaks, and its `;` is written as an escape.
     """
     if isinstance(value, list | msgspec.Raw):
         return to_json(value).decode().replace(";", "\\u003b")

@@ -1,6 +1,6 @@
-"""Files that the commands read and write: the database beside the daemon, and results that appear whole or not at all.
+"""Files that commands read and write: the database, while the daemon runs, and results that appear whole or not at all.
 
-Called by `backup` and `export`. Everything written has mode 0600.
+Everything written has mode 0600.
 """
 
 import os
@@ -16,12 +16,12 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.rights import UnsafeError, check_link
 from lmdaemon.store.open import COMPANIONS
 
-NICER = 10  # what reads the whole database takes what time the daemon leaves, on a machine with few cores
+NICER = 10  # added to the nice value of a command that reads the whole database, so that the daemon goes first
 
 
 def check_source(settings: Settings) -> None:
-    """For what reads the whole database: raises Failed if there is none, and lets the daemon go first."""
-    with suppress(OSError):  # the service's sandbox does not let it
+    """Begins a command that reads the whole database: lowers its priority. Raises Failed if there is no database."""
+    with suppress(OSError):  # the service's sandbox does not allow it
         os.nice(NICER)
     try:
         settings.database.stat()
@@ -30,16 +30,16 @@ def check_source(settings: Settings) -> None:
 
 
 def hint(settings: Settings) -> str:
-    """What to try when the state is not where the configuration says, as an end of a message; else empty."""
+    """The end of a message about a missing database: what to try where its path is relative; else empty."""
     if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
         return "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
     return ""
 
 
 def followed(named: Path) -> Path:
-    """Where a result goes: a link is followed, for what it leads to is what its owner wants to be replaced.
+    """The file that a result replaces: where `named` is a link, the file that it leads to.
 
-    Raises Failed for a link that somebody else has planted.
+    Raises Failed for a link that another user has made in a directory that others can write to.
     """
     if not named.is_symlink():
         return named
@@ -54,7 +54,7 @@ Inode = tuple[int, int]  # device and number
 
 
 def files_of(database: Path) -> set[Inode]:
-    """What must never be replaced by a result: the database and all that belongs to it."""
+    """The database and its companions, which a result must never replace."""
     found = set()
     for suffix in ("", *COMPANIONS, ".lock"):
         with suppress(OSError):
@@ -64,7 +64,7 @@ def files_of(database: Path) -> set[Inode]:
 
 
 def check_target(live: set[Inode], target: Path, *, force: bool) -> None:
-    """Raises Failed if the target must not be written: it exists, or is one of the live files, which nothing forces."""
+    """Raises Failed if the target exists, unless `force` is set, or if it is one of the `live` files, forced or not."""
     try:
         if target.is_dir():
             raise Failed(f"{target}: is a directory; name a file")
@@ -81,10 +81,11 @@ def check_target(live: set[Inode], target: Path, *, force: bool) -> None:
 
 @contextmanager
 def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
-    """An empty file for what the target shall hold, and a handle of it; gone at the end unless it was put in place.
+    """An empty file for what the target will hold, and a descriptor of it. It is deleted at the end unless it was
+    renamed.
 
-    It lies in a directory of its own beside the target, mode 0700: SQLite looks for a journal beside each file that it
-    opens, and where everybody can make files, as in /tmp, somebody may have made one. Raises Failed.
+    It is in a new directory of mode 0700 beside the target. SQLite looks for a journal beside each file that it opens,
+    and in a directory like /tmp anybody could have put one there. Raises Failed.
     """
     os.umask(0o077)
     try:
@@ -93,7 +94,7 @@ def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
         raise Failed(f"{target}: cannot be written: {reason(error)}") from error
     file = directory / "copy"
     handle = -1
-    # A timer's SIGTERM is a Ctrl-C: what was begun goes away with us
+    # SIGTERM, as systemd sends it, acts like Ctrl-C, so that what was begun is removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -105,7 +106,7 @@ def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
 
 
 def put_in_place(file: Path, target: Path) -> None:
-    """Gives a synced file its name, for good."""
+    """Renames a synced file to the target and syncs the directory, so that the new name survives a power cut."""
     file.rename(target)
     handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

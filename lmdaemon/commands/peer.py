@@ -1,6 +1,6 @@
-"""Who is at the other end of a connection on this machine.
+"""Which user listens at the other end of a connection on this machine.
 
-Called by `client`: while the daemon is down, anybody may listen in its place. Linux alone tells whose a listener is.
+While the daemon is down, any user may listen at its address and wait for a token. Only Linux tells whose a listener is.
 """
 
 import ipaddress
@@ -15,17 +15,18 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENING = "0A"  # TCP_LISTEN of the kernel's tcp_states.h
-_EVERY = (ipaddress.IPv4Address("0.0.0.0"), ipaddress.IPv6Address("::"))  # noqa: S104 - to be looked for
+_EVERY = (ipaddress.IPv4Address("0.0.0.0"), ipaddress.IPv6Address("::"))  # noqa: S104 - searched for, not bound to
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of whoever called listen(): unix(7)
 
 
 class NobodyError(Exception):
-    """Nobody listens any more where the connection was made to."""
+    """Nobody listens any more at the address of the connection."""
 
 
 def listener(connection: Any) -> int | None:
-    """The id of the user who listens at the other end of a connected socket. None if it cannot be known: on another
-    machine, or where the system does not tell. Raises NobodyError.
+    """The id of the user who listens at the other end of a connected socket.
+
+    None if it cannot be known, as on another machine or another system than Linux. Raises NobodyError.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -39,14 +40,17 @@ def listener(connection: Any) -> int | None:
     listeners = _listeners(port)
     if listeners is None:
         return None
-    for one in (address, *_EVERY):  # the kernel prefers who listens on the very address
+    for one in (address, *_EVERY):  # the kernel prefers the listener with the exact address
         if one in listeners:
             return listeners[one]
     raise NobodyError
 
 
 def _listeners(port: int) -> dict[Address, int] | None:
-    """The users who listen on a TCP port, by address: proc_net_tcp of the kernel's documentation. None: not told."""
+    """The users who listen on a TCP port, by address. None where the system has no such table.
+
+    Source: proc_net_tcp in the kernel's documentation.
+    """
     found: dict[Address, int] = {}
     told = False
     for table in _TABLES:

@@ -1,4 +1,4 @@
-"""Whom `send` and `check` speak to: an operator of the configuration, or a URL and the options beside it."""
+"""Reads from the options which endpoint a command talks to: an operator of the configuration, or any URL."""
 
 import argparse
 from typing import Any, TypeVar
@@ -19,13 +19,13 @@ _Struct = TypeVar("_Struct", Operator, Policy)
 
 
 def recipient(args: argparse.Namespace, command: str) -> Operator:
-    """The operator of the configuration with what the options change, or one made of the options. Raises Usage."""
+    """The operator of the configuration as changed by the options, or one made of the options alone. Raises Usage."""
     dialects = dict(SHIPPED)
     operator = _stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
         of_operator = [f"operators.{args.operator}"] if args.operator else []
         settings = configured(args, "sessions", "delivery", "dialects", *of_operator)
-        # An own dialect is known here once some operator of the file uses it
+        # A [dialects.NAME] table is found here only if an operator of the file uses it
         for one in settings.operators.values():
             dialects |= {dialect.name: dialect for dialect in (one.sends, *one.receives)}
         if args.operator:
@@ -56,7 +56,7 @@ def _changed(struct: _Struct, **changes: Any) -> _Struct:
 
 
 def _stranger() -> Operator:
-    """The operator of `--url`, as a file that says nothing else would make it; the options change it."""
+    """The operator for `--url` alone, with the defaults of the configuration where no option changes them."""
     return Operator(
         name="(none)",
         provider_id="luckymonaco",
@@ -90,7 +90,7 @@ def _configured(settings: Settings, name: str, command: str) -> Operator:
         known = ", ".join(settings.operators) or "none"
         raise Usage(f"{command}: {settings.file} has no operator {name!r}; known are {known}")
     at = f"operators.{name}."
-    # What the daemon sends is hashed, signed and encrypted with these; without them the verdict would be another one.
+    # The daemon hashes, signs and encrypts with these. Without them, the result would differ from the daemon's.
     sending = tuple(at + key for key in ("hash_key_", "signing_secret_", "ca_file", "client_"))
     missing = [warning for warning in settings.warnings if warning.startswith(sending) and ": unchecked: " in warning]
     if missing:
@@ -116,6 +116,7 @@ def _checked_url(text: str) -> Target:
 
 
 def checked_id(text: str, option: str) -> str:
+    """The text, if it is an id. Raises Usage, which names the option."""
     problem = id_problem(text)
     if problem:
         raise Usage(f"{option}: {problem}")
@@ -123,7 +124,7 @@ def checked_id(text: str, option: str) -> str:
 
 
 def checked_span(text: str, option: str) -> float:
-    """Seconds, more than none. Raises Usage."""
+    """A duration of an option in seconds, more than zero. Raises Usage."""
     try:
         span = duration(text)
     except ValueError as error:

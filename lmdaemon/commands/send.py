@@ -1,6 +1,6 @@
-"""`lmdaemon send`: one SessionExpired to an operator or URL, through the very code the daemon sends with.
+"""`lmdaemon send`: sends one SessionExpired to an operator or a URL, with the same code as the daemon.
 
-What was sent and answered is printed for a ticket, so every secret in it is masked, also where the
+What was sent and answered is printed, to be pasted into a ticket. So every secret in it is masked, also where the
 answer repeats it.
 """
 
@@ -29,11 +29,11 @@ from lmdaemon.retry import Outcome, judge
 from lmdaemon.workbench import explain
 from lmdaemon.workbench.exchanges import Answer, Asked, Exchange, shown
 
-MADE_UP = "lmdaemon-test"  # what made-up ids begin with, so that whoever finds one knows what it is
+MADE_UP = "lmdaemon-test"  # made-up ids begin with this, so that whoever finds one knows where it came from
 
 
 class Sent(NamedTuple):
-    """One SessionExpired: both sides of it, and what the daemon would make of the answer."""
+    """A request with its answer, and how the daemon would judge it."""
 
     exchange: Exchange
     outcome: Outcome
@@ -53,6 +53,7 @@ class Sent(NamedTuple):
     JSON,
 )
 def send(args: argparse.Namespace) -> int:
+    """Sends one notice and prints both sides of it. Exit code 0 only if it counts as delivered."""
     operator = recipient(args, "send")
     session = _test_session(args, operator)
     try:
@@ -76,7 +77,7 @@ def send(args: argparse.Namespace) -> int:
 
 
 def _is_loopback(operator: Operator) -> bool:
-    """Whether the URL names this very machine. A name that only resolves to it does not."""
+    """Whether the URL's host is a loopback address or "localhost". Other names are not looked up."""
     host = (operator.target.url.raw_host or "") if operator.target else ""
     try:
         return ip_address(host).is_loopback
@@ -85,7 +86,7 @@ def _is_loopback(operator: Operator) -> bool:
 
 
 def _test_session(args: argparse.Namespace, operator: Operator) -> Session:
-    """The session to tell of: ids and token as given, else values that nobody takes for real ones."""
+    """The session of the notice: ids and token of the options, or else values that are recognisably made up."""
     now_at = time.time_ns() // 1_000_000
     return Session(
         id=0,
@@ -106,10 +107,10 @@ def _test_session(args: argparse.Namespace, operator: Operator) -> Session:
 
 
 async def _send(operator: Operator, body: bytes) -> Sent:
-    """Sends it once, through the very code the daemon sends with."""
+    """Posts the body once, with the daemon's own sender."""
 
     class Moment(Clock):
-        """Stands still, so that the headers printed are signed as those sent."""
+        """A clock that does not move, so that the signature printed is the one that was sent."""
 
         now_ms = time.time_ns() // 1_000_000
 
@@ -141,14 +142,14 @@ async def _send(operator: Operator, body: bytes) -> Sent:
 
 
 def _headers_of_aiohttp(operator: Operator, body: bytes) -> dict[str, str]:
-    """The headers aiohttp adds by itself; a test compares them with what a server gets."""
-    assert operator.target is not None  # noqa: S101 - recipient has refused an operator without a URL
+    """The headers that aiohttp adds by itself; a test compares them with those that a server receives."""
+    assert operator.target is not None  # noqa: S101 - `recipient` has refused an operator without a URL
     host = operator.target.url.host_port_subcomponent or ""
     return {"Host": host, "Accept": "*/*", "Content-Length": str(len(body))}
 
 
 def _shown(operator: Operator, session: Session, sent: Sent) -> dict[str, Any]:
-    """Both sides as they may be shown to anybody: with token, hash, signatures and the URL's secrets masked."""
+    """Request and answer as they may be shown to anybody: token, hash, signatures and the URL's secrets are masked."""
     exchange, outcome = sent
     body = exchange.asked.body
     mask = masks.of_notice(operator, session.token, body)
@@ -166,7 +167,7 @@ def _shown(operator: Operator, session: Session, sent: Sent) -> dict[str, Any]:
 
 
 def _masked_body(operator: Operator, fields: Mapping[str, str]) -> str:
-    """The body as sent, but for the masked fields. By field: a short token may also stand in an id by chance."""
+    """The body as sent, with token and hash masked. By field, because a short token may also be part of an id."""
     secret = {operator.sends.fields.get("token"), operator.sends.fields.get("hash")}
     masked = {name: MASK if name in secret else value for name, value in fields.items()}
     if operator.sends.content == "json":
@@ -175,7 +176,7 @@ def _masked_body(operator: Operator, fields: Mapping[str, str]) -> str:
 
 
 def _print_exchange(document: Mapping[str, Any]) -> None:
-    """Both sides as they stand on the wire, and the verdict: for pasting into a ticket."""
+    """Prints request and answer as they were on the wire, and the verdict."""
     request, answer = document["request"], document["answer"]
     print(f"{request['method']} {line(request['url'])}")
     _print_message(request)

@@ -1,6 +1,6 @@
-"""The commands that read the whole configuration: `serve`, which runs the daemon to its end, and `check-config`.
+"""`lmdaemon serve`, which runs the daemon to its end, and `lmdaemon check-config`.
 
-`daemon` and what it needs is imported only when the configuration is sound.
+The daemon's modules are imported only after the configuration was found to be valid.
 """
 
 import argparse
@@ -28,23 +28,24 @@ from lmdaemon.log import Log
 if TYPE_CHECKING:
     from lmdaemon.daemon import Daemon
 
-STOPPED_WITHIN_S = 1.0  # by a signal during the start
-ABANDON_AFTER_S = 1.0  # for a plug-in's hook that ignores its cancellation when everything else has ended
+STOPPED_WITHIN_S = 1.0  # the longest time from a signal during the start to the end of the process
+ABANDON_AFTER_S = 1.0  # how long a plug-in's hook that ignores its cancellation is waited for at the end
 
-# By so many objects the living may grow before garbage is looked for. Almost all that a request is made of is freed
-# with its last reference; Python's 700 are reached by what is merely in use, and cost a touch 16 % of its CPU time.
+# The garbage collector runs after this many more objects exist than before. Almost all objects of a request are freed
+# without it. With Python's default of 700 it would run for objects that are in use, at 16 % of a touch's CPU time.
 GARBAGE = 10_000
 
-# For so long a busy loop may keep the interpreter from the writer, which wants it back after each statement. With
-# Python's 5 ms, a transaction of a backlog takes three times what SQLite needs for it.
+# Python's switch interval: how long the event loop may keep the interpreter's lock from the writer's thread, which
+# needs it after each statement. With the default of 5 ms, a transaction under load takes three times what SQLite needs.
 SWITCH_S = 0.0002
 
 
 @command()
 def serve(args: argparse.Namespace) -> int:
+    """Runs the daemon until it is stopped or fails, and returns the exit code."""
     sys.setswitchinterval(SWITCH_S)
     _raise_file_limit()
-    gc.disable()  # until _keep_what_is_made: a start makes little else than what stays, and is a sixth faster so
+    gc.disable()  # until _keep_what_is_made: almost no object of a start becomes garbage, and it is a sixth faster
     try:
         settings = reader.of_command(args.config)
         log.setup(settings.log.level, settings.log.format)
@@ -58,17 +59,19 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _raise_file_limit() -> None:
-    """Lets the process open as many files as it may allow itself: the soft limit, often 1,024, is there for programs
-    that use select(2), and a connection takes one.
+    """Raises the limit of open files to the hard limit, because every connection needs one.
+
+    The soft limit, often 1,024, exists for programs that use select(2).
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # a system that refuses what it offers: the listeners live with the soft one
+    with suppress(ValueError, OSError):  # where the system refuses, the listeners allow fewer connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_what_is_made() -> None:
-    """The 45,000 objects that a daemon is made of stay as long as it does, so no collection need look through them:
-    that took 30 to 60 ms each time, in which nobody was answered and nothing ended.
+    """Excludes the daemon's own 45,000 objects from garbage collection, and turns the collector on.
+
+    They exist until the end. To look through them took 30 to 60 ms each time, in which nothing else ran.
     """
     gc.freeze()
     gc.set_threshold(GARBAGE)
@@ -76,7 +79,7 @@ def _keep_what_is_made() -> None:
 
 
 def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
-    """Runs the daemon to its end, says why it ended, and returns the exit code."""
+    """Runs the daemon to its end, logs why it ended, and returns the exit code."""
     from lmdaemon.daemon import Daemon
     from lmdaemon.store.contract import DatabaseError, StoreError
 
@@ -84,14 +87,14 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     _take_signals(daemon, runner.get_loop())
     try:
         runner.run(daemon.run())
-    except ConfigError as error:  # a plug-in's finding; the file's name before it, as the file's own findings have it
+    except ConfigError as error:  # found while a plug-in was loaded; it lacks the file's name
         for finding in error.findings:
             say(f"{settings.file}: {finding}")
         return MISCONFIGURED
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=reason(error))
         return FAILED
-    except Exception as error:  # an ExceptionGroup when a loop died; the service manager starts us again
+    except Exception as error:  # an ExceptionGroup when a loop has failed; the service manager starts the daemon again
         lost = _database_lost(error)
         if lost is None:
             Log("daemon").exception("daemon.crashed")
@@ -102,10 +105,10 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
 
 
 def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
-    """How signals are taken while the daemon starts; when it serves, it takes them itself.
+    """Handles signals while the daemon starts; once it serves, it handles them itself.
 
-    A stop closes what was opened, within a second. Then the process ends, whatever it is busy with (a migration, a
-    plug-in that blocks): nothing was acknowledged yet, and the next start finds what a kill would have left.
+    A stop has STOPPED_WITHIN_S to close what was opened. Then the process exits, whatever it is doing (a migration, a
+    plug-in that blocks). Nothing was acknowledged yet, and the next start finds what a kill would have left.
     """
 
     def stop(*_: object) -> None:
@@ -120,7 +123,7 @@ def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _database_lost(error: Exception) -> Exception | None:
-    """The one reason in a group of exceptions when it is a database that was taken away, else None."""
+    """The DatabaseError, if it is the only exception in a group (the database file was taken away); else None."""
     from lmdaemon.store.contract import DatabaseError
 
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
@@ -129,8 +132,9 @@ def _database_lost(error: Exception) -> Exception | None:
 
 
 def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
-    """Ends the process at once when a plug-in's hook ignores its cancellation: the loop's own end would wait for it for
-    ever. By now everything of ours is closed.
+    """Exits the process when a plug-in's hook ignores its cancellation, for which asyncio would wait for ever.
+
+    By now the daemon has closed everything.
     """
 
     async def cancel_all() -> int:
@@ -148,7 +152,7 @@ def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
 
 
 def _loop_factory() -> Callable[[], Any] | None:
-    """uvloop's event loop where that extra is installed; None: asyncio's own."""
+    """uvloop's event loop where it is installed; None stands for asyncio's own."""
     try:
         factory: Callable[[], Any] = import_module("uvloop").new_event_loop
     except ImportError:
@@ -158,6 +162,7 @@ def _loop_factory() -> Callable[[], Any] | None:
 
 @command(JSON)
 def check_config(args: argparse.Namespace) -> int:
+    """Prints what is wrong with the configuration. Exit code 2 if anything is."""
     path: Path | None = None
     errors: Sequence[str] = ()
     warnings: Sequence[str] = ()
@@ -180,13 +185,16 @@ def check_config(args: argparse.Namespace) -> int:
 
 
 def _checked(path: Path, *, found: bool) -> Settings:
-    """The settings, their plug-ins imported and looked at, but not called. Raises ConfigError with every finding."""
+    """The settings, after their plug-ins were imported and examined but not called.
+
+    Raises ConfigError with every finding.
+    """
     from lmdaemon import plugins
 
     settings = reader.load(path, found=found, secrets="readable")
     findings: list[str] = []
 
-    async def examine() -> None:  # in a running loop, as the daemon does it: a module may ask for it
+    async def examine() -> None:  # in a running loop, as in the daemon: a module may ask for it when it is imported
         for plugin in settings.plugins.values():
             try:
                 plugins.examine(plugin)
@@ -194,7 +202,7 @@ def _checked(path: Path, *, found: bool) -> Settings:
                 findings.extend(f"{path}: {finding}" for finding in error.findings)
 
     quiet_libraries()
-    with redirect_stdout(sys.stderr):  # stdout is for the result, whatever an import prints
+    with redirect_stdout(sys.stderr):  # an imported module may print, but stdout is for the result
         asyncio.run(examine())
     if findings:
         raise ConfigError(findings)

@@ -1,7 +1,7 @@
-"""What the commands share: exit codes, how they fail, what they print, secrets that are given by name.
+"""What the commands share: exit codes, failures, printing, secrets read from named files and variables.
 
-Called by every command of `cli`; it must stay light, for `version` and usage errors import nothing else. Results go to
-stdout, as text or with `--json` as one JSON document; messages go to stderr.
+Results go to stdout, as text or with `--json` as one JSON document; messages go to stderr. This module must import
+little, because `version` and usage errors import nothing else.
 """
 
 import argparse
@@ -15,19 +15,19 @@ from typing import Any
 STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
 
 
-class Failed(Exception):  # noqa: N818 - a result: one line on stderr, exit 1
-    """The command could not be done; the text says why, for people."""
+class Failed(Exception):  # noqa: N818 - a result rather than an error: one line on stderr, exit code 1
+    """The command could not be done. The text says why, for people."""
 
 
 class Usage(Exception):  # noqa: N818
-    """The arguments fit no command, in a way argparse cannot tell: exit 2, as argparse does."""
+    """The arguments do not fit together in a way that argparse cannot check. The exit code is argparse's own, 2."""
 
 
 # -- printing
 
 
 def say(message: str, level: str = "ERROR") -> None:
-    """A message on stderr; the journal is told its level (as `logging` names it)."""
+    """Prints a message on stderr, for journald with the priority of `level` (a level name of `logging`)."""
     from lmdaemon.log import PRIORITY, is_journal
 
     priority = f"<{PRIORITY[level]}>" if is_journal(sys.stderr) else ""
@@ -35,22 +35,24 @@ def say(message: str, level: str = "ERROR") -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An error's text for people, without its number."""
+    """The text of an error for people, without an error number."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def print_json(document: object) -> None:
+    """Prints a result as JSON."""
     print(json.dumps(document, indent=2))
 
 
 def line(text: str) -> str:
-    """Text from elsewhere for one line of a terminal: what would control it is escaped."""
+    """Text as one line for a terminal. Characters that are not printable are escaped, so that none controls it."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
 def cell(value: object) -> str:
+    """A value as it is shown in a table; "-" for what is absent or empty."""
     match value:
         case None | "" | []:
             return "-"
@@ -66,7 +68,10 @@ def cell(value: object) -> str:
 def print_table(
     columns: Sequence[str], rows: Iterable[Mapping[str, Any]], widths: list[int] | None = None
 ) -> list[int]:
-    """Rows under their columns' names; further pages are given the widths returned for the first, and no names."""
+    """Prints rows under the names of their columns and returns the widths of the columns.
+
+    Further pages are given the widths of the first; they are printed without the names.
+    """
     cells = [[cell(row.get(column)) for column in columns] for row in rows]
     if widths is None:
         cells.insert(0, list(columns))
@@ -77,7 +82,7 @@ def print_table(
 
 
 async def print_pages(columns: Sequence[str], pages: AsyncIterator[list[Any]], *, as_json: bool) -> int:
-    """Prints a list page by page: it may be longer than what memory should hold. As JSON: one array."""
+    """Prints a list page by page, because it may be too long for memory; as JSON, it is one array."""
     if as_json:
         before = "["
         async for page in pages:
@@ -93,7 +98,10 @@ async def print_pages(columns: Sequence[str], pages: AsyncIterator[list[Any]], *
 
 
 def show(args: argparse.Namespace, document: Mapping[str, Any], **tables: Sequence[str]) -> int:
-    """One thing: its facts a line each, then the lists in it as tables of the columns given."""
+    """Prints one object: a line for each member, then its lists as tables.
+
+    `tables` names the members that are lists, with the columns to print of each.
+    """
     if args.json:
         print_json(document)
         return STOPPED
@@ -108,10 +116,10 @@ def show(args: argparse.Namespace, document: Mapping[str, Any], **tables: Sequen
 
 
 def quiet_libraries() -> None:
-    """Keeps what libraries log out of the output: aiohttp quotes the bytes of broken requests, tokens included.
+    """Keeps the logs of libraries out of the output: aiohttp quotes broken requests, with the tokens in them.
 
-    asyncio's errors (an exception in a callback, or one that nobody fetched) are bugs that must not go unseen, so they
-    pass as one event with the exception's type and place, without any text.
+    Errors of asyncio (an exception in a callback, or one that was never retrieved) are bugs that must be seen. They are
+    logged as one event, with the type and the place of the exception and without its text.
     """
     import logging
 
@@ -141,7 +149,7 @@ def quiet_libraries() -> None:
 
 
 def player_token(args: argparse.Namespace) -> str | None:
-    """The player's token from the file or variable that was named; None when none was. Raises Usage."""
+    """The player's token from the file or variable that the options name; None if they name none. Raises Usage."""
     from lmdaemon.model import TOKEN_MAX, id_problem
 
     if args.token_file and args.token_env:
@@ -159,7 +167,7 @@ def player_token(args: argparse.Namespace) -> str | None:
 
 
 def secret_file(file: Path, option: str) -> str:
-    """The content of a file without the line break at its end. Raises Usage, naming the option."""
+    """The content of a file without the line break at its end. Raises Usage, which names the option."""
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The standard streams, which a caller may have closed (`>&-`) or led to a full disk.
+"""Makes the standard streams reliable: a caller may have closed them (`>&-`) or redirected them to a full disk.
 
-Called by `__main__` before anything else is imported.
+`__main__` does this before it imports anything else.
 """
 
 import io
@@ -11,11 +11,13 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Makes sure that all three are there, and that a failed write ends in one line instead of a traceback."""
+    """Opens the streams that are closed, and makes a failed write to stdout one line of error instead of a
+    traceback.
+    """
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # whatever were opened next would take its number, and with it what is meant for the stream
+        except OSError:  # closed: the next file to be opened would get its number, and what is printed to the stream
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a number, open to the end
     sys.stdout = _text(_Output(1, "w", closefd=False), sys.stdout)
@@ -25,14 +27,14 @@ def prepare() -> None:
 def _text(raw: io.FileIO, before: Any, *, line_buffering: bool = False) -> io.TextIOWrapper:
     encoding = "utf-8" if before is None else before.encoding
     lines = line_buffering or raw.isatty()
-    # An id, or the name of a file, may not fit the terminal's encoding
+    # The terminal's encoding may lack characters of an id or of a file's name
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
 
 
 class _Output(io.FileIO):
-    """Standard output: the first write that fails raises Failed, the rest goes nowhere.
+    """Standard output: the first write that fails raises Failed, or BrokenPipeError if the reader has closed the pipe.
 
-    A reader that has seen enough is no failure of ours to be told: BrokenPipeError.
+    What is written after that is discarded.
     """
 
     def write(self, data: Any) -> int:
@@ -40,7 +42,7 @@ class _Output(io.FileIO):
             return super().write(data)
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())  # or the interpreter's own flush at its end would fail once more
+            os.dup2(null, self.fileno())  # otherwise the interpreter's flush at exit would fail again
             os.close(null)
             if isinstance(error, BrokenPipeError):
                 raise
@@ -50,7 +52,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error: a message that cannot be written is let go; the next is tried again."""
+    """Standard error: a message that cannot be written is dropped; the next one is tried again."""
 
     def write(self, data: Any) -> int:
         written = None

@@ -5,7 +5,9 @@ the process from ending. A loop that raises ends the daemon loudly, and the serv
 """
 
 import asyncio
+import os
 import resource
+import secrets
 import signal
 import socket
 from collections import Counter
@@ -28,7 +30,7 @@ from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.health import Health
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import Reason, Session
+from lmdaemon.model import Member, Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
@@ -38,7 +40,9 @@ from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__
 from lmdaemon.web import api, endpoint
 from lmdaemon.web.api import Api
+from lmdaemon.web.calls import Context
 from lmdaemon.web.endpoint import Endpoint
+from lmdaemon.web.events import Events
 from lmdaemon.web.listener import (
     Acceptor,
     Bounds,
@@ -50,6 +54,7 @@ from lmdaemon.web.listener import (
     public_request,
     turn_away,
 )
+from lmdaemon.web.recent import Recent
 from lmdaemon.web.requests import address_of, bind
 
 STATUS_EVERY_S = 10.0
@@ -94,6 +99,15 @@ class _Recorder(StoreObserver):
         self._metrics.committed(operations, took_s)
 
 
+class _Attempts:
+    """Has attempts counted, and their results told to who listens."""
+
+    def __init__(self, metrics: Metrics, heard: Events) -> None:
+        self.awoke = metrics.awoke
+        self.attempted = metrics.attempted
+        self.settled = heard.settled
+
+
 class Daemon:
     """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`. `on_serving` is called when it
     is ready.
@@ -121,6 +135,8 @@ class Daemon:
         self.serving = asyncio.Event()
         self._on_serving = on_serving
         self.addresses: dict[str, Any] = {}
+        self._name = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._since_at = self._clock.wall_ms()
 
     def stop(self) -> None:
         """Asks `run` to stop in order and return."""
@@ -186,7 +202,13 @@ class Daemon:
         self._sender = Sender(self._clock)
         stack.push_async_callback(self._sender.close)
         self._metrics = Metrics(self._store.engine)
-        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng, self._metrics)
+        totals = self._metrics.totals
+        self._recent = Recent(totals, self._store.service_clock.now_ms, self._clock)
+        self._events = Events(self._store, self._clock, totals, lambda: self.settings.operators)
+        for observer in (self._recent, self._events):
+            self._store.observe(observer)
+        attempts = _Attempts(self._metrics, self._events)
+        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng, attempts)
         loaded = [plugins.load(plugin, self._dispatcher.wake) for plugin in settings.plugins.values()]
         await plugins.start_all(loaded)
         self._plugins = {plugin.name: plugin for plugin in loaded}
@@ -206,7 +228,18 @@ class Daemon:
             self._hearing.deaf,
         )
         self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
-        self._api = Api(self._store, self._clock, self._health, self._metrics, self._sweeper.expires_at)
+        self._api = Api(
+            Context(
+                store=self._store,
+                clock=self._clock,
+                health=self._health,
+                metrics=self._metrics,
+                expires_at=self._sweeper.expires_at,
+                recent=self._recent,
+                events=self._events,
+                members=self._members,
+            )
+        )
         self._measure()
         self._configure()
 
@@ -218,8 +251,16 @@ class Daemon:
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
         self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
+        self._events.configured()
         for site in self._sites.values():
             self._configure_site(site)
+
+    def _members(self) -> list[Member]:
+        """The daemons on this database: none but this one."""
+        at, now_at = self.addresses["api"], self._clock.wall_ms()
+        address = _text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
+        operators = list(self.settings.operators)
+        return [Member(self._name, __version__, address, self._since_at, now_at, 0, operators, True)]
 
     def _configure_site(self, site: Site) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -324,6 +365,7 @@ class Daemon:
             within_s + self._plugins_s() + CLOSING_S,
             f"Stopping. {_count(self._dispatcher.in_flight, 'delivery', 'deliveries')} in flight.",
         )
+        self._events.stop()
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
         # From here on no touch can be heard, so no idleness passes and nothing ends.
         self._store.service_clock.freeze("stopping")

@@ -93,6 +93,10 @@ class _Counter(Collector):
         elif labels[: self._bounded] in self._known:
             self._values[labels] = amount
 
+    def values(self) -> Iterable[tuple[tuple[str, ...], int]]:
+        """All of them by their labels."""
+        return self._values.items()
+
     def know(self, known: Iterable[tuple[str, ...]], endings: Iterable[tuple[str, ...]] = ()) -> None:
         """Counts these label values from now on and forgets all others.
 
@@ -184,6 +188,17 @@ class Metrics:
         self._oldest_pending_s: Mapping[str, float] = {}
         self._scraping = asyncio.Lock()
         self.watch(self._oldest_pending)
+
+    def totals(self) -> dict[str, tuple[int, int, int, int]]:
+        """Since the start, by operator: sessions touched, ended, attempts that delivered, and those that did not."""
+        found: dict[str, list[int]] = {}
+        none = [0, 0, 0, 0]
+        for at, counter in enumerate((self._touches, self._ends)):
+            for (operator, *_), value in counter.values():
+                found.setdefault(operator, none.copy())[at] += value
+        for (operator, _, outcome), value in self._attempts.values():
+            found.setdefault(operator, none.copy())[2 if outcome == "delivered" else 3] += value
+        return {operator: (counts[0], counts[1], counts[2], counts[3]) for operator, counts in found.items()}
 
     def _oldest_pending(self) -> list[Reading]:
         help_text = "Age of the oldest delivery not settled yet; absent where nothing is pending."

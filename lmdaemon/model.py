@@ -6,7 +6,7 @@ milliseconds since the epoch (UTC), `_ms` is service time in milliseconds (`lmda
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -193,6 +193,21 @@ class Gate:
     probe_at: int = 0
     not_before_at: int = 0
     paced_until_at: int = 0
+
+
+class Member(NamedTuple):
+    """A daemon on a database: where its private side listens, when it was started and last heard, and by how many
+    milliseconds its service clock is behind the furthest.
+    """
+
+    name: str
+    version: str
+    address: str
+    since_at: int
+    heard_at: int
+    lag_ms: int
+    operators: Sequence[str]
+    is_self: bool
 
 
 def utc(at_ms: int) -> datetime:

@@ -308,6 +308,113 @@ class OperatorList(Answer):
     items: list[Operator]
 
 
+class Daemon(Answer):
+    """A daemon on this database."""
+
+    name: Annotated[str, Meta(description="Host, process and a random part.", examples=["wallet-1:811-5f0c9a3e"])]
+    version: str
+    address: Annotated[str, Meta(description="Where its private side listens.", examples=["127.0.0.1:8081"])]
+    since: Annotated[Time, Meta(description="When it was started.")]
+    last_heard_at: Annotated[Time, Meta(description="When it was last known to be alive.")]
+    service_lag_ms: Annotated[Count, Meta(description="By how much its service clock is behind the furthest.")]
+    operators: Annotated[list[OperatorName], Meta(description="Those whose sessions it ends and delivers.")]
+    self: Annotated[bool, Meta(description="Whether it is the one that was asked.")]
+
+
+class DaemonList(Answer):
+    """All daemons on this database."""
+
+    items: list[Daemon]
+
+
+# -- events and what happened lately
+
+
+class Counted(Answer):
+    """What has happened since the event before; in a snapshot nothing."""
+
+    touches: Count
+    ends: Count
+    delivered: Annotated[Count, Meta(description="Attempts that succeeded.")]
+    failed: Annotated[Count, Meta(description="Attempts that did not.")]
+    lag_ms: Annotated[Count, Meta(description="Of ends for inactivity: the greatest time from deadline to commit.")]
+
+
+class OperatorFigures(Counted):
+    """An operator as it is now: the event `operator.changed`, and an item of `figures`."""
+
+    operator: OperatorName
+    live: Count
+    pending: Count
+    dead: Count
+    held: bool
+    held_reason: str | None
+    breaker: Breaker
+    not_before: Annotated[Time | None, Meta(description="Until when the next attempt is put off.")]
+
+
+class FiguresEvent(Counted):
+    """The event `figures`, once a second: all operators together, and those of which anything has changed."""
+
+    at: Time
+    snapshot: Annotated[bool, Meta(description="Whether `operators` has all of them; the first of a stream has.")]
+    live: Count
+    pending: Count
+    dead: Count
+    operators: list[OperatorFigures]
+
+
+class DeliveryEvent(Answer):
+    """The events `delivery.settled` and `delivery.retry`: the result of an attempt."""
+
+    id: WebhookId
+    operator: OperatorName
+    session_id: SessionId
+    sink: Sink
+    state: StateOfDelivery
+    attempts: Count
+    due_at: Annotated[Time | None, Meta(description="When it is due again, if it is.")]
+    duration_ms: Annotated[Count | None, Meta(description="Null where nothing was sent: it was too old.")]
+    status: int | None
+    code: float | None
+    error: Annotated[str | None, Meta(description="Why it failed; null if it did not.")]
+
+
+class EventQuery(Request):
+    """What to listen to."""
+
+    operator: Annotated[Id, Meta(description="Only what happens to this operator.")] | UnsetType = UNSET
+
+
+_SLOTS = Annotated[list[Count], Meta(min_length=60, max_length=60)]
+
+
+class Series(Answer):
+    """60 steps, the oldest first; the last is not over yet."""
+
+    operator: Annotated[OperatorName | None, Meta(description="Null: all together.")]
+    touches: _SLOTS
+    ends: _SLOTS
+    delivered: _SLOTS
+    failed: _SLOTS
+    lag_ms: _SLOTS
+
+
+class Span(Answer):
+    """A length of time in 60 steps."""
+
+    step_seconds: Annotated[int, Meta(examples=[1, 60])]
+    ends_at: Annotated[Time, Meta(description="When the last step will be over.")]
+    series: list[Series]
+
+
+class RecentFigures(Answer):
+    """The last hour: by second, and by minute. Only of the operators that count most, where there are many."""
+
+    at: Time
+    spans: list[Span]
+
+
 class Problem(Answer):
     """An error (RFC 9457)."""
 

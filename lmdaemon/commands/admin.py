@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from lmdaemon.commands.arguments import (
     argument,
     count,
 )
-from lmdaemon.commands.client import ANY, Client
+from lmdaemon.commands.client import ANY, Client, Unreachable
 from lmdaemon.commands.configured import ADMINISTRATION, configured
 from lmdaemon.commands.shared import (
     FAILED,
@@ -36,6 +38,7 @@ from lmdaemon.commands.shared import (
 )
 from lmdaemon.model import DELIVERY_STATES
 
+AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0  # between two tries to reach a daemon that has gone
 TOUCH_MAX = 10_000  # ids in one bulk touch
 
 SESSION_COLUMNS = ("sessionId", "playerId", "state", "reason", "openedAt", "lastSeenAt", "expiresAt", "endedAt")
@@ -52,6 +55,12 @@ DELIVERY_COLUMNS = (
 )
 ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error", "detail", "answer")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
+
+EVENT_FIGURES = ("touches", "ends", "delivered", "failed")
+EVENT_FACTS = (
+    *("operator", "sessionId", "reason", "sink", "state", "attempts", "status", "code", "error", "dueAt", "durationMs"),
+    *("breaker", "held", "heldReason", "notBefore", "live", "pending", "dead", *EVENT_FIGURES, "lagMs"),
+)
 
 # What an answer must have, to be taken for lmdaemon's: see `client.fits`
 HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
@@ -105,6 +114,35 @@ async def status(client: Client, args: argparse.Namespace) -> int:
         print()
         print_table(OPERATOR_COLUMNS, operators)
     return FAILED if health["status"] == "fail" else STOPPED
+
+
+@_asking(OF_OPERATOR, JSON)
+async def events(client: Client, args: argparse.Namespace) -> int:
+    """Prints what happens until it is interrupted; a daemon that goes is waited for, once it has been there."""
+    heard, waits_s = False, AGAIN_FIRST_S
+    while True:
+        try:
+            async for name, data in client.events("v1", "events", query={"operator": args.operator}):
+                heard, waits_s = True, AGAIN_FIRST_S
+                _print_event(name, data, args)
+            say("lmdaemon: the daemon has ended the stream; waiting for it", "WARNING")
+        except Unreachable as error:
+            if not heard:
+                raise
+            say(f"lmdaemon: {error}; trying again", "WARNING")
+        await asyncio.sleep(waits_s)
+        waits_s = min(waits_s * 2, AGAIN_MAX_S)
+
+
+def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> None:
+    """One line each; figures only where something happened, or as JSON."""
+    if args.json:
+        print(json.dumps({"event": name, "data": data}, ensure_ascii=False, separators=(",", ":")), flush=True)
+        return
+    if name == "figures" and not data.get("snapshot") and not any(data.get(one) for one in EVENT_FIGURES):
+        return
+    facts = (f"{one}={cell(data[one])}" for one in EVENT_FACTS if data.get(one) not in (None, False, 0))
+    print(f"{time.strftime('%H:%M:%S')}  {name:16}  {' '.join(facts)}".rstrip(), flush=True)
 
 
 @_asking(

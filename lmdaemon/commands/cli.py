@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": (SERVE, "run the daemon (the default command)"),
     "check-config": ("serve:check_config", "check the configuration file and load its plug-ins"),
     "status": ("admin:status", "health, and one line for each operator"),
+    "events": ("admin:events", "print what happens as it happens, until interrupted; a restarted daemon is waited for"),
     "sessions list": ("admin:list_sessions", "an operator's sessions"),
     "sessions show": ("admin:show_session", "one session with its deliveries"),
     "sessions open": ("admin:open_session", "open a session; opening it again counts as a touch"),

@@ -5,8 +5,8 @@ import ipaddress
 import json
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlencode
@@ -22,6 +22,8 @@ from lmdaemon.config.values import Listen
 
 ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds: beyond this the daemon hangs
 PAGE_MAX = 1000  # rows in one answer of the private API
+
+SILENT_MAX_S = 15.0  # of a stream, in which something comes each second
 
 ANY = "*"  # in a shape: any name
 PROBLEM = {"status": int, "title": str, "detail": str, "session?": {"state": str}}
@@ -48,6 +50,10 @@ def fits(value: object, shape: Shape) -> bool:
         fits(value[bare], inner) if (bare := name.rstrip("?")) in value else bare != name
         for name, inner in shape.items()
     )
+
+
+class Unreachable(Failed):
+    """The daemon cannot be reached, or not serve, now; it may later."""
 
 
 class _Checked(aiohttp.BaseConnector):
@@ -146,27 +152,33 @@ class Client:
 
         Raises Failed, also for an error document and for an answer of another shape.
         """
-        try:
-            url = self._url(path, query or {})
+        url = self._url(path, query or {})
+        with self._failing():
             async with self._session.request(method, url, json=body, ssl=self._tls or True) as response:
                 content, status, kind = await response.read(), response.status, response.content_type
-        except TimeoutError:
-            raise Failed(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
-        except aiohttp.ClientConnectorCertificateError as error:
-            why = "shows another certificate than api.tls_cert_file has: reload it, or name its own --config"
-            raise Failed(f"what answers at {self._address} {why}") from error
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            if refusal := _tls_refusal(error):
-                raise Failed(f"no TLS with the daemon at {self._address}: {refusal}") from error
-            if self._shows_certificate and not isinstance(error, aiohttp.ClientConnectorError):
-                why = "it may not take --client-cert, as tls.handshake_failed in its log would say"
-                raise Failed(f"the daemon at {self._address} has closed the connection: {why}") from error
-            cause = getattr(error, "os_error", error)
-            number = getattr(cause, "errno", None) or 0  # negative where no name could be resolved
-            why = os.strerror(number) if number > 0 else reason(cause)
-            raise Failed(f"daemon not reachable at {self._address}: is it running? ({why})") from error
-        except aiohttp.ClientError as error:
-            raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error
+        return self._answer(content, status, kind, shape)
+
+    async def events(self, *path: str, query: Mapping[str, object]) -> AsyncIterator[tuple[str, Any]]:
+        """Server-sent events with their data, until the daemon ends the stream. Raises Unreachable when it has gone, or
+        says nothing for longer than its figures come.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_WITHIN_S, sock_read=SILENT_MAX_S)
+        options: Any = {"timeout": timeout, "ssl": self._tls or True}
+        with self._failing():
+            async with self._session.get(self._url(path, query), **options) as response:
+                if response.content_type != "text/event-stream":
+                    self._answer(await response.read(), response.status, response.content_type, {})
+                    raise Failed(f"what answers at {self._address} is no lmdaemon ({response.content_type})")
+                name = ""
+                async for line in response.content:  # an event is one line of each
+                    field, _, value = line.decode().rstrip("\n").partition(": ")
+                    if field == "event":
+                        name = value
+                    elif field == "data":
+                        yield name, json.loads(value)
+
+    def _answer(self, content: bytes, status: int, kind: str, shape: Shape) -> Any:
+        """The JSON of an answer. Raises Failed where it is a problem, or does not have the shape."""
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
@@ -175,8 +187,32 @@ class Client:
         if not fits(answer, PROBLEM if is_problem else shape):
             raise Failed(f"what answers at {self._address} is no lmdaemon (status {status}, {kind})")
         if is_problem:
-            raise Failed("; ".join([_problem(answer), *(self._hints if status == 401 else ())]))
+            refusal = Unreachable if status == 503 else Failed
+            raise refusal("; ".join([_problem(answer), *(self._hints if status == 401 else ())]))
         return answer
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Has what goes wrong with a connection told in one line."""
+        try:
+            yield
+        except TimeoutError:
+            raise Unreachable(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
+        except aiohttp.ClientConnectorCertificateError as error:
+            why = "shows another certificate than api.tls_cert_file has: reload it, or name its own --config"
+            raise Failed(f"what answers at {self._address} {why}") from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
+            if refusal := _tls_refusal(error):
+                raise Failed(f"no TLS with the daemon at {self._address}: {refusal}") from error
+            if self._shows_certificate and not isinstance(error, aiohttp.ClientConnectorError):
+                why = "it may not take --client-cert, as tls.handshake_failed in its log would say"
+                raise Failed(f"the daemon at {self._address} has closed the connection: {why}") from error
+            cause = getattr(error, "os_error", error)
+            number = getattr(cause, "errno", None) or 0  # negative where no name could be resolved
+            why = os.strerror(number) if number > 0 else reason(cause)
+            raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why})") from error
+        except aiohttp.ClientError as error:
+            raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error
 
     async def pages(self, wanted: int | None, *path: str, query: Mapping[str, object]) -> AsyncIterator[list[Any]]:
         """A list, page by page, up to `wanted` rows (None: all).

@@ -34,6 +34,9 @@ class AttemptObserver(WakeObserver, Protocol):
     def attempted(self, operator: str, sink: str, verdict: retry.Verdict, took_s: float) -> None:
         """An attempt has ended, and took so long."""
 
+    def settled(self, settlement: Settlement, settled: Settled) -> None:
+        """A result was stored."""
+
 
 class Dispatcher(StoreObserver):
     """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever."""
@@ -376,6 +379,8 @@ class Dispatcher(StoreObserver):
             else:
                 reason = (settlement.attempt or {}).get("error")
                 self._log_gate(lane.operator, settled.before, settled.after, reason)
+                if self._observer is not None:
+                    self._observer.settled(settlement, settled)
                 return settled
 
     @staticmethod

@@ -5,28 +5,26 @@ a listener of its own, for game servers, `lmdaemon`'s own commands and administr
 """
 
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from functools import partial
 from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
 
-from lmdaemon.clock import Clock
 from lmdaemon.config.settings import ApiToken, Settings
 from lmdaemon.config.values import names_itself
 from lmdaemon.log import Log, place, writable
-from lmdaemon.metrics import Metrics
-from lmdaemon.model import Session
-from lmdaemon.store.contract import Store, StoreError
+from lmdaemon.store.contract import StoreError
 from lmdaemon.web import openapi
 from lmdaemon.web.administration import Administration, health_answer
-from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context, Health
+from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
 from lmdaemon.web.deliveries import Deliveries
-from lmdaemon.web.problems import RETRY_AFTER_S, Problem, invalid
+from lmdaemon.web.problems import Problem, invalid
 from lmdaemon.web.requests import Handler, Head, bearer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
+from lmdaemon.web.watching import Watching
 
 # Where the calls are served that come all day; an operator's name never needs an escape. Groups: session, touch.
 _DIRECT = re.compile(r"/v1/operators/[\w.-]+/sessions/([^/]+)(/touch)?", re.ASCII)
@@ -37,23 +35,17 @@ log = Log("api")
 class Api:
     """The private side as an aiohttp application."""
 
-    def __init__(
-        self,
-        store: Store,
-        clock: Clock,
-        health: Health,
-        metrics: Metrics,
-        expires_at: Callable[[Session], int | None],
-    ) -> None:
-        self._context = Context(store=store, clock=clock, health=health, metrics=metrics, expires_at=expires_at)
+    def __init__(self, context: Context) -> None:
+        self._context = context
         parts = (
             Sessions(self._context),
             Deliveries(self._context),
             Administration(self._context, openapi.document),
+            Watching(self._context),
         )
         self._parts = {type(part).__name__: part for part in parts}
-        self._health = health
-        self._metrics = metrics
+        self._health = context.health
+        self._metrics = context.metrics
         served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
         self._open, self._touch, self._touch_many = (
             served[name] for name in ("openSession", "touchSession", "touchSessions")
@@ -124,7 +116,6 @@ class Api:
         except Problem as one:
             problem = one
         except StoreError as error:
-            headers["Retry-After"] = RETRY_AFTER_S
             problem = Problem("cannot-store", writable(str(error)))
         except web.HTTPMethodNotAllowed as error:
             headers["Allow"] = ", ".join(sorted(error.allowed_methods))

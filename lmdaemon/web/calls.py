@@ -3,7 +3,7 @@
 It knows requests, answers and settings; what a call does is its handler's.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote
@@ -15,12 +15,14 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.dialects import content_of, uncoded
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import ID_MAX, Delivery, Session, id_problem
+from lmdaemon.model import ID_MAX, Delivery, Member, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.web import bodies
 from lmdaemon.web.documents import delivery_document, session_document, to_json
+from lmdaemon.web.events import Events
 from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import KINDS, Problem, invalid
+from lmdaemon.web.recent import Recent
 from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
@@ -52,6 +54,9 @@ class Context:
     health: Health
     metrics: Metrics
     expires_at: Callable[[Session], int | None]
+    recent: Recent
+    events: Events
+    members: Callable[[], Sequence[Member]]  # the daemons on this database
     settings: Settings = field(init=False)
 
     def operator(self, request: web.Request) -> Operator:
@@ -97,7 +102,7 @@ class Call:
     """One line of the table. `answers`: by status, what it means and the type of its body; the first is that of what
     the handler returns, unless it returns a response. `takes`: the query of a GET, the body of others. `problems`:
     codes besides those that any call may have, with a status where it is not the code's own. `links` name calls that
-    take the id of what a page begins with.
+    take the id of what a page begins with; `events` are those of a stream.
     """
 
     handler: Handler  # a method of a part of the API
@@ -112,6 +117,7 @@ class Call:
     takes: type[shapes.Request] | None = None
     media: str = "application/json"
     links: tuple[str, ...] = ()
+    events: Mapping[str, type[shapes.Answer]] = field(default_factory=dict)
 
     @property
     def part(self) -> str:

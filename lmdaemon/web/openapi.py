@@ -141,6 +141,8 @@ def _operation(call: Call) -> Json:
         operation["responses"]["200"]["links"] = {
             name: {"operationId": name, "parameters": first} for name in call.links
         }
+    if call.events:
+        operation["x-events"] = {name: _schema(kind) for name, kind in call.events.items()}
     return operation
 
 
@@ -324,6 +326,7 @@ _HEADERS: Mapping[int, Json] = {
 
 _TAKEN = {call.takes for call in CALLS if call.takes is not None and call.has_body}
 _ANSWERED = {kind for call in CALLS for _, kind in call.answers.values() if isinstance(kind, type)} - {str}
+_ANSWERED |= {kind for call in CALLS for kind in call.events.values()}
 
 
 def schemas() -> Json:

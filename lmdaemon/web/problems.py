@@ -65,6 +65,9 @@ KINDS = {
         "Use such a Host, or configure a token.",
     ),
     "internal-error": Kind(500, "A bug; the log has its traceback.", "Try again, with growing waits. Report it."),
+    "too-many-listeners": Kind(
+        503, "As many listen to events as may, or the daemon is stopping.", "Try again after `Retry-After` seconds."
+    ),
     "cannot-store": Kind(
         503,
         "Nothing can be stored or read now, and nothing was. No session grows older meanwhile.",
@@ -93,8 +96,12 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         )
 
     def answer(self, headers: Mapping[str, str] | None = None) -> web.Response:
+        wait = {"Retry-After": RETRY_AFTER_S} if self.status == 503 else {}
         return web.Response(
-            body=to_json(self.body), status=self.status, headers=headers, content_type="application/problem+json"
+            body=to_json(self.body),
+            status=self.status,
+            headers={**wait, **(headers or {})},
+            content_type="application/problem+json",
         )
 
 

@@ -8,6 +8,7 @@ from lmdaemon.web.administration import Administration
 from lmdaemon.web.calls import OPERATOR, SESSION, SESSIONS, Call
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.sessions import Sessions
+from lmdaemon.web.watching import Watching
 
 DELIVERY = "/v1/deliveries/{id}"
 HEALTH = "/health"
@@ -177,6 +178,50 @@ CALLS = (
         description="Whatever held it back: a hold or its breaker.",
         answers={200: ("The operator, released", shapes.Operator)},
         problems=("cannot-store",),
+    ),
+    Call(
+        handler=Watching.stream_events,
+        method="GET",
+        path="/v1/events",
+        name="streamEvents",
+        tag="daemon",
+        summary="Hear what happens, as it happens",
+        description="Server-sent events, until one side leaves; `event:` names the type of what stands in `data:` "
+        "(`x-events`). The first is `figures` with all operators, then `figures` come once a second. What happened "
+        "while nobody listened is not told. Who does not take 2,000 events is dropped; 32 may listen.",
+        takes=shapes.EventQuery,
+        answers={200: ("The stream", str)},
+        problems=("too-many-listeners",),
+        media="text/event-stream",
+        events={
+            "session.ended": shapes.Session,
+            "delivery.settled": shapes.DeliveryEvent,
+            "delivery.retry": shapes.DeliveryEvent,
+            "operator.changed": shapes.OperatorFigures,
+            "figures": shapes.FiguresEvent,
+        },
+    ),
+    Call(
+        handler=Watching.show_recent,
+        method="GET",
+        path="/v1/figures",
+        name="getFigures",
+        tag="daemon",
+        summary="Show the last hour in figures",
+        description="Kept in memory, so they begin with the daemon. The 60 seconds and the 60 minutes up to now.",
+        takes=shapes.NoQuery,
+        answers={200: ("The figures", shapes.RecentFigures)},
+    ),
+    Call(
+        handler=Watching.list_daemons,
+        method="GET",
+        path="/v1/daemons",
+        name="listDaemons",
+        tag="daemon",
+        summary="List the daemons on this database",
+        description="On SQLite there is one.",
+        takes=shapes.NoQuery,
+        answers={200: ("All of them", shapes.DaemonList)},
     ),
     Call(
         handler=Administration.show_health,

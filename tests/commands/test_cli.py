@@ -38,6 +38,7 @@ from commands import (
     secret_file,
     text_and_json,
 )
+from processes import process
 from support import scripted_operator
 
 from lmdaemon import __version__
@@ -1066,3 +1067,37 @@ def test_send_refuses_to_judge_an_operator_whose_secrets_are_out_of_reach(tmp_pa
     assert done.stderr == (
         "config.toml: operators.acme.signing_secret_file: cannot be read: Permission denied (handed-over)\n"
     )
+
+
+# -- events
+
+
+def test_events_are_printed_as_they_happen_and_a_restart_is_outlived(tmp_path: Path) -> None:
+    operators = '[operators.acme]\nprovider_id = "a"\nendpoint = ""\n'
+    with process(tmp_path, operators) as daemon_process:
+        printed = tmp_path / "printed"
+        with printed.open("w") as out:
+            tail = subprocess.Popen(
+                [*COMMAND, "events", "--json"], cwd=tmp_path, env=environment(), stdout=out, stderr=subprocess.STDOUT
+            )
+        try:
+            for life in (1, 2):
+                poll(lambda life=life: printed.read_text().count('"snapshot":true') == life)
+                path = f"{daemon_process.api}/v1/operators/acme/sessions/s{life}"
+                daemon_process.call("PUT", path, {"playerId": "p", "token": "t"})
+                daemon_process.call("POST", path + "/close")
+                poll(lambda life=life: f'"sessionId":"s{life}"' in printed.read_text())
+                if life == 1:
+                    assert daemon_process.stop() == 0
+                    daemon_process.start()
+        finally:
+            tail.terminate()
+            tail.wait(10)
+        assert "Traceback" not in printed.read_text()
+
+
+def test_events_of_a_daemon_that_is_not_there_fail_at_once(tmp_path: Path) -> None:
+    configure(tmp_path)
+    done = run("events", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "daemon not reachable" in done.stderr

@@ -1,0 +1,254 @@
+"""Server-sent events: what has just happened, for whoever listens. Without a listener nothing is made or kept.
+
+A listener has a queue of QUEUE_MAX events; one that does not take them is dropped, and so delays nobody. Nothing is
+sent again: a listener that comes back begins with the figures of all operators. Source: HTML, section 9.2.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from typing import NamedTuple
+
+from lmdaemon import retry, shapes
+from lmdaemon.clock import Clock
+from lmdaemon.log import Log
+from lmdaemon.model import Gate, Session, rfc3339
+from lmdaemon.store.contract import Settled, Settlement, Store, StoreObserver
+from lmdaemon.web.documents import session_document, to_json
+from lmdaemon.web.recent import Counts, Since, Totals, together
+
+LISTENERS_MAX = 32
+QUEUE_MAX = 2000  # events that wait for one listener
+FIGURES_EVERY_S = 1.0
+RECONNECT_MS = 2000  # which a browser is asked to wait
+
+log = Log("events")
+
+
+class Listener:
+    """One that listens, to all operators or to one: an event is kept as the bytes that are sent."""
+
+    def __init__(self, operator: str | None, abort: Callable[[], None]) -> None:
+        self.operator = operator
+        self.dropped = False
+        self._abort = abort
+        self._queue: deque[bytes] = deque()
+        self._filled = asyncio.Event()
+        self._closed = False
+
+    def wants(self, operator: str) -> bool:
+        return self.operator is None or self.operator == operator
+
+    def put(self, event: bytes) -> None:
+        if self._closed:
+            return
+        if len(self._queue) >= QUEUE_MAX:
+            self.dropped = True
+            self._queue.clear()
+            self.close()
+            self._abort()  # its handler waits for it to take something
+            return
+        self._queue.append(event)
+        self._filled.set()
+
+    def close(self) -> None:
+        """After what is in the queue there will be nothing."""
+        self._closed = True
+        self._filled.set()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """What is to be sent, in as few pieces as its reader allows, until it is closed."""
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            if self._queue:
+                chunk = b"".join(self._queue)
+                self._queue.clear()
+                yield chunk
+            elif self._closed:
+                return
+
+
+class _State(NamedTuple):
+    """What a listener is told of an operator when it changes."""
+
+    live: int
+    pending: int
+    dead: int
+    gate: Gate
+    breaker: str
+
+    @property
+    def kept_back(self) -> tuple[object, ...]:
+        gate = self.gate
+        return gate.held_at, gate.held_reason, self.breaker, gate.not_before_at, gate.probe_at if gate.pause_ms else 0
+
+
+class Events(StoreObserver):
+    """Hears what store and dispatcher tell, and tells the listeners. `operators()` names those that are configured."""
+
+    def __init__(self, store: Store, clock: Clock, totals: Totals, operators: Callable[[], Collection[str]]) -> None:
+        self._store = store
+        self._clock = clock
+        self._totals = totals
+        self._operators = operators
+        self._listeners: set[Listener] = set()
+        self._told: dict[str, _State] = {}  # as the listeners know them
+        self._since: Since
+        self._ticking: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    @property
+    def listeners(self) -> int:
+        return len(self._listeners)
+
+    @property
+    def full(self) -> bool:
+        return self._stopped or len(self._listeners) >= LISTENERS_MAX
+
+    def listen(self, operator: str | None, abort: Callable[[], None]) -> Listener:
+        """Adds a listener; the first makes the figures begin. Its first event is a snapshot. `abort` cuts it off,
+        should it be too slow.
+        """
+        listener = Listener(operator, abort)
+        if not self._listeners:
+            self._told.clear()
+            self._since = Since(self._totals, self._store.service_clock.now_ms)
+            self._ticking = asyncio.create_task(self._tick())
+        self._listeners.add(listener)
+        listener.put(f"retry: {RECONNECT_MS}\n\n".encode())
+        listener.put(self._snapshot(operator))
+        return listener
+
+    def leave(self, listener: Listener) -> None:
+        """Forgets a listener; with the last one all ends."""
+        self._listeners.discard(listener)
+        if listener.dropped:
+            log.warning("events.listener_dropped", operator=listener.operator, waiting=QUEUE_MAX)
+        if not self._listeners and self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+
+    def configured(self) -> None:
+        """There are other operators: everybody begins anew."""
+        for listener in self._listeners:
+            listener.put(self._snapshot(listener.operator))
+
+    def stop(self) -> None:
+        """Ends all streams, at a stop of the daemon."""
+        self._stopped = True
+        for listener in self._listeners:
+            listener.close()
+
+    # -- what is heard
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        if self._listeners:
+            self._since.sessions_ended(sessions)
+            for session in sessions:
+                self._tell("session.ended", session.operator, session_document(session, None))
+
+    def gate_changed(self, operator: str) -> None:
+        if self._listeners and operator in self._operators():
+            state, told = self._state(operator), self._told.get(operator)
+            self._told[operator] = state
+            if told is None or state.kept_back != told.kept_back:
+                self._tell("operator.changed", operator, self._figures_of(operator, Counts()))
+
+    def settled(self, settlement: Settlement, settled: Settled) -> None:
+        """The result of an attempt was stored; `retry` where the delivery is pending still."""
+        if self._listeners:
+            name = "delivery.retry" if settlement.state == "pending" else "delivery.settled"
+            self._tell(name, settlement.delivery.operator, _delivery(settlement, settled.due_at))
+
+    # -- what is told
+
+    def _tell(self, name: str, operator: str, document: shapes.Answer) -> None:
+        event = None
+        for listener in self._listeners:
+            if listener.wants(operator):
+                event = event or _event(name, document)
+                listener.put(event)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(FIGURES_EVERY_S)
+            self.tell_figures()
+
+    def tell_figures(self) -> None:
+        """What has changed since the last time; listeners to one operator hear of that one alone."""
+        counts = self._since.take()
+        items = {}
+        for name in self._operators():
+            state = self._state(name)
+            if name in counts or state != self._told.get(name):
+                items[name] = self._figures_of(name, counts.get(name, Counts()))
+                self._told[name] = state
+        everything = _event("figures", self._figures(list(items.values()), together(counts), snapshot=False))
+        for listener in self._listeners:
+            if listener.operator is None:
+                listener.put(everything)
+            else:
+                own = [items[listener.operator]] if listener.operator in items else []
+                of_all = counts.get(listener.operator, Counts())
+                listener.put(_event("figures", self._figures(own, of_all, snapshot=False)))
+
+    def _snapshot(self, operator: str | None) -> bytes:
+        names = [name for name in self._operators() if operator in (None, name)]
+        shown = {name: self._figures_of(name, Counts()) for name in names}
+        self._told |= {name: self._state(name) for name in names}
+        return _event("figures", self._figures(list(shown.values()), Counts(), snapshot=True))
+
+    def _figures(self, items: list[shapes.OperatorFigures], counts: Counts, *, snapshot: bool) -> shapes.FiguresEvent:
+        figures = self._store.figures.values()
+        return shapes.FiguresEvent(
+            at=rfc3339(self._clock.wall_ms()),
+            snapshot=snapshot,
+            live=self._store.live,
+            pending=sum(one.pending for one in figures),
+            dead=sum(one.dead for one in figures),
+            **counts._asdict(),
+            operators=items,
+        )
+
+    def _state(self, operator: str) -> "_State":
+        """Compared each second for each operator, so as cheap as it can be."""
+        figures, gate = self._store.figures_of(operator), self._store.gate(operator)
+        breaker = retry.breaker(gate, self._clock.wall_ms()) if gate.failures else "closed"
+        return _State(figures.live, figures.pending, figures.dead, gate, breaker)
+
+    def _figures_of(self, operator: str, counts: Counts) -> shapes.OperatorFigures:
+        now_at = self._clock.wall_ms()
+        gate, figures = self._store.gate(operator), self._store.figures_of(operator)
+        return shapes.OperatorFigures(
+            operator=operator,
+            live=figures.live,
+            pending=figures.pending,
+            dead=figures.dead,
+            held=gate.held_at is not None,
+            held_reason=gate.held_reason,
+            breaker=retry.breaker(gate, now_at),
+            not_before=rfc3339(retry.not_before(gate, now_at)),
+            **counts._asdict(),
+        )
+
+
+def _delivery(settlement: Settlement, due_at: int) -> shapes.DeliveryEvent:
+    delivery, attempt = settlement.delivery, settlement.attempt or {}
+    return shapes.DeliveryEvent(
+        id=delivery.webhook_id,
+        operator=delivery.operator,
+        session_id=delivery.session_id,
+        sink=delivery.sink,
+        state=settlement.state,
+        attempts=delivery.attempts + (bool(settlement.attempt) and settlement.spent),
+        due_at=rfc3339(due_at) if settlement.state == "pending" else None,
+        duration_ms=attempt.get("durationMs"),
+        status=attempt.get("status"),
+        code=attempt.get("code"),
+        error=attempt.get("error") if attempt else delivery.last_error,
+    )
+
+
+def _event(name: str, document: shapes.Answer) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), to_json(document))

@@ -1,0 +1,166 @@
+"""What the last hour was like, in memory: touches, ends, deliveries and lag, by second and by minute.
+
+Nothing is counted a second time: the counters of `metrics` are read when a second has passed in which something was
+committed, and never while nothing is. For all operators together, and for those that count most, at most OPERATORS_MAX
+of them, so that it takes less than 1 MiB however many there are.
+"""
+
+import heapq
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from lmdaemon.clock import Clock
+from lmdaemon.model import Session
+from lmdaemon.store.contract import StoreObserver
+
+SLOTS = 60
+STEPS_S = (1, 60)
+OPERATORS_MAX = 100
+
+
+class Counts(NamedTuple):
+    """Of one operator, or of all: touches, ends, attempts that delivered and that failed, and by how many milliseconds
+    the latest end for inactivity came after its deadline.
+    """
+
+    touches: int = 0
+    ends: int = 0
+    delivered: int = 0
+    failed: int = 0
+    lag_ms: int = 0
+
+
+Totals = Callable[[], Mapping[str, tuple[int, int, int, int]]]
+
+
+class Since(StoreObserver):
+    """What has happened since it was last asked. `totals()` gives touches, ends, deliveries and failures since the
+    start by operator; `service_ms()` the service time.
+    """
+
+    def __init__(self, totals: Totals, service_ms: Callable[[], float]) -> None:
+        self._totals = totals
+        self._service_ms = service_ms
+        self._before: Mapping[str, tuple[int, int, int, int]] = totals()
+        self._lag_ms: dict[str, int] = {}
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        now_ms = self._service_ms()
+        for one in sessions:
+            if one.reason == "inactivity":
+                lag_ms = int(now_ms - one.seen_ms - one.idle_ms)
+                if lag_ms > self._lag_ms.get(one.operator, 0):
+                    self._lag_ms[one.operator] = lag_ms
+
+    def take(self) -> dict[str, Counts]:
+        """By operator, for those of which there is anything to tell."""
+        totals, lag_ms, none = self._totals(), self._lag_ms, (0, 0, 0, 0)
+        found = {}
+        for operator, counts in totals.items():
+            before = self._before.get(operator, none)
+            if counts != before or operator in lag_ms:
+                # an operator that has left the configuration and come back begins at 0 again
+                touches, ends, delivered, failed = (
+                    max(0, now - then) for now, then in zip(counts, before, strict=True)
+                )
+                found[operator] = Counts(touches, ends, delivered, failed, lag_ms.get(operator, 0))
+        self._before, self._lag_ms = totals, {}
+        return found
+
+
+def together(counts: Mapping[str, Counts]) -> Counts:
+    """Of all operators: sums, and the greatest lag."""
+    if not counts:
+        return Counts()
+    touches, ends, delivered, failed, lag_ms = zip(*counts.values(), strict=True)
+    return Counts(sum(touches), sum(ends), sum(delivered), sum(failed), max(lag_ms))
+
+
+class Ring:
+    """Counts of the last SLOTS steps. Each slot knows the step it was last used for, so none has to be emptied."""
+
+    def __init__(self) -> None:
+        self._steps = array("q", [-1]) * SLOTS
+        self._values = tuple(array("I", [0]) * SLOTS for _ in Counts._fields)
+
+    def add(self, step: int, counts: Counts) -> None:
+        slot = step % SLOTS
+        is_new = self._steps[slot] != step
+        self._steps[slot] = step
+        for name, values, value in zip(Counts._fields, self._values, counts, strict=True):
+            before = 0 if is_new else values[slot]
+            values[slot] = min(2**32 - 1, max(before, value) if name == "lag_ms" else before + value)
+
+    def until(self, step: int) -> list[list[int]]:
+        """The steps up to this one, the oldest first; a list for each of the counts."""
+        steps = range(step - SLOTS + 1, step + 1)
+        return [
+            [values[one % SLOTS] if self._steps[one % SLOTS] == one else 0 for one in steps] for values in self._values
+        ]
+
+
+class Recent(StoreObserver):
+    """The rings, kept up with each commit of a new second."""
+
+    def __init__(self, totals: Totals, service_ms: Callable[[], float], clock: Clock) -> None:
+        self._since = Since(totals, service_ms)
+        self._totals = totals
+        self._clock = clock
+        self._second = self._now()
+        self._all = self._rings()
+        self._kept: dict[str, tuple[Ring, ...]] = {}
+
+    @staticmethod
+    def _rings() -> tuple[Ring, ...]:
+        return tuple(Ring() for _ in STEPS_S)
+
+    def _now(self) -> int:
+        return int(self._clock.monotonic())
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        self._since.sessions_ended(sessions)
+
+    def committed(self, operations: int, took_s: float) -> None:
+        if self._now() != self._second:
+            self.look()
+
+    def look(self) -> None:
+        """Counts what has happened since the last look. Nothing was committed between its second and this one."""
+        second, self._second = self._second, self._now()
+        counts = self._since.take()
+        if counts:
+            self._make_room(counts, new_minute=second // 60 != self._second // 60)
+            for name, rings in self._kept.items():
+                if name in counts:
+                    self._add(rings, second, counts[name])
+            self._add(self._all, second, together(counts))
+
+    @staticmethod
+    def _add(rings: tuple[Ring, ...], second: int, counts: Counts) -> None:
+        for ring, step_s in zip(rings, STEPS_S, strict=True):
+            ring.add(second // step_s, counts)
+
+    def _make_room(self, counts: Mapping[str, Counts], *, new_minute: bool) -> None:
+        """Begins with those that are new, while there is room; once a minute those that count most get it."""
+        new = [name for name in counts if name not in self._kept]
+        if len(self._kept) + len(new) > OPERATORS_MAX:
+            if not new_minute:
+                new = new[: OPERATORS_MAX - len(self._kept)]
+            else:
+                totals = self._totals()
+                most = set(heapq.nlargest(OPERATORS_MAX, totals, key=lambda name: sum(totals[name])))
+                self._kept = {name: rings for name, rings in self._kept.items() if name in most}
+                new = [name for name in new if name in most]
+        self._kept |= {name: self._rings() for name in new}
+
+    def series(self) -> tuple[int, dict[str | None, list[list[list[int]]]]]:
+        """The monotonic second of the last slot, and for all operators (None) and each that is kept, for each of
+        STEPS_S, a list of SLOTS for each of the counts.
+        """
+        self.look()
+        rings: list[tuple[str | None, tuple[Ring, ...]]] = [(None, self._all), *self._kept.items()]
+        return self._second, {
+            name: [ring.until(self._second // step_s) for ring, step_s in zip(own, STEPS_S, strict=True)]
+            for name, own in rings
+        }

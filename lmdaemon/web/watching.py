@@ -1,0 +1,81 @@
+"""The calls of who watches: events as they happen, the last hour, and the daemons there are."""
+
+from aiohttp import web
+
+from lmdaemon import shapes
+from lmdaemon.model import rfc3339
+from lmdaemon.web.calls import Asked, Context
+from lmdaemon.web.listener import until_client_leaves
+from lmdaemon.web.problems import Problem
+from lmdaemon.web.recent import STEPS_S, Counts
+
+_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would keep events until it has a page of them
+}
+
+
+class Watching:
+    """Their handlers."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._events = context.events
+
+    async def stream_events(self, asked: Asked[shapes.EventQuery]) -> web.StreamResponse:
+        request = asked.request
+        if request.method == "HEAD":
+            return web.Response(headers=_HEADERS)
+        if self._events.full:
+            raise Problem("too-many-listeners", "as many listen as may, or the daemon is stopping")
+        response = web.StreamResponse(headers=_HEADERS)
+
+        def abort() -> None:
+            if request.transport is not None:
+                request.transport.abort()
+
+        listener = self._events.listen(asked.given.operator or None, abort)
+        try:
+            with until_client_leaves(request):
+                await response.prepare(request)
+                async for chunk in listener.chunks():
+                    await response.write(chunk)
+        except ConnectionError:
+            pass  # it has gone, or was too slow
+        finally:
+            self._events.leave(listener)
+        return response
+
+    async def show_recent(self, asked: Asked[shapes.NoQuery]) -> shapes.RecentFigures:
+        second, series = self._context.recent.series()
+        now_at = self._context.clock.wall_ms()
+        spans = [
+            shapes.Span(
+                step_seconds=step_s,
+                ends_at=rfc3339(now_at + (step_s - second % step_s) * 1000),
+                series=[
+                    shapes.Series(operator=operator, **dict(zip(Counts._fields, spans[at], strict=True)))
+                    for operator, spans in series.items()
+                ],
+            )
+            for at, step_s in enumerate(STEPS_S)
+        ]
+        return shapes.RecentFigures(at=rfc3339(now_at), spans=spans)
+
+    async def list_daemons(self, asked: Asked[shapes.NoQuery]) -> shapes.DaemonList:
+        return shapes.DaemonList(
+            items=[
+                shapes.Daemon(
+                    name=one.name,
+                    version=one.version,
+                    address=one.address,
+                    since=rfc3339(one.since_at),
+                    last_heard_at=rfc3339(one.heard_at),
+                    service_lag_ms=one.lag_ms,
+                    operators=list(one.operators),
+                    self=one.is_self,
+                )
+                for one in self._context.members()
+            ]
+        )

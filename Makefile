@@ -11,6 +11,7 @@
 # make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
 #              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
 #              tables grow
+# make manual  write docs/check.md anew from the checks
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
 # make deb     the same as a Debian package, in dist/
@@ -32,7 +33,7 @@ WORKERS ?= auto
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run test docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types install uninstall deb \
+.PHONY: run test docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb \
 	clean
 
 run: $(VENV)/.run
@@ -86,6 +87,9 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+manual: $(VENV)/.run
+	$(BIN)/python -c 'from lmdaemon.workbench.manual import check_page; print(check_page(), end="")' >docs/check.md
 
 install uninstall:
 	@$(LAYOUT) sh systemd/install.sh $@

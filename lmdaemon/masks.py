@@ -135,8 +135,13 @@ def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
     """
     fields = fields_of(operator, body)
     sent = (fields.get(operator.sends.fields.get(meaning, "")) for meaning in ("token", "hash"))
+    return Mask((token, *sent, *secrets_of(operator)))
+
+
+def secrets_of(operator: Operator) -> list[str | None]:
+    """What every request to the operator is made with."""
     keys = (base64.b64encode(key).decode() for key in operator.signing_keys)
-    return Mask((token, *sent, operator.hash_key, *keys, *_of_url(operator)))
+    return [operator.hash_key, *keys, *_of_url(operator)]
 
 
 def fields_of(operator: Operator, body: bytes) -> Mapping[str, str]:

@@ -50,6 +50,7 @@ COMMANDS = {
         "send:send",
         "send one SessionExpired now and print both sides of it; exit code 0 only when it is delivered",
     ),
+    "check": ("check:check", "try an operator's endpoint with made-up notices and report what it gets wrong"),
     "backup": ("backup:backup", "write a consistent copy of the database, also while the daemon runs"),
     "restore": (
         "backup:restore",

@@ -1,7 +1,7 @@
 """Reads from the options which endpoint a command talks to: an operator of the configuration, or any URL."""
 
 import argparse
-from typing import Any, TypeVar
+from typing import Any
 
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.shared import Usage, secret_file
@@ -14,14 +14,13 @@ from lmdaemon.dialects import SHIPPED
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
 from lmdaemon.tls import Profile
-
-_Struct = TypeVar("_Struct", Operator, Policy)
+from lmdaemon.workbench.bench import changed
 
 
 def recipient(args: argparse.Namespace, command: str) -> Operator:
     """The operator of the configuration as changed by the options, or one made of the options alone. Raises Usage."""
     dialects = dict(SHIPPED)
-    operator = _stranger()
+    operator = stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
         of_operator = [f"operators.{args.operator}"] if args.operator else []
         settings = configured(args, "sessions", "delivery", "dialects", *of_operator)
@@ -44,18 +43,14 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
     if getattr(args, "signing_secret_file", None):
         changes["signing_keys"] = _signing_keys(args)
     if args.timeout:
-        changes["policy"] = _changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
-    operator = _changed(operator, **changes)
+        changes["policy"] = changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
+    operator = changed(operator, **changes)
     if not operator.url:
         raise Usage(f"{command}: give --url, or an operator of the configuration that has a url")
     return operator
 
 
-def _changed(struct: _Struct, **changes: Any) -> _Struct:
-    return type(struct)(**{name: getattr(struct, name) for name in struct.__struct_fields__} | changes)
-
-
-def _stranger() -> Operator:
+def stranger() -> Operator:
     """The operator for `--url` alone, with the defaults of the configuration where no option changes them."""
     return Operator(
         name="(none)",

@@ -11,10 +11,11 @@ import hmac
 import math
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import cache, partial
 
 import aiohttp
+from yarl import URL
 
 from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
@@ -43,10 +44,15 @@ class Sender:
     of the process.
 
     A connection belongs to the TLS context that it was made with: another context, as after a reload, never gets it.
+    `keepalive_s` is how long an idle one is kept, `traces` are told of what aiohttp does.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(
+        self, clock: Clock, *, keepalive_s: float = KEEPALIVE_S, traces: Sequence[aiohttp.TraceConfig] = ()
+    ) -> None:
         self._clock = clock
+        self._keepalive_s = keepalive_s
+        self._traces = list(traces)
         self._clients: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
@@ -58,7 +64,7 @@ class Sender:
         if guarded not in self._clients:
             connector = aiohttp.TCPConnector(
                 limit=0,  # a shared limit would couple operators; each lane has its own slots
-                keepalive_timeout=KEEPALIVE_S,
+                keepalive_timeout=self._keepalive_s,
                 ttl_dns_cache=10,
                 resolver=Resolver(guarded=guarded),
             )
@@ -72,6 +78,7 @@ class Sender:
                 max_line_size=HEAD_MAX,
                 max_field_size=HEAD_MAX,
                 max_headers=HEADERS_MAX,
+                trace_configs=self._traces,
             )
         return self._clients[guarded]
 
@@ -83,16 +90,30 @@ class Sender:
 
         Raises Unreachable.
         """
+        headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
+        return await self.ask(operator, headers, body)
+
+    async def ask(
+        self,
+        operator: Operator,
+        headers: Mapping[str, str],
+        body: bytes | AsyncIterator[bytes],
+        *,
+        method: str = "POST",
+        url: URL | None = None,
+    ) -> tuple[int, Mapping[str, str], bytes, bool]:
+        """Any request, with the bounds of `post`, to the operator's URL or another one. Raises Unreachable."""
         target = operator.target
         assert target is not None  # noqa: S101 - without one there is nothing to post to
         if target.private and not operator.allow_private_network:
             raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
-        headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
+        url = url or target.url
         try:
-            response = await self._client(guarded=not operator.allow_private_network).post(
-                target.url,
-                ssl=operator.tls.context if target.url.scheme == "https" else True,
-                data=body,
+            response = await self._client(guarded=not operator.allow_private_network).request(
+                method,
+                url,
+                ssl=operator.tls.context if url.scheme == "https" else True,
+                data=body or None,
                 headers=headers,
                 allow_redirects=False,
                 timeout=_deadline(operator.policy.timeout_s),

@@ -1,0 +1,109 @@
+"""`lmdaemon check`: tries an operator's SessionExpired endpoint with made-up notices, and reports what it found.
+
+Nothing is sent but to the target that was named.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, file
+from lmdaemon.commands.recipient import checked_id, recipient
+from lmdaemon.commands.shared import (
+    FAILED,
+    STOPPED,
+    Failed,
+    Usage,
+    line,
+    player_token,
+    print_json,
+    quiet_libraries,
+    reason,
+)
+from lmdaemon.workbench import reports
+from lmdaemon.workbench.bench import Check, Limits
+from lmdaemon.workbench.exchanges import shown_url
+from lmdaemon.workbench.runner import Result, Runner, chosen
+
+
+@command(
+    argument("operator", nargs="?", metavar="OPERATOR", help="check as the daemon would send to this operator"),
+    argument("--url", metavar="URL", help="check this instead; private addresses are allowed, you chose it"),
+    argument("--dialect", metavar="NAME", help="instead of the operator's (without one: v4)"),
+    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
+    argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
+    *PLAYER_TOKEN,
+    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
+    argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
+    argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
+    argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
+    argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
+    argument("--burst", action="store_true", help="not 5 requests a second but as fast as it goes, 50 at once"),
+    argument("--junit", type=file, metavar="FILE", help="write a JUnit report"),
+    argument("--html", type=file, metavar="FILE", help="write a report as one HTML page"),
+    JSON,
+)
+def check(args: argparse.Namespace) -> int:
+    operator = recipient(args, "check")
+    if "hash" in operator.sends.required and operator.hash_key is None:
+        raise Usage(f"check: dialect {operator.sends.name} needs --hash-key-file")
+    try:
+        checks = chosen(_names(args.only), _names(args.skip))
+    except ValueError as error:
+        raise Usage(f"check: {error}") from None
+    progress = _Progress(len(checks), shown=sys.stderr.isatty(), results=not args.json)
+    runner = Runner(
+        operator,
+        checks=checks,
+        player=checked_id(args.player, "--player") if args.player else None,
+        token=player_token(args),
+        limits=Limits(burst=args.burst),
+        on_begin=progress.began,
+        on_result=progress.ended,
+    )
+    quiet_libraries()
+    if not args.json:
+        print(line(reports.heading(shown_url(operator.url), operator.sends.name)), flush=True)
+    report = asyncio.run(runner.run())
+    if args.json:
+        print_json(report.as_json())
+    else:
+        for text in reports.summary_lines(report):
+            print(line(text))
+    if args.junit:
+        _write(args.junit, reports.junit(report), "--junit")
+    if args.html:
+        _write(args.html, reports.html(report), "--html")
+    return STOPPED if report.is_good else FAILED
+
+
+def _names(given: list[str] | None) -> list[str]:
+    return [name.strip() for one in given or () for name in one.split(",") if name.strip()]
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Failed(f"{option}: {path} cannot be written: {reason(error)}") from None
+
+
+class _Progress:
+    """Prints each result as it comes and, on a terminal, which check is under way."""
+
+    def __init__(self, total: int, *, shown: bool, results: bool) -> None:
+        self._total = total
+        self._shown = shown
+        self._results = results
+
+    def began(self, check: Check, number: int) -> None:
+        if self._shown:
+            print(f"\r\x1b[K{number}/{self._total} {check.id}", end="", file=sys.stderr, flush=True)
+
+    def ended(self, result: Result) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self._results:
+            for text in reports.result_lines(result):
+                print(line(text), flush=True)

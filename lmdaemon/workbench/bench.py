@@ -1,0 +1,170 @@
+"""What a check works with: the target, made-up notices, the wire, and what other checks have found out."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from lmdaemon.clock import Clock
+from lmdaemon.config.settings import Operator, Policy
+from lmdaemon.dialects import Dialect
+from lmdaemon.workbench import explain
+from lmdaemon.workbench.exchanges import Exchange
+from lmdaemon.workbench.notices import Fields, Notices
+from lmdaemon.workbench.wire import Wire
+
+Struct = TypeVar("Struct", Operator, Policy)
+Verdict = Literal["pass", "warn", "fail", "skipped"]
+# When a check has its turn: `late` ones need time to have passed or disturb the others, a `summary` looks at them all.
+Turn = Literal["first", "usual", "late", "summary"]
+
+
+class Finding(NamedTuple):
+    """What one check came to. `evidence` are the exchanges that show it."""
+
+    verdict: Verdict
+    text: str
+    evidence: Sequence[Exchange] = ()
+
+
+class Skip(Exception):  # noqa: N818 - a result
+    """A check does not apply, or cannot be made; the text says why."""
+
+
+class Check(NamedTuple):
+    """One thing that is tried. `id` is `group.name`; `title` says what is tried, `why` why it matters, `hint` what to
+    do when it fails.
+    """
+
+    id: str
+    title: str
+    why: str
+    hint: str
+    run: "Callable[[Bench], Awaitable[Finding]]"
+    turn: Turn = "usual"
+
+    @property
+    def group(self) -> str:
+        return self.id.partition(".")[0]
+
+
+class Told(NamedTuple):
+    """A valid notice that was sent, and what came back."""
+
+    session: str
+    fields: Fields
+    body: bytes
+    webhook_id: str
+    exchange: Exchange
+
+
+class Limits(NamedTuple):
+    """`patience_s`: how long a slow body is sent; `lull_s`: the wait before a notice is repeated as a later attempt."""
+
+    burst: bool = False
+    patience_s: float = 15.0
+    lull_s: float = 1.1
+
+
+class Bench:
+    """`found` are the findings so far by check, `by_check` the exchanges each has made."""
+
+    def __init__(self, operator: Operator, notices: Notices, wire: Wire, clock: Clock, limits: Limits) -> None:
+        self.operator = operator
+        self.dialect: Dialect = operator.sends
+        self.notices = notices
+        self.wire = wire
+        self.clock = clock
+        self.limits = limits
+        self.found: dict[str, Finding] = {}
+        self.by_check: dict[str, list[Exchange]] = {}
+        self._first: Told | None = None
+
+    @property
+    def host(self) -> str:
+        assert self.operator.target is not None  # noqa: S101 - nobody is checked without a URL
+        return self.operator.target.url.raw_host or ""
+
+    @property
+    def is_https(self) -> bool:
+        assert self.operator.target is not None  # noqa: S101
+        return self.operator.target.url.scheme == "https"
+
+    def now_s(self) -> float:
+        return self.clock.wall_ms() / 1000
+
+    async def pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def post(
+        self, body: bytes, *, headers: Mapping[str, str] | None = None, webhook_id: str | None = None, **options: Any
+    ) -> Exchange:
+        """One request with the headers that the daemon would send along, and those given instead."""
+        made = self.notices.headers(body, self.now_s(), webhook_id) | dict(headers or {})
+        return await self.wire.send(body, made, **options)
+
+    async def tell(self, fields: Fields | None = None, **options: Any) -> Told:
+        """One notice with the hash that fits."""
+        fields = fields or self.notices.fields()
+        body = self.notices.body(fields)
+        webhook_id = self.notices.webhook_id()
+        exchange = await self.post(body, webhook_id=webhook_id, **options)
+        return Told(str(fields[self.dialect.fields["session"]]), fields, body, webhook_id, exchange)
+
+    async def first(self) -> Told:
+        """The first valid notice of the run, on the connection that is kept."""
+        if self._first is None:
+            self._first = await self.tell(keep=True)
+        return self._first
+
+    async def accepted(self) -> Told:
+        """The first valid notice. Raises Skip unless it was accepted: an endpoint that takes none tells nothing."""
+        told = await self.first()
+        if not told.exchange.accepted:
+            raise Skip("the valid notice of answer.valid was not accepted, so this says nothing yet")
+        return told
+
+    def said(self, exchange: Exchange) -> str:
+        return explain.exchange(exchange, self.dialect)
+
+
+def changed(struct: Struct, **changes: Any) -> Struct:
+    """A copy of an operator or a policy with other values."""
+    return type(struct)(**{name: getattr(struct, name) for name in struct.__struct_fields__} | changes)
+
+
+def run_id() -> str:
+    return secrets.token_hex(3)
+
+
+# -- findings that several checks share
+
+
+def accepted(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Finding:
+    """Fails when one of them was not taken."""
+    for one in exchanges:
+        if not one.accepted:
+            return Finding("fail", bench.said(one), (one,))
+    return Finding("pass", told)
+
+
+def refused(bench: Bench, cases: Sequence[tuple[str, Exchange]], *meanings: str) -> Finding:
+    """Each case must be refused with the code of one of the meanings. Another code of the dialect's own is a warning;
+    one that says "please retry" is a failure, for the same notice would come again for days.
+    """
+    codes = {bench.dialect.codes.of(meaning) for meaning in meanings}
+    wanted = " or ".join(f"{code:g}" for code in sorted(codes))
+    worst = Finding("pass", "refused" if len(cases) == 1 else f"all {len(cases)} are refused")
+    for case, one in cases:
+        where = f"{case}: " if case else ""
+        said = bench.said(one)
+        if one.accepted:
+            return Finding("fail", f"{where}it was accepted, where `error` {wanted} is expected", (one,))
+        if one.code is None or one.code == 0 or (one.status or 0) >= 500:
+            return Finding("fail", f"{where}{said}, where 200 with `error` {wanted} is expected", (one,))
+        if one.code == bench.dialect.codes.of("retry"):
+            return Finding("fail", f"{where}{said}: a sender would repeat it for days, to no effect", (one,))
+        named = explain.meaning_of(one.code, bench.dialect)
+        if one.code not in codes and named and worst.verdict == "pass":
+            worst = Finding("warn", f"{where}{said}, where `error` {wanted} is expected", (one,))
+    return worst

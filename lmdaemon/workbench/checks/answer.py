@@ -1,0 +1,215 @@
+"""The answer: what it says and how it is written. But for `valid` they look at all answers of the run."""
+
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import orjson
+
+from lmdaemon.dialects import without_mark
+from lmdaemon.workbench import explain
+from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
+from lmdaemon.workbench.exchanges import Answer, Exchange
+
+CLOCK_OFF_S = 30
+# What is answered before anything is parsed has rules of its own
+_BEFORE_PARSING = (
+    "connection.plain-http",
+    "strictness.content-type",
+    "strictness.method",
+    "strictness.large-body",
+    "strictness.slow-body",
+    "authenticity.credentials",
+    "authenticity.client-certificate",
+    "behaviour.burst",
+)
+
+
+def _answers(bench: Bench) -> Iterator[tuple[Exchange, Answer]]:
+    """The answers of checks that passed: what another check has blamed already is not blamed twice."""
+    for check, exchanges in bench.by_check.items():
+        finding = bench.found.get(check)
+        if check in _BEFORE_PARSING or (finding is not None and finding.verdict == "fail"):
+            continue
+        for one in exchanges:
+            if one.answer is not None and one.code is not None:
+                yield one, one.answer
+
+
+def _some(bench: Bench) -> list[tuple[Exchange, Answer]]:
+    found = list(_answers(bench))
+    if not found:
+        raise Skip("there was no answer to look at")
+    return found
+
+
+def _object(answer: Answer) -> dict[str, Any]:
+    return dict(orjson.loads(without_mark(answer.body)))
+
+
+async def valid(bench: Bench) -> Finding:
+    one = (await bench.first()).exchange
+    if one.accepted:
+        return Finding("pass", bench.said(one))
+    if one.answer is not None and 300 <= one.answer.status < 400:
+        raise Skip("the answer is a redirect: see connection.no-redirect")
+    return Finding("fail", bench.said(one), (one,))
+
+
+async def content_type(bench: Bench) -> Finding:
+    for one, answer in _some(bench):
+        found = answer.headers.get("Content-Type", "")
+        if found.partition(";")[0].strip().lower() != "application/json":
+            return Finding("warn", f"Content-Type is {found or 'missing'}", (one,))
+    return Finding("pass", "application/json")
+
+
+async def description(bench: Bench) -> Finding:
+    for one, answer in _some(bench):
+        found = _object(answer).get("description")
+        if not isinstance(found, str):
+            said = "is missing" if found is None else "is no text"
+            return Finding("warn", f"`description` {said}", (one,))
+    return Finding("pass", "a text in every answer")
+
+
+async def error_number(bench: Bench) -> Finding:
+    for one, answer in _some(bench):
+        found = _object(answer).get("error")
+        if type(found) is not int:
+            return Finding("warn", f"`error` is written as {orjson.dumps(found).decode()}", (one,))
+    return Finding("pass", "a number in every answer")
+
+
+async def codes(bench: Bench) -> Finding:
+    unknown: dict[float, Exchange] = {}
+    for one, _ in _some(bench):
+        if one.code is not None and not explain.meaning_of(one.code, bench.dialect):
+            unknown.setdefault(one.code, one)
+    if unknown:
+        listed = ", ".join(f"{code:g}" for code in sorted(unknown))
+        return Finding("fail", f"dialect {bench.dialect.name} has no `error` {listed}", tuple(unknown.values())[:2])
+    return Finding("pass", "every code is one of the dialect's")
+
+
+async def refusal_status(bench: Bench) -> Finding:
+    refusals = [one for one, answer in _some(bench) if one.code != 0]
+    if not refusals:
+        raise Skip("nothing was refused")
+    for one in refusals:
+        if one.status != 200:
+            return Finding("fail", f"`error` {one.code:g} came with HTTP {one.status}", (one,))
+    return Finding("pass", f"200 with all {len(refusals)} refusals")
+
+
+async def framing(bench: Bench) -> Finding:
+    for one, answer in _some(bench):
+        if encoding := answer.headers.get("Content-Encoding", ""):
+            return Finding("fail", f"Content-Encoding {encoding}, which nobody asked for", (one,))
+        if explain.starts_with_mark(answer.body):
+            return Finding("warn", "the body begins with a byte-order mark", (one,))
+        has_length = "Content-Length" in answer.headers or "Transfer-Encoding" in answer.headers
+        if not has_length:
+            return Finding("warn", "neither Content-Length nor chunks: the answer ends with the connection", (one,))
+    return Finding("pass", "the length is told, nothing is compressed")
+
+
+async def no_echo(bench: Bench) -> Finding:
+    if "token" not in bench.dialect.fields:
+        raise Skip(f"dialect {bench.dialect.name} has no token")
+    token = bench.notices.token
+    for one in bench.wire.exchanges:
+        if one.answer is not None and token.encode() in one.answer.body:
+            return Finding("fail", "the answer repeats the token", (one,))
+    return Finding("pass", "no answer repeats the token")
+
+
+async def clock(bench: Bench) -> Finding:
+    for one, answer in _some(bench)[-1:]:
+        text = answer.headers.get("Date")
+        if text is None:
+            raise Skip("there is no Date header")
+        try:
+            off_s = parsedate_to_datetime(text).timestamp() - bench.now_s()
+        except (ValueError, TypeError, OverflowError):
+            return Finding("warn", f"Date is no date: {text[:40]}", (one,))
+        if abs(off_s) > CLOCK_OFF_S:
+            return Finding("warn", f"its clock is {abs(off_s):.0f} s {'ahead' if off_s > 0 else 'behind'}", (one,))
+    return Finding("pass", f"within {CLOCK_OFF_S} s of ours")
+
+
+CHECKS = (
+    Check(
+        "answer.valid",
+        "A valid notice is answered with HTTP 200 and `error` 0.",
+        "Nothing else is success: whatever else comes, the sender repeats the notice for days.",
+        'Answer {"error": 0, "description": "Success"} with status 200. An endpoint that only takes players and tokens '
+        "that it knows needs those of a test player: --player, --token-file.",
+        valid,
+        "first",
+    ),
+    Check(
+        "answer.content-type",
+        "Content-Type is application/json.",
+        "Some senders, proxies and logs treat anything else as text or as an error page.",
+        "Set Content-Type: application/json.",
+        content_type,
+        "summary",
+    ),
+    Check(
+        "answer.description",
+        "`description` is a text.",
+        "The page defines it, and it is what a person reads when a notice fails.",
+        'Add "description" with a few words in every answer.',
+        description,
+        "summary",
+    ),
+    Check(
+        "answer.error-number",
+        "`error` is written as a whole number.",
+        'The page says number; senders that are strict do not take "0" or 0.0.',
+        "Write 0 without quotes.",
+        error_number,
+        "summary",
+    ),
+    Check(
+        "answer.codes",
+        "Every `error` is a code of the dialect.",
+        "A sender knows what to do only with the codes on the page; any other is repeated for days.",
+        "Use the codes in the table of answer codes.",
+        codes,
+        "summary",
+    ),
+    Check(
+        "answer.refusal-status",
+        "A refusal has HTTP 200 too, its reason stands in `error`.",
+        "The status tells of transport, the code of the notice; proxies replace the body of a 4xx or 5xx.",
+        "Answer 200 to every request whose body was read, and put the code into `error` alone.",
+        refusal_status,
+        "summary",
+    ),
+    Check(
+        "answer.framing",
+        "The answer's length is told, and it is not compressed.",
+        "A body without a length cannot be told from one that broke off; the sender asks for no compression.",
+        "Let the server write Content-Length; switch compression off for this path; write no byte-order mark.",
+        framing,
+        "summary",
+    ),
+    Check(
+        "answer.no-echo",
+        "No answer repeats the token.",
+        "Answers are logged on both sides; a token in one is a leaked credential.",
+        "Do not put the request, or exception texts with it, into the answer.",
+        no_echo,
+        "summary",
+    ),
+    Check(
+        "answer.clock",
+        "The server's clock (its Date header) is right within 30 s.",
+        "Signatures carry a time, and two logs can only be laid side by side when the clocks agree.",
+        "Run NTP on the server.",
+        clock,
+        "summary",
+    ),
+)

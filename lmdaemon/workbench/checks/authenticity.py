@@ -1,0 +1,243 @@
+"""Who is believed: signatures, hash, token, credentials, certificates. What is not configured is skipped."""
+
+from typing import Any
+
+from lmdaemon.config import target
+from lmdaemon.tls import Profile
+from lmdaemon.workbench.bench import Bench, Check, Finding, Skip, accepted, changed
+from lmdaemon.workbench.exchanges import Exchange
+
+OLD_S = 600
+# What proves the sender, if it is refused when it is wrong
+PROOFS = (
+    "authenticity.signature",
+    "authenticity.hash",
+    "authenticity.token",
+    "authenticity.credentials",
+    "authenticity.client-certificate",
+)
+
+
+def _refusal(bench: Bench, one: Exchange, case: str, verdict: Any = "fail") -> Finding | None:
+    """A finding when it was not refused: accepted, or a fault. Any 4xx and any code is a refusal."""
+    if one.accepted:
+        return Finding(verdict, f"{case}: accepted", (one,))
+    if one.status is not None and one.status >= 500:
+        return Finding("fail", f"{case}: {bench.said(one)}", (one,))
+    if one.code is not None and one.code == bench.dialect.codes.of("retry"):
+        return Finding("fail", f"{case}: {bench.said(one)}: a sender would repeat it for days", (one,))
+    return None
+
+
+async def signature(bench: Bench) -> Finding:
+    _need_keys(bench)
+    await bench.accepted()
+    body = bench.notices.body(bench.notices.fields())
+    good = bench.notices.headers(body, bench.now_s())
+    other = bench.notices.body(bench.notices.fields())
+    without = {name: value for name, value in good.items() if name not in ("webhook-timestamp", "webhook-signature")}
+    cases = (
+        ("the signature of another body", other, good),
+        ("no signature at all", body, without),
+    )
+    for case, sent, headers in cases:
+        one = await bench.wire.send(sent, headers)
+        if found := _refusal(bench, one, case):
+            return found
+    return Finding("pass", "a wrong and a missing signature are refused")
+
+
+async def timestamp(bench: Bench) -> Finding:
+    _need_keys(bench)
+    await bench.accepted()
+    body = bench.notices.body(bench.notices.fields())
+    one = await bench.wire.send(body, bench.notices.headers(body, bench.now_s() - OLD_S))
+    if found := _refusal(bench, one, f"signed {OLD_S // 60} minutes ago"):
+        return found
+    return Finding("pass", f"a signature of {OLD_S // 60} minutes ago is refused")
+
+
+async def rotation(bench: Bench) -> Finding:
+    _need_keys(bench)
+    await bench.accepted()
+    body = bench.notices.body(bench.notices.fields())
+    headers = bench.notices.headers(body, bench.now_s())
+    headers["webhook-signature"] = f"v1,{'A' * 43}= {headers['webhook-signature']}"
+    return accepted(bench, await bench.wire.send(body, headers), told="accepted when one of two signatures fits")
+
+
+def _need_keys(bench: Bench) -> None:
+    if not bench.operator.signing_keys:
+        raise Skip("no signing secret is configured (--signing-secret-file)")
+
+
+async def hash_wrong(bench: Bench) -> Finding:
+    _need_hash(bench)
+    await bench.accepted()
+    fields = bench.notices.fields()
+    hashed = bench.notices.hashed(fields)
+    altered = hashed | {bench.dialect.fields["player"]: f"{bench.notices.player}-other"}
+    cases = (
+        ("hashed with another secret", bench.notices.body(fields, key="lmcheck-wrong-key")),
+        ("altered after it was hashed", bench.notices.written(altered)),
+    )
+    for case, body in cases:
+        if found := _refusal(bench, await bench.post(body), case):
+            return found
+    return Finding("pass", "a hash that does not fit is refused")
+
+
+async def hash_case(bench: Bench) -> Finding:
+    _need_hash(bench)
+    await bench.accepted()
+    hashed = bench.notices.hashed(bench.notices.fields())
+    name = bench.dialect.fields["hash"]
+    return accepted(bench, await bench.post(bench.notices.written(hashed | {name: hashed[name].upper()})))
+
+
+async def hash_whole(bench: Bench) -> Finding:
+    _need_hash(bench)
+    await bench.accepted()
+    fields = bench.notices.fields() | {"aNewField": "1", "zLast": ""}
+    one = await bench.post(bench.notices.body(fields))
+    return accepted(bench, one, told="a further parameter is hashed along")
+
+
+def _need_hash(bench: Bench) -> None:
+    if not bench.notices.is_hashed:
+        raise Skip("the dialect has no hash" if "hash" not in bench.dialect.fields else "no hash key is given")
+
+
+async def token(bench: Bench) -> Finding:
+    if "token" not in bench.dialect.required:
+        raise Skip(f"dialect {bench.dialect.name} needs no token")
+    await bench.accepted()
+    one = (await bench.tell(bench.notices.fields(token="lmcheck-wrong-token"))).exchange  # noqa: S106 - made up
+    if found := _refusal(bench, one, "a wrong token", "warn"):
+        return found
+    codes = bench.dialect.codes
+    if one.code not in {codes.of("bad_token"), codes.of("unknown_session")}:
+        expected = f"where `error` {codes.of('bad_token')} is expected"
+        return Finding("warn", f"a wrong token: {bench.said(one)}, {expected}", (one,))
+    return Finding("pass", bench.said(one))
+
+
+async def credentials(bench: Bench) -> Finding:
+    if bench.operator.target is None or bench.operator.target.authorization is None:
+        raise Skip("the URL has no user and password")
+    await bench.accepted()
+    body = bench.notices.body(bench.notices.fields())
+    headers = bench.notices.headers(body, bench.now_s())
+    without = {name: value for name, value in headers.items() if name != "Authorization"}
+    for case, sent in (("without credentials", without), ("a wrong password", without | {"Authorization": _wrong()})):
+        if found := _refusal(bench, await bench.wire.send(body, sent), case):
+            return found
+    return Finding("pass", "refused without user and password")
+
+
+def _wrong() -> str:
+    read = target.read("https://lmcheck:wrong-password@lmcheck.invalid/")
+    return read.authorization or ""
+
+
+async def client_certificate(bench: Bench) -> Finding:
+    if bench.operator.client_cert_file is None or not bench.is_https:
+        raise Skip("no client certificate is configured")
+    await bench.accepted()
+    bare = changed(bench.operator, tls=Profile(bench.operator.ca_file, None, None))
+    body = bench.notices.body(bench.notices.fields())
+    one = await bench.post(body, operator=bare, silence_counts=False)
+    if found := _refusal(bench, one, "without a client certificate"):
+        return found
+    return Finding("pass", "refused without a client certificate")
+
+
+async def anything(bench: Bench) -> Finding:
+    tried = {name: bench.found[name].verdict for name in PROOFS if name in bench.found}
+    proven = [name.partition(".")[2] for name, verdict in tried.items() if verdict == "pass"]
+    refused_with_another_code = tried.get("authenticity.token") == "warn" and not any(
+        one.accepted for one in bench.found["authenticity.token"].evidence
+    )
+    if proven or refused_with_another_code:
+        return Finding("pass", f"by {', '.join(proven or ['token'])}")
+    await bench.accepted()
+    return Finding(
+        "warn",
+        "NOTHING THAT CAN BE SEEN FROM HERE PROVES THE SENDER: whoever knows the URL can end your players' sessions",
+    )
+
+
+CHECKS = (
+    Check(
+        "authenticity.signature",
+        "A notice with a wrong signature, or with none, is refused.",
+        "A signature that is not checked, or only if it is there, proves nothing.",
+        "Verify webhook-signature over id.timestamp.body as received, before parsing (standardwebhooks.com).",
+        signature,
+    ),
+    Check(
+        "authenticity.timestamp",
+        "A signature of ten minutes ago is refused.",
+        "Otherwise whoever once saw a notice can send it again for ever.",
+        "Refuse when webhook-timestamp is more than five minutes from your clock.",
+        timestamp,
+    ),
+    Check(
+        "authenticity.rotation",
+        "Of several signatures one that fits is enough.",
+        "While the secret is changed a notice carries two signatures.",
+        "Split webhook-signature at spaces and try each.",
+        rotation,
+    ),
+    Check(
+        "authenticity.hash",
+        "A hash of another secret, or of other values, is refused.",
+        "The hash is what proves the sender in this dialect.",
+        "Compute the hash over what was received and compare it in constant time.",
+        hash_wrong,
+    ),
+    Check(
+        "authenticity.hash-case",
+        "A hash in upper case is accepted.",
+        "Some MD5 functions write upper case.",
+        "Compare without regard to case.",
+        hash_case,
+    ),
+    Check(
+        "authenticity.hash-whole",
+        "A parameter that is not on the page is hashed along.",
+        "The hash covers every parameter received; a fixed list of names breaks with the first new one.",
+        "Sort and hash all parameters but the hash itself, empty ones too.",
+        hash_whole,
+    ),
+    Check(
+        "authenticity.token",
+        "A wrong token is refused with its code.",
+        "The token is the only thing in this dialect that not everybody knows.",
+        "Compare it with the one of the session, or the one agreed upon, in constant time.",
+        token,
+    ),
+    Check(
+        "authenticity.credentials",
+        "Without the URL's user and password a notice is refused.",
+        "Credentials that are sent but not checked prove nothing.",
+        "Check the Authorization header; answer 401.",
+        credentials,
+    ),
+    Check(
+        "authenticity.client-certificate",
+        "Without a client certificate a notice is refused.",
+        "Mutual TLS that is optional proves nothing.",
+        "Make the server ask for the certificate and verify it (ssl_verify_client on).",
+        client_certificate,
+    ),
+    Check(
+        "authenticity.anything",
+        "Something proves the sender.",
+        "Whoever finds the URL can end players' sessions; a URL is no secret.",
+        "Ask the provider for a signature, a client certificate or a token of your own, or allow only its addresses "
+        "(which cannot be seen from here).",
+        anything,
+        "summary",
+    ),
+)

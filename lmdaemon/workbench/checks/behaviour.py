@@ -1,0 +1,59 @@
+"""What happens under a burst, and afterwards."""
+
+import asyncio
+
+from lmdaemon.workbench.bench import Bench, Check, Finding, Skip, accepted
+
+BURST = 50
+RESERVED = 2  # requests that the checks after it need
+
+
+async def burst(bench: Bench) -> Finding:
+    if not bench.limits.burst:
+        raise Skip("only with --burst")
+    await bench.accepted()
+    count = min(BURST, bench.wire.left - RESERVED)
+    await bench.wire.take(count)
+    bodies = [bench.notices.body(bench.notices.fields()) for _ in range(count)]
+    now_s = bench.now_s()
+    all_of_them = await asyncio.gather(
+        *(bench.wire.send_now(body, bench.notices.headers(body, now_s)) for body in bodies)
+    )
+    slowed = 0
+    for one in all_of_them:
+        if one.accepted:
+            continue
+        if one.status in (429, 503) and one.answer is not None and "Retry-After" in one.answer.headers:
+            slowed += 1
+            continue
+        return Finding("fail", f"{bench.said(one)}, where success, or 429 or 503 with Retry-After is expected", (one,))
+    return Finding(
+        "pass", f"{count - slowed} of {count} accepted" + (f", {slowed} asked to come later" if slowed else "")
+    )
+
+
+async def recovered(bench: Bench) -> Finding:
+    if not bench.limits.burst:
+        raise Skip("only with --burst")
+    await bench.accepted()
+    return accepted(bench, (await bench.tell()).exchange)
+
+
+CHECKS = (
+    Check(
+        "behaviour.burst",
+        "Fifty at once are taken, or told to come later.",
+        "After an outage everything that waited comes within seconds.",
+        "Take them, or answer 429 or 503 with Retry-After; do not let connections hang.",
+        burst,
+        "late",
+    ),
+    Check(
+        "behaviour.recovered",
+        "After the burst a notice is taken as before.",
+        "A pool that a burst has used up stays so until somebody restarts it.",
+        "Bound the pool and the queue, and give connections back in a finally.",
+        recovered,
+        "late",
+    ),
+)

@@ -1,0 +1,280 @@
+"""Name, address, TLS, and how connections are kept."""
+
+import asyncio
+import math
+import socket
+import ssl
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from yarl import URL
+
+from lmdaemon.config.egress import private_address
+from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.tls import EXPIRES_SOON
+from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
+
+CONNECT_WITHIN_S = 5.0
+ADDRESSES_MAX = 8
+SLOW_MS = 1000
+
+
+async def _addresses(bench: Bench) -> list[str]:
+    """All that the name resolves to, or the literal address itself. Raises OSError."""
+    try:
+        async with asyncio.timeout(CONNECT_WITHIN_S):
+            found = await Resolver(guarded=False).resolve(bench.host, _port(bench), socket.AF_UNSPEC)
+    except TimeoutError:
+        raise OSError(None, f"no answer within {CONNECT_WITHIN_S:g} s") from None
+    return list(dict.fromkeys(one["host"] for one in found))
+
+
+def _port(bench: Bench) -> int:
+    assert bench.operator.target is not None  # noqa: S101 - nobody is checked without a URL
+    return bench.operator.target.url.port or 443
+
+
+def _is_loopback(addresses: Sequence[str]) -> bool:
+    return all(address == "::1" or address.startswith("127.") for address in addresses)
+
+
+async def resolves(bench: Bench) -> Finding:
+    try:
+        addresses = await _addresses(bench)
+    except OSError as error:
+        return Finding("fail", f"{bench.host} cannot be looked up: {error.strerror or error}")
+    failed = []
+    for address in addresses[:ADDRESSES_MAX]:
+        if private_address(address) and not bench.operator.allow_private_network:
+            continue  # connection.public tells
+        try:
+            async with asyncio.timeout(CONNECT_WITHIN_S):
+                _, writer = await asyncio.open_connection(address, _port(bench))
+            writer.close()
+        except OSError as error:  # TimeoutError is one
+            failed.append(f"{address}: {error.strerror or 'no connection in time'}")
+    if failed:
+        return Finding("fail", f"of {len(addresses)} addresses {len(failed)} take no connection: {'; '.join(failed)}")
+    return Finding("pass", ", ".join(addresses[:ADDRESSES_MAX]))
+
+
+async def public(bench: Bench) -> Finding:
+    try:
+        addresses = await _addresses(bench)
+    except OSError:
+        raise Skip("the name cannot be looked up") from None
+    if _is_loopback(addresses):
+        raise Skip("the target is this machine")
+    private = [address for address in addresses if private_address(address)]
+    if not private:
+        return Finding("pass", "no address is private")
+    verdict = "warn" if bench.operator.allow_private_network else "fail"
+    return Finding(verdict, f"{', '.join(private)}: reserved for private networks or special uses")  # type: ignore[arg-type]
+
+
+async def _handshake(bench: Bench, context: ssl.SSLContext) -> tuple[str, dict[str, object]]:
+    """The protocol version and the verified certificate. Raises OSError; ssl.SSLError is one."""
+    addresses = await _addresses(bench)
+    if not bench.operator.allow_private_network and any(map(private_address, addresses)):
+        raise Skip("the address is private")
+    async with asyncio.timeout(CONNECT_WITHIN_S):
+        _, writer = await asyncio.open_connection(
+            addresses[0], _port(bench), ssl=context, server_hostname=bench.host.rstrip(".")
+        )
+    found = writer.get_extra_info("ssl_object")
+    version, certificate = str(found.version()), dict(found.getpeercert() or {})
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return version, certificate
+
+
+async def tls(bench: Bench) -> Finding:
+    if bench.is_https:
+        try:
+            version, _ = await _handshake(bench, bench.operator.tls.context)
+        except ssl.SSLCertVerificationError as error:
+            return Finding("fail", f"the certificate is not accepted: {error.verify_message}")
+        except OSError as error:
+            return Finding(
+                "fail", f"no TLS connection: {getattr(error, 'reason', None) or error.strerror or 'time-out'}"
+            )
+        return Finding("pass", version)
+    try:
+        addresses = await _addresses(bench)
+    except OSError:
+        raise Skip("the name cannot be looked up") from None
+    if _is_loopback(addresses):
+        raise Skip("plain HTTP on this machine")
+    if all(map(private_address, addresses)):
+        return Finding("warn", "plain HTTP: whoever can listen in this network reads the players' tokens")
+    return Finding("fail", "plain HTTP: whoever listens on the way reads the players' tokens, and may answer instead")
+
+
+async def certificate_age(bench: Bench) -> Finding:
+    if not bench.is_https:
+        raise Skip("no TLS")
+    try:
+        _, certificate = await _handshake(bench, bench.operator.tls.context)
+    except OSError:
+        raise Skip("no TLS connection: see connection.tls") from None
+    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
+    left = ends - datetime.fromtimestamp(bench.now_s(), UTC)
+    text = f"valid until {ends:%Y-%m-%d}, {left.days} days"
+    return Finding("warn" if left < EXPIRES_SOON else "pass", text)
+
+
+async def old_tls(bench: Bench) -> Finding:
+    if not bench.is_https:
+        raise Skip("no TLS")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is what is tried
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    try:
+        version, _ = await _handshake(bench, context)
+    except OSError:
+        return Finding("pass", "TLS 1.0 and 1.1 are refused")
+    return Finding("warn", f"{version} is still accepted")
+
+
+async def plain_http(bench: Bench) -> Finding:
+    if not bench.is_https:
+        raise Skip("the URL itself is plain HTTP")
+    assert bench.operator.target is not None  # noqa: S101
+    url: URL = bench.operator.target.url
+    plain = url.with_scheme("http").with_port(80 if _port(bench) == 443 else _port(bench))
+    body = bench.notices.body(bench.notices.fields())
+    one = await bench.post(body, url=plain, silence_counts=False)
+    if one.accepted:
+        return Finding("fail", f"port {plain.port} takes notices without TLS", (one,))
+    return Finding("pass", f"not taken without TLS (port {plain.port})")
+
+
+async def no_redirect(bench: Bench) -> Finding:
+    one = (await bench.first()).exchange
+    if one.answer is not None and 300 <= one.answer.status < 400:
+        return Finding("fail", bench.said(one), (one,))
+    return Finding("pass", "the URL answers by itself")
+
+
+async def keepalive(bench: Bench) -> Finding:
+    await bench.accepted()
+    told = await bench.tell(keep=True)
+    if not told.exchange.accepted:
+        return Finding("fail", f"the second request on a connection: {bench.said(told.exchange)}", (told.exchange,))
+    if told.exchange.reused:
+        return Finding("pass", "two requests went over one connection")
+    return Finding("warn", "the connection was closed after one request", (told.exchange,))
+
+
+async def idle(bench: Bench) -> Finding:
+    await bench.accepted()
+    told = await bench.tell(keep=True)
+    if told.exchange.accepted:
+        kept = "is still open" if told.exchange.reused else "had been closed in order"
+        return Finding("pass", f"the idle connection {kept}")
+    return Finding("fail", f"a request on an idle connection: {bench.said(told.exchange)}", (told.exchange,))
+
+
+async def speed(bench: Bench) -> Finding:
+    other = ("strictness.slow-body", "connection.plain-http")
+    all_of_them = [one for check, some in bench.by_check.items() if check not in other for one in some]
+    timed = [one for one in all_of_them if one.answer is not None]
+    late = [one for one in all_of_them if one.cause == "timeout"]
+    timeout_s = bench.operator.policy.timeout_s
+    if late:
+        return Finding("fail", f"{len(late)} requests got no whole answer within {timeout_s:g} s", late[:1])
+    if not timed:
+        raise Skip("nothing was answered")
+    timed.sort(key=lambda one: one.duration_ms)
+    p95 = timed[math.ceil(len(timed) * 0.95) - 1]
+    slowest = timed[-1]
+    text = f"p95 {p95.duration_ms} ms, slowest {slowest.duration_ms} ms of {len(timed)}"
+    if p95.duration_ms > SLOW_MS:
+        return Finding("warn", text, (slowest,))
+    return Finding("pass", text)
+
+
+CHECKS = (
+    Check(
+        "connection.resolves",
+        "The name resolves, and every address takes a connection.",
+        "A sender may try any of the addresses; one that is dead costs time or an attempt every now and then.",
+        "Correct the DNS records (A and AAAA), or let the server listen on all of them; open the firewall.",
+        resolves,
+    ),
+    Check(
+        "connection.public",
+        "The address is one of the public Internet.",
+        "The provider's sender refuses private addresses, so that no URL can lead into its own network.",
+        "Give a URL that is reachable from outside; within one network the sender must be told to allow it.",
+        public,
+    ),
+    Check(
+        "connection.tls",
+        "TLS 1.2 or newer, with a certificate that verifies for this name.",
+        "Players' tokens go over this connection, and a sender that cannot verify it sends nothing.",
+        "Serve the whole chain (leaf and intermediates) for the very name in the URL; TLS 1.2 or 1.3.",
+        tls,
+    ),
+    Check(
+        "connection.certificate-age",
+        "The certificate is valid for 21 days more.",
+        "When it expires every notice fails at once, most often at night.",
+        "Renew it, and have the renewal watched.",
+        certificate_age,
+    ),
+    Check(
+        "connection.old-tls",
+        "TLS 1.0 and 1.1 are refused.",
+        "They are broken and forbidden (RFC 8996); auditors ask for it.",
+        "Set the server's minimum to TLS 1.2.",
+        old_tls,
+    ),
+    Check(
+        "connection.plain-http",
+        "Plain HTTP on the same host takes no notice.",
+        "A notice that is taken without TLS can be forged by anybody on the way.",
+        "Refuse plain HTTP, or redirect it.",
+        plain_http,
+    ),
+    Check(
+        "connection.no-redirect",
+        "The exact URL answers by itself, without a redirect.",
+        "Senders follow no redirect: it would carry a player's token to wherever it leads.",
+        "Give the provider the URL that the redirect leads to (mind http/https, www, a trailing slash).",
+        no_redirect,
+        "first",
+    ),
+    Check(
+        "connection.keepalive",
+        "Two requests go over one connection.",
+        "A new connection and handshake for each notice makes bursts slow for both sides.",
+        "Let the server keep connections open for some seconds (keep-alive), and read bodies whole before answering.",
+        keepalive,
+        "first",
+    ),
+    Check(
+        "connection.idle",
+        "A connection that was idle works, or was closed in order.",
+        "A connection that a firewall drops in silence costs an attempt whenever there was a quiet minute.",
+        "Close idle connections at the server (FIN), earlier than any firewall or balancer before it forgets them.",
+        idle,
+        "late",
+    ),
+    Check(
+        "connection.speed",
+        "Answers come within a second (p95), and always within the time-out.",
+        "A notice that is answered too late is sent again, and the slower the endpoint the longer a backlog takes.",
+        "Store the notice, answer, and do the slow work afterwards.",
+        speed,
+        "summary",
+    ),
+)

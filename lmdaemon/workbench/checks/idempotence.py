@@ -1,0 +1,98 @@
+"""The same notice again: at least once means that it will come twice."""
+
+import asyncio
+
+from lmdaemon.workbench.bench import Bench, Check, Finding, accepted
+
+RACE = 10
+
+
+async def repeat(bench: Bench) -> Finding:
+    told = await bench.accepted()
+    return accepted(bench, await bench.post(told.body), told="the same success")
+
+
+async def attempt(bench: Bench) -> Finding:
+    told = await bench.accepted()
+    await bench.pause(bench.limits.lull_s)  # or the time-stamp would be the same
+    again = await bench.post(told.body, webhook_id=told.webhook_id)
+    return accepted(bench, again, told="the same success for the same webhook-id")
+
+
+async def rewritten(bench: Bench) -> Finding:
+    told = await bench.accepted()
+    return accepted(bench, await bench.post(bench.notices.rewritten(told.fields)))
+
+
+async def race(bench: Bench) -> Finding:
+    await bench.accepted()
+    body = bench.notices.body(bench.notices.fields())
+    webhook_id = bench.notices.webhook_id()
+    await bench.wire.take(RACE)
+    headers = bench.notices.headers(body, bench.now_s(), webhook_id)
+    together = await asyncio.gather(*(bench.wire.send_now(body, headers) for _ in range(RACE)))
+    return accepted(bench, *together, told=f"all {RACE} succeed")
+
+
+async def unknown(bench: Bench) -> Finding:
+    await bench.accepted()
+    told = await bench.tell(bench.notices.fields(player=f"lmcheck-nobody-{bench.notices.session()}"))
+    one, codes = told.exchange, bench.dialect.codes
+    if one.accepted:
+        return Finding("pass", "accepted")
+    meanings = ("unknown_session", "player_mismatch", "bad_parameters", "bad_token")
+    if one.code in {codes.of(meaning) for meaning in meanings} and (one.status or 500) < 500:
+        return Finding("pass", bench.said(one))
+    return Finding("fail", bench.said(one), (one,))
+
+
+async def later(bench: Bench) -> Finding:
+    told = await bench.accepted()
+    return accepted(bench, await bench.post(told.body, webhook_id=told.webhook_id), told="the same success at the end")
+
+
+CHECKS = (
+    Check(
+        "idempotence.repeat",
+        "The same notice again, at once, is answered with success.",
+        "An answer can get lost on the way; then the sender must repeat, and an error would make it repeat for days.",
+        'Answer "Success" when the session has already ended, whoever ended it.',
+        repeat,
+    ),
+    Check(
+        "idempotence.attempt",
+        "A further attempt (same webhook-id, new time-stamp) is answered with success.",
+        "That is what a repeat of the sender looks like; a nonce cache that refuses the id breaks it.",
+        "Remember the webhook-id to do the work once, and answer success all the same.",
+        attempt,
+    ),
+    Check(
+        "idempotence.rewritten",
+        "The same notice with its fields in another order is answered with success.",
+        "Order and white space have no meaning; proxies and new versions of a sender change them.",
+        "Read fields by name with a real parser; compare sessions by id, not by the bytes of the body.",
+        rewritten,
+    ),
+    Check(
+        "idempotence.race",
+        "Ten of the same at the same moment are all answered with success.",
+        "Attempts of two senders can overlap; two threads that insert one row make a 500 of the second.",
+        "Let the database decide: insert or ignore (ON CONFLICT DO NOTHING), not look and then insert.",
+        race,
+    ),
+    Check(
+        "idempotence.unknown",
+        "A session of an unknown player is accepted, or refused with its code.",
+        "Sessions that you never saw, or have deleted, end too; a 500 would be repeated for days.",
+        "Answer success, there being nothing to end, or the code for an unknown session.",
+        unknown,
+    ),
+    Check(
+        "idempotence.later",
+        "The first notice once more at the end of the run is answered with success.",
+        "A cache of some seconds or a lock does not make an endpoint idempotent; repeats come for days.",
+        "Keep the end of a session as long as the sender repeats (days), not in a cache of minutes.",
+        later,
+        "late",
+    ),
+)

@@ -1,0 +1,182 @@
+"""Runs checks against one target, within bounds of traffic and time, and hands back a report, whatever happens."""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from lmdaemon.clock import Clock
+from lmdaemon.config.settings import Operator
+from lmdaemon.workbench.bench import Bench, Check, Finding, Limits, Skip, Turn, run_id
+from lmdaemon.workbench.checks import BY_HAND, CHECKS, GROUPS
+from lmdaemon.workbench.exchanges import shown, shown_url
+from lmdaemon.workbench.notices import Notices
+from lmdaemon.workbench.wire import PER_SECOND, Stopped, Wire
+
+RUN_MAX_S = 600.0
+BASE = "answer.valid"  # what the others stand on
+_TURNS: Sequence[Turn] = ("first", "usual", "late", "summary")
+
+
+class Result(NamedTuple):
+    """One check's finding, ready to be shown: `evidence` are exchanges with secrets masked."""
+
+    check: Check
+    verdict: str
+    text: str
+    evidence: Sequence[dict[str, Any]]
+    requests: int
+    duration_ms: int
+
+
+class Report(NamedTuple):
+    """All findings in the order of the documents. `stopped` says why not everything was tried; empty if it was."""
+
+    url: str
+    dialect: str
+    run: str
+    started_at: datetime
+    duration_ms: int
+    requests: int
+    stopped: str
+    results: Sequence[Result]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        verdicts = [result.verdict for result in self.results]
+        return {verdict: verdicts.count(verdict) for verdict in ("pass", "warn", "fail", "skipped")}
+
+    @property
+    def is_good(self) -> bool:
+        """No failure, and nothing left out for want of an answer or of time."""
+        return not self.stopped and not self.counts["fail"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "dialect": self.dialect,
+            "run": self.run,
+            "startedAt": self.started_at.isoformat().replace("+00:00", "Z"),
+            "durationMs": self.duration_ms,
+            "requests": self.requests,
+            "stopped": self.stopped or None,
+            "counts": self.counts,
+            "checks": [
+                {
+                    "id": result.check.id,
+                    "title": result.check.title,
+                    "verdict": result.verdict,
+                    "text": result.text,
+                    "why": result.check.why,
+                    "hint": result.check.hint if result.verdict in ("warn", "fail") else None,
+                    "requests": result.requests,
+                    "durationMs": result.duration_ms,
+                    "evidence": list(result.evidence),
+                }
+                for result in self.results
+            ],
+            "byHand": list(BY_HAND),
+        }
+
+
+def chosen(only: Collection[str], skip: Collection[str]) -> tuple[Check, ...]:
+    """The checks of these ids and groups, and BASE; all of them where `only` is empty. Raises ValueError."""
+    known = {check.id for check in CHECKS} | set(GROUPS)
+    for name in (*only, *skip):
+        if name not in known:
+            raise ValueError(f"no check and no group is called {name!r}; groups are {', '.join(GROUPS)}")
+    return tuple(
+        check
+        for check in CHECKS
+        if check.id == BASE
+        or ((not only or {check.id, check.group} & set(only)) and not {check.id, check.group} & set(skip))
+    )
+
+
+class Runner:
+    """One run. `on_begin` is told of each check that is begun, `on_result` of each that has ended."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        *,
+        checks: Sequence[Check] = CHECKS,
+        player: str | None = None,
+        token: str | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        per_second: float | None = PER_SECOND,
+        clock: Clock | None = None,
+        on_begin: Callable[[Check, int], None] = lambda check, number: None,
+        on_result: Callable[[Result], None] = lambda result: None,
+    ) -> None:
+        self.operator = operator
+        self.checks = checks
+        self.id = run_id()
+        clock = clock or Clock()
+        self._wire = Wire(operator, clock, per_second=None if limits.burst else per_second)
+        notices = Notices(operator, run=self.id, player=player, token=token)
+        self._bench = Bench(operator, notices, self._wire, clock, limits)
+        self._on_begin = on_begin
+        self._on_result = on_result
+        self._results: dict[str, Result] = {}
+        self._stopped = ""
+
+    async def run(self) -> Report:
+        """Never raises for what the target does. When it is cancelled, the report says so and has what there is."""
+        started_at, began = datetime.now(UTC), time.monotonic()
+        try:
+            async with asyncio.timeout(RUN_MAX_S):
+                await self._try_all()
+        except TimeoutError:
+            self._stopped = f"the limit of {RUN_MAX_S:g} s is reached"
+        except asyncio.CancelledError:
+            self._stopped = "interrupted"
+        await self._wire.close()
+        for check in self.checks:
+            if check.id not in self._results:
+                self._keep(check, Finding("skipped", self._stopped or "not tried"), 0)
+        return Report(
+            shown_url(self.operator.url),
+            self.operator.sends.name,
+            self.id,
+            started_at,
+            round((time.monotonic() - began) * 1000),
+            self._wire.sent,
+            self._stopped,
+            [self._results[check.id] for check in self.checks],
+        )
+
+    async def _try_all(self) -> None:
+        in_turn = [check for turn in _TURNS for check in self.checks if check.turn == turn]
+        for number, check in enumerate(in_turn, 1):
+            self._on_begin(check, number)
+            await self._try(check)
+
+    async def _try(self, check: Check) -> None:
+        began, before = time.monotonic(), len(self._wire.exchanges)
+        try:
+            finding = await check.run(self._bench)
+        except Skip as reason:
+            finding = Finding("skipped", str(reason))
+        except Stopped as reason:
+            self._stopped = self._stopped or str(reason)
+            finding = Finding("skipped", str(reason))
+        except Exception as error:  # a bug here must not lose what was found out already
+            finding = Finding("skipped", f"the check itself failed: {type(error).__name__}: please report it")
+        self._bench.by_check[check.id] = self._wire.exchanges[before:]
+        self._keep(check, finding, round((time.monotonic() - began) * 1000))
+
+    def _keep(self, check: Check, finding: Finding, took_ms: int) -> None:
+        self._bench.found[check.id] = finding
+        mask = self._bench.notices.mask()
+        result = Result(
+            check,
+            finding.verdict,
+            mask(finding.text),
+            [shown(one, mask) for one in finding.evidence],
+            len(self._bench.by_check.get(check.id, ())),
+            took_ms,
+        )
+        self._results[check.id] = result
+        self._on_result(result)

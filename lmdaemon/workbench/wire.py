@@ -1,0 +1,106 @@
+"""Requests to one target, counted, paced and kept: the traffic of a check run within its bounds.
+
+It sends with the daemon's own client, so an answer is read and judged as it will be in production.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from lmdaemon.clock import Clock
+from lmdaemon.config.settings import Operator
+from lmdaemon.delivery.sender import Sender, Unreachable
+from lmdaemon.workbench.exchanges import Answer, Asked, Exchange
+
+REQUESTS_MAX = 120  # a run's whole traffic
+PER_SECOND = 5.0  # on average; ten at once are followed by a pause of two seconds
+SILENT_MAX = 3  # requests in a row without an answer, after which nothing more is sent
+_FOREVER_S = 1e9
+_SILENT = ("timeout", "connect", "dns", "tls", "private_address")
+
+
+class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for the reason given
+    """The bounds of the run are reached, or nobody answers."""
+
+
+class Wire:
+    """Sends to the operator's URL. `per_second` is None for no pace. Every exchange is kept in `exchanges`."""
+
+    def __init__(self, operator: Operator, clock: Clock, *, per_second: float | None = PER_SECOND) -> None:
+        self.operator = operator
+        self.clock = clock
+        self.exchanges: list[Exchange] = []
+        self.sent = 0
+        self._spacing_s = 1 / per_second if per_second else 0.0
+        self._free_at = 0.0
+        self._silent = 0
+        self._reused = False
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(self._on_reuse)
+        self._sender = Sender(clock)
+        self._idle = Sender(clock, keepalive_s=_FOREVER_S, traces=[trace])
+
+    async def close(self) -> None:
+        await self._sender.close()
+        await self._idle.close()
+
+    @property
+    def left(self) -> int:
+        return REQUESTS_MAX - self.sent
+
+    async def _on_reuse(self, *_: Any) -> None:
+        self._reused = True
+
+    async def take(self, count: int = 1) -> None:
+        """Waits until `count` requests may go at once. Raises Stopped."""
+        if self._silent >= SILENT_MAX:
+            raise Stopped(f"{SILENT_MAX} requests in a row got no answer")
+        if self.left < count:
+            raise Stopped(f"the limit of {REQUESTS_MAX} requests is reached")
+        self.sent += count
+        now = time.monotonic()
+        wait_s, self._free_at = self._free_at - now, max(self._free_at, now) + count * self._spacing_s
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+
+    async def send(self, body: bytes, headers: Mapping[str, str], **options: Any) -> Exchange:
+        """One request, in its turn. Raises Stopped."""
+        await self.take()
+        return await self.send_now(body, headers, **options)
+
+    async def send_now(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        method: str = "POST",
+        url: URL | None = None,
+        operator: Operator | None = None,
+        slowly: AsyncIterator[bytes] | None = None,
+        keep: bool = False,
+        silence_counts: bool = True,
+    ) -> Exchange:
+        """One request whose turn was taken. `slowly` yields what is sent as its body instead of `body`; `keep` uses the
+        one connection that stays open for the whole run.
+        """
+        asked = operator or self.operator
+        sender = self._idle if keep else self._sender
+        self._reused = False
+        began = time.monotonic()
+        answer, cause, detail = None, "", ""
+        try:
+            answer = Answer(*await sender.ask(asked, headers, slowly or body, method=method, url=url))
+        except Unreachable as error:
+            cause, detail = error.cause, error.detail
+        took_ms = round((time.monotonic() - began) * 1000)
+        shown_url = str(url) if url is not None else asked.url
+        request = Asked(method, shown_url, headers, body)
+        exchange = Exchange(request, answer, cause, detail, took_ms, reused=self._reused)
+        if silence_counts:
+            self._silent = self._silent + 1 if cause in _SILENT else 0
+        self.exchanges.append(exchange)
+        return exchange

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from certificates import make
 from commands import COMMAND, environment, run
-from endpoints import HASH_KEY, PROVIDER, QUICK, TOKEN, Endpoint, checked, served, to
+from endpoints import HASH_KEY, PROVIDER, QUICK, TOKEN, UNTIMED, Endpoint, checked, served, to
 from support import serving
 
 from lmdaemon import tls
@@ -132,6 +132,23 @@ async def test_what_works_but_should_be_better_is_a_warning(fault: str, check: s
     assert (verdicts(report, "fail"), set(verdicts(report, "warn"))) == ({}, {check})
 
 
+@pytest.mark.parametrize(("timeout_s", "verdict"), [(10, "warn"), (1, "fail")])
+async def test_an_endpoint_that_takes_its_time_is_told_how_much(timeout_s: float, verdict: str) -> None:
+    async with served(Endpoint()) as endpoint:
+        prompt = endpoint.handle
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            await asyncio.sleep(1.2)
+            return await prompt(request)
+
+        endpoint.handle = handle  # type: ignore[method-assign]
+        async with served(endpoint):
+            operator = to(endpoint.url, provider_id=PROVIDER)
+            operator = changed(operator, policy=changed(operator.policy, timeout_s=timeout_s))
+            report = await Runner(operator, checks=chosen(["connection.speed"], []), token=TOKEN).run()
+    assert "connection.speed" in verdicts(report, verdict)
+
+
 async def test_an_endpoint_that_believes_anybody_is_warned_about_loudly() -> None:
     async with served(Endpoint("takes any token")) as endpoint:
         report = await checked(endpoint)
@@ -206,10 +223,11 @@ async def test_our_own_endpoint_passes_every_check_in_every_dialect(tmp_path: Pa
             key = HASH_KEY if "hash" in shape.fields else None
             changes = {"provider_id": f"Provider-{dialect}", "sends": shape, "hash_key": key}
             operator = to(f"{daemon.server}/{dialect}/SessionExpired", **changes)
-            return await Runner(operator, token=TOKEN, limits=patient).run()
+            return await Runner(operator, checks=UNTIMED, token=TOKEN, limits=patient).run()
 
         reports = dict(zip(SHIPPED, await asyncio.gather(*map(one, SHIPPED)), strict=True))
     for dialect, report in reports.items():
+        assert not report.stopped, dialect
         proven = {"hash", "token"} & SHIPPED[dialect].fields.keys()
         assert verdicts(report, "fail") == {}, dialect
         assert set(verdicts(report, "warn")) == (set() if proven else {"authenticity.anything"}), dialect
@@ -235,7 +253,9 @@ async def test_our_own_endpoint_over_mutual_tls_leaves_nothing_to_be_warned_of(t
             ca_file=tls.Pem(authority.cert, ""),
             client_cert_file=tls.Pem(client.cert, ""),
         )
-        report = await Runner(operator, limits=QUICK, checks=chosen([], ["strictness.slow-body"])).run()
+        report = await Runner(
+            operator, limits=QUICK, checks=chosen([], ["strictness.slow-body", "connection.speed"])
+        ).run()
     assert verdicts(report, "fail", "warn") == {}
     passed = verdicts(report, "pass")
     assert {"connection.tls", "connection.plain-http", "authenticity.client-certificate"} <= passed.keys()

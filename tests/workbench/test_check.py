@@ -450,10 +450,11 @@ def test_bad_usage_of_check_is_explained_and_exits_2(tmp_path: Path, words: str,
 
 
 async def test_ctrl_c_ends_with_what_was_found_so_far(tmp_path: Path) -> None:
+    secret(tmp_path / "token", TOKEN)
     async with served(Endpoint()) as endpoint:
         process = await asyncio.create_subprocess_exec(
             *COMMAND,
-            *("check", "--url", endpoint.url, "--json", "--html", "report.html"),
+            *("check", "--url", endpoint.url, "--token-file", "token", "--json", "--html", "report.html"),
             cwd=tmp_path,
             env=environment(),
             stdout=subprocess.PIPE,

@@ -6,21 +6,19 @@ import json
 import re
 import sqlite3
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import aiohttp
 import pytest
+from caller import ACME, CONFIG, EVERY_CALL, NO_CALLS, OPENING, SECRET, Caller
 from clocks import HandClock
 from support import (
     LISTEN,
     ScriptedOperator,
-    Serving,
     hear,
     live,
     raw_connection,
@@ -29,111 +27,16 @@ from support import (
     serving,
     until,
 )
-from yarl import URL
 
 from lmdaemon.store import verbs
 from lmdaemon.store.sqlite import pages, reads
-from lmdaemon.web.problems import KINDS
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-SECRET = "the-player's-token"
-OPENING = {"playerId": "p1", "token": SECRET}
-ACME = "/v1/operators/acme"
 FINAL = {"error": 120, "description": "no"}
-
-CONFIG = """
-[sessions]
-restart_grace = "0s"
-idle_timeout = "10m"
-[operators.acme]
-provider_id = "luckymonaco"
-notify = true
-url = "{url}?key=in-the-query"
-allow_private_network = true
-concurrency = 1
-[operators.bravo]
-provider_id = "bravo"
-dialect = "v4.01"
-accept = ["v4.01"]
-"""
 
 
 async def ignore(event: object) -> None:
     """A plug-in that has nothing to do."""
-
-
-@dataclass
-class Caller:
-    """Calls the private side. Every error it gets must be a problem document, and no answer may hold the token."""
-
-    daemon: Serving
-    headers: dict[str, str] = field(default_factory=dict)
-
-    async def __call__(self, method: str, path: str, expected: int | None = None, **options: Any) -> Any:
-        _, body = await self.answer(method, path, expected, **options)
-        return body
-
-    async def answer(
-        self, method: str, path: str, expected: int | None = None, **options: Any
-    ) -> tuple[aiohttp.ClientResponse, Any]:
-        url = URL(self.daemon.api + path, encoded=True)
-        headers = self.headers | options.pop("headers", {})
-        async with self.daemon.client.request(method, url, headers=headers, **options) as response:
-            text = await response.text()
-        assert expected in (None, response.status), f"{method} {path}: {response.status} {text}"
-        assert SECRET not in text + str(response.headers)
-        if response.status >= 400 and path != "/health":
-            self.check_problem(response, json.loads(text))
-        return response, json.loads(text) if text and "json" in response.content_type else text
-
-    @staticmethod
-    def check_problem(response: aiohttp.ClientResponse, problem: dict[str, Any]) -> None:
-        assert response.headers["Content-Type"] == "application/problem+json"
-        assert problem["status"] == response.status
-        assert problem.keys() - {"session"} == {"type", "title", "status", "detail", "code"}
-        assert problem["detail"]
-        assert problem["type"] == f"urn:lmdaemon:problem:{problem['code']}"
-        assert problem["code"] in KINDS
-
-    async def open(self, session_id: str = "s1", operator: str = "acme", **fields: Any) -> Any:
-        path = f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}"
-        return await self("PUT", path, 201, json=OPENING | fields)
-
-    async def session(self, session_id: str = "s1", operator: str = "acme") -> Any:
-        return await self("GET", f"/v1/operators/{operator}/sessions/{quote(session_id, safe='')}", 200)
-
-    async def close(self, session_id: str = "s1", operator: str = "acme") -> Any:
-        return await self("POST", f"/v1/operators/{operator}/sessions/{session_id}/close", 200)
-
-    async def operator(self, name: str = "acme") -> Any:
-        return next(shown for shown in (await self("GET", "/v1/operators", 200))["items"] if shown["operator"] == name)
-
-    async def settled(self, name: str = "acme") -> None:
-        """Until nothing of the operator is pending."""
-
-        async def none_pending() -> bool:
-            return (await self.operator(name))["pending"] == 0
-
-        await until(none_pending)
-
-    async def delivery_of(self, session_id: str = "s1") -> Any:
-        (delivery,) = (await self.session(session_id))["deliveries"]
-        return delivery
-
-    async def walk(self, path: str, limit: int, **query: str | None) -> list[Any]:
-        """Every item of all pages, following the cursors; no page but the last is short."""
-        given = {name: value for name, value in query.items() if value is not None}
-        items: list[Any] = []
-        after: dict[str, str] = {}
-        while True:
-            page = await self("GET", path, 200, params=given | {"limit": str(limit)} | after)
-            assert page.keys() == {"items", "next"}
-            items += page["items"]
-            if page["next"] is None:
-                assert len(page["items"]) <= limit
-                return items
-            assert len(page["items"]) == limit
-            after = {"after": page["next"]}
 
 
 @pytest.fixture
@@ -351,13 +254,6 @@ async def test_an_idle_time_that_is_none_is_shown_as_it_was_written(api: Caller,
     assert problem["detail"] == f"idleTimeoutSeconds: must be an integer from 1 to 2592000 (got {shown})"
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
-async def test_another_content_type_answers_415_and_says_what_was_seen(api: Caller, content_type: str) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    options = {"data": json.dumps(OPENING).encode(), "headers": headers, "skip_auto_headers": ["Content-Type"]}
-    assert repr(content_type) in (await api("PUT", ACME + "/sessions/s1", 415, **options))["detail"]
-
-
 @pytest.mark.parametrize(
     "headers",
     [
@@ -370,13 +266,6 @@ async def test_another_content_type_answers_415_and_says_what_was_seen(api: Call
 )
 async def test_json_is_read_whatever_parameters_and_charset_say(api: Caller, headers: dict[str, str]) -> None:
     await api("PUT", ACME + "/sessions/s1", 201, data=json.dumps(OPENING).encode(), headers=headers)
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x-gzip", "unknown"])
-async def test_a_compressed_body_answers_415_unread(api: Caller, encoding: str) -> None:
-    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-    problem = await api("PUT", ACME + "/sessions/s1", 415, data=b"not compressed at all", headers=headers)
-    assert encoding in problem["detail"]
 
 
 async def test_a_byte_order_mark_before_a_body_is_ignored(api: Caller) -> None:
@@ -503,11 +392,6 @@ async def test_touching_answers_204_and_moves_the_deadline(api: Caller, clock: H
     touched = await api.session()
     assert touched["lastSeenAt"] == "2026-09-21T14:15:20.000Z"
     assert touched["expiresAt"] == "2026-09-21T14:25:20.001Z"
-
-
-@pytest.mark.parametrize(("method", "end"), [("POST", "/touch"), ("POST", "/close"), ("GET", "")])
-async def test_an_unknown_session_answers_404(api: Caller, method: str, end: str) -> None:
-    await api(method, f"{ACME}/sessions/nobody{end}", 404)
 
 
 async def test_touching_what_has_ended_answers_410_with_the_session(api: Caller) -> None:
@@ -852,14 +736,6 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
     ]
 
 
-@pytest.mark.parametrize("webhook_id", ["msg_1_0123456789abcdef0123", "msg_999", "msg_", "1", "%FF", "msg_1_x", "s1"])
-async def test_an_unknown_delivery_answers_404(api: Caller, webhook_id: str) -> None:
-    await api.open()
-    await api.close()
-    await api("GET", f"/v1/deliveries/{webhook_id}", 404)
-    await api("POST", f"/v1/deliveries/{webhook_id}/retry", 404)
-
-
 async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(
     api: Caller, wallet: ScriptedOperator
 ) -> None:
@@ -1157,61 +1033,7 @@ async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller,
     assert max(due) > probe_at  # the schedule asks for more
 
 
-@pytest.mark.parametrize(
-    ("method", "end"),
-    [
-        ("PUT", "/sessions/s1"),
-        ("GET", "/sessions/s1"),
-        ("POST", "/sessions/s1/touch"),
-        ("POST", "/sessions/s1/close"),
-        ("POST", "/sessions/touch"),
-        ("GET", "/sessions"),
-        ("POST", "/deliveries/retry"),
-        ("POST", "/hold"),
-        ("POST", "/release"),
-    ],
-)
-async def test_an_operator_that_is_not_configured_answers_404(api: Caller, method: str, end: str) -> None:
-    for name in ("nobody", "ACME", "%FF", "a" * 300):
-        await api(method, f"/v1/operators/{name}{end}", 404)
-
-
 # -- the rest
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/", "/v1", "/v1/", "/v1/operators/", "/v1/sessions", ACME, ACME + "/sessions/", "/V1/operators", "/health//"],
-)
-async def test_an_unknown_path_answers_404(api: Caller, path: str) -> None:
-    await api("GET", path, 404)
-
-
-@pytest.mark.parametrize(
-    ("path", "allowed"),
-    [
-        (ACME + "/sessions/s1", "GET, HEAD, PUT"),
-        (ACME + "/sessions/s1/touch", "POST"),
-        (ACME + "/sessions/s1/close", "POST"),
-        (ACME + "/sessions/touch", "GET, HEAD, POST, PUT"),  # a session may be called touch
-        (ACME + "/sessions", "GET, HEAD"),
-        (ACME + "/deliveries/retry", "POST"),
-        (ACME + "/hold", "POST"),
-        (ACME + "/release", "POST"),
-        ("/v1/operators", "GET, HEAD"),
-        ("/v1/deliveries", "GET, HEAD"),
-        ("/v1/deliveries/msg_1_x", "GET, HEAD"),
-        ("/v1/deliveries/msg_1_x/retry", "POST"),
-        ("/health", "GET, HEAD"),
-        ("/metrics", "GET, HEAD"),
-        ("/openapi.json", "GET, HEAD"),
-    ],
-)
-async def test_another_method_answers_405_with_allow(api: Caller, path: str, allowed: str) -> None:
-    for method in ("DELETE", "PATCH", "OPTIONS"):
-        response, problem = await api.answer(method, path)
-        assert (response.status, response.headers["Allow"]) == (405, allowed)
-        Caller.check_problem(response, problem)
 
 
 async def test_head_answers_wherever_get_does_with_its_status_and_no_body(api: Caller) -> None:
@@ -1259,27 +1081,6 @@ async def test_all_times_are_rfc_3339_in_utc(delivered_everywhere: Caller) -> No
 
 # -- tokens
 
-CALLS = [
-    ("PUT", ACME + "/sessions/s1"),
-    ("GET", ACME + "/sessions/s1"),
-    ("POST", ACME + "/sessions/s1/touch"),
-    ("POST", ACME + "/sessions/touch"),
-    ("POST", ACME + "/sessions/s1/close"),
-    ("GET", ACME + "/sessions"),
-    ("GET", "/v1/deliveries"),
-    ("GET", "/v1/deliveries/msg_1_x"),
-    ("POST", "/v1/deliveries/msg_1_x/retry"),
-    ("POST", ACME + "/deliveries/retry"),
-    ("GET", "/v1/operators"),
-    ("POST", ACME + "/hold"),
-    ("POST", ACME + "/release"),
-    ("GET", "/metrics"),
-    ("GET", "/openapi.json"),
-    ("GET", "/nothing"),
-    ("DELETE", "/v1/operators"),
-    ("POST", "/health"),
-]
-
 
 @pytest.fixture
 async def guarded(tmp_path: Path, clock: HandClock) -> AsyncIterator[Caller]:
@@ -1287,20 +1088,6 @@ async def guarded(tmp_path: Path, clock: HandClock) -> AsyncIterator[Caller]:
     toml = LISTEN + 'token_file = "tokens"\n' + CONFIG.format(url="http://127.0.0.1:1/")
     async with serving(tmp_path, toml, clock) as daemon:
         yield Caller(daemon)
-
-
-WRONG = [
-    *("", "Bearer", "Bearer ", "Bearer wrong", "Bearer token-one2", "Bearer token-on", "bearer TOKEN-ONE", "token-one"),
-    *("Basic token-one", "Bearer token-one, Bearer token-one", "Bearer token-one token-one", "Bearer \u00ff"),
-]
-
-
-@pytest.mark.parametrize("authorization", WRONG)
-async def test_without_a_valid_token_every_call_answers_401(guarded: Caller, authorization: str) -> None:
-    headers = {"Authorization": authorization} if authorization else {}
-    for method, path in CALLS:
-        response, _ = await guarded.answer(method, path, 401 if path != "/health" else None, headers=headers)
-        assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
 async def test_a_page_from_elsewhere_can_change_nothing_without_a_token(api: Caller) -> None:
@@ -1326,7 +1113,7 @@ async def test_a_page_that_this_address_has_served_may_change_what_it_likes(api:
     await api("POST", ACME + "/sessions/s1/close", 200, headers=headers)
 
 
-EVERY_CALL = [("GET", "/health"), ("HEAD", "/health/"), ("OPTIONS", "/v1/operators"), ("GET", "/elsewhere")]
+ALSO = [("GET", "/health"), ("HEAD", "/health/"), ("OPTIONS", "/v1/operators"), ("GET", "/elsewhere")]
 
 
 @pytest.mark.parametrize(
@@ -1355,7 +1142,7 @@ EVERY_CALL = [("GET", "/health"), ("HEAD", "/health/"), ("OPTIONS", "/v1/operato
 async def test_a_page_whose_name_leads_here_sees_and_changes_nothing(api: Caller, host: str) -> None:
     await api.open(playerId="player-of-somebody")
     with hear() as events:
-        for method, path in [*CALLS, *EVERY_CALL]:
+        for method, path in [*EVERY_CALL, *NO_CALLS, *ALSO]:
             async with raw_connection(api.daemon.api) as peer:
                 await peer.send(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
                 head = await peer.reader.readuntil(b"\r\n\r\n")
@@ -1407,7 +1194,7 @@ async def test_an_expectation_opens_no_door_and_is_refused_as_a_problem(guarded:
 async def test_each_of_the_tokens_opens_every_call(guarded: Caller, authorization: str) -> None:
     guarded.headers = {"Authorization": authorization}
     await guarded.open()
-    for method, path in CALLS[1:]:
+    for method, path in [*EVERY_CALL[1:], *NO_CALLS]:
         response, _ = await guarded.answer(method, path)
         assert response.status != 401, (method, path)
 
@@ -1421,7 +1208,7 @@ async def test_a_token_that_may_only_read_changes_nothing(tmp_path: Path, clock:
         api.headers = {"Authorization": "Bearer token-that-changes"}
         await api.open("s-1")
         api.headers = {"Authorization": "Bearer token-that-reads"}
-        for method, path in CALLS:
+        for method, path in [*EVERY_CALL, *NO_CALLS]:
             response, body = await api.answer(method, path)
             assert (response.status == 403) is (method != "GET"), (method, path)
             if response.status == 403:

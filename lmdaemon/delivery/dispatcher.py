@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from lmdaemon import masks, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Policy, Settings
+from lmdaemon.delivery import phrases
 from lmdaemon.delivery.lanes import Agenda, Lane
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.delivery.sinks import event_of
@@ -315,7 +316,11 @@ class Dispatcher(StoreObserver):
         if outcome.verdict == "delivered":
             return outcome
         mask = masks.of_notice(operator, row.token, row.body)
-        return outcome._replace(answer=mask.beginning_of(body, complete=complete))
+        said = phrases.of_body(body, operator.sends, complete=complete, quoted_max=len(body))
+        return outcome._replace(
+            detail=mask.beginning_of(said.encode(errors="replace"), complete=True),
+            answer=mask.beginning_of(body, complete=complete),
+        )
 
     async def _call(self, lane: Lane, row: Delivery) -> retry.Outcome:
         assert lane.plugin is not None  # noqa: S101 - a lane without one posts

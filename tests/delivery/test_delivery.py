@@ -29,7 +29,7 @@ from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.delivery.sinks import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.model import Session, rfc3339
-from lmdaemon.store.contract import StoreObserver
+from lmdaemon.store.contract import Opening, StoreObserver
 from lmdaemon.store.sqlite import store
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
@@ -273,7 +273,24 @@ class TestHistory:
         history = await self.answers(tmp_path, clock, *script, schedule=["1s"] * 9)
         kept = [entry.get("answer", "none is kept") for entry in history]
         assert kept == ['{"error": 100, "description": "sp\\u00e4ter"}', "<html>", "", "\ufffd\0\n", "none is kept"]
-        assert all("detail" not in entry for entry in history)
+        assert [entry.get("detail") for entry in history] == [
+            '`error` is 100, internal error, please retry ("später")',
+            "the body is HTML",
+            "the body is empty",
+            "the body is not UTF-8",
+            None,
+        ]
+
+    async def test_what_is_said_of_a_failure_has_its_description_masked(self, tmp_path: Path, clock: HandClock) -> None:
+        """The whole description is masked before it is cut: no part of a secret is left at the end."""
+
+        async def echo(request: web.Request) -> web.Response:
+            token = json.loads(await request.read())["token"]
+            return web.json_response({"error": 7, "description": f"no such token {token} " + "x" * 250 + token})
+
+        (entry,) = await self.answers(tmp_path, clock, echo)
+        said = '`error` is 7, bad parameters ("no such token *** '
+        assert entry["detail"] == said + "x" * (256 - len(said))
 
     async def test_without_an_answer_there_is_none_but_what_is_known_besides(
         self, tmp_path: Path, clock: HandClock
@@ -310,7 +327,7 @@ class TestHistory:
 
         async with scripted_operator(echo) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
-                await b.db.open_session(store.Opening("acme", "s", "p", token, None, 10_000, 0))
+                await b.db.open_session(Opening("acme", "s", "p", token, None, 10_000, 0))
                 await b.db.end("acme", "s")
                 await b.round()
                 (entry,) = json.loads((await b.row()).history)

@@ -1,8 +1,7 @@
-"""Plug-ins: loading dotted names, and calling them so that whatever they do harms nobody else.
+"""Loads plug-ins by dotted name, and calls them so that their failures affect nothing else.
 
-Called by `daemon` (load, start, stop), `endpoint` (check) and `dispatcher` (session_ended). A plug-in runs in the
-daemon's event loop: it may hang, raise anything or ignore its cancellation, but a call that blocks the loop without
-awaiting blocks the daemon, and nothing in here can help that.
+A plug-in runs in the daemon's event loop. It may hang, raise anything or ignore its cancellation; but a call that
+blocks the loop without awaiting blocks the daemon, and this module cannot prevent it.
 """
 
 import asyncio
@@ -20,22 +19,24 @@ from lmdaemon.model import Notice, Refuse, SessionEnded
 
 log = Log("plugins")
 
-# What these say is a name: of a module, an attribute, a key
+# The texts of these exceptions name a module, an attribute or a key, so they may be shown
 _NAMING = (ImportError, AttributeError, NameError, SyntaxError, TypeError, KeyError)
 
-CANCEL_S = 1.0  # what a hook gets to clean up after its time-out
+CANCEL_S = 1.0  # how long a cancelled hook may take to clean up
 
 
-class PluginFailed(Exception):  # noqa: N818 - a value for the caller to judge, not a bug of ours
-    """A hook did not do its work: it raised, or ran into its time-out. The text is a short reason without secrets."""
+class PluginFailed(Exception):  # noqa: N818 - an expected result, which the caller judges
+    """A hook raised or ran into its time-out. The text is a short reason without secrets."""
 
 
 def _to_nobody() -> None: ...
 
 
 class LoadedPlugin:
-    """One `[plugins.NAME]`, ready to be called. `stray` counts hooks that ignore their cancellation and still run;
-    `freed` is called when one of them has ended after all.
+    """One `[plugins.NAME]`, ready to be called.
+
+    `stray` is the number of calls that have ignored their cancellation and still run. `freed` is called whenever one of
+    them has ended.
     """
 
     def __init__(self, settings: Plugin, hook: Any, freed: Callable[[], None] = _to_nobody) -> None:
@@ -48,15 +49,16 @@ class LoadedPlugin:
 
     @property
     def name(self) -> str:
+        """NAME of its table in the configuration."""
         return self.settings.name
 
     @property
     def checks(self) -> bool:
-        """Whether it wants to see notices before they are accepted."""
+        """Whether it has the hook `check`."""
         return self._check is not None
 
     async def start(self) -> None:
-        """Runs its start(), if it has one. Raises ConfigError."""
+        """Calls its hook `start`, if it has one. Raises ConfigError."""
         start = getattr(self._hook, "start", None)
         if start is None:
             return
@@ -67,7 +69,7 @@ class LoadedPlugin:
             raise ConfigError([f"plugins.{self.name}: start() failed: {error}{where}"]) from error
 
     async def stop(self) -> None:
-        """Runs its stop(), if it has one; a failure is logged."""
+        """Calls its hook `stop`, if it has one. A failure is logged."""
         stop = getattr(self._hook, "stop", None)
         if stop is None:
             return
@@ -77,15 +79,18 @@ class LoadedPlugin:
             log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
 
     async def session_ended(self, event: SessionEnded) -> None:
-        """Hands over the end of a session. Raises PluginFailed."""
+        """Calls its hook `session_ended`. Raises PluginFailed."""
         await self._contained(partial(self._session_ended, event))
 
     async def check(self, notice: Notice) -> None:
-        """Lets it look at a notice before it is accepted. Raises Refuse with its verdict, or PluginFailed."""
+        """Calls its hook `check` with a notice that is not accepted yet.
+
+        Raises Refuse, if the hook does, or PluginFailed.
+        """
         if self._check is None:
             return
         if self.stray >= self.settings.policy.concurrency:
-            raise PluginFailed("too many calls ignore their cancellation")  # each notice would add one
+            raise PluginFailed("too many calls ignore their cancellation")  # otherwise each notice would add one
         try:
             await self._contained(partial(self._check, notice))
         except PluginFailed as failure:
@@ -94,7 +99,7 @@ class LoadedPlugin:
             raise
 
     async def _contained(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Calls a hook within its time-out. Raises PluginFailed from whatever the hook raised."""
+        """Calls a hook, with its time-out. Raises PluginFailed from whatever the hook raised."""
         task = asyncio.ensure_future(_caught(call))
         try:
             done, _ = await asyncio.wait({task}, timeout=self.settings.policy.timeout_s)
@@ -124,7 +129,7 @@ class LoadedPlugin:
 
 
 async def _caught(call: Callable[[], Awaitable[None]]) -> BaseException | None:
-    """Returns what the hook raised instead of raising it: a SystemExit in a task would end the event loop."""
+    """Calls a hook and returns what it raised, or None. Raised in a task, a SystemExit would end the event loop."""
     try:
         await call()
     except BaseException as error:
@@ -133,9 +138,9 @@ async def _caught(call: Callable[[], Awaitable[None]]) -> BaseException | None:
 
 
 def _remade(refusal: Refuse) -> Refuse:
-    """The same verdict in a plain Refuse: a subclass may lack a meaning or carry a text that no answer can hold.
+    """A plain Refuse with the same meaning and text, encodable as UTF-8. Raises PluginFailed.
 
-    Raises PluginFailed.
+    A plug-in may raise a subclass without a meaning, or with a text that no answer can contain.
     """
     try:
         return Refuse(refusal.meaning, str(refusal.description).encode(errors="replace").decode())
@@ -144,26 +149,29 @@ def _remade(refusal: Refuse) -> Refuse:
 
 
 def load(settings: Plugin, freed: Callable[[], None] = _to_nobody) -> LoadedPlugin:
-    """Imports and makes one plug-in; `freed` as in LoadedPlugin. Raises ConfigError, naming it."""
+    """Imports and makes one plug-in; `freed` as in LoadedPlugin. Raises ConfigError, which names the plug-in."""
     target = examine(settings)
     if not inspect.isclass(target):
         return LoadedPlugin(settings, target, freed)
     make: Callable[[dict[str, Any]], Any] = target
     try:
-        hook = make(deepcopy(dict(settings.options)))  # a reload compares ours with the file's
+        hook = make(deepcopy(dict(settings.options)))  # a copy, for a reload compares the options with the file's
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise _broken(settings, f"cannot be made: {_why(error)}") from error
-    _check_hooks(settings, hook)  # again: it may have hooks of its own
+    _check_hooks(settings, hook)  # again, because an instance may have other hooks than its class
     return LoadedPlugin(settings, hook, freed)
 
 
 def examine(settings: Plugin) -> Any:
-    """Imports one plug-in and looks at it, without calling it: the function or class. Raises ConfigError, naming it."""
+    """Imports one plug-in and checks its hooks without calling any. Returns the function or class.
+
+    Raises ConfigError, which names the plug-in.
+    """
     module_name, _, attribute = settings.use.partition(":")
     try:
-        importlib.invalidate_caches()  # at a reload, the module may have been installed a moment ago
+        importlib.invalidate_caches()  # the module may have been installed since the last import
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
@@ -194,7 +202,10 @@ def _is_async(hook: object) -> bool:
 
 
 def _why(error: BaseException) -> str:
-    """What a plug-in's own code raised, without a text that may quote an option, or a secret that it has read."""
+    """Type and place of an exception of a plug-in's code; its text is left out unless it only names something.
+
+    The text may quote an option, or a secret that the plug-in has read.
+    """
     kind = type(error).__name__
     return f"{kind}: {error}" if isinstance(error, _NAMING) else f"{kind} at {place(error)}"
 
@@ -204,7 +215,7 @@ def _broken(settings: Plugin, finding: str) -> ConfigError:
 
 
 async def start_all(loaded: list[LoadedPlugin]) -> None:
-    """Starts them in order; when one fails, those already started are stopped. Raises ConfigError."""
+    """Starts plug-ins in order. When one fails, those already started are stopped. Raises ConfigError."""
     started: list[LoadedPlugin] = []
     try:
         for plugin in loaded:
@@ -216,6 +227,6 @@ async def start_all(loaded: list[LoadedPlugin]) -> None:
 
 
 async def stop_all(loaded: list[LoadedPlugin]) -> None:
-    """Stops them in reverse order."""
+    """Stops plug-ins in reverse order."""
     for plugin in reversed(loaded):
         await plugin.stop()

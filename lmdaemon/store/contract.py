@@ -1,4 +1,4 @@
-"""What the doers know of the store: its values, its errors and its operations. It knows no engine.
+"""The store as the rest of the daemon sees it: its values, errors, operations and verbs. It knows no engine.
 
 Wall times (`_at`) are milliseconds since the epoch, service times (`_ms`) milliseconds of the service clock.
 """
@@ -12,23 +12,28 @@ import msgspec
 from lmdaemon.clock import ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Session
 
-BATCH_ROWS = 10_000  # rows that the operations of one batch name together; one that names as many is alone in its batch
-PAGE_BYTES = 1024 * 1024  # of a page's rows as text: bounds an answer, and what waits for slow readers
-SWEEP_ROWS = 100  # sessions looked at in one sweep operation: about 3 ms on the writer
+BATCH_ROWS = 10_000  # most rows that the operations of one batch name together
+PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text: bounds an answer, and what waits for slow readers
+SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
 
 
 class StoreError(Exception):
-    """Nothing was stored, and trying again later may help: disk full, locked or failing, or too much queued."""
+    """Nothing was stored, but trying again later may help: the disk is full, locked or failing, or too much is
+    queued.
+    """
 
 
 class DatabaseError(Exception):
-    """The database cannot be used at all: another daemon has it, it is damaged, or a newer program made it. It was left
-    untouched.
+    """The database cannot be used: another daemon has it, it is damaged, or a newer lmdaemon made it.
+
+    It is unchanged.
     """
 
 
 class NewDelivery(NamedTuple):
-    """A sink of an ended session: its body as it will be sent, or why it never can be."""
+    """A delivery to be made for an ended session: the body to send, or in `impossible` the cause why none can be
+    sent.
+    """
 
     sink: str
     body: bytes
@@ -40,27 +45,28 @@ SinksOf = Callable[[Session], Sequence[NewDelivery]]
 
 @dataclass(slots=True)
 class Figures:
-    """Counts kept up in every transaction, so that nobody ever counts rows."""
+    """Counts of an operator's sessions and deliveries.
+
+    Every transaction updates them, so that rows are never counted.
+    """
 
     live: int = 0
     pending: int = 0
     dead: int = 0
 
 
-# -- operations and their answers; the verbs of Store document them
+# -- operations and their answers; each is described at the verb of Store that queues it
 
 
 Answer = TypeVar("Answer")
 
 
 class Operation(msgspec.Struct, Generic[Answer], frozen=True):
-    """Something to be written, which is answered with an Answer once it is on disk."""
+    """A change to be written. Its caller gets an Answer once it is on disk."""
 
     @property
     def rows(self) -> int:
-        """How many rows it names: bounds what is queued and what is in one batch. 0: it changes nothing of what is
-        stored.
-        """
+        """The number of rows it names, by which queue and batches are bounded; 0 if it changes no stored data."""
         return 1
 
     def __repr__(self) -> str:
@@ -68,11 +74,15 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
 
 class Opened(NamedTuple):
+    """The session, and whether it was created, was open alike, differs, or has ended."""
+
     outcome: Literal["created", "open", "differs", "ended"]
     session: Session
 
 
 class Opening(Operation[Opened], frozen=True):
+    """Open a session: `Store.open_session`."""
+
     operator: str
     session_id: str
     player_id: str
@@ -83,21 +93,28 @@ class Opening(Operation[Opened], frozen=True):
 
 
 class Touched(NamedTuple):
+    """How many sessions were touched, and the ids of those that are unknown or have ended."""
+
     touched: int
     unknown: list[str]
     ended: list[str]
 
 
 class Touching(Operation[Touched], frozen=True):
+    """Touch sessions: `Store.touch`."""
+
     operator: str
     session_ids: Sequence[str]
 
     @property
     def rows(self) -> int:
+        """The number of ids."""
         return len(self.session_ids)
 
 
 class Closing(Operation[Session | None], frozen=True):
+    """End a session because its game was closed: `Store.end`."""
+
     operator: str
     session_id: str
 
@@ -106,8 +123,9 @@ Recorded = Literal["ended", "repeated", "unknown_session", "player_mismatch", "b
 
 
 class Recording(Operation[Recorded], frozen=True):
-    """A notice to record. `compare_token`: it must have the session's own token. `accept_unknown` False: an unknown
-    session is refused.
+    """Record a notice: `Store.record`.
+
+    With `compare_token` its token must be the session's own. Without `accept_unknown` an unknown session is refused.
     """
 
     operator: str
@@ -121,15 +139,17 @@ class Recording(Operation[Recorded], frozen=True):
 
 
 class Swept(NamedTuple):
-    """What one sweep did. `looked_at` equal to SWEEP_ROWS says that more may be due."""
+    """How many sessions a sweep has ended and looked at. If it looked at SWEEP_ROWS, more may be due."""
 
     ended: int
     looked_at: int
 
 
 class Sweep(Operation[Swept], frozen=True):
-    """End what is due by max_lifetime, and what was idle for too long as of that service time (None: nothing). One of a
-    crowd is alone in its batch, so that whoever came before it need not wait for it.
+    """End what is due: `Store.end_due`.
+
+    `as_of_ms` is the service time by which sessions must have been idle for too long; None ends none for inactivity. A
+    sweep of a `crowd`, of many in a row, is alone in its batch, so that operations before it need not wait for it.
     """
 
     as_of_ms: int | None
@@ -137,11 +157,12 @@ class Sweep(Operation[Swept], frozen=True):
 
     @property
     def rows(self) -> int:
+        """A whole batch's for one of a crowd, so that nothing else fits in."""
         return BATCH_ROWS if self.crowd else 1
 
 
 class Settled(NamedTuple):
-    """When the row is due again, if it is pending, and the operator's gate before and after."""
+    """When the delivery is due again, if it is pending, and the operator's gate before and after the result."""
 
     due_at: int
     before: Gate
@@ -149,9 +170,11 @@ class Settled(NamedTuple):
 
 
 class Settlement(Operation[Settled], frozen=True):
-    """The result of one attempt: what becomes of the row, after how many milliseconds a pending one is due again, the
-    history's entry (None when nothing was sent), whether it counts as an attempt, and what it does to the operator's
-    gate at the wall time of its commit (None for a plug-in, which has none).
+    """Store the result of an attempt: `Store.settle`.
+
+    `state` is what the delivery becomes, `wait_ms` after how long a pending one is due again, `step` its place in the
+    schedule. `attempt` is the entry for the history (None: nothing was sent), `spent` whether it counts as an attempt.
+    `gate` computes the operator's gate from the present one and the wall time of the commit; it is None for a plug-in.
     """
 
     delivery: Delivery
@@ -164,48 +187,54 @@ class Settlement(Operation[Settled], frozen=True):
 
 
 class GateChange(Operation[Gate], frozen=True):
+    """Change an operator's gate: `Store.set_gate`."""
+
     operator: str
     alter: Callable[[Gate], Gate]
 
 
 class Alone(Operation[Answer], Generic[Answer], frozen=True):
-    """One that does not share its batch, so that it need not be decided what it means beside the others."""
+    """An operation that is alone in its batch, so that its rules need not consider others in the same transaction."""
 
     @property
     def rows(self) -> int:
+        """A whole batch's, so that nothing else fits in."""
         return BATCH_ROWS
 
 
 class RetryDead(Alone[int], frozen=True):
-    """Make these dead deliveries due again, spaced out."""
+    """Make dead deliveries due again, spaced out: a step of `Store.retry_dead`."""
 
     operator: str
-    deliveries: Sequence[int]  # their numbers
+    deliveries: Sequence[int]  # row numbers
 
 
 class RetryOne(Alone[Delivery | None], frozen=True):
+    """Make one dead delivery due again: `Store.retry_one`."""
+
     webhook_id: str
 
 
 class Pruned(NamedTuple):
-    """How many sessions went, and where to go on; None at the end."""
+    """How many sessions were deleted, and the (ended_at, id) after which to go on; None at the end."""
 
     sessions: int
     after: tuple[int, int] | None
 
 
 class Pruning(Alone[Pruned], frozen=True):
-    """Delete what ended before that wall time, beginning behind `after` (ended_at, id)."""
+    """Delete old sessions: `Store.prune`."""
 
     before_at: int
     after: tuple[int, int]
 
 
 class Probe(Operation[None], frozen=True):
-    """Write the clock and nothing else."""
+    """Write the clock and nothing else: `Store.probe`."""
 
     @property
     def rows(self) -> int:
+        """None: no stored data changes."""
         return 0
 
 
@@ -215,9 +244,9 @@ _Row = TypeVar("_Row", Session, Delivery)
 
 
 class Page(NamedTuple, Generic[_Row]):
-    """Rows, newest first, and the id behind which the next page begins, or None after the last row.
+    """Rows, newest first. `next` is the id after which the next page begins, or None when there are no more rows.
 
-    A page that ends before it has the rows asked for has `next`, too: it may even be empty.
+    A page may have fewer rows than were asked for, or none, and still have a `next`.
     """
 
     rows: list[_Row]
@@ -225,8 +254,9 @@ class Page(NamedTuple, Generic[_Row]):
 
 
 class Ended(NamedTuple):
-    """Ended sessions with their deliveries, in the order in which they ended, and behind which (ended_at, id) to go on,
-    None at the end.
+    """Ended sessions with their deliveries, in the order in which they ended.
+
+    `after` is the (ended_at, id) after which to go on; None at the end.
     """
 
     sessions: list[tuple[Session, list[Delivery]]]
@@ -234,13 +264,13 @@ class Ended(NamedTuple):
 
 
 class Archive(Protocol):
-    """What has ended, read beside the daemon for an export. Its verbs raise DatabaseError."""
+    """Ended sessions, read for an export by another process than the daemon. Its verbs raise DatabaseError."""
 
     def ended(self, operator: str | None, after: tuple[int, int], before_at: int) -> Ended:
-        """A page of what ended before then, beginning behind `after`."""
+        """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id)."""
 
     def gates(self) -> Mapping[str, Gate]:
-        """What holds each operator back."""
+        """The gate of each operator."""
 
     def committed_at(self) -> int:
         """Wall time of the last transaction."""
@@ -250,7 +280,9 @@ class Archive(Protocol):
 
 
 class Claim(NamedTuple):
-    """What to claim: rows of one operator and sink, the earliest due first, but none of those `taken` (ids)."""
+    """A question for pending deliveries of one operator and sink, the earliest due first, without those `taken`
+    (ids).
+    """
 
     operator: str
     sink: str
@@ -258,51 +290,52 @@ class Claim(NamedTuple):
     limit: int
 
 
-# -- what is told of commits
+# -- events after a commit
 
 
 class StoreObserver:
-    """Told of what a commit has made true, on the event loop and before whoever waits for it is answered. Override what
-    you want to hear; it must not do I/O or raise.
+    """Is called after each commit with what it has changed, on the event loop, before the callers get their answers.
+
+    Subclasses override what they need. The methods must not do I/O or raise.
     """
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
-        """These have ended."""
+        """These sessions have ended."""
 
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
-        """A delivery of this operator and sink is due at that wall time, perhaps before all others."""
+        """A delivery of this operator and sink is due at this wall time, which may be earlier than all others."""
 
     def gate_changed(self, operator: str) -> None:
-        """What holds this operator's URL back has changed."""
+        """The gate of this operator has changed."""
 
     def deadline_nearer(self) -> None:
-        """The next deadline may have come nearer, or the first session has opened."""
+        """The next deadline may be earlier than before, or the first session was opened."""
 
     def wall_clock_set_back(self) -> None:
-        """The wall clock was set back, and kept waits with it."""
+        """The wall clock was set back, and stored waits were moved with it."""
 
     def committed(self, operations: int, took_s: float) -> None:
-        """A transaction of so many operations took so long, its sync included."""
+        """A transaction with so many operations took `took_s` seconds, its sync included."""
 
 
 # -- the store
 
 
 class Store(Protocol):
-    """The session table and the deliveries, as verbs. The doers meet here and nowhere else.
+    """The sessions and deliveries. Endpoint, API, sweeper and dispatcher share nothing else.
 
-    A verb that changes something returns once that is on disk. They take effect in the order in which they were
-    called, also when their callers are cancelled meanwhile. Each raises StoreError when nothing was stored, and may be
+    A verb that changes something returns when the change is on disk. Changes take effect in the order of the calls,
+    even if a caller is cancelled meanwhile. Each verb raises StoreError when nothing was stored, and may then be
     repeated.
     """
 
-    # What the daemon hands in
-    configured: frozenset[str]  # operators whose sinks are known: nobody else's sessions end by themselves
+    # Set by the daemon
+    configured: frozenset[str]  # operators whose sinks are known: only their sessions end for inactivity or age
     sinks_of: SinksOf
 
-    engine: Mapping[str, str]  # its name and version
+    engine: Mapping[str, str]  # name and version of the database engine
 
-    # What is known without looking, as of the last commit
+    # Kept in memory, as of the last commit
     service_clock: ServiceClock
     figures: dict[str, Figures]
     next_due_ms: int | None  # the next deadline may be later, never earlier
@@ -310,37 +343,37 @@ class Store(Protocol):
 
     @property
     def live(self) -> int:
-        """Sessions that are active."""
+        """The number of active sessions."""
 
     @property
     def set_back_ms(self) -> int:
-        """By how much the wall clock was set back since the last commit, of this run or the one before; else 0."""
+        """How far the wall clock was set back since the last commit, which may be of the run before; else 0."""
 
     def figures_of(self, operator: str) -> Figures:
-        """Its counts; zeros for one that is unknown."""
+        """The operator's counts; zeros for an unknown operator."""
 
     def gate(self, operator: str) -> Gate:
-        """What holds its URL back; an open gate for one that is unknown."""
+        """The operator's gate; an open one for an unknown operator."""
 
     def observe(self, observer: StoreObserver) -> None:
-        """Tells one more of what is committed from now on."""
+        """Calls one more observer after each commit from now on."""
 
-    # How the engine is
+    # State of the engine
     @property
     def failure(self) -> str | None:
         """Why the last write was refused; None while writes work."""
 
     @property
     def strained(self) -> str | None:
-        """What is wrong with the engine but does not stop it, in words; None if nothing is."""
+        """A problem of the engine that does not keep it from writing, in words; None if there is none."""
 
     @property
     def writing_since(self) -> float | None:
-        """Monotonic time in seconds at which the running transaction began; None between two."""
+        """Monotonic time (seconds) at which the current transaction began; None while there is none."""
 
     @property
     def waiting(self) -> int:
-        """Operations that wait for the writer."""
+        """The number of operations that wait for the writer."""
 
     @property
     def wal_bytes(self) -> int:
@@ -352,51 +385,52 @@ class Store(Protocol):
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """Operations refused so far, by reason."""
+        """The number of operations refused since the start, by reason."""
 
     async def run(self) -> None:
-        """Writes what is queued, for ever. Raises DatabaseError when the database is gone."""
+        """Writes what is queued, for ever. Raises DatabaseError when the database was taken away."""
 
     async def close(self) -> None:
-        """Refuses what is queued, and lets go of the database."""
+        """Refuses what is queued, and closes the database."""
 
     # Changes
     async def open_session(self, opening: Opening) -> Opened:
-        """Opens a session; opening the same again counts as a touch and changes nothing else."""
+        """Opens a session. Opening one that is open alike counts as a touch and changes nothing else."""
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
-        """Notes activity of sessions of one operator; a duplicate counts once. Touching again only moves deadlines."""
+        """Records activity in sessions of one operator. An id that is given twice counts once."""
 
     async def end(self, operator: str, session_id: str) -> Session | None:
-        """Closes a session and returns it, also when it had ended before; None when it is unknown."""
+        """Ends a session because its game was closed, and returns it, also if it had ended before; None: unknown."""
 
     async def record(self, recording: Recording) -> Recorded:
-        """Records a notice from the peer: the first ends the session, each repeat is told so and changes nothing."""
+        """Records a notice. The first one ends the session; a repeat changes nothing and is answered as such."""
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
-        """Ends what is past its lifetime and, if `idle`, what had been idle for too long when this was called; the
-        oldest first, at most SWEEP_ROWS sessions each. One of a crowd has a transaction of its own.
+        """Ends sessions past their maximum lifetime and, if `idle`, those idle for too long at the time of the call.
+
+        The oldest come first, at most SWEEP_ROWS of either kind. With `crowd` it has a transaction of its own.
         """
 
     async def settle(self, settlement: Settlement) -> Settled:
-        """Stores the result of an attempt. That of a delivery which is settled already changes its operator's gate
-        alone.
-        """
+        """Stores the result of an attempt. If the delivery is settled already, only the operator's gate changes."""
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
-        """Changes what holds an operator's URL back, atomically, and returns it."""
+        """Changes an operator's gate atomically and returns the new one."""
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
-        """Makes deliveries that died since then due again, spaced out, in steps. Returns how many; what is left when a
-        step fails is retried by asking again.
+        """Makes deliveries that died at `since_at` or later due again, spaced out, in several transactions.
+
+        Returns how many there were. If a step fails, calling it again retries the rest.
         """
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
-        """Makes a dead delivery due again. Returns it as it was: one that was not dead is untouched; None: unknown."""
+        """Makes a dead delivery due again and returns it as it was before; None: unknown. Others are not changed."""
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
-        """Deletes sessions that ended before then and have nothing pending, a bounded number, beginning behind `after`
-        as (ended_at, id).
+        """Deletes a bounded number of sessions that ended before `before_at` and have no pending delivery.
+
+        It begins after `after` (ended_at, id).
         """
 
     async def probe(self) -> None:
@@ -404,17 +438,17 @@ class Store(Protocol):
 
     # Reading, for the daemon itself
     async def session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-        """One session with its deliveries."""
+        """One session with its deliveries; None: unknown."""
 
     async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
-        """For each lane its pending deliveries, the earliest due first, also those not due yet: they tell when."""
+        """The pending deliveries of each lane, the earliest due first, those included that are not due yet."""
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """When the oldest pending delivery of each operator was made; None when nothing is pending."""
+        """The wall time at which each operator's oldest pending delivery was created; None: nothing is pending."""
 
     # Reading, for people: bounded in rows, bytes and time; without tokens and bodies
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-        """One session with its deliveries."""
+        """One session with its deliveries; None: unknown."""
 
     async def sessions(
         self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
@@ -422,7 +456,7 @@ class Store(Protocol):
         """A page of sessions, newest first, with ids below `after`."""
 
     async def delivery(self, webhook_id: str) -> Delivery | None:
-        """One delivery by its public id, with its history."""
+        """One delivery by its public id, with its history; None: unknown."""
 
     async def deliveries(
         self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
@@ -430,7 +464,7 @@ class Store(Protocol):
         """A page of deliveries, newest first, with ids below `after`."""
 
     async def has_sink(self, sink: str) -> bool:
-        """Whether there are deliveries for a sink, of whatever operator."""
+        """Whether any operator has deliveries for this sink."""
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """As `oldest_pending`."""
+        """As `oldest_pending`, for people."""

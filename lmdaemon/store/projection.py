@@ -1,7 +1,7 @@
 """What the daemon keeps in memory of the tables: figures and gates by operator, the next deadlines, the clocks.
 
-An engine loads it at the start and keeps it up with every batch that is committed, so nobody ever counts rows. Whoever
-has to know of a change observes it. It does no I/O.
+An engine loads it at the start and updates it with every committed batch, so that rows are never counted. Observers are
+called for each change. It does no I/O.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from lmdaemon.model import Gate
 from lmdaemon.store.contract import Figures, SinksOf, StoreObserver
 from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
 
-SET_BACK_MS = 1000  # a wall clock that is behind the monotonic one by less has drifted, and was not set back
+SET_BACK_MS = 1000  # a wall clock that is behind by less than this has drifted; by more, it was set back
 
 log = Log("store")
 
 
 class Loaded(NamedTuple):
-    """What the tables say at the start. `committed_at` is the wall time of the last transaction, 0 without one."""
+    """What was read from the tables at the start. `committed_at` is the wall time of the last transaction, or 0."""
 
     service_ms: int
     committed_at: int
@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
 
 
 class Projection:
-    """Figures, gates and deadlines as of the last commit. `observers` are told on the event loop, in their order."""
+    """Figures, gates and deadlines as of the last commit. `observers` are called on the event loop, in their order."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -38,16 +38,16 @@ class Projection:
         self.sinks_of: SinksOf = lambda session: ()
         self.configured: frozenset[str] = frozenset()
         self.figures: dict[str, Figures] = {}
-        self.live = 0  # sessions that are active, of all operators
+        self.live = 0  # active sessions of all operators
         self.gates: dict[str, Gate] = {}
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
         self.observers: tuple[StoreObserver, ...] = ()
-        self._last_session = 0  # the greatest number that a session has
+        self._last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
 
     def load(self, found: "Loaded") -> None:
-        """Takes over what the tables say at the start."""
+        """Takes over what was read from the tables at the start."""
         self.service_clock = ServiceClock(self._clock, found.service_ms)
         self.figures = {name: figures for name, (figures, _) in found.operators.items()}
         self.live = sum(figures.live for figures in self.figures.values())
@@ -58,38 +58,41 @@ class Projection:
             self._committed_at = (found.committed_at, self._clock.monotonic())
 
     def observe(self, observer: StoreObserver) -> None:
-        """Tells one more of what is committed from now on."""
+        """Calls one more observer after each commit from now on."""
         self.observers += (observer,)
 
     def available(self, available: bool) -> None:
-        """While nothing can be stored, no touch can be acknowledged; so no idleness may pass either."""
+        """Stops the service clock while nothing can be stored, because then no touch can be acknowledged."""
         if available:
             self.service_clock.thaw("store")
         else:
             self.service_clock.freeze("store")
 
     def measured(self, operations: int, took_s: float) -> None:
-        """A transaction of so many operations took so long, its sync included."""
+        """Passes the duration of a transaction (seconds, its sync included) on to the observers."""
         for observer in self.observers:
             observer.committed(operations, took_s)
 
     def figures_of(self, operator: str) -> Figures:
+        """The operator's counts; zeros for an unknown operator."""
         return self.figures.get(operator) or Figures()
 
     def gate(self, operator: str) -> Gate:
+        """The operator's gate; an open one for an unknown operator."""
         return self.gates.get(operator, OPEN_GATE)
 
     @property
     def set_back_ms(self) -> int:
-        """By how much the wall clock was set back since the last transaction, of this run or the one before; 0 if it
-        has only drifted. The next transaction puts every kept wait back with it.
+        """How far (ms) the wall clock was set back since the last transaction, which may be of the run before.
+
+        0 if it has only drifted. The next transaction moves every stored wait back by as much.
         """
         wall_at, monotonic = self._committed_at
         by_ms = wall_at + int((self._clock.monotonic() - monotonic) * 1000) - self._clock.wall_ms()
         return by_ms if by_ms > SET_BACK_MS else 0
 
     def world(self) -> World:
-        """What the next batch is decided with."""
+        """The state in memory with which the next batch is decided."""
         return World(
             service_ms=self.service_clock.now_ms(),
             wall_at=self._clock.wall_ms(),
@@ -101,7 +104,7 @@ class Projection:
         )
 
     def absorb(self, changes: Changes) -> None:
-        """Keeps up with a batch that was committed, and tells the observers."""
+        """Takes over the changes of a committed batch, and calls the observers."""
         was_live = self.live > 0
         self._last_session = changes.last_session
         self._committed_at = (changes.world.wall_at, self._clock.monotonic())
@@ -127,13 +130,13 @@ class Projection:
                 observer.delivery_due(operator, sink, due_at)
 
     def _absorb_deadlines(self, changes: Changes, *, was_live: bool) -> None:
-        if changes.swept:  # the sweep saw the whole index: what it found replaces what was believed
+        if changes.swept:  # the engine has read the next deadlines of the whole table
             self.next_due_ms, self.next_lifetime_at = changes.next_due_ms, changes.next_lifetime_at
             return
         before = (self.next_due_ms, self.next_lifetime_at)
         self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
         self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
-        # Also when the first session opens: while none was live, nobody read the service clock.
+        # Also when the first session is opened: while none was live, nobody has read the service clock
         if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
             for observer in self.observers:
                 observer.deadline_nearer()

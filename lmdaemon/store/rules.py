@@ -1,10 +1,9 @@
-"""What a batch of operations changes: facts → `decide` → `Changes`. No SQL, no clock, no network.
+"""The rules of the store: `decide` turns a batch of operations and facts into `Changes`. No SQL, no clock, no network.
 
-An engine reads the facts that a batch asks for (`questions`), and applies the changes in one transaction, all or
-nothing. Where nothing has to be looked up, a batch is decided without facts, on the assumption that what is added is
-not known and that what is settled is pending. The engine aborts when that is wrong; then the facts are read and the
-batch is decided again. What a session's end means for which sink is handed in as `sinks_of`: nothing here knows a
-protocol or a URL.
+An engine reads the facts that a batch needs (`questions`) and applies the changes in one transaction, all or nothing.
+Most batches are decided without facts, on two assumptions: sessions to be added are not known yet, and deliveries to be
+settled are pending. If one is wrong, the engine's statement aborts; then the facts are read and the batch is decided
+again. The deliveries of a session's end come from `sinks_of`: nothing here knows a protocol or a URL.
 """
 
 import hashlib
@@ -47,23 +46,23 @@ from lmdaemon.store.contract import (
 
 PRUNE_ROWS = 500
 RETRY_ROWS = 500
-RETRY_SPACING_MS = 100  # dead deliveries come back at most ten a second for an operator
-REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again this much later
-HISTORY_MAX = 50  # attempts kept per delivery, the latest
+RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
+REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again after this time
+HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
 OPEN_GATE = Gate()
 
 
-# -- what a decision rests on
+# -- input of a decision
 
 
 class World(NamedTuple):
-    """What the daemon knows without looking at a table, as of the moment of the batch."""
+    """The state that the daemon has in memory when the batch is decided."""
 
     service_ms: int
     wall_at: int
-    set_back_ms: int = 0  # by so much the wall clock was set back since the last transaction
-    last_session: int = 0  # the greatest number that a session has
+    set_back_ms: int = 0  # how far the wall clock was set back since the last transaction
+    last_session: int = 0  # the greatest row number of a session
     gates: Mapping[str, Gate] = MappingProxyType({})
     configured: frozenset[str] = frozenset()  # operators whose sinks are known
     sinks_of: SinksOf = lambda session: ()
@@ -71,18 +70,20 @@ class World(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Questions:
-    """What has to be looked up to decide a batch."""
+    """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
-    sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator
-    results: list[int] = field(default_factory=list)  # deliveries: which of them are pending?
-    sweeps: int = 0  # for so many sweeps of SWEEP_ROWS: what is past its lifetime?
-    due_ms: int | None = None  # and what is due as of then
-    retry: RetryDead | None = None  # which of its deliveries are dead, and may be sent?
-    deliveries: list[str] = field(default_factory=list)  # by their public ids; and which are dead, and may be sent?
-    pruning: Pruning | None = None
+    sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: what is known of them?
+    results: list[int] = field(default_factory=list)  # deliveries with a result: which of them are pending?
+    sweeps: int = 0  # number of sweeps: which sessions, SWEEP_ROWS for each, are past their maximum lifetime?
+    due_ms: int | None = None  # and which are due at this service time?
+    retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
+    deliveries: list[str] = field(default_factory=list)  # public ids: what is known of them, and can they be sent?
+    pruning: Pruning | None = None  # which sessions are old enough, and what deliveries do they have?
 
 
 class OldDelivery(NamedTuple):
+    """A delivery of a session that is old enough to be pruned."""
+
     session: int
     operator: str
     state: DeliveryState
@@ -91,15 +92,15 @@ class OldDelivery(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Facts:
-    """The answers. What `asked` names and `sessions` lacks is unknown."""
+    """The answers to `Questions`. Ids that are in `asked` and not in `sessions` are unknown."""
 
-    asked: Mapping[str, set[str]] = field(default_factory=dict)
+    asked: Mapping[str, set[str]] = field(default_factory=dict)  # session ids by operator, as in Questions
     sessions: Iterable[Session] = ()
-    pending: frozenset[int] = frozenset()  # of the results' deliveries
-    outlived: Sequence[Session] = ()  # the longest past its lifetime first
+    pending: frozenset[int] = frozenset()  # those of the results' deliveries that are pending
+    outlived: Sequence[Session] = ()  # past their maximum lifetime, the longest first
     due: Sequence[Session] = ()  # the earliest due first
-    dead: dict[int, str] = field(default_factory=dict)  # sinks, of those to retry that are dead and may be sent
-    deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)
+    dead: dict[int, str] = field(default_factory=dict)  # row number → sink of deliveries to retry that can be sent
+    deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)  # by public id
     old: Sequence[tuple[int, int]] = ()  # (id, ended_at) of sessions old enough to be pruned
     old_deliveries: Sequence[OldDelivery] = ()
 
@@ -108,12 +109,12 @@ _LOOKED_UP = frozenset({Closing, Sweep, RetryDead, RetryOne, Pruning})
 
 
 def must_look_up(kinds: Iterable[type]) -> bool:
-    """Whether a batch with operations of these kinds can be decided with facts only."""
+    """Whether a batch with operations of these kinds needs facts."""
     return not _LOOKED_UP.isdisjoint(kinds)
 
 
 def questions(batch: Iterable[Any]) -> Questions:
-    """What has to be looked up for these operations. A touch is not: the table says afterwards what it did not meet."""
+    """What has to be read for these operations. Nothing for touches: the statement itself tells which ids it found."""
     asked = Questions()
     for one in batch:
         match one:
@@ -139,41 +140,41 @@ def questions(batch: Iterable[Any]) -> Questions:
 
 @dataclass(slots=True)
 class Changes:
-    """What a batch changes, as rows for an engine, and what the daemon has to be told once that is committed."""
+    """What a batch changes: rows for an engine, answers for the callers, and events for after the commit."""
 
     world: World
     # Rows
     touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
     sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
-    ended: list[tuple[Any, ...]] = field(default_factory=list)  # id, reason, extra (None: as it was), token
+    ended: list[tuple[Any, ...]] = field(default_factory=list)  # id, reason, extra (None: unchanged), token
     moved_due: list[tuple[int, int]] = field(default_factory=list)  # id, due_ms
     moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # id, lifetime_at
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
     results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
-    digests: list[tuple[int, str]] = field(default_factory=list)  # session, what stays of its token
+    digests: list[tuple[int, str]] = field(default_factory=list)  # session, the salted hash that replaces its token
     revived: list[tuple[int, int, int, int]] = field(default_factory=list)  # id, due_at, aged_from_at, held_base_ms
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
     figures: dict[str, Figures] = field(default_factory=dict)  # to add to those of an operator
     gates: dict[str, Gate] = field(default_factory=dict)
     # Answers
     answers: list[Any] = field(default_factory=list)  # one for each operation
-    touchings: list["_PlacedTouching"] = field(default_factory=list)  # whose answers hold if the table knows the ids
-    # To be told after the commit
+    touchings: list["_PlacedTouching"] = field(default_factory=list)  # touches whose answers the table may correct
+    # Events for after the commit
     ends: list[Session] = field(default_factory=list)
     due: dict[tuple[str, str], int] = field(default_factory=dict)  # earliest due time by operator and sink
     next_due_ms: int | None = None
     next_lifetime_at: int | None = None
-    swept: bool = False  # the engine reads the next deadlines of the whole table instead
+    swept: bool = False  # there was a sweep: the engine reads the next deadlines of the whole table instead
     last_session: int = 0
-    met_known: bool = False  # what was to be added is known, as the facts say
+    met_known: bool = False  # a session that was to be added was known
 
     @property
     def seen_ms(self) -> int:
-        """What a touch is stamped with: rounded up, so that no session ends a fraction of a millisecond early."""
+        """The service time of a touch: rounded up, so that no session ends a fraction of a millisecond early."""
         return self.world.service_ms + 1
 
     def states_of_touched(self, active: Mapping[str, set[str]], ended: Mapping[str, set[str]]) -> None:
-        """Corrects the answers of touches by what the table says of their ids, by operator."""
+        """Corrects the answers of touches with the states that the table has, as session ids by operator."""
         for place, touching, decided in self.touchings:
             operator = touching.operator
             self.answers[place] = _touched(touching, decided, active[operator], ended[operator])
@@ -190,15 +191,16 @@ RESULT = (
 
 
 class FactsNeeded(Exception):  # noqa: N818 - not an error: the batch is decided again, with facts
-    """Raised by `decide` without facts for a batch that cannot be decided so."""
+    """Raised by `decide` when it was given no facts and needs them."""
 
 
 RandomHex = Callable[[int, int], list[str]]
 
 
 def random_hex(size: int, count: int) -> list[str]:
-    """So many texts of so many random bytes each. One call of the system for all of them: each call gives the
-    interpreter's lock away.
+    """`count` texts, each of `size` random bytes in hex.
+
+    One system call makes all of them, because each call releases the interpreter's lock and has to wait for it again.
     """
     if not count:
         return []
@@ -207,14 +209,14 @@ def random_hex(size: int, count: int) -> list[str]:
 
 
 def decide(batch: Sequence[Any], facts: Facts | None, world: World, random: RandomHex = random_hex) -> Changes:
-    """Works a batch out, operation after operation in its order. Raises FactsNeeded, and only without facts."""
+    """Decides a batch, operation by operation, in its order. Raises FactsNeeded if `facts` is None and needed."""
     decision = _Decision(facts, world)
     for kind, operations in groupby(batch, type):
         _DECIDED_BY[kind](decision, operations)
     return decision.sealed(random)
 
 
-# What the tables said of a touched id: True: active, False: ended, None: unknown. Ids left to the table are missing.
+# State of touched ids, as far as it is known before the statement: True: active, False: ended, None: unknown
 _Decided = Mapping[str, bool | None]
 _PlacedTouching = tuple[int, Touching, _Decided]
 
@@ -223,17 +225,17 @@ _NOTHING_DECIDED: _Decided = {}
 
 
 class _Decision:
-    """The sessions and gates as the batch leaves them after each of its operations, and the rows that follow."""
+    """Decides a batch: keeps sessions and gates as they are after each operation, and collects the changes."""
 
     def __init__(self, facts: Facts | None, world: World) -> None:
         self._facts = facts
         self._world = world
         self._now = world.wall_at
         self._changes = Changes(world)
-        self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, as of now
-        self._added: list[tuple[str, str]] = []
+        self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, after the operations so far
+        self._added: list[tuple[str, str]] = []  # operator and session id
         self._last_session = world.last_session
-        self._settled: set[int] = set()  # deliveries of this batch's results that are pending no more
+        self._settled: set[int] = set()  # deliveries that this batch has settled so far
         self._outlived: list[Session] = []
         self._due: list[Session] = []
         if facts is not None:
@@ -252,12 +254,12 @@ class _Decision:
         self._known.setdefault(session.operator, {})[session.session_id] = session
 
     def _find(self, operator: str, session_id: str) -> Session | None:
-        """The session as of now; None: unknown, or assumed to be."""
+        """The session after the operations so far; None if it is unknown, or assumed to be."""
         mine = self._known.get(operator)
         return None if mine is None else mine.get(session_id)
 
     def _is_new(self, session: Session) -> bool:
-        """Whether this batch adds it."""
+        """Whether this batch adds the session."""
         return session.id > self._world.last_session
 
     def _figures(self, operator: str) -> Figures:
@@ -269,10 +271,11 @@ class _Decision:
     # -- sessions
 
     def touch(self, touchings: Iterable[Touching]) -> None:
+        """As `Store.touch`; so are the following, each like the verb of its name."""
         changes = self._changes
         for touching in touchings:
             operator, session_ids = touching.operator, touching.session_ids
-            if operator not in self._known and len(session_ids) == 1:  # as almost always
+            if operator not in self._known and len(session_ids) == 1:  # the usual case
                 changes.touched.setdefault(operator, {})[session_ids[0]] = None
                 changes.touchings.append((len(changes.answers), touching, _NOTHING_DECIDED))
                 changes.answers.append(_ONE_TOUCHED)
@@ -280,7 +283,7 @@ class _Decision:
                 self._touch_many(touching)
 
     def _touch_many(self, touching: Touching) -> None:
-        """Touches what is known from the facts or from this batch, and leaves the rest to the table."""
+        """Touches sessions that are known from the facts or from this batch, and leaves the rest to the statement."""
         changes, operator = self._changes, touching.operator
         distinct = dict.fromkeys(touching.session_ids)
         mine, asked = self._known.get(operator, {}), self._asked(operator)
@@ -301,10 +304,10 @@ class _Decision:
         return self._facts.asked.get(operator, set()) if self._facts is not None else set()
 
     def _see(self, session: Session) -> Session:
-        """Notes activity of an active session."""
+        """Records activity in an active session."""
         seen = session._replace(seen_ms=self._changes.seen_ms, seen_at=self._now)
         self._put(seen)
-        if not self._is_new(session):  # a row that is added has the stamp anyway
+        if not self._is_new(session):  # a row that this batch adds has the time already
             self._changes.touched.setdefault(session.operator, {})[session.session_id] = None
         return seen
 
@@ -324,7 +327,7 @@ class _Decision:
     def _new(
         self, new: Opening | Recording, *, attributes: str | None = None, extra: str | None = None, lifetime_ms: int = 0
     ) -> Session:
-        """A session that begins now."""
+        """A row for a session that begins now."""
         return Session(
             id=self._last_session + 1,
             operator=new.operator,
@@ -351,8 +354,10 @@ class _Decision:
         return Opened("open", self._see(known))
 
     def _add(self, session: Session) -> Session:
-        """Adds a session that is not known. Without facts, one that was touched before in this batch cannot be: whether
-        that touch met it is not known.
+        """Adds a session that is not known.
+
+        Without facts, it must not have been touched in this batch before, because the answer of that touch depends on
+        whether it is known.
         """
         if self._facts is None and session.session_id in self._changes.touched.get(session.operator, ()):
             raise FactsNeeded
@@ -371,7 +376,7 @@ class _Decision:
             self._changes.answers.append(session)
 
     def _end(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
-        """The one way a live session ends. What follows from it is made when the batch is sealed."""
+        """Ends a live session; there is no other way. Its deliveries are made when the batch is sealed."""
         ended = session._replace(
             reason=reason, ended_at=self._now, token=token or session.token, extra=extra or session.extra
         )
@@ -391,7 +396,7 @@ class _Decision:
         if refusal is None and not new.accept_unknown:
             refusal = "unknown_session"
         if refusal is not None:
-            if self._facts is None:  # it may be known
+            if self._facts is None:  # the session may be known after all
                 raise FactsNeeded
             return refusal
         known_by_its_end = self._new(new, extra=new.extra)._replace(ended_at=self._now, reason="reported")
@@ -406,7 +411,7 @@ class _Decision:
             return "player_mismatch"
         if session.reason is not None:
             return "repeated"
-        # The token of the opening stays; the notice's serves where there was none.
+        # A token given at opening stays; where there was none, the notice's is taken
         self._end(session, "reported", token=None if session.token else new.token, extra=new.extra)
         return "ended"
 
@@ -461,7 +466,7 @@ class _Decision:
             self._changes.answers.append(self._settled_one(one))
 
     def _settled_one(self, one: Settlement) -> Settled:
-        """Stores one result. Of a delivery that was settled before, it changes the gate alone."""
+        """Stores one result. If the delivery was settled before, only the gate changes."""
         delivery, due_at = one.delivery, self._now + one.wait_ms
         if self._is_pending(delivery.id):
             self._changes.results[delivery.id] = _result(one, due_at, self._now)
@@ -473,7 +478,7 @@ class _Decision:
                 figures.pending -= 1
                 figures.dead += one.state == "dead"
                 if delivery.token:
-                    # The nonce is no secret, nor need a salt be one: it makes equal tokens differ.
+                    # The nonce serves as salt: a salt need not be secret, it only makes hashes of equal tokens differ
                     self._changes.digests.append((delivery.session, digest(delivery.token, delivery.nonce[:16])))
         before, alter = self._gate(delivery.operator), one.gate
         if alter is None:
@@ -502,9 +507,11 @@ class _Decision:
         return gate
 
     def _set_gates_back(self) -> None:
-        """Waits outlive the process, so they are kept as wall times. When the wall clock is set back, by an hour or
-        from a wrong century, they go back with it, in the transaction that keeps the new time: nothing waits longer
-        than it was meant to, whatever is killed when. The engine does the same to the deliveries, first of all.
+        """Moves the waits in all gates back by as much as the wall clock was set back.
+
+        Waits are stored as wall times because they must survive a restart. They are moved in the transaction that
+        stores the new time, so that nothing waits longer than it was meant to, even if the daemon is killed at any
+        moment. The engine moves the due times of deliveries in the same transaction.
         """
         for operator in self._world.gates:
             self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
@@ -529,8 +536,9 @@ class _Decision:
         return self._facts
 
     def _revive(self, operator: str, dead: Sequence[tuple[int, str]]) -> None:
-        """Dead deliveries, as (id, sink), become due again, RETRY_SPACING_MS apart, counted over all calls, so that a
-        wallet that has just come back is not run over.
+        """Makes dead deliveries, given as (id, sink), due again, RETRY_SPACING_MS apart over all calls.
+
+        So an operator's server that has just come back is not flooded.
         """
         gate = self._gate(operator)
         due_at = max(self._now, gate.paced_until_at)
@@ -561,7 +569,10 @@ class _Decision:
     # -- sealing
 
     def sealed(self, random: RandomHex) -> Changes:
-        """The changes, with what follows from the ends of the batch. Nothing may be decided afterwards."""
+        """The changes, with the deliveries and tokens of the ended sessions added.
+
+        Nothing may be decided after this.
+        """
         changes = self._changes
         changes.last_session = self._last_session
         sinks = [self._world.sinks_of(session) for session in changes.ends]
@@ -575,7 +586,7 @@ class _Decision:
         return changes
 
     def _follow_up(self, sinks: Sequence[Sequence[NewDelivery]], random: RandomHex) -> None:
-        """One delivery for each sink of each ended session."""
+        """Adds one delivery for each sink of each ended session."""
         now, rows = self._now, []
         for session, its in zip(self._changes.ends, sinks, strict=True):
             if not its:
@@ -612,9 +623,9 @@ _DECIDED_BY: Mapping[type, Callable[[_Decision, Any], None]] = {
 
 
 def _touched(touching: Touching, decided: _Decided, active: Iterable[str], ended: Iterable[str]) -> Touched:
-    """The answer of a touch: by what was decided of an id, else by what the table says of it."""
+    """The answer of a touch, by the states that were decided and, for other ids, those that the table has."""
     session_ids = dict.fromkeys(touching.session_ids)
-    if not decided and session_ids.keys() <= set(active):  # as almost always
+    if not decided and session_ids.keys() <= set(active):  # the usual case
         return Touched(len(session_ids), [], [])
     states: dict[str, bool | None] = {**dict.fromkeys(active, True), **dict.fromkeys(ended, False), **decided}
     found = {session_id: states.get(session_id) for session_id in session_ids}
@@ -644,9 +655,7 @@ def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]
 def _tokens_kept(
     tokens: Sequence[str | None], sinks: Sequence[Sequence[NewDelivery]], random: RandomHex
 ) -> list[str | None]:
-    """What is kept of the tokens of ended sessions: all of it for sending, and where nothing can be sent, only what
-    tells it from another.
-    """
+    """What is kept of the tokens of ended sessions: the token where it has to be sent, else only its salted hash."""
     unneeded = [all(one.impossible for one in its) for its in sinks]
     salts = iter(random(8, sum(unneeded)))
     return [
@@ -666,16 +675,16 @@ def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
     )
 
 
-_DIGEST = "\x1f"  # begins what is left of a token; a token itself has no control characters
+_DIGEST = "\x1f"  # marks the salted hash of a token; a token itself has no control characters
 
 
 def digest(token: str, salt: str) -> str:
-    """What is left of a token that is needed no more: enough to know it again."""
+    """The salted hash of a token, which replaces it when it has been sent. `same_token` can still compare it."""
     return f"{_DIGEST}{salt}{hashlib.sha256(f'{salt}{token}'.encode()).hexdigest()}"
 
 
 def same_token(stored: str | None, given: str | None) -> bool:
-    """Compares two tokens in constant time; an absent one equals only an absent one."""
+    """Compares a stored token, or its salted hash, with a given one in constant time. Two absent tokens are equal."""
     if stored is None or given is None:
         return stored is given
     if stored.startswith(_DIGEST):
@@ -684,7 +693,7 @@ def same_token(stored: str | None, given: str | None) -> bool:
 
 
 def least(one: int | None, other: int | None) -> int | None:
-    """The smaller of two, where None is none at all."""
+    """The smaller of two numbers, either of which may be missing (None)."""
     if one is None or other is None:
         return other if one is None else one
     return min(one, other)

@@ -30,7 +30,7 @@ from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.health import Health
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import Member, Reason, Session
+from lmdaemon.model import Asker, Member, Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
@@ -65,6 +65,8 @@ CUT_S = 0.5  # for a handler to end whose connection was cut at a stop; aiohttp 
 CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
 NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.restart_grace", "sessions.downtime"}
 
+NOBODY = Asker()
+
 events = log.Log("daemon")
 
 _T = TypeVar("_T")
@@ -82,9 +84,10 @@ def _connection_type() -> type[Connection]:
 class _Recorder(StoreObserver):
     """Counts and logs what was committed."""
 
-    def __init__(self, store: Store, metrics: Metrics) -> None:
+    def __init__(self, store: Store, metrics: Metrics, closing: Mapping[tuple[str, str], Asker]) -> None:
         self._store = store
         self._metrics = metrics
+        self._closing = closing  # who is closing which session, by operator and id
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
         now_ms = self._store.service_clock.now_ms()
@@ -93,7 +96,11 @@ class _Recorder(StoreObserver):
         for session in sessions:
             if session.reason == "inactivity":
                 self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
-            events.info("session.ended", operator=session.operator, session=session.session_id, reason=session.reason)
+            facts = {"operator": session.operator, "session": session.session_id, "reason": session.reason}
+            by, request_id = NOBODY
+            if session.reason == "closed":
+                by, request_id = self._closing.get((session.operator, session.session_id), NOBODY)
+            events.info("session.ended", **facts, by=by, request_id=request_id)
 
     def committed(self, operations: int, took_s: float) -> None:
         self._metrics.committed(operations, took_s)
@@ -135,6 +142,7 @@ class Daemon:
         self.serving = asyncio.Event()
         self._on_serving = on_serving
         self.addresses: dict[str, Any] = {}
+        self._closing: dict[tuple[str, str], Asker] = {}
         self._name = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(4)}"
         self._since_at = self._clock.wall_ms()
 
@@ -238,6 +246,7 @@ class Daemon:
                 recent=self._recent,
                 events=self._events,
                 members=self._members,
+                closing=self._closing,
             )
         )
         self._measure()
@@ -493,7 +502,7 @@ class Daemon:
     def _measure(self) -> None:
         """Connects the counters to where things happen."""
         metrics = self._metrics
-        self._store.observe(_Recorder(self._store, metrics))
+        self._store.observe(_Recorder(self._store, metrics, self._closing))
         metrics.reloaded(self._clock.wall_ms() / 1000)
         readings = Readings(
             store=self._store,

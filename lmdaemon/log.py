@@ -67,6 +67,7 @@ LIMITS = {
     "notice.failed": Limit(1, ("path", "error", "where")),
     "plugin.check_failed": Limit(1, ("plugin", "operator", "reason")),
     "plugin.ignores_cancellation": Limit(1, ("plugin",)),
+    "touch.refused": Limit(10, ("operator", "code")),
     "api.failed": Limit(1, ("call", "error", "where")),
     "api.refused": Limit(1, ("status",)),
     "api.unauthorized": Limit(1),
@@ -97,12 +98,18 @@ class _Kind:
     lines: int = 1
     suppressed: int = 0
 
+    def tell(self, event: str) -> None:
+        """Writes how many lines were suppressed, if any were."""
+        if self.suppressed:
+            self.logger.log(self.level, event, extra={"facts": self.facts | {"suppressed": self.suppressed}})
+
 
 class Repeats:
     """Writes the first lines of a kind in each window and counts the others. `monotonic` gives seconds.
 
-    The count is the fact `suppressed` of the first line after the window or, if none comes, of a line of its own. A
-    timer runs only while something is counted, so that an idle daemon is not woken.
+    The count is the fact `suppressed` of a line of its own after the window, with what all of the kind have in common:
+    a line that names a session says nothing of others. A timer runs only while something is counted, so that an idle
+    daemon is not woken.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -111,8 +118,8 @@ class Repeats:
         self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.suppressed = 0  # lines, altogether
 
-    def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> int | None:
-        """None if the line is suppressed; else how many lines of its kind were suppressed before it."""
+    def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> bool:
+        """Whether the line is to be written. Writes how many of its kind were suppressed in the window before it."""
         now = self._monotonic()
         key = (event, *map(facts.get, limit.same))
         kind = self._kinds.get(key)
@@ -124,19 +131,19 @@ class Repeats:
         if kind is None:
             same = dict(zip(limit.same, key[1:], strict=False))  # empty where there are too many kinds
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
-            return 0
+            return True
         if now >= kind.until:
-            before = kind.suppressed
+            kind.tell(event)
             kind.until, kind.lines, kind.suppressed = now + WINDOW_S, 1, 0
-            return before
+            return True
         if kind.lines < limit.lines:
             kind.lines += 1
-            return 0
+            return True
         kind.suppressed += 1
         self.suppressed += 1
         if kind.suppressed == 1:
             self._arm(kind.until - now + STRAGGLERS_S)
-        return None
+        return False
 
     def flush(self, *, everything: bool = False) -> None:
         """Writes the counts of the windows that are over, or of all windows, and forgets these windows."""
@@ -144,9 +151,7 @@ class Repeats:
         for key, kind in list(self._kinds.items()):
             if everything or now >= kind.until:
                 del self._kinds[key]
-                if kind.suppressed:
-                    facts = kind.facts | {"suppressed": kind.suppressed}
-                    kind.logger.log(kind.level, key[0], extra={"facts": facts})
+                kind.tell(key[0])
 
     def _arm(self, wait_s: float) -> None:
         if self._timer is not None and not self._timer[0].is_closed():
@@ -201,12 +206,9 @@ class Log:
         if not self._logger.isEnabledFor(level):
             return
         limit = LIMITS.get(event)
-        if limit is not None and not self._logger.isEnabledFor(logging.DEBUG):
-            suppressed = repeats.admit(self._logger, level, event, facts, limit)
-            if suppressed is None:
-                return
-            if suppressed:
-                facts["suppressed"] = suppressed
+        is_limited = limit is not None and not self._logger.isEnabledFor(logging.DEBUG)
+        if limit is not None and is_limited and not repeats.admit(self._logger, level, event, facts, limit):
+            return
         self._logger.log(level, event, exc_info=exc_info, extra={"facts": facts})
 
 

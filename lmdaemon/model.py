@@ -195,6 +195,13 @@ class Gate:
     paced_until_at: int = 0
 
 
+class Asker(NamedTuple):
+    """Who asked for a change over the API, as log lines say it: the name of the token, and the X-Request-Id."""
+
+    by: str | None = None
+    request_id: str | None = None
+
+
 class Member(NamedTuple):
     """A daemon on a database: where its private side listens, when it was started and last heard, and by how many
     milliseconds its service clock is behind the furthest.

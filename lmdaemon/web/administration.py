@@ -59,15 +59,15 @@ class Administration:
         )
 
     async def hold(self, asked: Asked[None]) -> shapes.Operator:
-        operator, by = asked.operator, self._context.by(asked.request)
+        operator, (by, asking) = asked.operator, self._context.asker(asked.request)
         await self._store.set_gate(operator.name, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"))
-        log.warning("operator.held", operator=operator.name, reason="by_hand", by=by)
+        log.warning("operator.held", operator=operator.name, reason="by_hand", by=by, request_id=asking)
         return await self._shown_now(operator)
 
     async def release(self, asked: Asked[None]) -> shapes.Operator:
-        operator, by = asked.operator, self._context.by(asked.request)
+        operator, (by, asking) = asked.operator, self._context.asker(asked.request)
         await self._store.set_gate(operator.name, lambda gate: retry.release(gate, self._clock.wall_ms()))
-        log.info("operator.released", operator=operator.name, reason="by_hand", by=by)
+        log.info("operator.released", operator=operator.name, reason="by_hand", by=by, request_id=asking)
         return await self._shown_now(operator)
 
     async def _shown_now(self, operator: Operator) -> shapes.Operator:

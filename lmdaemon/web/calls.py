@@ -15,7 +15,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.dialects import content_of, uncoded
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import ID_MAX, Delivery, Member, Session, id_problem
+from lmdaemon.model import ID_MAX, Asker, Delivery, Member, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.web import bodies
 from lmdaemon.web.documents import delivery_document, session_document, to_json
@@ -23,7 +23,7 @@ from lmdaemon.web.events import Events
 from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import KINDS, Problem, invalid
 from lmdaemon.web.recent import Recent
-from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body
+from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body, request_id
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
 OPERATOR = "/v1/operators/{operator}"
@@ -57,6 +57,8 @@ class Context:
     recent: Recent
     events: Events
     members: Callable[[], Sequence[Member]]  # the daemons on this database
+    # Who is closing which session, by operator and id: its end is told by the store, which does not know
+    closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
     settings: Settings = field(init=False)
 
     def operator(self, request: web.Request) -> Operator:
@@ -67,10 +69,10 @@ class Context:
             raise Problem("unknown-operator", f"no operator of this name is configured (got {name[:ID_MAX]!r})")
         return operator
 
-    def by(self, request: web.Request) -> str | None:
-        """The name of the token used, for the log; None for one without a name, or where none is needed."""
+    def asker(self, request: web.Request) -> Asker:
+        """What a line about a change says of who asked for it."""
         token = bearer(request, self.settings.api_tokens)
-        return token.name or None if token is not None else None
+        return Asker(token.name or None if token is not None else None, request_id(request))
 
     def session(self, session: Session) -> shapes.Session:
         return session_document(session, self.expires_at(session))

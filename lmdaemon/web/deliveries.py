@@ -59,8 +59,14 @@ class Deliveries:
         delivery = await self._store.delivery(before.webhook_id)
         if delivery is None or delivery.state == "dead":
             raise Problem("cannot-be-sent", f"the delivery can never be sent ({before.last_error})")
-        by = self._context.by(asked.request)
-        log.info("delivery.retried_by_hand", operator=before.operator, id=before.webhook_id, by=by)
+        by, asking = self._context.asker(asked.request)
+        log.info(
+            "delivery.retried_by_hand",
+            operator=before.operator,
+            id=before.webhook_id,
+            by=asker.by,
+            request_id=asker.request_id,
+        )
         return self._context.delivery(delivery)
 
     async def retry_dead(self, asked: Asked[shapes.RetrySince]) -> shapes.RetriedDeliveries:
@@ -72,8 +78,8 @@ class Deliveries:
             retried = await self._store.retry_dead(operator, since_at)
         finally:
             self._retrying.discard(operator)
-        by = self._context.by(asked.request)
-        log.info("delivery.retried_by_hand", operator=operator, count=retried, by=by)
+        by, asking = self._context.asker(asked.request)
+        log.info("delivery.retried_by_hand", operator=operator, count=retried, by=by, request_id=asking)
         return shapes.RetriedDeliveries(retried=retried)
 
     def _since_at(self, since: str | UnsetType) -> int:

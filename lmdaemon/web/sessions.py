@@ -1,5 +1,8 @@
 """The calls about sessions, for game servers. A token must never be returned, and reading never counts as activity."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import orjson
 from aiohttp import web
 from msgspec import UNSET
@@ -12,7 +15,7 @@ from lmdaemon.store.contract import Opening
 from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
 from lmdaemon.web.documents import with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
-from lmdaemon.web.requests import Ready
+from lmdaemon.web.requests import Ready, request_id
 
 _NO_CONTENT = Ready(204)
 
@@ -36,7 +39,8 @@ class Sessions:
             raise ended(self._context.session(opened.session), 409)
         if opened.outcome == "created":
             self._metrics.opened(operator.name)
-            log.info("session.opened", operator=operator.name, session=asked.session_id)
+            by, asking = self._context.asker(asked.request)
+            log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
         else:
             self._metrics.touched(operator.name, 1)
         return ready_answer(self._context.session(opened.session), 201 if opened.outcome == "created" else 200)
@@ -45,8 +49,10 @@ class Sessions:
         operator, session_id = asked.operator.name, asked.session_id
         touched = await self._store.touch(operator, [session_id])
         if touched.unknown:
+            self._log_refused(asked, "unknown-session", [session_id])
             raise unknown_session()
         if touched.ended:
+            self._log_refused(asked, "ended", [session_id])
             found = await self._store.session(operator, session_id)
             raise ended(None if found is None else self._context.session(found[0]), 410)
         self._metrics.touched(operator, 1)
@@ -56,10 +62,24 @@ class Sessions:
         operator = asked.operator.name
         touched = await self._store.touch(operator, asked.given.session_ids)
         self._metrics.touched(operator, touched.touched)
+        self._log_refused(asked, "unknown-session", touched.unknown)
+        self._log_refused(asked, "ended", touched.ended)
         return ready_answer(shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended))
 
+    def _log_refused(self, asked: Asked[Any], code: str, session_ids: Sequence[str]) -> None:
+        """Ids that a touch could not reach: somebody plays on, or touches at the wrong operator."""
+        if session_ids:
+            facts = {"operator": asked.operator.name, "code": code, "session": ", ".join(session_ids[:3])}
+            many = len(session_ids) if len(session_ids) > 1 else None
+            log.warning("touch.refused", **facts, count=many, request_id=request_id(asked.request))
+
     async def close(self, asked: Asked[None]) -> shapes.Session:
-        session = await self._store.end(asked.operator.name, asked.session_id)
+        key = (asked.operator.name, asked.session_id)
+        self._context.closing[key] = self._context.asker(asked.request)
+        try:
+            session = await self._store.end(*key)
+        finally:
+            self._context.closing.pop(key, None)
         if session is None:
             raise unknown_session()
         return self._context.session(session)

@@ -109,13 +109,65 @@ async def test_what_is_refused_for_want_of_room_is_told(
     assert only(events, "store.reading_failed").level == "error"
 
 
+async def test_every_change_over_the_api_is_told_with_its_request_and_who_asked(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("game-7:s3cret\n")
+    (tmp_path / "tokens").chmod(0o600)
+    toml = LISTEN + 'token_file = "tokens"\n[operators.acme]\nprovider_id = "p"\n'
+    async with serving(tmp_path, toml) as d:
+        with hear() as events:
+            for number, (method, path, body) in enumerate(
+                (
+                    ("PUT", "sessions/s", {"playerId": "p", "token": "t"}),
+                    ("POST", "sessions/s/close", None),
+                    ("POST", "hold", None),
+                    ("POST", "release", None),
+                    ("POST", "deliveries/retry", {}),
+                )
+            ):
+                headers = {"Authorization": "Bearer s3cret", "X-Request-Id": f"req-{number}"}
+                url = f"{d.api}/v1/operators/acme/{path}"
+                async with d.client.request(method, url, json=body, headers=headers) as answer:
+                    assert answer.status < 300
+    told = ("session.opened", "session.ended", "operator.held", "operator.released", "delivery.retried_by_hand")
+    for number, name in enumerate(told):
+        facts = only(events, name).facts
+        assert (facts["by"], facts["request_id"]) == ("game-7", f"req-{number}")
+    assert "s3cret" not in str(events)
+
+
+async def test_touches_that_met_nothing_alive_are_told_with_their_request(tmp_path: Path, settings: str) -> None:
+    async with serving(tmp_path, settings) as d:
+        path = f"{d.api}/v1/operators/acme/sessions"
+        headers = {"X-Request-Id": "gs7-1"}
+        async with d.client.put(path + "/old", json={"playerId": "p", "token": "t"}):
+            pass
+        async with d.client.post(path + "/old/close"):
+            pass
+        with hear() as events:
+            for session in ("nobody", "old"):
+                async with d.client.post(f"{path}/{session}/touch", headers=headers):
+                    pass
+            many = {"sessionIds": ["old", *(f"n{number}" for number in range(5))]}
+            async with d.client.post(path + "/touch", json=many, headers=headers) as answer:
+                assert (await answer.json())["touched"] == 0
+    told = [event.facts for event in events if event.name == "touch.refused"]
+    expected = [
+        ("unknown-session", "nobody", None),
+        ("ended", "old", None),
+        ("unknown-session", "n0, n1, n2", 5),
+        ("ended", "old", None),
+    ]
+    assert [(one["code"], one["session"], one["count"]) for one in told] == expected
+    assert {(one["operator"], one["request_id"]) for one in told} == {("acme", "gs7-1")}
+
+
 async def test_hold_and_release_by_hand_are_told(tmp_path: Path, settings: str) -> None:
     async with serving(tmp_path, settings) as d:
         with hear() as events:
             for verb in ("hold", "release"):
                 async with d.client.post(f"{d.api}/v1/operators/acme/{verb}") as answer:
                     assert answer.status == 200
-    by_hand = {"operator": "acme", "reason": "by_hand", "by": None}
+    by_hand = {"operator": "acme", "reason": "by_hand", "by": None, "request_id": None}
     told = [(event.name, event.level, event.facts) for event in events]
     assert told == [("operator.held", "warning", by_hand), ("operator.released", "info", by_hand)]
 

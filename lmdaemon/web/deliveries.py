@@ -64,8 +64,8 @@ class Deliveries:
             "delivery.retried_by_hand",
             operator=before.operator,
             id=before.webhook_id,
-            by=asker.by,
-            request_id=asker.request_id,
+            by=by,
+            request_id=asking,
         )
         return self._context.delivery(delivery)
 

@@ -1,0 +1,318 @@
+"""What the daemon relies on inside its libraries, beyond what they document. An upgrade that takes one of these away
+fails here, with the sentence that says what was relied upon and where to look.
+
+RELIED has every private name that a class of ours uses of the class of a library that it extends; the first test finds
+them in the code, so that none is used without its sentence.
+"""
+
+import ast
+import asyncio
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import textwrap
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import aiosqlite
+import pytest
+from aiohttp import web, web_protocol
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.streams import EMPTY_PAYLOAD
+from prometheus_client import ProcessCollector
+
+import lmdaemon
+
+RELIED = {
+    "aiohttp.RequestHandler._force_close": "force_close() sets it, and no further request of the connection is served.",
+    "aiohttp.BaseProtocol._loop": "It is the loop that the connection runs in, without a look-up.",
+    "aiohttp.RequestHandler._messages": "It has the parsed heads that wait for the handler, as (message, body) pairs.",
+    "aiohttp.RequestHandler._request_count": "data_received() raises it by one for each head that it has parsed.",
+    "aiohttp.RequestHandler._request_in_progress": "It is true while a handler runs for a request of the connection.",
+    "aiohttp.RequestHandler._task_handler": "It is the task that serves the connection, None when there is none.",
+    "aiohttp.RequestHandler._waiter": "It is a future while the task waits for a head; its result wakes the task.",
+    "aiohttp.BaseSite._runner": "It is the runner that the site was made with.",
+    "aiohttp.BaseRequest._prepare_hook": "It is awaited with each response after its headers are made, before they go.",
+    "aiohttp.BaseConnector._create_connection": "It makes every new connection and returns its protocol.",
+    "aiohttp.ResponseHandler._connection_lost_called": "It is false until connection_lost() has been called.",
+    "aiohttp.DataQueue._exception": "set_exception() keeps the exception there.",
+    "aiohttp.BaseProtocol._parser": "It is None until the parameters of a response are set.",
+    "aiohttp.ResponseHandler._tail": "It has what came before the parameters of a response were set.",
+    "aiosqlite.Connection._conn": "It is the sqlite3 connection that the thread works with.",
+    "aiosqlite.Connection._execute": "It runs a function with its arguments on the connection's thread.",
+    "prometheus_client.ProcessCollector._boot_time": "It is what reads /proc/stat, which a sandbox may hide.",
+}
+# A name that is imported, and private to its library
+IMPORTED = {"aiohttp.web_protocol._ErrInfo": "It stands in a head's place for what is no HTTP, and is answered."}
+
+
+def modules() -> list[Any]:
+    names = [one.name for one in pkgutil.walk_packages(lmdaemon.__path__, "lmdaemon.")]
+    return [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+
+
+def library_of(thing: Any) -> str:
+    return str(thing.__module__).partition(".")[0]
+
+
+def private_names(cls: type) -> set[str]:
+    """Every name with one underscore before it that a class has, sets or uses in its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    found |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {name for name in found if re.match(r"_[a-z]", name)}
+
+
+def foreign_bases(cls: type) -> list[type]:
+    """The classes of other libraries that it extends, the most basic first."""
+    bases = [base for base in reversed(cls.__mro__) if base not in (cls, object)]
+    return [base for base in bases if library_of(base) not in {"lmdaemon", "msgspec", *sys.stdlib_module_names}]
+
+
+def relied_upon() -> dict[str, type]:
+    """What is used of each library, by its name here; the class that has it."""
+    found: dict[str, type] = {}
+    for module in modules():
+        for cls in vars(module).values():
+            if not isinstance(cls, type) or cls.__module__ != module.__name__:
+                continue
+            bases = foreign_bases(cls)
+            ours = private_names(cls) if bases else set()
+            for name in ours:
+                for base in bases:
+                    if name in private_names(base):
+                        found[f"{library_of(base)}.{base.__name__}.{name}"] = base
+                        break
+    return found
+
+
+def test_every_private_name_that_is_relied_upon_has_its_sentence() -> None:
+    """A name that is gone from its library is missing here too: what was relied upon is in its sentence in RELIED."""
+    found = set(relied_upon())
+    assert found - RELIED.keys() == set(), "say in RELIED what is relied upon"
+    gone = {f"{name}: {RELIED[name]}" for name in RELIED.keys() - found}
+    assert gone == set(), "no longer in the library, or no longer used"
+
+
+def test_every_private_import_has_its_sentence() -> None:
+    found = set()
+    for module in modules():
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lmdaemon"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names if re.match(r"_[A-Za-z]", alias.name)}
+    assert found == IMPORTED.keys()
+
+
+def hold(condition: object, *names: str) -> None:
+    """Fails with the sentences of what was relied upon."""
+    if not condition:
+        pytest.fail("\n".join(f"{name}: {(RELIED | IMPORTED)[name]}" for name in names))
+
+
+# -- aiohttp's server
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@asynccontextmanager
+async def served(handler: Any) -> AsyncIterator[tuple[Any, Wire]]:
+    """A connection of aiohttp's own, served by this handler, and its transport."""
+    connection: Any = web.Server(handler)()
+    wire = Wire()
+    connection.connection_made(wire)
+    await asyncio.sleep(0)
+    try:
+        yield connection, wire
+    finally:
+        connection.connection_lost(None)
+        await asyncio.sleep(0)
+
+
+async def turns() -> None:
+    """Lets everything happen that needs no I/O."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+HEAD = b"GET /%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def test_heads_are_counted_and_kept_as_they_are_parsed() -> None:
+    answered = asyncio.Event()
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        await answered.wait()
+        return web.Response()
+
+    async with served(handler) as (connection, wire):
+        at = "aiohttp.RequestHandler."
+        hold(connection._request_count == 0 and not connection._messages, at + "_request_count", at + "_messages")
+        hold(isinstance(connection._waiter, asyncio.Future), at + "_waiter")
+        hold(isinstance(connection._task_handler, asyncio.Task), at + "_task_handler")
+        hold(connection._loop is asyncio.get_running_loop(), "aiohttp.BaseProtocol._loop")
+        connection.data_received(HEAD % 1)
+        hold(connection._request_count == 1, at + "_request_count")
+        message, body = connection._messages[-1]
+        hold(message.path == "/1" and body is EMPTY_PAYLOAD, at + "_messages")
+        hold(connection._waiter.done(), at + "_waiter")
+        await turns()
+        hold(connection._request_in_progress and not connection._messages, at + "_request_in_progress")
+        connection.data_received(HEAD % 2)
+        hold(connection._request_count == 2 and len(connection._messages) == 1, at + "_messages")
+        answered.set()
+        await turns()
+        hold(not connection._request_in_progress and not connection._messages, at + "_request_in_progress")
+        assert wire.written.count(b"HTTP/1.1 200 OK") == 2
+        hold(not connection._force_close, at + "_force_close")
+        connection.force_close()
+        hold(connection._force_close, at + "_force_close")
+
+
+async def test_what_is_no_http_is_answered_in_its_turn() -> None:
+    """An error put where a head would stand, and the waiting task woken, is answered as a bad request."""
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        raise AssertionError
+
+    async with served(handler) as (connection, wire):
+        error = web_protocol._ErrInfo(400, ValueError("no HTTP"), "no HTTP")
+        connection._request_count += 1
+        connection._messages.append((error, EMPTY_PAYLOAD))
+        connection._waiter.set_result(None)
+        await turns()
+        hold(
+            wire.written.startswith(b"HTTP/1.0 400") or wire.written.startswith(b"HTTP/1.1 400"),
+            "aiohttp.web_protocol._ErrInfo",
+            "aiohttp.RequestHandler._waiter",
+        )
+
+
+async def test_a_site_has_its_runner_and_responses_go_through_the_hook() -> None:
+    class Own(web.BaseRequest):
+        async def _prepare_hook(self, response: web.StreamResponse) -> None:
+            hold("Server" in response.headers, "aiohttp.BaseRequest._prepare_hook")
+            response.headers.popall("Server")
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        return web.Response()
+
+    def make(*parts: Any) -> web.BaseRequest:
+        return Own(*parts, asyncio.get_running_loop())
+
+    runner = web.ServerRunner(web.Server(handler, request_factory=make))
+    await runner.setup()
+    try:
+        site: Any = web.TCPSite(runner, "127.0.0.1", 0)
+        hold(site._runner is runner, "aiohttp.BaseSite._runner")
+        await site.start()
+        async with aiohttp.ClientSession() as client, client.get(f"http://127.0.0.1:{runner.addresses[0][1]}/") as got:
+            hold("Server" not in got.headers, "aiohttp.BaseRequest._prepare_hook")
+    finally:
+        await runner.cleanup()
+
+
+# -- aiohttp's client
+
+
+async def test_every_connection_of_the_client_is_made_in_one_place() -> None:
+    transports: list[Any] = []
+
+    class Own(aiohttp.TCPConnector):
+        async def _create_connection(self, *args: Any, **options: Any) -> Any:
+            protocol = await super()._create_connection(*args, **options)
+            transports.append(protocol.transport)
+            return protocol
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        return web.Response()
+
+    runner = web.ServerRunner(web.Server(handler))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        async with aiohttp.ClientSession(connector=Own()) as client:
+            for _ in range(2):
+                async with client.get(url) as got:
+                    await got.read()
+        hold(
+            transports and all(transports),
+            "aiohttp.BaseConnector._create_connection",
+        )
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_response_has_its_parser_and_what_came_before_it() -> None:
+    at = "aiohttp.ResponseHandler."
+    protocol: Any = ResponseHandler(asyncio.get_running_loop())
+    protocol.connection_made(Wire())
+    hold(protocol._parser is None, "aiohttp.BaseProtocol._parser")
+    protocol.data_received(b"unasked")
+    hold(protocol._tail == b"unasked", at + "_tail")
+    protocol._tail = b""
+    protocol.set_response_params()
+    hold(protocol._parser is not None, "aiohttp.BaseProtocol._parser")
+    hold(protocol._exception is None, "aiohttp.DataQueue._exception")
+    error = aiohttp.ClientError("ours")
+    protocol.set_exception(error)
+    hold(protocol._exception is error, "aiohttp.DataQueue._exception")
+    hold(protocol._connection_lost_called is False, at + "_connection_lost_called")
+    protocol.connection_lost(None)
+    hold(protocol._connection_lost_called is True, at + "_connection_lost_called")
+
+
+# -- the others
+
+
+async def test_a_function_runs_on_the_thread_of_its_connection() -> None:
+    async with aiosqlite.connect(":memory:") as opened:
+        connection: Any = opened
+        inside = await connection._execute(
+            lambda sql, number: (threading.get_ident(), sql.execute("SELECT ?", [number]).fetchone()),
+            connection._conn,
+            7,
+        )
+        hold(inside[0] != threading.get_ident(), "aiosqlite.Connection._execute")
+        hold(inside[1] == (7,), "aiosqlite.Connection._conn")
+
+
+def test_the_time_of_boot_is_read_in_one_place() -> None:
+    """With it replaced, nothing is read of /proc/stat, and the other figures of the process are there."""
+
+    class Own(ProcessCollector):
+        def _boot_time(self) -> float:
+            return 1.0
+
+    class Hidden(ProcessCollector):
+        def _boot_time(self) -> float:
+            raise OSError
+
+    shown = {metric.name for metric in Own(registry=None).collect()}
+    hold("process_start_time_seconds" in shown, "prometheus_client.ProcessCollector._boot_time")
+    hold(not list(Hidden(registry=None).collect()), "prometheus_client.ProcessCollector._boot_time")

@@ -1,5 +1,7 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
 #              WORKERS=1 so many at a time (one for each core)
+# make test-newest   the same tests with the newest version of everything, where make uses those of constraints.txt;
+#              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints writes that file anew
 # make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its
 #              short form, and the service on a systemd
 # make docs    the documents as a site, in build/docs/site; fails where a link leads nowhere (docs-test: and tries that)
@@ -21,6 +23,9 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 BIN := $(VENV)/bin
 BENCH_VENV := build/bench/venv$(VENV:.venv%=%)
+NEWEST_VENV := build/newest/venv$(VENV:.venv%=%)
+# What was tested, so that a version of tomorrow changes nothing here; `make test-newest` is about that one.
+PIP = python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DOCS_VENV := build/docs/venv$(VENV:.venv%=%)
 PREFIX ?= /opt/lmdaemon
 BINDIR ?= /usr/local/bin
@@ -33,8 +38,8 @@ WORKERS ?= auto
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run test docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb \
-	clean
+.PHONY: run test test-newest constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
+	bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -47,6 +52,23 @@ docs: $(DOCS_VENV)/.ready
 
 docs-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m site tests/project/test_site.py $(ARGS)
+
+# Made anew each time; what is newer than constraints.txt is shown before the tests run.
+test-newest:
+	rm -rf $(NEWEST_VENV)
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[fast,test]'
+	-$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | diff --suppress-common-lines constraints.txt - | grep '^>'
+	$(IN_MEMORY) NEWEST=1 $(NEWEST_VENV)/bin/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
+
+# constraints.txt of today, to be committed when everything was tested with it.
+constraints:
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet --disable-pip-version-check '.[fast,postgres,completion,man,test,lint]'
+	grep '^#' constraints.txt >build/constraints.txt
+	build/constraints/bin/python -m pip freeze | grep -v '^lmdaemon' >>build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 clients: $(VENV)/.test
 	$(BIN)/python -m pytest -m clients tests/web/test_generated_clients.py $(ARGS)
@@ -61,7 +83,7 @@ service-test: $(VENV)/.test
 	$(BIN)/python -m pytest tests/service $(ARGS)
 
 fuzz: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/$(PIP) --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz_parsers.py -max_total_time=$(or $(SECONDS),60) -max_len=2048
 
 BENCH = $(BENCH_VENV)/bin/python -m benchmarks --loop $(or $(LOOP),uvloop) $(if $(ONLY),--only $(ONLY)) \
@@ -74,7 +96,7 @@ bench-quick: $(BENCH_VENV)/.ready
 	$(BENCH) --quick
 
 bench-growth: $(BENCH_VENV)/.ready
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	$(BENCH_VENV)/bin/$(PIP) --editable '.[plot]'
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 # The last two wait for other processes most of the time, so they run side by side.
@@ -101,14 +123,14 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file each, so that a second `make run` starts at once and a changed pyproject.toml installs again.
-$(VENV)/.run: pyproject.toml
+$(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmdaemon needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/$(PIP) --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(BIN)/$(PIP) --editable '.[test,lint]'
 	touch $@
 
 # An environment of its own for the generator of the site, which lmdaemon itself does not need.
@@ -120,7 +142,7 @@ $(DOCS_VENV)/.ready: pyproject.toml
 # Of its own, so that what is only measured is in nobody's way.
 $(BENCH_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,bench]'
+	$(BENCH_VENV)/bin/$(PIP) --editable '.[fast,bench]'
 	touch $@
 
 # Redis and webdis, of Debian, where they can be had; RUNLEVEL keeps them from being started as services.

@@ -78,7 +78,8 @@ build_venv() {
     cp -R pyproject.toml README.md lmdaemon "$work/source"
     $pip wheel --no-deps --wheel-dir "$work/own" "$work/source"
     "$PYTHON" -m venv --without-pip "$venv"
-    $pip --python "$venv/bin/python" install --no-compile --only-binary :all: "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
+    $pip --python "$venv/bin/python" install --no-compile --only-binary :all: --constraint constraints.txt \
+        "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
     find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
     rm -rf "$venv/include" "$venv/lib64"
     # Nothing that depends on where it was built: no path of the wheel, and no checksum of scripts as pip wrote them.

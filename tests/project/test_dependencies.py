@@ -29,6 +29,17 @@ from prometheus_client import ProcessCollector
 import lmdaemon
 
 RELIED = {
+    "aiohttp.BaseProtocol._paused": "It is true while the transport takes no more.",
+    "aiohttp.BaseProtocol._upgraded": "It is true once the connection speaks another protocol.",
+    "aiohttp.RequestHandler._close": "It is true once the connection is to end after the answer under way.",
+    "aiohttp.RequestHandler._handler_waiter": "A stop waits for this future, which the end of a handler resolves.",
+    "aiohttp.RequestHandler._keepalive_handle": "It is the timer that ends an idle connection, or None.",
+    "aiohttp.RequestHandler._keepalive_timeout": "It is the idle time in seconds after which the connection ends.",
+    "aiohttp.RequestHandler._manager": "It is the server, which counts requests.",
+    "aiohttp.RequestHandler._next_keepalive_close_time": "It is the loop's time at which an idle connection ends.",
+    "aiohttp.RequestHandler._process_keepalive": "It ends the connection if it is still idle at that time.",
+    "aiohttp.RequestHandler._request_factory": "It makes a request of message, body, protocol, writer and task.",
+    "aiohttp.RequestHandler._request_handler": "It is awaited with each request, and looked up for each anew.",
     "aiohttp.RequestHandler._force_close": "force_close() sets it, and no further request of the connection is served.",
     "aiohttp.BaseProtocol._loop": "It is the loop that the connection runs in, without a look-up.",
     "aiohttp.RequestHandler._messages": "It has the parsed heads that wait for the handler, as (message, body) pairs.",
@@ -188,9 +199,47 @@ async def test_heads_are_counted_and_kept_as_they_are_parsed() -> None:
         await turns()
         hold(not connection._request_in_progress and not connection._messages, at + "_request_in_progress")
         assert wire.written.count(b"HTTP/1.1 200 OK") == 2
+        hold(connection._manager.requests_count == 2, at + "_manager")
+        hold(not connection._close, at + "_close")
+        hold(not connection._paused and not connection._upgraded, "aiohttp.BaseProtocol._paused")
+        timer = connection._keepalive_handle
+        hold(timer and timer.when() <= connection._next_keepalive_close_time, at + "_keepalive_handle")
+        hold(timer.when() - connection._loop.time() < connection._keepalive_timeout, at + "_keepalive_timeout")
         hold(not connection._force_close, at + "_force_close")
         connection.force_close()
         hold(connection._force_close, at + "_force_close")
+
+
+async def test_the_handler_is_looked_up_for_each_request() -> None:
+    """A handler that takes another's place serves the next request; the timer of an idle connection ends it."""
+
+    async def handler(request: web.BaseRequest) -> web.Response:
+        raise AssertionError
+
+    async def other(request: web.BaseRequest) -> web.Response:
+        return web.Response(text=request.path)
+
+    async with served(handler) as (connection, wire):
+        at = "aiohttp.RequestHandler."
+        connection._request_handler = other
+        connection.data_received(HEAD % 1)
+        await turns()
+        hold(wire.written.endswith(b"/1"), at + "_request_handler")
+        connection._next_keepalive_close_time = connection._loop.time() - 1
+        connection._process_keepalive()
+        await turns()
+        hold(wire.closing, at + "_process_keepalive", at + "_next_keepalive_close_time")
+
+
+async def test_a_request_is_made_of_its_message_by_the_factory() -> None:
+    async def handler(request: web.BaseRequest) -> web.Response:
+        return web.Response()
+
+    async with served(handler) as (connection, _):
+        connection.data_received(HEAD % 2)
+        message, body = connection._messages[0]
+        made = connection._request_factory(message, body, connection, None, None)
+        hold(made.path == "/2", "aiohttp.RequestHandler._request_factory")
 
 
 async def test_what_is_no_http_is_answered_in_its_turn() -> None:

@@ -1,5 +1,5 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
-#              WORKERS=1 so many at a time (one for each core)
+#              WORKERS=1 so many at a time (one more than cores, for many wait)
 # make test-newest   the same tests with the newest version of everything, where make uses those of constraints.txt;
 #              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints writes that file anew
 # make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its
@@ -34,7 +34,7 @@ SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON)
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 # Tests side by side, their files in memory where there is room: syncing them to a disk takes longer than all the rest.
 # What a disk does to the daemon is the fault suite's matter, on a real one.
-WORKERS ?= auto
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 

@@ -76,8 +76,9 @@ clients: $(VENV)/.test
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/daemon/test_promises.py tests/web/test_doors.py $(ARGS)
 
+# Two at a time: most of them wait. `faults` runs alone, for its figures.
 faults-short: $(VENV)/.test
-	$(BIN)/python -m pytest tests/faults $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup tests/faults $(ARGS)
 
 service-test: $(VENV)/.test
 	$(BIN)/python -m pytest tests/service $(ARGS)

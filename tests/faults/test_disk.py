@@ -34,7 +34,8 @@ from chance import FULL
 from processes import AS_USERS_DO, Process, wait_for
 
 from lmdaemon.clock import STALL_S
-from lmdaemon.store.sqlite.file import BUSY_TIMEOUT_S, DISK_PAGE_BYTES
+from lmdaemon.store.sqlite.file import DISK_PAGE_BYTES
+from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S
 
 TOML = """
 [database]

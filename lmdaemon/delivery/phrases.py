@@ -75,7 +75,10 @@ def _no_error(found: dict[str, Any]) -> str:
 def _error(value: object, description: object, dialect: Dialect, quoted_max: int) -> str:
     if value is None or isinstance(value, bool | list | dict) or (isinstance(value, str) and not _number(value)):
         return f"`error` is {_kind(value)}, where a number is expected"
-    number = float(value) if isinstance(value, str | int | float) else 0.0
+    try:
+        number = float(value) if isinstance(value, str | int | float) else 0.0
+    except OverflowError:
+        return "`error` is a number beyond every code"
     meaning = meaning_of(number, dialect)
     said = f' ("{description[:quoted_max]}")' if number and isinstance(description, str) and description else ""
     code = f"{number:g}" if isinstance(value, str | float) else str(value)

@@ -1,6 +1,7 @@
-"""The verbs of `store.contract` that change something, as operations for the writer. The same for every engine.
+"""The verbs of `store.contract` that change something, as operations for the writer. They are the same for every
+engine.
 
-An engine's store is one of these that knows how a batch is begun, and how to read.
+The store of an engine is a subclass that knows how to begin a batch and how to read.
 """
 
 from abc import abstractmethod
@@ -37,14 +38,14 @@ RETRIES_MAX = 100_000  # dead deliveries made due again by one call
 
 
 class Died(NamedTuple):
-    """Ids of dead deliveries that may be sent again, and behind which (settled_at, id) to go on, or None at the end."""
+    """Ids of dead deliveries that can be sent again, and the (settled_at, id) after which to go on; None at the end."""
 
     ids: list[int]
     after: tuple[int, int] | None
 
 
 class Verbs(Projection):
-    """Documented in `lmdaemon.store.contract`. `run` must be running for anything to be written."""
+    """The verbs, described in `lmdaemon.store.contract`. Nothing is written unless `run` is running."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
@@ -52,7 +53,10 @@ class Verbs(Projection):
 
     @abstractmethod
     async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
-        """Reads dead deliveries of an operator in the order in which they died, behind `after`. Raises StoreError."""
+        """Reads dead deliveries of an operator in the order in which they died, beginning after `after`.
+
+        Raises StoreError.
+        """
 
     @property
     def failure(self) -> str | None:
@@ -83,8 +87,8 @@ class Verbs(Projection):
         return await self._writer.write(recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
-        # Due as of now, when it is queued, not when the writer comes to it: of a touch that was queued before its
-        # deadline, every sweep that could end its session stands behind it, however long the engine takes.
+        # The time is that of the queueing, not of the writing. So any sweep that could end a session is queued after
+        # every touch that came before the session's deadline, however long the engine takes.
         as_of_ms = self.service_clock.now_ms() if idle else None
         return await self._writer.write(Sweep(as_of_ms, crowd))
 
@@ -95,7 +99,7 @@ class Verbs(Projection):
         return await self._writer.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, since_at: int) -> int:
-        # Found by reading, and changed in steps, so that other writers get their turn
+        # They are found by reads and changed in steps, so that other operations are not delayed
         retried, after = 0, (since_at, 0)
         while retried < RETRIES_MAX:
             found = await self._died(operator, after, min(RETRY_ROWS, RETRIES_MAX - retried))
@@ -117,5 +121,5 @@ class Verbs(Projection):
             await self._writer.write(Probe())
         except StoreError:
             raise
-        except Exception as error:  # the engine's own, of a kind that is no outage
+        except Exception as error:  # an error of the engine that is not an outage
             raise StoreError(f"writing failed: {error}") from error

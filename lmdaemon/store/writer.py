@@ -1,8 +1,8 @@
-"""The one writer of a store: a queue, batches of it as one transaction each, and what an outage does to them.
+"""The writer of a store: a queue of operations, written in batches of one transaction each. It knows no engine.
 
-Whoever changes something queues an operation. The writer takes what is queued, has it committed by the engine as one
-transaction, and only then answers each waiter. So the order of the queue is the order of the world. A broken operation
-fails alone; an outage is refused, logged once and tried again once a second. It knows no engine.
+It takes what is queued, has the engine commit it as one transaction, and answers the callers after that. So changes
+take effect in the order of the queue. A broken operation fails alone. During an outage operations are refused, the
+outage is logged once, and one write a second tries whether it is over.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ from lmdaemon.clock import STALL_S
 from lmdaemon.log import Log, place
 from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 
-BATCH_MAX = 1000  # operations in one transaction: bounds what one commit can delay
-QUEUE_MAX = 20_000  # operations waiting; beyond that callers are told to come back
-QUEUE_ROWS = 200_000  # rows they name together: bounds the memory of what waits
+BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
+QUEUE_MAX = 20_000  # most operations that wait; more are refused with a StoreError
+QUEUE_ROWS = 200_000  # most rows that they name together: bounds the memory of the queue
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
-HUNG_S = STALL_S  # a transaction that takes longer: no touch can be acknowledged meanwhile
-PROBE_S = 1.0  # between attempts to write while the engine refuses
+HUNG_S = STALL_S  # a transaction that takes longer stops the service clock: no touch can be acknowledged meanwhile
+PROBE_S = 1.0  # between attempts to write during an outage
 
 log = Log("store")
 
@@ -29,48 +29,50 @@ Work = TypeVar("Work")
 
 
 class Owner(Protocol[Work]):
-    """Whose batches are written; everything is called on the event loop."""
+    """The store that the batches belong to. Everything is called on the event loop."""
 
     def begin(self, operations: Sequence[Operation[Any]]) -> Work:
-        """Makes the work of one batch."""
+        """Returns what the engine has to commit for these operations."""
 
     def committed(self, work: Work) -> None:
-        """The work was committed; its waiters are answered next."""
+        """Is called after the commit, before the callers are answered."""
 
     def available(self, available: bool) -> None:
-        """The engine stops taking writes, or takes them again."""
+        """Is called when the engine stops accepting writes, and when it accepts them again."""
 
     def measured(self, operations: int, took_s: float) -> None:
-        """A transaction of so many operations took so long."""
+        """Is called with the duration of each transaction, in seconds."""
 
 
 _TheirWork = TypeVar("_TheirWork", contravariant=True)
 
 
 class Engine(Protocol[_TheirWork]):
-    """What commits the work of a batch."""
+    """A database engine, as the writer needs it."""
 
     @property
     def database(self) -> str:
-        """Which database it is, for log lines."""
+        """A name of the database for log lines."""
 
     def check(self) -> None:
-        """Raises DatabaseError when the database is gone and writing on would lose what is acknowledged."""
+        """Raises DatabaseError when the database was taken away, so that further commits would be lost."""
 
     async def commit(self, work: _TheirWork) -> list[Any]:
-        """Commits a batch. Returns an answer for each operation; a StoreError in its place is raised to its waiter
-        alone. Raises what went wrong; then nothing is stored.
+        """Commits a batch and returns an answer for each operation.
+
+        An answer that is a StoreError is raised to the caller of that operation. Raises any exception when nothing was
+        stored.
         """
 
     def is_outage(self, error: Exception) -> bool:
-        """Whether the disk, the network or a machine refused, and not the operation."""
+        """Whether the disk, the network or a machine is at fault, and not the operation."""
 
     async def give_up(self) -> None:
-        """The last call after a DatabaseError: saves what can be saved."""
+        """Is called last, after a DatabaseError, to save what can be saved."""
 
 
 class _Queued(NamedTuple):
-    """An operation in the queue: how many rows it names, and who waits for its answer."""
+    """An operation in the queue, the number of rows it names, and the future for its answer."""
 
     operation: Operation[Any]
     rows: int
@@ -78,8 +80,9 @@ class _Queued(NamedTuple):
 
 
 class Writer(Generic[Work]):
-    """`run` must be running for writes to be answered. `refused` counts operations by the reason they were refused
-    for; whoever reads counts there, too.
+    """The queue and its writer. Nothing is written unless `run` is running.
+
+    `refused` counts refused operations by reason; reads that are refused are counted in it as well.
     """
 
     def __init__(self, owner: Owner[Work], engine: Engine[Work]) -> None:
@@ -92,19 +95,22 @@ class Writer(Generic[Work]):
         self._is_available = True
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
-        self.writing_since: float | None = None  # monotonic time at which the running transaction began
+        self.writing_since: float | None = None  # monotonic time at which the current transaction began
         self.commits = 0
-        self.committed_something = asyncio.Event()  # for others to clear
-        self.changed = asyncio.Event()  # something other than the clock; for others to clear
+        self.committed_something = asyncio.Event()  # set by each commit; the waiting task clears it
+        self.changed = (
+            asyncio.Event()
+        )  # set by each commit that changes more than the clock; the waiting task clears it
 
     @property
     def waiting(self) -> int:
-        """Operations that wait for the writer."""
+        """The number of operations that wait for the writer."""
         return len(self._queue)
 
     def write(self, operation: Operation[Answer]) -> asyncio.Future[Answer]:
-        """Queues one operation. Done when it is committed; raises StoreError. A waiter that is cancelled does not
-        cancel its operation.
+        """Queues one operation. The future is done when it is committed; it raises StoreError.
+
+        Cancelling the future does not cancel the operation.
         """
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if self._closing:
@@ -121,7 +127,7 @@ class Writer(Generic[Work]):
         return answer
 
     async def run(self) -> None:
-        """Takes what is queued, for ever. While the engine refuses writes it tries by itself."""
+        """Writes what is queued, for ever. During an outage it tries an empty batch every PROBE_S."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_S if self.failure else None):
@@ -133,15 +139,15 @@ class Writer(Generic[Work]):
                     break
 
     def stop_taking(self, error: StoreError) -> None:
-        """Refuses what is queued, and whatever comes later."""
+        """Refuses what is queued, and everything after it."""
         self._closing = True
         self._refuse(list(self._queue), error)
         self._queue.clear()
 
     async def write_batch(self) -> None:
-        """Writes one batch of what is queued, also an empty one, and answers its waiters.
+        """Writes one batch of what is queued, which may be empty, and answers its callers.
 
-        Raises DatabaseError when the database is gone.
+        Raises DatabaseError when the database was taken away.
         """
         batch = self._next_batch()
         try:
@@ -173,9 +179,9 @@ class Writer(Generic[Work]):
         return batch
 
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
-        """One transaction. Raises what it raised."""
+        """One transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
-        self._engine.check()  # here, where nobody else needs the interpreter
+        self._engine.check()  # on the loop, where it does not wait for the interpreter's lock
         work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = time.monotonic()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
@@ -210,7 +216,7 @@ class Writer(Generic[Work]):
                 operation.answer.set_result(result)
 
     def _look_if_hung(self, since: float) -> None:
-        # Once more round the loop: if that was what hung, the result is there already.
+        # In the next turn of the loop: if the loop itself was late, the result may have arrived by now
         asyncio.get_running_loop().call_soon(self._hung, since)
 
     def _hung(self, since: float) -> None:
@@ -222,7 +228,7 @@ class Writer(Generic[Work]):
 
     def _failed(self, batch: list[_Queued], error: Exception) -> None:
         failure = str(error)
-        if failure != self.failure:  # the first failure and each change, not every attempt
+        if failure != self.failure:  # the first failure and each change are logged, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), database=self._engine.database)
         self._set_available(False)
         self.failure = failure
@@ -235,7 +241,9 @@ class Writer(Generic[Work]):
             self._owner.available(available)
 
     async def _one_by_one(self, batch: list[_Queued], error: Exception) -> None:
-        """One operation broke the batch: each gets a transaction of its own, so that only the broken one fails."""
+        """Writes each operation in a transaction of its own, after one of them broke the batch, so that it alone
+        fails.
+        """
         if len(batch) == 1:
             facts = {"operation": type(batch[0].operation).__name__, "error": type(error).__name__}
             log.error("store.operation_failed", **facts, where=place(error))
@@ -255,7 +263,7 @@ class Writer(Generic[Work]):
         return None
 
     async def _give_up(self, batch: list[_Queued], lost: DatabaseError) -> NoReturn:
-        """What is committed from here on would be gone with this process, so it ends, and a new one starts afresh."""
+        """Refuses everything and raises: further commits would be lost when the process ends, so it must end now."""
         log.error("store.lost_file", reason=str(lost))
         self._set_available(False)
         self.failure = str(lost)

@@ -1,4 +1,4 @@
-"""What has ended, read from the SQLite file by another process beside the daemon, page by page."""
+"""Reads ended sessions from the SQLite file, page by page, in another process than the daemon's."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -23,14 +23,15 @@ WHERE d.session IN (SELECT value FROM json_each(?)) ORDER BY d.id"""
 
 
 class Archive:
-    """An open file, for `open_archive`, which turns what SQLite raises into a DatabaseError."""
+    """An open file. Its methods raise sqlite3.Error, which `open_archive` turns into a DatabaseError."""
 
     def __init__(self, sql: sqlite3.Connection) -> None:
         self._sql = sql
 
     def ended(self, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
-        """A page of what ended before then, beginning behind `after`, as (ended_at, id). One short read transaction:
-        longer ones would keep the WAL from starting over.
+        """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id).
+
+        It is one short read transaction; a longer one would keep the WAL from starting over.
         """
         sql = self._sql
         sql.execute("BEGIN")
@@ -47,7 +48,7 @@ class Archive:
         return Ended(page, (keys[-1][1], keys[-1][0]) if len(keys) == rows else None)
 
     def gates(self) -> dict[str, Gate]:
-        """What holds each operator back."""
+        """The gate of each operator."""
         return {name: Gate(*gate) for name, *gate in self._sql.execute(f"SELECT name, {', '.join(GATE)} FROM operator")}
 
     def committed_at(self) -> int:
@@ -58,7 +59,7 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Raises DatabaseError, naming the file, also for what fails inside."""
+    """Opens the file for reading. Raises DatabaseError, which names the file, also for errors inside the context."""
     try:
         with closing(open_beside(real_path(path.absolute()))) as sql:
             check_is_ours(sql, path, len(MIGRATIONS))

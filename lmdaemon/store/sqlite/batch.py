@@ -1,9 +1,8 @@
-"""How a batch gets into SQLite: the facts it asks for, and its changes as one statement.
+"""Writes a batch into SQLite: reads the facts it needs, and writes its changes as one statement.
 
-Each step of a statement, each row that is fetched and each Python function that SQL calls gives the interpreter's lock
-away and waits to have it back from a busy event loop. So a batch that needs no facts is decided on the loop, which has
-the lock anyway, and written as one row for a temporary view, whose trigger does the rest. Rows go in and come out as
-JSON.
+Each step of a statement, each fetched row and each call of a Python function from SQL releases the interpreter's lock
+and has to wait for it again, behind a busy event loop. So a batch that needs no facts is decided on the loop, which has
+the lock anyway, and written as one row for a temporary view, whose trigger does the rest. Rows are passed as JSON.
 """
 
 import sqlite3
@@ -40,11 +39,11 @@ from lmdaemon.store.sqlite.rows import (
     to_json,
 )
 
-DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
+DECIDED_ON_LOOP_MAX = 300  # most operations decided on the event loop: 2 ms, or 20 ms for the largest notices
 
 GATE = tuple(field.name for field in fields(Gate))
 
-# -- facts: what a batch asks for
+# -- facts that a batch needs
 
 # Sessions of an operator by their ids.
 SESSIONS_BY_KEY = f"""
@@ -56,17 +55,17 @@ SELECT json_group_array(id) FROM delivery WHERE id IN (SELECT value FROM json_ea
 DUE = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND due_ms <= ? ORDER BY due_ms LIMIT ?)"""
-# Active sessions past their lifetime, the longest first.
+# Active sessions past their maximum lifetime, the longest first.
 DUE_LIFETIME = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
       ORDER BY lifetime_at LIMIT ?)"""
-# Which of these deliveries are dead and may be sent, with their sinks. Without the `+` SQLite would look through all
-# that is dead.
+# Which of these deliveries are dead and can be sent, with their sinks. The `+` keeps SQLite from using the index of all
+# dead deliveries.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
 WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {MAY_BE_SENT}"""
-# What decides whether old sessions can go: their deliveries.
+# The deliveries of old sessions, which decide whether the sessions can be deleted.
 OLD_DELIVERIES = f"""
 SELECT {as_rows(", ".join(OldDelivery._fields))} FROM delivery WHERE session IN (SELECT value FROM json_each(?))"""
 # After a batch: whether touched sessions are active.
@@ -81,7 +80,7 @@ SELECT (SELECT due_ms FROM session WHERE reason IS NULL ORDER BY due_ms LIMIT 1)
 
 
 def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts:
-    """Looks up what a batch asks for, in the transaction that writes it."""
+    """Reads the facts for a batch, inside the transaction that writes it."""
     facts = Facts(asked=asked.sessions)
     if asked.sessions:
         facts.sessions = [
@@ -109,9 +108,9 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
     return facts
 
 
-# -- apply: the changes as one row for a view, whose trigger is the list of what is written, in its order
+# -- the changes, as one row for a view, whose trigger runs the following statements in this order
 
-# Stamps the active ones of the touched sessions.
+# Sets the time of the last touch of touched sessions that are active.
 TOUCH = """
 UPDATE session SET seen_ms = NEW.seen_ms, seen_at = NEW.wall_at
 WHERE (operator, session_id) IN (SELECT ids.key, id.value FROM json_each(?) AS ids, json_each(ids.value) AS id)
@@ -126,11 +125,11 @@ UPDATE session SET reason = ended.reason, ended_at = NEW.wall_at, extra = coales
                    token = ended.token
 FROM (SELECT {given("id", "reason", "extra", "token")} FROM json_each(?)) AS ended
 WHERE session.id = ended.id AND session.reason IS NULL"""
-# Moves deadlines to where touches have put them.
+# Moves `due_ms` to the true deadlines of sessions that were touched.
 MOVE_DUE = f"""
 UPDATE session SET due_ms = moved.due_ms FROM (SELECT {given("id", "due_ms")} FROM json_each(?)) AS moved
 WHERE session.id = moved.id"""
-# Puts off ends by lifetime.
+# Puts off the end of sessions past their lifetime whose operator is not configured.
 MOVE_LIFETIME = f"""
 UPDATE session SET lifetime_at = moved.lifetime_at
 FROM (SELECT {given("id", "lifetime_at")} FROM json_each(?)) AS moved WHERE session.id = moved.id"""
@@ -139,13 +138,13 @@ ADD_DELIVERIES = f"""
 INSERT INTO delivery ({", ".join(NEW_DELIVERY)})
 SELECT {", ".join(NEW_DELIVERY[:-1])}, CAST(body AS BLOB)
 FROM (SELECT {given(*NEW_DELIVERY)} FROM json_each(?))"""
-# Stores results of attempts; what was delivered needs its body no more.
+# Stores results of attempts; a delivered one needs its body no longer.
 SETTLE = f"""
 UPDATE delivery SET {", ".join(f"{name} = result.{name}" for name in RESULT[1:])},
                     body = CASE WHEN result.state = 'delivered' THEN x'' ELSE body END
 FROM (SELECT {given(*RESULT)} FROM json_each(?)) AS result
 WHERE delivery.id = result.id AND delivery.state = 'pending'"""
-# Puts a digest in the place of a token that no delivery needs any more.
+# Replaces tokens by their digests where no delivery needs the token any more.
 FORGET_TOKENS = f"""
 UPDATE session SET token = digest.token FROM (SELECT {given("id", "token")} FROM json_each(?)) AS digest
 WHERE session.id = digest.id AND NOT EXISTS (SELECT 1 FROM delivery WHERE session = session.id AND {MAY_BE_SENT})"""
@@ -165,15 +164,15 @@ INSERT INTO operator (name, live, pending, dead)
 SELECT {given("name", "live", "pending", "dead")} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET live = live + excluded.live, pending = pending + excluded.pending,
                                  dead = dead + excluded.dead"""
-# Stores what holds operators back.
+# Stores the gates of operators.
 PUT_GATES = f"""
 INSERT INTO operator (name, {", ".join(GATE)}) SELECT {given("name", *GATE)} FROM json_each(?) WHERE TRUE
 ON CONFLICT (name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in GATE)}"""
-# Keeps the clock as of this transaction.
+# Stores the clocks as of this transaction.
 PUT_CLOCK = "UPDATE clock SET service_ms = NEW.service_ms, wall_at = NEW.wall_at"
-# Puts kept waits back with the wall clock. Before everything else in a batch: what is queued with it may add waits that
-# are right already. All in one piece, for a new time without its waits, or the other way round, must never be on disk:
-# 0.7 s where 100,000 wait.
+# Moves stored waits back with the wall clock. It runs before everything else in a batch, because the batch may add
+# waits that need no correction, and in the same transaction, because the new time and the corrected waits must be
+# stored together. It takes 0.7 s where 100,000 deliveries wait.
 SET_BACK = "UPDATE delivery SET due_at = max(due_at - ?, ?) WHERE state = 'pending' AND due_at > ?"
 
 _COLUMNS = ("service_ms", "seen_ms", "wall_at")
@@ -204,7 +203,7 @@ WRITE_BATCH = f"INSERT INTO batch VALUES ({', '.join('?' * (len(_COLUMNS) + len(
 
 
 class Written:
-    """The changes as arguments of WRITE_BATCH; made on the event loop where the batch is decided there."""
+    """The changes as arguments of WRITE_BATCH. It is made on the event loop if the batch is decided there."""
 
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
@@ -215,21 +214,24 @@ class Written:
             [(name, one.live, one.pending, one.dead) for name, one in changes.figures.items()],
             [(name, *astuple(gate)) for name, gate in changes.gates.items()],
         )
-        # Rows that change if every touched session is known and active; the last is the clock.
+        # The number of rows that change if all touched sessions are known and active; 1 is for the clock
         self._rows = sum(map(len, touched.values())) + sum(map(len, rows)) + 1
         parts: tuple[Any, ...] = (touched, *rows)
         times = (changes.world.service_ms, changes.seen_ms, changes.world.wall_at)
         self._arguments = (*times, *(to_json(part) if part else None for part in parts))
 
     def apply(self, sql: sqlite3.Connection) -> None:
-        """All or nothing. Raises sqlite3.IntegrityError when an assumption of the decision does not hold."""
+        """Writes everything or nothing. Raises sqlite3.IntegrityError when an assumption of the decision is wrong."""
         before = sql.total_changes
         sql.execute(WRITE_BATCH, self._arguments)
         if self.changes.touchings and sql.total_changes - before != self._rows:
             self._look_closer(sql)
 
     def _look_closer(self, sql: sqlite3.Connection) -> None:
-        """Finds out which of the touched had ended or are unknown. Nobody but this thread writes, so they still are."""
+        """Finds out which touched sessions have ended or are unknown.
+
+        Only this thread writes, so that has not changed.
+        """
         active: dict[str, set[str]] = {}
         ended: dict[str, set[str]] = {}
         try:
@@ -237,7 +239,7 @@ class Written:
                 states = fetch(sql, STATES, operator, to_json(list(session_ids)))
                 active[operator] = {session_id for session_id, is_active in states if is_active}
                 ended[operator] = {session_id for session_id, is_active in states if not is_active}
-        except Exception as error:  # also no memory: it may be committed by now, so nothing may fail any more
+        except Exception as error:  # lack of memory included: it may be committed by now, so the batch must not fail
             for place, _, _ in self.changes.touchings:
                 self.changes.answers[place] = StoreError(f"reading failed: {error}")
             return
@@ -245,7 +247,7 @@ class Written:
 
 
 class Batch:
-    """One batch on its way into the file. Where nothing must be looked up it is decided at once, on the event loop."""
+    """One batch. If it needs no facts, it is decided when it is made, on the event loop."""
 
     def __init__(self, operations: Sequence[Any], world: World, *, expect_known: bool) -> None:
         self._operations = operations
@@ -258,7 +260,7 @@ class Batch:
         kinds = set(map(type, self._operations))
         return (
             len(self._operations) > DECIDED_ON_LOOP_MAX
-            or self._world.set_back_ms > 0  # kept waits go back first, in a statement of their own
+            or self._world.set_back_ms > 0  # stored waits are moved first, in a statement of their own
             or must_look_up(kinds)
             or (expect_known and not kinds.isdisjoint((Opening, Recording)))
         )
@@ -270,14 +272,16 @@ class Batch:
             return None
 
     def run(self, sql: sqlite3.Connection) -> list[Any]:
-        """Commits it, on the connection's thread. Returns an answer for each operation; a StoreError where it cannot be
-        told what a touch met. Raises what went wrong; then nothing is stored.
+        """Commits the batch on the connection's thread and returns an answer for each operation.
+
+        The answer of a touch is a StoreError where reading the states of its sessions failed. Raises any exception when
+        nothing was stored.
         """
         if self._written is not None:
             try:
                 return self._answered(self._written, sql)  # one statement is a transaction of its own
             except sqlite3.IntegrityError:
-                pass  # an assumption does not hold: decided again, with facts
+                pass  # an assumption is wrong: the batch is decided again, with facts
         return _in_transaction(sql, self._decide_and_apply)
 
     def _decide_and_apply(self, sql: sqlite3.Connection) -> list[Any]:

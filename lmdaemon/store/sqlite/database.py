@@ -1,6 +1,4 @@
-"""An open SQLite file: the writer behind its queue, and the reads beside it. Opened and closed in an order that loses
-nothing.
-"""
+"""An open SQLite file: its connections for writing, checkpoints and reads, opened and closed in a safe order."""
 
 import asyncio
 import os
@@ -22,8 +20,9 @@ _Work = TypeVar("_Work", bound=Work)
 
 
 class Database(Generic[_Work]):
-    """`run` must be running for what is queued with `writer.write` to be answered; `close` belongs in an exit stack,
-    for an aiosqlite connection left open keeps the process from ending.
+    """An open file. Nothing that is queued with `writer.write` is written unless `run` is running.
+
+    `close` must be called in any case: an aiosqlite connection that stays open keeps the process from exiting.
     """
 
     def __init__(
@@ -36,8 +35,8 @@ class Database(Generic[_Work]):
         lock: int,
     ) -> None:
         self._files = files
-        # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so that
-        # a file that turns out to be damaged stays as it was found, its WAL beside it.
+        # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so while
+        # it is open, a file that turns out to be damaged stays as it was found, with its WAL.
         self._keeper = keeper
         self._disk = disk
         self._lock = lock
@@ -52,9 +51,9 @@ class Database(Generic[_Work]):
         migrations: Sequence[str] | None = None,
         setup: Sequence[str] = (),
     ) -> Self:
-        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, naming the file, if it cannot.
+        """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, which names the file, if that fails.
 
-        `setup` are statements for the writing connection alone, of its own for as long as it is open.
+        `setup` are statements to run on the writing connection, for temporary views and triggers.
         """
         file.check_rights(path)
         path = file.real_path(path)
@@ -73,7 +72,7 @@ class Database(Generic[_Work]):
                 checkpointer = await connect(path, stack)
                 await checkpointer.run(execute, "PRAGMA busy_timeout = 0")  # it never waits
                 files = file.Files(path)
-                stack.pop_all()  # open: from here on `close` ends them
+                stack.pop_all()  # opened: from here on `close` closes them
         except (sqlite3.Error, OSError) as error:
             os.close(lock)
             raise DatabaseError(f"{path}: cannot be opened as a database: {file.cause(error, path)}") from error
@@ -84,21 +83,21 @@ class Database(Generic[_Work]):
         return cls(owner, files, keeper, Disk(files, writer, checkpointer), readers, lock)
 
     async def accept(self) -> None:
-        """The file is sound, as far as it had to be read: from now on a close leaves no WAL behind."""
+        """Is called when the start has read the file without errors. From now on, closing removes the WAL."""
         await self._keeper.close()
 
     async def run(self) -> None:
-        """The writer, the checkpoints beside it, and the emptying of the WAL after them, for ever."""
+        """Runs the writer, the checkpoints, and the task that empties the WAL, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.writer.run())
             group.create_task(self._disk.checkpoint_for_ever(self.writer.committed_something))
             group.create_task(self._disk.empty_wal_when_idle(self.writer.changed))
 
     async def close(self) -> None:
-        """Ends the connections; what was queued and not written is refused."""
+        """Refuses what is queued, and closes all connections."""
         self.writer.stop_taking(StoreError("the store is closed"))
         if not self._disk.lost:
-            # Before the last connection removes the WAL: a crash in between must not look like a loss.
+            # Before the last connection removes the WAL: after a crash in between, nothing must seem to be lost
             file.mark(self._lock, b"")
         await self._disk.close_checkpointer()
         await self.reads.close()
@@ -108,6 +107,7 @@ class Database(Generic[_Work]):
 
     @property
     def path(self) -> Path:
+        """The database file, with links resolved."""
         return self._files.path
 
     @property

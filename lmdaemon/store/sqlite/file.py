@@ -1,6 +1,6 @@
-"""The SQLite file itself: paths, the lock that keeps others off it, rights, and bringing it to the newest version.
+"""The SQLite file itself: its path, its lock, its rights, and its upgrade to the newest schema.
 
-Nothing here writes a row: that is `writer`. The commands that work on a file beside the daemon use it, too.
+It is also for commands that open the file while the daemon runs. It must not write rows; that is for `writer`.
 """
 
 import errno
@@ -19,25 +19,27 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.trust import user_name
 
-APPLICATION_ID = 0x4C4D6461  # "LMda": tells our file from any other SQLite database
-# A touch writes the one page where its session is. 60 touches at random among 200,000 take 1.6 ms with a page of 1024,
-# 2.8 ms with SQLite's default of 4096; 1,000 take 21 and 45 ms.
+APPLICATION_ID = 0x4C4D6461  # "LMda": marks a file as lmdaemon's
+# SQLite's page size. A touch writes the page of its session. 60 touches of random sessions among 200,000 take 1.6 ms
+# with pages of 1024 bytes and 2.8 ms with SQLite's default of 4096; 1,000 touches take 21 and 45 ms.
 DISK_PAGE_BYTES = 1024
-ROOM = 1024 * 1024  # bytes; with less, what SQLite keeps beside a database may not fit
-BESIDE_TIMEOUT_S = 10.0  # for a command beside the daemon, while that recovers its log after a crash
-LOOK_EVERY = 100_000  # steps of SQLite's between two looks at signals, some milliseconds
+ROOM = 1024 * 1024  # with fewer free bytes, the files that SQLite keeps beside a database may not fit on the disk
+BESIDE_TIMEOUT_S = 10.0  # how long a command waits for the daemon, which may be recovering its log after a crash
+LOOK_EVERY = 100_000  # steps of SQLite's machine, some milliseconds, after which a statement can be interrupted
 COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 
 log = Log("store")
 
 
 class FileLostError(DatabaseError):
-    """Somebody removed or replaced the database or its WAL under the running daemon."""
+    """Somebody removed or replaced the database or its WAL while the daemon runs."""
 
 
 class Files:
-    """The database and its WAL as they were opened. SQLite does not notice when somebody takes one of them away: it
-    writes on into a file without a name, which ends with the process.
+    """The database and its WAL, as they were when they were opened.
+
+    SQLite does not notice when one of them is removed or replaced. It goes on writing to a file without a name, which
+    is gone when the process ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +49,7 @@ class Files:
 
     @property
     def in_use(self) -> bytes:
-        """What the lock file says while they are."""
+        """The content of the lock file while they are open."""
         return IN_USE + b" %d %d\n" % tuple(inode for _, inode in self._opened.values())
 
     @staticmethod
@@ -55,7 +57,7 @@ class Files:
         return found.st_dev, found.st_ino
 
     def check(self) -> None:
-        """Looks at both. Raises FileLostError."""
+        """Checks that both are still there, and reads their sizes. Raises FileLostError."""
         sizes = []
         for file, opened in self._opened.items():
             try:
@@ -69,16 +71,17 @@ class Files:
 
 
 def real_path(path: Path) -> Path:
-    """The file itself, if it is a link: SQLite puts the WAL beside it, and there the lock belongs too. A relative path
-    that is none stays as it is, for the messages.
+    """The file that a link leads to; SQLite puts the WAL beside that one, so the lock file must be there as well.
+
+    A path that is not a link is returned unchanged, so that messages show it as it was written.
     """
     return path.resolve() if os.path.islink(path) else path  # noqa: PTH114 - is_symlink() raises without permission
 
 
 def lock_file(path: Path) -> int:
-    """Keeps others off the file until the handle returned is closed. Raises DatabaseError.
+    """Locks the database for this process until the returned file descriptor is closed. Raises DatabaseError.
 
-    POSIX locks on the database itself belong to SQLite.
+    The lock is on a file beside the database, because POSIX locks on the database itself are SQLite's.
     """
     name = path.with_name(path.name + ".lock")
     try:
@@ -87,7 +90,9 @@ def lock_file(path: Path) -> int:
         what = "is a link" if error.errno == errno.ELOOP else cause(error, path)
         raise DatabaseError(f"{path}: cannot be opened: {what} ({name})") from error
     found = os.fstat(lock)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # it is written to: nothing else may lose by that
+    if (
+        not stat.S_ISREG(found.st_mode) or found.st_nlink != 1
+    ):  # it is written to, so it must not be another file's name
         os.close(lock)
         raise DatabaseError(f"{path}: cannot be opened: must be a plain file with one name ({name})")
     try:
@@ -99,7 +104,7 @@ def lock_file(path: Path) -> int:
 
 
 def check_rights(path: Path) -> None:
-    """Raises DatabaseError for root where others can exchange files: links in their place would lead it anywhere."""
+    """Raises DatabaseError if root would open a file that others can replace, perhaps by a link to a file of root's."""
     try:
         needed = rights.for_database(path)
     except rights.UnsafeError as error:
@@ -109,24 +114,23 @@ def check_rights(path: Path) -> None:
         raise DatabaseError(f"{path}: root must not keep a database where {whose} can exchange it: run as {whose}")
 
 
-# What the lock file may say; nothing after an end in order. Inodes of database and WAL follow the first.
-IN_USE = b"in use"  # a daemon runs, or one did not end in order
-RESTORING = b"restoring"  # a restore that has begun to move files and has not finished
+# The content of the lock file, which is empty after an orderly end
+IN_USE = b"in use"  # a daemon runs, or was killed; the inodes of database and WAL follow
+RESTORING = b"restoring"  # a restore has begun to move files and has not finished
 
 
 def mark(lock: int, content: bytes) -> None:
-    """Writes the lock file. Best effort: on a full disk the mark is missed, no more."""
+    """Writes the content of the lock file. A failure, as on a full disk, is ignored: only the mark is missing then."""
     with suppress(OSError):
         os.ftruncate(lock, 0)
         os.pwrite(lock, content, 0)
 
 
 def look_beside(path: Path, lock: int) -> None:
-    """Refuses a database beside which there is the WAL of another one. Raises DatabaseError.
+    """Raises DatabaseError if the WAL of another database is beside this one, or a restore has not finished.
 
-    SQLite would take it for its own: mix the two or, if the database is missing, delete the WAL, without a word.
-
-    And after a daemon that did not end in order there is a WAL. If there is none, somebody has removed committed rows.
+    SQLite would use that WAL: it would mix the two or, if the database is missing, delete the WAL, without an error.
+    Also logs an error when a daemon was killed and its WAL is missing, because the WAL had committed rows in it.
     """
     left, wal = os.pread(lock, 100, 0), Path(f"{path}-wal")
     if left.startswith(RESTORING):
@@ -139,14 +143,14 @@ def look_beside(path: Path, lock: int) -> None:
                 f"backup in place with `lmdaemon restore`, or move {wal.name} away"
             )
     elif left.startswith(IN_USE) and path.exists():
-        # Or another program has opened the file meanwhile, and its SQLite has copied the WAL into the file.
+        # It may also be that another program has opened the file, so that its SQLite has copied the WAL into it
         log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
     elif left.startswith(IN_USE):
         log.error("store.file_missing", path=path, note="a new one is made; everything before is lost")
 
 
 def _is_strange(path: Path, wal: Path, left: bytes) -> str | None:
-    """Says why the WAL cannot be that of the database, or None."""
+    """The reason why the WAL cannot be the database's, in words, or None."""
     if not path.exists() or not path.stat().st_size:
         return "is missing"
     with path.open("rb") as file:
@@ -169,26 +173,27 @@ def create(path: Path) -> None:
 
 
 def open_beside(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
-    """A connection in autocommit mode, for a command beside the daemon. Raises sqlite3.Error.
+    """A connection in autocommit mode, for a command that runs beside the daemon. Raises sqlite3.Error.
 
-    `mode=ro` never creates a database. The -wal and -shm files beside it, should they be missing, SQLite makes with the
-    owner and mode of the database, also as root (unixOpen, robustFchown). At a pipe it would wait for ever, deaf to
-    signals, and the nightly backup with it.
+    `mode=ro` never creates a database. Missing -wal and -shm files are created by SQLite with the owner and mode of the
+    database, even for root (unixOpen, robustFchown in its source). A pipe in the place of a file is refused: SQLite
+    would wait for it for ever and could not be interrupted.
     """
     for suffix in ("", *COMPANIONS):
         file = path.with_name(path.name + suffix)
-        with suppress(OSError):  # SQLite meets it too, and says so
+        with suppress(OSError):  # opening will fail in the same way and be reported then
             if not stat.S_ISREG(file.stat().st_mode):
                 raise sqlite3.OperationalError(f"{file} is no plain file")
     connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BESIDE_TIMEOUT_S)
-    # A long statement is one call into C; a signal comes through here, and what it raises ends the statement
+    # During a long statement, signals are handled when SQLite calls this; an exception then ends the statement
     connection.set_progress_handler(lambda: 0, LOOK_EVERY)
     return connection
 
 
 def cause(error: Exception, *paths: Path) -> str:
-    """Why SQLite or the system refused. A disk without room for one of the paths is named, whatever they call it: where
-    a -shm file finds none, SQLite says "disk I/O error".
+    """The words of SQLite or the system for an error. A full disk of one of the paths is named as such.
+
+    SQLite does not always say so: where there is no room for a -shm file, it says "disk I/O error".
     """
     text = getattr(error, "strerror", None) or str(error)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -209,7 +214,7 @@ def _has_no_room(directory: Path) -> bool:
 
 
 def _statements(script: str) -> list[str]:
-    """Splits a script, for executescript() would commit before it begins."""
+    """The statements of a script. (executescript() would commit the transaction first.)"""
     statements, current = [], ""
     for line in script.splitlines(keepends=True):
         current += line
@@ -220,7 +225,7 @@ def _statements(script: str) -> list[str]:
 
 
 def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
-    """The version of the file, 0 for an empty one. Raises DatabaseError if this program must not use it."""
+    """The schema version of the file, 0 for an empty one. Raises DatabaseError if it is not lmdaemon's, or too new."""
     (version,) = sql.execute("PRAGMA user_version").fetchone()
     (application,) = sql.execute("PRAGMA application_id").fetchone()
     (tables,) = sql.execute("SELECT count(*) FROM sqlite_schema").fetchone()
@@ -232,20 +237,20 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
     return found
 
 
-# Entry n brings a file from version n to n + 1. Never edit one that was released: add the next.
+# Entry n upgrades a file from version n to n + 1. One that was released must never be edited: add another one.
 MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8") for script in ("schema.sql", "schema_2.sql")
 )
 
 
 def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
-    """Brings the file to the newest version in one transaction. Raises DatabaseError before it changes anything."""
+    """Upgrades the file to the newest version in one transaction. Raises DatabaseError before it changes anything."""
     version = check_is_ours(connection, path, len(migrations))
-    # Before the first table: all of it is written into the file for good.
+    # Before the first table is created, because the page size cannot be changed later
     connection.execute(f"PRAGMA page_size = {DISK_PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    # What is left of a deleted token is overwritten; FAST would spare pages that become free.
+    # Deleted content, such as a token, is overwritten with zeros; FAST would leave it in pages that become free
     connection.execute("PRAGMA secure_delete = ON")
     if version == len(migrations):
         return
@@ -258,7 +263,7 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
         connection.execute("COMMIT")
     except BaseException:
-        if connection.in_transaction:  # on a full disk SQLite has rolled back itself
+        if connection.in_transaction:  # on a full disk SQLite has already rolled back
             connection.execute("ROLLBACK")
         raise
     for number in range(version + 1, len(migrations) + 1):

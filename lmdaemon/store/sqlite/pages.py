@@ -1,7 +1,7 @@
-"""What people look at: pages of sessions and deliveries, and single ones, without the columns that nobody is shown.
+"""Reads for people: single sessions and deliveries and pages of them, without tokens and bodies.
 
-Called by `store`, on the connection for people's reads, inside a read transaction. Each statement goes through an index
-and reads a bounded number of rows, however many rows match: tests/store/test_pages.py looks at their plans.
+The functions must run inside a read transaction. Each statement uses an index and reads a bounded number of rows,
+however many match; tests/store/test_pages.py checks their query plans.
 """
 
 import sqlite3
@@ -19,7 +19,7 @@ from lmdaemon.store.verbs import Died
 
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
-PLAYER_ROWS = 10_000  # and for one page: few of them may be in the state that is asked for
+PLAYER_ROWS = 10_000  # sessions of a player looked at for one page; few of them may be in the state asked for
 BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
@@ -28,7 +28,7 @@ _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in 
 
 
 def _delivery_columns(history: str) -> str:
-    """Those of a delivery without its body, the last one, and without the session's token."""
+    """The columns of a delivery, without its body (the last one), and with NULL for the session's token."""
     hidden = {"session_id": "s.session_id", "token": "NULL", "history": history}
     return ", ".join(hidden.get(name, f"d.{name}") for name in Delivery._fields[:-1])
 
@@ -37,33 +37,34 @@ def _delivery_columns(history: str) -> str:
 _ACTIVE = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND reason IS NULL AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# The same of those that have ended.
+# The same for ended sessions.
 _ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
-# The same of a player, in whatever state.
+# The same for sessions of a player, in any state.
 _OF_PLAYER = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND player_id = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# Those of a player in one state, which no index knows; and how many sessions were looked at, down to which.
+# Ids of a player's sessions in one state, for which there is no index; how many sessions were looked at; the last of
+# them.
 _OF_PLAYER_IN_STATE = """
 SELECT json_group_array(id) FILTER (WHERE (reason IS NULL) = ?), count(*), min(id)
 FROM (SELECT id, reason FROM session WHERE operator = ? AND player_id = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
-# Sessions by their ids, without what is not shown.
+# Sessions by their ids, without columns that are not shown.
 _SESSIONS = f"SELECT {as_rows(_SESSION)} FROM session WHERE id IN (SELECT value FROM json_each(?))"
 
 # Ids of all deliveries, newest first.
 _ALL = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE id < ? ORDER BY id DESC LIMIT ?)"""
-# The same of one operator and sink in one state.
+# The same for one operator and sink in one state.
 _OF_LANE = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE operator = ? AND sink = ? AND state = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# The sinks of an operator one after the other, a step in the index each.
+# The next sink of an operator after a given one: one step in the index.
 _NEXT_SINK = "SELECT sink FROM delivery WHERE operator = ? AND sink > ? ORDER BY sink LIMIT 1"
-# Whether any of some operators has a sink, a step in the index each.
+# Whether any of these operators has a sink: one step in the index for each.
 _HAS_SINK = """
 SELECT count(*) FROM (SELECT 1 FROM json_each(?) AS name
                       WHERE EXISTS (SELECT 1 FROM delivery WHERE operator = name.value AND sink = ?) LIMIT 1)"""
-# Deliveries by their ids, without what is not shown.
+# Deliveries by their ids, without columns that are not shown.
 _DELIVERIES = f"""
 SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.id IN (SELECT value FROM json_each(?))"""
@@ -77,7 +78,7 @@ SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.
 _ONE_DELIVERY = f"""
 SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
-# Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again.
+# Dead deliveries of an operator in the order in which they died: id, when, whether it can be sent again.
 _DIED = f"""
 SELECT {as_rows("id, settled_at, may_be_sent")}
 FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent FROM delivery
@@ -85,7 +86,7 @@ FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent FROM delivery
 
 
 def one_session(sql: sqlite3.Connection, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-    """A session with its deliveries, oldest first."""
+    """A session with its deliveries, oldest first; None: unknown."""
     row = sql.execute(_ONE_SESSION, (operator, session_id)).fetchone()
     if row is None:
         return None
@@ -94,7 +95,7 @@ def one_session(sql: sqlite3.Connection, operator: str, session_id: str) -> tupl
 
 
 def one_delivery(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
-    """A delivery by its public id, with its history."""
+    """A delivery by its public id, with its history; None: unknown."""
     number = number_of(webhook_id)
     row = None if number is None else sql.execute(_ONE_DELIVERY, (number,)).fetchone()
     delivery = None if row is None else _delivery(row)
@@ -125,8 +126,9 @@ def delivery_page(
     limit: int,
     after: int,
 ) -> Page[Delivery]:
-    """Deliveries of these operators with ids below `after`: as many steps in the index as there are operators with
-    their sinks, and a few for each row.
+    """Deliveries of these operators with ids below `after`.
+
+    It takes one step in the index for each operator and sink, and a few for each row of the page.
     """
     states = DELIVERY_STATES if state is None else [state]
     lanes = [(name, one) for name in operators for one in ([sink] if sink else _sinks(sql, name))]
@@ -141,12 +143,12 @@ def newest_deliveries(sql: sqlite3.Connection, limit: int, after: int) -> Page[D
 
 
 def has_sink(sql: sqlite3.Connection, operators: Sequence[str], sink: str) -> bool:
-    """Whether there are deliveries for a sink."""
+    """Whether one of these operators has deliveries for this sink."""
     return bool(sql.execute(_HAS_SINK, (to_json(operators), sink)).fetchone()[0])
 
 
 def died(sql: sqlite3.Connection, operator: str, after: tuple[int, int], limit: int) -> Died:
-    """Looks at dead deliveries of an operator in the order in which they died, beginning behind `after`."""
+    """Dead deliveries of an operator in the order in which they died, beginning after `after` (settled_at, id)."""
     found = sorted(fetch(sql, _DIED, operator, *after, limit), key=lambda row: (row[1], row[0]))
     last = (found[-1][1], found[-1][0]) if len(found) == limit else None
     return Died([number for number, _, may_be_sent in found if may_be_sent], last)
@@ -156,12 +158,12 @@ def died(sql: sqlite3.Connection, operator: str, after: tuple[int, int], limit: 
 
 
 def _first(parts: Sequence[Iterator[int]], count: int) -> list[int]:
-    """The first ids of several descending sequences together. Each is read as far as it is needed."""
+    """The greatest ids of several descending sequences. Each sequence is read only as far as needed."""
     return list(islice(merge(*parts, reverse=True), count))
 
 
 def _ids(sql: sqlite3.Connection, statement: str, arguments: tuple[str, ...], after: int) -> Iterator[int]:
-    """All ids of a statement, a block at a time."""
+    """All ids of a statement, read BLOCK at a time."""
     found = [after]
     while found:
         found = fetch(sql, statement, *arguments, found[-1], BLOCK)
@@ -171,7 +173,7 @@ def _ids(sql: sqlite3.Connection, statement: str, arguments: tuple[str, ...], af
 def _ids_of_player_in(
     sql: sqlite3.Connection, active: bool, operator: str, player_id: str, count: int, after: int
 ) -> tuple[list[int], int | None]:
-    """Ids of a player's sessions in a state, and where to go on looking; None: there are no more."""
+    """Ids of a player's sessions in a state, and the id after which to go on; None: there are no more."""
     ids: list[int] = []
     for _ in range(PLAYER_ROWS // PLAYER_BLOCK):
         arguments = (active, operator, player_id, after, PLAYER_BLOCK)
@@ -204,7 +206,7 @@ def _delivery(row: Sequence[Any]) -> Delivery:
 
 
 def _rows(sql: sqlite3.Connection, statement: str, ids: Sequence[int]) -> list[list[Any]]:
-    """The rows with these ids in their order, those behind PAGE_BYTES left out."""
+    """The rows with these ids, in their order, without those that come after PAGE_BYTES are reached."""
     rows: list[list[Any]] = []
     size = 0
     for first in range(0, len(ids), BLOCK):
@@ -217,5 +219,5 @@ def _rows(sql: sqlite3.Connection, statement: str, ids: Sequence[int]) -> list[l
 
 
 def _page(rows: list[_Row], ids: Sequence[int], beyond: int | None = None) -> Page[_Row]:
-    """A page of what was found of these ids; `beyond`: where to go on behind all of them."""
+    """A page of the rows found for these ids. `beyond` is the id after which to go on when all of them were found."""
     return Page(rows, rows[-1].id if len(rows) < len(ids) else beyond)

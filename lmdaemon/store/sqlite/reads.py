@@ -1,6 +1,4 @@
-"""Reads of the SQLite file: those of the daemon itself, and those for people, which wait for nobody and keep nobody
-waiting. Each kind has a connection of its own.
-"""
+"""Reads of the SQLite file: those of the daemon itself and those for people, each on a connection of its own."""
 
 import asyncio
 import sqlite3
@@ -12,16 +10,19 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import StoreError
 from lmdaemon.store.sqlite.thread import Result, Thread
 
-READS_MAX = 1000  # that wait for the daemon's own reading connection
-LOOKS_MAX = 100  # that wait for the connection of people's reads
-LOOK_S = 2.0  # that such a read may take, its wait included
-INTERRUPT_EVERY_S = 0.05  # until a read that nobody waits for any more has ended
+READS_MAX = 1000  # most reads that wait for the daemon's own connection
+LOOKS_MAX = 100  # most reads that wait for the connection of reads for people
+LOOK_S = 2.0  # longest time of a read for people, its wait included
+INTERRUPT_EVERY_S = 0.05  # between interrupts of a read that nobody waits for any more
 
 log = Log("store")
 
 
 class Reads:
-    """`refused` counts what is refused, by reason; `database` is the file, for log lines."""
+    """The two connections for reads.
+
+    `refused` counts refused reads by reason; `database` is the file, for log lines.
+    """
 
     def __init__(self, reader: Thread, looker: Thread, refused: dict[str, int], database: str) -> None:
         self._reader = reader
@@ -35,8 +36,9 @@ class Reads:
         await self._reader.close()
 
     async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `function(connection, *arguments)` for the daemon itself, on a connection where nobody waits for what
-        people ask. Raises StoreError.
+        """Runs `function(connection, *arguments)` for the daemon itself. Reads for people do not delay it.
+
+        Raises StoreError.
         """
         if self._reading >= READS_MAX:
             raise self._too_many_readers(self._reading)
@@ -49,8 +51,9 @@ class Reads:
             self._reading -= 1
 
     async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `function(connection, *arguments)` in a read transaction, for people: a few at a time, each for LOOK_S
-        at most. One that is cancelled ends. Raises StoreError.
+        """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for LOOK_S.
+
+        A call that is cancelled ends the read. Raises StoreError.
         """
         if self._desk.waiting >= LOOKS_MAX:
             raise self._too_many_readers(self._desk.waiting)
@@ -75,9 +78,7 @@ class Reads:
 
 
 class _Desk:
-    """The connection for what people ask: one read at a time, and each ends when its time is over or its caller has
-    gone. Nothing else waits for it.
-    """
+    """The connection of reads for people: one read at a time, which ends when its time is over or its caller leaves."""
 
     def __init__(self, thread: Thread) -> None:
         self._thread = thread
@@ -85,7 +86,7 @@ class _Desk:
         self.waiting = 0  # reads, the running one included
 
     async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Raises sqlite3.Error, and TimeoutError after LOOK_S."""
+        """Runs one read when its turn comes. Raises sqlite3.Error, and TimeoutError after LOOK_S."""
         self.waiting += 1
         try:
             async with asyncio.timeout(LOOK_S):
@@ -100,8 +101,9 @@ class _Desk:
             self.waiting -= 1
 
     def _interrupt(self, reading: "asyncio.Future[Any]") -> None:
-        """Ends a read that is still running. It has the turn until it is done, so no other one can be hit. Repeated,
-        for an interrupt between two statements, or before the first, ends nothing.
+        """Interrupts a read until it has ended. It keeps its turn until then, so that no other read is interrupted.
+
+        Repeated, because an interrupt before or between two statements has no effect.
         """
         if not reading.done():
             self._thread.end_statement()
@@ -112,11 +114,11 @@ class _Desk:
 
 
 def _in_one_transaction(connection: sqlite3.Connection, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Several statements see the same state of the tables."""
+    """Runs the function in a read transaction, so that all its statements see the same state of the tables."""
     connection.execute("BEGIN")
     try:
         return function(connection, *arguments)
     finally:
-        while connection.in_transaction:  # the end of it may be interrupted, too
+        while connection.in_transaction:  # the ROLLBACK may be interrupted as well
             with suppress(sqlite3.OperationalError):
                 connection.execute("ROLLBACK")

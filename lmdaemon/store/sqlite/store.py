@@ -1,7 +1,7 @@
 """The store in one SQLite file: the verbs of `store.contract`, as operations for the writer and as reads.
 
-What changes something runs on the one writer, in the order in which it was queued, and is answered after its commit.
-What the daemon reads for itself and what people look at have a connection each.
+Changes are made by the one writer, in the order in which they were queued, and answered after their commit. Reads of
+the daemon itself and reads for people have a connection each.
 """
 
 import sqlite3
@@ -24,8 +24,8 @@ from lmdaemon.store.sqlite.rows import DELIVERY, as_rows, fetch, scalar, session
 from lmdaemon.store.sqlite.writer import WAL_MAX
 from lmdaemon.store.verbs import Died, Verbs
 
-LARGE_WAL = 2 * WAL_MAX  # bytes; somebody reads in one long transaction, and the WAL cannot start over
-LANES_AT_ONCE = 32  # in one statement
+LARGE_WAL = 2 * WAL_MAX  # bytes; a larger WAL means that a long read transaction keeps it from starting over
+LANES_AT_ONCE = 32  # lanes read by one statement
 
 log = Log("store")
 
@@ -40,14 +40,15 @@ FROM (SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
 
 @cache
 def _lanes(count: int) -> str:
-    """So many lanes as one row: an array of arrays of rows."""
+    """A statement for `count` lanes. It returns one row, a JSON array with the rows of each lane."""
     return f"SELECT json_group_array(json(lane)) FROM ({' UNION ALL '.join([_LANE] * count)})"
 
 
 # All deliveries of a session, oldest first.
 _DELIVERIES_OF = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
-# When the oldest pending delivery of an operator was made: the oldest of each of its sinks, a step in the index each.
+# When the oldest pending delivery of an operator was created: the oldest for each of its sinks is one step in the
+# index.
 _OLDEST_PENDING = """
 WITH RECURSIVE its(sink) AS (
     SELECT (SELECT sink FROM delivery WHERE operator = :operator ORDER BY sink LIMIT 1)
@@ -60,21 +61,22 @@ SELECT min(created_at) FROM its JOIN delivery ON id = (
 
 
 class Store(Verbs):
-    """The store in one SQLite file; its verbs are documented in `lmdaemon.store.contract`. Opened once; `run` must be
-    running for anything to be written.
+    """The store in one SQLite file. Its verbs are described in `lmdaemon.store.contract`.
+
+    Nothing is written unless `run` is running.
     """
 
     engine: Mapping[str, str] = MappingProxyType({"sqlite": sqlite3.sqlite_version})
 
     def __init__(self, clock: Clock) -> None:
-        """Made by `open`."""
+        """Use `open` instead."""
         super().__init__(clock)
         self._expect_known = False  # whether the last sessions to be added were known
         self._db: Database[Batch]
 
     @classmethod
     async def open(cls, path: Path, clock: Clock, *, count_downtime: bool = False) -> Self:
-        """Opens the file and picks up clock, figures and gates where the last run left them. Raises DatabaseError.
+        """Opens the file and reads clock, figures and gates as the last run left them. Raises DatabaseError.
 
         With `count_downtime`, the wall time since the last transaction is added to the service clock.
         """
@@ -88,7 +90,7 @@ class Store(Verbs):
                 found = found._replace(service_ms=found.service_ms + downtime_ms)
             store.load(found)
             await store._db.accept()
-        except StoreError as error:  # a page that the opening has not met
+        except StoreError as error:  # a damaged page that opening the file has not read
             await store._db.close()
             raise DatabaseError(f"{path}: {error}") from error
         except BaseException:
@@ -118,7 +120,7 @@ class Store(Verbs):
     def file_bytes(self) -> int:
         return self._db.file_bytes
 
-    # -- what the writer asks
+    # -- called by the writer
 
     def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
         return Batch(operations, self.world(), expect_known=self._expect_known)
@@ -156,7 +158,7 @@ class Store(Verbs):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._db.reads.read(_oldest_pending, list(operators))
 
-    # -- reading, for people: without tokens, bodies and what else they are not shown
+    # -- reading, for people: without tokens and bodies
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         return await self._db.reads.look(pages.one_session, operator, session_id)
@@ -193,7 +195,7 @@ _OPERATORS = f"SELECT name, live, pending, dead, {', '.join(GATE)} FROM operator
 
 
 def _load(sql: sqlite3.Connection) -> Loaded:
-    """What the tables say at the start."""
+    """Reads from the tables what the daemon keeps in memory."""
     service_ms, wall_at = _clock(sql)
     operators: dict[str, tuple[Figures, Gate]] = {}
     for name, live, pending, dead, *gate in sql.execute(_OPERATORS):

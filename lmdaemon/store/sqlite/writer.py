@@ -1,7 +1,6 @@
-"""Commits batches to the SQLite file with `synchronous=FULL`, and copies the write-ahead log (WAL) into it beside them.
+"""Commits batches to the SQLite file with `synchronous=FULL`, and copies its write-ahead log (WAL) into the file.
 
-The queue in front of it is `store.writer`'s. A file or WAL that was taken away ends the daemon, for what is committed
-afterwards would end with it anyway.
+If the file or its WAL was taken away, the daemon must end, because further commits would be lost with the process.
 """
 
 import asyncio
@@ -13,11 +12,11 @@ from typing import Any, Protocol
 from lmdaemon.store.sqlite.file import Files
 from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S, Thread, execute
 
-CHECKPOINT_S = 1.0  # how often what was committed is copied from the WAL into the file, on a connection of its own
-WAL_MAX = 64 * 1024 * 1024  # bytes; beyond that the writer itself empties the WAL between two batches
-IDLE_S = 5.0  # without a change, after which the WAL is emptied; twice that at the latest
+CHECKPOINT_S = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
+WAL_MAX = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
+IDLE_S = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
-# What SQLite says when the disk, not the operation, is at fault. Source: sqlite.org/rescode.html
+# SQLite's result codes when the disk is at fault and not the operation. Source: sqlite.org/rescode.html
 _OUTAGES = {
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
@@ -33,42 +32,46 @@ _OUTAGES = {
 
 
 class Work(Protocol):
-    """One batch of operations, made on the event loop."""
+    """A batch of operations, made on the event loop."""
 
     def run(self, connection: sqlite3.Connection) -> list[Any]:
-        """Commits the batch, on the connection's thread. Returns an answer for each operation; a StoreError in its
-        place is raised to its waiter alone. Raises what went wrong; then nothing is stored.
+        """Commits the batch on the connection's thread and returns an answer for each operation.
+
+        An answer that is a StoreError is raised to the caller of that operation. Raises any exception when nothing was
+        stored.
         """
 
 
 class Disk:
-    """The writing connection, and one for checkpoints beside it. What `store.writer` needs of an engine."""
+    """The writing connection and the one for checkpoints: the engine of `store.writer`."""
 
     def __init__(self, files: Files, writer: Thread, checkpointer: Thread) -> None:
         self._files = files
         self._writer = writer
         self._checkpointer = checkpointer
-        self._blocked_until = 0.0  # monotonic time before which the WAL is not worth another try to empty it
+        self._blocked_until = 0.0  # monotonic time before which emptying the WAL is not tried again
         self.lost = False  # whether the file or its WAL was taken away
         self.database = str(files.path)
 
     async def close_checkpointer(self) -> None:
-        """Before the readers, so that the last checkpoint is the closing writer's."""
+        """Closes the connection for checkpoints. First of all, so that closing the writer makes the last checkpoint."""
         await self._checkpointer.close()
 
     async def close(self) -> None:
+        """Closes the writing connection."""
         await self._writer.close()
 
     def check(self) -> None:
-        """Looks at the file and its WAL; of open files, so no disk is waited for. Raises FileLostError."""
+        """Checks that the file and its WAL are still there; the kernel answers from memory. Raises FileLostError."""
         self._files.check()
 
     async def commit(self, work: Work) -> list[Any]:
+        """Commits a batch; as `store.writer.Engine.commit`."""
         return await self._writer.run(self._commit, work)
 
     def _commit(self, connection: sqlite3.Connection, work: Work) -> list[Any]:
         """Commits a batch on the connection's thread."""
-        if connection.in_transaction:  # a rollback that the disk refused is made up for
+        if connection.in_transaction:  # left by a rollback that the disk refused
             connection.execute("ROLLBACK")
         if self._files.wal_bytes > WAL_MAX:
             self._empty_wal(connection)
@@ -76,22 +79,22 @@ class Disk:
 
     @staticmethod
     def is_outage(error: Exception) -> bool:
-        """Whether the disk or the machine refused, and not the operation."""
+        """Whether the disk or the machine is at fault, and not the operation."""
         if isinstance(error, sqlite3.Error):
             return getattr(error, "sqlite_errorcode", -1) & 0xFF in _OUTAGES
         return isinstance(error, OSError | MemoryError)
 
     async def give_up(self) -> None:
-        """A WAL that was only unlinked is still open: what it holds is copied into the file."""
+        """Copies the WAL into the file: if it was only unlinked, it is still open and complete."""
         self.lost = True
         with suppress(sqlite3.Error):
             await self._writer.run(execute, "PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def checkpoint_for_ever(self, committed_something: asyncio.Event) -> None:
-        """Copies what was committed from the WAL into the file, beside the writer, at most once a CHECKPOINT_S.
+        """Copies commits from the WAL into the file, while the writer goes on, at most once in CHECKPOINT_S.
 
-        Not inside the writer's commits, where whoever comes at the wrong moment waits for it. A failure is no news: the
-        writer meets the same disk, and says so.
+        Inside a commit, it would delay the callers of that commit. Failures are ignored: the writer sees the same disk
+        and reports them.
         """
         while True:
             await committed_something.wait()
@@ -101,10 +104,10 @@ class Disk:
                 await self._checkpointer.run(execute, "PRAGMA wal_checkpoint(PASSIVE)")
 
     async def empty_wal_when_idle(self, changed: asyncio.Event) -> None:
-        """Once after each time of work, for ever: until then, what was deleted from the file, such as a player's token,
-        is in the WAL.
+        """Empties the WAL whenever nothing has changed for IDLE_S, because deleted data, such as tokens, is still in
+        it.
 
-        Whoever reads or writes meanwhile is not waited for, and does not wait: it is tried again later.
+        It waits for no reader or writer and delays none; if one is in the way, it is tried again later.
         """
         while True:
             await changed.wait()
@@ -119,9 +122,10 @@ class Disk:
         return False
 
     def _empty_wal(self, connection: sqlite3.Connection) -> None:
-        """Under unbroken load the WAL never starts over by itself. What is left to copy is little.
+        """Empties the WAL between two batches: without a pause in the load, it would never start over by itself.
 
-        A reader in the way, such as a long query in an administrator's shell, is not waited for.
+        Little is left to copy. A reader in the way, such as a long query in an administrator's shell, is not waited
+        for.
         """
         if time.monotonic() < self._blocked_until:
             return
@@ -135,8 +139,9 @@ class Disk:
 
 
 def emptied_wal(connection: sqlite3.Connection) -> bool:
-    """Empties the WAL, unless somebody is in the way. All of it is in the file before the writer is locked out, which
-    then is for microseconds.
+    """Empties the WAL unless a reader or writer is in the way, and returns whether it has.
+
+    All of it is copied first, so that the writer is then locked out for microseconds only.
     """
     _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     if pages != copied:

@@ -24,6 +24,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Plugin, Settings, changes
+from lmdaemon.config.shown import NEEDS_RESTART
 from lmdaemon.config.values import Listen
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
@@ -63,7 +64,6 @@ START_S = 60.0
 UPGRADE_BYTES_S = 10e6  # a slow disk's
 CUT_S = 0.5  # for a handler to end whose connection was cut at a stop; aiohttp waits twice so long
 CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
-NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.restart_grace", "sessions.downtime"}
 
 NOBODY = Asker()
 
@@ -246,6 +246,7 @@ class Daemon:
                 recent=self._recent,
                 events=self._events,
                 members=self._members,
+                read_again=self._read_again,
                 closing=self._closing,
             )
         )

@@ -308,6 +308,29 @@ class OperatorList(Answer):
     items: list[Operator]
 
 
+class SettingChange(Answer):
+    """A key whose value a reload would change."""
+
+    key: Annotated[str, Meta(description="Its place in the file.", examples=["operators.acme.idle_timeout"])]
+    old: Annotated[str | None, Meta(description="In force now, as TOML; null where it is not in the file.")]
+    new: Annotated[str | None, Meta(description="As the file has it now.")]
+    content: Annotated[bool, Meta(description="What changed is the content of the file or variable that it names.")]
+    needs_restart: Annotated[bool, Meta(description="A reload changes nothing of it.")]
+
+
+class Configuration(Answer):
+    """The settings in force, and what a reload would make of the file as it is now. No secret is in it."""
+
+    file: str
+    settings: Annotated[
+        dict[str, str],
+        Meta(description="By key of the file, as TOML.", examples=[{"sessions.idle_timeout": '"30m"'}]),
+    ]
+    inherited: Annotated[list[str], Meta(description="Keys that operators have from [sessions] or [delivery].")]
+    changes: list[SettingChange]
+    errors: Annotated[list[str], Meta(description="Why a reload would be refused; then it would change nothing.")]
+
+
 class Daemon(Answer):
     """A daemon on this database."""
 

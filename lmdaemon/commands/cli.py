@@ -30,6 +30,7 @@ VERSION = "cli:version"
 COMMANDS = {
     "serve": (SERVE, "run the daemon (the default command)"),
     "check-config": ("serve:check_config", "check the configuration file and load its plug-ins"),
+    "config": ("settings:config", "the settings in force, and what a reload would change"),
     "status": ("admin:status", "health, and one line for each operator"),
     "events": ("admin:events", "print what happens as it happens, until interrupted; a restarted daemon is waited for"),
     "sessions list": ("admin:list_sessions", "an operator's sessions"),

@@ -233,24 +233,25 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     name. As they stand in the file, and without the values, some of which are secrets.
     """
     yield from sorted(old.tables.keys() ^ new.tables.keys())
-    before, after = _by_key(old), _by_key(new)
+    before, after = by_key(old), by_key(new)
     for key in sorted(before.keys() & after.keys()):
         if before[key] != after[key]:
             yield key
 
 
-def _by_key(settings: Settings) -> dict[str, Any]:
+def by_key(settings: Settings) -> dict[str, Any]:
     """Every key's value and, where it names a secret or a file of certificates, the digest of that."""
     digests = dict(settings.secrets) | {key: pem.digest for key, pem in settings.pems.items()}
     values: dict[str, Any] = {}
     for name, table in settings.tables.items():
-        values.update(_flat(table, name))
+        values.update(flat(table, name))
     return {key: (value, digests.get(key)) for key, value in values.items()}
 
 
-def _flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
+def flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
+    """The keys of a table with their values, by their place in the file."""
     for name, value in msgspec.structs.asdict(table).items():
         if isinstance(value, Codes):  # a table within it
-            yield from _flat(value, f"{at}.{name}")
+            yield from flat(value, f"{at}.{name}")
         else:
             yield f"{at}.{name}", value

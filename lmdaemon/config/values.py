@@ -65,6 +65,16 @@ def duration(text: object) -> Duration:
     return Duration(seconds)
 
 
+def spell(span: Duration) -> str:
+    """A duration as the file has it, in the largest unit that fits."""
+    thousandths = round(span * 1000)
+    for unit, length in reversed(_UNITS.items()):
+        count, rest = divmod(thousandths, round(length * 1000))
+        if count and not rest:
+            return f"{count}{unit}"
+    return "0s"
+
+
 def listen(text: object) -> Listen:
     """Reads a listen address. Raises ValueError with the rule."""
     rule = 'must be "host:port", "[v6]:port" or "unix:/path"'

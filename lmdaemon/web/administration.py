@@ -7,8 +7,10 @@ import orjson
 from aiohttp import web
 
 from lmdaemon import retry, shapes
+from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Operator, Settings
-from lmdaemon.log import Log
+from lmdaemon.config.shown import NEEDS_RESTART, differences, in_force, inherited
+from lmdaemon.log import Log, writable
 from lmdaemon.metrics import CONTENT_TYPE
 from lmdaemon.model import rfc3339
 from lmdaemon.store.contract import StoreError
@@ -27,6 +29,7 @@ class Administration:
         self._store = context.store
         self._clock = context.clock
         self._describe = describe
+        self._reading = asyncio.Lock()
         self._described: tuple[Settings, bytes] | None = None
 
     # -- operators
@@ -75,6 +78,33 @@ class Administration:
         return self._shown(operator, oldest[operator.name])
 
     # -- the daemon itself
+
+    async def show_config(self, asked: Asked[shapes.NoQuery]) -> shapes.Configuration:
+        async with self._reading:  # one at a time: with 1,000 operators the file takes 0.2 s to read
+            return await asyncio.to_thread(self._configuration)
+
+    def _configuration(self) -> shapes.Configuration:
+        settings = self._context.settings
+        shown = {key: writable(value) for key, value in in_force(settings).items()}
+        found = shapes.Configuration(
+            file=writable(str(settings.file)), settings=shown, inherited=inherited(settings), changes=[], errors=[]
+        )
+        try:
+            new = self._context.read_again()
+        except ConfigError as error:
+            found.errors.extend(map(writable, error.findings))
+            return found
+        for one in differences(settings, new):
+            found.changes.append(
+                shapes.SettingChange(
+                    key=one.key,
+                    old=None if one.old is None else writable(one.old),
+                    new=None if one.new is None else writable(one.new),
+                    content=one.content,
+                    needs_restart=one.key in NEEDS_RESTART,
+                )
+            )
+        return found
 
     async def show_health(self, asked: Asked[None]) -> web.Response:
         report = await self._context.health.report()

@@ -57,6 +57,7 @@ class Context:
     recent: Recent
     events: Events
     members: Callable[[], Sequence[Member]]  # the daemons on this database
+    read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
     # Who is closing which session, by operator and id: its end is told by the store, which does not know
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
     settings: Settings = field(init=False)

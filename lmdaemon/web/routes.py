@@ -224,6 +224,17 @@ CALLS = (
         answers={200: ("All of them", shapes.DaemonList)},
     ),
     Call(
+        handler=Administration.show_config,
+        method="GET",
+        path="/v1/config",
+        name="getConfig",
+        tag="daemon",
+        summary="Show the settings in force",
+        description="And what a reload would change, for which the file is read again. Plug-ins are not tried.",
+        takes=shapes.NoQuery,
+        answers={200: ("The settings", shapes.Configuration)},
+    ),
+    Call(
         handler=Administration.show_health,
         method="GET",
         path=HEALTH,

@@ -654,6 +654,42 @@ def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Pa
     assert done.stderr.endswith("warning: 6 more, which lmdaemon check-config tells\n")
 
 
+# -- config
+
+
+def test_config_shows_what_is_in_force_and_what_a_reload_would_change(tmp_path: Path) -> None:
+    """Of the running daemon while there is one, also when its file is broken by now; else of the file."""
+    file = configure(tmp_path)
+    with daemon(tmp_path) as running:
+        running.started()
+        text, document = text_and_json("config", cwd=tmp_path)
+        assert 'sessions.idle_timeout = "30m"' in text.stdout.splitlines()
+        assert text.stdout.endswith("A reload would change nothing.\n")
+        assert document["source"] == "daemon"
+        assert document["settings"]["api.token_file"] == '"api-token"'
+        sound = file.read_text()
+        file.write_text(sound + '[sessions]\nidle_timeout = "20m"\nrestart_grace = "1s"\n')
+        text, document = text_and_json("config", cwd=tmp_path)
+        assert text.stdout.splitlines()[-3:] == [
+            "A reload would change:",
+            '  sessions.idle_timeout: "30m" → "20m"',
+            '  sessions.restart_grace: "1m" → "1s" (needs a restart)',
+        ]
+        assert document["settings"]["sessions.idle_timeout"] == '"30m"'
+        assert [change["needsRestart"] for change in document["changes"]] == [False, True]
+        file.write_text(sound + "[sesions]\n")
+        done = run("config", cwd=tmp_path)
+        assert done.stdout.splitlines()[-2:] == [
+            "A reload would be refused and change nothing:",
+            "  config.toml: sesions: is no table of this file (did you mean 'sessions'?)",
+        ]
+        file.write_text(sound)
+    done = run("config", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "daemon not reachable" in done.stderr
+    assert json.loads(done.stdout)["source"] == "file"
+
+
 def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Running) -> None:
     held = lm("hold", "many")
     assert held.returncode == 0

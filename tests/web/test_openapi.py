@@ -161,7 +161,7 @@ async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
                 *("--include-tag", "notices", "--include-path", "/health"),
                 *("--phases", "examples,coverage,fuzzing"),  # there is nothing to link: each notice stands alone
             )
-    assert private["operations"]["tested"] == private["operations"]["selected"] == 21
+    assert private["operations"]["tested"] == private["operations"]["selected"] == 22
     assert public["operations"]["tested"] == public["operations"]["selected"] == 5
     # A fuzzer that never got through would prove nothing. For these two it needs the links of its last phase, which
     # it does not count: they take what must exist in the right state.

@@ -1,0 +1,107 @@
+"""Settings as they may be shown to anybody who may ask: by key of the file, as TOML, without a secret."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from lmdaemon.config.settings import (
+    DeliveryTable,
+    OperatorTable,
+    SessionsTable,
+    Settings,
+    by_key,
+    changes,
+    flat,
+)
+from lmdaemon.config.values import Duration, Listen, spell
+from lmdaemon.log import safe_url
+
+MASKED = '"…"'
+# Keys whose change takes effect with the next start, not with a reload
+NEEDS_RESTART = {"server.listen", "api.listen", "database.path", "sessions.restart_grace", "sessions.downtime"}
+_MASKED_KEYS = {"options"}  # of a plug-in: what is in it may be a secret, and nobody but the plug-in knows
+
+
+class Difference(NamedTuple):
+    """One key in two readings. `old` and `new` are TOML, None where the key or its table is not there."""
+
+    key: str
+    old: str | None
+    new: str | None
+    content: bool  # it names a file or a variable, and what that holds has changed
+
+
+def in_force(settings: Settings) -> dict[str, str]:
+    """Every key with its value, those that an operator inherits among them. Secrets are named, not shown."""
+    return dict(_in_force(settings))
+
+
+def _in_force(settings: Settings) -> Iterator[tuple[str, str]]:
+    tables = settings.tables
+    for name, table in tables.items():
+        for key, value in flat(table, name):
+            if value is None and isinstance(table, OperatorTable):
+                value = _inherited(key.rpartition(".")[2], tables)
+            if value is not None:
+                yield key, _toml(key, value)
+
+
+def _inherited(key: str, tables: Mapping[str, msgspec.Struct]) -> Any:
+    for name, kind in (("sessions", SessionsTable), ("delivery", DeliveryTable)):
+        if key in kind.__struct_fields__:
+            return getattr(tables[name], key)
+    return None
+
+
+def inherited(settings: Settings) -> list[str]:
+    """The keys of `in_force` that stand in no operator's table, but in [sessions] or [delivery]."""
+    return [
+        key
+        for name, table in settings.tables.items()
+        if isinstance(table, OperatorTable)
+        for key, value in flat(table, name)
+        if value is None and _inherited(key.rpartition(".")[2], settings.tables) is not None
+    ]
+
+
+def differences(old: Settings, new: Settings) -> list[Difference]:
+    """What `new` changes, as the log of a reload tells it, with both values."""
+    before, after = by_key(old), by_key(new)
+    found = []
+    for key in changes(old, new):
+        was, will_be = before.get(key), after.get(key)
+        if was is None or will_be is None:  # a whole table
+            there = ["{ … }" if key in settings.tables else None for settings in (old, new)]
+            found.append(Difference(key, there[0], there[1], content=False))
+            continue
+        values = [None if value is None else _toml(key, value) for value in (was[0], will_be[0])]
+        found.append(Difference(key, values[0], values[1], content=was[0] == will_be[0]))
+    return found
+
+
+def _toml(key: str, value: Any) -> str:
+    """A value as the file would have it, without what may be secret in it."""
+    last = key.rpartition(".")[2]
+    if last in _MASKED_KEYS and value:
+        return "{ " + ", ".join(f"{name} = {MASKED}" for name in value) + " }"
+    if last == "url" and value:
+        return json.dumps(safe_url(value), ensure_ascii=False)
+    return toml(value)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML, on one line."""
+    match value:
+        case Duration():
+            return f'"{spell(value)}"'
+        case Listen():
+            return json.dumps(value.text, ensure_ascii=False)
+        case bool() | int():
+            return json.dumps(value)
+        case tuple() | list():
+            return f"[{', '.join(map(toml, value))}]"
+        case dict():
+            return "{ " + ", ".join(f"{name} = {toml(one)}" for name, one in value.items()) + " }" if value else "{}"
+    return json.dumps(str(value), ensure_ascii=False)

@@ -1,0 +1,103 @@
+"""Settings as they are shown: what the file would have to say, with every secret left out."""
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lmdaemon.config import reader, shown, values
+from lmdaemon.config.findings import Findings
+from lmdaemon.config.settings import Settings
+from lmdaemon.config.tables import Tables
+
+SECRET = "hush-4711-hush-4711"
+FILE = f"""
+[server]
+listen = "[::1]:8080"
+trusted_proxies = ["192.0.2.0/24"]
+[api]
+token_file = "tokens"
+[delivery]
+schedule = ["250ms", "90s", "36h"]
+[operators.a]
+provider_id = "p"
+notify = true
+url = "https://user:{SECRET}@wallet.example/x?key={SECRET}"
+idle_timeout = "5m"
+hash_key_env = "HASH_KEY"
+[plugins.p]
+use = "m:f"
+options = {{ password = "{SECRET}", nested = {{ more = "{SECRET}" }} }}
+[dialects.d]
+path = "/d"
+fields = {{ provider = "a", session = "b", player = "c" }}
+required = ["provider", "session", "player"]
+codes = {{ retry = 9 }}
+"""
+
+
+def load(home: Path, text: str) -> Settings:
+    (home / "tokens").write_text(f"ops:{SECRET}\n")
+    (home / "tokens").chmod(0o600)
+    (home / "config.toml").write_text(text)
+    return reader.load(home / "config.toml")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HASH_KEY", SECRET)
+    return tmp_path
+
+
+def test_every_value_is_toml_that_reads_as_what_is_in_force(home: Path) -> None:
+    settings = load(home, FILE)
+    found = shown.in_force(settings)
+    for name, table in settings.tables.items():
+        for field in msgspec.structs.fields(table):
+            key, value = f"{name}.{field.name}", getattr(table, field.name)
+            if field.name in ("url", "options") or key not in found or key in shown.inherited(settings):
+                continue
+            findings = Findings()
+            assert Tables(findings).value(field.type, tomllib.loads(f"x = {found[key]}")["x"], key) == value, key
+            assert findings.errors == []
+
+
+def test_keys_that_an_operator_inherits_are_shown_and_marked(home: Path) -> None:
+    settings = load(home, FILE)
+    found, elsewhere = shown.in_force(settings), shown.inherited(settings)
+    assert found["operators.a.schedule"] == '["250ms", "90s", "36h"]'
+    assert "operators.a.schedule" in elsewhere
+    assert found["operators.a.idle_timeout"] == '"5m"'
+    assert "operators.a.idle_timeout" not in elsewhere
+    assert found["dialects.d.codes.retry"] == "9"
+
+
+def test_of_a_secret_its_source_is_shown_alone(home: Path) -> None:
+    found = shown.in_force(load(home, FILE))
+    assert (found["api.token_file"], found["operators.a.hash_key_env"]) == ('"tokens"', '"HASH_KEY"')
+    assert found["operators.a.url"] == '"https://wallet.example/x"'
+    assert found["plugins.p.options"] == '{ password = "…", nested = "…" }'
+    assert SECRET not in str(found)
+
+
+def test_differences_have_both_values(home: Path) -> None:
+    before = load(home, FILE)
+    text = FILE.replace('"5m"', '"6m"').replace("[delivery]", "[delivery]\nconcurrency = 9").replace("[plugins.p]", "")
+    text = text.replace('use = "m:f"', "").replace("options", "# options").replace("key=", "other=")
+    load(home, text + '[operators.b]\nprovider_id = "b"\n')
+    (home / "tokens").write_text(f"ops:{SECRET}-2\n")
+    after = reader.load(home / "config.toml")
+    assert {(one.key, one.old, one.new, one.content) for one in shown.differences(before, after)} == {
+        ("operators.b", None, "{ … }", False),
+        ("plugins.p", "{ … }", None, False),
+        ("delivery.concurrency", "4", "9", False),
+        ("operators.a.idle_timeout", '"5m"', '"6m"', False),
+        ("operators.a.url", '"https://wallet.example/x"', '"https://wallet.example/x"', False),
+        ("api.token_file", '"tokens"', '"tokens"', True),
+    }
+
+
+@pytest.mark.parametrize("text", ["0s", "1ms", "250ms", "1s", "90s", "15m", "36h", "7d", "3650d"])
+def test_a_duration_is_written_as_it_was_read(text: str) -> None:
+    assert values.spell(values.duration(text)) == text

@@ -52,6 +52,7 @@ COMMANDS = {
         "send one SessionExpired now and print both sides of it; exit code 0 only when it is delivered",
     ),
     "check": ("check:check", "try an operator's endpoint with made-up notices and report what it gets wrong"),
+    "simulate operator": ("simulate:operator", "play an operator by a script, and judge the sender that speaks to it"),
     "backup": ("backup:backup", "write a consistent copy of the database, also while the daemon runs"),
     "restore": (
         "backup:restore",

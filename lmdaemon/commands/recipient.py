@@ -1,6 +1,7 @@
 """Reads from the options which endpoint a command talks to: an operator of the configuration, or any URL."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from lmdaemon.commands.configured import configured
@@ -41,7 +42,7 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
     if args.hash_key_file:
         changes["hash_key"] = secret_file(args.hash_key_file, "--hash-key-file")
     if getattr(args, "signing_secret_file", None):
-        changes["signing_keys"] = _signing_keys(args)
+        changes["signing_keys"] = signing_keys(args.signing_secret_file)
     if args.timeout:
         changes["policy"] = changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
     operator = changed(operator, **changes)
@@ -93,8 +94,9 @@ def _configured(settings: Settings, name: str, command: str) -> Operator:
     return settings.operators[name]
 
 
-def _signing_keys(args: argparse.Namespace) -> tuple[bytes, ...]:
-    lines = secret_file(args.signing_secret_file, "--signing-secret-file").splitlines()
+def signing_keys(path: Path) -> tuple[bytes, ...]:
+    """The secrets of a file, one a line. Raises Usage."""
+    lines = secret_file(path, "--signing-secret-file").splitlines()
     try:
         return tuple(whsec(line.strip()) for line in lines if line.strip())
     except ValueError as error:

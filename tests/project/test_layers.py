@@ -67,7 +67,7 @@ HOMES = {
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
     "sqlite3": {"store.sqlite", "commands.backup"},
-    "tomllib": {"config.reader"},
+    "tomllib": {"config.reader", "workbench.script", "workbench.journal"},
 }
 
 

@@ -1,0 +1,230 @@
+"""What a simulated operator received and what it makes of it: signatures, bytes, times, doubles.
+
+A verdict is a word of `FAULTS` or nothing. Secrets are masked in what is written.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TextIO
+
+from lmdaemon.dialects import BadNotice, Dialect, content_of, parse
+from lmdaemon.masks import MASK
+from lmdaemon.retry import JITTER, RETRY_AFTER_MAX_S
+from lmdaemon.workbench.script import EVER, Answer, ScriptError, Span
+
+CLOCK_OFF_S = 300  # Standard Webhooks: five minutes either way
+EARLY_S = 0.05  # what a clock and a network may make of a wait
+
+# What a sender must never do, and what each word means
+FAULTS: Mapping[str, str] = {
+    "malformed": "the body is no notice of the dialect",
+    "unsigned": "there is no signature, though a secret is known",
+    "wrong_signature": "no signature fits the secret, or its time is more than five minutes off",
+    "changed": "a repeat has another body than the first attempt",
+    "doubled": "a second webhook-id for a session that has one",
+    "too_soon": "a repeat came before its wait on the schedule, or a Retry-After, was over",
+}
+COUNTED = ("notices", "sessions", "accepted", "repeated", *FAULTS)
+
+
+class Notice(NamedTuple):
+    """One request as it came. `at_s` is monotonic, for intervals; `wall_s` is epoch."""
+
+    at_s: float
+    wall_s: float
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass
+class _Delivery:
+    """All attempts with one webhook-id, or of one session where there is none."""
+
+    digest: str
+    attempts: int = 0
+    last_at_s: float = 0.0
+    wait_s: float = 0.0  # that the last answer asked for
+    accepted: bool = False
+
+
+class Arrival(NamedTuple):
+    """What is known of a notice before it is answered."""
+
+    session: str
+    webhook_id: str
+    attempt: int
+    faults: Sequence[str]
+    digest: str
+
+
+@dataclass
+class Journal:
+    """`schedule` are the waits in seconds before each repeat, `keys` the signing secrets; with none, signatures are not
+    looked at. `file` gets a JSON line a notice.
+    """
+
+    dialect: Dialect
+    schedule: Sequence[float]
+    keys: Sequence[bytes] = ()
+    file: TextIO | None = None
+    tally: Counter[str] = field(default_factory=Counter)
+    evidence: list[str] = field(default_factory=list)
+    _deliveries: dict[str, _Delivery] = field(default_factory=dict)
+    _ids: dict[str, str] = field(default_factory=dict)  # webhook-id by session
+
+    def arrived(self, notice: Notice) -> Arrival:
+        """Looks at one notice; it must be answered with `answered` afterwards."""
+        faults = list(self._signature_faults(notice))
+        try:
+            parsed = parse(notice.body, self._content(notice), [self.dialect])
+            session = parsed.session_id
+        except BadNotice as error:
+            faults.append("malformed")
+            session = f"? ({error.description})"
+        webhook_id = notice.headers.get("webhook-id", "")
+        digest = hashlib.sha256(notice.body).hexdigest()
+        key = webhook_id or session
+        known = self._deliveries.get(key)
+        if known is None:
+            known = self._deliveries[key] = _Delivery(digest)
+            if "malformed" not in faults:
+                first = self._ids.setdefault(session, key)
+                if first != key:
+                    faults.append("doubled")
+                else:
+                    self.tally["sessions"] += 1
+        else:
+            self.tally["repeated"] += 1
+            if known.digest != digest:
+                faults.append("changed")
+            if notice.at_s - known.last_at_s < self._wait_s(known) - EARLY_S:
+                faults.append("too_soon")
+        known.attempts += 1
+        known.last_at_s = notice.at_s
+        self.tally["notices"] += 1
+        for fault in faults:
+            self.tally[fault] += 1
+            self.evidence.append(f"{fault}: {webhook_id or 'no id'}, session {session}, attempt {known.attempts}")
+        return Arrival(session, webhook_id, known.attempts, faults, digest)
+
+    def answered(self, arrival: Arrival, notice: Notice, answer: Answer) -> str:
+        """Notes what was answered; returns the line for people."""
+        known = self._deliveries[arrival.webhook_id or arrival.session]
+        known.wait_s = _seconds(answer.retry_after)
+        if answer.accepts and not known.accepted:
+            known.accepted = True
+            self.tally["accepted"] += 1
+        at = datetime.fromtimestamp(notice.wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        said = describe(answer)
+        if self.file is not None:
+            line = {
+                "at": at,
+                "number": self.tally["notices"],
+                "session": arrival.session,
+                "webhookId": arrival.webhook_id or None,
+                "attempt": arrival.attempt,
+                "bodySha256": arrival.digest,
+                "headers": {name: _shown(name, value) for name, value in notice.headers.items()},
+                "answer": said,
+                "faults": list(arrival.faults),
+            }
+            print(json.dumps(line), file=self.file, flush=True)
+        wrong = f"  {', '.join(arrival.faults).upper()}" if arrival.faults else ""
+        return f"{at}  {arrival.session}  attempt {arrival.attempt}  {said}{wrong}"
+
+    def _content(self, notice: Notice) -> str:
+        content = content_of(notice.headers.get("content-type", ""))
+        if content != self.dialect.content:
+            raise BadNotice("bad_parameters", "Content-Type is not the dialect's")
+        return content
+
+    def _wait_s(self, known: _Delivery) -> float:
+        """The shortest wait allowed before the next attempt."""
+        step = known.attempts - 1
+        scheduled_s = self.schedule[step] * (1 - JITTER) if step < len(self.schedule) else 0.0
+        return max(scheduled_s, min(known.wait_s, RETRY_AFTER_MAX_S))
+
+    def _signature_faults(self, notice: Notice) -> Sequence[str]:
+        if not self.keys:
+            return ()
+        given = notice.headers.get("webhook-signature", "").split()
+        stamp = notice.headers.get("webhook-timestamp", "")
+        if not given:
+            return ("unsigned",)
+        signed = f"{notice.headers.get('webhook-id', '')}.{stamp}.".encode() + notice.body
+        good = {f"v1,{base64.b64encode(hmac.digest(key, signed, 'sha256')).decode()}" for key in self.keys}
+        in_time = bool(re.fullmatch(r"[0-9]{1,12}", stamp)) and abs(int(stamp) - notice.wall_s) <= CLOCK_OFF_S
+        return () if in_time and good & set(given) else ("wrong_signature",)
+
+
+def _seconds(text: str) -> float:
+    return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0.0
+
+
+def _shown(name: str, value: str) -> str:
+    return MASK if name in ("authorization", "webhook-signature", "cookie") else value
+
+
+def describe(answer: Answer) -> str:
+    parts = [f"after {answer.after_s:g} s"] if answer.after_s else []
+    parts.append(answer.kind)
+    parts += [str(answer.number)] if answer.number or answer.kind == "error" else []
+    parts += [f"{answer.span_s:g} s"] if answer.span_s else []
+    parts += [answer.text] if answer.text else []
+    parts += [f"retry-after {answer.retry_after}"] if answer.retry_after else []
+    return " ".join(parts)
+
+
+# -- expectations
+
+
+def read_expectations(text: str) -> dict[str, Span]:
+    """A TOML file of counts: `notices = 3`, `accepted = "2+"`, `repeated = "1-5"`. Raises ScriptError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ScriptError(str(error)) from None
+    expected = {}
+    for name, value in document.items():
+        if name not in COUNTED:
+            raise ScriptError(f"{name}: is not known; known are {', '.join(COUNTED)}")
+        found = re.fullmatch(r"([0-9]{1,9})(?:(\+)|-([0-9]{1,9}))?", str(value))
+        if found is None or isinstance(value, bool):
+            raise ScriptError(f'{name}: must be a count, "N-M" or "N+" (got {value!r})')
+        expected[name] = Span(int(found[1]), EVER if found[2] else int(found[3] or found[1]))
+    return expected
+
+
+def missed(tally: Mapping[str, int], expected: Mapping[str, Span]) -> list[str]:
+    """What is not as expected. What a sender must never do is expected to be 0 where the file does not name it."""
+    wanted = {fault: Span(0, 0) for fault in FAULTS} | dict(expected)
+    return [
+        f"{name}: {_range(span)} expected, {tally.get(name, 0)} seen"
+        for name, span in wanted.items()
+        if tally.get(name, 0) not in span
+    ]
+
+
+def _range(span: Span) -> str:
+    if span.last == EVER:
+        return f"{span.first} or more"
+    return str(span.first) if span.first == span.last else f"{span.first} to {span.last}"
+
+
+def verdict(journal: Journal, expected: Mapping[str, Span]) -> dict[str, Any]:
+    """The end of a run as JSON."""
+    wrong = missed(journal.tally, expected)
+    return {
+        "good": not wrong,
+        "counts": {name: journal.tally.get(name, 0) for name in COUNTED},
+        "missed": wrong,
+        "evidence": journal.evidence[:100],
+    }

@@ -229,9 +229,9 @@ class Metrics:
 
     # -- what happens
 
-    def opened(self, operator: str) -> None:
-        """A session was opened."""
-        self._opens.add(operator)
+    def opened(self, operator: str, sessions: int = 1) -> None:
+        """Sessions were opened."""
+        self._opens.add(operator, amount=sessions)
 
     def touched(self, operator: str, sessions: int) -> None:
         """So many sessions were touched."""

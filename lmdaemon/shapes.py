@@ -111,6 +111,18 @@ class Opening(Request):
     ) = UNSET
 
 
+class OpeningOfMany(Opening, kw_only=True):
+    """One of the sessions to open."""
+
+    session_id: SessionId
+
+
+class BulkOpen(Request):
+    """Sessions of one operator to open, as after a restore. Those that are open already are touched."""
+
+    sessions: Annotated[list[OpeningOfMany], Meta(extra_json_schema={"maxItems": BULK_IDS_MAX})]
+
+
 class BulkTouch(Request):
     """Sessions of one operator; an id that stands twice counts once."""
 
@@ -153,6 +165,13 @@ class SessionQuery(PageQuery):
 
     state: Annotated[SessionState, Meta(description="Only those in this state.")] | UnsetType = UNSET
     player_id: Annotated[PlayerId, Meta(description="Only those of this player.")] | UnsetType = UNSET
+
+
+class FindQuery(PageQuery):
+    """Which sessions of all operators: one of the two ids is needed."""
+
+    session_id: Annotated[SessionId, Meta(description="Those with this id.")] | UnsetType = UNSET
+    player_id: Annotated[PlayerId, Meta(description="Those of this player.")] | UnsetType = UNSET
 
 
 class DeliveryQuery(PageQuery):
@@ -198,6 +217,27 @@ class Session(Answer):
         msgspec.Raw,
         Meta(description="As given when it was opened.", extra_json_schema=_ANYTHING, examples=[{"table": 7}]),
     ]
+
+
+class OpenedSession(Session):
+    """What an opening is answered with."""
+
+    changed: Annotated[
+        bool, Meta(description="False: it was open already. The call counted as a touch and changed nothing else.")
+    ]
+    ignored: Annotated[
+        list[str],
+        Meta(description="Fields that were given with other values than those in force, which are shown here."),
+    ]
+
+
+class BulkOpened(Answer):
+    """What became of each: how many were opened and how many were open already, and which could not be opened."""
+
+    opened: Count
+    open: Annotated[Count, Meta(description="Open already, with the same playerId and token: touched.")]
+    differs: Annotated[list[SessionId], Meta(description="Open with another playerId or token.")]
+    ended: list[SessionId]
 
 
 class Delivery(Answer):

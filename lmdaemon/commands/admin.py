@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from lmdaemon.commands.arguments import (
@@ -143,6 +143,22 @@ def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> N
         return
     facts = (f"{one}={cell(data[one])}" for one in EVENT_FACTS if data.get(one) not in (None, False, 0))
     print(f"{time.strftime('%H:%M:%S')}  {name:16}  {' '.join(facts)}".rstrip(), flush=True)
+
+
+@_asking(argument("id", metavar="ID", help="of a session or a player"), *ROWS)
+async def find(client: Client, args: argparse.Namespace) -> int:
+    """Prints the sessions with this id, then those of the player with this id. Exit code 1: there are none."""
+    found = False
+
+    async def pages() -> AsyncIterator[list[Any]]:
+        nonlocal found
+        for name in ("sessionId", "playerId"):
+            async for page in client.pages(_wanted(args), "v1", "sessions", query={name: args.id}):
+                found |= bool(page)
+                yield page
+
+    await print_pages(("operator", *SESSION_COLUMNS), pages(), as_json=args.json)
+    return STOPPED if found else FAILED
 
 
 @_asking(

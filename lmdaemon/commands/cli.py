@@ -33,6 +33,7 @@ COMMANDS = {
     "config": ("settings:config", "the settings in force, and what a reload would change"),
     "status": ("admin:status", "health, and one line for each operator"),
     "events": ("admin:events", "print what happens as it happens, until interrupted; a restarted daemon is waited for"),
+    "find": ("admin:find", "sessions with this id, and those of a player with this id, of all operators"),
     "sessions list": ("admin:list_sessions", "an operator's sessions"),
     "sessions show": ("admin:show_session", "one session with its deliveries"),
     "sessions open": ("admin:open_session", "open a session; opening it again counts as a touch"),

@@ -455,6 +455,13 @@ class Store(Protocol):
     ) -> Page[Session]:
         """A page of sessions, newest first, with ids below `after`."""
 
+    async def find_sessions(
+        self, *, session_id: str | None, player_id: str | None, limit: int, after: int | None
+    ) -> Page[Session]:
+        """A page of sessions of all operators that there ever were, newest first: those with a session id, or those of
+        a player. With both, those of the player with that id.
+        """
+
     async def delivery(self, webhook_id: str) -> Delivery | None:
         """One delivery by its public id, with its history; None: unknown."""
 

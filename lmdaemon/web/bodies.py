@@ -15,11 +15,12 @@ from msgspec import inspect
 
 from lmdaemon.dialects import BadNotice, json_object, without_mark
 from lmdaemon.model import ID_MAX, id_problem
-from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, BulkTouch, Request
+from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, BulkOpen, BulkTouch, OpeningOfMany, Request
 
 BODY_MAX = 64 * 1024
 SHOWN_MAX = 40  # characters of a value in an error
 
+_BULK = {BulkTouch, BulkOpen}
 _DECODER = msgspec.json.Decoder(BulkTouch)
 _QUOTES_MAX = 2 * (BULK_IDS_MAX + 1)  # of the ids and the key
 
@@ -28,7 +29,7 @@ _Asked = TypeVar("_Asked", bound=Request)
 
 def longest(kind: type[Request]) -> int:
     """The limit in bytes of a body that is read as this type."""
-    return BULK_BODY_MAX if kind is BulkTouch else BODY_MAX
+    return BULK_BODY_MAX if kind in _BULK else BODY_MAX
 
 
 def required(kind: type[Request]) -> list[str]:
@@ -40,13 +41,18 @@ def of_body(kind: type[Request], body: bytes) -> Request:
     """A body of at most `longest(kind)` bytes; an empty one has no fields. Raises ValueError: place, rule, value."""
     if kind is BulkTouch:
         return BulkTouch(session_ids=session_ids(body))
+    if kind is BulkOpen:
+        return BulkOpen(sessions=_openings(body))
     try:
         fields = json_object(body) if without_mark(body) or required(kind) else {}
     except BadNotice as error:
         raise ValueError(error.description) from error
-    # 90.0 is an integer, too, to JSON Schema
-    whole = {name: int(one) if type(one) is float and one.is_integer() else one for name, one in fields.items()}
-    return _read(kind, whole, fields, "field")
+    return _read(kind, _whole(fields), fields, "field")
+
+
+def _whole(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """90.0 is an integer, too, to JSON Schema."""
+    return {name: int(one) if type(one) is float and one.is_integer() else one for name, one in fields.items()}
 
 
 def of_query(kind: type[_Asked], query: Mapping[str, str]) -> _Asked:
@@ -131,6 +137,34 @@ def _rule(kind: inspect.Type) -> str:
         case inspect.StrType():
             return "must be a string"
     return "must be an object"
+
+
+def takes_long(kind: type[Request]) -> bool:
+    """Whether reading such a body may take more of the event loop than a request should have: then a thread does it."""
+    return kind is BulkOpen
+
+
+def _openings(body: bytes) -> list[OpeningOfMany]:
+    """The sessions of a bulk opening, read one by one as a single opening is, so that the same rules hold."""
+    try:
+        fields = json_object(body)
+    except BadNotice as error:
+        raise ValueError(error.description) from error
+    if unknown := fields.keys() - {"sessions"}:
+        raise ValueError(f"{min(unknown)[:ID_MAX]}: is no field of this call; known are sessions")
+    found = fields.get("sessions")
+    if not isinstance(found, list) or len(found) > BULK_IDS_MAX:
+        got = f" (got {len(found)})" if isinstance(found, list) else ""
+        raise ValueError(f"sessions: must be a list of at most {BULK_IDS_MAX} sessions{got}")
+    openings: list[OpeningOfMany] = []
+    for index, one in enumerate(found):
+        if not isinstance(one, dict):
+            raise ValueError(f"sessions[{index}]: must be an object")  # noqa: TRY004 - as every refusal here
+        try:
+            openings.append(_read(OpeningOfMany, _whole(one), one, "field"))
+        except ValueError as error:
+            raise ValueError(f"sessions[{index}].{error}") from error
+    return openings
 
 
 def session_ids(body: bytes) -> list[str]:

@@ -3,6 +3,7 @@
 It knows requests, answers and settings; what a call does is its handler's.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -212,6 +213,8 @@ async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Requ
         detail = f"Content-Type must be application/json (got {seen[:SEEN_MAX]!r})"
         raise Problem("unsupported-media-type", detail)
     try:
+        if bodies.takes_long(kind):
+            return await asyncio.to_thread(bodies.of_body, kind, body)
         return bodies.of_body(kind, body)
     except ValueError as error:
         raise invalid(str(error)) from error

@@ -4,9 +4,9 @@ A token or a body must never get into one.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
@@ -20,9 +20,24 @@ _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\
 to_json = msgspec.json.Encoder().encode
 
 
+_Shown = TypeVar("_Shown", bound=shapes.Session)
+
+
 def session_document(session: Session, expires_at: int | None) -> shapes.Session:
     """A session without its token; `expires_at` is None once it has ended."""
-    return shapes.Session(
+    return _session(shapes.Session, session, expires_at)
+
+
+def opened_document(
+    session: Session, expires_at: int | None, *, changed: bool, ignored: list[str]
+) -> shapes.OpenedSession:
+    """The same as the answer to an opening."""
+    return _session(shapes.OpenedSession, session, expires_at, changed=changed, ignored=ignored)
+
+
+def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | None, **more: object) -> _Shown:
+    return kind(
+        **more,
         operator=session.operator,
         session_id=session.session_id,
         player_id=session.player_id,
@@ -74,7 +89,9 @@ def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> sh
 def _attempt(stored: dict[str, Any]) -> shapes.Attempt:
     """Of a failure that an older version stored, the answer is not known."""
     unknown = {"answer": None} if stored["error"] is not None else {}
-    return msgspec.convert(unknown | stored | {"at": rfc3339(stored["at"])}, shapes.Attempt)
+    attempt = msgspec.convert(unknown | stored | {"at": rfc3339(stored["at"])}, shapes.Attempt)
+    attempt.code = stored["code"]  # 120 and not 120.0
+    return attempt
 
 
 def read_time(text: str) -> int:

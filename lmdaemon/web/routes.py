@@ -28,7 +28,7 @@ TOUCH = Call(
     name="touchSession",
     tag="sessions",
     summary="Note activity of a session",
-    description="It counts from when the request arrived. A few touches per idle timeout are plenty.",
+    description="It counts from when the request arrived. Every third of the idle time is often enough.",
     answers={204: ("Noted", None)},
     problems=("invalid", "unknown-session", ("ended", 410), "cannot-store"),
 )
@@ -47,6 +47,32 @@ CALLS = (
         problems=("cannot-store",),
     ),
     Call(
+        handler=Sessions.open_many,
+        method="POST",
+        path=SESSIONS,
+        name="openSessions",
+        tag="sessions",
+        summary="Open many sessions",
+        description=f"For what is being played after a restore. At most {BULK_BODY_MAX} bytes. If one of them breaks a "
+        "rule, none is opened. It can be repeated: those that are open already are touched.",
+        takes=shapes.BulkOpen,
+        answers={200: ("How many were opened, and which could not be", shapes.BulkOpened)},
+        problems=("cannot-store",),
+    ),
+    Call(
+        handler=Sessions.find,
+        method="GET",
+        path="/v1/sessions",
+        name="findSessions",
+        tag="sessions",
+        summary="Find sessions of all operators",
+        description="By the session's id, by the player's, or by both. A page, newest first; also those of operators "
+        "that have left the configuration.",
+        takes=shapes.FindQuery,
+        answers={200: ("A page", shapes.SessionPage)},
+        problems=("cannot-store",),
+    ),
+    Call(
         handler=Sessions.open,
         method="PUT",
         path=SESSION,
@@ -57,8 +83,8 @@ CALLS = (
         "them as parts of the path.",
         takes=shapes.Opening,
         answers={
-            200: ("Open already, with the same playerId and token: it counts as a touch", shapes.Session),
-            201: ("Opened", shapes.Session),
+            200: ("Open already, with the same playerId and token: it counts as a touch", shapes.OpenedSession),
+            201: ("Opened", shapes.OpenedSession),
         },
         problems=("differs", "ended", "cannot-store"),
     ),

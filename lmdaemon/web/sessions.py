@@ -1,5 +1,6 @@
 """The calls about sessions, for game servers. A token must never be returned, and reading never counts as activity."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +9,18 @@ from aiohttp import web
 from msgspec import UNSET
 
 from lmdaemon import shapes
+from lmdaemon.config.settings import Operator
 from lmdaemon.dialects import breaks_hash, rounded
 from lmdaemon.log import Log
+from lmdaemon.model import Session
 from lmdaemon.shapes import ATTRIBUTES_MAX
 from lmdaemon.store.contract import Opening
 from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
-from lmdaemon.web.documents import with_deliveries
+from lmdaemon.web.documents import opened_document, with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
 from lmdaemon.web.requests import Ready, request_id
+
+OPENED_AT_ONCE = 250  # of a bulk opening: what waits behind it, waits for a few milliseconds
 
 _NO_CONTENT = Ready(204)
 
@@ -32,7 +37,7 @@ class Sessions:
 
     async def open(self, asked: Asked[shapes.Opening]) -> web.StreamResponse:
         operator = asked.operator
-        opened = await self._store.open_session(_opening(asked))
+        opened = await self._store.open_session(_opening(operator, asked.session_id, asked.given))
         if opened.outcome == "differs":
             raise Problem("differs", "the session is open with another playerId or token")
         if opened.outcome == "ended":
@@ -43,7 +48,40 @@ class Sessions:
             log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
         else:
             self._metrics.touched(operator.name, 1)
-        return ready_answer(self._context.session(opened.session), 201 if opened.outcome == "created" else 200)
+        changed = opened.outcome == "created"
+        ignored = [] if changed else _ignored(asked.given, opened.session)
+        expires_at = self._context.expires_at(opened.session)
+        document = opened_document(opened.session, expires_at, changed=changed, ignored=ignored)
+        return ready_answer(document, 201 if changed else 200)
+
+    async def open_many(self, asked: Asked[shapes.BulkOpen]) -> shapes.BulkOpened:
+        operator, openings = asked.operator, []
+        for at, given in enumerate(asked.given.sessions):
+            try:
+                openings.append(_opening(operator, given.session_id, given))
+            except Problem as problem:
+                raise invalid(f"sessions[{at}].{problem}") from problem
+            if at % OPENED_AT_ONCE == OPENED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        answer = shapes.BulkOpened(opened=0, open=0, differs=[], ended=[])
+        by, asking = self._context.asker(asked.request)
+        for first in range(0, len(openings), OPENED_AT_ONCE):
+            some = openings[first : first + OPENED_AT_ONCE]
+            for opening, opened in zip(some, await asyncio.gather(*map(self._store.open_session, some)), strict=True):
+                match opened.outcome:
+                    case "created":
+                        answer.opened += 1
+                        opened_id = opening.session_id
+                        log.info("session.opened", operator=operator.name, session=opened_id, by=by, request_id=asking)
+                    case "open":
+                        answer.open += 1
+                    case "differs":
+                        answer.differs.append(opening.session_id)
+                    case "ended":
+                        answer.ended.append(opening.session_id)
+        self._metrics.opened(operator.name, answer.opened)
+        self._metrics.touched(operator.name, answer.open)
+        return answer
 
     async def touch(self, asked: Asked[None]) -> web.StreamResponse:
         operator, session_id = asked.operator.name, asked.session_id
@@ -102,10 +140,31 @@ class Sessions:
         )
         return page_answer(await shown(asked.request, reading), self._context.session)
 
+    async def find(self, asked: Asked[shapes.FindQuery]) -> web.Response:
+        query = asked.given
+        if query.session_id is UNSET and query.player_id is UNSET:
+            raise invalid("sessionId, playerId: one of them is required")
+        reading = self._store.find_sessions(
+            session_id=query.session_id or None,
+            player_id=query.player_id or None,
+            limit=query.limit,
+            after=query.after_id,
+        )
+        return page_answer(await shown(asked.request, reading), self._context.session)
 
-def _opening(asked: Asked[shapes.Opening]) -> Opening:
+
+def _ignored(given: shapes.Opening, session: Session) -> list[str]:
+    """What was given with other values than the session has."""
+    ignored = []
+    if given.idle_timeout_seconds is not UNSET and given.idle_timeout_seconds * 1000 != session.idle_ms:
+        ignored.append("idleTimeoutSeconds")
+    if given.attributes is not UNSET and given.attributes != orjson.loads(session.attributes or "{}"):
+        ignored.append("attributes")
+    return ignored
+
+
+def _opening(operator: Operator, session_id: str, given: shapes.Opening) -> Opening:
     """What the store is asked for. Raises Problem."""
-    operator, session_id, given = asked.operator, asked.session_id, asked.given
     if session_id in (".", ".."):  # also as %2E: clients and proxies resolve it
         raise invalid(
             "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"

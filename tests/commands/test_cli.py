@@ -1105,6 +1105,18 @@ def test_send_refuses_to_judge_an_operator_whose_secrets_are_out_of_reach(tmp_pa
     )
 
 
+def test_find_shows_a_session_and_a_players_of_all_operators(lm: Running) -> None:
+    lm.open("acme", "found-1")
+    lm.open("gone", "found-1")
+    text = lm("find", "found-1")
+    assert (text.returncode, text.stderr) == (0, "")
+    assert [line.split()[:2] for line in text.stdout.splitlines()[1:]] == [["gone", "found-1"], ["acme", "found-1"]]
+    of_player = json.loads(lm("find", "p1", "--json", "--all").stdout)
+    assert {("acme", "found-1"), ("gone", "found-1")} <= {(one["operator"], one["sessionId"]) for one in of_player}
+    nobody = lm("find", "nobody-has-this-id")
+    assert (nobody.returncode, nobody.stdout.strip()) == (1, "")
+
+
 # -- events
 
 

@@ -68,7 +68,10 @@ async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> No
         "endedAt": None,
         "idleTimeoutSeconds": 90,
         "attributes": {"game": "roulette", "table": 7},
+        "changed": True,
+        "ignored": [],
     }
+    del opened["changed"], opened["ignored"]
     assert await api.session() == opened | {"deliveries": []}
 
 
@@ -80,7 +83,8 @@ async def test_opening_again_answers_200_and_is_a_touch_and_nothing_else(api: Ca
     )
     assert again["lastSeenAt"] == "2026-09-21T14:14:20.000Z"
     assert again["expiresAt"] == "2026-09-21T14:24:20.001Z"
-    moved = {"lastSeenAt", "expiresAt"}
+    assert (again["changed"], again["ignored"]) == (False, ["idleTimeoutSeconds", "attributes"])
+    moved = {"lastSeenAt", "expiresAt", "changed", "ignored"}
     assert {k: v for k, v in again.items() if k not in moved} == {k: v for k, v in opened.items() if k not in moved}
 
 
@@ -731,6 +735,7 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
             "status": 200,
             "code": 120,
             "error": "code_120",
+            "detail": '`error` is 120, internal error, do not retry ("no")',
             "answer": '{"error": 120, "description": "no"}',
         }
     ]

@@ -67,7 +67,8 @@ required = ["provider", "session", "player"]
 
 # A refused notice is HTTP 200 with its code in the body, so 200 is what a bad one gets, too.
 # A session that has ended cannot be touched: 410 is to touch what 409 is to open, which the fuzzer knows.
-# No schema can say which plug-ins have deliveries, nor what time it is: an unknown sink and a time ahead are a 400.
+# No list of parameters can say that one of two is needed, nor a schema which plug-ins have deliveries or what time it is:
+# no parameter, an unknown sink and a time ahead are a 400.
 CHECKS = """
 [[operations]]
 include-tag = "notices"
@@ -79,6 +80,10 @@ include-operation-id = "touchSession"
 expected-statuses = ["2xx", "404", "410"]
 [[operations]]
 include-operation-id = "listDeliveries"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400"]
+[[operations]]
+include-operation-id = "findSessions"
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400"]
 [[operations]]
@@ -117,7 +122,8 @@ async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> 
     # What the document says in words: which operators there are, that these need a token to open with, and that a
     # session with the id "touch" is opened and shown where many are touched.
     document["components"]["parameters"]["operator"]["schema"]["enum"] = ["acme", "bravo"]
-    document["components"]["schemas"]["Opening"]["required"].append("token")
+    for name in ("Opening", "OpeningOfMany"):
+        document["components"]["schemas"][name]["required"].append("token")
     one = document["paths"]["/v1/operators/{operator}/sessions/{sessionId}"]
     for method in ("put", "get"):
         of_touch = {"operationId": one[method]["operationId"] + "Touch"}
@@ -161,7 +167,7 @@ async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
                 *("--include-tag", "notices", "--include-path", "/health"),
                 *("--phases", "examples,coverage,fuzzing"),  # there is nothing to link: each notice stands alone
             )
-    assert private["operations"]["tested"] == private["operations"]["selected"] == 22
+    assert private["operations"]["tested"] == private["operations"]["selected"] == 24
     assert public["operations"]["tested"] == public["operations"]["selected"] == 5
     # A fuzzer that never got through would prove nothing. For these two it needs the links of its last phase, which
     # it does not count: they take what must exist in the right state.
@@ -441,7 +447,7 @@ def test_an_operator_more_leaves_the_names_of_the_others_as_they_are(directory: 
 def test_answers_may_get_further_members_and_requests_may_not(directory: Path) -> None:
     schemas = document(directory, "")["components"]["schemas"]
     closed = {name for name, schema in schemas.items() if schema.get("additionalProperties") is False}
-    assert closed == {"Opening", "BulkTouch", "RetrySince"}
+    assert closed == {"Opening", "OpeningOfMany", "BulkOpen", "BulkTouch", "RetrySince"}
 
 
 def test_health_is_one_schema_that_keeps_every_check(directory: Path) -> None:

@@ -25,7 +25,6 @@ NO_PATHS = [
     "/v1",
     "/v1/",
     "/v1/operators/",
-    "/v1/sessions",
     ACME,
     ACME + "/sessions/",
     "/V1/operators",

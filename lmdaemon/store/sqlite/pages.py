@@ -48,6 +48,10 @@ SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND 
 _OF_PLAYER_IN_STATE = """
 SELECT json_group_array(id) FILTER (WHERE (reason IS NULL) = ?), count(*), min(id)
 FROM (SELECT id, reason FROM session WHERE operator = ? AND player_id = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
+# Sessions with an id, of some operators: a step in the index each.
+_OF_ID = f"""
+SELECT {as_rows("s.id, s.player_id")} FROM json_each(?) AS name
+JOIN session s ON s.operator = name.value AND s.session_id = ? WHERE s.id < ?"""
 # Sessions by their ids, without columns that are not shown.
 _SESSIONS = f"SELECT {as_rows(_SESSION)} FROM session WHERE id IN (SELECT value FROM json_each(?))"
 
@@ -115,6 +119,23 @@ def session_page(
         wanted = {"active": [_ACTIVE], "ended": [_ENDED], None: [_ACTIVE, _ENDED]}[state]
         parts = [_ids(sql, statement, (operator,), after) for statement in wanted]
     ids = _first(parts, limit + 1)
+    return _page(_sessions(sql, ids[:limit]), ids)
+
+
+def found_page(
+    sql: sqlite3.Connection,
+    operators: Sequence[str],
+    session_id: str | None,
+    player_id: str | None,
+    limit: int,
+    after: int,
+) -> Page[Session]:
+    """Sessions of these operators by their own or their player's id, with ids below `after`."""
+    if session_id is not None:
+        found = sorted(fetch(sql, _OF_ID, to_json(operators), session_id, after), reverse=True)
+        ids = [number for number, player in found if player_id in (None, player)][: limit + 1]
+    else:
+        ids = _first([_ids(sql, _OF_PLAYER, (name, player_id or ""), after) for name in operators], limit + 1)
     return _page(_sessions(sql, ids[:limit]), ids)
 
 

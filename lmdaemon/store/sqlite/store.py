@@ -168,6 +168,12 @@ class Store(Verbs):
     ) -> Page[Session]:
         return await self._db.reads.look(pages.session_page, operator, state, player_id, limit, after or pages.BEYOND)
 
+    async def find_sessions(
+        self, *, session_id: str | None, player_id: str | None, limit: int, after: int | None
+    ) -> Page[Session]:
+        operators, after = list(self.figures), after or pages.BEYOND
+        return await self._db.reads.look(pages.found_page, operators, session_id, player_id, limit, after)
+
     async def delivery(self, webhook_id: str) -> Delivery | None:
         return await self._db.reads.look(pages.one_delivery, webhook_id)
 

@@ -78,6 +78,10 @@ def everything_asked(db: Store) -> list[Callable[[], Any]]:
     ]
     for state, player, after in product((None, "active", "ended"), (None, "p1", "p9"), (None, 500)):
         asked.append(lambda s=state, p=player, a=after: db.sessions("acme", state=s, player_id=p, limit=10, after=a))
+    for session, player, after in (("1", None, None), ("1", "p1", 500), (None, "p1", None), (None, "p9", 500)):
+        asked.append(
+            lambda s=session, p=player, a=after: db.find_sessions(session_id=s, player_id=p, limit=10, after=a)
+        )
     for operator, sink, one, after in product(
         (None, "acme", "none"), (None, "http", "plugin:old", "plugin:none"), STATES, (None, 500)
     ):

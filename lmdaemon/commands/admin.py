@@ -154,10 +154,13 @@ async def find(client: Client, args: argparse.Namespace) -> int:
         nonlocal found
         for name in ("sessionId", "playerId"):
             async for page in client.pages(_wanted(args), "v1", "sessions", query={name: args.id}):
-                found |= bool(page)
-                yield page
+                if page:
+                    found = True
+                    yield page
 
     await print_pages(("operator", *SESSION_COLUMNS), pages(), as_json=args.json)
+    if not found:
+        say("lmdaemon: no session has this id, and no player")
     return STOPPED if found else FAILED
 
 

@@ -1114,7 +1114,8 @@ def test_find_shows_a_session_and_a_players_of_all_operators(lm: Running) -> Non
     of_player = json.loads(lm("find", "p1", "--json", "--all").stdout)
     assert {("acme", "found-1"), ("gone", "found-1")} <= {(one["operator"], one["sessionId"]) for one in of_player}
     nobody = lm("find", "nobody-has-this-id")
-    assert (nobody.returncode, nobody.stdout.strip()) == (1, "")
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert nobody.stderr == "lmdaemon: no session has this id, and no player\n"
 
 
 # -- events

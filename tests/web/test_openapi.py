@@ -67,8 +67,8 @@ required = ["provider", "session", "player"]
 
 # A refused notice is HTTP 200 with its code in the body, so 200 is what a bad one gets, too.
 # A session that has ended cannot be touched: 410 is to touch what 409 is to open, which the fuzzer knows.
-# No list of parameters can say that one of two is needed, nor a schema which plug-ins have deliveries or what time it is:
-# no parameter, an unknown sink and a time ahead are a 400.
+# No list of parameters can say that one of two is needed, nor a schema which plug-ins have deliveries, or what time it
+# is: no parameter, an unknown sink and a time ahead are a 400.
 CHECKS = """
 [[operations]]
 include-tag = "notices"

@@ -114,7 +114,7 @@ class Opening(Request):
 class OpeningOfMany(Opening, kw_only=True):
     """One of the sessions to open."""
 
-    session_id: SessionId
+    session_id: Annotated[SessionId, Meta(examples=["game-7f3a92"])]
 
 
 class BulkOpen(Request):

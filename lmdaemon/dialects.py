@@ -368,6 +368,17 @@ def _form_fields(body: bytes) -> Mapping[str, Any]:
     return fields
 
 
+# In the order in which they are looked at; characters.
+_LONGEST: Mapping[Meaning, int] = {
+    "provider": ID_MAX,
+    "session": ID_MAX,
+    "player": ID_MAX,
+    "token": TOKEN_MAX,
+    "request": REQUEST_MAX,
+    "hash": ID_MAX,
+}
+
+
 def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
     for meaning in dialect.required:
         if dialect.fields[meaning] not in received:
@@ -377,25 +388,20 @@ def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
     if "hash" in dialect.fields:
         _check_borders(received, dialect.fields["hash"])
 
-    def text(meaning: Meaning, longest: int = ID_MAX) -> str | None:
+    facts: dict[str, str] = {}
+    for meaning, longest in _LONGEST.items():
         name = dialect.fields.get(meaning)
-        if name is None or name not in received:
-            return None
-        value = received[name]
-        if not (meaning in dialect.required or value is not None):
-            return None  # an optional field sent as null is absent
-        if meaning not in dialect.required and value == "":
-            return None
-        return _text(name, value, longest)
-
+        value = None if name is None else received.get(name)
+        if meaning in dialect.required or value not in (None, ""):  # an optional one that is null or empty is absent
+            facts[meaning] = _text(name or "", value, longest)
     return Parsed(
         dialect=dialect,
-        provider_id=text("provider") or "",
-        session_id=text("session") or "",
-        player_id=text("player") or "",
-        token=text("token", TOKEN_MAX),
-        request=text("request", REQUEST_MAX),
-        hash=text("hash"),
+        provider_id=facts.get("provider", ""),
+        session_id=facts.get("session", ""),
+        player_id=facts.get("player", ""),
+        token=facts.get("token"),
+        request=facts.get("request"),
+        hash=facts.get("hash"),
         received=received,
     )
 

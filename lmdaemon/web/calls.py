@@ -163,7 +163,7 @@ class Call:
             if takes is not None:
                 asked.given = await (_body if self.has_body else _query)(request, takes)
             answer = await handler(asked)
-            return answer if isinstance(answer, web.StreamResponse) else json_answer(answer, status)
+            return answer if isinstance(answer, (Ready, web.StreamResponse)) else json_answer(answer, status)
 
         handle.__name__ = self.name
         return handle
@@ -197,7 +197,8 @@ async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Req
 
 async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
     """A body that says it is JSON; an empty one, where no field is required, need not say so. Raises Problem."""
-    if not uncoded(codings := request.headers.getall("Content-Encoding", ())):
+    codings = request.headers.getall("Content-Encoding", ())
+    if codings and not uncoded(codings):
         seen = ", ".join(codings)[:SEEN_MAX]
         detail = f"the body must not be compressed (got Content-Encoding {seen!r})"
         raise Problem("unsupported-media-type", detail)

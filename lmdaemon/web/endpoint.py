@@ -223,7 +223,8 @@ class Endpoint:
         if codings and not uncoded(codings):
             raise Refused(415, "Unsupported content encoding", content_encoding=", ".join(codings)[:SEEN_MAX])
         try:
-            await _ask_for_body(request)
+            if "Expect" in request.headers:
+                await _ask_for_body(request)
             body = await read_body(request, BODY_MAX)
         except BodyTooLarge:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None

@@ -1,7 +1,8 @@
-"""Builds every part, runs the loops in one TaskGroup, reloads, and stops in order. The only module that knows them all.
+"""Builds every part of the daemon, runs their loops in one TaskGroup, reloads the configuration, and stops in order.
 
-Called by `cli`. Whatever is opened is closed by the exit stack, the store last: an aiosqlite connection left open keeps
-the process from ending. A loop that raises ends the daemon loudly, and the service manager starts it again.
+Everything that is opened is closed by the exit stack, the store last: a connection to the database that stays open
+keeps the process from exiting. A loop that raises ends the daemon with an error, and the service manager starts it
+again.
 """
 
 import asyncio
@@ -59,11 +60,10 @@ from lmdaemon.web.recent import Recent
 from lmdaemon.web.requests import address_of, bind
 
 STATUS_EVERY_S = 10.0
-# What systemd is asked to wait for, where its own limits are shorter
-START_S = 60.0
-UPGRADE_BYTES_S = 10e6  # a slow disk's
-CUT_S = 0.5  # for a handler to end whose connection was cut at a stop; aiohttp waits twice so long
-CLOSING_S = 15.0  # the last commit, and the WAL copied into the file
+START_S = 60.0  # time that systemd is asked for at a start, besides upgrade and plug-ins
+UPGRADE_BYTES_S = 10e6  # bytes a second that a slow disk upgrades
+CUT_S = 0.5  # how long a handler may take whose connection was cut at a stop; aiohttp waits twice as long
+CLOSING_S = 15.0  # time that systemd is asked for at a stop, for the last commit and for copying the WAL into the file
 
 NOBODY = Asker()
 
@@ -73,10 +73,10 @@ _T = TypeVar("_T")
 
 
 def _connection_type() -> type[Connection]:
-    """What serves connections: the fast one if it is there."""
+    """The class that serves connections: the fast one of `web.hot`, if that module exists."""
     try:
         from lmdaemon.web import hot
-    except ImportError:  # it saves time, and nothing else
+    except ImportError:  # without it everything works as well, only slower
         return Connection
     return hot.connection_type()
 
@@ -90,6 +90,7 @@ class _Recorder(StoreObserver):
         self._closing = closing  # who is closing which session, by operator and id
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """Counts and logs ends (StoreObserver)."""
         now_ms = self._store.service_clock.now_ms()
         for (operator, reason), count in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
             self._metrics.ended(operator, reason, count)
@@ -107,7 +108,7 @@ class _Recorder(StoreObserver):
 
 
 class _Attempts:
-    """Has attempts counted, and their results told to who listens."""
+    """Passes attempts on to the metrics, and their results to the clients of `/v1/events`."""
 
     def __init__(self, metrics: Metrics, heard: Events) -> None:
         self.awoke = metrics.awoke
@@ -116,10 +117,11 @@ class _Attempts:
 
 
 class Daemon:
-    """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`. `on_serving` is called when it
-    is ready.
+    """One daemon: `await Daemon(settings).run()` serves until SIGTERM or `stop()`. `on_serving` is called when it is
+    ready.
 
-    Raises ConfigError (plug-ins), DatabaseError, OSError (addresses), and an ExceptionGroup when a loop died.
+    `run` raises ConfigError (plug-ins), DatabaseError, OSError (addresses), and an ExceptionGroup when a loop has
+    failed.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Daemon:
         on_serving: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
-        self._started_with = settings  # whose addresses, database and clock are in use to the end
+        self._started_with = settings  # its addresses, database and clock settings are in use to the end
         self._clock = clock or Clock()
         self._rng = rng or Random()  # noqa: S311 - jitter, not secrets
         self._stopping = asyncio.Event()
@@ -155,6 +157,7 @@ class Daemon:
         self._reloading.set()
 
     async def run(self) -> None:
+        """Starts, serves and stops."""
         async with AsyncExitStack() as stack:
             stack.callback(log.repeats.flush, everything=True)
             self._notifier = systemd.Notifier()
@@ -170,7 +173,7 @@ class Daemon:
         return await self._listen(stack, handed_over)
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, _T]) -> _T | None:
-        """What the start returns; None if a stop was asked for before its end, and then nothing of it goes on."""
+        """The result of the start; None if a stop was asked for before it was over, and the start is cancelled then."""
         starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -206,7 +209,7 @@ class Daemon:
         self._notifier.starting(self._start_limit_s(), f"Starting. Opening {settings.database}.")
         self._store: Store = await open_store(settings, self._clock)
         stack.push_async_callback(self._store.close)
-        self._store.service_clock.freeze("starting")  # plug-ins may take their time, and nobody is heard meanwhile
+        self._store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile
         self._sender = Sender(self._clock)
         stack.push_async_callback(self._sender.close)
         self._metrics = Metrics(self._store.engine)
@@ -254,7 +257,7 @@ class Daemon:
         self._configure()
 
     def _configure(self) -> None:
-        """Hands the settings in force to every part; each uses them from its next step on."""
+        """Gives the settings in force to every part; each uses them from its next step on."""
         self._store.configured = frozenset(self.settings.operators)
         self._store.sinks_of = partial(sinks_of, self.settings)
         self._endpoint.configure(self.settings, self._plugins)
@@ -266,7 +269,7 @@ class Daemon:
             self._configure_site(site)
 
     def _members(self) -> list[Member]:
-        """The daemons on this database: none but this one."""
+        """The daemons on this database: only this one."""
         at, now_at = self.addresses["api"], self._clock.wall_ms()
         address = _text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
         operators = list(self.settings.operators)
@@ -277,7 +280,7 @@ class Daemon:
         site.most = connections_max(files, self._dispatcher.attempts_max)
         site.trusted_proxies = self.settings.server.trusted_proxies
         spoken = self.settings.tls.get(site.listener)
-        site.tls = None if spoken is None else spoken.context  # of connections to come; the others keep what they have
+        site.tls = None if spoken is None else spoken.context  # for new connections; open ones keep their context
         site.stop_within_s = self._longest_timeout_s() + DRAIN_EXTRA_S - 2 * CUT_S
         if site is self._sites.get("api"):
             site.knows = self._api.knows
@@ -318,8 +321,9 @@ class Daemon:
         return list(runners.values())
 
     def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:
-        """Refuses the clients of a socket that no listener has a use for. Closing it would not: systemd holds it open
-        too, and clients would wait in it for ever.
+        """Refuses the clients of a socket that no listener uses.
+
+        Closing it would not do that: systemd keeps it open, and clients would wait in it for ever.
         """
         events.warning(
             "socket.unused",
@@ -332,7 +336,7 @@ class Daemon:
         stack.callback(acceptor.close)
 
     def _handle_signals(self) -> None:
-        """They stay with the loop until it is closed: a second SIGTERM must not cut the closing short."""
+        """Handles signals until the event loop is closed, so that a second SIGTERM does not interrupt the stop."""
         loop = asyncio.get_running_loop()
         for number, handler in (
             (signal.SIGTERM, self.stop),
@@ -357,7 +361,7 @@ class Daemon:
         self._on_serving()
 
     def _warn(self) -> None:
-        """Of what the settings in force allow, but is worth a look."""
+        """Logs warnings about the settings in force."""
         for warning in self.settings.warnings:
             events.warning("config.warned", finding=warning)
         if not self.settings.operators:
@@ -369,7 +373,7 @@ class Daemon:
     # -- stopping
 
     async def _shut_down(self, runners: list[web.BaseRunner], loops: Mapping[str, "asyncio.Task[None]"]) -> None:
-        """Accept nothing, finish what is in flight within a bound, keep the clock, let the loops go."""
+        """Stops accepting, finishes what is in flight within a bound, stores the service clock, ends the loops."""
         within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
         self._notifier.stopping(
             within_s + self._plugins_s() + CLOSING_S,
@@ -377,7 +381,7 @@ class Daemon:
         )
         self._events.stop()
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
-        # From here on no touch can be heard, so no idleness passes and nothing ends.
+        # From here on no touch can be received, so no idle time passes and nothing ends
         self._store.service_clock.freeze("stopping")
         for name, loop in loops.items():
             if name != "writer":
@@ -395,13 +399,13 @@ class Daemon:
         return max((policy.timeout_s for policy in policies), default=0.0)
 
     def _plugins_s(self) -> float:
-        """How long it may take to start all plug-ins, or to stop them: one after the other."""
+        """How long it may take (s) to start or to stop all plug-ins, one after the other."""
         return sum(plugin.policy.timeout_s + plugins.CANCEL_S for plugin in self.settings.plugins.values())
 
     def _start_limit_s(self) -> float:
-        """How long a start may take: an upgrade of the database may have to write all of it anew."""
+        """How long a start may take (s), considering that an upgrade may have to rewrite the whole database."""
         size = 0
-        with suppress(OSError):  # there is none yet; or the opening will tell
+        with suppress(OSError):  # there is none yet; other errors are reported when it is opened
             size = self.settings.database.stat().st_size
         return START_S + size / UPGRADE_BYTES_S + self._plugins_s()
 
@@ -419,12 +423,12 @@ class Daemon:
             self._notifier.send(READY="1", STATUS=self._status())
 
     async def reload_once(self) -> None:
-        """Reads the file again and takes it over whole, or changes nothing and says why."""
+        """Reads the configuration again. Takes it over whole, or changes nothing and logs why."""
         try:
             new = await asyncio.to_thread(self._read_again)
             fresh = await self._fresh_plugins(new)
         except ConfigError as error:
-            file = f"{self.settings.file}: "  # a plug-in's finding does not have it
+            file = f"{self.settings.file}: "  # findings about plug-ins come without it
             findings = [file + finding.removeprefix(file) for finding in error.findings]
             self._reload_error = log.writable("\n".join(findings))
             self._metrics.reloaded(None)
@@ -446,17 +450,21 @@ class Daemon:
         events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)
 
     def _read_again(self) -> Settings:
-        """The file as it is now. Off the event loop, for it takes 0.2 s with 1,000 operators. Raises
-        ConfigError.
+        """The configuration as it is now. Must run on a thread: with 1,000 operators it takes 0.2 s.
+
+        Raises ConfigError.
         """
         return reader.load(self.settings.file, found=self.settings.found)
 
     def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
-        """The keys that differ from what is in force, and from what the daemon started with."""
+        """The keys that differ from the settings in force, and those that differ from the settings at the start."""
         return list(changes(self.settings, new)), list(changes(self._started_with, new))
 
     async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
-        """The plug-ins of new settings: those that did not change as they are, the others made and started."""
+        """The plug-ins of new settings: unchanged ones are kept, the others are made and started.
+
+        Raises ConfigError.
+        """
         kept = {
             name: plugin
             for name, plugin in self._plugins.items()
@@ -470,7 +478,7 @@ class Daemon:
         return {name: by_name[name] for name in new.plugins}
 
     async def _report_for_ever(self) -> None:
-        """Feeds the watchdog and keeps STATUS up to date, if a service manager listens."""
+        """Feeds the watchdog and updates STATUS, if there is a service manager."""
         if not self._notifier.listening:
             return
         every_s = min(self._notifier.watchdog_s or STATUS_EVERY_S, STATUS_EVERY_S)
@@ -486,7 +494,7 @@ class Daemon:
             await asyncio.sleep(every_s)
 
     def _status(self, stuck: Sequence[str] = ()) -> str:
-        """What `systemctl status` shows: sentences."""
+        """The sentences that `systemctl status` shows."""
         figures = self._store.figures.values()
         pending, dead = sum(one.pending for one in figures), sum(one.dead for one in figures)
         said = [f"Stuck: {', '.join(stuck)}."] if stuck else ["Serving."]
@@ -498,10 +506,10 @@ class Daemon:
             said.append("The last reload failed: see the log.")
         return " ".join(said)
 
-    # -- what the parts tell
+    # -- metrics
 
     def _measure(self) -> None:
-        """Connects the counters to where things happen."""
+        """Connects the metrics to the parts that they count."""
         metrics = self._metrics
         self._store.observe(_Recorder(self._store, metrics, self._closing))
         metrics.reloaded(self._clock.wall_ms() / 1000)
@@ -520,7 +528,10 @@ class Daemon:
 
 
 def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:
-    """A socket handed over by name may reach further than the address whose rules were checked. Raises ConfigError."""
+    """Raises ConfigError if a handed-over socket is reachable by other machines though `listen` is a loopback address.
+
+    The rules for addresses beyond loopback were then not checked.
+    """
     for name, handed_over in assigned.items():
         at = systemd.address_of(handed_over)
         if isinstance(at, tuple) and wanted[name].loopback and not Listen("", *at).loopback:
@@ -529,7 +540,7 @@ def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Lis
 
 
 def _text(address: systemd.Address) -> str:
-    """An address as `listen` has it."""
+    """An address in the form of the setting `listen`."""
     if isinstance(address, str):
         return f"unix:{address}"
     host, port = address

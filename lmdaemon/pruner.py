@@ -1,4 +1,4 @@
-"""Deletes what ended longer ago than is kept, in small batches, the oldest first. Started by `daemon`."""
+"""Deletes sessions that ended longer ago than `keep_ended`, in small batches, the oldest first."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import Store, StoreError
 
 EVERY_MAX_S = 3600.0
-EVERY_MIN_S = 1.0  # each is a commit, whatever keep_ended says
-PAUSE_S = 0.05  # between two batches, so that pruning a million rows is nobody's problem
+EVERY_MIN_S = 1.0  # because each pruning is at least one commit
+PAUSE_S = 0.05  # between two batches, so that pruning a million rows delays nothing else
 
 log = Log("store")
 
 
 def every_s(keep_ended_s: float) -> float:
-    """The wait between two prunings: a tenth of what is kept, within bounds."""
+    """Seconds between two prunings: a tenth of `keep_ended_s`, within the bounds above."""
     return min(max(keep_ended_s / 10, EVERY_MIN_S), EVERY_MAX_S)
 
 
 class Pruner:
-    """`once` deletes all that is old enough now; `run` is `once` for ever. `keep_ended_s` gives what is in force."""
+    """Deletes old sessions. `keep_ended_s` returns the setting in force."""
 
     def __init__(self, store: Store, clock: Clock, keep_ended_s: Callable[[], float]) -> None:
         self._store = store
@@ -28,6 +28,7 @@ class Pruner:
         self._keep_ended_s = keep_ended_s
 
     async def run(self) -> None:
+        """Prunes for ever. Failures are logged and tried again the next time."""
         while True:
             try:
                 await self.once()
@@ -36,7 +37,7 @@ class Pruner:
             await asyncio.sleep(every_s(self._keep_ended_s()))
 
     async def once(self) -> None:
-        """Raises StoreError; what was deleted before stays so."""
+        """Deletes everything that is old enough now. Raises StoreError; batches deleted before that stay deleted."""
         before_at = self._clock.wall_ms() - int(self._keep_ended_s() * 1000)
         pruned, after = 0, (0, 0)
         while True:

@@ -1,7 +1,7 @@
-"""What `/metrics` reads from the parts at a scrape: gauges, and counters that a part keeps itself.
+"""What `/metrics` reads from the parts of the daemon at a scrape: gauges, and counters that a part keeps itself.
 
-Made by `daemon`, called by `metrics` on a thread beside the event loop. It must not do I/O nor change anything, and
-copies what may grow meanwhile.
+It runs on another thread than the event loop. So it must not do I/O or change anything, and it copies collections that
+the event loop may change meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from lmdaemon.web.listener import Bounds, Hearing, Site
 
 
 class Readings:
-    """`settings` gives those in force; `sites` the listeners by name, once they listen."""
+    """Reads the parts. `settings` returns those in force; `sites` has the listeners by name, once they listen."""
 
     def __init__(
         self,
@@ -44,9 +44,7 @@ class Readings:
         self._sites = sites
 
     def read(self) -> list[Reading]:
-        """What is read at a scrape, from maintained figures: no I/O. It runs on a thread beside the event loop, so it
-        changes nothing, and copies what may grow meanwhile.
-        """
+        """All readings, from figures that are kept in memory."""
         return [
             *self._of_operators(),
             *self._of_deliveries(),
@@ -56,7 +54,9 @@ class Readings:
         ]
 
     def _of_operators(self) -> Iterator[Reading]:
-        """Of the operators in the file, and of those that left it for as long as something of theirs waits."""
+        """Readings of the operators in the file, and of removed ones while any of their sessions or deliveries
+        remain.
+        """
         now_at = self._clock.wall_ms()
         waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]
         names = sorted({*waiting, *self._settings().operators})
@@ -89,7 +89,7 @@ class Readings:
         yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
 
     def _of_the_daemon(self) -> Iterator[Reading]:
-        """Of the daemon itself: loops, clock, log, connections."""
+        """Readings of the daemon itself: loops, clock, log, connections."""
         frozen = {reason: float(reason in self._store.service_clock.frozen) for reason in FREEZES}
         accepting = {name: float(name not in self._hearing.deaf) for name in self._sites}
         most = {name: float(site.most) for name, site in self._sites.items()}
@@ -123,7 +123,7 @@ class Readings:
         yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
 
     def _of_certificates(self) -> Iterator[Reading]:
-        """Of listeners with TLS, and of what is shown to operators: the first certificate of a file to end counts."""
+        """When certificates of listeners, and those shown to operators, expire: the first of each file counts."""
         ends = {
             tuple(key.rpartition(".")[::2]): min(one.not_after for one in pem.certificates).timestamp()
             for key, pem in self._settings().pems.items()

@@ -1,7 +1,7 @@
-"""The daemon's end of a connection to an operator: one answer a request, within bounds, and nothing behind it.
+"""The daemon's end of a connection to an operator: one answer for each request, within bounds.
 
-aiohttp parses; this module says where an answer begins and ends. It must never let bytes that stand before a request
-or behind an answer settle a delivery, nor lose an answer that arrived whole because of what came with it.
+aiohttp parses; this module decides where an answer begins and ends. Bytes that come before a request or after an answer
+must never settle a delivery. An answer that arrived whole must not be lost because of bytes that came with it.
 """
 
 import re
@@ -18,9 +18,9 @@ from aiohttp.streams import StreamReader
 from lmdaemon.causes import Cause
 
 HEAD_MAX = 64 * 1024  # bytes of an answer's status line and headers
-HEADERS_MAX = 1000  # they are kept as Python objects: more of them cost the loop more than their bytes do
-INTERIM_MAX = 15  # answers 1xx before the final one. HTTP sets no limit. Source: RFC 9110 §15.2
-WIRE_MAX = 1024 * 1024  # bytes behind the head, chunk sizes, extensions and trailers included
+HEADERS_MAX = 1000  # each is a Python object, so their number costs the event loop more than their bytes
+INTERIM_MAX = 15  # most interim (1xx) responses before the final one; HTTP has no limit. Source: RFC 9110 §15.2
+WIRE_MAX = 1024 * 1024  # bytes after the head, with chunk sizes, extensions and trailers
 
 _HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
 _HEAD_END_MAX = 5
@@ -28,7 +28,7 @@ _LENGTH = re.compile(rb"\ncontent-length: *([0-9]{1,6})\r?\n", re.IGNORECASE)
 
 
 class AnswerError(aiohttp.ClientError):
-    """What came is not one whole answer to the request; `detail` repeats nothing that the peer sent."""
+    """What came is not one whole answer to the request. `detail` quotes nothing that the peer has sent."""
 
     def __init__(self, cause: Cause, detail: str = "") -> None:
         super().__init__(cause)
@@ -37,8 +37,9 @@ class AnswerError(aiohttp.ClientError):
 
 
 class AnswerProtocol(ResponseHandler):
-    """Feeds aiohttp's parser head by head. Fed a whole segment, the parser forgets an answer that was complete when it
-    stumbles over a byte behind it.
+    """Feeds aiohttp's parser one head at a time.
+
+    Given a whole segment, the parser would drop a complete answer if the bytes after it are invalid.
     """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
@@ -47,24 +48,25 @@ class AnswerProtocol(ResponseHandler):
 
     def _begin(self) -> None:
         self._interim = 0
-        self._body: StreamReader | None = None  # of the final answer, from the end of its head on
-        self._left: int | None = None  # bytes of it still to come, where its head says so
-        self._on_wire = 0  # bytes behind the head
+        self._body: StreamReader | None = None  # the final answer's, once its head is complete
+        self._left: int | None = None  # bytes of the body that are still to come, where the head tells its length
+        self._on_wire = 0  # bytes received after the head
         self._begin_head()
 
     def _begin_head(self) -> None:
         self._head_size = self._head_lines = 0
-        self._head_tail = b""  # the end of it may lie in two segments
+        self._head_tail = b""  # the last bytes received: the end of a head may be split between two segments
 
     def set_response_params(self, **params: Any) -> None:
-        """A request is about to be sent on this connection."""
+        """Called by aiohttp when a request is about to be sent on this connection."""
         self._begin()
         if self._tail:
             self._tail = b""
-            self.set_exception(AnswerError("unsolicited_answer"))  # not closed: what is sent would fail in other words
+            self.set_exception(AnswerError("unsolicited_answer"))  # not closed, for sending would hide this cause
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
+        """Called by the event loop with the bytes that have arrived."""
         if self._parser is None or not data:
             super().data_received(data)
             return
@@ -74,8 +76,9 @@ class AnswerProtocol(ResponseHandler):
             self._body_received(self._body, data)
 
     def _head_received(self, data: bytes) -> bytes:
-        """Takes what belongs to the head, and returns the rest. A body that ends with the segment goes along: to feed
-        the parser twice costs a tenth of a delivery.
+        """Parses the bytes that belong to the head, and returns the rest.
+
+        A body that ends with the segment is parsed in the same call: two calls would cost a tenth of a delivery.
         """
         end, is_whole = self._head_end(data)
         self._head_size += end
@@ -94,10 +97,10 @@ class AnswerProtocol(ResponseHandler):
         return data[end:]
 
     def _head_end(self, data: bytes) -> tuple[int, bool]:
-        """How much of the data is of the head, and whether that is its end."""
+        """How many bytes of the data belong to the head, and whether it ends with them."""
         at = -1 if self._head_tail else data.find(b"\r\n\r\n")
         if at > 0:
-            return at + 4, True  # as almost always
+            return at + 4, True  # the usual case
         found = _HEAD_END.search(self._head_tail + data)
         return (len(data), False) if found is None else (found.end() - len(self._head_tail), True)
 
@@ -119,7 +122,7 @@ class AnswerProtocol(ResponseHandler):
             self._drop()
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        """A head was parsed: called by aiohttp for each."""
+        """Called by aiohttp for each head that it has parsed."""
         message, body = data
         if self._body is not None:
             self._drop()  # a second answer belongs to no request
@@ -137,17 +140,17 @@ class AnswerProtocol(ResponseHandler):
             self._fail(AnswerError("too_many_interim", f"more than {INTERIM_MAX}"))
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
-        """Something is wrong with the connection or with what came over it. Called by aiohttp too."""
+        """Called, also by aiohttp, when something is wrong with the connection or with what came over it."""
         body = self._body
         if body is not None and body.is_eof():
-            self.force_close()  # what is wrong lies behind the answer
+            self.force_close()  # the answer is complete; what is wrong comes after it
             return
         if isinstance(exc, aiohttp.ClientOSError) and self._is_going:
-            return  # what could not be written: connection_lost is about to say why
+            return  # writing failed; `connection_lost` follows and has the reason
         error = _told(exc, exc_cause, in_body=body is not None)
         super().set_exception(error)
         if body is not None and body.exception() is None:
-            body.set_exception(error)  # aiohttp tells nobody who reads the body of a chunk that is broken
+            body.set_exception(error)  # aiohttp does not tell the reader of the body that a chunk is broken
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
@@ -163,14 +166,14 @@ class AnswerProtocol(ResponseHandler):
         self._drop()
 
     def _drop(self) -> None:
-        """Nothing that still comes over this connection counts."""
+        """Closes the connection, so that nothing that still comes over it counts."""
         self.force_close()
         if self.transport is not None:
             self.transport.close()
 
 
 def _told(exc: BaseException, cause: BaseException | None, *, in_body: bool) -> BaseException:
-    """The exception under which the sender hears of it."""
+    """The exception that the sender gets."""
     if isinstance(cause, ssl.SSLError):
         # With TLS 1.3 a server refuses a client's certificate after the handshake. Source: RFC 8446 §4.4.2.4, §6.2
         return AnswerError("tls", str(cause))
@@ -180,7 +183,7 @@ def _told(exc: BaseException, cause: BaseException | None, *, in_body: bool) -> 
 
 
 def _complaint(error: BaseException | None) -> str:
-    """What the parser complains of, without the bytes that it shows behind an empty line."""
+    """The parser's message, without the received bytes that it quotes after an empty line."""
     text, shows_bytes, _ = str(getattr(error, "message", "")).partition("\n\n")
     return " ".join(text.split()).rstrip(":") if shows_bytes else type(error).__name__
 
@@ -189,10 +192,10 @@ class Answer(aiohttp.ClientResponse):
     """An answer that belongs to its request."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        """Raises AnswerError beside aiohttp's own."""
+        """As aiohttp's; also raises AnswerError."""
         protocol: Any = connection.protocol
         if protocol.should_close:
-            # Something was there before the request: a server that answers twice would settle the next delivery.
+            # Bytes came before the request. Otherwise a server that answers twice would settle the next delivery.
             error = protocol.exception() or AnswerError("unsolicited_answer")
             connection.close()
             raise error

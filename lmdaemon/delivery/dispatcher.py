@@ -1,8 +1,8 @@
-"""Delivers ends: due rows → sink → judge → settle. The table is the queue; this module holds ids, times and few rows.
+"""Delivers ends: reads due rows, sends them, judges the answers and stores the results. The table is the queue.
 
-Started by `daemon`, woken by the store after commits. A lane is one operator and sink: it has its own slots, its own
-schedule and, for a URL, its own gate (hold, Retry-After, breaker), so nothing one of them does delays another. It must
-never hold more rows than three times a lane's slots (under way, ahead, not stored yet), or send inside a transaction.
+A lane is one operator and sink. It has its own slots and schedule and, for a URL, its own gate (hold, Retry-After,
+breaker), so that no lane delays another. This module must never hold more rows of a lane than three times its slots
+(under way, read ahead, not stored yet), and never send inside a transaction.
 """
 
 import asyncio
@@ -30,17 +30,17 @@ log = Log("delivery")
 
 
 class AttemptObserver(WakeObserver, Protocol):
-    """Told of the loop's wake-ups and of every attempt."""
+    """Is called for each wake-up of the loop and for every attempt."""
 
     def attempted(self, operator: str, sink: str, verdict: retry.Verdict, took_s: float) -> None:
-        """An attempt has ended, and took so long."""
+        """An attempt has ended after `took_s` seconds."""
 
     def settled(self, settlement: Settlement, settled: Settled) -> None:
         """A result was stored."""
 
 
 class Dispatcher(StoreObserver):
-    """`once` claims and starts what is due and says how long to sleep; `run` is `once` for ever."""
+    """Delivers what is due. `once` starts it and returns how long to sleep; `run` is `once` for ever."""
 
     def __init__(
         self, store: Store, clock: Clock, sender: Sender, rng: Random, observer: AttemptObserver | None = None
@@ -58,11 +58,11 @@ class Dispatcher(StoreObserver):
         self.pulse = Pulse(clock.monotonic, observer)
         self._rounds = Rounds(self.pulse)
         self._observer = observer
-        self._store_failure: str | None = None  # as it was logged
+        self._store_failure: str | None = None  # the last one that was logged
         store.observe(self)
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
-        """Takes over new settings. Lanes that stay keep what they have in flight; rows of lanes that go, wait."""
+        """Takes over new settings. Lanes that stay keep their attempts; rows of lanes that were removed wait."""
         lanes: dict[tuple[str, str], Lane] = {}
         for operator in settings.operators.values():
             sinks: list[tuple[str, Policy, LoadedPlugin | None]] = []
@@ -82,14 +82,15 @@ class Dispatcher(StoreObserver):
         self._rounds.wake()
 
     def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
-        """The lane that there is, with its new settings, or a new one, which looks at the table first. A reload wakes
-        only those whose slots, schedule or plug-in have changed.
+        """The existing lane with its new settings, or a new one.
+
+        New lanes, and those whose slots, schedule or plug-in have changed, are put on the agenda; others are not.
         """
         key = (operator.name, sink)
         lane = self._lanes.get(key)
         if lane is None:
             lane = Lane(operator, sink, policy, plugin)
-            # also of a lane that went while attempts were under way, and comes back
+            # A lane that was removed while attempts were under way may come back: they still count
             lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
             self._agenda.now(lane)
         elif lane.policy != policy or lane.plugin is not plugin:
@@ -98,13 +99,13 @@ class Dispatcher(StoreObserver):
         return lane
 
     def wake(self) -> None:
-        """Something may be due or have a free slot, wherever that is."""
+        """Looks at all lanes: in any of them something may be due or a slot may be free."""
         for lane in self._lanes.values():
             self._agenda.now(lane)
         self._rounds.wake()
 
     def _look_at(self, operator: str, sink: str) -> None:
-        lane = self._lanes.get((operator, sink))  # not the one that an attempt began with: the file may be another
+        lane = self._lanes.get((operator, sink))  # looked up again, because a reload may have replaced it
         if lane is None:
             return
         if self._running:
@@ -113,9 +114,11 @@ class Dispatcher(StoreObserver):
         self._rounds.wake()
 
     def gate_changed(self, operator: str) -> None:
+        """Looks at the operator's lane for its URL (StoreObserver)."""
         self._look_at(operator, HTTP_SINK)
 
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
+        """Notes when a row of the lane is due (StoreObserver)."""
         lane = self._lanes.get((operator, sink))
         if lane is not None:
             lane.note_due(due_at)
@@ -123,47 +126,49 @@ class Dispatcher(StoreObserver):
             self._rounds.wake()
 
     def wall_clock_set_back(self) -> None:
-        """The wall clock was set: whatever is believed of times is looked up."""
+        """Reads all due times again (StoreObserver)."""
         for lane in self._lanes.values():
             lane.look_again_at = 0
         self.wake()
 
     @property
     def in_flight(self) -> int:
+        """The number of attempts whose results are not stored yet."""
         return len(self._tasks)
 
     @property
     def attempting(self) -> dict[tuple[str, str], int]:
-        """Attempts under way by operator and sink."""
+        """The number of attempts under way, by operator and sink."""
         return {pair: lane.attempting for pair, lane in self._lanes.items()}
 
     @property
     def attempts_max(self) -> int:
-        """Attempts that may be under way at the same time."""
+        """The number of attempts that may be under way at the same time."""
         return sum(lane.policy.concurrency for lane in self._lanes.values())
 
     @property
     def overdue_s(self) -> dict[tuple[str, str], float]:
-        """By operator and sink, for how long the earliest delivery has been due that still waits for a slot; 0 while
-        hold, Retry-After or breaker keep it back.
+        """How long (s) the earliest due delivery has waited for a slot, by operator and sink.
+
+        0 while hold, Retry-After or breaker stop it.
         """
         now_at = self._clock.wall_ms()
         return {pair: lane.overdue_s(self._store.gate(pair[0]), now_at) for pair, lane in self._lanes.items()}
 
     async def run(self) -> None:
-        """Dispatches for ever; raises what an attempt raised, for that is a bug and must not go unseen."""
+        """Delivers for ever. Raises what an attempt raised, because that is a bug that must be seen."""
         self._running = True
         try:
             await self._rounds.run(self._once_if_possible)
         finally:
-            self._running = False  # what is in flight is not followed by what was read ahead
+            self._running = False  # when an attempt ends, no row that was read ahead is started any more
 
     async def _once_if_possible(self) -> float | None:
         try:
             wait_s = await self.once()
             self._store_failure = None
         except StoreError as error:
-            if str(error) != self._store_failure:  # the first and each change, not every attempt
+            if str(error) != self._store_failure:  # the first failure and each change are logged, not every attempt
                 self._store_failure = str(error)
                 log.warning("delivery.waiting_for_store", reason=self._store_failure)
             wait_s = STORE_RETRY_S
@@ -172,11 +177,12 @@ class Dispatcher(StoreObserver):
         return wait_s
 
     async def once(self) -> float | None:
-        """Starts an attempt for every row that is due and has a free slot, and reads ahead. Returns seconds to sleep,
-        None until woken. Raises StoreError.
+        """Starts an attempt for every due row that has a free slot, and reads further rows ahead.
+
+        Returns the seconds to sleep; None: until it is woken. Raises StoreError.
         """
         if self._store.set_back_ms:
-            await self._store.probe()  # puts the kept waits right
+            await self._store.probe()  # a transaction corrects the stored waits
         now_at = self._clock.wall_ms()
         lanes = self._agenda.take(now_at)
         for lane in lanes:
@@ -193,12 +199,12 @@ class Dispatcher(StoreObserver):
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
 
     async def _read(self, ready: Sequence[Lane], now_at: int) -> None:
-        """Reads what is due and wanted, and starts what has a slot. Raises StoreError."""
+        """Reads as many due rows as each lane wants, and starts those that have a slot. Raises StoreError."""
         if not ready:
             return
         claims = [self._claim(lane) for lane in ready]
         for lane in ready:
-            lane.next_due_at = None  # what is committed from here on, delivery_due adds
+            lane.next_due_at = None  # rows that are committed from here on are added by `delivery_due`
         try:
             found = await self._store.claimable(claims)
         except StoreError:
@@ -207,7 +213,7 @@ class Dispatcher(StoreObserver):
             raise
         for lane, claim, rows in zip(ready, claims, found, strict=True):
             if self._lanes.get((lane.operator.name, lane.sink)) is not lane:
-                continue  # a reload came meanwhile: the one in its place looks for itself
+                continue  # a reload has replaced the lane; the new one reads for itself
             due = [row for row in rows[: claim.limit - 1] if row.due_at <= now_at]
             lane.ahead += due
             if len(due) < len(rows):
@@ -215,7 +221,7 @@ class Dispatcher(StoreObserver):
             self._start(lane)
 
     def _plan(self, lane: Lane, now_at: int) -> None:
-        """When to look at the lane again, if nobody says so before."""
+        """Plans when to look at the lane again, if it is not woken before."""
         gate = self._store.gate(lane.operator.name)
         if not self._store.figures_of(lane.operator.name).pending or (lane.gated and gate.held_at is not None):
             self._agenda.plan(lane, None)
@@ -229,12 +235,13 @@ class Dispatcher(StoreObserver):
 
     @staticmethod
     def _claim(lane: Lane) -> Claim:
-        # What is in flight or read is still pending in the table; one more row tells when to come back.
+        # Rows in flight or read ahead are still pending in the table, so they are left out. One row more than wanted is
+        # read, for when it is due.
         taken = [*lane.in_flight, *(row.id for row in lane.ahead)]
         return Claim(lane.operator.name, lane.sink, taken, lane.wanted + 1)
 
     def _start(self, lane: Lane) -> None:
-        """Attempts what was read, as far as there are slots."""
+        """Starts attempts for rows that were read ahead, as far as there are free slots."""
         if not lane.ahead or not lane.slots:
             return
         gate = self._store.gate(lane.operator.name)
@@ -245,8 +252,9 @@ class Dispatcher(StoreObserver):
             self._tasks.add(task)
 
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
-        """One row, from its slot to its settled result. Nothing begins between an answer that keeps the operator back
-        and its commit.
+        """Delivers one row, from taking a slot to storing the result.
+
+        After an answer that holds or delays the operator, no attempt of the lane begins until it is stored.
         """
         closing = False
         try:
@@ -262,7 +270,7 @@ class Dispatcher(StoreObserver):
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             settled = await self._record(lane, settlement)
             due_at = settled.due_at if settlement.state == "pending" else None
-        except StoreError:  # a plug-in's event could not be read: nothing was tried, nothing is spent
+        except StoreError:  # the session for a plug-in could not be read: nothing was tried, no attempt is counted
             await asyncio.sleep(STORE_RETRY_S)
             due_at = row.due_at
         except Exception as error:  # a bug, which `run` raises
@@ -273,7 +281,7 @@ class Dispatcher(StoreObserver):
             lane.in_flight.discard(row.id)
             lane.closing -= closing
             self._look_at(row.operator, row.sink)
-        # A round may have come between the commit and this line, and passed over a row that was still in flight.
+        # A round between the commit and this line may have left out the row, because it was still in flight
         if due_at is not None:
             self.delivery_due(row.operator, row.sink, due_at)
 
@@ -284,7 +292,7 @@ class Dispatcher(StoreObserver):
             outcome = await send(lane, row)
         except StoreError:
             raise
-        except Exception as error:  # whatever an answer brings about in us: its sender must not stop the others'
+        except Exception as error:  # a bug that some answer triggers must not stop the deliveries of other operators
             log.error(
                 "delivery.attempt_failed",
                 operator=row.operator,
@@ -336,7 +344,7 @@ class Dispatcher(StoreObserver):
     def _settlement(
         self, lane: Lane, row: Delivery, outcome: retry.Outcome, began_at: int, *, probe: bool
     ) -> Settlement:
-        """What the outcome means for the row, and what it will do to its operator's gate."""
+        """What the outcome means for the row and for its operator's gate; logs it."""
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
         attempt = entry(outcome, began_at)
 
@@ -362,8 +370,10 @@ class Dispatcher(StoreObserver):
         return Settlement(row, "pending", int(wait_s * 1000), row.step + 1, attempt, gate=gate)
 
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
-        """Stores a result. A success leaves its slot before, so that the next attempt need not wait for the disk. A
-        failure does not, for it may close the gate.
+        """Stores a result.
+
+        A success frees its slot before that, so that the next attempt need not wait for the disk. A failure keeps its
+        slot until it is stored, because it may close the gate.
         """
         if settlement.state != "delivered":
             return await self._settle(lane, settlement)
@@ -375,7 +385,7 @@ class Dispatcher(StoreObserver):
             lane.delivered -= 1
 
     async def _settle(self, lane: Lane, settlement: Settlement) -> Settled:
-        """Stores the result; while the store refuses, the row stays in flight, so that it is not sent again."""
+        """Stores a result. While the store refuses, the row stays in flight, so that it is not sent again."""
         while True:
             try:
                 settled = await self._store.settle(settlement)
@@ -397,14 +407,14 @@ class Dispatcher(StoreObserver):
 
     @staticmethod
     def _log_recovery(lane: Lane) -> None:
-        """Of a plug-in; that of a URL is its breaker's closing."""
+        """Logs that a plug-in works again. For a URL, the closing of its breaker is logged instead."""
         if not lane.gated and lane.failed >= retry.BREAKER_OPENS_AT:
             log.info("delivery.recovered", operator=lane.operator.name, sink=lane.sink, failed=lane.failed)
         lane.failed = 0
 
     @staticmethod
     def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
-        """Logs a change of what holds the operator back, not each attempt under it."""
+        """Logs changes of hold, breaker and Retry-After, and not each attempt."""
         if gate == before:
             return
         url = safe_url(operator.url)
@@ -422,7 +432,7 @@ class Dispatcher(StoreObserver):
             )
 
     async def drain(self, within_s: float) -> None:
-        """Lets attempts in flight finish within that time; what does not, stays pending and is sent again later."""
+        """Waits for attempts in flight, for `within_s` at most. The others are cancelled and sent again later."""
         if not self._tasks:
             return
         log.info("delivery.draining", in_flight=len(self._tasks))
@@ -435,7 +445,7 @@ class Dispatcher(StoreObserver):
 
 
 def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
-    """The history's entry of an attempt that began then. One that failed has what was answered, None if nothing was."""
+    """The entry for the history. A failed attempt has the beginning of the answer in it, or None without an answer."""
     attempt = {
         "at": began_at,
         "durationMs": outcome.duration_ms,

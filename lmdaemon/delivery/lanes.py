@@ -1,6 +1,6 @@
-"""Lanes: the deliveries of one operator and sink, how many may begin, and when to look at which lane again.
+"""Lanes: which deliveries of one operator and sink may begin now, and when to look at which lane again.
 
-No I/O and no clock: times are given as wall milliseconds.
+No I/O and no clock: times are arguments, in wall milliseconds.
 """
 
 import heapq
@@ -16,8 +16,9 @@ LOOK_AGAIN_MS = 60_000
 
 
 class Lane:
-    """One operator and sink: its policy, its free slots, the rows read ahead, and when the next of those that were not
-    is due (wall ms; None: nothing is).
+    """One operator and sink: its policy, its free slots, and the rows that were read ahead.
+
+    `next_due_at` is when the earliest row that was not read yet is due (wall ms; None: there is none).
     """
 
     def __init__(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> None:
@@ -25,51 +26,53 @@ class Lane:
         self.sink = sink
         self.policy = policy
         self.plugin = plugin
-        self.next_due_at: int | None = 0  # looked up at the first round
-        self.look_again_at = 0  # wall ms from which what is believed above is looked up again
+        self.next_due_at: int | None = 0  # 0: to be read from the table
+        self.look_again_at = 0  # wall ms after which `next_due_at` is read from the table again
         self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
-        self.delivered = 0  # of them, those that were answered with success: they hold no slot
-        self.ahead: deque[Delivery] = deque()  # due, and read before there was a slot
-        self.closing = 0  # answers that keep the operator back (Retry-After, 410) and are not stored yet
-        self.failed = 0  # attempts in a row
+        self.delivered = 0  # those in flight that succeeded and are not stored yet: they occupy no slot
+        self.ahead: deque[Delivery] = deque()  # due rows that wait for a slot
+        self.closing = 0  # answers that hold or delay the operator (410, Retry-After) and are not stored yet
+        self.failed = 0  # failed attempts in a row
 
     def look_again(self, now_at: int) -> None:
-        """Once a minute whatever is believed is looked up: an overlooked row would wait for ever."""
+        """Once a minute, has `next_due_at` read again, so that a row that was missed does not wait for ever."""
         if now_at >= self.look_again_at:
             self.next_due_at, self.look_again_at = 0, now_at + LOOK_AGAIN_MS
 
     def note_due(self, due_at: int) -> None:
-        """A row is due then, perhaps before those known so far."""
+        """Notes that a row is due at `due_at`, which may be earlier than those known so far."""
         self.next_due_at = due_at if self.next_due_at is None else min(self.next_due_at, due_at)
 
     @property
     def gated(self) -> bool:
-        """Hold, Retry-After and breaker are for URLs; a plug-in has its schedule."""
+        """Whether hold, Retry-After and breaker apply: for a URL they do, for a plug-in they do not."""
         return self.plugin is None
 
     @property
     def attempting(self) -> int:
-        """Attempts under way."""
+        """The number of attempts under way."""
         return len(self.in_flight) - self.delivered
 
     @property
     def slots(self) -> int:
-        """Attempts that may be added to those under way. As many successes again may wait to be stored."""
+        """The number of free slots. As many successes as there are slots may wait to be stored besides."""
         most = self.policy.concurrency
         stray = self.plugin.stray if self.plugin is not None else 0
         return max(0, most + min(most, self.delivered) - len(self.in_flight) - stray)
 
     def free(self, gate: Gate, now_at: int) -> int:
-        """How many attempts may begin now."""
+        """The number of attempts that may begin now."""
         opens_at = retry.opens_at(gate) if self.gated else 0
         return 0 if opens_at is None or opens_at > now_at else self._places(gate)
 
     def probes(self, gate: Gate) -> bool:
-        """Whether no more than one attempt at a time is let through."""
+        """Whether the breaker allows only one attempt at a time."""
         return self.gated and gate.failures >= retry.BREAKER_OPENS_AT
 
     def _places(self, gate: Gate) -> int:
-        """Attempts that may be added once the gate lets something through: one probe, or as many as there are slots."""
+        """The number of attempts that may begin when the gate is open: one probe, or as many as there are free
+        slots.
+        """
         if self.closing:
             return 0
         if self.probes(gate):
@@ -78,26 +81,28 @@ class Lane:
 
     @property
     def wanted(self) -> int:
-        """How many rows to read: for the free slots, and as many ahead as there are slots in all, so that an attempt's
-        end is followed by the next without a look into the table.
+        """The number of rows to read: for the free slots, and as many ahead as there are slots in all.
+
+        So the next attempt can begin when one ends, without reading the table.
         """
         return max(0, self.slots + self.policy.concurrency - len(self.ahead))
 
     def overdue_s(self, gate: Gate, now_at: int) -> float:
-        """Seconds for which its earliest row could have been sent but for the slots. Also called beside the event loop,
-        which may take that row meanwhile.
+        """Seconds for which the earliest row has waited for a slot and for nothing else.
+
+        It may be called on another thread, while the event loop takes that row.
         """
         opens_at = retry.opens_at(gate) if self.gated else 0
         try:
             due_at = self._due_at
         except IndexError:
             return 0.0
-        if not due_at or opens_at is None:  # 0: about to be looked up
+        if not due_at or opens_at is None:  # 0: to be read from the table
             return 0.0
         return max(0, now_at - max(due_at, opens_at)) / 1000
 
     def ready_at(self, gate: Gate) -> int | None:
-        """Wall time from which attempts can begin; None while only a wake-up can change that."""
+        """Wall time (ms) from which an attempt can begin; None while only an event can make one possible."""
         opens_at = retry.opens_at(gate) if self.gated else 0
         if self._due_at is None or opens_at is None:
             return None
@@ -106,24 +111,25 @@ class Lane:
 
     @property
     def _due_at(self) -> int | None:
-        """When its earliest row is due, read or not."""
+        """When the earliest row is due, whether it was read or not."""
         return self.ahead[0].due_at if self.ahead else self.next_due_at
 
 
 class Agenda:
-    """The lanes to look at now, and those to look at later: a round costs what has changed, not what is configured."""
+    """Which lanes to look at now and which later, so that a round costs what has changed and not what is configured."""
 
     def __init__(self) -> None:
         self._now: dict[Lane, None] = {}
         self._planned: dict[Lane, int] = {}
-        self._heap: list[tuple[int, int, Lane]] = []  # also of times that were planned once and are no longer
-        self._number = count()  # two lanes of one time have an order
+        self._heap: list[tuple[int, int, Lane]] = []  # (time, number, lane); entries not in `_planned` are out of date
+        self._number = count()  # gives entries with the same time an order
 
     def now(self, lane: Lane) -> None:
+        """Puts the lane on the agenda of the next round."""
         self._now[lane] = None
 
     def plan(self, lane: Lane, at: int | None) -> None:
-        """At that wall time (ms), or not before somebody says so. Takes the place of what was planned."""
+        """Plans the lane for a wall time (ms), instead of an earlier plan; None: for no time."""
         if at is None:
             self._planned.pop(lane, None)
         elif self._planned.get(lane) != at:
@@ -131,12 +137,12 @@ class Agenda:
             heapq.heappush(self._heap, (at, next(self._number), lane))
 
     def drop(self, lane: Lane) -> None:
-        """It is not looked at any more."""
+        """Removes the lane from the agenda."""
         self._now.pop(lane, None)
         self._planned.pop(lane, None)
 
     def take(self, now_at: int) -> list[Lane]:
-        """Those whose time has come; they are off the agenda."""
+        """Removes and returns the lanes whose time has come."""
         while (at := self._planned_at()) is not None and at <= now_at:
             self.now(self._heap[0][2])
             del self._planned[self._heap[0][2]]
@@ -145,6 +151,7 @@ class Agenda:
         return lanes
 
     def next_at(self, now_at: int) -> int | None:
+        """Wall time (ms) of the next round; None: nothing is planned."""
         return now_at if self._now else self._planned_at()
 
     def _planned_at(self) -> int | None:

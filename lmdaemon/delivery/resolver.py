@@ -1,6 +1,6 @@
-"""Looks up the names of operators' URLs.
+"""Looks up the names in operators' URLs.
 
-A lookup must never keep another one, or the end of the process, waiting, nor lead into a network that is not allowed.
+A lookup must never delay another one or the exit of the process, nor return addresses of a network that is not allowed.
 """
 
 import asyncio
@@ -15,18 +15,18 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from lmdaemon.config.egress import private_address
 
-LOOKUPS_MAX = 256  # threads that look up names at the same time, one a name
+LOOKUPS_MAX = 256  # most lookups at the same time, a thread each
 
 
 class Resolver(AbstractResolver):
-    """Looks names up, each on a thread of its own: in a shared pool, a few names whose servers do not answer would keep
-    everybody's waiting, and the process from ending.
+    """Looks up names, each on a thread of its own.
 
-    A guarded one refuses names that lead, at any of their addresses, into this machine or a private network: a name
-    that was checked once may point elsewhere at the next connect.
+    In a shared pool, a few names whose servers do not answer would delay all others, and the exit of the process. With
+    `guarded`, a name is refused if any of its addresses is this machine's or in a private network. That is checked at
+    every connect, because a name may lead elsewhere the next time.
     """
 
-    running = 0  # lookups of all resolvers together
+    running = 0  # lookups under way, of all resolvers
 
     def __init__(self, *, guarded: bool) -> None:
         self._guarded = guarded
@@ -34,12 +34,13 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        """The addresses of a name. Raises OSError."""
         if Resolver.running >= LOOKUPS_MAX:
             raise OSError(None, "too many lookups hang")
         Resolver.running += 1
         try:
             future = _on_a_thread(partial(_addresses, host, port, family), self._ended)
-        except RuntimeError as error:  # the system lets us start no further thread
+        except RuntimeError as error:  # the system allows no further thread
             self._ended()
             raise OSError(None, "too many lookups hang") from error
         found = await future
@@ -74,7 +75,7 @@ _Found = TypeVar("_Found")
 
 
 def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "asyncio.Future[_Found]":
-    """Runs it on a thread that the process does not wait for at its end; `ended` is called on the loop."""
+    """Runs a function on a thread that does not delay the exit of the process; `ended` is called on the event loop."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Found] = loop.create_future()
 
@@ -89,7 +90,7 @@ def _on_a_thread(function: Callable[[], _Found], ended: Callable[[], None]) -> "
             set_it = partial(future.set_result, function())
         except Exception as error:
             set_it = partial(future.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: nothing waits for the result
             loop.call_soon_threadsafe(settle, set_it)
 
     Thread(target=work, name="lookup", daemon=True).start()

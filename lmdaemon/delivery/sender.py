@@ -1,7 +1,7 @@
-"""Posts one body to one URL and reads the answer: the client's side of HTTP.
+"""Posts one body to one URL and reads the answer. What an answer means is decided in `retry`.
 
-What an answer means is `retry`'s business, when to send is `dispatcher`'s. It must never read more of an answer than
-its bounds allow, follow a redirect, or take for an answer what came before its request.
+It must never read more of an answer than its bounds allow, follow a redirect, or accept an answer that came before its
+request.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
-# Servers close idle connections after 5 s (Node), 15 s or more. One that closes as we send costs an attempt, for a POST
-# is never repeated blindly (aiohttp#7363); so give a connection up before the other side does.
+# Servers close idle connections after 5 s (Node), 15 s or more. If one does so while a request is sent, the attempt has
+# failed, because a POST is not repeated blindly (aiohttp#7363). So the daemon closes idle connections first.
 KEEPALIVE_S = 4.0
 
 
 class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attempt
-    """An attempt that got no answer: `detail` says more than the word, and is empty where there is no more to say."""
+    """An attempt without an answer. `cause` is the word for why; `detail` says more, where more is known."""
 
     def __init__(self, cause: Cause, detail: str = "") -> None:
         super().__init__(cause)
@@ -40,11 +40,10 @@ class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attem
 
 
 class Sender:
-    """Posts bodies to URLs: one client session where private networks are allowed, one where they are not, for the life
-    of the process.
+    """Posts bodies to URLs. It has two client sessions: one for operators with private networks, one for the others.
 
-    A connection belongs to the TLS context that it was made with: another context, as after a reload, never gets it.
-    `keepalive_s` is how long an idle one is kept, `traces` are told of what aiohttp does.
+    A connection is used again only with the TLS context it was made with, so not after a reload that changes the
+    context. `keepalive_s` is how long an idle connection is kept; `traces` are aiohttp's trace configurations.
     """
 
     def __init__(
@@ -56,6 +55,7 @@ class Sender:
         self._clients: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
+        """Closes all connections."""
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
@@ -63,7 +63,7 @@ class Sender:
     def _client(self, *, guarded: bool) -> aiohttp.ClientSession:
         if guarded not in self._clients:
             connector = aiohttp.TCPConnector(
-                limit=0,  # a shared limit would couple operators; each lane has its own slots
+                limit=0,  # no shared limit, by which one operator could delay another; each lane has its own slots
                 keepalive_timeout=self._keepalive_s,
                 ttl_dns_cache=10,
                 resolver=Resolver(guarded=guarded),
@@ -73,7 +73,7 @@ class Sender:
                 connector=connector,
                 response_class=Answer,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,  # a compressed answer is read as bytes of bounded number, never unpacked
+                auto_decompress=False,  # a compressed answer is read as it is, within the bounds, and never unpacked
                 trust_env=False,
                 max_line_size=HEAD_MAX,
                 max_field_size=HEAD_MAX,
@@ -85,10 +85,10 @@ class Sender:
     async def post(
         self, operator: Operator, webhook_id: str, body: bytes
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
-        """One attempt at the operator's URL: status, headers, at most ANSWER_MAX bytes of the answer, and whether
-        that was all of it.
+        """Makes one attempt at the operator's URL.
 
-        Raises Unreachable.
+        Returns status, headers, at most ANSWER_MAX bytes of the body, and whether these are all of it. Raises
+        Unreachable.
         """
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
         return await self.ask(operator, headers, body)
@@ -102,11 +102,11 @@ class Sender:
         method: str = "POST",
         url: URL | None = None,
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
-        """Any request, with the bounds of `post`, to the operator's URL or another one. Raises Unreachable."""
+        """Makes any request to the operator's URL, or to `url`, with the bounds of `post`. Raises Unreachable."""
         target = operator.target
-        assert target is not None  # noqa: S101 - without one there is nothing to post to
+        assert target is not None  # noqa: S101 - an operator without a URL has nothing to send
         if target.private and not operator.allow_private_network:
-            raise Unreachable("private_address")  # aiohttp asks no resolver for a literal address
+            raise Unreachable("private_address")  # checked here: aiohttp asks no resolver for a literal address
         url = url or target.url
         try:
             response = await self._client(guarded=not operator.allow_private_network).request(
@@ -121,7 +121,7 @@ class Sender:
             try:
                 answer = await _read_some(response)
                 if len(answer) > ANSWER_MAX:
-                    response.close()  # the rest of it is not worth a connection
+                    response.close()  # to read the rest would cost more than a new connection
                 return response.status, response.headers, answer[:ANSWER_MAX], len(answer) <= ANSWER_MAX
             finally:
                 response.release()
@@ -131,7 +131,10 @@ class Sender:
 
 @cache
 def _deadline(timeout_s: float) -> aiohttp.ClientTimeout:
-    """For the whole attempt, to the millisecond: aiohttp rounds those of 5 s and more up to the next full second."""
+    """One deadline for the whole attempt.
+
+    By default aiohttp rounds times of 5 s and more up to the next full second.
+    """
     return aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
 
 
@@ -146,7 +149,7 @@ async def _read_some(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _unreachable(error: Exception) -> Unreachable:
-    """The cause in a word. The exception's own text may hold a URL with its query, so it is not used."""
+    """The cause of a failure. The exception's own text is not used, because it may have a URL with its query in it."""
     if isinstance(error, AnswerError):
         return Unreachable(error.cause, error.detail)
     if isinstance(error, TimeoutError):
@@ -171,7 +174,7 @@ def _unreachable(error: Exception) -> Unreachable:
 
 
 def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: float) -> dict[str, str]:
-    """Headers of one attempt: the id that never changes and, with signing keys, a fresh Standard Webhooks signature.
+    """The headers of one attempt: the unchanging id and, with signing keys, a new Standard Webhooks signature.
 
     Source: Standard Webhooks, "Webhook headers": HMAC-SHA256 over id.timestamp.body, one signature for each key.
     """

@@ -1,6 +1,6 @@
-"""What an end means for whom: a delivery for each sink of its operator, the body for a URL, the event for a plug-in.
+"""The deliveries of an ended session, one for each sink of its operator: the body for a URL, the event for a plug-in.
 
-Pure, but for the id of a request: it is called inside the end's own transaction.
+Pure but for random request ids: it runs as a part of the transaction that ends the session.
 """
 
 import json
@@ -15,8 +15,9 @@ from lmdaemon.store.contract import NewDelivery
 
 
 def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
-    """One delivery for each sink of an ended session's operator, the body made once and for all. Runs for the end's own
-    transaction, on the writer's thread or the event loop, and perhaps for a second try: pure.
+    """One delivery for each sink of an ended session's operator, with the body that is sent at every attempt.
+
+    It runs on the writer's thread or on the event loop, and again if the transaction has to be repeated.
     """
     operator = settings.operators.get(session.operator)
     if operator is None:
@@ -47,7 +48,7 @@ def compose(operator: Operator, session: Session) -> bytes:
 
 
 def event_of(operator: Operator, session: Session, event_id: str) -> SessionEnded:
-    """The end of a session as plug-ins see it: the same at every attempt, for an ended session never changes."""
+    """The event for plug-ins: the same at every attempt, because an ended session never changes."""
     assert session.reason is not None  # noqa: S101 - only ended sessions have deliveries
     assert session.ended_at is not None  # noqa: S101
     return SessionEnded(

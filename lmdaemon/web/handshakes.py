@@ -1,6 +1,6 @@
-"""Handshakes of TLS on connections that a listener has accepted: their bounds, and why one has failed.
+"""TLS handshakes on accepted connections: their bounds, and why one has failed.
 
-Called by `listener`. Either loop's own TLS does the work.
+The event loop's own TLS does the work.
 """
 
 import socket
@@ -12,16 +12,16 @@ from lmdaemon import tls
 from lmdaemon.log import Log
 
 HANDSHAKE_TIMEOUT_S = 10.0
-GOODBYE_TIMEOUT_S = 1.0  # for the peer's part of an orderly end of TLS; most do not trouble
-# asyncio holds so many bytes for each TLS connection, idle or not; uvloop has no need for it. With Python's 256 KiB,
-# 2,000 connections take 512 MiB. A record of TLS has 16 KiB at the most (RFC 8446, section 5.1).
+GOODBYE_TIMEOUT_S = 1.0  # how long to wait for the peer's part of an orderly end of TLS, which most peers leave out
+# asyncio allocates this many bytes for each TLS connection, even an idle one; uvloop does not. With Python's 256 KiB,
+# 2,000 connections would take 512 MiB. A TLS record has 16 KiB at most (RFC 8446, section 5.1).
 READ_MAX = 32 * 1024
 sslproto.SSLProtocol.max_size = READ_MAX
 
 log = Log("http")
 
 
-# What OpenSSL calls it, and our word for it
+# OpenSSL's reasons, and the words for them in logs and metrics
 _WORDS = {
     "HTTP_REQUEST": "plain_http",
     "HTTPS_PROXY_REQUEST": "plain_http",
@@ -38,7 +38,10 @@ REASONS = (*dict.fromkeys(_WORDS.values()), "refused_by_peer", "closed", "timeou
 
 
 def options(context: ssl.SSLContext | None, accepted: socket.socket) -> dict[str, Any]:
-    """For `connect_accepted_socket`, in a task of its own: with a context it speaks TLS."""
+    """Arguments for `connect_accepted_socket`; with a context it speaks TLS.
+
+    Must be called in the connection's own task.
+    """
     if context is None:
         return {}
     tls.handshaking.set(accepted)
@@ -46,9 +49,9 @@ def options(context: ssl.SSLContext | None, accepted: socket.socket) -> dict[str
 
 
 def tell(error: OSError, listener: str, peer: str | None) -> str:
-    """Logs why no TLS came about, and returns the word for it."""
+    """Logs why a handshake failed, and returns the word for it."""
     word = _word(error)
-    if word == "closed":  # a load balancer that only looks whether somebody listens does this all day
+    if word == "closed":  # load balancers that only check whether the port is open do this all the time
         log.info("tls.closed", listener=listener, peer=peer)
     else:
         detail = tls.said(error) if isinstance(error, ssl.SSLError) else None
@@ -62,5 +65,5 @@ def _word(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
         name = str(error.reason)
         return "refused_by_peer" if "ALERT" in name else _WORDS.get(name, "other")
-    # ConnectionAbortedError is how both loops tell that the time is up
+    # Both event loops raise ConnectionAbortedError when the time for the handshake is over
     return "timeout" if isinstance(error, ConnectionAbortedError | TimeoutError) else "closed"

@@ -1,7 +1,7 @@
 """Reads for people: single sessions and deliveries and pages of them, without tokens and bodies.
 
 The functions must run inside a read transaction. Each statement uses an index and reads a bounded number of rows,
-however many match; tests/store/test_pages.py checks their query plans.
+however many match; tests/store/sqlite/test_pages.py checks their query plans.
 """
 
 import sqlite3

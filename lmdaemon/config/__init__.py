@@ -1,1 +1,1 @@
-"""config.toml: read, checked, and as frozen settings. Each room is imported by its own name."""
+"""Reads config.toml, checks it, and makes frozen settings of it. Import its modules by their own names."""

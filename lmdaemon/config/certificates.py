@@ -1,4 +1,4 @@
-"""Files of certificates and keys that the file names, looked into and tried: of listeners, and towards operators."""
+"""Reads and tries the files of certificates and keys that the configuration names, for listeners and for operators."""
 
 import ssl
 from contextlib import suppress
@@ -9,7 +9,7 @@ from lmdaemon.config.secrets import SecretFiles
 from lmdaemon.config.settings import ApiTable, OperatorTable, ServerTable, Tls
 from lmdaemon.tls import Certificate, Pem, Profile
 
-TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs, our certificate, its key
+TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs to trust, the daemon's certificate, its key
 
 
 class Certificates:

@@ -1,18 +1,18 @@
-"""Where a request to an operator must not lead: this machine, its network, or nowhere.
+"""The addresses to which a request to an operator must not go: this machine's, those of its network, and special ones.
 
-The list is our own, for what Python calls global differs between 3.11.2 and 3.13. It is asked of literal addresses in a
-URL, and of each address that a name is resolved to. What leads inside in spite of a public address it cannot know: a
-NAT64 prefix of the network's own (RFC 6052, section 2.2), a public address that is this machine's, a proxy's.
+Literal addresses in a URL are checked, and each address that a name leads to. The list is made by hand, because what
+Python calls global differs between 3.11.2 and 3.13. It cannot contain public addresses that lead to the inside: a NAT64
+prefix of the local network (RFC 6052, section 2.2), or a public address of this machine or of a proxy.
 """
 
 import ipaddress
 from collections.abc import Iterator, Mapping
 
-# Every block of IANA's special-purpose registries, those called globally reachable among them: relays, sinks and
-# protocol anycast serve no wallet. Sources, both as of 2025-10-09:
+# Every block of IANA's special-purpose registries, also those called globally reachable: no operator's server is at a
+# relay, a sink or a protocol's anycast address. Sources, both as of 2025-10-09:
 # https://www.iana.org/assignments/iana-ipv4-special-registry
 # https://www.iana.org/assignments/iana-ipv6-special-registry
-# Blocks that lie within another one of the list are left out.
+# Blocks inside another block of the list are left out.
 SPECIAL: Mapping[str, str] = {
     "0.0.0.0/8": "this network",
     "10.0.0.0/8": "private use",
@@ -47,16 +47,16 @@ SPECIAL: Mapping[str, str] = {
     "224.0.0.0/4": "multicast",
     "ff00::/8": "multicast",
     "fec0::/10": "site local (RFC 3879)",
-    # In none
+    # In no registry
     "168.63.129.16/32": "the host agent of Azure, with secrets of its machines",
 }
-# Blocks of the registries whose addresses lead to the IPv4 address they carry, and how many bits stand behind that.
+# Blocks whose addresses contain the IPv4 address that they lead to, and the number of bits after it.
 CARRIERS = {"::ffff:0:0/96": 0, "64:ff9b::/96": 0, "2002::/16": 80}
 
 _SPECIAL_4 = [ipaddress.IPv4Network(block) for block in SPECIAL if "." in block]
 _SPECIAL_6 = [ipaddress.IPv6Network(block) for block in SPECIAL if ":" in block]
 _CARRIERS = [(ipaddress.IPv6Network(block), behind) for block, behind in CARRIERS.items()]
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; the rest leads nowhere or home
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the only part of IPv6 that IANA has assigned to the public
 
 
 def private_address(host: str) -> bool:
@@ -85,7 +85,7 @@ def _public_6(address: ipaddress.IPv6Address) -> bool:
 
 
 def _carried(address: ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
-    """The IPv4 addresses that it leads to on some networks."""
+    """The IPv4 addresses that an IPv6 address leads to on some networks."""
     number = int(address)
     for block, behind in _CARRIERS:
         if address in block:

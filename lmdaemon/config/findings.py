@@ -1,11 +1,11 @@
-"""What is wrong with a file, or worth a look: each finding under the key that it is about, without any secret."""
+"""Collects errors and warnings about a configuration, each under the key that it is about, and without any secret."""
 
 import difflib
 from collections.abc import Iterable
 
 from lmdaemon.log import safe_url
 
-ABSENT = object()  # for a value that is not shown
+ABSENT = object()  # stands for a value that is not shown
 
 
 class ConfigError(Exception):

@@ -1,4 +1,4 @@
-"""Rules that one value's type does not hold: bounds, and what must fit together between keys, tables and operators.
+"""Rules beyond the types of single values: bounds, and what must fit together between keys, tables and operators.
 
 Each function records what is wrong in `findings`; none reads a file.
 """
@@ -49,7 +49,7 @@ def check_server(findings: Findings, table: ServerTable) -> None:
 
 
 def check_database(findings: Findings, table: DatabaseTable, written: object) -> None:
-    """`written` is the table as it stands in the file, for a default does not contradict `url`."""
+    """Checks [database]. `written` is the table as it is in the file, because a default does not contradict `url`."""
     if not table.path or "\0" in table.path:
         findings.error("database.path", "must name a file", table.path)
     if table.keep_ended <= 0:
@@ -67,7 +67,7 @@ def check_database(findings: Findings, table: DatabaseTable, written: object) ->
 
 
 def check_database_url(findings: Findings, url: str) -> None:
-    """Never shows the URL, which may hold a password where it must not."""
+    """Checks the URL of a database. It is never shown, because it may have a password in it."""
     at = "database.url"
     match = _DATABASE_URL.fullmatch(url)
     if match is None or not url.isprintable():
@@ -171,13 +171,13 @@ def check_provider_id(findings: Findings, table: OperatorTable, at: str) -> None
 
 
 def checked_target(findings: Findings, table: OperatorTable, at: str) -> Target | None:
-    """What the operator's URL leads to; None without one that can be used."""
+    """The operator's URL, read; None if there is none that can be used."""
     if not table.url:
         if table.notify:
             findings.error(f"{at}.url", "is required when notify = true")
         return None
     shown: object = safe_url(table.url)
-    if shown == NOT_A_URL:  # what of it is a password cannot be told
+    if shown == NOT_A_URL:  # which part of it is a password is unknown
         shown = ABSENT
     try:
         found = target.read(table.url)
@@ -239,7 +239,7 @@ def check_shared_paths(findings: Findings, operators: Mapping[str, Operator]) ->
 
 
 def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[str, Operator]) -> None:
-    """Where others can reach the endpoints, something must authenticate who sends to them."""
+    """Where other machines can reach the endpoints, something must authenticate the senders."""
     if server.listen.loopback or server.client_ca_file:
         return
     for operator in operators.values():
@@ -247,7 +247,7 @@ def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[s
         if not findings.sound(at, "accept", "token_check", "allow_from", "auth"):
             continue
         hashed = all("hash" in dialect.required for dialect in operator.receives)
-        # Where everybody is a proxy, everybody names the address he comes from.
+        # If every address is a trusted proxy, every sender can claim any address
         filtered = operator.allow_from and not holds_everybody((*operator.allow_from, *server.trusted_proxies))
         trusts_anyone = operator.token_check == "present" and not filtered and not hashed
         if operator.paths and trusts_anyone and not operator.auth_none:
@@ -267,7 +267,7 @@ def check_listeners(findings: Findings, server: ServerTable, api: ApiTable) -> N
 
 
 def _ambiguous(one: Dialect, other: Dialect) -> bool:
-    """Whether some body fits both and would be read differently: then a sender could choose the weaker reading."""
+    """Whether a body could be of both dialects and be read differently; a sender could then choose the weaker one."""
     if one.content != other.content or one.same_wire(other):
         return False
     return one.required_names <= other.required_names or other.required_names <= one.required_names

@@ -1,4 +1,4 @@
-"""Secrets that the file names, and where they come from: files beside it, systemd's credentials, the environment.
+"""Reads the secrets that the configuration names, from files, systemd's credentials and the environment.
 
 No secret is ever part of a finding; its source is.
 """

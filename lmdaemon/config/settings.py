@@ -1,4 +1,4 @@
-"""What the file says, as frozen structs: its tables as written, and `Settings`, which the daemon works with."""
+"""The configuration as frozen structs: its tables as written, and `Settings`, which the daemon works with."""
 
 import ssl
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Tables of the file into their structs, by the types of the structs' fields. Rules between keys stand in `rules`."""
+"""Reads the tables of the file into structs, by the types of their fields. Rules between keys are in `rules`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType

@@ -1,7 +1,7 @@
-"""An operator's URL, from its text to what is sent: read once, when it is configured, so that no attempt reads it.
+"""Reads an operator's URL once, when it is configured, into what is sent at each attempt.
 
-Path and query are requested byte for byte as they are written, for they may be signed. What cannot be sent that way is
-an error here instead of a failure at every attempt. An error must never repeat the URL; the caller shows it, masked.
+Path and query are requested byte for byte as they are written, because they may be signed. A URL that cannot be sent so
+is an error here, instead of a failure of every attempt. Errors must never repeat the URL; the caller shows it masked.
 """
 
 import base64
@@ -43,7 +43,7 @@ class Target(NamedTuple):
 
 
 def read(text: str) -> Target:
-    """Raises ValueError with the rule that the URL breaks."""
+    """Reads a URL. Raises ValueError with the rule that it breaks."""
     if stray_at(text):
         raise ValueError(USER_INFO_RULE)
     if not text.isprintable() or set(text) & set(' \\"<>'):
@@ -58,7 +58,7 @@ def read(text: str) -> Target:
         raise ValueError(FRAGMENT_RULE)
     user_info, _, place = authority.rpartition("@")
     server = _server(scheme.lower(), place)
-    if safe_url(text) == NOT_A_URL:  # for its user info, as the rest is sound: others could not tell where that ends
+    if safe_url(text) == NOT_A_URL:  # the rest is sound, so it is the user info, whose end would be ambiguous
         raise ValueError(USER_INFO_RULE)
     return Target(
         # "?" and all that follows as part of the path: yarl would drop a query that is empty
@@ -69,13 +69,13 @@ def read(text: str) -> Target:
 
 
 def _server(scheme: str, place: str) -> URL:
-    """Host and port alone; an international name as it stands in DNS. Raises ValueError."""
+    """Host and port; an international name in the form that DNS has. Raises ValueError."""
     match = _HOST.fullmatch(place)
     if match is None:
         raise ValueError(HOST_RULE)
     try:
         url = URL(f"{scheme}://{place}/")
-    except ValueError:  # without the reason, which may quote what was written
+    except ValueError:  # its text is dropped, because it may quote the URL
         raise ValueError(HOST_RULE) from None
     host = url.raw_host or ""
     if url.port == 0 or not (":" in host or _LABELS.fullmatch(host)):
@@ -84,7 +84,10 @@ def _server(scheme: str, place: str) -> URL:
 
 
 def _authorization(user_info: str) -> str | None:
-    """The header's value, the user info in UTF-8 (RFC 7617); None without any. Raises ValueError."""
+    """The value of the Authorization header, from the user info in UTF-8 (RFC 7617); None without.
+
+    Raises ValueError.
+    """
     try:
         user, _, password = (unquote_to_bytes(part).decode() for part in user_info.partition(":"))
     except UnicodeDecodeError:

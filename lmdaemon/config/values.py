@@ -1,4 +1,4 @@
-"""Single values of the file and what they mean: durations, addresses, networks, names and paths. No I/O."""
+"""Reads single values of the file: durations, addresses, networks, names and paths. No I/O."""
 
 import base64
 import ipaddress

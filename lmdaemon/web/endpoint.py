@@ -1,8 +1,8 @@
 """The public side: `POST …/SessionExpired` for every operator, and the bare `/health`.
 
-Authenticates, parses, asks the plug-ins, records, and answers after the commit; docs/endpoint.md says with which
-status and code. It must never answer success before the store has, nor tell an unknown path from a
-hidden one.
+It parses and authenticates a notice, asks the plug-ins, records it, and answers after the commit; docs/endpoint.md has
+the statuses and codes. It must never answer success before the commit, and an unknown path must get the same answer as
+a hidden one.
 """
 
 import hmac
@@ -59,21 +59,25 @@ log = Log("endpoint")
 
 
 class Route:
-    """What is served at one path: operators by provider id, dialects by content, the first one's codes for the rest."""
+    """One path: its operators by provider id, and its dialects by content.
+
+    `codes_of` is the dialect whose codes answer where a body does not tell its dialect: the first accepted one.
+    """
 
     def __init__(self) -> None:
         self.operators: dict[str, Operator] = {}
         self.dialects: dict[str, list[Dialect]] = {}
         self.codes_of = SHIPPED["v4"]
-        self.looks_at_addresses = False  # whether any of them lets in only some
+        self.looks_at_addresses = False  # whether an operator has `allow_from`
 
     @property
     def only(self) -> str | None:
-        """The name of its operator, if it has but one."""
+        """The name of the operator, if the path has only one."""
         names = [operator.name for operator in self.operators.values()]
         return names[0] if len(names) == 1 else None
 
     def add(self, operator: Operator) -> None:
+        """Serves one more operator at this path."""
         if not self.operators:
             self.codes_of = operator.receives[0]
         self.operators[operator.provider_id.casefold()] = operator
@@ -85,8 +89,9 @@ class Route:
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that never became a notice: HTTP status, text, headers, whose codes answer, where that is known, and
-    for the log what was seen of the request.
+    """A request that is refused before it is parsed.
+
+    `dialect` is the one whose codes answer, where it is known; `seen` is for the log.
     """
 
     def __init__(
@@ -107,20 +112,20 @@ class Refused(Exception):  # noqa: N818
 
 
 class NoticeObserver(Protocol):
-    """Told of every request to an endpoint."""
+    """Is called for every request to an endpoint."""
 
     def answered(self, operator: str, dialect: str, code: int) -> None:
-        """A request that reached parsing was answered with this code; `operator` is empty where none could be told."""
+        """A request that reached parsing was answered with this code; `operator` is empty where it is unknown."""
 
     def not_taken(self, status: int) -> None:
         """Any other request was answered with this status."""
 
     def over_quota(self, operator: str) -> None:
-        """A notice was one of an unknown session too many."""
+        """A notice of an unknown session was refused for `unknown_per_minute`."""
 
 
 class Endpoint:
-    """`handle` is the request handler of the public listener. `health()` gives the status for the bare `/health`."""
+    """The public side; `handle` is its request handler. `health()` returns the status for the bare `/health`."""
 
     def __init__(
         self, store: Store, clock: Clock, health: Callable[[], Awaitable[str]], observer: NoticeObserver
@@ -132,8 +137,8 @@ class Endpoint:
         self._routes: dict[str, Route] = {}
         self._settings: Settings
         self._plugins: list[LoadedPlugin] = []
-        self._quotas: dict[str, PerMinute] = {}  # of unknown sessions, by operator
-        self._secret_names: frozenset[str] = frozenset()  # what the dialects call tokens and hashes
+        self._quotas: dict[str, PerMinute] = {}  # for notices of unknown sessions, by operator
+        self._secret_names: frozenset[str] = frozenset()  # the names of token and hash in the dialects, casefolded
         self._spellings: set[tuple[str, str]] = set()
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
@@ -154,7 +159,7 @@ class Endpoint:
         )
 
     def _quota(self, operator: Operator) -> PerMinute:
-        """The one there is, for a reload forgets nothing."""
+        """The existing quota, or a new one: a reload must not reset the count."""
         quota = self._quotas.get(operator.name) or PerMinute(operator.unknown_per_minute)
         quota.limit = operator.unknown_per_minute
         return quota
@@ -185,7 +190,7 @@ class Endpoint:
                 "content_encoding": seen.get("content_encoding"),
                 "request_id": request_id(request),
             }
-            if route is None:  # a scanner's guesses are no news, and what a stranger asked for may hold anything
+            if route is None:  # not logged: scanners guess paths all the time, and a path may have anything in it
                 log.debug("notice.not_taken", **why)
             else:
                 log.warning("notice.not_taken", path=path, **why)
@@ -196,7 +201,7 @@ class Endpoint:
             return response
 
     def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, web.StreamResponse] | None:
-        """`handle` at work on a notice, unless a plug-in has to be asked: that needs a task to run in."""
+        """Begins to handle a notice without a task of its own; None if a plug-in must be asked, which needs a task."""
         if request.method != "POST" or self._plugins or endpoint_key(request.rel_url.raw_path) not in self._routes:
             return None
         return self.handle(request)
@@ -230,7 +235,7 @@ class Endpoint:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
         except BodyTooSlow:
             raise Refused(408, "Body too slow or incomplete") from None
-        dialect = route.dialects[content][0]  # whose codes answer a body that does not tell
+        dialect = route.dialects[content][0]  # its codes answer where the body does not tell its dialect
         facts: dict[str, Any] = {"operator": route.only, "request_id": request_id(request)}
         try:
             parsed = parse(body, content, route.dialects[content])
@@ -258,7 +263,7 @@ class Endpoint:
         return _response(answer(code, refusal.description))
 
     async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
-        """Authenticates one notice, shows it to the plug-ins, and records it. Raises BadNotice, StoreError."""
+        """Authenticates one notice, has the plug-ins check it, and records it. Raises BadNotice and StoreError."""
         self._note_spelling(operator, parsed.provider_id)
         extra = extra_of(parsed, self._secret_names)
         if "hash" in parsed.dialect.fields:
@@ -268,7 +273,7 @@ class Endpoint:
         quota = self._quotas.get(operator.name)
         if plugins or quota is not None:
             known = await self._store.session(operator.name, parsed.session_id)
-            if known is None or known[0].reason is None:  # a repeat is answered like the first, whatever is asked now
+            if known is None or known[0].reason is None:  # a repeat is answered like the first, without another check
                 await _ask(plugins, _notice(operator, parsed, extra.fields))
             if known is None and quota is not None and not quota.take(self._clock.monotonic()):
                 self._observer.over_quota(operator.name)
@@ -298,7 +303,7 @@ class Endpoint:
 
 
 def _bounds_unknown(operator: Operator) -> bool:
-    """Whether notices of unknown sessions are counted: where none is accepted there is nothing to bound."""
+    """Whether notices of unknown sessions are counted: not if they are refused anyway."""
     return operator.unknown_per_minute > 0 and operator.accept_unknown and operator.token_check != "session"
 
 
@@ -316,7 +321,10 @@ def _operator(route: Route, parsed: Parsed) -> Operator:
 
 
 def _check_token(operator: Operator, parsed: Parsed) -> None:
-    """Absent is bad parameters, wrong is bad token; "session" is compared in the store, with the session's own."""
+    """Checks the token of a notice; raises BadNotice: absent is bad parameters, wrong is bad token.
+
+    With `token_check = "session"` it is compared later, in the store, with the session's own.
+    """
     if operator.token_check == "present":
         return
     if parsed.token is None:
@@ -329,7 +337,7 @@ def _check_token(operator: Operator, parsed: Parsed) -> None:
 
 
 def _notice(operator: Operator, parsed: Parsed, extra: Mapping[str, Any]) -> Notice:
-    """What plug-ins see of it."""
+    """The notice as plug-ins get it."""
     return Notice(
         operator=operator.name,
         dialect=parsed.dialect.name,
@@ -343,7 +351,7 @@ def _notice(operator: Operator, parsed: Parsed, extra: Mapping[str, Any]) -> Not
 
 
 async def _ask_for_body(request: web.BaseRequest) -> None:
-    """Tells a client that waits for it to go on: aiohttp does that for applications only. Source: RFC 9110 §10.1.1."""
+    """Answers 100 to a client that waits for it, which aiohttp does for applications only. Source: RFC 9110 §10.1.1."""
     if request.version < HttpVersion11 or request.headers.get("Expect", "").lower() != "100-continue":
         return
     if (request.content_length or 0) <= BODY_MAX:
@@ -363,7 +371,7 @@ async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
 
 
 def malformed(reason: str) -> web.Response:
-    """The answer to what is no HTTP, and so belongs to no path."""
+    """The answer to malformed HTTP, which belongs to no path."""
     return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), reason[0].upper() + reason[1:]), 400)
 
 

@@ -1,8 +1,7 @@
-"""The two listeners: who is let in, how long a request may take to arrive, and how much memory strangers may hold.
+"""The two listeners: they accept connections, and limit their number, the time a request may take, and memory.
 
-Used by `daemon`, and by `api` to end what its client no longer waits for; the only module that knows aiohttp's server
-from inside. It must not let one client, or one listener, take what the others need: connections, file descriptors,
-memory.
+It uses the internals of aiohttp's server. No client, and neither listener, may take what the others need: connections,
+file descriptors, memory.
 """
 
 import asyncio
@@ -33,36 +32,35 @@ from lmdaemon.web import handshakes
 from lmdaemon.web import requests as http
 from lmdaemon.web.requests import BACKLOG, Ready, inside
 
-HEAD_TIMEOUT_S = 10.0  # from the connect, or a later head's first byte, to the end of the head
-KEEPALIVE_S = 75.0  # for which a connection may wait for its next request
-WRITE_TIMEOUT_S = 30.0  # for which a client may take nothing of its answers
-TAKEN_MIN = 4096  # bytes; a client that has taken less in that time has stalled
-PATROL_S = 2.0  # how often the connections are looked at for the two times above; the precision of both
+HEAD_TIMEOUT_S = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
+KEEPALIVE_S = 75.0  # how long a connection may wait for its next request
+WRITE_TIMEOUT_S = 30.0  # how long a client may take nothing of its answers
+TAKEN_MIN = 4096  # a client that takes fewer bytes than this in WRITE_TIMEOUT_S is cut
+PATROL_S = 2.0  # how often connections are checked for HEAD_TIMEOUT_S and WRITE_TIMEOUT_S
 
-CONNECTIONS_MAX = 2000  # to one listener, where the files that may be open allow it
-FILES_OWN = 64  # that the daemon has open besides connections: database, log, loop, lookups, what a plug-in may need
+CONNECTIONS_MAX = 2000  # most connections of one listener, where the limit of open files allows it
+FILES_OWN = 64  # files kept for everything but connections: database, log, event loop, lookups, plug-ins
 CUTS = ("head", "reader", "memory", "stop")  # why a connection is cut
-SHARES = {"server": 4, "api": 2}  # one address has at most one part in so many of a listener's connections
+SHARES = {"server": 4, "api": 2}  # one address may have a quarter of the server's connections, half of the API's
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64
 FIELD_MAX = 8190  # bytes of a header's name, and of its value
-HEAD_MAX = 32 * 1024  # bytes of all of it
+HEAD_MAX = 32 * 1024  # bytes of a whole head
 HEAD_END = b"\r\n\r\n"
-LINGER_S = 1.0  # for which bytes behind what was refused are dropped, so that no reset overtakes the answer
-STRANGERS_MAX = 6 * 1024**2  # bytes that have arrived over both listeners and are not authenticated yet
-HELD_MIN = 2048  # bytes; who holds less is not cut for it
-KNOWN_MAX = 32 * 1024**2  # bytes that have arrived and are, and of answers that were not taken yet
+LINGER_S = 1.0  # how long bytes after a refused request are read and dropped; a reset would destroy the answer
+STRANGERS_MAX = 6 * 1024**2  # most bytes that have arrived on both listeners and are not authenticated yet
+HELD_MIN = 2048  # a connection that holds fewer bytes is not cut for lack of memory
+KNOWN_MAX = 32 * 1024**2  # most bytes that have arrived and are authenticated, and of answers not taken yet
 
-ACCEPTS_AT_ONCE = 64  # then the other sockets get their turn
-ACCEPT_AGAIN_S = 0.1  # after a failure
-ACCEPTING_S = 1.0  # for which accepting has to work again before idleness passes: those who waited are heard first
+ACCEPTS_AT_ONCE = 64  # connections accepted in one turn of the event loop
+ACCEPT_AGAIN_S = 0.1  # wait after accepting has failed
+ACCEPTING_S = 1.0  # how long accepting has to work again before idle time passes, so that waiting touches come first
 
-# At a stop: what a client gets to ask that was let in but has asked nothing yet, or to end what it has begun; and what
-# everybody gets whose request may be on the way.
+# Shutdown grace: 1 s for clients that have no answer yet or are in the middle of a request, 50 ms for everyone
 HEARD_WITHIN_S = 1.0
 HEARD_S = 0.05
 
-# Of one connection that ended while it waited; the next may be had. Source: accept(2), "Error handling"
+# Errors of a connection that ended before it was accepted; accepting can go on. Source: accept(2), "Error handling"
 _NOT_OURS = {
     errno.ECONNABORTED,
     errno.EPERM,
@@ -83,17 +81,19 @@ log = Log("http")
 
 
 def connections_max(files: int, attempts: int) -> int:
-    """How many connections each listener may have in a process that may open so many files and make so many attempts
-    to deliver at the same time. The attempts get at most half of the files; the listeners get the same, so that neither
-    takes what the other needs.
+    """The most connections of each listener, for a limit of open files and a number of simultaneous attempts.
+
+    Attempts to deliver get at most half of the files. The two listeners get the same number, so that neither takes what
+    the other needs.
     """
     left = files - FILES_OWN - min(attempts, files // 2)
     return max(1, min(CONNECTIONS_MAX, left // 2))
 
 
 class Hearing:
-    """Which listeners cannot accept at the moment, and why. While there is one, touches may go unheard, so no idleness
-    passes.
+    """The listeners that cannot accept connections now, with the reason (`deaf`).
+
+    While there is one, touches may not get through, so the service clock is stopped.
     """
 
     def __init__(self, clock: ServiceClock) -> None:
@@ -101,12 +101,14 @@ class Hearing:
         self.deaf: dict[str, str] = {}
 
     def lost(self, listener: str, reason: str) -> None:
+        """A listener cannot accept connections."""
         if listener not in self.deaf:
             log.error("http.cannot_accept", listener=listener, reason=reason, note="no idleness passes meanwhile")
         self.deaf[listener] = reason
         self._clock.freeze("listening")
 
     def regained(self, listener: str) -> None:
+        """A listener accepts connections again."""
         if self.deaf.pop(listener, None) is not None:
             log.info("http.accepting_again", listener=listener)
         if not self.deaf:
@@ -114,10 +116,11 @@ class Hearing:
 
 
 class Acceptor:
-    """Accepts on a listening socket and hands every connection to `admit`, with its peer's address.
+    """Accepts connections on a listening socket and calls `admit` with each and its peer's address.
 
-    The loops' own servers do not tell when a file descriptor is missing: asyncio's sleeps for a second, uvloop's closes
-    the connection. Here `lost(reason)` is told of it at once, `regained()` when accepting has worked for ACCEPTING_S.
+    The event loops' own servers do not report that no file descriptor is free: asyncio's sleeps for a second, uvloop's
+    closes the connection. Here `lost(reason)` is called at once, and `regained()` when accepting has worked for
+    ACCEPTING_S.
     """
 
     def __init__(
@@ -135,11 +138,12 @@ class Acceptor:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
+        """Begins to accept."""
         self._socket.listen(BACKLOG)
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
 
     def close(self) -> None:
-        """Accepts nobody more and closes the socket; one that systemd has handed over stays open there."""
+        """Stops accepting and closes the socket. One that systemd has handed over stays open in systemd."""
         if self._socket.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
@@ -164,7 +168,7 @@ class Acceptor:
         return None
 
     def _fail(self, error: OSError) -> None:
-        """Tries again later: until then the socket would wake the loop at each turn."""
+        """Stops watching the socket for ACCEPT_AGAIN_S; meanwhile it would wake the loop at each turn."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket)
         if self._timer is not None:
@@ -175,12 +179,14 @@ class Acceptor:
 
     def _try_again(self) -> None:
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
-        self._accept()  # without a descriptor to be had it fails also when nobody waits, so success means something
+        self._accept()  # without a free descriptor this fails even if no client waits, so success proves something
 
 
 def turn_away(accepted: socket.socket, peer: object = None) -> None:
-    """Tells a client to come back later, and closes. What it has sent is read first: closing over unread bytes is a
-    reset, and many clients then forget what they were told.
+    """Answers 503 with Retry-After and closes the connection.
+
+    What the client has sent is read first. Closing with unread bytes would send a reset, and many clients then lose the
+    answer.
     """
     with accepted, suppress(OSError):
         accepted.send(_TURNED_AWAY)
@@ -189,8 +195,10 @@ def turn_away(accepted: socket.socket, peer: object = None) -> None:
 
 
 class Memory:
-    """Bytes that connections hold, `most` altogether. Beyond that, those are cut whose end gives back the most, until a
-    quarter is free. Who holds as little as an honest request is left alone: the number of connections bounds those.
+    """The bytes that connections hold, at most `most` altogether.
+
+    Beyond that, the connections that hold the most are cut, until a quarter is free. Connections that hold no more than
+    a usual request are spared; their number is bounded.
     """
 
     def __init__(self, most: int, holders: "set[Connection]") -> None:
@@ -199,11 +207,13 @@ class Memory:
         self._holders = holders
 
     def take(self, size: int) -> None:
+        """Adds bytes that are held from now on."""
         self.used += size
         if self.used > self.most:
             self.make_room()
 
     def make_room(self) -> None:
+        """Cuts connections, the largest holders first, until a quarter is free."""
         sizes = [(size, one) for one in self._holders if (size := one.holds(self)) >= HELD_MIN]
         for _, one in sorted(sizes, key=lambda found: found[0], reverse=True):
             if self.used <= self.most * 3 // 4:
@@ -212,8 +222,10 @@ class Memory:
 
 
 class Bounds:
-    """What the connections of both listeners share: how many bytes strangers may hold, which is all that has arrived
-    and was not authenticated yet, and how many the others, with the answers that nobody has taken yet.
+    """The limits of memory that both listeners share.
+
+    `strangers` counts bytes that have arrived and are not authenticated; `known` those that are, and the bytes of
+    answers that clients have not taken yet.
     """
 
     def __init__(self) -> None:
@@ -223,12 +235,14 @@ class Bounds:
 
 
 class Connection(web.RequestHandler):
-    """A connection with what aiohttp leaves open: limits to the time and the bytes of every head, to the memory it
-    holds and to the time in which nothing of an answer is taken; an answer to what is no HTTP that does not repeat it;
-    and an end that cuts no request off.
+    """aiohttp's connection, with what it lacks.
 
-    aiohttp does not tell where a request ends in what was received, so bytes are counted: from the end of a request,
-    `_fed` have come; the head that came with them was `_head_size` long. A head is being received since `_head_since`.
+    It limits the time and the size of every head, the memory that it holds, and the time in which a client takes
+    nothing of its answers. Its answer to malformed HTTP does not repeat what was sent. Its end at a stop cuts off no
+    request.
+
+    aiohttp does not tell where in the received bytes a request ends, so they are counted: `_fed` bytes have come since
+    the end of the last request, and the head among them had `_head_size`. `_head_since` is when the present head began.
     """
 
     __slots__ = (
@@ -260,31 +274,32 @@ class Connection(web.RequestHandler):
             "max_line_size": LINE_MAX,
             "max_headers": HEADERS_MAX,
             "max_field_size": FIELD_MAX,
-            "lingering_time": http.BODY_TIMEOUT_S,  # for what is left of a body that nobody wanted
-            "auto_decompress": False,  # a compressed body is refused by its header, so it must not be unpacked before
+            "lingering_time": http.BODY_TIMEOUT_S,  # for the rest of a body that no handler has read
+            "auto_decompress": False,  # compressed bodies are refused by their header and must not be unpacked before
         }
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self._site = site
         self._address = address
-        self._wire: Any = None  # the transport; aiohttp forgets its own when it closes it, and it may close slowly
+        self._wire: Any = None  # the transport; aiohttp drops its reference when closing begins, which may take long
         self._answered = 0
-        self._refused = False  # what comes from now on is no request any more
-        self._memory = site.bounds.strangers  # where `_held` is counted
+        self._refused = False  # bytes that still come are dropped
+        self._memory = site.bounds.strangers  # the Memory in which `_held` is counted
         self._held = 0  # bytes received and not answered yet
-        self._unsent = 0  # bytes of answers that wait in the transport, counted with the known
+        self._unsent = 0  # bytes of answers that wait in the transport, counted in `bounds.known`
         self._fed = 0
-        self._left = 0  # bytes behind the end of a request, at most: the beginning of a head
+        self._left = 0  # most bytes after the end of a request that may be the beginning of the next head
         self._head_size = 0
         self._head_since: float | None = None
         self._body: StreamReader = EMPTY_PAYLOAD  # of the latest request
-        self._in_body = False  # more of it is to come, as of the last bytes received
-        self._untaken = 0  # bytes of answers that the client had not taken when it last took some
+        self._in_body = False  # whether more of this body is to come
+        self._untaken = 0  # bytes of answers that the client had not taken yet when it last took some
         self._stalled_since: float | None = None
-        self._lost: asyncio.Future[None] | None = None  # while it lingers
-        self.made = False  # it has a transport, or had one
-        self.reader: asyncio.Task[Any] | None = None  # a handler that is of no use when the client leaves
+        self._lost: asyncio.Future[None] | None = None  # set while it lingers
+        self.made = False  # whether it has, or had, a transport
+        self.reader: asyncio.Task[Any] | None = None  # a handler that is cancelled when the client leaves
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
         self.made = True
         self._wire = transport
         self._head_since = self._loop.time()
@@ -292,6 +307,7 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Called by the event loop."""
         self._note_unsent(0)
         if self._task_handler is None:
             self._free(self._held)
@@ -307,6 +323,7 @@ class Connection(web.RequestHandler):
     # -- what arrives
 
     def data_received(self, data: bytes) -> None:
+        """Called by the event loop. Counts what has arrived, and has aiohttp parse it."""
         if self._refused:
             return
         size, memory = len(data), self._memory
@@ -314,12 +331,12 @@ class Connection(web.RequestHandler):
         memory.used += size
         if memory.used > memory.most:
             memory.make_room()
-            if self._refused:  # it was the one to be cut
+            if self._refused:  # this connection was cut
                 return
         before = self._request_count
         _feed(self, data)
         heads = self._request_count - before
-        if heads == 1 and not self._fed and size < HELD_MIN:  # a whole request at once, as almost all are
+        if heads == 1 and not self._fed and size < HELD_MIN:  # the usual case: a whole small request
             body = self._messages[-1][1]
             if body is EMPTY_PAYLOAD:
                 whole = data.endswith(HEAD_END)
@@ -331,7 +348,7 @@ class Connection(web.RequestHandler):
         self._follow(heads, data)
 
     def _follow(self, heads: int, data: bytes) -> None:
-        """Finds out what has come: the end of so many heads, more of one, or of a body."""
+        """Finds out what the bytes were: the ends of `heads` heads, or more of a head or of a body."""
         size, in_body = len(data), self._in_body
         self._fed += size
         if heads:
@@ -347,11 +364,11 @@ class Connection(web.RequestHandler):
             self._head_since = None
         elif size and self._head_since is None:
             self._head_since = self._loop.time()
-            if heads or in_body:  # how much of it is the next head, only the parser knows
+            if heads or in_body:  # only the parser knows how many of the bytes belong to the next head
                 self._left, self._fed = size, 0
 
     def _note_heads(self, heads: int, data: bytes) -> None:
-        """So many have come to their end; without data, in what the parser had kept back."""
+        """Notes that heads are complete. Without data, they were complete in bytes that the parser had held back."""
         if self._fed > HEAD_MAX or not data:
             self._refuse_long_heads(heads)
         head, self._body = self._messages[-1]
@@ -364,7 +381,7 @@ class Connection(web.RequestHandler):
             self._head_since = None
 
     def _refuse_long_heads(self, heads: int) -> None:
-        """Of those that have just come to their end; what is behind the first is not looked at."""
+        """Refuses the first too long head among those that are now complete, and drops what comes after it."""
         for index in range(-heads, 0):
             message = self._messages[index][0]
             if not isinstance(message, _ErrInfo) and _head_size(message) > HEAD_MAX:
@@ -374,7 +391,7 @@ class Connection(web.RequestHandler):
                 return
 
     def _refuse_head(self) -> None:
-        """As aiohttp does it: answered in its turn."""
+        """Queues a refusal as aiohttp does, to be answered after the requests before it."""
         self._refused = True
         self._request_count += 1
         self._messages.append(_error(_LongHead("")))
@@ -384,7 +401,7 @@ class Connection(web.RequestHandler):
     # -- what it holds
 
     def _trust(self) -> None:
-        """Its request shows who it is from: what it sends is the known's to hold."""
+        """Counts its bytes as a known client's, because its request is authenticated."""
         known = self._site.bounds.known
         if self._memory is not known:
             self._memory.used -= self._held
@@ -392,13 +409,13 @@ class Connection(web.RequestHandler):
             known.take(self._held)
 
     def holds(self, memory: Memory) -> int:
-        """Bytes of that memory that cutting it would give back."""
+        """The bytes of `memory` that cutting this connection would free."""
         held = self._received if self._memory is memory else 0
         return held + self._unsent if memory is self._site.bounds.known else held
 
     @property
     def _received(self) -> int:
-        """Bytes received that are not being answered yet: a handler keeps its request to its end."""
+        """The bytes received for requests whose handler does not run yet; a running handler keeps its request."""
         if not self._request_in_progress or not self._body.is_eof():
             return self._held
         waiting = len(self._messages)
@@ -417,18 +434,20 @@ class Connection(web.RequestHandler):
         known.take(size)
 
     def pause_writing(self) -> None:
+        """Called by the event loop when the client takes its answers too slowly."""
         super().pause_writing()
         self._note_unsent(self._wire.get_write_buffer_size())
 
     def resume_writing(self) -> None:
+        """Called by the event loop when the client has taken most of its answers."""
         self._note_unsent(0)
-        self._stalled_since = None  # enough was taken; what is written from now on hides how much
+        self._stalled_since = None  # how much more it takes cannot be told from what is written from now on
         super().resume_writing()
 
     # -- how long it takes
 
     def look(self, now: float) -> None:
-        """Cuts it if its head has been coming for too long, or its client has not taken anything for too long."""
+        """Cuts the connection if a head takes too long, or its client has taken too little for too long."""
         late = self._head_since is not None and now - self._head_since > HEAD_TIMEOUT_S
         if late and not self._request_in_progress:
             self.cut("head")
@@ -444,8 +463,9 @@ class Connection(web.RequestHandler):
             self.cut("reader")
 
     def cut(self, reason: str) -> None:
-        """Ends it and gives back what it holds at once: until the loop tells of the end, as much again may come in over
-        others. Who is not being answered is told to come back.
+        """Ends the connection and frees its memory at once, without waiting until the loop reports its end.
+
+        For lack of memory, a client that is not being answered is told to come back (503).
         """
         self._refused = True
         self._site.note_cut(reason, self._address)
@@ -456,32 +476,32 @@ class Connection(web.RequestHandler):
             self._wire.write(_TURNED_AWAY)
         self.force_close()
         if not tell:
-            self._wire.abort()  # closing would wait until the client has taken what is left
+            self._wire.abort()  # close() would wait until the client has taken the rest
         self._parser = None
-        woken = self._waiter is not None and self._waiter.done()  # and about to take the first message
+        woken = self._waiter is not None and self._waiter.done()  # aiohttp's task is about to take the first message
         self._messages.clear()
         if woken:
             self._messages.append(_error(BadHttpMessage("cut")))
-        with suppress(Exception):  # whatever state it is in; a handler that reads it is told by aiohttp
+        with suppress(Exception):  # the body may be in any state; a handler that reads it gets an error from aiohttp
             self._body.read_nowait()
 
     @property
     def arriving(self) -> bool:
-        """Whether something of a request is still to come: any of the first, or the rest of one that has begun."""
+        """Whether a request is incomplete: the first has not come yet, or one has begun."""
         return self._head_since is not None or not self._body.is_eof()
 
     @property
     def unheard(self) -> bool:
-        """Whether its client has been let in and has no answer yet, or is about to ask."""
+        """Whether the client has no answer yet to a request, or is sending one."""
         return self._request_count > self._answered or self.arriving
 
     @property
     def unfinished(self) -> bool:
-        """Whether an answer is being worked out, or on its way."""
+        """Whether an answer is being made or sent."""
         return self._request_in_progress or bool(self._messages) or self._wire.get_write_buffer_size() > 0
 
     def finish(self) -> None:
-        """Ends it when what has arrived whole is answered."""
+        """Ends the connection when all complete requests are answered; an incomplete one is cut."""
         if not self._body.is_eof() or (self._head_since is not None and not self._request_in_progress):
             self.cut("stop")
         elif self._request_in_progress or self._messages:
@@ -494,23 +514,24 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
+        """Called by aiohttp to send an answer."""
         if isinstance(resp, Ready):
             resp = resp.ordinary() if self._site.closing else resp.to(request)
         if self._site.closing:
-            resp.force_close()  # the client is told, and does not ask on a connection that is about to end
+            resp.force_close()  # "Connection: close" tells the client not to send another request on it
         done = await super().finish_response(request, resp, start_time)
         self._answered += 1
         if self._held:
             kept = 0 if self._head_since is None else self._left + self._fed
             waiting = len(self._messages)
-            # what was received for this one; of several in a row each counts alike
+            # Frees the bytes of this request; several requests in a row are taken for equally long
             self._free(max(0, self._held - kept) // (waiting + 1) if waiting or kept else self._held)
         if self._refused and not self._messages:
             await self._linger()
         return done
 
     async def _linger(self) -> None:
-        """Lets the client finish what it is sending, so that it gets to read the answer."""
+        """Waits while the client finishes sending, because a reset would keep it from reading the answer."""
         if self._force_close or self.transport is None:
             return
         if self.transport.can_write_eof():
@@ -525,10 +546,11 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        """Called by aiohttp to make the answer to malformed HTTP."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun")
         reason = _complaint(exc)
-        if self.transport is not None:  # it was not cut
+        if self.transport is not None:  # the connection was not cut
             log.warning("http.malformed", listener=self._site.listener, reason=reason, peer=request.remote)
         self._refused = True
         answer = self._site.malformed(reason)
@@ -539,8 +561,8 @@ class Connection(web.RequestHandler):
 
 @contextmanager
 def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
-    """Cancels the handler when its client leaves meanwhile: for what changes nothing and takes its time."""
-    connection = cast(Connection, request.protocol)  # a Site makes no other
+    """Cancels the handler if its client leaves meanwhile. For handlers that change nothing and may take long."""
+    connection = cast(Connection, request.protocol)  # a Site makes no other connections
     connection.reader = asyncio.current_task()
     try:
         yield
@@ -549,21 +571,21 @@ def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
 
 
 def _error(error: BadHttpMessage) -> tuple[_ErrInfo, StreamReader]:
-    """What aiohttp answers as malformed in the place of a request."""
+    """A message, in the place of a request, that aiohttp answers as malformed."""
     return _ErrInfo(400, error, error.message), EMPTY_PAYLOAD
 
 
 class _LongHead(BadHttpMessage):
-    """All headers together are too long."""
+    """A head is longer than HEAD_MAX."""
 
 
-_TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")  # one of aiohttp's list of names
+_TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")  # for names of a list in aiohttp
 _MISSING_HOST = "Missing 'Host' header in request."
 _TLS = "Received HTTPS traffic on an HTTP port"
 
 
 def _complaint(error: BaseException | None) -> str:
-    """What is wrong with what is no HTTP, in words that repeat nothing of it."""
+    """What is wrong with malformed HTTP, in words that repeat nothing of what was sent."""
     message = str(getattr(error, "message", ""))
     if isinstance(error, _LongHead):
         return f"headers too long: at most {HEAD_MAX} bytes altogether"
@@ -581,12 +603,12 @@ def _complaint(error: BaseException | None) -> str:
 
 
 def _head_size(message: RawRequestMessage) -> int:
-    """Bytes of a head, without the white space that the parser has dropped."""
+    """The size of a head in bytes, without white space that the parser has dropped."""
     return len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
 
 
 def _unacknowledged(transport: asyncio.BaseTransport) -> int:
-    """Bytes that the kernel still holds for the peer; 0 where it does not tell. Source: tcp(7), unix(7), SIOCOUTQ."""
+    """Bytes that the kernel has not delivered to the peer yet; 0 if unknown. Source: SIOCOUTQ in tcp(7) and unix(7)."""
     with suppress(OSError):
         return int.from_bytes(
             fcntl.ioctl(transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4)), sys.byteorder
@@ -595,9 +617,10 @@ def _unacknowledged(transport: asyncio.BaseTransport) -> int:
 
 
 class Site(web.BaseSite):
-    """Serves a runner's requests on a socket, to at most `most` connections at a time. `malformed` makes the answer to
-    what is no HTTP of what is wrong with it; `listener` is its name in the configuration and the log. With `tls`, which
-    may be replaced for the connections to come, it speaks TLS.
+    """One listener: serves a runner's requests on a socket, with at most `most` connections.
+
+    `malformed` makes the answer to malformed HTTP from the reason; `listener` is its name in the configuration and the
+    log. With `tls` it speaks TLS; it may be replaced, for new connections.
     """
 
     __slots__ = (
@@ -659,10 +682,10 @@ class Site(web.BaseSite):
         self.trusted_proxies: Sequence[Network] = ()
         self.keepalive_s = KEEPALIVE_S
         self.knows: Callable[[Any], bool] = lambda head: False  # whether a head shows that its sender is known
-        # The handler of a request at work, where it needs no task of its own to run in; else None.
+        # Begins to handle a request that needs no task of its own; None for other requests
         self.direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None] = lambda request: None
-        self.stop_within_s = 10.0  # for what is under way at a stop
-        self.connections = 0  # open now, those still shaking hands included
+        self.stop_within_s = 10.0  # how long a stop waits for answers
+        self.connections = 0  # open now, those in their TLS handshake included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)
         self.turned_away = {"listener": 0, "address": 0}  # connections beyond `most`, or beyond an address's share
         self.cuts = dict.fromkeys(CUTS, 0)  # connections cut, by reason
@@ -670,15 +693,18 @@ class Site(web.BaseSite):
 
     @property
     def name(self) -> str:
+        """The address, for aiohttp."""
         return str(self._socket.getsockname())
 
     async def start(self) -> None:
+        """Begins to accept connections."""
         await super().start()
         self._acceptor.start()
 
     async def stop(self) -> None:
-        """Accepts nobody more, and hears those who were: they cannot know that their request comes too late. Then
-        finishes what has arrived whole, within `stop_within_s`.
+        """Stops accepting, and waits for requests of clients that were accepted, who cannot know that it stops.
+
+        Requests that have arrived whole are then answered, within `stop_within_s`.
         """
         until = asyncio.get_running_loop().time() + self.stop_within_s
         self.closing = True
@@ -688,7 +714,7 @@ class Site(web.BaseSite):
         await self._until(
             lambda: not self._connecting and not any(one.unheard for one in self._open), HEARD_WITHIN_S - HEARD_S
         )
-        for task in self._connecting:  # a handshake that hangs
+        for task in self._connecting:  # handshakes that take too long
             task.cancel()
         for one in list(self._open):
             one.finish()
@@ -702,7 +728,7 @@ class Site(web.BaseSite):
 
     @staticmethod
     async def _until(condition: Callable[[], bool], within_s: float) -> None:
-        """Waits, but not longer than that."""
+        """Waits until the condition is true, for `within_s` at most."""
         loop = asyncio.get_running_loop()
         end = loop.time() + within_s
         while loop.time() < end:
@@ -711,7 +737,7 @@ class Site(web.BaseSite):
             await asyncio.sleep(0.01)
 
     def _admit(self, accepted: socket.socket, peer: Any) -> None:
-        """Serves a connection, unless the listener or its address has as many as it may."""
+        """Serves a connection, or turns it away if the listener or its address has too many."""
         address = self._counted_as(peer)
         limit = None
         if self.connections >= self.most:
@@ -725,7 +751,7 @@ class Site(web.BaseSite):
             if self.tls is None:
                 turn_away(accepted)
             else:
-                accepted.close()  # it waits for a handshake, and would not understand
+                accepted.close()  # the client expects a TLS handshake, not an answer
             return
         self.connections += 1
         if address is not None:
@@ -754,7 +780,7 @@ class Site(web.BaseSite):
                 self._leave(address)
 
     def _leave(self, address: str | None) -> None:
-        """One of its connections has ended."""
+        """Counts the end of a connection."""
         self.connections -= 1
         if address is not None:
             self._by_address[address] -= 1
@@ -762,30 +788,35 @@ class Site(web.BaseSite):
                 del self._by_address[address]
 
     def made(self, connection: Connection) -> None:
+        """A connection has got its transport."""
         self._open.add(connection)
         self.bounds.open.add(connection)
         if self._patrol is None:
             self._patrol = asyncio.get_running_loop().call_later(PATROL_S, self._look_round)
 
     def lost(self, connection: Connection, address: str | None) -> None:
+        """A connection has ended."""
         self._open.discard(connection)
         self.bounds.open.discard(connection)
         self._leave(address)
 
     def note_cut(self, reason: str, address: str | None) -> None:
+        """Counts and logs a connection that was cut."""
         self.cuts[reason] += 1
         log.warning("http.cut", listener=self.listener, reason=reason, address=address)
 
     def _look_round(self) -> None:
-        """Looks at every connection, as long as there are any: a timer for each head would cost more."""
+        """Checks every connection, as long as there are any. A timer for each head would cost more."""
         loop = asyncio.get_running_loop()
         for one in list(self._open):
             one.look(loop.time())
         self._patrol = loop.call_later(PATROL_S, self._look_round) if self._open else None
 
     def _counted_as(self, peer: Any) -> str | None:
-        """Whose share a connection comes out of: the peer's address, of IPv6 the network of 64 bits that one customer
-        has; None for those without a share, which are trusted proxies and unix sockets.
+        """The address for which a connection is counted: the peer's, or its IPv6 network of 64 bits, as one customer
+        has.
+
+        None for trusted proxies and unix sockets, for which there is no limit for one address.
         """
         if not isinstance(peer, tuple):
             return None
@@ -799,7 +830,7 @@ class Site(web.BaseSite):
 
 
 class _Request(web.Request):
-    """A request to the private side whose answer does not tell by which software it is given."""
+    """A request to the private side. Its answer has no Server header."""
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         await super()._prepare_hook(response)
@@ -807,7 +838,7 @@ class _Request(web.Request):
 
 
 class _BaseRequest(web.BaseRequest):
-    """The same of the public side."""
+    """A request to the public side. Its answer has no Server header."""
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         response.headers.popall(hdrs.SERVER, None)
@@ -816,10 +847,10 @@ class _BaseRequest(web.BaseRequest):
 def public_request(
     message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: "asyncio.Task[None]"
 ) -> web.BaseRequest:
-    """What makes the requests of a web.Server."""
+    """Makes the requests of a web.Server."""
     return _BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
 
 
 def private_request(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
-    """The same for a web.Application, from what makes its requests."""
+    """The function that makes the requests of a web.Application, from aiohttp's own."""
     return partial(make, _cls=_Request)

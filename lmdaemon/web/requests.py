@@ -1,6 +1,6 @@
 """What both listeners need of HTTP: bodies within bounds, ready answers, the client's address, tokens, sockets.
 
-It knows nothing of sessions, dialects or connections; those are `listener`'s.
+It knows nothing of sessions and dialects, nor of connections, which are for `listener`.
 """
 
 import asyncio
@@ -42,8 +42,9 @@ class BodyTooSlow(Exception):  # noqa: N818
 
 
 class Ready(web.StreamResponse):
-    """An answer that never changes, kept as the bytes that are sent. One object answers every request: a Response can
-    be sent once, and building it is a large part of what a touch costs.
+    """An answer that never changes, kept as bytes. One object answers all requests.
+
+    A Response of aiohttp can be sent only once, and making one is a large part of the cost of a touch.
     """
 
     def __init__(self, status: int, body: bytes = b"", content_type: str = "") -> None:
@@ -54,27 +55,30 @@ class Ready(web.StreamResponse):
         self._second = 0
 
     def to(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Itself on a connection that stays open; else, for HTTP/1.0 and HEAD too, a Response that knows the rules."""
+        """Itself, if the connection stays open; else, and for HTTP/1.0 and HEAD, an ordinary Response."""
         if request.keep_alive and request.version == HttpVersion11 and request.method != "HEAD":
             return self
         return self.ordinary()
 
     def ordinary(self) -> web.Response:
+        """The same answer as aiohttp's Response."""
         return web.Response(body=self._content or None, status=self.status, content_type=self._kind or None)
 
     @property
     def keep_alive(self) -> bool:
+        """Always true: it is sent only on connections that stay open."""
         return True
 
     @property
     def whole(self) -> bytes:
-        """As it is sent now to a client of HTTP/1.1 whose connection stays open: all but the date stays the same."""
+        """The bytes to send now, for HTTP/1.1 on a connection that stays open. Only the date in them changes."""
         second = int(time.time())
         if second != self._second:
             self._whole, self._second = self._rendered(second), second
         return self._whole
 
     async def prepare(self, request: web.BaseRequest) -> None:
+        """Called by aiohttp: sends the whole answer."""
         await request.writer.write(self.whole)
 
     def _rendered(self, second: int) -> bytes:
@@ -84,7 +88,7 @@ class Ready(web.StreamResponse):
         return "\r\n".join([*head, "", ""]).encode() + self._content
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to be sent."""
+        """Called by aiohttp after `prepare`: nothing is left to send."""
 
 
 @lru_cache(maxsize=1)
@@ -93,8 +97,11 @@ def _date(second: int) -> str:
 
 
 async def read_body(request: web.BaseRequest, limit: int) -> bytes:
-    """The body, at most `limit` bytes, also when its length is not announced. Raises BodyTooLarge, BodyTooSlow."""
-    if request.content.is_eof():  # it came with its headers, as almost all do: no time-out to set up
+    """The body, if it has `limit` bytes at most, with or without Content-Length.
+
+    Raises BodyTooLarge and BodyTooSlow.
+    """
+    if request.content.is_eof():  # the usual case: it has arrived with the headers, so no time-out is needed
         body = request.content.read_nowait()
         if len(body) > limit:
             raise BodyTooLarge(limit)
@@ -156,13 +163,13 @@ def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network])
 
 
 def allowed(address: Address | None, networks: Iterable[Network]) -> bool:
-    """Whether the networks let the address in; no networks let everybody in."""
+    """Whether the address is in one of the networks; without networks, every address is allowed."""
     networks = tuple(networks)
     return not networks or inside(address, networks)
 
 
 def inside(address: Address | None, networks: Iterable[Network]) -> bool:
-    """Whether an address that is known lies in one of the networks."""
+    """Whether the address is in one of the networks."""
     return address is not None and any(address in network for network in networks)
 
 
@@ -178,14 +185,14 @@ def _address(text: str) -> Address | None:
 
 
 class Head(Protocol):
-    """What a request and a head that has just been read have in common."""
+    """What a request and the head of one have in common."""
 
     @property
     def headers(self) -> Mapping[str, str]: ...
 
 
 def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
-    """The one of the tokens that the request carries. All are compared, each in constant time."""
+    """The token that the request carries, or None. All tokens are compared, each in constant time."""
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     given = text.strip().encode("utf-8", "surrogateescape")
     found = None
@@ -196,7 +203,7 @@ def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
 
 
 def address_of(listen: Listen) -> systemd.Address:
-    """Where a socket for it is bound: path, or host and port. Raises OSError, naming the address."""
+    """The address to bind a socket to: a path, or host and port. Raises OSError, which names the address."""
     if listen.unix:
         return listen.unix
     host, port, *_ = _resolved(listen)[4]
@@ -204,7 +211,7 @@ def address_of(listen: Listen) -> systemd.Address:
 
 
 def _resolved(listen: Listen) -> Any:
-    """The first that its host and port mean, as getaddrinfo gives it. Raises OSError, naming the address."""
+    """The first address of a host and port, from getaddrinfo. Raises OSError, which names the address."""
     try:
         first, *_ = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -213,7 +220,7 @@ def _resolved(listen: Listen) -> Any:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A listening socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, naming the address."""
+    """A bound socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, which names the address."""
     if listen.unix:
         return _bind_unix(listen)
     family, kind, protocol, _, address = _resolved(listen)

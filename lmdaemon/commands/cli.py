@@ -54,6 +54,10 @@ COMMANDS = {
     ),
     "check": ("check:check", "try an operator's endpoint with made-up notices and report what it gets wrong"),
     "simulate operator": ("simulate:operator", "play an operator by a script, and judge the sender that speaks to it"),
+    "simulate provider": (
+        "simulate:provider",
+        "play game servers against the running daemon, or notices against an endpoint, and judge it",
+    ),
     "backup": ("backup:backup", "write a consistent copy of the database, also while the daemon runs"),
     "restore": (
         "backup:restore",

@@ -158,6 +158,19 @@ class Client:
                 content, status, kind = await response.read(), response.status, response.content_type
         return self._answer(content, status, kind, shape)
 
+    async def status_and_answer(self, method: str, *path: str, body: object = None) -> tuple[int, Any]:
+        """Makes one call and returns the status and the answer's JSON, whatever they are; None where it is no JSON.
+
+        Raises Failed.
+        """
+        with self._failing():
+            async with self._session.request(method, self._url(path, {}), json=body, ssl=self._tls or True) as response:
+                content, status = await response.read(), response.status
+        try:
+            return status, json.loads(content) if content else None
+        except (ValueError, RecursionError):
+            return status, None
+
     async def events(self, *path: str, query: Mapping[str, object]) -> AsyncIterator[tuple[str, Any]]:
         """Server-sent events with their data, until the daemon ends the stream. Raises Unreachable when it has gone, or
         says nothing for longer than its figures come.

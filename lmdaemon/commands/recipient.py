@@ -1,6 +1,7 @@
 """Reads from the options which endpoint a command talks to: an operator of the configuration, or any URL."""
 
 import argparse
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,12 @@ def checked_span(text: str, option: str) -> float:
     if span <= 0:
         raise Usage(f"{option}: must not be zero")
     return span
+
+
+def is_loopback(operator: Operator) -> bool:
+    """Whether the URL's host is a loopback address or "localhost". Other names are not looked up."""
+    host = (operator.target.url.raw_host or "") if operator.target else ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".") == "localhost"

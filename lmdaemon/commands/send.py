@@ -9,7 +9,6 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from ipaddress import ip_address
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from uuid import uuid4
@@ -17,7 +16,7 @@ from uuid import uuid4
 from lmdaemon import masks
 from lmdaemon.clock import Clock
 from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, file
-from lmdaemon.commands.recipient import checked_id, recipient
+from lmdaemon.commands.recipient import checked_id, is_loopback, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
 from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
@@ -60,7 +59,7 @@ def send(args: argparse.Namespace) -> int:
         body = compose(operator, session)
     except CannotEncode as error:
         raise Usage(f"send: {error}") from None
-    if not args.yes and not _is_loopback(operator):
+    if not args.yes and not is_loopback(operator):
         host = operator.target.url.host if operator.target else ""
         raise Usage(
             f"send: this tells {host} that session {session.session_id!r} of player {session.player_id!r} has ended, "
@@ -74,15 +73,6 @@ def send(args: argparse.Namespace) -> int:
     else:
         _print_exchange(document)
     return STOPPED if sent.outcome.verdict == "delivered" else FAILED
-
-
-def _is_loopback(operator: Operator) -> bool:
-    """Whether the URL's host is a loopback address or "localhost". Other names are not looked up."""
-    host = (operator.target.url.raw_host or "") if operator.target else ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.rstrip(".") == "localhost"
 
 
 def _test_session(args: argparse.Namespace, operator: Operator) -> Session:

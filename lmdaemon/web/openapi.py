@@ -143,6 +143,9 @@ def _operation(call: Call) -> Json:
         }
     if call.events:
         operation["x-events"] = {name: _schema(kind) for name, kind in call.events.items()}
+        kinds = [_schema(kind) for kind in dict.fromkeys(call.events.values())]
+        stream = operation["responses"]["200"]["content"][call.media]
+        stream["schema"] |= {"contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
     return operation
 
 

@@ -30,6 +30,8 @@ from lmdaemon.store.sqlite import pages, reads, store
 from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.web import bodies, endpoint, handshakes, listener
 from lmdaemon.web import requests as http
+from lmdaemon.web.problems import KINDS
+from lmdaemon.web.routes import CALLS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -132,6 +134,18 @@ def test_the_protocol_page_shows_each_dialect_and_its_codes(name: str) -> None:
     if "hash" not in dialect.fields:
         expected["bad hash"] = "–"
     assert codes == {"success": "0"} | expected
+
+
+def test_the_session_api_page_has_every_problem_with_what_to_do() -> None:
+    shown = {cells[0]: cells[1:] for cells in rows(page("session-api").partition("## Problems")[2]) if len(cells) == 4}
+    statuses = {code: {str(status)} for call in CALLS for code, status in call.may_fail_with}
+    for call in CALLS:
+        for code, status in call.may_fail_with:
+            statuses[code].add(str(status))
+    for code, kind in KINDS.items():
+        expected = ", ".join(sorted(statuses.get(code, {str(kind.status)})))
+        assert shown[f"`{code}`"] == [expected, kind.meaning, kind.to_do], code
+    assert len(shown) == len(KINDS) + 2  # the head and what is below it
 
 
 def test_the_limits_page_shows_the_true_limits() -> None:

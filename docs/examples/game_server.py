@@ -1,0 +1,124 @@
+"""A game server's side of the session API: sessions are opened, kept alive and closed, whatever happens to the daemon.
+
+It needs nothing but Python. Copy it, or write the same in your language: `_call` is the part that survives a restart, a
+full disk and a cut network, `heartbeat` the one that survives a restore.
+"""
+
+import http.client
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+MANY = 10_000  # sessions in one call
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
+ANSWER_WITHIN_S = 30.0
+_DICE = random.SystemRandom()
+TRY_AGAIN = {408, 500, 502, 503, 504}  # nothing was stored, or it is not known; every call can be repeated
+
+
+class RefusedError(Exception):
+    """The daemon refuses the call and would refuse it again. `code` says why."""
+
+    def __init__(self, problem: dict[str, Any]) -> None:
+        super().__init__(problem.get("detail", ""))
+        self.code = problem.get("code", "")
+
+
+class Sessions:
+    """The sessions that are being played at one operator. `ended(session_id)` is called for one that has ended by
+    itself: stop the game; a player who goes on needs a session with a new id.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        operator: str,
+        ended: Callable[[str], None],
+        *,
+        api_token: str = "",
+        idle_s: int = 900,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._path = f"{base}/v1/operators/{quote(operator, safe='')}/sessions"
+        self._ended = ended
+        self._headers = {"Content-Type": "application/json"}
+        if api_token:
+            self._headers["Authorization"] = f"Bearer {api_token}"
+        self._idle_s = idle_s
+        self._sleep = sleep
+        self.playing: dict[str, dict[str, Any]] = {}  # what each was opened with, to open it again after a restore
+
+    def open(self, session_id: str, player_id: str, token: str) -> None:
+        """Raises RefusedError: `ended` and `differs` ask for a new id, everything else for a look at the program."""
+        opening = {"playerId": player_id, "token": token, "idleTimeoutSeconds": self._idle_s}
+        self._call("PUT", f"{self._path}/{quote(session_id, safe='')}", opening)
+        self.playing[session_id] = opening
+
+    def close(self, session_id: str) -> None:
+        """The game was closed. Raises RefusedError, but not for a session that is gone."""
+        try:
+            self._call("POST", f"{self._path}/{quote(session_id, safe='')}/close")
+        except RefusedError as refused:
+            if refused.code != "unknown-session":
+                raise
+        self.playing.pop(session_id, None)
+
+    def run(self) -> None:
+        """Keeps them alive: every third of the idle time, jittered, so that two in a row may be lost."""
+        while True:
+            self._sleep(self._idle_s / 3 * _DICE.uniform(0.8, 1.0))
+            self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """One call for all of them. What the daemon does not know (it was restored) is opened again."""
+        for some in _chunks(list(self.playing)):
+            answer = self._call("POST", f"{self._path}/touch", {"sessionIds": some})
+            gone = answer["ended"]
+            lost = [{"sessionId": one, **self.playing[one]} for one in answer["unknown"] if one in self.playing]
+            if lost:
+                again = self._call("POST", self._path, {"sessions": lost})
+                gone += again["ended"] + again["differs"]
+            for session_id in gone:
+                if self.playing.pop(session_id, None) is not None:
+                    self._ended(session_id)
+
+    def _call(self, method: str, url: str, body: object = None) -> Any:
+        """Asks until there is an answer: while the daemon is away no session grows older. Raises RefusedError."""
+        content = None if body is None else json.dumps(body).encode()
+        wait_s = FIRST_WAIT_S
+        while True:
+            request = urllib.request.Request(url, content, self._headers, method=method)  # noqa: S310 - our own base
+            try:
+                with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as answer:  # noqa: S310
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code not in TRY_AGAIN:
+                    raise RefusedError(_problem(error)) from None
+                told_s = error.headers.get("Retry-After", "")
+                self._sleep(float(told_s) if told_s.isdigit() else wait_s * _DICE.uniform(0.5, 1.0))
+            except (
+                OSError,
+                http.client.HTTPException,
+            ):  # it restarts, or the network is cut
+                self._sleep(wait_s * _DICE.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+
+
+def _problem(error: urllib.error.HTTPError) -> dict[str, Any]:
+    """What went wrong (RFC 9457); something else between us and the daemon may answer otherwise."""
+    try:
+        found = json.loads(error.read())
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"detail": f"status {error.code}"}
+
+
+def _chunks(ids: list[str]) -> Iterator[list[str]]:
+    for first in range(0, len(ids), MANY):
+        yield ids[first : first + MANY]

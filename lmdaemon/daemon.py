@@ -37,7 +37,7 @@ from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
 from lmdaemon.store.contract import Store, StoreError, StoreObserver
-from lmdaemon.store.open import open_store
+from lmdaemon.store.open import name_of, open_store
 from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__
 from lmdaemon.web import api, endpoint
@@ -206,7 +206,7 @@ class Daemon:
 
     async def _build(self, stack: AsyncExitStack) -> None:
         settings = self.settings
-        self._notifier.starting(self._start_limit_s(), f"Starting. Opening {settings.database}.")
+        self._notifier.starting(self._start_limit_s(), f"Starting. Opening {name_of(settings)}.")
         self._store: Store = await open_store(settings, self._clock)
         stack.push_async_callback(self._store.close)
         self._store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile
@@ -353,7 +353,7 @@ class Daemon:
             version=__version__,
             server=self.settings.server.listen.text,
             api=self.settings.api.listen.text,
-            database=self.settings.database,
+            database=name_of(self.settings),
             live=self._store.live,
             restart_grace_s=self.settings.restart_grace_s,
         )

@@ -29,7 +29,7 @@ from lmdaemon.commands.files import (
     hint,
     put_in_place,
 )
-from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason
+from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
 from lmdaemon.rights import Rights, UnsafeError, acting_with
@@ -50,10 +50,17 @@ from lmdaemon.store.sqlite.file import (
 FLUSH_BYTES = 4 * 1024 * 1024
 
 
+def _check_is_file(settings: Settings, command: str, how: str) -> None:
+    """Raises Usage for a database on PostgreSQL, which has its own tools for this."""
+    if settings.postgres is not None:
+        raise Usage(f"{command}: the database is on PostgreSQL (database.url): {how} the copy; see docs/scaling.md")
+
+
 @command(argument("file", type=file, metavar="FILE", help="the copy, mode 0600"), FORCE, JSON)
 def backup(args: argparse.Namespace) -> int:
     """Writes a checked copy of the database, also while the daemon runs."""
     settings = configured(args, "database")
+    _check_is_file(settings, "backup", "pg_dump, or a base backup with the write-ahead log, makes")
     try:
         theirs = rights.for_database(settings.database)
         ours = rights.for_result(args.file, theirs)
@@ -153,6 +160,7 @@ def _check_integrity(copy: Path) -> None:
 def restore(args: argparse.Namespace) -> int:
     """Puts a copy in the place of the database, while the daemon is stopped; the old files are kept."""
     settings = configured(args, "database")
+    _check_is_file(settings, "restore", "pg_restore, or a recovery to a point in time, puts back")
     file = args.file.absolute()
     try:
         reading, shared = rights.for_source(file)

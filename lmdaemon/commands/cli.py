@@ -63,6 +63,7 @@ COMMANDS = {
         "backup:restore",
         "put a backup in the database's place while the daemon is stopped; what was there is kept beside it",
     ),
+    "migrate": ("migrate:migrate", "bring the schema of a PostgreSQL database to the newest version"),
     "version": (VERSION, "print the version"),
 }
 

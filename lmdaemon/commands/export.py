@@ -101,14 +101,14 @@ def export(args: argparse.Namespace) -> int:
     since_at, until_at = _period(args, now_at)
     told = Told()
     try:
-        theirs = rights.for_database(settings.database)
+        theirs = rights.own() if settings.postgres else rights.for_database(settings.database)
         ours = theirs if args.output is None else rights.for_result(args.output, theirs)
         with acting_with(theirs):
             check_source(settings)
             with open_archive(settings) as archive:
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
-                live = files_of(real_path(settings.database.absolute()))
+                live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
                 # All files of the database are open by now, so its rights are not needed any more
                 with acting_with(ours):
                     _write(args, live, lambda: write(_sessions(archive, args.operator, since_at, until_at), told))

@@ -23,6 +23,8 @@ def check_source(settings: Settings) -> None:
     """Begins a command that reads the whole database: lowers its priority. Raises Failed if there is no database."""
     with suppress(OSError):  # the service's sandbox does not allow it
         os.nice(NICER)
+    if settings.postgres is not None:
+        return
     try:
         settings.database.stat()
     except OSError as error:

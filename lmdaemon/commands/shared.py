@@ -137,6 +137,7 @@ def quiet_libraries() -> None:
     handlers = {
         "aiohttp": logging.NullHandler(),
         "aiosqlite": logging.NullHandler(),
+        "psycopg": logging.NullHandler(),
         "asyncio": LoopError(logging.ERROR),
     }
     for name, handler in handlers.items():

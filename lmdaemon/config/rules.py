@@ -78,13 +78,6 @@ def check_database_url(findings: Findings, url: str) -> None:
         findings.error(at, "must not hold a password: name its file in password_file, or a variable in password_env")
     if find_spec("psycopg") is None:
         findings.error(at, "needs psycopg, which is not installed: pip install 'lmdaemon[postgres]'")
-    elif not has_postgres():
-        findings.error(at, "cannot be served: this version of lmdaemon stores in a file alone")
-
-
-def has_postgres() -> bool:
-    """Whether this version has an engine for PostgreSQL."""
-    return find_spec("lmdaemon.store.postgres") is not None
 
 
 def check_spans(findings: Findings, table: SessionsTable | OperatorTable, at: str) -> None:

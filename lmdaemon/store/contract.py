@@ -12,6 +12,9 @@ import msgspec
 from lmdaemon.clock import ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Session
 
+READS_MAX = 1000  # most reads of the daemon itself that may wait
+LOOKS_MAX = 100  # most reads of people that may wait
+LOOK_S = 2.0  # that such a read may take, its wait included
 BATCH_ROWS = 10_000  # most rows that the operations of one batch name together
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text: bounds an answer, and what waits for slow readers
 SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
@@ -310,6 +313,9 @@ class StoreObserver:
 
     def deadline_nearer(self) -> None:
         """The next deadline may be earlier than before, or the first session was opened."""
+
+    def read_again(self) -> None:
+        """What is kept in memory was read again from the tables: anything may have changed."""
 
     def wall_clock_set_back(self) -> None:
         """The wall clock was set back, and stored waits were moved with it."""

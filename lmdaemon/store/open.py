@@ -3,25 +3,64 @@
 from contextlib import AbstractContextManager
 
 from lmdaemon.clock import Clock
-from lmdaemon.config.settings import Settings
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Postgres, Settings
 from lmdaemon.store.contract import Archive, Store
 from lmdaemon.store.sqlite.file import COMPANIONS, real_path
 
-__all__ = ["COMPANIONS", "open_archive", "open_store", "real_path"]
+__all__ = ["COMPANIONS", "migrate", "name_of", "open_archive", "open_store", "real_path"]
 
 
 async def open_store(settings: Settings, clock: Clock) -> Store:
-    """Opens the database and picks up where the last run left it. Raises DatabaseError.
+    """Opens the database and picks up where the last run left it. Raises DatabaseError, and ConfigError for a database
+    whose own settings would lose what was acknowledged.
 
     `count_downtime` adds the wall time since the last transaction to the service clock.
     """
-    from lmdaemon.store.sqlite.store import Store as SQLiteStore
+    asked = settings.postgres
+    if asked is None:
+        from lmdaemon.store.sqlite.store import Store as SQLiteStore
 
-    return await SQLiteStore.open(settings.database, clock, count_downtime=settings.count_downtime)
+        return await SQLiteStore.open(settings.database, clock, count_downtime=settings.count_downtime)
+    from lmdaemon.store.postgres.migrations import UnsafeSettingError
+    from lmdaemon.store.postgres.store import Store as PostgresStore
+
+    try:
+        return await PostgresStore.open(
+            asked.url,
+            clock,
+            password=asked.password,
+            may_migrate=asked.migrate,
+            count_downtime=settings.count_downtime,
+        )
+    except UnsafeSettingError as error:
+        raise ConfigError([f"database.url: {error}"]) from error
+
+
+def name_of(settings: Settings) -> str:
+    """The database in words, for logs: its file, or server and name."""
+    if settings.postgres is None:
+        return str(settings.database)
+    from lmdaemon.store.postgres.thread import title_of
+
+    return title_of(settings.postgres.url)
 
 
 def open_archive(settings: Settings) -> AbstractContextManager[Archive]:
     """What has ended, for a command beside the daemon. Raises DatabaseError, also for what fails inside."""
+    if settings.postgres is not None:
+        from lmdaemon.store.postgres import archive as postgres_archive
+
+        return postgres_archive.open_archive(settings.postgres.url, settings.postgres.password)
     from lmdaemon.store.sqlite import archive
 
     return archive.open_archive(settings.database)
+
+
+def migrate(asked: Postgres) -> list[int]:
+    """Brings the schema of a PostgreSQL database to the newest version. Returns the versions that were added. Raises
+    DatabaseError.
+    """
+    from lmdaemon.store.postgres import migrations
+
+    return migrations.migrate_database(asked.url, asked.password)

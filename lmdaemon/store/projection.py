@@ -57,6 +57,17 @@ class Projection:
         if found.committed_at:
             self._committed_at = (found.committed_at, self._clock.monotonic())
 
+    def reload(self, found: "Loaded") -> None:
+        """Takes over what the tables say after an outage: a transaction whose answer was lost may have changed them."""
+        self.figures.clear()
+        self.figures.update({name: figures for name, (figures, _) in found.operators.items()})
+        self.live = sum(figures.live for figures in self.figures.values())
+        self.gates.clear()
+        self.gates.update({name: gate for name, (_, gate) in found.operators.items()})
+        self.next_due_ms, self.next_lifetime_at = found.next_due_ms, found.next_lifetime_at
+        for observer in self.observers:
+            observer.read_again()
+
     def observe(self, observer: StoreObserver) -> None:
         """Calls one more observer after each commit from now on."""
         self.observers += (observer,)

@@ -146,7 +146,8 @@ class Changes:
     # Rows
     touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
     sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
-    ended: list[tuple[Any, ...]] = field(default_factory=list)  # id, reason, extra (None: unchanged), token
+    # id, reason, extra (None: unchanged), token, and for inactivity the last touch that it was decided on
+    ended: list[tuple[Any, ...]] = field(default_factory=list)
     moved_due: list[tuple[int, int]] = field(default_factory=list)  # id, due_ms
     moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # id, lifetime_at
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
@@ -233,7 +234,7 @@ class _Decision:
         self._now = world.wall_at
         self._changes = Changes(world)
         self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, after the operations so far
-        self._added: list[tuple[str, str]] = []  # operator and session id
+        self._added: dict[tuple[str, str], None] = {}  # operator and session id, in their order
         self._last_session = world.last_session
         self._settled: set[int] = set()  # deliveries that this batch has settled so far
         self._outlived: list[Session] = []
@@ -260,7 +261,7 @@ class _Decision:
 
     def _is_new(self, session: Session) -> bool:
         """Whether this batch adds the session."""
-        return session.id > self._world.last_session
+        return (session.operator, session.session_id) in self._added
 
     def _figures(self, operator: str) -> Figures:
         figures = self._changes.figures.get(operator)
@@ -362,7 +363,7 @@ class _Decision:
         if self._facts is None and session.session_id in self._changes.touched.get(session.operator, ()):
             raise FactsNeeded
         self._last_session = session.id
-        self._added.append((session.operator, session.session_id))
+        self._added[session.operator, session.session_id] = None
         self._put(session)
         return session
 
@@ -580,7 +581,8 @@ class _Decision:
         for session, token in zip(changes.ends, tokens, strict=True):
             self._put(session._replace(token=token))
             if not self._is_new(session):
-                changes.ended.append((session.id, session.reason, session.extra, token))
+                seen_ms = session.seen_ms if session.reason == "inactivity" else None
+                changes.ended.append((session.id, session.reason, session.extra, token, seen_ms))
         changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
         self._follow_up(sinks, random)
         return changes

@@ -54,8 +54,10 @@ class Engine(Protocol[_TheirWork]):
     def database(self) -> str:
         """A name of the database for log lines."""
 
-    def check(self) -> None:
-        """Raises DatabaseError when the database was taken away, so that further commits would be lost."""
+    async def check(self) -> None:
+        """Before each batch is begun. Raises DatabaseError when the database is gone and writing on would lose what is
+        acknowledged, or what is an outage.
+        """
 
     async def commit(self, work: _TheirWork) -> list[Any]:
         """Commits a batch and returns an answer for each operation.
@@ -181,7 +183,7 @@ class Writer(Generic[Work]):
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
         """One transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
-        self._engine.check()  # on the loop, where it does not wait for the interpreter's lock
+        await self._engine.check()  # on the loop, where it does not wait for the interpreter's lock
         work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = time.monotonic()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
@@ -228,6 +230,11 @@ class Writer(Generic[Work]):
 
     def _failed(self, batch: list[_Queued], error: Exception) -> None:
         failure = str(error)
+        if self.failure is not None:  # twice in a row: those who wait behind would be kept waiting for the same
+            self._refuse(list(self._queue), StoreError(f"writing failed: {error}"))
+            self.refused["writing_failed"] += len(self._queue)
+            self._queue.clear()
+            self._queued_rows = 0
         if failure != self.failure:  # the first failure and each change are logged, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), database=self._engine.database)
         self._set_available(False)

@@ -1,14 +1,17 @@
 """The databases that the store can live in, as the contract suite (`tests/store/contract`) sees them."""
 
+import asyncio
 import contextlib
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+import psycopg
 from support import open_store
 
 from lmdaemon.clock import Clock
@@ -81,3 +84,76 @@ class SqliteEngine(Engine):
     def _connection(self) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
             yield connection
+
+
+class PostgresEngine(Engine):
+    """A database of a server that belongs to one test, made from one that has the schema already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @contextlib.asynccontextmanager
+    async def open(self, clock: Clock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
+        from lmdaemon.store.postgres.store import Store as PostgresStore
+
+        store = await PostgresStore.open(self.url, clock, count_downtime=count_downtime)
+        writer = asyncio.create_task(store.run())
+        try:
+            yield store
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            await store.close()
+
+    def kill(self) -> None:
+        """As when somebody else has found that its row stands still."""
+        with self._connection() as sql:
+            sql.execute("UPDATE lmdaemon.clock SET service_ms = heard_ms, wall_at = m.wall_at FROM lmdaemon.member m")
+            sql.execute("DELETE FROM lmdaemon.member")
+            sql.execute(END_OTHERS)
+
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """Nobody can write: the server takes it for a standby's, and says so."""
+        with self._connection() as sql:
+            name = sql.info.dbname
+            sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+            sql.execute(END_OTHERS)
+            yield
+            sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+            sql.execute(END_OTHERS)
+
+    def rows(self, table: Table) -> list[dict[str, Any]]:
+        statement = {
+            "session": "SELECT * FROM lmdaemon.session",
+            "delivery": "SELECT d.*, s.session_id FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session",
+            "operator": """
+                SELECT coalesce(o.name, f.operator) AS name, coalesce(live, 0)::int AS live,
+                       coalesce(pending, 0)::int AS pending, coalesce(dead, 0)::int AS dead, held_at, held_reason,
+                       coalesce(held_total_ms, 0) AS held_total_ms, coalesce(failures, 0) AS failures,
+                       failing_since_at, coalesce(pause_ms, 0) AS pause_ms, coalesce(probe_at, 0) AS probe_at,
+                       coalesce(not_before_at, 0) AS not_before_at, coalesce(paced_until_at, 0) AS paced_until_at
+                FROM lmdaemon.operator o FULL JOIN (
+                    SELECT operator, sum(live) AS live, sum(pending) AS pending, sum(dead) AS dead
+                    FROM lmdaemon.figure GROUP BY operator) f ON f.operator = o.name""",
+        }[table]
+        with self._connection() as sql:
+            cursor = sql.execute(statement)
+            names = [column.name for column in cursor.description or ()]
+            return [dict(zip(names, map(plain, row), strict=True)) for row in cursor]
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+        with psycopg.connect(self.url, autocommit=True, options="-c default_transaction_read_only=off") as connection:
+            yield connection
+
+
+END_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+
+def plain(value: Any) -> Any:
+    """A number of SQL as Python has it."""
+    if isinstance(value, Decimal):
+        return int(value) if value == int(value) else float(value)
+    return value

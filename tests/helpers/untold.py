@@ -2,7 +2,6 @@
 
 UNTOLD = {
     "api": {"console"},
-    "database": {"url", "password_file", "password_env", "migrate"},
     "sessions": {"daemon_grace", "mass_expiry"},
     "operators": {"mass_expiry"},
 }

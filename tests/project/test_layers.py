@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "shapes": {"ground", "masks"},
     "store": {"ground"},
     "store.sqlite": {"ground", "store"},
-    "store.open": {"ground", "config", "store", "store.sqlite"},  # chooses an engine
+    "store.postgres": {"ground", "store"},
+    "store.open": {"ground", "config", "store", "store.sqlite", "store.postgres"},  # chooses an engine
     # The doers: none imports another, and none knows an engine.
     "delivery": {"ground", "config", "plugins", "masks", "store"},
     "web": {"ground", "config", "plugins", "masks", "shapes", "store"},
@@ -66,6 +67,7 @@ HOMES = {
     "aiosqlite": {"store.sqlite.thread"},
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
+    "psycopg": {"store.postgres"},
     "sqlite3": {"store.sqlite", "commands.backup"},
     "tomllib": {"config.reader", "workbench.script", "workbench.journal"},
 }

@@ -1,21 +1,55 @@
 """A store on a real database, whose figures are checked when a test has ended."""
 
 import dataclasses
+import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
 from pathlib import Path
 
+import psycopg
 import pytest
 from clocks import HandClock
-from engines import Engine, SqliteEngine
+from engines import Engine, PostgresEngine, SqliteEngine
 from operations import BODY
+from postgres import NoServerError, server
 
 from lmdaemon.store.contract import NewDelivery, Store
+from lmdaemon.store.postgres.migrations import migrate
 
 
 @pytest.fixture
 def sqlite_engine(tmp_path: Path) -> SqliteEngine:
     return SqliteEngine(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def postgres_template() -> Iterator[tuple[str, str]]:
+    """A database with the schema and nothing in it, and the URL of one beside it; skips where there is no server."""
+    try:
+        with server() as url:
+            name = f"lmdaemon_template_{os.getpid()}"
+            with psycopg.connect(url, autocommit=True) as sql:
+                sql.execute(f"CREATE DATABASE {name}")
+                with psycopg.connect(url, dbname=name, autocommit=True) as inside:
+                    migrate(inside, name)
+                yield url, name
+                sql.execute(f"DROP DATABASE {name}")
+    except NoServerError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def postgres_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngine]:
+    url, template = postgres_template
+    name = f"lmdaemon_test_{os.getpid()}_{next(NUMBERS)}"
+    with psycopg.connect(url, autocommit=True) as sql:
+        sql.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))
+        sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+NUMBERS = count()
 
 
 @pytest.fixture

@@ -7,12 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from lmdaemon.log import Log
-from lmdaemon.store.contract import StoreError
+from lmdaemon.store.contract import LOOK_S, LOOKS_MAX, READS_MAX, StoreError
 from lmdaemon.store.sqlite.thread import Result, Thread
 
-READS_MAX = 1000  # most reads that wait for the daemon's own connection
-LOOKS_MAX = 100  # most reads that wait for the connection of reads for people
-LOOK_S = 2.0  # longest time of a read for people, its wait included
 INTERRUPT_EVERY_S = 0.05  # between interrupts of a read that nobody waits for any more
 
 log = Log("store")

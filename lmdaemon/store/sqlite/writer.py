@@ -61,7 +61,7 @@ class Disk:
         """Closes the writing connection."""
         await self._writer.close()
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Checks that the file and its WAL are still there; the kernel answers from memory. Raises FileLostError."""
         self._files.check()
 

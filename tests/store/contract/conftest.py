@@ -3,7 +3,7 @@
 import pytest
 from engines import Engine
 
-ENGINES = ("sqlite",)
+ENGINES = ("sqlite", "postgres")
 
 
 @pytest.fixture(params=ENGINES)

@@ -1,0 +1,67 @@
+"""What has ended, read from the database by another process beside the daemon, page by page."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import DatabaseError, Ended
+from lmdaemon.store.postgres.batch import DELIVERY, GATE, SESSION, delivery_of
+from lmdaemon.store.postgres.errors import said
+from lmdaemon.store.postgres.thread import Connection, Database
+
+EXPORT_ROWS = 500  # sessions in one read
+
+# What ended before a time, in the order in which it ended, behind a place.
+ENDED_BEFORE = f"""
+SELECT {SESSION} FROM lmdaemon.session
+WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s) ORDER BY ended_at, id LIMIT %s"""
+# All deliveries of some sessions, oldest first.
+DELIVERIES_OF_ALL = f"""
+SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
+WHERE d.session = ANY (%s) ORDER BY d.id"""
+# What holds every operator back.
+GATES = f"SELECT name, {', '.join(GATE)} FROM lmdaemon.operator"
+# When something was committed last.
+COMMITTED_AT = """
+SELECT max(wall_at)
+FROM (SELECT wall_at FROM lmdaemon.clock UNION ALL SELECT wall_at FROM lmdaemon.member) AS known"""
+
+
+class Archive:
+    """An open database, for `open_archive`, which turns what psycopg raises into a DatabaseError."""
+
+    def __init__(self, sql: Connection) -> None:
+        self._sql = sql
+
+    def ended(self, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
+        """A page of what ended before then, beginning behind `after`, as (ended_at, id)."""
+        found = [Session(*row) for row in self._sql.execute(ENDED_BEFORE, (before_at, *after, rows))]
+        deliveries: dict[int, list[Delivery]] = {one.id: [] for one in found if operator in (None, one.operator)}
+        for row in self._sql.execute(DELIVERIES_OF_ALL, (list(deliveries),)):
+            delivery = delivery_of(row)
+            deliveries[delivery.session].append(delivery)
+        page = [(one, deliveries[one.id]) for one in found if one.id in deliveries]
+        last = found[-1] if len(found) == rows else None
+        return Ended(page, None if last is None else (last.ended_at or 0, last.id))
+
+    def gates(self) -> dict[str, Gate]:
+        """What holds each operator back."""
+        return {name: Gate(*gate) for name, *gate in self._sql.execute(GATES)}
+
+    def committed_at(self) -> int:
+        """Wall time of the last transaction."""
+        row = self._sql.execute(COMMITTED_AT).fetchone()
+        return row[0] if row is not None else 0
+
+
+@contextmanager
+def open_archive(url: str, password: str | None) -> Iterator[Archive]:
+    """Raises DatabaseError, naming the database, also for what fails inside."""
+    database = Database(url, password, "export")
+    try:
+        with database.connect(prepares=True) as sql:
+            yield Archive(sql)
+    except psycopg.Error as error:
+        raise DatabaseError(f"{database.title}: cannot be read: {said(error)}") from error

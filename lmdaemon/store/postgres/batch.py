@@ -1,0 +1,423 @@
+"""How a batch gets into PostgreSQL: the facts it asks for, and its changes as one flush of statements.
+
+What is sent in one flush is one transaction: the server commits it at its end, and rolls all of it back at the first
+error. So no transaction ever waits for this program, which may be stopped at any moment. The first statement is the
+fence: it updates the daemon's own row of `member`, which must be there and be at the batch before this one. Every other
+statement checks what the changes were decided on; where that is no longer so it divides by zero, and the batch is
+decided again. Rows are locked in the order of their ids. Rows go in as one JSON text a statement.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, fields
+from typing import Any, NamedTuple
+
+import orjson
+import psycopg
+
+from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session
+from lmdaemon.store.contract import SWEEP_ROWS, Opening, Recording, StoreError
+from lmdaemon.store.postgres.errors import meaning
+from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.rules import (
+    NEW_DELIVERY,
+    PRUNE_ROWS,
+    RESULT,
+    Changes,
+    Facts,
+    FactsNeeded,
+    OldDelivery,
+    Questions,
+    World,
+    decide,
+    must_look_up,
+    questions,
+)
+
+DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
+TRIES = 10  # to decide a batch again because somebody else has changed what it was decided on
+
+GATE = tuple(field.name for field in fields(Gate))
+SESSION = ", ".join(Session._fields)
+DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{name}" for name in Delivery._fields)
+
+_TYPES = {
+    **dict.fromkeys(("operator", "session_id", "player_id", "token", "attributes", "extra", "reason", "nonce"), "text"),
+    **dict.fromkeys(("sink", "state", "last_error", "history", "body", "name", "held_reason"), "text"),
+    **dict.fromkeys(("attempts", "step", "last_status"), "integer"),
+    "last_code": "numeric",
+}
+
+
+def given(*names: str) -> str:
+    """A table of the rows of a JSON array of arrays, the one parameter."""
+    columns = ", ".join(f"(r->>{i})::{_TYPES.get(name, 'bigint')} AS {name}" for i, name in enumerate(names))
+    return f"(SELECT {columns} FROM json_array_elements(%s::json) r)"
+
+
+def _count(statement: str, rows: str) -> str:
+    """Runs a statement that must change exactly so many rows, the last parameter; else nothing of the batch is
+    stored.
+    """
+    return f"WITH {rows} changed AS ({statement} RETURNING 1) SELECT 1 / (count(*) = %s)::int FROM changed"
+
+
+# -- facts: what a batch asks for
+
+# Sessions of one operator by their ids.
+SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
+# Which of these deliveries are pending.
+PENDING_OF = "SELECT id FROM lmdaemon.delivery WHERE id = ANY (%s) AND state = 'pending'"
+# Active sessions that may be idle for too long, the earliest due first.
+DUE = f"SELECT {SESSION} FROM lmdaemon.session WHERE reason IS NULL AND due_ms <= %s ORDER BY due_ms LIMIT %s"
+# Active sessions past their lifetime, the longest first.
+DUE_LIFETIME = f"""
+SELECT {SESSION} FROM lmdaemon.session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= %s
+ORDER BY lifetime_at LIMIT %s"""
+# A delivery that may be sent, now or again; an http one without a body could never be composed.
+MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
+# Which of these deliveries are dead and may be sent, with their sinks.
+DEAD = (
+    f"SELECT id, sink FROM lmdaemon.delivery WHERE id = ANY (%s) AND operator = %s AND state = 'dead' AND {MAY_BE_SENT}"
+)
+# Deliveries by their numbers.
+DELIVERIES_BY_ID = (
+    f"SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = ANY (%s)"
+)
+# Ids of what ended before a time, in the order in which it ended, behind a place.
+ENDED_BEFORE = """
+SELECT id, ended_at FROM lmdaemon.session WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s)
+ORDER BY ended_at, id LIMIT %s"""
+# What decides whether old sessions can go: their deliveries.
+OLD_DELIVERIES = f"SELECT {', '.join(OldDelivery._fields)} FROM lmdaemon.delivery WHERE session = ANY (%s)"
+# What holds operators back, with the number of its last change.
+GATES = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator WHERE name = ANY (%s)"
+# Whether touched sessions are active.
+STATES = "SELECT session_id, reason IS NULL FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
+# The next deadlines of the whole table.
+NEXT = """
+SELECT (SELECT due_ms FROM lmdaemon.session WHERE reason IS NULL ORDER BY due_ms LIMIT 1),
+       (SELECT lifetime_at FROM lmdaemon.session WHERE reason IS NULL AND lifetime_at IS NOT NULL
+        ORDER BY lifetime_at LIMIT 1)"""
+
+# -- apply
+
+# The fence, and the clock as of this transaction. Only the daemon itself updates its row, so nobody waits for it but
+# those who want to delete it.
+FENCE = _count(
+    "UPDATE lmdaemon.member SET heard_ms = %s, wall_at = %s, batch = batch + 1 WHERE id = %s AND batch = %s - 1",
+    rows="",
+)
+# Stamps the active ones of the touched sessions, and returns which they are if they are not as many as were given.
+TOUCH = """
+WITH found AS MATERIALIZED (
+    SELECT s.id, s.operator, s.session_id
+    FROM json_each(%s::json) AS ids CROSS JOIN json_array_elements_text(ids.value) AS one (session_id)
+    JOIN lmdaemon.session s ON s.operator = ids.key AND s.session_id = one.session_id
+    WHERE s.reason IS NULL ORDER BY s.id FOR UPDATE OF s),
+touched AS (
+    UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, %s), seen_at = %s FROM found
+    WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
+SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
+       THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
+# Adds sessions.
+ADD_SESSIONS = f"""
+INSERT INTO lmdaemon.session ({SESSION}, due_ms)
+SELECT {SESSION}, seen_ms + idle_ms FROM {given(*Session._fields)} AS new"""
+# Ends sessions that are active and, where that is the reason, have not been touched since that was found.
+END = _count(
+    """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
+                          token = ended.token
+       FROM ended JOIN locked USING (id) WHERE session.id = ended.id""",
+    rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms")},
+         locked AS MATERIALIZED (
+             SELECT s.id FROM lmdaemon.session s JOIN ended USING (id)
+             WHERE s.reason IS NULL AND s.seen_ms <= coalesce(ended.seen_ms, s.seen_ms)
+             ORDER BY s.id FOR UPDATE OF s),""",
+)
+# Moves deadlines to where touches have put them.
+MOVE_DUE = f"""
+WITH moved AS MATERIALIZED {given("id", "due_ms")},
+locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN moved USING (id) ORDER BY s.id FOR UPDATE OF s)
+UPDATE lmdaemon.session SET due_ms = moved.due_ms FROM moved JOIN locked USING (id) WHERE session.id = moved.id"""
+# Puts off ends by lifetime.
+MOVE_LIFETIME = MOVE_DUE.replace("due_ms", "lifetime_at")
+# Adds deliveries.
+ADD_DELIVERIES = f"""
+INSERT INTO lmdaemon.delivery ({", ".join(NEW_DELIVERY)})
+SELECT {", ".join(NEW_DELIVERY[:-1])}, convert_to(body, 'UTF8') FROM {given(*NEW_DELIVERY)} AS new"""
+# Stores results of attempts; what was delivered needs its body no more.
+SETTLE = _count(
+    f"""UPDATE lmdaemon.delivery SET {", ".join(f"{name} = result.{name}" for name in RESULT[1:])},
+               body = CASE WHEN result.state = 'delivered' THEN ''::bytea ELSE body END
+        FROM result JOIN locked USING (id) WHERE delivery.id = result.id""",
+    rows=f"""result AS MATERIALIZED {given(*RESULT)},
+         locked AS MATERIALIZED (
+             SELECT d.id FROM lmdaemon.delivery d JOIN result USING (id)
+             WHERE d.state = 'pending' AND d.attempts <= result.attempts ORDER BY d.id FOR UPDATE OF d),""",
+)
+# Puts a digest in the place of a token that no delivery needs any more.
+FORGET_TOKENS = f"""
+WITH digest AS MATERIALIZED {given("id", "token")},
+locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN digest USING (id) ORDER BY s.id FOR UPDATE OF s)
+UPDATE lmdaemon.session SET token = digest.token FROM digest JOIN locked USING (id)
+WHERE session.id = digest.id
+      AND NOT EXISTS (SELECT 1 FROM lmdaemon.delivery WHERE delivery.session = session.id AND {MAY_BE_SENT})"""
+# Makes dead deliveries due again.
+REVIVE = _count(
+    """UPDATE lmdaemon.delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
+                           aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
+       FROM again JOIN locked USING (id) WHERE delivery.id = again.id""",
+    rows=f"""again AS MATERIALIZED {given("id", "due_at", "aged_from_at", "held_base_ms")},
+         locked AS MATERIALIZED (
+             SELECT d.id FROM lmdaemon.delivery d JOIN again USING (id)
+             WHERE d.state = 'dead' ORDER BY d.id FOR UPDATE OF d),""",
+)
+# Deletes the deliveries of pruned sessions. One that is pending again stays, and keeps its session from being deleted.
+PRUNE_DELIVERIES = "DELETE FROM lmdaemon.delivery WHERE session = ANY (%s) AND state <> 'pending'"
+# Deletes pruned sessions.
+PRUNE_SESSIONS = _count("DELETE FROM lmdaemon.session WHERE id = ANY (%s)", rows="")
+# Adds to this daemon's part of the figures.
+ADD_FIGURES = f"""
+INSERT INTO lmdaemon.figure (operator, member, live, pending, dead)
+SELECT name, %s, live, pending, dead FROM {given("name", "live", "pending", "dead")} AS new ORDER BY name
+ON CONFLICT (operator, member) DO UPDATE SET live = figure.live + excluded.live,
+    pending = figure.pending + excluded.pending, dead = figure.dead + excluded.dead"""
+# Stores what holds operators back, unless somebody else has changed it meanwhile.
+PUT_GATES = _count(
+    f"""INSERT INTO lmdaemon.operator (name, version, {", ".join(GATE)})
+        SELECT name, version + 1, {", ".join(GATE)} FROM {given("name", "version", *GATE)} AS new ORDER BY name
+        ON CONFLICT (name) DO UPDATE SET version = excluded.version, {", ".join(f"{n} = excluded.{n}" for n in GATE)}
+        WHERE operator.version = excluded.version - 1""",
+    rows="",
+)
+# Puts kept waits back with the wall clock.
+SET_BACK = """
+UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s) WHERE state = 'pending' AND due_at > %s"""
+
+
+def to_json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def fetch_all(sql: Connection, statements: Sequence[tuple[str, Sequence[Any]]]) -> list[list[tuple[Any, ...]]]:
+    """The rows of each statement, in one exchange with the server."""
+    with sql.pipeline():
+        cursors = [sql.execute(statement, arguments) for statement, arguments in statements]
+    return [cursor.fetchall() for cursor in cursors]
+
+
+def read_facts(sql: Connection, asked: Questions, wall_at: int) -> Facts:
+    """Looks up what a batch asks for."""
+    facts = Facts(asked=asked.sessions)
+    limit = asked.sweeps * SWEEP_ROWS
+    due_ms = -1 if asked.due_ms is None else asked.due_ms
+    retry, pruning = asked.retry, asked.pruning
+    named = {number: name for name in asked.deliveries if (number := number_of(name)) is not None}
+    wanted: dict[str, tuple[str, Sequence[Any]]] = {
+        **{f"of {name}": (SESSIONS_BY_KEY, (name, list(ids))) for name, ids in asked.sessions.items()},
+        **({"pending": (PENDING_OF, (asked.results,))} if asked.results else {}),
+        **({"outlived": (DUE_LIFETIME, (wall_at, limit)), "due": (DUE, (due_ms, limit))} if asked.sweeps else {}),
+        **({"dead": (DEAD, (list(retry.deliveries), retry.operator))} if retry else {}),
+        **({"deliveries": (DELIVERIES_BY_ID, (list(named),))} if named else {}),
+        **({"old": (ENDED_BEFORE, (pruning.before_at, *pruning.after, PRUNE_ROWS))} if pruning else {}),
+    }
+    found = dict(zip(wanted, fetch_all(sql, list(wanted.values())), strict=True)) if wanted else {}
+    facts.sessions = [Session(*row) for name in asked.sessions for row in found[f"of {name}"]]
+    facts.pending = frozenset(row[0] for row in found.get("pending", ()))
+    facts.outlived = [Session(*row) for row in found.get("outlived", ())]
+    facts.due = [Session(*row) for row in found.get("due", ())]
+    dead: dict[int, str] = dict(found.get("dead", ()))
+    deliveries = {one.webhook_id: one for one in map(delivery_of, found.get("deliveries", ()))}
+    facts.deliveries = {name: deliveries.get(name) for name in asked.deliveries}
+    for one in deliveries.values():
+        if one.state == "dead" and (one.body or one.sink != HTTP_SINK):  # as MAY_BE_SENT has it
+            dead[one.id] = one.sink
+    facts.dead = dead
+    if pruning:
+        facts.old = [(number, ended_at) for number, ended_at in found["old"]]
+        ids = [number for number, _ in facts.old]
+        facts.old_deliveries = [OldDelivery(*row) for row in sql.execute(OLD_DELIVERIES, (ids,))]
+    return facts
+
+
+def delivery_of(row: Sequence[Any]) -> Delivery:
+    """A delivery from its columns: its code is a number, an integer where it is one."""
+    delivery = Delivery(*row)
+    code = delivery.last_code
+    if code is not None:
+        delivery = delivery._replace(last_code=int(code) if code == int(code) else float(code))
+    return delivery
+
+
+def number_of(webhook_id: str) -> int | None:
+    """The row number in the public id of a delivery, or None in what is none."""
+    number = webhook_id.removeprefix("msg_").partition("_")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) <= 18 else None
+
+
+class FencedOffError(Exception):
+    """The daemon's own row is not as its last transaction has left it: the daemon was put out, or a transaction whose
+    answer was lost has been committed after all.
+    """
+
+
+class Place(NamedTuple):
+    """Where the daemon stands: its row in `member`, and the number of the batch to come."""
+
+    member: int
+    batch: int
+
+
+class Batch:
+    """One batch on its way into the database. Where nothing must be looked up it is decided at once, on the event loop.
+
+    `gates` are those of `world` with the numbers of their last changes.
+    """
+
+    def __init__(
+        self, operations: Sequence[Any], world: World, versions: dict[str, int], *, expect_known: bool
+    ) -> None:
+        self._operations = operations
+        self._world = world
+        self.versions = versions
+        self.changes: Changes
+        self.looked_up = False  # whether facts were read for it
+        self._decided = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
+
+    def _is_looked_up(self, *, expect_known: bool) -> bool:
+        kinds = set(map(type, self._operations))
+        return (
+            len(self._operations) > DECIDED_ON_LOOP_MAX
+            or must_look_up(kinds)
+            or (expect_known and not kinds.isdisjoint((Opening, Recording)))
+        )
+
+    def _decided_at_once(self) -> Changes | None:
+        try:
+            return decide(self._operations, None, self._world)
+        except FactsNeeded:
+            return None
+
+    def run(self, sql: Connection, place: Place) -> list[Any]:
+        """Commits it. Returns an answer for each operation. Raises psycopg.Error, and FencedOffError; then nothing is
+        stored, unless the connection was lost.
+        """
+        decided = self._decided
+        for _ in range(TRIES):
+            if decided is None:
+                self.looked_up = True
+                facts = read_facts(sql, questions(self._operations), self._world.wall_at)
+                decided = decide(self._operations, facts, self._world)
+            try:
+                self._apply(sql, decided, place)
+            except psycopg.Error as error:
+                if meaning(error) != "conflict":
+                    raise
+                self._refresh_gates(sql, decided)
+                decided = None
+            else:
+                self.changes = decided
+                return decided.answers
+        raise psycopg.errors.SerializationFailure("somebody else keeps changing the same rows")
+
+    def resolved(self, sql: Connection) -> list[Any]:
+        """The answers, once it is known to be stored though the answer of its commit was lost."""
+        changes = self.changes
+        if changes.touchings:
+            self._tell_touched(sql, changes, None)
+        return changes.answers
+
+    def _refresh_gates(self, sql: Connection, decided: Changes) -> None:
+        """What holds the operators of a batch back may be what somebody else has changed."""
+        if not decided.gates:
+            return
+        gates, self.versions = dict(self._world.gates), dict(self.versions)
+        for name, version, *gate in sql.execute(GATES, (list(decided.gates),)):
+            gates[name], self.versions[name] = Gate(*gate), version
+        self._world = self._world._replace(gates=gates)
+
+    def _apply(self, sql: Connection, changes: Changes, place: Place) -> None:
+        self.changes = changes  # also for `resolved`, if the answer is lost
+        sent: list[psycopg.Cursor[Any]] = []
+        try:
+            with sql.pipeline():
+                for statement, arguments in self._statements(changes, place):
+                    sent.append(sql.execute(statement, arguments))
+        except psycopg.Error as error:
+            fence = sent[0].pgresult if sent else None
+            if meaning(error) == "conflict" and (fence is None or not _is_good(fence)):
+                raise FencedOffError from error
+            raise
+        if changes.touchings:
+            touched = sent[2 if self._world.set_back_ms else 1] if changes.touched else None
+            row = touched.fetchone() if touched is not None else None
+            if row is not None and row[0] is not None:
+                self._tell_touched(sql, changes, row[0])
+        if changes.swept:
+            row = sent[-1].fetchone()
+            changes.next_due_ms, changes.next_lifetime_at = row if row is not None else (None, None)
+
+    def _statements(self, changes: Changes, place: Place) -> Iterable[tuple[str, tuple[Any, ...]]]:
+        """What is written, in its order: the fence first."""
+        world = changes.world
+        yield FENCE, (world.service_ms, world.wall_at, place.member, place.batch, 1)
+        if world.set_back_ms:
+            yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at)
+        if changes.touched:
+            touched = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
+            count = sum(map(len, touched.values()))
+            yield TOUCH, (to_json(touched), changes.seen_ms, world.wall_at, count)
+        if changes.sessions:
+            yield ADD_SESSIONS, (to_json(changes.sessions),)
+        if changes.ended:
+            yield END, (to_json(changes.ended), world.wall_at, len(changes.ended))
+        if changes.moved_due:
+            yield MOVE_DUE, (to_json(changes.moved_due),)
+        if changes.moved_lifetime:
+            yield MOVE_LIFETIME, (to_json(changes.moved_lifetime),)
+        if changes.deliveries:
+            yield ADD_DELIVERIES, (to_json(changes.deliveries),)
+        if changes.results:
+            yield SETTLE, (to_json(list(changes.results.values())), len(changes.results))
+        if changes.digests:
+            yield FORGET_TOKENS, (to_json(changes.digests),)
+        if changes.revived:
+            yield REVIVE, (to_json(changes.revived), len(changes.revived))
+        if changes.pruned:
+            yield PRUNE_DELIVERIES, (changes.pruned,)
+            yield PRUNE_SESSIONS, (changes.pruned, len(changes.pruned))
+        figures = [(name, *astuple(one)) for name, one in changes.figures.items()]
+        if figures:
+            yield ADD_FIGURES, (place.member, to_json(figures))
+        if changes.gates:
+            gates = [(name, self.versions.get(name, 0), *astuple(gate)) for name, gate in changes.gates.items()]
+            yield PUT_GATES, (to_json(gates), len(gates))
+        if changes.swept:
+            yield NEXT, ()
+
+    @staticmethod
+    def _tell_touched(sql: Connection, changes: Changes, touched: Sequence[tuple[str, str]] | None) -> None:
+        """Corrects the answers of touches: by what was touched (None: not known any more), and by what is stored of the
+        rest. It is committed by now: what cannot be read is told so to those who touched it.
+        """
+        active: dict[str, set[str]] = {operator: set() for operator in changes.touched}
+        ended: dict[str, set[str]] = {operator: set() for operator in changes.touched}
+        for operator, session_id in touched or ():
+            active[operator].add(session_id)
+        try:
+            for operator, session_ids in changes.touched.items():
+                left = [session_id for session_id in session_ids if session_id not in active[operator]]
+                for session_id, is_active in sql.execute(STATES, (operator, left)).fetchall() if left else ():
+                    if not is_active:
+                        ended[operator].add(session_id)
+                    elif touched is None:
+                        active[operator].add(session_id)
+        except psycopg.Error as error:
+            for place, _, _ in changes.touchings:
+                changes.answers[place] = StoreError(f"reading failed: {error}")
+            return
+        changes.states_of_touched(active, ended)
+
+
+def _is_good(result: psycopg.pq.abc.PGresult) -> bool:
+    return result.status in (psycopg.pq.ExecStatus.TUPLES_OK, psycopg.pq.ExecStatus.COMMAND_OK)

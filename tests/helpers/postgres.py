@@ -1,0 +1,85 @@
+"""A real PostgreSQL for the tests: the one that POSTGRES_URL names, or one of its own from Debian's binaries.
+
+POSTGRES_URL is a libpq URL of a role that may create databases. Its own server lies in a temporary directory, and does
+not sync: it has to outlive no power cut.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ASKED = "POSTGRES_URL"
+BINARIES = Path("/usr/lib/postgresql")
+SETTINGS = ("fsync=off", "full_page_writes=off", "max_connections=200", "max_wal_senders=4", "autovacuum_naptime=5s")
+
+
+class NoServerError(Exception):
+    """There is none, and none can be started: why."""
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The URL of a database from which others can be made. Raises NoServerError."""
+    if url := os.environ.get(ASKED):
+        yield url
+        return
+    with OwnServer() as own:
+        yield own.url
+
+
+def _binaries() -> Path:
+    found = sorted(
+        (one for one in BINARIES.glob("*/bin") if (one / "initdb").exists()), key=lambda one: int(one.parent.name)
+    )
+    if not found:
+        raise NoServerError(
+            f"no PostgreSQL: {ASKED} is not set, and there is none in {BINARIES} (apt install postgresql)"
+        )
+    return found[-1]
+
+
+class OwnServer:
+    """A server in a temporary directory, with a port on loopback. It can be stopped, killed and started again."""
+
+    def __init__(self) -> None:
+        self._binaries = _binaries()
+        self.directory = Path(tempfile.mkdtemp(prefix="lmdaemon-postgres-"))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._as: list[str] = []
+        if os.geteuid() == 0:  # it refuses to run as root
+            shutil.chown(self.directory, "postgres", "postgres")
+            self._as = ["runuser", "-u", "postgres", "--"]
+        self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self._as, str(self._binaries / program), "-D", str(self.directory / "data"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.directory, check=False)
+        if done.returncode:
+            raise NoServerError(f"{program}: {done.stdout}{done.stderr}")
+
+    def start(self) -> None:
+        settings = [
+            f"-c {one}" for one in (*SETTINGS, f"port={self.port}", f"unix_socket_directories={self.directory}")
+        ]
+        self._run("pg_ctl", "-w", "-l", str(self.directory / "log"), "-o", " ".join(settings), "start")
+
+    def stop(self, how: str = "fast") -> None:
+        """`fast` ends sessions in order, `immediate` is a crash."""
+        self._run("pg_ctl", "-w", "-m", how, "stop")
+
+    def __enter__(self) -> "OwnServer":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop("immediate")
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,22 @@
+"""A store behind a proxy that can lose what passes through it."""
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from engines import Engine, PostgresEngine
+from proxy import Proxy
+
+
+@pytest.fixture
+def engine(postgres_engine: PostgresEngine) -> Engine:
+    return postgres_engine
+
+
+@pytest.fixture
+def proxied(postgres_engine: PostgresEngine) -> Iterator[tuple[PostgresEngine, Proxy]]:
+    """The same database as `engine` has, and the proxy that its stores connect through."""
+    found = psycopg.conninfo.conninfo_to_dict(postgres_engine.url)
+    with Proxy(int(found["port"] or 5432)) as proxy:
+        url = psycopg.conninfo.make_conninfo(postgres_engine.url, host="127.0.0.1", port=proxy.port)
+        yield PostgresEngine(url), proxy

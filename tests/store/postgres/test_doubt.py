@@ -1,0 +1,127 @@
+"""A connection that is lost during a commit: what became of it is found out, and nothing is done twice."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from clocks import HandClock
+from engines import PostgresEngine
+from operations import BODY, attempt, counted, notice, one_delivery, opening
+from proxy import Mode, Proxy
+
+from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
+from lmdaemon.store.postgres import writer
+
+CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
+
+
+@pytest.fixture
+async def db(proxied: tuple[PostgresEngine, Proxy], clock: HandClock) -> AsyncIterator[Store]:
+    async with proxied[0].open(clock) as opened:
+        opened.configured = frozenset({"acme"})
+        opened.sinks_of = lambda session: [NewDelivery("http", BODY)]
+        yield opened
+
+
+@pytest.fixture
+def proxy(proxied: tuple[PostgresEngine, Proxy]) -> Proxy:
+    return proxied[1]
+
+
+def counts(engine: PostgresEngine) -> tuple[int, int, list[tuple[int, int, int]]]:
+    figures = [(row["live"], row["pending"], row["dead"]) for row in engine.rows("operator")]
+    return len(engine.rows("session")), len(engine.rows("delivery")), figures
+
+
+@pytest.mark.parametrize("cut", CUTS)
+class TestCut:
+    """Before the statement has reached the server, and before its answer has come back."""
+
+    async def test_a_session_is_opened_once_and_answered_so(
+        self, db: Store, proxy: Proxy, postgres_engine: PostgresEngine, cut: Mode
+    ) -> None:
+        proxy.mode = cut
+        assert (await db.open_session(opening())).outcome == "created"
+        assert proxy.cuts == 1
+        assert counts(postgres_engine) == (1, 0, [(1, 0, 0)])
+        assert db.figures_of("acme").live == 1
+
+    async def test_an_end_is_one_end_with_one_set_of_deliveries(
+        self, db: Store, proxy: Proxy, postgres_engine: PostgresEngine, cut: Mode
+    ) -> None:
+        await db.open_session(opening())
+        proxy.mode = cut
+        assert await db.record(notice("s")) == "ended"
+        assert counts(postgres_engine) == (1, 1, [(0, 1, 0)])
+        assert await db.record(notice("s")) == "repeated"
+        assert (db.figures_of("acme").live, db.figures_of("acme").pending) == (0, 1)
+
+    async def test_a_failed_attempt_counts_once(self, db: Store, proxy: Proxy, cut: Mode) -> None:
+        delivery = await one_delivery(db)
+        proxy.mode = cut
+        settled = await db.settle(
+            Settlement(delivery, "pending", 5000, 1, attempt(status=500), gate=counted(failed=True))
+        )
+        assert settled.after.failures == 1
+        known = await db.session("acme", delivery.session_id)
+        assert known is not None
+        assert known[1][0].attempts == 1
+        assert db.gate("acme").failures == 1
+        # And the next one counts from there
+        await db.settle(Settlement(known[1][0], "pending", 5000, 2, attempt(status=500), gate=counted(failed=True)))
+        assert db.gate("acme").failures == 2
+
+    async def test_touches_are_answered_by_what_became_of_their_sessions(
+        self, db: Store, proxy: Proxy, cut: Mode
+    ) -> None:
+        await db.open_session(opening("a"))
+        await db.record(notice("over"))
+        proxy.mode = cut
+        assert await db.touch("acme", ["a", "over", "none"]) == (1, ["none"], ["over"])
+
+
+async def test_everything_swallowed_is_refused_in_time_and_resumes_by_itself(
+    db: Store, proxy: Proxy, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer at all, and no reset: what a broken middlebox does. The service clock stands still meanwhile."""
+    monkeypatch.setattr(writer, "WRITE_S", 0.2)
+    await db.open_session(opening())
+    proxy.mode = "swallow"
+    with pytest.raises(StoreError, match="no answer within"):
+        await db.touch("acme", ["s"])
+    frozen_ms = db.service_clock.now_ms()
+    clock.advance(1)
+    assert db.service_clock.now_ms() == frozen_ms
+    proxy.mode = "pass"
+    async with asyncio.timeout(20):
+        while db.failure:
+            await asyncio.sleep(0.05)
+    assert await db.touch("acme", ["s"]) == (1, [], [])
+
+
+async def test_what_was_committed_behind_a_refusal_is_known_afterwards(
+    db: Store, proxy: Proxy, postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both the commit's answer and the look for it are lost, so the caller is refused; then the tables are read
+    again.
+    """
+    monkeypatch.setattr(writer, "WRITE_S", 0.2)
+
+    def lose_all(self: Proxy, source: object, target: object, *, from_client: bool) -> bool:
+        if from_client:
+            return passed_on(self, source, target, from_client=from_client)
+        self.mode = "swallow"
+        return True
+
+    passed_on = Proxy._pass_on
+    with monkeypatch.context() as patch:
+        patch.setattr(Proxy, "_pass_on", lose_all)
+        with pytest.raises(StoreError):
+            await db.open_session(opening())
+    proxy.mode = "pass"
+    assert counts(postgres_engine)[0] == 1
+    async with asyncio.timeout(20):
+        while db.failure:
+            await asyncio.sleep(0.05)
+    assert db.live == 1
+    assert (await db.open_session(opening())).outcome == "open"

@@ -1,0 +1,222 @@
+"""What a server must be like, who may use its database, and what an operation does that it cannot store."""
+
+import asyncio
+from pathlib import Path
+from random import Random
+
+import psycopg
+import pytest
+from clocks import HandClock
+from engines import PostgresEngine
+from operations import notice, opening
+from postgres import NoServerError, OwnServer
+from support import ScriptedOperator, operator_table, scripted_operator, serving, until
+
+from lmdaemon.store.contract import DatabaseError, Store, StoreError
+from lmdaemon.store.postgres import members, store
+from lmdaemon.store.postgres.migrations import UnsafeSettingError, migrate
+from lmdaemon.store.postgres.store import Store as PostgresStore
+
+
+def execute(engine: PostgresEngine, statement: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(engine.url, autocommit=True) as sql:
+        cursor = sql.execute(statement.replace("DATABASE_NAME", sql.info.dbname))  # type: ignore[arg-type]
+        return cursor.fetchall() if cursor.description else []
+
+
+class TestRefusals:
+    """Each is named, and nothing is changed."""
+
+    @pytest.mark.parametrize("value", ["off", "local"])
+    async def test_a_commit_that_a_crash_could_undo_is_refused(
+        self, postgres_engine: PostgresEngine, clock: HandClock, value: str
+    ) -> None:
+        execute(postgres_engine, f"ALTER DATABASE DATABASE_NAME SET synchronous_commit = {value}")
+        with pytest.raises(UnsafeSettingError, match=f"synchronous_commit is '{value}'"):
+            await PostgresStore.open(postgres_engine.url, clock)
+
+    async def test_a_database_that_cannot_be_written_is_refused(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        execute(postgres_engine, "ALTER DATABASE DATABASE_NAME SET default_transaction_read_only = on")
+        with pytest.raises(DatabaseError, match="is read-only"):
+            await PostgresStore.open(postgres_engine.url, clock)
+
+    async def test_a_database_that_is_not_there_is_named(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        url = psycopg.conninfo.make_conninfo(postgres_engine.url, dbname="nowhere")
+        with pytest.raises(DatabaseError, match=r'postgresql 127\.0\.0\.1/nowhere: .*"nowhere" does not exist'):
+            await PostgresStore.open(url, clock)
+
+    async def test_a_server_that_cannot_be_reached_is_named(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        url = psycopg.conninfo.make_conninfo(postgres_engine.url, port=1, password="hush-4711")
+        with pytest.raises(DatabaseError, match="refused") as caught:
+            await PostgresStore.open(url, clock)
+        assert "hush-4711" not in str(caught.value)
+
+    async def test_a_schema_of_a_newer_program_is_refused(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 9")
+        with pytest.raises(DatabaseError, match="newer lmdaemon"):
+            await PostgresStore.open(postgres_engine.url, clock)
+        execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 1")  # it has only added to it
+        async with postgres_engine.open(clock) as db:
+            assert (await db.open_session(opening())).outcome == "created"
+
+    async def test_without_leave_to_migrate_a_missing_schema_is_named(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        execute(postgres_engine, "DROP SCHEMA lmdaemon CASCADE")
+        with pytest.raises(DatabaseError, match="run `lmdaemon migrate`"):
+            await PostgresStore.open(postgres_engine.url, clock, may_migrate=False)
+        async with postgres_engine.open(clock):
+            pass
+
+
+def test_two_who_set_up_a_database_at_once_set_it_up_once(postgres_engine: PostgresEngine) -> None:
+    execute(postgres_engine, "DROP SCHEMA lmdaemon CASCADE")
+
+    async def both() -> list[list[int]]:
+        def one() -> list[int]:
+            with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+                return migrate(sql, "it")
+
+        return await asyncio.gather(*(asyncio.to_thread(one) for _ in range(4)))
+
+    assert sorted(asyncio.run(both())) == [[], [], [], [1]]
+
+
+class TestOneDaemon:
+    """One at a time, and whoever was put out writes nothing more."""
+
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store, "BEAT_S", 0.05)
+        monkeypatch.setattr(members, "WATCH_S", 0.02)
+
+    async def test_a_second_daemon_is_refused_while_the_first_is_there(
+        self, db: Store, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        with pytest.raises(DatabaseError, match=r"is in use by another lmdaemon \(.+:\d+-"):
+            await PostgresStore.open(postgres_engine.url, clock)
+        assert (await db.open_session(opening())).outcome == "created"
+
+    async def test_one_that_has_left_leaves_no_wait(self, postgres_engine: PostgresEngine, clock: HandClock) -> None:
+        for _ in range(3):
+            async with asyncio.timeout(members.LEASE_S):
+                async with postgres_engine.open(clock):
+                    assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
+        assert execute(postgres_engine, "SELECT name FROM lmdaemon.member") == []
+
+    async def test_one_whose_row_stands_still_is_put_out_and_writes_nothing_more(
+        self, postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one that was stopped and wakes up again; its clock and figures carry over."""
+        monkeypatch.setattr(members, "LEASE_S", 0.1)
+        first = await PostgresStore.open(postgres_engine.url, clock)
+        writing = asyncio.create_task(first._writer.run())  # no beats
+        await first.open_session(opening("before"))
+        clock.advance(1)
+        await first.probe()
+        async with postgres_engine.open(clock) as second:
+            assert (second.live, second.service_clock.now_ms()) == (1, 1000)
+            with pytest.raises(StoreError):
+                await first.end("acme", "before")
+            with pytest.raises(DatabaseError, match="was put out by another lmdaemon"):
+                await writing
+            assert (await second.touch("acme", ["before"])).touched == 1
+            await first.close()  # and takes nobody's place
+            assert (await second.touch("acme", ["before"])).touched == 1
+
+
+async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None:
+    """PostgreSQL has no NUL in a text; whoever lets one through must not take others with it."""
+    openings = [opening("a"), opening("b", player_id="nul\0"), opening("c")]
+    told = await asyncio.gather(*(db.open_session(one) for one in openings), return_exceptions=True)
+    assert isinstance(told[1], psycopg.Error)
+    assert [one.outcome for one in (told[0], told[2])] == ["created", "created"]  # type: ignore[union-attr]
+    assert (db.failure, db.live) == (None, 2)
+
+
+async def test_a_touch_moves_no_index_entry(db: Store, postgres_engine: PostgresEngine) -> None:
+    """Heap-only updates: the deadline that an index knows is left alone, and pages have room."""
+    names = [f"s{number}" for number in range(300)]
+    await asyncio.gather(*(db.open_session(opening(name)) for name in names))
+    random = Random(1)
+    for _ in range(100):
+        await db.touch("acme", random.sample(names, 5))
+    statement = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'session'"
+    (updated, hot) = await until(
+        lambda: next((row for row in execute(postgres_engine, statement) if row[0] == 500), None)
+    )
+    assert hot > 0.9 * updated
+
+
+async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(clock: HandClock) -> None:
+    try:
+        own = OwnServer()
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with own:
+        engine = PostgresEngine(own.url)
+        async with engine.open(clock) as db:
+            db.configured = frozenset({"acme"})
+            await asyncio.gather(*(db.open_session(opening(f"s{number}")) for number in range(50)))
+            await asyncio.to_thread(own.stop, "immediate")
+            with pytest.raises(StoreError):
+                await db.touch("acme", ["s1"])
+            with pytest.raises(StoreError):
+                await db.session("acme", "s1")
+            assert "store" in db.service_clock.frozen
+            await asyncio.to_thread(own.start)
+            async with asyncio.timeout(20):
+                while db.failure:
+                    await asyncio.sleep(0.05)
+            assert await db.touch("acme", [f"s{number}" for number in range(50)]) == (50, [], [])
+            assert await db.record(notice("s1")) == "ended"
+
+
+class TestDaemon:
+    """The whole daemon on a database."""
+
+    async def test_sessions_and_their_ends_go_the_whole_way(
+        self, postgres_engine: PostgresEngine, tmp_path: Path
+    ) -> None:
+        async with scripted_operator() as operator:
+            toml = config(postgres_engine, operator)
+            async with serving(tmp_path, toml) as d:
+                base = f"{d.api}/v1/operators/acme/sessions"
+                for name in ("a", "b"):
+                    body = {"playerId": "p", "token": "tok-3n"}
+                    async with d.client.put(f"{base}/{name}", json=body) as answer:
+                        assert answer.status == 201
+                async with d.client.post(f"{base}/touch", json={"sessionIds": ["a", "b", "c"]}) as answer:
+                    assert await answer.json() == {"touched": 2, "unknown": ["c"], "ended": []}
+                async with d.client.post(f"{base}/a/close") as answer:
+                    assert (await answer.json())["reason"] == "closed"
+                await operator.wait_for(1)
+                await until(lambda: d.store.figures_of("acme").pending == 0)
+                async with d.client.get(f"{d.api}/v1/deliveries?operator=acme&state=delivered") as answer:
+                    (delivery,) = (await answer.json())["items"]
+                assert operator.received[0].headers["webhook-id"] == delivery["id"]
+                async with d.client.get(f"{d.api}/health") as answer:
+                    assert (await answer.json())["checks"]["store"][0]["status"] == "pass"
+                async with d.client.get(f"{d.api}/metrics") as answer:
+                    assert 'postgresql="' in await answer.text()
+            async with serving(tmp_path, toml) as d:  # and are there after a restart
+                async with d.client.get(f"{base_of(d)}/b") as answer:
+                    assert (await answer.json())["state"] == "active"
+
+
+def base_of(d: object) -> str:
+    return f"{d.api}/v1/operators/acme/sessions"  # type: ignore[attr-defined]
+
+
+def config(engine: PostgresEngine, operator: ScriptedOperator) -> str:
+    found = psycopg.conninfo.conninfo_to_dict(engine.url)
+    url = f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
+    return f'[database]\nurl = "{url}"\n{operator_table("acme", operator.url)}'

@@ -1,0 +1,41 @@
+<?php
+// An operator's SessionExpired endpoint (v4), whole. Put nginx (nginx.conf beside it) or another TLS proxy before it.
+// TOKEN_FILE has the token agreed upon; ENDED_DIR is a directory of its own, a file for each session that has ended.
+
+const PROVIDER = 'luckymonaco', FIELDS = ['providerId', 'sessionId', 'externalPlayerId', 'token'];
+
+function answer(int $code, string $text, int $status = 200): never
+{
+    http_response_code($status);
+    header('Content-Type: application/json');
+    exit(json_encode(['error' => $code, 'description' => $text]));
+}
+
+if ($_SERVER['REQUEST_METHOD'] !== 'POST') {
+    header('Allow: POST');
+    answer(7, 'Method not allowed', 405);
+}
+if (strtolower(trim(explode(';', $_SERVER['CONTENT_TYPE'] ?? '')[0])) !== 'application/json') {
+    answer(7, 'Not JSON', 415);
+}
+$body = file_get_contents('php://input');
+$notice = json_decode($body, true);
+if (!is_array($notice) || preg_match_all('/"sessionId"\s*:/', $body) !== 1) {
+    answer(7, 'Bad parameters');
+}
+foreach (FIELDS as $name) {
+    if (!is_string($notice[$name] ?? null) || $notice[$name] === '') {
+        answer(7, 'Bad parameters');
+    }
+}
+$token = trim(file_get_contents(getenv('TOKEN_FILE')));
+if (strtolower($notice['providerId']) !== PROVIDER || !hash_equals($token, $notice['token'])) {
+    answer(7, 'Bad provider or token');
+}
+// Written whole and then linked: of ten at the same moment one creates the file, and all of them read it.
+$file = getenv('ENDED_DIR') . '/' . hash('sha256', $notice['sessionId']);
+$mine = tempnam(getenv('ENDED_DIR'), 'new');
+file_put_contents($mine, $notice['externalPlayerId']);
+@link($mine, $file);
+unlink($mine);
+file_get_contents($file) === $notice['externalPlayerId'] ? answer(0, 'Success') : answer(7, 'Another player');

@@ -1,0 +1,125 @@
+"""The examples of docs/examples as they are run: endpoints that pass `check`, a heartbeat that keeps alive."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from commands import environment, poll
+from endpoints import PROVIDER, QUICK, TOKEN, UNTIMED, to
+from processes import free_ports
+from support import Serving, operator_table, serving, until
+from wires import open_session
+
+from lmdaemon.workbench.runner import Report, Runner
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+@contextmanager
+def process(*words: object, cwd: Path, port: int, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server that serves at this port, ended with all its children."""
+    with (cwd / "server.log").open("ab") as log:
+        started = subprocess.Popen(
+            list(map(str, words)),
+            cwd=cwd,
+            env=environment(**env),
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        poll(lambda: listens(port) or started.poll() is not None)
+        assert started.poll() is None, (cwd / "server.log").read_text()
+        yield started
+    finally:
+        os.killpg(started.pid, signal.SIGTERM)
+        started.wait(30)
+
+
+def listens(port: int) -> bool:
+    row = f":{port:04X} 00000000:0000 0A"
+    return any(row in line for line in Path("/proc/net/tcp").read_text().splitlines())
+
+
+async def checked(port: int) -> Report:
+    operator = to(f"http://127.0.0.1:{port}/V4/SessionExpired", provider_id=PROVIDER)
+    return await Runner(operator, checks=UNTIMED, token=TOKEN, limits=QUICK).run()
+
+
+def found(report: Report, verdict: str) -> dict[str, str]:
+    return {result.check.id: result.text for result in report.results if result.verdict == verdict}
+
+
+async def test_the_endpoint_in_python_passes_every_check(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (port,) = free_ports(1)
+    with process(sys.executable, EXAMPLES / "endpoint.py", port, "token", cwd=tmp_path, port=port):
+        report = await checked(port)
+    assert found(report, "fail") == {}
+    assert set(found(report, "warn")) <= {"strictness.slow-body"}  # which the proxy before it cuts off
+
+
+@pytest.mark.skipif(not (shutil.which("php") and shutil.which("nginx")), reason="needs php-cli and nginx")
+async def test_the_endpoint_in_php_behind_nginx_passes_every_check(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "ended").mkdir()
+    front, back = free_ports(2)
+    conf = (EXAMPLES / "nginx.conf").read_text().replace(":8080", f":{front}").replace(":8081", f":{back}")
+    (tmp_path / "nginx.conf").write_text(conf)
+    serve = ("php", "-d", "display_errors=0", "-S", f"127.0.0.1:{back}", EXAMPLES / "endpoint.php")
+    env = {"TOKEN_FILE": str(tmp_path / "token"), "ENDED_DIR": str(tmp_path / "ended"), "PHP_CLI_SERVER_WORKERS": "4"}
+    nginx = ("nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", "daemon off;")
+    with (
+        process(*serve, cwd=tmp_path, port=back, **env),
+        process(*nginx, cwd=tmp_path, port=front),
+    ):
+        report = await checked(front)
+    assert found(report, "fail") == {}
+    assert set(found(report, "warn")) <= {"strictness.slow-body"}
+    assert list((tmp_path / "ended").glob("new*")) == []
+
+
+def test_the_endpoints_stay_short() -> None:
+    """About forty lines: empty ones, comments and lone braces are not counted."""
+    for name in ("endpoint.py", "endpoint.php"):
+        lines = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
+        code = [line for line in lines if line.strip("{}") and not line.startswith(("//", "#", '"""', "<?php"))]
+        assert len(code) <= 50, name
+
+
+async def test_the_heartbeat_keeps_sessions_alive_and_tells_which_are_over(tmp_path: Path) -> None:
+    async with serving(tmp_path, operator_table("acme", "", notify=False)) as daemon:
+        for session in ("s-1", "s-2"):
+            await open_session(daemon, session)
+        beat = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(EXAMPLES / "heartbeat.py"), daemon.api.removeprefix("http://"), "acme"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert beat.stdin is not None
+        assert beat.stdout is not None
+        before = await seen(daemon, "s-1")
+        beat.stdin.write(b"+s-1\n+s-2\n+gone\n")
+
+        async def moved() -> bool:
+            return await seen(daemon, "s-1") > before
+
+        await until(moved)
+        assert await beat.stdout.readline() == b"gone\n"
+        async with daemon.client.post(f"{daemon.api}/v1/operators/acme/sessions/s-2/close") as answer:
+            assert answer.status == 200
+        assert await beat.stdout.readline() == b"s-2\n"
+        beat.stdin.close()
+        assert await beat.wait() == 0
+
+
+async def seen(daemon: Serving, session: str) -> str:
+    async with daemon.client.get(f"{daemon.api}/v1/operators/acme/sessions/{session}") as answer:
+        return str((await answer.json())["lastSeenAt"])

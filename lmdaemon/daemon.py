@@ -530,7 +530,7 @@ class Daemon:
 def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:
     """Raises ConfigError if a handed-over socket is reachable by other machines though `listen` is a loopback address.
 
-    The rules for addresses beyond loopback were then not checked.
+    The configuration was not checked by the rules for addresses that other machines can reach.
     """
     for name, handed_over in assigned.items():
         at = systemd.address_of(handed_over)

@@ -39,6 +39,7 @@ class Certificates:
         return pem
 
     def private_key(self, name: str, at: str) -> Pem | None:
+        """A file with a private key, read; None if it cannot be used, which is recorded."""
         content = self._files.read(name, at, secret=True) if name else None
         if content is None:
             return None

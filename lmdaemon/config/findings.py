@@ -24,9 +24,11 @@ class Findings:
         self.warnings: list[str] = []
 
     def error(self, key: str, rule: str, value: object = ABSENT, hint: str = "") -> None:
+        """Records an error under its key."""
         self.errors.append(f"{key}: {rule}" + ("" if value is ABSENT else f" (got {_shown(value)})") + hint)
 
     def warn(self, key: str, text: str) -> None:
+        """Records a warning under its key."""
         self.warnings.append(f"{key}: {text}")
 
     def unchecked(self, key: str, why: str) -> None:

@@ -44,6 +44,7 @@ FIELD_MEANINGS = ("provider", "session", "player", "token", "request", "hash")
 
 
 def check_server(findings: Findings, table: ServerTable) -> None:
+    """Checks [server]."""
     if not KEEPALIVE_MIN_S <= table.keepalive <= KEEPALIVE_MAX_S:
         findings.error("server.keepalive", 'must be between "1s" and "1h"')
 
@@ -81,11 +82,13 @@ def check_database_url(findings: Findings, url: str) -> None:
 
 
 def check_spans(findings: Findings, table: SessionsTable | OperatorTable, at: str) -> None:
+    """Checks that idle_timeout is long enough."""
     if table.idle_timeout is not None and table.idle_timeout < 1:
         findings.error(f"{at}.idle_timeout", 'must be at least "1s"')
 
 
 def check_policy(findings: Findings, table: DeliveryTable | OperatorTable | PluginTable, at: str) -> None:
+    """Checks the bounds of the settings by which a sink is tried."""
     if table.timeout is not None and table.timeout <= 0:
         findings.error(f"{at}.timeout", "must not be zero")
     if table.concurrency is not None and not 1 <= table.concurrency <= 1000:
@@ -101,6 +104,7 @@ def check_policy(findings: Findings, table: DeliveryTable | OperatorTable | Plug
 
 
 def check_path(findings: Findings, path: str, at: str) -> None:
+    """Checks the path of an endpoint."""
     if not PATH.fullmatch(path):
         findings.error(at, "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/", path)
     elif re.search(r"//|/\.{1,2}(/|$)", path):
@@ -110,6 +114,7 @@ def check_path(findings: Findings, path: str, at: str) -> None:
 
 
 def check_dialect(findings: Findings, table: DialectTable, at: str) -> None:
+    """Checks a [dialects.NAME] table."""
     if findings.sound(at, "path"):
         check_path(findings, table.path, f"{at}.path")
     for meaning, wire_name in table.fields.items():
@@ -136,6 +141,7 @@ def check_dialect(findings: Findings, table: DialectTable, at: str) -> None:
 
 
 def check_plugin(findings: Findings, table: PluginTable, at: str, operators: Mapping[str, object]) -> None:
+    """Checks a [plugins.NAME] table."""
     if findings.sound(at, "use") and not re.fullmatch(r"[\w.]+:[\w.]+", table.use):
         findings.error(f"{at}.use", 'must be "module:attribute"', table.use)
     for operator in table.operators or ():
@@ -148,6 +154,7 @@ def check_plugin(findings: Findings, table: PluginTable, at: str, operators: Map
 
 
 def check_operator(findings: Findings, table: OperatorTable, at: str) -> None:
+    """Checks an [operators.NAME] table."""
     if not table.accept:
         findings.error(f"{at}.accept", 'must name a dialect; endpoint = "" switches receiving off')
     if not 0 <= table.unknown_per_minute <= UNKNOWN_PER_MINUTE_MAX:
@@ -158,6 +165,7 @@ def check_operator(findings: Findings, table: OperatorTable, at: str) -> None:
 
 
 def check_provider_id(findings: Findings, table: OperatorTable, at: str) -> None:
+    """Checks an operator's provider_id."""
     problem = id_problem(table.provider_id)
     if problem and findings.sound(at, "provider_id"):
         findings.error(f"{at}.provider_id", problem, table.provider_id)
@@ -190,6 +198,7 @@ def checked_target(findings: Findings, table: OperatorTable, at: str) -> Target 
 def check_authentication(
     findings: Findings, table: OperatorTable, sends: Dialect, receives: tuple[Dialect, ...], at: str
 ) -> None:
+    """Checks that token_check, tokens, hash key and dialects of an operator fit together."""
     if table.token_check != "present":
         for dialect in receives:
             if "token" not in dialect.fields:
@@ -252,6 +261,7 @@ def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[s
 
 
 def check_listeners(findings: Findings, server: ServerTable, api: ApiTable) -> None:
+    """Checks that the API has a token where one is required, and that the two addresses differ."""
     if not api.listen.loopback and not (api.token_file or api.token_env):
         findings.error("api.token_file", f"is required when api.listen is beyond loopback (got {api.listen.text!r})")
     sound = findings.sound("server", "listen") and findings.sound("api", "listen")

@@ -112,6 +112,7 @@ class SecretFiles:
         return lines
 
     def partner_tokens(self, table: OperatorTable, at: str) -> tuple[str, ...]:
+        """The tokens of `partner_token_file`, or of its variable."""
         place = _place_of(table, "partner_token", at)
         lines = self._lines(table, "partner_token", at)
         for number, token in lines:
@@ -119,6 +120,7 @@ class SecretFiles:
         return tuple(token for _, token in lines)
 
     def signing_keys(self, table: OperatorTable, at: str) -> tuple[bytes, ...]:
+        """The keys of `signing_secret_file`, or of its variable."""
         try:
             return tuple(whsec(line) for _, line in self._lines(table, "signing_secret", at))
         except ValueError as error:

@@ -14,6 +14,8 @@ from lmdaemon.tls import Pem, Profile
 
 
 class ServerTable(msgspec.Struct, frozen=True):
+    """`[server]` as written."""
+
     listen: Listen = Listen("127.0.0.1:8080", "127.0.0.1", 8080)
     trusted_proxies: tuple[Network, ...] = ()
     keepalive: Duration = Duration(75)
@@ -23,6 +25,8 @@ class ServerTable(msgspec.Struct, frozen=True):
 
 
 class ApiTable(msgspec.Struct, frozen=True):
+    """`[api]` as written."""
+
     listen: Listen = Listen("127.0.0.1:8081", "127.0.0.1", 8081)
     token_file: str = ""
     token_env: str = ""
@@ -35,6 +39,8 @@ class ApiTable(msgspec.Struct, frozen=True):
 
 
 class DatabaseTable(msgspec.Struct, frozen=True):
+    """`[database]` as written."""
+
     path: str = "lmdaemon.sqlite3"
     keep_ended: Duration = Duration(90 * 86400)
     url: str = ""
@@ -44,6 +50,8 @@ class DatabaseTable(msgspec.Struct, frozen=True):
 
 
 class SessionsTable(msgspec.Struct, frozen=True):
+    """`[sessions]` as written."""
+
     idle_timeout: Duration = Duration(1800)
     max_lifetime: Duration = Duration(0)
     restart_grace: Duration = Duration(60)
@@ -53,6 +61,8 @@ class SessionsTable(msgspec.Struct, frozen=True):
 
 
 class DeliveryTable(msgspec.Struct, frozen=True):
+    """`[delivery]` as written."""
+
     timeout: Duration = Duration(10)
     schedule: tuple[Duration, ...] = tuple(map(Duration, (5, 30, 120, 600, 1800, 7200, 18000, 36000, 36000)))
     max_age: Duration = Duration(72 * 3600)
@@ -60,6 +70,8 @@ class DeliveryTable(msgspec.Struct, frozen=True):
 
 
 class LogTable(msgspec.Struct, frozen=True):
+    """`[log]` as written."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "text", "json"] = "auto"
 
@@ -98,6 +110,8 @@ class OperatorTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PluginTable(msgspec.Struct, frozen=True, kw_only=True):
+    """`[plugins.NAME]` as written."""
+
     use: str
     operators: tuple[str, ...] | None = None
     timeout: Duration = Duration(10)
@@ -106,6 +120,8 @@ class PluginTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
+    """`[dialects.NAME]` as written."""
+
     path: str
     content: Literal["json", "form"] = "json"
     fields: dict[str, str]
@@ -186,6 +202,8 @@ class ApiToken(msgspec.Struct, frozen=True):
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    """A plug-in, with its policy and options."""
+
     name: str
     use: str
     operators: tuple[str, ...] | None  # None: all
@@ -196,6 +214,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
         return f"Plugin({self.name!r})"  # its options may hold a secret
 
     def listens_to(self, operator: str) -> bool:
+        """Whether it is called for the sessions of this operator."""
         return self.operators is None or operator in self.operators
 
 

@@ -153,6 +153,7 @@ class AnswerProtocol(ResponseHandler):
             body.set_exception(error)  # aiohttp does not tell the reader of the body that a chunk is broken
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Called by the event loop when the connection has ended."""
         super().connection_lost(exc)
         self._body = None  # which knows this protocol: a circle would wait for the garbage collector
 

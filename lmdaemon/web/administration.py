@@ -35,6 +35,7 @@ class Administration:
     # -- operators
 
     async def list_operators(self, asked: Asked[shapes.NoQuery]) -> shapes.OperatorList:
+        """GET /v1/operators."""
         operators = self._context.settings.operators
         oldest = await shown(asked.request, self._store.oldest_pending_shown(operators))
         items = []
@@ -62,12 +63,14 @@ class Administration:
         )
 
     async def hold(self, asked: Asked[None]) -> shapes.Operator:
+        """POST /v1/operators/{operator}/hold."""
         operator, (by, asking) = asked.operator, self._context.asker(asked.request)
         await self._store.set_gate(operator.name, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"))
         log.warning("operator.held", operator=operator.name, reason="by_hand", by=by, request_id=asking)
         return await self._shown_now(operator)
 
     async def release(self, asked: Asked[None]) -> shapes.Operator:
+        """POST /v1/operators/{operator}/release."""
         operator, (by, asking) = asked.operator, self._context.asker(asked.request)
         await self._store.set_gate(operator.name, lambda gate: retry.release(gate, self._clock.wall_ms()))
         log.info("operator.released", operator=operator.name, reason="by_hand", by=by, request_id=asking)
@@ -107,10 +110,12 @@ class Administration:
         return found
 
     async def show_health(self, asked: Asked[None]) -> web.Response:
+        """GET /health, with every check."""
         report = await self._context.health.report()
         return health_answer(orjson.dumps(report), report["status"])
 
     async def show_metrics(self, asked: Asked[None]) -> web.Response:
+        """GET /metrics."""
         try:
             oldest = await self._context.health.oldest_pending_s()
         except StoreError:  # everything else can still be told, that storing fails among it
@@ -119,6 +124,7 @@ class Administration:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def show_openapi(self, asked: Asked[None]) -> web.Response:
+        """GET /openapi.json."""
         settings = self._context.settings
         if self._described is None or self._described[0] is not settings:
             document = await asyncio.to_thread(lambda: orjson.dumps(self._describe(settings)))
@@ -127,4 +133,5 @@ class Administration:
 
 
 def health_answer(body: bytes, status: str) -> web.Response:
+    """The answer to GET /health: 503 if the status is `fail`."""
     return web.Response(body=body, status=503 if status == "fail" else 200, content_type="application/health+json")

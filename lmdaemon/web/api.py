@@ -1,7 +1,7 @@
 """The private side: who is let in, which call is meant, and how an error is answered.
 
-What a call does is in `sessions`, `deliveries` and `administration`; which there are, in `routes`. Called by aiohttp on
-a listener of its own, for game servers, `lmdaemon`'s own commands and administrators.
+What a call does is in `sessions`, `deliveries` and `administration`; which there are, in `routes`. It
+has a listener of its own, for game servers, the commands of `lmdaemon`, and administrators.
 """
 
 import re

@@ -39,9 +39,14 @@ _Row = TypeVar("_Row", Session, Delivery)
 class Health(Protocol):
     """What the daemon knows of itself: a status, and every check with its figures."""
 
-    async def status(self) -> str: ...
-    async def report(self) -> shapes.Health: ...
-    async def oldest_pending_s(self) -> dict[str, float]: ...
+    async def status(self) -> str:
+        """The worst status of all checks."""
+
+    async def report(self) -> shapes.Health:
+        """Every check with its figures."""
+
+    async def oldest_pending_s(self) -> dict[str, float]:
+        """The age (s) of each operator's oldest pending delivery."""
 
 
 @dataclass(kw_only=True)
@@ -77,9 +82,11 @@ class Context:
         return Asker(token.name or None if token is not None else None, request_id(request))
 
     def session(self, session: Session) -> shapes.Session:
+        """A session as it is answered."""
         return session_document(session, self.expires_at(session))
 
     def delivery(self, delivery: Delivery) -> shapes.Delivery:
+        """A delivery as it is answered."""
         return delivery_document(delivery, self.store.gate(delivery.operator))
 
 
@@ -130,6 +137,7 @@ class Call:
 
     @property
     def has_body(self) -> bool:
+        """Whether the call takes a body."""
         return self.takes is not None and self.method != "GET"
 
     @property
@@ -225,6 +233,7 @@ async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Requ
 
 
 def json_answer(answer: shapes.Answer, status: int = 200) -> web.Response:
+    """An answer in JSON."""
     return web.Response(body=to_json(answer), status=status, content_type="application/json")
 
 

@@ -22,6 +22,7 @@ class Deliveries:
         self._retrying: set[str] = set()  # operators whose dead deliveries are being retried
 
     async def list(self, asked: Asked[shapes.DeliveryQuery]) -> web.Response:
+        """GET /v1/deliveries."""
         query = asked.given
         reading = self._store.deliveries(
             operator=query.operator or None,
@@ -45,12 +46,14 @@ class Deliveries:
         return sink
 
     async def show(self, asked: Asked[None]) -> shapes.DeliveryWithHistory:
+        """GET /v1/deliveries/{id}."""
         delivery = await shown(asked.request, self._store.delivery(asked.request.match_info["id"]))
         if delivery is None:
             raise _unknown_delivery()
         return with_history(delivery, self._store.gate(delivery.operator))
 
     async def retry_one(self, asked: Asked[None]) -> shapes.Delivery:
+        """POST /v1/deliveries/{id}/retry."""
         before = await self._store.retry_one(asked.request.match_info["id"])
         if before is None:
             raise _unknown_delivery()
@@ -70,6 +73,7 @@ class Deliveries:
         return self._context.delivery(delivery)
 
     async def retry_dead(self, asked: Asked[shapes.RetrySince]) -> shapes.RetriedDeliveries:
+        """POST /v1/operators/{operator}/deliveries/retry."""
         operator, since_at = asked.operator.name, self._since_at(asked.given.since)
         if operator in self._retrying:
             raise Problem("busy", "another call is retrying the dead deliveries of this operator")

@@ -53,6 +53,7 @@ def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | No
 
 
 def with_deliveries(session: shapes.Session, deliveries: Sequence[shapes.Delivery]) -> shapes.SessionWithDeliveries:
+    """A session with its deliveries, as it is answered."""
     return shapes.SessionWithDeliveries(**msgspec.structs.asdict(session), deliveries=list(deliveries))
 
 

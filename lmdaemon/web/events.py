@@ -1,4 +1,4 @@
-"""Server-sent events: what has just happened, for whoever listens. Without a listener nothing is made or kept.
+"""Server-sent events for clients that watch the daemon. Without such a client nothing is made or kept.
 
 A listener has a queue of QUEUE_MAX events; one that does not take them is dropped, and so delays nobody. Nothing is
 sent again: a listener that comes back begins with the figures of all operators. Source: HTML, section 9.2.
@@ -37,27 +37,29 @@ class Listener:
         self._closed = False
 
     def wants(self, operator: str) -> bool:
+        """Whether the client listens to events of this operator."""
         return self.operator is None or self.operator == operator
 
     def put(self, event: bytes) -> None:
+        """Queues an event; a client with QUEUE_MAX waiting events is dropped."""
         if self._closed:
             return
         if len(self._queue) >= QUEUE_MAX:
             self.dropped = True
             self._queue.clear()
             self.close()
-            self._abort()  # its handler waits for it to take something
+            self._abort()  # its handler waits until the client reads, which it may never do
             return
         self._queue.append(event)
         self._filled.set()
 
     def close(self) -> None:
-        """After what is in the queue there will be nothing."""
+        """Ends the stream after the events that are queued."""
         self._closed = True
         self._filled.set()
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """What is to be sent, in as few pieces as its reader allows, until it is closed."""
+        """The events to send, until the stream is closed; those that are waiting come in one piece."""
         while True:
             await self._filled.wait()
             self._filled.clear()
@@ -70,7 +72,7 @@ class Listener:
 
 
 class _State(NamedTuple):
-    """What a listener is told of an operator when it changes."""
+    """The state of an operator, of which changes are sent."""
 
     live: int
     pending: int
@@ -100,10 +102,12 @@ class Events(StoreObserver):
 
     @property
     def listeners(self) -> int:
+        """The number of clients."""
         return len(self._listeners)
 
     @property
     def full(self) -> bool:
+        """Whether no further client is accepted."""
         return self._stopped or len(self._listeners) >= LISTENERS_MAX
 
     def listen(self, operator: str | None, abort: Callable[[], None]) -> Listener:
@@ -121,7 +125,7 @@ class Events(StoreObserver):
         return listener
 
     def leave(self, listener: Listener) -> None:
-        """Forgets a listener; with the last one all ends."""
+        """Removes a client; with the last one the figures stop."""
         self._listeners.discard(listener)
         if listener.dropped:
             log.warning("events.listener_dropped", operator=listener.operator, waiting=QUEUE_MAX)
@@ -130,12 +134,12 @@ class Events(StoreObserver):
             self._ticking = None
 
     def configured(self) -> None:
-        """There are other operators: everybody begins anew."""
+        """Sends every client a snapshot, after the configuration has changed."""
         for listener in self._listeners:
             listener.put(self._snapshot(listener.operator))
 
     def stop(self) -> None:
-        """Ends all streams, at a stop of the daemon."""
+        """Ends all streams, when the daemon stops."""
         self._stopped = True
         for listener in self._listeners:
             listener.close()
@@ -143,12 +147,14 @@ class Events(StoreObserver):
     # -- what is heard
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """Tells of ends (StoreObserver)."""
         if self._listeners:
             self._since.sessions_ended(sessions)
             for session in sessions:
                 self._tell("session.ended", session.operator, session_document(session, None))
 
     def gate_changed(self, operator: str) -> None:
+        """Tells of holds, breakers and pauses (StoreObserver)."""
         if self._listeners and operator in self._operators():
             state, told = self._state(operator), self._told.get(operator)
             self._told[operator] = state
@@ -176,7 +182,7 @@ class Events(StoreObserver):
             self.tell_figures()
 
     def tell_figures(self) -> None:
-        """What has changed since the last time; listeners to one operator hear of that one alone."""
+        """Sends the figures that have changed since the last time; a client of one operator gets only that one's."""
         counts = self._since.take()
         items = {}
         for name in self._operators():
@@ -212,7 +218,7 @@ class Events(StoreObserver):
         )
 
     def _state(self, operator: str) -> "_State":
-        """Compared each second for each operator, so as cheap as it can be."""
+        """The state of an operator. It is compared every second for each operator, so it must be cheap."""
         figures, gate = self._store.figures_of(operator), self._store.gate(operator)
         breaker = retry.breaker(gate, self._clock.wall_ms()) if gate.failures else "closed"
         return _State(figures.live, figures.pending, figures.dead, gate, breaker)

@@ -96,6 +96,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         )
 
     def answer(self, headers: Mapping[str, str] | None = None) -> web.Response:
+        """The problem as an HTTP answer."""
         wait = {"Retry-After": RETRY_AFTER_S} if self.status == 503 else {}
         return web.Response(
             body=to_json(self.body),
@@ -106,12 +107,15 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
 
 
 def invalid(detail: str) -> Problem:
+    """400: the request is malformed."""
     return Problem("invalid", detail)
 
 
 def unknown_session() -> Problem:
+    """404: there is no such session."""
     return Problem("unknown-session", "no session has this id")
 
 
 def ended(session: shapes.Session | None, status: int) -> Problem:
+    """The session has ended; 409 or 410, as the call says."""
     return Problem("ended", "the session has ended", session, status=status)

@@ -46,6 +46,7 @@ class Since(StoreObserver):
         self._lag_ms: dict[str, int] = {}
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """Notes the lag of ends (StoreObserver)."""
         now_ms = self._service_ms()
         for one in sessions:
             if one.reason == "inactivity":
@@ -85,6 +86,7 @@ class Ring:
         self._values = tuple(array("I", [0]) * SLOTS for _ in Counts._fields)
 
     def add(self, step: int, counts: Counts) -> None:
+        """Adds counts to the slot of a step."""
         slot = step % SLOTS
         is_new = self._steps[slot] != step
         self._steps[slot] = step
@@ -119,9 +121,11 @@ class Recent(StoreObserver):
         return int(self._clock.monotonic())
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """Notes the lag of ends (StoreObserver)."""
         self._since.sessions_ended(sessions)
 
     def committed(self, operations: int, took_s: float) -> None:
+        """Looks at the counters once a second while something is committed (StoreObserver)."""
         if self._now() != self._second:
             self.look()
 

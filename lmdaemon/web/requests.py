@@ -188,7 +188,8 @@ class Head(Protocol):
     """What a request and the head of one have in common."""
 
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> Mapping[str, str]:
+        """Its headers, by name without regard to case."""
 
 
 def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:

@@ -36,6 +36,7 @@ class Sessions:
         self._metrics = context.metrics
 
     async def open(self, asked: Asked[shapes.Opening]) -> web.StreamResponse:
+        """PUT /v1/operators/{operator}/sessions/{sessionId}."""
         operator = asked.operator
         opened = await self._store.open_session(_opening(operator, asked.session_id, asked.given))
         if opened.outcome == "differs":
@@ -84,6 +85,7 @@ class Sessions:
         return answer
 
     async def touch(self, asked: Asked[None]) -> web.StreamResponse:
+        """POST …/sessions/{sessionId}/touch."""
         operator, session_id = asked.operator.name, asked.session_id
         touched = await self._store.touch(operator, [session_id])
         if touched.unknown:
@@ -97,6 +99,7 @@ class Sessions:
         return _NO_CONTENT
 
     async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> web.StreamResponse:
+        """POST /v1/operators/{operator}/sessions/touch."""
         operator = asked.operator.name
         touched = await self._store.touch(operator, asked.given.session_ids)
         self._metrics.touched(operator, touched.touched)
@@ -112,6 +115,7 @@ class Sessions:
             log.warning("touch.refused", **facts, count=many, request_id=request_id(asked.request))
 
     async def close(self, asked: Asked[None]) -> shapes.Session:
+        """POST …/sessions/{sessionId}/close."""
         key = (asked.operator.name, asked.session_id)
         self._context.closing[key] = self._context.asker(asked.request)
         try:
@@ -123,6 +127,7 @@ class Sessions:
         return self._context.session(session)
 
     async def show(self, asked: Asked[None]) -> shapes.SessionWithDeliveries:
+        """GET …/sessions/{sessionId}."""
         found = await shown(asked.request, self._store.shown_session(asked.operator.name, asked.session_id))
         if found is None:
             raise unknown_session()
@@ -130,6 +135,7 @@ class Sessions:
         return with_deliveries(self._context.session(session), list(map(self._context.delivery, deliveries)))
 
     async def list(self, asked: Asked[shapes.SessionQuery]) -> web.Response:
+        """GET /v1/operators/{operator}/sessions."""
         query = asked.given
         reading = self._store.sessions(
             asked.operator.name,

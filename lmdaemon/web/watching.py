@@ -24,6 +24,7 @@ class Watching:
         self._events = context.events
 
     async def stream_events(self, asked: Asked[shapes.EventQuery]) -> web.StreamResponse:
+        """GET /v1/events."""
         request = asked.request
         if request.method == "HEAD":
             return web.Response(headers=_HEADERS)
@@ -48,6 +49,7 @@ class Watching:
         return response
 
     async def show_recent(self, asked: Asked[shapes.NoQuery]) -> shapes.RecentFigures:
+        """GET /v1/figures."""
         second, series = self._context.recent.series()
         now_at = self._context.clock.wall_ms()
         spans = [
@@ -64,6 +66,7 @@ class Watching:
         return shapes.RecentFigures(at=rfc3339(now_at), spans=spans)
 
     async def list_daemons(self, asked: Asked[shapes.NoQuery]) -> shapes.DaemonList:
+        """GET /v1/daemons."""
         return shapes.DaemonList(
             items=[
                 shapes.Daemon(

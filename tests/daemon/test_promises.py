@@ -922,7 +922,7 @@ class Promises(RuleBasedStateMachine):
     def stop(
         self, batch: list[Operation], turns: int, down_s: float, grace_s: int, count: bool, recovers: bool
     ) -> None:
-        """Stopped in order, as the daemon does it, with operations under way, and started again."""
+        """Stops the store as the daemon does, with operations under way, and opens it again."""
         batch = self.served(batch)
         tasks = [self.loop.create_task(self.attempt(operation)) for operation in batch]
         self.turn(turns)

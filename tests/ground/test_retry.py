@@ -1,4 +1,4 @@
-"""Judging an answer, the waits, the breaker: one row for every status and shape of answer (contract, section 6)."""
+"""Judging an answer, the waits, the breaker: one row for every status and shape of answer (docs/delivery.md)."""
 
 import gzip
 from dataclasses import replace

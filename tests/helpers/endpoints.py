@@ -1,4 +1,4 @@
-"""An operator's SessionExpired endpoint that does everything right, and the same with one fault."""
+"""An operator's SessionExpired endpoint that does everything right, or has one fault that a test chooses."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""The private side, call by call, against a whole daemon: contract, section 5."""
+"""The private side, call by call, against a whole daemon (docs/session-api.md)."""
 
 import asyncio
 import contextlib

@@ -145,7 +145,7 @@ async def send_in_pieces(peer: RawConnection, data: bytes, pieces: int) -> None:
     step = -(-len(data) // pieces)
     for start in range(0, len(data), step):
         await peer.send(data[start : start + step])
-        await asyncio.sleep(0.002)  # so that they are read one by one, as a rule
+        await asyncio.sleep(0.002)  # so that the daemon usually reads the pieces one by one
 
 
 @SIDES

@@ -29,6 +29,7 @@ class Reads:
         self._reading = 0
 
     async def close(self) -> None:
+        """Closes both connections."""
         await self._desk.close()
         await self._reader.close()
 

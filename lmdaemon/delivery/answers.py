@@ -7,6 +7,7 @@ must never settle a delivery. An answer that arrived whole must not be lost beca
 import re
 import ssl
 from asyncio import AbstractEventLoop
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -20,6 +21,14 @@ from lmdaemon.causes import Cause
 HEAD_MAX = 64 * 1024  # bytes of an answer's status line and headers
 HEADERS_MAX = 1000  # each is a Python object, so their number costs the event loop more than their bytes
 INTERIM_MAX = 15  # most interim (1xx) responses before the final one; HTTP has no limit. Source: RFC 9110 §15.2
+# How every answer is read: a compressed one as it is, within the bounds, and never unpacked.
+READING: Mapping[str, Any] = {
+    "auto_decompress": False,
+    "max_line_size": HEAD_MAX,
+    "max_field_size": HEAD_MAX,
+    "max_headers": HEADERS_MAX,
+    "read_until_eof": True,
+}
 WIRE_MAX = 1024 * 1024  # bytes after the head, with chunk sizes, extensions and trailers
 
 _HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")

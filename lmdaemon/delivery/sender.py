@@ -20,7 +20,9 @@ from yarl import URL
 from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator
-from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, Answer, AnswerError, AnswerProtocol
+from lmdaemon.config.target import Target
+from lmdaemon.delivery.answers import READING, Answer, AnswerError, AnswerProtocol
+from lmdaemon.delivery.exchange import Exchange, read_some
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.version import __version__
 
@@ -53,12 +55,14 @@ class Sender:
         self._keepalive_s = keepalive_s
         self._traces = list(traces)
         self._clients: dict[bool, aiohttp.ClientSession] = {}
+        self._exchanges: dict[str, tuple[Operator, Exchange]] = {}  # by operator's name; made again after a reload
 
     async def close(self) -> None:
         """Closes all connections."""
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
+        self._exchanges.clear()
 
     def _client(self, *, guarded: bool) -> aiohttp.ClientSession:
         if guarded not in self._clients:
@@ -73,11 +77,11 @@ class Sender:
                 connector=connector,
                 response_class=Answer,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,  # a compressed answer is read as it is, within the bounds, and never unpacked
+                auto_decompress=READING["auto_decompress"],
                 trust_env=False,
-                max_line_size=HEAD_MAX,
-                max_field_size=HEAD_MAX,
-                max_headers=HEADERS_MAX,
+                max_line_size=READING["max_line_size"],
+                max_field_size=READING["max_field_size"],
+                max_headers=READING["max_headers"],
                 trace_configs=self._traces,
             )
         return self._clients[guarded]
@@ -91,7 +95,25 @@ class Sender:
         Unreachable.
         """
         headers = request_headers(operator, webhook_id, body, self._clock.wall_ms() / 1000)
-        return await self.ask(operator, headers, body)
+        exchange = self._exchange(operator)
+        try:
+            async with asyncio.timeout(operator.policy.timeout_s):
+                return await exchange.post(headers, body, ANSWER_MAX)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise _unreachable(error) from error
+
+    def _exchange(self, operator: Operator) -> Exchange:
+        """What posts to the operator's URL. Raises Unreachable."""
+        known, exchange = self._exchanges.get(operator.name, (None, None))
+        if known is operator and exchange is not None:
+            return exchange
+        target = _reachable(operator)
+        connector = self._client(guarded=not operator.allow_private_network).connector
+        assert connector is not None  # noqa: S101 - the session is not closed
+        context = operator.tls.context if target.url.scheme == "https" else None
+        exchange = Exchange(connector, target.url, context)
+        self._exchanges[operator.name] = (operator, exchange)
+        return exchange
 
     async def ask(
         self,
@@ -103,11 +125,7 @@ class Sender:
         url: URL | None = None,
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
         """Makes any request to the operator's URL, or to `url`, with the bounds of `post`. Raises Unreachable."""
-        target = operator.target
-        assert target is not None  # noqa: S101 - an operator without a URL has nothing to send
-        if target.private and not operator.allow_private_network:
-            raise Unreachable("private_address")  # checked here: aiohttp asks no resolver for a literal address
-        url = url or target.url
+        url = url or _reachable(operator).url
         try:
             response = await self._client(guarded=not operator.allow_private_network).request(
                 method,
@@ -119,7 +137,7 @@ class Sender:
                 timeout=_deadline(operator.policy.timeout_s),
             )
             try:
-                answer = await _read_some(response)
+                answer = await read_some(response.content, ANSWER_MAX + 1)
                 if len(answer) > ANSWER_MAX:
                     response.close()  # to read the rest would cost more than a new connection
                 return response.status, response.headers, answer[:ANSWER_MAX], len(answer) <= ANSWER_MAX
@@ -138,14 +156,13 @@ def _deadline(timeout_s: float) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
 
 
-async def _read_some(response: aiohttp.ClientResponse) -> bytes:
-    answer = await response.content.read(ANSWER_MAX + 1)
-    while len(answer) <= ANSWER_MAX and not response.content.at_eof():
-        part = await response.content.read(ANSWER_MAX + 1 - len(answer))
-        if not part:
-            break
-        answer += part
-    return answer
+def _reachable(operator: Operator) -> Target:
+    """The operator's target. Raises Unreachable if its address is private and that is not allowed."""
+    target = operator.target
+    assert target is not None  # noqa: S101 - an operator without a URL has nothing to send
+    if target.private and not operator.allow_private_network:
+        raise Unreachable("private_address")  # checked here: aiohttp asks no resolver for a literal address
+    return target
 
 
 def _unreachable(error: Exception) -> Unreachable:

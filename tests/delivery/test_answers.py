@@ -13,14 +13,16 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.abc import AbstractResolver
 from certificates import DAY, make
 from clocks import HandClock
 from support import bench, hear, load, operator_table, until
 
 from lmdaemon import retry, tls
 from lmdaemon.clock import Clock
+from lmdaemon.delivery import sender as sender_module
 from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, INTERIM_MAX, WIRE_MAX
-from lmdaemon.delivery.sender import ANSWER_MAX, Sender, Unreachable
+from lmdaemon.delivery.sender import ANSWER_MAX, Sender, Unreachable, request_headers
 from lmdaemon.model import Delivery
 
 Steps = Sequence[bytes | float]  # what is sent, in a segment each, and pauses in seconds; CLOSE, RESET end it
@@ -97,8 +99,17 @@ async def listening(peer: Peer, **options: Any) -> AsyncIterator[None]:
         server.close()
 
 
+@pytest.fixture(params=["post", "ask"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The sender's two: past aiohttp's client session, which deliveries go, and through it, which checks go."""
+    monkeypatch.setattr(Attempts, "way", request.param)
+    return str(request.param)
+
+
 class Attempts:
     """Attempts by the daemon's own sender, as the dispatcher makes them."""
+
+    way = "post"
 
     def __init__(self, directory: Path, peer: Peer, **keys: Any) -> None:
         scheme = "https" if "ca_file" in keys else "http"
@@ -123,7 +134,12 @@ class Attempts:
 
     async def outcome(self) -> retry.Outcome:
         try:
-            found = await self._sender.post(self._operator, "msg_1_ab", b"{}")
+            if self.way == "post":
+                found = await self._sender.post(self._operator, "msg_1_ab", b"{}")
+            else:
+                found = await self._sender.ask(
+                    self._operator, request_headers(self._operator, "msg_1_ab", b"{}", 0), b"{}"
+                )
         except Unreachable as error:
             return retry.Outcome("retry", error.cause, detail=error.detail)
         status, _, body, complete = found
@@ -256,19 +272,62 @@ def test_what_stands_before_a_request_settles_nothing(run: Any, tmp_path: Path, 
     async def attempts() -> None:
         peer = Peer([REFUSAL], greeting=greeting)
 
-        async def wait(*_: object) -> None:
-            await peer.greeted.wait()
-            for _turn in range(10):
-                await asyncio.sleep(0)
-
-        connected = aiohttp.TraceConfig()
-        connected.on_connection_create_end.append(wait)
-        connected.freeze()
         async with listening(peer), Attempts(tmp_path, peer) as attempt:
-            attempt.client.trace_configs.append(connected)
+            connector: Any = attempt.client.connector
+            connect = connector.connect
+
+            async def connected(*arguments: Any, **options: Any) -> Any:
+                connection = await connect(*arguments, **options)
+                await peer.greeted.wait()
+                for _turn in range(10):
+                    await asyncio.sleep(0)
+                return connection
+
+            connector.connect = connected
             assert await attempt() == ("retry", "unsolicited_answer")
 
     run(attempts())
+
+
+async def test_a_delivery_is_sent_byte_for_byte_as_aiohttp_sends_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """A name in capitals or with an umlaut, user info, a query as it is written, signatures."""
+    (tmp_path / "signing.key").write_text("whsec_" + "A" * 32 + "\n")
+    (tmp_path / "signing.key").chmod(0o600)
+    sent: list[bytes] = []
+
+    class Socket(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            sent.append(data)
+            self.transport.write(answer(OK))
+
+    server = await asyncio.get_running_loop().create_server(Socket, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    class There(AbstractResolver):
+        async def resolve(self, host: str, port: int = 0, family: int = 0) -> Any:
+            return [{"hostname": host, "host": "127.0.0.1", "port": port, "family": family, "proto": 6, "flags": 0}]
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(sender_module, "Resolver", lambda **_: There())
+    for place in ("wallet.example", "user:p%C3%A4ss@wallet.example", "WALLET.example", "bücher.example"):
+        url = f"http://{place}:{port}/V4/Session%45xpired?a=b&c=%2F"
+        toml = operator_table("acme", url, signing_secret_file="signing.key")
+        operator = load(tmp_path / "config.toml", toml).operators["acme"]
+        sender, body = Sender(HandClock()), b'{"a": "\xc3\xa4"}'
+        now_s = HandClock().wall_ms() / 1000
+        assert (await sender.post(operator, "msg_1_ab", body))[0] == 200
+        assert (await sender.ask(operator, request_headers(operator, "msg_1_ab", body, now_s), body))[0] == 200
+        await sender.close()
+        posted, asked = sent
+        assert posted == asked
+        assert posted.startswith(b"POST /V4/Session%45xpired?a=b&c=%2F HTTP/1.1\r\nHost: ")
+        sent.clear()
+    server.close()
 
 
 def head_of(size: int) -> bytes:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/RESULTS.md"]
+include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "docs/vectors/*.md", "benchmarks/RESULTS.md"]
 exclude_patterns = [".*", "build", "dist"]
 nitpicky = True
 

@@ -223,7 +223,7 @@ def test_the_readme_is_short_and_a_map_of_every_page() -> None:
     assert len(README.splitlines()) <= 200
     table = README.partition("## The documents")[2].partition("\n## ")[0]
     mapped = [path for cells in rows(table) for path in re.findall(r"^\[[^]]+\]\(docs/([^)#]+)\)", cells[0])]
-    assert sorted(mapped) == sorted(path.name for path in DOCS.glob("*.md"))
+    assert sorted(mapped) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
 def test_the_changelog_knows_this_version() -> None:

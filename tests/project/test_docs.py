@@ -226,6 +226,14 @@ def test_the_readme_is_short_and_a_map_of_every_page() -> None:
     assert sorted(mapped) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
+def test_no_change_is_told_twice() -> None:
+    """The list is merged line by line, so that an entry that was moved may come back where it was."""
+    entries = re.findall(r"^- .*?(?=^- |^#|\Z)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE | re.DOTALL)
+    told = [" ".join(entry.split()) for entry in entries]
+    assert told
+    assert [entry for entry in told if told.count(entry) > 1] == []
+
+
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -203,6 +203,10 @@ class Serving:
     def metrics(self) -> Any:
         return self.daemon._metrics
 
+    @property
+    def events(self) -> Any:
+        return self.daemon._events
+
 
 LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'
 

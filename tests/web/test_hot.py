@@ -254,7 +254,7 @@ class Tried:
 
     @property
     def connections(self) -> list[Any]:
-        return [one for site in self.daemon.daemon._sites.values() for one in site._open]
+        return [one for site in self.daemon.sites.values() for one in site._open]
 
     async def answers(self, case: Case) -> bytes:
         """All that is answered on a connection, without the time of day. The last request is one that closes it."""
@@ -326,7 +326,7 @@ async def test_every_case_is_answered_logged_and_counted_alike(tmp_path: Path, m
                     tmp_path / way,
                     "SELECT operator, session_id, player_id, reason, seen_ms FROM session ORDER BY id",
                 )
-                bounds = tried.daemon.daemon._bounds
+                bounds = tried.daemon.bounds
                 assert (bounds.strangers.used, bounds.known.used) == (0, 0)
         found[way] = (answers, lines, {name: one for name, one in counts.items() if not MEASURED.match(name)}, rows)
         assert plain == {(case.side, case.name): case.plain if way == "hot" else 0 for case in CASES}
@@ -343,7 +343,7 @@ EACH_WAY = pytest.mark.parametrize("on", WAYS)
 @contextlib.contextmanager
 def commits_held(tried: Tried) -> Iterator[asyncio.Event]:
     """Nothing is committed until the event is set."""
-    store: Any = tried.daemon.daemon._store
+    store: Any = tried.daemon.store
     writer, go = store._writer, asyncio.Event()
     write = writer._write
 
@@ -368,7 +368,7 @@ async def under_way(tried: Tried, piece: bytes) -> AsyncIterator[tuple[RawConnec
 
 
 async def nothing_is_held(tried: Tried) -> None:
-    bounds = tried.daemon.daemon._bounds
+    bounds = tried.daemon.bounds
     await until(lambda: not tried.connections and (bounds.strangers.used, bounds.known.used) == (0, 0))
 
 
@@ -408,9 +408,9 @@ async def test_what_was_begun_is_stored_when_the_connection_is_lost(tmp_path: Pa
             else:
                 peer.writer.transport.abort()
             await until(lambda: not tried.connections)
-            assert tried.daemon.daemon._store.live == 0
+            assert tried.daemon.store.live == 0
             go.set()
-            await until(lambda: tried.daemon.daemon._store.live == 1)
+            await until(lambda: tried.daemon.store.live == 1)
         await nothing_is_held(tried)
     assert tried.seen.plain == (on == "hot")
 
@@ -424,7 +424,7 @@ async def test_a_client_that_has_nothing_more_to_say_is_treated_alike(tmp_path: 
             await until(lambda: not tried.connections)
             go.set()
             assert await peer.rest() == b""
-            await until(lambda: tried.daemon.daemon._store.live == 1)
+            await until(lambda: tried.daemon.store.live == 1)
         await nothing_is_held(tried)
 
 
@@ -434,7 +434,7 @@ async def test_at_a_stop_what_is_under_way_is_answered_and_the_client_told(tmp_p
         await opened(tried)
         async with under_way(tried, TOUCH) as (peer, go), raw_connection(tried.daemon.api) as idle:
             tried.daemon.daemon.stop()
-            await until(lambda: all(site.closing for site in tried.daemon.daemon._sites.values()))
+            await until(lambda: all(site.closing for site in tried.daemon.sites.values()))
             go.set()
             answer = await peer.answer()
             assert (answer.status, answer.headers["connection"]) == (204, "close")
@@ -446,7 +446,7 @@ async def test_at_a_stop_what_is_under_way_is_answered_and_the_client_told(tmp_p
 async def test_a_connection_is_kept_as_long_as_after_any_other_request(tmp_path: Path, on: str) -> None:
     async with trying(on, tmp_path / "d") as tried:
         await opened(tried)
-        tried.daemon.daemon._sites["api"].keepalive_s = 0.3
+        tried.daemon.sites["api"].keepalive_s = 0.3
         async with under_way(tried, TOUCH) as (peer, go):
             (connection,) = tried.connections
             await until(lambda: connection._keepalive_handle is None)  # it has passed, and nothing was closed for it
@@ -482,7 +482,7 @@ async def test_a_handler_that_fails_or_takes_turns_is_answered(tmp_path: Path) -
 
     async with trying("hot", tmp_path / "d") as tried:
         for handler, status in ((turns, 204), (fails, 500), (turns, 204)):
-            tried.daemon.daemon._sites["api"].direct = handler
+            tried.daemon.sites["api"].direct = handler
             async with tried.connected(tried.daemon.api) as peer:
                 await peer.send(TOUCH)
                 assert (await peer.answer()).status == status
@@ -539,7 +539,7 @@ async def is_served(directory: Path) -> tuple[type, list[Any]]:
         async with serving(directory, operator()) as daemon, raw_connection(daemon.api) as peer:
             await peer.send(request("GET", "/health"))
             assert (await peer.answer()).status == 200
-            kind = type(next(iter(daemon.daemon._sites["api"]._open)))
+            kind = type(next(iter(daemon.sites["api"]._open)))
     return kind, [event.facts["reason"] for event in events if event.name == "http.slower"]
 
 

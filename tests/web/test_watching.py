@@ -131,10 +131,10 @@ async def test_without_a_listener_nothing_is_made_and_nothing_runs(
     async with serving(tmp_path, OPERATORS) as d:
         await open_and_close(d)
         assert made == []
-        assert d.daemon._events._ticking is None
+        assert d.events._ticking is None
         async with listening(d):
-            assert d.daemon._events._ticking is not None
-        await until(lambda: d.daemon._events._ticking is None)
+            assert d.events._ticking is not None
+        await until(lambda: d.events._ticking is None)
         made.clear()
         await open_and_close(d, session="s2")
         assert made == []
@@ -158,12 +158,12 @@ async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
     async with serving(tmp_path, OPERATORS) as d, listening(d) as quick:
         async with raw_connection(d.api) as slow:
             await slow.send(b"GET /v1/events?operator=acme HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            await until(lambda: d.daemon._events.listeners == 2)
-            (stuck,) = [one for one in d.daemon._events._listeners if one.operator == "acme"]
+            await until(lambda: d.events.listeners == 2)
+            (stuck,) = [one for one in d.events._listeners if one.operator == "acme"]
             monkeypatch.setattr(stuck, "_filled", asyncio.Event())  # its handler waits and takes nothing
             for number in range(25):
                 await open_and_close(d, session=f"s{number}")
-            await until(lambda: d.daemon._events.listeners == 1)
+            await until(lambda: d.events.listeners == 1)
             await slow.rest()  # it ends
         heard = [(await quick.until("session.ended"))["sessionId"] for _ in range(25)]
         assert heard == [f"s{number}" for number in range(25)]
@@ -215,7 +215,7 @@ async def test_a_token_is_needed_to_listen_where_one_is_configured(tmp_path: Pat
 async def test_head_of_the_stream_is_answered_and_ends(tmp_path: Path) -> None:
     async with serving(tmp_path, OPERATORS) as d, d.client.head(d.api + "/v1/events") as answer:
         assert (answer.status, answer.headers["Content-Type"]) == (200, "text/event-stream")
-        assert d.daemon._events.listeners == 0
+        assert d.events.listeners == 0
 
 
 # -- the last hour

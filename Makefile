@@ -35,7 +35,7 @@ LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SE
 # Tests side by side, their files in memory where there is room: syncing them to a disk takes longer than all the rest.
 # What a disk does to the daemon is the fault suite's matter, on a real one.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
+PARALLEL = --numprocesses=$(WORKERS)
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
 .PHONY: run test test-newest constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
@@ -78,7 +78,7 @@ faults: $(VENV)/.test
 
 # Two at a time: most of them wait. `faults` runs alone, for its figures.
 faults-short: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup tests/faults $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 tests/faults $(ARGS)
 
 service-test: $(VENV)/.test
 	$(BIN)/python -m pytest tests/service $(ARGS)

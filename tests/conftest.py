@@ -10,6 +10,7 @@ from chance import FULL, SEED
 from clocks import HandClock
 from hypothesis import HealthCheck, settings
 from ways import WAYS, on_the
+from xdist.scheduler import LoadScopeScheduling
 
 from lmdaemon import log
 
@@ -21,6 +22,29 @@ settings.load_profile("busy")
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports
 BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_hot"}
+
+
+# By one worker alone, for each worker would make anew what the tests of these files share
+SHARING = {
+    "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is looked at
+    "tests/project/test_install.py",  # two installed trees
+    "tests/project/test_monitoring.py",  # what a daemon exports that has seen a bit of everything
+    "tests/project/test_packaging.py",  # a wheel
+}
+
+
+class OneByOne(LoadScopeScheduling):
+    """Tests go to the workers one by one, those of a file in SHARING together, and these first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file in SHARING else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
+    # Marks of pytest-xdist (xdist_group) do nothing with pytest 9.2
+    return OneByOne(config, log)
 
 
 def _uvloop() -> asyncio.AbstractEventLoop:

@@ -33,8 +33,6 @@ from operators import (
 )
 from processes import Process, process, wait_for
 
-# One daemon has all rows, and its memory is looked at: by one worker alone
-pytestmark = pytest.mark.xdist_group("hostile operators")
 TWINS = 32 if FULL else 6  # deliveries that hang for as long as the good operator is served
 GOOD = 50 if FULL else 8
 MEMORY_KIB = 64 * 1024

@@ -27,8 +27,6 @@ def has_venv(python: str) -> bool:
     )
 
 
-# The trees of `trees` take a minute to make: by one worker alone
-pytestmark = pytest.mark.xdist_group("install")
 needs_venv = pytest.mark.skipif(not has_venv(PYTHON), reason=f"needs {PYTHON} with venv (python3-venv)")
 
 

@@ -24,8 +24,6 @@ RULES: list[dict[str, Any]] = [
 BY_PROMETHEUS = {"up": {"job", "instance"}, "ALERTS": set()}
 TARGET_LABELS = {"job", "instance"}
 
-# What `exported` shows takes seconds to come about: by one worker alone
-pytestmark = pytest.mark.xdist_group("monitoring")
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
 )

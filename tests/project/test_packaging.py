@@ -23,9 +23,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTED = ("fast", "postgres", "completion", "man", "test", "lint")  # extras, beside what lmdaemon always needs
 
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one build for all of them
-
-
 def pinned() -> dict[str, str]:
     lines = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}

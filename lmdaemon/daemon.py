@@ -246,6 +246,7 @@ class Daemon:
                 health=self._health,
                 metrics=self._metrics,
                 expires_at=self._sweeper.expires_at,
+                probe=self._dispatcher.probe,
                 recent=self._recent,
                 events=self._events,
                 members=self._members,

@@ -6,14 +6,15 @@ row, at most once a second, because only a write shows that the disk is full.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-from lmdaemon import retry, shapes, tls
+from lmdaemon import gates, retry, shapes, tls
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
-from lmdaemon.model import rfc3339
+from lmdaemon.model import Gate, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError
 from lmdaemon.version import __version__
@@ -21,6 +22,8 @@ from lmdaemon.version import __version__
 ASK_EVERY_S = 1.0
 ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery that is pending for longer is a warning
+
+TOLD_MAX = 10  # operators of which it is told in words
 
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
@@ -212,10 +215,19 @@ class Health:
 
     def _check_operators(self) -> Check:
         now_at = self._clock.wall_ms()
-        gates = {name: self._store.gate(name) for name in self._settings().operators}
-        held = [name for name, gate in gates.items() if gate.held_at is not None]
-        broken = [name for name, gate in gates.items() if retry.breaker(gate, now_at) != "closed"]
-        return {"status": "warn" if held or broken else "pass", "held": held, "broken": broken}
+        found = {name: self._store.gate(name) for name in self._settings().operators}
+        held = [name for name, gate in found.items() if gate.held_at is not None]
+        broken = [name for name, gate in found.items() if retry.breaker(gate, now_at) != "closed"]
+        check: Check = {"status": "warn" if held or broken else "pass", "held": held, "broken": broken}
+        said = [*self._told_of(found, now_at)]
+        return check | {"output": "; ".join(said)} if said else check
+
+    def _told_of(self, operators: Mapping[str, Gate], now_at: int) -> Iterator[str]:
+        """In words, of those that are held or broken: since when, why, and what will happen."""
+        kept_back = ((name, gate, gates.because(gate, now_at)) for name, gate in operators.items())
+        for name, gate, because in islice((one for one in kept_back if one[2] is not None), TOLD_MAX):
+            outlook = gates.outlook(gate, now_at, pending=self._store.figures_of(name).pending)
+            yield f"{name}: {gates.mismatch(gate) or because}; {outlook}"
 
     def _check_config(self) -> Check:
         error = self._reload_error()

@@ -160,6 +160,7 @@ class Delivery(NamedTuple):
     last_status: int | None
     last_code: int | float | None
     last_error: str | None
+    body_digest: str | None  # SHA-256 in hex; None where nothing is sent as bytes
     history: str
     body: bytes
 
@@ -182,6 +183,11 @@ class Gate:
     `failures` counts failures in a row. The breaker opens at the fifth; then `probe_at` is when the next single attempt
     may be sent, and `pause_ms` the pause before it. `not_before_at` is from Retry-After. `held_total_ms` is the sum of
     finished holds, which no delivery's age includes. `paced_until_at` is when the last delivery retried by hand is due.
+
+    For people: `held_by` and `held_note` tell who holds it and why; at `held_until_at` it is released by itself.
+    `paused_at` is when the Retry-After came, `opened_at` when the breaker opened. `failed_at` and the two beside it are
+    of the last failure, also when it is over. Since `alike_since_at` all attempts have failed for that same reason;
+    `failed_before_at` is the last failure before `failing_since_at`.
     """
 
     held_at: int | None = None
@@ -193,6 +199,16 @@ class Gate:
     probe_at: int = 0
     not_before_at: int = 0
     paced_until_at: int = 0
+    held_by: str | None = None
+    held_note: str | None = None
+    held_until_at: int | None = None
+    paused_at: int | None = None
+    opened_at: int | None = None
+    failed_at: int | None = None
+    failed_reason: str | None = None
+    failed_detail: str | None = None
+    alike_since_at: int | None = None
+    failed_before_at: int | None = None
 
 
 class Asker(NamedTuple):

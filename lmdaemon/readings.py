@@ -74,6 +74,16 @@ class Readings:
                 {n: states[retry.breaker(g, now_at)] for n, g in gates.items()},
             ),
             (
+                "operator_held_since_timestamp_seconds",
+                "Since when sending is held; 0 while it is not.",
+                {n: (g.held_at or 0) / 1000 for n, g in gates.items()},
+            ),
+            (
+                "operator_breaker_since_timestamp_seconds",
+                "Since when the breaker is not closed; 0 while it is.",
+                {n: (g.opened_at or 0) / 1000 for n, g in gates.items()},
+            ),
+            (
                 "operator_not_before_timestamp_seconds",
                 "Until when a Retry-After or the breaker puts the next attempt off; 0 when neither does.",
                 {n: (retry.not_before(g, now_at) or 0) / 1000 for n, g in gates.items()},

@@ -142,15 +142,30 @@ def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, pro
     if outcome.retry_after_s:
         # Jitter only upward: Retry-After is the earliest time.
         wait_ms = int(outcome.retry_after_s * rng.uniform(1, 1 + JITTER) * 1000)
-        wait_ms = min(wait_ms, int(RETRY_AFTER_MAX_S * 1000))
-        gate = replace(gate, not_before_at=max(gate.not_before_at, now_at + wait_ms))
+        until_at = now_at + min(wait_ms, int(RETRY_AFTER_MAX_S * 1000))
+        if until_at > gate.not_before_at:
+            paused_at = gate.paused_at if gate.not_before_at > now_at else now_at
+            gate = replace(gate, not_before_at=until_at, paused_at=paused_at)
     if outcome.verdict == "hold":
-        return hold(gate, now_at, outcome.reason)
+        return hold(_failed(gate, outcome, now_at), now_at, outcome.reason)
     if outcome.verdict != "retry":
         if not gate.failures and gate.failing_since_at is None:
             return gate  # the usual case
-        return replace(gate, failures=0, failing_since_at=None, pause_ms=0, probe_at=0)
-    return _after_failure(gate, now_at, first_wait_s, probe=probe)
+        return replace(_closed(gate), failing_since_at=None, alike_since_at=None)
+    return _after_failure(_failed(gate, outcome, now_at), now_at, first_wait_s, probe=probe)
+
+
+def _failed(gate: Gate, outcome: Outcome, now_at: int) -> Gate:
+    """The gate with what is told of this failure."""
+    is_first, is_alike = gate.failing_since_at is None, gate.failed_reason == outcome.reason
+    return replace(
+        gate,
+        failed_at=now_at,
+        failed_reason=outcome.reason,
+        failed_detail=outcome.detail or None,
+        alike_since_at=gate.alike_since_at if is_alike and not is_first else now_at,
+        failed_before_at=gate.failed_at if is_first else gate.failed_before_at,
+    )
 
 
 def _after_failure(gate: Gate, now_at: int, first_wait_s: float, *, probe: bool) -> Gate:
@@ -160,23 +175,75 @@ def _after_failure(gate: Gate, now_at: int, first_wait_s: float, *, probe: bool)
         return hold(gate, now_at, "failing_for_days")
     if gate.failures == BREAKER_OPENS_AT:
         pause_ms = int(min(first_wait_s, PROBE_PAUSE_MAX_S) * 1000)
-        return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms)
+        return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms, opened_at=now_at)
     if probe and gate.failures > BREAKER_OPENS_AT:
         pause_ms = min(max(gate.pause_ms, 1) * 2, int(PROBE_PAUSE_MAX_S * 1000))
         return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms)
     return gate
 
 
-def hold(gate: Gate, now_at: int, reason: str) -> Gate:
-    """The gate, held from now on; one that is held already keeps its start and its reason."""
-    if gate.held_at is not None:
-        return gate
-    return replace(gate, held_at=now_at, held_reason=reason)
+def _closed(gate: Gate) -> Gate:
+    return replace(gate, failures=0, pause_ms=0, probe_at=0, opened_at=None)
+
+
+def hold(
+    gate: Gate,
+    now_at: int,
+    reason: str,
+    *,
+    by: str | None = None,
+    note: str | None = None,
+    until_at: int | None = None,
+) -> Gate:
+    """The gate, held from now on until somebody releases it, or until then (wall ms).
+
+    One that is held already keeps its start, its reason and who it was; a note or an end that is given takes the place
+    of what it had.
+    """
+    if gate.held_at is None:
+        return replace(gate, held_at=now_at, held_reason=reason, held_by=by, held_note=note, held_until_at=until_at)
+    return replace(
+        gate,
+        held_note=gate.held_note if note is None else note,
+        held_until_at=gate.held_until_at if until_at is None else until_at,
+    )
 
 
 def release(gate: Gate, now_at: int) -> Gate:
     """The gate without hold, breaker and Retry-After. The time on hold is added to what no delivery's age includes."""
-    return Gate(held_total_ms=held_ms(gate, now_at), paced_until_at=gate.paced_until_at)
+    return replace(
+        _closed(_not_held(gate, now_at)), failing_since_at=None, alike_since_at=None, not_before_at=0, paused_at=None
+    )
+
+
+def _not_held(gate: Gate, now_at: int) -> Gate:
+    return replace(
+        gate,
+        held_at=None,
+        held_reason=None,
+        held_by=None,
+        held_note=None,
+        held_until_at=None,
+        held_total_ms=held_ms(gate, now_at),
+    )
+
+
+def settled_by_time(gate: Gate, now_at: int, *, is_waiting: bool) -> Gate:
+    """What time does to a gate: a hold whose end has come is over, and a breaker closes after its pause if nothing is
+    waiting (`is_waiting`), for then no probe will find out. `failing_since_at` stays: nothing has succeeded.
+    """
+    if gate.held_until_at is not None and gate.held_until_at <= now_at:
+        gate = _not_held(gate, now_at)
+    if not is_waiting and gate.held_at is None and gate.failures >= BREAKER_OPENS_AT and gate.probe_at <= now_at:
+        gate = _closed(gate)
+    return gate
+
+
+def changes_by_time_at(gate: Gate, *, is_waiting: bool) -> int | None:
+    """Wall time (ms) at which `settled_by_time` changes the gate; None if it does not."""
+    if gate.held_at is not None:
+        return gate.held_until_at
+    return gate.probe_at if gate.failures >= BREAKER_OPENS_AT and not is_waiting else None
 
 
 def held_ms(gate: Gate, now_at: int) -> int:

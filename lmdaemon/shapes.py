@@ -17,6 +17,8 @@ BULK_IDS_MAX = 10_000
 BULK_BODY_MAX = 4 * 1024 * 1024
 ATTRIBUTES_MAX = 4096  # bytes of JSON
 IDLE_MAX_S = 30 * 86400
+HOLD_MAX_S = 30 * 86400
+NOTE_MAX = 256  # characters
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
 CURSOR_MAX = 18  # digits
 
@@ -127,6 +129,28 @@ class BulkTouch(Request):
     """Sessions of one operator; an id that stands twice counts once."""
 
     session_ids: Annotated[list[SessionId], Meta(extra_json_schema={"maxItems": BULK_IDS_MAX})]
+
+
+class Hold(Request):
+    """Why sending is to stop, and for how long: until it is released, without `forSeconds`."""
+
+    note: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=NOTE_MAX,
+                pattern=PLAIN,
+                description="For whoever finds it held.",
+                examples=["they move their database"],
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    for_seconds: (
+        Annotated[int, Meta(ge=1, le=HOLD_MAX_S, description="It is released by itself then.", examples=[7200])]
+        | UnsetType
+    ) = UNSET
 
 
 class RetrySince(Request):
@@ -324,6 +348,20 @@ class RetriedDeliveries(Answer):
     retried: Count
 
 
+class Failure(Answer):
+    """An attempt that failed."""
+
+    at: Time
+    reason: Annotated[str, Meta(description="One word of the list in docs/delivery.md.", examples=["tls"])]
+    detail: Annotated[
+        str | None,
+        Meta(
+            description="What is known besides, in words.",
+            examples=["certificate has expired"],
+        ),
+    ]
+
+
 class Operator(Answer):
     """An operator: what waits for it, and what holds it back."""
 
@@ -331,8 +369,17 @@ class Operator(Answer):
     notify: Annotated[bool, Meta(description="Whether ends are sent to its URL.")]
     dialect: Annotated[str, Meta(description="What is sent.", examples=["v4"])]
     held: Annotated[bool, Meta(description="Nothing is sent until it is released.")]
-    held_reason: str | None
+    held_reason: Annotated[str | None, Meta(examples=["by_hand"])]
+    held_since: Time | None
+    held_by: Annotated[str | None, Meta(description="The name of the API token used.", examples=["anna"])]
+    held_note: Annotated[str | None, Meta(description="What was given as the reason.")]
+    held_until: Annotated[Time | None, Meta(description="When it is released by itself.")]
     breaker: Breaker
+    breaker_since: Annotated[Time | None, Meta(description="When it opened; null while it is closed.")]
+    failed_attempts: Annotated[Count, Meta(description="In a row, up to now.")]
+    failing_since: Annotated[Time | None, Meta(description="The first failure since the last success.")]
+    last_failure: Annotated[Failure | None, Meta(description="Also of a time that is over.")]
+    paused_since: Annotated[Time | None, Meta(description="When the Retry-After came that is in force.")]
     live: Annotated[Count, Meta(description="Sessions that are active.")]
     pending: Annotated[Count, Meta(description="Deliveries not yet settled.")]
     dead: Annotated[Count, Meta(description="Deliveries given up, which can be retried.")]
@@ -340,6 +387,26 @@ class Operator(Answer):
     not_before: Annotated[
         Time | None, Meta(description="Until when a Retry-After or the breaker puts the next attempt off.")
     ]
+    kept_back: Annotated[
+        str | None,
+        Meta(
+            description="What keeps it back, since when and why, in words; null where nothing does.",
+            examples=["held since 2026-01-31T03:00:00Z by anna: by_hand (they move their database)"],
+        ),
+    ]
+    outlook: Annotated[
+        str | None,
+        Meta(
+            description="What will happen by itself; null where nothing keeps it back.",
+            examples=["tried again at 2026-01-31T03:05:00Z; the first notice dies at 2026-02-03T03:00:00Z"],
+        ),
+    ]
+
+
+class ChangedOperator(Operator):
+    """An operator after a hold or a release."""
+
+    changed: Annotated[bool, Meta(description="False: it was so already.")]
 
 
 class OperatorList(Answer):

@@ -19,6 +19,7 @@ from lmdaemon.commands.arguments import (
     Command,
     argument,
     count,
+    seconds,
 )
 from lmdaemon.commands.client import ANY, Client, Unreachable
 from lmdaemon.commands.configured import ADMINISTRATION, configured
@@ -67,6 +68,7 @@ HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
 SESSION_SHAPE = {"sessionId": str, "state": str}
 DELIVERY_SHAPE = {"id": str, "state": str}
 OPERATOR_SHAPE = {"operator": str, "held": bool}
+CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 _CHECK_HEAD = ("check", "status", "time")
 
@@ -113,6 +115,9 @@ async def status(client: Client, args: argparse.Namespace) -> int:
             print(f"  {check['check']:10}  {check['status']:4}  {' '.join(figures)}".rstrip())
         print()
         print_table(OPERATOR_COLUMNS, operators)
+        for operator in operators:
+            if operator.get("keptBack"):
+                print(f"\n{cell(operator['operator'])}: {cell(operator['keptBack'])}\n  {cell(operator['outlook'])}")
     return FAILED if health["status"] == "fail" else STOPPED
 
 
@@ -275,16 +280,56 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
     )
 
 
-@_asking(OPERATOR, JSON)
+@_asking(
+    OPERATOR,
+    argument("--note", metavar="TEXT", help="why, for whoever finds it held"),
+    argument("--for", dest="seconds", type=seconds, metavar="TIME", help='released by itself then, as in "2h"'),
+    JSON,
+)
 async def hold(client: Client, args: argparse.Namespace) -> int:
     """Stops sending to an operator."""
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "hold", shape=OPERATOR_SHAPE))
+    facts = {"note": args.note, "forSeconds": args.seconds}
+    body = {name: value for name, value in facts.items() if value is not None}
+    return _changed(
+        args,
+        await client.call("POST", "v1", "operators", args.operator, "hold", shape=CHANGED_SHAPE, body=body),
+        "was held already, and stays so",
+    )
 
 
 @_asking(OPERATOR, JSON)
 async def release(client: Client, args: argparse.Namespace) -> int:
-    """Resumes sending to an operator."""
-    return show(args, await client.call("POST", "v1", "operators", args.operator, "release", shape=OPERATOR_SHAPE))
+    """Resumes sending to an operator, whatever keeps it back."""
+    return _changed(
+        args,
+        await client.call("POST", "v1", "operators", args.operator, "release", shape=CHANGED_SHAPE),
+        "was not kept back",
+    )
+
+
+def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str) -> int:
+    """Prints an operator, and says so where nothing has changed."""
+    if not operator["changed"]:
+        say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")
+    return show(args, _flat(operator))
+
+
+def _flat(operator: dict[str, Any]) -> dict[str, Any]:
+    """With its last failure as one line."""
+    failure = operator.get("lastFailure")
+    if failure is None:
+        return operator
+    said = f"{failure['at']} {failure['reason']}" + (f": {failure['detail']}" if failure.get("detail") else "")
+    return operator | {"lastFailure": said}
+
+
+@_asking(OPERATOR, JSON)
+async def probe(client: Client, args: argparse.Namespace) -> int:
+    """Tries an operator's next delivery now; exit code 0 only when it is delivered."""
+    shape: dict[str, Any] = DELIVERY_SHAPE | {"history": [{}]}
+    delivery = await client.call("POST", "v1", "operators", args.operator, "probe", shape=shape)
+    show(args, delivery, history=ATTEMPT_COLUMNS)
+    return STOPPED if delivery["state"] == "delivered" else FAILED
 
 
 def _session_path(args: argparse.Namespace) -> tuple[str, ...]:

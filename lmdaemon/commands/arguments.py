@@ -70,6 +70,19 @@ def count(value: str) -> int:
     return int(value)
 
 
+def seconds(value: str) -> int:
+    """A duration as in the configuration, in whole seconds."""
+    from lmdaemon.config.values import duration
+
+    try:
+        found = duration(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1s (got {value!r})")
+    return int(found)
+
+
 class _RefuseSecret(argparse.Action):
     """`--token VALUE`: refused without repeating the value."""
 

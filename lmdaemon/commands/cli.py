@@ -47,7 +47,8 @@ COMMANDS = {
     "deliveries show": ("admin:show_delivery", "one delivery with its attempts"),
     "deliveries retry": ("admin:retry", "make one dead delivery, or all of an operator, due again"),
     "hold": ("admin:hold", "stop sending to an operator; ends are still recorded"),
-    "release": ("admin:release", "resume sending to an operator"),
+    "release": ("admin:release", "send again at once: ends a hold, closes the breaker, forgets a Retry-After"),
+    "probe": ("admin:probe", "try an operator's next delivery now; exit code 0 only when it is delivered"),
     "send": (
         "send:send",
         "send one SessionExpired now and print both sides of it; exit code 0 only when it is delivered",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
 
-from lmdaemon import masks, retry
+from lmdaemon import gates, masks, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Policy, Settings
 from lmdaemon.delivery import phrases
@@ -188,6 +188,7 @@ class Dispatcher(StoreObserver):
         for lane in lanes:
             self._start(lane)
         try:
+            await self._let_time_pass([lane for lane in lanes if lane.gated], now_at)
             await self._read([lane for lane in lanes if self._is_ready(lane, now_at)], now_at)
         except StoreError:
             for lane in lanes:
@@ -197,6 +198,40 @@ class Dispatcher(StoreObserver):
             self._plan(lane, now_at)
         next_at = self._agenda.next_at(now_at)
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
+
+    async def _let_time_pass(self, lanes: Sequence[Lane], now_at: int) -> None:
+        """Ends holds whose time is over, and closes the breaker of an operator for which nothing waits any more. Raises
+        StoreError.
+        """
+        for lane in lanes:
+            name = lane.operator.name
+
+            def alter(gate: Gate, name: str = name) -> Gate:
+                is_waiting = self._store.figures_of(name).pending > 0
+                return retry.settled_by_time(gate, now_at, is_waiting=is_waiting)
+
+            before = self._store.gate(name)
+            if alter(before) is not before:
+                self._log_gate(lane.operator, before, await self._store.set_gate(name, alter), cause="time")
+
+    async def probe(self, operator: str) -> str | None:
+        """Attempts the earliest pending delivery to the operator's URL now, whatever keeps it back, and stores the
+        result. Returns its public id; None when there is none that is not under way already. Raises StoreError.
+        """
+        lane = self._lanes.get((operator, HTTP_SINK))
+        if lane is None or not lane.slots:
+            return None
+        if not lane.ahead:
+            (found,) = await self._store.claimable([Claim(operator, HTTP_SINK, [*lane.in_flight], 1)])
+            lane.ahead += (row for row in found if row.id not in lane.in_flight and not lane.ahead)
+        if not lane.ahead:
+            return None
+        row = lane.ahead.popleft()
+        lane.in_flight.add(row.id)
+        task = asyncio.create_task(self._deliver(lane, row, probe=True))
+        self._tasks.add(task)
+        await asyncio.shield(task)  # whoever asked may leave
+        return row.webhook_id
 
     async def _read(self, ready: Sequence[Lane], now_at: int) -> None:
         """Reads as many due rows as each lane wants, and starts those that have a slot. Raises StoreError."""
@@ -223,8 +258,9 @@ class Dispatcher(StoreObserver):
     def _plan(self, lane: Lane, now_at: int) -> None:
         """Plans when to look at the lane again, if it is not woken before."""
         gate = self._store.gate(lane.operator.name)
-        if not self._store.figures_of(lane.operator.name).pending or (lane.gated and gate.held_at is not None):
-            self._agenda.plan(lane, None)
+        is_waiting = self._store.figures_of(lane.operator.name).pending > 0
+        if not is_waiting or (lane.gated and gate.held_at is not None):
+            self._agenda.plan(lane, retry.changes_by_time_at(gate, is_waiting=is_waiting) if lane.gated else None)
             return
         ready_at = lane.ready_at(gate)
         self._agenda.plan(lane, lane.look_again_at if ready_at is None else min(ready_at, lane.look_again_at))
@@ -261,7 +297,7 @@ class Dispatcher(StoreObserver):
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
-                self._log_dead(lane, row, row.attempts, "max_age")
+                self._log_dead(lane, row, row.attempts, "max_age", f"the last attempt failed: {row.last_error}")
                 settlement = Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)
             else:
                 outcome = await self._attempt(lane, row)
@@ -392,8 +428,7 @@ class Dispatcher(StoreObserver):
             except StoreError:
                 await asyncio.sleep(STORE_RETRY_S)
             else:
-                reason = (settlement.attempt or {}).get("error")
-                self._log_gate(lane.operator, settled.before, settled.after, reason)
+                self._log_gate(lane.operator, settled.before, settled.after, cause="answer")
                 if self._observer is not None:
                     self._observer.settled(settlement, settled)
                 return settled
@@ -403,6 +438,7 @@ class Dispatcher(StoreObserver):
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
         if detail:
             facts["detail"] = detail
+        facts["since"] = rfc3339(row.created_at)
         log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=_shown_url(lane))
 
     @staticmethod
@@ -412,24 +448,11 @@ class Dispatcher(StoreObserver):
             log.info("delivery.recovered", operator=lane.operator.name, sink=lane.sink, failed=lane.failed)
         lane.failed = 0
 
-    @staticmethod
-    def _log_gate(operator: Operator, before: Gate, gate: Gate, reason: str | None) -> None:
-        """Logs changes of hold, breaker and Retry-After, and not each attempt."""
-        if gate == before:
-            return
-        url = safe_url(operator.url)
-        if gate.held_at is not None and before.held_at is None:
-            log.error("operator.held", operator=operator.name, reason=gate.held_reason, url=url)
-        was_open, is_open = (one.failures >= retry.BREAKER_OPENS_AT for one in (before, gate))
-        if is_open and not was_open:
-            facts = {"operator": operator.name, "reason": reason, "failures": gate.failures}
-            log.warning("breaker.opened", **facts, pause_s=gate.pause_ms / 1000, url=url)
-        if was_open and not is_open and gate.held_at is None:
-            log.info("breaker.closed", operator=operator.name, failed=before.failures, url=url)
-        if gate.not_before_at > before.not_before_at:
-            log.warning(
-                "operator.paused", operator=operator.name, reason="retry_after", until=rfc3339(gate.not_before_at)
-            )
+    def _log_gate(self, operator: Operator, before: Gate, gate: Gate, *, cause: str) -> None:
+        if gate is not before:
+            pending, now_at = self._store.figures_of(operator.name).pending, self._clock.wall_ms()
+            url = safe_url(operator.url)
+            gates.log_change(operator.name, before, gate, now_at, pending=pending, cause=cause, url=url)
 
     async def drain(self, within_s: float) -> None:
         """Waits for attempts in flight, for `within_s` at most. The others are cancelled and sent again later."""

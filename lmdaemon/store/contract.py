@@ -17,6 +17,7 @@ LOOKS_MAX = 100  # most reads of people that may wait
 LOOK_S = 2.0  # that such a read may take, its wait included
 BATCH_ROWS = 10_000  # most rows that the operations of one batch name together
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text: bounds an answer, and what waits for slow readers
+AGING_ROWS = 50
 SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
 
 
@@ -478,6 +479,12 @@ class Store(Protocol):
 
     async def has_sink(self, sink: str) -> bool:
         """Whether any operator has deliveries for this sink."""
+
+    async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
+        """Of the deliveries that wait for each operator's URL, where the age of the oldest is counted from, less how
+        long its operator had been held by then: the least of `aged_from_at - held_base_ms` among the AGING_ROWS that
+        were made first. None when none waits.
+        """
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         """As `oldest_pending`, for people."""

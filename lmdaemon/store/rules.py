@@ -183,7 +183,7 @@ class Changes:
 
 NEW_DELIVERY = (
     *("nonce", "session", "operator", "sink", "state", "created_at", "due_at", "settled_at", "aged_from_at"),
-    *("held_base_ms", "last_error", "body"),
+    *("held_base_ms", "last_error", "body_digest", "body"),
 )
 RESULT = (
     *("id", "state", "due_at", "settled_at", "attempts", "step", "last_status", "last_code", "last_error"),
@@ -601,7 +601,8 @@ class _Decision:
                 else:
                     figures.dead += 1
                 fate = ("dead", now, now, now) if impossible else ("pending", now, now, None)
-                rows.append((session.id, session.operator, sink, *fate, now, held_ms, impossible, body.decode()))
+                known = (now, held_ms, impossible, _digest_of(body), body.decode())
+                rows.append((session.id, session.operator, sink, *fate, *known))
         nonces = random(10, len(rows))
         self._changes.deliveries = [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)]
 
@@ -674,7 +675,13 @@ def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
         not_before_at=back(gate.not_before_at),
         probe_at=back(gate.probe_at),
         paced_until_at=back(gate.paced_until_at),
+        held_until_at=None if gate.held_until_at is None else back(gate.held_until_at),
     )
+
+
+def _digest_of(body: bytes) -> str | None:
+    """Proves what was sent when the body is gone."""
+    return hashlib.sha256(body).hexdigest() if body else None
 
 
 _DIGEST = "\x1f"  # marks the salted hash of a token; a token itself has no control characters

@@ -2,19 +2,22 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import orjson
 from aiohttp import web
 
-from lmdaemon import retry, shapes
+from lmdaemon import gates, retry, shapes
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.config.shown import NEEDS_RESTART, differences, in_force, inherited
 from lmdaemon.log import Log, writable
 from lmdaemon.metrics import CONTENT_TYPE
-from lmdaemon.model import rfc3339
+from lmdaemon.model import Gate, rfc3339
 from lmdaemon.store.contract import StoreError
 from lmdaemon.web.calls import Asked, Context, shown
+from lmdaemon.web.documents import with_history
+from lmdaemon.web.problems import Problem
 
 OPERATORS_AT_ONCE = 200  # shown in one turn of the event loop: about 1 ms
 
@@ -38,47 +41,106 @@ class Administration:
         """GET /v1/operators."""
         operators = self._context.settings.operators
         oldest = await shown(asked.request, self._store.oldest_pending_shown(operators))
+        now_at = self._clock.wall_ms()
+        kept_back = [name for name in operators if gates.because(self._store.gate(name), now_at) is not None]
+        aging = await shown(asked.request, self._store.aging_shown(kept_back)) if kept_back else {}
         items = []
         for name, operator in operators.items():
-            items.append(self._shown(operator, oldest.get(name)))
+            items.append(shapes.Operator(**self._shown(operator, oldest.get(name), aging.get(name))))
             if len(items) % OPERATORS_AT_ONCE == 0:
                 await asyncio.sleep(0)
         return shapes.OperatorList(items=items)
 
-    def _shown(self, operator: Operator, oldest_at: int | None) -> shapes.Operator:
+    def _shown(self, operator: Operator, oldest_at: int | None, aged_from_at: int | None) -> dict[str, Any]:
+        """What shapes.Operator has. `aged_from_at` as `Store.aging_shown` returns it."""
         now_at = self._clock.wall_ms()
         gate, figures = self._store.gate(operator.name), self._store.figures_of(operator.name)
-        return shapes.Operator(
-            operator=operator.name,
-            notify=operator.notify,
-            dialect=operator.sends.name,
-            held=gate.held_at is not None,
-            held_reason=gate.held_reason,
-            breaker=retry.breaker(gate, now_at),
-            live=figures.live,
-            pending=figures.pending,
-            dead=figures.dead,
-            oldest_pending_seconds=None if oldest_at is None else max(0, now_at - oldest_at) / 1000,
-            not_before=rfc3339(retry.not_before(gate, now_at)),
-        )
+        breaker = retry.breaker(gate, now_at)
+        dies_at = None
+        if aged_from_at is not None:
+            dies_at = aged_from_at + int(operator.policy.max_age_s * 1000) + retry.held_ms(gate, now_at)
+        last_failure = None
+        if gate.failed_at is not None:
+            reason, detail = gate.failed_reason or "", gate.failed_detail
+            last_failure = shapes.Failure(at=rfc3339(gate.failed_at), reason=reason, detail=detail)
+        return {
+            "operator": operator.name,
+            "notify": operator.notify,
+            "dialect": operator.sends.name,
+            "held": gate.held_at is not None,
+            "held_reason": gate.held_reason,
+            "held_since": rfc3339(gate.held_at),
+            "held_by": gate.held_by,
+            "held_note": gate.held_note,
+            "held_until": rfc3339(gate.held_until_at),
+            "breaker": breaker,
+            "breaker_since": rfc3339(None if breaker == "closed" else gate.opened_at),
+            "failed_attempts": gate.failures,
+            "failing_since": rfc3339(gate.failing_since_at),
+            "last_failure": last_failure,
+            "paused_since": rfc3339(gate.paused_at if gate.not_before_at > now_at else None),
+            "live": figures.live,
+            "pending": figures.pending,
+            "dead": figures.dead,
+            "oldest_pending_seconds": None if oldest_at is None else max(0, now_at - oldest_at) / 1000,
+            "not_before": rfc3339(retry.not_before(gate, now_at)),
+            "kept_back": gates.because(gate, now_at),
+            "outlook": gates.outlook(gate, now_at, pending=figures.pending, dies_at=dies_at),
+        }
 
-    async def hold(self, asked: Asked[None]) -> shapes.Operator:
+    async def hold(self, asked: Asked[shapes.Hold]) -> shapes.ChangedOperator:
         """POST /v1/operators/{operator}/hold."""
-        operator, (by, asking) = asked.operator, self._context.asker(asked.request)
-        await self._store.set_gate(operator.name, lambda gate: retry.hold(gate, self._clock.wall_ms(), "by_hand"))
-        log.warning("operator.held", operator=operator.name, reason="by_hand", by=by, request_id=asking)
-        return await self._shown_now(operator)
+        given, now_at = asked.given, self._clock.wall_ms()
+        by, _ = asker = self._context.asker(asked.request)
+        note = given.note or None
+        until_at = now_at + given.for_seconds * 1000 if given.for_seconds else None
 
-    async def release(self, asked: Asked[None]) -> shapes.Operator:
+        def alter(gate: Gate) -> Gate:
+            return retry.hold(gate, now_at, "by_hand", by=by, note=note, until_at=until_at)
+
+        return await self._change(asked.operator, alter, asker)
+
+    async def release(self, asked: Asked[None]) -> shapes.ChangedOperator:
         """POST /v1/operators/{operator}/release."""
-        operator, (by, asking) = asked.operator, self._context.asker(asked.request)
-        await self._store.set_gate(operator.name, lambda gate: retry.release(gate, self._clock.wall_ms()))
-        log.info("operator.released", operator=operator.name, reason="by_hand", by=by, request_id=asking)
-        return await self._shown_now(operator)
+        asker = self._context.asker(asked.request)
+        return await self._change(asked.operator, lambda gate: retry.release(gate, self._clock.wall_ms()), asker)
 
-    async def _shown_now(self, operator: Operator) -> shapes.Operator:
+    async def _change(
+        self, operator: Operator, alter: Callable[[Gate], Gate], asker: tuple[str | None, str | None]
+    ) -> shapes.ChangedOperator:
+        """Changes what keeps it back, and logs what that did."""
+        before, (by, asking) = self._store.gate(operator.name), asker
+
+        def remembered(gate: Gate) -> Gate:
+            nonlocal before
+            before = gate
+            return alter(gate)
+
+        gate = await self._store.set_gate(operator.name, remembered)
+        now_at, pending = self._clock.wall_ms(), self._store.figures_of(operator.name).pending
+        if gate == before:
+            log.info(
+                "operator.unchanged", operator=operator.name, held=gate.held_at is not None, by=by, request_id=asking
+            )
+        gates.log_change(
+            operator.name, before, gate, now_at, pending=pending, cause="by_hand", by=by, request_id=asking
+        )
         oldest = await self._store.oldest_pending_shown([operator.name])
-        return self._shown(operator, oldest[operator.name])
+        aging = await self._store.aging_shown([operator.name])
+        shown = self._shown(operator, oldest[operator.name], aging[operator.name])
+        return shapes.ChangedOperator(**shown, changed=gate != before)
+
+    async def probe(self, asked: Asked[None]) -> shapes.DeliveryWithHistory:
+        """POST /v1/operators/{operator}/probe."""
+        operator, (by, asking) = asked.operator, self._context.asker(asked.request)
+        webhook_id = await self._context.probe(operator.name)
+        delivery = None if webhook_id is None else await self._store.delivery(webhook_id)
+        if delivery is None:
+            raise Problem("nothing-to-send", "nothing waits for its URL that is not under way already")
+        log.info(
+            "operator.probed", operator=operator.name, id=webhook_id, state=delivery.state, by=by, request_id=asking
+        )
+        return with_history(delivery, self._store.gate(operator.name))
 
     # -- the daemon itself
 

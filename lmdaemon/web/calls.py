@@ -51,8 +51,8 @@ class Health(Protocol):
 
 @dataclass(kw_only=True)
 class Context:
-    """What the handlers share. `expires_at` belongs to another doer, which none of them imports; `settings` are those
-    in force.
+    """What the handlers share. `expires_at` and `probe` belong to other doers, which none of them imports;
+    `settings` are those in force.
     """
 
     store: Store
@@ -60,6 +60,7 @@ class Context:
     health: Health
     metrics: Metrics
     expires_at: Callable[[Session], int | None]
+    probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
     recent: Recent
     events: Events
     members: Callable[[], Sequence[Member]]  # the daemons on this database

@@ -56,6 +56,7 @@ KINDS = {
     "busy": Kind(409, "Another call is retrying the dead deliveries of this operator.", "Wait for that one."),
     "not-dead": Kind(409, "Only a dead delivery can be retried; `detail` has its state.", "Nothing."),
     "cannot-be-sent": Kind(409, "A fact that the dialect must send is not known.", "Nothing: it can never be sent."),
+    "nothing-to-send": Kind(409, "No delivery to its URL waits that is not under way already.", "Nothing."),
     "too-large": Kind(413, "The body is too long.", "Send less at once."),
     "unsupported-media-type": Kind(415, "The body is not application/json, or is compressed.", _MISTAKE),
     "expectation-failed": Kind(417, "An `Expect` other than `100-continue`.", _MISTAKE),

@@ -190,8 +190,10 @@ CALLS = (
         name="holdOperator",
         tag="operators",
         summary="Stop sending to an operator",
-        description="Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
-        answers={200: ("The operator, held", shapes.Operator)},
+        description="Ends are still recorded, and their deliveries wait. The time held does not count as their age. "
+        "One that is held already stays so; a note or an end that is given takes the place of what it had.",
+        takes=shapes.Hold,
+        answers={200: ("The operator, held", shapes.ChangedOperator)},
         problems=("cannot-store",),
     ),
     Call(
@@ -201,9 +203,22 @@ CALLS = (
         name="releaseOperator",
         tag="operators",
         summary="Resume sending to an operator",
-        description="Whatever held it back: a hold or its breaker.",
-        answers={200: ("The operator, released", shapes.Operator)},
+        description="Whatever keeps it back is over: a hold, its breaker, a Retry-After. What is due is sent at once, "
+        "as much as `concurrency` allows; to try one first, probe it.",
+        answers={200: ("The operator, released", shapes.ChangedOperator)},
         problems=("cannot-store",),
+    ),
+    Call(
+        handler=Administration.probe,
+        method="POST",
+        path=OPERATOR + "/probe",
+        name="probeOperator",
+        tag="operators",
+        summary="Try the next delivery to an operator now",
+        description="One attempt, whatever keeps the operator back, and its result. Success closes the breaker; a hold "
+        "and a Retry-After stay.",
+        answers={200: ("The delivery, with the attempt as the last of its history", shapes.DeliveryWithHistory)},
+        problems=("cannot-store", "nothing-to-send"),
     ),
     Call(
         handler=Watching.stream_events,

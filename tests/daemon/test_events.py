@@ -167,9 +167,11 @@ async def test_hold_and_release_by_hand_are_told(tmp_path: Path, settings: str) 
             for verb in ("hold", "release"):
                 async with d.client.post(f"{d.api}/v1/operators/acme/{verb}") as answer:
                     assert answer.status == 200
-    by_hand = {"operator": "acme", "reason": "by_hand", "by": None, "request_id": None}
+    by_hand = {"operator": "acme", "reason": "by_hand", "by": None, "request_id": None, "note": None, "pending": 0}
     told = [(event.name, event.level, event.facts) for event in events]
-    assert told == [("operator.held", "warning", by_hand), ("operator.released", "info", by_hand)]
+    held = by_hand | {"until": None}
+    released = by_hand | {"held_reason": "by_hand", "held_by": None, "held_s": told[1][2]["held_s"]}
+    assert told == [("operator.held", "warning", held), ("operator.released", "info", released)]
 
 
 async def test_a_breaker_that_opens_says_why_and_its_closing_is_told(tmp_path: Path, clock: HandClock) -> None:
@@ -183,7 +185,11 @@ async def test_a_breaker_that_opens_says_why_and_its_closing_is_told(tmp_path: P
                     clock.advance(5)
     opened = only(events, "breaker.opened")
     assert (opened.level, opened.facts["reason"], opened.facts["failures"]) == ("warning", "code_100", BREAKER_OPENS_AT)
-    assert only(events, "breaker.closed").facts["failed"] == BREAKER_OPENS_AT
+    facts = opened.facts
+    assert (facts["detail"], facts["pending"]) == ('`error` is 100, internal error, please retry ("later")', 1)
+    closed = only(events, "breaker.closed").facts
+    assert (closed["reason"], closed["failed_attempts"], closed["pending"]) == ("answer", BREAKER_OPENS_AT, 0)
+    assert closed["open_s"] == 5.0
 
 
 async def test_a_plug_in_that_works_again_is_told(

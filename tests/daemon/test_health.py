@@ -309,7 +309,7 @@ async def test_an_old_backlog_warns(store: Store, checked: Health, clock: HandCl
     ("gate", "held", "broken"),
     [
         (Gate(held_at=1, held_reason="by_hand"), ["acme"], []),
-        (Gate(failures=5, probe_at=2**50), [], ["acme"]),
+        (Gate(failures=5, probe_at=2**42), [], ["acme"]),
         (Gate(failures=5), [], ["acme"]),
     ],
     ids=["held", "open", "half-open"],

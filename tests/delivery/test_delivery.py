@@ -244,6 +244,39 @@ class TestHostileAnswers:
             assert row.last_error in ("connection_lost", "incomplete_answer")
 
 
+async def test_a_breaker_closes_after_its_pause_when_nothing_waits(tmp_path: Path, clock: HandClock) -> None:
+    """Five deliveries of a schedule of one wait die; no probe can find out whether the operator is back."""
+    async with scripted_operator(*[web.Response(status=500)] * 10) as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url, schedule=["1s"])) as b:
+            with hear() as events:
+                for number in range(5):
+                    await b.end(f"s{number}")
+                await b.round()
+                for _ in range(20):
+                    clock.advance(5)
+                    await b.round()
+            assert b.db.figures["acme"].dead == 5
+            gate = b.db.gate("acme")
+            assert (gate.failures, gate.opened_at, retry.breaker(gate, clock.wall_ms())) == (0, None, "closed")
+    closed = [event.facts for event in events if event.name == "breaker.closed"]
+    assert [(facts["reason"], facts["pending"]) for facts in closed] == [("time", 0)]
+
+
+async def test_a_hold_ends_by_itself_and_is_told(tmp_path: Path, clock: HandClock) -> None:
+    async with scripted_operator() as operator:
+        async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
+            now_at = clock.wall_ms()
+            await b.db.set_gate("acme", lambda gate: retry.hold(gate, now_at, "by_hand", until_at=now_at + 60_000))
+            await b.end()
+            assert await b.round() == 60.0
+            clock.advance(60)
+            with hear() as events:
+                await b.round()
+            assert len(operator.received) == 1
+    (released,) = (event.facts for event in events if event.name == "operator.released")
+    assert (released["reason"], released["held_s"]) == ("time", 60.0)
+
+
 class TestHistory:
     """Of an attempt that failed, the beginning of what was answered is kept, without the notice's secrets."""
 

@@ -381,7 +381,8 @@ def test_a_first_wait_longer_than_five_minutes_is_cut() -> None:
 @pytest.mark.parametrize("outcome", [DELIVERED_OUTCOME, Outcome("final", "code_120", 200, 120)])
 @pytest.mark.parametrize("failures", [1, 4, 5, 40])
 def test_a_settled_answer_closes_the_breaker(outcome: Outcome, failures: int) -> None:
-    assert after(failed(failures), outcome, probe=failures > 4) == Gate()
+    closed = after(failed(failures), outcome, probe=failures > 4)
+    assert closed == Gate(failed_at=NOW, failed_reason=FAILED.reason)
 
 
 def test_retry_after_delays_the_operator_with_jitter_only_upward() -> None:
@@ -428,13 +429,15 @@ def test_one_success_in_five_days_starts_them_anew() -> None:
 def test_a_hold_that_stands_keeps_its_start_and_reason() -> None:
     gate = retry.hold(Gate(), NOW, "by_hand")
     assert retry.hold(gate, NOW + HOUR, "gone") == gate
-    assert after(gate, Outcome("hold", "gone", 410), NOW + HOUR) == gate
+    gone = after(gate, Outcome("hold", "gone", 410), NOW + HOUR)
+    assert (gone.held_at, gone.held_reason, gone.failed_reason) == (NOW, "by_hand", "gone")
 
 
 def test_release_closes_hold_and_breaker_and_forgets_retry_after() -> None:
     gate = retry.hold(replace(failed(7), not_before_at=NOW + HOUR, paced_until_at=NOW + 500), NOW, "by_hand")
     released = retry.release(gate, NOW + HOUR)
-    assert released == Gate(held_total_ms=HOUR, paced_until_at=NOW + 500)
+    last_failure = {"failed_at": NOW, "failed_reason": FAILED.reason}
+    assert released == Gate(held_total_ms=HOUR, paced_until_at=NOW + 500, **last_failure)
     assert retry.breaker(released, NOW) == "closed"
     assert retry.opens_at(released) == 0
 

@@ -12,8 +12,21 @@ ROOT = Path(lmdaemon.__file__).parent
 TESTS = Path(__file__).parents[1]
 # A room is a package, or a module beside them; `ground` are the modules that everybody may use.
 GROUND = {
-    *("__init__", "version", "model", "clock", "log", "pulse", "systemd", "causes", "dialects", "retry", "metrics"),
-    *("textfile", "trust", "rights", "tls"),
+    *(
+        "__init__",
+        "version",
+        "model",
+        "clock",
+        "log",
+        "pulse",
+        "systemd",
+        "causes",
+        "dialects",
+        "retry",
+        "gates",
+        "metrics",
+    ),
+    *("gates", "textfile", "trust", "rights", "tls"),
 }
 MAY_IMPORT = {
     "ground": set(),

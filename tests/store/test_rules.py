@@ -191,6 +191,7 @@ def delivery(number: int = 3, state: Any = "pending") -> Delivery:
         last_status=None,
         last_code=None,
         last_error=None,
+        body_digest=None,
         history="[]",
         body=b"{}",
     )

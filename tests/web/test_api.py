@@ -912,12 +912,23 @@ async def test_operators_are_listed_with_their_figures(api: Caller, clock: HandC
                 "dialect": "v4",
                 "held": True,
                 "heldReason": "by_hand",
+                "heldSince": "2026-09-21T14:13:20.000Z",
+                "heldBy": None,
+                "heldNote": None,
+                "heldUntil": None,
                 "breaker": "closed",
+                "breakerSince": None,
+                "failedAttempts": 0,
+                "failingSince": None,
+                "lastFailure": None,
+                "pausedSince": None,
                 "live": 1,
                 "pending": 1,
                 "dead": 1,
                 "oldestPendingSeconds": 2.5,
                 "notBefore": None,
+                "keptBack": "held since 2026-09-21T14:13:20Z: by_hand",
+                "outlook": "held until somebody releases it; its deliveries do not age meanwhile",
             },
             {
                 "operator": "bravo",
@@ -925,12 +936,23 @@ async def test_operators_are_listed_with_their_figures(api: Caller, clock: HandC
                 "dialect": "v4.01",
                 "held": False,
                 "heldReason": None,
+                "heldSince": None,
+                "heldBy": None,
+                "heldNote": None,
+                "heldUntil": None,
                 "breaker": "closed",
+                "breakerSince": None,
+                "failedAttempts": 0,
+                "failingSince": None,
+                "lastFailure": None,
+                "pausedSince": None,
                 "live": 0,
                 "pending": 0,
                 "dead": 0,
                 "oldestPendingSeconds": None,
                 "notBefore": None,
+                "keptBack": None,
+                "outlook": None,
             },
         ]
     }
@@ -949,6 +971,73 @@ async def test_a_held_operator_is_sent_nothing_until_it_is_released(api: Caller,
         assert (await api("POST", ACME + "/release", 200))["held"] is False
     await api.settled()
     assert len(wallet.received) == 2
+
+
+async def test_a_hold_keeps_its_note_and_end_and_says_if_it_stood_already(api: Caller, clock: HandClock) -> None:
+    held = await api("POST", ACME + "/hold", 200, json={"note": "they move", "forSeconds": 60})
+    assert (held["changed"], held["heldNote"], held["heldUntil"]) == (True, "they move", "2026-09-21T14:14:20.000Z")
+    again = await api("POST", ACME + "/hold", 200)
+    assert (again["changed"], again["heldNote"], again["heldSince"]) == (False, "they move", held["heldSince"])
+    longer = await api("POST", ACME + "/hold", 200, json={"forSeconds": 120})
+    assert (longer["changed"], longer["heldNote"], longer["heldUntil"]) == (
+        True,
+        "they move",
+        "2026-09-21T14:15:20.000Z",
+    )
+    assert (await api("POST", ACME + "/release", 200))["changed"] is True
+    assert (await api("POST", ACME + "/release", 200))["changed"] is False
+
+
+@pytest.mark.parametrize(
+    "body", [{"note": ""}, {"note": "x" * 257}, {"note": "a\nb"}, {"forSeconds": 0}, {"forSeconds": 1.5}, {"for": 1}]
+)
+async def test_a_hold_with_a_note_or_an_end_that_breaks_its_rule_is_refused(api: Caller, body: Any) -> None:
+    await api("POST", ACME + "/hold", 400, json=body)
+    assert (await api.operator())["held"] is False
+
+
+async def test_a_hold_for_a_time_ends_by_itself(api: Caller, clock: HandClock, wallet: ScriptedOperator) -> None:
+    await api("POST", ACME + "/hold", 200, json={"forSeconds": 60})
+    await api.open()
+    await api.close()
+    clock.advance(60)
+    api.daemon.daemon._dispatcher.wake()
+    await api.settled()
+    assert len(wallet.received) == 1
+    assert (await api.operator())["held"] is False
+
+
+async def test_a_probe_tries_the_next_delivery_whatever_keeps_it_back(api: Caller, wallet: ScriptedOperator) -> None:
+    await api("POST", ACME + "/hold", 200)
+    await api.open()
+    await api.close()
+    await api.open("s2")
+    await api.close("s2")
+    wallet.script = [FINAL]
+    dead = await api("POST", ACME + "/probe", 200)
+    assert (dead["sessionId"], dead["state"], dead["history"][-1]["error"]) == ("s1", "dead", "code_120")
+    delivered = await api("POST", ACME + "/probe", 200)
+    assert (delivered["sessionId"], delivered["state"], delivered["attempts"]) == ("s2", "delivered", 1)
+    assert (await api.operator())["held"] is True
+    problem = await api("POST", ACME + "/probe", 409)
+    assert problem["code"] == "nothing-to-send"
+
+
+async def test_a_breaker_tells_of_the_last_failure_and_what_comes_next(api: Caller, wallet: ScriptedOperator) -> None:
+    wallet.script = [{"error": 100}] * 5
+    await api("POST", ACME + "/hold", 200)
+    await api.open()
+    await api.close()
+    for _ in range(5):
+        await api("POST", ACME + "/probe", 200)
+    row = await api.delivery_of()
+    shown = await api.operator()
+    assert shown["keptBack"] == "held since 2026-09-21T14:13:20Z: by_hand"
+    assert (shown["breaker"], shown["failedAttempts"], shown["lastFailure"]["reason"]) == ("open", 5, "code_100")
+    assert shown["lastFailure"]["detail"] == "`error` is 100, internal error, please retry"
+    wallet.script = [FINAL]
+    assert (await api("POST", ACME + "/probe", 200))["id"] == row["id"]
+    assert (await api.operator())["breaker"] == "closed"  # refused for good is an answer
 
 
 async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
@@ -971,6 +1060,9 @@ async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
     await until(opened)
     shown = await api.operator()
     assert 100_000 <= millis(shown["notBefore"]) - millis("2026-09-21T14:13:20.000Z") <= 120_000
+    dies = "the first notice dies at 2026-09-24T14:13:20Z"  # 72 h after its session's end
+    assert shown["outlook"] == f"tried again at {shown['notBefore'][:19]}Z; {dies}"
+    assert shown["breakerSince"] == shown["failingSince"] == shown["pausedSince"] == "2026-09-21T14:13:20.000Z"
     clock.advance(60)
     assert (await api.operator())["breaker"] == "half-open"
     released = await api("POST", ACME + "/release", 200)

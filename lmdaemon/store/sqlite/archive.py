@@ -62,7 +62,10 @@ def open_archive(path: Path) -> Iterator[Archive]:
     """Opens the file for reading. Raises DatabaseError, which names the file, also for errors inside the context."""
     try:
         with closing(open_beside(real_path(path.absolute()))) as sql:
-            check_is_ours(sql, path, len(MIGRATIONS))
+            version = check_is_ours(sql, path, len(MIGRATIONS))
+            if version < len(MIGRATIONS):
+                rule = f"was written by an older lmdaemon (schema {version}; this one reads {len(MIGRATIONS)})"
+                raise DatabaseError(f"{path}: {rule}: start the daemon on it once, which upgrades it")
             yield Archive(sql)
     except sqlite3.Error as error:
         raise DatabaseError(f"{path}: cannot be read: {cause(error, path)}") from error

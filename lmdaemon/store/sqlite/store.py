@@ -15,7 +15,7 @@ from typing import Any, Self
 from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import Claim, DatabaseError, Figures, Operation, Page, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, StoreError
 from lmdaemon.store.projection import Loaded
 from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
@@ -192,10 +192,18 @@ class Store(Verbs):
     async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
         return await self._db.reads.look(pages.died, operator, after, limit)
 
+    async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
+        return await self._db.reads.look(_aging, list(operators))
+
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._db.reads.look(_oldest_pending, list(operators))
 
 
+# Of those that wait for an operator's URL: where the age of the oldest is counted from.
+_AGING = """
+SELECT min(aged_from_at - held_base_ms)
+FROM (SELECT aged_from_at, held_base_ms FROM delivery WHERE operator = ? AND sink = 'http' AND state = 'pending'
+      ORDER BY id LIMIT ?)"""
 # Figures and gate of every operator.
 _OPERATORS = f"SELECT name, live, pending, dead, {', '.join(GATE)} FROM operator"
 
@@ -215,6 +223,10 @@ def _load(sql: sqlite3.Connection) -> Loaded:
         next_lifetime_at=next_lifetime_at,
         last_session=scalar(sql.execute("SELECT max(id) FROM session")) or 0,
     )
+
+
+def _aging(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:
+    return {name: scalar(sql.execute(_AGING, (name, AGING_ROWS))) for name in operators}
 
 
 def _oldest_pending(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:

@@ -170,7 +170,7 @@ async def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 async def test_a_newer_file_is_refused_and_left_untouched(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite3"
-    await (await Database.open(path, (*NOTES, "CREATE TABLE more (x);"))).close()
+    await (await open_notes(path, (*NOTES, "CREATE TABLE more (x);"))).close()
     before = path.read_bytes()
     with pytest.raises(
         DatabaseError, match=r"new\.sqlite3: was written by a newer lmdaemon \(schema 2; this one knows 1\)"

@@ -14,7 +14,7 @@ import psycopg
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import Claim, DatabaseError, Figures, Operation, Page, Probe, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Probe, StoreError
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, NEXT, SESSION, Batch, delivery_of, fetch_all, to_json
 from lmdaemon.store.postgres.errors import said
@@ -48,6 +48,12 @@ LATERAL (SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s
                AND d.id NOT IN (SELECT one::bigint FROM json_array_elements_text(lane.taken) AS one)
          ORDER BY d.due_at LIMIT lane.most) AS found
 ORDER BY lane.place, found.due_at"""
+# Of those that wait for each operator's URL: where the age of the oldest is counted from.
+AGING = """
+SELECT name, (SELECT min(aged_from_at - held_base_ms)
+              FROM (SELECT aged_from_at, held_base_ms FROM lmdaemon.delivery
+                    WHERE operator = name AND sink = 'http' AND state = 'pending' ORDER BY id LIMIT %s) AS first)
+FROM json_array_elements_text(%s::json) AS name"""
 # When the oldest pending delivery of each operator was made: the oldest of each of its sinks, a step in the index each.
 OLDEST_PENDING = """
 WITH RECURSIVE its (operator, sink) AS (
@@ -286,11 +292,18 @@ class Store(Verbs):
     async def has_sink(self, sink: str) -> bool:
         return await self._reads.look(pages.has_sink, list(self.figures), sink)
 
+    async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
+        return await self._reads.look(_aging, list(operators))
+
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._reads.look(_oldest_pending, list(operators))
 
     async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
         return await self._reads.look(pages.died, operator, after, limit)
+
+
+def _aging(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:
+    return dict(sql.execute(AGING, (AGING_ROWS, to_json(operators))).fetchall())
 
 
 def _oldest_pending(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 
 from clocks import HandClock
@@ -163,3 +164,22 @@ class TestDeliveries:
         assert await db.oldest_pending(["acme", "other"]) == {"acme": first.created_at, "other": None}
         await db.settle(Settlement(first, "delivered", 0, 0, attempt()))
         assert await db.oldest_pending(["acme"]) == {"acme": second.created_at}
+
+    async def test_the_oldest_age_leaves_out_what_was_held_before(self, db: Store, clock: HandClock) -> None:
+        assert await db.aging_shown(["acme"]) == {"acme": None}
+        await db.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))
+        clock.advance(60)
+        await db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
+        first = await one_delivery(db, "first")
+        assert first.held_base_ms == 60_000
+        clock.advance(5)
+        await one_delivery(db, "second")
+        assert await db.aging_shown(["acme", "other"]) == {"acme": first.created_at - 60_000, "other": None}
+
+    async def test_what_was_sent_stays_provable_when_it_is_delivered(self, db: Store) -> None:
+        row = await one_delivery(db)
+        assert row.body_digest == hashlib.sha256(row.body).hexdigest()
+        await db.settle(Settlement(row, "delivered", 0, 0, attempt()))
+        shown = await db.delivery(row.webhook_id)
+        assert shown is not None
+        assert (shown.body, shown.body_digest) == (b"", row.body_digest)

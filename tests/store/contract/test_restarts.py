@@ -9,6 +9,7 @@ from engines import Engine
 from operations import BODY, attempt, counted, one_delivery, opening
 from support import live
 
+from lmdaemon.model import Gate
 from lmdaemon.store.contract import Figures, NewDelivery, Settlement, Store, StoreError
 
 
@@ -31,6 +32,14 @@ class TestRestart:
             assert (await second.end_due(idle=True)).ended == 0  # the downtime did not count
             live(clock, second, 0.002)
             assert (await second.end_due(idle=True)).ended == 1
+
+    async def test_a_restart_finds_every_fact_of_a_gate(self, engine: Engine, clock: HandClock) -> None:
+        fields = dataclasses.fields(Gate)
+        facts = {one.name: f"{one.name}!" if "str" in str(one.type) else place for place, one in enumerate(fields, 7)}
+        async with engine.open(clock) as first:
+            await first.set_gate("acme", lambda gate: Gate(**facts))  # type: ignore[arg-type]
+        async with engine.open(clock) as second:
+            assert second.gate("acme") == Gate(**facts)  # type: ignore[arg-type]
 
     async def test_downtime_counts_when_asked_to(self, engine: Engine, clock: HandClock) -> None:
         async with engine.open(clock) as first:

@@ -1,1 +1,1 @@
-"""The session table and the deliveries: what doers may know of them, the rules, and the engines."""
+"""Stores sessions and deliveries: the contract that the rest of the daemon uses, the rules, and the engines."""

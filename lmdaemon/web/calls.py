@@ -51,9 +51,7 @@ class Health(Protocol):
 
 @dataclass(kw_only=True)
 class Context:
-    """What the handlers share. `expires_at` and `probe` belong to other doers, which none of them imports;
-    `settings` are those in force.
-    """
+    """What the handlers share. `expires_at` and `probe` are functions of other parts; `settings` are those in force."""
 
     store: Store
     clock: Clock
@@ -65,7 +63,7 @@ class Context:
     events: Events
     members: Callable[[], Sequence[Member]]  # the daemons on this database
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
-    # Who is closing which session, by operator and id: its end is told by the store, which does not know
+    # Who is closing which session, by operator and id. The end is logged after the commit, where that is not known
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
     settings: Settings = field(init=False)
 
@@ -111,10 +109,12 @@ Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | web.StreamRespon
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One line of the table. `answers`: by status, what it means and the type of its body; the first is that of what
-    the handler returns, unless it returns a response. `takes`: the query of a GET, the body of others. `problems`:
-    codes besides those that any call may have, with a status where it is not the code's own. `links` name calls that
-    take the id of what a page begins with; `events` are those of a stream.
+    """One row of the table of calls.
+
+    `answers` has, by status, its meaning and the type of its body; the first is for what the handler returns, unless it
+    returns a response. `takes` is the type of the query of a GET, or of the body. `problems` are codes besides those
+    that every call may have, with a status where it differs from the code's own. `links` name calls that take the id of
+    the first item of a page; `events` are the events of a stream.
     """
 
     handler: Handler  # a method of a part of the API
@@ -239,18 +239,18 @@ def json_answer(answer: shapes.Answer, status: int = 200) -> web.Response:
 
 
 def ready_answer(answer: shapes.Answer, status: int = 200) -> Ready:
-    """The same, and cheaper, for calls that come all day."""
+    """The same as bytes that are ready to be sent, which is cheaper; for frequent calls."""
     return Ready(status, to_json(answer), "application/json")
 
 
 async def shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:
-    """What is read for people, which ends when its client leaves."""
+    """The result of a read for people; the read is cancelled if the client leaves."""
     with until_client_leaves(request):
         return await reading
 
 
 def page_answer(page: Page[_Row], document: Callable[[_Row], shapes.Answer]) -> web.Response:
-    """A page as it is answered: it ends before an item that would make it longer than PAGE_BYTES."""
+    """A page as JSON. It ends before an item that would make it longer than PAGE_BYTES."""
     items: list[bytes] = []
     left, after = PAGE_BYTES - len('{"items":[],"next":""}') - shapes.CURSOR_MAX, page.next
     for row in page.rows:

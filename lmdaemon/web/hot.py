@@ -1,11 +1,11 @@
-"""The calls that come all day, past most of the framework: no `web.Request`, no task and no response object for them.
+"""Serves frequent plain requests without most of the framework: no `web.Request`, task or response object is made.
 
-What arrives is still read by aiohttp's own parser, so what it refuses is refused, and the handlers are those that serve
-everybody else. Only a plain request is taken: whole, small, in one piece, on a connection with nothing else under way,
-and to a call that `Site.direct` knows. Whatever is not plain, or is not answered with a `Ready`, goes aiohttp's way.
+aiohttp's own parser reads the requests, so it refuses the same ones, and the handlers are the same as for all others. A
+request is plain if it is small and has arrived whole in one piece, on a connection with nothing else under way, for a
+call that `Site.direct` knows. All others, and those that are not answered with a `Ready`, are served by aiohttp.
 
-It exists for speed alone (docs/performance.md): without this file everything works as before, only slower. It knows
-aiohttp's connection from inside; `misfit` says whether that is still as it was.
+This module exists for speed alone (docs/performance.md): without it everything works, only slower. It uses internals of
+aiohttp's connection; `misfit` checks whether they are as expected.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ log = Log("http")
 
 
 def connection_type() -> type[Connection]:
-    """What to serve connections with: this, if it fits the aiohttp that is installed. Needs a running loop."""
+    """The class that serves connections: HotConnection, if it fits the installed aiohttp. Needs a running loop."""
     reason = misfit()
     if reason is None:
         return HotConnection
@@ -46,7 +46,7 @@ def connection_type() -> type[Connection]:
 
 
 def misfit() -> str | None:
-    """What of aiohttp is not as it is expected here, tried out on a request; None if all is."""
+    """What is not as expected in the installed aiohttp, tried out with a request; None if everything is."""
     if missing := [name for name in _CONNECTION if not hasattr(web.RequestHandler, name)]:
         return f"aiohttp's connection has no {', '.join(missing)}"
     if HttpRequestParser is HttpRequestParserPy:
@@ -77,7 +77,7 @@ async def _unused(_: web.BaseRequest) -> web.StreamResponse:
 
 
 class _Body:
-    """A body that is there. aiohttp's stream would have the connection read on, which it does anyway."""
+    """A body that has arrived. (aiohttp's stream would resume reading from the connection, which was never paused.)"""
 
     __slots__ = ("_bytes",)
 
@@ -124,7 +124,7 @@ class PlainRequest:
 
 
 class _Parsed:
-    """Stands in for the parser once, with what the parser has made of some bytes already."""
+    """Takes the parser's place for one call, and returns what the parser has already made of the bytes."""
 
     __slots__ = ("_made",)
 
@@ -211,7 +211,7 @@ class HotConnection(Connection):
         return True
 
     def _go_on(self, _: object = None) -> None:
-        """Runs the handler to what it waits for next, as a task would, or to its answer."""
+        """Runs the handler until it waits for something, as a task would, or until it returns its answer."""
         try:
             awaited = self._call.send(None)
         except StopIteration as end:
@@ -242,14 +242,14 @@ class HotConnection(Connection):
             self._wait_again()
 
     def _count(self) -> None:
-        """As aiohttp does when it takes a request from its queue."""
+        """Sets the connection's state as aiohttp does when it takes a request from its queue."""
         if self._manager is not None:
             self._manager.requests_count += 1
         if self._parser is not None:
             self._parser.message_consumed()
 
     def _wait_again(self) -> None:
-        """For the next request, which may be there."""
+        """Makes the connection ready for the next request, which may have arrived already."""
         self._waiter = self._idle
         if self._messages:
             self._idle.set_result(None)
@@ -258,7 +258,7 @@ class HotConnection(Connection):
             self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
     def _hand_over(self, answer: web.StreamResponse | Exception) -> None:
-        """Has aiohttp serve the request, by a handler that has this result."""
+        """Passes the request to aiohttp, with a handler that has this result."""
         handler = self._request_handler
 
         async def known(_: web.BaseRequest) -> web.StreamResponse:
@@ -276,7 +276,7 @@ class HotConnection(Connection):
         self._idle.set_result(None)
 
     def _end(self) -> None:
-        """Nobody is there to be answered."""
+        """Ends the request after its client has left."""
         self._count()
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():

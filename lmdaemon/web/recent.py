@@ -1,8 +1,8 @@
-"""What the last hour was like, in memory: touches, ends, deliveries and lag, by second and by minute.
+"""The figures of the last hour, in memory: touches, ends, deliveries and lag, by second and by minute.
 
-Nothing is counted a second time: the counters of `metrics` are read when a second has passed in which something was
-committed, and never while nothing is. For all operators together, and for those that count most, at most OPERATORS_MAX
-of them, so that it takes less than 1 MiB however many there are.
+They are differences of the counters in `metrics`, which are read once in each second in which something was committed,
+and not at all otherwise. They are kept for all operators together and for the OPERATORS_MAX busiest ones, so that they
+take less than 1 MiB in any case.
 """
 
 import heapq
@@ -20,8 +20,9 @@ OPERATORS_MAX = 100
 
 
 class Counts(NamedTuple):
-    """Of one operator, or of all: touches, ends, attempts that delivered and that failed, and by how many milliseconds
-    the latest end for inactivity came after its deadline.
+    """Counts of one operator or of all: touches, ends, attempts that succeeded and that failed.
+
+    `lag_ms` is how long after its deadline the latest of the ends for inactivity was committed.
     """
 
     touches: int = 0
@@ -95,7 +96,7 @@ class Ring:
             values[slot] = min(2**32 - 1, max(before, value) if name == "lag_ms" else before + value)
 
     def until(self, step: int) -> list[list[int]]:
-        """The steps up to this one, the oldest first; a list for each of the counts."""
+        """The last SLOTS steps up to this one, the oldest first, as one list for each count."""
         steps = range(step - SLOTS + 1, step + 1)
         return [
             [values[one % SLOTS] if self._steps[one % SLOTS] == one else 0 for one in steps] for values in self._values
@@ -103,7 +104,7 @@ class Ring:
 
 
 class Recent(StoreObserver):
-    """The rings, kept up with each commit of a new second."""
+    """The rings of all operators kept, updated by the first commit of each second."""
 
     def __init__(self, totals: Totals, service_ms: Callable[[], float], clock: Clock) -> None:
         self._since = Since(totals, service_ms)
@@ -130,7 +131,7 @@ class Recent(StoreObserver):
             self.look()
 
     def look(self) -> None:
-        """Counts what has happened since the last look. Nothing was committed between its second and this one."""
+        """Adds what was counted since the last call to the second of that call; nothing was committed after it."""
         second, self._second = self._second, self._now()
         counts = self._since.take()
         if counts:
@@ -146,7 +147,7 @@ class Recent(StoreObserver):
             ring.add(second // step_s, counts)
 
     def _make_room(self, counts: Mapping[str, Counts], *, new_minute: bool) -> None:
-        """Begins with those that are new, while there is room; once a minute those that count most get it."""
+        """Adds rings for new operators while there is room. Once a minute the busiest operators get the room."""
         new = [name for name in counts if name not in self._kept]
         if len(self._kept) + len(new) > OPERATORS_MAX:
             if not new_minute:
@@ -159,8 +160,9 @@ class Recent(StoreObserver):
         self._kept |= {name: self._rings() for name in new}
 
     def series(self) -> tuple[int, dict[str | None, list[list[list[int]]]]]:
-        """The monotonic second of the last slot, and for all operators (None) and each that is kept, for each of
-        STEPS_S, a list of SLOTS for each of the counts.
+        """The monotonic second of the last slot, and the figures by operator (None: of all together).
+
+        The figures are, for each of STEPS_S, one list of SLOTS numbers for each count.
         """
         self.look()
         rings: list[tuple[str | None, tuple[Ring, ...]]] = [(None, self._all), *self._kept.items()]

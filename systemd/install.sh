@@ -26,6 +26,12 @@ UNITS=/usr/lib/systemd/system
 SYSUSERS=/usr/lib/sysusers.d
 
 DOC=$PREFIX/share/doc/lmdaemon
+# Where shells and man look for what belongs to a command in BINDIR; zsh keeps what packages bring apart.
+case $BINDIR in
+    */bin) SHARE=${BINDIR%/bin}/share ;;
+    *) SHARE=$PREFIX/share ;;
+esac
+[ "$SHARE" = /usr/share ] && ZSH=$SHARE/zsh/vendor-completions || ZSH=$SHARE/zsh/site-functions
 LIST=$PREFIX/installed-files
 HERE=$DESTDIR$PREFIX
 
@@ -96,6 +102,21 @@ build_venv() {
     "$venv/bin/python" -I -m compileall -q --invalidation-mode timestamp -s "$venv" -p "$PREFIX" "$venv/lib"
 }
 
+# The manual page and the completions, all made of the command line's own parser.
+build_manual() {
+    mkdir "$work/manual"
+    $pip install --target "$work/tools" --constraint constraints.txt argparse-manpage shtab
+    # The tools beside the environment, which stays as it was made
+    run() { PYTHONPATH=$work/tools PYTHONDONTWRITEBYTECODE=1 "$work/venv/bin/python" "$@"; }
+    run -c 'from argparse_manpage.cli import main; main()' --module lmdaemon.commands.completion --function whole --prog lmdaemon \
+        --project-name lmdaemon --manual-title lmdaemon --format single-commands-section \
+        --description "sessions, their expiry, and its delivery (SessionExpired)" --output "$work/manual/lmdaemon.1"
+    gzip -9n "$work/manual/lmdaemon.1"
+    for shell in bash zsh fish; do
+        run -m lmdaemon completion "$shell" >"$work/manual/$shell"
+    done
+}
+
 # -- putting files down
 
 list() { printf '%s\n' "$1" >>"$work/list"; }
@@ -133,6 +154,13 @@ install_units() {
 install_docs() {
     find README.md CHANGELOG.md docs -type f -name '*.*' ! -name '*.pyc' ! -path 'docs/site/*' >"$work/docs"
     while read -r file; do put_listed 644 "$file" "$DOC/$file"; done <"$work/docs"
+}
+
+install_manual() {
+    put_listed 644 "$work/manual/lmdaemon.1.gz" "$SHARE/man/man1/lmdaemon.1.gz"
+    put_listed 644 "$work/manual/bash" "$SHARE/bash-completion/completions/lmdaemon"
+    put_listed 644 "$work/manual/zsh" "$ZSH/_lmdaemon"
+    put_listed 644 "$work/manual/fish" "$SHARE/fish/vendor_completions.d/lmdaemon.fish"
 }
 
 install_command() {
@@ -211,11 +239,13 @@ do_install() {
     trap 'rm -rf "$work"' EXIT
     trap 'exit 1' HUP INT TERM
     build_venv
+    build_manual
     list "$LIST"
     install_venv
     install_units
     make_user
     install_docs
+    install_manual
     install_command
     install_config
     remove_stale

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -70,6 +71,9 @@ DELIVERY_SHAPE = {"id": str, "state": str}
 OPERATOR_SHAPE = {"operator": str, "held": bool}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
+WATCH_S = 2
+CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # of a terminal: to the top, all of it, what has scrolled away. Source: console_codes(4)
+
 _CHECK_HEAD = ("check", "status", "time")
 
 Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
@@ -94,9 +98,28 @@ def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
     return made
 
 
-@_asking(JSON)
+@_asking(
+    argument(
+        "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="again every so many seconds (default 2)"
+    ),
+    JSON,
+)
 async def status(client: Client, args: argparse.Namespace) -> int:
     """Prints the daemon's health and a line for each operator. Exit code 1 if the health is `fail`."""
+    if not args.watch:
+        return await _print_status(client, args)
+    while True:  # until it is interrupted
+        if sys.stdout.isatty() and not args.json:
+            print(CLEAR, end="")
+        try:
+            await _print_status(client, args)
+        except Unreachable as error:
+            say(f"lmdaemon: {error}", "WARNING")
+        sys.stdout.flush()
+        await asyncio.sleep(args.watch)
+
+
+async def _print_status(client: Client, args: argparse.Namespace) -> int:
     health = await client.call("GET", "health", shape=HEALTH_SHAPE)
     operators: list[Any] = []
     try:

@@ -29,6 +29,7 @@ from lmdaemon.commands.files import (
     hint,
     put_in_place,
 )
+from lmdaemon.commands.progress import Tell, progress
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import rfc3339
@@ -105,13 +106,15 @@ def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
             writing = rights.own()
             with acting_with(source.reading), closing(open_beside(source.path, source.how)) as sql:
                 _check_is_ours(sql, source.path, known)  # first, because VACUUM blames its target for a damaged source
-                sql.set_progress_handler(_Flush(handle), LOOK_EVERY)
-                # One read transaction, during which the daemon goes on writing. A copy page by page (SQLite's backup
-                # API) would start again at each of its commits. The check has opened all files of the source.
-                with acting_with(writing):
-                    # A file's name can be any bytes; SQLite expects text
-                    sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
-            _check_integrity(copy)
+                with progress("copying", "B", _size(sql)) as tell:
+                    sql.set_progress_handler(_Flush(handle, tell), LOOK_EVERY)
+                    # One read transaction, during which the daemon goes on writing. A copy page by page (SQLite's
+                    # backup API) would start again at each of its commits. The check has opened all of its files.
+                    with acting_with(writing):
+                        # A file's name can be any bytes; SQLite expects text
+                        sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
+            with progress("checking the copy", "B"):
+                _check_integrity(copy)
             os.fsync(handle)
             yield copy
         except (sqlite3.Error, OSError) as error:
@@ -133,16 +136,26 @@ class _Flush:
     SQLite calls it every LOOK_EVERY instructions; 0 tells it to go on.
     """
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, tell: Tell) -> None:
         self._handle = handle
+        self._tell = tell
         self._flushed = 0
 
     def __call__(self) -> int:
         size = os.fstat(self._handle).st_size
+        self._tell(size)
         if size >= self._flushed + FLUSH_BYTES:
             os.fdatasync(self._handle)
             self._flushed = size
         return 0
+
+
+def _size(sql: sqlite3.Connection) -> int:
+    """Bytes that a copy will have: those of the pages in use."""
+    pages, free, size = (
+        sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
 
 
 def _check_integrity(copy: Path) -> None:

@@ -65,6 +65,7 @@ COMMANDS = {
         "put a backup in the database's place while the daemon is stopped; what was there is kept beside it",
     ),
     "migrate": ("migrate:migrate", "bring the schema of a PostgreSQL database to the newest version"),
+    "completion": ("completion:completion", "print a completion script for bash, zsh or fish"),
     "version": (VERSION, "print the version"),
 }
 

@@ -30,6 +30,7 @@ from lmdaemon.commands.files import (
     followed,
     put_in_place,
 )
+from lmdaemon.commands.progress import Tell, progress
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import Gate, rfc3339
@@ -81,6 +82,7 @@ class Told:
     sessions: int = 0
     deliveries: int = 0
     pending: int = 0
+    tell: Tell = lambda _: None
 
 
 @command(
@@ -110,7 +112,8 @@ def export(args: argparse.Namespace) -> int:
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
                 # All files of the database are open by now, so its rights are not needed any more
-                with acting_with(ours):
+                shown = args.output is not None or not sys.stdout.isatty()  # not between the rows
+                with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:
                     _write(args, live, lambda: write(_sessions(archive, args.operator, since_at, until_at), told))
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
@@ -169,6 +172,7 @@ def _count(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[list[
             told.sessions += 1
             told.deliveries += len(session.deliveries)
             told.pending += sum(delivery.state == "pending" for delivery in session.deliveries)
+        told.tell(told.sessions)
         yield page
 
 

@@ -7,12 +7,15 @@ little, because `version` and usage errors import nothing else.
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
+NARROWEST = 6  # characters of a column that is made narrower
+_GAP = "  "
 
 
 class Failed(Exception):  # noqa: N818 - a result rather than an error: one line on stderr, exit code 1
@@ -76,9 +79,34 @@ def print_table(
     if widths is None:
         cells.insert(0, list(columns))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        if sys.stdout.isatty():
+            widths = fitted(widths, shutil.get_terminal_size().columns)
+    cut = _cut if sys.stdout.isatty() else _whole
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(_GAP.join(cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return widths
+
+
+def fitted(widths: Sequence[int], room: int) -> list[int]:
+    """The widths with the widest columns made narrower, as far as need be to fit into so many characters.
+
+    The first column stays whole, for it is what other commands take; no other gets narrower than NARROWEST.
+    """
+    found = list(widths)
+    while sum(found) + len(_GAP) * (len(found) - 1) > room:
+        width, at = max(((width, at) for at, width in enumerate(found) if at), default=(0, 0))
+        if width <= NARROWEST:
+            break
+        found[at] -= 1
+    return found
+
+
+def _whole(text: str, _: int) -> str:
+    return text
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 async def print_pages(columns: Sequence[str], pages: AsyncIterator[list[Any]], *, as_json: bool) -> int:

@@ -110,6 +110,10 @@ def test_everything_lands_where_service_and_administrator_look_for_it(trees: Tre
         "/etc/lmdaemon/config.toml",
         "/usr/lib/sysusers.d/lmdaemon.conf",
         "/usr/local/bin/lmdaemon",
+        "/usr/local/share/man/man1/lmdaemon.1.gz",
+        "/usr/local/share/bash-completion/completions/lmdaemon",
+        "/usr/local/share/zsh/site-functions/_lmdaemon",
+        "/usr/local/share/fish/vendor_completions.d/lmdaemon.fish",
         *(f"/usr/lib/systemd/system/{unit}" for unit in units),
     }
     assert {f"{DOC}/{name}" for name in ("README.md", "CHANGELOG.md", "config.toml", "docs/plugins.md")} <= inside(

@@ -37,7 +37,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, words)],
             cwd=directory,
-            env=environment(),
+            env={name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if only_messages else theirs,
             stderr=theirs,

@@ -20,7 +20,15 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TESTED = ("fast", "postgres", "completion", "man", "test", "lint")  # extras, beside what lmdaemon always needs
+TESTED = (
+    "fast",
+    "postgres",
+    "completion",
+    "man",
+    "workbench",
+    "test",
+    "lint",
+)  # extras, beside what lmdaemon always needs
 
 
 def pinned() -> dict[str, str]:

@@ -67,7 +67,7 @@ constraints:
 	$(PYTHON) -m venv build/constraints
 	build/constraints/bin/python -m pip install --quiet --disable-pip-version-check '.[fast,postgres,completion,man,workbench,test,lint]'
 	grep '^#' constraints.txt >build/constraints.txt
-	build/constraints/bin/python -m pip freeze | grep -v '^lmdaemon' >>build/constraints.txt
+	build/constraints/bin/python -m pip freeze --all | grep -v '^lmdaemon\|^pip==' >>build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clients: $(VENV)/.test

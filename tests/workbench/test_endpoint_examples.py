@@ -1,6 +1,5 @@
-"""The examples of docs/examples as they are run: endpoints that pass `check`, a heartbeat that keeps alive."""
+"""The examples of docs/examples that are endpoints, as they are run: they pass `check`."""
 
-import asyncio
 import os
 import shutil
 import signal
@@ -14,8 +13,6 @@ import pytest
 from commands import environment, poll
 from endpoints import PROVIDER, QUICK, TOKEN, UNTIMED, to
 from processes import free_ports
-from support import Serving, operator_table, serving, until
-from wires import open_session
 
 from lmdaemon.workbench.runner import Report, Runner
 
@@ -92,34 +89,3 @@ def test_the_endpoints_stay_short() -> None:
         lines = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
         code = [line for line in lines if line.strip("{}") and not line.startswith(("//", "#", '"""', "<?php"))]
         assert len(code) <= 50, name
-
-
-async def test_the_heartbeat_keeps_sessions_alive_and_tells_which_are_over(tmp_path: Path) -> None:
-    async with serving(tmp_path, operator_table("acme", "", notify=False)) as daemon:
-        for session in ("s-1", "s-2"):
-            await open_session(daemon, session)
-        beat = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(EXAMPLES / "heartbeat.py"), daemon.api.removeprefix("http://"), "acme"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert beat.stdin is not None
-        assert beat.stdout is not None
-        before = await seen(daemon, "s-1")
-        beat.stdin.write(b"+s-1\n+s-2\n+gone\n")
-
-        async def moved() -> bool:
-            return await seen(daemon, "s-1") > before
-
-        await until(moved)
-        assert await beat.stdout.readline() == b"gone\n"
-        async with daemon.client.post(f"{daemon.api}/v1/operators/acme/sessions/s-2/close") as answer:
-            assert answer.status == 200
-        assert await beat.stdout.readline() == b"s-2\n"
-        beat.stdin.close()
-        assert await beat.wait() == 0
-
-
-async def seen(daemon: Serving, session: str) -> str:
-    async with daemon.client.get(f"{daemon.api}/v1/operators/acme/sessions/{session}") as answer:
-        return str((await answer.json())["lastSeenAt"])

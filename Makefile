@@ -13,6 +13,7 @@
 # make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
 #              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
 #              tables grow
+# make demo    a daemon, an operator that goes down and comes back, and 200 players, on this machine
 # make manual  write docs/check.md anew from the checks
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
@@ -38,11 +39,15 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS)
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run test test-newest constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
+.PHONY: run demo test test-newest constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
 	bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
+
+demo: $(VENV)/.run
+	$(BIN)/$(PIP) --editable '.[workbench]'
+	LMDAEMON=$(BIN)/lmdaemon sh docs/examples/demo.sh
 
 test: $(VENV)/.test
 	$(IN_MEMORY) $(BIN)/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)

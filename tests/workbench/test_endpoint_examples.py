@@ -89,3 +89,30 @@ def test_the_endpoints_stay_short() -> None:
         lines = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
         code = [line for line in lines if line.strip("{}") and not line.startswith(("//", "#", '"""', "<?php"))]
         assert len(code) <= 50, name
+
+
+def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> None:
+    """Made small, and without a limit on how late a busy machine may be."""
+    server, api, operator = map(str, free_ports(3))
+    done = subprocess.run(
+        ["sh", EXAMPLES / "demo.sh"],
+        cwd=tmp_path,
+        env=environment(
+            LMDAEMON=f"{sys.executable} -m lmdaemon",
+            DEMO=str(tmp_path / "demo"),
+            PLAYERS="40",
+            DURATION="2s",
+            DOWN="1s",
+            LATE="60s",
+            PORT=server,
+            API_PORT=api,
+            OPERATOR_PORT=operator,
+        ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Verdict: every promise was kept" in done.stdout
+    assert done.stdout.endswith("Verdict: as expected\n")

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Everything at once on this machine, with made-up players (make demo): a daemon, an operator that goes down for ten
+# seconds and comes back, and game servers with 200 players. At the end each side says what it makes of the other.
+#   LMDAEMON=command  DEMO=directory  PLAYERS=200  DURATION=30s  DOWN=10s  LATE=1s (how late an end may be)
+#   PORT, API_PORT and OPERATOR_PORT, 18080 to 18082
+set -eu
+lmdaemon=${LMDAEMON:-lmdaemon} demo=${DEMO:-build/demo} port=${PORT:-18080}
+api=${API_PORT:-18081} operator=${OPERATOR_PORT:-18082}
+rm -rf "$demo" && mkdir -p "$demo"
+cat >"$demo/config.toml" <<EOF
+[server]
+listen = "127.0.0.1:$port"
+[api]
+listen = "127.0.0.1:$api"
+[sessions]
+restart_grace = "0s"
+[operators.casino]
+provider_id = "luckymonaco"
+notify = true
+url = "http://127.0.0.1:$operator/V4/SessionExpired"
+allow_private_network = true
+schedule = ["1s", "2s", "4s", "4s", "4s", "4s", "4s", "4s"]
+concurrency = 16
+EOF
+
+children=
+trap 'kill $children 2>/dev/null || :' EXIT
+trap 'exit 1' INT TERM
+$lmdaemon simulate operator --listen "127.0.0.1:$operator" --script "count 100: down ${DOWN:-10s}; 2%: status 503" \
+    --schedule 1s,2s,4s,4s,4s,4s,4s,4s --journal "$demo/journal.jsonl" >"$demo/operator.txt" 2>&1 &
+children=$!
+operator_pid=$!
+$lmdaemon --config "$demo/config.toml" serve >"$demo/daemon.log" 2>&1 &
+children="$children $!"
+until $lmdaemon --config "$demo/config.toml" status >/dev/null 2>&1; do
+    kill -0 $! 2>/dev/null || { cat "$demo/daemon.log" >&2; exit 1; }
+    sleep 0.2
+done
+
+echo "The daemon: http://127.0.0.1:$api/health and /metrics; its log: $demo/daemon.log"
+echo "The operator, live: http://127.0.0.1:$operator/ and tail -f $demo/operator.txt"
+echo
+echo "== The game servers (lmdaemon simulate provider casino)"
+broken=0
+$lmdaemon --config "$demo/config.toml" simulate provider casino --players "${PLAYERS:-200}" --duration "${DURATION:-30s}" \
+    --play 8s --heartbeat 1s --idle 3 --late "${LATE:-1s}" || broken=1
+echo
+echo "== The daemon (lmdaemon status)"
+$lmdaemon --config "$demo/config.toml" status
+kill -TERM $operator_pid
+wait $operator_pid || broken=1
+echo
+echo "== The operator (lmdaemon simulate operator)"
+grep -B1 -E "down|up again" "$demo/operator.txt" | head -5 || :
+tail -3 "$demo/operator.txt"
+exit $broken

@@ -93,7 +93,7 @@ class _Counter(Collector):
         elif labels[: self._bounded] in self._known:
             self._values[labels] = amount
 
-    def values(self) -> Iterable[tuple[tuple[str, ...], int]]:
+    def values(self) -> Iterable[tuple[Any, int]]:
         """All of them by their labels."""
         return self._values.items()
 
@@ -191,14 +191,19 @@ class Metrics:
 
     def totals(self) -> dict[str, tuple[int, int, int, int]]:
         """Since the start, by operator: sessions touched, ended, attempts that delivered, and those that did not."""
-        found: dict[str, list[int]] = {}
-        none = [0, 0, 0, 0]
-        for at, counter in enumerate((self._touches, self._ends)):
-            for (operator, *_), value in counter.values():
-                found.setdefault(operator, none.copy())[at] += value
+        touches = {operator: value for (operator,), value in self._touches.values()}
+        ends: dict[str, int] = {}
+        delivered: dict[str, int] = {}
+        failed: dict[str, int] = {}
+        for (operator, _), value in self._ends.values():
+            ends[operator] = ends.get(operator, 0) + value
         for (operator, _, outcome), value in self._attempts.values():
-            found.setdefault(operator, none.copy())[2 if outcome == "delivered" else 3] += value
-        return {operator: (counts[0], counts[1], counts[2], counts[3]) for operator, counts in found.items()}
+            those = delivered if outcome == "delivered" else failed
+            those[operator] = those.get(operator, 0) + value
+        return {
+            operator: (count, ends.get(operator, 0), delivered.get(operator, 0), failed.get(operator, 0))
+            for operator, count in touches.items()
+        }
 
     def _oldest_pending(self) -> list[Reading]:
         help_text = "Age of the oldest delivery not settled yet; absent where nothing is pending."

@@ -62,11 +62,11 @@ class Since(StoreObserver):
         for operator, counts in totals.items():
             before = self._before.get(operator, none)
             if counts != before or operator in lag_ms:
-                # an operator that has left the configuration and come back begins at 0 again
-                touches, ends, delivered, failed = (
-                    max(0, now - then) for now, then in zip(counts, before, strict=True)
-                )
-                found[operator] = Counts(touches, ends, delivered, failed, lag_ms.get(operator, 0))
+                (touches, ends, delivered, failed), (touched, ended, sent, missed) = counts, before
+                grown = (touches - touched, ends - ended, delivered - sent, failed - missed)
+                if min(grown) < 0:  # an operator that has left the configuration and come back begins at 0 again
+                    grown = none
+                found[operator] = Counts(*grown, lag_ms.get(operator, 0))
         self._before, self._lag_ms = totals, {}
         return found
 

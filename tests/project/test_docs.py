@@ -28,7 +28,7 @@ from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.store import contract, rules, verbs, writer
 from lmdaemon.store.sqlite import pages, reads, store
 from lmdaemon.store.sqlite import writer as disk
-from lmdaemon.web import bodies, endpoint, handshakes, listener
+from lmdaemon.web import bodies, endpoint, events, handshakes, listener, recent
 from lmdaemon.web import requests as http
 from lmdaemon.web.problems import KINDS
 from lmdaemon.web.routes import CALLS
@@ -153,7 +153,10 @@ def test_the_limits_page_shows_the_true_limits() -> None:
     for limit in (
         f"{endpoint.BODY_MAX // 1024} KiB; API body {bodies.BODY_MAX // 1024} KiB",
         f"bulk touch {bodies.BULK_IDS_MAX} ids and {shapes.BULK_BODY_MAX // 1024**2} MiB",
+        f"bulk opening {bodies.BULK_IDS_MAX} sessions and {shapes.BULK_BODY_MAX // 1024**2} MiB",
         f"attributes {shapes.ATTRIBUTES_MAX // 1024} KiB",
+        f"{events.LISTENERS_MAX} then 503; one for which {events.QUEUE_MAX} events wait is cut off",
+        f"{recent.SLOTS} seconds and {recent.SLOTS} minutes of the {recent.OPERATORS_MAX} operators that count most",
         f"{listener.LINE_MAX // 1024} KiB; {listener.HEADERS_MAX} of at most 8190 bytes",
         f"bytes; {listener.HEAD_MAX // 1024} KiB altogether",
         f"each head has {listener.HEAD_TIMEOUT_S:g} s",

@@ -22,7 +22,7 @@ from lmdaemon.log import Log, place
 from lmdaemon.web.listener import HEAD_END, HELD_MIN, Connection
 from lmdaemon.web.requests import Ready
 
-# What it uses of aiohttp's connection and of the parser's messages, which are no promise of aiohttp's.
+# The private parts of aiohttp's connection, and what the parser must make of _TRIAL.
 _CONNECTION = (
     *("_close", "_force_close", "_handler_waiter", "_keepalive_handle", "_keepalive_timeout", "_loop", "_manager"),
     *("_messages", "_next_keepalive_close_time", "_parser", "_paused", "_process_keepalive", "_request_count"),
@@ -40,7 +40,7 @@ def connection_type() -> type[Connection]:
     if reason is None:
         return HotConnection
     log.warning(
-        "http.slower", reason=reason, aiohttp=aiohttp.__version__, note="requests take longer; all else is as ever"
+        "http.slower", reason=reason, aiohttp=aiohttp.__version__, note="requests take longer, and nothing else changes"
     )
     return Connection
 
@@ -50,7 +50,7 @@ def misfit() -> str | None:
     if missing := [name for name in _CONNECTION if not hasattr(web.RequestHandler, name)]:
         return f"aiohttp's connection has no {', '.join(missing)}"
     if HttpRequestParser is HttpRequestParserPy:
-        return "aiohttp's parser is the one in Python"
+        return "aiohttp's parser is the one written in Python"
     try:
         trial = web.RequestHandler(web.Server(_unused), loop=asyncio.get_running_loop())
         ((message, body),), upgraded, rest = trial._parser.feed_data(_TRIAL)  # type: ignore[union-attr]
@@ -59,7 +59,7 @@ def misfit() -> str | None:
         whole = body.is_eof() and body.total_bytes == 2 and body.read_nowait() == b"{}"
         headers, url, version = message.headers["host"], message.url.raw_path, message.version
     except Exception as error:
-        return f"aiohttp's parser answers otherwise: {type(error).__name__} at {place(error)}"
+        return f"aiohttp's parser cannot be used as expected: {type(error).__name__} at {place(error)}"
     if (
         found != _MESSAGE
         or not whole
@@ -68,7 +68,7 @@ def misfit() -> str | None:
         or upgraded
         or rest
     ):
-        return "aiohttp's parser reads a request otherwise"
+        return "aiohttp's parser reads a request differently"
     return None
 
 
@@ -92,8 +92,8 @@ class _Body:
 
 
 class PlainRequest:
-    """What the handlers need of a plain request. Anything else they ask for is read from aiohttp's own request, which
-    is made then.
+    """What the handlers need of a plain request. All other attributes are those of aiohttp's request, which is made
+    when the first of them is read.
     """
 
     __slots__ = ("_connection", "_full", "_make", "_message", "_stream", "content", "headers", "method", "rel_url")
@@ -103,7 +103,7 @@ class PlainRequest:
 
     def __init__(self, connection: "HotConnection", make: Any, message: Any, stream: Any, body: bytes) -> None:
         self._connection = connection
-        self._make = make  # aiohttp's request; the connection forgets it when it is lost
+        self._make = make  # makes aiohttp's request; the connection forgets it when it is lost
         self._message = message
         self._stream = stream
         self._full: web.BaseRequest | None = None
@@ -138,10 +138,11 @@ class _Parsed:
 
 
 class HotConnection(Connection):
-    """A connection that answers plain requests itself.
+    """A connection that serves plain requests itself.
 
-    aiohttp serves a connection in one task, which waits in `_waiter` for the next request. While a plain one is under
-    way that future is kept in `_idle`: what arrives meanwhile is queued as behind any other request, and nobody wakes.
+    aiohttp serves a connection in one task, which waits for the next request on the future `_waiter`. While a plain
+    request is under way, this future is kept in `_idle` and `_waiter` is None: requests that arrive meanwhile are
+    queued, and the task is not woken until the plain one is answered.
     """
 
     __slots__ = ("_call", "_idle", "_message", "_stream")
@@ -167,7 +168,7 @@ class HotConnection(Connection):
         made: Any
         try:
             made = parser.feed_data(data)
-        except Exception as error:  # raised again where aiohttp expects it
+        except Exception as error:  # raised again by the stand-in, where aiohttp expects it
             made = error
         else:
             messages, upgraded, _ = made
@@ -182,7 +183,7 @@ class HotConnection(Connection):
                 self._parser = parser
 
     def _takes(self, parsed: tuple[Any, Any], data: bytes, waiter: "asyncio.Future[None]") -> bool:
-        """Begins to serve a request if it is a plain one."""
+        """Starts to serve a request if it is plain; returns whether it is."""
         message, stream = parsed
         if stream is EMPTY_PAYLOAD:
             body, whole = b"", data.endswith(HEAD_END)
@@ -225,7 +226,7 @@ class HotConnection(Connection):
             if awaited is None:  # asyncio.sleep(0)
                 self._loop.call_soon(self._go_on)
             else:
-                awaited._asyncio_future_blocking = False  # as a task says that it has understood
+                awaited._asyncio_future_blocking = False  # a task says in this way that it waits for the future
                 awaited.add_done_callback(self._go_on)
 
     def _answer(self, answer: web.StreamResponse) -> None:
@@ -238,6 +239,7 @@ class HotConnection(Connection):
             transport.write(answer.whole)
             self._answered += 1
             self._count()
+            self._forget()
             self._request_in_progress = False
             self._wait_again()
 
@@ -272,14 +274,21 @@ class HotConnection(Connection):
             return
         self._request_handler = known
         self._messages.appendleft((self._message, self._stream))
+        self._forget()
         self._waiter = self._idle
         self._idle.set_result(None)
 
     def _end(self) -> None:
         """Ends the request after its client has left."""
         self._count()
+        self._forget()
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():
             self._handler_waiter.set_result(None)
         self._waiter = self._idle
         self.force_close()
+
+    def _forget(self) -> None:
+        """Lets go of an answered request, so that an idle connection keeps nothing of it in memory."""
+        self._message = self._stream = None
+        del self._call

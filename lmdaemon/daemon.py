@@ -207,7 +207,7 @@ class Daemon:
     async def _build(self, stack: AsyncExitStack) -> None:
         settings = self.settings
         self._notifier.starting(self._start_limit_s(), f"Starting. Opening {name_of(settings)}.")
-        self._store: Store = await open_store(settings, self._clock)
+        self._store: Store = await open_store(settings, self._clock, self._name)
         stack.push_async_callback(self._store.close)
         self._store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile
         self._sender = Sender(self._clock)

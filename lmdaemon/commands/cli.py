@@ -64,6 +64,7 @@ COMMANDS = {
         "backup:restore",
         "put a backup in the database's place while the daemon is stopped; what was there is kept beside it",
     ),
+    "import": ("importing:import_file", "move a stopped daemon's file into an empty PostgreSQL database"),
     "migrate": ("migrate:migrate", "bring the schema of a PostgreSQL database to the newest version"),
     "completion": ("completion:completion", "print a completion script for bash, zsh or fish"),
     "version": (VERSION, "print the version"),

@@ -280,6 +280,34 @@ class Archive(Protocol):
         """Wall time of the last transaction."""
 
 
+class Whole(Protocol):
+    """All of a stopped store, read in order, to be moved into another. Its verbs raise DatabaseError."""
+
+    source: str  # tells it from every other
+
+    def counts(self) -> Mapping[str, int]:
+        """How many sessions and deliveries there are, by state, for people and for comparing."""
+
+    def clock(self) -> tuple[int, int]:
+        """The service time, and the wall time of the last transaction."""
+
+    def operators(self) -> Mapping[str, tuple[Figures, Gate]]:
+        """The counts of each operator, and what holds it back."""
+
+    def sessions(self, after: int, rows: int) -> list[tuple[Session, int]]:
+        """Sessions with their `due_ms`, by id, behind this one."""
+
+    def deliveries(self, after: int, rows: int) -> list[Delivery]:
+        """Deliveries by id, behind this one, without the tokens of their sessions."""
+
+
+class Moved(NamedTuple):
+    """What was moved: counts on both sides, which are equal, and whether an earlier run had done it already."""
+
+    counts: Mapping[str, int]
+    before: bool
+
+
 # -- what the dispatcher reads
 
 

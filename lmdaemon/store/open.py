@@ -1,21 +1,24 @@
 """Which engine a configuration asks for. The only module that knows them all; each is imported when it is needed."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from lmdaemon.clock import Clock
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Postgres, Settings
-from lmdaemon.store.contract import Archive, Store
+from lmdaemon.store.contract import Archive, Moved, Store
 from lmdaemon.store.sqlite.file import COMPANIONS, real_path
 
-__all__ = ["COMPANIONS", "migrate", "name_of", "open_archive", "open_store", "real_path"]
+__all__ = ["COMPANIONS", "import_file", "migrate", "name_of", "open_archive", "open_store", "real_path"]
 
 
-async def open_store(settings: Settings, clock: Clock) -> Store:
+async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
     """Opens the database and picks up where the last run left it. Raises DatabaseError, and ConfigError for a database
     whose own settings would lose what was acknowledged.
 
-    `count_downtime` adds the wall time since the last transaction to the service clock.
+    `name` is the daemon's, by which others on the database know it. `count_downtime` adds the wall time since the last
+    transaction to the service clock.
     """
     asked = settings.postgres
     if asked is None:
@@ -29,6 +32,7 @@ async def open_store(settings: Settings, clock: Clock) -> Store:
         return await PostgresStore.open(
             asked.url,
             clock,
+            name=name,
             password=asked.password,
             may_migrate=asked.migrate,
             count_downtime=settings.count_downtime,
@@ -55,6 +59,17 @@ def open_archive(settings: Settings) -> AbstractContextManager[Archive]:
     from lmdaemon.store.sqlite import archive
 
     return archive.open_archive(settings.database)
+
+
+def import_file(asked: Postgres, file: Path, now_at: int, progress: Callable[[int, int], None]) -> Moved:
+    """Moves a stopped daemon's file into an empty PostgreSQL database; no daemon can use the file afterwards.
+    `progress` is told how many rows of how many have been moved. Raises DatabaseError.
+    """
+    from lmdaemon.store.postgres import importing
+    from lmdaemon.store.sqlite.whole import open_whole
+
+    with open_whole(file) as whole:
+        return importing.move(asked.url, asked.password, whole, now_at, progress)
 
 
 def migrate(asked: Postgres) -> list[int]:

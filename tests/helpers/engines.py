@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,11 +94,17 @@ class PostgresEngine(Engine):
     def __init__(self, url: str) -> None:
         self.url = url
 
+    @property
+    def as_url(self) -> str:
+        """As it stands in a configuration."""
+        found = psycopg.conninfo.conninfo_to_dict(self.url)
+        return f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
+
     @contextlib.asynccontextmanager
     async def open(self, clock: Clock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
         from lmdaemon.store.postgres.store import Store as PostgresStore
 
-        store = await PostgresStore.open(self.url, clock, count_downtime=count_downtime)
+        store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime)
         writer = asyncio.create_task(store.run())
         try:
             yield store
@@ -146,6 +154,14 @@ class PostgresEngine(Engine):
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         with psycopg.connect(self.url, autocommit=True, options="-c default_transaction_read_only=off") as connection:
             yield connection
+
+
+NUMBERS = count()
+
+
+def own_name() -> str:
+    """A daemon's, as host:pid-random."""
+    return f"here:{os.getpid()}-{next(NUMBERS):06x}"
 
 
 END_OTHERS = """

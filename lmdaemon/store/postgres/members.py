@@ -5,9 +5,6 @@ One daemon at a time uses a database. A second one is refused at its start while
 that has stood still for LEASE_S, as after a kill, is deleted, and keeps its daemon out should it come back.
 """
 
-import os
-import secrets
-import socket
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,13 +20,16 @@ WATCH_S = 0.25  # between two looks at its row
 
 # Every daemon that uses the database, and its last transaction.
 MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
+# Whether a file is being moved into the database.
+IS_IMPORTING = "SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL"
 # One at a time from here to the end of the transaction: who joins, and who is put out.
 ALONE = "SELECT 1 FROM lmdaemon.version FOR UPDATE"
 # Joins, unless somebody else is there.
 JOIN = """
 INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at)
 SELECT %s, %s, %s, service_ms, wall_at FROM lmdaemon.clock
-WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.member) RETURNING id"""
+WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.member)
+      AND NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL) RETURNING id"""
 # Keeps the service clock of a daemon that goes.
 KEEP_CLOCK = """
 UPDATE lmdaemon.clock SET service_ms = greatest(service_ms, heard_ms), wall_at = greatest(clock.wall_at, member.wall_at)
@@ -62,16 +62,13 @@ class Member(NamedTuple):
     batch: int
 
 
-def own_name() -> str:
-    """host:pid-random: a restart has a new one."""
-    return f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(3)}"
-
-
 def join(sql: Connection, name: str, wall_at: int, title: str) -> Joined:
     """Takes the place of a daemon that is gone, or waits until it is known to be. Raises DatabaseError while it
     lives.
     """
     while True:
+        if sql.execute(IS_IMPORTING).fetchone():
+            raise DatabaseError(f"{title}: an import has not finished; run `lmdaemon import` again")
         _put_out(sql, _outlived(sql, title))
         arguments = (name, __version__, wall_at)
         found = fetch_all(sql, [(ALONE, ()), (JOIN, arguments)])[1]

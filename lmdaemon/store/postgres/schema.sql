@@ -112,6 +112,13 @@ CREATE TABLE member (
   batch    bigint NOT NULL DEFAULT 0  -- number of its last transaction: tells whether one whose answer was lost is stored
 ) WITH (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 
+-- A file that is moved, or was moved, into this database (`lmdaemon import`): no row, or one.
+CREATE TABLE imported (
+  one         boolean PRIMARY KEY DEFAULT true CHECK (one),
+  source      text NOT NULL,        -- what tells the file from another
+  finished_at bigint                -- NULL: not all of it is here yet, and no daemon may use the database
+);
+
 -- The service clock as the last daemon has left it: one row.
 CREATE TABLE clock (
   one        boolean PRIMARY KEY DEFAULT true CHECK (one),

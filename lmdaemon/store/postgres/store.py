@@ -113,6 +113,7 @@ class Store(Verbs):
         url: str,
         clock: Clock,
         *,
+        name: str,
         password: str | None = None,
         may_migrate: bool = True,
         count_downtime: bool = False,
@@ -120,9 +121,9 @@ class Store(Verbs):
         """Connects, brings the schema to the newest version if it may, takes the place of the daemon before, and picks
         up clock, figures and gates where that left them. Raises DatabaseError, and UnsafeSettingError.
 
-        With `count_downtime`, the wall time since the last transaction is added to the service clock.
+        `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
+        clock.
         """
-        name = members.own_name()
         database = Database(url, password, name)
         store = cls(clock, database, Thread(database, prepares=False))
         try:

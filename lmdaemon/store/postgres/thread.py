@@ -92,6 +92,7 @@ class Thread:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask for it
         self._jobs.put((lambda: self._call(function, arguments), future, loop))
         try:
             done, _ = await asyncio.wait({future}, timeout=within_s)
@@ -104,8 +105,6 @@ class Thread:
         if was_running:
             await asyncio.wait({future}, timeout=CUT_S)  # so that nothing of it goes on
         future.cancel()
-        if future.done() and not future.cancelled():
-            future.exception()
         raise NoAnswerError(f"no answer within {within_s:g} s")
 
     def close(self) -> None:

@@ -117,6 +117,7 @@ def check_rights(path: Path) -> None:
 # The content of the lock file, which is empty after an orderly end
 IN_USE = b"in use"  # a daemon runs, or was killed; the inodes of database and WAL follow
 RESTORING = b"restoring"  # a restore has begun to move files and has not finished
+IMPORTED = b"imported"  # everything was moved into another database, from where it is sent now
 
 
 def mark(lock: int, content: bytes) -> None:
@@ -135,6 +136,10 @@ def look_beside(path: Path, lock: int) -> None:
     left, wal = os.pread(lock, 100, 0), Path(f"{path}-wal")
     if left.startswith(RESTORING):
         raise DatabaseError(f"{path}: a restore did not finish; run `lmdaemon restore` again")
+    if left.startswith(IMPORTED) and path.exists():
+        raise DatabaseError(
+            f"{path}: was moved into a PostgreSQL database by `lmdaemon import`; its notices are sent from there"
+        )
     if wal.exists():
         problem = _is_strange(path, wal, left) if wal.stat().st_size else None
         if problem:

@@ -7,7 +7,7 @@ from random import Random
 import psycopg
 import pytest
 from clocks import HandClock
-from engines import PostgresEngine
+from engines import PostgresEngine, own_name
 from operations import notice, opening
 from postgres import NoServerError, OwnServer
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
@@ -33,28 +33,28 @@ class TestRefusals:
     ) -> None:
         execute(postgres_engine, f"ALTER DATABASE DATABASE_NAME SET synchronous_commit = {value}")
         with pytest.raises(UnsafeSettingError, match=f"synchronous_commit is '{value}'"):
-            await PostgresStore.open(postgres_engine.url, clock)
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name())
 
     async def test_a_database_that_cannot_be_written_is_refused(
         self, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         execute(postgres_engine, "ALTER DATABASE DATABASE_NAME SET default_transaction_read_only = on")
         with pytest.raises(DatabaseError, match="is read-only"):
-            await PostgresStore.open(postgres_engine.url, clock)
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name())
 
     async def test_a_database_that_is_not_there_is_named(
         self, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         url = psycopg.conninfo.make_conninfo(postgres_engine.url, dbname="nowhere")
         with pytest.raises(DatabaseError, match=r'postgresql 127\.0\.0\.1/nowhere: .*"nowhere" does not exist'):
-            await PostgresStore.open(url, clock)
+            await PostgresStore.open(url, clock, name=own_name())
 
     async def test_a_server_that_cannot_be_reached_is_named(
         self, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         url = psycopg.conninfo.make_conninfo(postgres_engine.url, port=1, password="hush-4711")
         with pytest.raises(DatabaseError, match="refused") as caught:
-            await PostgresStore.open(url, clock)
+            await PostgresStore.open(url, clock, name=own_name())
         assert "hush-4711" not in str(caught.value)
 
     async def test_a_schema_of_a_newer_program_is_refused(
@@ -62,7 +62,7 @@ class TestRefusals:
     ) -> None:
         execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 9")
         with pytest.raises(DatabaseError, match="newer lmdaemon"):
-            await PostgresStore.open(postgres_engine.url, clock)
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name())
         execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 1")  # it has only added to it
         async with postgres_engine.open(clock) as db:
             assert (await db.open_session(opening())).outcome == "created"
@@ -72,7 +72,7 @@ class TestRefusals:
     ) -> None:
         execute(postgres_engine, "DROP SCHEMA lmdaemon CASCADE")
         with pytest.raises(DatabaseError, match="run `lmdaemon migrate`"):
-            await PostgresStore.open(postgres_engine.url, clock, may_migrate=False)
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name(), may_migrate=False)
         async with postgres_engine.open(clock):
             pass
 
@@ -102,7 +102,7 @@ class TestOneDaemon:
         self, db: Store, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         with pytest.raises(DatabaseError, match=r"is in use by another lmdaemon \(.+:\d+-"):
-            await PostgresStore.open(postgres_engine.url, clock)
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name())
         assert (await db.open_session(opening())).outcome == "created"
 
     async def test_one_that_has_left_leaves_no_wait(self, postgres_engine: PostgresEngine, clock: HandClock) -> None:
@@ -117,7 +117,7 @@ class TestOneDaemon:
     ) -> None:
         """As one that was stopped and wakes up again; its clock and figures carry over."""
         monkeypatch.setattr(members, "LEASE_S", 0.1)
-        first = await PostgresStore.open(postgres_engine.url, clock)
+        first = await PostgresStore.open(postgres_engine.url, clock, name=own_name())
         writing = asyncio.create_task(first._writer.run())  # no beats
         await first.open_session(opening("before"))
         clock.advance(1)
@@ -217,6 +217,4 @@ def base_of(d: object) -> str:
 
 
 def config(engine: PostgresEngine, operator: ScriptedOperator) -> str:
-    found = psycopg.conninfo.conninfo_to_dict(engine.url)
-    url = f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
-    return f'[database]\nurl = "{url}"\n{operator_table("acme", operator.url)}'
+    return f'[database]\nurl = "{engine.as_url}"\n{operator_table("acme", operator.url)}'

@@ -1,0 +1,45 @@
+"""`lmdaemon import`: moves a stopped daemon's SQLite file into an empty PostgreSQL database."""
+
+import argparse
+import sys
+
+from lmdaemon import rights
+from lmdaemon.clock import Clock
+from lmdaemon.commands.arguments import JSON, argument, command, file
+from lmdaemon.commands.configured import configured
+from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json
+from lmdaemon.rights import UnsafeError, acting_with
+from lmdaemon.store import open as opening
+from lmdaemon.store.contract import DatabaseError
+
+
+@command(argument("file", type=file, metavar="FILE", help="the SQLite file of a stopped daemon"), JSON)
+def import_file(args: argparse.Namespace) -> int:
+    """Moves sessions, deliveries, holds and idleness. After an interruption, the same again goes on."""
+    settings = configured(args, "database")
+    if settings.postgres is None:
+        raise Usage("import: database.url must name the database to move the file into")
+    try:
+        with acting_with(rights.for_database(args.file)):
+            moved = opening.import_file(settings.postgres, args.file, Clock().wall_ms(), _show)
+    except (DatabaseError, UnsafeError) as error:
+        raise Failed(str(error)) from error
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+    name = opening.name_of(settings)
+    if args.json:
+        print_json({"database": name, "counts": dict(moved.counts), "before": moved.before})
+        return STOPPED
+    if moved.before:
+        print(f"{args.file}: is in {name} already")
+        return STOPPED
+    for what, count in moved.counts.items():
+        print(f"{what}: {count} in the file, {count} in the database")
+    return STOPPED
+
+
+def _show(done: int, of: int) -> None:
+    """Progress, on a terminal alone."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {of} rows", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""All of a stopped daemon's SQLite file, read in order, to be moved into another database."""
+
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store.contract import DatabaseError, Figures
+from lmdaemon.store.sqlite.batch import GATE
+from lmdaemon.store.sqlite.file import (
+    IMPORTED,
+    MIGRATIONS,
+    cause,
+    check_is_ours,
+    lock_file,
+    mark,
+    open_beside,
+    real_path,
+)
+from lmdaemon.store.sqlite.rows import DELIVERY, SESSION
+
+# Sessions with their deadlines by id, behind one.
+_SESSIONS = f"SELECT {SESSION}, due_ms FROM session WHERE id > ? ORDER BY id LIMIT ?"
+# Deliveries by id, behind one.
+_DELIVERIES = f"""
+SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id > ? ORDER BY d.id LIMIT ?"""
+# Figures and gate of every operator.
+_OPERATORS = f"SELECT name, live, pending, dead, {', '.join(GATE)} FROM operator"
+# Everything counted, once.
+_COUNTS = """
+SELECT 'sessions active', count(*) FROM session WHERE reason IS NULL
+UNION ALL SELECT 'sessions ended', count(*) FROM session WHERE reason IS NOT NULL
+UNION ALL SELECT 'deliveries ' || state, count(*) FROM delivery GROUP BY state"""
+# The service clock, and when it was kept.
+_CLOCK = "SELECT service_ms, wall_at FROM clock"
+# What makes this file another one than its copies that were written to: it has its own last transaction.
+_SOURCE = "SELECT (SELECT count(*) FROM session), (SELECT max(id) FROM delivery), service_ms, wall_at FROM clock"
+
+
+class Whole:
+    """An open file, for `open_whole`, which turns what SQLite raises into a DatabaseError."""
+
+    def __init__(self, sql: sqlite3.Connection) -> None:
+        self._sql = sql
+        self.source = "/".join(str(part) for part in sql.execute(_SOURCE).fetchone())
+
+    def counts(self) -> dict[str, int]:
+        return dict(self._sql.execute(_COUNTS))
+
+    def clock(self) -> tuple[int, int]:
+        service_ms, wall_at = self._sql.execute(_CLOCK).fetchone()
+        return service_ms, wall_at
+
+    def operators(self) -> Mapping[str, tuple[Figures, Gate]]:
+        return {
+            name: (Figures(live, pending, dead), Gate(*gate))
+            for name, live, pending, dead, *gate in self._sql.execute(_OPERATORS)
+        }
+
+    def sessions(self, after: int, rows: int) -> list[tuple[Session, int]]:
+        return [(Session(*row), due_ms) for *row, due_ms in self._sql.execute(_SESSIONS, (after, rows))]
+
+    def deliveries(self, after: int, rows: int) -> list[Delivery]:
+        return [Delivery(*row)._replace(token=None) for row in self._sql.execute(_DELIVERIES, (after, rows))]
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[Whole]:
+    """Locks the file against every daemon while it is read, and for good once that has succeeded: what is pending in it
+    would be sent from both. Raises DatabaseError, naming the file, also for what fails inside.
+    """
+    path = real_path(path.absolute())
+    if not path.exists():
+        raise DatabaseError(f"{path}: no such file")
+    lock = lock_file(path)
+    try:
+        with closing(open_beside(path)) as sql:
+            if not check_is_ours(sql, path, len(MIGRATIONS)):
+                raise DatabaseError(f"{path}: is empty")
+            yield Whole(sql)
+        mark(lock, IMPORTED)
+        os.fsync(lock)
+    except sqlite3.Error as error:
+        raise DatabaseError(f"{path}: cannot be read: {cause(error, path)}") from error
+    finally:
+        os.close(lock)

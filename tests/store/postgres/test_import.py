@@ -53,8 +53,11 @@ async def test_everything_carries_over_and_goes_on_from_there(
 ) -> None:
     moved = move(filled.path, postgres_engine)
     assert moved.counts == {
-        "sessions active": 20, "sessions ended": 12,
-        "deliveries pending": 22, "deliveries delivered": 1, "deliveries dead": 1,
+        "sessions active": 20,
+        "sessions ended": 12,
+        "deliveries pending": 22,
+        "deliveries delivered": 1,
+        "deliveries dead": 1,
     }
     for table in ("session", "delivery"):
         old, new = ({row["id"]: row for row in one.rows(table)} for one in (filled, postgres_engine))  # type: ignore[arg-type]

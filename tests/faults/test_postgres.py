@@ -1,0 +1,179 @@
+"""A daemon process on a PostgreSQL database: killed, stopped, put out, and its server crashed, under load."""
+
+import json
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psycopg
+import pytest
+from postgres import NoServerError, OwnServer
+from processes import Process, wait_for
+from support import operator_table
+
+
+class Wallet(ThreadingHTTPServer):
+    """An operator's server: remembers the ids under which each session's notice came."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.ids: dict[str, list[str]] = defaultdict(list)
+        self.url = f"http://127.0.0.1:{self.server_port}/V4/SessionExpired"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Answer(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        notice = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.ids[notice["sessionId"]].append(self.headers["webhook-id"])  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"error":0}')
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Load:
+    """Game servers that open sessions and close every other one, and remember what was acknowledged."""
+
+    def __init__(self, daemon: Process) -> None:
+        self.daemon = daemon
+        self.opened: set[str] = set()
+        self.closed: set[str] = set()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._play, args=(number,)) for number in range(3)]
+        for thread in self._threads:
+            thread.start()
+
+    def _play(self, player: int) -> None:
+        base = f"{self.daemon.api}/v1/operators/acme/sessions"
+        number = 0
+        while not self._stopping.wait(0.001):
+            number += 1
+            name = f"p{player}-{number}"
+            with suppress(OSError):  # nobody there: nothing was acknowledged
+                if self.daemon.call("PUT", f"{base}/{name}", {"playerId": "p", "token": "tok-3n"})[0] == 201:
+                    self.opened.add(name)
+                    if number % 2 and self.daemon.call("POST", f"{base}/{name}/close")[0] == 200:
+                        self.closed.add(name)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    try:
+        own = OwnServer()
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with own:
+        yield own
+
+
+@pytest.fixture
+def wallet() -> Iterator[Wallet]:
+    with Wallet() as opened:
+        yield opened
+        opened.shutdown()
+
+
+def daemon_on(server: OwnServer, wallet: Wallet, directory: Path) -> Process:
+    directory.mkdir()
+    toml = f'[database]\nurl = "{server.url}"\n[log]\nformat = "json"\n' + operator_table("acme", wallet.url)
+    return Process(directory, toml)
+
+
+def rows(server: OwnServer, statement: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(server.url, autocommit=True) as sql:
+        return sql.execute(statement).fetchall()  # type: ignore[arg-type]
+
+
+def assert_nothing_lost(server: OwnServer, wallet: Wallet, load: Load) -> None:
+    """What was acknowledged is there; each end is one end with one delivery, and its notice has one id."""
+    wait_for(lambda: not rows(server, "SELECT 1 FROM lmdaemon.delivery WHERE state = 'pending' LIMIT 1"))
+    assert len(load.opened) > 50
+    reasons = dict(rows(server, "SELECT session_id, reason FROM lmdaemon.session"))
+    assert load.opened <= reasons.keys()
+    assert {reasons[name] for name in load.closed} <= {"closed"}
+    ended = {name for name, reason in reasons.items() if reason}
+    deliveries = rows(
+        server,
+        "SELECT s.session_id, count(*) FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session GROUP BY 1",
+    )
+    assert dict(deliveries) == dict.fromkeys(ended, 1)
+    assert wallet.ids.keys() == ended
+    assert {name for name, ids in wallet.ids.items() if len(set(ids)) > 1} == set()
+    counted = "SELECT sum(live)::int, sum(pending)::int, sum(dead)::int FROM lmdaemon.figure"
+    assert rows(server, counted) == [(len(reasons) - len(ended), 0, 0)]
+
+
+def test_kills_under_load_lose_nothing_and_double_no_end(server: OwnServer, wallet: Wallet, tmp_path: Path) -> None:
+    random = Random(7)
+    daemon = daemon_on(server, wallet, tmp_path / "a")
+    daemon.start()
+    load = Load(daemon)
+    try:
+        for _ in range(3):
+            before = len(load.opened)
+            wait_for(lambda before=before: len(load.opened) > before + random.randrange(20, 60))  # type: ignore[misc]
+            daemon.kill()
+            daemon.start()
+    finally:
+        load.stop()
+    assert_nothing_lost(server, wallet, load)
+    assert daemon.stop() == 0
+
+
+def test_crashes_of_the_server_under_load_lose_nothing(server: OwnServer, wallet: Wallet, tmp_path: Path) -> None:
+    daemon = daemon_on(server, wallet, tmp_path / "a")
+    daemon.start()
+    load = Load(daemon)
+    try:
+        for _ in range(3):
+            before = len(load.opened)
+            wait_for(lambda before=before: len(load.opened) > before + 40)  # type: ignore[misc]
+            server.stop("immediate")
+            wait_for(lambda: daemon.events("store.failing"))
+            server.start()
+            daemon.wait_until_serving()
+    finally:
+        load.stop()
+    assert_nothing_lost(server, wallet, load)
+    assert daemon.stop() == 0
+
+
+def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
+    server: OwnServer, wallet: Wallet, tmp_path: Path
+) -> None:
+    """SIGSTOP is what a suspended machine is to the others."""
+    first, second = (daemon_on(server, wallet, tmp_path / name) for name in "ab")
+    first.start()
+    load = Load(first)
+    wait_for(lambda: len(load.closed) > 20)
+    second.spawn()
+    assert second.popen.wait(60) == 1
+    assert "is in use by another lmdaemon" in second.log.read_text()
+    load.stop()
+    first.popen.send_signal(signal.SIGSTOP)
+    second.start()
+    base = f"{second.api}/v1/operators/acme/sessions"
+    left = sorted(load.opened - load.closed)
+    assert len(left) > 5
+    for name in left:
+        assert second.call("POST", f"{base}/{name}/close")[0] == 200
+        load.closed.add(name)
+    first.popen.send_signal(signal.SIGCONT)
+    assert first.popen.wait(60) == 1
+    assert "was put out by another lmdaemon" in first.log.read_text()
+    assert_nothing_lost(server, wallet, load)
+    assert second.stop() == 0

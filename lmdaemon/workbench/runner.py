@@ -132,7 +132,8 @@ class Runner:
             self._stopped = f"the limit of {RUN_MAX_S:g} s is reached"
         except asyncio.CancelledError:
             self._stopped = "interrupted"
-        await self._wire.close()
+        finally:
+            await self._wire.close()
         for check in self.checks:
             if check.id not in self._results:
                 self._keep(check, Finding("skipped", self._stopped or "not tried"), 0)

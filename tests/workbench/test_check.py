@@ -351,6 +351,22 @@ async def playing(play: Play) -> AsyncIterator[str]:
         server.close()
 
 
+async def test_nothing_passes_before_an_endpoint_that_is_not_there() -> None:
+    report = await Runner(to("https://nowhere.invalid/V4/SessionExpired"), limits=QUICK).run()
+    assert set(verdicts(report, "fail")) == {"connection.resolves", "connection.tls", "answer.valid"}
+    assert verdicts(report, "pass", "warn") == {}
+
+
+async def test_nothing_is_sent_into_a_private_network_that_was_not_allowed() -> None:
+    async with served(Endpoint()) as endpoint:
+        for host in ("127.0.0.1", "localhost"):
+            url = endpoint.url.replace("127.0.0.1", host)
+            report = await Runner(to(url, allow_private_network=False), limits=QUICK).run()
+            assert "private" in verdicts(report, "fail")["answer.valid"]
+            assert verdicts(report, "pass", "warn").keys() <= {"connection.resolves"}
+    assert endpoint.seen == 0
+
+
 @pytest.mark.parametrize(
     "play",
     [

@@ -117,6 +117,8 @@ async def framing(bench: Bench) -> Finding:
 async def no_echo(bench: Bench) -> Finding:
     if "token" not in bench.dialect.fields:
         raise Skip(f"dialect {bench.dialect.name} has no token")
+    if not any(one.answer for one in bench.wire.exchanges):
+        raise Skip("there was no answer to look at")
     token = bench.notices.token
     for one in bench.wire.exchanges:
         if one.answer is not None and token.encode() in one.answer.body:

@@ -8,6 +8,7 @@ peer, a plug-in or a disk can cause without end are written a few times a minute
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -213,7 +214,7 @@ class Log:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-11-24 03:05:01.123 info session.ended operator=acme reason=inactivity`"""
+    """`2026-11-24 03:05:01.123Z info session.ended operator=acme reason=inactivity`"""
 
     def __init__(self, *, journal: bool = False) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class TextFormatter(logging.Formatter):
             priority = PRIORITY.get(record.levelname, 6)
             return "\n".join(f"<{priority}>{part}" for part in line.splitlines())
         at = datetime.fromtimestamp(record.created, UTC)
-        return f"{at:%Y-%m-%d %H:%M:%S}.{int(record.msecs):03d} {line}"
+        return f"{at:%Y-%m-%d %H:%M:%S}.{int(record.msecs):03d}Z {line}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -281,7 +282,14 @@ def place(error: BaseException) -> str:
 
 def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
     facts: dict[str, Any] = getattr(record, "facts", {})
-    return [(name, value) for name, value in facts.items() if value is not None]
+    return [(name, _rounded(value)) for name, value in facts.items() if value is not None]
+
+
+def _rounded(value: Any) -> Any:
+    """A fraction to one decimal, below 1 to two significant digits: more only looks exact."""
+    if not isinstance(value, float) or not value or not math.isfinite(value):
+        return value
+    return round(value, max(1, 1 - math.floor(math.log10(abs(value)))))
 
 
 def writable(text: str) -> str:
@@ -291,7 +299,7 @@ def writable(text: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.15g}"  # without a decimal that is zero
     text = str(value)
     # Quoted where it could be read as more than one fact. Escaped where a character could break the line (U+2028) or
     # could not be written (a lone surrogate).

@@ -72,6 +72,7 @@ OPERATOR_SHAPE = {"operator": str, "held": bool}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 WATCH_S = 2
+CHECKED = {"pass": STOPPED, "warn": 3, "fail": 4}  # exit codes of `status --check`, for monitoring
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # of a terminal: to the top, all of it, what has scrolled away. Source: console_codes(4)
 
 _CHECK_HEAD = ("check", "status", "time")
@@ -102,10 +103,16 @@ def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
     argument(
         "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="again every so many seconds (default 2)"
     ),
+    argument("--check", action="store_true", help="exit code by health: 0 pass, 3 warn, 4 fail; 1 unreachable"),
     JSON,
 )
 async def status(client: Client, args: argparse.Namespace) -> int:
-    """Prints the daemon's health and a line for each operator. Exit code 1 if the health is `fail`."""
+    """Prints the daemon's health and a line for each operator.
+
+    Exit code 1 if the health is `fail`; with --check, one of CHECKED.
+    """
+    if args.watch and args.check:
+        raise Usage("status: give either --watch or --check")
     if not args.watch:
         return await _print_status(client, args)
     while True:  # until it is interrupted
@@ -141,6 +148,8 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
         for operator in operators:
             if operator.get("keptBack"):
                 print(f"\n{cell(operator['operator'])}: {cell(operator['keptBack'])}\n  {cell(operator['outlook'])}")
+    if args.check:
+        return CHECKED.get(health["status"], FAILED)
     return FAILED if health["status"] == "fail" else STOPPED
 
 

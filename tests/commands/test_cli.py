@@ -697,6 +697,7 @@ def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Ru
     text, document = text_and_json("status", cwd=lm.directory)
     assert text.stdout.startswith("status: warn")
     assert document["health"]["checks"]["operators"][0]["held"] == ["many"]
+    assert lm("status", "--check").returncode == 3
     released = lm("release", "many", "--json")
     assert json.loads(released.stdout)["held"] is False
 
@@ -715,6 +716,24 @@ async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_p
     assert done.stdout.startswith("status: fail")
     assert "output=disk I/O error" in done.stdout
     assert done.stderr == "lmdaemon: 503 Service Unavailable: reading failed: disk I/O error\n"
+
+
+@pytest.mark.parametrize(("status", "code"), [("pass", 0), ("warn", 3), ("fail", 4), ("new", 1)])
+async def test_a_checked_status_exits_by_health(tmp_path: Path, status: str, code: int) -> None:
+    answers = [
+        web.json_response({"status": status}, content_type="application/health+json"),
+        web.json_response({"items": []}),
+    ]
+    async with scripted_operator(*answers) as daemon:
+        configure(tmp_path, api=daemon.url.split("/")[2])
+        done = await asyncio.to_thread(run, "status", "--check", cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stdout.startswith(f"status: {status}")
+
+
+def test_a_checked_status_of_no_daemon_exits_1(tmp_path: Path) -> None:
+    configure(tmp_path)
+    assert run("status", "--check", cwd=tmp_path).returncode == 1
 
 
 # -- sessions

@@ -60,7 +60,7 @@ def fail(to: Log) -> None:
 def test_a_json_line_carries_time_level_event_and_facts(level: str) -> None:
     before = datetime.now(UTC)
     text = written(
-        "json", lambda to: getattr(to, level)("delivery.retry", operator="acme", attempt=3, wait_s=8.25, held=False)
+        "json", lambda to: getattr(to, level)("delivery.retry", operator="acme", attempt=3, wait_s=8.2491, held=False)
     )
     line = orjson.loads(text)
     at = datetime.fromisoformat(line.pop("time"))
@@ -70,7 +70,7 @@ def test_a_json_line_carries_time_level_event_and_facts(level: str) -> None:
         ("event", "delivery.retry"),
         ("operator", "acme"),
         ("attempt", 3),
-        ("wait_s", 8.25),
+        ("wait_s", 8.2),
         ("held", False),
     ]
 
@@ -79,9 +79,28 @@ def test_a_text_line_is_the_event_and_its_facts() -> None:
     at, _, rest = written("text", lambda to: to.info("delivery.retry", operator="acme", wait_s=8.2491)).partition(
         " info "
     )
-    assert rest == "delivery.retry operator=acme wait_s=8.25\n"
-    assert len(at) == len("2026-11-24 03:05:01.123")
-    assert datetime.fromisoformat(at + "+00:00").tzinfo is UTC
+    assert rest == "delivery.retry operator=acme wait_s=8.2\n"
+    assert len(at) == len("2026-11-24 03:05:01.123Z")
+    assert datetime.fromisoformat(at).tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (4.672007384967717, "4.7"),
+        (1006.48, "1006.5"),
+        (5.0, "5"),
+        (0.04672, "0.047"),
+        (0.996, "1"),
+        (1234567.89, "1234567.9"),
+        (-0.26, "-0.26"),
+        (0.0, "0"),
+        (float("inf"), "inf"),
+        (7, "7"),
+    ],
+)
+def test_a_number_has_no_digits_that_only_look_exact(value: float, shown: str) -> None:
+    assert written("text", lambda to: to.info("delivery.retry", wait_s=value)).split("wait_s=")[1] == shown + "\n"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """lmdaemon, killed (SIGKILL) when it comes to a line: `KILL_AT=store/writer.py:210 python interrupted.py … serve`.
 
-Points are the lines before and after each await and each SQL statement between the queue and the commit, and between
-the claim and the settled row: in between nothing changes that outlives the process. With `REACHED=FILE` it runs on and
-writes down which of them it reaches.
+Points are the lines before and after each await, each SQL statement, and each request or answer that is sent: between
+the queue and the commit, and between the claim and the settled row. In between nothing changes that outlives the
+process. With `REACHED=FILE` it runs on and writes down which of them it reaches.
 """
 
 import ast
@@ -19,15 +19,17 @@ from typing import Any
 from lmdaemon import sweeper
 from lmdaemon.__main__ import main
 from lmdaemon.delivery import dispatcher as delivery
-from lmdaemon.delivery import sender
+from lmdaemon.delivery import exchange, sender
 from lmdaemon.store import projection, writer
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import store
 from lmdaemon.store.sqlite import writer as disk
-from lmdaemon.web import endpoint, sessions
+from lmdaemon.web import endpoint, hot, sessions
 
 WATCHED = [
     # A request, into the queue and back
+    hot.HotConnection._go_on,
+    hot.HotConnection._answer,
     endpoint.Endpoint._receive,
     endpoint.Endpoint._record,
     sessions.Sessions.open,
@@ -65,7 +67,8 @@ WATCHED = [
     delivery.Dispatcher._settlement,
     delivery.Dispatcher._settle,
     sender.Sender.post,
-    sender._read_some,
+    exchange.Exchange.post,
+    exchange.read_some,
 ]
 
 
@@ -76,7 +79,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-RUN_SQL = ("execute", "fetch", "fetch_sessions", "apply", "run")
+CALLS = ("execute", "fetch", "fetch_sessions", "apply", "run", "send", "write")
 CODES = {code for function in WATCHED for code in codes(function.__code__)}
 KILL_AT = os.environ.get("KILL_AT")
 REACHED = os.environ.get("REACHED")
@@ -84,12 +87,12 @@ reached: set[str] = set()
 
 
 def steps(path: str) -> set[int]:
-    """Lines with an await or an SQL statement."""
+    """Lines with an await, an SQL statement, or a request or answer that is sent."""
     found: set[int] = set()
     for node in ast.walk(ast.parse(Path(path).read_text())):
         function = node.func if isinstance(node, ast.Call) else None
         called = getattr(function, "attr", "") or getattr(function, "id", "")
-        if isinstance(node, ast.Await | ast.AsyncWith) or called in RUN_SQL:
+        if isinstance(node, ast.Await | ast.AsyncWith) or called in CALLS:
             first = node.items[0].context_expr if isinstance(node, ast.AsyncWith) else node
             found |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return found

@@ -1,6 +1,7 @@
 """Settings as they may be shown to anybody who may ask: by key of the file, as TOML, without a secret."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -93,6 +94,8 @@ def _toml(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
     if last in _MASKED_KEYS and value:
         return "{ " + ", ".join(f"{name} = {MASKED}" for name in value) + " }"
+    if key == "database.url":  # has no password; a user and what stands in the query are nobody else's business either
+        return json.dumps(re.sub(r"//[^/@]*@", "//", value).partition("?")[0], ensure_ascii=False)
     if last == "url" and value:
         return json.dumps(safe_url(value), ensure_ascii=False)
     return toml(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lmdaemon.config import reader, shown, values
+from lmdaemon.config import reader, rules, shown, values
 from lmdaemon.config.findings import Findings
 from lmdaemon.config.settings import Settings
 from lmdaemon.config.tables import Tables
@@ -79,6 +79,19 @@ def test_of_a_secret_its_source_is_shown_alone(home: Path) -> None:
     assert found["operators.a.url"] == '"https://wallet.example/x"'
     assert found["plugins.p.options"] == '{ password = "…", nested = "…" }'
     assert SECRET not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("postgresql://lm@db1:5432,db2/lmdaemon?passfile=/etc/x", "postgresql://db1:5432,db2/lmdaemon"),
+        ("postgresql:///lmdaemon", "postgresql:///lmdaemon"),
+        ("postgresql://?service=lmdaemon", "postgresql://"),
+    ],
+)
+def test_of_a_database_its_place_is_shown(home: Path, monkeypatch: pytest.MonkeyPatch, url: str, found: str) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: name)
+    assert shown.in_force(load(home, f'[database]\nurl = "{url}"\n'))["database.url"] == f'"{found}"'
 
 
 def test_differences_have_both_values(home: Path) -> None:

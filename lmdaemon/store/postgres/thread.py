@@ -18,7 +18,12 @@ CONNECT_S = 3  # for one host
 CUT_S = 0.3  # for a wait to end whose socket was shut down
 # Bounds on the server's side, and of the network. The daemon's own deadline is there for what none of them ends, such
 # as a proxy that swallows everything.
-SERVER_LIMITS = {"statement_timeout": "5s", "lock_timeout": "2s", "idle_in_transaction_session_timeout": "5s"}
+SERVER_LIMITS = {
+    "statement_timeout": "5s",
+    "lock_timeout": "2s",
+    "idle_in_transaction_session_timeout": "5s",
+    "jit": "off",
+}
 NETWORK_LIMITS: Mapping[str, int] = {
     "connect_timeout": CONNECT_S,
     "tcp_user_timeout": 3000,

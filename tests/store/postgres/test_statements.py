@@ -1,0 +1,120 @@
+"""Every statement finds its rows through an index, in tables so large that reading all of them would show."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from lmdaemon.store.postgres import archive, batch, pages, store
+from lmdaemon.store.postgres.migrations import migrate
+
+SESSIONS, DELIVERIES = 100_000, 50_000
+IDS = [number * 7 for number in range(1, 301)]
+FILL = (
+    f"""INSERT INTO lmdaemon.session (id, operator, session_id, player_id, idle_ms, opened_at, seen_ms, seen_at, due_ms,
+            lifetime_at, ended_at, reason)
+        SELECT i, 'o' || i % 10, 's' || i, 'p' || i % 5000, 1, i, i, i, i, CASE WHEN i % 9 = 0 THEN i END,
+               CASE WHEN i % 2 = 0 THEN i END, CASE WHEN i % 2 = 0 THEN 'closed' END
+        FROM generate_series(1, {SESSIONS}) AS i""",
+    f"""INSERT INTO lmdaemon.delivery (nonce, session, operator, sink, state, created_at, due_at, settled_at,
+            aged_from_at, held_base_ms, body)
+        SELECT 'x', i * 2, 'o' || i % 10, 'http', CASE WHEN i % 3 = 0 THEN 'pending' WHEN i % 3 = 1 THEN 'dead'
+               ELSE 'delivered' END, i, i, CASE WHEN i % 3 > 0 THEN i END, i, 0, 'body'
+        FROM generate_series(1, {DELIVERIES}) AS i""",
+    "ANALYZE",
+)
+
+
+def given(*row: Any) -> str:
+    return json.dumps([[number, *row] for number in IDS])
+
+
+NAMES, OPERATORS = json.dumps(["o1", "o2"]), json.dumps(["o1"] * len(IDS))
+KEYS = json.dumps([f"s{number}" for number in IDS])
+RESULT = given("dead", 1, 1, 9, 0, None, None, None, "[]")
+LANE = json.dumps([{"place": 0, "operator": "o1", "sink": "http", "taken": [5, 6], "most": 4}])
+OF_LANES = {"operators": NAMES, "sink": None, "states": '["dead"]', "after": 10**9, "count": 101}
+OF_PLAYER = {"operators": NAMES, "player": "p1", "after": 10**9, "count": 101}
+# Arguments of each statement that looks for sessions and deliveries
+CASES: dict[str, tuple[str, Any]] = {
+    "TOUCH": (batch.TOUCH, (OPERATORS, KEYS, 5, 5, 300)),
+    "END": (batch.END, (given("closed", None, None, None), 5, 300)),
+    "MOVE_DUE": (batch.MOVE_DUE, (given(5),)),
+    "MOVE_LIFETIME": (batch.MOVE_LIFETIME, (given(5),)),
+    "SETTLE": (batch.SETTLE, (RESULT, 300)),
+    "FORGET_TOKENS": (batch.FORGET_TOKENS, (given("x"),)),
+    "REVIVE": (batch.REVIVE, (given(5, 5, 5), 300)),
+    "PRUNE_DELIVERIES": (batch.PRUNE_DELIVERIES, (IDS,)),
+    "PRUNE_SESSIONS": (batch.PRUNE_SESSIONS, (IDS, 300)),
+    "SESSIONS_BY_KEY": (batch.SESSIONS_BY_KEY, ("o1", ["s1", "s11"])),
+    "STATES": (batch.STATES, ("o1", ["s1", "s11"])),
+    "PENDING_OF": (batch.PENDING_OF, (IDS,)),
+    "DUE": (batch.DUE, (50_000, 100)),
+    "DUE_LIFETIME": (batch.DUE_LIFETIME, (50_000, 100)),
+    "NEXT": (batch.NEXT, ()),
+    "DEAD": (batch.DEAD, (IDS, "o1")),
+    "DELIVERIES_BY_ID": (batch.DELIVERIES_BY_ID, (IDS,)),
+    "ENDED_BEFORE": (batch.ENDED_BEFORE, (90_000, 5, 5, 500)),
+    "OLD_DELIVERIES": (batch.OLD_DELIVERIES, (IDS,)),
+    "LANES": (store.LANES, (LANE,)),
+    "OLDEST_PENDING": (store.OLDEST_PENDING, (NAMES,)),
+    "AGING": (store.AGING, (100, NAMES)),
+    "SESSION_BY_KEY": (store.SESSION_BY_KEY, ("o1", "s1")),
+    "DELIVERIES_OF": (store.DELIVERIES_OF, (2,)),
+    "_ACTIVE": (pages._ACTIVE, ("o1", 10**9, 101)),
+    "_ENDED": (pages._ENDED, ("o1", 10**9, 101)),
+    "_OF_PLAYER": (pages._OF_PLAYER, ("o1", "p1", 10**9, 101)),
+    "_OF_PLAYER_IN_STATE": (pages._OF_PLAYER_IN_STATE, (True, "o1", "p1", 10**9, 10_000)),
+    "_OF_ID": (pages._OF_ID, (NAMES, "s1", None, 10**9, 101)),
+    "_OF_PLAYER_ANYWHERE": (pages._OF_PLAYER_ANYWHERE, OF_PLAYER),
+    "_SESSIONS": (pages._SESSIONS, (IDS[:100],)),
+    "_ALL": (pages._ALL, (10**9, 101)),
+    "_OF_LANES": (pages._OF_LANES, OF_LANES),
+    "_HAS_SINK": (pages._HAS_SINK, (NAMES, "http")),
+    "_DELIVERIES": (pages._DELIVERIES, (IDS[:100],)),
+    "_ONE_SESSION": (pages._ONE_SESSION, ("o1", "s1")),
+    "_ITS_DELIVERIES": (pages._ITS_DELIVERIES, (2,)),
+    "_ONE_DELIVERY": (pages._ONE_DELIVERY, (2,)),
+    "_DIED": (pages._DIED, ("o1", 5, 5, 500)),
+    "archive.ENDED_BEFORE": (archive.ENDED_BEFORE, (90_000, 5, 5, 500)),
+    "DELIVERIES_OF_ALL": (archive.DELIVERIES_OF_ALL, (IDS,)),
+}
+
+
+@pytest.fixture(scope="module")
+def filled(postgres_template: tuple[str, str]) -> Iterator[str]:
+    """The URL of a database with large tables."""
+    url, _ = postgres_template
+    name = f"lmdaemon_test_plans_{os.getpid()}"
+    with psycopg.connect(url, autocommit=True) as sql:
+        sql.execute(f"DROP DATABASE IF EXISTS {name}")
+        sql.execute(f"CREATE DATABASE {name}")
+        full = psycopg.conninfo.make_conninfo(url, dbname=name)
+        with psycopg.connect(full, autocommit=True) as inside:
+            migrate(inside, name)
+            for statement in FILL:
+                inside.execute(statement)  # type: ignore[arg-type]
+        yield full
+        sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_statement_goes_through_an_index(filled: str, name: str) -> None:
+    statement, arguments = CASES[name]
+    with psycopg.connect(filled) as sql:
+        plan = "\n".join(row[0] for row in sql.execute(f"EXPLAIN {statement}", arguments))  # type: ignore[arg-type]
+    assert re.findall(r"Seq Scan on (?:session|delivery)\b.*", plan) == [], plan
+
+
+def test_every_statement_about_these_tables_has_a_case() -> None:
+    looks = {
+        name
+        for module in (archive, batch, pages, store)
+        for name, statement in vars(module).items()
+        if isinstance(statement, str) and re.search(r"(FROM|JOIN|UPDATE) lmdaemon\.(session|delivery)\b", statement)
+    }
+    assert looks - {name.rpartition(".")[2] for name in CASES} == {"SET_BACK"}  # everything that is pending

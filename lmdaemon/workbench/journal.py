@@ -21,6 +21,7 @@ from lmdaemon.retry import JITTER, RETRY_AFTER_MAX_S
 from lmdaemon.workbench.script import EVER, Answer, ScriptError, Span
 
 CLOCK_OFF_S = 300  # Standard Webhooks: five minutes either way
+EVIDENCE_MAX = 100  # faults that are told one by one; all are counted
 EARLY_S = 0.05  # what a clock and a network may make of a wait
 
 # What a sender must never do, and what each word means
@@ -112,7 +113,8 @@ class Journal:
         self.tally["notices"] += 1
         for fault in faults:
             self.tally[fault] += 1
-            self.evidence.append(f"{fault}: {webhook_id or 'no id'}, session {session}, attempt {known.attempts}")
+            if len(self.evidence) < EVIDENCE_MAX:
+                self.evidence.append(f"{fault}: {webhook_id or 'no id'}, session {session}, attempt {known.attempts}")
         return Arrival(session, webhook_id, known.attempts, faults, digest)
 
     def answered(self, arrival: Arrival, notice: Notice, answer: Answer) -> str:
@@ -226,5 +228,5 @@ def verdict(journal: Journal, expected: Mapping[str, Span]) -> dict[str, Any]:
         "good": not wrong,
         "counts": {name: journal.tally.get(name, 0) for name in COUNTED},
         "missed": wrong,
-        "evidence": journal.evidence[:100],
+        "evidence": journal.evidence,
     }

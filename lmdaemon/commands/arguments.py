@@ -83,6 +83,13 @@ def seconds(value: str) -> int:
     return int(found)
 
 
+def seed(value: str) -> int:
+    """What chance is made of, so that it can be had again."""
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise argparse.ArgumentTypeError(f"must be a whole number (got {value!r})")
+    return int(value)
+
+
 class _RefuseSecret(argparse.Action):
     """`--token VALUE`: refused without repeating the value."""
 

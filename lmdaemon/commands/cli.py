@@ -54,9 +54,12 @@ COMMANDS = {
         "send one SessionExpired now and print both sides of it; exit code 0 only when it is delivered",
     ),
     "check": ("check:check", "try an operator's endpoint with made-up notices and report what it gets wrong"),
-    "simulate operator": ("simulate:operator", "play an operator by a script, and judge the sender that speaks to it"),
+    "simulate operator": (
+        "simulate_operator:operator",
+        "play an operator by a script, and judge the sender that speaks to it",
+    ),
     "simulate provider": (
-        "simulate:provider",
+        "simulate_provider:provider",
         "play game servers against the running daemon, or notices against an endpoint, and judge it",
     ),
     "backup": ("backup:backup", "write a consistent copy of the database, also while the daemon runs"),

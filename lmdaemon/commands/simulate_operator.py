@@ -1,0 +1,158 @@
+"""`lmdaemon simulate operator`: plays an operator by a script, and judges the sender that speaks to it."""
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from lmdaemon.commands.arguments import JSON, argument, command, file, seed
+from lmdaemon.commands.recipient import checked_span, signing_keys
+from lmdaemon.commands.shared import FAILED, STOPPED, Failed, Usage, line, print_json, quiet_libraries, reason
+from lmdaemon.config.settings import DeliveryTable
+from lmdaemon.config.values import duration
+from lmdaemon.dialects import SHIPPED
+from lmdaemon.workbench.journal import Journal, read_expectations, verdict
+from lmdaemon.workbench.script import Script, ScriptError, Span, read_text, read_toml
+from lmdaemon.workbench.stage import Stage
+
+
+@command(
+    argument("--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090"),
+    argument("--dialect", choices=tuple(SHIPPED), default="v4", help="what is expected (default v4)"),
+    argument("--script", metavar="FILE|TEXT", help="what to answer; a file that ends with .toml, or the text itself"),
+    argument("--seed", type=seed, metavar="N", help="for chances in the script (default: the file's, or 0)"),
+    argument("--journal", type=file, metavar="FILE", help="write a JSON line for each notice"),
+    argument("--expect", type=file, metavar="FILE", help="TOML of counts; exit code 1 when one is missed"),
+    argument("--schedule", metavar="SPANS", help='waits that a sender must keep, such as "5s,30s,2m" (default: ours)'),
+    argument("--signing-secret-file", type=file, metavar="FILE", help="whsec_ secrets: signatures are verified"),
+    argument("--tls-ca", type=file, metavar="FILE", help="serve https; the made-up CA's certificate is written here"),
+    argument("--for", dest="span", metavar="SPAN", help="end after this time (default: at Ctrl-C)"),
+    JSON,
+)
+def operator(args: argparse.Namespace) -> int:
+    host, port = _address(args.listen)
+    script = _script(args)
+    expected = _expectations(args.expect)
+    schedule = _schedule(args.schedule)
+    if script.needs_tls and not args.tls_ca:
+        raise Usage("simulate operator: a script with tls needs --tls-ca FILE")
+    contexts = None
+    if args.tls_ca:
+        from lmdaemon.workbench import authority
+
+        try:
+            contexts = authority.contexts(args.tls_ca, host)
+        except ImportError:
+            raise Failed("--tls-ca needs trustme: pip install 'lmdaemon[workbench]'") from None
+        except OSError as error:
+            raise Failed(f"--tls-ca: {args.tls_ca} cannot be written: {reason(error)}") from None
+    span_s = checked_span(args.span, "--for") if args.span else None
+    quiet_libraries()
+    with ExitStack() as stack:
+        output = stack.enter_context(_opened(args.journal)) if args.journal else None
+        keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
+        journal = Journal(SHIPPED[args.dialect], schedule, keys, output)
+        stage = Stage(script, journal, contexts=contexts, tell=_tell(quiet=args.json))
+        try:
+            asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))
+        except OSError as error:
+            raise Failed(f"--listen: {args.listen}: {reason(error)}") from None
+    end = verdict(journal, expected)
+    if args.json:
+        print_json(end)
+    else:
+        _print_verdict(end)
+    return STOPPED if end["good"] else FAILED
+
+
+async def _serve(stage: Stage, host: str, port: int, span_s: float | None, *, scheme: str) -> None:
+    await stage.open(host, port)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    shown = f"[{stage.address[0]}]" if ":" in stage.address[0] else stage.address[0]
+    print(f"Serving {scheme}://{shown}:{stage.address[1]}/", file=sys.stderr, flush=True)
+    try:
+        async with asyncio.timeout(span_s):
+            await stopped.wait()
+    except TimeoutError:
+        pass
+    finally:
+        await stage.close()
+
+
+def _tell(*, quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: print(line(text), flush=True))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise Usage(f"--listen: must be HOST:PORT (got {text!r})")
+    return host.strip("[]"), int(port)
+
+
+def _script(args: argparse.Namespace) -> Script:
+    given = args.script or ""
+    try:
+        if given.endswith(".toml"):
+            return read_toml(_text_of(Path(given), "--script"), args.seed)
+        return read_text(_text_of(Path(given), "--script") if _is_file(given) else given, args.seed or 0)
+    except ScriptError as error:
+        raise Usage(f"--script: {error}") from None
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _expectations(path: Path | None) -> dict[str, Span]:
+    if path is None:
+        return {}
+    try:
+        return read_expectations(_text_of(path, "--expect"))
+    except ScriptError as error:
+        raise Usage(f"--expect: {path}: {error}") from None
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"{option}: {path} cannot be read: {reason(error)}") from None
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise Failed(f"--journal: {path} cannot be written: {reason(error)}") from None
+
+
+def _schedule(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return tuple(DeliveryTable().schedule)
+    try:
+        return tuple(float(duration(one.strip())) for one in text.split(","))
+    except ValueError as error:
+        raise Usage(f"--schedule: {error} (got {text!r})") from None
+
+
+def _print_verdict(end: dict[str, object]) -> None:
+    counts = end["counts"]
+    assert isinstance(counts, dict)  # noqa: S101 - it was made here
+    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    for name in ("missed", "evidence"):
+        found = end[name]
+        assert isinstance(found, list)  # noqa: S101
+        for one in found:
+            print(f"  {line(one)}")
+    print("Verdict: as expected" if end["good"] else "Verdict: NOT as expected")

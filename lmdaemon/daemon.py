@@ -236,6 +236,7 @@ class Daemon:
             lambda: self.settings,
             lambda: self._reload_error,
             self._sweeper.alarm,
+            self._sweeper.touch_alarm,
             self._hearing.deaf,
         )
         self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
@@ -264,6 +265,7 @@ class Daemon:
         self._endpoint.configure(self.settings, self._plugins)
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
+        self._sweeper.configure({name: operator.idle_s for name, operator in self.settings.operators.items()})
         self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
         self._events.configured()
         for site in self._sites.values():

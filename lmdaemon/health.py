@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lmdaemon import gates, retry, shapes, tls
+from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import Gate, rfc3339
@@ -28,18 +29,6 @@ TOLD_MAX = 10  # operators of which it is told in words
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
 Check = dict[str, Any]
-
-
-class MassExpiry(Protocol):
-    """Whether a large part of all sessions has lately ended at once: `ended` of `of` sessions."""
-
-    @property
-    def active(self) -> bool:
-        """Whether it is to be shown now."""
-        ...
-
-    ended: int
-    of: int
 
 
 class _Question(Generic[_Answer]):
@@ -88,7 +77,8 @@ class Health:
         pulses: dict[str, Pulse],
         settings: Callable[[], Settings],
         reload_error: Callable[[], str | None],
-        mass_expiry: MassExpiry,
+        mass_expiry: ExpiryAlarm,
+        touches: TouchAlarm,
         deaf: Mapping[str, str],
     ) -> None:
         self._store = store
@@ -97,6 +87,7 @@ class Health:
         self._settings = settings
         self._reload_error = reload_error
         self._mass_expiry = mass_expiry
+        self._touches = touches
         self._deaf = deaf
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
@@ -187,10 +178,26 @@ class Health:
         return {"status": "fail", "output": output}
 
     def _check_expiry(self) -> Check:
-        alarm = self._mass_expiry
-        if not alarm.active:
-            return {"status": "pass"}
-        return {"status": "warn", "output": "many sessions ended at once", "ended": alarm.ended, "of": alarm.of}
+        """Warns of sessions that ended at once and of touches that stopped; each operator is named, TOLD_MAX in
+        words.
+        """
+        alarm, mass = self._mass_expiry, self._mass_expiry.of_operators()
+        silent = self._touches.silent
+        check: Check = {
+            "status": "warn" if alarm.active or mass or silent else "pass",
+            "massExpired": sorted(mass),
+            "touchesStopped": sorted(silent),
+        }
+        said = ["many sessions ended at once"] if alarm.active else []
+        now_ms = self._store.service_clock.now_ms()
+        for name, one in [*silent.items()][:TOLD_MAX]:
+            for_s = (now_ms - one.touched_ms) // 1000
+            said.append(f"{name}: {self._store.figures_of(name).live} sessions live, none touched for {for_s} s")
+        for name, (ended, of) in [*mass.items()][:TOLD_MAX]:
+            said.append(f"{name}: {ended} of {of} sessions ended at once")
+        if said:
+            check["output"] = "; ".join(said)
+        return check | {"ended": alarm.ended, "of": alarm.of} if alarm.active else check
 
     @staticmethod
     def _check_pulse(pulse: Pulse) -> Check:

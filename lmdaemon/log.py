@@ -59,6 +59,9 @@ LIMITS = {
     "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
+    "operator.mass_expired": Limit(100),  # with 1,000 operators these have one cause; /health and /metrics have all
+    "operator.touches_stopped": Limit(100),
+    "operator.touches_resumed": Limit(100),
     "operator.paused": Limit(1, ("operator",)),
     "breaker.opened": Limit(_FLAPS, ("operator", "reason")),
     "breaker.closed": Limit(_FLAPS, ("operator",)),

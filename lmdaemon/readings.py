@@ -62,6 +62,7 @@ class Readings:
         names = sorted({*waiting, *self._settings().operators})
         figures = {name: self._store.figures_of(name) for name in names}
         gates = {name: self._store.gate(name) for name in names}
+        mass, silent = self._sweeper.alarm.of_operators(), self._sweeper.touch_alarm.silent.copy()
         states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
         per_operator: list[tuple[str, str, dict[str, float]]] = [
             ("sessions_live", "Sessions that are active.", {n: f.live for n, f in figures.items()}),
@@ -87,6 +88,16 @@ class Readings:
                 "operator_not_before_timestamp_seconds",
                 "Until when a Retry-After or the breaker puts the next attempt off; 0 when neither does.",
                 {n: (retry.not_before(g, now_at) or 0) / 1000 for n, g in gates.items()},
+            ),
+            (
+                "operator_mass_expiry",
+                "1 while a large part of its sessions has ended at once lately.",
+                {n: float(n in mass) for n in names},
+            ),
+            (
+                "operator_touches_stopped",
+                "1 while many of its sessions are live and its touches have stopped.",
+                {n: float(n in silent) for n in names},
             ),
         ]
         for name, help_text, values in per_operator:

@@ -597,8 +597,10 @@ class LoopCheck(Check):
 
 
 class ExpiryCheck(Check):
-    """Whether a large part of all sessions ended at once."""
+    """Whether many sessions ended at once, of an operator or of all, or the touches of an operator have stopped."""
 
+    massExpired: Annotated[list[OperatorName], Meta(description="Of which a large part ended at once lately.")]
+    touchesStopped: Annotated[list[OperatorName], Meta(description="With many live sessions, and no touch for long.")]
     ended: NotRequired[Count]
     of: NotRequired[Count]
 

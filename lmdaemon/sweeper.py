@@ -5,9 +5,10 @@ after a stall, and not before requests that have already arrived are queued.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
+from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import STALL_S, TICK_S, Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Session
@@ -20,43 +21,7 @@ LOOP_TURNS = (
 )
 PERSIST_S = 10.0  # how often the service clock is stored; a crash loses as much, so that sessions end that much later
 RETRY_S = 1.0  # pause while the store refuses
-# More ends than MASS_SESSIONS and than MASS_SHARE of all sessions within MASS_S are an alarm: that so many players
-# leave at once is less likely than that game servers cannot reach the daemon.
-MASS_SESSIONS = 1000
-MASS_SHARE = 0.2
-MASS_S = 10.0
-MASS_SHOWN_S = 600.0  # how long /health shows it
-
 log = Log("sweeper")
-
-
-class ExpiryAlarm:
-    """Notices when a large part of all sessions ends at once. `monotonic` is the clock's; all times are its seconds."""
-
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the sweeps within MASS_S
-        self._raised_at = float("-inf")
-        self.ended = 0  # ended within MASS_S, when the alarm was last raised
-        self.of = 0  # sessions that were live before these ended
-
-    @property
-    def active(self) -> bool:
-        """Whether the alarm was raised within MASS_SHOWN_S."""
-        return self._monotonic() - self._raised_at < MASS_SHOWN_S
-
-    def note(self, ended: int, live: int) -> None:
-        """Counts sessions that have just ended; `live` is how many there are now."""
-        now = self._monotonic()
-        self._lately.append((now, ended))
-        while now - self._lately[0][0] > MASS_S:
-            self._lately.popleft()
-        ended = sum(one for _, one in self._lately)
-        if ended <= MASS_SESSIONS or ended <= (live + ended) * MASS_SHARE:
-            return
-        if now - self._raised_at > MASS_S:  # logged once, however long it goes on
-            log.error("sweeper.mass_expired", ended=ended, of=live + ended, within_s=MASS_S)
-        self._raised_at, self.ended, self.of = now, ended, live + ended
 
 
 class Sweeper(StoreObserver):
@@ -79,11 +44,24 @@ class Sweeper(StoreObserver):
         self.pulse = Pulse(clock.monotonic, observer)
         self._rounds = Rounds(self.pulse)
         self.alarm = ExpiryAlarm(clock.monotonic)
+        self.touch_alarm = TouchAlarm()
+        self._idle_ms: Mapping[str, int] = {}
+        self._looked = clock.monotonic()
         store.observe(self)
+
+    def configure(self, idle_s: Mapping[str, float]) -> None:
+        """Takes over the idle times (s) of all operators, from which follows when their touches have stopped."""
+        self._idle_ms = {name: int(seconds * 1000) for name, seconds in idle_s.items()}
 
     def deadline_nearer(self) -> None:
         """A deadline is earlier than all others (StoreObserver)."""
         self.wake()
+
+    def sessions_ended(self, sessions: Sequence[Session]) -> None:
+        """Counts those that ended by themselves (StoreObserver)."""
+        ended = Counter(one.operator for one in sessions if one.reason in ("inactivity", "max_lifetime"))
+        if ended:
+            self.alarm.note(ended, lambda name: self._store.figures_of(name).live, self._store.live)
 
     def wake(self) -> None:
         """Looks again at once, because a deadline may be earlier than the one that is waited for."""
@@ -126,6 +104,7 @@ class Sweeper(StoreObserver):
         while True:
             self._tick()
             self.pulse.working()
+            self._look_for_silence()
             crowd = self._due_in_s() == 0 and await self._end_some(crowd=crowd)
             if not crowd:
                 break
@@ -140,8 +119,14 @@ class Sweeper(StoreObserver):
             await asyncio.sleep(0)
         swept = await self._store.end_due(idle=self.hold_s == 0, crowd=crowd)
         self._persisted = self._clock.monotonic()
-        self.alarm.note(swept.ended, self._store.live)
         return swept.looked_at >= SWEEP_ROWS
+
+    def _look_for_silence(self) -> None:
+        """At most once a second: with 1,000 operators it takes a third of a millisecond."""
+        now = self._clock.monotonic()
+        if now - self._looked >= TICK_S:
+            self._looked = now
+            self.touch_alarm.look(self._service.now_ms(), self._store.touched_ms, self._idle_ms, self._store.figures)
 
     @property
     def _persist_after_s(self) -> float:

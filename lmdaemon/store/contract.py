@@ -375,6 +375,7 @@ class Store(Protocol):
     figures: dict[str, Figures]
     next_due_ms: int | None  # the next deadline may be later, never earlier
     next_lifetime_at: int | None
+    touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
 
     @property
     def live(self) -> int:

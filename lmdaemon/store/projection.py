@@ -42,6 +42,7 @@ class Projection:
         self.gates: dict[str, Gate] = {}
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
+        self.touched_ms: dict[str, int] = {}
         self.observers: tuple[StoreObserver, ...] = ()
         self._last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
@@ -129,6 +130,8 @@ class Projection:
             self.live += figures.live
             total.pending += figures.pending
             total.dead += figures.dead
+        for name in changes.touched:
+            self.touched_ms[name] = changes.seen_ms
         self.gates.update(changes.gates)
         for observer in self.observers:
             for operator in changes.gates:

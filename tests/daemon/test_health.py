@@ -17,6 +17,7 @@ from documented import complaints
 from support import LISTEN, Serving, load, open_store, serving, until
 
 from lmdaemon import health, retry
+from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
@@ -24,7 +25,6 @@ from lmdaemon.store.contract import NewDelivery, Opening
 from lmdaemon.store.sqlite import thread
 from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.store import Store
-from lmdaemon.sweeper import ExpiryAlarm
 from lmdaemon.version import __version__
 
 NOTIFY = 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\n'
@@ -51,7 +51,7 @@ def pulses(clock: HandClock) -> dict[str, Pulse]:
 @pytest.fixture
 def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
     settings = load(tmp_path / "config.toml", CONFIG)
-    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic), {})
+    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic), TouchAlarm(), {})
 
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
             "sweeper": loop,
             "dispatcher": loop,
             "listeners": [{"status": "pass", "time": time}],
-            "expiry": [{"status": "pass", "time": time}],
+            "expiry": [{"status": "pass", "massExpired": [], "touchesStopped": [], "time": time}],
             "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
             "operators": [{"status": "pass", "held": [], "broken": [], "time": time}],
             "config": [{"status": "pass", "time": time}],
@@ -456,6 +456,29 @@ async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
         assert (report["status"], expiry["status"], expiry["of"]) == ("warn", "warn", 1200)
         assert expiry["ended"] > 1000
         assert await metric(daemon, "lmdaemon_mass_expiry") == 1
+        assert expiry["massExpired"] == ["acme"]
+        assert await metric(daemon, 'lmdaemon_operator_mass_expiry{operator="acme"}') == 1
+
+
+async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path, clock: HandClock) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        store = daemon.store
+        names = [f"s{number}" for number in range(100)]
+        await asyncio.gather(
+            *(store.open_session(Opening("acme", name, "p", "t", None, 3_600_000, 0)) for name in names)
+        )
+        await store.touch("acme", names)
+        idle_s = daemon.daemon.settings.operators["acme"].idle_s
+        for _ in range(int(idle_s / 2) + 2):
+            clock.advance(1)
+            store.service_clock.now_ms()
+        daemon.sweeper.wake()
+        await until(lambda: daemon.sweeper.touch_alarm.silent)
+        report = (await get(daemon, daemon.api))[1]
+        expiry = report["checks"]["expiry"][0]
+        assert (expiry["status"], expiry["touchesStopped"], expiry["massExpired"]) == ("warn", ["acme"], [])
+        assert expiry["output"].startswith("acme: 100 sessions live, none touched for ")
+        assert await metric(daemon, 'lmdaemon_operator_touches_stopped{operator="acme"}') == 1
 
 
 async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from clocks import HandClock
-from support import hear, live, open_store, until
+from support import live, open_store, until
 
 from lmdaemon.clock import TICK_S
 from lmdaemon.model import Session
 from lmdaemon.store.contract import Opening, StoreObserver, Touched
 from lmdaemon.store.sqlite.store import Store
-from lmdaemon.sweeper import MASS_S, MASS_SHOWN_S, QUIET_AFTER_STALL_S, ExpiryAlarm, Sweeper
+from lmdaemon.sweeper import QUIET_AFTER_STALL_S, Sweeper
 
 GRACE_S = 60.0
 
@@ -95,56 +95,6 @@ async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock
     await asyncio.gather(first, swept)
     assert (await touched).touched == 1
     assert await reason(db) is None
-
-
-class TestMassExpiry:
-    """A fifth of all sessions and more than a thousand at once is told; what is normal is not."""
-
-    @pytest.mark.parametrize(
-        ("ends", "live", "raised"),
-        [
-            ([1001], 3000, True),
-            ([1000], 0, False),
-            ([1001], 5000, False),
-            ([200] * 6, 2000, True),
-            ([20] * 6, 0, False),
-        ],
-    )
-    def test_it_is_raised_for_many_and_for_a_large_part(
-        self, clock: HandClock, ends: list[int], live: int, raised: bool
-    ) -> None:
-        alarm = ExpiryAlarm(clock.monotonic)
-        for done, ended in enumerate(ends, 1):
-            alarm.note(ended, live + sum(ends[done:]))
-            clock.advance(0.1)
-        assert alarm.active is raised
-
-    def test_an_ordinary_end_before_it_does_not_hide_it(self, clock: HandClock) -> None:
-        alarm = ExpiryAlarm(clock.monotonic)
-        alarm.note(1, 100_000)
-        clock.advance(MASS_S / 2)
-        for left in range(150):
-            alarm.note(200, 100_000 - left * 200)
-            clock.advance(MASS_S / 160)
-        assert alarm.active
-
-    def test_many_ends_over_a_long_time_are_no_mass_expiry(self, clock: HandClock) -> None:
-        alarm = ExpiryAlarm(clock.monotonic)
-        for _ in range(100):
-            alarm.note(200, 900)
-            clock.advance(MASS_S + 0.1)
-        assert not alarm.active
-
-    def test_one_that_goes_on_is_told_once_and_shown_for_a_while(self, clock: HandClock) -> None:
-        alarm = ExpiryAlarm(clock.monotonic)
-        with hear() as events:
-            for left in range(500, 0, -1):
-                alarm.note(200, left * 200)
-                clock.advance(0.04)
-        assert [event.name for event in events] == ["sweeper.mass_expired"]
-        assert alarm.active
-        clock.advance(MASS_SHOWN_S)
-        assert not alarm.active
 
 
 async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(

@@ -143,7 +143,11 @@ async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path:
             "lmdaemon_deliveries_dead",
             "lmdaemon_deliveries_oldest_pending_seconds",
             "lmdaemon_operator_held",
+            "lmdaemon_operator_held_since_timestamp_seconds",
             "lmdaemon_operator_breaker_state",
+            "lmdaemon_operator_breaker_since_timestamp_seconds",
+            "lmdaemon_operator_mass_expiry",
+            "lmdaemon_operator_touches_stopped",
             "lmdaemon_operator_not_before_timestamp_seconds",
         }
         assert 'lmdaemon_touches_total{operator="other"}' in after

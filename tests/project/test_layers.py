@@ -41,9 +41,10 @@ MAY_IMPORT = {
     # The doers: none imports another, and none knows an engine.
     "delivery": {"ground", "config", "plugins", "masks", "store"},
     "web": {"ground", "config", "plugins", "masks", "shapes", "store"},
-    "sweeper": {"ground", "store"},
+    "alarms": {"ground", "store"},
+    "sweeper": {"ground", "store", "alarms"},
     "pruner": {"ground", "store"},
-    "health": {"ground", "config", "shapes", "store"},
+    "health": {"ground", "config", "shapes", "store", "alarms"},
     "readings": {"ground", "config", "store", "delivery", "web", "sweeper", "health"},
     "daemon": {
         "ground",

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from chance import FULL
 from clocks import HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from postgres import NoServerError, server
 from support import RawConnection, Serving, hear, raw_connection, scrape, serving, until
 from ways import WAYS, on_the
 from wires import FORM, JSON, WIRES, operator, query, write_secrets
@@ -290,7 +293,7 @@ class Tried:
 
 
 @contextlib.asynccontextmanager
-async def trying(way: str, directory: Path, clock: Any = None) -> AsyncIterator[Tried]:
+async def trying(way: str, directory: Path, database: str = "") -> AsyncIterator[Tried]:
     directory.mkdir()
     write_secrets(directory)
     for name, token in (("api.tokens", TOKEN), ("api.read", READ_TOKEN)):
@@ -298,7 +301,7 @@ async def trying(way: str, directory: Path, clock: Any = None) -> AsyncIterator[
         (directory / name).chmod(0o600)
     seen = Seen()
     with on_the(way), seen.watching(HotConnection if way == "hot" else listener.Connection):
-        async with serving(directory, CONFIG, clock or HandClock()) as daemon:
+        async with serving(directory, CONFIG + database, HandClock()) as daemon:
             daemon.client.headers["Authorization"] = f"Bearer {TOKEN}"
             yield Tried(daemon, seen)
 
@@ -307,13 +310,38 @@ async def trying(way: str, directory: Path, clock: Any = None) -> AsyncIterator[
 MEASURED = re.compile(r"process_|python_|lmdaemon_log_|lmdaemon_\w*(seconds|bytes|commit|batch|loop|build)")
 
 
-async def test_every_case_is_answered_logged_and_counted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte for byte; and what may be served past the framework is, where that is there."""
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    try:
+        with server() as url:
+            yield url
+    except NoServerError as error:
+        pytest.skip(str(error))
+
+
+@contextlib.contextmanager
+def database_for(way: str, url: str) -> Iterator[str]:
+    """A database of its own, for the configuration."""
+    name = f"lmdaemon_{way}_{os.getpid()}"
+    with psycopg.connect(url, autocommit=True) as sql:
+        sql.execute(f"CREATE DATABASE {name}")
+        try:
+            yield f'[database]\nurl = "{url.rpartition("/")[0]}/{name}"\n'
+        finally:
+            sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgres"])
+async def test_every_case_is_answered_logged_and_counted_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, engine: str
+) -> None:
+    """Byte for byte, whatever the store; and what may be served past the framework is, where that is there."""
+    url = request.getfixturevalue("postgres") if engine == "postgres" else ""
     monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
     found: dict[str, Any] = {}
     for way in WAYS:
-        with hear() as events:
-            async with trying(way, tmp_path / way) as tried:
+        with hear() as events, database_for(way, url) if url else contextlib.nullcontext("") as database:
+            async with trying(way, tmp_path / way, database) as tried:
                 events.clear()
                 answers, plain, lines = {}, {}, {}
                 for case in CASES:
@@ -322,10 +350,8 @@ async def test_every_case_is_answered_logged_and_counted_alike(tmp_path: Path, m
                     answers[key], plain[key] = await tried.answers(case), tried.seen.plain
                     lines[key] = [(event.name, event.facts, event.level) for event in events[before:]]
                 counts = await scrape(tried.daemon)
-                rows = query(
-                    tmp_path / way,
-                    "SELECT operator, session_id, player_id, reason, seen_ms FROM session ORDER BY id",
-                )
+                statement = "SELECT operator, session_id, player_id, reason, seen_ms FROM session ORDER BY id"
+                rows = [] if url else query(tmp_path / way, statement)
                 bounds = tried.daemon.bounds
                 assert (bounds.strangers.used, bounds.known.used) == (0, 0)
         found[way] = (answers, lines, {name: one for name, one in counts.items() if not MEASURED.match(name)}, rows)

@@ -126,6 +126,8 @@ class Session(NamedTuple):
     lifetime_at: int | None
     ended_at: int | None
     reason: Reason | None
+    opened_request: str | None = None  # the X-Request-Id of the call that opened it, and of the one that closed it
+    ended_request: str | None = None
 
     def __repr__(self) -> str:
         return _shown(self, "token", "extra")

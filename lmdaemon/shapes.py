@@ -237,6 +237,8 @@ class Session(Answer):
     expires_at: Annotated[Time | None, Meta(description="If nothing more is heard; null once it has ended.")]
     ended_at: Time | None
     idle_timeout_seconds: Annotated[float, Meta(ge=1, examples=[900])]
+    opened_request_id: Annotated[str | None, Meta(description="The `X-Request-Id` of the call that opened it.")]
+    closed_request_id: Annotated[str | None, Meta(description="The `X-Request-Id` of the call that closed it.")]
     attributes: Annotated[
         msgspec.Raw,
         Meta(description="As given when it was opened.", extra_json_schema=_ANYTHING, examples=[{"table": 7}]),

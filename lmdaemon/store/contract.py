@@ -94,6 +94,7 @@ class Opening(Operation[Opened], frozen=True):
     attributes: str | None
     idle_ms: int
     lifetime_ms: int  # 0: none
+    request_id: str | None = None  # of the call, to find it by
 
 
 class Touched(NamedTuple):
@@ -121,6 +122,7 @@ class Closing(Operation[Session | None], frozen=True):
 
     operator: str
     session_id: str
+    request_id: str | None = None
 
 
 Recorded = Literal["ended", "repeated", "unknown_session", "player_mismatch", "bad_token"]
@@ -436,7 +438,7 @@ class Store(Protocol):
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         """Records activity in sessions of one operator. An id that is given twice counts once."""
 
-    async def end(self, operator: str, session_id: str) -> Session | None:
+    async def end(self, operator: str, session_id: str, request_id: str | None = None) -> Session | None:
         """Ends a session because its game was closed, and returns it, also if it had ended before; None: unknown."""
 
     async def record(self, recording: Recording) -> Recorded:

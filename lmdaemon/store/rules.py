@@ -344,6 +344,7 @@ class _Decision:
             lifetime_at=self._now + lifetime_ms if lifetime_ms else None,
             ended_at=None,
             reason=None,
+            opened_request=new.request_id if isinstance(new, Opening) else None,
         )
 
     def _open_again(self, new: Opening, known: Session) -> Opened:
@@ -373,7 +374,7 @@ class _Decision:
             if session is None and self._facts is None:
                 raise FactsNeeded
             if session is not None and session.reason is None:
-                session = self._end(session, "closed")
+                session = self._end(session._replace(ended_request=one.request_id), "closed")
             self._changes.answers.append(session)
 
     def _end(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
@@ -582,7 +583,7 @@ class _Decision:
             self._put(session._replace(token=token))
             if not self._is_new(session):
                 seen_ms = session.seen_ms if session.reason == "inactivity" else None
-                changes.ended.append((session.id, session.reason, session.extra, token, seen_ms))
+                changes.ended.append((session.id, session.reason, session.extra, token, seen_ms, session.ended_request))
         changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
         self._follow_up(sinks, random)
         return changes

@@ -80,8 +80,8 @@ class Verbs(Projection):
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         return await self._writer.write(Touching(operator, session_ids))
 
-    async def end(self, operator: str, session_id: str) -> Session | None:
-        return await self._writer.write(Closing(operator, session_id))
+    async def end(self, operator: str, session_id: str, request_id: str | None = None) -> Session | None:
+        return await self._writer.write(Closing(operator, session_id, request_id))
 
     async def record(self, recording: Recording) -> Recorded:
         return await self._writer.write(recording)

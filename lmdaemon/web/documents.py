@@ -48,6 +48,8 @@ def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | No
         expires_at=rfc3339(expires_at),
         ended_at=rfc3339(session.ended_at),
         idle_timeout_seconds=session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
+        opened_request_id=session.opened_request,
+        closed_request_id=session.ended_request,
         attributes=msgspec.Raw((session.attributes or "{}").encode()),
     )
 

@@ -9,7 +9,6 @@ from aiohttp import web
 from msgspec import UNSET
 
 from lmdaemon import shapes
-from lmdaemon.config.settings import Operator
 from lmdaemon.dialects import breaks_hash, rounded
 from lmdaemon.log import Log
 from lmdaemon.model import Session
@@ -38,7 +37,7 @@ class Sessions:
     async def open(self, asked: Asked[shapes.Opening]) -> web.StreamResponse:
         """PUT /v1/operators/{operator}/sessions/{sessionId}."""
         operator = asked.operator
-        opened = await self._store.open_session(_opening(operator, asked.session_id, asked.given))
+        opened = await self._store.open_session(_opening(asked, asked.session_id, asked.given))
         if opened.outcome == "differs":
             raise Problem("differs", "the session is open with another playerId or token")
         if opened.outcome == "ended":
@@ -59,7 +58,7 @@ class Sessions:
         operator, openings = asked.operator, []
         for at, given in enumerate(asked.given.sessions):
             try:
-                openings.append(_opening(operator, given.session_id, given))
+                openings.append(_opening(asked, given.session_id, given))
             except Problem as problem:
                 raise invalid(f"sessions[{at}].{problem}") from problem
             if at % OPENED_AT_ONCE == OPENED_AT_ONCE - 1:
@@ -117,9 +116,9 @@ class Sessions:
     async def close(self, asked: Asked[None]) -> shapes.Session:
         """POST …/sessions/{sessionId}/close."""
         key = (asked.operator.name, asked.session_id)
-        self._context.closing[key] = self._context.asker(asked.request)
+        self._context.closing[key] = asker = self._context.asker(asked.request)
         try:
-            session = await self._store.end(*key)
+            session = await self._store.end(*key, asker.request_id)
         finally:
             self._context.closing.pop(key, None)
         if session is None:
@@ -169,8 +168,9 @@ def _ignored(given: shapes.Opening, session: Session) -> list[str]:
     return ignored
 
 
-def _opening(operator: Operator, session_id: str, given: shapes.Opening) -> Opening:
+def _opening(asked: Asked[Any], session_id: str, given: shapes.Opening) -> Opening:
     """What the store is asked for. Raises Problem."""
+    operator = asked.operator
     if session_id in (".", ".."):  # also as %2E: clients and proxies resolve it
         raise invalid(
             "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"
@@ -192,6 +192,7 @@ def _opening(operator: Operator, session_id: str, given: shapes.Opening) -> Open
         None if given.attributes is UNSET else _attributes(given.attributes),
         int(idle_s * 1000),
         int(operator.lifetime_s * 1000),
+        request_id(asked.request),
     )
 
 

@@ -67,12 +67,26 @@ async def test_opening_a_session_answers_201_with_the_session(api: Caller) -> No
         "expiresAt": "2026-09-21T14:14:50.001Z",
         "endedAt": None,
         "idleTimeoutSeconds": 90,
+        "openedRequestId": None,
+        "closedRequestId": None,
         "attributes": {"game": "roulette", "table": 7},
         "changed": True,
         "ignored": [],
     }
     del opened["changed"], opened["ignored"]
     assert await api.session() == opened | {"deliveries": []}
+
+
+async def test_a_session_shows_which_requests_opened_and_closed_it(api: Caller) -> None:
+    path = ACME + "/sessions/s1"
+    opened = await api("PUT", path, 201, json=OPENING, headers={"X-Request-Id": "gs-1"})
+    assert (opened["openedRequestId"], opened["closedRequestId"]) == ("gs-1", None)
+    again = await api("PUT", path, 200, json=OPENING, headers={"X-Request-Id": "gs-2"})
+    assert again["openedRequestId"] == "gs-1"
+    await api("POST", path + "/close", 200, headers={"X-Request-Id": "gs-3"})
+    await api("POST", path + "/close", 200, headers={"X-Request-Id": "gs-4"})  # it had ended
+    shown = await api.session()
+    assert (shown["openedRequestId"], shown["closedRequestId"]) == ("gs-1", "gs-3")
 
 
 async def test_opening_again_answers_200_and_is_a_touch_and_nothing_else(api: Caller, clock: HandClock) -> None:

@@ -44,6 +44,7 @@ _TYPES = {
     **dict.fromkeys(("operator", "session_id", "player_id", "token", "attributes", "extra", "reason", "nonce"), "text"),
     **dict.fromkeys(("sink", "state", "last_error", "history", "body", "name", "held_reason"), "text"),
     **dict.fromkeys(("held_by", "held_note", "failed_reason", "failed_detail", "body_digest"), "text"),
+    **dict.fromkeys(("opened_request", "ended_request", "request"), "text"),
     **dict.fromkeys(("attempts", "step", "last_status"), "integer"),
     "last_code": "numeric",
 }
@@ -129,9 +130,9 @@ SELECT {SESSION}, seen_ms + idle_ms FROM {given(*Session._fields)} AS new"""
 # Ends sessions that are active and, where that is the reason, have not been touched since that was found.
 END = _count(
     """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
-                          token = ended.token
+                          token = ended.token, ended_request = ended.request
        FROM ended JOIN locked USING (id) WHERE session.id = ended.id""",
-    rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms")},
+    rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms", "request")},
          locked AS MATERIALIZED (
              SELECT s.id FROM lmdaemon.session s JOIN ended USING (id)
              WHERE s.reason IS NULL AND s.seen_ms <= coalesce(ended.seen_ms, s.seen_ms)

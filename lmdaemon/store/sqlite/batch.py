@@ -122,8 +122,8 @@ SELECT *, seen_ms + idle_ms FROM (SELECT {given(*Session._fields)} FROM json_eac
 # Ends sessions that are active.
 END = f"""
 UPDATE session SET reason = ended.reason, ended_at = NEW.wall_at, extra = coalesce(ended.extra, session.extra),
-                   token = ended.token
-FROM (SELECT {given("id", "reason", "extra", "token")} FROM json_each(?)) AS ended
+                   token = ended.token, ended_request = ended.request
+FROM (SELECT {given("id", "reason", "extra", "token", "seen_ms", "request")} FROM json_each(?)) AS ended
 WHERE session.id = ended.id AND session.reason IS NULL"""
 # Moves `due_ms` to the true deadlines of sessions that were touched.
 MOVE_DUE = f"""

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from clocks import HandClock
 from engines import Engine
+from msgspec.structs import replace as replaced
 from operations import BODY, IDLE_MS, found, notice, opening
 from support import live
 
@@ -50,6 +51,17 @@ class TestOpening:
 
 
 class TestTouching:
+    async def test_the_requests_that_opened_and_closed_a_session_are_kept(self, db: Store) -> None:
+        await db.open_session(replaced(opening("s"), request_id="opens"))
+        await db.open_session(replaced(opening("s"), request_id="touches"))
+        await asyncio.gather(db.end("acme", "s", "closes"), db.end("acme", "s", "is too late"))
+        known = await db.session("acme", "s")
+        assert known is not None
+        assert (known[0].opened_request, known[0].ended_request) == ("opens", "closes")
+        shown = await db.shown_session("acme", "s")
+        assert shown is not None
+        assert (shown[0].opened_request, shown[0].ended_request) == ("opens", "closes")
+
     async def test_touched_unknown_and_ended_are_told_apart(self, db: Store) -> None:
         for session_id in ("a", "b", "gone"):
             await db.open_session(opening(session_id))

@@ -67,8 +67,10 @@ class Storm:
         began = time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
         try:
-            for number in range(self._mix.notices):
-                due_at = began + number / self._mix.rate
+            await self._send("good", 0.0, began)  # what is repeated later has to be there
+            steady_from = time.monotonic()
+            for number in range(1, self._mix.notices):
+                due_at = steady_from + number / self._mix.rate
                 if (wait_s := due_at - time.monotonic()) > 0:
                     await asyncio.sleep(wait_s)
                 kind = self._rng.choices(KINDS, self._mix.shares)[0]

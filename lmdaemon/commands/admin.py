@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from lmdaemon.clock import Clock
+from lmdaemon.commands import times
 from lmdaemon.commands.arguments import (
     CLIENT_CERTIFICATE,
     JSON,
@@ -38,7 +40,8 @@ from lmdaemon.commands.shared import (
     say,
     show,
 )
-from lmdaemon.model import DELIVERY_STATES
+from lmdaemon.model import DELIVERY_STATES, rfc3339
+from lmdaemon.web.documents import read_time
 
 AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0  # between two tries to reach a daemon that has gone
 TOUCH_MAX = 10_000  # ids in one bulk touch
@@ -70,6 +73,10 @@ SESSION_SHAPE = {"sessionId": str, "state": str}
 DELIVERY_SHAPE = {"id": str, "state": str}
 OPERATOR_SHAPE = {"operator": str, "held": bool}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
+
+FOR_EVER = 2**63
+# Lists are in the order of beginning, except where the wall clock was set back, by less than this
+SET_BACK_MAX_MS = 24 * 3600 * 1000
 
 WATCH_S = 2
 CHECKED = {"pass": STOPPED, "warn": 3, "fail": 4}  # exit codes of `status --check`, for monitoring
@@ -205,13 +212,15 @@ async def find(client: Client, args: argparse.Namespace) -> int:
     OPERATOR,
     argument("--state", choices=("active", "ended")),
     argument("--player", metavar="ID", help="of this player only"),
+    times.since("those that were opened"),
+    times.until("those that were opened"),
     *ROWS,
 )
 async def list_sessions(client: Client, args: argparse.Namespace) -> int:
     """Prints an operator's sessions, newest first."""
     query = {"state": args.state, "playerId": args.player}
-    pages = client.pages(_wanted(args), "v1", "operators", args.operator, "sessions", query=query)
-    return await print_pages(SESSION_COLUMNS, pages, as_json=args.json)
+    path = ("v1", "operators", args.operator, "sessions")
+    return await print_pages(SESSION_COLUMNS, _of_period(client, args, "openedAt", *path, **query), as_json=args.json)
 
 
 @_asking(OPERATOR, SESSION, JSON)
@@ -270,13 +279,38 @@ async def close_session(client: Client, args: argparse.Namespace) -> int:
     OF_OPERATOR,
     argument("--sink", metavar="SINK", help='"http" or "plugin:NAME"'),
     argument("--state", choices=DELIVERY_STATES),
+    times.since("those whose session ended"),
+    times.until("those whose session ended"),
     *ROWS,
 )
 async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
     """Prints deliveries, newest first."""
     query = {"operator": args.operator, "sink": args.sink, "state": args.state}
-    pages = client.pages(_wanted(args), "v1", "deliveries", query=query)
+    pages = _of_period(client, args, "createdAt", "v1", "deliveries", **query)
     return await print_pages(DELIVERY_COLUMNS, pages, as_json=args.json)
+
+
+async def _of_period(
+    client: Client, args: argparse.Namespace, member: str, *path: str, **query: object
+) -> AsyncIterator[list[Any]]:
+    """Pages of what began in the period of --since and --until, by this member. Raises Failed and Usage."""
+    since_at, until_at = times.period(args)
+    wanted = _wanted(args)
+    if since_at is None and until_at is None:
+        async for page in client.pages(wanted, *path, query=query):
+            yield page
+        return
+    first, last = since_at or 0, FOR_EVER if until_at is None else until_at
+    async for page in client.pages(None, *path, query=query):
+        begun = [(read_time(item[member]), item) for item in page]
+        kept = [item for at, item in begun if first <= at < last]
+        yield kept[:wanted]
+        if wanted is not None and len(kept) >= wanted:
+            say(f"lmdaemon: {args.limit} shown, there may be more: --limit N or --all")
+            return
+        wanted = None if wanted is None else wanted - len(kept)
+        if max((at for at, _ in begun), default=0) < first - SET_BACK_MAX_MS:
+            return
 
 
 @_asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
@@ -292,7 +326,7 @@ async def show_delivery(client: Client, args: argparse.Namespace) -> int:
 @_asking(
     argument("delivery", nargs="?", metavar="ID", help="its webhook-id"),
     argument("--operator", metavar="OPERATOR", help="all dead ones of this operator"),
-    argument("--since", metavar="TIME", help="only those given up since then, as in 2026-01-31T03:00:00Z"),
+    times.since("those that were given up"),
     JSON,
 )
 async def retry(client: Client, args: argparse.Namespace) -> int:
@@ -303,7 +337,8 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
         )
     if args.delivery:
         return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry", shape=DELIVERY_SHAPE))
-    body = {"since": args.since} if args.since else {}
+    since_at = times.read(args.since, "--since", Clock().wall_ms())
+    body = {} if since_at is None else {"since": rfc3339(since_at)}
     return show(
         args,
         await client.call(

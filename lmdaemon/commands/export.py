@@ -19,6 +19,7 @@ import msgspec
 
 from lmdaemon import rights
 from lmdaemon.clock import Clock
+from lmdaemon.commands import times
 from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.files import (
@@ -36,9 +37,9 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
 from lmdaemon.shapes import ArchivedSession
-from lmdaemon.store.contract import Archive, DatabaseError
+from lmdaemon.store.contract import Archive, DatabaseError, Wanted
 from lmdaemon.store.open import open_archive, real_path
-from lmdaemon.web.documents import archived, read_time, to_json
+from lmdaemon.web.documents import archived, to_json
 
 SETTLED_S = 2.0  # ends carry the time at which their transaction began; only on a hanging disk does one take longer
 POLL_S = 0.05
@@ -87,10 +88,10 @@ class Told:
 
 @command(
     OF_OPERATOR,
-    argument(
-        "--since", metavar="TIME", help="those that ended then or later, as in 2026-01-31T03:00:00Z or 2026-01-31"
-    ),
-    argument("--until", metavar="TIME", help="those that ended before then (default: now)"),
+    argument("--player", metavar="ID", help="of this player only"),
+    argument("--session", metavar="ID", help="with this id only"),
+    times.since("those that ended"),
+    times.until("those that ended"),
     argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
     argument("--output", type=file, metavar="FILE", help="write here, whole or not at all, mode 0600"),
     FORCE,
@@ -114,7 +115,8 @@ def export(args: argparse.Namespace) -> int:
                 # All files of the database are open by now, so its rights are not needed any more
                 shown = args.output is not None or not sys.stdout.isatty()  # not between the rows
                 with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:
-                    _write(args, live, lambda: write(_sessions(archive, args.operator, since_at, until_at), told))
+                    wanted = Wanted(args.operator, args.player, args.session)
+                    _write(args, live, lambda: write(_sessions(archive, wanted, since_at, until_at), told))
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
     _report(args, settings, told, since_at if args.since else None, until_at, now_at)
@@ -122,24 +124,15 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
-    """The bounds of the period [since, until) as wall times (ms). Raises Usage."""
+    """The bounds of the period [since, until) as wall times (ms); it ends now at the latest. Raises Usage."""
     if args.json and not args.output:
         raise Usage("sessions export: --json is for the summary that --output prints; the format is --format")
-    since_at = _time(args.since, "--since") if args.since else 0
-    until_at = _time(args.until, "--until") if args.until else now_at
-    if until_at > now_at:
-        raise Usage("--until: must not lie ahead: what ends until then would be missing")
-    if since_at > until_at:
-        raise Usage("--since: must not be later than --until")
-    return since_at, until_at
-
-
-def _time(text: str, option: str) -> int:
-    is_date = len(text) == len("2026-01-31") and text[4] == text[7] == "-"
-    try:
-        return read_time(f"{text}T00:00:00Z" if is_date else text)
-    except ValueError as error:
-        raise Usage(f"{option}: {error}, or a date, which begins in UTC (got {text!r})") from None
+    since_at, until_at = times.period(args)
+    if until_at is not None and until_at > now_at:
+        say(f"lmdaemon: --until lies ahead: what ends from {rfc3339(now_at)} on is not in here", "WARNING")
+    if since_at is not None and since_at > now_at:
+        raise Usage("--since: must not lie ahead")
+    return since_at or 0, now_at if until_at is None else min(until_at, now_at)
 
 
 def _wait_until_committed(archive: Archive, until_at: int) -> None:
@@ -148,14 +141,14 @@ def _wait_until_committed(archive: Archive, until_at: int) -> None:
         time.sleep(POLL_S)
 
 
-def _sessions(archive: Archive, operator: str | None, since_at: int, until_at: int) -> Iterator[list[ArchivedSession]]:
+def _sessions(archive: Archive, wanted: Wanted, since_at: int, until_at: int) -> Iterator[list[ArchivedSession]]:
     """Pages of documents, in the order in which the sessions ended.
 
     Sessions that end meanwhile do so after `until_at`.
     """
     after: tuple[int, int] | None = (since_at, 0)
     while after is not None:
-        page = archive.ended(operator, after, until_at)
+        page = archive.ended(wanted, after, until_at)
         after = page.after
         gates = archive.gates()
         yield [

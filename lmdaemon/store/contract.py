@@ -269,10 +269,23 @@ class Ended(NamedTuple):
     after: tuple[int, int] | None
 
 
+class Wanted(NamedTuple):
+    """Which ended sessions an archive is asked for: of an operator, of a player, with an id; None: whichever."""
+
+    operator: str | None = None
+    player_id: str | None = None
+    session_id: str | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether they are found by an index of ids, and not by when they ended."""
+        return self.player_id is not None or self.session_id is not None
+
+
 class Archive(Protocol):
     """Ended sessions, read for an export by another process than the daemon. Its verbs raise DatabaseError."""
 
-    def ended(self, operator: str | None, after: tuple[int, int], before_at: int) -> Ended:
+    def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int) -> Ended:
         """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id)."""
 
     def gates(self) -> Mapping[str, Gate]:

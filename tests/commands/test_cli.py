@@ -793,6 +793,24 @@ def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str
     assert line.startswith(f"lmdaemon: {problem}")
 
 
+def test_lists_are_of_a_period_where_asked(lm: Running) -> None:
+    """Sessions by their opening, deliveries by the end of their session."""
+    for session in ("of-period-1", "of-period-2"):
+        lm.open("other", session)
+        lm.api("POST", f"operators/other/sessions/{session}/close")
+    for words in ("sessions list other", "deliveries list --operator other"):
+
+        def shown(*options: str, words: str = words) -> list[str]:
+            done = lm(*words.split(), *options, "--json")
+            assert done.returncode == 0
+            return [one["sessionId"] for one in json.loads(done.stdout)]
+
+        both = ["of-period-2", "of-period-1"]
+        assert shown("--since", "1h ago")[:2] == shown("--until", "tomorrow")[:2] == both
+        assert shown("--since", "1h ago", "--limit", "1") == both[:1]
+        assert shown("--until", "1h ago") == shown("--since", "2d ago", "--until", "1d ago") == []
+
+
 async def test_lists_are_cut_where_asked_and_whole_with_all(lm: Running) -> None:
     ids = [f"many-{number}" for number in range(1030)]  # more than one page of the API
     await open_many(lm, "many", ids)

@@ -17,7 +17,8 @@ import psycopg
 from support import open_store
 
 from lmdaemon.clock import Clock
-from lmdaemon.store.contract import Store
+from lmdaemon.store.contract import Archive, Store
+from lmdaemon.store.sqlite import archive as sqlite_archive
 
 Table = Literal["session", "delivery", "operator"]
 
@@ -38,6 +39,10 @@ class Engine(ABC):
     @abstractmethod
     def outage(self) -> AbstractContextManager[None]:
         """While it lasts, nothing can be written and every write is refused; reading may work."""
+
+    @abstractmethod
+    def archive(self) -> AbstractContextManager[Archive]:
+        """What has ended, as an export reads it beside the open store."""
 
     @abstractmethod
     def rows(self, table: Table) -> list[dict[str, Any]]:
@@ -71,6 +76,9 @@ class SqliteEngine(Engine):
             blocker.execute("BEGIN IMMEDIATE")
             yield
             blocker.execute("ROLLBACK")
+
+    def archive(self) -> AbstractContextManager[Archive]:
+        return sqlite_archive.open_archive(self.path)
 
     def rows(self, table: Table) -> list[dict[str, Any]]:
         statement = {
@@ -130,6 +138,11 @@ class PostgresEngine(Engine):
             yield
             sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
             sql.execute(END_OTHERS)
+
+    def archive(self) -> AbstractContextManager[Archive]:
+        from lmdaemon.store.postgres.archive import open_archive
+
+        return open_archive(self.as_url, None)
 
     def rows(self, table: Table) -> list[dict[str, Any]]:
         statement = {

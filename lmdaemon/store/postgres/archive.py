@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import psycopg
 
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import DatabaseError, Ended
+from lmdaemon.store.contract import DatabaseError, Ended, Wanted
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, SESSION, delivery_of
 from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.thread import Connection, Database
@@ -17,6 +17,13 @@ EXPORT_ROWS = 500  # sessions in one read
 ENDED_BEFORE = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s) ORDER BY ended_at, id LIMIT %s"""
+# The same of a player, or with a session id, of any operator. The addition keeps to the index of the ids.
+_ENDED_OF_FEW = f"""
+SELECT {SESSION} FROM lmdaemon.session
+WHERE operator IN (SELECT operator FROM lmdaemon.figure) AND {{column}} = %s AND player_id = coalesce(%s, player_id)
+      AND ended_at < %s AND (ended_at + 0, id + 0) > (%s, %s) ORDER BY ended_at + 0, id + 0 LIMIT %s"""
+ENDED_OF_PLAYER = _ENDED_OF_FEW.format(column="player_id")
+ENDED_OF_ID = _ENDED_OF_FEW.format(column="session_id")
 # All deliveries of some sessions, oldest first.
 DELIVERIES_OF_ALL = f"""
 SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
@@ -35,10 +42,15 @@ class Archive:
     def __init__(self, sql: Connection) -> None:
         self._sql = sql
 
-    def ended(self, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
+    def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
         """A page of what ended before then, beginning behind `after`, as (ended_at, id)."""
-        found = [Session(*row) for row in self._sql.execute(ENDED_BEFORE, (before_at, *after, rows))]
-        deliveries: dict[int, list[Delivery]] = {one.id: [] for one in found if operator in (None, one.operator)}
+        statement, given = ENDED_BEFORE, tuple[str | None, ...]()
+        if wanted.session_id is not None:
+            statement, given = ENDED_OF_ID, (wanted.session_id, wanted.player_id)
+        elif wanted.player_id is not None:
+            statement, given = ENDED_OF_PLAYER, (wanted.player_id, wanted.player_id)
+        found = [Session(*row) for row in self._sql.execute(statement, (*given, before_at, *after, rows))]
+        deliveries: dict[int, list[Delivery]] = {one.id: [] for one in found if wanted.operator in (None, one.operator)}
         for row in self._sql.execute(DELIVERIES_OF_ALL, (list(deliveries),)):
             delivery = delivery_of(row)
             deliveries[delivery.session].append(delivery)

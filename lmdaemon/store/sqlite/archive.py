@@ -6,13 +6,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import DatabaseError, Ended
+from lmdaemon.store.contract import DatabaseError, Ended, Wanted
 from lmdaemon.store.sqlite.batch import GATE
 from lmdaemon.store.sqlite.file import MIGRATIONS, cause, check_is_ours, open_beside, real_path
-from lmdaemon.store.sqlite.rows import DELIVERY, ENDED_BEFORE, SESSION, fetch, ids_of, to_json
+from lmdaemon.store.sqlite.rows import DELIVERY, ENDED_BEFORE, SESSION, as_rows, fetch, ids_of, to_json
 
 EXPORT_ROWS = 500  # sessions in one read
 
+# The same as ENDED_BEFORE of a player or with a session id. The `+` keeps SQLite to the index of the ids.
+_ENDED_OF_FEW = f"""
+SELECT {as_rows("id, ended_at")}
+FROM (SELECT id, ended_at FROM session
+      WHERE operator IN (SELECT name FROM operator) AND {{column}} = ? AND player_id = coalesce(?, player_id)
+            AND +ended_at < ? AND (+ended_at, +id) > (?, ?)
+      ORDER BY +ended_at, +id LIMIT ?)"""
+_ENDED_OF_PLAYER = _ENDED_OF_FEW.format(column="player_id")
+_ENDED_OF_ID = _ENDED_OF_FEW.format(column="session_id")
 # Sessions by their ids, of one operator or of all.
 _SESSIONS_OF = f"""
 SELECT {SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""
@@ -28,7 +37,7 @@ class Archive:
     def __init__(self, sql: sqlite3.Connection) -> None:
         self._sql = sql
 
-    def ended(self, operator: str | None, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
+    def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
         """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id).
 
         It is one short read transaction; a longer one would keep the WAL from starting over.
@@ -36,8 +45,13 @@ class Archive:
         sql = self._sql
         sql.execute("BEGIN")
         try:
-            keys = fetch(sql, ENDED_BEFORE, before_at, *after, rows)
-            sessions = {row[0]: Session(*row) for row in sql.execute(_SESSIONS_OF, (ids_of(keys), operator))}
+            if wanted.few:
+                statement = _ENDED_OF_PLAYER if wanted.session_id is None else _ENDED_OF_ID
+                given = wanted.player_id if wanted.session_id is None else wanted.session_id
+                keys = fetch(sql, statement, given, wanted.player_id, before_at, *after, rows)
+            else:
+                keys = fetch(sql, ENDED_BEFORE, before_at, *after, rows)
+            sessions = {row[0]: Session(*row) for row in sql.execute(_SESSIONS_OF, (ids_of(keys), wanted.operator))}
             found: dict[int, list[Delivery]] = {session: [] for session in sessions}
             for row in sql.execute(_DELIVERIES_OF_ALL, (to_json(list(sessions)),)):
                 delivery = Delivery(*row)

@@ -32,8 +32,9 @@ Cause = Literal[
     "missing_hash",
     "ambiguous_hash",
     "session_gone",
-    # A fault of the daemon itself
+    # The daemon itself
     "internal_error",
+    "interrupted",
 ]
 HoldCause = Literal["by_hand", "gone", "failing_for_days"]
 

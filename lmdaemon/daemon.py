@@ -30,6 +30,7 @@ from lmdaemon.config.values import Listen
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
+from lmdaemon.delivery.underway import Underway
 from lmdaemon.health import Health
 from lmdaemon.metrics import Metrics
 from lmdaemon.model import Asker, Member, Reason, Session
@@ -219,7 +220,9 @@ class Daemon:
         for observer in (self._recent, self._events):
             self._store.observe(observer)
         attempts = _Attempts(self._metrics, self._events)
-        self._dispatcher = Dispatcher(self._store, self._clock, self._sender, self._rng, attempts)
+        self._dispatcher = Dispatcher(
+            self._store, self._clock, self._sender, self._rng, attempts, self._open_underway(stack)
+        )
         loaded = [plugins.load(plugin, self._dispatcher.wake) for plugin in settings.plugins.values()]
         await plugins.start_all(loaded)
         self._plugins = {plugin.name: plugin for plugin in loaded}
@@ -247,6 +250,7 @@ class Daemon:
                 health=self._health,
                 metrics=self._metrics,
                 expires_at=self._sweeper.expires_at,
+                under_way_since=self._dispatcher.under_way_since,
                 probe=self._dispatcher.probe,
                 recent=self._recent,
                 events=self._events,
@@ -257,6 +261,20 @@ class Daemon:
         )
         self._measure()
         self._configure()
+
+    def _open_underway(self, stack: AsyncExitStack) -> Underway:
+        """The file beside the database that attempts are noted in; in PostgreSQL there is none."""
+        database = self.settings.database
+        path = database.with_name(f"{database.name}-attempts") if self.settings.postgres is None else None
+        try:
+            underway = Underway(path)
+        except OSError as error:
+            events.warning("delivery.not_noted", path=str(path), reason=error.strerror or str(error))
+            return Underway(None)
+        stack.callback(underway.close)
+        if underway.crashed:
+            events.warning("daemon.crashed_before", attempts=len(underway.lost))
+        return underway
 
     def _configure(self) -> None:
         """Gives the settings in force to every part; each uses them from its next step on."""

@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
     duration_ms: int = 0
     detail: str = ""
     answer: str | None = None
+    address: str | None = None
 
 
 def judge(

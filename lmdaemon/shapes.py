@@ -276,6 +276,9 @@ class Delivery(Answer):
     state: StateOfDelivery
     attempts: Count
     created_at: Time
+    attempt_since: Annotated[
+        Time | None, Meta(description="When the attempt began that is under way; null without one.")
+    ]
     next_attempt_at: Annotated[
         Time | None,
         Meta(
@@ -289,16 +292,31 @@ class Delivery(Answer):
     last_error: Annotated[
         str | None, Meta(description="Why it failed: one word of the list in docs/delivery.md.", examples=["timeout"])
     ]
+    body_sha256: Annotated[
+        str | None,
+        Meta(
+            description="Of what is sent, the same at every attempt; null for a plug-in, and for old deliveries.",
+            extra_json_schema={"pattern": "^[0-9a-f]{64}$"},
+        ),
+    ]
 
 
 class Attempt(Answer):
     """One attempt of a delivery."""
 
-    at: Time
-    duration_ms: Count
+    at: Annotated[Time, Meta(description="When it began.")]
+    duration_ms: Annotated[Count | None, Meta(description="Null if the daemon ended before the attempt did.")]
     status: Annotated[int | None, Meta(description="HTTP status, if there was an answer.", examples=[503])]
     code: Annotated[float | None, Meta(description="`error` of the answer, if it had one.")]
     error: Annotated[str | None, Meta(description="Why it failed; null if it did not.", examples=["status"])]
+    url: Annotated[str, Meta(description="Where it was sent, without user info and query.")] | UnsetType = UNSET
+    address: (
+        Annotated[
+            str | None,
+            Meta(description="Of the connection; null where there was none.", examples=["203.0.113.7:443"]),
+        ]
+        | UnsetType
+    ) = UNSET
     detail: Annotated[str, Meta(description="What is known of the error besides.")] | UnsetType = UNSET
     answer: (
         Annotated[

@@ -58,7 +58,7 @@ DELIVERY_COLUMNS = (
     "settledAt",
     "lastError",
 )
-ATTEMPT_COLUMNS = ("at", "durationMs", "status", "code", "error", "detail", "answer")
+ATTEMPT_COLUMNS = ("at", "durationMs", "url", "address", "status", "code", "error", "detail", "answer")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 
 EVENT_FIGURES = ("touches", "ends", "delivered", "failed")

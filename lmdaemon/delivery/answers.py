@@ -6,7 +6,7 @@ must never settle a delivery. An answer that arrived whole must not be lost beca
 
 import re
 import ssl
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, BaseTransport
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +53,14 @@ class AnswerProtocol(ResponseHandler):
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         super().__init__(loop)
+        self.address = ""  # of the peer: `203.0.113.7:443`, `[2001:db8::7]:443`
         self._begin()
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Called by the event loop."""
+        super().connection_made(transport)
+        host, port, *_ = transport.get_extra_info("peername") or ("", 0)
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def _begin(self) -> None:
         self._interim = 0

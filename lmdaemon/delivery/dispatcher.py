@@ -6,6 +6,7 @@ breaker), so that no lane delays another. This module must never hold more rows 
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from lmdaemon.delivery import phrases
 from lmdaemon.delivery.lanes import Agenda, Lane
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.delivery.sinks import event_of
+from lmdaemon.delivery.underway import Underway
 from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, rfc3339
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
@@ -24,6 +26,7 @@ from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import Claim, Settled, Settlement, Store, StoreError, StoreObserver
 
 STORE_RETRY_S = 1.0
+INTERRUPTED = "the daemon ended before it had the answer; the operator may have received this"
 DRAIN_EXTRA_S = 5.0
 
 log = Log("delivery")
@@ -43,7 +46,13 @@ class Dispatcher(StoreObserver):
     """Delivers what is due. `once` starts it and returns how long to sleep; `run` is `once` for ever."""
 
     def __init__(
-        self, store: Store, clock: Clock, sender: Sender, rng: Random, observer: AttemptObserver | None = None
+        self,
+        store: Store,
+        clock: Clock,
+        sender: Sender,
+        rng: Random,
+        observer: AttemptObserver | None = None,
+        underway: Underway | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -58,6 +67,7 @@ class Dispatcher(StoreObserver):
         self.pulse = Pulse(clock.monotonic, observer)
         self._rounds = Rounds(self.pulse)
         self._observer = observer
+        self._underway = underway or Underway(None)
         self._store_failure: str | None = None  # the last one that was logged
         store.observe(self)
 
@@ -96,6 +106,7 @@ class Dispatcher(StoreObserver):
         elif lane.policy != policy or lane.plugin is not plugin:
             self._agenda.now(lane)
         lane.operator, lane.policy, lane.plugin = operator, policy, plugin
+        lane.url = safe_url(operator.url) if plugin is None else None
         return lane
 
     def wake(self) -> None:
@@ -165,6 +176,7 @@ class Dispatcher(StoreObserver):
 
     async def _once_if_possible(self) -> float | None:
         try:
+            await self._tell_interrupted()
             wait_s = await self.once()
             self._store_failure = None
         except StoreError as error:
@@ -175,6 +187,26 @@ class Dispatcher(StoreObserver):
         if self._crash is not None:
             raise self._crash
         return wait_s
+
+    async def _tell_interrupted(self) -> None:
+        """Adds to the histories what an earlier run had begun and has no result for. Raises StoreError."""
+        told = 0
+        for one in self._underway.lost[:]:
+            found = await self._store.delivery(one.webhook_id)
+            known = [] if found is None else json.loads(found.history)
+            if found is not None and found.state == "pending" and one.began_at not in [it["at"] for it in known]:
+                attempt: dict[str, Any] = {"at": one.began_at, "durationMs": None, "status": None, "code": None}
+                attempt |= {"error": "interrupted", "detail": INTERRUPTED, "answer": None}
+                await self._store.settle(Settlement(found, "pending", 0, found.step, attempt))
+                told += 1
+            self._underway.lost.remove(one)
+            self._underway.forget(one.delivery)
+        if told:
+            log.warning("delivery.interrupted", count=told, note=INTERRUPTED)
+
+    def under_way_since(self, delivery: int) -> int | None:
+        """When the attempt of a delivery began that is under way (wall ms); None without one."""
+        return self._underway.since.get(delivery)
 
     async def once(self) -> float | None:
         """Starts an attempt for every due row that has a free slot, and reads further rows ahead.
@@ -297,16 +329,25 @@ class Dispatcher(StoreObserver):
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
-                self._log_dead(lane, row, row.attempts, "max_age", f"the last attempt failed: {row.last_error}")
+                self._log_dead(
+                    lane,
+                    row,
+                    row.attempts,
+                    "max_age",
+                    f"the last attempt: {row.last_error}" if row.last_error else "never tried",
+                )
                 settlement = Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)
             else:
+                self._underway.begin(row, now_at)
                 outcome = await self._attempt(lane, row)
                 closing = lane.gated and (outcome.verdict == "hold" or bool(outcome.retry_after_s))
                 lane.closing += closing
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             settled = await self._record(lane, settlement)
+            self._underway.end(row.id)
             due_at = settled.due_at if settlement.state == "pending" else None
         except StoreError:  # the session for a plug-in could not be read: nothing was tried, no attempt is counted
+            self._underway.end(row.id)
             await asyncio.sleep(STORE_RETRY_S)
             due_at = row.due_at
         except Exception as error:  # a bug, which `run` raises
@@ -323,9 +364,9 @@ class Dispatcher(StoreObserver):
 
     async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
         began = self._clock.monotonic()
-        send = self._post if lane.plugin is None else self._call
+        addresses: list[str] = []  # of the connection, once there is one
         try:
-            outcome = await send(lane, row)
+            outcome = await (self._post(lane, row, addresses) if lane.plugin is None else self._call(lane, row))
         except StoreError:
             raise
         except Exception as error:  # a bug that some answer triggers must not stop the deliveries of other operators
@@ -338,15 +379,18 @@ class Dispatcher(StoreObserver):
                 where=place(error),
             )
             outcome = retry.Outcome("retry", "internal_error")
-        outcome = outcome._replace(duration_ms=int((self._clock.monotonic() - began) * 1000))
+        duration_ms = int((self._clock.monotonic() - began) * 1000)
+        outcome = outcome._replace(duration_ms=duration_ms, address=addresses[0] if addresses else None)
         if self._observer is not None:
             self._observer.attempted(lane.operator.name, lane.sink, outcome.verdict, outcome.duration_ms / 1000)
         return outcome
 
-    async def _post(self, lane: Lane, row: Delivery) -> retry.Outcome:
+    async def _post(self, lane: Lane, row: Delivery, addresses: list[str]) -> retry.Outcome:
         operator = lane.operator
         try:
-            status, headers, body, complete = await self._sender.post(operator, row.webhook_id, row.body)
+            status, headers, body, complete = await self._sender.post(
+                operator, row.webhook_id, row.body, addresses.append
+            )
         except Unreachable as error:
             return retry.Outcome("retry", error.cause, detail=error.detail)
         outcome = retry.judge(
@@ -382,7 +426,7 @@ class Dispatcher(StoreObserver):
     ) -> Settlement:
         """What the outcome means for the row and for its operator's gate; logs it."""
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        attempt = entry(outcome, began_at)
+        attempt = entry(outcome, began_at, lane.url)
 
         def alter(gate: Gate, now_at: int) -> Gate:
             return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
@@ -439,7 +483,7 @@ class Dispatcher(StoreObserver):
         if detail:
             facts["detail"] = detail
         facts["since"] = rfc3339(row.created_at)
-        log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=_shown_url(lane))
+        log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=lane.url)
 
     @staticmethod
     def _log_recovery(lane: Lane) -> None:
@@ -467,7 +511,7 @@ class Dispatcher(StoreObserver):
             await asyncio.wait(late)
 
 
-def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
+def entry(outcome: retry.Outcome, began_at: int, url: str | None) -> dict[str, Any]:
     """The entry for the history. A failed attempt has the beginning of the answer in it, or None without an answer."""
     attempt = {
         "at": began_at,
@@ -476,10 +520,8 @@ def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
         "code": outcome.code,
         "error": outcome.reason or None,
     }
+    if url is not None:
+        attempt |= {"url": url, "address": outcome.address}
     if outcome.verdict == "delivered":
         return attempt
     return attempt | ({"detail": outcome.detail} if outcome.detail else {}) | {"answer": outcome.answer}
-
-
-def _shown_url(lane: Lane) -> str | None:
-    return safe_url(lane.operator.url) if lane.plugin is None else None

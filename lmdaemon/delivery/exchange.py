@@ -7,7 +7,7 @@ session makes a request object, a response object and a timer for each attempt; 
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -29,9 +29,11 @@ class Exchange:
         self._head = f"POST {self._route.url.raw_path_qs} HTTP/1.1\r\nHost: {self._route.headers['Host']}\r\n"
 
     async def post(
-        self, headers: Mapping[str, str], body: bytes, most: int
+        self, headers: Mapping[str, str], body: bytes, most: int, reached: Callable[[str], None] | None = None
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
         """Sends one request and reads the answer. The headers must not contain line breaks.
+
+        `reached` is called with the address of the connection, before anything is sent.
 
         Returns status, headers, at most `most` bytes of the body, and whether these are all of it. Has no time limit.
         Raises AnswerError and what aiohttp's client raises.
@@ -46,6 +48,8 @@ class Exchange:
                 # The answer was there before the request: without this check, a second answer of a server to one
                 # delivery would be taken as the answer to the next one.
                 raise protocol.exception() or AnswerError("unsolicited_answer")
+            if reached is not None:
+                reached(protocol.address)
             transport = protocol.transport
             if not transport.is_closing():  # otherwise `read` raises the reason
                 transport.write(head.encode() + body)

@@ -11,7 +11,7 @@ import hmac
 import math
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import cache, partial
 
 import aiohttp
@@ -87,9 +87,9 @@ class Sender:
         return self._clients[guarded]
 
     async def post(
-        self, operator: Operator, webhook_id: str, body: bytes
+        self, operator: Operator, webhook_id: str, body: bytes, reached: Callable[[str], None] | None = None
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
-        """Makes one attempt at the operator's URL.
+        """Makes one attempt at the operator's URL. `reached` is called with the address it is sent to.
 
         Returns status, headers, at most ANSWER_MAX bytes of the body, and whether these are all of it. Raises
         Unreachable.
@@ -98,7 +98,7 @@ class Sender:
         exchange = self._exchange(operator)
         try:
             async with asyncio.timeout(operator.policy.timeout_s):
-                return await exchange.post(headers, body, ANSWER_MAX)
+                return await exchange.post(headers, body, ANSWER_MAX, reached)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _unreachable(error) from error
 

@@ -58,6 +58,7 @@ class Context:
     health: Health
     metrics: Metrics
     expires_at: Callable[[Session], int | None]
+    under_way_since: Callable[[int], int | None]  # when a delivery's attempt began that is under way (wall ms)
     probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
     recent: Recent
     events: Events
@@ -86,7 +87,7 @@ class Context:
 
     def delivery(self, delivery: Delivery) -> shapes.Delivery:
         """A delivery as it is answered."""
-        return delivery_document(delivery, self.store.gate(delivery.operator))
+        return delivery_document(delivery, self.store.gate(delivery.operator), self.under_way_since(delivery.id))
 
 
 class Asked(Generic[_Given]):

@@ -50,7 +50,8 @@ class Deliveries:
         delivery = await shown(asked.request, self._store.delivery(asked.request.match_info["id"]))
         if delivery is None:
             raise _unknown_delivery()
-        return with_history(delivery, self._store.gate(delivery.operator))
+        since_at = self._context.under_way_since(delivery.id)
+        return with_history(delivery, self._store.gate(delivery.operator), since_at)
 
     async def retry_one(self, asked: Asked[None]) -> shapes.Delivery:
         """POST /v1/deliveries/{id}/retry."""

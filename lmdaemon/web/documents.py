@@ -59,7 +59,7 @@ def with_deliveries(session: shapes.Session, deliveries: Sequence[shapes.Deliver
     return shapes.SessionWithDeliveries(**msgspec.structs.asdict(session), deliveries=list(deliveries))
 
 
-def delivery_document(delivery: Delivery, gate: Gate) -> shapes.Delivery:
+def delivery_document(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.Delivery:
     """A delivery without its body and history; `gate` is its operator's."""
     return shapes.Delivery(
         id=delivery.webhook_id,
@@ -69,17 +69,19 @@ def delivery_document(delivery: Delivery, gate: Gate) -> shapes.Delivery:
         state=delivery.state,
         attempts=delivery.attempts,
         created_at=rfc3339(delivery.created_at),
+        attempt_since=rfc3339(under_way_since),
         next_attempt_at=rfc3339(next_attempt_at(delivery, gate)),
         settled_at=rfc3339(delivery.settled_at),
         last_status=delivery.last_status,
         last_code=delivery.last_code,
         last_error=delivery.last_error,
+        body_sha256=delivery.body_digest,
     )
 
 
-def with_history(delivery: Delivery, gate: Gate) -> shapes.DeliveryWithHistory:
+def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.DeliveryWithHistory:
     """With the attempts that are kept, the oldest first."""
-    shown = msgspec.structs.asdict(delivery_document(delivery, gate))
+    shown = msgspec.structs.asdict(delivery_document(delivery, gate, under_way_since))
     return shapes.DeliveryWithHistory(**shown, history=list(map(_attempt, orjson.loads(delivery.history))))
 
 

@@ -30,10 +30,11 @@ LANES_AT_ONCE = 32  # lanes read by one statement
 log = Log("store")
 
 
+_CLAIMED = DELIVERY.replace("d.body_digest", "NULL AS body_digest")  # which nobody needs to send
 # Pending deliveries of one lane (operator and sink), the earliest due first, as one JSON array.
 _LANE = f"""
 SELECT {as_rows(", ".join([*Delivery._fields[:-1], "CAST(body AS TEXT)"]))} AS lane
-FROM (SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session
+FROM (SELECT {_CLAIMED} FROM delivery d JOIN session s ON s.id = d.session
       WHERE d.operator = ? AND d.sink = ? AND d.state = 'pending' AND d.id NOT IN (SELECT value FROM json_each(?))
       ORDER BY d.due_at LIMIT ?)"""
 

@@ -1,0 +1,100 @@
+"""Which attempts are under way, in a file that outlives a kill: what was begun and has no result is told after it.
+
+A commit before each attempt would cost as much as the attempt. So an attempt is noted in a mapped file: a kill of the
+process leaves what was written there, only a crash of the machine may not. The file has as many places as attempts can
+be noted at once; those beyond them are delivered, but not noted. The space is taken when the file is made, because
+writing to a page for which the disk has no room would end the process.
+"""
+
+import mmap
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from lmdaemon.model import Delivery
+
+PLACES = 8192  # 320 KiB
+_PLACE = struct.Struct("<qq20s4x")  # the delivery's number (0: free), when the attempt began (wall ms), its nonce
+_HEAD = struct.Struct("<8sq16x")  # what the file is, and 1 while a daemon uses it
+_MAGIC = b"lmdattmp"
+
+
+class Attempt(NamedTuple):
+    """An attempt that was begun: the number and the public id of its delivery, and its start (wall ms)."""
+
+    delivery: int
+    webhook_id: str
+    began_at: int
+
+
+class Underway:
+    """The open file. Without a path nothing is noted. Raises OSError when the file cannot be made or used."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.crashed = False  # whether the run before was not closed
+        self.lost: list[Attempt] = []  # of earlier runs, until `forget` is called for them
+        self._map: mmap.mmap | None = None
+        self._places: dict[int, int] = {}  # by delivery
+        self._free: list[int] = []
+        self.since: dict[int, int] = {}  # when attempts under way began (wall ms), by delivery
+        if path is not None:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        size = _HEAD.size + PLACES * _PLACE.size
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("is not a regular file")
+            os.posix_fallocate(descriptor, 0, size)
+            self._map = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        magic, in_use = _HEAD.unpack_from(self._map)
+        if magic == _MAGIC:
+            self.crashed = in_use == 1
+            self._read(self._map)
+        else:
+            self._map[:] = bytes(size)
+            self._free = list(range(PLACES))
+        _HEAD.pack_into(self._map, 0, _MAGIC, 1)
+
+    def _read(self, noted: mmap.mmap) -> None:
+        for place in range(PLACES):
+            delivery, began_at, nonce = _PLACE.unpack_from(noted, _HEAD.size + place * _PLACE.size)
+            if delivery:
+                known = f"msg_{delivery}_{nonce.decode('ascii', 'replace')}"
+                self.lost.append(Attempt(delivery, known, began_at))
+                self._places[delivery] = place
+            else:
+                self._free.append(place)
+
+    def begin(self, delivery: Delivery, at: int) -> None:
+        """An attempt begins at that wall time (ms)."""
+        self.since[delivery.id] = at
+        if self._free and self._map is not None and delivery.id not in self._places:
+            place = self._places[delivery.id] = self._free.pop()
+            offset = _HEAD.size + place * _PLACE.size
+            _PLACE.pack_into(self._map, offset, delivery.id, at, delivery.nonce.encode())
+
+    def end(self, delivery: int) -> None:
+        """Its result is stored, or nothing was sent."""
+        self.since.pop(delivery, None)
+        self.forget(delivery)
+
+    def forget(self, delivery: int) -> None:
+        """What an earlier run had under way was told."""
+        place = self._places.pop(delivery, None)
+        if place is not None and self._map is not None:
+            _PLACE.pack_into(self._map, _HEAD.size + place * _PLACE.size, 0, 0, b"")
+            self._free.append(place)
+
+    def close(self) -> None:
+        """The run has ended in order. What is still noted is told by the next one."""
+        if self._map is not None:
+            _HEAD.pack_into(self._map, 0, _MAGIC, 0)
+            self._map.close()
+            self._map = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
 import sqlite3
@@ -741,6 +742,7 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
     listed = await api.delivery_of()
     shown = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
     assert shown == listed | {"history": shown["history"]}
+    assert shown["bodySha256"] == hashlib.sha256(wallet.received[0].body).hexdigest()
     assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, 120)
     assert shown["history"] == [
         {
@@ -749,6 +751,8 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
             "status": 200,
             "code": 120,
             "error": "code_120",
+            "url": wallet.url,
+            "address": wallet.url.split("/")[2],
             "detail": '`error` is 120, internal error, do not retry ("no")',
             "answer": '{"error": 120, "description": "no"}',
         }

@@ -24,7 +24,7 @@ def row(number: int, nonce: str = "ab" * 10) -> Any:
     return Row
 
 
-def test_what_was_begun_is_found_by_the_next_run_and_what_was_ended_is_not(tmp_path: Path) -> None:
+def test_the_next_run_finds_what_was_begun_and_not_what_was_ended(tmp_path: Path) -> None:
     first = Underway(tmp_path / "x")
     first.begin(row(7), 1000)
     first.begin(row(8), 2000)

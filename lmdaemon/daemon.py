@@ -241,6 +241,7 @@ class Daemon:
             self._sweeper.alarm,
             self._sweeper.touch_alarm,
             self._hearing.deaf,
+            lambda: self._dispatcher.behind,
         )
         self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
         self._api = Api(

@@ -80,6 +80,7 @@ class Health:
         mass_expiry: ExpiryAlarm,
         touches: TouchAlarm,
         deaf: Mapping[str, str],
+        behind: Callable[[], Mapping[tuple[str, str], str]] = dict,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -89,6 +90,7 @@ class Health:
         self._mass_expiry = mass_expiry
         self._touches = touches
         self._deaf = deaf
+        self._behind = behind
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
 
@@ -212,8 +214,10 @@ class Health:
             oldest_s = max((await self.oldest_pending_s()).values(), default=0.0)
         except StoreError as error:
             return {"status": "fail", "output": str(error), "pending": pending, "dead": dead}
-        warn = dead > 0 or oldest_s > OLD_BACKLOG_S
-        return {
+        behind = [f"{name} ({sink}) falls behind: {said}" for (name, sink), said in self._behind().items()]
+        warn = dead > 0 or oldest_s > OLD_BACKLOG_S or behind
+        told: Check = {"output": "; ".join(behind[:TOLD_MAX])} if behind else {}
+        return told | {
             "status": "warn" if warn else "pass",
             "pending": pending,
             "dead": dead,

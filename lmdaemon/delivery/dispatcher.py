@@ -204,6 +204,31 @@ class Dispatcher(StoreObserver):
         if told:
             log.warning("delivery.interrupted", count=told, note=INTERRUPTED)
 
+    def _note_pace(self, lane: Lane, settlement: Settlement) -> None:
+        """Tells when a lane falls behind with nothing but its slots keeping it back, and when it has caught up."""
+        name, now_s = lane.operator.name, self._clock.monotonic()
+        pending, took_s = self._store.figures_of(name).pending, (settlement.attempt or {}).get("durationMs", 0) / 1000
+        if not lane.pace.note(now_s, took_s, pending, is_settled=settlement.state != "pending"):
+            return
+        overdue_s = lane.overdue_s(self._store.gate(name), self._clock.wall_ms())
+        if lane.pace.turned(overdue_s):
+            facts = {"operator": name, "sink": lane.sink, "pending": pending}
+            if lane.pace.is_behind:
+                said = lane.pace.said(now_s, lane.policy.concurrency)
+                log.warning("delivery.behind", **facts, overdue_s=overdue_s, pace=said)
+            else:
+                log.info("delivery.caught_up", **facts)
+
+    @property
+    def behind(self) -> dict[tuple[str, str], str]:
+        """Lanes (operator, sink) whose deliveries wait for nothing but a slot for long, with what comes and goes."""
+        now_at, now_s = self._clock.wall_ms(), self._clock.monotonic()
+        return {
+            pair: lane.pace.said(now_s, lane.policy.concurrency)
+            for pair, lane in self._lanes.items()
+            if lane.pace.is_behind and lane.overdue_s(self._store.gate(pair[0]), now_at) > 0
+        }
+
     def under_way_since(self, delivery: int) -> int | None:
         """When the attempt of a delivery began that is under way (wall ms); None without one."""
         return self._underway.since.get(delivery)
@@ -345,6 +370,7 @@ class Dispatcher(StoreObserver):
                 settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
             settled = await self._record(lane, settlement)
             self._underway.end(row.id)
+            self._note_pace(lane, settlement)
             due_at = settled.due_at if settlement.state == "pending" else None
         except StoreError:  # the session for a plug-in could not be read: nothing was tried, no attempt is counted
             self._underway.end(row.id)

@@ -9,6 +9,7 @@ from itertools import count
 
 from lmdaemon import retry
 from lmdaemon.config.settings import Operator, Policy
+from lmdaemon.delivery.pace import Pace
 from lmdaemon.log import safe_url
 from lmdaemon.model import Delivery, Gate
 from lmdaemon.plugins import LoadedPlugin
@@ -34,6 +35,7 @@ class Lane:
         self.ahead: deque[Delivery] = deque()  # due rows that wait for a slot
         self.closing = 0  # answers that hold or delay the operator (410, Retry-After) and are not stored yet
         self.url = safe_url(operator.url) if plugin is None else None  # as it may be shown
+        self.pace = Pace()
         self.failed = 0  # failed attempts in a row
 
     def look_again(self, now_at: int) -> None:

@@ -324,6 +324,18 @@ async def test_an_operator_that_is_held_or_broken_warns(
     assert (await check(checked, "operators"))["status"] == "pass"
 
 
+async def test_a_lane_that_falls_behind_warns_by_name_with_its_figures(
+    tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]
+) -> None:
+    settings, behind = load(tmp_path / "config.toml", CONFIG), {("acme", "http"): "2 a second come and 0.4 go"}
+    alarms = (ExpiryAlarm(clock.monotonic), TouchAlarm())
+    health = Health(store, clock, pulses, lambda: settings, lambda: None, *alarms, {}, lambda: behind)
+    found = await check(health, "deliveries")
+    assert (found["status"], found["output"]) == ("warn", "acme (http) falls behind: 2 a second come and 0.4 go")
+    behind.clear()
+    assert (await check(health, "deliveries"))["status"] == "pass"
+
+
 async def test_a_failed_reload_warns_until_one_succeeds(tmp_path: Path) -> None:
     async with serving(tmp_path, CONFIG) as daemon:
         (tmp_path / "config.toml").write_text(LISTEN + CONFIG + "notify = 5\n")

@@ -21,7 +21,7 @@ settings.load_profile("busy")
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports
-BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_hot"}
+BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_hot", "test_watching"}
 
 
 # By one worker alone, for each worker would make anew what the tests of these files share

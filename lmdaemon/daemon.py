@@ -284,6 +284,10 @@ class Daemon:
         self._endpoint.configure(self.settings, self._plugins)
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
+        self._store.pausing = frozenset(
+            name for name, operator in self.settings.operators.items() if operator.mass_expiry == "pause"
+        )
+        self._store.grace_ms = int(self._started_with.restart_grace_s * 1000)
         self._sweeper.configure({name: operator.idle_s for name, operator in self.settings.operators.items()})
         self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
         self._events.configured()

@@ -194,7 +194,10 @@ class Health:
         now_ms = self._store.service_clock.now_ms()
         for name, one in [*silent.items()][:TOLD_MAX]:
             for_s = (now_ms - one.touched_ms) // 1000
-            said.append(f"{name}: {self._store.figures_of(name).live} sessions live, none touched for {for_s} s")
+            waits_ms = self._store.waits_until_ms(name)
+            waits = "" if waits_ms is None else f", their ends wait for {(waits_ms - now_ms) // 1000} s at most"
+            live = self._store.figures_of(name).live
+            said.append(f"{name}: {live} sessions live, none touched for {for_s} s{waits}")
         for name, (ended, of) in [*mass.items()][:TOLD_MAX]:
             said.append(f"{name}: {ended} of {of} sessions ended at once")
         if said:

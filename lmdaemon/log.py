@@ -61,6 +61,8 @@ LIMITS = {
     "delivery.waiting_for_store": Limit(1, ("reason",)),
     "operator.mass_expired": Limit(100),  # with 1,000 operators these have one cause; /health and /metrics have all
     "operator.touches_stopped": Limit(100),
+    "operator.ends_wait": Limit(100),
+    "operator.ends_go_on": Limit(100),
     "operator.touches_resumed": Limit(100),
     "operator.paused": Limit(1, ("operator",)),
     "breaker.opened": Limit(_FLAPS, ("operator", "reason")),

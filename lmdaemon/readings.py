@@ -63,6 +63,7 @@ class Readings:
         figures = {name: self._store.figures_of(name) for name in names}
         gates = {name: self._store.gate(name) for name in names}
         mass, silent = self._sweeper.alarm.of_operators(), self._sweeper.touch_alarm.silent.copy()
+        ends_wait = self._sweeper.waiting.copy()
         states = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
         per_operator: list[tuple[str, str, dict[str, float]]] = [
             ("sessions_live", "Sessions that are active.", {n: f.live for n, f in figures.items()}),
@@ -98,6 +99,11 @@ class Readings:
                 "operator_touches_stopped",
                 "1 while many of its sessions are live and its touches have stopped.",
                 {n: float(n in silent) for n in names},
+            ),
+            (
+                "operator_ends_waiting",
+                "1 while its ends for inactivity wait because its touches have stopped.",
+                {n: float(n in ends_wait) for n in names},
             ),
         ]
         for name, help_text, values in per_operator:

@@ -400,6 +400,12 @@ class Operator(Answer):
     failing_since: Annotated[Time | None, Meta(description="The first failure since the last success.")]
     last_failure: Annotated[Failure | None, Meta(description="Also of a time that is over.")]
     paused_since: Annotated[Time | None, Meta(description="When the Retry-After came that is in force.")]
+    ends_wait_until: Annotated[
+        Time | None,
+        Meta(
+            description="How long its ends for inactivity wait at most, since its touches have stopped (`mass_expiry`)."
+        ),
+    ]
     live: Annotated[Count, Meta(description="Sessions that are active.")]
     pending: Annotated[Count, Meta(description="Deliveries not yet settled.")]
     dead: Annotated[Count, Meta(description="Deliveries given up, which can be retried.")]

@@ -47,6 +47,7 @@ class Sweeper(StoreObserver):
         self.touch_alarm = TouchAlarm()
         self._idle_ms: Mapping[str, int] = {}
         self._looked = clock.monotonic()
+        self.waiting: dict[str, int] = {}  # operators whose ends wait, with the service time at which that was noticed
         store.observe(self)
 
     def configure(self, idle_s: Mapping[str, float]) -> None:
@@ -81,7 +82,8 @@ class Sweeper(StoreObserver):
         """Wall time (ms) at which the session will end if it is not touched again; None once it has ended."""
         if session.reason is not None:
             return None
-        left_ms = max(session.deadline_ms - self._service.now_ms(), int(self.hold_s * 1000), 0)
+        deadline_ms = max(session.deadline_ms, self._store.waits_until_ms(session.operator) or 0)
+        left_ms = max(deadline_ms - self._service.now_ms(), int(self.hold_s * 1000), 0)
         idle_at = self._clock.wall_ms() + left_ms
         return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
 
@@ -126,7 +128,20 @@ class Sweeper(StoreObserver):
         now = self._clock.monotonic()
         if now - self._looked >= TICK_S:
             self._looked = now
-            self.touch_alarm.look(self._service.now_ms(), self._store.touched_ms, self._idle_ms, self._store.figures)
+            now_ms = self._service.now_ms()
+            self.touch_alarm.look(now_ms, self._store.touched_ms, self._idle_ms, self._store.figures)
+            self._look_who_waits(now_ms)
+
+    def _look_who_waits(self, now_ms: int) -> None:
+        """Logs of which operators the ends for inactivity wait now, and of which no longer."""
+        for name in self._store.pausing | self.waiting.keys():
+            until_ms, live = self._store.waits_until_ms(name), self._store.figures_of(name).live
+            if until_ms is not None and name not in self.waiting:
+                self.waiting[name] = now_ms
+                log.warning("operator.ends_wait", operator=name, live=live, at_most_s=round((until_ms - now_ms) / 1000))
+            elif until_ms is None and name in self.waiting:
+                waited_s = round((now_ms - self.waiting.pop(name)) / 1000)
+                log.info("operator.ends_go_on", operator=name, live=live, waited_s=waited_s)
 
     @property
     def _persist_after_s(self) -> float:

@@ -382,6 +382,8 @@ class Store(Protocol):
     # Set by the daemon
     configured: frozenset[str]  # operators whose sinks are known: only their sessions end for inactivity or age
     sinks_of: SinksOf
+    pausing: frozenset[str]  # operators whose ends for inactivity wait while their touches have stopped
+    grace_ms: int  # for how much longer they wait when touches have come again
 
     engine: Mapping[str, str]  # name and version of the database engine
 
@@ -405,6 +407,14 @@ class Store(Protocol):
 
     def gate(self, operator: str) -> Gate:
         """The operator's gate; an open one for an unknown operator."""
+
+    def waits_until_ms(self, operator: str) -> int | None:
+        """Until when (service time) the operator's ends for inactivity wait because its touches have stopped; None:
+        they do not wait.
+        """
+
+    def release_ends(self, operator: str) -> bool:
+        """Lets them wait no longer, until touches have come again. Returns whether they waited."""
 
     def observe(self, observer: StoreObserver) -> None:
         """Calls one more observer after each commit from now on."""

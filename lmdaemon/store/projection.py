@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.log import Log
 from lmdaemon.model import Gate
+from lmdaemon.store import silence
 from lmdaemon.store.contract import Figures, SinksOf, StoreObserver
 from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
 
@@ -43,6 +44,9 @@ class Projection:
         self.next_due_ms: int | None = None
         self.next_lifetime_at: int | None = None
         self.touched_ms: dict[str, int] = {}
+        self.pausing: frozenset[str] = frozenset()
+        self.grace_ms = 0
+        self._pauses: dict[str, silence.Pause] = {}
         self.observers: tuple[StoreObserver, ...] = ()
         self._last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
@@ -68,6 +72,34 @@ class Projection:
         self.next_due_ms, self.next_lifetime_at = found.next_due_ms, found.next_lifetime_at
         for observer in self.observers:
             observer.read_again()
+
+    def waits_until_ms(self, operator: str) -> int | None:
+        """Until when the operator's ends for inactivity wait, as `Store` has it."""
+        pause = self._pauses.get(operator)
+        if pause is None or operator not in self.pausing:
+            return None
+        now_ms = self.service_clock.now_ms()
+        return silence.waits_until(pause, self.touched_ms.get(operator), now_ms, self.grace_ms)
+
+    def release_ends(self, operator: str) -> bool:
+        """Lets them wait no longer, as `Store` has it."""
+        waited = self.waits_until_ms(operator) is not None
+        if waited:
+            self._pauses[operator] = self._pauses[operator]._replace(released=True)
+        return waited
+
+    def _note_touches(self, changes: Changes) -> None:
+        """Of each operator that was touched: the time, and whether its ends go on."""
+        self._pauses.update(changes.pauses)
+        for operator in changes.touched:
+            pause = self._pauses.get(operator)
+            if pause is not None:
+                after = silence.touched(pause, self.touched_ms.get(operator, 0), changes.seen_ms, self.grace_ms)
+                if after is None:
+                    del self._pauses[operator]
+                else:
+                    self._pauses[operator] = after
+            self.touched_ms[operator] = changes.seen_ms
 
     def observe(self, observer: StoreObserver) -> None:
         """Calls one more observer after each commit from now on."""
@@ -113,6 +145,11 @@ class Projection:
             gates=self.gates,
             configured=self.configured,
             sinks_of=self.sinks_of,
+            pausing=self.pausing,
+            grace_ms=self.grace_ms,
+            pauses=self._pauses,
+            touched_ms=self.touched_ms,
+            figures=self.figures,
         )
 
     def absorb(self, changes: Changes) -> None:
@@ -130,8 +167,7 @@ class Projection:
             self.live += figures.live
             total.pending += figures.pending
             total.dead += figures.dead
-        for name in changes.touched:
-            self.touched_ms[name] = changes.seen_ms
+        self._note_touches(changes)
         self.gates.update(changes.gates)
         for observer in self.observers:
             for operator in changes.gates:

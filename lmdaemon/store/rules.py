@@ -20,6 +20,7 @@ import orjson
 
 from lmdaemon import retry
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
+from lmdaemon.store import silence
 from lmdaemon.store.contract import (
     SWEEP_ROWS,
     Closing,
@@ -66,6 +67,11 @@ class World(NamedTuple):
     gates: Mapping[str, Gate] = MappingProxyType({})
     configured: frozenset[str] = frozenset()  # operators whose sinks are known
     sinks_of: SinksOf = lambda session: ()
+    pausing: frozenset[str] = frozenset()  # operators whose ends for inactivity wait while their touches have stopped
+    grace_ms: int = 0  # for how much longer they wait when touches have come again
+    pauses: Mapping[str, silence.Pause] = MappingProxyType({})
+    touched_ms: Mapping[str, int] = MappingProxyType({})  # service time of the latest touch, by operator
+    figures: Mapping[str, Figures] = MappingProxyType({})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +163,8 @@ class Changes:
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
     figures: dict[str, Figures] = field(default_factory=dict)  # to add to those of an operator
     gates: dict[str, Gate] = field(default_factory=dict)
+    # Kept in memory only
+    pauses: dict[str, silence.Pause] = field(default_factory=dict)  # that begin
     # Answers
     answers: list[Any] = field(default_factory=list)  # one for each operation
     touchings: list["_PlacedTouching"] = field(default_factory=list)  # touches whose answers the table may correct
@@ -453,10 +461,28 @@ class _Decision:
                 session.operator not in self._world.configured
             ):  # ending it would lose its notice: its sinks are unknown
                 self._changes.moved_due.append((session.id, as_of_ms + REVISIT_MS))
+            elif (until_ms := self._waits_until(session, as_of_ms)) is not None:
+                again_ms = silence.look_again_ms(as_of_ms, until_ms, session.idle_ms, self._world.grace_ms)
+                self._changes.moved_due.append((session.id, again_ms))
             else:
                 self._end(session, "inactivity")
                 ended += 1
         return ended, len(due)
+
+    def _waits_until(self, session: Session, as_of_ms: int) -> int | None:
+        """Until when (service time) the end of an idle session waits because its operator's touches have stopped."""
+        operator, world, changes = session.operator, self._world, self._changes
+        if operator not in world.pausing:
+            return None
+        touched_ms = changes.seen_ms if operator in changes.touched else world.touched_ms.get(operator)
+        pause = changes.pauses.get(operator) or world.pauses.get(operator)
+        if pause is None:
+            figures = world.figures.get(operator)
+            live = 0 if figures is None else figures.live
+            if not silence.stopped(touched_ms, as_of_ms, session.idle_ms, live):
+                return None
+            pause = changes.pauses[operator] = silence.Pause(as_of_ms, silence.silence_of(session.idle_ms))
+        return silence.waits_until(pause, touched_ms, as_of_ms, world.grace_ms)
 
     def _as_of_now(self, session: Session) -> Session:
         return self._known[session.operator][session.session_id]

@@ -1,10 +1,31 @@
-"""When the touches of an operator count as stopped: the one rule for what is told and for what waits. No SQL, no clock.
+"""When the touches of an operator count as stopped, and how long its ends for inactivity wait then. No SQL, no clock.
 
-Times are service time in milliseconds, so nothing that keeps the daemon from hearing touches counts as silence.
+It is the only place that says so: `rules` asks it for each session that is due, `alarms` for what is told.
+Times are service time in milliseconds, so nothing that keeps the daemon from hearing touches counts as silence. All of
+it is kept in memory: after a restart no end waits for this, and the restart grace applies.
 """
+
+from typing import NamedTuple
 
 MANY_SESSIONS = 100  # with fewer live sessions a silence says little: their players may simply have left
 SILENT_SHARE = 0.5  # of the idle time; a heartbeat comes every third of it, so at least one of each session is missing
+PAUSE_MAX_MS = 600_000  # ends wait no longer than this
+# A session whose end waits is looked at again after the grace within these bounds, so that 300,000 waiting sessions
+# cost the writer a sixth of its time, and none ends late once touches have come again.
+LOOK_AGAIN_MIN_MS = 10_000
+LOOK_AGAIN_MAX_MS = 60_000
+
+
+class Pause(NamedTuple):
+    """The ends for inactivity of an operator wait since `since_ms`.
+
+    A gap between two touches of `silent_ms` is a silence; `resumed_ms` is when touches came again after the latest one.
+    """
+
+    since_ms: int
+    silent_ms: int
+    resumed_ms: int | None = None
+    released: bool = False
 
 
 def stopped(touched_ms: int | None, now_ms: int, idle_ms: int, live: int) -> bool:
@@ -12,4 +33,38 @@ def stopped(touched_ms: int | None, now_ms: int, idle_ms: int, live: int) -> boo
 
     Where none has come since the start (None) none can have stopped: some operators' sessions are never touched.
     """
-    return touched_ms is not None and live >= MANY_SESSIONS and now_ms - touched_ms >= idle_ms * SILENT_SHARE
+    return touched_ms is not None and live >= MANY_SESSIONS and now_ms - touched_ms >= silence_of(idle_ms)
+
+
+def silence_of(idle_ms: int) -> int:
+    """How long no touch must have come, where sessions end after `idle_ms` without one."""
+    return int(idle_ms * SILENT_SHARE)
+
+
+def waits_until(pause: Pause, touched_ms: int | None, now_ms: int, grace_ms: int) -> int | None:
+    """Until when the ends of the operator wait, as far as is known at `now_ms`; None: they do not wait.
+
+    When touches have come again they wait for `grace_ms` more, as after a start: not every game server is the first.
+    """
+    at_most = pause.since_ms + PAUSE_MAX_MS
+    if pause.released or now_ms >= at_most:
+        return None
+    if pause.resumed_ms is None or touched_ms is None or now_ms - touched_ms >= pause.silent_ms:
+        return at_most
+    until_ms = min(at_most, pause.resumed_ms + grace_ms)
+    return until_ms if now_ms < until_ms else None
+
+
+def touched(pause: Pause, before_ms: int, now_ms: int, grace_ms: int) -> Pause | None:
+    """The pause after a touch at `now_ms`, the latest before it having come at `before_ms`; None: it is over."""
+    if pause.released or now_ms >= pause.since_ms + PAUSE_MAX_MS:
+        return None
+    if pause.resumed_ms is None or now_ms - before_ms >= pause.silent_ms:
+        return pause._replace(resumed_ms=now_ms)
+    return pause if now_ms < pause.resumed_ms + grace_ms else None
+
+
+def look_again_ms(now_ms: int, until_ms: int, idle_ms: int, grace_ms: int) -> int:
+    """When to look again at a session whose end waits: never later than it would end if it were touched now."""
+    after_ms = min(max(grace_ms, LOOK_AGAIN_MIN_MS), LOOK_AGAIN_MAX_MS, idle_ms)
+    return min(until_ms, now_ms + after_ms)

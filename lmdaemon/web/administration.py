@@ -79,6 +79,7 @@ class Administration:
             "failing_since": rfc3339(gate.failing_since_at),
             "last_failure": last_failure,
             "paused_since": rfc3339(gate.paused_at if gate.not_before_at > now_at else None),
+            "ends_wait_until": self._ends_wait_until(operator.name, now_at),
             "live": figures.live,
             "pending": figures.pending,
             "dead": figures.dead,
@@ -87,6 +88,10 @@ class Administration:
             "kept_back": gates.because(gate, now_at),
             "outlook": gates.outlook(gate, now_at, pending=figures.pending, dies_at=dies_at),
         }
+
+    def _ends_wait_until(self, operator: str, now_at: int) -> str | None:
+        until_ms = self._store.waits_until_ms(operator)
+        return None if until_ms is None else rfc3339(now_at + until_ms - self._store.service_clock.now_ms())
 
     async def hold(self, asked: Asked[shapes.Hold]) -> shapes.ChangedOperator:
         """POST /v1/operators/{operator}/hold."""
@@ -103,12 +108,25 @@ class Administration:
     async def release(self, asked: Asked[None]) -> shapes.ChangedOperator:
         """POST /v1/operators/{operator}/release."""
         asker = self._context.asker(asked.request)
-        return await self._change(asked.operator, lambda gate: retry.release(gate, self._clock.wall_ms()), asker)
+        ends_released = self._store.release_ends(asked.operator.name)
+        if ends_released:
+            by, request_id = asker
+            log.info("operator.ends_released", operator=asked.operator.name, by=by, request_id=request_id)
+
+        def alter(gate: Gate) -> Gate:
+            return retry.release(gate, self._clock.wall_ms())
+
+        return await self._change(asked.operator, alter, asker, changed=ends_released)
 
     async def _change(
-        self, operator: Operator, alter: Callable[[Gate], Gate], asker: tuple[str | None, str | None]
+        self,
+        operator: Operator,
+        alter: Callable[[Gate], Gate],
+        asker: tuple[str | None, str | None],
+        *,
+        changed: bool = False,
     ) -> shapes.ChangedOperator:
-        """Changes what keeps it back, and logs what that did."""
+        """Changes what keeps it back, and logs what that did. `changed`: something else has changed already."""
         before, (by, asking) = self._store.gate(operator.name), asker
 
         def remembered(gate: Gate) -> Gate:
@@ -118,7 +136,7 @@ class Administration:
 
         gate = await self._store.set_gate(operator.name, remembered)
         now_at, pending = self._clock.wall_ms(), self._store.figures_of(operator.name).pending
-        if gate == before:
+        if gate == before and not changed:
             log.info(
                 "operator.unchanged", operator=operator.name, held=gate.held_at is not None, by=by, request_id=asking
             )
@@ -128,7 +146,7 @@ class Administration:
         oldest = await self._store.oldest_pending_shown([operator.name])
         aging = await self._store.aging_shown([operator.name])
         shown = self._shown(operator, oldest[operator.name], aging[operator.name])
-        return shapes.ChangedOperator(**shown, changed=gate != before)
+        return shapes.ChangedOperator(**shown, changed=changed or gate != before)
 
     async def probe(self, asked: Asked[None]) -> shapes.DeliveryWithHistory:
         """POST /v1/operators/{operator}/probe."""

@@ -204,7 +204,8 @@ CALLS = (
         tag="operators",
         summary="Resume sending to an operator",
         description="Whatever keeps it back is over: a hold, its breaker, a Retry-After. What is due is sent at once, "
-        "as much as `concurrency` allows; to try one first, probe it.",
+        "as much as `concurrency` allows; to try one first, probe it. Ends for inactivity that wait because "
+        "its touches have stopped go on, within a minute.",
         answers={200: ("The operator, released", shapes.ChangedOperator)},
         problems=("cannot-store",),
     ),

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from clocks import HandClock
 from documented import complaints
-from support import LISTEN, Serving, load, open_store, serving, until
+from support import LISTEN, Serving, hear, load, open_store, serving, until
 
 from lmdaemon import health, retry
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
@@ -491,6 +491,42 @@ async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path
         assert (expiry["status"], expiry["touchesStopped"], expiry["massExpired"]) == ("warn", ["acme"], [])
         assert expiry["output"].startswith("acme: 100 sessions live, none touched for ")
         assert await metric(daemon, 'lmdaemon_operator_touches_stopped{operator="acme"}') == 1
+
+
+async def test_ends_that_wait_for_touches_are_told_and_can_be_released(tmp_path: Path, clock: HandClock) -> None:
+    config = CONFIG + 'idle_timeout = "10s"\nmass_expiry = "pause"\n'
+    async with serving(tmp_path, config, clock) as daemon:
+        store, sweeper = daemon.store, daemon.sweeper
+        names = [f"s{number}" for number in range(100)]
+        await asyncio.gather(*(store.open_session(Opening("acme", name, "p", "t", None, 10_000, 0)) for name in names))
+        await store.touch("acme", names)
+        with hear() as events:
+            for _ in range(int(daemon.daemon.settings.restart_grace_s) + 12):
+                clock.advance(1)
+                store.service_clock.now_ms()
+            sweeper.wake()
+            await until(lambda: store.waits_until_ms("acme"))
+            clock.advance(1)
+            sweeper.wake()
+            await until(lambda: sweeper.waiting)
+            assert store.live == 100
+            assert await metric(daemon, 'lmdaemon_operator_ends_waiting{operator="acme"}') == 1
+            output = (await get(daemon, daemon.api))[1]["checks"]["expiry"][0]["output"]
+            assert "their ends wait for " in output
+            known = await store.session("acme", "s0")
+            assert known is not None
+            assert (sweeper.expires_at(known[0]) or 0) > clock.wall_ms() + 500_000
+            for changed in (True, False):
+                async with daemon.client.post(daemon.api + "/v1/operators/acme/release") as answer:
+                    assert (await answer.json())["changed"] is changed
+            for _ in range(61):
+                clock.advance(1)
+                store.service_clock.now_ms()
+            sweeper.wake()
+            await until(lambda: store.live == 0)
+        named = [event.name for event in events]
+        told = ["operator.touches_stopped", "operator.ends_wait", "operator.ends_released", "operator.mass_expired"]
+        assert [name for name in named if name in told] == told[:3] + told[3:] * named.count(told[3])
 
 
 async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock) -> None:

@@ -148,6 +148,7 @@ async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path:
             "lmdaemon_operator_breaker_since_timestamp_seconds",
             "lmdaemon_operator_mass_expiry",
             "lmdaemon_operator_touches_stopped",
+            "lmdaemon_operator_ends_waiting",
             "lmdaemon_operator_not_before_timestamp_seconds",
         }
         assert 'lmdaemon_touches_total{operator="other"}' in after

@@ -2,6 +2,5 @@
 
 UNTOLD = {
     "api": {"console"},
-    "sessions": {"daemon_grace", "mass_expiry"},
-    "operators": {"mass_expiry"},
+    "sessions": {"daemon_grace"},
 }

@@ -7,6 +7,7 @@ import pytest
 from operations import comparable, counted
 
 from lmdaemon.model import Delivery, Gate, Session
+from lmdaemon.store import silence
 from lmdaemon.store.contract import (
     Closing,
     Figures,
@@ -23,7 +24,7 @@ from lmdaemon.store.contract import (
     Sweep,
     Touching,
 )
-from lmdaemon.store.rules import Facts, FactsNeeded, World, decide, must_look_up
+from lmdaemon.store.rules import Changes, Facts, FactsNeeded, World, decide, must_look_up
 
 IDLE_MS = 1000
 WORLD = World(service_ms=5000, wall_at=900_000, last_session=7, configured=frozenset({"acme"}))
@@ -228,3 +229,51 @@ def test_a_token_that_nothing_will_send_becomes_a_digest() -> None:
     token = changes.sessions[0][Session._fields.index("token")]
     assert token.startswith("\x1f" + "5a" * 8)
     assert changes.figures == {"acme": Figures(dead=1)}
+
+
+PAUSING = WORLD._replace(
+    service_ms=100_000,
+    pausing=frozenset({"acme"}),
+    grace_ms=60_000,
+    touched_ms={"acme": 10_000},
+    figures={"acme": Figures(live=silence.MANY_SESSIONS)},
+)
+
+
+def swept(world: World, *before: Touching) -> Changes:
+    """A sweep at 100 s with one session that is due: seen at 5 s, and idle after 1 s."""
+    facts = Facts(due=[session(seen_ms=5000)])
+    return decide([*before, Sweep(100_000)], facts, world)
+
+
+class TestAnOperatorWhoseTouchesHaveStopped:
+    def test_an_idle_session_waits_and_the_pause_begins(self) -> None:
+        changes = swept(PAUSING)
+        assert changes.answers == [(0, 1)]
+        assert changes.moved_due == [(1, 101_000)]  # its idle time later, where it could end if it were touched now
+        assert changes.pauses == {"acme": silence.Pause(100_000, 500)}
+        assert changes.ends == []
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"pausing": frozenset({"other"})},
+            {"touched_ms": {}},
+            {"touched_ms": {"acme": 99_501}},
+            {"figures": {"acme": Figures(live=silence.MANY_SESSIONS - 1)}},
+            {"pauses": {"acme": silence.Pause(100_000 - silence.PAUSE_MAX_MS, 500)}},
+            {"pauses": {"acme": silence.Pause(90_000, 500, released=True)}},
+        ],
+        ids=["told only", "never touched", "just touched", "few", "too long", "released"],
+    )
+    def test_it_ends_otherwise(self, changed: dict[str, object]) -> None:
+        changes = swept(PAUSING._replace(**changed))
+        assert [one.reason for one in changes.ends] == ["inactivity"]
+        assert changes.pauses == {}
+
+    def test_a_touch_of_another_session_in_the_same_batch_counts(self) -> None:
+        assert len(swept(PAUSING, Touching("acme", ["another"])).ends) == 1
+
+    def test_a_maximum_lifetime_does_not_wait(self) -> None:
+        facts = Facts(outlived=[session(lifetime_at=1)])
+        assert [one.reason for one in decide([Sweep(100_000)], facts, PAUSING).ends] == ["max_lifetime"]

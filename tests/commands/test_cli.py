@@ -702,6 +702,26 @@ def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Ru
     assert json.loads(released.stdout)["held"] is False
 
 
+def test_a_hold_has_a_note_and_an_end_and_says_when_nothing_changes(lm: Running) -> None:
+    held = lm("hold", "many", "--note", "they move", "--for", "2h", "--json")
+    assert (held.returncode, json.loads(held.stdout)["heldNote"]) == (0, "they move")
+    assert "many: held since " in lm("status").stdout
+    again = lm("hold", "many")
+    assert (again.returncode, "many was held already" in again.stderr) == (0, True)
+    assert lm("release", "many").returncode == 0
+    assert "many was not kept back" in lm("release", "many").stderr
+    nothing = lm("probe", "many")
+    assert (nothing.returncode, "409" in nothing.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("end", ["2", "0s", "soon", "31d"])
+def test_a_hold_for_a_time_that_is_none_is_refused(lm: Running, end: str) -> None:
+    refused = lm("hold", "many", "--for", end)
+    assert refused.returncode in (1, 2)
+    assert refused.stderr
+    assert json.loads(lm("release", "many", "--json").stdout)["changed"] is False
+
+
 async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_path: Path) -> None:
     health = {"status": "fail", "checks": {"store": [{"status": "fail", "output": "disk I/O error"}]}}
     problem = {"title": "Service Unavailable", "status": 503, "detail": "reading failed: disk I/O error"}

@@ -1,6 +1,7 @@
 """What the store does with its SQLite file: how many statements it takes, and what is left in the file."""
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from operations import attempt, found, notice, opening
 from support import until
 
+from lmdaemon.clock import Clock
+from lmdaemon.model import Gate
 from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreError
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import writer as disk
+from lmdaemon.store.sqlite.file import MIGRATIONS, migrate
 from lmdaemon.store.sqlite.store import Store
 
 
@@ -111,3 +115,25 @@ def fail_with(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
+
+
+async def test_a_file_of_schema_2_is_upgraded_with_its_gates_and_deliveries(tmp_path: Path) -> None:
+    """What an older version did not know of a gate or a delivery is empty; all else is as it was."""
+    path = tmp_path / "old.sqlite3"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as sql:
+        migrate(sql, path, MIGRATIONS[:2])
+        sql.execute("INSERT INTO operator (name, pending, failures, probe_at) VALUES ('acme', 1, 7, 5)")
+        sql.execute(
+            "INSERT INTO session VALUES (1, 'acme', 's', 'p', 'tok', NULL, NULL, 1, 1, 1, 1, 2, NULL, 1, 'closed')"
+        )
+        sql.execute(
+            "INSERT INTO delivery (id, nonce, session, operator, sink, state, created_at, due_at, aged_from_at, "
+            "held_base_ms, body) VALUES (1, 'abababababababababab', 1, 'acme', 'http', 'pending', 1, 1, 1, 0, x'7b7d')"
+        )
+    store = await Store.open(path, Clock())
+    try:
+        assert store.gate("acme") == Gate(failures=7, probe_at=5)
+        ((claimed,),) = await store.claimable([Claim("acme", "http", [], 9)])
+        assert (claimed.body, claimed.body_digest, claimed.webhook_id) == (b"{}", None, "msg_1_abababababababababab")
+    finally:
+        await store.close()

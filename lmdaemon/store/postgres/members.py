@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.batch import fetch_all
+from lmdaemon.store.postgres.cluster import Watch
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
 
 BEAT_S = 1.0  # between two transactions of a daemon, at the most
-LEASE_S = 5.0  # without one, by the clock of whoever watches: the daemon is gone
 WATCH_S = 0.25  # between two looks at its row
 
 # Every daemon that uses the database, and its last transaction.
@@ -78,16 +78,15 @@ def join(sql: Connection, name: str, wall_at: int, title: str) -> Joined:
 
 def _outlived(sql: Connection, title: str) -> list[Member]:
     """Those that are there, once their rows have stood still for LEASE_S. Raises DatabaseError when one moves on."""
-    first = _members(sql)
-    until = time.monotonic() + LEASE_S
-    while first and time.monotonic() < until:
+    first = {one.id: one for one in _members(sql)}
+    watch, now = Watch(), first
+    while now and watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) != now.keys():
         time.sleep(WATCH_S)
         now = {one.id: one for one in _members(sql)}
-        for member in first:
-            if member.id in now and now[member.id].batch != member.batch:
+        for member in now.values():
+            if first.setdefault(member.id, member).batch != member.batch:
                 raise DatabaseError(f"{title}: is in use by another lmdaemon ({member.name})")
-        first = [member for member in first if member.id in now]
-    return first
+    return list(now.values())
 
 
 def _members(sql: Connection) -> list[Member]:

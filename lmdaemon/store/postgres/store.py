@@ -17,8 +17,9 @@ from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Probe, StoreError
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, NEXT, SESSION, Batch, delivery_of, fetch_all, to_json
+from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.errors import said
-from lmdaemon.store.postgres.members import BEAT_S, LEASE_S, Joined
+from lmdaemon.store.postgres.members import BEAT_S, Joined
 from lmdaemon.store.postgres.migrations import check_server, migrate
 from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread

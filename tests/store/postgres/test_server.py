@@ -13,7 +13,7 @@ from postgres import NoServerError, OwnServer
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
-from lmdaemon.store.postgres import members, store
+from lmdaemon.store.postgres import cluster, members, store
 from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
 
@@ -107,7 +107,7 @@ class TestOneDaemon:
 
     async def test_one_that_has_left_leaves_no_wait(self, postgres_engine: PostgresEngine, clock: HandClock) -> None:
         for _ in range(3):
-            async with asyncio.timeout(members.LEASE_S):
+            async with asyncio.timeout(cluster.LEASE_S):
                 async with postgres_engine.open(clock):
                     assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
         assert execute(postgres_engine, "SELECT name FROM lmdaemon.member") == []
@@ -116,7 +116,7 @@ class TestOneDaemon:
         self, postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As one that was stopped and wakes up again; its clock and figures carry over."""
-        monkeypatch.setattr(members, "LEASE_S", 0.1)
+        monkeypatch.setattr(cluster, "LEASE_S", 0.1)
         first = await PostgresStore.open(postgres_engine.url, clock, name=own_name())
         writing = asyncio.create_task(first._writer.run())  # no beats
         await first.open_session(opening("before"))

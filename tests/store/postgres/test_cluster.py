@@ -1,0 +1,273 @@
+"""The rules of several daemons in a simulated cluster: stalls, slow commits, outages, expulsions, returns.
+
+Nothing ends early, nothing ends over a touch that a daemon had in hand, nobody who was put out ends anything; and a
+cluster without one of the rules breaks one of these.
+"""
+
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmdaemon.store.postgres import cluster
+from lmdaemon.store.postgres.cluster import (
+    AHEAD_MS,
+    Heard,
+    Watch,
+    followed_ms,
+    hold_until_ms,
+    limit_ms,
+    may_end,
+    stamp_ms,
+)
+
+IDLE_MS, GRACE_MS, STEP_MS = 2500, 3000, 10
+MUTANTS = ("no stamp rule", "own clock alone", "no fence")
+
+
+@dataclass
+class Session:
+    seen_ms: int = 0
+    touched_at: int = 0  # true time at which its last stored touch had arrived
+    ended: bool = False
+
+
+@dataclass
+class Batch:
+    """Sent to the database; done there at `done_at`, whatever becomes of its daemon."""
+
+    done_at: int
+    row: Heard
+    touches: list[tuple[int, int, int]]  # session, true time and service time of the arrival
+    answer: tuple[int, dict[int, Heard], dict[int, int]] | None = (
+        None  # once it is done: time and rows; None in it: fenced
+    )
+    is_fenced: bool = False
+
+
+@dataclass
+class Daemon:
+    number: int
+    member: int  # its row
+    clock_ms: float
+    read_at: int
+    known_at: int
+    others: dict[int, Heard] = field(default_factory=dict)  # as of its last transaction
+    socket: list[tuple[int, int]] = field(default_factory=list)  # session, true time: not read yet
+    batch: Batch | None = None
+    stalled_until: int = 0
+    joined_at: int = 0
+    watch: Watch = field(default_factory=lambda: Watch(gap_s=1.5))
+
+
+class Simulation:
+    """Three daemons and a database. Times in milliseconds; `at` is true time, which nobody in the simulation knows."""
+
+    def __init__(self, seed: int, mutant: str = "") -> None:
+        self.random, self.mutant = Random(seed), mutant
+        self.at = 0
+        self.rows: dict[int, Heard] = {}
+        self.batches: dict[int, int] = {}  # number of each member's last transaction
+        self.hold_ms = 0
+        self.away_until = 0  # the database
+        self.members = 0
+        self.daemons: list[Daemon] = []
+        for number in range(3):
+            self.daemons.append(Daemon(number, self.join(0), 0, 0, 0))
+        self.sessions = [Session() for _ in range(8)]
+        self.ends = self.expulsions = 0
+        self.early: list[int] = []  # by how much
+        self.over_a_touch = self.by_the_dead = 0
+
+    def join(self, heard_ms: int) -> int:
+        self.members += 1
+        self.rows[self.members], self.batches[self.members] = Heard(heard_ms, self.at), 0
+        return self.members
+
+    def run(self, for_ms: int) -> "Simulation":
+        for _ in range(for_ms // STEP_MS):
+            self.at += STEP_MS
+            self.trouble()
+            for number, session in enumerate(self.sessions):
+                if self.random.random() < 0.003:  # its client is heard of, through any daemon
+                    self.random.choice(self.daemons).socket.append((number, self.at))
+                if session.ended and self.random.random() < 0.05:
+                    self.sessions[number] = self.opened()
+            for daemon in self.daemons:
+                self.turn(daemon)
+        return self
+
+    def opened(self) -> Session:
+        """A new session, as if a touch had arrived and was stored at once."""
+        daemon = self.random.choice(self.daemons)
+        if daemon.member not in self.rows:
+            return Session(ended=True)
+        stamp = stamp_ms(int(daemon.clock_ms), int(daemon.clock_ms), self.rows_but(daemon), self.at)
+        return Session(stamp, self.at)
+
+    def trouble(self) -> None:
+        for daemon in self.daemons:
+            if self.at > daemon.stalled_until and self.random.random() < 0.0015:
+                daemon.stalled_until = self.at + int(self.random.choice([300, 1000, 1700, 3000, 8000, 12_000]))
+        if self.at > self.away_until and self.random.random() < 0.0003:
+            self.away_until = self.at + self.random.randrange(800, 3000)
+
+    def rows_but(self, daemon: Daemon) -> list[Heard]:
+        return [row for member, row in self.rows.items() if member != daemon.member]
+
+    def turn(self, daemon: Daemon) -> None:
+        batch = daemon.batch
+        if batch and not batch.answer and self.at >= max(batch.done_at, self.away_until):
+            self.commit(daemon, batch)
+        if self.at < daemon.stalled_until:
+            return
+        if batch and batch.answer:
+            daemon.batch = None
+            self.read_answer(daemon, batch, *batch.answer)
+        if daemon.batch:
+            return
+        self.read_clock(daemon)
+        touches = [(session, at, int(daemon.clock_ms)) for session, at in daemon.socket]
+        daemon.socket.clear()
+        slow = self.random.choice([10, 10, 20, 20, 30, 200])
+        daemon.batch = Batch(self.at + slow, Heard(int(daemon.clock_ms), daemon.known_at), touches)
+
+    def read_clock(self, daemon: Daemon) -> None:
+        gap = self.at - daemon.read_at
+        daemon.read_at = self.at
+        if gap <= AHEAD_MS and self.at >= self.away_until:
+            further = daemon.clock_ms + gap
+            limit = limit_ms(daemon.others.values()) if daemon.others else further
+            daemon.clock_ms = max(daemon.clock_ms, min(further, limit))
+
+    def commit(self, daemon: Daemon, batch: Batch) -> None:
+        """In the database, whether its daemon is stalled or not."""
+        batch.is_fenced = daemon.member not in self.rows
+        if not batch.is_fenced:
+            self.rows[daemon.member] = batch.row
+            self.batches[daemon.member] += 1
+            for number, at, arrival_ms in batch.touches:
+                self.touch(daemon, number, at, arrival_ms, batch.row.heard_ms)
+            self.sweep(daemon, [*self.rows.values()])
+        elif self.mutant == "no fence" and self.rows:
+            batch.is_fenced = False
+            self.sweep(daemon, [*self.rows.values()])
+        batch.answer = (self.at, dict(self.rows), dict(self.batches))
+
+    def read_answer(
+        self, daemon: Daemon, batch: Batch, known_at: int, rows: dict[int, Heard], batches: dict[int, int]
+    ) -> None:
+        if batch.is_fenced:
+            self.rejoin(daemon, batch)
+            return
+        daemon.known_at = known_at
+        daemon.others = {member: row for member, row in rows.items() if member != daemon.member}
+        self.read_clock(daemon)  # before it follows: what has passed since its last reading is in the others' clocks
+        daemon.clock_ms = max(daemon.clock_ms, followed_ms(int(daemon.clock_ms), daemon.others.values()))
+        for gone in daemon.watch.gone(batches, self.at / 1000) - {daemon.member}:
+            if self.batches.get(gone) == batches[gone]:  # compare and set
+                self.hold_ms = max(self.hold_ms, hold_until_ms(self.rows.values(), GRACE_MS))
+                del self.rows[gone], self.batches[gone]
+                self.expulsions += 1
+
+    def touch(self, daemon: Daemon, number: int, at: int, arrival_ms: int, own_ms: int) -> None:
+        session = self.sessions[number]
+        if session.ended:
+            return
+        others = [] if self.mutant == "no stamp rule" else self.rows_but(daemon)
+        session.seen_ms = max(session.seen_ms, stamp_ms(arrival_ms, own_ms, others, self.at))
+        session.touched_at = max(session.touched_at, at)
+
+    def rejoin(self, daemon: Daemon, batch: Batch) -> None:
+        """With its touches, as a new member that knows what the others have heard."""
+        furthest = max((row.heard_ms for row in self.rows.values()), default=int(daemon.clock_ms))
+        daemon.clock_ms, daemon.member = furthest, self.join(furthest)
+        daemon.watch, daemon.known_at, daemon.read_at = Watch(gap_s=1.5), self.at, self.at
+        daemon.joined_at = self.at
+        daemon.others = dict(self.rows)
+        daemon.others.pop(daemon.member)
+        daemon.socket = [(number, at) for number, at, _ in batch.touches] + daemon.socket
+
+    def sweep(self, daemon: Daemon, rows: list[Heard]) -> None:
+        if self.mutant == "own clock alone":
+            rows = [self.rows[daemon.member]]
+        for number, session in enumerate(self.sessions):
+            mine = number % 3 == daemon.number and not session.ended
+            if mine and may_end(session.seen_ms, IDLE_MS, rows, self.hold_ms):
+                self.end(daemon, number, session)
+
+    def end(self, daemon: Daemon, number: int, session: Session) -> None:
+        session.ended = True
+        self.ends += 1
+        lived = self.at - session.touched_at
+        if lived < IDLE_MS:
+            self.early.append(IDLE_MS - lived)
+        deadline_at = session.touched_at + IDLE_MS
+        for other in self.daemons:
+            if other.member in self.rows:
+                in_hand = list(other.socket)  # what it had when it was put out is stored only if it comes in time
+                if other.batch and not other.batch.answer and other is not daemon:
+                    in_hand += [(one, at) for one, at, _ in other.batch.touches]
+                self.over_a_touch += any(one == number and other.joined_at <= at < deadline_at for one, at in in_hand)
+        self.by_the_dead += daemon.member not in self.rows
+
+
+def broken(simulation: Simulation) -> bool:
+    return bool(simulation.early or simulation.over_a_touch or simulation.by_the_dead)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32))
+def test_nothing_ends_early_over_a_touch_or_by_who_was_put_out(seed: int) -> None:
+    simulation = Simulation(seed).run(60_000)
+    assert simulation.early == []
+    assert (simulation.over_a_touch, simulation.by_the_dead) == (0, 0)
+
+
+def test_the_simulation_has_ends_and_expulsions() -> None:
+    runs = [Simulation(seed).run(60_000) for seed in range(10)]
+    assert sum(run.ends for run in runs) > 100
+    assert sum(run.expulsions for run in runs) > 5
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_without_one_of_the_rules_something_breaks(mutant: str) -> None:
+    assert any(broken(Simulation(seed, mutant).run(60_000)) for seed in range(30))
+
+
+class TestRules:
+    """The rules one by one."""
+
+    def test_a_clock_waits_for_the_slowest_and_follows_the_furthest(self) -> None:
+        others = [Heard(10_000, 0), Heard(12_000, 0)]
+        assert limit_ms(others) == 11_500
+        assert followed_ms(9_000, others) == 11_500
+        assert followed_ms(11_800, others) == 11_800  # never back
+        assert followed_ms(9_000, []) == 9_000
+
+    @pytest.mark.parametrize(
+        ("other", "database_at", "stamp"),
+        [
+            (Heard(4_000, 900), 1_000, 5_000),  # behind: the arrival
+            (Heard(5_000, 900), 1_000, 5_100),  # it may have run on for 100 ms
+            (Heard(5_000, 900), 9_000, 6_500),  # for no longer than it may be ahead
+            (Heard(5_000, 900), 800, 6_500),  # the database's clock was set back: nobody knows how long
+        ],
+    )
+    def test_a_stamp_is_below_no_clock(self, other: Heard, database_at: int, stamp: int) -> None:
+        assert stamp_ms(5_000, 5_000, [other], database_at) == stamp
+
+    def test_an_end_needs_everybody_and_no_hold(self) -> None:
+        members = [Heard(10_000, 0), Heard(9_000, 0)]
+        assert may_end(7_000, 2_000, members, 0)
+        assert not may_end(7_001, 2_000, members, 0)
+        assert not may_end(7_000, 2_000, members, hold_until_ms(members, 1_000))
+
+    def test_who_stands_still_is_gone_after_the_lease_if_somebody_looked(self) -> None:
+        watch = Watch()
+        for second in range(5):
+            assert watch.gone({1: second, 2: 7}, second) == set()
+        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S) == {2}
+        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S + 60) == set()  # the watcher was away: from the beginning

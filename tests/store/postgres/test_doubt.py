@@ -10,13 +10,17 @@ from operations import BODY, attempt, counted, notice, one_delivery, opening
 from proxy import Mode, Proxy
 
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
-from lmdaemon.store.postgres import writer
+from lmdaemon.store.postgres import store, writer
 
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
 
 
 @pytest.fixture
-async def db(proxied: tuple[PostgresEngine, Proxy], clock: HandClock) -> AsyncIterator[Store]:
+async def db(
+    proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Store]:
+    """Without beats, so that what is lost is what the test has asked for."""
+    monkeypatch.setattr(store, "BEAT_S", 3600)
     async with proxied[0].open(clock) as opened:
         opened.configured = frozenset({"acme"})
         opened.sinks_of = lambda session: [NewDelivery("http", BODY)]

@@ -102,8 +102,9 @@ class Simulation:
     def opened(self) -> Session:
         """A new session, as if a touch had arrived and was stored at once."""
         daemon = self.random.choice(self.daemons)
-        if daemon.member not in self.rows:
-            return Session(ended=True)
+        if daemon.member not in self.rows or self.at < daemon.stalled_until:
+            return Session(ended=True)  # it is opened later
+        self.read_clock(daemon)
         stamp = stamp_ms(int(daemon.clock_ms), int(daemon.clock_ms), self.rows_but(daemon), self.at)
         return Session(stamp, self.at)
 

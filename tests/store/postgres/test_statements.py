@@ -25,6 +25,7 @@ FILL = (
         SELECT 'x', i * 2, 'o' || i % 10, 'http', CASE WHEN i % 3 = 0 THEN 'pending' WHEN i % 3 = 1 THEN 'dead'
                ELSE 'delivered' END, i, i, CASE WHEN i % 3 > 0 THEN i END, i, 0, 'body'
         FROM generate_series(1, {DELIVERIES}) AS i""",
+    "INSERT INTO lmdaemon.figure (operator, member) SELECT 'o' || i, 0 FROM generate_series(0, 9) AS i",
     "ANALYZE",
 )
 
@@ -81,6 +82,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "_ONE_DELIVERY": (pages._ONE_DELIVERY, (2,)),
     "_DIED": (pages._DIED, ("o1", 5, 5, 500)),
     "archive.ENDED_BEFORE": (archive.ENDED_BEFORE, (90_000, 5, 5, 500)),
+    "ENDED_OF_PLAYER": (archive.ENDED_OF_PLAYER, ("p1", "p1", 90_000, 5, 5, 500)),
+    "ENDED_OF_ID": (archive.ENDED_OF_ID, ("s1", None, 90_000, 5, 5, 500)),
     "DELIVERIES_OF_ALL": (archive.DELIVERIES_OF_ALL, (IDS,)),
 }
 
@@ -117,4 +120,5 @@ def test_every_statement_about_these_tables_has_a_case() -> None:
         for name, statement in vars(module).items()
         if isinstance(statement, str) and re.search(r"(FROM|JOIN|UPDATE) lmdaemon\.(session|delivery)\b", statement)
     }
-    assert looks - {name.rpartition(".")[2] for name in CASES} == {"SET_BACK"}  # everything that is pending
+    # Everything that is pending; a template
+    assert looks - {name.rpartition(".")[2] for name in CASES} == {"SET_BACK", "_ENDED_OF_FEW"}

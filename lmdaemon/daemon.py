@@ -31,6 +31,7 @@ from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.delivery.underway import Underway
+from lmdaemon.disk import DiskWatch
 from lmdaemon.health import Health
 from lmdaemon.metrics import Metrics
 from lmdaemon.model import Asker, Member, Reason, Session
@@ -227,6 +228,8 @@ class Daemon:
         await plugins.start_all(loaded)
         self._plugins = {plugin.name: plugin for plugin in loaded}
         stack.push_async_callback(self._stop_plugins)
+        self._disk = DiskWatch(self._store, self._clock.monotonic)
+        self._store.observe(self._disk)
         self._hearing = Hearing(self._store.service_clock)
         self._bounds = Bounds()
         self._sweeper = Sweeper(self._store, self._clock, settings.restart_grace_s, self._metrics)
@@ -241,6 +244,7 @@ class Daemon:
             self._sweeper.alarm,
             self._sweeper.touch_alarm,
             self._hearing.deaf,
+            self._disk,
             lambda: self._dispatcher.behind,
         )
         self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
@@ -544,6 +548,7 @@ class Daemon:
             clock=self._clock,
             settings=lambda: self.settings,
             sweeper=self._sweeper,
+            disk=self._disk,
             dispatcher=self._dispatcher,
             health=self._health,
             hearing=self._hearing,

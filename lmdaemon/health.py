@@ -15,6 +15,7 @@ from lmdaemon import gates, retry, shapes, tls
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
+from lmdaemon.disk import DiskWatch
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError
@@ -80,6 +81,7 @@ class Health:
         mass_expiry: ExpiryAlarm,
         touches: TouchAlarm,
         deaf: Mapping[str, str],
+        disk: DiskWatch,
         behind: Callable[[], Mapping[tuple[str, str], str]] = dict,
     ) -> None:
         self._store = store
@@ -90,6 +92,7 @@ class Health:
         self._mass_expiry = mass_expiry
         self._touches = touches
         self._deaf = deaf
+        self._disk = disk
         self._behind = behind
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
@@ -113,6 +116,7 @@ class Health:
         checks = {
             "store": await self._check_store(),
             **{name: self._check_pulse(pulse) for name, pulse in self._pulses.items()},
+            "disk": self._check_disk(),
             "listeners": self._check_listeners(),
             "expiry": self._check_expiry(),
             "deliveries": await self._check_deliveries(),
@@ -171,6 +175,23 @@ class Health:
             return check | {"output": failure}
         if self._store.strained:
             return check | {"status": "warn", "output": self._store.strained}
+        return check
+
+    def _check_disk(self) -> Check:
+        """Warns of a disk that will soon be full; without figures where it is another machine's."""
+        outlook = self._disk.outlook()
+        if outlook is None:
+            return {"status": "pass"}
+        check: Check = {
+            "status": "warn" if outlook.low else "pass",
+            "freeBytes": outlook.room.free,
+            "sizeBytes": outlook.room.size,
+            "growthBytesPerDay": None if outlook.growth is None else round(outlook.growth),
+            "daysLeft": None if outlook.days_left is None else round(outlook.days_left, 1),
+        }
+        if outlook.low:
+            left = "" if outlook.days_left is None else f", used up in {outlook.days_left:.1f} days"
+            check["output"] = f"{outlook.room.free / 1e9:.2f} of {outlook.room.size / 1e9:.2f} GB are free{left}"
         return check
 
     def _check_listeners(self) -> Check:

@@ -10,6 +10,7 @@ from lmdaemon import log, retry
 from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.delivery.dispatcher import Dispatcher
+from lmdaemon.disk import DiskWatch
 from lmdaemon.health import Health
 from lmdaemon.metrics import Reading, by_label, plain
 from lmdaemon.store.contract import Store
@@ -27,6 +28,7 @@ class Readings:
         clock: Clock,
         settings: Callable[[], Settings],
         sweeper: Sweeper,
+        disk: DiskWatch,
         dispatcher: Dispatcher,
         health: Health,
         hearing: Hearing,
@@ -37,6 +39,7 @@ class Readings:
         self._clock = clock
         self._settings = settings
         self._sweeper = sweeper
+        self._disk = disk
         self._dispatcher = dispatcher
         self._health = health
         self._hearing = hearing
@@ -181,6 +184,12 @@ class Readings:
         yield plain("store_waiting_operations", "Operations that wait for the writer.", store.waiting)
         yield plain("store_wal_bytes", "Size of the write-ahead log at the last transaction.", store.wal_bytes)
         yield plain("store_file_bytes", "Size of the database file at the last transaction.", store.file_bytes)
+        outlook = self._disk.outlook()
+        if outlook is not None:
+            yield plain("disk_free_bytes", "Free space on the database's file system.", outlook.room.free)
+            yield plain("disk_size_bytes", "Used and free space on it together.", outlook.room.size)
+            growth = outlook.growth or 0.0
+            yield plain("disk_growth_bytes_per_day", "Less free space a day, as of the last day; 0: unknown.", growth)
         yield by_label(
             "store_refused_operations_total",
             "Operations refused: the caller was told to retry.",

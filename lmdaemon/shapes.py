@@ -615,6 +615,15 @@ class StoreCheck(Check):
     walBytes: Annotated[Count, Meta(description="Size of the write-ahead log.")]
 
 
+class DiskCheck(Check):
+    """How much room the database's file system has; nothing of that where it is another machine's."""
+
+    freeBytes: NotRequired[Count]
+    sizeBytes: NotRequired[Annotated[Count, Meta(description="Used and free together.")]]
+    growthBytesPerDay: NotRequired[Annotated[int | None, Meta(description="Less free space a day, of the last day.")]]
+    daysLeft: NotRequired[Annotated[float | None, Meta(description="Until it is used up, if that goes on.")]]
+
+
 class LoopCheck(Check):
     """Whether a loop of the daemon runs when it should."""
 
@@ -655,6 +664,7 @@ class Checks(TypedDict):
     store: Annotated[list[StoreCheck], _ONE]
     sweeper: Annotated[list[LoopCheck], _ONE]
     dispatcher: Annotated[list[LoopCheck], _ONE]
+    disk: Annotated[list[DiskCheck], _ONE]
     listeners: Annotated[list[Check], _ONE]
     expiry: Annotated[list[ExpiryCheck], _ONE]
     deliveries: Annotated[list[DeliveriesCheck], _ONE]

@@ -34,6 +34,13 @@ class DatabaseError(Exception):
     """
 
 
+class Room(NamedTuple):
+    """The file system on which the database is: bytes that are free for it, and used and free bytes together."""
+
+    free: int
+    size: int
+
+
 class NewDelivery(NamedTuple):
     """A delivery to be made for an ended session: the body to send, or in `impossible` the cause why none can be
     sent.
@@ -443,6 +450,10 @@ class Store(Protocol):
     @property
     def file_bytes(self) -> int:
         """Size of the database at the last transaction."""
+
+    @property
+    def room(self) -> Room | None:
+        """The room on the database's file system at the last transaction; None where it is another machine's."""
 
     @property
     def refused(self) -> Mapping[str, int]:

@@ -69,6 +69,9 @@ class Engine(Protocol[_TheirWork]):
     def is_outage(self, error: Exception) -> bool:
         """Whether the disk, the network or a machine is at fault, and not the operation."""
 
+    def has_room(self) -> bool:
+        """Whether there is room for a batch of any size, as far as the engine can see at its last attempt to commit."""
+
     async def give_up(self) -> None:
         """Is called last, after a DatabaseError, to save what can be saved."""
 
@@ -200,7 +203,7 @@ class Writer(Generic[Work]):
         self.committed_something.set()
         if any(operation.rows for operation in batch):
             self.changed.set()
-        if not self._is_available:
+        if not self._is_available and self._works_again(batch):
             log.info("store.recovered", after=self.failure or "a write that hung")
             self.failure = None
             self._set_available(True)
@@ -216,6 +219,12 @@ class Writer(Generic[Work]):
                 operation.answer.set_exception(result)
             else:
                 operation.answer.set_result(result)
+
+    def _works_again(self, batch: list[_Queued]) -> bool:
+        """Whether a commit after a failure shows that writes work: on a full disk a small one, such as that of a probe,
+        may fit where others do not.
+        """
+        return self.failure is None or self._engine.has_room() or any(operation.rows for operation in batch)
 
     def _look_if_hung(self, since: float) -> None:
         # In the next turn of the loop: if the loop itself was late, the result may have arrived by now

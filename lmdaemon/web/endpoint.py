@@ -91,7 +91,7 @@ class Route:
 class Refused(Exception):  # noqa: N818
     """A request that is refused before it is parsed.
 
-    `dialect` is the one whose codes answer, where it is known; `seen` is for the log.
+    `dialect` is the one whose codes answer, where it is known; `seen` is for the log, where it is not `logged` already.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Refused(Exception):  # noqa: N818
         dialect: Dialect | None = None,
         *,
         headers: Mapping[str, str] | None = None,
+        logged: bool = False,
         **seen: str,
     ) -> None:
         super().__init__(description)
@@ -108,6 +109,7 @@ class Refused(Exception):  # noqa: N818
         self.description = description
         self.dialect = dialect
         self.headers = headers
+        self.logged = logged
         self.seen = seen
 
 
@@ -192,7 +194,7 @@ class Endpoint:
             }
             if route is None:  # not logged: scanners guess paths all the time, and a path may have anything in it
                 log.debug("notice.not_taken", **why)
-            else:
+            elif not refused.logged:
                 log.warning("notice.not_taken", path=path, **why)
             self._observer.not_taken(refused.status)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
@@ -251,7 +253,7 @@ class Endpoint:
         except StoreError as error:
             log.warning("notice.not_stored", **facts, reason=str(error))
             headers = {"Retry-After": RETRY_AFTER_S}
-            raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers) from error
+            raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers, logged=True) from error
         self._observer.answered(operator.name, dialect.name, 0)
         return _SUCCESS
 

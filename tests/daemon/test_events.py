@@ -105,6 +105,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
                 await d.store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"
     assert only(events, "notice.not_stored").facts["session"] == "s-1"
+    assert [event for event in events if event.name == "notice.not_taken"] == []  # it has its line
     assert only(events, "http.turned_away").facts["listener"] == "server"
     assert only(events, "store.reading_failed").level == "error"
 

@@ -18,6 +18,7 @@ from support import LISTEN, Serving, hear, load, open_store, serving, until
 
 from lmdaemon import health, retry
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
+from lmdaemon.disk import DiskWatch
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate
 from lmdaemon.pulse import LATE_S, Pulse
@@ -51,7 +52,17 @@ def pulses(clock: HandClock) -> dict[str, Pulse]:
 @pytest.fixture
 def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]) -> Health:
     settings = load(tmp_path / "config.toml", CONFIG)
-    return Health(store, clock, pulses, lambda: settings, lambda: None, ExpiryAlarm(clock.monotonic), TouchAlarm(), {})
+    return Health(
+        store,
+        clock,
+        pulses,
+        lambda: settings,
+        lambda: None,
+        ExpiryAlarm(clock.monotonic),
+        TouchAlarm(),
+        {},
+        DiskWatch(store, clock.monotonic),
+    )
 
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
@@ -96,6 +107,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
     loop = [{"status": "pass", "observedValue": 0.0, "observedUnit": "s late", "time": time}]
     assert status == 200
     assert report["checks"]["store"][0].pop("walBytes") > 0
+    assert 0 < report["checks"]["disk"][0].pop("freeBytes") <= report["checks"]["disk"][0].pop("sizeBytes")
     assert report == {
         "status": "pass",
         "version": __version__,
@@ -104,6 +116,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
             "store": [{"status": "pass", "sessions": 0, "waiting": 0, "time": time}],
             "sweeper": loop,
             "dispatcher": loop,
+            "disk": [{"status": "pass", "growthBytesPerDay": None, "daysLeft": None, "time": time}],
             "listeners": [{"status": "pass", "time": time}],
             "expiry": [{"status": "pass", "massExpired": [], "touchesStopped": [], "time": time}],
             "deliveries": [{"status": "pass", "pending": 0, "dead": 0, "oldestPendingSeconds": 0.0, "time": time}],
@@ -328,8 +341,8 @@ async def test_a_lane_that_falls_behind_warns_by_name_with_its_figures(
     tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]
 ) -> None:
     settings, behind = load(tmp_path / "config.toml", CONFIG), {("acme", "http"): "2 a second come and 0.4 go"}
-    alarms = (ExpiryAlarm(clock.monotonic), TouchAlarm())
-    health = Health(store, clock, pulses, lambda: settings, lambda: None, *alarms, {}, lambda: behind)
+    watching = (ExpiryAlarm(clock.monotonic), TouchAlarm(), {}, DiskWatch(store, clock.monotonic))
+    health = Health(store, clock, pulses, lambda: settings, lambda: None, *watching, lambda: behind)
     found = await check(health, "deliveries")
     assert (found["status"], found["output"]) == ("warn", "acme (http) falls behind: 2 a second come and 0.4 go")
     behind.clear()
@@ -470,6 +483,18 @@ async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
         assert await metric(daemon, "lmdaemon_mass_expiry") == 1
         assert expiry["massExpired"] == ["acme"]
         assert await metric(daemon, 'lmdaemon_operator_mass_expiry{operator="acme"}') == 1
+
+
+async def test_a_disk_that_will_soon_be_full_is_told(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, CONFIG, clock) as daemon:
+        monkeypatch.setattr("lmdaemon.disk.LOW_SHARE", 2.0)
+        report = (await get(daemon, daemon.api))[1]
+        disk = report["checks"]["disk"][0]
+        assert (report["status"], disk["status"]) == ("warn", "warn")
+        assert disk["output"].endswith(" GB are free")
+        assert await metric(daemon, "lmdaemon_disk_free_bytes") <= await metric(daemon, "lmdaemon_disk_size_bytes")
 
 
 async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path, clock: HandClock) -> None:

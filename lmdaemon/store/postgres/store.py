@@ -14,7 +14,7 @@ import psycopg
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Probe, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Probe, Room, StoreError
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, NEXT, SESSION, Batch, delivery_of, fetch_all, to_json
 from lmdaemon.store.postgres.cluster import LEASE_S
@@ -95,6 +95,7 @@ class Store(Verbs):
     engine: Mapping[str, str] = MappingProxyType({"postgresql": ""})
     wal_bytes = 0
     file_bytes = 0
+    room: Room | None = None
 
     def __init__(self, clock: Clock, database: Database, thread: Thread) -> None:
         """Made by `open`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 from urllib.parse import quote
 
-from lmdaemon.store.contract import DatabaseError, StoreError
+from lmdaemon.store.contract import DatabaseError, Room, StoreError
 from lmdaemon.store.sqlite import file
 from lmdaemon.store.sqlite.reads import Reads
 from lmdaemon.store.sqlite.thread import Thread, connect, connect_to_read, execute
@@ -109,6 +109,11 @@ class Database(Generic[_Work]):
     def path(self) -> Path:
         """The database file, with links resolved."""
         return self._files.path
+
+    @property
+    def room(self) -> Room | None:
+        """The room on the file system at the last transaction."""
+        return self._files.room
 
     @property
     def wal_bytes(self) -> int:

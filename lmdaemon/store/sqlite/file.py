@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lmdaemon import rights
 from lmdaemon.log import Log
-from lmdaemon.store.contract import DatabaseError
+from lmdaemon.store.contract import DatabaseError, Room
 from lmdaemon.trust import user_name
 
 APPLICATION_ID = 0x4C4D6461  # "LMda": marks a file as lmdaemon's
@@ -46,6 +46,7 @@ class Files:
         self.path = path
         self._opened = {file: self._identity(file.stat()) for file in (path, Path(f"{path}-wal"))}
         self.file_bytes = self.wal_bytes = 0
+        self.room: Room | None = None
 
     @property
     def in_use(self) -> bytes:
@@ -68,6 +69,13 @@ class Files:
                 raise FileLostError(f"{file}: was replaced while the daemon was running")
             sizes.append(found.st_size)
         self.file_bytes, self.wal_bytes = sizes
+
+    def look_for_room(self) -> None:
+        """Reads how much room the file system has. Must run on a thread: a hanging disk may not answer."""
+        with suppress(OSError):
+            found = os.statvfs(self.path)
+            free = found.f_bavail * found.f_frsize
+            self.room = Room(free, free + (found.f_blocks - found.f_bfree) * found.f_frsize)
 
 
 def real_path(path: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, Self
 from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Room, StoreError
 from lmdaemon.store.projection import Loaded
 from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
@@ -120,6 +120,10 @@ class Store(Verbs):
     @property
     def file_bytes(self) -> int:
         return self._db.file_bytes
+
+    @property
+    def room(self) -> Room | None:
+        return self._db.room
 
     # -- called by the writer
 

@@ -14,6 +14,7 @@ from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S, Thread, execute
 
 CHECKPOINT_S = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
 WAL_MAX = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
+ROOM_BYTES = 1024 * 1024  # free space in which a batch fits: 300 operations, most of which write a page or two
 IDLE_S = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
 # SQLite's result codes when the disk is at fault and not the operation. Source: sqlite.org/rescode.html
@@ -75,7 +76,14 @@ class Disk:
             connection.execute("ROLLBACK")
         if self._files.wal_bytes > WAL_MAX:
             self._empty_wal(connection)
-        return work.run(connection)
+        try:
+            return work.run(connection)
+        finally:
+            self._files.look_for_room()  # a microsecond
+
+    def has_room(self) -> bool:
+        """Whether the file system has room for a batch; as `store.writer.Engine.has_room`."""
+        return self._files.room is None or self._files.room.free >= ROOM_BYTES
 
     @staticmethod
     def is_outage(error: Exception) -> bool:

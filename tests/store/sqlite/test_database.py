@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sqlite3
 import stat
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -580,3 +582,46 @@ async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[W
         writer.execute("COMMIT")
     assert await db._disk._wal_emptied()
     assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2
+
+
+async def test_on_a_full_disk_a_small_write_that_fits_is_no_recovery(
+    db: Database[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session does not fit where the probe of `/health` does: it would alternate between failing and recovered."""
+    free = 0
+    real = os.statvfs(db.path)
+
+    def statvfs(path: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            f_bavail=free // real.f_frsize, f_frsize=real.f_frsize, f_blocks=real.f_blocks, f_bfree=real.f_bfree
+        )
+
+    async def write(operation: Do) -> None:
+        queued = asyncio.ensure_future(db.writer.write(operation))
+        await asyncio.sleep(0)
+        await db.writer.write_batch()
+        await queued
+
+    def full(sql: sqlite3.Connection) -> None:
+        raise OSError(28, "No space left on device")
+
+    def nothing(sql: sqlite3.Connection) -> None:
+        pass
+
+    monkeypatch.setattr(file.os, "statvfs", statvfs)
+    with hear() as events:
+        with pytest.raises(StoreError):
+            await write(Do(full))
+        await write(Do(nothing, size=0))
+        assert db.writer.failure is not None
+        free = disk.ROOM_BYTES + real.f_frsize
+        await write(Do(nothing, size=0))
+        assert db.writer.failure is None
+        free = 0
+        with pytest.raises(StoreError):
+            await write(Do(full))
+        await write(insert("fits"))
+        assert db.writer.failure is None
+    assert [event.name for event in events] == ["store.failing", "store.recovered"] * 2
+    assert told_by(db).availability == [False, True] * 2
+    assert notes(db.path) == ["fits"]

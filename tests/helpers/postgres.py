@@ -9,8 +9,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ASKED = "POSTGRES_URL"
@@ -52,14 +53,14 @@ class OwnServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-        self._as: list[str] = []
+        self.run_as: list[str] = []
         if os.geteuid() == 0:  # it refuses to run as root
             shutil.chown(self.directory, "postgres", "postgres")
-            self._as = ["runuser", "-u", "postgres", "--"]
+            self.run_as = ["runuser", "-u", "postgres", "--"]
         self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
 
     def _run(self, program: str, *arguments: str) -> None:
-        command = [*self._as, str(self._binaries / program), "-D", str(self.directory / "data"), *arguments]
+        command = [*self.run_as, str(self._binaries / program), "-D", str(self.directory / "data"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.directory, check=False)
         if done.returncode:
             raise NoServerError(f"{program}: {done.stdout}{done.stderr}")
@@ -83,3 +84,46 @@ class OwnServer:
             self.stop("immediate")
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class PgBouncer:
+    """A pooler in front of a server, in transaction mode: each transaction may have another connection of the
+    server's.
+    """
+
+    def __init__(self, server: OwnServer) -> None:
+        if shutil.which("pgbouncer") is None:
+            raise NoServerError("no pgbouncer here (apt install pgbouncer)")
+        self._server = server
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> "PgBouncer":
+        place = self._server.directory
+        (place / "users").write_text('"postgres" ""\n')
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": "",
+            "pool_mode": "transaction",
+            "auth_type": "any",
+            "auth_file": place / "users",
+            "logfile": place / "pgbouncer.log",
+        }
+        lines = [f"{name} = {value}" for name, value in settings.items()]
+        database = f"postgres = host=127.0.0.1 port={self._server.port} user=postgres"
+        (place / "pgbouncer.ini").write_text("\n".join(["[databases]", database, "[pgbouncer]", *lines]))
+        command = [*self._server.run_as, "pgbouncer", "--quiet", str(place / "pgbouncer.ini")]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return self
+            time.sleep(0.02)
+        raise NoServerError((place / "pgbouncer.log").read_text())
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(10)

@@ -35,14 +35,17 @@ class Proxy:
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._server) as server, selectors.DefaultSelector() as ready:
-            ready.register(client, selectors.EVENT_READ, server)
-            ready.register(server, selectors.EVENT_READ, client)
-            with suppress(OSError):
-                while True:
-                    for key, _ in ready.select():
-                        if not self._pass_on(key.fileobj, key.data, from_client=key.fileobj is client):  # type: ignore[arg-type]
-                            return
+        with client, suppress(OSError):  # either side is gone: so is the other
+            with socket.create_connection(self._server) as server, selectors.DefaultSelector() as ready:
+                ready.register(client, selectors.EVENT_READ, server)
+                ready.register(server, selectors.EVENT_READ, client)
+                self._carry_between(client, ready)
+
+    def _carry_between(self, client: socket.socket, ready: selectors.BaseSelector) -> None:
+        while True:
+            for key, _ in ready.select():
+                if not self._pass_on(key.fileobj, key.data, from_client=key.fileobj is client):  # type: ignore[arg-type]
+                    return
 
     def _pass_on(self, source: socket.socket, target: socket.socket, *, from_client: bool) -> bool:
         data = source.recv(65536)

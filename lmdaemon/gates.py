@@ -3,10 +3,15 @@
 Everything is worked out from the stored gate, so it is the same after a restart, in the API, the health and the log.
 """
 
+import json
+from dataclasses import replace
+from typing import Any
+
 from lmdaemon import retry
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, rfc3339
 
+URLS_MAX = 20  # that are remembered for an operator
 _DAY_MS = 86_400_000
 
 log = Log("delivery")
@@ -67,6 +72,20 @@ def mismatch(gate: Gate) -> str | None:
     before = "none is known before" if gate.failed_before_at is None else "before that none for a day"
     said = f" ({gate.failed_detail})" if gate.failed_detail else ""
     return f"every answer since {_time(since)} is {reason}{said}, {before}: one side has changed what it expects"
+
+
+def with_url(gate: Gate, url: str, since_at: int) -> Gate:
+    """The gate, sent to at this URL since then; the same gate if it was already."""
+    known: list[list[Any]] = json.loads(gate.urls or "[]")
+    if known and known[-1][1] == url:
+        return gate
+    return replace(gate, urls=json.dumps([*known, [since_at, url]][-URLS_MAX:]))
+
+
+def url_at(gate: Gate, at: int) -> str | None:
+    """Where an attempt that began then was sent, without user info and query; None where it is not known."""
+    known: list[list[Any]] = json.loads(gate.urls or "[]")
+    return next((url for since_at, url in reversed(known) if since_at <= at), None)
 
 
 def log_change(

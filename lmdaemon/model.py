@@ -189,7 +189,8 @@ class Gate:
     For people: `held_by` and `held_note` tell who holds it and why; at `held_until_at` it is released by itself.
     `paused_at` is when the Retry-After came, `opened_at` when the breaker opened. `failed_at` and the two beside it are
     of the last failure, also when it is over. Since `alike_since_at` all attempts have failed for that same reason;
-    `failed_before_at` is the last failure before `failing_since_at`.
+    `failed_before_at` is the last failure before `failing_since_at`. `urls` are those that were sent to and since when,
+    as JSON (see `gates.url_at`).
     """
 
     held_at: int | None = None
@@ -211,6 +212,7 @@ class Gate:
     failed_detail: str | None = None
     alike_since_at: int | None = None
     failed_before_at: int | None = None
+    urls: str | None = None
 
 
 class Asker(NamedTuple):

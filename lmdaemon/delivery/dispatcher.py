@@ -106,7 +106,10 @@ class Dispatcher(StoreObserver):
         elif lane.policy != policy or lane.plugin is not plugin:
             self._agenda.now(lane)
         lane.operator, lane.policy, lane.plugin = operator, policy, plugin
-        lane.url = safe_url(operator.url) if plugin is None else None
+        url = safe_url(operator.url) if plugin is None else None
+        if lane.url != url or not lane.url_since_at:
+            lane.url, lane.url_since_at, lane.is_url_noted = url, self._clock.wall_ms(), False
+            self._agenda.now(lane)
         return lane
 
     def wake(self) -> None:
@@ -257,19 +260,28 @@ class Dispatcher(StoreObserver):
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
 
     async def _let_time_pass(self, lanes: Sequence[Lane], now_at: int) -> None:
-        """Ends holds whose time is over, and closes the breaker of an operator for which nothing waits any more. Raises
-        StoreError.
+        """Ends holds whose time is over, closes the breaker of an operator for which nothing waits any more, and
+        notes a new URL. Raises StoreError.
         """
-        for lane in lanes:
-            name = lane.operator.name
+        changing = [lane for lane in lanes if not lane.is_url_noted or self._is_changed_by_time(lane, now_at)]
+        if changing:
+            await asyncio.gather(*(self._let_time_pass_for(lane, now_at) for lane in changing))
 
-            def alter(gate: Gate, name: str = name) -> Gate:
-                is_waiting = self._store.figures_of(name).pending > 0
-                return retry.settled_by_time(gate, now_at, is_waiting=is_waiting)
+    def _is_changed_by_time(self, lane: Lane, now_at: int) -> bool:
+        gate, is_waiting = self._store.gate(lane.operator.name), self._store.figures_of(lane.operator.name).pending > 0
+        return retry.settled_by_time(gate, now_at, is_waiting=is_waiting) is not gate
 
-            before = self._store.gate(name)
-            if alter(before) is not before:
-                self._log_gate(lane.operator, before, await self._store.set_gate(name, alter), cause="time")
+    async def _let_time_pass_for(self, lane: Lane, now_at: int) -> None:
+        name, url, since_at = lane.operator.name, lane.url or "", lane.url_since_at
+
+        def alter(gate: Gate) -> Gate:
+            is_waiting = self._store.figures_of(name).pending > 0
+            return gates.with_url(retry.settled_by_time(gate, now_at, is_waiting=is_waiting), url, since_at)
+
+        before = self._store.gate(name)
+        if alter(before) is not before:
+            self._log_gate(lane.operator, before, await self._store.set_gate(name, alter), cause="time")
+        lane.is_url_noted = lane.url_since_at == since_at
 
     async def probe(self, operator: str) -> str | None:
         """Attempts the earliest pending delivery to the operator's URL now, whatever keeps it back, and stores the
@@ -452,7 +464,7 @@ class Dispatcher(StoreObserver):
     ) -> Settlement:
         """What the outcome means for the row and for its operator's gate; logs it."""
         facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        attempt = entry(outcome, began_at, lane.url)
+        attempt = entry(outcome, began_at)
 
         def alter(gate: Gate, now_at: int) -> Gate:
             return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
@@ -537,7 +549,7 @@ class Dispatcher(StoreObserver):
             await asyncio.wait(late)
 
 
-def entry(outcome: retry.Outcome, began_at: int, url: str | None) -> dict[str, Any]:
+def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
     """The entry for the history. A failed attempt has the beginning of the answer in it, or None without an answer."""
     attempt = {
         "at": began_at,
@@ -546,8 +558,8 @@ def entry(outcome: retry.Outcome, began_at: int, url: str | None) -> dict[str, A
         "code": outcome.code,
         "error": outcome.reason or None,
     }
-    if url is not None:
-        attempt |= {"url": url, "address": outcome.address}
+    if outcome.address is not None:
+        attempt["address"] = outcome.address
     if outcome.verdict == "delivered":
         return attempt
     return attempt | ({"detail": outcome.detail} if outcome.detail else {}) | {"answer": outcome.answer}

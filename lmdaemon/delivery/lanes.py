@@ -35,6 +35,8 @@ class Lane:
         self.ahead: deque[Delivery] = deque()  # due rows that wait for a slot
         self.closing = 0  # answers that hold or delay the operator (410, Retry-After) and are not stored yet
         self.url = safe_url(operator.url) if plugin is None else None  # as it may be shown
+        self.url_since_at = 0  # wall ms
+        self.is_url_noted = False  # in the gate
         self.pace = Pace()
         self.failed = 0  # failed attempts in a row
 

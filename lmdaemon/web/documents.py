@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import msgspec
 import orjson
 
-from lmdaemon import shapes
-from lmdaemon.model import Delivery, Gate, Session, rfc3339
+from lmdaemon import gates, shapes
+from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session, rfc3339
 from lmdaemon.retry import next_attempt_at
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
@@ -82,7 +82,9 @@ def delivery_document(delivery: Delivery, gate: Gate, under_way_since: int | Non
 def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.DeliveryWithHistory:
     """With the attempts that are kept, the oldest first."""
     shown = msgspec.structs.asdict(delivery_document(delivery, gate, under_way_since))
-    return shapes.DeliveryWithHistory(**shown, history=list(map(_attempt, orjson.loads(delivery.history))))
+    return shapes.DeliveryWithHistory(
+        **shown, history=[_attempt(one, _url_of(one, delivery, gate)) for one in orjson.loads(delivery.history)]
+    )
 
 
 def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> shapes.ArchivedSession:
@@ -91,10 +93,15 @@ def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> sh
     return shapes.ArchivedSession(**shown, deliveries=[with_history(one, gate) for one in deliveries])
 
 
-def _attempt(stored: dict[str, Any]) -> shapes.Attempt:
+def _url_of(stored: dict[str, Any], delivery: Delivery, gate: Gate) -> str | None:
+    return gates.url_at(gate, stored["at"]) if delivery.sink == HTTP_SINK else None
+
+
+def _attempt(stored: dict[str, Any], url: str | None) -> shapes.Attempt:
     """Of a failure that an older version stored, the answer is not known."""
     unknown = {"answer": None} if stored["error"] is not None else {}
-    attempt = msgspec.convert(unknown | stored | {"at": rfc3339(stored["at"])}, shapes.Attempt)
+    sent = {} if url is None else {"url": url, "address": stored.get("address")}
+    attempt = msgspec.convert(unknown | stored | sent | {"at": rfc3339(stored["at"])}, shapes.Attempt)
     attempt.code = stored["code"]  # 120 and not 120.0
     return attempt
 

@@ -14,6 +14,7 @@ from support import bench, hear, operator_table, scripted_operator, until
 from lmdaemon.delivery.dispatcher import Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.underway import PLACES, Underway
+from lmdaemon.web.documents import with_history
 
 
 def row(number: int, nonce: str = "ab" * 10) -> Any:
@@ -110,6 +111,6 @@ async def test_an_attempt_tells_where_it_was_sent(tmp_path: Path, clock: HandClo
             await b.round()
             await b.skip_to(await b.row())
             await b.round()
-            history = json.loads((await b.row()).history)
+            history = with_history(await b.row(), b.db.gate("acme")).history
     address = operator.url.split("/")[2]
-    assert [(one["url"], one["address"]) for one in history] == [(operator.url, address)] * 2
+    assert [(one.url, one.address) for one in history] == [(operator.url, address)] * 2

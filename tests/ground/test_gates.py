@@ -128,6 +128,13 @@ def test_time_ends_a_hold_and_closes_a_breaker_for_which_nothing_waits() -> None
     assert retry.changes_by_time_at(BROKEN, is_waiting=True) is None
 
 
+def test_each_attempt_knows_the_url_that_was_in_force_when_it_began() -> None:
+    gate = gates.with_url(gates.with_url(Gate(), "https://a.example/", 100), "https://b.example/", 200)
+    assert gates.with_url(gate, "https://b.example/", 300) is gate
+    found = [gates.url_at(gate, at) for at in (99, 100, 199, 200, 999)]
+    assert found == [None, "https://a.example/", "https://a.example/", "https://b.example/", "https://b.example/"]
+
+
 def test_a_second_hold_keeps_its_start_and_takes_over_a_note_and_an_end() -> None:
     again = retry.hold(HELD, NOW + 5, "by_hand", by="bob", note="still", until_at=NOW + 9)
     assert again == replace(HELD, held_note="still", held_until_at=NOW + 9)

@@ -43,7 +43,7 @@ DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{na
 _TYPES = {
     **dict.fromkeys(("operator", "session_id", "player_id", "token", "attributes", "extra", "reason", "nonce"), "text"),
     **dict.fromkeys(("sink", "state", "last_error", "history", "body", "name", "held_reason"), "text"),
-    **dict.fromkeys(("held_by", "held_note", "failed_reason", "failed_detail", "body_digest"), "text"),
+    **dict.fromkeys(("held_by", "held_note", "failed_reason", "failed_detail", "urls", "body_digest"), "text"),
     **dict.fromkeys(("opened_request", "ended_request", "request"), "text"),
     **dict.fromkeys(("attempts", "step", "last_status"), "integer"),
     "last_code": "numeric",

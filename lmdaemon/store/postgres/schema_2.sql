@@ -10,4 +10,5 @@ ALTER TABLE operator ADD COLUMN failed_reason text;
 ALTER TABLE operator ADD COLUMN failed_detail text;
 ALTER TABLE operator ADD COLUMN alike_since_at bigint;    -- since when all attempts have failed for that same reason
 ALTER TABLE operator ADD COLUMN failed_before_at bigint;  -- the last failure before failing_since_at
+ALTER TABLE operator ADD COLUMN urls text;                 -- JSON array: [since (wall ms), its URL without user info and query], …
 ALTER TABLE delivery ADD COLUMN body_digest text;          -- SHA-256 of the body in hex; NULL for a plug-in

@@ -10,4 +10,5 @@ ALTER TABLE operator ADD COLUMN failed_reason TEXT;
 ALTER TABLE operator ADD COLUMN failed_detail TEXT;
 ALTER TABLE operator ADD COLUMN alike_since_at INTEGER;    -- since when all attempts have failed for that same reason
 ALTER TABLE operator ADD COLUMN failed_before_at INTEGER;  -- the last failure before failing_since_at
+ALTER TABLE operator ADD COLUMN urls TEXT;                 -- JSON array: [since (wall ms), its URL without user info and query], …
 ALTER TABLE delivery ADD COLUMN body_digest TEXT;          -- SHA-256 of the body in hex; NULL for a plug-in

@@ -75,6 +75,15 @@ class OwnServer:
         """`fast` ends sessions in order, `immediate` is a crash."""
         self._run("pg_ctl", "-w", "-m", how, "stop")
 
+    def receive(self) -> "subprocess.Popen[bytes]":
+        """A client that receives the write-ahead log, as a replica does."""
+        target = self.directory / "received"
+        target.mkdir()
+        if self.run_as:
+            shutil.chown(target, "postgres", "postgres")
+        where = ["-D", str(target), "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
+        return subprocess.Popen([*self.run_as, str(self._binaries / "pg_receivewal"), *where], cwd=self.directory)
+
     def __enter__(self) -> "OwnServer":
         self.start()
         return self

@@ -10,6 +10,7 @@ from clocks import HandClock
 from engines import PostgresEngine, own_name
 from operations import notice, opening
 from postgres import NoServerError, OwnServer
+from processes import wait_for
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
@@ -178,6 +179,26 @@ async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(cl
                     await asyncio.sleep(0.05)
             assert await db.touch("acme", [f"s{number}" for number in range(50)]) == (50, [], [])
             assert await db.record(notice("s1")) == "ended"
+
+
+def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None:
+    """A replica is attached, and no commit waits for one; pg_receivewal is a replica in this."""
+    try:
+        own = OwnServer()
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with own, psycopg.connect(own.url, autocommit=True) as sql:
+        assert store._strained(sql) is None
+        receiver = own.receive()
+        try:
+            told = wait_for(lambda: store._strained(sql))
+            assert "a failover could lose" in told
+            sql.execute("ALTER SYSTEM SET synchronous_standby_names = 'pg_receivewal'")
+            sql.execute("SELECT pg_reload_conf()")
+            wait_for(lambda: store._strained(sql) is None)
+        finally:
+            receiver.kill()
+            receiver.wait()
 
 
 class TestDaemon:

@@ -350,6 +350,9 @@ class Connection(web.RequestHandler):
     def _follow(self, heads: int, data: bytes) -> None:
         """Finds out what the bytes were: the ends of `heads` heads, or more of a head or of a body."""
         size, in_body = len(data), self._in_body
+        if not size:
+            self._follow_held_back(heads)
+            return
         self._fed += size
         if heads:
             self._note_heads(heads, data)
@@ -357,15 +360,25 @@ class Connection(web.RequestHandler):
             self._refuse_head()
             return
         self._in_body = not self._body.is_eof()
-        if self._in_body or (heads and not size):
+        if self._in_body:
             return
         if data.endswith(HEAD_END) or self._fed == self._head_size + self._body.total_bytes:  # nothing is behind it
             self._fed = self._left = 0
             self._head_since = None
-        elif size and self._head_since is None:
+        elif self._head_since is None:
             self._head_since = self._loop.time()
             if heads or in_body:  # only the parser knows how many of the bytes belong to the next head
                 self._left, self._fed = size, 0
+
+    def _follow_held_back(self, heads: int) -> None:
+        """Notes what the parser found in bytes that it had held back, because nobody read the body before them."""
+        if heads:
+            self._note_heads(heads, b"")
+        elif self._in_body != self._body.is_eof():
+            return  # it found no end
+        self._in_body = not self._body.is_eof()
+        # Only the parser knows where in those bytes the latest request began, so its bytes are counted from here
+        self._fed, self._left, self._head_size = (self._body.total_bytes if self._in_body else 0), 0, 0
 
     def _note_heads(self, heads: int, data: bytes) -> None:
         """Notes that heads are complete. Without data, they were complete in bytes that the parser had held back."""

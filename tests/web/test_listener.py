@@ -16,6 +16,8 @@ from lmdaemon.web import listener
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 ASK = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+TOUCH = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+TOUCH += b'Content-Length: 21\r\n\r\n{"sessionIds":["s1"]}'
 
 
 @SIDES
@@ -183,6 +185,39 @@ async def test_a_body_behind_a_head_does_not_count_as_one(tmp_path: Path) -> Non
             assert (await peer.answer()).status == 200
             await peer.send(ASK)
             assert (await peer.answer()).status == 200
+
+
+@pytest.mark.parametrize("last", [ASK, TOUCH], ids=["without a body", "with a body"])
+async def test_a_request_held_back_behind_an_unread_body_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bytes
+) -> None:
+    """The parser stops in a body that nobody reads, and goes on when what has come of it is thrown away.
+
+    What it finds then, and the request after that, must not be taken for more of one long head.
+    """
+    body = b"x" * 600_000
+    refused = b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    refused += b"Content-Length: %d\r\n\r\n" % len(body) + body
+    whole, cut, arrived = refused + last, 130_000, b""
+    received = listener.Connection.data_received
+
+    def data_received(connection: listener.Connection, data: bytes) -> None:
+        nonlocal arrived
+        if data and len(arrived) < len(whole):  # as one read of a busy daemon: all that has come meanwhile
+            arrived += data
+            if len(arrived) < len(whole):
+                return
+            received(connection, arrived[:cut])
+            data = arrived[cut:]
+        received(connection, data)
+
+    monkeypatch.setattr(listener.Connection, "data_received", data_received)
+    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as peer:
+        await peer.send(whole)
+        assert (await peer.answer()).status == 405
+        assert (await peer.answer()).status == 200
+        await send_in_pieces(peer, ASK, 4)
+        assert (await peer.answer()).status == 200
 
 
 @SIDES

@@ -346,7 +346,7 @@ class Seen(NamedTuple):
         deliveries = sql.execute(
             """SELECT d.id, d.nonce, d.session, d.operator, s.session_id, s.token, d.sink, d.state, d.created_at,
                       d.due_at, d.settled_at, d.attempts, d.step, d.aged_from_at, d.held_base_ms, d.last_status,
-                      d.last_code, d.last_error, d.history, d.body
+                      d.last_code, d.last_error, d.body_digest, d.history, d.body
                FROM delivery d LEFT JOIN session s ON s.id = d.session"""
         )
         figures = sql.execute("SELECT name, live, pending, dead, held_at, not_before_at FROM operator").fetchall()
@@ -374,7 +374,7 @@ class Peer:
     async def close(self) -> None:
         pass
 
-    async def post(self, operator: Operator, webhook_id: str, body: bytes) -> Any:
+    async def post(self, operator: Operator, webhook_id: str, body: bytes, reached: Any = None) -> Any:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._attempt(operator.name, "http", webhook_id, body))
             try:

@@ -62,6 +62,7 @@ COMMANDS = {
         "simulate_provider:provider",
         "play game servers against the running daemon, or notices against an endpoint, and judge it",
     ),
+    "size": ("size:size", "measure what so many sessions would take of this machine, and what keep_ended costs"),
     "backup": ("backup:backup", "write a consistent copy of the database, also while the daemon runs"),
     "restore": (
         "backup:restore",

@@ -1,0 +1,61 @@
+"""`lmdaemon size`: what is measured on this machine, and what follows for so many sessions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import run
+from support import LISTEN
+
+from lmdaemon.commands import size
+from lmdaemon.workbench.sizing import Costs
+
+CONFIG = LISTEN + '[operators.acme]\nprovider_id = "p"\n'
+COSTS = Costs(
+    open_s=200e-6, touch_s=80e-6, bulk_touch_s=10e-6, end_s=300e-6, live_bytes=300, ended_bytes=582, memory_bytes=60e6
+)
+
+
+def of_300k(**changed: float) -> dict[str, object]:
+    """300,000 sessions of 20 minutes, touched every 30 s, kept for 90 days."""
+    return size.needed(COSTS._replace(**changed), 300_000, 30, 1200, 90 * 86_400)
+
+
+def test_what_so_many_sessions_take_follows_from_the_costs() -> None:
+    found = of_300k()
+    assert (found["touchesPerSecond"], found["endsPerSecond"]) == (10_000, 250)
+    assert found["core"] == {"single": 0.925, "bulk": 0.225}
+    assert found["keptBytes"] == 250 * 90 * 86_400 * 582  # 1.13 TB
+    assert found["liveBytes"] == 90_000_000
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({"touch_s": 40e-6}, "This machine carries it."),
+        ({}, "This machine carries it if game servers use the bulk touch."),
+        ({"bulk_touch_s": 70e-6}, "This machine does not carry it"),
+    ],
+)
+def test_the_verdict_leaves_room_for_peaks(changed: dict[str, float], verdict: str) -> None:
+    said = size.sentences(of_300k(**changed) | {"freeBytes": 2e12}, 300_000, 30, 90 * 86_400, Path("/disk"))
+    assert said[-1].startswith(verdict)
+
+
+def test_a_disk_that_is_too_small_is_said_with_the_days_that_fit() -> None:
+    said = size.sentences(of_300k() | {"freeBytes": 113e9 + 90e6}, 300_000, 30, 90 * 86_400, Path("/disk"))
+    assert said[-1] == "The disk does not carry it: keep_ended would have to be below 9.0 days."
+
+
+async def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    args = ("size", "--sessions", "1000", "--heartbeat", "10s", "--measure", "2s", "--json")
+    done = run(*args, "--config", "config.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    each = found["microseconds"]
+    assert 0 < each["bulkTouch"] < each["touch"]
+    assert 200 < found["endedBytesEach"] < 3000
+    assert found["memoryBytes"] > 10_000_000
+    assert "now" not in found  # no daemon runs there
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]

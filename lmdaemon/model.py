@@ -163,6 +163,7 @@ class Delivery(NamedTuple):
     last_code: int | float | None
     last_error: str | None
     body_digest: str | None  # SHA-256 in hex; None where nothing is sent as bytes
+    discarded: str | None  # JSON object: at, by, note; None unless it is dead and nobody wants it
     history: str
     body: bytes
 

@@ -153,12 +153,50 @@ class Hold(Request):
     ) = UNSET
 
 
-class RetrySince(Request):
-    """Which dead deliveries become due again; all of them without `since`."""
+class DeadOnes(Request):
+    """Which dead deliveries of an operator are meant: all that are not discarded, or those that fit all of these."""
 
     since: (
-        Annotated[Time, Meta(description="Those that died since then; a time ahead is refused (400).")] | UnsetType
+        Annotated[Time, Meta(description="Those that died then or later; a time ahead is refused (400).")] | UnsetType
     ) = UNSET
+    until: Annotated[Time, Meta(description="Those that died before then.")] | UnsetType = UNSET
+    ended_since: Annotated[Time, Meta(description="Whose session ended then or later.")] | UnsetType = UNSET
+    ended_until: Annotated[Time, Meta(description="Whose session ended before then.")] | UnsetType = UNSET
+    reason: (
+        Annotated[str, Meta(min_length=1, max_length=NOTE_MAX, description="Their `lastError`.", examples=["timeout"])]
+        | UnsetType
+    ) = UNSET
+    dry_run: Annotated[bool, Meta(description="Change nothing, but answer with what is found.")] | UnsetType = UNSET
+
+
+class RetryDead(DeadOnes):
+    """Which dead deliveries become due again."""
+
+    limit: Annotated[int, Meta(ge=1, description="At most so many, those that died first.")] | UnsetType = UNSET
+
+
+_Note = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=NOTE_MAX,
+        pattern=PLAIN,
+        description="Why nobody wants them.",
+        examples=["the operator has closed its books"],
+    ),
+]
+
+
+class Discard(Request):
+    """Why nobody wants a dead delivery any more."""
+
+    note: _Note
+
+
+class DiscardDead(DeadOnes, kw_only=True):
+    """Which dead deliveries nobody wants any more, and why."""
+
+    note: _Note
 
 
 class NoQuery(Request):
@@ -266,6 +304,14 @@ class BulkOpened(Answer):
     ended: list[SessionId]
 
 
+class Discarded(Answer):
+    """When a dead delivery was discarded, by whom and why."""
+
+    at: Time
+    by: Annotated[str | None, Meta(description="The name of the API token used, if it has one.")]
+    note: str
+
+
 class Delivery(Answer):
     """One end of a session for one sink of its operator."""
 
@@ -291,6 +337,9 @@ class Delivery(Answer):
     last_code: Annotated[float | None, Meta(description="Its `error`.", examples=[0])]
     last_error: Annotated[
         str | None, Meta(description="Why it failed: one word of the list in docs/delivery.md.", examples=["timeout"])
+    ]
+    discarded: Annotated[
+        Discarded | None, Meta(description="That nobody wants it any more: it is dead, but does not count as dead.")
     ]
     body_sha256: Annotated[
         str | None,
@@ -362,10 +411,28 @@ class DeliveryPage(Answer):
     next: Annotated[Cursor | None, Meta(description="To be given as `after`; null on the last page.")]
 
 
+class FoundDead(Answer):
+    """What a dry run has found: how many dead deliveries, and how many of them can be sent."""
+
+    found: Count
+    can_be_sent: Annotated[Count, Meta(description="The others lack a fact that the dialect needs.")]
+    oldest_settled_at: Annotated[Time | None, Meta(description="When the first of them died.")]
+    reasons: Annotated[dict[str, Count], Meta(description="How many by `lastError`.")]
+    seconds: Annotated[Seconds, Meta(description="How long it takes to send them, ten a second, once they are due.")]
+
+
 class RetriedDeliveries(Answer):
     """How many dead deliveries became due again."""
 
     retried: Count
+    dry_run: FoundDead | UnsetType = UNSET
+
+
+class DiscardedDeliveries(Answer):
+    """How many dead deliveries were discarded."""
+
+    discarded: Count
+    dry_run: FoundDead | UnsetType = UNSET
 
 
 class Failure(Answer):

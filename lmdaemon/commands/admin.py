@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from lmdaemon.clock import Clock
 from lmdaemon.commands import times
 from lmdaemon.commands.arguments import (
     CLIENT_CERTIFICATE,
@@ -40,7 +39,7 @@ from lmdaemon.commands.shared import (
     say,
     show,
 )
-from lmdaemon.model import DELIVERY_STATES, rfc3339
+from lmdaemon.model import DELIVERY_STATES
 from lmdaemon.web.documents import read_time
 
 AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0  # between two tries to reach a daemon that has gone
@@ -87,7 +86,7 @@ _CHECK_HEAD = ("check", "status", "time")
 Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
 
 
-def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
+def asking(*arguments: Argument) -> Callable[[Ask], Command]:
     """Makes a function a command, which calls it with a client of the running daemon."""
 
     def made(ask: Ask) -> Command:
@@ -106,7 +105,7 @@ def _asking(*arguments: Argument) -> Callable[[Ask], Command]:
     return made
 
 
-@_asking(
+@asking(
     argument(
         "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="again every so many seconds (default 2)"
     ),
@@ -160,7 +159,7 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
     return FAILED if health["status"] == "fail" else STOPPED
 
 
-@_asking(OF_OPERATOR, JSON)
+@asking(OF_OPERATOR, JSON)
 async def events(client: Client, args: argparse.Namespace) -> int:
     """Prints what happens until it is interrupted; a daemon that goes is waited for, once it has been there."""
     heard, waits_s = False, AGAIN_FIRST_S
@@ -189,7 +188,7 @@ def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> N
     print(f"{time.strftime('%H:%M:%S')}  {name:16}  {' '.join(facts)}".rstrip(), flush=True)
 
 
-@_asking(argument("id", metavar="ID", help="of a session or a player"), *ROWS)
+@asking(argument("id", metavar="ID", help="of a session or a player"), *ROWS)
 async def find(client: Client, args: argparse.Namespace) -> int:
     """Prints the sessions with this id, then those of the player with this id. Exit code 1: there are none."""
     found = False
@@ -208,7 +207,7 @@ async def find(client: Client, args: argparse.Namespace) -> int:
     return STOPPED if found else FAILED
 
 
-@_asking(
+@asking(
     OPERATOR,
     argument("--state", choices=("active", "ended")),
     argument("--player", metavar="ID", help="of this player only"),
@@ -223,7 +222,7 @@ async def list_sessions(client: Client, args: argparse.Namespace) -> int:
     return await print_pages(SESSION_COLUMNS, _of_period(client, args, "openedAt", *path, **query), as_json=args.json)
 
 
-@_asking(OPERATOR, SESSION, JSON)
+@asking(OPERATOR, SESSION, JSON)
 async def show_session(client: Client, args: argparse.Namespace) -> int:
     """Prints one session with its deliveries."""
     return show(
@@ -233,7 +232,7 @@ async def show_session(client: Client, args: argparse.Namespace) -> int:
     )
 
 
-@_asking(
+@asking(
     OPERATOR,
     SESSION,
     argument("--player", required=True, metavar="ID", help="the player's id"),
@@ -248,7 +247,7 @@ async def open_session(client: Client, args: argparse.Namespace) -> int:
     return show(args, await client.call("PUT", *_session_path(args), shape=SESSION_SHAPE, body=body))
 
 
-@_asking(OPERATOR, argument("sessions", nargs="+", metavar="ID", help="the sessions' ids"), JSON)
+@asking(OPERATOR, argument("sessions", nargs="+", metavar="ID", help="the sessions' ids"), JSON)
 async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     """Touches sessions, TOUCH_MAX a call. Exit code 1 if one of them is unknown or has ended."""
     total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
@@ -269,13 +268,13 @@ async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     return FAILED if total["unknown"] or total["ended"] else STOPPED
 
 
-@_asking(OPERATOR, SESSION, JSON)
+@asking(OPERATOR, SESSION, JSON)
 async def close_session(client: Client, args: argparse.Namespace) -> int:
     """Ends a session because its game was closed, and prints it."""
     return show(args, await client.call("POST", *_session_path(args), "close", shape=SESSION_SHAPE))
 
 
-@_asking(
+@asking(
     OF_OPERATOR,
     argument("--sink", metavar="SINK", help='"http" or "plugin:NAME"'),
     argument("--state", choices=DELIVERY_STATES),
@@ -287,7 +286,8 @@ async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
     """Prints deliveries, newest first."""
     query = {"operator": args.operator, "sink": args.sink, "state": args.state}
     pages = _of_period(client, args, "createdAt", "v1", "deliveries", **query)
-    return await print_pages(DELIVERY_COLUMNS, pages, as_json=args.json)
+    shown = pages if args.json else ([in_words(one) for one in page] async for page in pages)
+    return await print_pages(DELIVERY_COLUMNS, shown, as_json=args.json)
 
 
 async def _of_period(
@@ -313,41 +313,27 @@ async def _of_period(
             return
 
 
-@_asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
+@asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
 async def show_delivery(client: Client, args: argparse.Namespace) -> int:
     """Prints one delivery with its attempts."""
-    return show(
-        args,
-        await client.call("GET", "v1", "deliveries", args.delivery, shape=DELIVERY_SHAPE | {"history": [{}]}),
-        history=ATTEMPT_COLUMNS,
-    )
+    shape: dict[str, Any] = DELIVERY_SHAPE | {"history": [{}]}
+    found = await client.call("GET", "v1", "deliveries", args.delivery, shape=shape)
+    return show(args, found if args.json else in_words(found), history=ATTEMPT_COLUMNS)
 
 
-@_asking(
-    argument("delivery", nargs="?", metavar="ID", help="its webhook-id"),
-    argument("--operator", metavar="OPERATOR", help="all dead ones of this operator"),
-    times.since("those that were given up"),
-    JSON,
-)
-async def retry(client: Client, args: argparse.Namespace) -> int:
-    """Makes one dead delivery, or those of an operator, due again."""
-    if bool(args.delivery) == bool(args.operator) or (args.since and not args.operator):
-        raise Usage(
-            "deliveries retry: give either the ID of a delivery or --operator, and --since only with --operator"
-        )
-    if args.delivery:
-        return show(args, await client.call("POST", "v1", "deliveries", args.delivery, "retry", shape=DELIVERY_SHAPE))
-    since_at = times.read(args.since, "--since", Clock().wall_ms())
-    body = {} if since_at is None else {"since": rfc3339(since_at)}
-    return show(
-        args,
-        await client.call(
-            "POST", "v1", "operators", args.operator, "deliveries", "retry", shape={"retried": int}, body=body
-        ),
-    )
+def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
+    """A delivery as people are shown it: its state says that it was discarded, and why."""
+    discarded = delivery.get("discarded")
+    if not discarded:
+        return delivery
+    by = f" by {discarded['by']}" if discarded["by"] else ""
+    return delivery | {
+        "state": f"discarded ({discarded['note']})",
+        "discarded": f"{discarded['at']}{by}: {discarded['note']}",
+    }
 
 
-@_asking(
+@asking(
     OPERATOR,
     argument("--note", metavar="TEXT", help="why, for whoever finds it held"),
     argument("--for", dest="seconds", type=seconds, metavar="TIME", help='released by itself then, as in "2h"'),
@@ -364,7 +350,7 @@ async def hold(client: Client, args: argparse.Namespace) -> int:
     )
 
 
-@_asking(OPERATOR, JSON)
+@asking(OPERATOR, JSON)
 async def release(client: Client, args: argparse.Namespace) -> int:
     """Resumes sending to an operator, whatever keeps it back."""
     return _changed(
@@ -390,7 +376,7 @@ def _flat(operator: dict[str, Any]) -> dict[str, Any]:
     return operator | {"lastFailure": said}
 
 
-@_asking(OPERATOR, JSON)
+@asking(OPERATOR, JSON)
 async def probe(client: Client, args: argparse.Namespace) -> int:
     """Tries an operator's next delivery now; exit code 0 only when it is delivered."""
     shape: dict[str, Any] = DELIVERY_SHAPE | {"history": [{}]}

@@ -45,7 +45,11 @@ COMMANDS = {
     ),
     "deliveries list": ("admin:list_deliveries", "deliveries of all operators"),
     "deliveries show": ("admin:show_delivery", "one delivery with its attempts"),
-    "deliveries retry": ("admin:retry", "make one dead delivery, or all of an operator, due again"),
+    "deliveries retry": ("dead:retry", "make one dead delivery, or all of an operator, due again"),
+    "deliveries discard": (
+        "dead:discard",
+        "nobody wants this dead delivery, or those of an operator: they stay, but no longer count as dead",
+    ),
     "hold": ("admin:hold", "stop sending to an operator; ends are still recorded"),
     "release": ("admin:release", "send again at once: ends a hold, closes the breaker, forgets a Retry-After"),
     "probe": ("admin:probe", "try an operator's next delivery now; exit code 0 only when it is delivered"),

@@ -66,6 +66,7 @@ CSV_COLUMNS = {
     "lastCode": "last_code",
     "lastError": "last_error",
     "history": "history",
+    "discarded": "discarded",
 }
 _OF_SESSION, _OF_DELIVERY = [*CSV_COLUMNS.values()][:9], [*CSV_COLUMNS.values()][9:]
 
@@ -199,7 +200,7 @@ def _cell(value: object) -> object:
     already in such a place gets a second one, so that removing one in each place restores the text. JSON has no tabs or
     line breaks, and its `;` is written as an escape.
     """
-    if isinstance(value, list | msgspec.Raw):
+    if isinstance(value, list | msgspec.Raw | msgspec.Struct):
         return to_json(value).decode().replace(";", "\\u003b")
     if isinstance(value, str):
         return _FORMULA.sub(r"\1'", value)

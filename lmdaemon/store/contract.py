@@ -18,6 +18,7 @@ LOOK_S = 2.0  # that such a read may take, its wait included
 BATCH_ROWS = 10_000  # most rows that the operations of one batch name together
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text: bounds an answer, and what waits for slow readers
 AGING_ROWS = 50
+RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
 SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
 
 
@@ -215,6 +216,29 @@ class Alone(Operation[Answer], Generic[Answer], frozen=True):
         return BATCH_ROWS
 
 
+class Dead(NamedTuple):
+    """Which of an operator's dead deliveries are meant, discarded ones never: those that died in [since_at, until_at),
+    of sessions that ended in [ended_since_at, ended_until_at), with this cause of the last failure. None: whichever.
+    """
+
+    since_at: int = 0
+    until_at: int | None = None
+    ended_since_at: int = 0
+    ended_until_at: int | None = None
+    cause: str | None = None
+
+
+class FoundDead(NamedTuple):
+    """How many dead deliveries there are, how many of them can be sent, when the first died, and how many have which
+    cause ("" for none).
+    """
+
+    found: int
+    can_be_sent: int
+    oldest_at: int | None
+    causes: Mapping[str, int]
+
+
 class RetryDead(Alone[int], frozen=True):
     """Make dead deliveries due again, spaced out: a step of `Store.retry_dead`."""
 
@@ -226,6 +250,14 @@ class RetryOne(Alone[Delivery | None], frozen=True):
     """Make one dead delivery due again: `Store.retry_one`."""
 
     webhook_id: str
+
+
+class Discard(Alone[int], frozen=True):
+    """Discard dead deliveries: a step of `Store.discard`."""
+
+    deliveries: Sequence[int]  # row numbers
+    by: str | None
+    note: str
 
 
 class Pruned(NamedTuple):
@@ -490,14 +522,29 @@ class Store(Protocol):
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         """Changes an operator's gate atomically and returns the new one."""
 
-    async def retry_dead(self, operator: str, since_at: int) -> int:
-        """Makes deliveries that died at `since_at` or later due again, spaced out, in several transactions.
+    async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
+        """Makes dead deliveries due again, spaced out, in several transactions, those that died first before others.
 
-        Returns how many there were. If a step fails, calling it again retries the rest.
+        Returns how many there were, `most` at most. If a step fails, calling it again retries the rest.
         """
 
+    async def discard(self, operator: str, dead: Dead, by: str | None, note: str) -> int:
+        """Marks dead deliveries as wanted by nobody, in several transactions: they no longer count as dead.
+
+        Returns how many there were. If a step fails, calling it again discards the rest.
+        """
+
+    async def discard_one(self, webhook_id: str, by: str | None, note: str) -> Delivery | None:
+        """Discards a dead delivery and returns it as it was before; None: unknown. Others are not changed."""
+
+    async def find_dead(self, operator: str, dead: Dead) -> FoundDead:
+        """Counts dead deliveries, as many as one call of `retry_dead` would retry at most."""
+
     async def retry_one(self, webhook_id: str) -> Delivery | None:
-        """Makes a dead delivery due again and returns it as it was before; None: unknown. Others are not changed."""
+        """Makes a dead delivery due again, also a discarded one, and returns it as it was before; None: unknown.
+
+        Others are not changed.
+        """
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """Deletes a bounded number of sessions that ended before `before_at` and have no pending delivery.

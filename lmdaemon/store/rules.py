@@ -22,8 +22,10 @@ from lmdaemon import retry
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 from lmdaemon.store import silence
 from lmdaemon.store.contract import (
+    RETRY_SPACING_MS,
     SWEEP_ROWS,
     Closing,
+    Discard,
     Figures,
     GateChange,
     NewDelivery,
@@ -47,7 +49,6 @@ from lmdaemon.store.contract import (
 
 PRUNE_ROWS = 500
 RETRY_ROWS = 500
-RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again after this time
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
@@ -84,6 +85,7 @@ class Questions:
     due_ms: int | None = None  # and which are due at this service time?
     retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
     deliveries: list[str] = field(default_factory=list)  # public ids: what is known of them, and can they be sent?
+    discard: list[int] = field(default_factory=list)  # deliveries: which of them are dead and not discarded?
     pruning: Pruning | None = None  # which sessions are old enough, and what deliveries do they have?
 
 
@@ -94,6 +96,7 @@ class OldDelivery(NamedTuple):
     operator: str
     state: DeliveryState
     settled_at: int | None
+    discarded: str | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,11 +110,12 @@ class Facts:
     due: Sequence[Session] = ()  # the earliest due first
     dead: dict[int, str] = field(default_factory=dict)  # row number → sink of deliveries to retry that can be sent
     deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)  # by public id
+    to_discard: Mapping[int, str] = field(default_factory=dict)  # row number → operator of dead ones to be discarded
     old: Sequence[tuple[int, int]] = ()  # (id, ended_at) of sessions old enough to be pruned
     old_deliveries: Sequence[OldDelivery] = ()
 
 
-_LOOKED_UP = frozenset({Closing, Sweep, RetryDead, RetryOne, Pruning})
+_LOOKED_UP = frozenset({Closing, Sweep, RetryDead, RetryOne, Discard, Pruning})
 
 
 def must_look_up(kinds: Iterable[type]) -> bool:
@@ -136,6 +140,8 @@ def questions(batch: Iterable[Any]) -> Questions:
                 asked.retry = one
             case RetryOne():
                 asked.deliveries.append(one.webhook_id)
+            case Discard():
+                asked.discard = list(one.deliveries)
             case Pruning():
                 asked.pruning = one
     return asked
@@ -160,6 +166,7 @@ class Changes:
     results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
     digests: list[tuple[int, str]] = field(default_factory=list)  # session, the salted hash that replaces its token
     revived: list[tuple[int, int, int, int]] = field(default_factory=list)  # id, due_at, aged_from_at, held_base_ms
+    discarded: list[tuple[int, str]] = field(default_factory=list)  # id, JSON
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
     figures: dict[str, Figures] = field(default_factory=dict)  # to add to those of an operator
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -547,14 +554,16 @@ class _Decision:
     def retry_dead(self, retries: Iterable[RetryDead]) -> None:
         sinks = self._looked_up.dead
         for one in retries:
-            self._revive(one.operator, [(number, sinks[number]) for number in one.deliveries if number in sinks])
+            dead = [(number, sinks[number]) for number in one.deliveries if number in sinks]
+            self._revive(one.operator, dead, counted=len(dead))
             self._changes.answers.append(len(sinks))
 
     def retry_one(self, retries: Iterable[RetryOne]) -> None:
         for one in retries:
             delivery = self._looked_up.deliveries[one.webhook_id]
             if delivery is not None and delivery.id in self._looked_up.dead:
-                self._revive(delivery.operator, [(delivery.id, delivery.sink)])
+                counted = int(delivery.discarded is None)
+                self._revive(delivery.operator, [(delivery.id, delivery.sink)], counted=counted)
             self._changes.answers.append(delivery)
 
     @property
@@ -563,8 +572,18 @@ class _Decision:
             raise FactsNeeded
         return self._facts
 
-    def _revive(self, operator: str, dead: Sequence[tuple[int, str]]) -> None:
-        """Makes dead deliveries, given as (id, sink), due again, RETRY_SPACING_MS apart over all calls.
+    def discard(self, discards: Iterable[Discard]) -> None:
+        for one in discards:
+            operators = self._looked_up.to_discard
+            known = orjson.dumps({"at": self._now, "by": one.by, "note": one.note}).decode()
+            self._changes.discarded += [(number, known) for number in operators]
+            for operator in operators.values():
+                self._figures(operator).dead -= 1
+            self._changes.answers.append(len(operators))
+
+    def _revive(self, operator: str, dead: Sequence[tuple[int, str]], *, counted: int) -> None:
+        """Makes dead deliveries, given as (id, sink), due again, RETRY_SPACING_MS apart over all calls; so many of them
+        counted as dead.
 
         So an operator's server that has just come back is not flooded.
         """
@@ -576,7 +595,7 @@ class _Decision:
             due_at += RETRY_SPACING_MS
         self._changes.gates[operator] = replace(gate, paced_until_at=due_at)
         figures = self._figures(operator)
-        figures.dead -= len(dead)
+        figures.dead -= counted
         figures.pending += len(dead)
 
     def prune(self, prunings: Iterable[Pruning]) -> None:
@@ -584,7 +603,8 @@ class _Decision:
             old, deliveries = self._looked_up.old, self._looked_up.old_deliveries
             kept = {d.session for d in deliveries if d.state == "pending" or (d.settled_at or 0) >= one.before_at}
             for delivery in deliveries:
-                if delivery.state == "dead" and delivery.session not in kept:
+                counts = delivery.state == "dead" and delivery.discarded is None
+                if counts and delivery.session not in kept:
                     self._figures(delivery.operator).dead -= 1
             gone = [number for number, _ in old if number not in kept]
             self._changes.pruned += gone
@@ -644,6 +664,7 @@ _DECIDED_BY: Mapping[type, Callable[[_Decision, Any], None]] = {
     GateChange: _Decision.set_gate,
     RetryDead: _Decision.retry_dead,
     RetryOne: _Decision.retry_one,
+    Discard: _Decision.discard,
     Pruning: _Decision.prune,
     Probe: _Decision.probe,
 }

@@ -5,13 +5,17 @@ The store of an engine is a subclass that knows how to begin a batch and how to 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
     Closing,
+    Dead,
+    Discard,
+    FoundDead,
     GateChange,
     Opened,
     Opening,
@@ -34,13 +38,22 @@ from lmdaemon.store.projection import Projection
 from lmdaemon.store.rules import RETRY_ROWS
 from lmdaemon.store.writer import Writer
 
-RETRIES_MAX = 100_000  # dead deliveries made due again by one call
+DEAD_MAX = 100_000  # dead deliveries that one call counts, discards or makes due again
+
+
+class DiedRow(NamedTuple):
+    """A dead delivery that is not discarded."""
+
+    id: int
+    settled_at: int
+    can_be_sent: bool
+    cause: str
 
 
 class Died(NamedTuple):
-    """Ids of dead deliveries that can be sent again, and the (settled_at, id) after which to go on; None at the end."""
+    """Dead deliveries, and the (settled_at, id) after which to go on; None at the end."""
 
-    ids: list[int]
+    rows: list[DiedRow]
     after: tuple[int, int] | None
 
 
@@ -52,11 +65,25 @@ class Verbs(Projection):
         self._writer: Writer[Any]  # the engine's
 
     @abstractmethod
-    async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
+    async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
         """Reads dead deliveries of an operator in the order in which they died, beginning after `after`.
 
         Raises StoreError.
         """
+
+    async def _all_died(self, operator: str, dead: Dead) -> AsyncIterator[list[DiedRow]]:
+        """All of them, DEAD_MAX at most, read in steps, so that other operations are not delayed."""
+        left: int = DEAD_MAX
+        after: tuple[int, int] | None = (dead.since_at, 0)
+        while after is not None and left > 0:
+            found = await self._died(operator, dead, after, min(RETRY_ROWS, left))
+            yield found.rows
+            left -= len(found.rows)
+            after = found.after
+
+    @abstractmethod
+    async def delivery(self, webhook_id: str) -> Delivery | None:
+        """One delivery by its public id."""
 
     @property
     def failure(self) -> str | None:
@@ -98,17 +125,40 @@ class Verbs(Projection):
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
         return await self._writer.write(GateChange(operator, change))
 
-    async def retry_dead(self, operator: str, since_at: int) -> int:
-        # They are found by reads and changed in steps, so that other operations are not delayed
-        retried, after = 0, (since_at, 0)
-        while retried < RETRIES_MAX:
-            found = await self._died(operator, after, min(RETRY_ROWS, RETRIES_MAX - retried))
-            if found.ids:
-                retried += await self._writer.write(RetryDead(operator, found.ids))
-            if found.after is None:
+    async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
+        retried, left = 0, DEAD_MAX if most is None else most
+        async for rows in self._all_died(operator, dead):
+            ids = [row.id for row in rows if row.can_be_sent][:left]
+            if ids:
+                retried += await self._writer.write(RetryDead(operator, ids))
+                left -= len(ids)
+            if left <= 0:
                 break
-            after = found.after
         return retried
+
+    async def discard(self, operator: str, dead: Dead, by: str | None, note: str) -> int:
+        discarded = 0
+        async for rows in self._all_died(operator, dead):
+            if rows:
+                discarded += await self._writer.write(Discard([row.id for row in rows], by, note))
+        return discarded
+
+    async def discard_one(self, webhook_id: str, by: str | None, note: str) -> Delivery | None:
+        before = await self.delivery(webhook_id)
+        if before is not None and before.state == "dead" and before.discarded is None:
+            await self._writer.write(Discard([before.id], by, note))
+        return before
+
+    async def find_dead(self, operator: str, dead: Dead) -> FoundDead:
+        count, can_be_sent, oldest_at = 0, 0, None
+        causes: Counter[str] = Counter()
+        async for rows in self._all_died(operator, dead):
+            count += len(rows)
+            can_be_sent += sum(row.can_be_sent for row in rows)
+            causes.update(row.cause for row in rows)
+            if oldest_at is None and rows:
+                oldest_at = rows[0].settled_at
+        return FoundDead(count, can_be_sent, oldest_at, dict(causes.most_common()))
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
         return await self._writer.write(RetryOne(webhook_id))

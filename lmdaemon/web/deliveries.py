@@ -1,11 +1,16 @@
-"""The calls about deliveries: pages, single ones with their attempts, and another try for dead ones."""
+"""The calls about deliveries: pages, single ones with their attempts; dead ones are tried again or
+discarded.
+"""
+
+from typing import Any
 
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from lmdaemon import shapes
 from lmdaemon.log import Log
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, rfc3339
+from lmdaemon.store.contract import RETRY_SPACING_MS, Dead
 from lmdaemon.web.calls import SEEN_MAX, Asked, Context, page_answer, shown
 from lmdaemon.web.documents import read_time, with_history
 from lmdaemon.web.problems import Problem, invalid
@@ -73,31 +78,79 @@ class Deliveries:
         )
         return self._context.delivery(delivery)
 
-    async def retry_dead(self, asked: Asked[shapes.RetrySince]) -> shapes.RetriedDeliveries:
+    async def retry_dead(self, asked: Asked[shapes.RetryDead]) -> shapes.RetriedDeliveries:
         """POST /v1/operators/{operator}/deliveries/retry."""
-        operator, since_at = asked.operator.name, self._since_at(asked.given.since)
+        operator, dead = asked.operator.name, self._dead(asked.given)
+        if asked.given.dry_run is True:
+            return shapes.RetriedDeliveries(retried=0, dry_run=await self._found(asked, dead))
         if operator in self._retrying:
             raise Problem("busy", "another call is retrying the dead deliveries of this operator")
         self._retrying.add(operator)
         try:
-            retried = await self._store.retry_dead(operator, since_at)
+            retried = await self._store.retry_dead(operator, dead, asked.given.limit or None)
         finally:
             self._retrying.discard(operator)
         by, asking = self._context.asker(asked.request)
         log.info("delivery.retried_by_hand", operator=operator, count=retried, by=by, request_id=asking)
         return shapes.RetriedDeliveries(retried=retried)
 
-    def _since_at(self, since: str | UnsetType) -> int:
-        """As wall milliseconds, 0 when it is not given. Raises Problem."""
-        if since is UNSET:
-            return 0
-        try:
-            since_at = read_time(since)
-        except ValueError as error:
-            raise invalid(f"since: {error} (got {since[:SEEN_MAX]!r})") from None
+    async def discard_one(self, asked: Asked[shapes.Discard]) -> shapes.Delivery:
+        """POST /v1/deliveries/{id}/discard."""
+        by, asking = self._context.asker(asked.request)
+        note = asked.given.note
+        before = await self._store.discard_one(asked.request.match_info["id"], by, note)
+        if before is None:
+            raise _unknown_delivery()
+        if before.state != "dead":
+            raise Problem("not-dead", f"the delivery is {before.state}, not dead")
+        name = before.webhook_id
+        if before.discarded is None:
+            facts = {"operator": before.operator, "id": name, "note": note}
+            log.info("delivery.discarded_by_hand", **facts, by=by, request_id=asking)
+        return self._context.delivery(await self._store.delivery(name) or before)
+
+    async def discard_dead(self, asked: Asked[shapes.DiscardDead]) -> shapes.DiscardedDeliveries:
+        """POST /v1/operators/{operator}/deliveries/discard."""
+        operator, dead, note = asked.operator.name, self._dead(asked.given), asked.given.note
+        if asked.given.dry_run is True:
+            return shapes.DiscardedDeliveries(discarded=0, dry_run=await self._found(asked, dead))
+        by, asking = self._context.asker(asked.request)
+        count = await self._store.discard(operator, dead, by, note)
+        log.info("delivery.discarded_by_hand", operator=operator, count=count, note=note, by=by, request_id=asking)
+        return shapes.DiscardedDeliveries(discarded=count)
+
+    async def _found(self, asked: Asked[Any], dead: Dead) -> shapes.FoundDead:
+        found = await shown(asked.request, self._store.find_dead(asked.operator.name, dead))
+        return shapes.FoundDead(
+            found=found.found,
+            can_be_sent=found.can_be_sent,
+            oldest_settled_at=rfc3339(found.oldest_at),
+            reasons=dict(found.causes),
+            seconds=found.can_be_sent * RETRY_SPACING_MS / 1000,
+        )
+
+    def _dead(self, given: shapes.DeadOnes) -> Dead:
+        """Raises Problem."""
+        since_at = self._at("since", given.since) or 0
         if since_at > self._context.clock.wall_ms():
-            raise invalid(f"since: must not lie ahead (got {since!r})")
-        return since_at
+            raise invalid(f"since: must not lie ahead (got {given.since!r})")
+        return Dead(
+            since_at,
+            self._at("until", given.until),
+            self._at("endedSince", given.ended_since) or 0,
+            self._at("endedUntil", given.ended_until),
+            given.reason or None,
+        )
+
+    @staticmethod
+    def _at(name: str, given: str | UnsetType) -> int | None:
+        """As wall milliseconds, None when it is not given. Raises Problem."""
+        if given is UNSET:
+            return None
+        try:
+            return read_time(given)
+        except ValueError as error:
+            raise invalid(f"{name}: {error} (got {given[:SEEN_MAX]!r})") from None
 
 
 def _unknown_delivery() -> Problem:

@@ -76,7 +76,12 @@ def delivery_document(delivery: Delivery, gate: Gate, under_way_since: int | Non
         last_code=delivery.last_code,
         last_error=delivery.last_error,
         body_sha256=delivery.body_digest,
+        discarded=None if delivery.discarded is None else _discarded(orjson.loads(delivery.discarded)),
     )
+
+
+def _discarded(stored: dict[str, Any]) -> shapes.Discarded:
+    return shapes.Discarded(at=rfc3339(stored["at"]), by=stored["by"], note=stored["note"])
 
 
 def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.DeliveryWithHistory:

@@ -162,6 +162,10 @@ COMMANDS = [
     "deliveries show msg_1",
     "deliveries retry msg_1",
     "deliveries retry --operator acme",
+    "deliveries retry --operator acme --dry-run",
+    "deliveries retry --operator acme --follow",
+    "deliveries discard msg_1 --note x",
+    "deliveries discard --operator acme --note x",
     "hold acme",
     "release acme",
 ]

@@ -206,7 +206,7 @@ async def test_csv_is_rfc_4180_with_a_fixed_header_one_row_a_delivery(archive: P
     rows = list(csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True))
     assert ",".join(rows[0]) == (
         "operator,sessionId,playerId,reason,openedAt,lastSeenAt,endedAt,idleTimeoutSeconds,attributes,deliveryId,sink,"
-        "deliveryState,attempts,createdAt,nextAttemptAt,settledAt,lastStatus,lastCode,lastError,history"
+        "deliveryState,attempts,createdAt,nextAttemptAt,settledAt,lastStatus,lastCode,lastError,history,discarded"
     )
     first, second = rows[0], rows[1]
     assert (first["sessionId"], first["reason"], first["lastCode"]) == ('a "quoted", id', "closed", "-5")

@@ -39,7 +39,7 @@ from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules
-from lmdaemon.store.contract import Opening, Recording, StoreError
+from lmdaemon.store.contract import Dead, Opening, Recording, StoreError
 from lmdaemon.store.sqlite import thread
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
@@ -833,7 +833,7 @@ class Promises(RuleBasedStateMachine):
     def retry_all(self, operator: str) -> None:
         dead = [d for d in self.seen.values() if (d.operator, d.state) == (operator, "dead") and not self.impossible(d)]
         with contextlib.suppress(StoreError):
-            assert self.loop.run_until_complete(self.db.retry_dead(operator, 0)) == len(dead)
+            assert self.loop.run_until_complete(self.db.retry_dead(operator, Dead())) == len(dead)
         self.settled()
 
     # -- rules: the disk and the process

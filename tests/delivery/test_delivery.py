@@ -29,7 +29,7 @@ from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.delivery.sinks import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.model import Session, rfc3339
-from lmdaemon.store.contract import Opening, StoreObserver
+from lmdaemon.store.contract import Dead, Opening, StoreObserver
 from lmdaemon.store.sqlite import store
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
@@ -135,7 +135,7 @@ class TestOneDelivery:
                 await b.end()
                 await b.round()
                 clock.advance(100 * 86400)  # older than max_age: by hand it starts anew
-                assert await b.db.retry_dead("acme", 0) == 1
+                assert await b.db.retry_dead("acme", Dead()) == 1
                 await b.round()
                 row = await b.row()
                 assert (row.state, row.attempts) == ("delivered", 2)
@@ -1115,7 +1115,7 @@ async def test_a_wall_clock_set_back_keeps_the_pace_of_retries_by_hand(tmp_path:
             for number in range(30):
                 await b.end(str(number))
             await b.round()
-            assert await b.db.retry_dead("acme", 0) == 30
+            assert await b.db.retry_dead("acme", Dead()) == 30
             await b.dispatcher.once()
             clock.step_wall(-3600)
             arrived = []

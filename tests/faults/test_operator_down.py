@@ -16,7 +16,7 @@ from clocks import HandClock
 from support import Bench, bench, operator_table, scripted_operator
 
 from lmdaemon import retry
-from lmdaemon.store.rules import RETRY_SPACING_MS
+from lmdaemon.store.contract import RETRY_SPACING_MS, Dead
 
 HOUR = 3600.0
 SCHEDULE = ["5s", "30s", "2m", "10m", "30m", "2h", "5h", "10h", "10h"]
@@ -171,7 +171,7 @@ async def test_five_days_of_failure_hold_it_and_a_release_brings_all_back(
         assert came.keys() == {"delivered", "dead"}  # dead: some more grew too old before their next turn came
         assert came["delivered"] >= SESSIONS
         again = len(o.requests)
-        assert await o.bench.db.retry_dead("acme", 0) == came["dead"]
+        assert await o.bench.db.retry_dead("acme", Dead()) == came["dead"]
         await o.restart()  # the pace outlives it
         await o.live(60)
         assert await o.states() == {"delivered": (day + 1) * SESSIONS}

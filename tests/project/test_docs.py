@@ -180,7 +180,7 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"and {answers.HEADERS_MAX} headers; {answers.WIRE_MAX // 1024**2} MiB to carry the body",
         f"(1xx) | {answers.INTERIM_MAX} then",
         f"{resolver.LOOKUPS_MAX} each on a thread of its own",
-        f"ten a second for an operator {verbs.RETRIES_MAX} in one call",
+        f"ten a second for an operator {verbs.DEAD_MAX} in one call",
         f"{disk.WAL_MAX // 1024**2} MiB and one transaction",
         f"warns at {store.LARGE_WAL // 1024**2} MiB",
         f"{contract.SWEEP_ROWS} sessions in one operation",

@@ -71,7 +71,8 @@ async def db(engine: Engine, clock: HandClock) -> AsyncIterator[Store]:
 def assert_figures_are_true(engine: Engine, db: Store) -> None:
     """What is kept up in every transaction is what counting would say, in memory and in the database."""
     live = Counter(row["operator"] for row in engine.rows("session") if row["reason"] is None)
-    states = Counter((row["operator"], row["state"]) for row in engine.rows("delivery"))
+    counted = [row for row in engine.rows("delivery") if row["discarded"] is None]
+    states = Counter((row["operator"], row["state"]) for row in counted)
     stored = {row["name"]: (row["live"], row["pending"], row["dead"]) for row in engine.rows("operator")}
     assert stored == {name: (live[name], states[name, "pending"], states[name, "dead"]) for name in stored}
     assert stored.keys() >= live.keys() | {operator for operator, _ in states}

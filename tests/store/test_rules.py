@@ -193,6 +193,7 @@ def delivery(number: int = 3, state: Any = "pending") -> Delivery:
         last_code=None,
         last_error=None,
         body_digest=None,
+        discarded=None,
         history="[]",
         body=b"{}",
     )

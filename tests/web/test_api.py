@@ -730,6 +730,9 @@ async def test_a_session_shows_its_deliveries(api: Caller, wallet: ScriptedOpera
         "lastStatus": 200,
         "lastCode": 0,
         "lastError": None,
+        "attemptSince": None,
+        "bodySha256": hashlib.sha256(wallet.received[0].body).hexdigest(),
+        "discarded": None,
     }
     assert wallet.received[0].headers["webhook-id"] == delivery["id"]
 
@@ -849,7 +852,7 @@ async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet
 async def test_one_call_retries_as_many_as_it_may_and_no_more(
     api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verbs, "RETRIES_MAX", 5)
+    monkeypatch.setattr(verbs, "DEAD_MAX", 5)
     monkeypatch.setattr(verbs, "RETRY_ROWS", 2)
     await dead_deliveries(api, wallet, *(f"s{number}" for number in range(6)))
     await api("POST", ACME + "/hold", 200)
@@ -904,7 +907,11 @@ async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_eve
         ),
         {"since": "2026-09-21T14:13:20.001Z"},  # ahead of the clock
         *({"since": value} for value in ("2026-01-01T25:00:00Z", "2026-01-01 00:00:00Z", "0001-01-01T00:00:00+10:00")),
-        {"until": "2026-01-01T00:00:00Z"},
+        *({name: "yesterday"} for name in ("until", "endedSince", "endedUntil")),
+        {"reason": ""},
+        {"limit": 0},
+        {"dryRun": 1},
+        {"before": "2026-01-01T00:00:00Z"},
         [],
     ],
 )

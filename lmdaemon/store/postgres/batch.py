@@ -44,7 +44,7 @@ _TYPES = {
     **dict.fromkeys(("operator", "session_id", "player_id", "token", "attributes", "extra", "reason", "nonce"), "text"),
     **dict.fromkeys(("sink", "state", "last_error", "history", "body", "name", "held_reason"), "text"),
     **dict.fromkeys(("held_by", "held_note", "failed_reason", "failed_detail", "urls", "body_digest"), "text"),
-    **dict.fromkeys(("opened_request", "ended_request", "request"), "text"),
+    **dict.fromkeys(("opened_request", "ended_request", "request", "discarded"), "text"),
     **dict.fromkeys(("attempts", "step", "last_status"), "integer"),
     "last_code": "numeric",
 }
@@ -79,8 +79,11 @@ ORDER BY lifetime_at LIMIT %s"""
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 # Which of these deliveries are dead and may be sent, with their sinks.
 DEAD = (
-    f"SELECT id, sink FROM lmdaemon.delivery WHERE id = ANY (%s) AND operator = %s AND state = 'dead' AND {MAY_BE_SENT}"
+    f"SELECT id, sink FROM lmdaemon.delivery WHERE id = ANY (%s) AND operator = %s AND state = 'dead' "
+    f"AND discarded IS NULL AND {MAY_BE_SENT}"
 )
+# Which of these deliveries are dead and not discarded, with their operators.
+TO_DISCARD = "SELECT id, operator FROM lmdaemon.delivery WHERE id = ANY (%s) AND state = 'dead' AND discarded IS NULL"
 # Deliveries by their numbers.
 DELIVERIES_BY_ID = (
     f"SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = ANY (%s)"
@@ -169,12 +172,22 @@ WHERE session.id = digest.id
 # Makes dead deliveries due again.
 REVIVE = _count(
     """UPDATE lmdaemon.delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
-                           aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
+                           aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms,
+                           discarded = NULL
        FROM again JOIN locked USING (id) WHERE delivery.id = again.id""",
     rows=f"""again AS MATERIALIZED {given("id", "due_at", "aged_from_at", "held_base_ms")},
          locked AS MATERIALIZED (
              SELECT d.id FROM lmdaemon.delivery d JOIN again USING (id)
              WHERE d.state = 'dead' ORDER BY d.id FOR UPDATE OF d),""",
+)
+# Marks dead deliveries as wanted by nobody.
+DISCARD = _count(
+    """UPDATE lmdaemon.delivery SET discarded = unwanted.discarded
+       FROM unwanted JOIN locked USING (id) WHERE delivery.id = unwanted.id""",
+    rows=f"""unwanted AS MATERIALIZED {given("id", "discarded")},
+         locked AS MATERIALIZED (
+             SELECT d.id FROM lmdaemon.delivery d JOIN unwanted USING (id)
+             WHERE d.state = 'dead' AND d.discarded IS NULL ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Deletes the deliveries of pruned sessions. One that is pending again stays, and keeps its session from being deleted.
 PRUNE_DELIVERIES = "DELETE FROM lmdaemon.delivery WHERE session = ANY (%s) AND state <> 'pending'"
@@ -222,6 +235,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int) -> Facts:
         **({"pending": (PENDING_OF, (asked.results,))} if asked.results else {}),
         **({"outlived": (DUE_LIFETIME, (wall_at, limit)), "due": (DUE, (due_ms, limit))} if asked.sweeps else {}),
         **({"dead": (DEAD, (list(retry.deliveries), retry.operator))} if retry else {}),
+        **({"to_discard": (TO_DISCARD, (asked.discard,))} if asked.discard else {}),
         **({"deliveries": (DELIVERIES_BY_ID, (list(named),))} if named else {}),
         **({"old": (ENDED_BEFORE, (pruning.before_at, *pruning.after, PRUNE_ROWS))} if pruning else {}),
     }
@@ -237,6 +251,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int) -> Facts:
         if one.state == "dead" and (one.body or one.sink != HTTP_SINK):  # as MAY_BE_SENT has it
             dead[one.id] = one.sink
     facts.dead = dead
+    facts.to_discard = dict(found.get("to_discard", ()))
     if pruning:
         facts.old = [(number, ended_at) for number, ended_at in found["old"]]
         ids = [number for number, _ in facts.old]
@@ -387,6 +402,8 @@ class Batch:
             yield FORGET_TOKENS, (to_json(changes.digests),)
         if changes.revived:
             yield REVIVE, (to_json(changes.revived), len(changes.revived))
+        if changes.discarded:
+            yield DISCARD, (to_json(changes.discarded), len(changes.discarded))
         if changes.pruned:
             yield PRUNE_DELIVERIES, (changes.pruned,)
             yield PRUNE_SESSIONS, (changes.pruned, len(changes.pruned))

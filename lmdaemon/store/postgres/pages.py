@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from lmdaemon.model import DELIVERY_STATES, Delivery, Session
-from lmdaemon.store.contract import PAGE_BYTES, Page
+from lmdaemon.store.contract import PAGE_BYTES, Dead, Page
 from lmdaemon.store.postgres.batch import MAY_BE_SENT, delivery_of, number_of, to_json
 from lmdaemon.store.postgres.thread import Connection
-from lmdaemon.store.verbs import Died
+from lmdaemon.store.verbs import Died, DiedRow
 
 BLOCK = 100  # rows read by one statement
 PLAYER_ROWS = 10_000  # sessions of a player looked at for one page: few of them may be in the state that is asked for
@@ -91,10 +91,12 @@ _ONE_DELIVERY = f"""
 SELECT {_delivery_columns("d.history")}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = %s"""
 
-# Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again.
+# Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again, why.
 _DIED = f"""
-SELECT id, settled_at, {MAY_BE_SENT} FROM lmdaemon.delivery
-WHERE operator = %s AND state = 'dead' AND (settled_at, id) > (%s, %s) ORDER BY settled_at, id LIMIT %s"""
+SELECT id, settled_at, {MAY_BE_SENT}, coalesce(last_error, '') FROM lmdaemon.delivery
+WHERE operator = %s AND state = 'dead' AND discarded IS NULL AND (settled_at, id) > (%s, %s) AND settled_at < %s
+      AND created_at >= %s AND created_at < %s AND coalesce(last_error, '') = coalesce(%s::text, last_error, '')
+ORDER BY settled_at, id LIMIT %s"""
 
 
 def one_session(sql: Connection, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
@@ -167,11 +169,12 @@ def has_sink(sql: Connection, operators: Sequence[str], sink: str) -> bool:
     return bool(found and found[0])
 
 
-def died(sql: Connection, operator: str, after: tuple[int, int], limit: int) -> Died:
+def died(sql: Connection, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
     """Looks at dead deliveries of an operator in the order in which they died, beginning behind `after`."""
-    found = sql.execute(_DIED, (operator, *after, limit)).fetchall()
-    last = (found[-1][1], found[-1][0]) if len(found) == limit else None
-    return Died([number for number, _, may_be_sent in found if may_be_sent], last)
+    until_at, ended_until_at = (BEYOND if at is None else at for at in (dead.until_at, dead.ended_until_at))
+    given = (operator, *after, until_at, dead.ended_since_at, ended_until_at, dead.cause, limit)
+    found = [DiedRow(*row) for row in sql.execute(_DIED, given)]
+    return Died(found, (found[-1].settled_at, found[-1].id) if len(found) == limit else None)
 
 
 # -- ids first, then their rows

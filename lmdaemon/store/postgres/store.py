@@ -14,7 +14,18 @@ import psycopg
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Probe, Room, StoreError
+from lmdaemon.store.contract import (
+    AGING_ROWS,
+    Claim,
+    DatabaseError,
+    Dead,
+    Figures,
+    Operation,
+    Page,
+    Probe,
+    Room,
+    StoreError,
+)
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, NEXT, SESSION, Batch, delivery_of, fetch_all, to_json
 from lmdaemon.store.postgres.cluster import LEASE_S
@@ -301,8 +312,8 @@ class Store(Verbs):
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._reads.look(_oldest_pending, list(operators))
 
-    async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
-        return await self._reads.look(pages.died, operator, after, limit)
+    async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
+        return await self._reads.look(pages.died, operator, dead, after, limit)
 
 
 def _aging(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:

@@ -60,11 +60,16 @@ DUE_LIFETIME = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
       ORDER BY lifetime_at LIMIT ?)"""
-# Which of these deliveries are dead and can be sent, with their sinks. The `+` keeps SQLite from using the index of all
-# dead deliveries.
+# Which of these deliveries are dead and can be sent, with their sinks; discarded ones only where asked for. The `+`
+# keeps SQLite from using the index of all dead deliveries.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
-WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND {MAY_BE_SENT}"""
+WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND (discarded IS NULL OR ?)
+      AND {MAY_BE_SENT}"""
+# Which of these deliveries are dead and not discarded, with their operators.
+TO_DISCARD = f"""
+SELECT {as_rows("id, operator")} FROM delivery
+WHERE id IN (SELECT value FROM json_each(?)) AND state = 'dead' AND discarded IS NULL"""
 # The deliveries of old sessions, which decide whether the sessions can be deleted.
 OLD_DELIVERIES = f"""
 SELECT {as_rows(", ".join(OldDelivery._fields))} FROM delivery WHERE session IN (SELECT value FROM json_each(?))"""
@@ -96,11 +101,13 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
         if asked.due_ms is not None:
             facts.due = fetch_sessions(sql, DUE, asked.due_ms, limit)
     if asked.retry is not None:
-        facts.dead = dict(fetch(sql, DEAD, to_json(asked.retry.deliveries), asked.retry.operator))
+        facts.dead = dict(fetch(sql, DEAD, to_json(asked.retry.deliveries), asked.retry.operator, False))
     facts.deliveries = {name: delivery_by_webhook_id(sql, name) for name in asked.deliveries}
     for found in facts.deliveries.values():
         if found is not None:
-            facts.dead |= dict(fetch(sql, DEAD, to_json([found.id]), found.operator))
+            facts.dead |= dict(fetch(sql, DEAD, to_json([found.id]), found.operator, True))
+    if asked.discard:
+        facts.to_discard = dict(fetch(sql, TO_DISCARD, to_json(asked.discard)))
     if asked.pruning is not None:
         rows = fetch(sql, ENDED_BEFORE, asked.pruning.before_at, *asked.pruning.after, PRUNE_ROWS)
         facts.old = [(number, ended_at) for number, ended_at in rows]
@@ -151,9 +158,13 @@ WHERE session.id = digest.id AND NOT EXISTS (SELECT 1 FROM delivery WHERE sessio
 # Makes dead deliveries due again.
 REVIVE = f"""
 UPDATE delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
-                    aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms
+                    aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms, discarded = NULL
 FROM (SELECT {given("id", "due_at", "aged_from_at", "held_base_ms")} FROM json_each(?)) AS again
 WHERE delivery.id = again.id"""
+# Marks dead deliveries as wanted by nobody.
+DISCARD = f"""
+UPDATE delivery SET discarded = unwanted.discarded
+FROM (SELECT {given("id", "discarded")} FROM json_each(?)) AS unwanted WHERE delivery.id = unwanted.id"""
 # Deletes the deliveries of pruned sessions.
 PRUNE_DELIVERIES = "DELETE FROM delivery WHERE session IN (SELECT value FROM json_each(?))"
 # Deletes pruned sessions.
@@ -189,6 +200,7 @@ _PARTS = {
     ),
     "digests": (FORGET_TOKENS,),
     "revived": (REVIVE,),
+    "discarded": (DISCARD,),
     "pruned": (PRUNE_DELIVERIES, PRUNE_SESSIONS),
     "figures": (ADD_FIGURES,),
     "gates": (PUT_GATES,),
@@ -210,7 +222,7 @@ class Written:
         touched = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
         rows: tuple[list[Any], ...] = (
             *(changes.sessions, changes.ended, changes.moved_due, changes.moved_lifetime, changes.deliveries),
-            *(list(changes.results.values()), changes.digests, changes.revived, changes.pruned),
+            *(list(changes.results.values()), changes.digests, changes.revived, changes.discarded, changes.pruned),
             [(name, one.live, one.pending, one.dead) for name, one in changes.figures.items()],
             [(name, *astuple(gate)) for name, gate in changes.gates.items()],
         )

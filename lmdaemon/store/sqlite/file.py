@@ -253,7 +253,7 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
 # Entry n upgrades a file from version n to n + 1. One that was released must never be edited: add another one.
 MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8")
-    for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql")
+    for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")
 )
 
 

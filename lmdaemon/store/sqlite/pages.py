@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import orjson
 
 from lmdaemon.model import DELIVERY_STATES, Delivery, Session
-from lmdaemon.store.contract import PAGE_BYTES, Page
+from lmdaemon.store.contract import PAGE_BYTES, Dead, Page
 from lmdaemon.store.sqlite.rows import MAY_BE_SENT, as_rows, fetch, number_of, to_json
-from lmdaemon.store.verbs import Died
+from lmdaemon.store.verbs import Died, DiedRow
 
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
@@ -82,11 +82,13 @@ SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.
 _ONE_DELIVERY = f"""
 SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
-# Dead deliveries of an operator in the order in which they died: id, when, whether it can be sent again.
+# Dead deliveries of an operator in the order in which they died: id, when, whether it can be sent again, why.
 _DIED = f"""
-SELECT {as_rows("id, settled_at, may_be_sent")}
-FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent FROM delivery
-      WHERE operator = ? AND state = 'dead' AND (settled_at, id) > (?, ?) ORDER BY settled_at, id LIMIT ?)"""
+SELECT {as_rows("id, settled_at, may_be_sent, cause")}
+FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent, coalesce(last_error, '') AS cause FROM delivery
+      WHERE operator = ? AND state = 'dead' AND discarded IS NULL AND (settled_at, id) > (?, ?) AND settled_at < ?
+      AND created_at >= ? AND created_at < ? AND coalesce(last_error, '') = coalesce(?, last_error, '')
+      ORDER BY settled_at, id LIMIT ?)"""
 
 
 def one_session(sql: sqlite3.Connection, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
@@ -168,11 +170,12 @@ def has_sink(sql: sqlite3.Connection, operators: Sequence[str], sink: str) -> bo
     return bool(sql.execute(_HAS_SINK, (to_json(operators), sink)).fetchone()[0])
 
 
-def died(sql: sqlite3.Connection, operator: str, after: tuple[int, int], limit: int) -> Died:
+def died(sql: sqlite3.Connection, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
     """Dead deliveries of an operator in the order in which they died, beginning after `after` (settled_at, id)."""
-    found = sorted(fetch(sql, _DIED, operator, *after, limit), key=lambda row: (row[1], row[0]))
-    last = (found[-1][1], found[-1][0]) if len(found) == limit else None
-    return Died([number for number, _, may_be_sent in found if may_be_sent], last)
+    until_at, ended_until_at = (BEYOND if at is None else at for at in (dead.until_at, dead.ended_until_at))
+    given = (operator, *after, until_at, dead.ended_since_at, ended_until_at, dead.cause, limit)
+    found = sorted((DiedRow(*row) for row in fetch(sql, _DIED, *given)), key=lambda row: (row.settled_at, row.id))
+    return Died(found, (found[-1].settled_at, found[-1].id) if len(found) == limit else None)
 
 
 # -- ids first, then their rows

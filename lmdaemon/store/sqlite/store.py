@@ -15,7 +15,7 @@ from typing import Any, Self
 from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Figures, Operation, Page, Room, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Figures, Operation, Page, Room, StoreError
 from lmdaemon.store.projection import Loaded
 from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
@@ -194,8 +194,8 @@ class Store(Verbs):
     async def has_sink(self, sink: str) -> bool:
         return await self._db.reads.look(pages.has_sink, list(self.figures), sink)
 
-    async def _died(self, operator: str, after: tuple[int, int], limit: int) -> Died:
-        return await self._db.reads.look(pages.died, operator, after, limit)
+    async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
+        return await self._db.reads.look(pages.died, operator, dead, after, limit)
 
     async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._db.reads.look(_aging, list(operators))

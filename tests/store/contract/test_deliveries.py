@@ -12,7 +12,7 @@ from operations import attempt, kept, notice, one_delivery, opening
 from lmdaemon import retry
 from lmdaemon.model import Gate
 from lmdaemon.store import contract, rules
-from lmdaemon.store.contract import Claim, NewDelivery, Settlement, Store
+from lmdaemon.store.contract import Claim, Dead, NewDelivery, Settlement, Store
 
 
 class TestDeliveries:
@@ -101,7 +101,7 @@ class TestDeliveries:
         assert await kept(db) == ("tok-3n", [b"", b""])  # the plug-in is to be told it
         await db.settle(Settlement(plugin, "dead", 0, 0, attempt()))
         assert (await kept(db))[0] == "tok-3n"  # and may be, by hand
-        await db.retry_dead("acme", 0)
+        await db.retry_dead("acme", Dead())
         await db.settle(Settlement(plugin, "delivered", 0, 0, attempt()))
         digest, bodies = await kept(db)
         assert "tok-3n" not in digest
@@ -130,12 +130,85 @@ class TestDeliveries:
         clock.advance(60)
         late = await one_delivery(db, "late")
         await db.settle(Settlement(late, "dead", 0, 3, attempt()))
-        assert await db.retry_dead("acme", clock.wall_ms()) == 1
-        assert await db.retry_dead("acme", since) == 12
-        assert await db.retry_dead("acme", 0) == 0
+        assert await db.retry_dead("acme", Dead(since_at=clock.wall_ms())) == 1
+        assert await db.retry_dead("acme", Dead(since_at=since)) == 12
+        assert await db.retry_dead("acme", Dead()) == 0
         (rows,) = await db.claimable([Claim("acme", "http", [], 99)])
         assert [row.due_at - clock.wall_ms() for row in rows] == [100 * place for place in range(13)]
         assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
+
+    async def test_dead_deliveries_are_found_by_cause_death_and_end(self, db: Store, clock: HandClock) -> None:
+        """Retried and counted alike."""
+        ended_at, died_at = [], []
+        for number, cause in enumerate(("timeout", "code_7", "timeout", "code_7")):
+            ended_at.append(clock.wall_ms())
+            delivery = await one_delivery(db, str(number))
+            clock.advance(10)
+            died_at.append(clock.wall_ms())
+            await db.settle(Settlement(delivery, "dead", 0, 3, attempt(error=cause)))
+            clock.advance(10)
+        found = await db.find_dead("acme", Dead())
+        assert found == (4, 4, died_at[0], {"timeout": 2, "code_7": 2})
+        assert await db.find_dead("acme", Dead(cause="code_7")) == (2, 2, died_at[1], {"code_7": 2})
+        assert await db.find_dead("acme", Dead(died_at[1], died_at[3])) == (
+            2,
+            2,
+            died_at[1],
+            {"code_7": 1, "timeout": 1},
+        )
+        ended = Dead(ended_since_at=ended_at[2], ended_until_at=ended_at[3])
+        assert await db.find_dead("acme", ended) == (1, 1, died_at[2], {"timeout": 1})
+        assert await db.find_dead("other", Dead()) == (0, 0, None, {})
+        assert await db.retry_dead("acme", ended) == 1
+        assert await db.retry_dead("acme", Dead(cause="status_500")) == 0
+        assert await db.retry_dead("acme", Dead(), 2) == 2
+        assert await db.find_dead("acme", Dead()) == (1, 1, died_at[3], {"code_7": 1})
+
+    async def test_a_discarded_delivery_counts_as_dead_no_more(self, db: Store, clock: HandClock) -> None:
+        """It is kept with who, when and why, and left alone by what concerns all dead ones."""
+        ids = []
+        for number in range(3):
+            delivery = await one_delivery(db, str(number))
+            ids.append(delivery.webhook_id)
+            await db.settle(Settlement(delivery, "dead", 0, 3, attempt(error="timeout" if number else "code_7")))
+        assert await db.discard("acme", Dead(cause="timeout"), "ops", "they went bankrupt") == 2
+        assert await db.discard("acme", Dead(cause="timeout"), "ops", "again") == 0
+        assert db.figures_of("acme").dead == 1
+        known = await db.delivery(ids[1])
+        assert known is not None
+        assert (known.state, known.attempts, known.last_error) == ("dead", 1, "timeout")
+        assert json.loads(known.discarded or "") == {"at": clock.wall_ms(), "by": "ops", "note": "they went bankrupt"}
+        page = await db.deliveries(operator="acme", sink=None, state="dead", limit=9, after=None)
+        assert sum(one.discarded is not None for one in page.rows) == 2
+        assert await db.retry_dead("acme", Dead()) == 1
+        assert await db.find_dead("acme", Dead()) == (0, 0, None, {})
+        assert db.figures_of("acme") == contract.Figures(live=0, pending=1, dead=0)
+
+    async def test_one_is_discarded_once_and_can_be_wanted_again(self, db: Store) -> None:
+        delivery = await one_delivery(db)
+        name = delivery.webhook_id
+        assert await db.discard_one("msg_99_" + "0" * 20, None, "no such delivery") is None
+        pending = await db.discard_one(name, None, "too early")
+        assert pending is not None
+        assert (pending.state, db.figures_of("acme").pending) == ("pending", 1)
+        await db.settle(Settlement(delivery, "dead", 0, 3, attempt(error="timeout")))
+        for note, before in (("first", None), ("second", "first")):
+            known = await db.discard_one(name, None, note)
+            assert known is not None
+            assert (json.loads(known.discarded)["note"] if known.discarded else None) == before
+        assert db.figures_of("acme").dead == 0
+        assert (await db.retry_one(name)) is not None
+        again = await db.delivery(name)
+        assert again is not None
+        assert (again.state, again.discarded) == ("pending", None)
+        assert db.figures_of("acme") == contract.Figures(live=0, pending=1, dead=0)
+
+    async def test_discarded_deliveries_are_pruned_with_their_sessions(self, db: Store, clock: HandClock) -> None:
+        await db.settle(Settlement(await one_delivery(db), "dead", 0, 3, attempt(error="timeout")))
+        await db.discard("acme", Dead(), None, "over")
+        clock.advance(10)
+        assert (await db.prune(clock.wall_ms(), (0, 0))).sessions == 1
+        assert db.figures_of("acme").dead == 0
 
     async def test_a_hold_does_not_age_what_waits(self, db: Store, clock: HandClock) -> None:
         before = await one_delivery(db, "before")

@@ -11,7 +11,7 @@ from support import live
 
 from lmdaemon.model import Session
 from lmdaemon.store import contract
-from lmdaemon.store.contract import NewDelivery, Store
+from lmdaemon.store.contract import Dead, NewDelivery, Store
 
 
 class TestOpening:
@@ -205,7 +205,7 @@ class TestOneEnd:
         await db.end("acme", "s")
         (delivery,) = (await db.deliveries(operator=None, sink=None, state="dead", limit=9, after=None)).rows
         assert (delivery.last_error, delivery.settled_at) == ("must send 'token'", delivery.created_at)
-        assert await db.retry_dead("acme", 0) == 0  # trying again cannot help
+        assert await db.retry_dead("acme", Dead()) == 0  # trying again cannot help
         again = await db.retry_one(delivery.webhook_id)
         assert again is not None
         assert (await db.delivery(delivery.webhook_id)) == delivery

@@ -15,7 +15,7 @@ from clocks import HandClock
 from support import hear, open_store, until
 
 from lmdaemon.model import Delivery, Session
-from lmdaemon.store.contract import NewDelivery, Opening, Page, Settlement, StoreError
+from lmdaemon.store.contract import Dead, NewDelivery, Opening, Page, Settlement, StoreError
 from lmdaemon.store.sqlite import pages, reads
 from lmdaemon.store.sqlite.store import Store
 
@@ -74,7 +74,7 @@ def everything_asked(db: Store) -> list[Callable[[], Any]]:
         lambda: db.delivery("msg_1_x"),
         lambda: db.oldest_pending_shown(["acme", "other", "none"]),
         lambda: db.has_sink("plugin:none"),
-        lambda: db.retry_dead("none", 0),
+        lambda: db.retry_dead("none", Dead()),
     ]
     for state, player, after in product((None, "active", "ended"), (None, "p1", "p9"), (None, 500)):
         asked.append(lambda s=state, p=player, a=after: db.sessions("acme", state=s, player_id=p, limit=10, after=a))

@@ -1,0 +1,3 @@
+-- Version 4: a dead delivery that nobody wants any more can be discarded.
+
+ALTER TABLE delivery ADD COLUMN discarded text;  -- JSON object: at, by, note; such a delivery no longer counts as dead

@@ -268,7 +268,10 @@ class Dispatcher(StoreObserver):
             await asyncio.gather(*(self._let_time_pass_for(lane, now_at) for lane in changing))
 
     def _is_changed_by_time(self, lane: Lane, now_at: int) -> bool:
-        gate, is_waiting = self._store.gate(lane.operator.name), self._store.figures_of(lane.operator.name).pending > 0
+        gate = self._store.gate(lane.operator.name)
+        if gate.held_until_at is None and gate.failures < retry.BREAKER_OPENS_AT:
+            return False  # the usual case, asked at every round
+        is_waiting = self._store.figures_of(lane.operator.name).pending > 0
         return retry.settled_by_time(gate, now_at, is_waiting=is_waiting) is not gate
 
     async def _let_time_pass_for(self, lane: Lane, now_at: int) -> None:

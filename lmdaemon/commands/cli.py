@@ -43,6 +43,7 @@ COMMANDS = {
         "export:export",
         "ended sessions with their deliveries and attempts, in the order in which they ended, read from the file",
     ),
+    "sessions verify": ("chain:verify", "whether an export that was made with --digest is whole"),
     "deliveries list": ("admin:list_deliveries", "deliveries of all operators"),
     "deliveries show": ("admin:show_delivery", "one delivery with its attempts"),
     "deliveries retry": ("dead:retry", "make one dead delivery, or all of an operator, due again"),

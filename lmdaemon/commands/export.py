@@ -6,13 +6,15 @@ not run. Tokens and bodies are not exported.
 
 import argparse
 import csv
+import hashlib
 import io
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
@@ -21,6 +23,7 @@ from lmdaemon import rights
 from lmdaemon.clock import Clock
 from lmdaemon.commands import times
 from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file
+from lmdaemon.commands.chain import SUFFIX, Chain, chained
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.files import (
     Inode,
@@ -85,6 +88,8 @@ class Told:
     deliveries: int = 0
     pending: int = 0
     tell: Tell = lambda _: None
+    chain: Chain = field(default_factory=Chain)
+    digest: str | None = None  # of the whole file
 
 
 @command(
@@ -94,6 +99,7 @@ class Told:
     times.since("those that ended"),
     times.until("those that ended"),
     argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
+    argument("--digest", action="store_true", help="with --output: chain the rows, write FILE.sha256"),
     argument("--output", type=file, metavar="FILE", help="write here, whole or not at all, mode 0600"),
     FORCE,
     argument("--json", action="store_true", help="print the summary of --output as JSON"),
@@ -117,7 +123,12 @@ def export(args: argparse.Namespace) -> int:
                 shown = args.output is not None or not sys.stdout.isatty()  # not between the rows
                 with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:
                     wanted = Wanted(args.operator, args.player, args.session)
-                    _write(args, live, lambda: write(_sessions(archive, wanted, since_at, until_at), told))
+
+                    def chunks() -> Iterator[bytes]:
+                        rows = write(_sessions(archive, wanted, since_at, until_at), told)
+                        return chained(rows, told.chain, csv=args.format == "csv") if args.digest else rows
+
+                    _write(args, live, chunks, told)
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
     _report(args, settings, told, since_at if args.since else None, until_at, now_at)
@@ -128,6 +139,8 @@ def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
     """The bounds of the period [since, until) as wall times (ms); it ends now at the latest. Raises Usage."""
     if args.json and not args.output:
         raise Usage("sessions export: --json is for the summary that --output prints; the format is --format")
+    if args.digest and not args.output:
+        raise Usage("sessions export: --digest goes with --output, beside which it puts FILE.sha256")
     since_at, until_at = times.period(args)
     if until_at is not None and until_at > now_at:
         say(f"lmdaemon: --until lies ahead: what ends from {rfc3339(now_at)} on is not in here", "WARNING")
@@ -210,16 +223,35 @@ def _cell(value: object) -> object:
 # -- where to
 
 
-def _write(args: argparse.Namespace, live: set[Inode], chunks: Callable[[], Iterable[bytes]]) -> None:
+def _write(args: argparse.Namespace, live: set[Inode], chunks: Callable[[], Iterable[bytes]], told: Told) -> None:
     if args.output is None:
         _pour(chunks(), sys.stdout.buffer)
         return
     target = followed(args.output)
     check_target(live, target, force=args.force)
+    if not args.digest:
+        _put(target, chunks())
+        return
+    beside = target.with_name(target.name + SUFFIX)
+    check_target(live, beside, force=args.force)
+    whole = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for chunk in chunks():
+            whole.update(chunk)
+            yield chunk
+
+    _put(target, hashed())
+    told.digest = whole.hexdigest()
+    _put(beside, [f"{told.digest}  ".encode() + os.fsencode(target.name) + b"\n"])
+
+
+def _put(target: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file that appears whole or not at all. Raises Failed."""
     with file_beside(target) as (file, handle):
         try:
             with open(handle, "wb", closefd=False) as out:
-                _pour(chunks(), out)
+                _pour(chunks, out)
             os.fsync(handle)
             put_in_place(file, target)
         except OSError as error:
@@ -251,6 +283,8 @@ def _report(
             "deliveries": told.deliveries,
             "pending": told.pending,
         }
+        if told.digest is not None:
+            summary = {**summary, "sha256": told.digest}
         print_json(summary)
     else:
         print(f"{args.output}: {told.sessions} sessions, {told.deliveries} deliveries, until {rfc3339(until_at)}")

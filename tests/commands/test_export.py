@@ -189,6 +189,51 @@ def test_exports_of_consecutive_periods_hold_every_session_once(
     assert sorted(session for part in parts for session in part) == sorted(ids)
 
 
+# -- proof
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+async def test_a_copy_of_an_export_is_shown_to_be_whole_or_not(archive: Path, form: str) -> None:
+    """Whatever row is changed, left out, moved or cut off."""
+    made = run("sessions", "export", "--format", form, "--output", "out", "--digest", "--json", cwd=archive)
+    assert made.returncode == 0, made.stderr
+    checked = subprocess.run(["sha256sum", "-c", "out.sha256"], cwd=archive, capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "out: OK\n")
+    found = run("sessions", "verify", "out", "--json", cwd=archive)
+    digest = json.loads(made.stdout)["sha256"]
+    verified = {"file": "out", "whole": True, "rows": 5, "sha256": digest, "sha256Known": digest, "problem": None}
+    assert json.loads(found.stdout) == verified
+    header = form == "csv"
+    rows = (archive / "out").read_bytes().splitlines(keepends=True)
+    first = int(header)
+    broken = {
+        "changed": ([*rows[:2], rows[2].replace(b"p1", b"p2"), *rows[3:]], 3),
+        "left out": ([*rows[: first + 1], *rows[first + 2 :]], first + 2),
+        "moved": ([*rows[:first], rows[first + 1], rows[first], *rows[first + 2 :]], first + 1),
+        "without a chain": ([*rows[:-1], b"{}\n"], len(rows)),
+    }
+    for copy, number in broken.values():
+        (archive / "out").write_bytes(b"".join(copy))
+        refused = run("sessions", "verify", "out", cwd=archive)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"out: line {number} was changed" in refused.stderr
+    (archive / "out").write_bytes(b"".join(rows[:-1]))
+    assert "its end may be missing" in run("sessions", "verify", "out", cwd=archive).stderr
+    (archive / "out.sha256").unlink()
+    assert "its end is not proven" in run("sessions", "verify", "out", cwd=archive).stdout
+
+
+async def test_the_runbooks_check_of_the_chain_finds_what_verify_finds(archive: Path) -> None:
+    run("sessions", "export", "--output", "june.jsonl", "--digest", cwd=archive)
+    (script,) = re.findall(r"```sh\n(last=.*?)```", RUNBOOK, re.DOTALL)
+    whole = subprocess.run(["sh", "-c", script], cwd=archive, capture_output=True, text=True, check=True)
+    assert whole.stdout == ""
+    rows = (archive / "june.jsonl").read_text().splitlines(keepends=True)
+    (archive / "june.jsonl").write_text("".join([rows[0], *rows[2:]]))
+    broken = subprocess.run(["sh", "-c", script], cwd=archive, capture_output=True, text=True, check=True)
+    assert broken.stdout == f"broken: {rows[2]}"
+
+
 # -- CSV
 
 
@@ -329,6 +374,7 @@ async def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path: Path, c
         ("--since tomorrow", "--since: must not be later than now"),
         ("--since 2020-13-01", "--since: must be a time such as 2026-01-31T03:00:00Z"),
         ("--until soon", "--until: must be a time such as 2026-01-31T03:00:00Z"),
+        ("--digest", "--digest goes with --output"),
         ("--json", "--json is for the summary that --output prints"),
         ("--format xml", "invalid choice: 'xml'"),
     ],

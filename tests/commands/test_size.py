@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from support import LISTEN
+from support import LISTEN, load, serving
 
 from lmdaemon.commands import size
+from lmdaemon.store.contract import Opening
 from lmdaemon.workbench.sizing import Costs
 
 CONFIG = LISTEN + '[operators.acme]\nprovider_id = "p"\n'
@@ -59,3 +60,14 @@ async def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: P
     assert found["memoryBytes"] > 10_000_000
     assert "now" not in found  # no daemon runs there
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+async def test_a_running_daemon_is_asked_for_the_ends_of_the_last_hour(tmp_path: Path) -> None:
+    async with serving(tmp_path, '[operators.acme]\nprovider_id = "p"\n') as daemon:
+        for name in ("a", "b"):
+            await daemon.store.open_session(Opening("acme", name, "p", "t", None, 60_000, 0))
+            await daemon.store.end("acme", name)
+        address = daemon.api.removeprefix("http://")
+        settings = load(tmp_path / "asked.toml", f'[api]\nlisten = "{address}"\n')
+        assert await size._ends_of_last_hour(settings) == 2
+    assert await size._ends_of_last_hour(settings) is None

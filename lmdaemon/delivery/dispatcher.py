@@ -9,20 +9,19 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-from lmdaemon import gates, masks, retry
+from lmdaemon import gates, retry
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Policy, Settings
-from lmdaemon.delivery import phrases
+from lmdaemon.delivery.attempts import AttemptObserver, Attempts
 from lmdaemon.delivery.lanes import Agenda, Lane
-from lmdaemon.delivery.sender import Sender, Unreachable
-from lmdaemon.delivery.sinks import event_of
+from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.underway import Underway
-from lmdaemon.log import Log, place, safe_url
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, rfc3339
-from lmdaemon.plugins import LoadedPlugin, PluginFailed
-from lmdaemon.pulse import Pulse, Rounds, WakeObserver
+from lmdaemon.log import Log, safe_url
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate
+from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.pulse import Pulse, Rounds
 from lmdaemon.store.contract import Claim, Settled, Settlement, Store, StoreError, StoreObserver
 
 STORE_RETRY_S = 1.0
@@ -30,16 +29,6 @@ INTERRUPTED = "the daemon ended before it had the answer; the operator may have 
 DRAIN_EXTRA_S = 5.0
 
 log = Log("delivery")
-
-
-class AttemptObserver(WakeObserver, Protocol):
-    """Is called for each wake-up of the loop and for every attempt."""
-
-    def attempted(self, operator: str, sink: str, verdict: retry.Verdict, took_s: float) -> None:
-        """An attempt has ended after `took_s` seconds."""
-
-    def settled(self, settlement: Settlement, settled: Settled) -> None:
-        """A result was stored."""
 
 
 class Dispatcher(StoreObserver):
@@ -56,8 +45,7 @@ class Dispatcher(StoreObserver):
     ) -> None:
         self._store = store
         self._clock = clock
-        self._sender = sender
-        self._rng = rng
+        self._attempts = Attempts(store, clock, sender, rng, observer)
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._agenda = Agenda()
@@ -369,20 +357,13 @@ class Dispatcher(StoreObserver):
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
             if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
-                self._log_dead(
-                    lane,
-                    row,
-                    row.attempts,
-                    "max_age",
-                    f"the last attempt: {row.last_error}" if row.last_error else "never tried",
-                )
-                settlement = Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)
+                settlement = self._attempts.too_old(lane, row)
             else:
                 self._underway.begin(row, now_at)
-                outcome = await self._attempt(lane, row)
+                outcome = await self._attempts.make(lane, row)
                 closing = lane.gated and (outcome.verdict == "hold" or bool(outcome.retry_after_s))
                 lane.closing += closing
-                settlement = self._settlement(lane, row, outcome, now_at, probe=probe)
+                settlement = self._attempts.settlement(lane, row, outcome, now_at, probe=probe)
             settled = await self._record(lane, settlement)
             self._underway.end(row.id)
             self._note_pace(lane, settlement)
@@ -402,93 +383,6 @@ class Dispatcher(StoreObserver):
         # A round between the commit and this line may have left out the row, because it was still in flight
         if due_at is not None:
             self.delivery_due(row.operator, row.sink, due_at)
-
-    async def _attempt(self, lane: Lane, row: Delivery) -> retry.Outcome:
-        began = self._clock.monotonic()
-        addresses: list[str] = []  # of the connection, once there is one
-        try:
-            outcome = await (self._post(lane, row, addresses) if lane.plugin is None else self._call(lane, row))
-        except StoreError:
-            raise
-        except Exception as error:  # a bug that some answer triggers must not stop the deliveries of other operators
-            log.error(
-                "delivery.attempt_failed",
-                operator=row.operator,
-                sink=row.sink,
-                id=row.webhook_id,
-                error=type(error).__name__,
-                where=place(error),
-            )
-            outcome = retry.Outcome("retry", "internal_error")
-        duration_ms = int((self._clock.monotonic() - began) * 1000)
-        outcome = outcome._replace(duration_ms=duration_ms, address=addresses[0] if addresses else None)
-        if self._observer is not None:
-            self._observer.attempted(lane.operator.name, lane.sink, outcome.verdict, outcome.duration_ms / 1000)
-        return outcome
-
-    async def _post(self, lane: Lane, row: Delivery, addresses: list[str]) -> retry.Outcome:
-        operator = lane.operator
-        try:
-            status, headers, body, complete = await self._sender.post(
-                operator, row.webhook_id, row.body, addresses.append
-            )
-        except Unreachable as error:
-            return retry.Outcome("retry", error.cause, detail=error.detail)
-        outcome = retry.judge(
-            status,
-            body,
-            complete=complete,
-            retry_after=headers.get("Retry-After"),
-            now_s=self._clock.wall_ms() / 1000,
-            final=operator.sends.codes.final,
-        )
-        if outcome.verdict == "delivered":
-            return outcome
-        mask = masks.of_notice(operator, row.token, row.body)
-        said = phrases.of_body(body, operator.sends, complete=complete, quoted_max=len(body))
-        return outcome._replace(
-            detail=mask.beginning_of(said.encode(errors="replace"), complete=True),
-            answer=mask.beginning_of(body, complete=complete),
-        )
-
-    async def _call(self, lane: Lane, row: Delivery) -> retry.Outcome:
-        assert lane.plugin is not None  # noqa: S101 - a lane without one posts
-        found = await self._store.session(row.operator, row.session_id)
-        if found is None:
-            return retry.Outcome("final", "session_gone")
-        try:
-            await lane.plugin.session_ended(event_of(lane.operator, found[0], row.webhook_id))
-        except PluginFailed as error:
-            return retry.Outcome("retry", str(error))
-        return retry.Outcome("delivered")
-
-    def _settlement(
-        self, lane: Lane, row: Delivery, outcome: retry.Outcome, began_at: int, *, probe: bool
-    ) -> Settlement:
-        """What the outcome means for the row and for its operator's gate; logs it."""
-        facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        attempt = entry(outcome, began_at)
-
-        def alter(gate: Gate, now_at: int) -> Gate:
-            return retry.after(gate, outcome, now_at, lane.policy.schedule_s[0], probe=probe, rng=self._rng)
-
-        gate = alter if lane.gated else None
-        if outcome.verdict == "delivered":
-            self._log_recovery(lane)
-            log.info("delivery.delivered", **facts, attempt=row.attempts + 1, duration_ms=outcome.duration_ms)
-            return Settlement(row, "delivered", 0, row.step, attempt, gate=gate)
-        if outcome.verdict == "hold":
-            return Settlement(row, "pending", 0, row.step, attempt, spent=False, gate=gate)
-        lane.failed += 1
-        wait_s = None if outcome.verdict == "final" else retry.delay_s(row.step, lane.policy.schedule_s, self._rng)
-        if wait_s is None:
-            self._log_dead(lane, row, row.attempts + 1, outcome.reason, outcome.detail)
-            return Settlement(row, "dead", 0, row.step, attempt, gate=gate)
-        facts |= {"reason": outcome.reason}
-        if outcome.detail:
-            facts["detail"] = outcome.detail
-        log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=round(wait_s, 3))
-        return Settlement(row, "pending", int(wait_s * 1000), row.step + 1, attempt, gate=gate)
 
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
         """Stores a result.
@@ -518,21 +412,6 @@ class Dispatcher(StoreObserver):
                     self._observer.settled(settlement, settled)
                 return settled
 
-    @staticmethod
-    def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str, detail: str = "") -> None:
-        facts = {"operator": row.operator, "session": row.session_id, "sink": row.sink, "id": row.webhook_id}
-        if detail:
-            facts["detail"] = detail
-        facts["since"] = rfc3339(row.created_at)
-        log.error("delivery.dead", **facts, attempts=attempts, reason=reason, url=lane.url)
-
-    @staticmethod
-    def _log_recovery(lane: Lane) -> None:
-        """Logs that a plug-in works again. For a URL, the closing of its breaker is logged instead."""
-        if not lane.gated and lane.failed >= retry.BREAKER_OPENS_AT:
-            log.info("delivery.recovered", operator=lane.operator.name, sink=lane.sink, failed=lane.failed)
-        lane.failed = 0
-
     def _log_gate(self, operator: Operator, before: Gate, gate: Gate, *, cause: str) -> None:
         if gate is not before:
             pending, now_at = self._store.figures_of(operator.name).pending, self._clock.wall_ms()
@@ -550,19 +429,3 @@ class Dispatcher(StoreObserver):
         if late:
             log.warning("delivery.given_back", count=len(late))
             await asyncio.wait(late)
-
-
-def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
-    """The entry for the history. A failed attempt has the beginning of the answer in it, or None without an answer."""
-    attempt = {
-        "at": began_at,
-        "durationMs": outcome.duration_ms,
-        "status": outcome.status,
-        "code": outcome.code,
-        "error": outcome.reason or None,
-    }
-    if outcome.address is not None:
-        attempt["address"] = outcome.address
-    if outcome.verdict == "delivered":
-        return attempt
-    return attempt | ({"detail": outcome.detail} if outcome.detail else {}) | {"answer": outcome.answer}

@@ -24,6 +24,7 @@ from lmdaemon import retry
 from lmdaemon.config import target
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.delivery import lanes, resolver
+from lmdaemon.delivery.attempts import Attempts
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.delivery.sinks import compose, sinks_of
@@ -812,7 +813,7 @@ class TestStopping:
         told = OneAtATime({"error": 0})
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
-                monkeypatch.setattr(b.dispatcher, "_settlement", lambda *_, **__: 1 / 0)
+                monkeypatch.setattr(Attempts, "settlement", lambda *_, **__: 1 / 0)
                 await b.end()
                 async with dispatching(b) as running:
                     await operator.wait_for(1)

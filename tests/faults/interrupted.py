@@ -18,8 +18,8 @@ from typing import Any
 
 from lmdaemon import sweeper
 from lmdaemon.__main__ import main
+from lmdaemon.delivery import attempts, exchange, sender
 from lmdaemon.delivery import dispatcher as delivery
-from lmdaemon.delivery import exchange, sender
 from lmdaemon.store import projection, writer
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import store
@@ -61,11 +61,11 @@ WATCHED = [
     delivery.Dispatcher.once,
     delivery.Dispatcher._start,
     delivery.Dispatcher._deliver,
-    delivery.Dispatcher._attempt,
-    delivery.Dispatcher._post,
-    delivery.Dispatcher._call,
-    delivery.Dispatcher._settlement,
     delivery.Dispatcher._settle,
+    attempts.Attempts.make,
+    attempts.Attempts._post,
+    attempts.Attempts._call,
+    attempts.Attempts.settlement,
     sender.Sender.post,
     exchange.Exchange.post,
     exchange.read_some,

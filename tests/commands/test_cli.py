@@ -768,6 +768,7 @@ def test_a_session_from_open_to_close(lm: Running) -> None:
     session = json.loads(lm(*words, "--idle-timeout", "90", "--json", T=PLAYER_TOKEN).stdout)
     assert (session["state"], session["playerId"], session["idleTimeoutSeconds"]) == ("active", "p1", 90)
     shown, document = text_and_json("sessions", "show", "acme", "whole life", cwd=lm.directory)
+    assert (session.pop("changed"), session.pop("ignored")) == (True, [])
     assert document == session | {"deliveries": [], "expiresAt": document["expiresAt"]}  # told from two clocks: ±1 ms
     assert ["sessionId", "whole", "life"] in [line.split() for line in shown.stdout.splitlines()]
     assert lm("sessions", "touch", "acme", "whole life").stdout == "touched: 1\n"

@@ -13,15 +13,19 @@ from lmdaemon.store.sqlite.rows import DELIVERY, ENDED_BEFORE, SESSION, as_rows,
 
 EXPORT_ROWS = 500  # sessions in one read
 
-# The same as ENDED_BEFORE of a player or with a session id. The `+` keeps SQLite to the index of the ids.
-_ENDED_OF_FEW = f"""
+
+def _ended_of(column: str) -> str:
+    """The same as ENDED_BEFORE by an id in this column. The `+` keeps SQLite to the index of the ids."""
+    return f"""
 SELECT {as_rows("id, ended_at")}
 FROM (SELECT id, ended_at FROM session
-      WHERE operator IN (SELECT name FROM operator) AND {{column}} = ? AND player_id = coalesce(?, player_id)
+      WHERE operator IN (SELECT name FROM operator) AND {column} = ? AND player_id = coalesce(?, player_id)
             AND +ended_at < ? AND (+ended_at, +id) > (?, ?)
       ORDER BY +ended_at, +id LIMIT ?)"""
-_ENDED_OF_PLAYER = _ENDED_OF_FEW.format(column="player_id")
-_ENDED_OF_ID = _ENDED_OF_FEW.format(column="session_id")
+
+
+_ENDED_OF_PLAYER = _ended_of("player_id")
+_ENDED_OF_ID = _ended_of("session_id")
 # Sessions by their ids, of one operator or of all.
 _SESSIONS_OF = f"""
 SELECT {SESSION} FROM session WHERE id IN (SELECT value FROM json_each(?)) AND operator = coalesce(?, operator)"""

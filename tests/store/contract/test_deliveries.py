@@ -86,7 +86,8 @@ class TestDeliveries:
         clock.advance(1)
         second = [await one_delivery(db, "later", name) for name in names]
         lanes = await db.claimable([Claim(name, "http", [], 2) for name in names])
-        assert lanes[:-1] == [list(pair) for pair in zip(first, second, strict=True)][:-1]
+        undigested = [[row._replace(body_digest=None) for row in pair] for pair in zip(first, second, strict=True)]
+        assert [[row._replace(body_digest=None) for row in lane] for lane in lanes][:-1] == undigested[:-1]
         assert [row.due_at for row in lanes[-1]] == [second[-1].due_at, again.due_at]
         assert await db.claimable([]) == []
 

@@ -225,11 +225,11 @@ async def list_sessions(client: Client, args: argparse.Namespace) -> int:
 @asking(OPERATOR, SESSION, JSON)
 async def show_session(client: Client, args: argparse.Namespace) -> int:
     """Prints one session with its deliveries."""
-    return show(
-        args,
-        await client.call("GET", *_session_path(args), shape=SESSION_SHAPE | {"deliveries": [DELIVERY_SHAPE]}),
-        deliveries=DELIVERY_COLUMNS,
-    )
+    shape: dict[str, Any] = SESSION_SHAPE | {"deliveries": [DELIVERY_SHAPE]}
+    found = await client.call("GET", *_session_path(args), shape=shape)
+    if not args.json:
+        found["deliveries"] = list(map(in_words, found["deliveries"]))
+    return show(args, found, deliveries=DELIVERY_COLUMNS)
 
 
 @asking(

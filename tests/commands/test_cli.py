@@ -937,6 +937,7 @@ def test_dead_deliveries_that_nobody_wants_are_discarded(lm: Running) -> None:
     assert counted() == before - 1
     assert lm.events("delivery.discarded_by_hand")[-1]["count"] == 1
     assert "discarded (they went bankrupt)" in lm("deliveries", "show", dead["id"]).stdout
+    assert "discarded (they went" in lm("sessions", "show", "gone", "unwanted").stdout
     assert "discarded (they went" in lm("deliveries", "list", "--operator", "gone", "--state", "dead").stdout
     again = json.loads(lm("deliveries", "discard", dead["id"], "--note", "again", "--json").stdout)
     assert (again["state"], again["discarded"]["note"]) == ("dead", "they went bankrupt")

@@ -531,6 +531,13 @@ class Configuration(Answer):
     errors: Annotated[list[str], Meta(description="Why a reload would be refused; then it would change nothing.")]
 
 
+class TokenRights(Answer):
+    """What the token that was given is, and may do."""
+
+    name: Annotated[str | None, Meta(description="As the log calls it; null for one without.", examples=["anna"])]
+    may_change: Annotated[bool, Meta(description="False: every change is answered 403 (`read-only`).")]
+
+
 class Daemon(Answer):
     """A daemon on this database."""
 

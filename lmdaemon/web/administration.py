@@ -18,6 +18,7 @@ from lmdaemon.store.contract import StoreError
 from lmdaemon.web.calls import Asked, Context, shown
 from lmdaemon.web.documents import with_history
 from lmdaemon.web.problems import Problem
+from lmdaemon.web.requests import bearer
 
 OPERATORS_AT_ONCE = 200  # shown in one turn of the event loop: about 1 ms
 
@@ -188,6 +189,13 @@ class Administration:
                 )
             )
         return found
+
+    async def show_token(self, asked: Asked[shapes.NoQuery]) -> shapes.TokenRights:
+        """GET /v1/token."""
+        token = bearer(asked.request, self._context.settings.api_tokens)
+        if token is None:  # none is configured: whoever reaches the listener may do everything
+            return shapes.TokenRights(name=None, may_change=True)
+        return shapes.TokenRights(name=token.name or None, may_change=token.may_change)
 
     async def show_health(self, asked: Asked[None]) -> web.Response:
         """GET /health, with every check."""

@@ -19,6 +19,7 @@ from lmdaemon.store.contract import StoreError
 from lmdaemon.web import openapi
 from lmdaemon.web.administration import Administration, health_answer
 from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
+from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.problems import Problem, invalid
 from lmdaemon.web.requests import Handler, Head, bearer, request_id
@@ -44,6 +45,7 @@ class Api:
             Watching(self._context),
         )
         self._parts = {type(part).__name__: part for part in parts}
+        self._console = Console(context)
         self._health = context.health
         self._metrics = context.metrics
         served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
@@ -67,6 +69,8 @@ class Api:
             handler = call.served_by(self._parts[call.part], self._context)
             add = app.router.add_get if call.method == "GET" else partial(app.router.add_route, call.method)
             add(path, handler)
+        for path in PATHS:
+            app.router.add_get(path, self._console.serve)
         return app
 
     def shortcut(self, otherwise: Handler) -> Handler:
@@ -105,6 +109,8 @@ class Api:
         try:
             tokens = self._context.settings.api_tokens
             token = bearer(request, tokens) if tokens else None
+            if tokens and handler == self._console.serve:  # anybody may have the files: nothing secret is in them
+                return await handler(request)
             if token is not None or not tokens:
                 self._check_rights(request, token)
                 return await handler(request)

@@ -291,6 +291,17 @@ CALLS = (
         answers={200: ("All of them", shapes.DaemonList)},
     ),
     Call(
+        handler=Administration.show_token,
+        method="GET",
+        path="/v1/token",
+        name="getToken",
+        tag="daemon",
+        summary="Show what the token given may do",
+        description="So that a client need not offer what would be refused.",
+        takes=shapes.NoQuery,
+        answers={200: ("Its name and rights", shapes.TokenRights)},
+    ),
+    Call(
         handler=Administration.show_config,
         method="GET",
         path="/v1/config",

@@ -1,6 +1,5 @@
 """Settings that are read, and not told of in the documents and the shipped file until what they set is there."""
 
 UNTOLD = {
-    "api": {"console"},
     "sessions": {"daemon_grace"},
 }

@@ -1,0 +1,58 @@
+"""The console: the page for whoever is on call, as files of the package that ask the private API in the browser.
+
+The files hold nothing that is secret, so they need no token; every call that they make does. No markup is made of
+what the API answers (`textContent` alone), and the policy below forbids the browser whatever is not in these files.
+"""
+
+from importlib import resources
+
+from aiohttp import web
+
+from lmdaemon.web.calls import Context
+from lmdaemon.web.problems import Problem
+
+PATHS = ("/console", "/console/", "/console/{file}")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+)
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # asked for anew each time, so that an upgrade never mixes two versions
+}
+_KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+}
+
+
+class Console:
+    """Serves the files while `[api] console` is true."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._files: dict[str, tuple[bytes, str]] = {}
+        for file in resources.files("lmdaemon.web").joinpath("console_files").iterdir():
+            kind = _KINDS.get(file.name[file.name.rfind(".") :])
+            if kind is not None:
+                self._files[file.name] = file.read_bytes(), kind
+
+    async def serve(self, request: web.Request) -> web.Response:
+        """GET /console/ and its files. Raises Problem."""
+        if not self._context.settings.api.console:
+            raise Problem("unknown-path", "the console is not served here: [api] console is false")
+        if request.path == "/console":  # relative, so that the prefix of a proxy stays
+            return web.Response(status=308, headers={"Location": "console/", **_HEADERS})
+        name = request.match_info.get("file", "index.html")
+        found = self._files.get(name)
+        if found is None:
+            raise Problem("unknown-path", f"nothing is served at {request.path!r}")
+        body, kind = found
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=_HEADERS)

@@ -1,0 +1,73 @@
+// The private API, beside this page: addresses are relative, so that the path prefix of a proxy stays.
+
+const KEY = "lmdaemon.token"; // of sessionStorage: it ends with the tab, and other tabs do not see it
+
+export class Problem extends Error {
+  constructor(status, code, detail) {
+    super(detail);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+export class Gone extends Error {}
+
+export const token = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (text) => (text ? sessionStorage.setItem(KEY, text) : sessionStorage.removeItem(KEY)),
+};
+
+function headers() {
+  return token.get() ? { Authorization: "Bearer " + token.get() } : {};
+}
+
+async function ask(method, path, body, signal) {
+  const options = { method, headers: headers(), cache: "no-store", credentials: "same-origin", redirect: "error", signal };
+  if (body !== undefined) {
+    options.headers["Content-Type"] = "application/json";
+    options.body = JSON.stringify(body);
+  }
+  try {
+    return await fetch("../" + path, options);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Gone("The daemon does not answer.");
+  }
+}
+
+async function refuse(answer) {
+  const found = await answer.json().catch(() => ({}));
+  throw new Problem(answer.status, found.code ?? "", found.detail ?? `HTTP ${answer.status}`);
+}
+
+export async function call(method, path, body, signal) {
+  const answer = await ask(method, path, body, signal);
+  if (!answer.ok && path !== "health") await refuse(answer);
+  const found = answer.status === 204 ? null : await answer.json();
+  if (path === "health" && found.code) throw new Problem(answer.status, found.code, found.detail);
+  return found;
+}
+
+export const get = (path) => call("GET", path);
+
+// Server-sent events of one answer, until it ends. EventSource cannot send the token.
+export async function listen(signal, take) {
+  const answer = await ask("GET", "v1/events", undefined, signal);
+  if (!answer.ok) await refuse(answer);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      let name = "";
+      let data = "";
+      for (const line of event.split("\n")) {
+        if (line.startsWith("event: ")) name = line.slice(7);
+        else if (line.startsWith("data: ")) data += line.slice(6);
+      }
+      if (name) take(name, JSON.parse(data));
+    }
+  }
+}

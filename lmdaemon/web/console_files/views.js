@@ -1,0 +1,303 @@
+// One view for each address: draw(place, parts, query) makes it, and is called again to refresh it.
+
+import * as act from "./act.js";
+import { get } from "./api.js";
+import { chart, command, count, facts, h, link, query, replace, span, table, time, when } from "./dom.js";
+
+const PAGE = 50;
+const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
+const STATE = { pass: "good", warn: "warn", fail: "bad", delivered: "good", pending: "warn", dead: "bad", active: "good" };
+export const state = (text) => h("span", { class: "state " + (STATE[text] ?? "") }, text);
+
+function part(place, name) {
+  let found = place.querySelector(`:scope > [data-part="${name}"]`);
+  if (!found) place.append((found = h("div", { "data-part": name })));
+  return found;
+}
+
+function heading(place, text, title) {
+  replace(part(place, "heading"), h("h1", {}, text));
+  document.title = `${title ?? text} · lmdaemon`;
+}
+
+const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.pending / 1e3;
+
+function keptBack(one) {
+  if (one.keptBack) return h("span", { class: one.held ? "warn" : "bad" }, one.keptBack);
+  return one.notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
+}
+
+// -- overview
+
+let shownAt = 0;
+
+async function overview(place, parts, asked) {
+  const [health, operators, figures, daemons] = await Promise.all([get("health"), get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
+  heading(place, "Overview");
+  const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
+  const wrong = checks.filter(([, check]) => check.status !== "pass");
+  replace(part(place, "health"),
+    h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
+    wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
+      h("p", {}, state(check.status), " ", h("strong", {}, name), check.output ? ": " + check.output : ""),
+      h("p", {}, link("What it means and what to do", "runbook", "health: " + name)))));
+  const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
+  const back = items.filter((one) => one.keptBack);
+  replace(part(place, "back"), back.length > 0 && h("h2", {}, `Kept back: ${count(back.length)}`),
+    back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
+      h("h3", {}, link(one.operator, "operator", one.operator)), h("p", {}, one.keptBack),
+      h("p", {}, one.outlook ? "By itself: " + one.outlook : ""),
+      h("p", {}, `${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
+    back.length > 8 && h("p", {}, `and ${count(back.length - 8)} more in the table below`));
+  const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
+  replace(part(place, "charts"), h("h2", {}, "The last hour"),
+    h("p", { class: "faint" }, "One bar a minute, the newest at the right. Counted since the daemon's start."),
+    h("div", { class: "tiles" }, chart("Ends", all.ends), chart("Delivered", all.delivered),
+      chart("Failed attempts", all.failed, "", "bad"), chart("Touches", all.touches), chart("Lag of ends", all.lagMs, "ms")));
+  listOperators(place, items, asked);
+  replace(part(place, "daemons"), h("h2", {}, "Daemons"),
+    table("Daemons", ["Name", "Version", "Address", "Since", "Last heard", ["Behind", "number"]],
+      daemons.items.map((one) => [[one.name, one.self ? " (this one)" : ""], one.version, one.address, when(one.since), time(one.lastHeardAt), `${count(one.serviceLagMs)} ms`]), "None."));
+}
+
+function listOperators(place, items, asked) {
+  const whole = part(place, "operators");
+  if (!whole.firstChild) {
+    whole.append(h("h2", {}, "Operators"), h("div", { class: "row" },
+      h("label", {}, "Name has", h("input", { type: "search", id: "operator-name", value: asked.name ?? "" }))), h("div"));
+    whole.querySelector("input").addEventListener("input", () => { shownAt = 0; whole.draw(); });
+  }
+  const input = whole.querySelector("input");
+  whole.draw = () => {
+    const found = items.filter((one) => one.operator.toLowerCase().includes(input.value.toLowerCase()));
+    shownAt = Math.min(shownAt, Math.max(0, Math.floor((found.length - 1) / PAGE) * PAGE));
+    const turn = (label, by, off) => h("button", { type: "button", disabled: off, "data-key": label, onclick: () => { shownAt += by; whole.draw(); } }, label);
+    replace(whole.lastChild,
+      table("Operators", ["Operator", ["Live", "number"], ["Pending", "number"], ["Dead", "number"], ["Oldest", "number"], "State"],
+        found.slice(shownAt, shownAt + PAGE).map((one) => [link(one.operator, "operator", one.operator), count(one.live), count(one.pending),
+          one.dead ? h("span", { class: "bad" }, count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
+        items.length ? "No operator has this in its name." : "No operator is configured."),
+      found.length > PAGE && h("div", { class: "row" }, turn("Previous", -PAGE, shownAt === 0), turn("Next", PAGE, shownAt + PAGE >= found.length),
+        h("span", {}, `${count(shownAt + 1)} to ${count(Math.min(found.length, shownAt + PAGE))} of ${count(found.length)}, those in trouble first`)));
+  };
+  whole.draw();
+}
+
+// -- operator
+
+async function operator(place, [name]) {
+  const [{ items }, figures] = await Promise.all([get("v1/operators"), get("v1/figures")]);
+  const one = items.find((each) => each.operator === name);
+  heading(place, name, name);
+  if (!one) {
+    replace(part(place, "gate"), h("p", {}, "No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
+    return;
+  }
+  replace(part(place, "gate"),
+    h("div", { class: `panel ${one.keptBack ? (one.held ? "warn" : "bad") : "good"}-edge` },
+      h("p", {}, h("strong", {}, one.keptBack ?? (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
+      one.outlook && h("p", {}, "By itself: " + one.outlook)),
+    h("div", { class: "row" }, act.hold(name), act.release(one), act.probe(one), act.retryAll(one)),
+    act.rights.mayChange ? null : h("p", { class: "faint" }, "This token may only read, so nothing can be changed here."),
+    facts(["Live sessions", count(one.live)],
+      ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`]],
+      ["Dead", link(count(one.dead), "deliveries", { operator: name, state: "dead" })],
+      ["Breaker", [one.breaker, one.breakerSince ? [" since ", when(one.breakerSince)] : ""]],
+      ["Failed in a row", [count(one.failedAttempts), one.failingSince ? [", since ", when(one.failingSince)] : ""]],
+      ["Last failure", one.lastFailure ? [when(one.lastFailure.at), " ", h("strong", {}, one.lastFailure.reason), one.lastFailure.detail ? ": " + one.lastFailure.detail : ""] : "none"],
+      one.notBefore && ["Next attempt not before", when(one.notBefore)],
+      one.held && ["Held", [when(one.heldSince), one.heldBy ? ` by ${one.heldBy}` : "", `: ${one.heldReason}`]],
+      one.heldNote && ["Note", one.heldNote],
+      one.heldUntil && ["Released by itself", when(one.heldUntil)],
+      ["Dialect", one.dialect]));
+  const series = figures.spans.find((each) => each.stepSeconds === 60).series.find((each) => each.operator === name);
+  replace(part(place, "charts"), h("h2", {}, "The last hour"), series
+    ? h("div", { class: "tiles" }, chart("Ends", series.ends), chart("Delivered", series.delivered), chart("Failed attempts", series.failed, "", "bad"))
+    : h("p", { class: "faint" }, "No figures of it: nothing happened since the daemon's start, or it is not among the 100 busiest."));
+  const latest = await get("v1/deliveries" + query({ operator: name, limit: 10 }));
+  replace(part(place, "latest"), h("h2", {}, "Latest deliveries"), deliveryTable(latest.items), link("All of them", "deliveries", { operator: name }));
+}
+
+// -- sessions
+
+async function sessions(place, parts, asked) {
+  heading(place, "Sessions");
+  const form = part(place, "form");
+  if (!form.firstChild) {
+    const id = h("input", { type: "search", name: "id", value: asked.id ?? "", autocomplete: "off", maxlength: 256 });
+    form.append(h("form", { class: "row", role: "search", onsubmit: (event) => {
+      event.preventDefault();
+      location.hash = "#/sessions" + query({ id: id.value });
+    } }, h("label", {}, "Id of a session or a player", id), h("button", { class: "main" }, "Find")));
+  }
+  if (!asked.id) {
+    replace(part(place, "found"), h("p", { class: "faint" }, "Sessions of all operators, also of those that have left the configuration."));
+    return;
+  }
+  const pages = await Promise.all([get("v1/sessions" + query({ sessionId: asked.id, limit: PAGE })), get("v1/sessions" + query({ playerId: asked.id, limit: PAGE, after: asked.after }))]);
+  const found = new Map();
+  for (const one of pages.flatMap((page) => page.items)) found.set(JSON.stringify([one.operator, one.sessionId]), one);
+  replace(part(place, "found"),
+    table("Sessions", ["Session", "Operator", "Player", "State", "Opened", "Last seen", "Ended"],
+      [...found.values()].map((one) => [link(one.sessionId, "session", one.operator, one.sessionId), link(one.operator, "operator", one.operator), one.playerId,
+        [state(one.state), one.reason ? ` (${one.reason})` : ""], time(one.openedAt), time(one.lastSeenAt), time(one.endedAt)]), "No session and no player has this id."),
+    pages[1].next && link("More of this player", "sessions", { id: asked.id, after: pages[1].next }),
+    h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command("find", asked.id))));
+}
+
+async function session(place, [name, id]) {
+  heading(place, id, "Session " + id);
+  if (id === "." || id === "..") {
+    replace(part(place, "facts"), h("p", {}, "A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
+    return;
+  }
+  const one = await get(`${at(name)}/sessions/${encodeURIComponent(id)}`);
+  replace(part(place, "facts"),
+    facts(["State", [state(one.state), one.reason ? `, ${one.reason}` : ""]], ["Operator", link(one.operator, "operator", one.operator)],
+      ["Player", link(one.playerId, "sessions", { id: one.playerId })], ["Idle time", span(one.idleTimeoutSeconds)],
+      one.expiresAt && ["Expires, if nothing is heard", when(one.expiresAt)], ["Attributes", h("code", {}, JSON.stringify(one.attributes))]),
+    h("div", { class: "row" }, act.close(one)));
+  const steps = [[one.openedAt, "Opened"], [one.lastSeenAt, "Last seen"]];
+  if (one.endedAt) steps.push([one.endedAt, ["Ended: ", h("strong", {}, one.reason)]]);
+  for (const each of one.deliveries) {
+    const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} attempts)`];
+    if (each.settledAt) steps.push([each.settledAt, [state(each.state), " to ", to, each.state === "dead" && each.lastError ? `: ${each.lastError}` : ""]]);
+    else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", while the operator is held"]]);
+  }
+  steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
+  replace(part(place, "timeline"), h("h2", {}, "What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
+    h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command("sessions", "show", name, id))));
+}
+
+// -- deliveries
+
+function deliveryTable(items, box) {
+  const heads = ["Delivery", "State", "Operator", "Session", "Sink", ["Attempts", "number"], "Created", "Next attempt", "Last answer"];
+  return table("Deliveries", box ? ["Select", ...heads] : heads,
+    items.map((one) => {
+      const cells = [link(one.id, "delivery", one.id), state(one.state), link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
+        count(one.attempts), time(one.createdAt), time(one.nextAttemptAt), [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ")];
+      return box ? [box(one), ...cells] : cells;
+    }), "No deliveries.");
+}
+
+async function deliveries(place, parts, asked) {
+  heading(place, "Deliveries");
+  const form = part(place, "form");
+  if (!form.firstChild) {
+    const name = h("input", { type: "search", value: asked.operator ?? "", autocomplete: "off" });
+    const sink = h("input", { value: asked.sink ?? "", placeholder: "http", autocomplete: "off" });
+    const which = h("select", {}, ["", "pending", "dead", "delivered"].map((one) => h("option", { value: one, selected: one === (asked.state ?? "") }, one || "any")));
+    form.append(h("form", { class: "row", role: "search", onsubmit: (event) => {
+      event.preventDefault();
+      location.hash = "#/deliveries" + query({ operator: name.value, sink: sink.value, state: which.value });
+    } }, h("label", {}, "Operator", name), h("label", {}, "Sink", sink), h("label", {}, "State", which), h("button", { class: "main" }, "Show")));
+  }
+  const page = await get("v1/deliveries" + query({ operator: asked.operator, sink: asked.sink, state: asked.state, after: asked.after, limit: PAGE }));
+  const list = part(place, "list");
+  const chosen = new Set([...list.querySelectorAll("input:checked")].map((one) => one.value));
+  const ids = () => [...list.querySelectorAll("tbody input:checked")].map((one) => one.value);
+  const retry = act.retrySome(ids);
+  const tell = () => {
+    retry.disabled = !act.rights.mayChange || !ids().length;
+    retry.textContent = ids().length ? `Retry selected (${ids().length})` : "Retry selected";
+    retry.title = act.rights.mayChange ? "Only dead deliveries can be selected." : "This token may only read.";
+  };
+  const box = (one) => one.state === "dead" && h("input", { type: "checkbox", value: one.id, checked: chosen.has(one.id), "data-key": "box " + one.id, "aria-label": "Select " + one.id });
+  const dead = page.items.some((one) => one.state === "dead");
+  const all = h("button", { type: "button", "data-key": "all", onclick: () => {
+    const boxes = [...list.querySelectorAll("tbody input")];
+    const every = boxes.every((one) => one.checked);
+    for (const one of boxes) one.checked = !every;
+    tell();
+  } }, "Select all on this page, or none");
+  replace(list, dead && h("div", { class: "row" }, retry, all), deliveryTable(page.items, dead ? box : undefined),
+    h("div", { class: "row" }, asked.after && link("First page", "deliveries", { ...asked, after: "" }), page.next && link("Next page", "deliveries", { ...asked, after: page.next })));
+  list.onchange = tell;
+  tell();
+}
+
+async function delivery(place, [id]) {
+  const one = await get("v1/deliveries/" + encodeURIComponent(id));
+  heading(place, id, "Delivery " + id);
+  replace(part(place, "facts"),
+    facts(["State", state(one.state)], ["Operator", link(one.operator, "operator", one.operator)], ["Session", link(one.sessionId, "session", one.operator, one.sessionId)],
+      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
+      one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)]),
+    h("div", { class: "row" }, act.retryOne(one)));
+  replace(part(place, "attempts"), h("h2", {}, "Attempts, the oldest first"),
+    table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
+      one.history.map((each) => [time(each.at), `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
+        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."),
+    h("p", { class: "faint" }, "The request itself is not shown: it holds the player's token. The same in a terminal:"),
+    h("pre", {}, command("deliveries", "show", id), "\n", `curl -H 'Authorization: Bearer …' ${new URL("../v1/deliveries/" + encodeURIComponent(id), document.baseURI.split("#")[0])}`));
+}
+
+// -- events
+
+const KEPT = 500;
+const seen = [];
+let paused = false;
+
+export function note(name, data) {
+  if (name === "figures" || paused) return;
+  seen.unshift({ at: new Date().toISOString(), name, data });
+  seen.length = Math.min(seen.length, KEPT);
+  drawEvents();
+}
+
+let drawing = null;
+
+function drawEvents() {
+  const place = document.querySelector('[data-part="tail"]');
+  if (!place || drawing) return;
+  drawing = setTimeout(() => {
+    drawing = null;
+    const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
+    const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
+    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), name, link(data.operator, "operator", data.operator), what(name, data)]),
+      "Nothing yet. What happens from now on is shown here."));
+  }, 200);
+}
+
+function what(name, data) {
+  if (name === "session.ended") return [link(data.sessionId, "session", data.operator, data.sessionId), `: ${data.reason}`];
+  if (name === "operator.changed") return data.held ? `held: ${data.heldReason}` : `breaker ${data.breaker}, ${count(data.pending)} pending`;
+  return [link(data.sessionId, "session", data.operator, data.sessionId), " ", link(data.id, "delivery", data.id), ": ", state(data.state), data.error ? ` (${data.error})` : "", data.dueAt ? [", again at ", time(data.dueAt)] : ""];
+}
+
+async function events(place) {
+  heading(place, "Events");
+  const form = part(place, "form");
+  if (!form.firstChild) {
+    const pause = h("button", { type: "button", "aria-pressed": String(paused), onclick: () => {
+      paused = !paused;
+      pause.setAttribute("aria-pressed", String(paused));
+      pause.textContent = paused ? "Continue" : "Pause";
+    } }, paused ? "Continue" : "Pause");
+    form.append(h("div", { class: "row" }, h("label", {}, "Has the text", h("input", { type: "search", id: "event-filter", oninput: drawEvents })), pause),
+      h("p", { class: "faint" }, `What happened while this page was open, the newest first: at most ${KEPT} kept, 100 shown. In a terminal: `, h("code", {}, "lmdaemon events")));
+  }
+  part(place, "tail");
+  drawEvents();
+}
+
+// -- runbook
+
+let book = null;
+
+async function runbook(place, [name]) {
+  book ??= await (await fetch("runbook.json")).json();
+  heading(place, name ?? "Runbook");
+  const linked = (text) => text.split(/(Lmdaemon[A-Z]\w+|`[^`]*`|\*\*[^*]*\*\*)/).map((piece) => {
+    if (book[piece]) return link(piece, "runbook", piece);
+    if (piece.startsWith("`")) return h("code", {}, piece.slice(1, -1));
+    return piece.startsWith("**") ? h("strong", {}, piece.slice(2, -2) + ": ") : piece;
+  });
+  replace(part(place, "text"), name
+    ? [book[name] ? book[name].map((line) => h("p", {}, linked(line))) : h("p", {}, "There is no entry of this name."), h("p", {}, link("All entries", "runbook"))]
+    : h("ul", {}, Object.keys(book).map((one) => h("li", {}, link(one, "runbook", one)))));
+}
+
+export const VIEWS = { overview, operator, sessions, session, deliveries, delivery, events, runbook };
+export const STILL = new Set(["runbook", "events"]); // which need no refreshing

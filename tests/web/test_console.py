@@ -1,0 +1,300 @@
+"""The console: its files over HTTP, and the page in a real browser (Debian's chromium) before a real daemon."""
+
+import asyncio
+import contextlib
+import importlib.resources
+import json
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from documented import complaints
+from playwright.async_api import Page, async_playwright, expect
+from support import LISTEN, Serving, operator_table, scripted_operator, serving, until
+
+from lmdaemon.web.console import POLICY
+
+FILES = Path(str(importlib.resources.files("lmdaemon.web").joinpath("console_files")))
+BYTES_MAX = 60 * 1024
+TOKEN, READ_TOKEN = "a-token-that-may-change", "a-token-that-may-read"
+CHROMIUM = shutil.which("chromium")
+ATTACK = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
+VIEWS = ("overview", "operator/acme", "sessions?id=s", "deliveries", "events", "runbook", "runbook/health%3A%20store")
+
+
+def with_tokens(directory: Path, more: str = "") -> str:
+    """The configuration with a token that may change things, and one that may only read."""
+    (directory / "tokens").write_text("anna:" + TOKEN)
+    (directory / "read").write_text("grafana:" + READ_TOKEN)
+    return LISTEN + 'token_file = "tokens"\nread_token_file = "read"\n' + more
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+# -- the files
+
+
+async def test_the_files_need_no_token_and_are_served_with_the_policy(tmp_path: Path) -> None:
+    async with serving(tmp_path, with_tokens(tmp_path)) as d:
+        for name in ("", *(one.name for one in FILES.iterdir())):
+            async with d.client.get(f"{d.api}/console/{name}") as answer:
+                assert answer.status == 200, name
+                assert answer.headers["Content-Security-Policy"] == POLICY
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Referrer-Policy"] == "no-referrer"
+                assert answer.headers["Cache-Control"] == "no-cache"
+        async with d.client.get(d.api + "/v1/operators") as answer:
+            assert answer.status == 401
+        for path in ("/console/..%2fapi.py", "/console/nothing.js", "/console/console.py"):
+            async with d.client.get(d.api + path) as answer:
+                assert answer.status == 404, path
+        async with d.client.post(d.api + "/console/") as answer:
+            assert answer.status == 401
+
+
+async def test_without_the_setting_there_is_no_console(tmp_path: Path) -> None:
+    async with serving(tmp_path, LISTEN + "console = false\n") as d:
+        for path in ("/console", "/console/", "/console/app.js"):
+            async with d.client.get(d.api + path) as answer:
+                assert answer.status == 404, path
+                assert (await answer.json())["code"] == "unknown-path"
+
+
+async def test_a_foreign_host_gets_no_console_where_no_token_is_needed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as d:
+        async with d.client.get(d.api + "/console/", headers={"Host": "evil.example"}) as answer:
+            assert answer.status == 421
+        async with d.client.get(d.api + "/console", allow_redirects=False) as answer:
+            assert (answer.status, answer.headers["Location"]) == (308, "console/")
+
+
+async def test_a_client_can_ask_what_its_token_may_do(tmp_path: Path) -> None:
+    async with serving(tmp_path, with_tokens(tmp_path)) as d:
+        for token, rights in (
+            (TOKEN, {"name": "anna", "mayChange": True}),
+            (READ_TOKEN, {"name": "grafana", "mayChange": False}),
+        ):
+            async with d.client.get(d.api + "/v1/token", headers=bearer(token)) as answer:
+                assert await answer.json() == rights
+                assert complaints("TokenRights", rights) == []
+
+
+def test_the_files_are_small_and_come_from_nowhere_else() -> None:
+    texts = {one.name: one.read_text() for one in FILES.iterdir()}
+    assert sum(len(text.encode()) for text in texts.values()) < BYTES_MAX
+    for name, text in texts.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", text), name
+        if name not in ("dom.js", "icon.svg"):  # where names of SVG's namespace stand
+            assert not re.search(r"https?://", text), name
+        assert not re.search(r'(?:href|src|fetch\(|from )\s*=?\s*"/', text), f"{name}: an absolute path"
+
+
+def test_the_runbook_of_the_console_is_that_of_the_documents() -> None:
+    text = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+    entries = re.findall(r"^### ((?:Lmdaemon|health: ).*?)\n(.*?)(?=^##|\Z)", text, re.M | re.S)
+    told = {
+        title: [
+            re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(line.split()))
+            for line in re.findall(r"^- (.*?)(?=^- |\Z)", body, re.M | re.S)
+        ]
+        for title, body in entries
+    }
+    assert json.loads((FILES / "runbook.json").read_text()) == told
+
+
+# -- the page
+
+
+@contextlib.asynccontextmanager
+async def browser(**options: Any) -> AsyncIterator[Page]:
+    """A page whose violations of the policy and errors of scripts fail the test."""
+    wrong: list[str] = []
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = await chromium.new_context(**options)
+        await context.grant_permissions([])
+        page = await context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if "Security Policy" in line.text else None)
+        yield page
+        await chromium.close()
+    assert wrong == []
+
+
+async def sign_in(page: Page, url: str, token: str = TOKEN) -> None:
+    await page.goto(url)
+    await page.get_by_label("Token").fill(token)
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.get_by_role("heading", name="Overview")).to_be_visible()
+
+
+async def end(d: Serving, session: str, player: str = "p") -> None:
+    url = f"{d.api}/v1/operators/acme/sessions/{quote(session, safe='')}"
+    async with d.client.put(url, json={"playerId": player, "token": "t"}, headers=bearer(TOKEN)) as answer:
+        assert answer.status == 201
+    async with d.client.post(url + "/close", headers=bearer(TOKEN)) as answer:
+        assert answer.status == 200
+
+
+def fault(_: object) -> web.Response:
+    return web.Response(status=500, text=ATTACK, content_type="text/html")
+
+
+@contextlib.asynccontextmanager
+async def down(tmp_path: Path) -> AsyncIterator[Serving]:
+    """A daemon whose operator acme answers every notice with 500 and markup, until its breaker is open."""
+
+    async def answer(_: object) -> web.Response:
+        return fault(_)
+
+    async with scripted_operator(*[answer] * 1000) as wallet:
+        toml = with_tokens(tmp_path, operator_table("acme", wallet.url, schedule=["250ms", "1h"]))
+        async with serving(tmp_path, toml) as d:
+            for session in ("s", ATTACK, "../x?y#z%", *map(str, range(12))):
+                await end(d, session, ATTACK)
+            await until(lambda: d.store.gate("acme").opened_at is not None, 30)
+            yield d
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+
+
+@needs_chromium
+async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: Path) -> None:
+    async with down(tmp_path) as d, browser() as page:
+        await sign_in(page, d.api + "/console/")
+        await expect(page.get_by_text("breaker open since").first).to_be_visible()
+        await page.get_by_role("link", name="acme").first.click()
+        await expect(page.get_by_role("heading", name="acme")).to_be_visible()
+        await expect(page.get_by_text("Last failure")).to_be_visible()
+        await page.get_by_role("button", name="Hold").click()
+        await page.get_by_label("Why").fill("they mend it's database")
+        await page.get_by_label("How long").select_option("7200")
+        command = "lmdaemon hold acme --note 'they mend it'\\''s database' --for 2h"
+        await expect(page.get_by_role("dialog").locator("pre")).to_have_text(command)
+        await page.get_by_role("dialog").get_by_role("button", name="Hold").click()
+        await expect(page.get_by_role("status")).to_contain_text("acme is held since")
+        await expect(page.locator("dd").get_by_text("they mend it's database")).to_be_visible()
+        gate = d.store.gate("acme")
+        assert (gate.held_by, gate.held_note) == ("anna", "they mend it's database")
+        await page.get_by_role("button", name="Release").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        assert d.store.gate("acme").held_at is not None
+        await page.get_by_role("button", name="Release").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Release").click()
+        await expect(page.get_by_role("status")).to_contain_text("acme is released")
+        assert d.store.gate("acme").held_at is None
+
+
+@needs_chromium
+async def test_markup_in_ids_and_answers_stays_text_in_every_view(tmp_path: Path) -> None:
+    async with down(tmp_path) as d, browser() as page:
+        await sign_in(page, d.api + "/console/")
+        await page.goto(f"{d.api}/console/#/sessions?id={quote(ATTACK)}")
+        await expect(page.get_by_role("link", name=ATTACK)).to_be_visible()
+        await page.get_by_role("link", name=ATTACK).click()
+        await expect(page.get_by_role("heading", name=ATTACK)).to_be_visible()
+        await page.get_by_role("link", name="http", exact=True).first.click()
+        await expect(page.get_by_role("heading", name="msg_")).to_be_visible()
+        await expect(page.get_by_role("table")).to_contain_text("<img src=x onerror=")
+        await page.goto(f"{d.api}/console/#/events")
+        await end(d, ATTACK + "2", ATTACK)
+        await expect(page.get_by_role("table")).to_contain_text("<img src=x onerror=")
+        odd = quote("../x?y#z%", safe="")
+        await page.goto(f"{d.api}/console/#/session/acme/{odd}")
+        await expect(page.get_by_role("heading", name="../x?y#z%")).to_be_visible()
+        await expect(page.get_by_text("Ended:")).to_be_visible()
+        assert await page.locator("img, main script").count() == 0
+        assert await page.title() != "1"
+
+
+@needs_chromium
+async def test_a_token_that_may_only_read_sees_why_nothing_can_be_changed(tmp_path: Path) -> None:
+    async with down(tmp_path) as d, browser() as page:
+        await page.goto(d.api + "/console/")
+        await page.get_by_label("Token").fill("wrong")
+        await page.get_by_role("button", name="Go on").click()
+        await expect(page.get_by_role("alert")).to_contain_text("does not know this token")
+        await sign_in(page, d.api + "/console/", READ_TOKEN)
+        await page.goto(d.api + "/console/#/operator/acme")
+        await expect(page.get_by_text("This token may only read")).to_be_visible()
+        for name in ("Hold", "Release", "Probe", "Retry all dead"):
+            await expect(page.get_by_role("button", name=name)).to_be_disabled()
+
+
+@needs_chromium
+async def test_the_page_works_behind_a_prefix_and_tells_that_the_daemon_has_gone(tmp_path: Path) -> None:
+    async with serving(tmp_path, operator_table("acme", "http://127.0.0.1:1/")) as d, browser() as page:
+        is_there = True
+
+        async def forward(request: web.Request) -> web.StreamResponse:
+            if not is_there:
+                request.transport.abort()  # type: ignore[union-attr]
+                return web.Response()
+            url = d.api + request.raw_path.removeprefix("/ops")
+            async with d.client.request(request.method, url, data=await request.read()) as answer:
+                response = web.StreamResponse(status=answer.status)
+                for name in ("Content-Type", "Content-Security-Policy"):
+                    if name in answer.headers:
+                        response.headers[name] = answer.headers[name]
+                await response.prepare(request)
+                with contextlib.suppress(ConnectionError, aiohttp.ClientError):
+                    async for chunk in answer.content.iter_any():
+                        if not is_there:
+                            request.transport.abort()  # type: ignore[union-attr]
+                        await response.write(chunk)
+                return response
+
+        app = web.Application()
+        app.router.add_route("*", "/ops/{tail:.*}", forward)
+        async with TestServer(app) as proxy:
+            await page.goto(str(proxy.make_url("/ops/console/")))
+            await expect(page.get_by_role("heading", name="Overview")).to_be_visible()
+            await expect(page.get_by_role("link", name="acme")).to_be_visible()
+            is_there = False
+            await expect(page.get_by_text("The daemon has not answered since")).to_be_visible(timeout=30_000)
+            is_there = True
+            await expect(page.get_by_text("The daemon answers again")).to_be_visible(timeout=30_000)
+            await page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_in_any_view(tmp_path: Path, scheme: str) -> None:
+    """Rules of WCAG A and AA. With SCREENSHOTS=DIRECTORY each view is also kept as a picture, wide and narrow."""
+    axe = importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text()
+    pictures = os.environ.get("SCREENSHOTS")
+    async with down(tmp_path) as d, browser(color_scheme=scheme, bypass_csp=False) as page:
+        await sign_in(page, d.api + "/console/")
+        async with d.client.get(d.api + "/v1/deliveries", headers=bearer(TOKEN)) as answer:
+            delivery = (await answer.json())["items"][0]
+        await page.evaluate(axe)
+        for view in (*VIEWS, f"delivery/{delivery['id']}", "session/acme/s"):
+            await page.evaluate("hash => { location.hash = hash }", "#/" + view)
+            await expect(page.locator("h1")).to_be_visible()
+            await expect(page.get_by_text("Loading …")).to_have_count(0)
+            options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+            found = await page.evaluate("options => axe.run(document, options)", options)
+            assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == [], view
+            wide = await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+            assert wide, view
+            if pictures:
+                name = re.sub(r"\W+", "-", view.partition("?")[0])[:20]
+                await page.screenshot(path=f"{pictures}/{scheme}-{name}.png", full_page=True)
+            await page.set_viewport_size({"width": 400, "height": 800})
+            assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), view
+            if pictures:
+                await page.screenshot(path=f"{pictures}/{scheme}-{name}-400.png", full_page=True)
+            await page.set_viewport_size({"width": 1280, "height": 720})
+    await asyncio.sleep(0)

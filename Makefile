@@ -39,7 +39,7 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS)
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo test test-newest constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
+.PHONY: run demo test test-newest runbook constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
 	bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
@@ -65,6 +65,10 @@ test-newest:
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[fast,test]'
 	-$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | diff --suppress-common-lines constraints.txt - | grep '^>'
 	$(IN_MEMORY) NEWEST=1 $(NEWEST_VENV)/bin/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
+
+# The runbook that the console shows, after a change to docs/operating.md.
+runbook:
+	$(PYTHON) tests/helpers/runbook.py
 
 # constraints.txt of today, to be committed when everything was tested with it.
 constraints:

@@ -109,14 +109,16 @@ export const retryAll = (operator) => action("Retry all dead", () => ({
   },
 }), { disabled: operator.dead ? "" : "None is dead." });
 
-export const retrySome = (ids) => action("Retry selected", () => ({
-  title: `Retry ${count(ids().length)} dead deliveries?`, label: `Retry ${count(ids().length)}`,
+export const retrySome = (selected) => action("Retry selected", () => retryThese(selected()));
+
+const retryThese = (ids) => ({
+  title: `Retry ${count(ids.length)} dead deliveries?`, label: `Retry ${count(ids.length)}`,
   text: "They become due again. What has been sent cannot be called back.",
-  command: () => ids().map((id) => command("deliveries", "retry", id)).join("\n"),
+  command: () => ids.map((id) => command("deliveries", "retry", id)).join("\n"),
   run: async () => {
     let done = 0;
     const refused = [];
-    for (const id of ids()) {
+    for (const id of ids) {
       try {
         await call("POST", `v1/deliveries/${id}/retry`);
         done += 1;
@@ -127,7 +129,7 @@ export const retrySome = (ids) => action("Retry selected", () => ({
     }
     return `${count(done)} deliveries are due again.` + (refused.length ? ` Refused: ${refused.join("; ")}` : "");
   },
-}));
+});
 
 export const retryOne = (delivery) => action("Retry", () => ({
   title: "Retry this dead delivery?", label: "Retry", text: `It becomes due again, for ${delivery.operator}.`,

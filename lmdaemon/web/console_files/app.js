@@ -16,6 +16,7 @@ let shown = "";
 let busy = false;
 let wanted = false;
 let goneSince = null;
+let signedOut = false;
 
 function route() {
   const [path, search] = (location.hash.slice(2) || "overview").split("?");
@@ -43,6 +44,7 @@ function found() {
 
 // Draws the view of the address; one at a time, and once more if it was wanted meanwhile.
 async function draw() {
+  if (signedOut) return;
   if (busy) return void (wanted = true);
   busy = true;
   const { name, parts, asked } = route();
@@ -95,7 +97,7 @@ function refresh() {
 
 // Hears events for as long as the page is open; the daemon may go and come back.
 async function hear() {
-  for (;;) {
+  while (!signedOut) {
     const silence = new AbortController();
     let timer = setTimeout(() => silence.abort(), SILENT_MS);
     try {
@@ -103,6 +105,7 @@ async function hear() {
         clearTimeout(timer);
         timer = setTimeout(() => silence.abort(), SILENT_MS);
         notice("deaf");
+        found();
         if (name === "figures") {
           if (data.snapshot) refresh();
           document.getElementById("now").textContent = `${count(data.live)} live, ${count(data.pending)} pending, ${count(data.dead)} dead`;
@@ -120,6 +123,7 @@ async function hear() {
 }
 
 function signIn(why) {
+  signedOut = true;
   replace(document.getElementById("nav"));
   replace(document.getElementById("who"));
   const input = h("input", { type: "password", autocomplete: "off", required: true, id: "token" });

@@ -39,6 +39,16 @@ export function time(text) {
   return h("time", { datetime: text, title: `${utc}, here ${at.toLocaleString()}` }, shown);
 }
 
+// Words of the daemon: the times in them are shown as all others, with the date.
+export function prose(text) {
+  return text.split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/).map((piece, at) => {
+    if (at % 2 === 0) return piece;
+    const shown = time(piece);
+    shown.textContent = piece.slice(0, 10) + " " + piece.slice(11);
+    return shown;
+  });
+}
+
 // A wall time, and how far from now it is.
 export function when(text) {
   if (!text) return "–";

@@ -2,7 +2,7 @@
 
 import * as act from "./act.js";
 import { get } from "./api.js";
-import { chart, command, count, facts, h, link, query, replace, span, table, time, when } from "./dom.js";
+import { chart, command, count, facts, h, link, prose, query, replace, span, table, time, when } from "./dom.js";
 
 const PAGE = 50;
 const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
@@ -23,7 +23,7 @@ function heading(place, text, title) {
 const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.pending / 1e3;
 
 function keptBack(one) {
-  if (one.keptBack) return h("span", { class: one.held ? "warn" : "bad" }, one.keptBack);
+  if (one.keptBack) return h("span", { class: one.held ? "warn" : "bad" }, prose(one.keptBack));
   return one.notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
 }
 
@@ -32,21 +32,23 @@ function keptBack(one) {
 let shownAt = 0;
 
 async function overview(place, parts, asked) {
-  const [health, operators, figures, daemons] = await Promise.all([get("health"), get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   heading(place, "Overview");
+  for (const name of ["health", "back", "operators", "charts", "daemons"]) part(place, name);
+  const health = await get("health"); // which is told also where the store answers nothing
   const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
   const wrong = checks.filter(([, check]) => check.status !== "pass");
   replace(part(place, "health"),
     h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      h("p", {}, state(check.status), " ", h("strong", {}, name), check.output ? ": " + check.output : ""),
+      h("p", {}, state(check.status), " ", h("strong", {}, name), check.output ? [": ", prose(check.output)] : ""),
       h("p", {}, link("What it means and what to do", "runbook", "health: " + name)))));
+  const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
   const back = items.filter((one) => one.keptBack);
   replace(part(place, "back"), back.length > 0 && h("h2", {}, `Kept back: ${count(back.length)}`),
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
-      h("h3", {}, link(one.operator, "operator", one.operator)), h("p", {}, one.keptBack),
-      h("p", {}, one.outlook ? "By itself: " + one.outlook : ""),
+      h("h3", {}, link(one.operator, "operator", one.operator)), h("p", {}, prose(one.keptBack)),
+      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
       h("p", {}, `${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
     back.length > 8 && h("p", {}, `and ${count(back.length - 8)} more in the table below`));
   const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
@@ -95,8 +97,8 @@ async function operator(place, [name]) {
   }
   replace(part(place, "gate"),
     h("div", { class: `panel ${one.keptBack ? (one.held ? "warn" : "bad") : "good"}-edge` },
-      h("p", {}, h("strong", {}, one.keptBack ?? (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
-      one.outlook && h("p", {}, "By itself: " + one.outlook)),
+      h("p", {}, h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
+      one.outlook && h("p", {}, "By itself: ", prose(one.outlook))),
     h("div", { class: "row" }, act.hold(name), act.release(one), act.probe(one), act.retryAll(one)),
     act.rights.mayChange ? null : h("p", { class: "faint" }, "This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
@@ -160,7 +162,7 @@ async function session(place, [name, id]) {
   const steps = [[one.openedAt, "Opened"], [one.lastSeenAt, "Last seen"]];
   if (one.endedAt) steps.push([one.endedAt, ["Ended: ", h("strong", {}, one.reason)]]);
   for (const each of one.deliveries) {
-    const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} attempts)`];
+    const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} ${each.attempts === 1 ? "attempt" : "attempts"})`];
     if (each.settledAt) steps.push([each.settledAt, [state(each.state), " to ", to, each.state === "dead" && each.lastError ? `: ${each.lastError}` : ""]]);
     else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", while the operator is held"]]);
   }
@@ -175,7 +177,7 @@ function deliveryTable(items, box) {
   const heads = ["Delivery", "State", "Operator", "Session", "Sink", ["Attempts", "number"], "Created", "Next attempt", "Last answer"];
   return table("Deliveries", box ? ["Select", ...heads] : heads,
     items.map((one) => {
-      const cells = [link(one.id, "delivery", one.id), state(one.state), link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
+      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), state(one.state), link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
         count(one.attempts), time(one.createdAt), time(one.nextAttemptAt), [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ")];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
@@ -255,7 +257,7 @@ function drawEvents() {
     drawing = null;
     const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
     const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
-    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), name, link(data.operator, "operator", data.operator), what(name, data)]),
+    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), link(data.operator, "operator", data.operator), what(name, data)]),
       "Nothing yet. What happens from now on is shown here."));
   }, 200);
 }

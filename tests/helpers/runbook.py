@@ -1,0 +1,25 @@
+"""The runbook of the console, made of docs/operating.md: `make runbook` writes it anew."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "lmdaemon/web/console_files/runbook.json"
+
+
+def entries() -> dict[str, list[str]]:
+    """The lines of each alert and health check, without links; `code` and **words** keep their marks."""
+    text = (ROOT / "docs/operating.md").read_text()
+    sections = re.findall(r"^### ((?:Lmdaemon|health: ).*?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+    return {
+        title: [
+            re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(line.split()))
+            for line in re.findall(r"^- (.*?)(?=^- |\Z)", body, re.MULTILINE | re.DOTALL)
+        ]
+        for title, body in sections
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(entries(), ensure_ascii=False, indent=1) + "\n")

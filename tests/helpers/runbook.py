@@ -22,4 +22,5 @@ def entries() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(entries(), ensure_ascii=False, indent=1) + "\n")
+    lines = [f"{json.dumps(title)}: {json.dumps(text, ensure_ascii=False)}" for title, text in entries().items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -273,7 +273,7 @@ async def test_a_token_that_may_only_read_sees_why_nothing_can_be_changed(tmp_pa
 
 
 @needs_chromium
-async def test_the_page_works_behind_a_prefix_and_tells_that_the_daemon_has_gone(tmp_path: Path) -> None:
+async def test_the_page_behind_a_prefix_tells_that_the_daemon_has_gone(tmp_path: Path) -> None:
     async with serving(tmp_path, operator_table("acme", "http://127.0.0.1:1/")) as d, browser() as page:
         is_there = True
 

@@ -114,7 +114,7 @@ export function chart(title, values, unit, kind = "") {
   });
   return h("div", { class: "tile" }, h("h3", {}, title),
     h("div", {}, h("strong", {}, unit === "ms" ? count(Math.max(...values)) : count(total)),
-      h("span", { class: "faint" }, unit === "ms" ? " ms at most in the last hour" : " in the last hour")), svg);
+      h("span", { class: "faint" }, unit === "ms" ? " ms at most" : " in all")), svg);
 }
 
 export const shell = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'");

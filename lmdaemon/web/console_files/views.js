@@ -108,6 +108,7 @@ async function operator(place, [name]) {
       ["Failed in a row", [count(one.failedAttempts), one.failingSince ? [", since ", when(one.failingSince)] : ""]],
       ["Last failure", one.lastFailure ? [when(one.lastFailure.at), " ", h("strong", {}, one.lastFailure.reason), one.lastFailure.detail ? ": " + one.lastFailure.detail : ""] : "none"],
       one.notBefore && ["Next attempt not before", when(one.notBefore)],
+      one.endsWaitUntil && ["Ends for inactivity wait", ["at most until ", when(one.endsWaitUntil)]],
       one.held && ["Held", [when(one.heldSince), one.heldBy ? ` by ${one.heldBy}` : "", `: ${one.heldReason}`]],
       one.heldNote && ["Note", one.heldNote],
       one.heldUntil && ["Released by itself", when(one.heldUntil)],
@@ -225,11 +226,11 @@ async function delivery(place, [id]) {
   replace(part(place, "facts"),
     facts(["State", state(one.state)], ["Operator", link(one.operator, "operator", one.operator)], ["Session", link(one.sessionId, "session", one.operator, one.sessionId)],
       ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
-      one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)]),
+      one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     h("div", { class: "row" }, act.retryOne(one)));
   replace(part(place, "attempts"), h("h2", {}, "Attempts, the oldest first"),
-    table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
-      one.history.map((each) => [time(each.at), `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
+    table("Attempts", ["Time", ["Took", "number"], "Sent to", ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
+      one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, [each.url, each.address ? ` (${each.address})` : ""], each.status ?? "–", each.code ?? "–",
         each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."),
     h("p", { class: "faint" }, "The request itself is not shown: it holds the player's token. The same in a terminal:"),
     h("pre", {}, command("deliveries", "show", id), "\n", `curl -H 'Authorization: Bearer …' ${new URL("../v1/deliveries/" + encodeURIComponent(id), document.baseURI.split("#")[0])}`));

@@ -9,15 +9,25 @@ FILE = ROOT / "lmdaemon/web/console_files/runbook.json"
 
 
 def entries() -> dict[str, list[str]]:
+    """The health checks, and the alerts that their entries lead to."""
+    told = sections()
+    found = [title for title in told if title.startswith("health: ")]
+    for title in found:  # which grows meanwhile
+        named = re.findall(r"Lmdaemon[A-Z]\w+", " ".join(told[title]))
+        found += [name for name in dict.fromkeys(named) if name in told and name not in found]
+    return {title: told[title] for title in sorted(found, key=list(told).index)}
+
+
+def sections() -> dict[str, list[str]]:
     """The lines of each alert and health check, without links; `code` and **words** keep their marks."""
     text = (ROOT / "docs/operating.md").read_text()
-    sections = re.findall(r"^### ((?:Lmdaemon|health: ).*?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^### ((?:Lmdaemon|health: ).*?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     return {
         title: [
             re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(line.split()))
             for line in re.findall(r"^- (.*?)(?=^- |\Z)", body, re.MULTILINE | re.DOTALL)
         ]
-        for title, body in sections
+        for title, body in found
     }
 
 

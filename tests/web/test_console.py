@@ -212,9 +212,12 @@ async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> N
             await until(lambda: d.store.figures_of("acme").dead == 4)
             await page.goto(d.api + "/console/#/operator/acme")
             await page.get_by_role("button", name="Retry all dead").click()
+            await expect(page.get_by_role("dialog")).to_contain_text("There are 4, of which 4 can be sent: 4 code_999")
             command = "lmdaemon deliveries retry --operator acme"
             await expect(page.get_by_role("dialog").locator("pre")).to_have_text(command)
-            await page.get_by_role("dialog").get_by_role("button", name="Retry 4").click()
+            await page.get_by_label("Which").select_option("code_999")
+            await expect(page.get_by_role("dialog").locator("pre")).to_have_text(command + " --reason code_999")
+            await page.get_by_role("dialog").get_by_role("button", name="Retry").click()
             await expect(page.get_by_role("status")).to_contain_text("4 deliveries of acme are due again")
             await until(lambda: d.store.figures_of("acme").dead == 0)
 

@@ -1,7 +1,7 @@
 // Actions: each asks first, shows the same as a command, and says what happened.
 
 import { Gone, Problem, call } from "./api.js";
-import { command, count, h, replace } from "./dom.js";
+import { command, count, h, replace, span } from "./dom.js";
 
 export const rights = { mayChange: true, name: null };
 let refresh = () => {};
@@ -26,7 +26,13 @@ export function said(error) {
 export function action(label, wanted, { disabled = "" } = {}) {
   const why = rights.mayChange ? disabled : "This token may only read.";
   return h("button", { type: "button", "data-key": "action " + label, disabled: Boolean(why), title: why || null,
-    onclick: () => confirm(wanted()) }, label);
+    onclick: async () => {
+      try {
+        confirm(await wanted());
+      } catch (error) {
+        say(said(error), true);
+      }
+    } }, label);
 }
 
 // wanted: title, text, fields (elements), command (a function), label, run (a function that returns what happened)
@@ -99,15 +105,23 @@ export const probe = (operator) => action("Probe", () => ({
   },
 }), { disabled: operator.pending ? "" : "Nothing waits for it." });
 
-export const retryAll = (operator) => action("Retry all dead", () => ({
-  title: `Retry ${count(operator.dead)} dead deliveries of ${operator.operator}?`, label: `Retry ${count(operator.dead)}`,
-  text: "They become due again, at most ten a second, also those for plug-ins. What has been sent cannot be called back.",
-  command: () => command("deliveries", "retry", "--operator", operator.operator),
-  run: async () => {
-    const done = await call("POST", at(operator.operator) + "/deliveries/retry", {});
-    return `${count(done.retried)} deliveries of ${operator.operator} are due again.`;
-  },
-}), { disabled: operator.dead ? "" : "None is dead." });
+export const retryAll = (operator) => action("Retry all dead", async () => {
+  const name = operator.operator;
+  const { dryRun: found } = await call("POST", at(name) + "/deliveries/retry", { dryRun: true });
+  const reasons = Object.entries(found.reasons);
+  const which = h("select", {}, h("option", { value: "" }, `all (${count(found.found)})`),
+    reasons.map(([reason, many]) => h("option", { value: reason }, `only ${reason} (${count(many)})`)));
+  return {
+    title: `Retry the dead deliveries of ${name}?`, label: "Retry",
+    text: `There are ${count(found.found)}, of which ${count(found.canBeSent)} can be sent: ${reasons.map(([reason, many]) => `${count(many)} ${reason}`).join(", ") || "none"}. They become due again, at most ten a second, which takes ${span(found.seconds)}. What has been sent cannot be called back.`,
+    fields: [h("label", {}, "Which", which)],
+    command: () => command("deliveries", "retry", "--operator", name, ...(which.value ? ["--reason", which.value] : [])),
+    run: async () => {
+      const done = await call("POST", at(name) + "/deliveries/retry", which.value ? { reason: which.value } : {});
+      return `${count(done.retried)} deliveries of ${name} are due again.`;
+    },
+  };
+}, { disabled: operator.dead ? "" : "None is dead." });
 
 export const retrySome = (selected) => action("Retry selected", () => retryThese(selected()));
 

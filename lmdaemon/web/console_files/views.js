@@ -178,7 +178,7 @@ function deliveryTable(items, box) {
   const heads = ["Delivery", "State", "Operator", "Session", "Sink", ["Attempts", "number"], "Created", "Next attempt", "Last answer"];
   return table("Deliveries", box ? ["Select", ...heads] : heads,
     items.map((one) => {
-      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), state(one.state), link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
+      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), [state(one.state), one.discarded ? ", discarded" : ""], link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
         count(one.attempts), time(one.createdAt), time(one.nextAttemptAt), [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ")];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
@@ -224,7 +224,8 @@ async function delivery(place, [id]) {
   const one = await get("v1/deliveries/" + encodeURIComponent(id));
   heading(place, id, "Delivery " + id);
   replace(part(place, "facts"),
-    facts(["State", state(one.state)], ["Operator", link(one.operator, "operator", one.operator)], ["Session", link(one.sessionId, "session", one.operator, one.sessionId)],
+    facts(["State", state(one.state)], one.discarded && ["Discarded", [when(one.discarded.at), one.discarded.by ? ` by ${one.discarded.by}` : "", `: ${one.discarded.note}`]],
+      ["Operator", link(one.operator, "operator", one.operator)], ["Session", link(one.sessionId, "session", one.operator, one.sessionId)],
       ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     h("div", { class: "row" }, act.retryOne(one)));

@@ -109,10 +109,10 @@ class Api:
         try:
             tokens = self._context.settings.api_tokens
             token = bearer(request, tokens) if tokens else None
-            if tokens and handler == self._console.serve:  # anybody may have the files: nothing secret is in them
-                return await handler(request)
             if token is not None or not tokens:
                 self._check_rights(request, token)
+                return await handler(request)
+            if handler == self._console.serve:  # anybody may have the files: nothing secret is in them
                 return await handler(request)
             if request.path.rstrip("/") == HEALTH and request.method in ("GET", "HEAD"):
                 return await self._public_health()

@@ -172,7 +172,11 @@ async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: 
         await page.get_by_role("link", name="acme").first.click()
         await expect(page.get_by_role("heading", name="acme")).to_be_visible()
         await expect(page.get_by_text("Last failure")).to_be_visible()
-        await page.get_by_role("button", name="Hold").click()
+        await page.get_by_role("button", name="Hold").press("Enter")
+        await expect(page.get_by_label("Why")).to_be_focused()
+        await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="Hold")).to_be_focused()
+        await page.keyboard.press("Enter")
         await page.get_by_label("Why").fill("they mend it's database")
         await page.get_by_label("How long").select_option("7200")
         command = "lmdaemon hold acme --note 'they mend it'\\''s database' --for 2h"

@@ -17,6 +17,7 @@ let busy = false;
 let wanted = false;
 let goneSince = null;
 let signedOut = false;
+let heard = false;
 
 function route() {
   const [path, search] = (location.hash.slice(2) || "overview").split("?");
@@ -107,7 +108,8 @@ async function hear() {
         notice("deaf");
         found();
         if (name === "figures") {
-          if (data.snapshot) refresh();
+          if (data.snapshot && heard) refresh(); // it was away: what happened meanwhile is not told
+          heard = true;
           document.getElementById("now").textContent = `${count(data.live)} live, ${count(data.pending)} pending, ${count(data.dead)} dead`;
         } else refreshSoon();
         note(name, data);

@@ -1,5 +1,6 @@
 """The documents tell the truth: settings, modules, dialects, limits and version as they are in the code."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import get_args
 
 import msgspec
 import pytest
+import runbook
 from support import serving
 from untold import UNTOLD
 
@@ -94,6 +96,12 @@ def test_the_configuration_page_shows_the_true_defaults(table: str) -> None:
         else:
             assert not field.required, name
     assert findings.errors == []
+
+
+def test_the_runbook_of_the_console_is_that_of_the_documents() -> None:
+    """`make runbook` writes it anew."""
+    assert json.loads(runbook.FILE.read_text()) == runbook.entries()
+    assert len(runbook.entries()) > 15
 
 
 @pytest.mark.parametrize("name", dialects.SHIPPED)

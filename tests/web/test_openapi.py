@@ -173,11 +173,12 @@ async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
             )
     assert private["operations"]["tested"] == private["operations"]["selected"] == 28
     assert public["operations"]["tested"] == public["operations"]["selected"] == 5
-    # A fuzzer that never got through would prove nothing. For these two it needs the links of its last phase, which
-    # it does not count: they take what must exist in the right state.
+    # A fuzzer that never got through would prove nothing. These take what must exist in the right state: it has that by
+    # the links of its last phase at best, which it does not count.
     unheard = {name for report in (private, public) for name in report["valid_rates"] if not accepted(report, name)}
     assert unheard <= {
         "POST /v1/deliveries/{id}/retry",
+        "POST /v1/operators/{operator}/probe",
         "POST /v1/operators/{operator}/sessions/{sessionId}/touch",
     }
 

@@ -362,9 +362,10 @@ async def release(client: Client, args: argparse.Namespace) -> int:
 
 def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str) -> int:
     """Prints an operator, and says so where nothing has changed."""
+    code = show(args, _flat(operator))
     if not operator["changed"]:
         say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")
-    return show(args, _flat(operator))
+    return code
 
 
 def _flat(operator: dict[str, Any]) -> dict[str, Any]:

@@ -113,9 +113,11 @@ def export(args: argparse.Namespace) -> int:
     try:
         theirs = rights.own() if settings.postgres else rights.for_database(settings.database)
         ours = theirs if args.output is None else rights.for_result(args.output, theirs)
+        # Before rights are given up: what it imports may be where only root can read
+        source = open_archive(settings)
         with acting_with(theirs):
             check_source(settings)
-            with open_archive(settings) as archive:
+            with source as archive:
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))

@@ -4,6 +4,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+if sys.stderr.isatty():  # nobody else needs it, and a timer's backup begins sooner without it
+    # Now, for a command may give up root's rights later, and the package may be where only root can read
+    from tqdm import tqdm
+
 Tell = Callable[[int], None]
 
 
@@ -13,8 +17,6 @@ def progress(what: str, unit: str, total: int | None = None, *, shown: bool = Tr
     if not shown or not sys.stderr.isatty():
         yield lambda done: None
         return
-    from tqdm import tqdm  # here, because nobody else needs it and a timer's backup begins sooner without it
-
     tqdm.monitor_interval = 0  # no thread that looks after the line
     with tqdm(
         desc=what, unit=unit, total=total, unit_scale=True, leave=False, file=sys.stderr, dynamic_ncols=True

@@ -41,6 +41,7 @@ from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules
 from lmdaemon.store.contract import Dead, Opening, Recording, StoreError
 from lmdaemon.store.sqlite import thread
+from lmdaemon.store.sqlite.rows import DELIVERY
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
 
@@ -343,12 +344,7 @@ class Seen(NamedTuple):
     def read(cls, sql: sqlite3.Connection) -> "Seen":
         columns = "player_id, token, idle_ms, opened_at, lifetime_at, seen_ms, reason, ended_at"
         sessions = sql.execute(f"SELECT operator, session_id, {columns} FROM session").fetchall()
-        deliveries = sql.execute(
-            """SELECT d.id, d.nonce, d.session, d.operator, s.session_id, s.token, d.sink, d.state, d.created_at,
-                      d.due_at, d.settled_at, d.attempts, d.step, d.aged_from_at, d.held_base_ms, d.last_status,
-                      d.last_code, d.last_error, d.body_digest, d.history, d.body
-               FROM delivery d LEFT JOIN session s ON s.id = d.session"""
-        )
+        deliveries = sql.execute(f"SELECT {DELIVERY} FROM delivery d LEFT JOIN session s ON s.id = d.session")
         figures = sql.execute("SELECT name, live, pending, dead, held_at, not_before_at FROM operator").fetchall()
         found = [Delivery(*row) for row in deliveries]
         return cls(

@@ -291,7 +291,7 @@ def test_every_file_it_makes_is_its_owners_alone(daemon: Process) -> None:
     assert spy.run("backup", str(daemon.directory / "backup.sqlite3")) == 0
     made = [file for file in daemon.directory.iterdir() if file.name not in given]
     names = {file.name.removeprefix("lmdaemon.sqlite3") for file in made}
-    assert names == {"", "-wal", "-shm", ".lock", "backup.sqlite3"}
+    assert names == {"", "-wal", "-shm", "-attempts", ".lock", "backup.sqlite3"}
     assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {0o600}
 
 

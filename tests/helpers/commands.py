@@ -62,7 +62,7 @@ def run(
         preexec_fn=before,
     )
     assert not [secret for secret in SECRETS if secret in done.stdout + done.stderr]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 

@@ -155,10 +155,11 @@ class Thread:
         return result
 
     def _drop(self) -> None:
-        if self._connection is not None:
+        with self._lock:  # so that no other file has the socket's number when that is to be shut down
+            connection, self._connection = self._connection, None
+        if connection is not None:
             with suppress(psycopg.Error):
-                self._connection.close()
-            self._connection = None
+                connection.close()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

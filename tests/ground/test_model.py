@@ -149,6 +149,7 @@ def delivery(**changes: Any) -> Delivery:
         "last_error": None,
         "history": "[]",
         "body": b'{"token":"%s"}' % SECRET.encode(),
+        "discarded": None,
         "body_digest": None,
     }
     return Delivery(**(facts | changes))

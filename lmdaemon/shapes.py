@@ -343,10 +343,7 @@ class Delivery(Answer):
     ]
     body_sha256: Annotated[
         str | None,
-        Meta(
-            description="Of what is sent, the same at every attempt; null for a plug-in, and for old deliveries.",
-            extra_json_schema={"pattern": "^[0-9a-f]{64}$"},
-        ),
+        Meta(description="Of what is sent, in hex, the same at every attempt; null for plug-ins and old deliveries."),
     ]
 
 

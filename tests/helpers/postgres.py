@@ -6,6 +6,7 @@ not sync: it has to outlive no power cut.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -75,14 +76,26 @@ class OwnServer:
         """`fast` ends sessions in order, `immediate` is a crash."""
         self._run("pg_ctl", "-w", "-m", how, "stop")
 
-    def receive(self) -> "subprocess.Popen[bytes]":
+    @contextmanager
+    def receiver(self) -> Iterator[None]:
         """A client that receives the write-ahead log, as a replica does."""
         target = self.directory / "received"
         target.mkdir()
         if self.run_as:
             shutil.chown(target, "postgres", "postgres")
         where = ["-D", str(target), "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
-        return subprocess.Popen([*self.run_as, str(self._binaries / "pg_receivewal"), *where], cwd=self.directory)
+        received = subprocess.Popen(
+            [*self.run_as, str(self._binaries / "pg_receivewal"), *where],
+            cwd=self.directory,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            os.killpg(received.pid, signal.SIGKILL)  # also what `runuser` has started
+            received.wait()
 
     def __enter__(self) -> "OwnServer":
         self.start()

@@ -189,16 +189,12 @@ def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None
         pytest.skip(str(error))
     with own, psycopg.connect(own.url, autocommit=True) as sql:
         assert store._strained(sql) is None
-        receiver = own.receive()
-        try:
+        with own.receiver():
             told = wait_for(lambda: store._strained(sql))
             assert "a failover could lose" in told
             sql.execute("ALTER SYSTEM SET synchronous_standby_names = 'pg_receivewal'")
             sql.execute("SELECT pg_reload_conf()")
             wait_for(lambda: store._strained(sql) is None)
-        finally:
-            receiver.kill()
-            receiver.wait()
 
 
 class TestDaemon:

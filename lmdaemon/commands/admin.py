@@ -363,6 +363,7 @@ async def release(client: Client, args: argparse.Namespace) -> int:
 def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str) -> int:
     """Prints an operator, and says so where nothing has changed."""
     code = show(args, _flat(operator))
+    sys.stdout.flush()  # a result that cannot be written is told alone
     if not operator["changed"]:
         say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")
     return code

@@ -283,17 +283,15 @@ class Daemon:
 
     def _configure(self) -> None:
         """Gives the settings in force to every part; each uses them from its next step on."""
-        self._store.configured = frozenset(self.settings.operators)
-        self._store.sinks_of = partial(sinks_of, self.settings)
+        operators = self.settings.operators
+        pausing = frozenset(name for name, operator in operators.items() if operator.mass_expiry == "pause")
+        grace_ms = int(self._started_with.restart_grace_s * 1000)
+        self._store.configure(frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms)
         self._endpoint.configure(self.settings, self._plugins)
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._plugins)
-        self._store.pausing = frozenset(
-            name for name, operator in self.settings.operators.items() if operator.mass_expiry == "pause"
-        )
-        self._store.grace_ms = int(self._started_with.restart_grace_s * 1000)
-        self._sweeper.configure({name: operator.idle_s for name, operator in self.settings.operators.items()})
-        self._metrics.configure(self.settings.operators, self._dispatcher.attempting, get_args(Reason))
+        self._sweeper.configure({name: operator.idle_s for name, operator in operators.items()})
+        self._metrics.configure(operators, self._dispatcher.attempting, get_args(Reason))
         self._events.configured()
         for site in self._sites.values():
             self._configure_site(site)

@@ -341,8 +341,8 @@ def _refuse_contradicting_keys(body: bytes) -> None:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for key, value in pairs:
-            # repr distinguishes 1, true and 1.0, which == does not. It is called for repeated keys only: called for
-            # every value, it would take a second of the event loop for a deeply nested body of 16 KiB.
+            # Compared by repr, because 1, true and 1.0 are equal by ==. Only for repeated keys: for every value of a
+            # deeply nested body of 16 KiB, repr would block the event loop for a second.
             if key in fields and repr(fields[key]) != repr(value):
                 _refuse(f"field {key[:ID_MAX]!r} stands twice with different values")
             fields[key] = value

@@ -418,12 +418,6 @@ class Store(Protocol):
     repeated.
     """
 
-    # Set by the daemon
-    configured: frozenset[str]  # operators whose sinks are known: only their sessions end for inactivity or age
-    sinks_of: SinksOf
-    pausing: frozenset[str]  # operators whose ends for inactivity wait while their touches have stopped
-    grace_ms: int  # for how much longer they wait when touches have come again
-
     engine: Mapping[str, str]  # name and version of the database engine
 
     # Kept in memory, as of the last commit
@@ -432,6 +426,16 @@ class Store(Protocol):
     next_due_ms: int | None  # the next deadline may be later, never earlier
     next_lifetime_at: int | None
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
+    pausing: frozenset[str]  # as given to `configure`
+
+    def configure(
+        self, operators: frozenset[str], sinks_of: SinksOf, pausing: frozenset[str] = frozenset(), grace_ms: int = 0
+    ) -> None:
+        """Takes over what follows from the settings, for all batches from the next one on.
+
+        Sessions of `operators` alone end for inactivity or age. The ends for inactivity of those in `pausing` wait
+        while their touches have stopped, and for `grace_ms` of service time when touches have come again.
+        """
 
     @property
     def live(self) -> int:

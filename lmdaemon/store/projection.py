@@ -51,6 +51,12 @@ class Projection:
         self._last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
 
+    def configure(
+        self, operators: frozenset[str], sinks_of: SinksOf, pausing: frozenset[str] = frozenset(), grace_ms: int = 0
+    ) -> None:
+        """Takes over what follows from the settings, as `Store` has it."""
+        self.configured, self.sinks_of, self.pausing, self.grace_ms = operators, sinks_of, pausing, grace_ms
+
     def load(self, found: "Loaded") -> None:
         """Takes over what was read from the tables at the start."""
         self.service_clock = ServiceClock(self._clock, found.service_ms)

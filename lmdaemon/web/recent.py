@@ -51,7 +51,7 @@ class Since(StoreObserver):
         now_ms = self._service_ms()
         for one in sessions:
             if one.reason == "inactivity":
-                lag_ms = int(now_ms - one.seen_ms - one.idle_ms)
+                lag_ms = int(now_ms - one.deadline_ms)
                 if lag_ms > self._lag_ms.get(one.operator, 0):
                     self._lag_ms[one.operator] = lag_ms
 

@@ -515,8 +515,7 @@ class Promises(RuleBasedStateMachine):
         self.closing = False
 
     def configure(self) -> None:
-        self.db.configured = frozenset(self.settings.operators)
-        self.db.sinks_of = partial(sinks_of, self.settings)
+        self.db.configure(frozenset(self.settings.operators), partial(sinks_of, self.settings))
         self.dispatcher.configure(self.settings, self.plugins)
 
     def finish(self) -> None:

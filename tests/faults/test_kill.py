@@ -54,7 +54,7 @@ async def work(witness: Witness, life: int) -> None:
 async def test_killed_at_any_line_it_loses_nothing_and_ends_nothing_twice(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """Nothing that was acknowledged."""
+    """What was acknowledged before the kill is there after it, and each session has ended once."""
     (tmp_path / "told_hook.py").write_text(HOOK)
     async with wallet(rng, refuses=0.3) as acme, aiohttp.ClientSession() as client:
         toml = TOML + OPERATOR.format(name="acme", url=acme.url)

@@ -150,8 +150,7 @@ async def bench(tmp_path: Path, clock: Any, toml: str) -> AsyncIterator[Bench]:
         sender = Sender(clock)
         dispatcher = Dispatcher(db, clock, sender, Random(7))
         loaded = {name: plugins.load(plugin, dispatcher.wake) for name, plugin in settings.plugins.items()}
-        db.configured = frozenset(settings.operators)
-        db.sinks_of = partial(sinks_of, settings)
+        db.configure(frozenset(settings.operators), partial(sinks_of, settings))
         dispatcher.configure(settings, loaded)
         try:
             yield Bench(db, clock, dispatcher, settings, loaded)

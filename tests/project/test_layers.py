@@ -165,7 +165,7 @@ def test_each_library_has_one_home() -> None:
 
 
 def test_names_of_tests_are_under_70_characters() -> None:
-    """What does not fit is told in a docstring."""
+    """What a name has no room for stands in the test's docstring."""
     sources = list(TESTS.rglob("test_*.py"))
     functions = [node for source in sources for node in ast.walk(ast.parse(source.read_text())) if is_test(node)]
     assert len(functions) > 1000

@@ -112,8 +112,8 @@ FENCE = _count(
     "UPDATE lmdaemon.member SET heard_ms = %s, wall_at = %s, batch = batch + 1 WHERE id = %s AND batch = %s - 1",
     rows="",
 )
-# Stamps the active ones of the touched sessions, and returns which they are if they are not as many as were given. Of
-# arrays that it cannot look into the planner expects ten rows, so that it never reads the whole table for them.
+# Touches the sessions that are active. Returns their operators and ids as JSON if some of those given were not active,
+# else NULL. ARRAY(SELECT …) hides from PostgreSQL's planner how many ids come: it then expects ten and uses the index.
 TOUCH = """
 WITH found AS MATERIALIZED (
     SELECT s.id, s.operator, s.session_id

@@ -47,7 +47,7 @@ class Keeper(Protocol):
 
 
 class OutageError(Exception):
-    """The database or the way to it refused, and not the operation."""
+    """The server or the network failed. The operation itself may be right, so it can be repeated."""
 
 
 class Server:

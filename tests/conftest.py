@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ _MEASURED = "measured"  # the key of a test's figures in its report
 # A machine that stood still for a second is no finding
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+# A shell starts what runs in its background with SIGINT ignored, and every process started from there inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports

@@ -299,12 +299,12 @@ class Dispatcher(StoreObserver):
             return
         claims = [self._claim(lane) for lane in ready]
         for lane in ready:
-            lane.next_due_at = None  # rows that are committed from here on are added by `delivery_due`
+            lane.begin_reading()
         try:
             found = await self._store.claimable(claims)
         except StoreError:
             for lane in ready:
-                lane.next_due_at = now_at
+                lane.note_due(lane.reading_from_at or now_at)
             raise
         for lane, claim, rows in zip(ready, claims, found, strict=True):
             if self._lanes.get((lane.operator.name, lane.sink)) is not lane:
@@ -313,6 +313,7 @@ class Dispatcher(StoreObserver):
             lane.ahead += due
             if len(due) < len(rows):
                 lane.note_due(rows[len(due)].due_at)
+            lane.end_reading()
             self._start(lane)
 
     def _plan(self, lane: Lane, now_at: int) -> None:

@@ -29,6 +29,7 @@ class Lane:
         self.policy = policy
         self.plugin = plugin
         self.next_due_at: int | None = 0  # 0: to be read from the table
+        self.reading_from_at: int | None = None  # `next_due_at` before it was to be read again, until that is done
         self.look_again_at = 0  # wall ms after which `next_due_at` is read from the table again
         self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
         self.delivered = 0  # those in flight that succeeded and are not stored yet: they occupy no slot
@@ -43,7 +44,17 @@ class Lane:
     def look_again(self, now_at: int) -> None:
         """Once a minute, has `next_due_at` read again, so that a row that was missed does not wait for ever."""
         if now_at >= self.look_again_at:
+            self.reading_from_at = self.next_due_at or self.reading_from_at
             self.next_due_at, self.look_again_at = 0, now_at + LOOK_AGAIN_MS
+
+    def begin_reading(self) -> None:
+        """Rows that are committed from here on are noted by `note_due`, the others found by whoever reads."""
+        self.reading_from_at = self.next_due_at or self.reading_from_at
+        self.next_due_at = None
+
+    def end_reading(self) -> None:
+        """What was found is in `ahead` and noted."""
+        self.reading_from_at = None
 
     def note_due(self, due_at: int) -> None:
         """Notes that a row is due at `due_at`, which may be earlier than those known so far."""
@@ -100,10 +111,10 @@ class Lane:
         """
         opens_at = retry.opens_at(gate) if self.gated else 0
         try:
-            due_at = self._due_at
+            due_at = self._due_at or self.reading_from_at
         except IndexError:
             return 0.0
-        if not due_at or opens_at is None:  # 0: to be read from the table
+        if not due_at or opens_at is None:  # 0: to be read from the table, for the first time
             return 0.0
         return max(0, now_at - max(due_at, opens_at)) / 1000
 

@@ -121,7 +121,20 @@ async def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(tmp_p
         assert lane.overdue_s(Gate(), now_at) == 60
         assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
         assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
-        lane.next_due_at = 0  # about to be looked up
+        lane.next_due_at = 0  # to be looked up for the first time
+        assert lane.overdue_s(Gate(), now_at) == 0
+
+
+async def test_a_wait_is_told_also_while_the_next_rows_are_read(tmp_path: Path, clock: HandClock) -> None:
+    async with bench(tmp_path, clock, operator_table("acme", "http://127.0.0.1:1/")) as b:
+        (lane,) = b.dispatcher._lanes.values()
+        now_at = clock.wall_ms()
+        lane.next_due_at = now_at - 60_000
+        lane.look_again(now_at)
+        assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (0, 60)
+        lane.begin_reading()
+        assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (None, 60)
+        lane.end_reading()
         assert lane.overdue_s(Gate(), now_at) == 0
 
 

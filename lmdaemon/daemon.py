@@ -34,7 +34,7 @@ from lmdaemon.delivery.underway import Underway
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import Health
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import Asker, Member, Reason, Session
+from lmdaemon.model import Asker, Reason, Session
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
@@ -148,7 +148,6 @@ class Daemon:
         self.addresses: dict[str, Any] = {}
         self._closing: dict[tuple[str, str], Asker] = {}
         self._name = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(4)}"
-        self._since_at = self._clock.wall_ms()
 
     def stop(self) -> None:
         """Asks `run` to stop in order and return."""
@@ -259,7 +258,6 @@ class Daemon:
                 probe=self._dispatcher.probe,
                 recent=self._recent,
                 events=self._events,
-                members=self._members,
                 read_again=self._read_again,
                 closing=self._closing,
             )
@@ -296,12 +294,11 @@ class Daemon:
         for site in self._sites.values():
             self._configure_site(site)
 
-    def _members(self) -> list[Member]:
-        """The daemons on this database: only this one."""
-        at, now_at = self.addresses["api"], self._clock.wall_ms()
+    def _introduce(self) -> None:
+        """Tells the other daemons on the database where the private side listens."""
+        at = self.addresses["api"]
         address = _text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
-        operators = list(self.settings.operators)
-        return [Member(self._name, __version__, address, self._since_at, now_at, 0, operators, True)]
+        self._store.introduce(address, "")
 
     def _configure_site(self, site: Site) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -346,6 +343,7 @@ class Daemon:
             self._configure_site(site)
             await site.start()
             self.addresses[name] = listening.getsockname()
+        self._introduce()
         return list(runners.values())
 
     def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:

@@ -224,8 +224,9 @@ class Asker(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A daemon on a database: where its private side listens, when it was started and last heard, and by how many
-    milliseconds its service clock is behind the furthest.
+    """A daemon on a database: where its private side listens, when it was started and last heard, by how many
+    milliseconds its service clock is behind the furthest, the operators that it owns, and a digest of its settings of
+    all operators.
     """
 
     name: str
@@ -235,6 +236,7 @@ class Member(NamedTuple):
     heard_at: int
     lag_ms: int
     operators: Sequence[str]
+    digest: str
     is_self: bool
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from lmdaemon.clock import ServiceClock
-from lmdaemon.model import Delivery, DeliveryState, Gate, Session
+from lmdaemon.model import Delivery, DeliveryState, Gate, Member, Session
 
 READS_MAX = 1000  # most reads of the daemon itself that may wait
 LOOKS_MAX = 100  # most reads of people that may wait
@@ -400,6 +400,9 @@ class StoreObserver:
     def read_again(self) -> None:
         """What is kept in memory was read again from the tables: anything may have changed."""
 
+    def ownership_changed(self, operator: str) -> None:
+        """This daemon owns the operator from now on, or no longer: see `Store.owns`."""
+
     def wall_clock_set_back(self) -> None:
         """The wall clock was set back, and stored waits were moved with it."""
 
@@ -436,6 +439,17 @@ class Store(Protocol):
         Sessions of `operators` alone end for inactivity or age. The ends for inactivity of those in `pausing` wait
         while their touches have stopped, and for `grace_ms` of service time when touches have come again.
         """
+
+    def introduce(self, address: str, digest: str) -> None:
+        """Tells the other daemons on the database where this one listens, and a digest of its operators' settings."""
+
+    def owns(self, operator: str) -> bool:
+        """Whether this daemon, and no other one on the database, ends the operator's idle sessions and delivers for
+        it. With a file there is no other one.
+        """
+
+    async def daemons(self) -> Sequence[Member]:
+        """The daemons on the database, this one included."""
 
     @property
     def live(self) -> int:

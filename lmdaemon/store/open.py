@@ -24,7 +24,7 @@ async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
     if asked is None:
         from lmdaemon.store.sqlite.store import Store as SQLiteStore
 
-        return await SQLiteStore.open(settings.database, clock, count_downtime=settings.count_downtime)
+        return await SQLiteStore.open(settings.database, clock, name=name, count_downtime=settings.count_downtime)
     from lmdaemon.store.postgres.migrations import UnsafeSettingError
     from lmdaemon.store.postgres.store import Store as PostgresStore
 

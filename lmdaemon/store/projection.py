@@ -4,15 +4,16 @@ An engine loads it at the start and updates it with every committed batch, so th
 called for each change. It does no I/O.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.log import Log
-from lmdaemon.model import Gate
+from lmdaemon.model import Gate, Member
 from lmdaemon.store import silence
 from lmdaemon.store.contract import Figures, SinksOf, StoreObserver
 from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
+from lmdaemon.version import __version__
 
 SET_BACK_MS = 1000  # a wall clock that is behind by less than this has drifted; by more, it was set back
 
@@ -33,8 +34,11 @@ class Loaded(NamedTuple):
 class Projection:
     """Figures, gates and deadlines as of the last commit. `observers` are called on the event loop, in their order."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, name: str = "") -> None:
         self._clock = clock
+        self._name = name  # the daemon's
+        self._since_at = clock.wall_ms()
+        self._address = self._digest = ""
         self.service_clock = ServiceClock(clock, 0)
         self.sinks_of: SinksOf = lambda session: ()
         self.configured: frozenset[str] = frozenset()
@@ -56,6 +60,21 @@ class Projection:
     ) -> None:
         """Takes over what follows from the settings, as `Store` has it."""
         self.configured, self.sinks_of, self.pausing, self.grace_ms = operators, sinks_of, pausing, grace_ms
+
+    def introduce(self, address: str, digest: str) -> None:
+        """Tells what others are shown of this daemon, as `Store` has it."""
+        self._address, self._digest = address, digest
+
+    def owns(self, operator: str) -> bool:
+        """Whether this daemon ends and delivers for the operator, as `Store` has it: here it is the only one."""
+        return True
+
+    async def daemons(self) -> Sequence[Member]:
+        """The daemons on the database, as `Store` has it: here only this one."""
+        now_at, operators = self._clock.wall_ms(), sorted(self.configured)
+        return [
+            Member(self._name, __version__, self._address, self._since_at, now_at, 0, operators, self._digest, True)
+        ]
 
     def load(self, found: "Loaded") -> None:
         """Takes over what was read from the tables at the start."""

@@ -60,8 +60,8 @@ class Died(NamedTuple):
 class Verbs(Projection):
     """The verbs, described in `lmdaemon.store.contract`. Nothing is written unless `run` is running."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: Clock, name: str) -> None:
+        super().__init__(clock, name)
         self._writer: Writer[Any]  # the engine's
 
     @abstractmethod

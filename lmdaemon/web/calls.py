@@ -4,7 +4,7 @@ It knows requests, answers and settings; what a call does is its handler's.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote
@@ -16,7 +16,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.dialects import content_of, uncoded
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import ID_MAX, Asker, Delivery, Member, Session, id_problem
+from lmdaemon.model import ID_MAX, Asker, Delivery, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.web import bodies
 from lmdaemon.web.documents import delivery_document, session_document, to_json
@@ -62,7 +62,6 @@ class Context:
     probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
     recent: Recent
     events: Events
-    members: Callable[[], Sequence[Member]]  # the daemons on this database
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
     # Who is closing which session, by operator and id. The end is logged after the commit, where that is not known
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)

@@ -79,6 +79,6 @@ class Watching:
                     operators=list(one.operators),
                     self=one.is_self,
                 )
-                for one in self._context.members()
+                for one in await self._context.store.daemons()
             ]
         )

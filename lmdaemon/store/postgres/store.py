@@ -108,9 +108,9 @@ class Store(Verbs):
     file_bytes = 0
     room: Room | None = None
 
-    def __init__(self, clock: Clock, database: Database, thread: Thread) -> None:
+    def __init__(self, clock: Clock, name: str, database: Database, thread: Thread) -> None:
         """Made by `open`."""
-        super().__init__(clock)
+        super().__init__(clock, name)
         self._database = database
         self._thread = thread
         self._versions: dict[str, int] = {}  # of what holds each operator back: the number of its last change
@@ -138,7 +138,7 @@ class Store(Verbs):
         clock.
         """
         database = Database(url, password, name)
-        store = cls(clock, database, Thread(database, prepares=False))
+        store = cls(clock, name, database, Thread(database, prepares=False))
         try:
             await store._join(name, may_migrate=may_migrate, count_downtime=count_downtime)
         except (psycopg.Error, NoAnswerError) as error:

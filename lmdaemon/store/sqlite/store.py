@@ -69,19 +69,20 @@ class Store(Verbs):
 
     engine: Mapping[str, str] = MappingProxyType({"sqlite": sqlite3.sqlite_version})
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, name: str) -> None:
         """Use `open` instead."""
-        super().__init__(clock)
+        super().__init__(clock, name)
         self._expect_known = False  # whether the last sessions to be added were known
         self._db: Database[Batch]
 
     @classmethod
-    async def open(cls, path: Path, clock: Clock, *, count_downtime: bool = False) -> Self:
+    async def open(cls, path: Path, clock: Clock, *, name: str = "", count_downtime: bool = False) -> Self:
         """Opens the file and reads clock, figures and gates as the last run left them. Raises DatabaseError.
 
-        With `count_downtime`, the wall time since the last transaction is added to the service clock.
+        `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
+        clock.
         """
-        store = cls(clock)
+        store = cls(clock, name)
         store._db = await Database.open(path, store, setup=SET_UP)
         store._writer = store._db.writer
         try:

@@ -29,6 +29,19 @@ class Result(NamedTuple):
     requests: int
     duration_ms: int
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.check.id,
+            "title": self.check.title,
+            "verdict": self.verdict,
+            "text": self.text,
+            "why": self.check.why,
+            "hint": self.check.hint if self.verdict in ("warn", "fail") else None,
+            "requests": self.requests,
+            "durationMs": self.duration_ms,
+            "evidence": list(self.evidence),
+        }
+
 
 class Report(NamedTuple):
     """All findings in the order of the documents. `stopped` says why not everything was tried; empty if it was."""
@@ -62,20 +75,7 @@ class Report(NamedTuple):
             "requests": self.requests,
             "stopped": self.stopped or None,
             "counts": self.counts,
-            "checks": [
-                {
-                    "id": result.check.id,
-                    "title": result.check.title,
-                    "verdict": result.verdict,
-                    "text": result.text,
-                    "why": result.check.why,
-                    "hint": result.check.hint if result.verdict in ("warn", "fail") else None,
-                    "requests": result.requests,
-                    "durationMs": result.duration_ms,
-                    "evidence": list(result.evidence),
-                }
-                for result in self.results
-            ],
+            "checks": [result.as_json() for result in self.results],
             "byHand": list(BY_HAND),
         }
 
@@ -92,6 +92,58 @@ def chosen(only: Collection[str], skip: Collection[str]) -> tuple[Check, ...]:
         if check.id == BASE
         or ((not only or {check.id, check.group} & set(only)) and not {check.id, check.group} & set(skip))
     )
+
+
+class Progress(NamedTuple):
+    """How far a run has come. `check` is the id of the check under way, empty between two; `result` is the one that has
+    just ended, as in the report.
+    """
+
+    done: int
+    total: int
+    check: str
+    result: dict[str, Any] | None
+
+
+def obstacle(operator: Operator) -> str:
+    """Why this operator cannot be checked, in words for a person; empty when it can."""
+    if not operator.url:
+        return "it has no url"
+    if "hash" in operator.sends.required and operator.hash_key is None:
+        return f"dialect {operator.sends.name} needs a hash key"
+    return ""
+
+
+async def check_operator(
+    operator: Operator,
+    *,
+    player: str | None = None,
+    token: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Runs every check against an operator of the configuration and returns the report as `check --json` prints it.
+
+    `player` and `token` are a test player's; made up without them. `on_progress` is called in the event loop at the
+    beginning and at the end of each check. Run it in a task of its own: when that is cancelled, it returns the report
+    of what was found so far, with `stopped` set. Takes about half a minute, and RUN_MAX_S at most. Raises ValueError
+    when the operator has an `obstacle`.
+    """
+    problem = obstacle(operator)
+    if problem:
+        raise ValueError(f"operators.{operator.name} cannot be checked: {problem}")
+    total, ended = len(CHECKS), 0
+
+    def began(check: Check, number: int) -> None:
+        on_progress(Progress(ended, total, check.id, None))
+
+    def came(result: Result) -> None:
+        nonlocal ended
+        ended += 1
+        on_progress(Progress(ended, total, "", result.as_json()))
+
+    runner = Runner(operator, player=player, token=token, limits=limits, on_begin=began, on_result=came)
+    return (await runner.run()).as_json()
 
 
 class Runner:

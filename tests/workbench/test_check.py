@@ -17,10 +17,11 @@ from endpoints import HASH_KEY, PROVIDER, QUICK, TOKEN, UNTIMED, Endpoint, check
 from support import serving
 
 from lmdaemon import tls
+from lmdaemon.commands.recipient import stranger
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.bench import changed
 from lmdaemon.workbench.checks import CHECKS
-from lmdaemon.workbench.runner import Report, Runner, chosen
+from lmdaemon.workbench.runner import Progress, Report, Runner, check_operator, chosen
 from lmdaemon.workbench.wire import REQUESTS_MAX
 
 
@@ -410,6 +411,47 @@ async def test_a_target_that_falls_silent_is_left_alone() -> None:
     assert report.stopped == "3 requests in a row got no answer"
     assert report.requests < 30
     assert report.counts["pass"] >= 3
+
+
+# -- as a function
+
+
+async def test_an_operator_is_checked_as_data_with_progress() -> None:
+    seen: list[Progress] = []
+    async with served(Endpoint("status from the code")) as endpoint:
+        operator = to(endpoint.url, provider_id=PROVIDER)
+        report = await check_operator(operator, token=TOKEN, limits=QUICK, on_progress=seen.append)
+    assert report == json.loads(json.dumps(report))
+    failed = {one["id"] for one in report["checks"] if one["verdict"] == "fail"}
+    assert "answer.refusal-status" in failed
+    assert (report["stopped"], report["counts"]["fail"]) == (None, len(failed))
+    begun, ended = [one for one in seen if one.check], [one for one in seen if one.result]
+    assert [one.done for one in begun] == list(range(len(CHECKS)))
+    assert [one.done for one in ended] == list(range(1, len(CHECKS) + 1))
+    found = {one.result["id"]: one.result for one in ended if one.result}
+    assert [found[one["id"]] for one in report["checks"]] == report["checks"]
+
+
+async def test_a_check_that_is_cancelled_returns_what_it_has_found() -> None:
+    async with served(Endpoint()) as endpoint:
+
+        def at_the_sixth(progress: Progress) -> None:
+            if progress.check and progress.done == 5:
+                running.cancel()
+
+        operator = to(endpoint.url, provider_id=PROVIDER)
+        running = asyncio.create_task(check_operator(operator, token=TOKEN, limits=QUICK, on_progress=at_the_sixth))
+        report = await running
+    assert report["stopped"] == "interrupted"
+    assert len([one for one in report["checks"] if one["text"] == "interrupted"]) == len(CHECKS) - 5
+    assert sum(report["counts"].values()) == len(CHECKS)
+
+
+async def test_an_operator_that_cannot_be_checked_is_told_apart() -> None:
+    with pytest.raises(ValueError, match="cannot be checked: it has no url"):
+        await check_operator(stranger())
+    with pytest.raises(ValueError, match="dialect pragmatic needs a hash key"):
+        await check_operator(to("https://wallet.example/x", sends=SHIPPED["pragmatic"]))
 
 
 # -- the command

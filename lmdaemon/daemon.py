@@ -7,7 +7,6 @@ again.
 
 import asyncio
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -16,71 +15,43 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from random import Random
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from aiohttp import web
-
-from lmdaemon import log, plugins, systemd
+from lmdaemon import log, systemd
 from lmdaemon.clock import Clock
-from lmdaemon.config import reader
-from lmdaemon.config.findings import ConfigError
-from lmdaemon.config.settings import Plugin, Settings, changes
-from lmdaemon.config.shown import NEEDS_RESTART
-from lmdaemon.config.values import Listen
+from lmdaemon.config.settings import Settings
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.delivery.underway import Underway
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import Health
+from lmdaemon.listeners import Listeners, address_text
 from lmdaemon.metrics import Metrics
 from lmdaemon.model import Asker, Reason, Session
-from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.plugins import CANCEL_S
 from lmdaemon.pruner import Pruner
 from lmdaemon.readings import Readings
+from lmdaemon.reloader import Reloader
+from lmdaemon.status import Status, count
 from lmdaemon.store.contract import Store, StoreError, StoreObserver
 from lmdaemon.store.open import name_of, open_store
 from lmdaemon.sweeper import Sweeper
 from lmdaemon.version import __version__
-from lmdaemon.web import api, endpoint
 from lmdaemon.web.api import Api
 from lmdaemon.web.calls import Context
 from lmdaemon.web.endpoint import Endpoint
 from lmdaemon.web.events import Events
-from lmdaemon.web.listener import (
-    Acceptor,
-    Bounds,
-    Connection,
-    Hearing,
-    Site,
-    connections_max,
-    private_request,
-    public_request,
-    turn_away,
-)
+from lmdaemon.web.listener import Bounds, Hearing
 from lmdaemon.web.recent import Recent
-from lmdaemon.web.requests import address_of, bind
 
-STATUS_EVERY_S = 10.0
 START_S = 60.0  # time that systemd is asked for at a start, besides upgrade and plug-ins
 UPGRADE_BYTES_S = 10e6  # bytes a second that a slow disk upgrades
-CUT_S = 0.5  # how long a handler may take whose connection was cut at a stop; aiohttp waits twice as long
 CLOSING_S = 15.0  # time that systemd is asked for at a stop, for the last commit and for copying the WAL into the file
 
 NOBODY = Asker()
 
 events = log.Log("daemon")
-
-_T = TypeVar("_T")
-
-
-def _connection_type() -> type[Connection]:
-    """The class that serves connections: the fast one of `web.hot`, if that module exists."""
-    try:
-        from lmdaemon.web import hot
-    except ImportError:  # without it everything works as well, only slower
-        return Connection
-    return hot.connection_type()
 
 
 class _Recorder(StoreObserver):
@@ -94,8 +65,8 @@ class _Recorder(StoreObserver):
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
         """Counts and logs ends (StoreObserver)."""
         now_ms = self._store.service_clock.now_ms()
-        for (operator, reason), count in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
-            self._metrics.ended(operator, reason, count)
+        for (operator, reason), many in Counter((one.operator, one.reason) for one in sessions if one.reason).items():
+            self._metrics.ended(operator, reason, many)
         for session in sessions:
             if session.reason == "inactivity":
                 self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
@@ -134,20 +105,25 @@ class Daemon:
         rng: Random | None = None,
         on_serving: Callable[[], None] = lambda: None,
     ) -> None:
-        self.settings = settings
-        self._started_with = settings  # its addresses, database and clock settings are in use to the end
+        self._started_with = settings
         self._clock = clock or Clock()
         self._rng = rng or Random()  # noqa: S311 - jitter, not secrets
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
-        self._reload_error: str | None = None
-        self._plugins: dict[str, LoadedPlugin] = {}
-        self._sites: dict[str, Site] = {}
         self.serving = asyncio.Event()
         self._on_serving = on_serving
-        self.addresses: dict[str, Any] = {}
         self._closing: dict[tuple[str, str], Asker] = {}
         self._name = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(4)}"
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._reloader.settings
+
+    @property
+    def addresses(self) -> Mapping[str, Any]:
+        """Where "server" and "api" listen, as `socket.getsockname` says it."""
+        return self._listeners.addresses
 
     def stop(self) -> None:
         """Asks `run` to stop in order and return."""
@@ -163,28 +139,32 @@ class Daemon:
             stack.callback(log.repeats.flush, everything=True)
             self._notifier = systemd.Notifier()
             stack.callback(self._notifier.close)
-            runners = await self._unless_stopped(self._start(stack))
-            if runners is not None:
-                await self._serve(runners)
+            if await self._unless_stopped(self._start(stack)):
+                await self._serve()
         events.info("daemon.stopped")
 
-    async def _start(self, stack: AsyncExitStack) -> list[web.BaseRunner]:
+    async def _start(self, stack: AsyncExitStack) -> None:
         handed_over = systemd.listening_sockets()
         await self._build(stack)
-        return await self._listen(stack, handed_over)
+        await self._listeners.start(
+            stack, handed_over, self.settings, self._dispatcher.attempts_max, _drain_s(self.settings)
+        )
+        self._introduce()
 
-    async def _unless_stopped(self, start: Coroutine[Any, Any, _T]) -> _T | None:
-        """The result of the start; None if a stop was asked for before it was over, and the start is cancelled then."""
+    async def _unless_stopped(self, start: Coroutine[Any, Any, None]) -> bool:
+        """Waits for the start and returns True; if a stop is asked for before it is over, cancels it, returns False."""
         starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return starting.result() if starting.done() else None
+            if starting.done():
+                starting.result()
+            return starting.done()
         finally:
             starting.cancel()
             stopping.cancel()
             await asyncio.gather(starting, stopping, return_exceptions=True)
 
-    async def _serve(self, runners: list[web.BaseRunner]) -> None:
+    async def _serve(self) -> None:
         self._store.service_clock.thaw("starting")
         self._handle_signals()
         async with asyncio.TaskGroup() as group:
@@ -196,18 +176,18 @@ class Daemon:
                     "dispatcher": self._dispatcher.run(),
                     "pruner": self._pruner.run(),
                     "reloader": self._reload_for_ever(),
-                    "status": self._report_for_ever(),
+                    "status": self._status.report_for_ever(),
                 }.items()
             }
             self._announce()
             await self._stopping.wait()
-            await self._shut_down(runners, loops)
+            await self._shut_down(loops)
 
     # -- building
 
     async def _build(self, stack: AsyncExitStack) -> None:
-        settings = self.settings
-        self._notifier.starting(self._start_limit_s(), f"Starting. Opening {name_of(settings)}.")
+        settings = self._started_with
+        self._notifier.starting(_start_limit_s(settings), f"Starting. Opening {name_of(settings)}.")
         self._store: Store = await open_store(settings, self._clock, self._name)
         stack.push_async_callback(self._store.close)
         self._store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile
@@ -223,10 +203,9 @@ class Daemon:
         self._dispatcher = Dispatcher(
             self._store, self._clock, self._sender, self._rng, attempts, self._open_underway(stack)
         )
-        loaded = [plugins.load(plugin, self._dispatcher.wake) for plugin in settings.plugins.values()]
-        await plugins.start_all(loaded)
-        self._plugins = {plugin.name: plugin for plugin in loaded}
-        stack.push_async_callback(self._stop_plugins)
+        self._reloader = Reloader(settings, self._take_over, self._dispatcher.wake)
+        await self._reloader.start_plugins()
+        stack.push_async_callback(self._reloader.stop_plugins)
         self._disk = DiskWatch(self._store, self._clock.monotonic)
         self._store.observe(self._disk)
         self._hearing = Hearing(self._store.service_clock)
@@ -239,7 +218,7 @@ class Daemon:
             self._clock,
             pulses,
             lambda: self.settings,
-            lambda: self._reload_error,
+            lambda: self._reloader.error,
             self._sweeper.alarm,
             self._sweeper.touch_alarm,
             self._hearing.deaf,
@@ -258,17 +237,19 @@ class Daemon:
                 probe=self._dispatcher.probe,
                 recent=self._recent,
                 events=self._events,
-                read_again=self._read_again,
+                read_again=self._reloader.read_again,
                 closing=self._closing,
             )
         )
+        self._listeners = Listeners(self._endpoint, self._api, self._hearing, self._bounds)
+        self._status = Status(self._notifier, self._store, self._health, lambda: self._reloader.error)
         self._measure()
         self._configure()
 
     def _open_underway(self, stack: AsyncExitStack) -> Underway:
         """The file beside the database that attempts are noted in; in PostgreSQL there is none."""
-        database = self.settings.database
-        path = database.with_name(f"{database.name}-attempts") if self.settings.postgres is None else None
+        database = self._started_with.database
+        path = database.with_name(f"{database.name}-attempts") if self._started_with.postgres is None else None
         try:
             underway = Underway(path)
         except OSError as error:
@@ -285,81 +266,19 @@ class Daemon:
         pausing = frozenset(name for name, operator in operators.items() if operator.mass_expiry == "pause")
         grace_ms = int(self._started_with.restart_grace_s * 1000)
         self._store.configure(frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms)
-        self._endpoint.configure(self.settings, self._plugins)
+        self._endpoint.configure(self.settings, self._reloader.plugins)
         self._api.configure(self.settings)
-        self._dispatcher.configure(self.settings, self._plugins)
+        self._dispatcher.configure(self.settings, self._reloader.plugins)
         self._sweeper.configure({name: operator.idle_s for name, operator in operators.items()})
         self._metrics.configure(operators, self._dispatcher.attempting, get_args(Reason))
         self._events.configured()
-        for site in self._sites.values():
-            self._configure_site(site)
+        self._listeners.configure(self.settings, self._dispatcher.attempts_max, _drain_s(self.settings))
 
     def _introduce(self) -> None:
         """Tells the other daemons on the database where the private side listens."""
         at = self.addresses["api"]
-        address = _text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
+        address = address_text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
         self._store.introduce(address, "")
-
-    def _configure_site(self, site: Site) -> None:
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        site.most = connections_max(files, self._dispatcher.attempts_max)
-        site.trusted_proxies = self.settings.server.trusted_proxies
-        spoken = self.settings.tls.get(site.listener)
-        site.tls = None if spoken is None else spoken.context  # for new connections; open ones keep their context
-        site.stop_within_s = self._longest_timeout_s() + DRAIN_EXTRA_S - 2 * CUT_S
-        if site is self._sites.get("api"):
-            site.knows = self._api.knows
-        else:
-            site.keepalive_s = self.settings.server.keepalive
-
-    async def _listen(
-        self, stack: AsyncExitStack, handed_over: list[tuple[str, socket.socket]]
-    ) -> list[web.BaseRunner]:
-        wanted = {"server": self.settings.server.listen, "api": self.settings.api.listen}
-        assigned, unused = systemd.assign(
-            handed_over, {name: address_of(listen) for name, listen in wanted.items()} if handed_over else {}
-        )
-        _check_reach(assigned, wanted)
-        for needless in unused:
-            self._turn_away(stack, needless)
-        public = web.Server(self._endpoint.handle, request_factory=public_request)
-        runners: dict[str, web.BaseRunner] = {
-            "server": web.ServerRunner(public, shutdown_timeout=CUT_S),
-            "api": web.AppRunner(self._api.application(), shutdown_timeout=CUT_S),
-        }
-        malformed = {"server": endpoint.malformed, "api": api.malformed}
-        connection = _connection_type()
-        for name, runner in runners.items():
-            listening = assigned.get(name) or bind(wanted[name])
-            stack.callback(listening.close)
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
-            if name == "api" and runner.server is not None:
-                runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
-                runner.server.request_factory = private_request(runner.server.request_factory)
-            site = Site(runner, listening, malformed[name], name, self._hearing, self._bounds, connection=connection)
-            site.direct = self._api.direct if name == "api" else self._endpoint.direct
-            self._sites[name] = site
-            self._configure_site(site)
-            await site.start()
-            self.addresses[name] = listening.getsockname()
-        self._introduce()
-        return list(runners.values())
-
-    def _turn_away(self, stack: AsyncExitStack, needless: socket.socket) -> None:
-        """Refuses the clients of a socket that no listener uses.
-
-        Closing it would not do that: systemd keeps it open, and clients would wait in it for ever.
-        """
-        events.warning(
-            "socket.unused",
-            address=_text(systemd.address_of(needless)),
-            note="systemd hands it over, but no listener of the configuration has this address: clients there get 503. "
-            "Make them agree (systemctl edit lmdaemon.socket), then: systemctl restart lmdaemon.socket",
-        )
-        acceptor = Acceptor(needless, turn_away)
-        acceptor.start()
-        stack.callback(acceptor.close)
 
     def _handle_signals(self) -> None:
         """Handles signals until the event loop is closed, so that a second SIGTERM does not interrupt the stop."""
@@ -373,7 +292,7 @@ class Daemon:
 
     def _announce(self) -> None:
         self._warn()
-        self._notifier.send(READY="1", STATUS=self._status())
+        self._status.ready()
         events.info(
             "daemon.serving",
             version=__version__,
@@ -398,12 +317,12 @@ class Daemon:
 
     # -- stopping
 
-    async def _shut_down(self, runners: list[web.BaseRunner], loops: Mapping[str, "asyncio.Task[None]"]) -> None:
+    async def _shut_down(self, loops: Mapping[str, "asyncio.Task[None]"]) -> None:
         """Stops accepting, finishes what is in flight within a bound, stores the service clock, ends the loops."""
-        within_s = self._longest_timeout_s() + DRAIN_EXTRA_S
+        within_s = _drain_s(self.settings)
         self._notifier.stopping(
-            within_s + self._plugins_s() + CLOSING_S,
-            f"Stopping. {_count(self._dispatcher.in_flight, 'delivery', 'deliveries')} in flight.",
+            within_s + _plugins_s(self.settings) + CLOSING_S,
+            f"Stopping. {count(self._dispatcher.in_flight, 'delivery', 'deliveries')} in flight.",
         )
         self._events.stop()
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
@@ -412,31 +331,12 @@ class Daemon:
         for name, loop in loops.items():
             if name != "writer":
                 loop.cancel()
-        await asyncio.gather(self._dispatcher.drain(within_s), *(runner.cleanup() for runner in runners))
+        await asyncio.gather(self._dispatcher.drain(within_s), self._listeners.close())
         try:
             await self._store.probe()
         except StoreError as error:
             events.warning("daemon.clock_not_kept", reason=str(error))
         loops["writer"].cancel()
-
-    def _longest_timeout_s(self) -> float:
-        policies = [operator.policy for operator in self.settings.operators.values()]
-        policies += [plugin.policy for plugin in self.settings.plugins.values()]
-        return max((policy.timeout_s for policy in policies), default=0.0)
-
-    def _plugins_s(self) -> float:
-        """How long it may take (s) to start or to stop all plug-ins, one after the other."""
-        return sum(plugin.policy.timeout_s + plugins.CANCEL_S for plugin in self.settings.plugins.values())
-
-    def _start_limit_s(self) -> float:
-        """How long a start may take (s), considering that an upgrade may have to rewrite the whole database."""
-        size = 0
-        with suppress(OSError):  # there is none yet; other errors are reported when it is opened
-            size = self.settings.database.stat().st_size
-        return START_S + size / UPGRADE_BYTES_S + self._plugins_s()
-
-    async def _stop_plugins(self) -> None:
-        await plugins.stop_all(list(self._plugins.values()))
 
     # -- loops
 
@@ -446,91 +346,18 @@ class Daemon:
             self._reloading.clear()
             self._notifier.reloading()
             await self.reload_once()
-            self._notifier.send(READY="1", STATUS=self._status())
+            self._status.ready()
 
     async def reload_once(self) -> None:
         """Reads the configuration again. Takes it over whole, or changes nothing and logs why."""
-        try:
-            new = await asyncio.to_thread(self._read_again)
-            fresh = await self._fresh_plugins(new)
-        except ConfigError as error:
-            file = f"{self.settings.file}: "  # findings about plug-ins come without it
-            findings = [file + finding.removeprefix(file) for finding in error.findings]
-            self._reload_error = log.writable("\n".join(findings))
+        if not await self._reloader.reload():
             self._metrics.reloaded(None)
-            for finding in findings:
-                events.error("config.reload_failed", finding=finding)
-            return
-        changed, since_start = await asyncio.to_thread(self._changes_to, new)
-        for key in since_start:
-            if key in NEEDS_RESTART:
-                events.warning("config.needs_restart", key=key)
-        gone = [plugin for name, plugin in self._plugins.items() if fresh.get(name) is not plugin]
-        self.settings, self._plugins, self._reload_error = new, fresh, None
-        log.setup(new.log.level, new.log.format)
+
+    def _take_over(self) -> None:
+        """Puts a new reading of the configuration into force."""
         self._configure()
-        await plugins.stop_all(gone)
         self._metrics.reloaded(self._clock.wall_ms() / 1000)
         self._warn()
-        note = f"as systemd handed them over at the start: {', '.join(new.handed_over)}" if new.handed_over else None
-        events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)
-
-    def _read_again(self) -> Settings:
-        """The configuration as it is now. Must run on a thread: with 1,000 operators it takes 0.2 s.
-
-        Raises ConfigError.
-        """
-        return reader.load(self.settings.file, found=self.settings.found)
-
-    def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
-        """The keys that differ from the settings in force, and those that differ from the settings at the start."""
-        return list(changes(self.settings, new)), list(changes(self._started_with, new))
-
-    async def _fresh_plugins(self, new: Settings) -> dict[str, LoadedPlugin]:
-        """The plug-ins of new settings: unchanged ones are kept, the others are made and started.
-
-        Raises ConfigError.
-        """
-        kept = {
-            name: plugin
-            for name, plugin in self._plugins.items()
-            if name in new.plugins and _same_hook(plugin.settings, new.plugins[name])
-        }
-        made = [plugins.load(plugin, self._dispatcher.wake) for name, plugin in new.plugins.items() if name not in kept]
-        await plugins.start_all(made)
-        for name, plugin in kept.items():
-            plugin.settings = new.plugins[name]
-        by_name = kept | {plugin.name: plugin for plugin in made}
-        return {name: by_name[name] for name in new.plugins}
-
-    async def _report_for_ever(self) -> None:
-        """Feeds the watchdog and updates STATUS, if there is a service manager."""
-        if not self._notifier.listening:
-            return
-        every_s = min(self._notifier.watchdog_s or STATUS_EVERY_S, STATUS_EVERY_S)
-        before: list[str] = []
-        while True:
-            stuck = self._health.stuck
-            if stuck and not before:
-                events.error("watchdog.withheld", stuck=",".join(stuck), note="systemd restarts us if that lasts")
-            elif before and not stuck:
-                events.info("watchdog.resumed")
-            before = stuck
-            self._notifier.send(STATUS=self._status(stuck), **({} if stuck else {"WATCHDOG": "1"}))
-            await asyncio.sleep(every_s)
-
-    def _status(self, stuck: Sequence[str] = ()) -> str:
-        """The sentences that `systemctl status` shows."""
-        figures = self._store.figures.values()
-        pending, dead = sum(one.pending for one in figures), sum(one.dead for one in figures)
-        said = [f"Stuck: {', '.join(stuck)}."] if stuck else ["Serving."]
-        if self._store.failure:
-            said = [f"Refusing, for nothing can be stored: {self._store.failure}."]
-        live, waiting = _count(self._store.live, "session"), _count(pending, "delivery", "deliveries")
-        said.append(f"{live} live, {waiting} pending, {dead} dead.")
-        if self._reload_error:
-            said.append("The last reload failed: see the log.")
-        return " ".join(said)
 
     # -- metrics
 
@@ -549,34 +376,26 @@ class Daemon:
             health=self._health,
             hearing=self._hearing,
             bounds=self._bounds,
-            sites=self._sites,
+            sites=self._listeners.sites,
         )
         metrics.watch(readings.read)
 
 
-def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:
-    """Raises ConfigError if a handed-over socket is reachable by other machines though `listen` is a loopback address.
-
-    The configuration was not checked by the rules for addresses that other machines can reach.
-    """
-    for name, handed_over in assigned.items():
-        at = systemd.address_of(handed_over)
-        if isinstance(at, tuple) and wanted[name].loopback and not Listen("", *at).loopback:
-            rule = f"systemd hands over {_text(at)}, which other machines can reach: write that here, for it has rules"
-            raise ConfigError([f"{name}.listen: {rule} (got {wanted[name].text!r})"])
+def _drain_s(settings: Settings) -> float:
+    """How long a stop waits (s) for deliveries, calls of plug-ins and answers that are under way."""
+    policies = [operator.policy for operator in settings.operators.values()]
+    policies += [plugin.policy for plugin in settings.plugins.values()]
+    return max((policy.timeout_s for policy in policies), default=0.0) + DRAIN_EXTRA_S
 
 
-def _text(address: systemd.Address) -> str:
-    """An address in the form of the setting `listen`."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _plugins_s(settings: Settings) -> float:
+    """How long it may take (s) to start or to stop all plug-ins, one after the other."""
+    return sum(plugin.policy.timeout_s + CANCEL_S for plugin in settings.plugins.values())
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _same_hook(one: Plugin, other: Plugin) -> bool:
-    return (one.use, dict(one.options)) == (other.use, dict(other.options))
+def _start_limit_s(settings: Settings) -> float:
+    """How long a start may take (s), considering that an upgrade may have to rewrite the whole database."""
+    size = 0
+    with suppress(OSError):  # there is none yet; other errors are reported when it is opened
+        size = settings.database.stat().st_size
+    return START_S + size / UPGRADE_BYTES_S + _plugins_s(settings)

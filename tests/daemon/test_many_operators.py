@@ -9,7 +9,7 @@ import pytest
 from clocks import HandClock
 from support import LISTEN, bench, load, serving
 
-from lmdaemon import daemon, metrics
+from lmdaemon import metrics, reloader
 from lmdaemon.config import reader
 from lmdaemon.web import administration, openapi
 
@@ -52,7 +52,7 @@ async def test_a_file_is_read_checked_and_compared_beside_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tmp_path, OPERATORS) as d:
-        loads, changes = threads_of(monkeypatch, reader, "load"), threads_of(monkeypatch, daemon, "changes")
+        loads, changes = threads_of(monkeypatch, reader, "load"), threads_of(monkeypatch, reloader, "changes")
         (tmp_path / "config.toml").write_text(LISTEN + OPERATORS.replace('"p3"', '"other"'))
         await d.daemon.reload_once()
         assert d.daemon.settings.operators["op3"].provider_id == "other"

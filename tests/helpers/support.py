@@ -180,7 +180,7 @@ class Serving:
 
     @property
     def sites(self) -> dict[str, Any]:
-        return self.daemon._sites
+        return self.daemon._listeners.sites
 
     @property
     def bounds(self) -> Any:
@@ -196,7 +196,7 @@ class Serving:
 
     @property
     def plugins(self) -> dict[str, Any]:
-        return self.daemon._plugins
+        return self.daemon._reloader.plugins
 
     @property
     def metrics(self) -> Any:

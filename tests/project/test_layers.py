@@ -47,6 +47,9 @@ MAY_IMPORT = {
     "pruner": {"ground", "store"},
     "health": {"ground", "config", "shapes", "store", "alarms", "disk"},
     "readings": {"ground", "config", "store", "delivery", "web", "sweeper", "health", "disk"},
+    "reloader": {"ground", "config", "plugins"},
+    "status": {"ground", "store", "health"},
+    "listeners": {"ground", "config", "web"},
     "daemon": {
         "ground",
         "config",
@@ -60,6 +63,9 @@ MAY_IMPORT = {
         "pruner",
         "disk",
         "readings",
+        "reloader",
+        "status",
+        "listeners",
     },
     "workbench": {"ground", "config", "masks", "delivery"},
     "commands": {
@@ -79,7 +85,7 @@ MAY_IMPORT = {
     "__main__": {"commands"},
 }
 HOMES = {
-    "aiohttp": {"web", "delivery", "daemon", "commands.client", "workbench"},
+    "aiohttp": {"web", "delivery", "listeners", "commands.client", "workbench"},
     "aiosqlite": {"store.sqlite.thread"},
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},

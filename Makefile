@@ -80,7 +80,7 @@ constraints:
 	mv build/constraints.txt constraints.txt
 
 clients: $(VENV)/.test
-	$(BIN)/python -m pytest -m clients tests/web/test_generated_clients.py $(ARGS)
+	$(BIN)/python -m pytest -m clients tests/web/test_generated_clients.py tests/daemon/test_game_server.py $(ARGS)
 
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/daemon/test_promises.py tests/web/test_doors.py $(ARGS)

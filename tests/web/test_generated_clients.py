@@ -8,24 +8,20 @@ be had, the tests are skipped and say so.
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from generators import TOOLS, install, node_modules
 from support import LISTEN, load, scripted_operator, serving
 
 from lmdaemon.web import openapi
 
 pytestmark = pytest.mark.clients
 
-TOOLS = Path(__file__).parents[2] / "build" / "clients"
-INSTALL_S = 300
 RUN_S = 120
 PYTHON_PACKAGES = ("openapi-python-client", "datamodel-code-generator")
-# openapi-typescript has no release yet for the TypeScript that came after this one.
-NODE_PACKAGES = ("openapi-typescript", "typescript@5", "@redocly/cli", "@stoplight/spectral-cli")
 TOKEN = "api-token-of-the-tests"
 
 OPERATORS = """
@@ -46,22 +42,6 @@ extra = false
 SETTINGS = {"open": OPERATORS, "tokens": '[api]\ntoken_file = "token"\n' + OPERATORS, "nobody": ""}
 
 
-def install(stamp: Path, wanted: str, *commands: list[str]) -> None:
-    """Runs the commands unless they have run before for the same packages; skips the test where they fail."""
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    shutil.rmtree(stamp.parent, ignore_errors=True)
-    stamp.parent.mkdir(parents=True)
-    for command in commands:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"{wanted} cannot be installed: {error}")
-        if done.returncode:
-            pytest.skip(f"{wanted} cannot be installed: {(done.stderr or done.stdout).strip()[-200:]}")
-    stamp.write_text(wanted)
-
-
 @pytest.fixture(scope="module")
 def generators() -> Path:
     """The directory with the programs of the Python generators, and of a Python that has them."""
@@ -76,10 +56,7 @@ def generators() -> Path:
 @pytest.fixture(scope="module")
 def node() -> Path:
     """The directory with the programs of the npm packages."""
-    home = TOOLS / "node"
-    npm = ["npm", "install", "--prefix", str(home), "--no-audit", "--no-fund", "--silent"]
-    install(home / ".ready", " ".join(NODE_PACKAGES), [*npm, *NODE_PACKAGES])
-    return home / "node_modules" / ".bin"
+    return node_modules() / ".bin"
 
 
 @pytest.fixture(params=SETTINGS)

@@ -46,6 +46,7 @@ class Sweeper(StoreObserver):
         self.alarm = ExpiryAlarm(clock.monotonic)
         self.touch_alarm = TouchAlarm()
         self._idle_ms: Mapping[str, int] = {}
+        self._foreign: set[str] = set()  # configured operators that another daemon owns
         self._looked = clock.monotonic()
         self.waiting: dict[str, int] = {}  # operators whose ends wait, with the service time at which that was noticed
         store.observe(self)
@@ -53,6 +54,16 @@ class Sweeper(StoreObserver):
     def configure(self, idle_s: Mapping[str, float]) -> None:
         """Takes over the idle times (s) of all operators, from which follows when their touches have stopped."""
         self._idle_ms = {name: int(seconds * 1000) for name, seconds in idle_s.items()}
+        self._foreign = {name for name in idle_s if not self._store.owns(name)}
+
+    def ownership_changed(self, operator: str) -> None:
+        """What is told of an operator's touches and ends is told by the daemon that owns it (StoreObserver)."""
+        if operator not in self._idle_ms or self._store.owns(operator):
+            self._foreign.discard(operator)
+            self.wake()
+        else:
+            self._foreign.add(operator)
+            self.waiting.pop(operator, None)
 
     def deadline_nearer(self) -> None:
         """A deadline is earlier than all others (StoreObserver)."""
@@ -62,7 +73,12 @@ class Sweeper(StoreObserver):
         """Counts those that ended by themselves (StoreObserver)."""
         ended = Counter(one.operator for one in sessions if one.reason in ("inactivity", "max_lifetime"))
         if ended:
-            self.alarm.note(ended, lambda name: self._store.figures_of(name).live, self._store.live)
+            self.alarm.note(ended, lambda name: self._store.figures_of(name).live, self._own_live)
+
+    @property
+    def _own_live(self) -> int:
+        """The number of active sessions that this daemon ends when they are idle."""
+        return self._store.live - sum(self._store.figures_of(name).live for name in self._foreign)
 
     def wake(self) -> None:
         """Looks again at once, because a deadline may be earlier than the one that is waited for."""
@@ -129,12 +145,15 @@ class Sweeper(StoreObserver):
         if now - self._looked >= TICK_S:
             self._looked = now
             now_ms = self._service.now_ms()
-            self.touch_alarm.look(now_ms, self._store.touched_ms, self._idle_ms, self._store.figures)
+            own_idle_ms = self._idle_ms
+            if self._foreign:
+                own_idle_ms = {name: idle_ms for name, idle_ms in own_idle_ms.items() if name not in self._foreign}
+            self.touch_alarm.look(now_ms, self._store.touched_ms, own_idle_ms, self._store.figures)
             self._look_who_waits(now_ms)
 
     def _look_who_waits(self, now_ms: int) -> None:
         """Logs of which operators the ends for inactivity wait now, and of which no longer."""
-        for name in self._store.pausing | self.waiting.keys():
+        for name in (self._store.pausing - self._foreign) | self.waiting.keys():
             until_ms, live = self._store.waits_until_ms(name), self._store.figures_of(name).live
             if until_ms is not None and name not in self.waiting:
                 self.waiting[name] = now_ms

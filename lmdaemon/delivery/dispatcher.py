@@ -1,8 +1,9 @@
 """Delivers ends: reads due rows, sends them, judges the answers and stores the results. The table is the queue.
 
 A lane is one operator and sink. It has its own slots and schedule and, for a URL, its own gate (hold, Retry-After,
-breaker), so that no lane delays another. This module must never hold more rows of a lane than three times its slots
-(under way, read ahead, not stored yet), and never send inside a transaction.
+breaker), so that no lane delays another. Of several daemons on one database, the one that owns the operator delivers;
+the others have its lanes, too, and start nothing in them. This module must never hold more rows of a lane than three
+times its slots (under way, read ahead, not stored yet), and never send inside a transaction.
 """
 
 import asyncio
@@ -47,6 +48,7 @@ class Dispatcher(StoreObserver):
         self._clock = clock
         self._attempts = Attempts(store, clock, sender, rng, observer)
         self._lanes: dict[tuple[str, str], Lane] = {}
+        self._sinks: frozenset[str] = frozenset()
         self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._agenda = Agenda()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,6 +79,7 @@ class Dispatcher(StoreObserver):
             if lanes.get(key) is not lane:
                 self._agenda.drop(lane)
         self._lanes = lanes
+        self._sinks = frozenset(sink for _, sink in lanes)
         self._rounds.wake()
 
     def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
@@ -94,11 +97,25 @@ class Dispatcher(StoreObserver):
         elif lane.policy != policy or lane.plugin is not plugin:
             self._agenda.now(lane)
         lane.operator, lane.policy, lane.plugin = operator, policy, plugin
+        lane.own(self._store.owns(operator.name))
         url = safe_url(operator.url) if plugin is None else None
         if lane.url != url or not lane.url_since_at:
             lane.url, lane.url_since_at, lane.is_url_noted = url, self._clock.wall_ms(), False
             self._agenda.now(lane)
         return lane
+
+    def ownership_changed(self, operator: str) -> None:
+        """Takes up the operator's lanes, or starts nothing in them any more (StoreObserver)."""
+        is_owned = self._store.owns(operator)
+        for sink in self._sinks:
+            lane = self._lanes.get((operator, sink))
+            if lane is None or not lane.own(is_owned):
+                continue
+            if is_owned:
+                self._agenda.now(lane)
+            else:
+                self._agenda.drop(lane)
+        self._rounds.wake()
 
     def wake(self) -> None:
         """Looks at all lanes: in any of them something may be due or a slot may be free."""
@@ -108,7 +125,7 @@ class Dispatcher(StoreObserver):
 
     def _look_at(self, operator: str, sink: str) -> None:
         lane = self._lanes.get((operator, sink))  # looked up again, because a reload may have replaced it
-        if lane is None:
+        if lane is None or not lane.is_owned:
             return
         if self._running:
             self._start(lane)
@@ -122,7 +139,7 @@ class Dispatcher(StoreObserver):
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
         """Notes when a row of the lane is due (StoreObserver)."""
         lane = self._lanes.get((operator, sink))
-        if lane is not None:
+        if lane is not None and lane.is_owned:
             lane.note_due(due_at)
             self._agenda.now(lane)
             self._rounds.wake()
@@ -232,7 +249,7 @@ class Dispatcher(StoreObserver):
         if self._store.set_back_ms:
             await self._store.probe()  # a transaction corrects the stored waits
         now_at = self._clock.wall_ms()
-        lanes = self._agenda.take(now_at)
+        lanes = [lane for lane in self._agenda.take(now_at) if lane.is_owned]
         for lane in lanes:
             self._start(lane)
         try:
@@ -243,7 +260,8 @@ class Dispatcher(StoreObserver):
                 self._agenda.now(lane)
             raise
         for lane in lanes:
-            self._plan(lane, now_at)
+            if lane.is_owned:
+                self._plan(lane, now_at)
         next_at = self._agenda.next_at(now_at)
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
 
@@ -297,7 +315,7 @@ class Dispatcher(StoreObserver):
         """Reads as many due rows as each lane wants, and starts those that have a slot. Raises StoreError."""
         if not ready:
             return
-        claims = [self._claim(lane) for lane in ready]
+        claims, terms = [self._claim(lane) for lane in ready], [lane.term for lane in ready]
         for lane in ready:
             lane.begin_reading()
         try:
@@ -306,9 +324,11 @@ class Dispatcher(StoreObserver):
             for lane in ready:
                 lane.note_due(lane.reading_from_at or now_at)
             raise
-        for lane, claim, rows in zip(ready, claims, found, strict=True):
+        for lane, claim, term, rows in zip(ready, claims, terms, found, strict=True):
             if self._lanes.get((lane.operator.name, lane.sink)) is not lane:
                 continue  # a reload has replaced the lane; the new one reads for itself
+            if lane.term != term:
+                continue  # another daemon delivers now, or has done so meanwhile
             due = [row for row in rows[: claim.limit - 1] if row.due_at <= now_at]
             lane.ahead += due
             if len(due) < len(rows):
@@ -326,7 +346,10 @@ class Dispatcher(StoreObserver):
         ready_at = lane.ready_at(gate)
         self._agenda.plan(lane, lane.look_again_at if ready_at is None else min(ready_at, lane.look_again_at))
 
-    def _is_ready(self, lane: Lane, now_at: int) -> bool:
+    @staticmethod
+    def _is_ready(lane: Lane, now_at: int) -> bool:
+        if not lane.is_owned:
+            return False
         lane.look_again(now_at)
         return lane.next_due_at is not None and lane.next_due_at <= now_at and lane.wanted > 0
 

@@ -28,6 +28,8 @@ class Lane:
         self.sink = sink
         self.policy = policy
         self.plugin = plugin
+        self.is_owned = True  # by this daemon, which alone delivers then
+        self.term = 0  # how often that has changed
         self.next_due_at: int | None = 0  # 0: to be read from the table
         self.reading_from_at: int | None = None  # `next_due_at` before it was to be read again, until that is done
         self.look_again_at = 0  # wall ms after which `next_due_at` is read from the table again
@@ -40,6 +42,18 @@ class Lane:
         self.is_url_noted = False  # in the gate
         self.pace = Pace()
         self.failed = 0  # failed attempts in a row
+
+    def own(self, is_owned: bool) -> bool:
+        """This daemon delivers from now on, or no longer. Returns whether that is new. What another daemon has done in
+        between is read from the table; attempts under way end by themselves.
+        """
+        if is_owned == self.is_owned:
+            return False
+        self.is_owned, self.term = is_owned, self.term + 1
+        self.ahead.clear()
+        self.next_due_at, self.reading_from_at = 0 if is_owned else None, None
+        self.pace, self.failed = Pace(), 0
+        return True
 
     def look_again(self, now_at: int) -> None:
         """Once a minute, has `next_due_at` read again, so that a row that was missed does not wait for ever."""
@@ -58,6 +72,8 @@ class Lane:
 
     def note_due(self, due_at: int) -> None:
         """Notes that a row is due at `due_at`, which may be earlier than those known so far."""
+        if not self.is_owned:
+            return
         self.next_due_at = due_at if self.next_due_at is None else min(self.next_due_at, due_at)
 
     @property

@@ -1,0 +1,192 @@
+"""Delivery by several daemons: the one that owns an operator delivers for it, and the others start nothing."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from aiohttp import web
+from clocks import HandClock
+from support import LISTEN, ScriptedOperator, load, open_store, operator_table, scripted_operator
+
+from lmdaemon import retry
+from lmdaemon.config.settings import Settings
+from lmdaemon.delivery.dispatcher import Dispatcher
+from lmdaemon.delivery.sender import Sender
+from lmdaemon.delivery.sinks import sinks_of
+from lmdaemon.store.contract import Claim, Opening
+from lmdaemon.store.sqlite.store import Store
+from lmdaemon.sweeper import Sweeper
+
+
+class Seen:
+    """A store as one of several daemons sees it: it owns what is in `owned`."""
+
+    def __init__(self, store: Store, owned: set[str]) -> None:
+        self._store = store
+        self.owned = owned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def owns(self, operator: str) -> bool:
+        return operator in self.owned
+
+
+class Daemons:
+    """Two dispatchers on one store."""
+
+    def __init__(self, store: Store, settings: Settings, senders: list[Sender], clock: HandClock) -> None:
+        self.store = store
+        self.seen = [Seen(store, {"acme"}), Seen(store, set())]
+        self.both = [
+            Dispatcher(seen, clock, sender, Random(7))  # type: ignore[arg-type]
+            for seen, sender in zip(self.seen, senders, strict=True)
+        ]
+        for one in self.both:
+            one.configure(settings, {})
+
+    def hand_over(self, to: int) -> None:
+        for seen, dispatcher in zip(self.seen, self.both, strict=True):
+            seen.owned = {"acme"} if seen is self.seen[to] else set()
+            dispatcher.ownership_changed("acme")
+
+    async def end(self, session_id: str) -> None:
+        await self.store.open_session(Opening("acme", session_id, "p", "tok-3n", None, 10_000, 0))
+        await self.store.end("acme", session_id)
+
+    async def rounds(self) -> None:
+        """Until nothing is under way any more."""
+        for one in self.both:
+            await one.once()
+        while any(one.in_flight for one in self.both):
+            await asyncio.wait({task for one in self.both for task in one._tasks})
+            for one in self.both:
+                await one.once()
+
+
+@contextlib.asynccontextmanager
+async def daemons(tmp_path: Path, clock: HandClock, operator: ScriptedOperator) -> AsyncIterator[Daemons]:
+    settings = load(tmp_path / "config.toml", LISTEN + operator_table("acme", operator.url, concurrency=1))
+    async with open_store(tmp_path / "test.sqlite3", clock) as store:
+        store.configure(frozenset({"acme"}), partial(sinks_of, settings))
+        senders = [Sender(clock), Sender(clock)]
+        both = Daemons(store, settings, senders, clock)
+        try:
+            yield both
+        finally:
+            for dispatcher, sender in zip(both.both, senders, strict=True):
+                await dispatcher.drain(0)
+                await sender.close()
+
+
+async def test_what_another_daemon_owns_is_not_sent(tmp_path: Path, clock: HandClock) -> None:
+    async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
+        other = both.both[1]
+        await both.end("s")
+        other.wake()
+        other.gate_changed("acme")
+        other.wall_clock_set_back()
+        assert await other.once() is None
+        assert (other.in_flight, other.overdue_s) == (0, {("acme", "http"): 0.0})
+        assert operator.received == []
+        await both.rounds()
+        assert len(operator.received) == 1
+
+
+async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Path, clock: HandClock) -> None:
+    """One attempt is under way and further rows were read ahead when the operator changes hands. What was read ahead is
+    not sent either when it comes back.
+    """
+    answered = asyncio.Event()
+
+    async def slow(_: web.Request) -> dict[str, int]:
+        await answered.wait()
+        return {"error": 0}
+
+    async with scripted_operator(slow) as operator, daemons(tmp_path, clock, operator) as both:
+        for number in range(5):
+            await both.end(f"s{number}")
+        await both.both[0].once()
+        await operator.wait_for(1)
+        both.hand_over(1)
+        answered.set()
+        while both.both[0].in_flight:
+            await asyncio.wait(set(both.both[0]._tasks))
+        await both.rounds()
+        both.hand_over(0)
+        await both.rounds()
+        ids = [received.headers["webhook-id"] for received in operator.received]
+        assert len(ids) == len(set(ids)) == 5
+        assert both.store.figures_of("acme").pending == 0
+
+
+async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(
+    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a daemon reads, the operator goes to another one and comes back: that one may have delivered them."""
+    async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
+        claimable = both.store.claimable
+
+        async def late(lanes: list[Claim]) -> Any:
+            monkeypatch.setattr(both.store, "claimable", claimable)
+            found = await claimable(lanes)
+            both.hand_over(1)
+            await both.both[1].once()
+            await both.both[1].drain(10)
+            both.hand_over(0)
+            return found
+
+        await both.end("s")
+        monkeypatch.setattr(both.store, "claimable", late)
+        await both.rounds()
+        assert len(operator.received) == 1
+
+
+async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClock) -> None:
+    """The new owner sends one probe, after the pause that the failures at the old one have made."""
+    async with scripted_operator(*[{"error": 100}] * 5) as operator, daemons(tmp_path, clock, operator) as both:
+        for number in range(6):
+            await both.end(f"s{number}")
+        await both.rounds()
+        assert len(operator.received) == 5
+        assert retry.breaker(both.store.gate("acme"), clock.wall_ms()) == "open"
+        both.hand_over(1)
+        await both.rounds()
+        assert len(operator.received) == 5
+        clock.advance(5.001)
+        await both.both[1].once()
+        assert both.both[1].in_flight == 1
+        await both.rounds()
+        assert retry.breaker(both.store.gate("acme"), clock.wall_ms()) == "closed"
+
+
+async def test_only_the_owner_tells_that_touches_have_stopped(tmp_path: Path, clock: HandClock) -> None:
+    async with open_store(tmp_path / "test.sqlite3", clock) as store:
+        store.configure(frozenset({"acme"}), lambda _: ())
+        seen = Seen(store, set())
+        sweeper = Sweeper(seen, clock, 0.0)  # type: ignore[arg-type]
+        sweeper.configure({"acme": 10.0})
+        for number in range(100):
+            await store.open_session(Opening("acme", f"s{number}", "p", "t", None, 10_000, 0))
+        await store.touch("acme", ["s0"])
+        for _ in range(8):
+            clock.advance(1)
+            await sweeper.once()
+        assert sweeper.touch_alarm.silent == {}
+        seen.owned = {"acme"}
+        sweeper.ownership_changed("acme")
+        clock.advance(1)
+        await sweeper.once()
+        assert sweeper.touch_alarm.silent.keys() == {"acme"}
+        seen.owned = set()
+        sweeper.ownership_changed("acme")
+        clock.advance(0.5)
+        await sweeper.once()
+        clock.advance(0.6)
+        await sweeper.once()
+        assert sweeper.touch_alarm.silent == {}

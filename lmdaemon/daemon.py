@@ -22,6 +22,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
+from lmdaemon.delivery.shown import request_of
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.delivery.underway import Underway
 from lmdaemon.disk import DiskWatch
@@ -235,6 +236,7 @@ class Daemon:
                 expires_at=self._sweeper.expires_at,
                 under_way_since=self._dispatcher.under_way_since,
                 probe=self._dispatcher.probe,
+                request_of=request_of,
                 recent=self._recent,
                 events=self._events,
                 read_again=self._reloader.read_again,

@@ -388,6 +388,28 @@ class DeliveryWithHistory(Delivery):
     history: list[Attempt]
 
 
+class SentRequest(Answer):
+    """What is sent at each attempt, with the settings in force. Secrets in it are masked (`***`)."""
+
+    url: Annotated[str, Meta(description="Without user info, the values of its query masked.")]
+    headers: Annotated[
+        dict[str, str], Meta(description="A signature is made anew for each attempt; the time is that of the last.")
+    ]
+    body: Annotated[
+        str | None, Meta(description="Only ids can be read in it; null once delivered, when it is no longer kept.")
+    ]
+    curl: Annotated[str, Meta(description="The same as a command for a shell.")]
+
+
+class DeliveryWithRequest(DeliveryWithHistory):
+    """A delivery with its attempts, and what is sent."""
+
+    request: Annotated[
+        SentRequest | None,
+        Meta(description="Null where nothing is sent: for a plug-in, or without a URL or a fact that must be sent."),
+    ]
+
+
 class ArchivedSession(Session):
     """A session and all that became of its end."""
 

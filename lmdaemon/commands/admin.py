@@ -322,7 +322,9 @@ async def show_delivery(client: Client, args: argparse.Namespace) -> int:
 
 
 def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
-    """A delivery as people are shown it: its state says that it was discarded, and why."""
+    """A delivery as people are shown it: its state says that it was discarded, and why; its request is a command."""
+    if "request" in delivery:  # as a line to copy
+        delivery = delivery | {"request": delivery["request"] and delivery["request"]["curl"]}
     discarded = delivery.get("discarded")
     if not discarded:
         return delivery

@@ -21,9 +21,9 @@ from lmdaemon.commands.shared import (
     quiet_libraries,
     reason,
 )
+from lmdaemon.delivery.shown import shown_url
 from lmdaemon.workbench import reports
 from lmdaemon.workbench.bench import Check, Limits
-from lmdaemon.workbench.exchanges import shown_url
 from lmdaemon.workbench.runner import Result, Runner, chosen
 
 

@@ -600,7 +600,7 @@ class Store(Protocol):
         """
 
     async def delivery(self, webhook_id: str) -> Delivery | None:
-        """One delivery by its public id, with its history; None: unknown."""
+        """One delivery by its public id, whole: with its history, its body and the session's token; None: unknown."""
 
     async def deliveries(
         self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None

@@ -49,6 +49,26 @@ class Health(Protocol):
         """The age (s) of each operator's oldest pending delivery."""
 
 
+class ShownRequest(Protocol):
+    """A request with its secrets masked."""
+
+    @property
+    def url(self) -> str:
+        """Without user info, the values of its query masked."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """All that are sent."""
+
+    @property
+    def body(self) -> str | None:
+        """None where it is no longer kept."""
+
+    @property
+    def curl(self) -> str:
+        """The same as a command."""
+
+
 @dataclass(kw_only=True)
 class Context:
     """What the handlers share. `expires_at` and `probe` are functions of other parts; `settings` are those in force."""
@@ -60,6 +80,7 @@ class Context:
     expires_at: Callable[[Session], int | None]
     under_way_since: Callable[[int], int | None]  # when a delivery's attempt began that is under way (wall ms)
     probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
+    request_of: Callable[[Operator, Delivery, float], ShownRequest | None]  # how a delivery is sent; signed at (s)
     recent: Recent
     events: Events
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError

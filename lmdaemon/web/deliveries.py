@@ -4,15 +4,16 @@ discarded.
 
 from typing import Any
 
+import orjson
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from lmdaemon import shapes
 from lmdaemon.log import Log
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, rfc3339
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, rfc3339
 from lmdaemon.store.contract import RETRY_SPACING_MS, Dead
 from lmdaemon.web.calls import SEEN_MAX, Asked, Context, page_answer, shown
-from lmdaemon.web.documents import read_time, with_history
+from lmdaemon.web.documents import read_time, with_history, with_request
 from lmdaemon.web.problems import Problem, invalid
 
 log = Log("api")
@@ -50,13 +51,25 @@ class Deliveries:
             raise invalid(f"sink: no plug-in of this name is configured or has deliveries (got {sink!r})")
         return sink
 
-    async def show(self, asked: Asked[None]) -> shapes.DeliveryWithHistory:
+    async def show(self, asked: Asked[None]) -> shapes.DeliveryWithRequest:
         """GET /v1/deliveries/{id}."""
         delivery = await shown(asked.request, self._store.delivery(asked.request.match_info["id"]))
         if delivery is None:
             raise _unknown_delivery()
         since_at = self._context.under_way_since(delivery.id)
-        return with_history(delivery, self._store.gate(delivery.operator), since_at)
+        shown_delivery = with_history(delivery, self._store.gate(delivery.operator), since_at)
+        return with_request(shown_delivery, self._request_of(delivery))
+
+    def _request_of(self, delivery: Delivery) -> shapes.SentRequest | None:
+        operator = self._context.settings.operators.get(delivery.operator)
+        if operator is None:
+            return None
+        attempts = orjson.loads(delivery.history)
+        at = attempts[-1]["at"] if attempts else self._context.clock.wall_ms()
+        found = self._context.request_of(operator, delivery, at / 1000)
+        if found is None:
+            return None
+        return shapes.SentRequest(url=found.url, headers=dict(found.headers), body=found.body, curl=found.curl)
 
     async def retry_one(self, asked: Asked[None]) -> shapes.Delivery:
         """POST /v1/deliveries/{id}/retry."""

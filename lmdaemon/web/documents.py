@@ -92,6 +92,13 @@ def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = N
     )
 
 
+def with_request(
+    delivery: shapes.DeliveryWithHistory, request: shapes.SentRequest | None
+) -> shapes.DeliveryWithRequest:
+    """With what is sent, its secrets masked."""
+    return shapes.DeliveryWithRequest(**msgspec.structs.asdict(delivery), request=request)
+
+
 def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> shapes.ArchivedSession:
     """An ended session with all that became of its end; `gate` is its operator's."""
     shown = msgspec.structs.asdict(session_document(session, None))

@@ -142,9 +142,9 @@ CALLS = (
         path=DELIVERY,
         name="getDelivery",
         tag="deliveries",
-        summary="Show a delivery with its attempts",
-        description="`history` has what each attempt met with.",
-        answers={200: ("The delivery", shapes.DeliveryWithHistory)},
+        summary="Show a delivery with its attempts and its request",
+        description="`history` has what each attempt met with, `request` what is sent, with secrets masked.",
+        answers={200: ("The delivery", shapes.DeliveryWithRequest)},
         problems=("unknown-delivery", "cannot-store"),
     ),
     Call(

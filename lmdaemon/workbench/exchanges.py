@@ -3,12 +3,12 @@
 What is shown must hold no secret: tokens, hashes, signatures, user info and the URL's values are masked.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lmdaemon.delivery.shown import shown_header, shown_url
 from lmdaemon.dialects import answered_code
-from lmdaemon.log import safe_url
-from lmdaemon.masks import MASK, Mask, query_of
+from lmdaemon.masks import Mask
 
 ANSWER_HEADERS = (
     "Allow",
@@ -100,19 +100,3 @@ def shown_answer(answer: Answer, mask: Mask) -> dict[str, Any]:
         "body": mask.text_of(answer.body, complete=answer.complete),
         "complete": answer.complete,
     }
-
-
-def shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
-    if name == "Authorization":  # also where user and password are too short to be told from other text
-        return f"Basic {MASK}"
-    return value if name == "Host" else mask(value)
-
-
-def shown_url(url: str) -> str:
-    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
-    alone, as a Location may be.
-    """
-    path = url.partition("#")[0].partition("?")[0]
-    shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
-    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in query_of(url))
-    return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator
+from lmdaemon.delivery.shown import shown_url
 from lmdaemon.workbench.bench import Bench, Check, Finding, Limits, Skip, Turn, run_id
 from lmdaemon.workbench.checks import BY_HAND, CHECKS, GROUPS
-from lmdaemon.workbench.exchanges import shown, shown_url
+from lmdaemon.workbench.exchanges import shown
 from lmdaemon.workbench.notices import Notices
 from lmdaemon.workbench.wire import PER_SECOND, Stopped, Wire
 

@@ -744,7 +744,7 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
     await api.settled()
     listed = await api.delivery_of()
     shown = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
-    assert shown == listed | {"history": shown["history"]}
+    assert shown == listed | {"history": shown["history"], "request": shown["request"]}
     assert shown["bodySha256"] == hashlib.sha256(wallet.received[0].body).hexdigest()
     assert (shown["state"], shown["attempts"], shown["lastCode"]) == ("dead", 1, 120)
     assert shown["history"] == [
@@ -760,6 +760,18 @@ async def test_a_delivery_tells_the_history_of_its_attempts(api: Caller, wallet:
             "answer": '{"error": 120, "description": "no"}',
         }
     ]
+
+
+async def test_a_delivery_shows_the_request_that_the_operator_received(api: Caller, wallet: ScriptedOperator) -> None:
+    wallet.script = [FINAL]
+    await api.open()
+    await api.close()
+    await api.settled()
+    request = (await api("GET", f"/v1/deliveries/{(await api.delivery_of())['id']}", 200))["request"]
+    (received,) = wallet.received
+    assert request["url"] == wallet.url + "?key=***"
+    assert request["headers"] == dict(received.headers)
+    assert json.loads(request["body"]) == json.loads(received.body) | {"token": "***"}
 
 
 async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(

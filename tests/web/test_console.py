@@ -246,6 +246,8 @@ async def test_markup_in_ids_and_answers_stays_text_in_every_view(tmp_path: Path
         await page.get_by_role("link", name="http", exact=True).first.click()
         await expect(page.get_by_role("heading", name="msg_")).to_be_visible()
         await expect(page.get_by_role("table")).to_contain_text("<img src=x onerror=")
+        await expect(page.locator("pre")).to_contain_text("curl http://127.0.0.1:")
+        await expect(page.locator("pre")).to_contain_text('"token":"***"')
         await page.goto(f"{d.api}/console/#/events")
         await end(d, ATTACK + "2", ATTACK)
         await expect(page.get_by_role("table")).to_contain_text("<img src=x onerror=")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lmdaemon.model import DELIVERY_STATES, Delivery, Session
 from lmdaemon.store.contract import PAGE_BYTES, Dead, Page
-from lmdaemon.store.postgres.batch import MAY_BE_SENT, delivery_of, number_of, to_json
+from lmdaemon.store.postgres.batch import DELIVERY, MAY_BE_SENT, delivery_of, number_of, to_json
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.verbs import Died, DiedRow
 
@@ -18,14 +18,10 @@ BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
 
+# The columns of a delivery in a list, with nothing of its body, its history and the session's token.
+_HIDDEN = {"session_id": "s.session_id", "token": "NULL", "history": "'[]'", "body": "''::bytea"}
+_LISTED = ", ".join(_HIDDEN.get(name, f"d.{name}") for name in Delivery._fields)
 _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
-
-
-def _delivery_columns(history: str) -> str:
-    """Those of a delivery without its body and without the session's token."""
-    hidden = {"session_id": "s.session_id", "token": "NULL", "history": history, "body": "''::bytea"}
-    return ", ".join(hidden.get(name, f"d.{name}") for name in Delivery._fields)
-
 
 # Ids of active sessions of an operator, newest first.
 _ACTIVE = "SELECT id FROM lmdaemon.session WHERE operator = %s AND reason IS NULL AND id < %s ORDER BY id DESC LIMIT %s"
@@ -77,18 +73,18 @@ SELECT EXISTS (SELECT 1 FROM json_array_elements_text(%s::json) AS name
                WHERE EXISTS (SELECT 1 FROM lmdaemon.delivery d WHERE d.operator = name AND d.sink = %s))"""
 # Deliveries by their ids, without what is not shown.
 _DELIVERIES = f"""
-SELECT {_delivery_columns("'[]'")} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
+SELECT {_LISTED} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
 WHERE d.id = ANY (%s) ORDER BY d.id DESC"""
 
 # One session by its key.
 _ONE_SESSION = f"SELECT {_SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
 # The deliveries of a session, oldest first.
 _ITS_DELIVERIES = f"""
-SELECT {_delivery_columns("'[]'")}
+SELECT {_LISTED}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.session = %s ORDER BY d.id"""
-# One delivery by its number, with its history.
+# One delivery by its number, whole.
 _ONE_DELIVERY = f"""
-SELECT {_delivery_columns("d.history")}
+SELECT {DELIVERY}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = %s"""
 
 # Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again, why.
@@ -109,7 +105,7 @@ def one_session(sql: Connection, operator: str, session_id: str) -> tuple[Sessio
 
 
 def one_delivery(sql: Connection, webhook_id: str) -> Delivery | None:
-    """A delivery by its public id, with its history."""
+    """A delivery by its public id, with its history, its body and the session's token."""
     number = number_of(webhook_id)
     row = None if number is None else sql.execute(_ONE_DELIVERY, (number,)).fetchone()
     delivery = None if row is None else delivery_of(row)

@@ -14,7 +14,7 @@ import orjson
 
 from lmdaemon.model import DELIVERY_STATES, Delivery, Session
 from lmdaemon.store.contract import PAGE_BYTES, Dead, Page
-from lmdaemon.store.sqlite.rows import MAY_BE_SENT, as_rows, fetch, number_of, to_json
+from lmdaemon.store.sqlite.rows import DELIVERY, MAY_BE_SENT, as_rows, fetch, number_of, to_json
 from lmdaemon.store.verbs import Died, DiedRow
 
 BLOCK = 100  # rows read by one statement
@@ -24,13 +24,12 @@ BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
 
+# The columns of a delivery in a list, without its body (the last one) and with nothing of history and token.
+_LISTED = ", ".join(
+    {"session_id": "s.session_id", "token": "NULL", "history": "'[]'"}.get(name, f"d.{name}")
+    for name in Delivery._fields[:-1]
+)
 _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
-
-
-def _delivery_columns(history: str) -> str:
-    """The columns of a delivery, without its body (the last one), and with NULL for the session's token."""
-    hidden = {"session_id": "s.session_id", "token": "NULL", "history": history}
-    return ", ".join(hidden.get(name, f"d.{name}") for name in Delivery._fields[:-1])
 
 
 # Ids of active sessions of an operator, newest first.
@@ -70,17 +69,17 @@ SELECT count(*) FROM (SELECT 1 FROM json_each(?) AS name
                       WHERE EXISTS (SELECT 1 FROM delivery WHERE operator = name.value AND sink = ?) LIMIT 1)"""
 # Deliveries by their ids, without columns that are not shown.
 _DELIVERIES = f"""
-SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session
+SELECT {as_rows(_LISTED)} FROM delivery d JOIN session s ON s.id = d.session
 WHERE d.id IN (SELECT value FROM json_each(?))"""
 
 # One session by its key.
 _ONE_SESSION = f"SELECT {_SESSION} FROM session WHERE operator = ? AND session_id = ?"
 # The deliveries of a session.
 _ITS_DELIVERIES = f"""
-SELECT {as_rows(_delivery_columns("'[]'"))} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ?"""
-# One delivery by its number, with its history.
+SELECT {as_rows(_LISTED)} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ?"""
+# One delivery by its number, whole.
 _ONE_DELIVERY = f"""
-SELECT {_delivery_columns("d.history")} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
+SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
 # Dead deliveries of an operator in the order in which they died: id, when, whether it can be sent again, why.
 _DIED = f"""
@@ -101,10 +100,10 @@ def one_session(sql: sqlite3.Connection, operator: str, session_id: str) -> tupl
 
 
 def one_delivery(sql: sqlite3.Connection, webhook_id: str) -> Delivery | None:
-    """A delivery by its public id, with its history; None: unknown."""
+    """A delivery by its public id, with its history, its body and the session's token; None: unknown."""
     number = number_of(webhook_id)
     row = None if number is None else sql.execute(_ONE_DELIVERY, (number,)).fetchone()
-    delivery = None if row is None else _delivery(row)
+    delivery = None if row is None else Delivery._make(row)
     return delivery if delivery is not None and delivery.webhook_id == webhook_id else None
 
 

@@ -9,6 +9,8 @@ const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
 const STATE = { pass: "good", warn: "warn", fail: "bad", delivered: "good", pending: "warn", dead: "bad", active: "good" };
 export const state = (text) => h("span", { class: "state " + (STATE[text] ?? "") }, text);
 
+const asCommand = (...words) => h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command(...words)));
+
 function part(place, name) {
   let found = place.querySelector(`:scope > [data-part="${name}"]`);
   if (!found) place.append((found = h("div", { "data-part": name })));
@@ -145,7 +147,7 @@ async function sessions(place, parts, asked) {
       [...found.values()].map((one) => [link(one.sessionId, "session", one.operator, one.sessionId), link(one.operator, "operator", one.operator), one.playerId,
         [state(one.state), one.reason ? ` (${one.reason})` : ""], time(one.openedAt), time(one.lastSeenAt), time(one.endedAt)]), "No session and no player has this id."),
     pages[1].next && link("More of this player", "sessions", { id: asked.id, after: pages[1].next }),
-    h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command("find", asked.id))));
+    asCommand("find", asked.id));
 }
 
 async function session(place, [name, id]) {
@@ -169,7 +171,7 @@ async function session(place, [name, id]) {
   }
   steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
   replace(part(place, "timeline"), h("h2", {}, "What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
-    h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command("sessions", "show", name, id))));
+    asCommand("sessions", "show", name, id));
 }
 
 // -- deliveries
@@ -232,9 +234,11 @@ async function delivery(place, [id]) {
   replace(part(place, "attempts"), h("h2", {}, "Attempts, the oldest first"),
     table("Attempts", ["Time", ["Took", "number"], "Sent to", ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
       one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, [each.url, each.address ? ` (${each.address})` : ""], each.status ?? "–", each.code ?? "–",
-        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."),
-    h("p", { class: "faint" }, "The request itself is not shown: it holds the player's token. The same in a terminal:"),
-    h("pre", {}, command("deliveries", "show", id), "\n", `curl -H 'Authorization: Bearer …' ${new URL("../v1/deliveries/" + encodeURIComponent(id), document.baseURI.split("#")[0])}`));
+        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."));
+  const kept = one.request?.body === null ? "The body is no longer kept, once it was delivered; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
+  replace(part(place, "request"), h("h2", {}, "Request"),
+    one.request ? [h("pre", {}, one.request.curl), h("p", { class: "faint" }, kept)] : h("p", { class: "faint" }, "Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
+    asCommand("deliveries", "show", id));
 }
 
 // -- events

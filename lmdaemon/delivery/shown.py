@@ -1,0 +1,92 @@
+"""A request to an operator as it may be shown to anybody: token, hash, signatures, user info and query are masked.
+
+What stays readable is what the private side shows anyway: the ids of session and player, and the provider's id.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+from urllib.parse import parse_qsl, urlencode
+
+from lmdaemon import masks
+from lmdaemon.config.settings import Operator
+from lmdaemon.delivery.sender import request_headers
+from lmdaemon.log import safe_url
+from lmdaemon.masks import MASK, query_of
+from lmdaemon.model import HTTP_SINK, Delivery
+
+_READABLE = ("provider", "session", "player", "request")  # meanings of fields
+_BY_CURL = ("Host", "Accept", "Content-Length")  # headers that curl sends by itself
+
+
+class Request(NamedTuple):
+    """A request with its secrets masked. `body` is None where what was sent is no longer kept."""
+
+    url: str
+    headers: Mapping[str, str]
+    body: str | None
+
+    @property
+    def curl(self) -> str:
+        """The same as a command for a shell; the masks are to be filled in by hand."""
+        words = ["curl", self.url]
+        for name, value in self.headers.items():
+            if name not in _BY_CURL:
+                words += ["-H", f"{name}: {value}"]
+        return shlex.join([*words, "--data-binary", MASK if self.body is None else self.body])
+
+
+def request_of(operator: Operator, row: Delivery, at_s: float) -> Request | None:
+    """How a delivery is sent to its operator's URL, with the settings in force and signed at `at_s` (wall time).
+
+    None where nothing is sent by HTTP: for a plug-in, without a URL, or where the dialect lacks a fact.
+    """
+    if row.sink != HTTP_SINK or operator.target is None or row.body_digest is None:
+        return None
+    mask = masks.Mask((row.token, *masks.secrets_of(operator)))
+    headers = own_headers(operator, row.body) | request_headers(operator, row.webhook_id, row.body, at_s)
+    if not row.body:  # it was delivered: how long the body was is gone with it
+        del headers["Content-Length"]
+    return Request(
+        shown_url(operator.url),
+        {name: shown_header(name, value, mask) for name, value in headers.items()},
+        masked_body(operator, row.token, row.body) if row.body else None,
+    )
+
+
+def own_headers(operator: Operator, body: bytes) -> dict[str, str]:
+    """The headers that the HTTP client adds by itself; a test compares them with those that a server receives."""
+    host = (operator.target.url.host_port_subcomponent if operator.target is not None else None) or ""
+    return {"Host": host, "Accept": "*/*", "Content-Length": str(len(body))}
+
+
+def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
+    """The body as sent, in which only ids can be read: those fields of the operator's dialect that hold no secret.
+
+    By field, because a short token may also be part of an id; and only what is known, because a delivery may be older
+    than the dialect in force.
+    """
+    open_to_all = {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
+    is_json = body.startswith(b"{")
+    fields = json.loads(body) if is_json else dict(parse_qsl(body.decode(), keep_blank_values=True))
+    shown = {name: value if name in open_to_all and value != token else MASK for name, value in fields.items()}
+    if is_json:
+        return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+    return urlencode(shown, safe="*")
+
+
+def shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
+    if name == "Authorization":  # also where user and password are too short to be told from other text
+        return f"Basic {MASK}"
+    return value if name == "Host" else mask(value)
+
+
+def shown_url(url: str) -> str:
+    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
+    alone, as a Location may be.
+    """
+    path = url.partition("#")[0].partition("?")[0]
+    shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)
+    query = "&".join(f"{name}={MASK}" if name else MASK for name, _ in query_of(url))
+    return f"{shown}?{query}" if "?" in url.partition("#")[0] else shown

@@ -189,6 +189,13 @@ class Changes:
         """The service time of a touch: rounded up, so that no session ends a fraction of a millisecond early."""
         return self.world.service_ms + 1
 
+    def figures_of(self, operator: str) -> Figures:
+        """What the batch adds to the figures of an operator, to be changed in place."""
+        figures = self.figures.get(operator)
+        if figures is None:
+            figures = self.figures[operator] = Figures()
+        return figures
+
     def states_of_touched(self, active: Mapping[str, set[str]], ended: Mapping[str, set[str]]) -> None:
         """Corrects the answers of touches with the states that the table has, as session ids by operator."""
         for place, touching, decided in self.touchings:
@@ -226,10 +233,24 @@ def random_hex(size: int, count: int) -> list[str]:
 
 def decide(batch: Sequence[Any], facts: Facts | None, world: World, random: RandomHex = random_hex) -> Changes:
     """Decides a batch, operation by operation, in its order. Raises FactsNeeded if `facts` is None and needed."""
-    decision = _Decision(facts, world)
+    changes = Changes(world)
+    sessions, deliveries = _Sessions(facts, changes), _Deliveries(facts, changes)
+    sweeps = _Sweeps(facts, changes, sessions)
     for kind, operations in groupby(batch, type):
-        _DECIDED_BY[kind](decision, operations)
-    return decision.sealed(random)
+        if kind in _OF_SESSIONS:
+            _OF_SESSIONS[kind](sessions, operations)
+        elif kind is Sweep:
+            sweeps.end_due(operations)
+        elif kind is Probe:
+            changes.answers += [None for _ in operations]
+        else:
+            _OF_DELIVERIES[kind](deliveries, operations)
+    if changes.ends:
+        sinks = [world.sinks_of(session) for session in changes.ends]
+        sessions.keep_tokens(_tokens_kept([session.token for session in changes.ends], sinks, random))
+        deliveries.add(changes.ends, sinks, random)
+    sessions.seal()
+    return changes
 
 
 # State of touched ids, as far as it is known before the statement: True: active, False: ended, None: unknown
@@ -240,54 +261,28 @@ _ONE_TOUCHED = Touched(1, [], [])
 _NOTHING_DECIDED: _Decided = {}
 
 
-class _Decision:
-    """Decides a batch: keeps sessions and gates as they are after each operation, and collects the changes."""
+class _Sessions:
+    """The sessions that a batch concerns, as they are after each of its operations; their changes go into `changes`.
 
-    def __init__(self, facts: Facts | None, world: World) -> None:
+    Each public method decides operations of a kind, like the verb of `Store` that has its name.
+    """
+
+    __slots__ = ("_added", "_changes", "_facts", "_known", "_last_session", "_now")
+
+    def __init__(self, facts: Facts | None, changes: Changes) -> None:
         self._facts = facts
-        self._world = world
-        self._now = world.wall_at
-        self._changes = Changes(world)
+        self._changes = changes
+        self._now = changes.world.wall_at
+        self._last_session = changes.world.last_session
         self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, after the operations so far
         self._added: dict[tuple[str, str], None] = {}  # operator and session id, in their order
-        self._last_session = world.last_session
-        self._settled: set[int] = set()  # deliveries that this batch has settled so far
-        self._outlived: list[Session] = []
-        self._due: list[Session] = []
         if facts is not None:
-            self._learn(facts)
-        if world.set_back_ms:
-            self._set_gates_back()
-
-    def _learn(self, facts: Facts) -> None:
-        for operator in facts.asked:
-            self._known[operator] = {}
-        for session in (*facts.sessions, *facts.outlived, *facts.due):
-            self._put(session)
-        self._outlived, self._due = list(facts.outlived), list(facts.due)
-
-    def _put(self, session: Session) -> None:
-        self._known.setdefault(session.operator, {})[session.session_id] = session
-
-    def _find(self, operator: str, session_id: str) -> Session | None:
-        """The session after the operations so far; None if it is unknown, or assumed to be."""
-        mine = self._known.get(operator)
-        return None if mine is None else mine.get(session_id)
-
-    def _is_new(self, session: Session) -> bool:
-        """Whether this batch adds the session."""
-        return (session.operator, session.session_id) in self._added
-
-    def _figures(self, operator: str) -> Figures:
-        figures = self._changes.figures.get(operator)
-        if figures is None:
-            figures = self._changes.figures[operator] = Figures()
-        return figures
-
-    # -- sessions
+            for operator in facts.asked:
+                self._known[operator] = {}
+            for session in (*facts.sessions, *facts.outlived, *facts.due):
+                self._put(session)
 
     def touch(self, touchings: Iterable[Touching]) -> None:
-        """As `Store.touch`; so are the following, each like the verb of its name."""
         changes = self._changes
         for touching in touchings:
             operator, session_ids = touching.operator, touching.session_ids
@@ -333,7 +328,7 @@ class _Decision:
             known = self._find(new.operator, new.session_id)
             if known is None:
                 session = self._add(self._new(new, attributes=new.attributes, lifetime_ms=new.lifetime_ms))
-                self._figures(new.operator).live += 1
+                changes.figures_of(new.operator).live += 1
                 changes.next_due_ms = least(changes.next_due_ms, session.deadline_ms)
                 changes.next_lifetime_at = least(changes.next_lifetime_at, session.lifetime_at)
                 changes.answers.append(Opened("created", session))
@@ -389,18 +384,8 @@ class _Decision:
             if session is None and self._facts is None:
                 raise FactsNeeded
             if session is not None and session.reason is None:
-                session = self._end(session._replace(ended_request=one.request_id), "closed")
+                session = self.end_one(session._replace(ended_request=one.request_id), "closed")
             self._changes.answers.append(session)
-
-    def _end(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
-        """Ends a live session; there is no other way. Its deliveries are made when the batch is sealed."""
-        ended = session._replace(
-            reason=reason, ended_at=self._now, token=token or session.token, extra=extra or session.extra
-        )
-        self._put(ended)
-        self._figures(session.operator).live -= 1
-        self._changes.ends.append(ended)
-        return ended
 
     def record(self, recordings: Iterable[Recording]) -> None:
         answers = self._changes.answers
@@ -429,8 +414,63 @@ class _Decision:
         if session.reason is not None:
             return "repeated"
         # A token given at opening stays; where there was none, the notice's is taken
-        self._end(session, "reported", token=None if session.token else new.token, extra=new.extra)
+        self.end_one(session, "reported", token=None if session.token else new.token, extra=new.extra)
         return "ended"
+
+    def end_one(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
+        """Ends a live session; there is no other way. Its deliveries are made when all operations are decided."""
+        ended = session._replace(
+            reason=reason, ended_at=self._now, token=token or session.token, extra=extra or session.extra
+        )
+        self._put(ended)
+        self._changes.figures_of(session.operator).live -= 1
+        self._changes.ends.append(ended)
+        return ended
+
+    def current(self, session: Session) -> Session:
+        """A session of the facts, after the operations so far."""
+        return self._known[session.operator][session.session_id]
+
+    def _find(self, operator: str, session_id: str) -> Session | None:
+        """The session after the operations so far; None if it is unknown, or assumed to be."""
+        mine = self._known.get(operator)
+        return None if mine is None else mine.get(session_id)
+
+    def _put(self, session: Session) -> None:
+        self._known.setdefault(session.operator, {})[session.session_id] = session
+
+    def _is_new(self, session: Session) -> bool:
+        """Whether this batch adds the session."""
+        return (session.operator, session.session_id) in self._added
+
+    def keep_tokens(self, tokens: Sequence[str | None]) -> None:
+        """Replaces the token of each ended session by what is kept of it, and adds the rows of those in the table."""
+        changes = self._changes
+        for session, token in zip(changes.ends, tokens, strict=True):
+            self._put(session._replace(token=token))
+            if not self._is_new(session):
+                seen_ms = session.seen_ms if session.reason == "inactivity" else None
+                changes.ended.append((session.id, session.reason, session.extra, token, seen_ms, session.ended_request))
+
+    def seal(self) -> None:
+        """Adds the rows of new sessions. Nothing may be decided after this."""
+        self._changes.last_session = self._last_session
+        self._changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
+
+
+class _Sweeps:
+    """The sweeps of a batch: which of the sessions that the facts name as due have to end, and when to look again."""
+
+    __slots__ = ("_changes", "_due", "_outlived", "_sessions", "_world")
+
+    def __init__(self, facts: Facts | None, changes: Changes, sessions: _Sessions) -> None:
+        self._changes = changes
+        self._world = changes.world
+        self._sessions = sessions
+        self._outlived: Sequence[Session] = (
+            () if facts is None else facts.outlived
+        )  # those that no sweep of this batch has looked at
+        self._due: Sequence[Session] = () if facts is None else facts.due
 
     def end_due(self, sweeps: Iterable[Sweep]) -> None:
         self._changes.swept = True
@@ -445,13 +485,13 @@ class _Decision:
         """How many ended, of how many that were looked at."""
         outlived, self._outlived = self._outlived[:SWEEP_ROWS], self._outlived[SWEEP_ROWS:]
         ended = 0
-        for session in map(self._as_of_now, outlived):
+        for session in map(self._sessions.current, outlived):
             if session.reason is not None:
                 continue  # ended by an operation before, in this batch
             if session.operator not in self._world.configured:
-                self._changes.moved_lifetime.append((session.id, self._now + REVISIT_MS))
+                self._changes.moved_lifetime.append((session.id, self._world.wall_at + REVISIT_MS))
             else:
-                self._end(session, "max_lifetime")
+                self._sessions.end_one(session, "max_lifetime")
                 ended += 1
         return ended, len(outlived)
 
@@ -459,7 +499,7 @@ class _Decision:
         """How many ended, of how many that were looked at."""
         due, self._due = self._due[:SWEEP_ROWS], self._due[SWEEP_ROWS:]
         ended = 0
-        for session in map(self._as_of_now, due):
+        for session in map(self._sessions.current, due):
             if session.reason is not None:
                 continue  # ended by an operation before, in this batch
             if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
@@ -472,7 +512,7 @@ class _Decision:
                 again_ms = silence.look_again_ms(as_of_ms, until_ms, session.idle_ms, self._world.grace_ms)
                 self._changes.moved_due.append((session.id, again_ms))
             else:
-                self._end(session, "inactivity")
+                self._sessions.end_one(session, "inactivity")
                 ended += 1
         return ended, len(due)
 
@@ -491,10 +531,23 @@ class _Decision:
             pause = changes.pauses[operator] = silence.Pause(as_of_ms, silence.silence_of(session.idle_ms))
         return silence.waits_until(pause, touched_ms, as_of_ms, world.grace_ms)
 
-    def _as_of_now(self, session: Session) -> Session:
-        return self._known[session.operator][session.session_id]
 
-    # -- deliveries and gates
+class _Deliveries:
+    """The deliveries and gates that a batch concerns, as they are after each of its operations.
+
+    Their changes go into `changes`. The methods for operations are as in `_Sessions`.
+    """
+
+    __slots__ = ("_changes", "_facts", "_now", "_settled", "_world")
+
+    def __init__(self, facts: Facts | None, changes: Changes) -> None:
+        self._facts = facts
+        self._changes = changes
+        self._world = changes.world
+        self._now = changes.world.wall_at
+        self._settled: set[int] = set()  # deliveries that this batch has settled so far
+        if self._world.set_back_ms:
+            self._set_gates_back()
 
     def settle(self, settlements: Iterable[Settlement]) -> None:
         for one in settlements:
@@ -509,7 +562,7 @@ class _Decision:
                 self._note_due(delivery.operator, delivery.sink, due_at)
             else:
                 self._settled.add(delivery.id)
-                figures = self._figures(delivery.operator)
+                figures = self._changes.figures_of(delivery.operator)
                 figures.pending -= 1
                 figures.dead += one.state == "dead"
                 if delivery.token:
@@ -566,21 +619,6 @@ class _Decision:
                 self._revive(delivery.operator, [(delivery.id, delivery.sink)], counted=counted)
             self._changes.answers.append(delivery)
 
-    @property
-    def _looked_up(self) -> Facts:
-        if self._facts is None:
-            raise FactsNeeded
-        return self._facts
-
-    def discard(self, discards: Iterable[Discard]) -> None:
-        for one in discards:
-            operators = self._looked_up.to_discard
-            known = orjson.dumps({"at": self._now, "by": one.by, "note": one.note}).decode()
-            self._changes.discarded += [(number, known) for number in operators]
-            for operator in operators.values():
-                self._figures(operator).dead -= 1
-            self._changes.answers.append(len(operators))
-
     def _revive(self, operator: str, dead: Sequence[tuple[int, str]], *, counted: int) -> None:
         """Makes dead deliveries, given as (id, sink), due again, RETRY_SPACING_MS apart over all calls; so many of them
         counted as dead.
@@ -594,9 +632,18 @@ class _Decision:
             self._note_due(operator, sink, due_at)
             due_at += RETRY_SPACING_MS
         self._changes.gates[operator] = replace(gate, paced_until_at=due_at)
-        figures = self._figures(operator)
+        figures = self._changes.figures_of(operator)
         figures.dead -= counted
         figures.pending += len(dead)
+
+    def discard(self, discards: Iterable[Discard]) -> None:
+        for one in discards:
+            operators = self._looked_up.to_discard
+            known = orjson.dumps({"at": self._now, "by": one.by, "note": one.note}).decode()
+            self._changes.discarded += [(number, known) for number in operators]
+            for operator in operators.values():
+                self._changes.figures_of(operator).dead -= 1
+            self._changes.answers.append(len(operators))
 
     def prune(self, prunings: Iterable[Pruning]) -> None:
         for one in prunings:
@@ -605,42 +652,28 @@ class _Decision:
             for delivery in deliveries:
                 counts = delivery.state == "dead" and delivery.discarded is None
                 if counts and delivery.session not in kept:
-                    self._figures(delivery.operator).dead -= 1
+                    self._changes.figures_of(delivery.operator).dead -= 1
             gone = [number for number, _ in old if number not in kept]
             self._changes.pruned += gone
             last, last_at = old[-1] if old else (0, 0)
             self._changes.answers.append(Pruned(len(gone), (last_at, last) if len(old) == PRUNE_ROWS else None))
 
-    def probe(self, probes: Iterable[Probe]) -> None:
-        self._changes.answers += [None for _ in probes]
+    @property
+    def _looked_up(self) -> Facts:
+        if self._facts is None:
+            raise FactsNeeded
+        return self._facts
 
-    # -- sealing
-
-    def sealed(self, random: RandomHex) -> Changes:
-        """The changes, with the deliveries and tokens of the ended sessions added.
-
-        Nothing may be decided after this.
-        """
-        changes = self._changes
-        changes.last_session = self._last_session
-        sinks = [self._world.sinks_of(session) for session in changes.ends]
-        tokens = _tokens_kept([session.token for session in changes.ends], sinks, random)
-        for session, token in zip(changes.ends, tokens, strict=True):
-            self._put(session._replace(token=token))
-            if not self._is_new(session):
-                seen_ms = session.seen_ms if session.reason == "inactivity" else None
-                changes.ended.append((session.id, session.reason, session.extra, token, seen_ms, session.ended_request))
-        changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
-        self._follow_up(sinks, random)
-        return changes
-
-    def _follow_up(self, sinks: Sequence[Sequence[NewDelivery]], random: RandomHex) -> None:
-        """Adds one delivery for each sink of each ended session."""
+    def add(self, ends: Sequence[Session], sinks: Sequence[Sequence[NewDelivery]], random: RandomHex) -> None:
+        """Adds one delivery for each sink of each ended session. Must be called once, after all operations."""
         now, rows = self._now, []
-        for session, its in zip(self._changes.ends, sinks, strict=True):
+        for session, its in zip(ends, sinks, strict=True):
             if not its:
                 continue
-            figures, held_ms = self._figures(session.operator), retry.held_ms(self._gate(session.operator), now)
+            figures, held_ms = (
+                self._changes.figures_of(session.operator),
+                retry.held_ms(self._gate(session.operator), now),
+            )
             for sink, body, impossible in its:
                 if impossible is None:
                     figures.pending += 1
@@ -654,19 +687,19 @@ class _Decision:
         self._changes.deliveries = [(nonce, *row) for nonce, row in zip(nonces, rows, strict=True)]
 
 
-_DECIDED_BY: Mapping[type, Callable[[_Decision, Any], None]] = {
-    Opening: _Decision.open,
-    Touching: _Decision.touch,
-    Closing: _Decision.end,
-    Recording: _Decision.record,
-    Sweep: _Decision.end_due,
-    Settlement: _Decision.settle,
-    GateChange: _Decision.set_gate,
-    RetryDead: _Decision.retry_dead,
-    RetryOne: _Decision.retry_one,
-    Discard: _Decision.discard,
-    Pruning: _Decision.prune,
-    Probe: _Decision.probe,
+_OF_SESSIONS: Mapping[type, Callable[[_Sessions, Any], None]] = {
+    Opening: _Sessions.open,
+    Touching: _Sessions.touch,
+    Closing: _Sessions.end,
+    Recording: _Sessions.record,
+}
+_OF_DELIVERIES: Mapping[type, Callable[[_Deliveries, Any], None]] = {
+    Settlement: _Deliveries.settle,
+    GateChange: _Deliveries.set_gate,
+    RetryDead: _Deliveries.retry_dead,
+    RetryOne: _Deliveries.retry_one,
+    Discard: _Deliveries.discard,
+    Pruning: _Deliveries.prune,
 }
 
 

@@ -1,7 +1,8 @@
 """A scripted operator, as lean as the load generator: answers notices with success, or never, and notes their arrival.
 
 POST /ok is answered, POST /hang is not. GET /arrived tells when each session's first notice came (wall ms), and
-forgets it.
+forgets it. It is not the workbench's simulated operator, which looks at each notice and would cost more than what is
+measured.
 """
 
 import asyncio

@@ -33,7 +33,7 @@ FAULTS: Mapping[str, str] = {
     "doubled": "a second webhook-id for a session that has one",
     "too_soon": "a repeat came before its wait on the schedule, or a Retry-After, was over",
 }
-COUNTED = ("notices", "sessions", "accepted", "repeated", *FAULTS)
+COUNTED = ("notices", "sessions", "accepted", "repeated", "accepted_again", *FAULTS)
 
 
 class Notice(NamedTuple):
@@ -46,14 +46,15 @@ class Notice(NamedTuple):
 
 
 @dataclass
-class _Delivery:
-    """All attempts with one webhook-id, or of one session where there is none."""
+class Told:
+    """All attempts with one webhook-id, or of one session where there is none. `digest` is the first body's SHA-256."""
 
+    webhook_id: str
     digest: str
     attempts: int = 0
+    accepted: int = 0  # of them
     last_at_s: float = 0.0
     wait_s: float = 0.0  # that the last answer asked for
-    accepted: bool = False
 
 
 class Arrival(NamedTuple):
@@ -78,8 +79,8 @@ class Journal:
     file: TextIO | None = None
     tally: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
-    _deliveries: dict[str, _Delivery] = field(default_factory=dict)
-    _ids: dict[str, str] = field(default_factory=dict)  # webhook-id by session
+    sessions: dict[str, Told] = field(default_factory=dict)  # each with the first webhook-id that it came under
+    _deliveries: dict[str, Told] = field(default_factory=dict)
 
     def arrived(self, notice: Notice) -> Arrival:
         """Looks at one notice; it must be answered with `answered` afterwards."""
@@ -95,10 +96,9 @@ class Journal:
         key = webhook_id or session
         known = self._deliveries.get(key)
         if known is None:
-            known = self._deliveries[key] = _Delivery(digest)
+            known = self._deliveries[key] = Told(webhook_id, digest)
             if "malformed" not in faults:
-                first = self._ids.setdefault(session, key)
-                if first != key:
+                if self.sessions.setdefault(session, known) is not known:
                     faults.append("doubled")
                 else:
                     self.tally["sessions"] += 1
@@ -121,9 +121,9 @@ class Journal:
         """Notes what was answered; returns the line for people."""
         known = self._deliveries[arrival.webhook_id or arrival.session]
         known.wait_s = _seconds(answer.retry_after)
-        if answer.accepts and not known.accepted:
-            known.accepted = True
-            self.tally["accepted"] += 1
+        if answer.accepts:
+            self.tally["accepted_again" if known.accepted else "accepted"] += 1
+            known.accepted += 1
         at = datetime.fromtimestamp(notice.wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         said = describe(answer)
         if self.file is not None:
@@ -148,7 +148,7 @@ class Journal:
             raise BadNotice("bad_parameters", "Content-Type is not the dialect's")
         return content
 
-    def _wait_s(self, known: _Delivery) -> float:
+    def _wait_s(self, known: Told) -> float:
         """The shortest wait allowed before the next attempt."""
         step = known.attempts - 1
         scheduled_s = self.schedule[step] * (1 - JITTER) if step < len(self.schedule) else 0.0

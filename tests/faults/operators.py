@@ -1,7 +1,8 @@
 """Operators that misbehave, on real sockets of this machine, in a thread beside the test.
 
 A behaviour is what happens once a request was read, as a list of steps: bytes are sent, a number is a pause in seconds,
-HANG, CLOSE and RESET are what they say. After the last step the next request on the connection is read.
+HANG, CLOSE and RESET are what they say. After the last step the next request on the connection is read. The workbench's
+simulated operator plays what an operator does; this one plays bytes, down to a handshake that never begins.
 """
 
 import asyncio

@@ -7,14 +7,14 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from random import Random
 
 import aiohttp
 import pytest
 from chance import FULL
 from processes import Process
+from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, settled, wallet
+from witness import OPERATOR, Witness, check, settled
 
 from lmdaemon.sweeper import PERSIST_S
 
@@ -33,14 +33,13 @@ FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), No
 @contextlib.asynccontextmanager
 async def watched(
     directory: Path,
-    rng: Random,
     *,
     grace: str = "0s",
     downtime: str = "pause",
     environment: dict[str, str] | None = None,
 ) -> AsyncIterator[tuple[Process, Witness]]:
     """A daemon whose every acknowledgement is kept; at the end all of them are compared with what became of them."""
-    async with wallet(rng) as acme, aiohttp.ClientSession() as client:
+    async with simulated_operator() as acme, aiohttp.ClientSession() as client:
         toml = TOML.format(grace=grace, downtime=downtime) + OPERATOR.format(name="acme", url=acme.url)
         daemon = Process(directory, toml)
         try:
@@ -64,10 +63,10 @@ async def touch_all(witness: Witness) -> set[int]:
 
 
 async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
-    tmp_path: Path, rng: Random, measured: Callable[..., None]
+    tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     stop_s = 60 if FULL else 8
-    async with watched(tmp_path, rng) as (daemon, witness):
+    async with watched(tmp_path) as (daemon, witness):
         await open_all(witness, 6)  # shorter than the stop, and longer than a busy machine takes for the calls
         daemon.popen.send_signal(signal.SIGSTOP)
         await asyncio.sleep(stop_s)  # the fault itself
@@ -80,10 +79,10 @@ async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
 
 @pytest.mark.parametrize("downtime", ["pause", "count"])
 async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
-    tmp_path: Path, rng: Random, downtime: str, measured: Callable[..., None]
+    tmp_path: Path, downtime: str, measured: Callable[..., None]
 ) -> None:
     # Where it counts, the grace is all there is to save one in
-    async with watched(tmp_path, rng, grace={"pause": "2s", "count": "8s"}[downtime], downtime=downtime) as (
+    async with watched(tmp_path, grace={"pause": "2s", "count": "8s"}[downtime], downtime=downtime) as (
         daemon,
         witness,
     ):
@@ -109,10 +108,10 @@ async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
 
 
 async def test_a_crash_loop_ends_nobody_early_and_keeps_nobody_alive_for_ever(
-    tmp_path: Path, rng: Random, measured: Callable[..., None]
+    tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     starts, idle_s = (50, 20) if FULL else (8, 8)
-    async with watched(tmp_path, rng) as (daemon, witness):
+    async with watched(tmp_path) as (daemon, witness):
         await witness.open("acme", "forgotten", idle_s)
         await witness.open("acme", "touched", idle_s)
         ended_after, start = None, 0
@@ -133,7 +132,7 @@ async def test_a_crash_loop_ends_nobody_early_and_keeps_nobody_alive_for_ever(
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs Debian's libfaketime to set a process's wall clock")
 async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
-    tmp_path: Path, rng: Random, measured: Callable[..., None]
+    tmp_path: Path, measured: Callable[..., None]
 ) -> None:
     offset = tmp_path / "offset"
     offset.write_text("+0")
@@ -145,7 +144,7 @@ async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
         "DONT_FAKE_MONOTONIC": "1",
     }
     steps = ["+3600", "+0", "-3600", "+0", "+86400", "+0"] if FULL else ["+3600", "+0", "-3600"]
-    async with wallet(rng) as acme, aiohttp.ClientSession() as client:
+    async with simulated_operator() as acme, aiohttp.ClientSession() as client:
         toml = TOML.format(grace="0s", downtime="pause") + OPERATOR.format(name="acme", url=acme.url)
         daemon = Process(tmp_path, toml, environment)
         try:
@@ -153,17 +152,17 @@ async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
             witness = Witness(daemon, client)
             await open_all(witness, IDLE_S)
             for number, step in enumerate(steps):
-                acme.refuses = 1.0  # so that a retry, kept as a wall time, is under way when the clock is set
+                acme.play("error 100")  # so that a retry, kept as a wall time, is under way when the clock is set
                 await witness.open("acme", f"closed{number}", 60)
                 await witness.close("acme", f"closed{number}")
-                await until(lambda n=number: acme.arrived[f"closed{n}"], 40)
+                await until(lambda n=number: f"closed{n}" in acme.journal.sessions, 40)
                 offset.write_text(step)
-                acme.refuses = 0.0
+                acme.play("ok")
                 for _ in range(6):  # the file is looked at once a second
                     touched = time.monotonic()
                     assert await touch_all(witness) == {204}
                     await asyncio.sleep(0.3)
-                await until(lambda n=number: any(one.answered for one in acme.arrived[f"closed{n}"]), 40)
+                await until(lambda n=number: acme.journal.sessions[f"closed{n}"].accepted, 40)
             await settled(daemon, until)  # nobody touches any more, and all of them end
             assert time.monotonic() - touched >= IDLE_S
             assert await asyncio.to_thread(daemon.stop) == 0

@@ -11,8 +11,9 @@ from random import Random
 import aiohttp
 from chance import FULL
 from processes import Process
+from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, settled, wallet
+from witness import OPERATOR, Witness, check, settled
 
 INTERRUPTED = (sys.executable, str(Path(__file__).with_name("interrupted.py")))
 HOOK = """
@@ -36,7 +37,7 @@ level = "debug"  # every line: an end that is told twice would show
 """.format(more=', "500ms"' * 40)  # so many that none of thousands is refused by chance until it is dead
 IN_FLIGHT = 4  # concurrency of a lane
 LEFT_S = 10  # idle time of a session that is meant to be ended, for when the kill comes before that
-REFUSES = {"calm": 0.0, "moody": 0.1, "ill": 0.3}  # share of notices that an operator refuses
+MOODS = {"calm": "ok", "moody": "10%: error 100", "ill": "30%: error 100"}
 
 
 async def work(witness: Witness, life: int) -> None:
@@ -56,7 +57,10 @@ async def test_killed_at_any_line_it_loses_nothing_and_ends_nothing_twice(
 ) -> None:
     """What was acknowledged before the kill is there after it, and each session has ended once."""
     (tmp_path / "told_hook.py").write_text(HOOK)
-    async with wallet(rng, refuses=0.3) as acme, aiohttp.ClientSession() as client:
+    async with (
+        simulated_operator("30%: error 100", seed=rng.randrange(1000)) as acme,
+        aiohttp.ClientSession() as client,
+    ):
         toml = TOML + OPERATOR.format(name="acme", url=acme.url)
         environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         daemon = Process(tmp_path, toml, environment, INTERRUPTED)
@@ -149,7 +153,10 @@ async def test_killed_at_random_under_load_every_acknowledgement_holds(
 ) -> None:
     clients, kills = (200, 50) if FULL else (100, 8)
     async with contextlib.AsyncExitStack() as stack:
-        wallets = {name: await stack.enter_async_context(wallet(rng, share)) for name, share in REFUSES.items()}
+        wallets = {
+            name: await stack.enter_async_context(simulated_operator(script, seed=rng.randrange(1000)))
+            for name, script in MOODS.items()
+        }
         toml = TOML.partition("[plugins")[0]
         toml += "".join(OPERATOR.format(name=name, url=one.url) for name, one in wallets.items())
         daemon = Process(tmp_path, toml)

@@ -13,8 +13,9 @@ from random import Random
 import aiohttp
 from chance import FULL
 from processes import process
+from simulated import simulated_operator
 from support import open_store, until
-from witness import OPERATOR, Witness, wallet
+from witness import OPERATOR, Witness
 
 from lmdaemon.clock import Clock
 from lmdaemon.store.contract import SWEEP_ROWS, Opening
@@ -54,7 +55,7 @@ async def test_a_crowd_that_is_due_at_once_ends_in_small_steps(
     """While everybody else is served."""
     size = 100_000 if FULL else 20_000
     await gather_crowd(tmp_path / "lmdaemon.sqlite3", size)
-    async with wallet(rng) as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+    async with simulated_operator() as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
         toml = f'[sessions]\nrestart_grace = "{GRACE_S}s"\n' + CROWD + OPERATOR.format(name="acme", url=acme.url)
         with process(tmp_path, toml) as daemon:
             witness, over = Witness(daemon, client), asyncio.Event()

@@ -9,8 +9,9 @@ from random import Random
 import aiohttp
 from chance import FULL
 from processes import process
+from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, settled, wallet
+from witness import OPERATOR, Witness, check, settled
 
 IDLE_S = 1
 AROUND_S = 0.06  # touches come up to twice so long before and once so long after the deadline, and some much earlier
@@ -32,7 +33,7 @@ async def test_an_acknowledged_touch_keeps_the_session_a_refused_one_never(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
     rounds = 24 if FULL else 8
-    async with wallet(rng) as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+    async with simulated_operator() as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
         toml = '[sessions]\nrestart_grace = "0s"\n' + OPERATOR.format(name="acme", url=acme.url)
         with process(tmp_path, toml) as daemon:
             witness = Witness(daemon, client)

@@ -1,19 +1,18 @@
 """What the outside knows: peers that remember every acknowledgement and every notice, to compare them with the file."""
 
 import asyncio
-import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from random import Random
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 from processes import Process
+from simulated import Simulated
+
+from lmdaemon.workbench.journal import missed
 
 TOKEN = "tok-3n"
 
@@ -39,40 +38,6 @@ class Acknowledged:
     idle_ms: int = 0
     heard_at: int = 0
     end: tuple[str, Any] | None = None  # reason, endedAt (None where the answer does not tell it)
-
-
-@dataclass
-class Arrived:
-    webhook_id: str
-    body: bytes
-    answered: bool
-
-
-@dataclass
-class Wallet:
-    """An operator's server: refuses some of what comes, at random, and remembers all of it."""
-
-    rng: Random
-    refuses: float = 0.0
-    arrived: dict[str, list[Arrived]] = field(default_factory=lambda: defaultdict(list))
-    url: str = ""
-
-    async def handle(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        answered = self.rng.random() >= self.refuses
-        session_id = json.loads(body)["sessionId"]
-        self.arrived[session_id].append(Arrived(request.headers["webhook-id"], body, answered))
-        return web.json_response({"error": 0} if answered else {"error": 100})
-
-
-@contextlib.asynccontextmanager
-async def wallet(rng: Random, refuses: float = 0.0) -> AsyncIterator[Wallet]:
-    made = Wallet(rng, refuses)
-    app = web.Application()
-    app.router.add_post("/", made.handle)
-    async with TestServer(app) as server:
-        made.url = str(server.make_url("/"))
-        yield made
 
 
 class Witness:
@@ -143,7 +108,7 @@ class Witness:
         known.end = (reason, ended_at)
 
 
-def check(witness: Witness, wallets: dict[str, Wallet], sinks: int, may_repeat: int) -> dict[str, int]:
+def check(witness: Witness, wallets: dict[str, Simulated], sinks: int, may_repeat: int) -> dict[str, int]:
     """Compares what was acknowledged with what is in the file and what has arrived, once nothing is live or pending.
 
     Returns figures: sessions, notices that arrived, repeats.
@@ -177,18 +142,19 @@ def check(witness: Witness, wallets: dict[str, Wallet], sinks: int, may_repeat: 
         mine = deliveries[number]
         assert len({sink for sink, *_ in mine}) == len(mine) == sinks, f"{session_id}: {mine}"
         assert {state for _, state, *_ in mine} == {"delivered"}, f"{session_id}: {mine}"
-        got = wallets[operator].arrived[session_id]
         (webhook_id,) = [one[2] for one in mine if one[0] == "http"]
-        assert {one.webhook_id for one in got} == {webhook_id}, f"{session_id}: another id"
-        assert len({one.body for one in got}) == 1, f"{session_id}: another body"
-        answered = sum(one.answered for one in got)
-        assert answered >= 1, f"{session_id} did not reach its operator"
-        arrived += len(got)
-        repeats += answered - 1
+        told = wallets[operator].journal.sessions.get(session_id)
+        assert told is not None, f"{session_id} did not reach its operator"
+        assert told.webhook_id == webhook_id, f"{session_id}: another id"
+        assert told.accepted >= 1, f"{session_id} was not accepted by its operator"
+        arrived += told.attempts
+        repeats += told.accepted - 1
+    for one in wallets.values():  # no other body, no second id
+        assert missed(one.journal.tally, {}) == [], one.journal.evidence
     strangers = {
         session_id
         for operator, one in wallets.items()
-        for session_id in one.arrived
+        for session_id in one.journal.sessions
         if (operator, session_id) not in rows
     }
     assert not strangers, "ends that nobody made"

@@ -41,7 +41,8 @@ class Received:
 class ScriptedOperator:
     """An operator's real HTTP server: plays the answers it was given, one a request, then success for ever.
 
-    An answer is a dict (JSON with status 200), a web.Response, or an async function of the request.
+    An answer is a dict (JSON with status 200), a web.Response, or an async function of the request, which may wait for
+    what the test does meanwhile: where that is not needed, there is `simulated_operator`, which also judges what comes.
     """
 
     script: list[Any] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """An operator inside the rig: its wallet over HTTP and HTTPS, and the name server that knows it. `wallet.py DIRECTORY`
 
 Each notice is a line of DIRECTORY/received. While DIRECTORY/down is there it answers 503, while DIRECTORY/slow is there
-it does not answer.
+it does not answer. It runs on the rig's own Python, so that it is there before the package is installed and after.
 """
 
 import contextlib

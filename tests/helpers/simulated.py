@@ -1,0 +1,38 @@
+"""The workbench's simulated operator, for tests: it answers by its script and judges what the daemon sends."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lmdaemon.dialects import SHIPPED
+from lmdaemon.workbench.journal import Journal
+from lmdaemon.workbench.script import read_text
+from lmdaemon.workbench.stage import Stage
+
+
+@dataclass
+class Simulated:
+    stage: Stage
+    journal: Journal
+    url: str = ""
+
+    def play(self, script: str, seed: int = 0) -> None:
+        """From now on it answers by another script."""
+        self.stage.script = read_text(script, seed)
+
+
+@asynccontextmanager
+async def simulated_operator(
+    script: str = "", *, seed: int = 0, schedule: Sequence[float] = (), keys: Sequence[bytes] = (), **options: Any
+) -> AsyncIterator[Simulated]:
+    """`schedule` are waits in seconds that a sender must keep; `options` are those of Stage."""
+    journal = Journal(SHIPPED["v4"], schedule, keys)
+    stage = Stage(read_text(script, seed), journal, **options)
+    await stage.open("127.0.0.1", 0)
+    scheme = "https" if options.get("contexts") else "http"
+    try:
+        host = "localhost" if scheme == "https" else "127.0.0.1"
+        yield Simulated(stage, journal, f"{scheme}://{host}:{stage.address[1]}/V4/SessionExpired")
+    finally:
+        await stage.close()

@@ -266,7 +266,7 @@ class Daemon:
         """Gives the settings in force to every part; each uses them from its next step on."""
         operators = self.settings.operators
         pausing = frozenset(name for name, operator in operators.items() if operator.mass_expiry == "pause")
-        grace_ms = int(self._started_with.restart_grace_s * 1000)
+        grace_ms = int(self.settings.restart_grace_s * 1000)
         self._store.configure(frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms)
         self._endpoint.configure(self.settings, self._reloader.plugins)
         self._api.configure(self.settings)

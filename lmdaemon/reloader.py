@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from lmdaemon import log, plugins
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
-from lmdaemon.config.settings import Plugin, Settings, changes
-from lmdaemon.config.shown import NEEDS_RESTART
+from lmdaemon.config.settings import NEEDS_RESTART, Plugin, Settings, changes, taken_over
 from lmdaemon.plugins import LoadedPlugin
 
 events = log.Log("daemon")
@@ -21,7 +20,7 @@ class Reloader:
 
     def __init__(self, settings: Settings, take_over: Callable[[], None], freed: Callable[[], None]) -> None:
         self.settings = settings
-        self._started_with = settings  # its addresses, database and clock settings are in use to the end
+        self._started_with = settings  # what needs a restart stays as it is here (NEEDS_RESTART)
         self.plugins: Mapping[str, LoadedPlugin] = {}
         self.error: str | None = None  # why the last reload failed
         self._take_over = take_over
@@ -43,12 +42,13 @@ class Reloader:
         except ConfigError as error:
             self._note_failure(error)
             return False
-        changed, since_start = await asyncio.to_thread(self._changes_to, new)
-        for key in since_start:
+        for key in await asyncio.to_thread(lambda: list(changes(self._started_with, new))):
             if key in NEEDS_RESTART:
                 events.warning("config.needs_restart", key=key)
+        in_force = taken_over(new, self._started_with)
+        changed = await asyncio.to_thread(lambda: list(changes(self.settings, in_force)))
         gone = [plugin for name, plugin in self.plugins.items() if fresh.get(name) is not plugin]
-        self.settings, self.plugins, self.error = new, fresh, None
+        self.settings, self.plugins, self.error = in_force, fresh, None
         log.setup(new.log.level, new.log.format)
         self._take_over()
         await plugins.stop_all(gone)
@@ -69,10 +69,6 @@ class Reloader:
         Raises ConfigError.
         """
         return reader.load(self.settings.file, found=self.settings.found)
-
-    def _changes_to(self, new: Settings) -> tuple[list[str], list[str]]:
-        """The keys that differ from the settings in force, and those that differ from the settings at the start."""
-        return list(changes(self.settings, new)), list(changes(self._started_with, new))
 
     async def _plugins_of(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: unchanged ones are kept, the others are made and started.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from lmdaemon.config.target import Target
 from lmdaemon.config.values import Duration, Listen, Network
@@ -247,6 +248,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"Settings({str(self.file)!r})"
 
 
+# Keys whose change takes effect with the next start, not with a reload
+NEEDS_RESTART = {
+    "server.listen",
+    "api.listen",
+    "database.path",
+    "database.url",
+    "database.password_file",
+    "database.password_env",
+    "database.migrate",
+    "sessions.restart_grace",
+    "sessions.downtime",
+    "sessions.daemon_grace",
+}
+
+
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """The tables that came or went, and the keys that differ in value, or in the secret or the certificates that they
     name. As they stand in the file, and without the values, some of which are secrets.
@@ -274,3 +290,25 @@ def flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{at}.{name}")
         else:
             yield f"{at}.{name}", value
+
+
+def taken_over(new: Settings, started: Settings) -> Settings:
+    """What is in force after a reload: `new`, with what needs a restart as it was at the start."""
+    tables, secrets = dict(new.tables), dict(new.secrets)
+    for key in NEEDS_RESTART:
+        name, _, field = key.rpartition(".")
+        tables[name] = replace(tables[name], **{field: getattr(started.tables[name], field)})
+        secrets.pop(key, None)
+    secrets |= {key: digest for key, digest in started.secrets.items() if key in NEEDS_RESTART}
+    return replace(
+        new,
+        server=replace(new.server, listen=started.server.listen),
+        api=replace(new.api, listen=started.api.listen),
+        database=started.database,
+        postgres=started.postgres,
+        restart_grace_s=started.restart_grace_s,
+        daemon_grace_s=started.daemon_grace_s,
+        count_downtime=started.count_downtime,
+        tables=tables,
+        secrets=secrets,
+    )

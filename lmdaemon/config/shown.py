@@ -20,15 +20,6 @@ from lmdaemon.config.values import Duration, Listen, spell
 from lmdaemon.log import safe_url
 
 MASKED = '"…"'
-# Keys whose change takes effect with the next start, not with a reload
-NEEDS_RESTART = {
-    "server.listen",
-    "api.listen",
-    "database.path",
-    "database.url",
-    "sessions.restart_grace",
-    "sessions.downtime",
-}
 _MASKED_KEYS = {"options"}  # of a plug-in: what is in it may be a secret, and nobody but the plug-in knows
 
 

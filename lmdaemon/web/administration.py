@@ -9,8 +9,8 @@ from aiohttp import web
 
 from lmdaemon import gates, retry, shapes
 from lmdaemon.config.findings import ConfigError
-from lmdaemon.config.settings import Operator, Settings
-from lmdaemon.config.shown import NEEDS_RESTART, differences, in_force, inherited
+from lmdaemon.config.settings import NEEDS_RESTART, Operator, Settings
+from lmdaemon.config.shown import differences, in_force, inherited
 from lmdaemon.log import Log, writable
 from lmdaemon.metrics import CONTENT_TYPE
 from lmdaemon.model import Gate, rfc3339

@@ -864,7 +864,7 @@ def test_a_start_on_a_full_disk_says_so_wherever_it_runs_out_of_room(tmp_path: P
                 pytest.fail(f"{pages} pages were enough: {daemon.log.read_text()}")
             (failed,) = daemon.events("daemon.failed")
             assert f"the disk of {tmp_path}/disk is full (" in failed["reason"]
-            assert not daemon.events("store.migrated")
+            assert not daemon.events("store.created")
             said.add(failed["reason"].rpartition("(")[2])
             daemon.log.unlink()
     assert len(said) > 1 or not new

@@ -192,6 +192,10 @@ class Serving:
         return self.daemon._sweeper
 
     @property
+    def pruner(self) -> Any:
+        return self.daemon._pruner
+
+    @property
     def dispatcher(self) -> Dispatcher:
         return self.daemon._dispatcher
 

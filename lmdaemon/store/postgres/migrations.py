@@ -79,8 +79,9 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error
     added = list(range(current + 1, len(migrations) + 1))
-    for number in added:
-        log.info("store.migrated", path=title, schema=number)
+    if added:
+        event = "store.migrated" if current else "store.created"
+        log.info(event, path=title, schema=added[-1], before=current or None)
     return added
 
 

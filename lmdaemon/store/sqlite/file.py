@@ -280,5 +280,5 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
         if connection.in_transaction:  # on a full disk SQLite has already rolled back
             connection.execute("ROLLBACK")
         raise
-    for number in range(version + 1, len(migrations) + 1):
-        log.info("store.migrated", path=path, schema=number)
+    event = "store.migrated" if version else "store.created"
+    log.info(event, path=path, schema=len(migrations), before=version or None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from operations import attempt, found, notice, opening
-from support import until
+from support import hear, until
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Gate
@@ -130,10 +130,24 @@ async def test_a_file_of_schema_2_is_upgraded_with_its_gates_and_deliveries(tmp_
             "INSERT INTO delivery (id, nonce, session, operator, sink, state, created_at, due_at, aged_from_at, "
             "held_base_ms, body) VALUES (1, 'abababababababababab', 1, 'acme', 'http', 'pending', 1, 1, 1, 0, x'7b7d')"
         )
-    store = await Store.open(path, Clock())
+    with hear() as events:
+        store = await Store.open(path, Clock())
+    ((name, facts),) = [(event.name, event.facts) for event in events if event.name.startswith("store.")]
+    assert (name, facts["before"], facts["schema"]) == ("store.migrated", 2, len(MIGRATIONS))
     try:
         assert store.gate("acme") == Gate(failures=7, probe_at=5)
         ((claimed,),) = await store.claimable([Claim("acme", "http", [], 9)])
         assert (claimed.body, claimed.body_digest, claimed.webhook_id) == (b"{}", None, "msg_1_abababababababababab")
     finally:
         await store.close()
+
+
+async def test_a_first_start_says_that_it_made_a_database_and_no_more(tmp_path: Path) -> None:
+    with hear() as events:
+        store = await Store.open(tmp_path / "new.sqlite3", Clock())
+        await store.close()
+        store = await Store.open(tmp_path / "new.sqlite3", Clock())
+        await store.close()
+    assert [(event.name, event.facts["schema"], event.facts["before"]) for event in events] == [
+        ("store.created", len(MIGRATIONS), None)
+    ]

@@ -1,0 +1,108 @@
+"""Every setting is taken over by a reload, or told as one that needs a restart."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from support import LISTEN, hear, load, serving
+
+from lmdaemon import reloader
+from lmdaemon.config.settings import (
+    NEEDS_RESTART,
+    ApiTable,
+    DatabaseTable,
+    LogTable,
+    ServerTable,
+    SessionsTable,
+    Settings,
+    flat,
+)
+
+TOML = LISTEN + '[operators.acme]\nprovider_id = "acme"\n'
+
+# What a start alone reads of the settings, with the keys that it is made of
+AT_THE_START = {
+    "server.listen": {"server.listen"},
+    "api.listen": {"api.listen"},
+    "database": {"database.path"},
+    "postgres": {"database.url", "database.password_file", "database.password_env", "database.migrate"},
+    "restart_grace_s": {"sessions.restart_grace"},
+    "count_downtime": {"sessions.downtime"},
+    "daemon_grace_s": {"sessions.daemon_grace"},
+}
+# Read with the file; the daemon has no use for them, or looks at what they were made into
+OF_THE_FILE = {"unusable", "tables", "secrets", "server.client_ca_file", "api.client_ca_file"}
+OF_THE_FILE |= {f"{side}.tls_{part}_file" for side in ("server", "api") for part in ("cert", "key")}
+OF_THE_FILE |= {f"api.{right}token_{source}" for right in ("", "read_") for source in ("file", "env")}
+
+
+def noted(struct: msgspec.Struct, seen: set[str], at: str = "") -> Any:
+    """The same struct, which notes in `seen` what is read of it."""
+    kind = type(struct)
+    fields = kind.__struct_fields__
+
+    def read(self: Any, name: str) -> Any:
+        if name in fields:
+            seen.add(at + name)
+        return kind.__getattribute__(self, name)
+
+    values = {name: getattr(struct, name) for name in fields}
+    for name in ("server", "api"):
+        if name in values and isinstance(struct, Settings):
+            values[name] = noted(values[name], seen, f"{name}.")
+    noting = type(f"Noted{kind.__name__}", (kind,), {"__getattribute__": read}, frozen=True)
+    return noting(**values)
+
+
+async def test_every_setting_is_read_again_or_told_to_need_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, TOML) as d:
+        seen: set[str] = set()
+        new = noted(load(tmp_path / "config.toml", TOML), seen)
+        monkeypatch.setattr(reloader.reader, "load", lambda *_, **__: new)
+        await d.daemon.reload_once()
+        await d.pruner.once()
+        for url in (f"{d.server}/health", f"{d.api}/health", f"{d.api}/console/"):
+            async with d.client.get(url) as answer:
+                assert answer.status == 200
+        await d.daemon.reload_once()
+    every = {name for name in Settings.__struct_fields__ if name not in ("server", "api")}
+    for name, kind in (("server", ServerTable), ("api", ApiTable)):
+        every |= {f"{name}.{key}" for key in kind.__struct_fields__}
+    assert every - seen - OF_THE_FILE <= AT_THE_START.keys()
+    assert set().union(*AT_THE_START.values()) == NEEDS_RESTART
+
+
+def test_the_keys_that_need_a_restart_are_keys() -> None:
+    tables = {"database": DatabaseTable, "sessions": SessionsTable, "log": LogTable}
+    known = {key for name, kind in tables.items() for key, _ in flat(kind(), name)}
+    assert known | {"server.listen", "api.listen"} >= NEEDS_RESTART
+
+
+async def test_what_needs_a_restart_is_in_force_as_it_was_at_the_start(tmp_path: Path) -> None:
+    """However often the file is read again; and `config` goes on telling what a restart would change."""
+    async with serving(tmp_path, TOML) as d:
+        text = TOML.replace('[api]\nlisten = "127.0.0.1:0"', '[api]\nlisten = "127.0.0.9:9"')
+        text += '[sessions]\nrestart_grace = "7s"\ndowntime = "count"\ndaemon_grace = "7s"\nidle_timeout = "9m"\n'
+        text += '[database]\npath = "other"\n'
+        (tmp_path / "config.toml").write_text(text)
+        for changed in ("sessions.idle_timeout", "nothing"):
+            with hear("lmdaemon.daemon") as events:
+                await d.daemon.reload_once()
+            (told,) = [event.facts["changed"] for event in events if event.name == "config.reloaded"]
+            assert told == changed
+        async with d.client.get(f"{d.api}/v1/config") as answer:
+            found = await answer.json()
+    shown = found["settings"]
+    assert (shown["sessions.restart_grace"], shown["sessions.idle_timeout"]) == ('"1m"', '"9m"')
+    assert (shown["api.listen"], shown["database.path"]) == ('"127.0.0.1:0"', '"lmdaemon.sqlite3"')
+    assert {(one["key"], one["new"]) for one in found["changes"] if one["needsRestart"]} == {
+        ("api.listen", '"127.0.0.9:9"'),
+        ("database.path", '"other"'),
+        ("sessions.daemon_grace", '"7s"'),
+        ("sessions.downtime", '"count"'),
+        ("sessions.restart_grace", '"7s"'),
+    }
+    assert len(found["changes"]) == 5

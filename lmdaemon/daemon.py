@@ -20,6 +20,7 @@ from typing import Any, get_args
 from lmdaemon import log, systemd
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
+from lmdaemon.config.shown import digest
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.shown import request_of
@@ -275,12 +276,14 @@ class Daemon:
         self._metrics.configure(operators, self._dispatcher.attempting, get_args(Reason))
         self._events.configured()
         self._listeners.configure(self.settings, self._dispatcher.attempts_max, _drain_s(self.settings))
+        if "api" in self.addresses:  # at a reload
+            self._introduce()
 
     def _introduce(self) -> None:
-        """Tells the other daemons on the database where the private side listens."""
+        """Tells the other daemons on the database where the private side listens, and what to compare settings by."""
         at = self.addresses["api"]
         address = address_text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
-        self._store.introduce(address, "")
+        self._store.introduce(address, digest(self.settings))
 
     def _handle_signals(self) -> None:
         """Handles signals until the event loop is closed, so that a second SIGTERM does not interrupt the stop."""
@@ -328,17 +331,28 @@ class Daemon:
         )
         self._events.stop()
         events.info("daemon.stopping", in_flight=self._dispatcher.in_flight, within_s=within_s)
-        # From here on no touch can be received, so no idle time passes and nothing ends
-        self._store.service_clock.freeze("stopping")
+        stays = {"writer"}
+        if await self._others_hear():  # and so that they need not wait, its clock goes on and it ends what is due
+            stays.add("sweeper")
+        else:  # from here on no touch can be received, so no idle time passes and nothing ends
+            self._store.service_clock.freeze("stopping")
         for name, loop in loops.items():
-            if name != "writer":
+            if name not in stays:
                 loop.cancel()
         await asyncio.gather(self._dispatcher.drain(within_s), self._listeners.close())
+        loops["sweeper"].cancel()
         try:
             await self._store.probe()
         except StoreError as error:
             events.warning("daemon.clock_not_kept", reason=str(error))
         loops["writer"].cancel()
+
+    async def _others_hear(self) -> bool:
+        """Whether touches are received by another daemon on the database when this one stops."""
+        try:
+            return len(await self._health.look_for_daemons()) > 1
+        except StoreError:
+            return False
 
     # -- loops
 

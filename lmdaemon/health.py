@@ -1,4 +1,5 @@
-"""Judges the daemon's health for `/health` and the watchdog: store, loops, listeners, deliveries, operators, reload.
+"""Judges the daemon's health for `/health` and the watchdog: store, loops, listeners, deliveries, operators, reload,
+and how it gets on with other daemons on its database.
 
 It reads figures kept in memory and single rows found by an index; it must never scan a table. It also writes one small
 row, at most once a second, because only a write shows that the disk is full.
@@ -6,17 +7,18 @@ row, at most once a second, because only a write shows that the disk is full.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from lmdaemon import gates, retry, shapes, tls
+from lmdaemon.agreement import SLOW_MS, disagreement, slowest
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.disk import DiskWatch
-from lmdaemon.model import Gate, rfc3339
+from lmdaemon.model import Gate, Member, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError
 from lmdaemon.version import __version__
@@ -96,6 +98,8 @@ class Health:
         self._behind = behind
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
+        self._daemons = _Question("a reading", store.daemons, clock.monotonic)
+        self.members: Sequence[Member] = ()  # the daemons on the database, when they were last asked for
 
     @property
     def stuck(self) -> list[str]:
@@ -115,6 +119,7 @@ class Health:
         """Every check with its figures, as `application/health+json` (docs/operating.md, "Health checks")."""
         checks = {
             "store": await self._check_store(),
+            "daemons": await self._check_daemons(),
             **{name: self._check_pulse(pulse) for name, pulse in self._pulses.items()},
             "disk": self._check_disk(),
             "listeners": self._check_listeners(),
@@ -144,6 +149,11 @@ class Health:
     def late_s(self) -> dict[str, float]:
         """For each loop, the seconds since it should have run."""
         return {name: pulse.late_s for name, pulse in self._pulses.items()}
+
+    async def look_for_daemons(self) -> Sequence[Member]:
+        """The daemons on the database, which `members` then has. They may be a second old. Raises StoreError."""
+        self.members = await self._daemons.answer()
+        return self.members
 
     async def oldest_pending_s(self) -> dict[str, float]:
         """The age of the oldest pending delivery, for each operator that has one. It may be a second old.
@@ -176,6 +186,21 @@ class Health:
         if self._store.strained:
             return check | {"status": "warn", "output": self._store.strained}
         return check
+
+    async def _check_daemons(self) -> Check:
+        """Warns of daemons on the same database whose settings differ, and of a clock that keeps the others waiting."""
+        try:
+            members = await self.look_for_daemons()
+        except StoreError as error:
+            return {"status": "warn", "output": str(error)}
+        check: Check = {"status": "pass", "daemons": len(members)}
+        last = slowest(members)
+        said = [found] if (found := disagreement(members)) else []
+        if last is not None:
+            check |= {"slowest": last.name, "slowestLagMs": last.lag_ms}
+            if last.lag_ms >= SLOW_MS:
+                said.append(f"the service clock of {last.name} is {last.lag_ms} ms behind; all ends wait for it")
+        return check | {"status": "warn", "output": "; ".join(said)} if said else check
 
     def _check_disk(self) -> Check:
         """Warns of a disk that will soon be full; without figures where it is another machine's."""

@@ -7,6 +7,7 @@ the event loop may change meanwhile.
 from collections.abc import Callable, Iterator, Mapping
 
 from lmdaemon import log, retry
+from lmdaemon.agreement import disagreement
 from lmdaemon.clock import FREEZES, Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.delivery.dispatcher import Dispatcher
@@ -54,15 +55,18 @@ class Readings:
             *self._of_the_daemon(),
             *self._of_certificates(),
             *self._of_the_store(),
+            *self._of_daemons(),
         ]
 
     def _of_operators(self) -> Iterator[Reading]:
         """Readings of the operators in the file, and of removed ones while any of their sessions or deliveries
-        remain.
+        remain. Of several daemons on one database, the one that owns an operator has its readings, so that sums are
+        true and alerts come once.
         """
         now_at = self._clock.wall_ms()
         waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]
-        names = sorted({*waiting, *self._settings().operators})
+        configured = self._settings().operators
+        names = sorted(name for name in {*waiting, *configured} if self._store.owns(name) or name not in configured)
         figures = {name: self._store.figures_of(name) for name in names}
         gates = {name: self._store.gate(name) for name in names}
         mass, silent = self._sweeper.alarm.of_operators(), self._sweeper.touch_alarm.silent.copy()
@@ -172,6 +176,22 @@ class Readings:
         }
         labels = ("listener", "reason")
         yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed
+
+    def _of_daemons(self) -> Iterator[Reading]:
+        """Readings of the daemons on the database, this one among them."""
+        members = self._health.members
+        behind_ms = sum(one.lag_ms for one in members if one.is_self)
+        owned = sum(self._store.owns(name) for name in self._settings().operators)
+        yield plain("daemons", "Daemons on the database.", len(members))
+        yield plain("operators_owned", "Operators whose sessions this daemon ends and delivers.", owned)
+        yield plain(
+            "service_clock_behind_seconds",
+            "How far its service clock is behind the furthest of all daemons; ends wait for the slowest.",
+            behind_ms / 1000,
+        )
+        yield plain(
+            "daemons_disagree", "1 while other daemons have other settings.", float(bool(disagreement(members)))
+        )
 
     def _of_the_store(self) -> Iterator[Reading]:
         store = self._store

@@ -748,6 +748,14 @@ class OperatorsCheck(Check):
     broken: Annotated[list[OperatorName], Meta(description="Those whose breaker is not closed.")]
 
 
+class DaemonsCheck(Check):
+    """How many daemons are on the database, and whose service clock is furthest behind."""
+
+    daemons: NotRequired[Count]
+    slowest: NotRequired[Annotated[str, Meta(description="The name of that daemon, where there are several.")]]
+    slowestLagMs: NotRequired[Annotated[Count, Meta(description="By how much it is behind the furthest.")]]
+
+
 _ONE = Meta(min_length=1, max_length=1)
 
 
@@ -755,6 +763,7 @@ class Checks(TypedDict):
     """Every check, as a list of one."""
 
     store: Annotated[list[StoreCheck], _ONE]
+    daemons: Annotated[list[DaemonsCheck], _ONE]
     sweeper: Annotated[list[LoopCheck], _ONE]
     dispatcher: Annotated[list[LoopCheck], _ONE]
     disk: Annotated[list[DiskCheck], _ONE]

@@ -58,6 +58,7 @@ DELIVERY_COLUMNS = (
     "lastError",
 )
 ATTEMPT_COLUMNS = ("at", "durationMs", "url", "address", "status", "code", "error", "detail", "answer")
+DAEMON_COLUMNS = ("daemon", "version", "address", "since", "operators", "serviceLagMs")
 OPERATOR_COLUMNS = ("operator", "live", "pending", "dead", "held", "breaker", "notBefore", "oldestPendingSeconds")
 
 EVENT_FIGURES = ("touches", "ends", "delivered", "failed")
@@ -71,6 +72,7 @@ HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
 SESSION_SHAPE = {"sessionId": str, "state": str}
 DELIVERY_SHAPE = {"id": str, "state": str}
 OPERATOR_SHAPE = {"operator": str, "held": bool}
+DAEMON_SHAPE = {"name": str, "operators": [str], "serviceLagMs": int}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 FOR_EVER = 2**63
@@ -113,7 +115,7 @@ def asking(*arguments: Argument) -> Callable[[Ask], Command]:
     JSON,
 )
 async def status(client: Client, args: argparse.Namespace) -> int:
-    """Prints the daemon's health and a line for each operator.
+    """Prints the daemon's health, a line for each daemon where there are several, and one for each operator.
 
     Exit code 1 if the health is `fail`; with --check, one of CHECKED.
     """
@@ -135,14 +137,16 @@ async def status(client: Client, args: argparse.Namespace) -> int:
 async def _print_status(client: Client, args: argparse.Namespace) -> int:
     health = await client.call("GET", "health", shape=HEALTH_SHAPE)
     operators: list[Any] = []
+    daemons: list[Any] = []
     try:
         operators = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR_SHAPE]}))["items"]
+        daemons = (await client.call("GET", "v1", "daemons", shape={"items": [DAEMON_SHAPE]}))["items"]
     except Failed as error:
         if health["status"] != "fail":
             raise
         say(f"lmdaemon: {error}")  # a daemon that cannot read its store still answers for its health
     if args.json:
-        print_json({"health": health, "operators": operators})
+        print_json({"health": health, "operators": operators, "daemons": daemons})
     else:
         print(f"status: {health['status']} (lmdaemon {health.get('version', '?')})")
         checks = [{**check, "check": name} for name, found in health.get("checks", {}).items() for check in found]
@@ -150,6 +154,9 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
             figures = (f"{name}={cell(value)}" for name, value in check.items() if name not in _CHECK_HEAD)
             print(f"  {check['check']:10}  {check['status']:4}  {' '.join(figures)}".rstrip())
         print()
+        if len(daemons) > 1:
+            print_table(DAEMON_COLUMNS, [one | _told_of_daemon(one) for one in daemons])
+            print()
         print_table(OPERATOR_COLUMNS, operators)
         for operator in operators:
             if operator.get("keptBack"):
@@ -157,6 +164,12 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
     if args.check:
         return CHECKED.get(health["status"], FAILED)
     return FAILED if health["status"] == "fail" else STOPPED
+
+
+def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:
+    """What stands in its line: how many operators it owns, and whether it is the one that was asked."""
+    name = f"{daemon['name']} (asked)" if daemon.get("self") else daemon["name"]
+    return {"daemon": name, "operators": len(daemon["operators"])}
 
 
 @asking(OF_OPERATOR, JSON)

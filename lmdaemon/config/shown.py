@@ -1,5 +1,6 @@
 """Settings as they may be shown to anybody who may ask: by key of the file, as TOML, without a secret."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from lmdaemon.config.values import Duration, Listen, spell
 from lmdaemon.log import safe_url
 
 MASKED = '"…"'
+_ALIKE = {"operators", "dialects", "plugins", "delivery", "sessions", "database.keep_ended"}
+_ELSEWHERE = ("_file", "_env")
 _MASKED_KEYS = {"options"}  # of a plug-in: what is in it may be a secret, and nobody but the plug-in knows
 
 
@@ -52,6 +55,19 @@ def _inherited(key: str, tables: Mapping[str, msgspec.Struct]) -> Any:
         if key in kind.__struct_fields__:
             return getattr(tables[name], key)
     return None
+
+
+def digest(settings: Settings) -> str:
+    """A digest of what daemons on one database must have alike: operators, dialects, plug-ins, what operators inherit,
+    and how long ended sessions are kept. Nothing is in it of secrets, and of files that may lie elsewhere on another
+    machine.
+    """
+    alike = {
+        key: value
+        for key, value in in_force(settings).items()
+        if (key.partition(".")[0] in _ALIKE or key in _ALIKE) and not key.endswith(_ELSEWHERE)
+    }
+    return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def inherited(settings: Settings) -> list[str]:

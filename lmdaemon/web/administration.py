@@ -204,8 +204,12 @@ class Administration:
 
     async def show_metrics(self, asked: Asked[None]) -> web.Response:
         """GET /metrics."""
+        health = self._context.health
         try:
-            oldest = await self._context.health.oldest_pending_s()
+            oldest = {
+                name: age_s for name, age_s in (await health.oldest_pending_s()).items() if self._store.owns(name)
+            }
+            await health.look_for_daemons()
         except StoreError:  # everything else can still be told, that storing fails among it
             oldest = {}
         body = await self._context.metrics.scrape(oldest)

@@ -4,7 +4,7 @@ It knows requests, answers and settings; what a call does is its handler's.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote
@@ -16,7 +16,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.dialects import content_of, uncoded
 from lmdaemon.metrics import Metrics
-from lmdaemon.model import ID_MAX, Asker, Delivery, Session, id_problem
+from lmdaemon.model import ID_MAX, Asker, Delivery, Member, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.web import bodies
 from lmdaemon.web.documents import delivery_document, session_document, to_json
@@ -47,6 +47,9 @@ class Health(Protocol):
 
     async def oldest_pending_s(self) -> dict[str, float]:
         """The age (s) of each operator's oldest pending delivery."""
+
+    async def look_for_daemons(self) -> Sequence[Member]:
+        """The daemons on the database, for the metrics."""
 
 
 class ShownRequest(Protocol):

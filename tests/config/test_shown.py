@@ -114,3 +114,28 @@ def test_differences_have_both_values(home: Path) -> None:
 @pytest.mark.parametrize("text", ["0s", "1ms", "250ms", "1s", "90s", "15m", "36h", "7d", "3650d"])
 def test_a_duration_is_written_as_it_was_read(text: str) -> None:
     assert values.spell(values.duration(text)) == text
+
+
+def test_daemons_compare_what_operators_get_and_nothing_of_a_machine(home: Path) -> None:
+    def of(old: str = "", new: str = "") -> str:
+        assert old in FILE
+        return shown.digest(load(home, FILE.replace(old, new) if old else FILE))
+
+    before = of()
+    for old, new in (
+        ('"5m"', '"6m"'),
+        ('"90s"', '"91s"'),
+        ("retry = 9", "retry = 8"),
+        ("wallet.example/x", "wallet.example/y"),
+        ('use = "m:f"', 'use = "m:g"'),
+        ("[delivery]", '[sessions]\ndaemon_grace = "1s"\n[delivery]'),
+        ("[delivery]", '[database]\nkeep_ended = "91d"\n[delivery]'),
+    ):
+        assert of(old, new) != before, new
+    for old, new in (
+        ("[::1]:8080", "127.0.0.1:8080"),
+        ("[delivery]", '[log]\nlevel = "debug"\n[delivery]'),
+        (f"key={SECRET}", "key=other"),
+        ("HASH_KEY", "HOME"),
+    ):
+        assert of(old, new) == before, new

@@ -20,9 +20,9 @@ from lmdaemon import health, retry
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
-from lmdaemon.model import Gate
+from lmdaemon.model import Gate, Member
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.contract import NewDelivery, Opening
+from lmdaemon.store.contract import NewDelivery, Opening, StoreError
 from lmdaemon.store.sqlite import thread
 from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.store import Store
@@ -114,6 +114,7 @@ async def test_a_sound_daemon_passes_with_every_check_and_its_figures(tmp_path: 
         "description": "lmdaemon",
         "checks": {
             "store": [{"status": "pass", "sessions": 0, "waiting": 0, "time": time}],
+            "daemons": [{"status": "pass", "daemons": 1, "time": time}],
             "sweeper": loop,
             "dispatcher": loop,
             "disk": [{"status": "pass", "growthBytesPerDay": None, "daysLeft": None, "time": time}],
@@ -132,6 +133,57 @@ async def test_the_public_side_tells_only_the_status(tmp_path: Path) -> None:
         assert await get(daemon, daemon.server) == (200, {"status": "pass"})
         await daemon.store.set_gate("acme", lambda gate: retry.hold(gate, 1, "by_hand"))
         assert await get(daemon, daemon.server) == (200, {"status": "warn"})
+
+
+# -- several daemons on one database
+
+
+def alike(**facts: Any) -> Member:
+    known = {"name": "a:1", "version": __version__, "address": "", "since_at": 0, "heard_at": 0, "lag_ms": 0}
+    return Member(**known | {"operators": (), "digest": "d", "is_self": False} | facts)  # type: ignore[arg-type]
+
+
+async def test_daemons_whose_settings_differ_are_a_warning_with_their_names(
+    checked: Health, store: Store, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [alike(is_self=True), alike(name="b:2", digest="e"), alike(name="c:3")]
+
+    async def daemons() -> list[Member]:
+        return members
+
+    monkeypatch.setattr(checked._daemons, "_ask", daemons)
+    found = await check(checked, "daemons")
+    assert (found["status"], found["daemons"]) == ("warn", 3)
+    assert found["output"] == "the settings of operators differ: a:1 has others than b:2"
+    assert checked.members == members
+    members[1] = alike(name="b:2")
+    clock.advance(ASK_EVERY_S)
+    assert (await check(checked, "daemons"))["status"] == "pass"
+
+
+async def test_a_clock_that_keeps_all_ends_waiting_is_a_warning(
+    checked: Health, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [alike(is_self=True), alike(name="b:2", lag_ms=999)]
+
+    async def daemons() -> list[Member]:
+        return members
+
+    monkeypatch.setattr(checked._daemons, "_ask", daemons)
+    found = await check(checked, "daemons")
+    assert (found["status"], found["slowest"], found["slowestLagMs"]) == ("pass", "b:2", 999)
+    members[1] = alike(name="b:2", lag_ms=1000)
+    clock.advance(ASK_EVERY_S)
+    found = await check(checked, "daemons")
+    assert found["output"] == "the service clock of b:2 is 1000 ms behind; all ends wait for it"
+
+
+async def test_daemons_that_cannot_be_asked_for_are_a_warning(checked: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def daemons() -> list[Member]:
+        raise StoreError("reading failed: gone")
+
+    monkeypatch.setattr(checked._daemons, "_ask", daemons)
+    assert (await check(checked, "daemons"))["output"] == "reading failed: gone"
 
 
 # -- the store

@@ -16,6 +16,7 @@ GROUND = {
         "__init__",
         "version",
         "model",
+        "agreement",
         "clock",
         "log",
         "pulse",

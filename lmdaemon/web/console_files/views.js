@@ -59,9 +59,11 @@ async function overview(place, parts, asked) {
     h("div", { class: "tiles" }, chart("Ends", all.ends), chart("Delivered", all.delivered),
       chart("Failed attempts", all.failed, "", "bad"), chart("Touches", all.touches), chart("Lag of ends", all.lagMs, "ms")));
   listOperators(place, items, asked);
+  const slowest = daemons.items.reduce((one, two) => (two.serviceLagMs > one.serviceLagMs ? two : one));
+  const told = (one) => (one.self ? " (this one)" : "") + (one === slowest && one.serviceLagMs > 0 ? " (slowest clock)" : "");
   replace(part(place, "daemons"), h("h2", {}, "Daemons"),
-    table("Daemons", ["Name", "Version", "Address", "Since", "Last heard", ["Behind", "number"]],
-      daemons.items.map((one) => [[one.name, one.self ? " (this one)" : ""], one.version, one.address, when(one.since), time(one.lastHeardAt), `${count(one.serviceLagMs)} ms`]), "None."));
+    table("Daemons", ["Name", "Version", "Address", "Since", "Last heard", ["Operators", "number"], ["Behind", "number"]],
+      daemons.items.map((one) => [[one.name, told(one)], one.version, one.address, when(one.since), time(one.lastHeardAt), count(one.operators.length), `${count(one.serviceLagMs)} ms`]), "None."));
 }
 
 function listOperators(place, items, asked) {

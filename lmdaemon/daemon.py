@@ -39,6 +39,7 @@ from lmdaemon.status import Status, count
 from lmdaemon.store.contract import Store, StoreError, StoreObserver
 from lmdaemon.store.open import name_of, open_store
 from lmdaemon.sweeper import Sweeper
+from lmdaemon.trials import Trials
 from lmdaemon.version import __version__
 from lmdaemon.web.api import Api
 from lmdaemon.web.calls import Context
@@ -227,6 +228,7 @@ class Daemon:
             self._disk,
             lambda: self._dispatcher.behind,
         )
+        self._trials = Trials()
         self._endpoint = Endpoint(self._store, self._clock, self._health.status, self._metrics)
         self._api = Api(
             Context(
@@ -238,6 +240,7 @@ class Daemon:
                 under_way_since=self._dispatcher.under_way_since,
                 probe=self._dispatcher.probe,
                 request_of=request_of,
+                trials=self._trials,
                 recent=self._recent,
                 events=self._events,
                 read_again=self._reloader.read_again,
@@ -339,7 +342,7 @@ class Daemon:
         for name, loop in loops.items():
             if name not in stays:
                 loop.cancel()
-        await asyncio.gather(self._dispatcher.drain(within_s), self._listeners.close())
+        await asyncio.gather(self._dispatcher.drain(within_s), self._listeners.close(), self._trials.stop())
         loops["sweeper"].cancel()
         try:
             await self._store.probe()

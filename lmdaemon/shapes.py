@@ -199,6 +199,13 @@ class DiscardDead(DeadOnes, kw_only=True):
     note: _Note
 
 
+class TestNotice(Request):
+    """The ids that a test notice has; those that are not given are made up and begin with `lmdaemon-test`."""
+
+    session_id: SessionId | UnsetType = UNSET
+    player_id: PlayerId | UnsetType = UNSET
+
+
 class NoQuery(Request):
     """No parameters."""
 
@@ -574,6 +581,89 @@ class DaemonList(Answer):
     """All daemons on this database."""
 
     items: list[Daemon]
+
+
+# -- trials of an operator's endpoint
+
+
+class ShownRequest(Answer):
+    """A request that was sent, with its secrets masked."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: str
+
+
+class ShownAnswer(Answer):
+    """What was read of an answer, with secrets masked."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+    complete: Annotated[bool, Meta(description="False: it is longer, and the rest was not read.")]
+
+
+class TestResult(Answer):
+    """A test notice, what was answered, and what would have become of a delivery."""
+
+    request: ShownRequest
+    answer: Annotated[ShownAnswer | None, Meta(description="Null where none came.")]
+    explanation: Annotated[str, Meta(description="The answer in words.", examples=["200, `error` is 0"])]
+    verdict: Annotated[Literal["delivered", "retry", "final", "hold"], Meta(title="Verdict", extra_json_schema=_TEXT)]
+    meaning: Annotated[str, Meta(description="The verdict in words.", examples=["would be retried because timeout"])]
+    reason: Annotated[str | None, Meta(description="One word of the list in docs/delivery.md.", examples=["timeout"])]
+    detail: str | None
+    retry_after_seconds: Seconds | None
+    duration_ms: Count
+
+
+class CheckedExchange(Answer):
+    """A request of a check and what came back."""
+
+    request: ShownRequest
+    answer: ShownAnswer | None
+    cause: Annotated[str | None, Meta(description="Why there is no answer.")]
+    detail: str | None
+    duration_ms: Count
+
+
+class CheckResult(Answer):
+    """What a check came to."""
+
+    id: Annotated[str, Meta(examples=["answer.valid"])]
+    title: str
+    verdict: Annotated[Literal["pass", "warn", "fail", "skipped"], Meta(title="CheckVerdict", extra_json_schema=_TEXT)]
+    text: str
+    why: Annotated[str, Meta(description="Why it matters.")]
+    hint: Annotated[str | None, Meta(description="What to do, of a warning or a failure.")]
+    requests: Count
+    duration_ms: Count
+    evidence: list[CheckedExchange]
+
+
+class CheckProgress(Answer):
+    """The event `check.progress`: a check has begun, or has ended."""
+
+    done: Count
+    total: Count
+    check: Annotated[str | None, Meta(description="The one that begins.")]
+    result: Annotated[CheckResult | None, Meta(description="Of the one that has ended.")]
+
+
+class CheckReport(Answer):
+    """The event `check.report`: all results."""
+
+    url: str
+    dialect: str
+    run: Annotated[str, Meta(description="Stands in all made-up ids of the run.")]
+    started_at: Time
+    duration_ms: Count
+    requests: Count
+    stopped: Annotated[str | None, Meta(description="Why not everything was tried; null if it was.")]
+    counts: Annotated[dict[str, Count], Meta(description="How many by verdict.")]
+    checks: list[CheckResult]
+    by_hand: Annotated[list[str], Meta(description="What only people can check.")]
 
 
 # -- events and what happened lately

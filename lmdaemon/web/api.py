@@ -25,6 +25,7 @@ from lmdaemon.web.problems import Problem, invalid
 from lmdaemon.web.requests import Handler, Head, bearer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
+from lmdaemon.web.trying import Trying
 from lmdaemon.web.watching import Watching
 
 # Where the calls are served that come all day; an operator's name never needs an escape. Groups: session, touch.
@@ -43,6 +44,7 @@ class Api:
             Deliveries(self._context),
             Administration(self._context, openapi.document),
             Watching(self._context),
+            Trying(self._context),
         )
         self._parts = {type(part).__name__: part for part in parts}
         self._console = Console(context)

@@ -27,6 +27,11 @@ from lmdaemon.web.recent import Recent
 from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body, request_id
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would keep events until it has a page of them
+}
 OPERATOR = "/v1/operators/{operator}"
 SESSIONS = OPERATOR + "/sessions"
 SESSION = SESSIONS + "/{sessionId}"
@@ -72,6 +77,19 @@ class ShownRequest(Protocol):
         """The same as a command."""
 
 
+class Trials(Protocol):
+    """Tries operators' endpoints, beside the daemon's work."""
+
+    def obstacle(self, operator: Operator) -> str:
+        """Why none can begin now, in words; empty if one can."""
+
+    async def send(self, operator: Operator, session_id: str | None, player_id: str | None) -> Mapping[str, Any]:
+        """Sends one notice; what TestResult has. Raises CannotEncode."""
+
+    async def check(self, operator: Operator, on_progress: Callable[[Any], None]) -> Mapping[str, Any]:
+        """Runs the checks, telling of each; what CheckReport has. Ends early when it is cancelled."""
+
+
 @dataclass(kw_only=True)
 class Context:
     """What the handlers share. `expires_at` and `probe` are functions of other parts; `settings` are those in force."""
@@ -84,6 +102,7 @@ class Context:
     under_way_since: Callable[[int], int | None]  # when a delivery's attempt began that is under way (wall ms)
     probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
     request_of: Callable[[Operator, Delivery, float], ShownRequest | None]  # how a delivery is sent; signed at (s)
+    trials: Trials
     recent: Recent
     events: Events
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError

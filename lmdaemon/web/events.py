@@ -40,7 +40,7 @@ class Listener:
         """Whether the client listens to events of this operator."""
         return self.operator is None or self.operator == operator
 
-    def put(self, event: bytes) -> None:
+    def put(self, told: bytes) -> None:
         """Queues an event; a client with QUEUE_MAX waiting events is dropped."""
         if self._closed:
             return
@@ -50,7 +50,7 @@ class Listener:
             self.close()
             self._abort()  # its handler waits until the client reads, which it may never do
             return
-        self._queue.append(event)
+        self._queue.append(told)
         self._filled.set()
 
     def close(self) -> None:
@@ -170,11 +170,11 @@ class Events(StoreObserver):
     # -- what is told
 
     def _tell(self, name: str, operator: str, document: shapes.Answer) -> None:
-        event = None
+        told = None
         for listener in self._listeners:
             if listener.wants(operator):
-                event = event or _event(name, document)
-                listener.put(event)
+                told = told or event(name, document)
+                listener.put(told)
 
     async def _tick(self) -> None:
         while True:
@@ -190,20 +190,20 @@ class Events(StoreObserver):
             if name in counts or state != self._told.get(name):
                 items[name] = self._figures_of(name, counts.get(name, Counts()))
                 self._told[name] = state
-        everything = _event("figures", self._figures(list(items.values()), together(counts), snapshot=False))
+        everything = event("figures", self._figures(list(items.values()), together(counts), snapshot=False))
         for listener in self._listeners:
             if listener.operator is None:
                 listener.put(everything)
             else:
                 own = [items[listener.operator]] if listener.operator in items else []
                 of_all = counts.get(listener.operator, Counts())
-                listener.put(_event("figures", self._figures(own, of_all, snapshot=False)))
+                listener.put(event("figures", self._figures(own, of_all, snapshot=False)))
 
     def _snapshot(self, operator: str | None) -> bytes:
         names = [name for name in self._operators() if operator in (None, name)]
         shown = {name: self._figures_of(name, Counts()) for name in names}
         self._told |= {name: self._state(name) for name in names}
-        return _event("figures", self._figures(list(shown.values()), Counts(), snapshot=True))
+        return event("figures", self._figures(list(shown.values()), Counts(), snapshot=True))
 
     def _figures(self, items: list[shapes.OperatorFigures], counts: Counts, *, snapshot: bool) -> shapes.FiguresEvent:
         figures = self._store.figures.values()
@@ -256,5 +256,6 @@ def _delivery(settlement: Settlement, due_at: int) -> shapes.DeliveryEvent:
     )
 
 
-def _event(name: str, document: shapes.Answer) -> bytes:
+def event(name: str, document: shapes.Answer) -> bytes:
+    """One event as it is sent."""
     return b"event: %s\ndata: %s\n\n" % (name.encode(), to_json(document))

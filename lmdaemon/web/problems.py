@@ -53,9 +53,12 @@ KINDS = {
         "The session has ended, and comes along in `session`. 409 to an opening, 410 to a touch.",
         "Stop playing under this id. A player who goes on needs a session with a new id.",
     ),
-    "busy": Kind(409, "Another call is retrying the dead deliveries of this operator.", "Wait for that one."),
+    "busy": Kind(
+        409, "Another call of this kind is under way, for this operator or for too many.", "Wait for that one."
+    ),
     "not-dead": Kind(409, "Only a dead delivery can be retried; `detail` has its state.", "Nothing."),
     "cannot-be-sent": Kind(409, "A fact that the dialect must send is not known.", "Nothing: it can never be sent."),
+    "no-url": Kind(409, "The operator has no URL to send to.", "Configure `url`."),
     "nothing-to-send": Kind(409, "No delivery to its URL waits that is not under way already.", "Nothing."),
     "too-large": Kind(413, "The body is too long.", "Send less at once."),
     "unsupported-media-type": Kind(415, "The body is not application/json, or is compressed.", _MISTAKE),

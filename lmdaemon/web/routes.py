@@ -8,6 +8,7 @@ from lmdaemon.web.administration import Administration
 from lmdaemon.web.calls import OPERATOR, SESSION, SESSIONS, Call
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.sessions import Sessions
+from lmdaemon.web.trying import Trying
 from lmdaemon.web.watching import Watching
 
 DELIVERY = "/v1/deliveries/{id}"
@@ -245,6 +246,35 @@ CALLS = (
         "and a Retry-After stay.",
         answers={200: ("The delivery, with the attempt as the last of its history", shapes.DeliveryWithHistory)},
         problems=("cannot-store", "nothing-to-send"),
+    ),
+    Call(
+        handler=Trying.send,
+        method="POST",
+        path=OPERATOR + "/send",
+        name="sendTestNotice",
+        tag="operators",
+        summary="Send a test notice to an operator",
+        description="One notice with made-up ids, or those given, sent as a delivery would be, whatever keeps the "
+        "operator back; its code may act on it. It is no delivery: nothing is stored, and nothing changes. One at a "
+        "time for each operator.",
+        takes=shapes.TestNotice,
+        answers={200: ("What was sent and answered, and what a delivery would have come to", shapes.TestResult)},
+        problems=("busy", "no-url", "cannot-be-sent"),
+    ),
+    Call(
+        handler=Trying.check,
+        method="POST",
+        path=OPERATOR + "/check",
+        name="checkOperator",
+        tag="operators",
+        summary="Run the checks against an operator's endpoint",
+        description="Server-sent events: `check.progress` when each check begins and ends, at the end `check.report`. "
+        "About 40 checks with made-up ids, at most 120 requests, 5 a second, for half a minute or more. It ends early "
+        "when the client leaves or the daemon stops. One at a time for each operator.",
+        answers={200: ("The stream", str)},
+        problems=("busy", "no-url", "cannot-be-sent"),
+        media="text/event-stream",
+        events={"check.progress": shapes.CheckProgress, "check.report": shapes.CheckReport},
     ),
     Call(
         handler=Watching.stream_events,

@@ -4,16 +4,10 @@ from aiohttp import web
 
 from lmdaemon import shapes
 from lmdaemon.model import rfc3339
-from lmdaemon.web.calls import Asked, Context
+from lmdaemon.web.calls import STREAM_HEADERS, Asked, Context
 from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import Problem
 from lmdaemon.web.recent import STEPS_S, Counts
-
-_HEADERS = {
-    "Content-Type": "text/event-stream",
-    "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would keep events until it has a page of them
-}
 
 
 class Watching:
@@ -27,10 +21,10 @@ class Watching:
         """GET /v1/events."""
         request = asked.request
         if request.method == "HEAD":
-            return web.Response(headers=_HEADERS)
+            return web.Response(headers=STREAM_HEADERS)
         if self._events.full:
             raise Problem("too-many-listeners", "as many listen as may, or the daemon is stopping")
-        response = web.StreamResponse(headers=_HEADERS)
+        response = web.StreamResponse(headers=STREAM_HEADERS)
 
         def abort() -> None:
             if request.transport is not None:

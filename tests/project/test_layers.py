@@ -67,8 +67,10 @@ MAY_IMPORT = {
         "reloader",
         "status",
         "listeners",
+        "trials",
     },
     "workbench": {"ground", "config", "masks", "delivery"},
+    "trials": {"ground", "config", "delivery", "workbench"},  # the workbench, only when a trial is asked for
     "commands": {
         "ground",
         "config",

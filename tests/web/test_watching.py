@@ -126,8 +126,8 @@ async def test_without_a_listener_nothing_is_made_and_nothing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    event = events._event
-    monkeypatch.setattr(events, "_event", lambda name, document: made.append(name) or event(name, document))
+    event = events.event
+    monkeypatch.setattr(events, "event", lambda name, document: made.append(name) or event(name, document))
     async with serving(tmp_path, OPERATORS) as d:
         await open_and_close(d)
         assert made == []

@@ -115,7 +115,7 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
     return facts
 
 
-# -- the changes, as one row for a view, whose trigger runs the following statements in this order
+# -- the changes, as one row for a view, whose trigger runs the statements that it needs, in this order
 
 # Sets the time of the last touch of touched sessions that are active.
 TOUCH = """
@@ -205,37 +205,60 @@ _PARTS = {
     "figures": (ADD_FIGURES,),
     "gates": (PUT_GATES,),
 }
-_WRITES = [statement.replace("?", f"NEW.{part}") for part, statements in _PARTS.items() for statement in statements]
+# Views by the parts they write; a batch takes the first that has all it needs. A statement takes 2 µs also where
+# there is nothing for it to write, so the usual batches have a view without the statements that they do not need.
+_VIEWS = {
+    "touches": ("touched",),
+    "arrivals": ("touched", "sessions", "deliveries", "figures"),
+    "outcomes": ("results", "digests", "figures", "gates"),
+    "sweeps": ("ended", "moved_due", "deliveries", "figures"),
+    "batch": tuple(_PARTS),
+}
+
+
+def _columns(parts: Sequence[str]) -> str:
+    return ", ".join(f"NULL AS {name}" for name in (*_COLUMNS, *parts))
+
+
+def _writes(parts: Sequence[str]) -> str:
+    """The statements of a trigger: those of the parts, in the order of _PARTS, and the clock."""
+    its = [statement.replace("?", f"NEW.{part}") for part in parts for statement in _PARTS[part]]
+    return "; ".join([*its, PUT_CLOCK])
+
+
 SET_UP = (
     "PRAGMA temp_store = MEMORY",
-    f"CREATE TEMP VIEW batch AS SELECT {', '.join(f'NULL AS {name}' for name in (*_COLUMNS, *_PARTS))}",
-    f"CREATE TEMP TRIGGER write_batch INSTEAD OF INSERT ON batch BEGIN {'; '.join([*_WRITES, PUT_CLOCK])}; END",
+    *(f"CREATE TEMP VIEW {name} AS SELECT {_columns(parts)}" for name, parts in _VIEWS.items()),
+    *(
+        f"CREATE TEMP TRIGGER write_{name} INSTEAD OF INSERT ON {name} BEGIN {_writes(parts)}; END"
+        for name, parts in _VIEWS.items()
+    ),
 )
-WRITE_BATCH = f"INSERT INTO batch VALUES ({', '.join('?' * (len(_COLUMNS) + len(_PARTS)))})"
+# The parts that a statement can write, and the statement.
+_WRITE = tuple(
+    (frozenset(parts), parts, f"INSERT INTO {name} VALUES ({', '.join('?' * (len(_COLUMNS) + len(parts)))})")
+    for name, parts in _VIEWS.items()
+)
 
 
 class Written:
-    """The changes as arguments of WRITE_BATCH. It is made on the event loop if the batch is decided there."""
+    """The changes as a statement and its arguments. It is made on the event loop if the batch is decided there."""
 
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
-        touched = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
-        rows: tuple[list[Any], ...] = (
-            *(changes.sessions, changes.ended, changes.moved_due, changes.moved_lifetime, changes.deliveries),
-            *(list(changes.results.values()), changes.digests, changes.revived, changes.discarded, changes.pruned),
-            [(name, one.live, one.pending, one.dead) for name, one in changes.figures.items()],
-            [(name, *astuple(gate)) for name, gate in changes.gates.items()],
-        )
+        rows = _rows_of(changes)
         # The number of rows that change if all touched sessions are known and active; 1 is for the clock
-        self._rows = sum(map(len, touched.values())) + sum(map(len, rows)) + 1
-        parts: tuple[Any, ...] = (touched, *rows)
+        self._rows = sum(map(len, changes.touched.values())) + sum(map(len, rows.values())) + 1
+        if changes.touched:
+            rows["touched"] = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
+        parts, self._statement = next((parts, text) for written, parts, text in _WRITE if written.issuperset(rows))
         times = (changes.world.service_ms, changes.seen_ms, changes.world.wall_at)
-        self._arguments = (*times, *(to_json(part) if part else None for part in parts))
+        self._arguments = (*times, *(to_json(rows[part]) if part in rows else None for part in parts))
 
     def apply(self, sql: sqlite3.Connection) -> None:
         """Writes everything or nothing. Raises sqlite3.IntegrityError when an assumption of the decision is wrong."""
         before = sql.total_changes
-        sql.execute(WRITE_BATCH, self._arguments)
+        sql.execute(self._statement, self._arguments)
         if self.changes.touchings and sql.total_changes - before != self._rows:
             self._look_closer(sql)
 
@@ -256,6 +279,25 @@ class Written:
                 self.changes.answers[place] = StoreError(f"reading failed: {error}")
             return
         self.changes.states_of_touched(active, ended)
+
+
+def _rows_of(changes: Changes) -> dict[str, Any]:
+    """The rows of each part that has any, without what was touched."""
+    rows = {
+        "sessions": changes.sessions,
+        "ended": changes.ended,
+        "moved_due": changes.moved_due,
+        "moved_lifetime": changes.moved_lifetime,
+        "deliveries": changes.deliveries,
+        "results": list(changes.results.values()),
+        "digests": changes.digests,
+        "revived": changes.revived,
+        "discarded": changes.discarded,
+        "pruned": changes.pruned,
+        "figures": [(name, one.live, one.pending, one.dead) for name, one in changes.figures.items()],
+        "gates": [(name, *astuple(gate)) for name, gate in changes.gates.items()],
+    }
+    return {part: its for part, its in rows.items() if its}
 
 
 class Batch:

@@ -22,18 +22,29 @@ from lmdaemon.commands.shared import (
     reason,
 )
 from lmdaemon.delivery.shown import shown_url
+from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench import reports
 from lmdaemon.workbench.bench import Check, Limits
+from lmdaemon.workbench.notices import SESSIONS_NEEDED
 from lmdaemon.workbench.runner import Result, Runner, chosen
+
+_SESSIONS = (
+    f"ids of open test sessions, one a line, for an endpoint that refuses unknown ones (about {SESSIONS_NEEDED})"
+)
 
 
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="check as the daemon would send to this operator"),
     argument("--url", metavar="URL", help="check this instead; private addresses are allowed, you chose it"),
-    argument("--dialect", metavar="NAME", help="instead of the operator's (without one: v4)"),
+    argument(
+        "--dialect",
+        metavar="NAME",
+        help=f"{', '.join(SHIPPED)}, or one of the configuration (default: the operator's, or v4)",
+    ),
     argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
+    argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
     argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
     argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
     argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
@@ -58,13 +69,15 @@ def check(args: argparse.Namespace) -> int:
         checks=checks,
         player=checked_id(args.player, "--player") if args.player else None,
         token=player_token(args),
+        sessions=_sessions(args.session_file),
         limits=Limits(burst=args.burst),
         on_begin=progress.began,
         on_result=progress.ended,
     )
     quiet_libraries()
     if not args.json:
-        print(line(reports.heading(shown_url(operator.url), operator.sends.name)), flush=True)
+        for text in reports.heading_lines(shown_url(operator.url), operator.sends):
+            print(line(text), flush=True)
     report = asyncio.run(runner.run())
     if args.json:
         print_json(report.as_json())
@@ -76,6 +89,17 @@ def check(args: argparse.Namespace) -> int:
     if args.html:
         _write(args.html, reports.html(report), "--html")
     return STOPPED if report.is_good else FAILED
+
+
+def _sessions(path: Path | None) -> list[str] | None:
+    """The ids of the file, each once. Raises Usage."""
+    if path is None:
+        return None
+    try:
+        found = dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"--session-file: {path} cannot be read: {reason(error)}") from None
+    return [checked_id(one, "--session-file") for one in found if one]
 
 
 def _names(given: list[str] | None) -> list[str]:

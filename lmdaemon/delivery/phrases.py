@@ -10,7 +10,7 @@ from lmdaemon.delivery.sender import ANSWER_MAX
 from lmdaemon.dialects import Dialect, not_utf8, without_mark
 
 QUOTED_MAX = 80  # characters of a description that are repeated
-_MEANINGS = {
+MEANINGS = {
     "bad_parameters": "bad parameters",
     "bad_token": "bad or expired token",
     "bad_hash": "bad hash",
@@ -95,10 +95,16 @@ def _number(text: str) -> bool:
 
 def meaning_of(code: float, dialect: Dialect) -> str:
     """What the dialect means by a code; nothing where the code is none of its own."""
-    for meaning, said in _MEANINGS.items():
+    for meaning, said in MEANINGS.items():
         if dialect.codes.of(meaning) == code:
             return said
     return "" if code else "success"
+
+
+def named(code: float, dialect: Dialect) -> str:
+    """A code with what it means: `7 (bad parameters)`."""
+    meaning = meaning_of(code, dialect)
+    return f"{code:g} ({meaning})" if meaning else f"{code:g}"
 
 
 def _kind(value: object) -> str:

@@ -20,11 +20,14 @@ Turn = Literal["first", "usual", "late", "summary"]
 
 
 class Finding(NamedTuple):
-    """What one check came to. `evidence` are the exchanges that show it."""
+    """What one check came to. `evidence` are the exchanges that show it; `hint` is what to do, where more is known than
+    the check's own hint says.
+    """
 
     verdict: Verdict
     text: str
     evidence: Sequence[Exchange] = ()
+    hint: str = ""
 
 
 class Skip(Exception):  # noqa: N818 - a result
@@ -77,6 +80,7 @@ class Bench:
         self.clock = clock
         self.limits = limits
         self.found: dict[str, Finding] = {}
+        self.untried: set[str] = set()  # checks that the bounds of the run have cut off
         self.by_check: dict[str, list[Exchange]] = {}
         self._first: Told | None = None
 
@@ -153,7 +157,7 @@ def refused(bench: Bench, cases: Sequence[tuple[str, Exchange]], *meanings: str)
     one that says "please retry" is a failure, for the same notice would come again for days.
     """
     codes = {bench.dialect.codes.of(meaning) for meaning in meanings}
-    wanted = " or ".join(f"{code:g}" for code in sorted(codes))
+    wanted = " or ".join(explain.named(code, bench.dialect) for code in sorted(codes))
     worst = Finding("pass", "refused" if len(cases) == 1 else f"all {len(cases)} are refused")
     for case, one in cases:
         where = f"{case}: " if case else ""

@@ -6,6 +6,7 @@ Pure. What it quotes of an answer is short and not masked: whoever shows it mask
 from lmdaemon.causes import Cause
 from lmdaemon.delivery import phrases
 from lmdaemon.delivery.phrases import meaning_of as meaning_of
+from lmdaemon.delivery.phrases import named as named
 from lmdaemon.dialects import BYTE_ORDER_MARK, Dialect
 from lmdaemon.workbench.exchanges import Answer, Exchange
 
@@ -48,6 +49,12 @@ def answer(one: Answer, dialect: Dialect) -> str:
     if one.status == 410:
         return "HTTP 410, which stops all sending to this operator"
     return f"HTTP {one.status}, and {body}"
+
+
+def codes(dialect: Dialect) -> str:
+    """What each `error` of the dialect means: `0 success, 7 bad parameters, …`."""
+    known = dict.fromkeys((0, *(dialect.codes.of(meaning) for meaning in phrases.MEANINGS)))
+    return "; ".join(f"{code} {meaning_of(code, dialect)}" for code in sorted(known))
 
 
 def starts_with_mark(body: bytes) -> bool:

@@ -33,8 +33,17 @@ HOSTILE_IDS = (
 )
 
 
+SESSIONS_NEEDED = 40  # of known sessions, for all checks but a burst
+
+
+class NoSession(Exception):  # noqa: N818 - a result
+    """All known sessions were used."""
+
+
 class Notices:
-    """Makes the bodies of one run. `player` and `token` may be a real test player's; the rest is made up."""
+    """Makes the bodies of one run. `player` and `token` may be a real test player's, `sessions` the ids of open
+    sessions, each of which is used once; what is not given is made up.
+    """
 
     def __init__(
         self,
@@ -43,6 +52,7 @@ class Notices:
         run: str,
         player: str | None = None,
         token: str | None = None,
+        sessions: Sequence[str] | None = None,
         prefix: str = "lmcheck",
     ) -> None:
         self.operator = operator
@@ -50,6 +60,7 @@ class Notices:
         self.player = player or f"{prefix}-{run}-player"
         self.token = token or f"made-up-{uuid4().hex}"
         self._prefix = f"{prefix}-{run}"
+        self._known = None if sessions is None else list(sessions)
         self._made = 0
         self._hashes: set[str] = set()
 
@@ -57,7 +68,20 @@ class Notices:
     def is_hashed(self) -> bool:
         return "hash" in self.dialect.fields and self.operator.hash_key is not None
 
+    @property
+    def has_known(self) -> bool:
+        """Whether the endpoint may refuse sessions that it does not know, for it is sent such as it does."""
+        return self._known is not None
+
     def session(self) -> str:
+        """A session id that was not used yet. Raises NoSession."""
+        if self._known is None:
+            return self.unknown_session()
+        if not self._known:
+            raise NoSession(f"all test sessions were used; a whole run needs about {SESSIONS_NEEDED}")
+        return self._known.pop(0)
+
+    def unknown_session(self) -> str:
         """A session id that nobody has seen."""
         self._made += 1
         return f"{self._prefix}-{self._made}"

@@ -7,7 +7,9 @@ from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
 
+from lmdaemon.dialects import Dialect
 from lmdaemon.version import __version__
+from lmdaemon.workbench import explain
 from lmdaemon.workbench.checks import BY_HAND
 from lmdaemon.workbench.runner import Report, Result
 
@@ -15,8 +17,10 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _INDENT = " " * 12
 
 
-def heading(url: str, dialect: str) -> str:
-    return f"Checking {url} (dialect {dialect})"
+def heading_lines(url: str, dialect: Dialect) -> Iterator[str]:
+    """What is checked, and what the dialect's fields and codes are: an integrator's page may not list them."""
+    yield f"Checking {url} (dialect {dialect.name})"
+    yield f"  Fields: {', '.join(dialect.fields.values())}; `error`: {explain.codes(dialect)}"
 
 
 def result_lines(result: Result) -> Iterator[str]:
@@ -26,7 +30,7 @@ def result_lines(result: Result) -> Iterator[str]:
         return
     yield f"{_INDENT}{result.check.title}"
     yield f"{_INDENT}Why: {result.check.why}"
-    yield f"{_INDENT}Do:  {result.check.hint}"
+    yield f"{_INDENT}Do:  {result.hint}"
     if result.verdict == "fail":
         for one in result.evidence:
             yield from (_INDENT + "| " + line for line in exchange_lines(one))
@@ -58,9 +62,15 @@ def summary_lines(report: Report) -> Iterator[str]:
     yield from (f"  - {one}" for one in BY_HAND)
     yield ""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items())
-    yield f"{counts}; {report.requests} requests in {report.duration_ms / 1000:.1f} s; run {report.run}"
+    requests = "1 request" if report.requests == 1 else f"{report.requests} requests"
+    yield f"{counts}; {requests} in {report.duration_ms / 1000:.1f} s; run {report.run}"
+    for verdict in ("warn", "fail"):
+        if named := [result.check.id for result in report.results if result.verdict == verdict]:
+            yield f"{verdict}: {', '.join(named)}"
     if report.stopped:
         yield f"NOT EVERYTHING WAS TRIED: {report.stopped}"
+    elif named:
+        yield f"After a change, these alone: --only {','.join(named)}"
 
 
 def junit(report: Report) -> str:
@@ -156,5 +166,5 @@ def _html_result(result: Result) -> str:
     shown = "".join(f"<pre>{escape(chr(10).join(exchange_lines(one)))}</pre>" for one in result.evidence)
     return (
         f'<details open class="{result.verdict}"><summary>{head}</summary>'
-        f"<p>Why: {escape(check.why)}<br>Do: {escape(check.hint)}</p>{shown}</details>"
+        f"<p>Why: {escape(check.why)}<br>Do: {escape(result.hint)}</p>{shown}</details>"
     )

@@ -12,7 +12,7 @@ from lmdaemon.delivery.shown import shown_url
 from lmdaemon.workbench.bench import Bench, Check, Finding, Limits, Skip, Turn, run_id
 from lmdaemon.workbench.checks import BY_HAND, CHECKS, GROUPS
 from lmdaemon.workbench.exchanges import shown
-from lmdaemon.workbench.notices import Notices
+from lmdaemon.workbench.notices import NoSession, Notices
 from lmdaemon.workbench.wire import PER_SECOND, Stopped, Wire
 
 RUN_MAX_S = 600.0
@@ -29,6 +29,7 @@ class Result(NamedTuple):
     evidence: Sequence[dict[str, Any]]
     requests: int
     duration_ms: int
+    hint: str  # what to do; where nothing is wrong, what would be to be done
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -37,7 +38,7 @@ class Result(NamedTuple):
             "verdict": self.verdict,
             "text": self.text,
             "why": self.check.why,
-            "hint": self.check.hint if self.verdict in ("warn", "fail") else None,
+            "hint": self.hint if self.verdict in ("warn", "fail") else None,
             "requests": self.requests,
             "durationMs": self.duration_ms,
             "evidence": list(self.evidence),
@@ -148,7 +149,9 @@ async def check_operator(
 
 
 class Runner:
-    """One run. `on_begin` is told of each check that is begun, `on_result` of each that has ended."""
+    """One run. `sessions` are open sessions that the endpoint knows; made up without. `on_begin` is told of each check
+    that is begun, `on_result` of each that has ended.
+    """
 
     def __init__(
         self,
@@ -157,6 +160,7 @@ class Runner:
         checks: Sequence[Check] = CHECKS,
         player: str | None = None,
         token: str | None = None,
+        sessions: Sequence[str] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         per_second: float | None = PER_SECOND,
         clock: Clock | None = None,
@@ -168,7 +172,7 @@ class Runner:
         self.id = run_id()
         clock = clock or Clock()
         self._wire = Wire(operator, clock, per_second=None if limits.burst else per_second)
-        notices = Notices(operator, run=self.id, player=player, token=token)
+        notices = Notices(operator, run=self.id, player=player, token=token, sessions=sessions)
         self._bench = Bench(operator, notices, self._wire, clock, limits)
         self._on_begin = on_begin
         self._on_result = on_result
@@ -213,8 +217,9 @@ class Runner:
             finding = await check.run(self._bench)
         except Skip as reason:
             finding = Finding("skipped", str(reason))
-        except Stopped as reason:
+        except (Stopped, NoSession) as reason:
             self._stopped = self._stopped or str(reason)
+            self._bench.untried.add(check.id)
             finding = Finding("skipped", str(reason))
         except Exception as error:  # a bug here must not lose what was found out already
             finding = Finding("skipped", f"the check itself failed: {type(error).__name__}: please report it")
@@ -231,6 +236,7 @@ class Runner:
             [shown(one, mask) for one in finding.evidence],
             len(self._bench.by_check.get(check.id, ())),
             took_ms,
+            mask(finding.hint) or check.hint,
         )
         self._results[check.id] = result
         self._on_result(result)

@@ -38,11 +38,14 @@ class RefusedError(Exception):
 
 @dataclass
 class Endpoint:
-    """`fault` is the one thing that it gets wrong; empty: none. `signed` asks for a signature."""
+    """`fault` is the one thing that it gets wrong; empty: none. `signed` asks for a signature; sessions that are not
+    `known` are refused, unless it is None.
+    """
 
     fault: str = ""
     dialect: Dialect = SHIPPED["v4"]
     signed: bool = False
+    known: frozenset[str] | None = None
     url: str = ""
     players: dict[str, str] = field(default_factory=dict)  # by session
     seen: int = 0
@@ -119,6 +122,8 @@ class Endpoint:
             and fields[names["token"]] != TOKEN
         ):
             raise RefusedError("bad_token")
+        if self.known is not None and session not in self.known:
+            raise RefusedError("unknown_session")
         if len(session) > 64 and self.fault == "64 characters at most":
             raise RefusedError("bad_parameters")
         if "'" in session and self.fault == "SQL from text":

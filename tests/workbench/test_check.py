@@ -21,6 +21,7 @@ from lmdaemon.commands.recipient import stranger
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.bench import changed
 from lmdaemon.workbench.checks import CHECKS
+from lmdaemon.workbench.notices import SESSIONS_NEEDED
 from lmdaemon.workbench.runner import Progress, Report, Runner, check_operator, chosen
 from lmdaemon.workbench.wire import REQUESTS_MAX
 
@@ -148,6 +149,46 @@ async def test_an_endpoint_that_takes_its_time_is_told_how_much(timeout_s: float
             operator = changed(operator, policy=changed(operator.policy, timeout_s=timeout_s))
             report = await Runner(operator, checks=chosen(["connection.speed"], []), token=TOKEN).run()
     assert "connection.speed" in verdicts(report, verdict)
+
+
+async def test_an_endpoint_that_is_slow_in_a_crowd_alone_is_told_so() -> None:
+    turn = asyncio.Lock()
+
+    class OneByOne(Endpoint):
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            async with turn:
+                await asyncio.sleep(0.15)
+                return await super().handle(request)
+
+    async with served(OneByOne()) as endpoint:
+        report = await checked(endpoint, checks=chosen(["connection.speed", "idempotence.race"], []))
+    told = next(result for result in report.results if result.check.id == "connection.speed")
+    assert told.verdict == "warn"
+    assert "when several come at once" in told.text
+    assert told.hint.startswith("Serve several connections at once")
+
+
+@pytest.mark.parametrize("dialect", SHIPPED)
+async def test_an_endpoint_that_knows_its_sessions_is_given_some(dialect: str) -> None:
+    ids = [f"real-{number}" for number in range(SESSIONS_NEEDED)]
+    async with served(Endpoint(dialect=SHIPPED[dialect], known=frozenset(ids))) as endpoint:
+        without = await checked(endpoint)
+        report = await checked(endpoint, sessions=ids, limits=QUICK._replace(burst=False), per_second=None)
+    (failed,) = (result for result in without.results if result.verdict == "fail")
+    assert failed.check.id == "answer.valid"
+    assert "open sessions of that player (--session-file)" in failed.hint
+    assert (report.stopped, verdicts(report, "fail")) == ("", {})
+    passed = verdicts(report, "pass")
+    assert passed.keys() >= {"strictness.long-ids", "strictness.hostile-ids", "idempotence.unknown"}
+
+
+async def test_too_few_sessions_are_told_and_blame_nobody() -> None:
+    ids = [f"real-{number}" for number in range(6)]
+    async with served(Endpoint(known=frozenset(ids))) as endpoint:
+        report = await checked(endpoint, sessions=ids)
+    assert "all test sessions were used" in report.stopped
+    assert not report.is_good
+    assert verdicts(report, "fail", "warn") == {}
 
 
 async def test_an_endpoint_that_believes_anybody_is_warned_about_loudly() -> None:
@@ -465,6 +506,7 @@ async def test_check_prints_what_is_wrong_why_and_what_was_seen(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
     assert lines[0] == f"Checking {endpoint.url} (dialect v4)"
+    assert lines[1].startswith("  Fields: providerId, sessionId, externalPlayerId, token; `error`: 0 success; 7 bad")
     at = next(number for number, line in enumerate(lines) if line.startswith("  fail      strictness.hostile-ids"))
     assert "HTTP 500, and the body is HTML" in lines[at]
     assert lines[at + 2].strip().startswith("Why: An id is somebody else's text")
@@ -472,7 +514,11 @@ async def test_check_prints_what_is_wrong_why_and_what_was_seen(tmp_path: Path) 
     assert lines[at + 4].strip() == f"| POST {endpoint.url}"
     assert TOKEN not in done.stdout
     assert '"token":"***"' in done.stdout
-    assert " 1 fail, " in lines[-1]
+    assert " 1 fail, " in lines[-3]
+    assert lines[-2:] == [
+        "fail: strictness.hostile-ids",
+        "After a change, these alone: --only strictness.hostile-ids",
+    ]
 
 
 async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path) -> None:
@@ -497,6 +543,7 @@ async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path)
         ("check", "check: give --url, or an operator of the configuration that has a url"),
         ("check --url http://h --only nonsense", "no check and no group is called 'nonsense'"),
         ("check --url http://h --dialect pragmatic", "dialect pragmatic needs --hash-key-file"),
+        ("check --url http://h --session-file nowhere", "--session-file: nowhere cannot be read"),
         ("check --url nonsense", "--url: must be a URL such as"),
     ],
 )

@@ -10,8 +10,8 @@ from endpoints import PROVIDER, TOKEN, Endpoint, served, to
 from multidict import CIMultiDict
 
 from lmdaemon.dialects import SHIPPED
-from lmdaemon.workbench import explain
-from lmdaemon.workbench.exchanges import Answer
+from lmdaemon.workbench import advice, explain
+from lmdaemon.workbench.exchanges import Answer, Asked, Exchange
 from lmdaemon.workbench.runner import Runner, chosen
 
 
@@ -59,6 +59,46 @@ def test_an_answer_that_is_too_long_and_one_that_never_came() -> None:
     assert explain.answer(long, SHIPPED["v4"]) == "200, but the body is longer than 16 KiB"
     assert explain.no_answer("timeout") == "no whole answer came in time"
     assert explain.no_answer("dns", "Name or service not known").endswith("(Name or service not known)")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, b"OK", 'Answer {"error": 0'),
+        (204, b"", 'Answer {"error": 0'),
+        (200, b'{"error":7}', "--player, --token-file"),
+        (200, b'{"error":5}', "--hash-key-file"),
+        (200, b'{"error":100}', "the server's log"),
+        (401, b"", "https://USER:PASSWORD@"),
+        (403, b"", "a firewall"),
+        (404, b"<html>", "trailing slash"),
+        (405, b"", "no POST at this path"),
+        (415, b"", "application/x-www-form-urlencoded"),
+        (502, b"<html>", "the proxy before it"),
+    ],
+)
+def test_a_valid_notice_that_is_not_taken_has_a_next_step(status: int, body: bytes, words: str) -> None:
+    asked = Asked("POST", "http://h/x", {}, b"")
+    operator = to("http://h/x", sends=SHIPPED["pragmatic"])
+    assert words in advice.of_valid(Exchange(asked, Answer(status, CIMultiDict(), body, True)), operator)
+
+
+@pytest.mark.parametrize(
+    ("cause", "detail", "words"),
+    [
+        ("connect", "", "Start the server"),
+        ("dns", "", "host name"),
+        ("timeout", "", "--timeout"),
+        ("private_address", "", "allow_private_network"),
+        ("connection_lost", "", "its log"),
+        ("bad_http", "", "http://"),
+        ("tls", "[SSL: WRONG_VERSION_NUMBER] wrong version number", "speaks no TLS"),
+        ("tls", "certificate verify failed", "ca_file"),
+    ],
+)
+def test_a_notice_that_got_no_answer_has_a_next_step(cause: str, detail: str, words: str) -> None:
+    asked = Asked("POST", "http://h/x", {}, b"")
+    assert words in advice.of_valid(Exchange(asked, None, cause, detail), to("http://h/x"))
 
 
 async def test_an_endpoint_that_closes_each_connection_is_warned_about() -> None:

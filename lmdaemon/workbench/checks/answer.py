@@ -7,11 +7,12 @@ from typing import Any
 import orjson
 
 from lmdaemon.dialects import without_mark
-from lmdaemon.workbench import explain
+from lmdaemon.workbench import advice, explain
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
 from lmdaemon.workbench.exchanges import Answer, Exchange
 
 CLOCK_OFF_S = 30
+TOKEN_MIN = 6
 # What is answered before anything is parsed has rules of its own
 _BEFORE_PARSING = (
     "connection.plain-http",
@@ -53,7 +54,7 @@ async def valid(bench: Bench) -> Finding:
         return Finding("pass", bench.said(one))
     if one.answer is not None and 300 <= one.answer.status < 400:
         raise Skip("the answer is a redirect: see connection.no-redirect")
-    return Finding("fail", bench.said(one), (one,))
+    return Finding("fail", bench.said(one), (one,), advice.of_valid(one, bench.operator))
 
 
 async def content_type(bench: Bench) -> Finding:
@@ -117,6 +118,8 @@ async def framing(bench: Bench) -> Finding:
 async def no_echo(bench: Bench) -> Finding:
     if "token" not in bench.dialect.fields:
         raise Skip(f"dialect {bench.dialect.name} has no token")
+    if len(bench.notices.token) < TOKEN_MIN:
+        raise Skip(f"a token of less than {TOKEN_MIN} characters cannot be told from other text")
     if not any(one.answer for one in bench.wire.exchanges):
         raise Skip("there was no answer to look at")
     token = bench.notices.token
@@ -145,8 +148,8 @@ CHECKS = (
         "answer.valid",
         "A valid notice is answered with HTTP 200 and `error` 0.",
         "Nothing else is success: whatever else comes, the sender repeats the notice for days.",
-        'Answer {"error": 0, "description": "Success"} with status 200. An endpoint that only takes players and tokens '
-        "that it knows needs those of a test player: --player, --token-file.",
+        'Answer {"error": 0, "description": "Success"} with status 200. An endpoint that only takes what it knows '
+        "needs a test player (--player, --token-file) and test sessions (--session-file).",
         valid,
         "first",
     ),

@@ -4,6 +4,7 @@ from typing import Any
 
 from lmdaemon.config import target
 from lmdaemon.tls import Profile
+from lmdaemon.workbench import explain
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip, accepted, changed
 from lmdaemon.workbench.exchanges import Exchange
 
@@ -117,7 +118,7 @@ async def token(bench: Bench) -> Finding:
         return found
     codes = bench.dialect.codes
     if one.code not in {codes.of("bad_token"), codes.of("unknown_session")}:
-        expected = f"where `error` {codes.of('bad_token')} is expected"
+        expected = f"where `error` {explain.named(codes.of('bad_token'), bench.dialect)} is expected"
         return Finding("warn", f"a wrong token: {bench.said(one)}, {expected}", (one,))
     return Finding("pass", bench.said(one))
 
@@ -161,6 +162,8 @@ async def anything(bench: Bench) -> Finding:
     if proven or refused_with_another_code:
         return Finding("pass", f"by {', '.join(proven or ['token'])}")
     await bench.accepted()
+    if bench.untried.intersection(PROOFS):
+        raise Skip("not everything that may prove the sender was tried")
     return Finding(
         "warn",
         "NOTHING THAT CAN BE SEEN FROM HERE PROVES THE SENDER: whoever knows the URL can end your players' sessions",

@@ -36,7 +36,7 @@ async def race(bench: Bench) -> Finding:
 
 async def unknown(bench: Bench) -> Finding:
     await bench.accepted()
-    told = await bench.tell(bench.notices.fields(player=f"lmcheck-nobody-{bench.notices.session()}"))
+    told = await bench.tell(bench.notices.fields(player=f"lmcheck-nobody-{bench.notices.unknown_session()}"))
     one, codes = told.exchange, bench.dialect.codes
     if one.accepted:
         return Finding("pass", "accepted")

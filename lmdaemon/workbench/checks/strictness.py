@@ -67,7 +67,7 @@ _NAMES = {type(None): "null", bool: "true", list: "a list", dict: "an object"}
 
 async def twice(bench: Bench) -> Finding:
     await bench.accepted()
-    body = bench.notices.twice(bench.notices.fields(), "session", bench.notices.session())
+    body = bench.notices.twice(bench.notices.fields(), "session", bench.notices.unknown_session())
     return refused(bench, [("", await bench.post(body))], "bad_parameters", "bad_hash")
 
 
@@ -110,8 +110,11 @@ async def extra_fields(bench: Bench) -> Finding:
 
 async def long_ids(bench: Bench) -> Finding:
     await bench.accepted()
-    session = LONG_ID[: -len(bench.notices.session())] + bench.notices.session()
-    return accepted(bench, (await bench.tell(bench.notices.fields(session))).exchange)
+    unique = bench.notices.unknown_session()
+    one = (await bench.tell(bench.notices.fields(LONG_ID[: -len(unique)] + unique))).exchange
+    if bench.notices.has_known and not one.accepted:
+        return refused(bench, [("", one)], "unknown_session", "bad_parameters")
+    return accepted(bench, one)
 
 
 async def hostile_ids(bench: Bench) -> Finding:
@@ -120,7 +123,7 @@ async def hostile_ids(bench: Bench) -> Finding:
     codes = {bench.dialect.codes.of(meaning) for meaning in ("bad_parameters", "unknown_session", "player_mismatch")}
     ids = [text.replace("=", "").replace("&", "") for text in HOSTILE_IDS]  # which a hash cannot have
     for text in ids:
-        one = (await bench.tell(bench.notices.fields(f"{bench.notices.session()} {text}"))).exchange
+        one = (await bench.tell(bench.notices.fields(f"{bench.notices.unknown_session()} {text}"))).exchange
         if not one.accepted and (one.code not in codes or (one.status or 500) >= 500):
             return Finding("fail", f"a session id with {text}: {bench.said(one)}", (one,))
     return Finding("pass", "all are handled as data")
@@ -329,7 +332,8 @@ CHECKS = (
         "strictness.slow-body",
         "A body that comes byte by byte holds up nobody, and is cut off.",
         "A few such connections are enough to stop a server that waits for each.",
-        "Put a proxy that buffers requests before the application, with a time limit for the body.",
+        "Serve several connections at once, with a time limit for the body; or put a proxy before the application that "
+        "buffers requests.",
         slow_body,
         "late",
     ),

@@ -1,0 +1,61 @@
+"""What to do about a valid notice that was not taken: the one failure before which nothing else can be tried. Pure."""
+
+from lmdaemon.config.settings import Operator
+from lmdaemon.workbench import explain
+from lmdaemon.workbench.exchanges import Answer, Exchange
+
+_SUCCESS = 'Answer {"error": 0, "description": "Success"}, as application/json, with status 200.'
+_UNANSWERED = {
+    "connect": "Start the server, or correct host and port of the URL; a firewall may be in the way.",
+    "dns": "Correct the host name in the URL, or its DNS records.",
+    "timeout": "Store the notice, answer, and do the slow work afterwards. To wait longer, here and now: --timeout.",
+    "private_address": "If that is meant: `allow_private_network` of the operator, or the target named by --url.",
+    "connection_lost": "The server closed the connection: look into its log for what it raised.",
+    "bad_http": "Something other than an HTTP server listens there, or HTTPS where the URL says http://.",
+}
+
+
+def of_valid(one: Exchange, operator: Operator) -> str:
+    """The next step; empty where the check's own hint is all there is to say."""
+    if one.answer is None:
+        if one.cause == "tls":
+            return _of_tls(one.detail)
+        return _UNANSWERED.get(one.cause, "")
+    return _of_status(one.answer, operator) or _of_code(one, operator) or _SUCCESS
+
+
+def _of_tls(detail: str) -> str:
+    if "WRONG_VERSION" in detail or "HTTP_REQUEST" in detail:
+        return "The port speaks no TLS: write http:// if that is meant, or give the port that does."
+    return "See connection.tls; a private CA is named by `ca_file` of an operator in the configuration."
+
+
+def _of_status(answer: Answer, operator: Operator) -> str:
+    if answer.status == 401:
+        return "Write user and password into the URL, https://USER:PASSWORD@HOST/PATH, as the provider will have it."
+    if answer.status == 403:
+        return (
+            "Something before the endpoint refuses the request: a firewall, a proxy, a list of addresses, a CSRF guard."
+        )
+    if answer.status in (404, 405):
+        return "The server knows no POST at this path: compare it with your route; a trailing slash counts."
+    if answer.status == 415:
+        return f"Take the Content-Type of the dialect, {operator.sends.content_type}."
+    if answer.status >= 500:
+        return "Look into the server's log for what it raised, or why the proxy before it reaches nobody."
+    return ""
+
+
+def _of_code(one: Exchange, operator: Operator) -> str:
+    if one.code is None or one.code == 0:
+        return ""
+    if one.code == operator.sends.codes.of("retry") or one.code == operator.sends.codes.of("final"):
+        return "Look into the server's log for what went wrong inside."
+    if explain.meaning_of(one.code, operator.sends) == "bad hash":
+        return "Give the key that the endpoint uses by --hash-key-file; hash every field but the hash, sorted by name."
+    return (
+        "It refuses what it does not know. Give it what it does: a test player of its own (--player, --token-file), "
+        "open sessions of that player (--session-file), the provider's id "
+        f"instead of {operator.provider_id} (--provider-id), "
+        f"or the dialect of the page that it was written to instead of {operator.sends.name} (--dialect)."
+    )

@@ -478,7 +478,7 @@ async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
 
     async with serving(tmp_path, CONFIG) as daemon:
         store = daemon.store
-        monkeypatch.setattr(disk.Disk, "_empty_wal", lambda *arguments: hold.wait(20))
+        monkeypatch.setattr(disk.Disk, "_start_wal_over", lambda *arguments: hold.wait(20))
         monkeypatch.setattr(disk, "WAL_MAX", -1)
         writing = asyncio.ensure_future(store.probe())
         await until(lambda: store.writing_since)

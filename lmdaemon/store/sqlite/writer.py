@@ -14,6 +14,7 @@ from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S, Thread, execute
 
 CHECKPOINT_S = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
 WAL_MAX = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
+ROOM_EVERY_S = 0.1  # how often the free space is looked at, unless it is short
 ROOM_BYTES = 1024 * 1024  # free space in which a batch fits: 300 operations, most of which write a page or two
 IDLE_S = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
@@ -50,7 +51,9 @@ class Disk:
         self._files = files
         self._writer = writer
         self._checkpointer = checkpointer
-        self._blocked_until = 0.0  # monotonic time before which emptying the WAL is not tried again
+        self._blocked_until = 0.0  # monotonic time before which it is not tried again to have the WAL start over
+        self._wal_kept = 0  # bytes: the size of the WAL when it last started over and kept its size
+        self._looked_at = float("-inf")  # monotonic time of the last look at the free space
         self.lost = False  # whether the file or its WAL was taken away
         self.database = str(files.path)
 
@@ -74,12 +77,19 @@ class Disk:
         """Commits a batch on the connection's thread."""
         if connection.in_transaction:  # left by a rollback that the disk refused
             connection.execute("ROLLBACK")
-        if self._files.wal_bytes > WAL_MAX:
-            self._empty_wal(connection)
+        if self._files.wal_bytes > max(WAL_MAX * 3 // 4, self._wal_kept):
+            self._start_wal_over(connection)
+        is_stored = False
         try:
-            return work.run(connection)
+            answers = work.run(connection)
+            is_stored = True
         finally:
-            self._files.look_for_room()  # a microsecond
+            # Not after each commit, because it waits for the interpreter's lock once more
+            now = time.monotonic()
+            if not is_stored or now - self._looked_at >= ROOM_EVERY_S or not self.has_room():
+                self._files.look_for_room()
+                self._looked_at = now if is_stored else float("-inf")
+        return answers
 
     def has_room(self) -> bool:
         """Whether the file system has room for a batch; as `store.writer.Engine.has_room`."""
@@ -129,21 +139,26 @@ class Disk:
             return await self._checkpointer.run(emptied_wal)
         return False
 
-    def _empty_wal(self, connection: sqlite3.Connection) -> None:
-        """Empties the WAL between two batches: without a pause in the load, it would never start over by itself.
+    def _start_wal_over(self, connection: sqlite3.Connection) -> None:
+        """Has the WAL start over between two batches: without a pause in the load, it never would by itself.
 
-        Little is left to copy. A reader in the way, such as a long query in an administrator's shell, is not waited
-        for.
+        It keeps its size, because writing over a file takes less than making it longer. So it is full again when it has
+        grown, each time by one transaction; beyond WAL_MAX it is emptied. Little is left to copy. A reader in the way,
+        such as a long query in an administrator's shell, is not waited for.
         """
         if time.monotonic() < self._blocked_until:
             return
+        size = self._files.wal_bytes
+        how = "TRUNCATE" if size > WAL_MAX else "RESTART"
         connection.execute("PRAGMA busy_timeout = 0")
         try:
-            (blocked, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            (blocked, _, _) = connection.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
         finally:
             connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
         if blocked:
             self._blocked_until = time.monotonic() + CHECKPOINT_S
+        else:
+            self._wal_kept = size if how == "RESTART" else 0
 
 
 def emptied_wal(connection: sqlite3.Connection) -> bool:

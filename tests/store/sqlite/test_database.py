@@ -494,6 +494,21 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkey
     assert len(notes(db.path)) == 100
 
 
+async def test_a_full_wal_is_written_over_and_keeps_its_size(
+    db: Database[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making a file longer costs more at each commit than writing over it."""
+    monkeypatch.setattr(disk, "WAL_MAX", 1_000_000)
+    wal = Path(f"{db.path}-wal")
+    sizes = []
+    for number in range(200):
+        await stored(db, f"{number}" + "x" * 10_000)
+        sizes.append(wal.stat().st_size)
+    assert sizes == sorted(sizes)  # it was not emptied
+    assert sizes[-1] < 900_000
+    assert len(notes(db.path)) == 200
+
+
 async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
     db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:

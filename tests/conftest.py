@@ -1,9 +1,10 @@
 """Fixtures for every test: a clock moved by hand, and for the fault suite its length, its seed and its figures."""
 
 import asyncio
+import gc
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -36,6 +37,18 @@ SHARING = {
 }
 
 
+# Where a test waits for other programs for long, or repeats what it does hundreds of times
+LONG_S = 3600
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        room = item.path.relative_to(config.rootpath / "tests").parts[0]
+        outside = any(item.get_closest_marker(name) for name in ("clients", "site"))
+        if FULL or outside or room in ("faults", "service"):
+            item.add_marker(pytest.mark.timeout(LONG_S))
+
+
 class OneByOne(LoadScopeScheduling):
     """Tests go to the workers one by one, those of a file in SHARING together, and these first."""
 
@@ -48,6 +61,26 @@ class OneByOne(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
     # Marks of pytest-xdist (xdist_group) do nothing with pytest 9.2
     return OneByOne(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """After a timeout, where each task stands: the stack of a thread that runs a loop ends in the loop's select."""
+    report = yield
+    if call.excinfo is not None and str(call.excinfo.value).startswith("Timeout"):
+        tasks = [one for one in gc.get_objects() if isinstance(one, asyncio.Task) and not one.done()]
+        report.sections += [(f"Stack of {task.get_name()}", "\n".join(places(task))) for task in tasks]
+    return report
+
+
+def places(task: "asyncio.Task[Any]") -> Iterator[str]:
+    """The lines at which a task waits, from the coroutine that it was made of to the innermost."""
+    waits: Any = task.get_coro()
+    while waits is not None:
+        frame = getattr(waits, "cr_frame", None) or getattr(waits, "gi_frame", None)
+        if frame is not None:
+            yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        waits = getattr(waits, "cr_await", None) or getattr(waits, "gi_yieldfrom", None)
 
 
 @pytest.fixture(autouse=True)

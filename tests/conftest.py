@@ -37,16 +37,19 @@ SHARING = {
 }
 
 
-# Where a test waits for other programs for long, or repeats what it does hundreds of times
-LONG_S = 3600
+LONG_S = 3600  # for a test that waits for other programs for long, or repeats what it does hundreds of times
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        room = item.path.relative_to(config.rootpath / "tests").parts[0]
-        outside = any(item.get_closest_marker(name) for name in ("clients", "site"))
-        if FULL or outside or room in ("faults", "service"):
+        if FULL or item.nodeid.startswith(("tests/faults/", "tests/service/")):
             item.add_marker(pytest.mark.timeout(LONG_S))
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays to the end, so the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class OneByOne(LoadScopeScheduling):

@@ -56,7 +56,7 @@ ACCEPTS_AT_ONCE = 64  # connections accepted in one turn of the event loop
 ACCEPT_AGAIN_S = 0.1  # wait after accepting has failed
 ACCEPTING_S = 1.0  # how long accepting has to work again before idle time passes, so that waiting touches come first
 
-# Shutdown grace: 1 s for clients that have no answer yet or are in the middle of a request, 50 ms for everyone
+# Shutdown grace: 1 s for clients that have no answer yet or are in the middle of a request, 50 ms for everyone else
 HEARD_WITHIN_S = 1.0
 HEARD_S = 0.05
 
@@ -723,7 +723,8 @@ class Site(web.BaseSite):
         self.closing = True
         self._acceptor.close()
         await super().stop()
-        await asyncio.sleep(HEARD_S)
+        if self._connecting or self._open:
+            await asyncio.sleep(HEARD_S)
         await self._until(
             lambda: not self._connecting and not any(one.unheard for one in self._open), HEARD_WITHIN_S - HEARD_S
         )

@@ -247,7 +247,7 @@ class TestHostileAnswers:
 
 async def test_a_breaker_closes_after_its_pause_when_nothing_waits(tmp_path: Path, clock: HandClock) -> None:
     """Five deliveries of a schedule of one wait die; no probe can find out whether the operator is back."""
-    async with scripted_operator(*[web.Response(status=500)] * 10) as operator:
+    async with scripted_operator(*(web.Response(status=500) for _ in range(10))) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url, schedule=["1s"])) as b:
             with hear() as events:
                 for number in range(5):

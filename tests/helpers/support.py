@@ -67,6 +67,8 @@ class ScriptedOperator:
 
 @contextlib.asynccontextmanager
 async def scripted_operator(*script: Any) -> AsyncIterator[ScriptedOperator]:
+    responses = [id(answer) for answer in script if isinstance(answer, web.Response)]
+    assert len(responses) == len(set(responses)), "a response can be sent once; the second request would wait in vain"
     operator = ScriptedOperator(list(script))
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", operator.handle)

@@ -1,6 +1,7 @@
 """The architecture as a test: who may import whom, by packages, one home for each library, names that can be read."""
 
 import ast
+import functools
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -129,11 +130,18 @@ def own_or_whole(name: str) -> str:
     return f"lmdaemon.{below or '__init__'}"
 
 
-IMPORTS = {module: imported(source) for module, source in SOURCES.items()}
-OWN = {
-    module: {name.partition(".")[2] for name in names if name.startswith("lmdaemon.")}
-    for module, names in IMPORTS.items()
-}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {module: imported(source) for module, source in SOURCES.items()}
+
+
+def own() -> dict[str, set[str]]:
+    """What each module imports of our own."""
+    return {
+        module: {name.partition(".")[2] for name in names if name.startswith("lmdaemon.")}
+        for module, names in imports().items()
+    }
 
 
 def room_of(module: str) -> str:
@@ -151,7 +159,7 @@ def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
 def test_a_module_imports_from_its_own_room_and_those_its_room_may_import() -> None:
     wrong = {
         f"{module} imports {other}"
-        for module, others in OWN.items()
+        for module, others in own().items()
         for other in others
         if room_of(other) != room_of(module) and room_of(other) not in MAY_IMPORT[room_of(module)]
     }
@@ -159,13 +167,13 @@ def test_a_module_imports_from_its_own_room_and_those_its_room_may_import() -> N
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    TopologicalSorter(OWN).prepare()  # raises CycleError
+    TopologicalSorter(own()).prepare()  # raises CycleError
 
 
 def test_each_library_has_one_home() -> None:
     strangers = {
         f"{module} imports {library}"
-        for module, names in IMPORTS.items()
+        for module, names in imports().items()
         for library, homes in HOMES.items()
         if library in {name.split(".")[0] for name in names}
         and not any(module == home or module.startswith(f"{home}.") for home in homes)

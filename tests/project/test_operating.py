@@ -1,6 +1,7 @@
 """The runbook has an entry for whatever may call somebody, and for nothing else."""
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -31,17 +32,23 @@ def section(title: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """Every module of lmdaemon by its path."""
+    return {str(path): ast.parse(path.read_text()) for path in sorted(Path(lmdaemon.__file__).parent.rglob("*.py"))}
+
+
 def calls() -> Iterator[tuple[str, ast.Call, str]]:
     """Every call of a Log: the module, the call, the method."""
-    for path in sorted(Path(lmdaemon.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner = node.func.value
             named = isinstance(owner, ast.Name) and owner.id in LOGS
             made = isinstance(owner, ast.Call) and ast.unparse(owner.func).rpartition(".")[2] == "Log"
             if (named or made) and node.func.attr in {"debug", *LEVELS}:
-                yield str(path), node, node.func.attr
+                yield path, node, node.func.attr
 
 
 def test_every_event_has_its_name_written_out() -> None:
@@ -56,12 +63,13 @@ def test_every_event_has_its_name_written_out() -> None:
 def test_no_warning_hides_behind_a_variable() -> None:
     for module, call, method in calls():
         assert method not in CALLING or isinstance(call.args[0], ast.Constant), f"{module}:{call.lineno}"
-    for path in Path(lmdaemon.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in trees().items():
+        lines = Path(path).read_text().splitlines()
+        for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and re.match(r"(log\.)?Log\(", ast.unparse(node.value)):
-                assert ast.unparse(node.targets[0]) in LOGS, f"{path.name}:{node.lineno}"
+                assert ast.unparse(node.targets[0]) in LOGS, f"{path}:{node.lineno}"
             if isinstance(node, ast.Attribute) and node.attr in CALLING and ast.unparse(node.value) in LOGS:
-                assert f"{ast.unparse(node)}(" in path.read_text().splitlines()[node.lineno - 1], path.name
+                assert f"{ast.unparse(node)}(" in lines[node.lineno - 1], path
 
 
 def test_each_event_from_info_upwards_has_an_entry_with_its_level() -> None:
@@ -75,7 +83,7 @@ def test_each_event_from_info_upwards_has_an_entry_with_its_level() -> None:
 
 def facts_of(module: str, call: ast.Call) -> set[str]:
     """Names of the facts that a call logs; those in a dictionary are looked up where it is made."""
-    tree = TREES[module]
+    tree = trees()[module]
     inside = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and call.lineno in lines_of(node)]
     found: set[str] = set()
     for keyword in call.keywords:
@@ -117,7 +125,7 @@ def names_of(module: str, call: ast.Call) -> list[str]:
     chosen = ast.unparse(call.args[0])
     return [
         part.value
-        for node in ast.walk(TREES[module])
+        for node in ast.walk(trees()[module])
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == chosen
         for part in ast.walk(node.value)
         if isinstance(part, ast.Constant) and "." in part.value
@@ -125,7 +133,6 @@ def names_of(module: str, call: ast.Call) -> list[str]:
 
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
-TREES = {str(path): ast.parse(path.read_text()) for path in Path(lmdaemon.__file__).parent.rglob("*.py")}
 
 
 def facts_by_event() -> dict[str, list[set[str]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.site
+pytestmark = [pytest.mark.site, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "docs"

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import aiohttp
@@ -15,10 +15,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from documented import complaints
-from playwright.async_api import Page, async_playwright, expect
 from support import LISTEN, Serving, operator_table, scripted_operator, serving, until
 
 from lmdaemon.web.console import POLICY
+
+if TYPE_CHECKING:
+    from playwright.async_api import Page
 
 FILES = Path(str(importlib.resources.files("lmdaemon.web").joinpath("console_files")))
 BYTES_MAX = 60 * 1024
@@ -97,12 +99,21 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
         assert not re.search(r'(?:href|src|fetch\(|from )\s*=?\s*"/', text), f"{name}: an absolute path"
 
 
-# -- the page
+# -- the page. Its tools take half a second to import, which no other test needs
+
+
+def expect(shown: Any) -> Any:
+    """What is awaited of a part of the page."""
+    from playwright.async_api import expect as expected
+
+    return expected(shown)
 
 
 @contextlib.asynccontextmanager
-async def browser(**options: Any) -> AsyncIterator[Page]:
+async def browser(**options: Any) -> AsyncIterator["Page"]:
     """A page whose violations of the policy and errors of scripts fail the test."""
+    from playwright.async_api import async_playwright
+
     wrong: list[str] = []
     async with async_playwright() as playwright:
         chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -116,7 +127,7 @@ async def browser(**options: Any) -> AsyncIterator[Page]:
     assert wrong == []
 
 
-async def sign_in(page: Page, url: str, token: str = TOKEN) -> None:
+async def sign_in(page: "Page", url: str, token: str = TOKEN) -> None:
     await page.goto(url)
     await page.get_by_label("Token").fill(token)
     await page.get_by_role("button", name="Go on").click()

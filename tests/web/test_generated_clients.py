@@ -18,7 +18,7 @@ from support import LISTEN, load, scripted_operator, serving
 
 from lmdaemon.web import openapi
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(3600)]
 
 RUN_S = 120
 PYTHON_PACKAGES = ("openapi-python-client", "datamodel-code-generator")

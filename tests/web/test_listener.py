@@ -549,3 +549,16 @@ async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(
             assert await idle.rest() == b""
             async with asyncio.timeout(8):  # others have 15 s
                 await asyncio.shield(daemon.running)
+
+
+async def test_a_stop_waits_for_nobody_where_nobody_is_connected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "HEARD_S", 60)
+    async with serving(tmp_path, CONFIG) as daemon, asyncio.timeout(20):
+        async with raw_connection(daemon.api) as gone:
+            await gone.send(ASK)
+            assert (await gone.answer()).status == 200
+        await until(lambda: not daemon.sites["api"].connections)
+        daemon.daemon.stop()
+        await asyncio.shield(daemon.running)

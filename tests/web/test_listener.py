@@ -20,43 +20,42 @@ TOUCH = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\n
 TOUCH += b'Content-Length: 21\r\n\r\n{"sessionIds":["s1"]}'
 
 
+NO_HTTP = {
+    "no HTTP": b"tok-3n\r\n\r\n",
+    "no such version": b"GET /tok-3n HTTP/9.9\r\n\r\n",
+    "a header without a colon": b"GET / HTTP/1.1\r\nHost: localhost\r\ntok-3n\r\n\r\n",
+    "NUL in a header": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: tok-3n\0\r\n\r\n",
+    "a long line": b"GET /" + b"tok-3n" * 1000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a long header": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"tok-3n" * 2000 + b"\r\n\r\n",
+    "many headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok: tok-3n\r\n" * 100 + b"\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\ntok-3n",
+    "two types": b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"Content-Type: tok-3n\r\n" * 2 + b"\r\n",
+    "two hosts": b"GET / HTTP/1.1\r\nHost: tok-3n\r\nHost: localhost\r\n\r\n",
+    "a long name": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok-3n" * 2000 + b": x\r\n\r\n",
+    "a signed length": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: +6\r\n\r\ntok-3n",
+    "length and chunks": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\ntok-3n",
+}
+
+
 @SIDES
-@pytest.mark.parametrize(
-    "sent",
-    [
-        pytest.param(b"tok-3n\r\n\r\n", id="no HTTP"),
-        pytest.param(b"GET /tok-3n HTTP/9.9\r\n\r\n", id="no such version"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\ntok-3n\r\n\r\n", id="a header without a colon"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: tok-3n\0\r\n\r\n", id="NUL in a header"),
-        pytest.param(b"GET /" + b"tok-3n" * 1000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="a long line"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"tok-3n" * 2000 + b"\r\n\r\n", id="a long header"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok: tok-3n\r\n" * 100 + b"\r\n", id="many headers"),
-        pytest.param(
-            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\ntok-3n",
-            id="two lengths",
-        ),
-        pytest.param(
-            b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"Content-Type: tok-3n\r\n" * 2 + b"\r\n", id="two types"
-        ),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: tok-3n\r\nHost: localhost\r\n\r\n", id="two hosts"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"tok-3n" * 2000 + b": x\r\n\r\n", id="a long name"),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: +6\r\n\r\ntok-3n", id="a signed length"),
-        pytest.param(
-            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\ntok-3n",
-            id="length and chunks",
-        ),
-    ],
-)
-async def test_what_is_no_http_is_answered_without_repeating_it(tmp_path: Path, side: str, sent: bytes) -> None:
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
-        await peer.send(sent)
-        answer = await peer.answer()
-        assert answer.status == 400
-        assert b"tok-3n" not in answer.body
-        shape = ["error", "description"] if side == "server" else ["type", "title", "status", "detail", "code"]
-        told = json.loads(answer.body)
-        assert list(told) == shape
-        assert await peer.rest() == b""  # nothing behind it is read as another request
+async def test_what_is_no_http_is_answered_without_repeating_it(
+    tmp_path: Path, side: str, subtests: pytest.Subtests
+) -> None:
+    async with serving(tmp_path, CONFIG) as daemon:
+        for name, sent in NO_HTTP.items():
+            with subtests.test(name):
+                async with raw_connection(getattr(daemon, side)) as peer:
+                    await peer.send(sent)
+                    answer = await peer.answer()
+                    assert answer.status == 400
+                    assert b"tok-3n" not in answer.body
+                    shape = (
+                        ["error", "description"] if side == "server" else ["type", "title", "status", "detail", "code"]
+                    )
+                    told = json.loads(answer.body)
+                    assert list(told) == shape
+                    assert await peer.rest() == b""  # nothing behind it is read as another request
 
 
 TYPE = b"Content-Type: application/json\r\n"

@@ -30,6 +30,7 @@ class Burst:
         self._more_than = more_than
         self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the slots within MASS_S
         self._raised_at = float("-inf")
+        self.began_at = float("-inf")  # when the alarm that is shown was first raised
         self.ended = 0  # ended within MASS_S, when the alarm was last raised
         self.of = 0  # sessions that were live before these ended
 
@@ -56,8 +57,17 @@ class Burst:
         if ended <= self._more_than or ended <= (live + ended) * MASS_SHARE:
             return False
         begins = now - self._raised_at > MASS_S  # told once, however long it goes on
+        self.began_at = now if begins else self.began_at
         self._raised_at, self.ended, self.of = now, ended, live + ended
         return begins
+
+
+class Mass(NamedTuple):
+    """So many sessions ended at once, of how many, beginning so many seconds ago."""
+
+    ended: int
+    of: int
+    ago_s: float
 
 
 class ExpiryAlarm:
@@ -74,19 +84,18 @@ class ExpiryAlarm:
         return self._all.active(self._monotonic())
 
     @property
-    def ended(self) -> int:
-        """How many sessions had ended within MASS_S, when that of all was last raised."""
-        return self._all.ended
+    def mass(self) -> Mass:
+        """How many of all sessions had ended within MASS_S, when it was last raised."""
+        return self._told(self._all, self._monotonic())
 
-    @property
-    def of(self) -> int:
-        """How many sessions were live before these ended."""
-        return self._all.of
-
-    def of_operators(self) -> dict[str, tuple[int, int]]:
-        """The operators for which it was raised within MASS_SHOWN_S: how many sessions ended, of how many."""
+    def of_operators(self) -> dict[str, Mass]:
+        """The operators for which it was raised within MASS_SHOWN_S."""
         now = self._monotonic()
-        return {name: (one.ended, one.of) for name, one in self._operators.copy().items() if one.active(now)}
+        return {name: self._told(one, now) for name, one in self._operators.copy().items() if one.active(now)}
+
+    @staticmethod
+    def _told(burst: Burst, now: float) -> Mass:
+        return Mass(burst.ended, burst.of, now - burst.began_at)
 
     def note(self, ended: Mapping[str, int], live_of: Callable[[str], int], live: int) -> None:
         """Counts sessions, by operator, that have just ended by themselves. `live` are left, `live_of` each

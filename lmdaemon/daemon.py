@@ -206,7 +206,7 @@ class Daemon:
         self._dispatcher = Dispatcher(
             self._store, self._clock, self._sender, self._rng, attempts, self._open_underway(stack)
         )
-        self._reloader = Reloader(settings, self._take_over, self._dispatcher.wake)
+        self._reloader = Reloader(settings, self._clock, self._take_over, self._dispatcher.wake)
         await self._reloader.start_plugins()
         stack.push_async_callback(self._reloader.stop_plugins)
         self._disk = DiskWatch(self._store, self._clock.monotonic)

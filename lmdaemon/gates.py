@@ -44,8 +44,9 @@ def because(gate: Gate, now_at: int) -> str | None:
         note = f" ({gate.held_note})" if gate.held_note else ""
         return f"held since {_time(gate.held_at)}{by}: {gate.held_reason}{note}"
     if (state := retry.breaker(gate, now_at)) != "closed":
-        since = gate.opened_at or gate.failing_since_at
-        return f"breaker {state} since {_time(since)}, {gate.failures} attempts failed in a row{failure(gate)}"
+        failed = f"{gate.failures} attempts failed in a row since {_time(gate.failing_since_at)}{failure(gate)}"
+        since = _time(gate.opened_at or gate.failing_since_at)
+        return f"breaker {state} since {since}: {mismatch(gate) or failed}"
     if gate.not_before_at > now_at:
         return f"it asked at {_time(gate.paused_at)} not to be sent to before {_time(gate.not_before_at)}"
     return None
@@ -71,7 +72,8 @@ def mismatch(gate: Gate) -> str | None:
         return None
     before = "none is known before" if gate.failed_before_at is None else "before that none for a day"
     said = f" ({gate.failed_detail})" if gate.failed_detail else ""
-    return f"every answer since {_time(since)} is {reason}{said}, {before}: one side has changed what it expects"
+    who = "something else answers in its place, or " if reason == "bad_answer" else ""
+    return f"every answer since {_time(since)} is {reason}{said}, {before}: {who}one side has changed what it expects"
 
 
 def with_url(gate: Gate, url: str, since_at: int) -> Gate:

@@ -18,7 +18,7 @@ from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.disk import DiskWatch
-from lmdaemon.model import Gate, Member, rfc3339
+from lmdaemon.model import Gate, Member, in_bytes, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError
 from lmdaemon.version import __version__
@@ -182,7 +182,9 @@ class Health:
             "walBytes": self._store.wal_bytes,
         }
         if failure:
-            return check | {"output": failure}
+            began = self._store.failing_since
+            since = "" if began is None else f", {self._since(time.monotonic() - began)}"
+            return check | {"output": failure + since}
         if self._store.strained:
             return check | {"status": "warn", "output": self._store.strained}
         return check
@@ -202,6 +204,11 @@ class Health:
                 said.append(f"the service clock of {last.name} is {last.lag_ms} ms behind; all ends wait for it")
         return check | {"status": "warn", "output": "; ".join(said)} if said else check
 
+    def _since(self, ago_s: float) -> str:
+        """`since 2026-01-31T03:00:00Z`: so many seconds ago."""
+        at = self._clock.wall_ms() - int(ago_s * 1000)
+        return f"since {rfc3339(at)[:19]}Z"
+
     def _check_disk(self) -> Check:
         """Warns of a disk that will soon be full; without figures where it is another machine's."""
         outlook = self._disk.outlook()
@@ -216,7 +223,7 @@ class Health:
         }
         if outlook.low:
             left = "" if outlook.days_left is None else f", used up in {outlook.days_left:.1f} days"
-            check["output"] = f"{outlook.room.free / 1e9:.2f} of {outlook.room.size / 1e9:.2f} GB are free{left}"
+            check["output"] = f"{in_bytes(outlook.room.free)} of {in_bytes(outlook.room.size)} are free{left}"
         return check
 
     def _check_listeners(self) -> Check:
@@ -236,19 +243,19 @@ class Health:
             "massExpired": sorted(mass),
             "touchesStopped": sorted(silent),
         }
-        said = ["many sessions ended at once"] if alarm.active else []
+        said = [f"many sessions ended at once, {self._since(alarm.mass.ago_s)}"] if alarm.active else []
         now_ms = self._store.service_clock.now_ms()
         for name, one in [*silent.items()][:TOLD_MAX]:
             for_s = (now_ms - one.touched_ms) // 1000
             waits_ms = self._store.waits_until_ms(name)
             waits = "" if waits_ms is None else f", their ends wait for {(waits_ms - now_ms) // 1000} s at most"
             live = self._store.figures_of(name).live
-            said.append(f"{name}: {live} sessions live, none touched for {for_s} s{waits}")
-        for name, (ended, of) in [*mass.items()][:TOLD_MAX]:
-            said.append(f"{name}: {ended} of {of} sessions ended at once")
+            said.append(f"{name}: {live} sessions live, none touched for {for_s} s, {self._since(for_s)}{waits}")
+        for name, (ended, of, ago_s) in [*mass.items()][:TOLD_MAX]:
+            said.append(f"{name}: {ended} of {of} sessions ended at once, {self._since(ago_s)}")
         if said:
             check["output"] = "; ".join(said)
-        return check | {"ended": alarm.ended, "of": alarm.of} if alarm.active else check
+        return check | {"ended": alarm.mass.ended, "of": alarm.mass.of} if alarm.active else check
 
     @staticmethod
     def _check_pulse(pulse: Pulse) -> Check:
@@ -287,7 +294,7 @@ class Health:
         kept_back = ((name, gate, gates.because(gate, now_at)) for name, gate in operators.items())
         for name, gate, because in islice((one for one in kept_back if one[2] is not None), TOLD_MAX):
             outlook = gates.outlook(gate, now_at, pending=self._store.figures_of(name).pending)
-            yield f"{name}: {gates.mismatch(gate) or because}; {outlook}"
+            yield f"{name}: {because}; {outlook}"
 
     def _check_config(self) -> Check:
         error = self._reload_error()

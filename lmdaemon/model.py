@@ -257,6 +257,23 @@ def rfc3339(at_ms: int | None) -> str | None:
     return f"{_second(seconds)}.{ms:03}Z"
 
 
+def in_bytes(number: float) -> str:
+    """A size with three digits, in powers of 1000: `74.4 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def in_time(seconds: float) -> str:
+    """A span in its greatest unit that is not below two: `7 d`, `90 min`, `1.5 s`."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.3g} s"
+
+
 @lru_cache(256)  # many documents are made in the same second: a quarter of the time without the cache
 def _second(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat().removesuffix("+00:00")

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from lmdaemon import log, plugins
+from lmdaemon.clock import Clock
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import NEEDS_RESTART, Plugin, Settings, changes, taken_over
+from lmdaemon.model import rfc3339
 from lmdaemon.plugins import LoadedPlugin
 
 events = log.Log("daemon")
@@ -18,11 +20,14 @@ class Reloader:
     `take_over` is called when they were replaced; `freed` as in LoadedPlugin.
     """
 
-    def __init__(self, settings: Settings, take_over: Callable[[], None], freed: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, clock: Clock, take_over: Callable[[], None], freed: Callable[[], None]
+    ) -> None:
         self.settings = settings
+        self._clock = clock
         self._started_with = settings  # what needs a restart stays as it is here (NEEDS_RESTART)
         self.plugins: Mapping[str, LoadedPlugin] = {}
-        self.error: str | None = None  # why the last reload failed
+        self.error: str | None = None  # why and when the last reload failed, a line for each finding
         self._take_over = take_over
         self._freed = freed
 
@@ -59,7 +64,8 @@ class Reloader:
     def _note_failure(self, error: ConfigError) -> None:
         file = f"{self.settings.file}: "  # findings about plug-ins come without it
         findings = [file + finding.removeprefix(file) for finding in error.findings]
-        self.error = log.writable("\n".join(findings))
+        refused = f"refused at {rfc3339(self._clock.wall_ms())[:19]}Z: the settings from before are in force"
+        self.error = log.writable("\n".join([*findings, refused]))
         for finding in findings:
             events.error("config.reload_failed", finding=finding)
 

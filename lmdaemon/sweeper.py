@@ -183,7 +183,7 @@ class Sweeper(StoreObserver):
         self._ticking = self._must_tick()
 
     def _must_tick(self) -> bool:
-        return self._store.live > 0 or self.hold_s > 0
+        return self._store.live > 0 or self.hold_s > 0 or bool(self.touch_alarm.silent or self.waiting)
 
     def _due_in_s(self) -> float | None:
         """Seconds until something is due; None when nothing is."""

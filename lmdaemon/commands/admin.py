@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from lmdaemon.commands import times
+from lmdaemon.commands import outlook, times
 from lmdaemon.commands.arguments import (
     CLIENT_CERTIFICATE,
     JSON,
@@ -83,8 +83,6 @@ WATCH_S = 2
 CHECKED = {"pass": STOPPED, "warn": 3, "fail": 4}  # exit codes of `status --check`, for monitoring
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # of a terminal: to the top, all of it, what has scrolled away. Source: console_codes(4)
 
-_CHECK_HEAD = ("check", "status", "time")
-
 Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
 
 
@@ -149,18 +147,16 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
         print_json({"health": health, "operators": operators, "daemons": daemons})
     else:
         print(f"status: {health['status']} (lmdaemon {health.get('version', '?')})")
-        checks = [{**check, "check": name} for name, found in health.get("checks", {}).items() for check in found]
-        for check in checks:
-            figures = (f"{name}={cell(value)}" for name, value in check.items() if name not in _CHECK_HEAD)
-            print(f"  {check['check']:10}  {check['status']:4}  {' '.join(figures)}".rstrip())
+        for told in outlook.of_health(health):
+            print(told)
         print()
         if len(daemons) > 1:
             print_table(DAEMON_COLUMNS, [one | _told_of_daemon(one) for one in daemons])
             print()
         print_table(OPERATOR_COLUMNS, operators)
         for operator in operators:
-            if operator.get("keptBack"):
-                print(f"\n{cell(operator['operator'])}: {cell(operator['keptBack'])}\n  {cell(operator['outlook'])}")
+            for number, told in enumerate(outlook.of_operator(operator)):
+                print(told if number else f"\n{told}")
     if args.check:
         return CHECKED.get(health["status"], FAILED)
     return FAILED if health["status"] == "fail" else STOPPED
@@ -376,8 +372,9 @@ async def release(client: Client, args: argparse.Namespace) -> int:
 
 
 def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str) -> int:
-    """Prints an operator, and says so where nothing has changed."""
-    code = show(args, _flat(operator))
+    """Prints an operator, as text without what does not apply to it, and says so where nothing has changed."""
+    facts = _flat(operator)
+    code = show(args, facts if args.json else {name: value for name, value in facts.items() if value is not None})
     sys.stdout.flush()  # a result that cannot be written is told alone
     if not operator["changed"]:
         say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")

@@ -190,7 +190,8 @@ def restore(args: argparse.Namespace) -> int:
     else:
         print(f"{database}: restored from {args.file}, {found['bytes']} bytes, integrity ok")
         as_of = f"as of {found['asOf']}" if found["asOf"] else "never written to"
-        print(f"{as_of}, {found['live']} sessions live, {found['pending']} deliveries pending")
+        print(f"{as_of}, sessions live: {found['live']}, deliveries pending: {found['pending']}")
+        print('what has happened since is not in it: docs/operating.md, "What is different after a restore"')
         if found["replaced"]:
             print(f"what was there before: {found['replaced']}")
     return STOPPED

@@ -13,6 +13,7 @@ from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import ADMINISTRATION, configured
 from lmdaemon.commands.shared import STOPPED, Failed, print_json, say
 from lmdaemon.config.settings import Settings
+from lmdaemon.model import in_bytes
 from lmdaemon.workbench import sizing
 from lmdaemon.workbench.sizing import Costs, SizingError
 
@@ -93,41 +94,35 @@ def sentences(found: Mapping[str, Any], sessions: int, heartbeat_s: int, keep_s:
             f"{_percent(core['bulk'])} with {sizing.BULK} in a request ({each['bulkTouch']:g} µs each)."
         ),
         (
-            f"Disk at {directory}: {_bytes(kept)} after {days:g} days of keep_ended, {found['endedBytesEach']} bytes "
-            f"for each ended session with its delivery; {_bytes(found['freeBytes'])} are free."
+            f"Disk at {directory}: {in_bytes(kept)} after {days:g} days of keep_ended, {found['endedBytesEach']} bytes "
+            f"for each ended session with its delivery; {in_bytes(found['freeBytes'])} are free."
         ),
-        f"Memory of the daemon: {_bytes(found['memoryBytes'])}; live sessions are on the disk, not in memory.",
+        f"Memory of the daemon: {in_bytes(found['memoryBytes'])}; live sessions are on the disk, not in memory.",
         _verdict(core),
     ]
     if kept > found["freeBytes"]:
         fitting_days = max(0.0, (found["freeBytes"] - found["liveBytes"]) / kept * days)
-        said.append(f"The disk does not carry it: keep_ended would have to be below {fitting_days:.1f} days.")
+        said.append(f"Its disk does not carry it: keep_ended would have to be below {fitting_days:.1f} days.")
+    else:
+        said.append("Its disk carries it.")
     if now := found.get("now"):
         said.append(
             f"The running daemon had {now['endsPerHour']:,} ends in the last hour: at that rate keep_ended = "
-            f"{days:g} days takes {_bytes(now['keptBytes'])}."
+            f"{days:g} days takes {in_bytes(now['keptBytes'])}."
         )
     return said
 
 
 def _verdict(core: Mapping[str, float]) -> str:
     if core["single"] <= FITS_BELOW:
-        return "This machine carries it."
+        return "This machine's processor carries it."
     if core["bulk"] <= FITS_BELOW:
-        return "This machine carries it if game servers use the bulk touch."
-    return "This machine does not carry it: touch less often, or use a faster one."
+        return "This machine's processor carries it if game servers use the bulk touch."
+    return "This machine's processor does not carry it: touch less often, or use a faster one."
 
 
 def _percent(share: float) -> str:
     return f"{share * 100:.0f} %" if share >= 0.01 else "less than 1 %"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 async def _ends_of_last_hour(settings: Settings) -> int | None:

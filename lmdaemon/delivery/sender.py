@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import math
 import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import cache, partial
@@ -17,6 +18,7 @@ from functools import cache, partial
 import aiohttp
 from yarl import URL
 
+from lmdaemon import tls
 from lmdaemon.causes import Cause
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator
@@ -30,6 +32,9 @@ ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
 # Servers close idle connections after 5 s (Node), 15 s or more. If one does so while a request is sent, the attempt has
 # failed, because a POST is not repeated blindly (aiohttp#7363). So the daemon closes idle connections first.
 KEEPALIVE_S = 4.0
+# What asyncio and the system say, as `_in_words` says it
+_CONNECT = re.compile(r"\[Errno (\d+)\] Connect call failed \('([^']*)', (\d+)[^)]*\)")
+_NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
 
 class Unreachable(Exception):  # noqa: N818 - a result, judged as a failed attempt
@@ -172,22 +177,34 @@ def _unreachable(error: Exception) -> Unreachable:
     if isinstance(error, TimeoutError):
         return Unreachable("timeout")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Unreachable("tls", str(error.certificate_error))
+        return Unreachable("tls", _in_words(error.certificate_error))
     if isinstance(error, aiohttp.ClientConnectorError):
-        found = str(error.os_error)
+        found = _in_words(error.os_error)
         if "private_address" in found:
             return Unreachable("private_address")
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             return Unreachable("dns", found)
         return Unreachable("tls" if isinstance(error, aiohttp.ClientSSLError) else "connect", found)
     if isinstance(error, ssl.SSLError):
-        return Unreachable("tls", str(error))
+        return Unreachable("tls", _in_words(error))
     if isinstance(error, aiohttp.ServerDisconnectedError | OSError):
         number = getattr(error, "errno", None)
         return Unreachable("connection_lost", os.strerror(number) if number else "")
     if isinstance(error, aiohttp.ClientPayloadError):
         return Unreachable("incomplete_answer")
     return Unreachable("invalid_url" if isinstance(error, ValueError) else "bad_http", type(error).__name__)
+
+
+def _in_words(error: Exception) -> str:
+    """OpenSSL's or the system's words without their numbers: `connection refused at 192.0.2.1:443`."""
+    if isinstance(error, ssl.SSLError):
+        return tls.said(error)
+
+    def refused(found: re.Match[str]) -> str:
+        number, host, port = found.groups()
+        return f"{os.strerror(int(number)).lower()} at {f'[{host}]' if ':' in host else host}:{port}"
+
+    return _NUMBER.sub("", _CONNECT.sub(refused, str(error)))
 
 
 def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: float) -> dict[str, str]:

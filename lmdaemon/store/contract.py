@@ -482,6 +482,10 @@ class Store(Protocol):
         """Why the last write was refused; None while writes work."""
 
     @property
+    def failing_since(self) -> float | None:
+        """Since when writes have been refused, without one that worked (monotonic s); None while they work."""
+
+    @property
     def strained(self) -> str | None:
         """A problem of the engine that does not keep it from writing, in words; None if there is none."""
 

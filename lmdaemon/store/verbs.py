@@ -90,6 +90,10 @@ class Verbs(Projection):
         return self._writer.failure
 
     @property
+    def failing_since(self) -> float | None:
+        return self._writer.failing_since
+
+    @property
     def writing_since(self) -> float | None:
         return self._writer.writing_since
 

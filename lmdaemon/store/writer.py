@@ -100,6 +100,7 @@ class Writer(Generic[Work]):
         self._is_available = True
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
+        self.failing_since: float | None = None  # monotonic time at which the first of the writes was refused
         self.writing_since: float | None = None  # monotonic time at which the current transaction began
         self.commits = 0
         self.committed_something = asyncio.Event()  # set by each commit; the waiting task clears it
@@ -205,7 +206,7 @@ class Writer(Generic[Work]):
             self.changed.set()
         if not self._is_available and self._works_again(batch):
             log.info("store.recovered", after=self.failure or "a write that hung")
-            self.failure = None
+            self.failure = self.failing_since = None
             self._set_available(True)
         self._owner.committed(work)
         untold = [result for result in results if isinstance(result, StoreError)]
@@ -244,6 +245,8 @@ class Writer(Generic[Work]):
             self.refused["writing_failed"] += len(self._queue)
             self._queue.clear()
             self._queued_rows = 0
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
         if failure != self.failure:  # the first failure and each change are logged, not every attempt
             log.error("store.failing", reason=failure, refused=len(batch), database=self._engine.database)
         self._set_available(False)

@@ -341,7 +341,7 @@ async def test_a_restore_of_what_was_never_written_to_says_so(tmp_path: Path) ->
     await store.close()
     assert run("backup", "copy", cwd=tmp_path).returncode == 0
     done = run("restore", "copy", cwd=tmp_path)
-    assert done.stdout.splitlines()[1] == "never written to, 0 sessions live, 0 deliveries pending"
+    assert done.stdout.splitlines()[1] == "never written to, sessions live: 0, deliveries pending: 0"
     assert json.loads(run("restore", "--json", "copy", cwd=tmp_path).stdout)["asOf"] is None
 
 

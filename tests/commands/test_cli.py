@@ -738,7 +738,9 @@ async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_p
         done = await asyncio.to_thread(run, "status", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.startswith("status: fail")
-    assert "output=disk I/O error" in done.stdout
+    said = [line.strip() for line in done.stdout.splitlines()[1:4]]
+    assert said[:2] == ["store  fail", "disk I/O error"]
+    assert said[2].startswith("by hand: make room on its disk, or mend it")
     assert done.stderr == "lmdaemon: 503 Service Unavailable: reading failed: disk I/O error\n"
 
 

@@ -76,7 +76,8 @@ class TestMassExpiry:
                 clock.advance(0.05)
         assert [(event.name, event.facts["operator"]) for event in events] == [("operator.mass_expired", "fir")]
         assert not alarm.active
-        assert alarm.of_operators() == {"fir": (1449, 1449)}
+        (mass,) = alarm.of_operators().values()
+        assert mass == (1449, 1449, pytest.approx(0.6))
 
     def test_all_of_a_thousand_small_operators_are_told_as_one(self, clock: HandClock) -> None:
         """And what it keeps of them is forgotten when it is over."""

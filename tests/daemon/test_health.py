@@ -18,6 +18,7 @@ from support import LISTEN, Serving, hear, load, open_store, serving, until
 
 from lmdaemon import health, retry
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
+from lmdaemon.clock import TICK_S
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.model import Gate, Member
@@ -534,6 +535,7 @@ async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
         assert expiry["ended"] > 1000
         assert await metric(daemon, "lmdaemon_mass_expiry") == 1
         assert expiry["massExpired"] == ["acme"]
+        assert expiry["output"].startswith("many sessions ended at once, since 2026-09-21T14:13:23Z; acme: ")
         assert await metric(daemon, 'lmdaemon_operator_mass_expiry{operator="acme"}') == 1
 
 
@@ -545,7 +547,7 @@ async def test_a_disk_that_will_soon_be_full_is_told(
         report = (await get(daemon, daemon.api))[1]
         disk = report["checks"]["disk"][0]
         assert (report["status"], disk["status"]) == ("warn", "warn")
-        assert disk["output"].endswith(" GB are free")
+        assert disk["output"].endswith("B are free")
         assert await metric(daemon, "lmdaemon_disk_free_bytes") <= await metric(daemon, "lmdaemon_disk_size_bytes")
 
 
@@ -568,6 +570,12 @@ async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path
         assert (expiry["status"], expiry["touchesStopped"], expiry["massExpired"]) == ("warn", ["acme"], [])
         assert expiry["output"].startswith("acme: 100 sessions live, none touched for ")
         assert await metric(daemon, 'lmdaemon_operator_touches_stopped{operator="acme"}') == 1
+        for name in names:
+            await store.end("acme", name)
+        assert (await daemon.sweeper.once() or 60) <= TICK_S  # it looks again, though nothing is live any more
+        clock.advance(1)
+        assert (await daemon.sweeper.once() or 60) > TICK_S
+        assert daemon.sweeper.touch_alarm.silent == {}
 
 
 async def test_ends_that_wait_for_touches_are_told_and_can_be_released(tmp_path: Path, clock: HandClock) -> None:

@@ -12,7 +12,7 @@ from lmdaemon.retry import Outcome
 
 NOW = 1_790_000_000_000  # 2026-09-21T14:13:20Z
 DAY = 86_400_000
-REFUSED = Outcome("retry", "connect", detail="Connection refused")
+REFUSED = Outcome("retry", "tls", detail="no")
 CODE_7 = Outcome("retry", "code_7", 200, 7, detail="`error` is 7")
 DELIVERED = Outcome("delivered", "", 200, 0)
 
@@ -34,7 +34,7 @@ PAUSED = after(Gate(), Outcome("retry", "status_503", 503, retry_after_s=3600.0)
         (Gate(), None, None),
         (
             BROKEN,
-            "breaker open since 2026-09-21T14:13:20Z, 5 attempts failed in a row: connect (Connection refused)",
+            "breaker open since 2026-09-21T14:13:20Z: 5 attempts failed in a row since 2026-09-21T14:13:20Z: tls (no)",
             "tried again at 2026-09-21T14:13:25Z; the first notice dies at 2026-09-22T14:13:20Z",
         ),
         (
@@ -71,6 +71,19 @@ def test_the_same_refusal_every_time_after_a_quiet_day_is_a_mismatch() -> None:
     gate = after(Gate(), *[CODE_7] * 5)
     said = "every answer since 2026-09-21T14:13:20Z is code_7 (`error` is 7), none is known before"
     assert gates.mismatch(gate) == f"{said}: one side has changed what it expects"
+    assert gates.because(gate, NOW) == f"breaker open since 2026-09-21T14:13:20Z: {gates.mismatch(gate)}"
+
+
+def test_a_hold_is_said_also_where_every_answer_was_the_same_refusal() -> None:
+    held = retry.hold(after(Gate(), *[CODE_7] * 5), NOW, "by_hand", by="anna", note="they look into it")
+    assert gates.because(held, NOW) == "held since 2026-09-21T14:13:20Z by anna: by_hand (they look into it)"
+
+
+def test_a_page_in_place_of_answers_may_also_be_somebody_else() -> None:
+    gate = after(Gate(), *[Outcome("retry", "bad_answer", 200, detail="the body is HTML")] * 5)
+    assert (gates.mismatch(gate) or "").endswith(
+        "something else answers in its place, or one side has changed what it expects"
+    )
 
 
 def test_a_mismatch_after_failures_long_ago_says_how_long_it_was_quiet() -> None:

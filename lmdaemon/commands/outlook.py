@@ -1,0 +1,76 @@
+"""The daemon's health and its operators as `lmdaemon status` tells them: what is wrong, since when, why, what happens
+by itself and what can be done by hand. Pure; docs/operating.md has more of each check under its name.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lmdaemon.commands.shared import cell, line
+from lmdaemon.model import in_bytes, in_time
+
+_ASIDE = ("status", "time", "output", "observedUnit")  # told in other ways
+_INDENT = " " * 22
+# What can be done where a check does not pass; {names} are those of the operators it tells of
+_BY_HAND = {
+    "store": "make room on its disk, or mend it: writes go on by themselves within a second, and clients ask again",
+    "sweeper": "LmdaemonLoopStuck in docs/operating.md",
+    "dispatcher": "LmdaemonLoopStuck in docs/operating.md",
+    "daemons": "see which one it is in the table of daemons; where their files differ, make them alike and reload",
+    "disk": "make room, or lower database.keep_ended and reload; lmdaemon size tells what it takes",
+    "listeners": "LmdaemonCannotAccept in docs/operating.md",
+    "expiry": "lmdaemon sessions list NAME --state ended --since '1h ago'; mend what keeps its game servers away",
+    "deliveries": "lmdaemon deliveries list --state dead; where one falls behind, raise its concurrency and reload",
+    "config": "lmdaemon check-config; mend the file and reload. The settings from before are in force: lmdaemon config",
+    "certificates": "renew it, put it in its place and reload",
+}
+
+
+def of_health(health: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each check with its figures; below one that does not pass, what is wrong and what can be done."""
+    checks = [(name, check) for name, found in health.get("checks", {}).items() for check in found]
+    width = max((len(name) for name, _ in checks), default=0)
+    for name, check in checks:
+        figures = " ".join(_figures(check))
+        yield f"  {line(name).ljust(width)}  {cell(check['status']):4}  {figures}".rstrip()
+        if check["status"] == "pass":
+            continue
+        for said in str(check.get("output", "")).splitlines() if name != "operators" else ():
+            yield from (_INDENT[: width + 10] + line(one) for one in said.split("; "))
+        if by_hand := _BY_HAND.get(name):
+            yield f"{_INDENT[: width + 10]}by hand: {by_hand}"
+
+
+def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps an operator back, and its dead deliveries; nothing where neither is."""
+    name = cell(operator["operator"])
+    kept_back, dead = operator.get("keptBack"), operator.get("dead")
+    if kept_back:
+        yield f"{name}: {cell(kept_back)}"
+        yield f"  by itself: {cell(operator.get('outlook'))}"
+        yield f"  by hand:   lmdaemon probe {name} (its next notice, now); lmdaemon release {name} (all that wait)"
+    if dead:
+        yield f"{name}: {dead} dead, which nobody sends again by itself"
+        chosen = f"--operator {name}"
+        yield f"  which:     lmdaemon deliveries list {chosen} --state dead"
+        again, never = (
+            f"lmdaemon deliveries retry {chosen} --dry-run",
+            f"lmdaemon deliveries discard {chosen} --note WHY",
+        )
+        yield f"  by hand:   {again}; {never}"
+
+
+def _figures(check: Mapping[str, Any]) -> Iterator[str]:
+    """Those that are known, rounded: `freeBytes=74.4 GB`."""
+    for name, value in check.items():
+        if name in _ASIDE or value is None or value == []:
+            continue
+        if name == "observedValue":
+            yield f"{value:g} {cell(check.get('observedUnit'))}"
+        elif isinstance(value, list):
+            yield f"{name}={','.join(map(cell, value))}"
+        elif "Bytes" in name:
+            yield f"{name}={in_bytes(value)}"
+        elif name.endswith("Seconds"):
+            yield f"{name}={in_time(value)}"
+        else:
+            yield f"{name}={cell(value)}"

@@ -1,0 +1,74 @@
+"""What `lmdaemon status` says: figures rounded, what is wrong in words, and what can be done."""
+
+from typing import Any
+
+import pytest
+
+from lmdaemon.commands import outlook
+from lmdaemon.model import in_bytes, in_time
+
+
+def of(name: str, **check: Any) -> list[str]:
+    return [*outlook.of_health({"checks": {name: [{"status": "warn", "time": "2026-11-28T03:00:00.000Z", **check}]}})]
+
+
+def test_figures_are_rounded_and_what_is_not_known_is_left_out() -> None:
+    check = {"status": "pass", "freeBytes": 74_412_797_952, "growthBytesPerDay": None, "held": []}
+    assert of("disk", **check) == ["  disk  pass  freeBytes=74.4 GB"]
+    check = {"status": "pass", "pending": 3, "oldestPendingSeconds": 604_801.5}
+    assert of("deliveries", **check) == ["  deliveries  pass  pending=3 oldestPendingSeconds=7 d"]
+    assert of("sweeper", status="pass", observedValue=0.0, observedUnit="s late") == ["  sweeper  pass  0 s late"]
+
+
+def test_each_thing_that_is_wrong_has_a_line_and_then_what_can_be_done() -> None:
+    said = of("expiry", massExpired=["fir", "gum"], output="fir: 150 of 150 ended; gum: 9 of 9 ended")
+    assert [line.strip() for line in said[:3]] == [
+        "expiry  warn  massExpired=fir,gum",
+        "fir: 150 of 150 ended",
+        "gum: 9 of 9 ended",
+    ]
+    assert "by hand: lmdaemon sessions list NAME" in said[3]
+    assert len(said) == 4
+
+
+def test_operators_are_told_once_below_the_table() -> None:
+    assert of("operators", held=["gum"], output="gum: held since …") == ["  operators  warn  held=gum"]
+
+
+def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:
+    kept_back = {"operator": "acme", "keptBack": "breaker open since …", "outlook": "tried again at …", "dead": 0}
+    assert [*outlook.of_operator(kept_back)] == [
+        "acme: breaker open since …",
+        "  by itself: tried again at …",
+        "  by hand:   lmdaemon probe acme (its next notice, now); lmdaemon release acme (all that wait)",
+    ]
+
+
+def test_dead_deliveries_have_the_commands_for_them() -> None:
+    said = [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 7})]
+    assert said[0] == "acme: 7 dead, which nobody sends again by itself"
+    assert "lmdaemon deliveries retry --operator acme --dry-run" in said[2]
+    assert [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 0})] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (999.6, "1 kB"),
+        (1417216, "1.42 MB"),
+        (999_999, "1 MB"),
+        (1.38e12, "1.38 TB"),
+    ],
+)
+def test_bytes_have_three_digits(number: float, text: str) -> None:
+    assert in_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.857, "0.857 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (604_801, "7 d")],
+)
+def test_a_time_is_in_its_greatest_unit(seconds: float, text: str) -> None:
+    assert in_time(seconds) == text

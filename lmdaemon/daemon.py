@@ -45,8 +45,9 @@ from lmdaemon.web.api import Api
 from lmdaemon.web.calls import Context
 from lmdaemon.web.endpoint import Endpoint
 from lmdaemon.web.events import Events
-from lmdaemon.web.listener import Bounds, Hearing
+from lmdaemon.web.memory import Bounds
 from lmdaemon.web.recent import Recent
+from lmdaemon.web.sockets import Hearing
 
 START_S = 60.0  # time that systemd is asked for at a start, besides upgrade and plug-ins
 UPGRADE_BYTES_S = 10e6  # bytes a second that a slow disk upgrades

@@ -15,19 +15,11 @@ from lmdaemon.config.settings import Settings
 from lmdaemon.config.values import Listen
 from lmdaemon.web import api, endpoint
 from lmdaemon.web.api import Api
+from lmdaemon.web.connection import Connection
 from lmdaemon.web.endpoint import Endpoint
-from lmdaemon.web.listener import (
-    Acceptor,
-    Bounds,
-    Connection,
-    Hearing,
-    Site,
-    connections_max,
-    private_request,
-    public_request,
-    turn_away,
-)
-from lmdaemon.web.requests import address_of, bind
+from lmdaemon.web.listener import Site, connections_max, private_request, public_request
+from lmdaemon.web.memory import Bounds
+from lmdaemon.web.sockets import Acceptor, Hearing, address_of, bind, turn_away
 
 CUT_S = 0.5  # how long a handler may take whose connection was cut at a stop; aiohttp waits twice as long
 

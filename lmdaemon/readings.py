@@ -16,7 +16,9 @@ from lmdaemon.health import Health
 from lmdaemon.metrics import Reading, by_label, plain
 from lmdaemon.store.contract import Store
 from lmdaemon.sweeper import Sweeper
-from lmdaemon.web.listener import Bounds, Hearing, Site
+from lmdaemon.web.listener import Site
+from lmdaemon.web.memory import Bounds
+from lmdaemon.web.sockets import Hearing
 
 
 class Readings:

@@ -19,9 +19,9 @@ from lmdaemon.metrics import Metrics
 from lmdaemon.model import ID_MAX, Asker, Delivery, Member, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.web import bodies
+from lmdaemon.web.connection import until_client_leaves
 from lmdaemon.web.documents import delivery_document, session_document, to_json
 from lmdaemon.web.events import Events
-from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import KINDS, Problem, invalid
 from lmdaemon.web.recent import Recent
 from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body, request_id

@@ -19,7 +19,8 @@ from aiohttp.http_writer import StreamWriter
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from lmdaemon.log import Log, place
-from lmdaemon.web.listener import HEAD_END, HELD_MIN, Connection
+from lmdaemon.web.connection import HEAD_END, Connection
+from lmdaemon.web.memory import HELD_MIN
 from lmdaemon.web.requests import Ready
 
 # The private parts of aiohttp's connection, and what the parser must make of _TRIAL.
@@ -156,7 +157,7 @@ class HotConnection(Connection):
         waiter, parser = self._waiter, self._parser
         if (
             waiter is None  # a request is under way
-            or self._held  # a part of one has come
+            or self._account.held  # a part of one has come
             or self._paused  # its client does not take its answers
             or self._upgraded
             or waiter.done()
@@ -207,7 +208,7 @@ class HotConnection(Connection):
         self._request_count += 1
         self._request_in_progress = True
         self._waiter = None
-        self._head_since = None
+        self._arrival.head_since = None
         self._go_on()
         return True
 

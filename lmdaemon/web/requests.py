@@ -1,31 +1,25 @@
-"""What both listeners need of HTTP: bodies within bounds, ready answers, the client's address, tokens, sockets.
+"""What both listeners need of HTTP: bodies within bounds, ready answers, the client's address, tokens.
 
-It knows nothing of sessions and dialects, nor of connections, which are for `listener`.
+It knows nothing of sessions and dialects, nor of connections, which are the business of `connection`.
 """
 
 import asyncio
 import hmac
 import ipaddress
-import os
 import re
-import socket
-import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import HttpVersion11, web
 
-from lmdaemon import systemd
 from lmdaemon.config.settings import ApiToken
-from lmdaemon.config.values import Listen, Network
+from lmdaemon.config.values import Network
 
 BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body
-BACKLOG = 512  # connections that the kernel keeps until they are accepted
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -201,70 +195,3 @@ def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
         if hmac.compare_digest(given, token.secret):
             found = token
     return found if scheme.lower() == "bearer" else None
-
-
-def address_of(listen: Listen) -> systemd.Address:
-    """The address to bind a socket to: a path, or host and port. Raises OSError, which names the address."""
-    if listen.unix:
-        return listen.unix
-    host, port, *_ = _resolved(listen)[4]
-    return host, port
-
-
-def _resolved(listen: Listen) -> Any:
-    """The first address of a host and port, from getaddrinfo. Raises OSError, which names the address."""
-    try:
-        first, *_ = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
-    return first
-
-
-def bind(listen: Listen) -> socket.socket:
-    """A bound socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, which names the address."""
-    if listen.unix:
-        return _bind_unix(listen)
-    family, kind, protocol, _, address = _resolved(listen)
-    try:
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            bound.bind(address)
-            bound.listen(BACKLOG)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
-    bound.setblocking(False)
-    return bound
-
-
-def _bind_unix(listen: Listen) -> socket.socket:
-    path = Path(listen.unix)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
-            path.unlink()
-        umask = os.umask(0o117)
-        try:
-            bound.bind(str(path))
-        finally:
-            os.umask(umask)
-        bound.listen(BACKLOG)
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno, f"cannot listen on {listen.text}: {error.strerror}") from error
-    bound.setblocking(False)
-    return bound
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True

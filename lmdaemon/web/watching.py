@@ -5,7 +5,7 @@ from aiohttp import web
 from lmdaemon import shapes
 from lmdaemon.model import rfc3339
 from lmdaemon.web.calls import STREAM_HEADERS, Asked, Context
-from lmdaemon.web.listener import until_client_leaves
+from lmdaemon.web.connection import until_client_leaves
 from lmdaemon.web.problems import Problem
 from lmdaemon.web.recent import STEPS_S, Counts
 

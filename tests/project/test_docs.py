@@ -30,7 +30,7 @@ from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.store import contract, rules, verbs, writer
 from lmdaemon.store.sqlite import pages, reads, store
 from lmdaemon.store.sqlite import writer as disk
-from lmdaemon.web import bodies, endpoint, events, handshakes, listener, recent
+from lmdaemon.web import bodies, connection, endpoint, events, handshakes, listener, memory, recent
 from lmdaemon.web import requests as http
 from lmdaemon.web.problems import KINDS
 from lmdaemon.web.routes import CALLS
@@ -165,13 +165,13 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"attributes {shapes.ATTRIBUTES_MAX // 1024} KiB",
         f"{events.LISTENERS_MAX} then 503; one for which {events.QUEUE_MAX} events wait is cut off",
         f"{recent.SLOTS} seconds and {recent.SLOTS} minutes of the {recent.OPERATORS_MAX} operators that count most",
-        f"{listener.LINE_MAX // 1024} KiB; {listener.HEADERS_MAX} of at most 8190 bytes",
-        f"bytes; {listener.HEAD_MAX // 1024} KiB altogether",
-        f"each head has {listener.HEAD_TIMEOUT_S:g} s",
+        f"{connection.LINE_MAX // 1024} KiB; {connection.HEADERS_MAX} of at most 8190 bytes",
+        f"bytes; {connection.HEAD_MAX // 1024} KiB altogether",
+        f"each head has {connection.HEAD_TIMEOUT_S:g} s",
         f"a body has {http.BODY_TIMEOUT_S:g} s",
-        f"less than {listener.TAKEN_MIN // 1024} KiB of waiting answers in {listener.WRITE_TIMEOUT_S:g} s",
-        f"{listener.STRANGERS_MAX // 1024**2} MiB for what has arrived",
-        f"{listener.KNOWN_MAX // 1024**2} MiB for what is",
+        f"less than {connection.TAKEN_MIN // 1024} KiB of waiting answers in {connection.WRITE_TIMEOUT_S:g} s",
+        f"{memory.STRANGERS_MAX // 1024**2} MiB for what has arrived",
+        f"{memory.KNOWN_MAX // 1024**2} MiB for what is",
         f"has not arrived whole has {listener.HEARD_WITHIN_S:g} s",
         f"waits {listener.KEEPALIVE_S:g} s for its next request",
         f"{listener.CONNECTIONS_MAX} to each listener",

@@ -25,11 +25,11 @@ from lmdaemon.web.requests import (
     Ready,
     allowed,
     bearer,
-    bind,
     client_address,
     decode_segment,
     read_body,
 )
+from lmdaemon.web.sockets import bind
 
 LIMIT = 10
 Ask = Callable[..., Awaitable[str]]

@@ -11,7 +11,8 @@ import pytest
 from support import LISTEN, RawConnection, hear, raw_connection, serving, until
 
 from lmdaemon.sweeper import LOOP_TURNS
-from lmdaemon.web import listener
+from lmdaemon.web import connection as connections
+from lmdaemon.web import listener, memory
 
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
@@ -155,7 +156,7 @@ async def send_in_pieces(peer: RawConnection, data: bytes, pieces: int) -> None:
 async def test_a_head_has_a_total(tmp_path: Path, side: str, later: bool, pieces: int) -> None:
     """Below it, it is answered; above it, refused like anything that is no HTTP."""
     async with serving(tmp_path, CONFIG) as daemon:
-        for size, status in ((listener.HEAD_MAX - 200, 200), (listener.HEAD_MAX + 200, 400)):
+        for size, status in ((connections.HEAD_MAX - 200, 200), (connections.HEAD_MAX + 200, 400)):
             async with raw_connection(getattr(daemon, side)) as peer:
                 if later:
                     await peer.send(ASK)
@@ -168,7 +169,7 @@ async def test_a_head_has_a_total(tmp_path: Path, side: str, later: bool, pieces
 
 async def test_a_head_that_is_too_long_is_refused_in_its_turn(tmp_path: Path) -> None:
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
-        await peer.send(ASK + ASK + head(listener.HEAD_MAX + 200) + ASK)
+        await peer.send(ASK + ASK + head(connections.HEAD_MAX + 200) + ASK)
         assert [(await peer.answer()).status for _ in range(3)] == [200, 200, 400]
         assert await peer.rest() == b""
 
@@ -198,9 +199,9 @@ async def test_a_request_held_back_behind_an_unread_body_is_answered(
     refused = b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     refused += b"Content-Length: %d\r\n\r\n" % len(body) + body
     whole, cut, arrived = refused + last, 130_000, b""
-    received = listener.Connection.data_received
+    received = connections.Connection.data_received
 
-    def data_received(connection: listener.Connection, data: bytes) -> None:
+    def data_received(connection: connections.Connection, data: bytes) -> None:
         nonlocal arrived
         if data and len(arrived) < len(whole):  # as one read of a busy daemon: all that has come meanwhile
             arrived += data
@@ -210,7 +211,7 @@ async def test_a_request_held_back_behind_an_unread_body_is_answered(
             data = arrived[cut:]
         received(connection, data)
 
-    monkeypatch.setattr(listener.Connection, "data_received", data_received)
+    monkeypatch.setattr(connections.Connection, "data_received", data_received)
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as peer:
         await peer.send(whole)
         assert (await peer.answer()).status == 405
@@ -223,7 +224,7 @@ async def test_a_request_held_back_behind_an_unread_body_is_answered(
 async def test_a_refusal_is_not_lost_behind_what_is_still_sent(tmp_path: Path, side: str) -> None:
     """Closing a connection with bytes that nobody has read resets it, and the client may forget what it has got."""
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
-        await peer.send(head(30 * listener.HEAD_MAX))
+        await peer.send(head(30 * connections.HEAD_MAX))
         assert (await peer.answer()).status == 400
         assert await peer.rest() == b""
 
@@ -250,7 +251,7 @@ WHOLE = {
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
     """A daemon that waits no longer than this for a head."""
     monkeypatch.setattr(listener, "PATROL_S", 0.02)
-    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
     return 0.2
 
 
@@ -309,7 +310,7 @@ async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) ->
 async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "STRANGERS_MAX", 100_000)
+    monkeypatch.setattr(memory, "STRANGERS_MAX", 100_000)
     async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
         bounds, site = daemon.bounds, daemon.sites["server"]
         modest = [await stack.enter_async_context(raw_connection(daemon.server)) for _ in range(12)]
@@ -335,7 +336,7 @@ async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
 async def test_bodies_from_known_senders_do_not_count_as_strangers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "STRANGERS_MAX", 400_000)
+    monkeypatch.setattr(memory, "STRANGERS_MAX", 400_000)
     (tmp_path / "tokens").write_text("a-token-of-some-length\n")
     (tmp_path / "tokens").chmod(0o600)
     toml = LISTEN + 'token_file = "tokens"\n' + CONFIG
@@ -387,7 +388,7 @@ async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon that soon gives up a client that takes nothing."""
     monkeypatch.setattr(listener, "PATROL_S", 0.02)
-    monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.5)
 
 
 def narrow(url: str, window: int = 4096) -> socket.socket:

@@ -14,8 +14,8 @@ from lmdaemon.config.settings import Operator
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.log import Log
 from lmdaemon.web.calls import STREAM_HEADERS, Asked, Context
+from lmdaemon.web.connection import until_client_leaves
 from lmdaemon.web.events import event
-from lmdaemon.web.listener import until_client_leaves
 from lmdaemon.web.problems import Problem
 
 log = Log("api")

@@ -4,6 +4,7 @@ The files hold nothing that is secret, so they need no token; every call that th
 what the API answers (`textContent` alone), and the policy below forbids the browser whatever is not in these files.
 """
 
+import gzip
 from importlib import resources
 
 from aiohttp import web
@@ -39,10 +40,14 @@ class Console:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._files: dict[str, tuple[bytes, str]] = {}
+        self._packed: dict[str, bytes] = {}  # the same with gzip, of those that the package has so
         for file in resources.files("lmdaemon.web").joinpath("console_files").iterdir():
-            kind = _KINDS.get(file.name[file.name.rfind(".") :])
+            name, body = file.name.removesuffix(".gz"), file.read_bytes()
+            if name != file.name:
+                self._packed[name], body = body, gzip.decompress(body)
+            kind = _KINDS.get(name[name.rfind(".") :])
             if kind is not None:
-                self._files[file.name] = file.read_bytes(), kind
+                self._files[name] = body, kind
 
     async def serve(self, request: web.Request) -> web.Response:
         """GET /console/ and its files. Raises Problem."""
@@ -54,5 +59,9 @@ class Console:
         found = self._files.get(name)
         if found is None:
             raise Problem("unknown-path", f"nothing is served at {request.path!r}")
-        body, kind = found
-        return web.Response(body=body, content_type=kind, charset="utf-8", headers=_HEADERS)
+        (body, kind), headers = found, dict(_HEADERS)
+        if name in self._packed:
+            headers["Vary"] = "Accept-Encoding"
+            if "gzip" in request.headers.get("Accept-Encoding", ""):
+                body, headers["Content-Encoding"] = self._packed[name], "gzip"
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)

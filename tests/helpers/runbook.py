@@ -1,11 +1,12 @@
 """The runbook of the console, made of docs/operating.md: `make runbook` writes it anew."""
 
+import gzip
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "lmdaemon/web/console_files/runbook.json"
+FILE = ROOT / "lmdaemon/web/console_files/runbook.json.gz"
 
 
 def entries() -> dict[str, list[str]]:
@@ -33,4 +34,4 @@ def sections() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     lines = [f"{json.dumps(title)}: {json.dumps(text, ensure_ascii=False)}" for title, text in entries().items()]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    FILE.write_bytes(gzip.compress(("{\n" + ",\n".join(lines) + "\n}\n").encode(), mtime=0))

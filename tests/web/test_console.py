@@ -1,6 +1,7 @@
 """The console: its files over HTTP, and the page in a real browser (Debian's chromium) before a real daemon."""
 
 import contextlib
+import gzip
 import importlib.resources
 import os
 import re
@@ -15,8 +16,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from documented import complaints
+from endpoints import Endpoint, served
 from support import LISTEN, Serving, operator_table, scripted_operator, serving, until
 
+from lmdaemon.dialects import SHIPPED
 from lmdaemon.web.console import POLICY
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ def bearer(token: str) -> dict[str, str]:
 
 async def test_the_files_need_no_token_and_are_served_with_the_policy(tmp_path: Path) -> None:
     async with serving(tmp_path, with_tokens(tmp_path)) as d:
-        for name in ("", *(one.name for one in FILES.iterdir())):
+        for name in ("", *(one.name.removesuffix(".gz") for one in FILES.iterdir())):
             async with d.client.get(f"{d.api}/console/{name}") as answer:
                 assert answer.status == 200, name
                 assert answer.headers["Content-Security-Policy"] == POLICY
@@ -90,8 +93,9 @@ async def test_a_client_can_ask_what_its_token_may_do(tmp_path: Path) -> None:
 
 
 def test_the_files_are_small_and_come_from_nowhere_else() -> None:
-    texts = {one.name: one.read_text() for one in FILES.iterdir()}
-    assert sum(len(text.encode()) for text in texts.values()) < BYTES_MAX
+    bodies = {one.name: one.read_bytes() for one in FILES.iterdir()}
+    assert sum(map(len, bodies.values())) < BYTES_MAX
+    texts = {name: (gzip.decompress(body) if name.endswith(".gz") else body).decode() for name, body in bodies.items()}
     for name, text in texts.items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", text), name
         if name not in ("dom.js", "icon.svg"):  # where names of SVG's namespace stand
@@ -181,7 +185,7 @@ async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: 
         await expect(page.get_by_role("button", name="Hold")).to_be_focused()
         await page.keyboard.press("Enter")
         await page.get_by_label("Why").fill("they mend it's database")
-        await page.get_by_label("How long").select_option("7200")
+        await page.get_by_label("How long").select_option("2h")
         command = "lmdaemon hold acme --note 'they mend it'\\''s database' --for 2h"
         await expect(page.get_by_role("dialog").locator("pre")).to_have_text(command)
         await page.get_by_role("dialog").get_by_role("button", name="Hold").click()
@@ -212,7 +216,7 @@ async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> N
             await expect(page.get_by_role("checkbox")).to_have_count(6)
             for at in range(2):
                 await page.get_by_role("checkbox").nth(at).check()
-            await page.get_by_role("button", name="Retry selected (2)").click()
+            await page.get_by_role("button", name="Retry selected").click()
             await expect(page.get_by_role("dialog").locator("pre")).to_contain_text("lmdaemon deliveries retry msg_")
             await page.get_by_role("dialog").get_by_role("button", name="Retry 2").click()
             await expect(page.get_by_role("status")).to_contain_text("2 deliveries are due again")
@@ -227,6 +231,77 @@ async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> N
             await page.get_by_role("dialog").get_by_role("button", name="Retry").click()
             await expect(page.get_by_role("status")).to_contain_text("4 deliveries of acme are due again")
             await until(lambda: d.store.figures_of("acme").dead == 0)
+
+
+@needs_chromium
+async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) -> None:
+    """A selection lasts over pages; a note is asked for; one that is discarded is no longer counted."""
+    async with scripted_operator(*[{"error": 999, "description": "never"}] * 60) as wallet:
+        async with serving(tmp_path, with_tokens(tmp_path, operator_table("acme", wallet.url))) as d, browser() as page:
+            for session in range(60):
+                await end(d, f"s{session}")
+            await until(lambda: d.store.figures_of("acme").dead == 60, 30)
+            await sign_in(page, d.api + "/console/")
+            await page.goto(d.api + "/console/#/deliveries?operator=acme&state=dead")
+            await page.get_by_role("checkbox").first.check()
+            await page.get_by_role("link", name="Next page").click()
+            await expect(page.get_by_role("checkbox")).to_have_count(10)
+            await page.get_by_role("button", name="Select all on this page").click()
+            await expect(page.get_by_text("11 selected, on all pages")).to_be_visible()
+            await page.get_by_role("button", name="Discard selected").click()
+            await page.get_by_role("dialog").get_by_role("button", name="Discard 11").click()
+            assert d.store.figures_of("acme").dead == 60  # the field for the note is empty, and required
+            await page.get_by_label("Why").fill("a test's")
+            await expect(page.get_by_role("dialog").locator("pre")).to_contain_text("--note 'a test'\\''s'")
+            await page.get_by_role("dialog").get_by_role("button", name="Discard 11").click()
+            await expect(page.get_by_role("status")).to_contain_text("11 deliveries are discarded")
+            assert d.store.figures_of("acme").dead == 49
+            await page.goto(d.api + "/console/#/operator/acme")
+            await expect(page.get_by_text("Last results of the latest 60: 60 code_999")).to_be_visible()
+            await page.get_by_role("button", name="Discard all dead").click()
+            await expect(page.get_by_role("dialog")).to_contain_text("There are 49: 49 code_999")
+            await page.get_by_label("Why").fill("a test's")
+            await page.get_by_label("Why").press("Enter")
+            await expect(page.get_by_role("status")).to_contain_text("49 deliveries of acme are discarded")
+            assert d.store.figures_of("acme").dead == 0
+            page_of_dead = await d.store.deliveries(operator="acme", sink=None, state="dead", limit=1, after=None)
+            assert '"anna"' in str(page_of_dead.rows[0].discarded)
+
+
+@needs_chromium
+async def test_an_operator_is_tried_by_a_notice_and_by_the_checks(tmp_path: Path) -> None:
+    """While it is held: what is tried is no delivery. The results stay while other views are looked at."""
+    async with served(Endpoint("HTML at malformed JSON", SHIPPED["v4.01"])) as endpoint:
+        url = {"provider_id": "luckymonaco", "dialect": "v4.01", "accept": ["v4.01"]}
+        toml = with_tokens(tmp_path, operator_table("acme", endpoint.url, **url))
+        async with serving(tmp_path, toml) as d, browser() as page:
+            await sign_in(page, d.api + "/console/")
+            async with d.client.post(d.api + "/v1/operators/acme/hold", headers=bearer(TOKEN)) as answer:
+                assert answer.status == 200
+            await page.goto(d.api + "/console/#/operator/acme")
+            await page.get_by_role("button", name="Send test notice").click()
+            await page.get_by_label("Session").fill("it's mine")
+            command = "lmdaemon send acme --yes --session 'it'\\''s mine'"
+            await expect(page.get_by_role("dialog").locator("pre")).to_have_text(command)
+            await page.get_by_role("dialog").get_by_role("button", name="Send test notice").click()
+            await expect(page.get_by_role("status")).to_contain_text("Test notice to acme: delivered.")
+            await expect(page.locator("pre").first).to_contain_text("it's mine")
+            await expect(page.locator("pre").nth(1)).to_contain_text("HTTP 200")
+            await page.get_by_role("button", name="Check endpoint").click()
+            await expect(page.get_by_role("dialog").locator("pre")).to_have_text("lmdaemon check acme")
+            await page.get_by_role("dialog").get_by_role("button", name="Check").click()
+            await expect(page.get_by_role("status")).to_contain_text("acme is being checked")
+            await page.get_by_role("link", name="Events").click()
+            await expect(page.get_by_role("heading", name="Events")).to_be_visible()
+            await page.go_back()
+            await expect(page.get_by_text(re.compile(r"\d+ of \d+: "))).to_be_visible()
+            failed = page.locator("details", has_text="strictness.malformed")
+            await failed.locator("summary").click(timeout=120_000)
+            await expect(failed).to_contain_text("What to do:")
+            await expect(failed).to_contain_text("<h1>Server Error</h1>")
+            await page.get_by_role("button", name="Stop").click()
+            await expect(page.get_by_text("Stopped.")).to_be_visible()
+            assert d.store.figures_of("acme").pending == 0
 
 
 @needs_chromium
@@ -280,7 +355,7 @@ async def test_a_token_that_may_only_read_sees_why_nothing_can_be_changed(tmp_pa
         await sign_in(page, d.api + "/console/", READ_TOKEN)
         await page.goto(d.api + "/console/#/operator/acme")
         await expect(page.get_by_text("This token may only read")).to_be_visible()
-        for name in ("Hold", "Release", "Probe", "Retry all dead"):
+        for name in ("Hold", "Release", "Probe", "Send test", "Check endpoint", "Retry all dead", "Discard all dead"):
             await expect(page.get_by_role("button", name=name)).to_be_disabled()
 
 

@@ -1,7 +1,8 @@
 // Actions: each asks first, shows the same as a command, and says what happened.
 
 import { Gone, Problem, call } from "./api.js";
-import { command, count, h, replace, span } from "./dom.js";
+import { command, count, faint, h, replace, span } from "./dom.js";
+import { check as begin, showNotice } from "./trial.js";
 
 export const rights = { mayChange: true, name: null };
 let refresh = () => {};
@@ -23,26 +24,28 @@ export function said(error) {
   return error instanceof Problem ? `Refused (${error.status} ${error.code}): ${error.message}` : String(error);
 }
 
-export function action(label, wanted, { disabled = "" } = {}) {
+export function action(label, wanted, disabled = "") {
   const why = rights.mayChange ? disabled : "This token may only read.";
   return h("button", { type: "button", "data-key": "action " + label, disabled: Boolean(why), title: why || null,
     onclick: async () => {
       try {
-        confirm(await wanted());
+        confirm({ label, ...await wanted() });
       } catch (error) {
         say(said(error), true);
       }
     } }, label);
 }
 
-// wanted: title, text, fields (elements), command (a function), label, run (a function that returns what happened)
+// wanted: title, text, fields (elements), words of the command (a function), label, run (returns what happened)
 function confirm(wanted) {
   const dialog = document.getElementById("dialog");
   const line = h("code", {});
   const wrong = h("p", { class: "bad", role: "alert" });
-  const tell = () => replace(line, wanted.command());
-  const go = h("button", { type: "button", class: "main" }, wanted.label);
-  go.addEventListener("click", async () => {
+  const same = () => wanted.lines?.() ?? command(...wanted.words());
+  const tell = () => replace(line, same());
+  const go = h("button", { class: "main" }, wanted.label);
+  const form = h("form", { oninput: tell, onsubmit: async (event) => {
+    event.preventDefault();
     go.disabled = true;
     replace(wrong);
     try {
@@ -54,109 +57,141 @@ function confirm(wanted) {
       replace(wrong, said(error));
       go.disabled = false;
     }
-  });
-  const copy = h("button", { type: "button", onclick: () => navigator.clipboard?.writeText(wanted.command()) }, "Copy");
-  replace(dialog, h("h2", { id: "dialog-title" }, wanted.title), h("p", {}, wanted.text),
-    h("div", { class: "fields", oninput: tell }, wanted.fields ?? []),
-    h("p", { class: "faint" }, "The same as a command:"), h("pre", {}, line), wrong,
-    h("div", { class: "row" }, go, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), copy));
+  } }, h("div", { class: "fields" }, wanted.fields), faint("The same as a command:"), h("pre", {}, line), wrong,
+  h("div", { class: "row" }, go, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"),
+    h("button", { type: "button", onclick: () => navigator.clipboard?.writeText(same()) }, "Copy")));
+  replace(dialog, h("h2", { id: "dialog-title" }, wanted.title), h("p", {}, wanted.text), form);
   tell();
   dialog.showModal();
-  (wanted.fields?.length ? dialog.querySelector("input, select") : go).focus();
+  (form.querySelector("input, select") ?? go).focus();
 }
 
-const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
+const post = (path, body) => call("POST", "v1/" + path, body);
+const of = (operator, what, body) => post(`operators/${encodeURIComponent(operator)}/${what}`, body);
+const input = (options) => h("input", { maxlength: 256, autocomplete: "off", ...options });
+const label = (text, field) => h("label", {}, text, field);
+const options = (pairs) => h("select", {}, pairs.map(([value, text]) => h("option", { value }, text)));
+const given = (name, field) => (field.value ? { [name]: field.value } : {});
+const option = (name, field) => (field.value ? [name, field.value] : []);
+
+const HOURS = { "30m": 0.5, "1h": 1, "2h": 2, "8h": 8, "1d": 24 };
 
 export const hold = (operator) => action("Hold", () => {
-  const note = h("input", { maxlength: 256, autocomplete: "off" });
-  const until = h("select", {}, [["", "until it is released"], ["1800", "for 30 minutes"], ["3600", "for 1 hour"],
-    ["7200", "for 2 hours"], ["28800", "for 8 hours"], ["86400", "for 1 day"]].map(([value, text]) => h("option", { value }, text)));
-  const length = { 1800: "30m", 3600: "1h", 7200: "2h", 28800: "8h", 86400: "1d" };
+  const note = input();
+  const until = options([["", "until it is released"], ...Object.entries(HOURS).map(([value, hours]) => [value, "for " + span(hours * 3600)])]);
   return {
-    title: `Stop sending to ${operator}?`, label: "Hold",
+    title: `Stop sending to ${operator}?`,
     text: "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
-    fields: [h("label", {}, "Why (for whoever finds it held)", note), h("label", {}, "How long", until)],
-    command: () => command("hold", operator, ...(note.value ? ["--note", note.value] : []), ...(until.value ? ["--for", length[until.value]] : [])),
+    fields: [label("Why (for whoever finds it held)", note), label("How long", until)],
+    words: () => ["hold", operator, ...option("--note", note), ...option("--for", until)],
     run: async () => {
-      const body = { ...(note.value && { note: note.value }), ...(until.value && { forSeconds: Number(until.value) }) };
-      const done = await call("POST", at(operator) + "/hold", body);
+      const done = await of(operator, "hold", { ...given("note", note), ...(until.value && { forSeconds: HOURS[until.value] * 3600 }) });
       return done.changed ? `${operator} is ${done.keptBack}.` : `${operator} was held already.`;
     },
   };
 });
 
-export const release = (operator) => action("Release", () => ({
-  title: `Send to ${operator.operator} at once?`, label: "Release",
-  text: `Whatever keeps it back is over: a hold, its breaker, a Retry-After. ${count(operator.pending)} pending deliveries are sent as fast as its concurrency allows. To try one first, probe it.`,
-  command: () => command("release", operator.operator),
-  run: async () => {
-    const done = await call("POST", at(operator.operator) + "/release");
-    return done.changed ? `${operator.operator} is released.` : `Nothing kept ${operator.operator} back.`;
-  },
-}), { disabled: operator.keptBack ? "" : "Nothing keeps it back." });
+export const release = ({ operator, pending, keptBack }) => action("Release", () => ({
+  title: `Send to ${operator} at once?`,
+  text: `Whatever keeps it back is over: a hold, its breaker, a Retry-After. ${count(pending)} pending deliveries are sent as fast as its concurrency allows. To try one first, probe it.`,
+  words: () => ["release", operator],
+  run: async () => ((await of(operator, "release")).changed ? `${operator} is released.` : `Nothing kept ${operator} back.`),
+}), keptBack ? "" : "Nothing keeps it back.");
 
-export const probe = (operator) => action("Probe", () => ({
-  title: `Try one delivery to ${operator.operator} now?`, label: "Probe",
+export const probe = ({ operator, pending }) => action("Probe", () => ({
+  title: `Try one delivery to ${operator} now?`,
   text: "Its next delivery is sent once, whatever keeps the operator back. Success closes the breaker; a hold and a Retry-After stay.",
-  command: () => command("probe", operator.operator),
+  words: () => ["probe", operator],
   run: async () => {
-    const done = await call("POST", at(operator.operator) + "/probe");
-    return `Probe of ${operator.operator}: the delivery ${done.id} is ${done.state}` + (done.lastError && done.state !== "delivered" ? ` (${done.lastError}).` : ".");
+    const done = await of(operator, "probe");
+    return `Probe of ${operator}: the delivery ${done.id} is ${done.state}` + (done.lastError && done.state !== "delivered" ? ` (${done.lastError}).` : ".");
   },
-}), { disabled: operator.pending ? "" : "Nothing waits for it." });
+}), pending ? "" : "Nothing waits for it.");
 
-export const retryAll = (operator) => action("Retry all dead", async () => {
-  const name = operator.operator;
-  const { dryRun: found } = await call("POST", at(name) + "/deliveries/retry", { dryRun: true });
-  const reasons = Object.entries(found.reasons);
-  const which = h("select", {}, h("option", { value: "" }, `all (${count(found.found)})`),
-    reasons.map(([reason, many]) => h("option", { value: reason }, `only ${reason} (${count(many)})`)));
+const ONCE = "Its code may act on it. It is sent whatever keeps the operator back, is no delivery, and changes nothing here.";
+
+export const sendTest = (operator) => action("Send test notice", () => {
+  const [session, player] = [input({ placeholder: "made up" }), input({ placeholder: "made up" })];
   return {
-    title: `Retry the dead deliveries of ${name}?`, label: "Retry",
-    text: `There are ${count(found.found)}, of which ${count(found.canBeSent)} can be sent: ${reasons.map(([reason, many]) => `${count(many)} ${reason}`).join(", ") || "none"}. They become due again, at most ten a second, which takes ${span(found.seconds)}. What has been sent cannot be called back.`,
-    fields: [h("label", {}, "Which", which)],
-    command: () => command("deliveries", "retry", "--operator", name, ...(which.value ? ["--reason", which.value] : [])),
+    title: `Send a test notice to ${operator}?`, text: ONCE, fields: [label("Session", session), label("Player", player)],
+    words: () => ["send", operator, "--yes", ...option("--session", session), ...option("--player", player)],
     run: async () => {
-      const done = await call("POST", at(name) + "/deliveries/retry", which.value ? { reason: which.value } : {});
-      return `${count(done.retried)} deliveries of ${name} are due again.`;
+      const done = await of(operator, "send", { ...given("sessionId", session), ...given("playerId", player) });
+      showNotice(operator, done);
+      return `Test notice to ${operator}: ${done.meaning}.`;
     },
   };
-}, { disabled: operator.dead ? "" : "None is dead." });
+});
 
-export const retrySome = (selected) => action("Retry selected", () => retryThese(selected()));
-
-const retryThese = (ids) => ({
-  title: `Retry ${count(ids.length)} dead deliveries?`, label: `Retry ${count(ids.length)}`,
-  text: "They become due again. What has been sent cannot be called back.",
-  command: () => ids.map((id) => command("deliveries", "retry", id)).join("\n"),
+export const check = (operator) => action("Check endpoint", () => ({
+  title: `Run the checks against ${operator}?`, label: "Check",
+  text: `At most 120 notices, 5 a second, with ids that begin with "lmcheck": half a minute or more. ${ONCE} Closing this tab ends it.`,
+  words: () => ["check", operator],
   run: async () => {
-    let done = 0;
-    const refused = [];
-    for (const id of ids) {
+    await begin(operator, (error) => say(said(error), true));
+    return `${operator} is being checked.`;
+  },
+}));
+
+// Dead deliveries of an operator: they are counted first.
+const dead = (name, { operator, dead: many }, wanted) => action(name, async () => {
+  const { dryRun: found } = await of(operator, "deliveries/retry", { dryRun: true });
+  const reasons = Object.entries(found.reasons);
+  const which = options([["", `all (${count(found.found)})`], ...reasons.map(([reason, some]) => [reason, `only ${reason} (${count(some)})`])]);
+  const told = reasons.map(([reason, some]) => `${count(some)} ${reason}`).join(", ") || "none";
+  return wanted(operator, { ...found, told }, which);
+}, many ? "" : "None is dead.");
+
+export const retryAll = (one) => dead("Retry all dead", one, (operator, found, which) => ({
+  title: `Retry the dead deliveries of ${operator}?`, label: "Retry",
+  text: `There are ${count(found.found)}, of which ${count(found.canBeSent)} can be sent: ${found.told}. They become due again, at most ten a second, which takes ${span(found.seconds)}. What has been sent cannot be called back.`,
+  fields: label("Which", which),
+  words: () => ["deliveries", "retry", "--operator", operator, ...option("--reason", which)],
+  run: async () => `${count((await of(operator, "deliveries/retry", given("reason", which))).retried)} deliveries of ${operator} are due again.`,
+}));
+
+const why = () => input({ required: true });
+const STAY = "They stay dead, with this note, and no longer count; retrying one takes it back.";
+
+export const discardAll = (one) => dead("Discard all dead", one, (operator, found, which) => {
+  const note = why();
+  return {
+    title: `Discard the dead deliveries of ${operator}?`, label: "Discard",
+    text: `There are ${count(found.found)}: ${found.told}. ${operator} is never told of these ends. ${STAY}`,
+    fields: [label("Which", which), label("Why", note)],
+    words: () => ["deliveries", "discard", "--operator", operator, ...option("--reason", which), "--note", note.value],
+    run: async () => `${count((await of(operator, "deliveries/discard", { note: note.value, ...given("reason", which) })).discarded)} deliveries of ${operator} are discarded.`,
+  };
+});
+
+// A change of each of some dead deliveries; `ids` is a set, in which those stay that were refused.
+const some = (ids, what, name, off, told, text, note) => action(name, () => ({
+  title: `${name.split(" ")[0]} ${count(ids.size)} dead ${ids.size === 1 ? "delivery" : "deliveries"}?`, label: `${name.split(" ")[0]} ${count(ids.size)}`,
+  text, fields: note && label("Why", note),
+  lines: () => [...ids].slice(0, 5).map((id) => command("deliveries", what, id, ...(note ? ["--note", note.value] : []))).concat(ids.size > 5 ? "…" : []).join("\n"),
+  run: async () => {
+    const [refused, before] = [[], ids.size];
+    for (const id of [...ids]) {
       try {
-        await call("POST", `v1/deliveries/${id}/retry`);
-        done += 1;
+        await post(`deliveries/${id}/${what}`, note && { note: note.value });
+        ids.delete(id);
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
         refused.push(`${id}: ${error.message}`);
       }
     }
-    return `${count(done)} deliveries are due again.` + (refused.length ? ` Refused: ${refused.join("; ")}` : "");
+    const done = before - refused.length;
+    return `${count(done)} ${done === 1 ? "delivery is" : "deliveries are"} ${told}.` + (refused.length ? ` ${count(refused.length)} refused, such as ${refused[0]}.` : "");
   },
-});
+}), off);
 
-export const retryOne = (delivery) => action("Retry", () => ({
-  title: "Retry this dead delivery?", label: "Retry", text: `It becomes due again, for ${delivery.operator}.`,
-  command: () => command("deliveries", "retry", delivery.id),
-  run: async () => `${delivery.id} is ${(await call("POST", `v1/deliveries/${delivery.id}/retry`)).state} again.`,
-}), { disabled: delivery.state === "dead" ? "" : `Only a dead delivery can be retried; this one is ${delivery.state}.` });
+export const retrySome = (ids, name = "Retry selected") => some(ids, "retry", name, "", "due again", "They become due again. What has been sent cannot be called back.");
 
-export const close = (session) => action("Close session", () => ({
-  title: "Close this session?", label: "Close session",
-  text: `It ends now with the reason "closed", and ${session.operator} is told. This cannot be undone.`,
-  command: () => command("sessions", "close", session.operator, session.sessionId),
-  run: async () => {
-    const done = await call("POST", `${at(session.operator)}/sessions/${encodeURIComponent(session.sessionId)}/close`);
-    return `The session has ended: ${done.reason}.`;
-  },
-}), { disabled: session.state === "active" ? "" : "It has ended." });
+export const discardSome = (ids, name = "Discard selected", off = "") => some(ids, "discard", name, off, "discarded", "The operator is never told of these ends. " + STAY, why());
+
+export const close = ({ operator, sessionId, state }) => action("Close session", () => ({
+  title: "Close this session?",
+  text: `It ends now with the reason "closed", and ${operator} is told. This cannot be undone.`,
+  words: () => ["sessions", "close", operator, sessionId],
+  run: async () => `The session has ended: ${(await of(operator, `sessions/${encodeURIComponent(sessionId)}/close`)).reason}.`,
+}), state === "active" ? "" : "It has ended.");

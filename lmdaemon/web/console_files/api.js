@@ -49,11 +49,15 @@ export async function call(method, path, body, signal) {
 
 export const get = (path) => call("GET", path);
 
-// Server-sent events of one answer, until it ends. EventSource cannot send the token.
-export async function listen(signal, take) {
-  const answer = await ask("GET", "v1/events", undefined, signal);
+// Server-sent events, until the answer ends. EventSource can send no token.
+export async function open(method, path, signal) {
+  const answer = await ask(method, path, undefined, signal);
   if (!answer.ok) await refuse(answer);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  return answer.body;
+}
+
+export async function read(body, take) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
@@ -61,12 +65,7 @@ export async function listen(signal, take) {
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
-      let name = "";
-      let data = "";
-      for (const line of event.split("\n")) {
-        if (line.startsWith("event: ")) name = line.slice(7);
-        else if (line.startsWith("data: ")) data += line.slice(6);
-      }
+      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event) ?? [];
       if (name) take(name, JSON.parse(data));
     }
   }

@@ -1,7 +1,7 @@
 // The page as a whole: who is asked, which view is shown, and when it is refreshed.
 
 import { afterActions, rights, say } from "./act.js";
-import { Gone, Problem, get, listen, token } from "./api.js";
+import { Gone, Problem, get, open, read, token } from "./api.js";
 import { count, h, replace, time } from "./dom.js";
 import { STILL, VIEWS, note } from "./views.js";
 
@@ -102,7 +102,7 @@ async function hear() {
     const silence = new AbortController();
     let timer = setTimeout(() => silence.abort(), SILENT_MS);
     try {
-      await listen(silence.signal, (name, data) => {
+      await read(await open("GET", "v1/events", silence.signal), (name, data) => {
         clearTimeout(timer);
         timer = setTimeout(() => silence.abort(), SILENT_MS);
         notice("deaf");

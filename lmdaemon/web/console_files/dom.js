@@ -27,6 +27,10 @@ export function replace(place, ...children) {
   if (key) place.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
+export const faint = (...text) => h("p", { class: "faint" }, text);
+
+export const row = (...children) => h("div", { class: "row" }, children);
+
 const two = (number) => String(number).padStart(2, "0");
 
 // A wall time in UTC, with the local time in its title; null shows a dash.

@@ -2,14 +2,18 @@
 
 import * as act from "./act.js";
 import { get } from "./api.js";
-import { chart, command, count, facts, h, link, prose, query, replace, span, table, time, when } from "./dom.js";
+import { chart, command, count, facts, faint, h, link, prose, query, replace, row, span, table, time, when } from "./dom.js";
+import { latestOf } from "./trial.js";
 
 const PAGE = 50;
 const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
 const STATE = { pass: "good", warn: "warn", fail: "bad", delivered: "good", pending: "warn", dead: "bad", active: "good" };
 export const state = (text) => h("span", { class: "state " + (STATE[text] ?? "") }, text);
 
-const asCommand = (...words) => h("p", { class: "faint" }, "The same as a command: ", h("code", {}, command(...words)));
+const asCommand = (...words) => faint("The same as a command: ", h("code", {}, command(...words)));
+const operatorLink = ({ operator: name }) => link(name, "operator", name);
+const sessionLink = ({ operator: name, sessionId: id }) => link(id, "session", name, id);
+const h2 = (text) => h("h2", {}, text);
 
 function part(place, name) {
   let found = place.querySelector(`:scope > [data-part="${name}"]`);
@@ -17,8 +21,10 @@ function part(place, name) {
   return found;
 }
 
+const put = (place, name, ...children) => replace(part(place, name), ...children);
+
 function heading(place, text, title) {
-  replace(part(place, "heading"), h("h1", {}, text));
+  put(place, "heading", h("h1", {}, text));
   document.title = `${title ?? text} · lmdaemon`;
 }
 
@@ -39,7 +45,7 @@ async function overview(place, parts, asked) {
   const health = await get("health"); // which is told also where the store answers nothing
   const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
   const wrong = checks.filter(([, check]) => check.status !== "pass");
-  replace(part(place, "health"),
+  put(place, "health",
     h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
       h("p", {}, state(check.status), " ", h("strong", {}, name), check.output ? [": ", prose(check.output)] : ""),
@@ -47,21 +53,21 @@ async function overview(place, parts, asked) {
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
   const back = items.filter((one) => one.keptBack);
-  replace(part(place, "back"), back.length > 0 && h("h2", {}, `Kept back: ${count(back.length)}`),
+  put(place, "back", back.length > 0 && h2(`Kept back: ${count(back.length)}`),
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
-      h("h3", {}, link(one.operator, "operator", one.operator)), h("p", {}, prose(one.keptBack)),
+      h("h3", {}, operatorLink(one)), h("p", {}, prose(one.keptBack)),
       one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
       h("p", {}, `${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
     back.length > 8 && h("p", {}, `and ${count(back.length - 8)} more in the table below`));
   const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
-  replace(part(place, "charts"), h("h2", {}, "The last hour"),
-    h("p", { class: "faint" }, "One bar a minute, the newest at the right. Counted since the daemon's start."),
+  put(place, "charts", h2("The last hour"),
+    faint("One bar a minute, the newest at the right. Counted since the daemon's start."),
     h("div", { class: "tiles" }, chart("Ends", all.ends), chart("Delivered", all.delivered),
       chart("Failed attempts", all.failed, "", "bad"), chart("Touches", all.touches), chart("Lag of ends", all.lagMs, "ms")));
   listOperators(place, items, asked);
   const slowest = daemons.items.reduce((one, two) => (two.serviceLagMs > one.serviceLagMs ? two : one));
   const told = (one) => (one.self ? " (this one)" : "") + (one === slowest && one.serviceLagMs > 0 ? " (slowest clock)" : "");
-  replace(part(place, "daemons"), h("h2", {}, "Daemons"),
+  put(place, "daemons", h2("Daemons"),
     table("Daemons", ["Name", "Version", "Address", "Since", "Last heard", ["Operators", "number"], ["Behind", "number"]],
       daemons.items.map((one) => [[one.name, told(one)], one.version, one.address, when(one.since), time(one.lastHeardAt), count(one.operators.length), `${count(one.serviceLagMs)} ms`]), "None."));
 }
@@ -69,7 +75,7 @@ async function overview(place, parts, asked) {
 function listOperators(place, items, asked) {
   const whole = part(place, "operators");
   if (!whole.firstChild) {
-    whole.append(h("h2", {}, "Operators"), h("div", { class: "row" },
+    whole.append(h2("Operators"), h("div", { class: "row" },
       h("label", {}, "Name has", h("input", { type: "search", id: "operator-name", value: asked.name ?? "" }))), h("div"));
     whole.querySelector("input").addEventListener("input", () => { shownAt = 0; whole.draw(); });
   }
@@ -80,10 +86,10 @@ function listOperators(place, items, asked) {
     const turn = (label, by, off) => h("button", { type: "button", disabled: off, "data-key": label, onclick: () => { shownAt += by; whole.draw(); } }, label);
     replace(whole.lastChild,
       table("Operators", ["Operator", ["Live", "number"], ["Pending", "number"], ["Dead", "number"], ["Oldest", "number"], "State"],
-        found.slice(shownAt, shownAt + PAGE).map((one) => [link(one.operator, "operator", one.operator), count(one.live), count(one.pending),
+        found.slice(shownAt, shownAt + PAGE).map((one) => [operatorLink(one), count(one.live), count(one.pending),
           one.dead ? h("span", { class: "bad" }, count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
         items.length ? "No operator has this in its name." : "No operator is configured."),
-      found.length > PAGE && h("div", { class: "row" }, turn("Previous", -PAGE, shownAt === 0), turn("Next", PAGE, shownAt + PAGE >= found.length),
+      found.length > PAGE && row(turn("Previous", -PAGE, shownAt === 0), turn("Next", PAGE, shownAt + PAGE >= found.length),
         h("span", {}, `${count(shownAt + 1)} to ${count(Math.min(found.length, shownAt + PAGE))} of ${count(found.length)}, those in trouble first`)));
   };
   whole.draw();
@@ -96,15 +102,17 @@ async function operator(place, [name]) {
   const one = items.find((each) => each.operator === name);
   heading(place, name, name);
   if (!one) {
-    replace(part(place, "gate"), h("p", {}, "No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
+    put(place, "gate", h("p", {}, "No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
     return;
   }
-  replace(part(place, "gate"),
+  put(place, "gate",
     h("div", { class: `panel ${one.keptBack ? (one.held ? "warn" : "bad") : "good"}-edge` },
       h("p", {}, h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
-      one.outlook && h("p", {}, "By itself: ", prose(one.outlook))),
-    h("div", { class: "row" }, act.hold(name), act.release(one), act.probe(one), act.retryAll(one)),
-    act.rights.mayChange ? null : h("p", { class: "faint" }, "This token may only read, so nothing can be changed here."),
+      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
+      one.keptBack && h("p", {}, "You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
+        link("More in the runbook", "runbook", one.held ? "LmdaemonOperatorHeld" : "LmdaemonOperatorDown"))),
+    row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
+    act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
       ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`]],
       ["Dead", link(count(one.dead), "deliveries", { operator: name, state: "dead" })],
@@ -118,11 +126,21 @@ async function operator(place, [name]) {
       one.heldUntil && ["Released by itself", when(one.heldUntil)],
       ["Dialect", one.dialect]));
   const series = figures.spans.find((each) => each.stepSeconds === 60).series.find((each) => each.operator === name);
-  replace(part(place, "charts"), h("h2", {}, "The last hour"), series
+  put(place, "charts", h2("The last hour"), series
     ? h("div", { class: "tiles" }, chart("Ends", series.ends), chart("Delivered", series.delivered), chart("Failed attempts", series.failed, "", "bad"))
-    : h("p", { class: "faint" }, "No figures of it: nothing happened since the daemon's start, or it is not among the 100 busiest."));
-  const latest = await get("v1/deliveries" + query({ operator: name, limit: 10 }));
-  replace(part(place, "latest"), h("h2", {}, "Latest deliveries"), deliveryTable(latest.items), link("All of them", "deliveries", { operator: name }));
+    : faint("No figures of it: nothing happened since the daemon's start, or it is not among the 100 busiest."));
+  const trial = part(place, "trial");
+  const came = latestOf(name);
+  if (came && trial.firstChild !== came) replace(trial, came);
+  const { items: latest } = await get("v1/deliveries" + query({ operator: name, limit: 100 }));
+  const results = new Map();
+  for (const { attempts, lastError } of latest) {
+    const result = attempts ? lastError ?? "success" : "not tried";
+    results.set(result, (results.get(result) ?? 0) + 1);
+  }
+  const most = [...results].sort((a, b) => b[1] - a[1]).map(([result, many]) => `${many} ${result}`);
+  put(place, "latest", h2("Latest deliveries"), latest.length > 0 && faint(`Last results of the latest ${latest.length}: ${most.join(", ")}.`),
+    deliveryTable(latest.slice(0, 10)), link("All of them", "deliveries", { operator: name }));
 }
 
 // -- sessions
@@ -138,15 +156,15 @@ async function sessions(place, parts, asked) {
     } }, h("label", {}, "Id of a session or a player", id), h("button", { class: "main" }, "Find")));
   }
   if (!asked.id) {
-    replace(part(place, "found"), h("p", { class: "faint" }, "Sessions of all operators, also of those that have left the configuration."));
+    put(place, "found", faint("Sessions of all operators, also of those that have left the configuration."));
     return;
   }
   const pages = await Promise.all([get("v1/sessions" + query({ sessionId: asked.id, limit: PAGE })), get("v1/sessions" + query({ playerId: asked.id, limit: PAGE, after: asked.after }))]);
   const found = new Map();
   for (const one of pages.flatMap((page) => page.items)) found.set(JSON.stringify([one.operator, one.sessionId]), one);
-  replace(part(place, "found"),
+  put(place, "found",
     table("Sessions", ["Session", "Operator", "Player", "State", "Opened", "Last seen", "Ended"],
-      [...found.values()].map((one) => [link(one.sessionId, "session", one.operator, one.sessionId), link(one.operator, "operator", one.operator), one.playerId,
+      [...found.values()].map((one) => [sessionLink(one), operatorLink(one), one.playerId,
         [state(one.state), one.reason ? ` (${one.reason})` : ""], time(one.openedAt), time(one.lastSeenAt), time(one.endedAt)]), "No session and no player has this id."),
     pages[1].next && link("More of this player", "sessions", { id: asked.id, after: pages[1].next }),
     asCommand("find", asked.id));
@@ -155,15 +173,15 @@ async function sessions(place, parts, asked) {
 async function session(place, [name, id]) {
   heading(place, id, "Session " + id);
   if (id === "." || id === "..") {
-    replace(part(place, "facts"), h("p", {}, "A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
+    put(place, "facts", h("p", {}, "A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
     return;
   }
   const one = await get(`${at(name)}/sessions/${encodeURIComponent(id)}`);
-  replace(part(place, "facts"),
-    facts(["State", [state(one.state), one.reason ? `, ${one.reason}` : ""]], ["Operator", link(one.operator, "operator", one.operator)],
+  put(place, "facts",
+    facts(["State", [state(one.state), one.reason ? `, ${one.reason}` : ""]], ["Operator", operatorLink(one)],
       ["Player", link(one.playerId, "sessions", { id: one.playerId })], ["Idle time", span(one.idleTimeoutSeconds)],
       one.expiresAt && ["Expires, if nothing is heard", when(one.expiresAt)], ["Attributes", h("code", {}, JSON.stringify(one.attributes))]),
-    h("div", { class: "row" }, act.close(one)));
+    row(act.close(one)));
   const steps = [[one.openedAt, "Opened"], [one.lastSeenAt, "Last seen"]];
   if (one.endedAt) steps.push([one.endedAt, ["Ended: ", h("strong", {}, one.reason)]]);
   for (const each of one.deliveries) {
@@ -172,7 +190,7 @@ async function session(place, [name, id]) {
     else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", while the operator is held"]]);
   }
   steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
-  replace(part(place, "timeline"), h("h2", {}, "What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
+  put(place, "timeline", h2("What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
     asCommand("sessions", "show", name, id));
 }
 
@@ -182,11 +200,13 @@ function deliveryTable(items, box) {
   const heads = ["Delivery", "State", "Operator", "Session", "Sink", ["Attempts", "number"], "Created", "Next attempt", "Last answer"];
   return table("Deliveries", box ? ["Select", ...heads] : heads,
     items.map((one) => {
-      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), [state(one.state), one.discarded ? ", discarded" : ""], link(one.operator, "operator", one.operator), link(one.sessionId, "session", one.operator, one.sessionId), one.sink,
+      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), [state(one.state), one.discarded ? ", discarded" : ""], operatorLink(one), sessionLink(one), one.sink,
         count(one.attempts), time(one.createdAt), time(one.nextAttemptAt), [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ")];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
 }
+
+let chosen = { ids: new Set() }; // of one operator and sink
 
 async function deliveries(place, parts, asked) {
   heading(place, "Deliveries");
@@ -202,44 +222,49 @@ async function deliveries(place, parts, asked) {
   }
   const page = await get("v1/deliveries" + query({ operator: asked.operator, sink: asked.sink, state: asked.state, after: asked.after, limit: PAGE }));
   const list = part(place, "list");
-  const chosen = new Set([...list.querySelectorAll("input:checked")].map((one) => one.value));
-  const ids = () => [...list.querySelectorAll("tbody input:checked")].map((one) => one.value);
-  const retry = act.retrySome(ids);
+  const filter = query({ operator: asked.operator, sink: asked.sink });
+  if (chosen.filter !== filter) chosen = { filter, ids: new Set() };
+  const { ids } = chosen;
+  for (const one of page.items) if (one.state !== "dead") ids.delete(one.id);
+  const buttons = [act.retrySome(ids), act.discardSome(ids)];
+  const told = h("span");
   const tell = () => {
-    retry.disabled = !act.rights.mayChange || !ids().length;
-    retry.textContent = ids().length ? `Retry selected (${ids().length})` : "Retry selected";
-    retry.title = act.rights.mayChange ? "Only dead deliveries can be selected." : "This token may only read.";
+    for (const button of buttons) button.disabled = !act.rights.mayChange || !ids.size;
+    replace(told, ids.size ? `${count(ids.size)} selected, on all pages` : "Dead ones can be selected.");
   };
-  const box = (one) => one.state === "dead" && h("input", { type: "checkbox", value: one.id, checked: chosen.has(one.id), "data-key": "box " + one.id, "aria-label": "Select " + one.id });
-  const dead = page.items.some((one) => one.state === "dead");
+  const box = (one) => one.state === "dead" && h("input", { type: "checkbox", value: one.id, checked: ids.has(one.id), "data-key": "box " + one.id, "aria-label": "Select " + one.id });
+  const boxes = () => [...list.querySelectorAll("tbody input")];
   const all = h("button", { type: "button", "data-key": "all", onclick: () => {
-    const boxes = [...list.querySelectorAll("tbody input")];
-    const every = boxes.every((one) => one.checked);
-    for (const one of boxes) one.checked = !every;
-    tell();
+    const every = boxes().every((one) => one.checked);
+    for (const one of boxes()) one.checked = !every;
+    list.onchange();
   } }, "Select all on this page, or none");
-  replace(list, dead && h("div", { class: "row" }, retry, all), deliveryTable(page.items, dead ? box : undefined),
-    h("div", { class: "row" }, asked.after && link("First page", "deliveries", { ...asked, after: "" }), page.next && link("Next page", "deliveries", { ...asked, after: page.next })));
-  list.onchange = tell;
+  const dead = page.items.some((one) => one.state === "dead");
+  replace(list, (dead || ids.size > 0) && row(buttons, dead && all, told), deliveryTable(page.items, dead && box),
+    row(asked.after && link("First page", "deliveries", { ...asked, after: "" }), page.next && link("Next page", "deliveries", { ...asked, after: page.next })));
+  list.onchange = () => {
+    for (const one of boxes()) ids[one.checked ? "add" : "delete"](one.value);
+    tell();
+  };
   tell();
 }
 
 async function delivery(place, [id]) {
   const one = await get("v1/deliveries/" + encodeURIComponent(id));
   heading(place, id, "Delivery " + id);
-  replace(part(place, "facts"),
+  put(place, "facts",
     facts(["State", state(one.state)], one.discarded && ["Discarded", [when(one.discarded.at), one.discarded.by ? ` by ${one.discarded.by}` : "", `: ${one.discarded.note}`]],
-      ["Operator", link(one.operator, "operator", one.operator)], ["Session", link(one.sessionId, "session", one.operator, one.sessionId)],
+      ["Operator", operatorLink(one)], ["Session", sessionLink(one)],
       ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
-    h("div", { class: "row" }, act.retryOne(one)));
-  replace(part(place, "attempts"), h("h2", {}, "Attempts, the oldest first"),
+    one.state === "dead" && row(act.retrySome(new Set([id]), "Retry"), act.discardSome(new Set([id]), "Discard", one.discarded ? "It is discarded." : "")));
+  put(place, "attempts", h2("Attempts, the oldest first"),
     table("Attempts", ["Time", ["Took", "number"], "Sent to", ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
       one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, [each.url, each.address ? ` (${each.address})` : ""], each.status ?? "–", each.code ?? "–",
         each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."));
   const kept = one.request?.body === null ? "The body is no longer kept, once it was delivered; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
-  replace(part(place, "request"), h("h2", {}, "Request"),
-    one.request ? [h("pre", {}, one.request.curl), h("p", { class: "faint" }, kept)] : h("p", { class: "faint" }, "Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
+  put(place, "request", h2("Request"),
+    one.request ? [h("pre", {}, one.request.curl), faint(kept)] : faint("Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
     asCommand("deliveries", "show", id));
 }
 
@@ -265,15 +290,15 @@ function drawEvents() {
     drawing = null;
     const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
     const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
-    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), link(data.operator, "operator", data.operator), what(name, data)]),
+    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), operatorLink(data), what(name, data)]),
       "Nothing yet. What happens from now on is shown here."));
   }, 200);
 }
 
 function what(name, data) {
-  if (name === "session.ended") return [link(data.sessionId, "session", data.operator, data.sessionId), `: ${data.reason}`];
+  if (name === "session.ended") return [sessionLink(data), `: ${data.reason}`];
   if (name === "operator.changed") return data.held ? `held: ${data.heldReason}` : `breaker ${data.breaker}, ${count(data.pending)} pending`;
-  return [link(data.sessionId, "session", data.operator, data.sessionId), " ", link(data.id, "delivery", data.id), ": ", state(data.state), data.error ? ` (${data.error})` : "", data.dueAt ? [", again at ", time(data.dueAt)] : ""];
+  return [sessionLink(data), " ", link(data.id, "delivery", data.id), ": ", state(data.state), data.error ? ` (${data.error})` : "", data.dueAt ? [", again at ", time(data.dueAt)] : ""];
 }
 
 async function events(place) {
@@ -285,8 +310,8 @@ async function events(place) {
       pause.setAttribute("aria-pressed", String(paused));
       pause.textContent = paused ? "Continue" : "Pause";
     } }, paused ? "Continue" : "Pause");
-    form.append(h("div", { class: "row" }, h("label", {}, "Has the text", h("input", { type: "search", id: "event-filter", oninput: drawEvents })), pause),
-      h("p", { class: "faint" }, `What happened while this page was open, the newest first: at most ${KEPT} kept, 100 shown. In a terminal: `, h("code", {}, "lmdaemon events")));
+    form.append(row(h("label", {}, "Has the text", h("input", { type: "search", id: "event-filter", oninput: drawEvents })), pause),
+      faint(`What happened while this page was open, the newest first: at most ${KEPT} kept, 100 shown. In a terminal: `, h("code", {}, "lmdaemon events")));
   }
   part(place, "tail");
   drawEvents();
@@ -304,7 +329,7 @@ async function runbook(place, [name]) {
     if (piece.startsWith("`")) return h("code", {}, piece.slice(1, -1));
     return piece.startsWith("**") ? h("strong", {}, piece.slice(2, -2) + ": ") : piece;
   });
-  replace(part(place, "text"), name
+  put(place, "text", name
     ? [book[name] ? book[name].map((line) => h("p", {}, linked(line))) : h("p", {}, "There is no entry of this name."), h("p", {}, link("All entries", "runbook"))]
     : h("ul", {}, Object.keys(book).map((one) => h("li", {}, link(one, "runbook", one)))));
 }

@@ -1,6 +1,10 @@
 """What to do about a valid notice that was not taken: the one failure before which nothing else can be tried. Pure."""
 
+import json
+from urllib.parse import parse_qsl
+
 from lmdaemon.config.settings import Operator
+from lmdaemon.dialects import Dialect
 from lmdaemon.workbench import explain
 from lmdaemon.workbench.exchanges import Answer, Exchange
 
@@ -52,10 +56,19 @@ def _of_code(one: Exchange, operator: Operator) -> str:
     if one.code == operator.sends.codes.of("retry") or one.code == operator.sends.codes.of("final"):
         return "Look into the server's log for what went wrong inside."
     if explain.meaning_of(one.code, operator.sends) == "bad hash":
-        return "Give the key that the endpoint uses by --hash-key-file; hash every field but the hash, sorted by name."
+        return (
+            f"Hashed was {_hashed(one.asked.body, operator.sends)!r} followed by the key, as MD5 in hex: every field "
+            "but the hash, decoded, sorted by name. If that is what you do, another key was given by --hash-key-file."
+        )
     return (
         "It refuses what it does not know. Give it what it does: a test player of its own (--player, --token-file), "
         "open sessions of that player (--session-file), the provider's id "
         f"instead of {operator.provider_id} (--provider-id), "
         f"or the dialect of the page that it was written to instead of {operator.sends.name} (--dialect)."
     )
+
+
+def _hashed(body: bytes, dialect: Dialect) -> str:
+    """What the hash of this notice was made of, but for the key."""
+    fields = dict(parse_qsl(body.decode())) if dialect.content == "form" else json.loads(body)
+    return "&".join(f"{name}={value}" for name, value in sorted(fields.items()) if name != dialect.fields["hash"])

@@ -143,6 +143,7 @@ def html(report: Report) -> str:
         f"{report.started_at:%Y-%m-%d %H:%M:%S} UTC, {report.duration_ms / 1000:.1f} s, {report.requests} requests,",
         f"run {escape(report.run)}, lmdaemon {escape(__version__)}</p>",
         f"<p class=verdict>{escape(counts)}</p>",
+        *_html_lists(report),
     ]
     if report.stopped:
         parts.append(f"<p class=verdict>Not everything was tried: {escape(report.stopped)}</p>")
@@ -150,21 +151,35 @@ def html(report: Report) -> str:
         parts.append(f"<h2>{escape(group)}</h2>")
         parts += map(_html_result, results)
     parts.append("<h2>Only people can check</h2><ul>")
-    parts += [f"<li>{escape(one)}</li>" for one in BY_HAND]
+    parts += [f"<li>{_marked(one)}</li>" for one in BY_HAND]
     parts.append("</ul></body></html>\n")
     return "\n".join(parts)
+
+
+def _html_lists(report: Report) -> Iterator[str]:
+    """What failed and what was warned of, each leading to its place."""
+    for verdict in ("fail", "warn"):
+        ids = [escape(result.check.id) for result in report.results if result.verdict == verdict]
+        if ids:
+            links = ", ".join(f'<a href="#{one}">{one}</a>' for one in ids)
+            yield f'<p class="check {verdict}"><span class=verdict>{verdict}</span> {links}</p>'
+
+
+def _marked(text: str) -> str:
+    """Text for HTML; what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _html_result(result: Result) -> str:
     check = result.check
     head = (
-        f"<span class=verdict>{result.verdict}</span> <code>{escape(check.id)}</code> {escape(check.title)}"
-        f"<br>{escape(result.text)}"
+        f"<span class=verdict>{result.verdict}</span> <code>{escape(check.id)}</code> {_marked(check.title)}"
+        f"<br>{_marked(result.text)}"
     )
     if result.verdict not in ("warn", "fail"):
-        return f'<div class="check {result.verdict}">{head}</div>'
+        return f'<div id="{escape(check.id)}" class="check {result.verdict}">{head}</div>'
     shown = "".join(f"<pre>{escape(chr(10).join(exchange_lines(one)))}</pre>" for one in result.evidence)
     return (
-        f'<details open class="{result.verdict}"><summary>{head}</summary>'
-        f"<p>Why: {escape(check.why)}<br>Do: {escape(result.hint)}</p>{shown}</details>"
+        f'<details open id="{escape(check.id)}" class="{result.verdict}"><summary>{head}</summary>'
+        f"<p>Why: {_marked(check.why)}<br>Do: {_marked(result.hint)}</p>{shown}</details>"
     )

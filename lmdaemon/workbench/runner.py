@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from lmdaemon.clock import Clock
@@ -87,7 +88,9 @@ def chosen(only: Collection[str], skip: Collection[str]) -> tuple[Check, ...]:
     known = {check.id for check in CHECKS} | set(GROUPS)
     for name in (*only, *skip):
         if name not in known:
-            raise ValueError(f"no check and no group is called {name!r}; groups are {', '.join(GROUPS)}")
+            meant = get_close_matches(name, known, 1)
+            hint = f"did you mean {meant[0]}? Groups" if meant else "groups"
+            raise ValueError(f"no check and no group is called {name!r}; {hint} are {', '.join(GROUPS)}")
     return tuple(
         check
         for check in CHECKS

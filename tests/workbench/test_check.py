@@ -21,6 +21,7 @@ from lmdaemon.commands.recipient import stranger
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.bench import changed
 from lmdaemon.workbench.checks import CHECKS
+from lmdaemon.workbench.checks.idempotence import RACE
 from lmdaemon.workbench.notices import SESSIONS_NEEDED
 from lmdaemon.workbench.runner import Progress, Report, Runner, check_operator, chosen
 from lmdaemon.workbench.wire import REQUESTS_MAX
@@ -213,6 +214,24 @@ def test_only_and_skip_take_ids_and_groups() -> None:
     }
     with pytest.raises(ValueError, match="'nonsense'; groups are connection, answer"):
         chosen(["nonsense"], [])
+    with pytest.raises(ValueError, match=r"'strictnes\.method'; did you mean strictness\.method"):
+        chosen([], ["strictnes.method"])
+
+
+async def test_a_run_keeps_its_pace_and_its_bound_of_requests() -> None:
+    """As the endpoint sees them: ten at once are followed by a pause, so that the average holds."""
+    arrived: list[float] = []
+
+    class Counting(Endpoint):
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            arrived.append(asyncio.get_running_loop().time())
+            return await super().handle(request)
+
+    async with served(Counting()) as endpoint:
+        report = await checked(endpoint, limits=QUICK._replace(burst=False), per_second=40)
+    assert len(arrived) == report.requests <= REQUESTS_MAX
+    assert report.requests > 40
+    assert arrived[-1] - arrived[0] >= (report.requests - RACE) / 40 - 0.1
 
 
 # -- our own endpoint

@@ -67,7 +67,7 @@ def test_an_answer_that_is_too_long_and_one_that_never_came() -> None:
         (200, b"OK", 'Answer {"error": 0'),
         (204, b"", 'Answer {"error": 0'),
         (200, b'{"error":7}', "--player, --token-file"),
-        (200, b'{"error":5}', "--hash-key-file"),
+        (200, b'{"error":5}', "'playerId=p 1&sessionId=s' followed by the key"),
         (200, b'{"error":100}', "the server's log"),
         (401, b"", "https://USER:PASSWORD@"),
         (403, b"", "a firewall"),
@@ -78,7 +78,7 @@ def test_an_answer_that_is_too_long_and_one_that_never_came() -> None:
     ],
 )
 def test_a_valid_notice_that_is_not_taken_has_a_next_step(status: int, body: bytes, words: str) -> None:
-    asked = Asked("POST", "http://h/x", {}, b"")
+    asked = Asked("POST", "http://h/x", {}, b"hash=f00&sessionId=s&playerId=p+1")
     operator = to("http://h/x", sends=SHIPPED["pragmatic"])
     assert words in advice.of_valid(Exchange(asked, Answer(status, CIMultiDict(), body, True)), operator)
 

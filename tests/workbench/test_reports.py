@@ -54,7 +54,10 @@ async def test_the_html_page_needs_nothing_else_and_runs_nothing() -> None:
 
     Reader().feed(page)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in seen}
-    assert not [attrs for _, attrs in seen if {"src", "href", "onclick"} & attrs.keys()]
+    assert not [attrs for _, attrs in seen if {"src", "onclick"} & attrs.keys()]
+    links = [str(attrs["href"]) for _, attrs in seen if "href" in attrs]
+    assert "#strictness.method" in links
+    assert {link[1:] for link in links} <= {attrs.get("id") for _, attrs in seen}
     assert "&lt;script&gt;alert(1)" in page
     for check in CHECKS:
         assert f"<code>{check.id}</code>" in page

@@ -5,7 +5,7 @@ import math
 import socket
 import ssl
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -15,6 +15,7 @@ from lmdaemon.config.egress import private_address
 from lmdaemon.delivery.resolver import Resolver
 from lmdaemon.tls import EXPIRES_SOON
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
+from lmdaemon.workbench.exchanges import Exchange
 
 CONNECT_WITHIN_S = 5.0
 ADDRESSES_MAX = 8
@@ -205,27 +206,29 @@ _CROWD = (
 
 
 async def speed(bench: Bench) -> Finding:
-    other = ("strictness.slow-body", "connection.plain-http")
-    all_of_them = [one for check, some in bench.by_check.items() if check not in other for one in some]
-    timed = [one for one in all_of_them if one.answer is not None]
-    late = [one for one in all_of_them if one.cause == "timeout"]
-    timeout_s = bench.operator.policy.timeout_s
+    other = ("strictness.slow-body", "connection.plain-http", *_AT_ONCE)
+    alone = [one for check, some in bench.by_check.items() if check not in other for one in some]
+    late = [one for one in alone if one.cause == "timeout"]
     if late:
-        return Finding("fail", f"{len(late)} requests got no whole answer within {timeout_s:g} s", late[:1])
+        within = f"within {bench.operator.policy.timeout_s:g} s"
+        return Finding("fail", f"no whole answer came {within}, {len(late)} of {len(alone)} times", late[:1])
+    timed = _by_time(alone)
     if not timed:
         raise Skip("nothing was answered")
-    crowded = {id(one) for check in _AT_ONCE for one in bench.by_check.get(check, ())}
-    alone = sorted((one for one in timed if id(one) not in crowded), key=lambda one: one.duration_ms)
-    together = max((one for one in timed if id(one) in crowded), key=lambda one: one.duration_ms, default=None)
-    text = "nothing was answered alone"
-    if alone:
-        p95 = alone[math.ceil(len(alone) * 0.95) - 1]
-        text = f"p95 {p95.duration_ms} ms, slowest {alone[-1].duration_ms} ms of {len(alone)}"
-        if p95.duration_ms > SLOW_MS:
-            return Finding("warn", text, (alone[-1],))
-    if together is not None and together.duration_ms > SLOW_MS:
-        return Finding("warn", f"{text}, but {together.duration_ms} ms when several come at once", (together,), _CROWD)
+    p95 = timed[math.ceil(len(timed) * 0.95) - 1]
+    text = f"p95 {p95.duration_ms} ms, slowest {timed[-1].duration_ms} ms of {len(timed)}"
+    if p95.duration_ms > SLOW_MS:
+        return Finding("warn", text, (timed[-1],))
+    crowd = _by_time(one for check in _AT_ONCE for one in bench.by_check.get(check, ()))
+    if crowd and crowd[-1].duration_ms > SLOW_MS:
+        text += f", but {crowd[-1].duration_ms} ms when several come at once"
+        return Finding("warn", text, (crowd[-1],), _CROWD)
     return Finding("pass", text)
+
+
+def _by_time(some: Iterable[Exchange]) -> list[Exchange]:
+    """Those that were answered, the slowest last."""
+    return sorted((one for one in some if one.answer is not None), key=lambda one: one.duration_ms)
 
 
 CHECKS = (

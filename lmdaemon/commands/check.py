@@ -45,6 +45,12 @@ _SESSIONS = (
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
+    argument(
+        "--ca-file",
+        type=file,
+        metavar="FILE",
+        help="certificates of a private CA",
+    ),
     argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
     argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
     argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),

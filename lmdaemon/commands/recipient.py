@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdaemon.commands.configured import configured
-from lmdaemon.commands.shared import Usage, secret_file
+from lmdaemon.commands.shared import Usage, reason, secret_file
 from lmdaemon.config import target
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import DeliveryTable, Operator, Policy, Settings
@@ -15,7 +15,7 @@ from lmdaemon.config.values import duration, whsec
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
-from lmdaemon.tls import Profile
+from lmdaemon.tls import Pem, Profile
 from lmdaemon.workbench.bench import changed
 
 
@@ -44,6 +44,9 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
         changes["hash_key"] = secret_file(args.hash_key_file, "--hash-key-file")
     if getattr(args, "signing_secret_file", None):
         changes["signing_keys"] = signing_keys(args.signing_secret_file)
+    if getattr(args, "ca_file", None):
+        ca = Pem(args.ca_file, "")
+        changes |= {"ca_file": ca, "tls": _trusting(ca, operator)}
     if args.timeout:
         changes["policy"] = changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
     operator = changed(operator, **changes)
@@ -93,6 +96,16 @@ def _configured(settings: Settings, name: str, command: str) -> Operator:
     if missing:
         raise ConfigError([f"{settings.file}: {finding.replace(' unchecked:', '', 1)}" for finding in missing])
     return settings.operators[name]
+
+
+def _trusting(ca: Pem, operator: Operator) -> Profile:
+    """The operator's certificates with this CA. Raises Usage."""
+    profile = Profile(ca, operator.client_cert_file, operator.client_key_file)
+    try:
+        profile.context  # noqa: B018 - read now, so that what is wrong with the file is told
+    except OSError as error:
+        raise Usage(f"--ca-file: {ca.path} cannot be used: {reason(error)}") from None
+    return profile
 
 
 def signing_keys(path: Path) -> tuple[bytes, ...]:

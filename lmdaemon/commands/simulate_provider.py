@@ -34,6 +34,7 @@ from lmdaemon.workbench.storm import Mix
     argument("--provider-id", metavar="ID", help="towards the endpoint (default luckymonaco)"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
+    argument("--ca-file", type=file, metavar="FILE", help="certificates of a private CA"),
     argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
     argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
     argument("--timeout", metavar="SPAN", help="for an answer of the endpoint (default 10s)"),

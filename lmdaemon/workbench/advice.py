@@ -14,7 +14,8 @@ _UNANSWERED = {
     "dns": "Correct the host name in the URL, or its DNS records.",
     "timeout": "Store the notice, answer, and do the slow work afterwards. To wait longer, here and now: --timeout.",
     "private_address": "If that is meant: `allow_private_network` of the operator, or the target named by --url.",
-    "connection_lost": "The server closed the connection: look into its log for what it raised.",
+    "connection_lost": "The server closed the connection: look into its log for what it raised. If the port speaks "
+    "TLS, the URL must begin with https://.",
     "bad_http": "Something other than an HTTP server listens there, or HTTPS where the URL says http://.",
 }
 
@@ -31,7 +32,7 @@ def of_valid(one: Exchange, operator: Operator) -> str:
 def _of_tls(detail: str) -> str:
     if "WRONG_VERSION" in detail or "HTTP_REQUEST" in detail:
         return "The port speaks no TLS: write http:// if that is meant, or give the port that does."
-    return "See connection.tls; a private CA is named by `ca_file` of an operator in the configuration."
+    return "See connection.tls. The certificate of a private CA is named by --ca-file, or by `ca_file` of the operator."
 
 
 def _of_status(answer: Answer, operator: Operator) -> str:

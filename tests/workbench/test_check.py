@@ -540,6 +540,21 @@ async def test_check_prints_what_is_wrong_why_and_what_was_seen(tmp_path: Path) 
     ]
 
 
+async def test_check_trusts_a_private_ca_that_is_named(tmp_path: Path) -> None:
+    authority = make(tmp_path, "ca", authority=True)
+    server = make(tmp_path, "server", authority)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.cert, server.key)
+    secret(tmp_path / "token", TOKEN)
+    async with served(Endpoint(), context) as endpoint:
+        words = ("check", "--url", endpoint.url, "--token-file", "token", "--burst", "--only", "connection.tls")
+        stranger = await asyncio.to_thread(run, *words, cwd=tmp_path)
+        done = await asyncio.to_thread(run, *words, "--ca-file", str(authority.cert), cwd=tmp_path)
+    assert stranger.returncode == 1
+    assert "--ca-file" in stranger.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path) -> None:
     secret(tmp_path / "token", TOKEN)
     async with served(Endpoint("repeats the token")) as endpoint:
@@ -563,6 +578,7 @@ async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path)
         ("check --url http://h --only nonsense", "no check and no group is called 'nonsense'"),
         ("check --url http://h --dialect pragmatic", "dialect pragmatic needs --hash-key-file"),
         ("check --url http://h --session-file nowhere", "--session-file: nowhere cannot be read"),
+        ("check --url https://h --ca-file config.toml", "--ca-file: config.toml cannot be used: "),
         ("check --url nonsense", "--url: must be a URL such as"),
     ],
 )

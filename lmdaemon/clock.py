@@ -39,6 +39,7 @@ class ServiceClock:
         self._ms = float(service_ms)
         self._read_at = clock.monotonic()
         self.frozen: set[str] = set()  # the reasons, of FREEZES, for which it is stopped now
+        self.limit_ms: int | None = None  # it waits here for other daemons on the same database
         self.stalled_s = 0.0  # sum of all gaps that were not counted
 
     def now_ms(self) -> int:
@@ -49,8 +50,13 @@ class ServiceClock:
         if self.frozen or gap > STALL_S:
             self.stalled_s += gap
         else:
-            self._ms += gap * 1000
+            further = self._ms + gap * 1000
+            self._ms = further if self.limit_ms is None else max(self._ms, min(further, self.limit_ms))
         return int(self._ms)
+
+    def advance_to(self, at_least_ms: int) -> None:
+        """Goes on from there, if it has not come so far by itself."""
+        self._ms = max(self._ms, at_least_ms)
 
     def freeze(self, reason: str) -> None:
         """Stops the clock because touches cannot be received or stored. Each reason is lifted by `thaw`."""

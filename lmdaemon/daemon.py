@@ -272,7 +272,10 @@ class Daemon:
         operators = self.settings.operators
         pausing = frozenset(name for name, operator in operators.items() if operator.mass_expiry == "pause")
         grace_ms = int(self.settings.restart_grace_s * 1000)
-        self._store.configure(frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms)
+        daemon_grace_ms = int(self.settings.daemon_grace_s * 1000)
+        self._store.configure(
+            frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms, daemon_grace_ms
+        )
         self._endpoint.configure(self.settings, self._reloader.plugins)
         self._api.configure(self.settings)
         self._dispatcher.configure(self.settings, self._reloader.plugins)

@@ -33,7 +33,7 @@ class Sweeper(StoreObserver):
         self._store = store
         self._clock = clock
         self._service = store.service_clock
-        self._grace_s = restart_grace_s
+        self._grace_s = 0.0 if store.joined_others else restart_grace_s
         self._started = clock.monotonic()
         self._stalled_s = self._service.stalled_s
         self._stalled_before_s = self._service.stalled_s

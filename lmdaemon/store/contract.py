@@ -430,14 +430,21 @@ class Store(Protocol):
     next_lifetime_at: int | None
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
     pausing: frozenset[str]  # as given to `configure`
+    joined_others: bool  # at the start: then no restart grace applies, for touches could be heard all the while
 
     def configure(
-        self, operators: frozenset[str], sinks_of: SinksOf, pausing: frozenset[str] = frozenset(), grace_ms: int = 0
+        self,
+        operators: frozenset[str],
+        sinks_of: SinksOf,
+        pausing: frozenset[str] = frozenset(),
+        grace_ms: int = 0,
+        daemon_grace_ms: int = 0,
     ) -> None:
         """Takes over what follows from the settings, for all batches from the next one on.
 
         Sessions of `operators` alone end for inactivity or age. The ends for inactivity of those in `pausing` wait
-        while their touches have stopped, and for `grace_ms` of service time when touches have come again.
+        while their touches have stopped, and for `grace_ms` of service time when touches have come again. All of them
+        wait for `daemon_grace_ms` of service time when another daemon on the database was lost.
         """
 
     def introduce(self, address: str, digest: str) -> None:
@@ -446,6 +453,11 @@ class Store(Protocol):
     def owns(self, operator: str) -> bool:
         """Whether this daemon, and no other one on the database, ends the operator's idle sessions and delivers for
         it. With a file there is no other one.
+        """
+
+    def let_go(self, operator: str) -> None:
+        """Nothing is under way any more for an operator that this daemon has ceased to own. Another one begins to
+        deliver for it when it has been told this; without it, after a minute.
         """
 
     async def daemons(self) -> Sequence[Member]:

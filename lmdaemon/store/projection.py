@@ -49,17 +49,24 @@ class Projection:
         self.next_lifetime_at: int | None = None
         self.touched_ms: dict[str, int] = {}
         self.pausing: frozenset[str] = frozenset()
-        self.grace_ms = 0
+        self.grace_ms = self.daemon_grace_ms = 0
+        self.joined_others = False
         self._pauses: dict[str, silence.Pause] = {}
         self.observers: tuple[StoreObserver, ...] = ()
         self._last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
 
     def configure(
-        self, operators: frozenset[str], sinks_of: SinksOf, pausing: frozenset[str] = frozenset(), grace_ms: int = 0
+        self,
+        operators: frozenset[str],
+        sinks_of: SinksOf,
+        pausing: frozenset[str] = frozenset(),
+        grace_ms: int = 0,
+        daemon_grace_ms: int = 0,
     ) -> None:
         """Takes over what follows from the settings, as `Store` has it."""
         self.configured, self.sinks_of, self.pausing, self.grace_ms = operators, sinks_of, pausing, grace_ms
+        self.daemon_grace_ms = daemon_grace_ms
 
     def introduce(self, address: str, digest: str) -> None:
         """Tells what others are shown of this daemon, as `Store` has it."""
@@ -68,6 +75,9 @@ class Projection:
     def owns(self, operator: str) -> bool:
         """Whether this daemon ends and delivers for the operator, as `Store` has it: here it is the only one."""
         return True
+
+    def let_go(self, operator: str) -> None:
+        """Nothing is under way any more for an operator, as `Store` has it."""
 
     async def daemons(self) -> Sequence[Member]:
         """The daemons on the database, as `Store` has it: here only this one."""
@@ -117,14 +127,18 @@ class Projection:
         """Of each operator that was touched: the time, and whether its ends go on."""
         self._pauses.update(changes.pauses)
         for operator in changes.touched:
-            pause = self._pauses.get(operator)
-            if pause is not None:
-                after = silence.touched(pause, self.touched_ms.get(operator, 0), changes.seen_ms, self.grace_ms)
-                if after is None:
-                    del self._pauses[operator]
-                else:
-                    self._pauses[operator] = after
-            self.touched_ms[operator] = changes.seen_ms
+            self.note_touch(operator, changes.seen_ms)
+
+    def note_touch(self, operator: str, at_ms: int) -> None:
+        """A session of the operator was touched at this service time."""
+        before_ms, pause = self.touched_ms.get(operator, 0), self._pauses.get(operator)
+        if pause is not None:
+            after = silence.touched(pause, before_ms, at_ms, self.grace_ms)
+            if after is None:
+                del self._pauses[operator]
+            else:
+                self._pauses[operator] = after
+        self.touched_ms[operator] = max(before_ms, at_ms)
 
     def observe(self, observer: StoreObserver) -> None:
         """Calls one more observer after each commit from now on."""

@@ -52,6 +52,8 @@ RETRY_ROWS = 500
 REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again after this time
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
+ANY = 2**31 - 1  # as many attempts as there may be
+
 OPEN_GATE = Gate()
 
 
@@ -73,6 +75,7 @@ class World(NamedTuple):
     pauses: Mapping[str, silence.Pause] = MappingProxyType({})
     touched_ms: Mapping[str, int] = MappingProxyType({})  # service time of the latest touch, by operator
     figures: Mapping[str, Figures] = MappingProxyType({})
+    elsewhere: Callable[[str], bool] = lambda operator: False  # whether another daemon owns the operator
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +83,9 @@ class Questions:
     """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
     sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: what is known of them?
-    results: list[int] = field(default_factory=list)  # deliveries with a result: which of them are pending?
+    # deliveries with a result, and the most attempts there can have been: which of them are pending? A success counts
+    # in any case, a failure unless another daemon has attempted the delivery since.
+    results: list[tuple[int, int]] = field(default_factory=list)
     sweeps: int = 0  # number of sweeps: which sessions, SWEEP_ROWS for each, are past their maximum lifetime?
     due_ms: int | None = None  # and which are due at this service time?
     retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
@@ -131,7 +136,7 @@ def questions(batch: Iterable[Any]) -> Questions:
             case Opening() | Recording() | Closing():
                 asked.sessions.setdefault(one.operator, set()).add(one.session_id)
             case Settlement():
-                asked.results.append(one.delivery.id)
+                asked.results.append((one.delivery.id, ANY if one.state == "delivered" else _attempts(one)))
             case Sweep():
                 asked.sweeps += 1
                 if one.as_of_ms is not None:
@@ -554,8 +559,15 @@ class _Deliveries:
             self._changes.answers.append(self._settled_one(one))
 
     def _settled_one(self, one: Settlement) -> Settled:
-        """Stores one result. If the delivery was settled before, only the gate changes."""
+        """Stores one result. If the delivery was settled before, only the gate changes.
+
+        Of an operator that another daemon has taken over meanwhile only a success counts, and its gate is left alone.
+        """
         delivery, due_at = one.delivery, self._now + one.wait_ms
+        is_late = self._world.elsewhere(delivery.operator)
+        if is_late and one.state != "delivered":
+            before = self._gate(delivery.operator)
+            return Settled(due_at, before, before)
         if self._is_pending(delivery.id):
             self._changes.results[delivery.id] = _result(one, due_at, self._now)
             if one.state == "pending":
@@ -569,7 +581,7 @@ class _Deliveries:
                     # The nonce serves as salt: a salt need not be secret, it only makes hashes of equal tokens differ
                     self._changes.digests.append((delivery.session, digest(delivery.token, delivery.nonce[:16])))
         before, alter = self._gate(delivery.operator), one.gate
-        if alter is None:
+        if alter is None or is_late:
             return Settled(due_at, before, before)
         return Settled(due_at, before, self._alter(delivery.operator, lambda gate: alter(gate, self._now)))
 
@@ -720,6 +732,11 @@ def _touched(touching: Touching, decided: _Decided, active: Iterable[str], ended
     )
 
 
+def _attempts(settlement: Settlement) -> int:
+    """The number of attempts, this one included."""
+    return settlement.delivery.attempts + bool(settlement.attempt and settlement.spent)
+
+
 def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]:
     """A row as in RESULT."""
     delivery, attempt = settlement.delivery, settlement.attempt or {}
@@ -728,7 +745,7 @@ def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]
         history.append(attempt)
     return (
         *(delivery.id, settlement.state, due_at, None if settlement.state == "pending" else now_at),
-        *(delivery.attempts + bool(attempt and settlement.spent), settlement.step),
+        *(_attempts(settlement), settlement.step),
         attempt.get("status", delivery.last_status),
         attempt.get("code", delivery.last_code),
         attempt.get("error", delivery.last_error),

@@ -174,6 +174,6 @@ def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
         load.closed.add(name)
     first.popen.send_signal(signal.SIGCONT)
     assert first.popen.wait(60) == 1
-    assert "was put out by another lmdaemon" in first.log.read_text()
+    assert "is in use by another lmdaemon" in first.log.read_text()
     assert_nothing_lost(server, wallet, load)
     assert second.stop() == 0

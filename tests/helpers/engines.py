@@ -115,6 +115,7 @@ class PostgresEngine(Engine):
         store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime)
         writer = asyncio.create_task(store.run())
         try:
+            await store.probe()  # joins
             yield store
         finally:
             writer.cancel()
@@ -122,11 +123,24 @@ class PostgresEngine(Engine):
             await store.close()
 
     def kill(self) -> None:
-        """As when somebody else has found that its row stands still."""
+        """The database gets another name, by which the store does not know it; and it is found that its row stands
+        still.
+        """
+        old, new = self.name, f"{self.name}_left"
+        self.url = psycopg.conninfo.make_conninfo(self.url, dbname=new)
+        with psycopg.connect(self.url, dbname="postgres", autocommit=True) as sql:
+            sql.execute(f"ALTER DATABASE {old} ALLOW_CONNECTIONS false")
+            sql.execute(END_OTHERS.replace("current_database()", f"'{old}'"))
+            sql.execute(f"ALTER DATABASE {old} RENAME TO {new}")
+            sql.execute(f"ALTER DATABASE {new} ALLOW_CONNECTIONS true")
         with self._connection() as sql:
             sql.execute("UPDATE lmdaemon.clock SET service_ms = heard_ms, wall_at = m.wall_at FROM lmdaemon.member m")
             sql.execute("DELETE FROM lmdaemon.member")
-            sql.execute(END_OTHERS)
+            sql.execute("UPDATE lmdaemon.owner SET member = 0")
+
+    @property
+    def name(self) -> str:
+        return str(psycopg.conninfo.conninfo_to_dict(self.url)["dbname"])
 
     @contextlib.contextmanager
     def outage(self) -> Iterator[None]:

@@ -45,8 +45,9 @@ def postgres_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngi
     name = f"lmdaemon_test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(url, autocommit=True) as sql:
         sql.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        yield PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))
-        sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        engine = PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))
+        yield engine
+        sql.execute(f"DROP DATABASE {engine.name} WITH (FORCE)")
 
 
 NUMBERS = count()
@@ -62,8 +63,8 @@ def engine(sqlite_engine: SqliteEngine) -> Engine:
 async def db(engine: Engine, clock: HandClock) -> AsyncIterator[Store]:
     """The operators acme and other are configured, and every end has one delivery, by HTTP."""
     async with engine.open(clock) as opened:
-        opened.configured = frozenset({"acme", "other"})
-        opened.sinks_of = lambda session: [NewDelivery("http", BODY)]
+        opened.configure(frozenset({"acme", "other"}), lambda session: [NewDelivery("http", BODY)])
+        await opened.end_due(idle=True)  # nothing; by then it owns them
         yield opened
         assert_figures_are_true(engine, opened)
 

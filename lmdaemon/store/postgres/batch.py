@@ -7,6 +7,7 @@ statement checks what the changes were decided on; where that is no longer so it
 decided again. Rows are locked in the order of their ids. Rows go in as one JSON text a statement.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ import orjson
 import psycopg
 
 from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session
-from lmdaemon.store.contract import SWEEP_ROWS, Opening, Recording, StoreError
+from lmdaemon.store.contract import SWEEP_ROWS, Figures, Opening, Recording, StoreError, Sweep
+from lmdaemon.store.postgres.cluster import AHEAD_MS
+from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.errors import meaning
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.rules import (
@@ -34,9 +37,11 @@ from lmdaemon.store.rules import (
 )
 
 DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
+OPERATORS_AT_ONCE = 16  # whose due sessions one sweep reads, so that it reads few that it cannot end
 TRIES = 10  # to decide a batch again because somebody else has changed what it was decided on
 
 GATE = tuple(field.name for field in fields(Gate))
+FIGURE = ("live", "pending", "dead", "opened", "made", "touched_ms")  # columns of `figure`
 SESSION = ", ".join(Session._fields)
 DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{name}" for name in Delivery._fields)
 
@@ -67,14 +72,26 @@ def _count(statement: str, rows: str) -> str:
 
 # Sessions of one operator by their ids.
 SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
-# Which of these deliveries are pending.
-PENDING_OF = "SELECT id FROM lmdaemon.delivery WHERE id = ANY (%s) AND state = 'pending'"
-# Active sessions that may be idle for too long, the earliest due first.
-DUE = f"SELECT {SESSION} FROM lmdaemon.session WHERE reason IS NULL AND due_ms <= %s ORDER BY due_ms LIMIT %s"
-# Active sessions past their lifetime, the longest first.
+# Which of these deliveries are pending, and have not been attempted more often than the result says.
+PENDING_OF = f"""
+SELECT d.id FROM {given("id", "attempts")} AS result JOIN lmdaemon.delivery d USING (id)
+WHERE d.state = 'pending' AND d.attempts <= result.attempts"""
+# Active sessions of some operators that may be idle for too long, the earliest due first.
+DUE = f"""
+SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
+    SELECT {SESSION}, due_ms FROM lmdaemon.session
+    WHERE operator = its.name AND reason IS NULL AND due_ms <= %s ORDER BY due_ms LIMIT %s) AS due
+ORDER BY due_ms LIMIT %s"""
+# Active sessions of some operators past their lifetime, the longest first.
 DUE_LIFETIME = f"""
-SELECT {SESSION} FROM lmdaemon.session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= %s
+SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
+    SELECT {SESSION} FROM lmdaemon.session
+    WHERE operator = its.name AND reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= %s
+    ORDER BY lifetime_at LIMIT %s) AS outlived
 ORDER BY lifetime_at LIMIT %s"""
+# How far the slowest of the other daemons has heard, and before which time nothing ends for inactivity.
+SLOWEST = """
+SELECT (SELECT min(heard_ms) FROM lmdaemon.member WHERE id <> %s), hold_until_ms FROM lmdaemon.clock"""
 # A delivery that may be sent, now or again; an http one without a body could never be composed.
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 # Which of these deliveries are dead and may be sent, with their sinks.
@@ -98,47 +115,71 @@ OLD_DELIVERIES = f"SELECT {', '.join(OldDelivery._fields)} FROM lmdaemon.deliver
 GATES = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator WHERE name = ANY (%s)"
 # Whether touched sessions are active.
 STATES = "SELECT session_id, reason IS NULL FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
-# The next deadlines of the whole table.
+# The next deadlines of some operators.
 NEXT = """
-SELECT (SELECT due_ms FROM lmdaemon.session WHERE reason IS NULL ORDER BY due_ms LIMIT 1),
-       (SELECT lifetime_at FROM lmdaemon.session WHERE reason IS NULL AND lifetime_at IS NOT NULL
-        ORDER BY lifetime_at LIMIT 1)"""
+SELECT its.name,
+       (SELECT due_ms FROM lmdaemon.session WHERE operator = its.name AND reason IS NULL ORDER BY due_ms LIMIT 1),
+       (SELECT lifetime_at FROM lmdaemon.session
+        WHERE operator = its.name AND reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1)
+FROM unnest(%s::text[]) AS its (name)"""
+# The same, and tells the other daemons: the earliest of these, and of the rest of this daemon's operators.
+NEXT_TOLD = f"""
+WITH next (name, due_ms, lifetime_at) AS MATERIALIZED ({NEXT}),
+told AS (UPDATE lmdaemon.member SET next_due_ms = least(%s::bigint, (SELECT min(due_ms) FROM next)) WHERE id = %s)
+SELECT * FROM next"""
 
 # -- apply
 
-# The fence, and the clock as of this transaction. Only the daemon itself updates its row, so nobody waits for it but
-# those who want to delete it.
-FENCE = _count(
-    "UPDATE lmdaemon.member SET heard_ms = %s, wall_at = %s, batch = batch + 1 WHERE id = %s AND batch = %s - 1",
-    rows="",
-)
+# The fence: what the daemon tells the others, and what they have told. Only the daemon itself updates its row, so
+# nobody waits for it but those who want to delete it.
+FENCE = f"""
+WITH changed AS (
+    UPDATE lmdaemon.member SET heard_ms = %s, wall_at = %s, known_at = %s, next_due_ms = %s, batch = batch + 1
+    WHERE id = %s AND batch = %s - 1 RETURNING 1)
+SELECT 1 / (count(*) = 1)::int, {NOW}, {OTHERS} FROM changed"""
+# The stamp of what was heard by this daemon's time: not below any clock at this moment, as `cluster.stamp_ms` has it.
+# What has gone may have been followed until then.
+STAMP = f"""stamp AS MATERIALIZED (
+    SELECT greatest(heard, least(heard + {AHEAD_MS}, max(reached) + 1)) AS ms
+    FROM (SELECT %s::bigint AS heard, %s::bigint AS me, {NOW} AS at) AS here, LATERAL (
+        SELECT heard_ms + CASE WHEN at >= known_at THEN least(at - known_at, {AHEAD_MS}) ELSE {AHEAD_MS} END AS reached
+        FROM lmdaemon.member WHERE id <> me
+        UNION ALL SELECT service_ms FROM lmdaemon.clock) AS known
+    GROUP BY heard)"""
 # Touches the sessions that are active. Returns their operators and ids as JSON if some of those given were not active,
 # else NULL. ARRAY(SELECT …) hides from PostgreSQL's planner how many ids come: it then expects ten and uses the index.
-TOUCH = """
-WITH found AS MATERIALIZED (
+TOUCH = f"""
+WITH {STAMP},
+found AS MATERIALIZED (
     SELECT s.id, s.operator, s.session_id
     FROM unnest(ARRAY(SELECT json_array_elements_text(%s::json)), ARRAY(SELECT json_array_elements_text(%s::json)))
              AS given (operator, session_id)
     JOIN lmdaemon.session s ON s.operator = given.operator AND s.session_id = given.session_id
     WHERE s.reason IS NULL ORDER BY s.id FOR UPDATE OF s),
 touched AS (
-    UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, %s), seen_at = %s FROM found
+    UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, stamp.ms), seen_at = %s FROM found, stamp
     WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
 # Adds sessions.
 ADD_SESSIONS = f"""
+WITH {STAMP}
 INSERT INTO lmdaemon.session ({SESSION}, due_ms)
-SELECT {SESSION}, seen_ms + idle_ms FROM {given(*Session._fields)} AS new"""
-# Ends sessions that are active and, where that is the reason, have not been touched since that was found.
+SELECT {", ".join("stamp.ms" if name == "seen_ms" else name for name in Session._fields)}, stamp.ms + idle_ms
+FROM {given(*Session._fields)} AS new, stamp"""
+# Ends sessions that are active. For inactivity: those that have not been touched since that was found, if every daemon
+# has heard past their deadlines, and nothing has to wait for the clients of one that was put out.
 END = _count(
     """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
                           token = ended.token, ended_request = ended.request
        FROM ended JOIN locked USING (id) WHERE session.id = ended.id""",
     rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms", "request")},
+         heard AS MATERIALIZED (
+             SELECT (SELECT min(heard_ms) FROM lmdaemon.member) AS ms, hold_until_ms FROM lmdaemon.clock),
          locked AS MATERIALIZED (
-             SELECT s.id FROM lmdaemon.session s JOIN ended USING (id)
-             WHERE s.reason IS NULL AND s.seen_ms <= coalesce(ended.seen_ms, s.seen_ms)
+             SELECT s.id FROM heard, lmdaemon.session s JOIN ended USING (id)
+             WHERE s.reason IS NULL AND (ended.seen_ms IS NULL OR (
+                 s.seen_ms <= ended.seen_ms AND s.seen_ms + s.idle_ms <= heard.ms AND hold_until_ms <= heard.ms))
              ORDER BY s.id FOR UPDATE OF s),""",
 )
 # Moves deadlines to where touches have put them.
@@ -154,13 +195,15 @@ INSERT INTO lmdaemon.delivery ({", ".join(NEW_DELIVERY)})
 SELECT {", ".join(NEW_DELIVERY[:-1])}, convert_to(body, 'UTF8') FROM {given(*NEW_DELIVERY)} AS new"""
 # Stores results of attempts; what was delivered needs its body no more.
 SETTLE = _count(
-    f"""UPDATE lmdaemon.delivery SET {", ".join(f"{name} = result.{name}" for name in RESULT[1:])},
+    f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = result.{n}" for n in RESULT[1:] if n != "attempts")},
+               attempts = greatest(delivery.attempts, result.attempts),
                body = CASE WHEN result.state = 'delivered' THEN ''::bytea ELSE body END
         FROM result JOIN locked USING (id) WHERE delivery.id = result.id""",
     rows=f"""result AS MATERIALIZED {given(*RESULT)},
          locked AS MATERIALIZED (
              SELECT d.id FROM lmdaemon.delivery d JOIN result USING (id)
-             WHERE d.state = 'pending' AND d.attempts <= result.attempts ORDER BY d.id FOR UPDATE OF d),""",
+             WHERE d.state = 'pending' AND (d.attempts <= result.attempts OR result.state = 'delivered')
+             ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Puts a digest in the place of a token that no delivery needs any more.
 FORGET_TOKENS = f"""
@@ -195,10 +238,10 @@ PRUNE_DELIVERIES = "DELETE FROM lmdaemon.delivery WHERE session = ANY (%s) AND s
 PRUNE_SESSIONS = _count("DELETE FROM lmdaemon.session WHERE id = ANY (%s)", rows="")
 # Adds to this daemon's part of the figures.
 ADD_FIGURES = f"""
-INSERT INTO lmdaemon.figure (operator, member, live, pending, dead)
-SELECT name, %s, live, pending, dead FROM {given("name", "live", "pending", "dead")} AS new ORDER BY name
-ON CONFLICT (operator, member) DO UPDATE SET live = figure.live + excluded.live,
-    pending = figure.pending + excluded.pending, dead = figure.dead + excluded.dead"""
+INSERT INTO lmdaemon.figure (operator, member, {", ".join(FIGURE)})
+SELECT name, %s, {", ".join(FIGURE)} FROM {given("name", *FIGURE)} AS new ORDER BY name
+ON CONFLICT (operator, member) DO UPDATE SET {", ".join(f"{n} = figure.{n} + excluded.{n}" for n in FIGURE[:-1])},
+    touched_ms = greatest(figure.touched_ms, excluded.touched_ms)"""
 # Stores what holds operators back, unless somebody else has changed it meanwhile.
 PUT_GATES = _count(
     f"""INSERT INTO lmdaemon.operator (name, version, {", ".join(GATE)})
@@ -223,17 +266,32 @@ def fetch_all(sql: Connection, statements: Sequence[tuple[str, Sequence[Any]]]) 
     return [cursor.fetchall() for cursor in cursors]
 
 
-def read_facts(sql: Connection, asked: Questions, wall_at: int) -> Facts:
+class Due(NamedTuple):
+    """Operators of which something is due for inactivity, and for age, as far as the daemon knows; all that is known of
+    the deadlines of the others.
+    """
+
+    idle: Sequence[str]
+    aged: Sequence[str]
+    rest_due_ms: int | None
+
+    @property
+    def operators(self) -> list[str]:
+        return list(dict.fromkeys((*self.idle, *self.aged)))
+
+
+def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Facts:
     """Looks up what a batch asks for."""
     facts = Facts(asked=asked.sessions)
     limit = asked.sweeps * SWEEP_ROWS
-    due_ms = -1 if asked.due_ms is None else asked.due_ms
+    idle = [] if asked.due_ms is None else list(due.idle)
     retry, pruning = asked.retry, asked.pruning
     named = {number: name for name in asked.deliveries if (number := number_of(name)) is not None}
     wanted: dict[str, tuple[str, Sequence[Any]]] = {
         **{f"of {name}": (SESSIONS_BY_KEY, (name, list(ids))) for name, ids in asked.sessions.items()},
-        **({"pending": (PENDING_OF, (asked.results,))} if asked.results else {}),
-        **({"outlived": (DUE_LIFETIME, (wall_at, limit)), "due": (DUE, (due_ms, limit))} if asked.sweeps else {}),
+        **({"pending": (PENDING_OF, (to_json(asked.results),))} if asked.results else {}),
+        **({"outlived": (DUE_LIFETIME, (list(due.aged), wall_at, limit, limit))} if due.aged and limit else {}),
+        **({"due": (DUE, (idle, asked.due_ms, limit, limit))} if idle else {}),
         **({"dead": (DEAD, (list(retry.deliveries), retry.operator))} if retry else {}),
         **({"to_discard": (TO_DISCARD, (asked.discard,))} if asked.discard else {}),
         **({"deliveries": (DELIVERIES_BY_ID, (list(named),))} if named else {}),
@@ -287,33 +345,50 @@ class Place(NamedTuple):
     batch: int
 
 
-class Batch:
-    """One batch on its way into the database. Where nothing must be looked up it is decided at once, on the event loop.
-
-    `gates` are those of `world` with the numbers of their last changes.
+class Present(NamedTuple):
+    """What the daemon has in memory when a batch begins: `versions` are the numbers of the last changes of the gates in
+    `world`; the rest is about its operators and the other daemons.
     """
 
-    def __init__(
-        self, operations: Sequence[Any], world: World, versions: dict[str, int], *, expect_known: bool
-    ) -> None:
-        self._operations = operations
-        self._world = world
-        self.versions = versions
+    world: World
+    versions: dict[str, int]
+    due: Due = Due((), (), None)
+    next_due_ms: int | None = None  # of its operators
+    known_at: int = 0  # the latest time of the server that it knows of
+    has_company: bool = False
+    tells_touches: bool = False  # whether it is time to tell the others when operators were touched
+
+
+_NONE = Figures()
+
+
+class Batch:
+    """One batch on its way into the database. Where nothing must be looked up it is decided at once, on the event
+    loop.
+    """
+
+    def __init__(self, operations: Sequence[Any], present: "Present", *, expect_known: bool) -> None:
+        self.operations = operations
+        self._present = present
+        self._world = present.world
+        self.versions = present.versions
         self.changes: Changes
+        self.seen: Seen | None = None  # what the others had told by then
+        self.next: list[tuple[str, int | None, int | None]] = []  # the next deadlines of the operators that were swept
         self.looked_up = False  # whether facts were read for it
         self._decided = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
 
     def _is_looked_up(self, *, expect_known: bool) -> bool:
-        kinds = set(map(type, self._operations))
+        kinds = set(map(type, self.operations))
         return (
-            len(self._operations) > DECIDED_ON_LOOP_MAX
+            len(self.operations) > DECIDED_ON_LOOP_MAX
             or must_look_up(kinds)
             or (expect_known and not kinds.isdisjoint((Opening, Recording)))
         )
 
     def _decided_at_once(self) -> Changes | None:
         try:
-            return decide(self._operations, None, self._world)
+            return decide(self.operations, None, self._world)
         except FactsNeeded:
             return None
 
@@ -325,8 +400,9 @@ class Batch:
         for _ in range(TRIES):
             if decided is None:
                 self.looked_up = True
-                facts = read_facts(sql, questions(self._operations), self._world.wall_at)
-                decided = decide(self._operations, facts, self._world)
+                operations = self._not_ahead(sql, place)
+                facts = read_facts(sql, questions(operations), self._world.wall_at, self._present.due)
+                decided = decide(operations, facts, self._world)
             try:
                 self._apply(sql, decided, place)
             except psycopg.Error as error:
@@ -338,6 +414,31 @@ class Batch:
                 self.changes = decided
                 return decided.answers
         raise psycopg.errors.SerializationFailure("somebody else keeps changing the same rows")
+
+    @property
+    def tells_touches(self) -> bool:
+        """Whether it has told the others when operators were touched."""
+        return self._present.tells_touches
+
+    def renew(self, present: "Present") -> None:
+        """Is decided again, for a daemon that has joined again."""
+        self._present, self._world, self.versions = present, present.world, present.versions
+        self._decided = None
+
+    def _not_ahead(self, sql: Connection, place: Place) -> Sequence[Any]:
+        """The operations, the sweeps as of the slowest daemon's clock."""
+        if not any(type(one) is Sweep and one.as_of_ms is not None for one in self.operations):
+            return self.operations
+        slowest_ms, hold_until_ms = sql.execute(SLOWEST, (place.member,)).fetchone() or (None, 0)
+        limit_ms = self._world.service_ms if slowest_ms is None else min(self._world.service_ms, slowest_ms)
+
+        def limited(as_of_ms: int) -> int | None:
+            return min(as_of_ms, limit_ms) if limit_ms >= hold_until_ms else None
+
+        return [
+            Sweep(limited(one.as_of_ms), one.crowd) if type(one) is Sweep and one.as_of_ms is not None else one
+            for one in self.operations
+        ]
 
     def resolved(self, sql: Connection) -> list[Any]:
         """The answers, once it is known to be stored though the answer of its commit was lost."""
@@ -367,27 +468,33 @@ class Batch:
             if meaning(error) == "conflict" and (fence is None or not _is_good(fence)):
                 raise FencedOffError from error
             raise
+        told = sent[0].fetchone()
+        self.seen = seen(*told[1:]) if told is not None else None
         if changes.touchings:
             touched = sent[2 if self._world.set_back_ms else 1] if changes.touched else None
             row = touched.fetchone() if touched is not None else None
             if row is not None and row[0] is not None:
                 self._tell_touched(sql, changes, row[0])
-        if changes.swept:
-            row = sent[-1].fetchone()
-            changes.next_due_ms, changes.next_lifetime_at = row if row is not None else (None, None)
+        if self._asks_next(changes):
+            self.next = sent[-1].fetchall()
+
+    def _asks_next(self, changes: Changes) -> bool:
+        return changes.swept and bool(self._present.due.operators)
 
     def _statements(self, changes: Changes, place: Place) -> Iterable[tuple[str, tuple[Any, ...]]]:
         """What is written, in its order: the fence first."""
         world = changes.world
-        yield FENCE, (world.service_ms, world.wall_at, place.member, place.batch, 1)
+        present, me = self._present, place.member
+        known = (present.known_at, present.next_due_ms)
+        yield FENCE, (world.service_ms, world.wall_at, *known, me, place.batch, me)
         if world.set_back_ms:
             yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at)
         if changes.touched:
             ids = [session_id for session_ids in changes.touched.values() for session_id in session_ids]
             operators = [operator for operator, session_ids in changes.touched.items() for _ in session_ids]
-            yield TOUCH, (to_json(operators), to_json(ids), changes.seen_ms, world.wall_at, len(ids))
+            yield TOUCH, (changes.seen_ms, me, to_json(operators), to_json(ids), world.wall_at, len(ids))
         if changes.sessions:
-            yield ADD_SESSIONS, (to_json(changes.sessions),)
+            yield ADD_SESSIONS, (changes.seen_ms, me, to_json(changes.sessions))
         if changes.ended:
             yield END, (to_json(changes.ended), world.wall_at, len(changes.ended))
         if changes.moved_due:
@@ -407,14 +514,30 @@ class Batch:
         if changes.pruned:
             yield PRUNE_DELIVERIES, (changes.pruned,)
             yield PRUNE_SESSIONS, (changes.pruned, len(changes.pruned))
-        figures = [(name, *astuple(one)) for name, one in changes.figures.items()]
+        figures = self._figures(changes)
         if figures:
-            yield ADD_FIGURES, (place.member, to_json(figures))
+            yield ADD_FIGURES, (me, to_json(figures))
         if changes.gates:
             gates = [(name, self.versions.get(name, 0), *astuple(gate)) for name, gate in changes.gates.items()]
             yield PUT_GATES, (to_json(gates), len(gates))
-        if changes.swept:
-            yield NEXT, ()
+        if self._asks_next(changes):
+            due = present.due
+            if present.has_company:
+                yield NEXT_TOLD, (due.operators, due.rest_due_ms, me)
+            else:
+                yield NEXT, (due.operators,)
+
+    def _figures(self, changes: Changes) -> list[tuple[Any, ...]]:
+        """Rows as in FIGURE, behind their operators."""
+        opened = Counter(row[1] for row in changes.sessions)  # [1]: operator
+        made = {operator for operator, _ in changes.due}
+        touched = {}
+        if self._present.tells_touches:
+            touched = dict.fromkeys(filter(changes.world.elsewhere, changes.touched), changes.seen_ms)
+        return [
+            (name, *astuple(changes.figures.get(name, _NONE)), opened[name], int(name in made), touched.get(name, 0))
+            for name in {**changes.figures, **touched}
+        ]
 
     @staticmethod
     def _tell_touched(sql: Connection, changes: Changes, touched: Sequence[tuple[str, str]] | None) -> None:

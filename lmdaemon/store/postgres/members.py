@@ -1,8 +1,8 @@
-"""The daemons that use a database: joining, being put out, leaving. A daemon is a row of `member`, which each of its
+"""The daemons that use a database: joining, leaving, being put out. A daemon is a row of `member`, which each of its
 transactions updates; without it nothing of it can be committed.
 
-One daemon at a time uses a database. A second one is refused at its start while the first one's row moves on; a row
-that has stood still for LEASE_S, as after a kill, is deleted, and keeps its daemon out should it come back.
+A row that stands still for LEASE_S while others watch it, as after a kill, is deleted, and keeps its daemon from
+writing should it come back. It then joins again, with a new row.
 """
 
 import time
@@ -10,73 +10,149 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmdaemon.store.contract import DatabaseError
-from lmdaemon.store.postgres.batch import fetch_all
 from lmdaemon.store.postgres.cluster import Watch
+from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
+from lmdaemon.store.postgres.owners import FREE
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
 
-BEAT_S = 1.0  # between two transactions of a daemon, at the most
-WATCH_S = 0.25  # between two looks at its row
+WATCH_S = 0.25  # between two looks at the rows of others, at a start
+SHARED = False  # whether a daemon joins others that are there; if not, it is refused
 
 # Every daemon that uses the database, and its last transaction.
 MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
 # Whether a file is being moved into the database.
 IS_IMPORTING = "SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL"
-# One at a time from here to the end of the transaction: who joins, and who is put out.
+# One at a time from here to the end of the transaction: who joins, and who goes.
 ALONE = "SELECT 1 FROM lmdaemon.version FOR UPDATE"
-# Joins, unless somebody else is there.
-JOIN = """
-INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at)
-SELECT %s, %s, %s, service_ms, wall_at FROM lmdaemon.clock
-WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.member)
-      AND NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL) RETURNING id"""
+# Joins, at the furthest clock of all. A row that is there already is of an attempt whose answer was lost.
+JOIN = f"""
+INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at, known_at, address, digest)
+SELECT %s, %s, %s, greatest(%s, service_ms, (SELECT max(heard_ms) FROM lmdaemon.member)), %s, {NOW}, %s, %s
+FROM lmdaemon.clock WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL)
+ON CONFLICT (name) DO UPDATE SET heard_ms = greatest(member.heard_ms, excluded.heard_ms), known_at = excluded.known_at
+RETURNING id, heard_ms, batch"""
+# Who else is there.
+LOOK = f"SELECT {NOW}, {OTHERS}"
+# Tells the others where this daemon listens, and the digest of its settings.
+INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
+# Everything that is shown of the daemons.
+SHOWN = """
+SELECT id, name, program, address, since_at, wall_at, heard_ms, digest FROM lmdaemon.member ORDER BY since_at, id"""
+
+# The row of a daemon that goes, unless it has moved on meanwhile; then the division by zero undoes the rest. It comes
+# before anything else that the daemon itself might be waiting for.
+LOCK_MEMBER = """
+WITH going AS (
+    SELECT 1 FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) FOR UPDATE)
+SELECT 1 / count(*)::int FROM going"""
+# Whoever puts others out must be there.
+IS_THERE = """
+WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 1 / count(*)::int FROM here"""
+# Nothing ends for inactivity for so long (ms): the clients of a daemon that is put out need time to arrive at another.
+HOLD = """
+UPDATE lmdaemon.clock
+SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
 # Keeps the service clock of a daemon that goes.
 KEEP_CLOCK = """
 UPDATE lmdaemon.clock SET service_ms = greatest(service_ms, heard_ms), wall_at = greatest(clock.wall_at, member.wall_at)
 FROM lmdaemon.member WHERE member.id = %s"""
 # Adds the figures of a daemon that goes to those of member 0.
 FOLD_FIGURES = """
-INSERT INTO lmdaemon.figure (operator, member, live, pending, dead)
-SELECT operator, 0, live, pending, dead FROM lmdaemon.figure WHERE member = %s ORDER BY operator
+INSERT INTO lmdaemon.figure (operator, member, live, pending, dead, opened, made, touched_ms)
+SELECT operator, 0, live, pending, dead, opened, made, touched_ms FROM lmdaemon.figure
+WHERE member = %s ORDER BY operator
 ON CONFLICT (operator, member) DO UPDATE SET live = figure.live + excluded.live,
-    pending = figure.pending + excluded.pending, dead = figure.dead + excluded.dead"""
+    pending = figure.pending + excluded.pending, dead = figure.dead + excluded.dead,
+    opened = figure.opened + excluded.opened, made = figure.made + excluded.made,
+    touched_ms = greatest(figure.touched_ms, excluded.touched_ms)"""
 # The daemon's own part is in member 0's by now.
 DROP_FIGURES = "DELETE FROM lmdaemon.figure WHERE member = %s"
-# Lets a daemon go, unless its row has moved on meanwhile; then the division by zero undoes the rest.
-DROP_MEMBER = """
-WITH gone AS (DELETE FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) RETURNING 1)
-SELECT 1 / count(*)::int FROM gone"""
+DROP_MEMBER = "DELETE FROM lmdaemon.member WHERE id = %s"
 
 
 class Joined(NamedTuple):
-    """This daemon's row, its name, and the number of its last transaction."""
+    """This daemon's row, its service time, the number of its last transaction, and who else is there."""
 
     member: int
-    name: str
+    heard_ms: int
     batch: int
+    seen: Seen
 
 
-class Member(NamedTuple):
+class Introduction(NamedTuple):
+    """What a daemon tells of itself: when it began (wall ms), where its private side listens, the digest of its
+    settings.
+    """
+
+    name: str
+    since_at: int
+    address: str = ""
+    digest: str = ""
+
+
+class Row(NamedTuple):
     id: int
     name: str
     batch: int
 
 
-def join(sql: Connection, name: str, wall_at: int, title: str) -> Joined:
-    """Takes the place of a daemon that is gone, or waits until it is known to be. Raises DatabaseError while it
-    lives.
+class Shown(NamedTuple):
+    """What is shown of a daemon."""
+
+    id: int
+    name: str
+    program: str
+    address: str
+    since_at: int
+    wall_at: int
+    heard_ms: int
+    digest: str
+
+
+def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, title: str) -> Joined:
+    """Raises DatabaseError while an import has not finished."""
+    arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest)
+    with sql.transaction():
+        sql.execute(ALONE)
+        others = [one.name for one in _members(sql) if one.name != who.name]
+        if others and not SHARED:
+            raise _in_use(title, others[0])
+        found = sql.execute(JOIN, arguments).fetchone()
+    if found is None:
+        raise _importing(title)
+    member, heard_ms, batch = found
+    row = sql.execute(LOOK, (member,)).fetchone()
+    assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
+    return Joined(member, heard_ms, batch, seen(*row))
+
+
+def _importing(title: str) -> DatabaseError:
+    return DatabaseError(f"{title}: an import has not finished; run `lmdaemon import` again")
+
+
+def _in_use(title: str, name: str) -> DatabaseError:
+    return DatabaseError(f"{title}: is in use by another lmdaemon ({name})")
+
+
+def make_room(sql: Connection, title: str) -> bool:
+    """At a start: deletes the rows of daemons that are gone, if all of them are, or waits until that is known. Returns
+    whether others are there. Raises DatabaseError if they are and cannot be joined.
     """
-    while True:
-        if sql.execute(IS_IMPORTING).fetchone():
-            raise DatabaseError(f"{title}: an import has not finished; run `lmdaemon import` again")
-        _put_out(sql, _outlived(sql, title))
-        arguments = (name, __version__, wall_at)
-        found = fetch_all(sql, [(ALONE, ()), (JOIN, arguments)])[1]
-        if found:
-            return Joined(found[0][0], name, 0)
+    if sql.execute(IS_IMPORTING).fetchone():
+        raise _importing(title)
+    try:
+        gone = outlived(sql, title)
+    except DatabaseError:
+        if SHARED:
+            return True
+        raise
+    for member in gone:
+        drop(sql, member.id, member.batch)
+    return False
 
 
-def _outlived(sql: Connection, title: str) -> list[Member]:
+def outlived(sql: Connection, title: str) -> list[Row]:
     """Those that are there, once their rows have stood still for LEASE_S. Raises DatabaseError when one moves on."""
     first = {one.id: one for one in _members(sql)}
     watch, now = Watch(), first
@@ -85,28 +161,31 @@ def _outlived(sql: Connection, title: str) -> list[Member]:
         now = {one.id: one for one in _members(sql)}
         for member in now.values():
             if first.setdefault(member.id, member).batch != member.batch:
-                raise DatabaseError(f"{title}: is in use by another lmdaemon ({member.name})")
+                raise _in_use(title, member.name)
     return list(now.values())
 
 
-def _members(sql: Connection) -> list[Member]:
-    return [Member(*row) for row in sql.execute(MEMBERS)]
-
-
-def _put_out(sql: Connection, members: Sequence[Member]) -> None:
-    for member in members:
-        _drop(sql, member.id, member.batch)
+def _members(sql: Connection) -> list[Row]:
+    return [Row(*row) for row in sql.execute(MEMBERS)]
 
 
 def leave(sql: Connection, member: int) -> None:
     """Goes in order: the row of the daemon goes at once, so that nobody has to wait."""
-    _drop(sql, member, None)
+    drop(sql, member, None)
 
 
-def _drop(sql: Connection, member: int, batch: int | None) -> None:
+def put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> None:
+    """Deletes the row of a daemon that stands still. Raises psycopg.errors.DivisionByZero as `drop` does, and when this
+    daemon is not there itself.
+    """
+    drop(sql, member, batch, [(IS_THERE, (me,)), (HOLD, (grace_ms,))])
+
+
+def drop(sql: Connection, member: int, batch: int | None, besides: Sequence[tuple[str, tuple[int, ...]]] = ()) -> None:
     """Raises psycopg.errors.DivisionByZero when it is gone already, or has moved on."""
     it = (member,)
-    fetch = [(ALONE, ()), (KEEP_CLOCK, it), (FOLD_FIGURES, it), (DROP_FIGURES, it), (DROP_MEMBER, (member, batch))]
+    statements: list[tuple[str, tuple[int | None, ...]]] = [(ALONE, ()), (LOCK_MEMBER, (member, batch)), *besides]
+    statements += [(KEEP_CLOCK, it), (FOLD_FIGURES, it), (DROP_FIGURES, it), (FREE, (member, member, member))]
     with sql.pipeline():
-        for statement, arguments in fetch:
+        for statement, arguments in (*statements, (DROP_MEMBER, it)):
             sql.execute(statement, arguments)

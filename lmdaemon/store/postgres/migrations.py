@@ -8,6 +8,7 @@ import psycopg
 from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
+from lmdaemon.store.postgres.members import outlived
 from lmdaemon.store.postgres.thread import Connection, Database
 
 SERVER_MIN = 140000  # PostgreSQL 14
@@ -16,10 +17,11 @@ UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit ma
 # Entry n brings the schema from version n to n + 1. Never edit one that was released: add the next.
 MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8")
-    for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql")
+    for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")
 )
-# An older program that knows fewer must not use the schema. It is raised only by a migration that takes something away.
-OLDEST = 1
+# An older program that knows fewer must not use the schema. It is raised only by a migration that takes something away,
+# or by one that old programs break the rules of: before version 5 a daemon believed to be alone.
+OLDEST = 5
 
 # What must hold of the server.
 SETTINGS = """
@@ -64,6 +66,8 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
         current = _current(sql, title, len(migrations))
         if current == len(migrations):
             return []
+        if 0 < current < OLDEST:
+            outlived(sql, title)
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, for database.migrate is false")

@@ -8,41 +8,29 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
 import psycopg
 
 from lmdaemon.clock import Clock
-from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import (
-    AGING_ROWS,
-    Claim,
-    DatabaseError,
-    Dead,
-    Figures,
-    Operation,
-    Page,
-    Probe,
-    Room,
-    StoreError,
-)
+from lmdaemon.model import Delivery, Session
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Probe, Room, StoreError
 from lmdaemon.store.postgres import members, pages
-from lmdaemon.store.postgres.batch import DELIVERY, GATE, NEXT, SESSION, Batch, delivery_of, fetch_all, to_json
+from lmdaemon.store.postgres.batch import DELIVERY, SESSION, Batch, delivery_of, to_json
 from lmdaemon.store.postgres.cluster import LEASE_S
+from lmdaemon.store.postgres.company import Company
 from lmdaemon.store.postgres.errors import said
-from lmdaemon.store.postgres.members import BEAT_S, Joined
 from lmdaemon.store.postgres.migrations import check_server, migrate
 from lmdaemon.store.postgres.reads import Reads
+from lmdaemon.store.postgres.shared import Shared, read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 from lmdaemon.store.postgres.writer import Server
-from lmdaemon.store.projection import Loaded
-from lmdaemon.store.verbs import Died, Verbs
-from lmdaemon.store.writer import BATCH_MAX, Writer
+from lmdaemon.store.verbs import Died
+from lmdaemon.store.writer import Writer
 
 OPEN_S = 60.0  # for a migration
 JOIN_S = LEASE_S + 10.0
 LEAVE_S = 3.0
-BLOCK = 10_000  # numbers of sessions that are taken at a time, as schema.sql says; more than a batch can use
 LOOK_AFTER_S = 60.0  # how often it is looked whether a failover could lose commits
 
 # One session by its key.
@@ -80,25 +68,12 @@ SELECT its.operator, min((
     WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending'
     ORDER BY id LIMIT 1))
 FROM its GROUP BY its.operator"""
-# The service clock, and when it was kept: of those that are there, and of the last one that has gone.
-CLOCK = """
-SELECT max(service_ms), max(wall_at)
-FROM (SELECT service_ms, wall_at FROM lmdaemon.clock
-      UNION ALL SELECT heard_ms, wall_at FROM lmdaemon.member) AS known"""
-# Figures of every operator.
-FIGURES = (
-    "SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint FROM lmdaemon.figure GROUP BY operator"
-)
-# What holds every operator back, with the number of its last change.
-OPERATORS = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator"
-# Numbers for the next sessions.
-NEXT_BLOCK = "SELECT nextval('lmdaemon.session_block')"
 # Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
 REPLICAS = """
 SELECT (SELECT count(*) FROM pg_stat_replication) > 0 AND current_setting('synchronous_standby_names') = ''"""
 
 
-class Store(Verbs):
+class Store(Shared):
     """The store in one PostgreSQL database; its verbs are documented in `lmdaemon.store.contract`. `run` must be
     running for anything to be written.
     """
@@ -113,12 +88,10 @@ class Store(Verbs):
         super().__init__(clock, name)
         self._database = database
         self._thread = thread
-        self._versions: dict[str, int] = {}  # of what holds each operator back: the number of its last change
-        self._block_ends = 0  # the last number of this daemon's block of numbers for sessions
-        self._expect_known = False  # whether the last sessions to be added were known
+        self._server = Server(database, thread, self)
+        self._writer: Writer[Batch] = Writer(self, self._server)
+        self._reads = Reads(database, self._writer.refused)
         self.strained: str | None = None
-        self._joined: Joined
-        self._reads: Reads
 
     @classmethod
     async def open(
@@ -131,8 +104,9 @@ class Store(Verbs):
         may_migrate: bool = True,
         count_downtime: bool = False,
     ) -> Self:
-        """Connects, brings the schema to the newest version if it may, takes the place of the daemon before, and picks
-        up clock, figures and gates where that left them. Raises DatabaseError, and UnsafeSettingError.
+        """Connects, brings the schema to the newest version if it may, and picks up clock, figures and gates where the
+        last transaction left them. It joins the daemons on the database with its first batch. Raises DatabaseError, and
+        UnsafeSettingError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
         clock.
@@ -140,16 +114,16 @@ class Store(Verbs):
         database = Database(url, password, name)
         store = cls(clock, name, database, Thread(database, prepares=False))
         try:
-            await store._join(name, may_migrate=may_migrate, count_downtime=count_downtime)
+            await store._open(may_migrate=may_migrate, count_downtime=count_downtime)
         except (psycopg.Error, NoAnswerError) as error:
-            store._thread.close()
+            store._close_connections()
             raise DatabaseError(f"{database.title}: cannot be used: {said(error)}") from error
         except BaseException:
-            store._thread.close()
+            store._close_connections()
             raise
         return store
 
-    async def _join(self, name: str, *, may_migrate: bool, count_downtime: bool) -> None:
+    async def _open(self, *, may_migrate: bool, count_downtime: bool) -> None:
         clock, title = self._clock, self._database.title
 
         def prepare(sql: Connection) -> str:
@@ -159,30 +133,28 @@ class Store(Verbs):
 
         version = await self._thread.run(prepare, within_s=OPEN_S)
         self.engine = MappingProxyType({"postgresql": version})
-        self._joined = await self._thread.run(members.join, name, clock.wall_ms(), title, within_s=JOIN_S)
-        found = await self._thread.run(self.read, within_s=OPEN_S)
-        if count_downtime and found.committed_at:
-            downtime_ms = max(0, clock.wall_ms() - found.committed_at)
-            found = found._replace(service_ms=found.service_ms + downtime_ms)
-        self.load(found)
-        server = Server(self._database, self._thread, self._joined, self)
-        self._writer: Writer[Batch] = Writer(self, server)
-        self._reads = Reads(self._database, self._writer.refused)
+        self.joined_others = await self._thread.run(members.make_room, title, within_s=JOIN_S)
+        found = await self._thread.run(read, 0, within_s=OPEN_S)
+        loaded = found.loaded._replace(
+            next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
+            next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
+        )
+        if self.joined_others:  # their clock runs, and theirs are other machines' wall clocks
+            loaded = loaded._replace(committed_at=0)
+        elif count_downtime and loaded.committed_at:
+            downtime_ms = max(0, clock.wall_ms() - loaded.committed_at)
+            loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
+        self.load(loaded)
+        self._company = Company(self.service_clock)
+        self._keep(found)
 
     async def run(self) -> None:
-        """The writer, and the beats beside it by which others see that the daemon is there, for ever."""
+        """The writer, and beside it what concerns the other daemons, for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._writer.run())
-            group.create_task(self._beat_for_ever())
-            group.create_task(self._look_after_for_ever())
-
-    async def _beat_for_ever(self) -> None:
-        while True:
-            before = self._writer.commits
-            await asyncio.sleep(BEAT_S)
-            if self._writer.commits == before and self._writer.failure is None:
-                with suppress(StoreError):
-                    await self._writer.write(Probe())
+            for loop in (self._writer.run, self.beat_for_ever, self.look_for_ever, self._look_after_for_ever):
+                group.create_task(loop())
+            with suppress(StoreError):
+                await self._writer.write(Probe())  # joins
 
     async def _look_after_for_ever(self) -> None:
         while True:
@@ -191,60 +163,16 @@ class Store(Verbs):
             await asyncio.sleep(LOOK_AFTER_S)
 
     async def close(self) -> None:
-        """Leaves in order: the next daemon need not wait until this one is known to be gone."""
+        """Leaves in order: the others need not wait until this one is known to be gone."""
         self._writer.stop_taking(StoreError("the store is closed"))
+        if self._server.member is not None:
+            with suppress(psycopg.Error, NoAnswerError):
+                await self._thread.run(members.leave, self._server.member, within_s=LEAVE_S)
+        self._close_connections()
+
+    def _close_connections(self) -> None:
         self._reads.close()
-        with suppress(psycopg.Error, NoAnswerError):
-            await self._thread.run(members.leave, self._joined.member, within_s=LEAVE_S)
         self._thread.close()
-
-    # -- what the writing connection asks, on its thread
-
-    def read(self, sql: Connection) -> Loaded:
-        """What the tables say; also numbers for sessions."""
-        wanted = [(CLOCK, ()), (FIGURES, ()), (OPERATORS, ()), (NEXT, ()), (NEXT_BLOCK, ())]
-        (clock,), figures, gates, (following,), (block,) = fetch_all(sql, wanted)
-        known = {name: Figures(*counts) for name, *counts in figures}
-        held = {name: Gate(*gate) for name, _, *gate in gates}
-        self._versions = {row[0]: row[1] for row in gates}
-        self._take_block(block[0])
-        return Loaded(
-            service_ms=clock[0],
-            committed_at=clock[1],
-            operators={name: (known.get(name, Figures()), held.get(name, Gate())) for name in {**known, **held}},
-            next_due_ms=following[0],
-            next_lifetime_at=following[1],
-            last_session=block[0] - 1,
-        )
-
-    @property
-    def is_short_of_numbers(self) -> bool:
-        """Whether the next batch may need more numbers for sessions than are left."""
-        return self._block_ends - self._last_session < BATCH_MAX
-
-    def take_numbers(self, sql: Connection) -> None:
-        """Takes numbers for the next sessions."""
-        row = sql.execute(NEXT_BLOCK).fetchone()
-        assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
-        self._take_block(row[0])
-
-    def _take_block(self, first: int) -> None:
-        self._last_session = first - 1
-        self._block_ends = first + BLOCK - 1
-
-    # -- what the writer asks
-
-    def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
-        return Batch(operations, self.world(), self._versions, expect_known=self._expect_known)
-
-    def committed(self, work: Batch) -> None:
-        changes = work.changes
-        if work.looked_up and (changes.met_known or changes.sessions):
-            self._expect_known = changes.met_known
-        self._versions = work.versions
-        for name in changes.gates:
-            self._versions[name] = self._versions.get(name, 0) + 1
-        self.absorb(changes)
 
     # -- reading, for the daemon itself
 

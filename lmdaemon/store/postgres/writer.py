@@ -2,20 +2,18 @@
 
 The queue in front of it is `store.writer`'s. Every transaction of the daemon carries its number in the daemon's own row
 of `member`, and succeeds only behind the one before it. So after a lost connection that row tells whether the last one
-was committed, and a number that is used up keeps one that is still on its way from being committed later.
+was committed, and a number that is used up keeps one that is still on its way from being committed later. A daemon that
+was put out has no such row; it joins again, and commits what it has in hand then.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import psycopg
 
-from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.batch import Batch, FencedOffError, Place
 from lmdaemon.store.postgres.errors import meaning, said
-from lmdaemon.store.postgres.members import Joined
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
-from lmdaemon.store.projection import Loaded
 
 # How long a transaction may take, and as long again to find out what became of it. Whoever waits behind it is told, at
 # the latest, when the next attempt has failed as well: within 10 s.
@@ -27,16 +25,25 @@ LAST_BATCH = "SELECT batch FROM lmdaemon.member WHERE id = %s"
 USE_UP = "UPDATE lmdaemon.member SET batch = %s WHERE id = %s AND batch IN (%s, %s) RETURNING 1"
 
 _Result = TypeVar("_Result")
+_Found = TypeVar("_Found")
 
 
-class Keeper(Protocol):
-    """Who keeps in memory what the tables say."""
+class Keeper(Protocol[_Found]):
+    """Who keeps in memory what the tables say. Everything is called on the event loop."""
 
-    def read(self, sql: Connection) -> Loaded:
-        """Reads it, on the connection's thread."""
+    def joining(self) -> Callable[[Connection], tuple[Place, _Found]]:
+        """What makes this daemon one of those that use the database, and reads the tables, on the connection's
+        thread.
+        """
 
-    def reload(self, found: Loaded) -> None:
-        """Takes it over, on the event loop."""
+    def reading(self) -> Callable[[Connection], _Found]:
+        """What reads them again."""
+
+    def take_over(self, found: _Found) -> None:
+        """Takes over what was read."""
+
+    def renew(self, work: Batch) -> None:
+        """Has a batch decided again by what is in memory now."""
 
     @property
     def is_short_of_numbers(self) -> bool:
@@ -50,60 +57,92 @@ class OutageError(Exception):
     """The server or the network failed. The operation itself may be right, so it can be repeated."""
 
 
-class Server:
+class Server(Generic[_Found]):
     """The writing connection. What `store.writer` needs of an engine.
 
     The keeper reads the tables again when a transaction may have been committed without our knowing.
     """
 
-    def __init__(self, database: Database, thread: Thread, joined: Joined, keeper: Keeper) -> None:
+    def __init__(self, database: Database, thread: Thread, keeper: Keeper[_Found]) -> None:
         self._thread = thread
-        self._name = joined.name
-        self._place = Place(joined.member, joined.batch + 1)
+        self._place: Place | None = None  # None: it has not joined, or was put out
         self._keeper = keeper
         self._is_unsure = False  # what became of the last transaction
         self.database = database.title
 
+    @property
+    def member(self) -> int | None:
+        """This daemon's row."""
+        return None if self._place is None else self._place.member
+
     async def check(self) -> None:
-        """After an outage: finds out where we stand before anything is decided. Raises OutageError, and DatabaseError
-        when the daemon was put out.
+        """Joins if that was not done yet. After an outage: finds out where we stand before anything is decided. Raises
+        OutageError, and DatabaseError when it may not join.
         """
-        if self._is_unsure:
+        if self._place is not None and self._is_unsure:
             try:
-                loaded = await self._run(self._resume)
+                await self._resume(self._place)
             except OutageError as error:
                 if isinstance(error.__cause__, NoAnswerError):
                     raise
-                loaded = await self._run(self._resume)  # on a new connection: that one may have been lost long ago
-            self._is_unsure = False
-            self._keeper.reload(loaded)
+                await self._resume(self._place)  # on a new connection: that one may have been lost long ago
+        if self._place is None:
+            await self._join()
         elif self._keeper.is_short_of_numbers:
             await self._run(self._keeper.take_numbers)
 
-    def _resume(self, sql: Connection) -> Loaded:
-        member, number = self._place
-        if sql.execute(USE_UP, (number, member, number - 1, number)).fetchone() is None:
-            raise DatabaseError(f"{self.database}: {self._name} was put out by another lmdaemon")
-        self._place = Place(member, number + 1)
-        return self._keeper.read(sql)
+    async def _join(self) -> None:
+        self._place, found = await self._run(self._keeper.joining())
+        self._is_unsure = False
+        self._keeper.take_over(found)
+
+    async def _resume(self, place: Place) -> None:
+        reading = self._keeper.reading()
+
+        def resume(sql: Connection) -> _Found | None:
+            member, number = place
+            if sql.execute(USE_UP, (number, member, number - 1, number)).fetchone() is None:
+                return None
+            return reading(sql)
+
+        found = await self._run(resume)
+        self._is_unsure = False
+        if found is None:
+            self._place = None
+        else:
+            self._place = Place(place.member, place.batch + 1)
+            self._keeper.take_over(found)
 
     async def commit(self, work: Batch) -> list[Any]:
+        assert self._place is not None  # noqa: S101 - for the type checker: `check` has been called
         try:
             answers = await self._run(work.run, self._place)
         except OutageError:
             if not self._is_unsure:
                 raise
-            answers = await self._run(self._resolve, work)
+            answers = await self._resolve(work, self._place)
             self._is_unsure = False
         self._place = self._place._replace(batch=self._place.batch + 1)
         return answers
 
-    def _resolve(self, sql: Connection, work: Batch) -> list[Any]:
-        """The connection was lost during this batch: its answers if it was committed, else it is run again."""
-        row = sql.execute(LAST_BATCH, (self._place.member,)).fetchone()
-        if row is not None and row[0] == self._place.batch:
-            return work.resolved(sql)
-        return work.run(sql, self._place)
+    async def _resolve(self, work: Batch, place: Place) -> list[Any]:
+        """The connection was lost during this batch, or the daemon was put out: its answers if it was committed, else
+        it is run again.
+        """
+
+        def resolve(sql: Connection) -> list[Any] | None:
+            row = sql.execute(LAST_BATCH, (place.member,)).fetchone()
+            if row is None:
+                return None
+            return work.resolved(sql) if row[0] == place.batch else work.run(sql, place)
+
+        answers = await self._run(resolve)
+        if answers is None:  # it was put out
+            self._place = None
+            await self._join()
+            self._keeper.renew(work)
+            answers = await self._run(work.run, self._place)
+        return answers
 
     async def _run(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Raises OutageError, and psycopg.Error where the operation is at fault."""

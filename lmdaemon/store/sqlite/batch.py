@@ -94,7 +94,7 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
             for session in fetch_sessions(sql, SESSIONS_BY_KEY, operator, to_json(list(session_ids)))
         ]
     if asked.results:
-        facts.pending = frozenset(fetch(sql, PENDING_OF, to_json(asked.results)))
+        facts.pending = frozenset(fetch(sql, PENDING_OF, to_json([number for number, _ in asked.results])))
     if asked.sweeps:
         limit = asked.sweeps * SWEEP_ROWS
         facts.outlived = fetch_sessions(sql, DUE_LIFETIME, wall_at, limit)

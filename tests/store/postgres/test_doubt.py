@@ -10,20 +10,26 @@ from operations import BODY, attempt, counted, notice, one_delivery, opening
 from proxy import Mode, Proxy
 
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
-from lmdaemon.store.postgres import store, writer
+from lmdaemon.store.postgres import shared, writer
 
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
+
+
+async def nothing(store: object) -> None:
+    """No loop."""
 
 
 @pytest.fixture
 async def db(
     proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
-    """Without beats, so that what is lost is what the test has asked for."""
-    monkeypatch.setattr(store, "BEAT_S", 3600)
+    """Without beats and looks, so that what is lost is what the test has asked for."""
+    monkeypatch.setattr(shared, "BEAT_S", 3600)
+    monkeypatch.setattr(shared, "IDLE_BEAT_S", 3600)
+    monkeypatch.setattr(shared.Shared, "look_for_ever", nothing)
     async with proxied[0].open(clock) as opened:
-        opened.configured = frozenset({"acme"})
-        opened.sinks_of = lambda session: [NewDelivery("http", BODY)]
+        opened.configure(frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)])
+        await opened.end_due(idle=True)  # takes the operator
         yield opened
 
 

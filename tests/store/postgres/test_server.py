@@ -14,7 +14,7 @@ from processes import wait_for
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
-from lmdaemon.store.postgres import cluster, members, store
+from lmdaemon.store.postgres import cluster, members, shared, store
 from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
 
@@ -96,7 +96,8 @@ class TestOneDaemon:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(store, "BEAT_S", 0.05)
+        monkeypatch.setattr(shared, "BEAT_S", 0.05)
+        monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
         monkeypatch.setattr(members, "WATCH_S", 0.02)
 
     async def test_a_second_daemon_is_refused_while_the_first_is_there(
@@ -127,7 +128,7 @@ class TestOneDaemon:
             assert (second.live, second.service_clock.now_ms()) == (1, 1000)
             with pytest.raises(StoreError):
                 await first.end("acme", "before")
-            with pytest.raises(DatabaseError, match="was put out by another lmdaemon"):
+            with pytest.raises(DatabaseError, match="is in use by another lmdaemon"):
                 await writing
             assert (await second.touch("acme", ["before"])).touched == 1
             await first.close()  # and takes nobody's place

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from lmdaemon.store.postgres import archive, batch, pages, store
+from lmdaemon.store.postgres import archive, batch, pages, shared, store
 from lmdaemon.store.postgres.migrations import migrate
 
 SESSIONS, DELIVERIES = 100_000, 50_000
@@ -42,7 +42,7 @@ OF_LANES = {"operators": NAMES, "sink": None, "states": '["dead"]', "after": 10*
 OF_PLAYER = {"operators": NAMES, "player": "p1", "after": 10**9, "count": 101}
 # Arguments of each statement that looks for sessions and deliveries
 CASES: dict[str, tuple[str, Any]] = {
-    "TOUCH": (batch.TOUCH, (OPERATORS, KEYS, 5, 5, 300)),
+    "TOUCH": (batch.TOUCH, (5, 1, OPERATORS, KEYS, 5, 300)),
     "END": (batch.END, (given("closed", None, None, None), 5, 300)),
     "MOVE_DUE": (batch.MOVE_DUE, (given(5),)),
     "MOVE_LIFETIME": (batch.MOVE_LIFETIME, (given(5),)),
@@ -53,10 +53,12 @@ CASES: dict[str, tuple[str, Any]] = {
     "PRUNE_SESSIONS": (batch.PRUNE_SESSIONS, (IDS, 300)),
     "SESSIONS_BY_KEY": (batch.SESSIONS_BY_KEY, ("o1", ["s1", "s11"])),
     "STATES": (batch.STATES, ("o1", ["s1", "s11"])),
-    "PENDING_OF": (batch.PENDING_OF, (IDS,)),
-    "DUE": (batch.DUE, (50_000, 100)),
-    "DUE_LIFETIME": (batch.DUE_LIFETIME, (50_000, 100)),
-    "NEXT": (batch.NEXT, ()),
+    "PENDING_OF": (batch.PENDING_OF, (given(5),)),
+    "DUE": (batch.DUE, (["o1", "o2"], 50_000, 100, 100)),
+    "DUE_LIFETIME": (batch.DUE_LIFETIME, (["o1", "o2"], 50_000, 100, 100)),
+    "NEXT": (batch.NEXT, (["o1", "o2"],)),
+    "NEXT_TOLD": (batch.NEXT_TOLD, (["o1", "o2"], 5, 1)),
+    "EARLIEST": (shared.EARLIEST, (["o1", "o2"],)),
     "DEAD": (batch.DEAD, (IDS, "o1")),
     "DISCARD": (batch.DISCARD, (given("{}"), 300)),
     "TO_DISCARD": (batch.TO_DISCARD, (IDS,)),
@@ -118,7 +120,7 @@ def test_a_statement_goes_through_an_index(filled: str, name: str) -> None:
 def test_every_statement_about_these_tables_has_a_case() -> None:
     looks = {
         name
-        for module in (archive, batch, pages, store)
+        for module in (archive, batch, pages, shared, store)
         for name, statement in vars(module).items()
         if isinstance(statement, str) and re.search(r"(FROM|JOIN|UPDATE) lmdaemon\.(session|delivery)\b", statement)
     }

@@ -1,0 +1,96 @@
+"""What a daemon knows of the others on its database: how far they have heard, and who of them is gone.
+
+It moves this daemon's service clock along with theirs, by the rules of `cluster`. It does no I/O.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from lmdaemon.clock import ServiceClock
+from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
+
+LATE_MS = 5000  # a view that is older than another one by more than this was seen by a server's clock that was set
+
+# The time of the server's clock, in wall ms.
+NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+# Every daemon but this one, as JSON: the fields of Other behind its number. And the time before which nothing ends.
+OTHERS = (
+    "(SELECT json_agg(json_build_array(id, heard_ms, coalesce(known_at, 0), batch, next_due_ms)) "
+    "FROM lmdaemon.member WHERE id <> %s), (SELECT hold_until_ms FROM lmdaemon.clock)"
+)
+
+
+class Other(NamedTuple):
+    """Another daemon's row: its clock, the number of its last transaction, and its operators' next deadline."""
+
+    heard_ms: int
+    known_at: int
+    batch: int
+    next_due_ms: int | None
+
+
+class Seen(NamedTuple):
+    """What the tables say at a time of the server (wall ms)."""
+
+    at: int
+    others: dict[int, Other]
+    hold_until_ms: int
+
+
+def seen(at: int, others: Any, hold_until_ms: int) -> Seen:
+    """From the columns NOW and OTHERS of a row."""
+    found = orjson.loads(others) if isinstance(others, str | bytes) else others
+    return Seen(at, {one[0]: Other(*one[1:]) for one in found or ()}, hold_until_ms)
+
+
+class Company:
+    """The other daemons, as of the latest look at them."""
+
+    def __init__(self, clock: ServiceClock) -> None:
+        self._clock = clock
+        self.others: dict[int, Other] = {}
+        self.hold_until_ms = 0
+        self.known_at = 0  # by the server's clock
+        self._watch = Watch()
+
+    def begin(self, at_least_ms: int, found: Seen) -> None:
+        """This daemon has joined, or joined again."""
+        self._clock.limit_ms = None
+        self._clock.now_ms()
+        self._clock.advance_to(at_least_ms)
+        self._watch = Watch()
+        self.known_at = 0
+        self.learn(found)
+
+    def learn(self, found: Seen) -> bool:
+        """Takes over what was seen. Returns whether other daemons are there than before."""
+        if self.known_at - LATE_MS < found.at < self.known_at:
+            return False
+        before = self.others.keys()
+        self.known_at, self.others, self.hold_until_ms = found.at, found.others, found.hold_until_ms
+        own_ms = self._clock.now_ms()  # before it follows: what has passed since its last reading is in theirs, too
+        heard = self.heard
+        self._clock.limit_ms = limit_ms(heard) if heard else None
+        self._clock.advance_to(followed_ms(own_ms, heard))
+        return before != self.others.keys()
+
+    def gone(self, now_s: float) -> dict[int, int]:
+        """Daemons that are to be put out, with the numbers of their last transactions; to be asked at every look."""
+        batches = {member: one.batch for member, one in self.others.items()}
+        return {member: batches[member] for member in self._watch.gone(batches, now_s)}
+
+    @property
+    def heard(self) -> Sequence[Heard]:
+        return [Heard(one.heard_ms, one.known_at) for one in self.others.values()]
+
+    @property
+    def slowest_ms(self) -> int | None:
+        """How far the slowest of the others has heard; None without others."""
+        return min((one.heard_ms for one in self.others.values()), default=None)
+
+    @property
+    def next_due_ms(self) -> int | None:
+        """The next deadline of the others' operators."""
+        return min((one.next_due_ms for one in self.others.values() if one.next_due_ms is not None), default=None)

@@ -30,6 +30,7 @@ BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_ho
 
 # By one worker alone, for each worker would make anew what the tests of these files share
 SHARING = {
+    "tests/faults/test_cluster.py",  # three daemons and their database
     "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is looked at
     "tests/project/test_install.py",  # two installed trees
     "tests/project/test_monitoring.py",  # what a daemon exports that has seen a bit of everything

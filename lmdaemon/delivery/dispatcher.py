@@ -48,7 +48,7 @@ class Dispatcher(StoreObserver):
         self._clock = clock
         self._attempts = Attempts(store, clock, sender, rng, observer)
         self._lanes: dict[tuple[str, str], Lane] = {}
-        self._sinks: frozenset[str] = frozenset()
+        self._sinks: set[str] = set()  # all that there ever were
         self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._agenda = Agenda()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,7 +79,7 @@ class Dispatcher(StoreObserver):
             if lanes.get(key) is not lane:
                 self._agenda.drop(lane)
         self._lanes = lanes
-        self._sinks = frozenset(sink for _, sink in lanes)
+        self._sinks.update(sink for _, sink in lanes)
         self._rounds.wake()
 
     def _lane(self, operator: Operator, sink: str, policy: Policy, plugin: LoadedPlugin | None) -> Lane:
@@ -116,6 +116,12 @@ class Dispatcher(StoreObserver):
             else:
                 self._agenda.drop(lane)
         self._rounds.wake()
+        self._let_go(operator)
+
+    def _let_go(self, operator: str) -> None:
+        """Hands the operator over to the daemon that owns it from now on, once nothing of it is under way here."""
+        if not self._store.owns(operator) and not any(self._in_flight.get((operator, sink)) for sink in self._sinks):
+            self._store.let_go(operator)
 
     def wake(self) -> None:
         """Looks at all lanes: in any of them something may be due or a slot may be free."""
@@ -404,6 +410,8 @@ class Dispatcher(StoreObserver):
             lane.in_flight.discard(row.id)
             lane.closing -= closing
             self._look_at(row.operator, row.sink)
+            if not lane.is_owned or self._lanes.get((row.operator, row.sink)) is not lane:
+                self._let_go(row.operator)
         # A round between the commit and this line may have left out the row, because it was still in flight
         if due_at is not None:
             self.delivery_due(row.operator, row.sink, due_at)

@@ -29,12 +29,16 @@ class Seen:
     def __init__(self, store: Store, owned: set[str]) -> None:
         self._store = store
         self.owned = owned
+        self.let_gone: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     def owns(self, operator: str) -> bool:
         return operator in self.owned
+
+    def let_go(self, operator: str) -> None:
+        self.let_gone.append(operator)
 
 
 class Daemons:
@@ -122,6 +126,31 @@ async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Pa
         await both.rounds()
         ids = [received.headers["webhook-id"] for received in operator.received]
         assert len(ids) == len(set(ids)) == 5
+        assert both.store.figures_of("acme").pending == 0
+
+
+async def test_an_operator_is_let_go_when_nothing_is_under_way(tmp_path: Path, clock: HandClock) -> None:
+    """So that a daemon that joins sends nothing that another one has under way, and no more at once than may be."""
+    answered = asyncio.Event()
+
+    async def slow(_: web.Request) -> dict[str, int]:
+        await answered.wait()
+        return {"error": 0}
+
+    async with scripted_operator(slow) as operator, daemons(tmp_path, clock, operator) as both:
+        first, second = both.seen
+        both.hand_over(1)
+        assert first.let_gone == ["acme"]
+        both.hand_over(0)
+        assert second.let_gone == ["acme"]
+        await both.end("s")
+        await both.both[0].once()
+        await operator.wait_for(1)
+        both.hand_over(1)
+        assert first.let_gone == ["acme"]
+        answered.set()
+        await both.both[0].drain(10)
+        assert first.let_gone == ["acme", "acme"]
         assert both.store.figures_of("acme").pending == 0
 
 

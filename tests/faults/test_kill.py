@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -13,7 +13,7 @@ from chance import FULL
 from processes import Process
 from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, settled
+from witness import OPERATOR, Witness, check, game_server, settled
 
 INTERRUPTED = (sys.executable, str(Path(__file__).with_name("interrupted.py")))
 HOOK = """
@@ -121,33 +121,6 @@ def has_done_all(daemon: Process) -> bool:
     return not daemon.rows(left + "SELECT 1 FROM delivery WHERE state = 'pending'")
 
 
-async def client(witness: Witness, name: str, operators: list[str], rng: Random, over: asyncio.Event) -> None:
-    """Plays one session after the other, as game servers do, and goes on where the daemon was killed."""
-    number = 0
-    while not over.is_set():
-        operator, session_id = rng.choice(operators), f"{name}-{number}"
-        number += 1
-        if rng.random() < 0.2:
-            await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
-            continue
-        idle_s = rng.choice((1, 2))  # the same when it is asked again: opening it once more would not change it
-        await asked(lambda o=operator, s=session_id, i=idle_s: witness.open(o, s, i), rng)
-        for _ in range(rng.randrange(5)):
-            await asyncio.sleep(rng.random() * 0.6)
-            await asked(lambda o=operator, s=session_id: witness.touch(o, s), rng)
-        match rng.randrange(3):
-            case 0:
-                await asked(lambda o=operator, s=session_id: witness.close(o, s), rng)
-            case 1:
-                await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
-
-
-async def asked(call: Callable[[], Awaitable[int]], rng: Random) -> None:
-    """Until it is answered: a caller without an answer asks again."""
-    while await call() in (0, 503):
-        await asyncio.sleep(0.05 + rng.random() * 0.1)
-
-
 async def test_killed_at_random_under_load_every_acknowledgement_holds(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
@@ -168,7 +141,7 @@ async def test_killed_at_random_under_load_every_acknowledgement_holds(
         async with asyncio.TaskGroup() as group:
             for number in range(clients):
                 chance = Random(rng.random())
-                group.create_task(client(witness, f"c{number}", list(wallets), chance, over))
+                group.create_task(game_server(witness, f"c{number}", list(wallets), chance, over))
             for _ in range(kills):
                 await asyncio.sleep(0.3 + rng.random())
                 daemon.kill()

@@ -4,8 +4,9 @@ import asyncio
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import aiohttp
@@ -106,6 +107,33 @@ class Witness:
     def _note_end(known: Acknowledged, reason: str, ended_at: str) -> None:
         assert known.end is None or known.end[1] in (None, ended_at), "a session ended twice"
         known.end = (reason, ended_at)
+
+
+async def game_server(witness: Witness, name: str, operators: list[str], rng: Random, over: asyncio.Event) -> None:
+    """Plays one session after the other, as game servers do, and goes on where a daemon was killed."""
+    number = 0
+    while not over.is_set():
+        operator, session_id = rng.choice(operators), f"{name}-{number}"
+        number += 1
+        if rng.random() < 0.2:
+            await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
+            continue
+        idle_s = rng.choice((1, 2))  # the same when it is asked again: opening it once more would not change it
+        await asked(lambda o=operator, s=session_id, i=idle_s: witness.open(o, s, i), rng)
+        for _ in range(rng.randrange(5)):
+            await asyncio.sleep(rng.random() * 0.6)
+            await asked(lambda o=operator, s=session_id: witness.touch(o, s), rng)
+        match rng.randrange(3):
+            case 0:
+                await asked(lambda o=operator, s=session_id: witness.close(o, s), rng)
+            case 1:
+                await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
+
+
+async def asked(call: Callable[[], Awaitable[int]], rng: Random) -> None:
+    """Until it is answered: a caller without an answer asks again."""
+    while await call() in (0, 503):
+        await asyncio.sleep(0.05 + rng.random() * 0.1)
 
 
 def check(witness: Witness, wallets: dict[str, Simulated], sinks: int, may_repeat: int) -> dict[str, int]:

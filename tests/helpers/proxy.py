@@ -3,6 +3,7 @@
 import selectors
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Literal
 
@@ -11,7 +12,8 @@ Mode = Literal["pass", "cut requests", "cut answers", "swallow"]
 
 class Proxy:
     """Listens on `port`. `mode` says what becomes of what comes from now on: it is passed on; the connection is cut
-    before a request is passed on, or instead of its answer; or everything is swallowed, and nobody told.
+    before a request is passed on, or instead of its answer; or everything is swallowed, and nobody told. What is passed
+    on comes `delay_s` later.
     """
 
     def __init__(self, server_port: int) -> None:
@@ -19,6 +21,7 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.mode: Mode = "pass"
+        self.delay_s = 0.0
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -55,6 +58,8 @@ class Proxy:
             self.cuts += 1
             self.mode = "pass"
             return False
+        if self.delay_s:
+            time.sleep(self.delay_s)
         if self.mode != "swallow":
             target.sendall(data)
         return True

@@ -1,0 +1,117 @@
+"""Several daemons as processes on one PostgreSQL, as their clients see them: any of those that live may be asked."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psycopg
+from postgres import OwnServer
+from processes import Process, wait_for
+from proxy import Proxy
+
+TOML = """
+[database]
+url = "postgresql://postgres@127.0.0.1:{port}/postgres"
+[sessions]
+restart_grace = "0s"
+daemon_grace = "1s"
+[delivery]
+schedule = ["100ms", "200ms", "300ms"{more}]
+[log]
+level = "debug"  # every line: an end that is told twice would show
+format = "json"
+"""
+
+
+class Cluster:
+    """Named daemons, each behind a proxy of its own to the database. Whoever asks for `api` or `server` gets another
+    daemon each time.
+    """
+
+    def __init__(self, database: OwnServer, directory: Path, operators: str, names: str = "abc") -> None:
+        self.database = database
+        self.daemons: dict[str, Process] = {}
+        self.proxies: dict[str, Proxy] = {}
+        self._operators = operators.count("[operators.")
+        self._random = Random(1)
+        for name in names:
+            self.proxies[name] = proxy = Proxy(database.port)
+            (directory / name).mkdir()
+            toml = TOML.format(port=proxy.port, more=', "500ms"' * 40) + operators
+            self.daemons[name] = Process(directory / name, toml)
+
+    def start(self, *names: str) -> None:
+        """Starts these, or all, and waits until they serve."""
+        for name in names or self.daemons:
+            self.daemons[name].spawn()
+        for name in names or self.daemons:
+            self.daemons[name].wait_until_serving()
+
+    def close(self) -> None:
+        for name, daemon in self.daemons.items():
+            if hasattr(daemon, "popen"):
+                daemon.kill()
+            self.proxies[name].__exit__()
+
+    # -- as a client sees it
+
+    def any(self) -> Process:
+        return self._random.choice(list(self.daemons.values()))
+
+    @property
+    def api(self) -> str:
+        return self.any().api
+
+    @property
+    def server(self) -> str:
+        return self.any().server
+
+    def call(self, method: str, url: str, body: object = None) -> tuple[int, Any]:
+        return self.any().call(method, url, body)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of all logs with this event."""
+        return [line for daemon in self.daemons.values() for line in daemon.events(name)]
+
+    # -- what is in the database, and what they say of each other
+
+    def rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        if statement.startswith("PRAGMA"):  # of a file
+            return [("ok",)]
+        with psycopg.connect(self.database.url, autocommit=True, options="-c search_path=lmdaemon") as sql:
+            return sql.execute(statement, arguments).fetchall()  # type: ignore[arg-type]
+
+    def members(self, asked: str) -> dict[str, dict[str, Any]]:
+        """What one daemon says of all that are there, by their names in the test; of others by their own."""
+        status, found = self.daemons[asked].call("GET", f"{self.daemons[asked].api}/v1/daemons")
+        names = {daemon.api.removeprefix("http://"): name for name, daemon in self.daemons.items()}
+        return {names.get(one["address"], one["name"]): one for one in found["items"]} if status == 200 else {}
+
+    def owner(self, operator: str, asked: str) -> str:
+        """Which daemon owns an operator, as one of them says."""
+        return next(name for name, one in self.members(asked).items() if operator in one["operators"])
+
+    def wait_for(self, *names: str, within_s: float = 60.0) -> None:
+        """Until each of these sees these and no other, and each operator is owned by one of them."""
+
+        def agreed() -> bool:
+            seen = [self.members(asked) for asked in names]
+            owned = [sum(len(one["operators"]) for one in members.values()) for members in seen]
+            return all(members.keys() == set(names) for members in seen) and owned == [self._operators] * len(names)
+
+        wait_for(agreed, within_s, lambda: json.dumps({name: self.members(name) for name in names}, indent=1))
+
+
+@contextlib.contextmanager
+def cluster(database: OwnServer, directory: Path, operators: str, names: str = "abc") -> Iterator[Cluster]:
+    """Daemons that serve, and know each other."""
+    made = Cluster(database, directory, operators, names)
+    try:
+        made.start()
+        made.wait_for(*names)
+        yield made
+    finally:
+        made.close()

@@ -12,11 +12,11 @@ import msgspec
 from lmdaemon.clock import ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Member, Session
 
-READS_MAX = 1000  # most reads of the daemon itself that may wait
-LOOKS_MAX = 100  # most reads of people that may wait
-LOOK_S = 2.0  # that such a read may take, its wait included
-BATCH_ROWS = 10_000  # most rows that the operations of one batch name together
-PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text: bounds an answer, and what waits for slow readers
+READS_MAX = 1000  # most reads by the daemon itself that may wait for their turn
+LOOKS_MAX = 100  # most reads for people that may wait for their turn
+LOOK_S = 2.0  # the longest time that a read for people may take, its wait included
+BATCH_ROWS = 10_000  # most rows that the operations of one batch name in all
+PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text; bounds an answer, and the memory that slow clients take
 AGING_ROWS = 50
 RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
 SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
@@ -43,7 +43,7 @@ class Room(NamedTuple):
 
 
 class NewDelivery(NamedTuple):
-    """A delivery to be made for an ended session: the body to send, or in `impossible` the cause why none can be
+    """A delivery to be added for an ended session: the body to send, or in `impossible` the reason why nothing can be
     sent.
     """
 
@@ -78,7 +78,7 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
     @property
     def rows(self) -> int:
-        """The number of rows it names, by which queue and batches are bounded; 0 if it changes no stored data."""
+        """The number of rows that it names; queue and batches are bounded by it. 0 if it changes no stored data."""
         return 1
 
     def __repr__(self) -> str:
@@ -86,7 +86,9 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
 
 class Opened(NamedTuple):
-    """The session, and whether it was created, was open alike, differs, or has ended."""
+    """The session, and what was found: it is new ("created"), open with the same player and token ("open"), open with
+    others ("differs"), or has ended.
+    """
 
     outcome: Literal["created", "open", "differs", "ended"]
     session: Session
@@ -102,7 +104,7 @@ class Opening(Operation[Opened], frozen=True):
     attributes: str | None
     idle_ms: int
     lifetime_ms: int  # 0: none
-    request_id: str | None = None  # of the call, to find it by
+    request_id: str | None = None  # the id of the HTTP request, for finding it in logs
 
 
 class Touched(NamedTuple):
@@ -162,8 +164,9 @@ class Swept(NamedTuple):
 class Sweep(Operation[Swept], frozen=True):
     """End what is due: `Store.end_due`.
 
-    `as_of_ms` is the service time by which sessions must have been idle for too long; None ends none for inactivity. A
-    sweep of a `crowd`, of many in a row, is alone in its batch, so that operations before it need not wait for it.
+    `as_of_ms` is the service time by which sessions must have been idle for too long; None ends none for inactivity.
+    With `crowd`, many sweeps follow each other; each of them is then alone in its batch, so that the operations queued
+    before it are answered sooner.
     """
 
     as_of_ms: int | None
@@ -171,7 +174,7 @@ class Sweep(Operation[Swept], frozen=True):
 
     @property
     def rows(self) -> int:
-        """A whole batch's for one of a crowd, so that nothing else fits in."""
+        """As many as a whole batch may have, if it must be alone in its batch."""
         return BATCH_ROWS if self.crowd else 1
 
 
@@ -208,17 +211,18 @@ class GateChange(Operation[Gate], frozen=True):
 
 
 class Alone(Operation[Answer], Generic[Answer], frozen=True):
-    """An operation that is alone in its batch, so that its rules need not consider others in the same transaction."""
+    """An operation that is always alone in its batch, so that its rules need not consider other operations."""
 
     @property
     def rows(self) -> int:
-        """A whole batch's, so that nothing else fits in."""
+        """As many as a whole batch may have, so that no other operation fits in."""
         return BATCH_ROWS
 
 
 class Dead(NamedTuple):
-    """Which of an operator's dead deliveries are meant, discarded ones never: those that died in [since_at, until_at),
-    of sessions that ended in [ended_since_at, ended_until_at), with this cause of the last failure. None: whichever.
+    """Chooses dead deliveries of an operator: those that died in [since_at, until_at), of sessions that ended in
+    [ended_since_at, ended_until_at), whose last failure had the cause `reason`. None stands for any. Discarded ones are
+    never chosen.
     """
 
     since_at: int = 0
@@ -279,7 +283,7 @@ class Probe(Operation[None], frozen=True):
 
     @property
     def rows(self) -> int:
-        """None: no stored data changes."""
+        """0: no stored data changes."""
         return 0
 
 
@@ -309,7 +313,7 @@ class Ended(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which ended sessions an archive is asked for: of an operator, of a player, with an id; None: whichever."""
+    """Chooses ended sessions for an archive: of an operator, of a player, with an id. None stands for any."""
 
     operator: str | None = None
     player_id: str | None = None
@@ -317,7 +321,9 @@ class Wanted(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether they are found by an index of ids, and not by when they ended."""
+        """Whether they are found by their own or their player's id, of which there are few, and not by the time of
+        their end.
+        """
         return self.player_id is not None or self.session_id is not None
 
 
@@ -335,28 +341,32 @@ class Archive(Protocol):
 
 
 class Whole(Protocol):
-    """All of a stopped store, read in order, to be moved into another. Its verbs raise DatabaseError."""
+    """The whole content of a stopped daemon's store, read in order, to be moved into another one. Its verbs raise
+    DatabaseError.
+    """
 
-    source: str  # tells it from every other
+    source: str  # identifies the content, for recognising it in a later run
 
     def counts(self) -> Mapping[str, int]:
-        """How many sessions and deliveries there are, by state, for people and for comparing."""
+        """The numbers of sessions and deliveries by state. They are shown to people, and compared with those of the
+        other store.
+        """
 
     def clock(self) -> tuple[int, int]:
         """The service time, and the wall time of the last transaction."""
 
     def operators(self) -> Mapping[str, tuple[Figures, Gate]]:
-        """The counts of each operator, and what holds it back."""
+        """The counts and the gate of each operator."""
 
     def sessions(self, after: int, rows: int) -> list[tuple[Session, int]]:
-        """Sessions with their `due_ms`, by id, behind this one."""
+        """Sessions with their `due_ms`, in the order of their ids, beginning after this one."""
 
     def deliveries(self, after: int, rows: int) -> list[Delivery]:
-        """Deliveries by id, behind this one, without the tokens of their sessions."""
+        """Deliveries in the order of their ids, beginning after this one, without the tokens of their sessions."""
 
 
 class Moved(NamedTuple):
-    """What was moved: counts on both sides, which are equal, and whether an earlier run had done it already."""
+    """What was moved: the counts, the same in both stores, and whether an earlier run had moved it already."""
 
     counts: Mapping[str, int]
     before: bool
@@ -366,8 +376,8 @@ class Moved(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A question for pending deliveries of one operator and sink, the earliest due first, without those `taken`
-    (ids).
+    """Asks for pending deliveries of one operator and sink, the earliest due first, but not for those with ids in
+    `taken`.
     """
 
     operator: str
@@ -398,7 +408,7 @@ class StoreObserver:
         """The next deadline may be earlier than before, or the first session was opened."""
 
     def read_again(self) -> None:
-        """What is kept in memory was read again from the tables: anything may have changed."""
+        """The figures, gates and deadlines in memory were read again from the tables: each of them may have changed."""
 
     def ownership_changed(self, operator: str) -> None:
         """This daemon owns the operator from now on, or no longer: see `Store.owns`."""
@@ -440,11 +450,11 @@ class Store(Protocol):
         grace_ms: int = 0,
         daemon_grace_ms: int = 0,
     ) -> None:
-        """Takes over what follows from the settings, for all batches from the next one on.
+        """Takes over new settings, for all batches from the next one on.
 
-        Sessions of `operators` alone end for inactivity or age. The ends for inactivity of those in `pausing` wait
-        while their touches have stopped, and for `grace_ms` of service time when touches have come again. All of them
-        wait for `daemon_grace_ms` of service time when another daemon on the database was lost.
+        Only sessions of `operators` end for inactivity or age. For operators in `pausing`, ends for inactivity wait
+        while no touches come, and for `grace_ms` of service time after touches have come again. All of them wait for
+        `daemon_grace_ms` of service time when another daemon on the database was lost.
         """
 
     def introduce(self, address: str, digest: str) -> None:
@@ -469,7 +479,7 @@ class Store(Protocol):
 
     @property
     def set_back_ms(self) -> int:
-        """How far the wall clock was set back since the last commit, which may be of the run before; else 0."""
+        """How far (ms) the wall clock was set back since the last commit, perhaps of an earlier run; else 0."""
 
     def figures_of(self, operator: str) -> Figures:
         """The operator's counts; zeros for an unknown operator."""
@@ -483,7 +493,9 @@ class Store(Protocol):
         """
 
     def release_ends(self, operator: str) -> bool:
-        """Lets them wait no longer, until touches have come again. Returns whether they waited."""
+        """Lets the operator's ends for inactivity wait no longer. They can wait again only after touches have come
+        again. Returns whether they waited.
+        """
 
     def observe(self, observer: StoreObserver) -> None:
         """Calls one more observer after each commit from now on."""
@@ -499,7 +511,7 @@ class Store(Protocol):
 
     @property
     def strained(self) -> str | None:
-        """A problem of the engine that does not keep it from writing, in words; None if there is none."""
+        """In words, a problem of the engine that does not prevent writing; None if there is none."""
 
     @property
     def writing_since(self) -> float | None:
@@ -533,7 +545,9 @@ class Store(Protocol):
 
     # Changes
     async def open_session(self, opening: Opening) -> Opened:
-        """Opens a session. Opening one that is open alike counts as a touch and changes nothing else."""
+        """Opens a session. If it is open already with the same player and token, that counts as a touch and changes
+        nothing else.
+        """
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
         """Records activity in sessions of one operator. An id that is given twice counts once."""
@@ -557,22 +571,23 @@ class Store(Protocol):
         """Changes an operator's gate atomically and returns the new one."""
 
     async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
-        """Makes dead deliveries due again, spaced out, in several transactions, those that died first before others.
+        """Makes dead deliveries due again, RETRY_SPACING_MS apart, those that died first before others.
 
-        Returns how many there were, `most` at most. If a step fails, calling it again retries the rest.
+        Returns how many there were, `most` at most. It takes several transactions; if one fails, a repeated call
+        retries the rest.
         """
 
     async def discard(self, operator: str, dead: Dead, by: str | None, note: str) -> int:
-        """Marks dead deliveries as wanted by nobody, in several transactions: they no longer count as dead.
+        """Marks dead deliveries as wanted by nobody: they no longer count as dead.
 
-        Returns how many there were. If a step fails, calling it again discards the rest.
+        Returns how many there were. It takes several transactions; if one fails, a repeated call discards the rest.
         """
 
     async def discard_one(self, webhook_id: str, by: str | None, note: str) -> Delivery | None:
         """Discards a dead delivery and returns it as it was before; None: unknown. Others are not changed."""
 
     async def find_dead(self, operator: str, dead: Dead) -> FoundDead:
-        """Counts dead deliveries, as many as one call of `retry_dead` would retry at most."""
+        """Counts dead deliveries, at most as many as one call of `retry_dead` would retry."""
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
         """Makes a dead delivery due again, also a discarded one, and returns it as it was before; None: unknown.
@@ -594,7 +609,7 @@ class Store(Protocol):
         """One session with its deliveries; None: unknown."""
 
     async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
-        """The pending deliveries of each lane, the earliest due first, those included that are not due yet."""
+        """The pending deliveries of each operator and sink, the earliest due first. Some of them may not be due yet."""
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         """The wall time at which each operator's oldest pending delivery was created; None: nothing is pending."""
@@ -611,8 +626,8 @@ class Store(Protocol):
     async def find_sessions(
         self, *, session_id: str | None, player_id: str | None, limit: int, after: int | None
     ) -> Page[Session]:
-        """A page of sessions of all operators that there ever were, newest first: those with a session id, or those of
-        a player. With both, those of the player with that id.
+        """A page of sessions of all operators, also of those no longer configured, newest first: those with a session
+        id, or those of a player. With both, those of the player with that id.
         """
 
     async def delivery(self, webhook_id: str) -> Delivery | None:
@@ -627,9 +642,9 @@ class Store(Protocol):
         """Whether any operator has deliveries for this sink."""
 
     async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """Of the deliveries that wait for each operator's URL, where the age of the oldest is counted from, less how
-        long its operator had been held by then: the least of `aged_from_at - held_base_ms` among the AGING_ROWS that
-        were made first. None when none waits.
+        """By operator, the time from which the age of the oldest delivery that waits for its URL is counted, minus how
+        long the operator had been held until then: the least `aged_from_at - held_base_ms` of the first AGING_ROWS
+        deliveries. None when no delivery waits.
         """
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:

@@ -1,4 +1,6 @@
-"""Which engine a configuration asks for. The only module that knows them all; each is imported when it is needed."""
+"""Chooses the engine that the configuration asks for. It is the only module that knows all engines, and imports one
+when it is needed.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,8 +16,8 @@ __all__ = ["COMPANIONS", "import_file", "migrate", "name_of", "open_archive", "o
 
 
 async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
-    """Opens the database and picks up where the last run left it. Raises DatabaseError, and ConfigError for a database
-    whose own settings would lose what was acknowledged.
+    """Opens the database as the last run left it. Raises DatabaseError, and ConfigError for a database whose own
+    settings would lose what was acknowledged.
 
     `name` is the daemon's, by which others on the database know it. `count_downtime` adds the wall time since the last
     transaction to the service clock.
@@ -51,7 +53,9 @@ def name_of(settings: Settings) -> str:
 
 
 def open_archive(settings: Settings) -> AbstractContextManager[Archive]:
-    """What has ended, for a command beside the daemon. Raises DatabaseError, also for what fails inside."""
+    """Opens the ended sessions for a command that runs beside the daemon. Raises DatabaseError, also for errors inside
+    the context.
+    """
     if settings.postgres is not None:
         from lmdaemon.store.postgres import archive as postgres_archive
 

@@ -64,23 +64,23 @@ class Projection:
         grace_ms: int = 0,
         daemon_grace_ms: int = 0,
     ) -> None:
-        """Takes over what follows from the settings, as `Store` has it."""
+        """Takes over new settings (Store.configure)."""
         self.configured, self.sinks_of, self.pausing, self.grace_ms = operators, sinks_of, pausing, grace_ms
         self.daemon_grace_ms = daemon_grace_ms
 
     def introduce(self, address: str, digest: str) -> None:
-        """Tells what others are shown of this daemon, as `Store` has it."""
+        """Takes what other daemons are shown of this one (Store.introduce)."""
         self._address, self._digest = address, digest
 
     def owns(self, operator: str) -> bool:
-        """Whether this daemon ends and delivers for the operator, as `Store` has it: here it is the only one."""
+        """Whether this daemon owns the operator (Store.owns). It is the only daemon here, so it owns all."""
         return True
 
     def let_go(self, operator: str) -> None:
         """Nothing is under way any more for an operator, as `Store` has it."""
 
     async def daemons(self) -> Sequence[Member]:
-        """The daemons on the database, as `Store` has it: here only this one."""
+        """The daemons on the database (Store.daemons). Here it is this one alone."""
         now_at, operators = self._clock.wall_ms(), sorted(self.configured)
         return [
             Member(self._name, __version__, self._address, self._since_at, now_at, 0, operators, self._digest, True)
@@ -109,7 +109,7 @@ class Projection:
             observer.read_again()
 
     def waits_until_ms(self, operator: str) -> int | None:
-        """Until when the operator's ends for inactivity wait, as `Store` has it."""
+        """Until when the operator's ends for inactivity wait (Store.waits_until_ms)."""
         pause = self._pauses.get(operator)
         if pause is None or operator not in self.pausing:
             return None
@@ -117,14 +117,16 @@ class Projection:
         return silence.waits_until(pause, self.touched_ms.get(operator), now_ms, self.grace_ms)
 
     def release_ends(self, operator: str) -> bool:
-        """Lets them wait no longer, as `Store` has it."""
+        """Lets the operator's ends for inactivity wait no longer (Store.release_ends)."""
         waited = self.waits_until_ms(operator) is not None
         if waited:
             self._pauses[operator] = self._pauses[operator]._replace(released=True)
         return waited
 
     def _note_touches(self, changes: Changes) -> None:
-        """Of each operator that was touched: the time, and whether its ends go on."""
+        """Notes the time of the latest touch of each operator, and ends its pause if touches have come again for long
+        enough.
+        """
         self._pauses.update(changes.pauses)
         for operator in changes.touched:
             self.note_touch(operator, changes.seen_ms)
@@ -145,7 +147,7 @@ class Projection:
         self.observers += (observer,)
 
     def available(self, available: bool) -> None:
-        """Stops the service clock while nothing can be stored, because then no touch can be acknowledged."""
+        """Stops the service clock while nothing can be stored, because no touch can be acknowledged then."""
         if available:
             self.service_clock.thaw("store")
         else:

@@ -49,7 +49,7 @@ from lmdaemon.store.contract import (
 
 PRUNE_ROWS = 500
 RETRY_ROWS = 500
-REVISIT_MS = 3_600_000  # a due session of an operator that is not configured is looked at again after this time
+REVISIT_MS = 3_600_000  # a due session whose operator is not configured is looked at again after this time
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
 ANY = 2**31 - 1  # as many attempts as there may be
@@ -71,7 +71,7 @@ class World(NamedTuple):
     configured: frozenset[str] = frozenset()  # operators whose sinks are known
     sinks_of: SinksOf = lambda session: ()
     pausing: frozenset[str] = frozenset()  # operators whose ends for inactivity wait while their touches have stopped
-    grace_ms: int = 0  # for how much longer they wait when touches have come again
+    grace_ms: int = 0  # for how much longer these ends wait when touches have come again
     pauses: Mapping[str, silence.Pause] = MappingProxyType({})
     touched_ms: Mapping[str, int] = MappingProxyType({})  # service time of the latest touch, by operator
     figures: Mapping[str, Figures] = MappingProxyType({})
@@ -82,14 +82,14 @@ class World(NamedTuple):
 class Questions:
     """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
-    sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: what is known of them?
+    sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: which are known?
     # deliveries with a result, and the most attempts there can have been: which of them are pending? A success counts
     # in any case, a failure unless another daemon has attempted the delivery since.
     results: list[tuple[int, int]] = field(default_factory=list)
-    sweeps: int = 0  # number of sweeps: which sessions, SWEEP_ROWS for each, are past their maximum lifetime?
-    due_ms: int | None = None  # and which are due at this service time?
+    sweeps: int = 0  # number of sweeps. For each: which SWEEP_ROWS sessions are past their maximum lifetime?
+    due_ms: int | None = None  # and which SWEEP_ROWS sessions are due at this service time?
     retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
-    deliveries: list[str] = field(default_factory=list)  # public ids: what is known of them, and can they be sent?
+    deliveries: list[str] = field(default_factory=list)  # public ids: which of them are known, and can they be sent?
     discard: list[int] = field(default_factory=list)  # deliveries: which of them are dead and not discarded?
     pruning: Pruning | None = None  # which sessions are old enough, and what deliveries do they have?
 
@@ -106,11 +106,11 @@ class OldDelivery(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Facts:
-    """The answers to `Questions`. Ids that are in `asked` and not in `sessions` are unknown."""
+    """The answers to `Questions`. A session id in `asked` that is not in `sessions` is unknown."""
 
     asked: Mapping[str, set[str]] = field(default_factory=dict)  # session ids by operator, as in Questions
     sessions: Iterable[Session] = ()
-    pending: frozenset[int] = frozenset()  # those of the results' deliveries that are pending
+    pending: frozenset[int] = frozenset()  # the deliveries in `Questions.results` that are pending
     outlived: Sequence[Session] = ()  # past their maximum lifetime, the longest first
     due: Sequence[Session] = ()  # the earliest due first
     dead: dict[int, str] = field(default_factory=dict)  # row number → sink of deliveries to retry that can be sent
@@ -129,7 +129,9 @@ def must_look_up(kinds: Iterable[type]) -> bool:
 
 
 def questions(batch: Iterable[Any]) -> Questions:
-    """What has to be read for these operations. Nothing for touches: the statement itself tells which ids it found."""
+    """What has to be read to decide these operations. Nothing for touches: the statement that writes them returns the
+    ids it did not find.
+    """
     asked = Questions()
     for one in batch:
         match one:
@@ -163,17 +165,18 @@ class Changes:
     # Rows
     touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
     sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
-    # id, reason, extra (None: unchanged), token, and for inactivity the last touch that it was decided on
+    # id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity: a later one
+    # prevents the end), id of the HTTP request
     ended: list[tuple[Any, ...]] = field(default_factory=list)
     moved_due: list[tuple[int, int]] = field(default_factory=list)  # id, due_ms
     moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # id, lifetime_at
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
     results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
-    digests: list[tuple[int, str]] = field(default_factory=list)  # session, the salted hash that replaces its token
+    digests: list[tuple[int, str]] = field(default_factory=list)  # session, and the salted hash that replaces its token
     revived: list[tuple[int, int, int, int]] = field(default_factory=list)  # id, due_at, aged_from_at, held_base_ms
     discarded: list[tuple[int, str]] = field(default_factory=list)  # id, JSON
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
-    figures: dict[str, Figures] = field(default_factory=dict)  # to add to those of an operator
+    figures: dict[str, Figures] = field(default_factory=dict)  # by operator, to be added to the stored ones
     gates: dict[str, Gate] = field(default_factory=dict)
     # Kept in memory only
     pauses: dict[str, silence.Pause] = field(default_factory=dict)  # that begin
@@ -258,7 +261,7 @@ def decide(batch: Sequence[Any], facts: Facts | None, world: World, random: Rand
     return changes
 
 
-# State of touched ids, as far as it is known before the statement: True: active, False: ended, None: unknown
+# State of touched ids, as far as it is known before anything is written. True: active, False: ended, None: unknown
 _Decided = Mapping[str, bool | None]
 _PlacedTouching = tuple[int, Touching, _Decided]
 
@@ -299,7 +302,9 @@ class _Sessions:
                 self._touch_many(touching)
 
     def _touch_many(self, touching: Touching) -> None:
-        """Touches sessions that are known from the facts or from this batch, and leaves the rest to the statement."""
+        """Touches sessions that are known from the facts or from this batch. The engine's statement finds out about the
+        others.
+        """
         changes, operator = self._changes, touching.operator
         distinct = dict.fromkeys(touching.session_ids)
         mine, asked = self._known.get(operator, {}), self._asked(operator)
@@ -323,7 +328,7 @@ class _Sessions:
         """Records activity in an active session."""
         seen = session._replace(seen_ms=self._changes.seen_ms, seen_at=self._now)
         self._put(seen)
-        if not self._is_new(session):  # a row that this batch adds has the time already
+        if not self._is_new(session):  # a row that this batch adds gets the time when it is added
             self._changes.touched.setdefault(session.operator, {})[session.session_id] = None
         return seen
 
@@ -437,7 +442,9 @@ class _Sessions:
         return self._known[session.operator][session.session_id]
 
     def _find(self, operator: str, session_id: str) -> Session | None:
-        """The session after the operations so far; None if it is unknown, or assumed to be."""
+        """The session after the operations so far. None if it is unknown, or if it is assumed to be because there are
+        no facts.
+        """
         mine = self._known.get(operator)
         return None if mine is None else mine.get(session_id)
 
@@ -511,7 +518,7 @@ class _Sweeps:
                 self._changes.moved_due.append((session.id, session.deadline_ms))
             elif (
                 session.operator not in self._world.configured
-            ):  # ending it would lose its notice: its sinks are unknown
+            ):  # if it ended now, no notice would be sent, because its sinks are unknown
                 self._changes.moved_due.append((session.id, as_of_ms + REVISIT_MS))
             elif (until_ms := self._waits_until(session, as_of_ms)) is not None:
                 again_ms = silence.look_again_ms(as_of_ms, until_ms, session.idle_ms, self._world.grace_ms)
@@ -632,10 +639,10 @@ class _Deliveries:
             self._changes.answers.append(delivery)
 
     def _revive(self, operator: str, dead: Sequence[tuple[int, str]], *, counted: int) -> None:
-        """Makes dead deliveries, given as (id, sink), due again, RETRY_SPACING_MS apart over all calls; so many of them
-        counted as dead.
+        """Makes dead deliveries, given as (id, sink), due again; `counted` is how many of them count as dead.
 
-        So an operator's server that has just come back is not flooded.
+        They are RETRY_SPACING_MS apart, also from those of earlier calls, so that an operator's server that has just
+        come back is not flooded.
         """
         gate = self._gate(operator)
         due_at = max(self._now, gate.paced_until_at)
@@ -756,7 +763,7 @@ def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]
 def _tokens_kept(
     tokens: Sequence[str | None], sinks: Sequence[Sequence[NewDelivery]], random: RandomHex
 ) -> list[str | None]:
-    """What is kept of the tokens of ended sessions: the token where it has to be sent, else only its salted hash."""
+    """What is kept of the tokens of ended sessions: the token if it still has to be sent, else only its salted hash."""
     unneeded = [all(one.impossible for one in its) for its in sinks]
     salts = iter(random(8, sum(unneeded)))
     return [
@@ -778,7 +785,7 @@ def _gate_set_back(gate: Gate, now_at: int, by_ms: int) -> Gate:
 
 
 def _digest_of(body: bytes) -> str | None:
-    """Proves what was sent when the body is gone."""
+    """The SHA-256 (hex) of a body, kept as proof of what was sent when the body is deleted; None for an empty body."""
     return hashlib.sha256(body).hexdigest() if body else None
 
 
@@ -786,7 +793,7 @@ _DIGEST = "\x1f"  # marks the salted hash of a token; a token itself has no cont
 
 
 def digest(token: str, salt: str) -> str:
-    """The salted hash of a token, which replaces it when it has been sent. `same_token` can still compare it."""
+    """The salted hash that replaces a token once it need not be sent any more. `same_token` can still compare it."""
     return f"{_DIGEST}{salt}{hashlib.sha256(f'{salt}{token}'.encode()).hexdigest()}"
 
 

@@ -1,14 +1,14 @@
 """When the touches of an operator count as stopped, and how long its ends for inactivity wait then. No SQL, no clock.
 
-It is the only place that says so: `rules` asks it for each session that is due, `alarms` for what is told.
-Times are service time in milliseconds, so nothing that keeps the daemon from hearing touches counts as silence. All of
-it is kept in memory: after a restart no end waits for this, and the restart grace applies.
+`rules` asks it for each session that is due, `alarms` for warnings. Times are service time in milliseconds, so nothing
+that keeps the daemon from hearing touches counts as silence. All of it is kept in memory: after a restart no end waits
+for this, and the restart grace applies.
 """
 
 from typing import NamedTuple
 
-MANY_SESSIONS = 100  # with fewer live sessions a silence says little: their players may simply have left
-SILENT_SHARE = 0.5  # of the idle time; a heartbeat comes every third of it, so at least one of each session is missing
+MANY_SESSIONS = 100  # with fewer live sessions a silence is no sign of a fault: all their players may have left
+SILENT_SHARE = 0.5  # of the idle time. With a heartbeat every third of it, each session has then missed at least one
 PAUSE_MAX_MS = 600_000  # ends wait no longer than this
 # A session whose end waits is looked at again after the grace within these bounds, so that 300,000 waiting sessions
 # cost the writer a sixth of its time, and none ends late once touches have come again.
@@ -29,22 +29,23 @@ class Pause(NamedTuple):
 
 
 def stopped(touched_ms: int | None, now_ms: int, idle_ms: int, live: int) -> bool:
-    """Whether touches of an operator with `live` sessions have stopped, the latest having come at `touched_ms`.
+    """Whether touches of an operator with `live` sessions have stopped; the latest came at `touched_ms`.
 
-    Where none has come since the start (None) none can have stopped: some operators' sessions are never touched.
+    If none has come since the start (None), they do not count as stopped: some operators' sessions are never touched.
     """
     return touched_ms is not None and live >= MANY_SESSIONS and now_ms - touched_ms >= silence_of(idle_ms)
 
 
 def silence_of(idle_ms: int) -> int:
-    """How long no touch must have come, where sessions end after `idle_ms` without one."""
+    """How long (ms) no touch must have come to count as silence, if sessions end after `idle_ms` without a touch."""
     return int(idle_ms * SILENT_SHARE)
 
 
 def waits_until(pause: Pause, touched_ms: int | None, now_ms: int, grace_ms: int) -> int | None:
     """Until when the ends of the operator wait, as far as is known at `now_ms`; None: they do not wait.
 
-    When touches have come again they wait for `grace_ms` more, as after a start: not every game server is the first.
+    When touches have come again the ends wait for `grace_ms` more, as after a start, so that every game server has time
+    to touch its sessions.
     """
     at_most = pause.since_ms + PAUSE_MAX_MS
     if pause.released or now_ms >= at_most:
@@ -56,7 +57,7 @@ def waits_until(pause: Pause, touched_ms: int | None, now_ms: int, grace_ms: int
 
 
 def touched(pause: Pause, before_ms: int, now_ms: int, grace_ms: int) -> Pause | None:
-    """The pause after a touch at `now_ms`, the latest before it having come at `before_ms`; None: it is over."""
+    """The pause after a touch at `now_ms`; the touch before it came at `before_ms`. None if the pause is over."""
     if pause.released or now_ms >= pause.since_ms + PAUSE_MAX_MS:
         return None
     if pause.resumed_ms is None or now_ms - before_ms >= pause.silent_ms:

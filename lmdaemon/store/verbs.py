@@ -1,7 +1,7 @@
 """The verbs of `store.contract` that change something, as operations for the writer. They are the same for every
 engine.
 
-The store of an engine is a subclass that knows how to begin a batch and how to read.
+Each engine's store is a subclass that implements how to begin a batch and how to read.
 """
 
 from abc import abstractmethod
@@ -72,7 +72,9 @@ class Verbs(Projection):
         """
 
     async def _all_died(self, operator: str, dead: Dead) -> AsyncIterator[list[DiedRow]]:
-        """All of them, DEAD_MAX at most, read in steps, so that other operations are not delayed."""
+        """All dead deliveries that are chosen, DEAD_MAX at most. They are read in steps, so that other operations are
+        not delayed.
+        """
         left: int = DEAD_MAX
         after: tuple[int, int] | None = (dead.since_at, 0)
         while after is not None and left > 0:

@@ -18,9 +18,10 @@ from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
 QUEUE_MAX = 20_000  # most operations that wait; more are refused with a StoreError
-QUEUE_ROWS = 200_000  # most rows that they name together: bounds the memory of the queue
+QUEUE_ROWS = 200_000  # most rows that waiting operations name in all; bounds the memory of the queue
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
-HUNG_S = STALL_S  # a transaction that takes longer stops the service clock: no touch can be acknowledged meanwhile
+# A transaction that takes longer stops the service clock, because no touch can be acknowledged meanwhile
+HUNG_S = STALL_S
 PROBE_S = 1.0  # between attempts to write during an outage
 
 log = Log("store")
@@ -55,8 +56,8 @@ class Engine(Protocol[_TheirWork]):
         """A name of the database for log lines."""
 
     async def check(self) -> None:
-        """Before each batch is begun. Raises DatabaseError when the database is gone and writing on would lose what is
-        acknowledged, or what is an outage.
+        """Is called before each batch is begun. Raises DatabaseError when the database is gone, so that later commits
+        would be lost, and any other exception for an outage.
         """
 
     async def commit(self, work: _TheirWork) -> list[Any]:
@@ -187,7 +188,7 @@ class Writer(Generic[Work]):
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
         """One transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
-        await self._engine.check()  # on the loop, where it does not wait for the interpreter's lock
+        await self._engine.check()  # on the event loop, which has the interpreter's lock already
         work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = time.monotonic()
         hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
@@ -222,8 +223,8 @@ class Writer(Generic[Work]):
                 operation.answer.set_result(result)
 
     def _works_again(self, batch: list[_Queued]) -> bool:
-        """Whether a commit after a failure shows that writes work: on a full disk a small one, such as that of a probe,
-        may fit where others do not.
+        """Whether a commit after a failure shows that writes work. On a full disk a small commit, such as a probe's,
+        may fit while others do not.
         """
         return self.failure is None or self._engine.has_room() or any(operation.rows for operation in batch)
 
@@ -240,7 +241,8 @@ class Writer(Generic[Work]):
 
     def _failed(self, batch: list[_Queued], error: Exception) -> None:
         failure = str(error)
-        if self.failure is not None:  # twice in a row: those who wait behind would be kept waiting for the same
+        # It failed twice in a row; operations that wait would fail in the same way, so they are refused now
+        if self.failure is not None:
             self._refuse(list(self._queue), StoreError(f"writing failed: {error}"))
             self.refused["writing_failed"] += len(self._queue)
             self._queue.clear()

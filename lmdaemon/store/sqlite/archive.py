@@ -15,7 +15,9 @@ EXPORT_ROWS = 500  # sessions in one read
 
 
 def _ended_of(column: str) -> str:
-    """The same as ENDED_BEFORE by an id in this column. The `+` keeps SQLite to the index of the ids."""
+    """As ENDED_BEFORE, but only sessions with a given id in this column. The `+` makes SQLite use the index of that
+    column.
+    """
     return f"""
 SELECT {as_rows("id, ended_at")}
 FROM (SELECT id, ended_at FROM session

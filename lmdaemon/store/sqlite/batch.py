@@ -221,7 +221,7 @@ def _columns(parts: Sequence[str]) -> str:
 
 
 def _writes(parts: Sequence[str]) -> str:
-    """The statements of a trigger: those of the parts, in the order of _PARTS, and the clock."""
+    """The statements of a trigger: those of the given parts, in the order of _PARTS, then that of the clock."""
     its = [statement.replace("?", f"NEW.{part}") for part in parts for statement in _PARTS[part]]
     return "; ".join([*its, PUT_CLOCK])
 
@@ -265,7 +265,7 @@ class Written:
     def _look_closer(self, sql: sqlite3.Connection) -> None:
         """Finds out which touched sessions have ended or are unknown.
 
-        Only this thread writes, so that has not changed.
+        Only this thread writes, so nothing has changed since the batch was written.
         """
         active: dict[str, set[str]] = {}
         ended: dict[str, set[str]] = {}
@@ -274,7 +274,7 @@ class Written:
                 states = fetch(sql, STATES, operator, to_json(list(session_ids)))
                 active[operator] = {session_id for session_id, is_active in states if is_active}
                 ended[operator] = {session_id for session_id, is_active in states if not is_active}
-        except Exception as error:  # lack of memory included: it may be committed by now, so the batch must not fail
+        except Exception as error:  # also MemoryError: the batch may be committed by now
             for place, _, _ in self.changes.touchings:
                 self.changes.answers[place] = StoreError(f"reading failed: {error}")
             return
@@ -282,7 +282,7 @@ class Written:
 
 
 def _rows_of(changes: Changes) -> dict[str, Any]:
-    """The rows of each part that has any, without what was touched."""
+    """The rows of each part that has any. Touches are no part; every view writes them."""
     rows = {
         "sessions": changes.sessions,
         "ended": changes.ended,

@@ -97,7 +97,8 @@ class Database(Generic[_Work]):
         """Refuses what is queued, and closes all connections."""
         self.writer.stop_taking(StoreError("the store is closed"))
         if not self._disk.lost:
-            # Before the last connection removes the WAL: after a crash in between, nothing must seem to be lost
+            # Must be done before the last connection removes the WAL: if the process is killed in between, the next
+            # start must not report a lost WAL
             file.mark(self._lock, b"")
         await self._disk.close_checkpointer()
         await self.reads.close()

@@ -1,6 +1,6 @@
 """The SQLite file itself: its path, its lock, its rights, and its upgrade to the newest schema.
 
-It is also for commands that open the file while the daemon runs. It must not write rows; that is for `writer`.
+Commands that open the file while the daemon runs use it too. It must not write rows: only `writer` does.
 """
 
 import errno
@@ -44,7 +44,7 @@ class Files:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # As text: with a Path, looking would take twice as long
+        # Kept as text: with a Path, `check` would take twice as long
         self._opened = {file: self._identity(os.stat(file)) for file in (str(path), f"{path}-wal")}  # noqa: PTH116
         self.file_bytes = self.wal_bytes = 0
         self.room: Room | None = None
@@ -101,7 +101,7 @@ def lock_file(path: Path) -> int:
     found = os.fstat(lock)
     if (
         not stat.S_ISREG(found.st_mode) or found.st_nlink != 1
-    ):  # it is written to, so it must not be another file's name
+    ):  # the lock file is written to, so it must not be a link to another file
         os.close(lock)
         raise DatabaseError(f"{path}: cannot be opened: must be a plain file with one name ({name})")
     try:
@@ -123,7 +123,7 @@ def check_rights(path: Path) -> None:
         raise DatabaseError(f"{path}: root must not keep a database where {whose} can exchange it: run as {whose}")
 
 
-# The content of the lock file, which is empty after an orderly end
+# What the lock file can contain; it is empty after an orderly end
 IN_USE = b"in use"  # a daemon runs, or was killed; the inodes of database and WAL follow
 RESTORING = b"restoring"  # a restore has begun to move files and has not finished
 IMPORTED = b"imported"  # everything was moved into another database, from where it is sent now
@@ -157,7 +157,8 @@ def look_beside(path: Path, lock: int) -> None:
                 f"backup in place with `lmdaemon restore`, or move {wal.name} away"
             )
     elif left.startswith(IN_USE) and path.exists():
-        # It may also be that another program has opened the file, so that its SQLite has copied the WAL into it
+        # This is also found when another program has opened the database since: its SQLite has then copied the WAL into
+        # the file and removed it, and nothing is lost
         log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
     elif left.startswith(IN_USE):
         log.error("store.file_missing", path=path, note="a new one is made; everything before is lost")

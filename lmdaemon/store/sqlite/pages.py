@@ -24,7 +24,8 @@ BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
 
-# The columns of a delivery in a list, without its body (the last one) and with nothing of history and token.
+# The columns of a delivery in a list: without its body, which is the last column, and with empty values for history and
+# token.
 _LISTED = ", ".join(
     {"session_id": "s.session_id", "token": "NULL", "history": "'[]'"}.get(name, f"d.{name}")
     for name in Delivery._fields[:-1]
@@ -42,12 +43,12 @@ _ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
 _OF_PLAYER = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND player_id = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# Ids of a player's sessions in one state, for which there is no index; how many sessions were looked at; the last of
-# them.
+# Ids of a player's sessions in one state, for which there is no index; how many sessions were looked at; the id of the
+# last one that was looked at.
 _OF_PLAYER_IN_STATE = """
 SELECT json_group_array(id) FILTER (WHERE (reason IS NULL) = ?), count(*), min(id)
 FROM (SELECT id, reason FROM session WHERE operator = ? AND player_id = ? AND id < ? ORDER BY id DESC LIMIT ?)"""
-# Sessions with an id, of some operators: a step in the index each.
+# Sessions with an id, of some operators; one index lookup for each operator.
 _OF_ID = f"""
 SELECT {as_rows("s.id, s.player_id")} FROM json_each(?) AS name
 JOIN session s ON s.operator = name.value AND s.session_id = ? WHERE s.id < ?"""
@@ -81,7 +82,8 @@ SELECT {as_rows(_LISTED)} FROM delivery d JOIN session s ON s.id = d.session WHE
 _ONE_DELIVERY = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id = ?"""
 
-# Dead deliveries of an operator in the order in which they died: id, when, whether it can be sent again, why.
+# Dead deliveries of an operator in the order in which they died: id, when it died, whether it can be sent again, cause
+# of the last failure.
 _DIED = f"""
 SELECT {as_rows("id, settled_at, may_be_sent, cause")}
 FROM (SELECT id, settled_at, {MAY_BE_SENT} AS may_be_sent, coalesce(last_error, '') AS cause FROM delivery
@@ -181,7 +183,7 @@ def died(sql: sqlite3.Connection, operator: str, dead: Dead, after: tuple[int, i
 
 
 def _first(parts: Sequence[Iterator[int]], count: int) -> list[int]:
-    """The greatest ids of several descending sequences. Each sequence is read only as far as needed."""
+    """The `count` greatest ids of several descending sequences. Each sequence is read only as far as needed."""
     return list(islice(merge(*parts, reverse=True), count))
 
 

@@ -76,7 +76,7 @@ class Reads:
 
 
 class _Desk:
-    """The connection of reads for people: one read at a time, which ends when its time is over or its caller leaves."""
+    """The connection for people's reads: one read at a time, which ends when its time is over or its caller leaves."""
 
     def __init__(self, thread: Thread) -> None:
         self._thread = thread
@@ -99,9 +99,10 @@ class _Desk:
             self.waiting -= 1
 
     def _interrupt(self, reading: "asyncio.Future[Any]") -> None:
-        """Interrupts a read until it has ended. It keeps its turn until then, so that no other read is interrupted.
+        """Interrupts a read until it has ended.
 
-        Repeated, because an interrupt before or between two statements has no effect.
+        The next read begins only then, so that it is not interrupted by mistake. The interrupt is repeated, because one
+        that comes between two statements has no effect.
         """
         if not reading.done():
             self._thread.end_statement()

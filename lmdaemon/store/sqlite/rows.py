@@ -1,7 +1,6 @@
-"""Passes rows to SQL and back as JSON; the statements that several modules share.
-
-Each step of a statement, that is each row of an executemany() or of a result, releases the interpreter's lock and has
-to wait for it again, behind a busy event loop. So many rows are passed as one JSON array.
+"""Passes rows to SQL and back as JSON, and has the statements that several modules share. Each step of a statement,
+that is each row of an executemany() or of a result, releases the interpreter's lock and has to wait for it again,
+behind a busy event loop. So many rows are passed as one JSON array.
 """
 
 import sqlite3

@@ -30,7 +30,8 @@ LANES_AT_ONCE = 32  # lanes read by one statement
 log = Log("store")
 
 
-_CLAIMED = DELIVERY.replace("d.body_digest", "NULL AS body_digest")  # which nobody needs to send
+# The digest is for proof, and not needed for sending
+_CLAIMED = DELIVERY.replace("d.body_digest", "NULL AS body_digest")
 # Pending deliveries of one lane (operator and sink), the earliest due first, as one JSON array.
 _LANE = f"""
 SELECT {as_rows(", ".join([*Delivery._fields[:-1], "CAST(body AS TEXT)"]))} AS lane
@@ -72,7 +73,7 @@ class Store(Verbs):
     def __init__(self, clock: Clock, name: str) -> None:
         """Use `open` instead."""
         super().__init__(clock, name)
-        self._expect_known = False  # whether the last sessions to be added were known
+        self._expect_known = False  # whether the last batch was to add sessions that were known
         self._db: Database[Batch]
 
     @classmethod
@@ -92,7 +93,7 @@ class Store(Verbs):
                 found = found._replace(service_ms=found.service_ms + downtime_ms)
             store.load(found)
             await store._db.accept()
-        except StoreError as error:  # a damaged page that opening the file has not read
+        except StoreError as error:  # a page is damaged that opening the file did not read
             await store._db.close()
             raise DatabaseError(f"{path}: {error}") from error
         except BaseException:
@@ -189,7 +190,7 @@ class Store(Verbs):
         after = after or pages.BEYOND
         if operator is sink is state is None:
             return await self._db.reads.look(pages.newest_deliveries, limit, after)
-        operators = [operator] if operator is not None else list(self.figures)  # of all that there ever were
+        operators = [operator] if operator is not None else list(self.figures)  # also those no longer configured
         return await self._db.reads.look(pages.delivery_page, operators, sink, state, limit, after)
 
     async def has_sink(self, sink: str) -> bool:
@@ -205,7 +206,7 @@ class Store(Verbs):
         return await self._db.reads.look(_oldest_pending, list(operators))
 
 
-# Of those that wait for an operator's URL: where the age of the oldest is counted from.
+# The time from which the age of the oldest delivery that waits for an operator's URL is counted.
 _AGING = """
 SELECT min(aged_from_at - held_base_ms)
 FROM (SELECT aged_from_at, held_base_ms FROM delivery WHERE operator = ? AND sink = 'http' AND state = 'pending'

@@ -21,21 +21,21 @@ from lmdaemon.store.sqlite.file import (
 )
 from lmdaemon.store.sqlite.rows import DELIVERY, SESSION
 
-# Sessions with their deadlines by id, behind one.
+# Sessions with their deadlines, in the order of their ids, after a given id.
 _SESSIONS = f"SELECT {SESSION}, due_ms FROM session WHERE id > ? ORDER BY id LIMIT ?"
-# Deliveries by id, behind one.
+# Deliveries in the order of their ids, after a given id.
 _DELIVERIES = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.id > ? ORDER BY d.id LIMIT ?"""
 # Figures and gate of every operator.
 _OPERATORS = f"SELECT name, live, pending, dead, {', '.join(GATE)} FROM operator"
-# Everything counted, once.
+# Numbers of sessions and deliveries by state.
 _COUNTS = """
 SELECT 'sessions active', count(*) FROM session WHERE reason IS NULL
 UNION ALL SELECT 'sessions ended', count(*) FROM session WHERE reason IS NOT NULL
 UNION ALL SELECT 'deliveries ' || state, count(*) FROM delivery GROUP BY state"""
-# The service clock, and when it was kept.
+# The service clock, and the wall time at which it was stored.
 _CLOCK = "SELECT service_ms, wall_at FROM clock"
-# What makes this file another one than its copies that were written to: it has its own last transaction.
+# Identifies the content of this file: a copy that was written to since has another last transaction.
 _SOURCE = "SELECT (SELECT count(*) FROM session), (SELECT max(id) FROM delivery), service_ms, wall_at FROM clock"
 
 
@@ -68,8 +68,9 @@ class Whole:
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[Whole]:
-    """Locks the file against every daemon while it is read, and for good once that has succeeded: what is pending in it
-    would be sent from both. Raises DatabaseError, naming the file, also for what fails inside.
+    """Locks the file against every daemon while it is read. If that succeeds it stays locked for good, because
+    otherwise pending deliveries could be sent from both databases. Raises DatabaseError, naming the file, also for what
+    fails inside.
     """
     path = real_path(path.absolute())
     if not path.exists():

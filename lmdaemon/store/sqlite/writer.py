@@ -34,7 +34,7 @@ _OUTAGES = {
 
 
 class Work(Protocol):
-    """A batch of operations, made on the event loop."""
+    """A batch of operations, as the event loop gives it to the writer's thread."""
 
     def run(self, connection: sqlite3.Connection) -> list[Any]:
         """Commits the batch on the connection's thread and returns an answer for each operation.
@@ -51,14 +51,16 @@ class Disk:
         self._files = files
         self._writer = writer
         self._checkpointer = checkpointer
-        self._blocked_until = 0.0  # monotonic time before which it is not tried again to have the WAL start over
-        self._wal_kept = 0  # bytes: the size of the WAL when it last started over and kept its size
+        self._blocked_until = 0.0  # monotonic time before which no attempt is made to have the WAL start over
+        self._wal_kept = 0  # size (bytes) of the WAL file when it last started over
         self._looked_at = float("-inf")  # monotonic time of the last look at the free space
         self.lost = False  # whether the file or its WAL was taken away
         self.database = str(files.path)
 
     async def close_checkpointer(self) -> None:
-        """Closes the connection for checkpoints. First of all, so that closing the writer makes the last checkpoint."""
+        """Closes the connection for checkpoints. It must be closed first, so that closing the writing connection makes
+        the last checkpoint.
+        """
         await self._checkpointer.close()
 
     async def close(self) -> None:
@@ -140,11 +142,11 @@ class Disk:
         return False
 
     def _start_wal_over(self, connection: sqlite3.Connection) -> None:
-        """Has the WAL start over between two batches: without a pause in the load, it never would by itself.
+        """Has the WAL start over between two batches; under constant load it never would by itself.
 
-        It keeps its size, because writing over a file takes less than making it longer. So it is full again when it has
-        grown, each time by one transaction; beyond WAL_MAX it is emptied. Little is left to copy. A reader in the way,
-        such as a long query in an administrator's shell, is not waited for.
+        The file keeps its size, because overwriting takes less time than growing. Each time it may still grow by one
+        transaction; beyond WAL_MAX it is emptied. Little is left to copy at this point. It does not wait for a reader
+        that is in the way, such as a long query in an administrator's shell.
         """
         if time.monotonic() < self._blocked_until:
             return

@@ -70,6 +70,12 @@ def count(value: str) -> int:
     return int(value)
 
 
+def percent(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", value) or int(value) > 100:
+        raise argparse.ArgumentTypeError(f"must be 0 to 100 (got {value!r})")
+    return int(value)
+
+
 def seconds(value: str) -> int:
     """A duration as in the configuration, in whole seconds."""
     from lmdaemon.config.values import duration

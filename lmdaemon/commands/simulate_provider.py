@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lmdaemon.commands.arguments import CLIENT_CERTIFICATE, JSON, PLAYER_TOKEN, argument, command, count, file, seed
+from lmdaemon.commands.arguments import (
+    CLIENT_CERTIFICATE,
+    JSON,
+    PLAYER_TOKEN,
+    argument,
+    command,
+    count,
+    file,
+    percent,
+    seed,
+)
 from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.recipient import checked_span, is_loopback, recipient
@@ -27,9 +37,14 @@ from lmdaemon.workbench.storm import Mix
     argument("--duration", default="30s", metavar="SPAN", help="how long they play (default 30s)"),
     argument("--play", default="10s", metavar="SPAN", help="a session's length on average (default 10s)"),
     argument("--heartbeat", default="1s", metavar="SPAN", help="between touches, 20%% either way (default 1s)"),
-    argument("--abandon", type=count, default=50, metavar="PERCENT", help="sessions that nobody closes (default 50)"),
+    argument("--abandon", type=percent, default=50, metavar="PERCENT", help="sessions that nobody closes (default 50)"),
     argument("--idle", type=count, default=Load().idle_s, metavar="SECONDS", help="their idle time (default 3)"),
     argument("--late", default="1s", metavar="SPAN", help="how late an end may be (default 1s)"),
+    argument(
+        "--away",
+        metavar="SPAN",
+        help="the daemon may be away for so long at a time: calls are repeated, no end is late for it (default: never)",
+    ),
     argument("--dialect", metavar="NAME", help="of the endpoint (default v4)"),
     argument("--provider-id", metavar="ID", help="towards the endpoint (default luckymonaco)"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
@@ -95,8 +110,6 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
         raise Usage(
             f"simulate provider: the ends of its sessions are sent to {args.operator}'s URL; say --yes if that is meant"
         )
-    if args.abandon > 100:
-        raise Usage(f"--abandon: must be 1 to 100 (got {args.abandon})")
     load = Load(
         players=args.players,
         span_s=checked_span(args.duration, "--duration"),
@@ -105,6 +118,8 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
         abandon=args.abandon / 100,
         idle_s=args.idle,
         late_s=checked_span(args.late, "--late"),
+        away_s=checked_span(args.away, "--away") if args.away else 0.0,
+        grace_s=settings.restart_grace_s,
     )
     async with Client(settings, args.client_cert, args.client_key) as client:
 

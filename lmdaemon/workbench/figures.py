@@ -59,5 +59,10 @@ class Figures:
             "counts": dict(sorted(self.counts.items())),
             "broken": {promise: self.broken[promise] for promise in promises},
             "timesMs": {name: times.shown() for name, times in sorted(self.times.items())},
-            "evidence": self.evidence,
+            "evidence": [*self.evidence, *self._untold()],
         }
+
+    def _untold(self) -> list[str]:
+        """How many cases of each kind are not among the evidence."""
+        more = {promise: count - EVIDENCE_MAX for promise, count in self.broken.items()}
+        return [f"{promise}: and {count} more" for promise, count in more.items() if count > 0]

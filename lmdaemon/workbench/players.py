@@ -22,6 +22,8 @@ PROMISES = {
     "failed": "a call got no answer, or one that it must not get",
 }
 WATCH_EVERY_S = 0.2
+REPEAT_EVERY_S = 0.2
+NOT_NOW = (0, 503)  # no answer, or one that asks to come again
 SINKS_PENDING = "pending"
 _ROUNDING_S = 0.002  # times are told in milliseconds
 
@@ -30,7 +32,9 @@ Call = Callable[..., Awaitable[tuple[int, Any]]]
 
 
 class Load(NamedTuple):
-    """Spans in seconds; `abandon` is the part of all sessions that nobody closes."""
+    """Spans in seconds; `abandon` is the part of sessions that nobody closes. The daemon may be away for `away_s` at
+    a time, 0 for never; for `grace_s` after it, it ends nothing for inactivity.
+    """
 
     players: int = 200
     span_s: float = 30.0
@@ -40,6 +44,8 @@ class Load(NamedTuple):
     idle_s: int = 3
     late_s: float = 1.0
     deliver_within_s: float = 30.0
+    away_s: float = 0.0
+    grace_s: float = 0.0
 
 
 class Session:
@@ -52,6 +58,29 @@ class Session:
         self.touched_between = (0.0, 0.0)  # the last that was acknowledged
         self.closed = False
         self.ended: dict[str, Any] | None = None
+
+
+class Away:
+    """When the daemon was away, as its callers saw it: from the first call without an answer to the next answer."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+        self._since: float | None = None
+
+    def note(self, sent: float, now: float, *, answered: bool) -> None:
+        if not answered:
+            self._since = sent if self._since is None else self._since
+        elif self._since is not None:
+            self.spans.append((self._since, now))
+            self._since = None
+
+    def meets(self, first: float, last: float, grace_s: float) -> bool:
+        """Whether it was away, or had just come back, at any moment of these."""
+        return any(since <= last and until + grace_s >= first for since, until in self.spans)
+
+    def total_s(self, grace_s: float) -> float:
+        """All that an end may have waited for it."""
+        return sum(until - since + grace_s for since, until in self.spans)
 
 
 class Players:
@@ -74,6 +103,7 @@ class Players:
         self._tell = tell
         self._seed = seed
         self._run = run_id()
+        self._away = Away()
         self.figures = Figures()
         self.sessions: dict[str, Session] = {}
 
@@ -85,6 +115,8 @@ class Players:
             await self._watch()
         except asyncio.CancelledError:
             self.figures.counts["interrupted"] = 1
+        if self._load.away_s:
+            self.figures.counts["times_away"] = len(self._away.spans)
         return self.figures.shown(PROMISES, self._clock() - began)
 
     async def _play(self, began: float) -> None:
@@ -119,7 +151,7 @@ class Players:
     async def _open(self, session: Session) -> bool:
         body = {"playerId": session.player, "token": f"made-up-{session.id}", "idleTimeoutSeconds": self._load.idle_s}
         status, between = await self._asked("open", "PUT", session.id, body=body)
-        if status != 201:
+        if status != 201 and not (status == 200 and self._load.away_s):  # 200: an opening whose answer was lost
             self._failed(f"open {session.id}: {_said(status)}, where 201 is expected")
             return False
         self.figures.counts["opened"] += 1
@@ -145,7 +177,7 @@ class Players:
                 self.figures.broke("lost", f"{session.id}: touch answered 404 though its opening was acknowledged")
             else:
                 self._failed(f"touch {session.id}: {_said(status)}, where 204 is expected")
-            if status:
+            if status and status not in NOT_NOW:
                 return
             session.touched_between = (session.touched_between[0], answered)  # it may have arrived all the same
 
@@ -162,12 +194,22 @@ class Players:
     async def _asked(
         self, name: str, method: str, session: str, *verb: str, body: object = None
     ) -> tuple[int, tuple[float, float]]:
-        """The status, and between which moments the daemon must have had the call."""
-        sent = self._clock()
-        status, _ = await self._call(method, "v1", "operators", self._operator, "sessions", session, *verb, body=body)
-        answered = self._clock()
+        """The status, and between which moments the daemon must have had the call. While it may be away, a call is
+        repeated, as game servers do; an opening may then have come with the first attempt.
+        """
+        path = ("v1", "operators", self._operator, "sessions", session, *verb)
+        first = self._clock()
+        while True:
+            sent = self._clock()
+            status, _ = await self._call(method, *path, body=body)
+            answered = self._clock()
+            if self._load.away_s:
+                self._away.note(sent, answered, answered=status not in NOT_NOW)
+            if status not in NOT_NOW or answered - first >= self._load.away_s:
+                break
+            await asyncio.sleep(REPEAT_EVERY_S)
         self.figures.timed(name, answered - sent)
-        return status, (sent, answered)
+        return status, (first if name == "open" else sent, answered)
 
     def _failed(self, what: str) -> None:
         self.figures.broke("failed", what)
@@ -177,11 +219,12 @@ class Players:
     async def _watch(self) -> None:
         """Looks at every session until all have ended and been delivered, or may have no more time for it."""
         last = max((one.touched_between[1] for one in self.sessions.values()), default=0.0)
-        ended_by = last + self._load.idle_s + self._load.late_s + 5.0
-        delivered_by = ended_by + self._load.deliver_within_s
+        in_time_by = last + self._load.idle_s + self._load.late_s + 5.0
         waiting = dict(self.sessions)
         while waiting:
             now = self._clock()
+            ended_by = in_time_by + self._away.total_s(self._load.grace_s)
+            delivered_by = ended_by + self._load.deliver_within_s
             for session in list(waiting.values()):
                 if await self._look(session) or (session.ended and now > delivered_by):
                     del waiting[session.id]
@@ -195,7 +238,10 @@ class Players:
 
     async def _look(self, session: Session) -> bool:
         """Whether there is nothing more to come of it."""
+        sent = self._clock()
         status, found = await self._call("GET", "v1", "operators", self._operator, "sessions", session.id, body=None)
+        if self._load.away_s:
+            self._away.note(sent, self._clock(), answered=status not in NOT_NOW)
         if status == 404:
             self.figures.broke("lost", f"{session.id}: unknown though its opening was acknowledged")
             return True
@@ -220,13 +266,15 @@ class Players:
         latest = session.opened_between[1] + (ended_at - opened_at)
         too_early_s = session.touched_between[0] + self._load.idle_s - latest - _ROUNDING_S
         lag_s = ended_at - _seconds(found["lastSeenAt"]) - self._load.idle_s
-        self.figures.timed("end_after_deadline", max(0.0, lag_s))
+        waited_for = self._away.meets(session.touched_between[0], earliest, self._load.grace_s)
+        if not waited_for:
+            self.figures.timed("end_after_deadline", max(0.0, lag_s))
         if too_early_s > 0:
             self.figures.broke(
                 "early", f"{session.id}: ended {too_early_s * 1000:.0f} ms before its idle time had passed"
             )
         late_s = earliest - session.touched_between[1] - self._load.idle_s
-        if late_s > self._load.late_s:
+        if late_s > self._load.late_s and not waited_for:
             self.figures.broke("late", f"{session.id}: ended {late_s * 1000:.0f} ms after its deadline")
 
     def _settled(self, session: Session, deliveries: Collection[dict[str, Any]]) -> bool:

@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import run
+from commands import COMMAND, environment, run
 from endpoints import PROVIDER, TOKEN, Endpoint, served, to
-from support import operator_table, scripted_operator, serving
+from processes import process
+from simulated import simulated_operator
+from support import operator_table, scripted_operator, serving, until
 
 from lmdaemon.workbench import players, storm
-from lmdaemon.workbench.figures import Times
+from lmdaemon.workbench.figures import EVIDENCE_MAX, Figures, Times
+from lmdaemon.workbench.journal import missed
 from lmdaemon.workbench.players import Load, Players
 from lmdaemon.workbench.storm import Mix, Storm
 
@@ -116,6 +120,30 @@ async def test_each_broken_promise_of_a_daemon_is_found(fault: str, promise: str
     assert promise is None or report["evidence"][0].startswith(f"{promise}: ")
 
 
+async def test_a_daemon_that_was_away_is_asked_again_and_is_not_late() -> None:
+    class Away(Liar):
+        asked = 0
+
+        async def __call__(self, method: str, *path: str, body: Any = None) -> tuple[int, Any]:
+            self.asked += 1
+            return (0, None) if 3 <= self.asked <= 5 else await super().__call__(method, *path, body=body)
+
+    load = LOAD._replace(players=1, span_s=0.3, heartbeat_s=0.05, play_s=10, abandon=1, late_s=10)
+    patient = await Players(Away("late"), "acme", load._replace(away_s=60), seed=1).run()
+    assert (patient["good"], patient["counts"]["times_away"]) == (True, 1)
+    impatient = await Players(Away("late"), "acme", load, seed=1).run()
+    assert impatient["broken"]["failed"] == 3
+    assert impatient["broken"]["late"] == 1
+
+
+def test_what_is_not_among_the_evidence_is_counted_there() -> None:
+    figures = Figures()
+    for number in range(EVIDENCE_MAX + 3):
+        figures.broke("late", f"s-{number}")
+    shown = figures.shown({"late": ""}, 1.0)["evidence"]
+    assert (len(shown), shown[-1]) == (EVIDENCE_MAX + 1, "late: and 3 more")
+
+
 async def test_an_interrupted_game_still_has_a_report() -> None:
     task = asyncio.create_task(Players(Liar(""), "acme", LOAD._replace(span_s=60), seed=1).run())
     await asyncio.sleep(0.2)
@@ -194,6 +222,29 @@ async def test_the_command_plays_game_servers_against_the_running_daemon(tmp_pat
     assert " opened, " in done.stdout
 
 
+async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: Path) -> None:
+    """Two kills while players play, under an operator that fails often: nothing is early, lost or doubled."""
+    async with simulated_operator("20%: error 100; 10%: reset; 5%: truncate 9", seed=5) as peer:
+        toml = '[sessions]\nrestart_grace = "500ms"\n'
+        toml += operator_table("acme", peer.url, schedule=["100ms"] * 40, concurrency=8)
+        with process(tmp_path, toml) as daemon:
+            words = "simulate provider acme --players 10 --duration 4s --play 1s --heartbeat 100ms --idle 1 --away 60s"
+            command = [*COMMAND, "--config", "config.toml", *words.split(), "--late", "60s", "--json"]
+            playing = await asyncio.create_subprocess_exec(
+                *command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            for killed in (1, 2):
+                await until(lambda n=killed: peer.journal.tally["accepted"] >= 2 * n, within_s=60)
+                daemon.kill()
+                await asyncio.to_thread(daemon.start)
+            out, err = await playing.communicate()
+    report = json.loads(out)
+    assert (playing.returncode, err, report["evidence"]) == (0, b"", [])
+    assert report["counts"]["times_away"] >= 2
+    assert report["counts"]["delivered_to_http"] == report["counts"]["opened"] == peer.journal.tally["accepted"]
+    assert missed(peer.journal.tally, {}) == []
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -204,6 +255,7 @@ async def test_the_command_plays_game_servers_against_the_running_daemon(tmp_pat
         ("--url http://127.0.0.1:9/ --seed x", "--seed: must be a whole number"),
         ("nobody", "has no operator 'nobody'"),
         ("acme", "say --yes if that is meant"),
+        ("quiet --abandon 101", "--abandon: must be 0 to 100"),
         ("quiet --duration 0s", "--duration: must not be zero"),
     ],
 )

@@ -35,20 +35,33 @@ class Skip(Exception):  # noqa: N818 - a result
 
 
 class Check(NamedTuple):
-    """One thing that is tried. `id` is `group.name`; `title` says what is tried, `why` why it matters, `hint` what to
-    do when it fails.
+    """One thing that is tried. `id` is `group.name`, `hint` says what to do when it fails. Reports show the docstring of
+    `run`: its first paragraph says what is tried, its second why it matters.
     """
 
     id: str
-    title: str
-    why: str
     hint: str
     run: "Callable[[Bench], Awaitable[Finding]]"
     turn: Turn = "usual"
 
     @property
     def group(self) -> str:
+        """The part of its id that it shares with similar checks."""
         return self.id.partition(".")[0]
+
+    @property
+    def title(self) -> str:
+        """What is tried, in a sentence."""
+        return self._paragraph(0)
+
+    @property
+    def why(self) -> str:
+        """Why it matters, in a sentence."""
+        return self._paragraph(1)
+
+    def _paragraph(self, number: int) -> str:
+        paragraphs = (self.run.__doc__ or "\n\n").split("\n\n")  # python -OO leaves no docstring
+        return " ".join(paragraphs[number].split())
 
 
 class Told(NamedTuple):

@@ -49,6 +49,10 @@ def _object(answer: Answer) -> dict[str, Any]:
 
 
 async def valid(bench: Bench) -> Finding:
+    """A valid notice is answered with HTTP 200 and `error` 0.
+
+    Nothing else is success: whatever else comes, the sender repeats the notice for days.
+    """
     one = (await bench.first()).exchange
     if one.accepted:
         return Finding("pass", bench.said(one))
@@ -58,6 +62,10 @@ async def valid(bench: Bench) -> Finding:
 
 
 async def content_type(bench: Bench) -> Finding:
+    """Content-Type is application/json.
+
+    Some senders, proxies and logs treat anything else as text or as an error page.
+    """
     for one, answer in _some(bench):
         found = answer.headers.get("Content-Type", "")
         if found.partition(";")[0].strip().lower() != "application/json":
@@ -66,6 +74,10 @@ async def content_type(bench: Bench) -> Finding:
 
 
 async def description(bench: Bench) -> Finding:
+    """`description` is a text.
+
+    The page defines it, and it is what a person reads when a notice fails.
+    """
     for one, answer in _some(bench):
         found = _object(answer).get("description")
         if not isinstance(found, str):
@@ -75,6 +87,10 @@ async def description(bench: Bench) -> Finding:
 
 
 async def error_number(bench: Bench) -> Finding:
+    """`error` is written as a whole number.
+
+    The page says number; senders that are strict do not take "0" or 0.0.
+    """
     for one, answer in _some(bench):
         found = _object(answer).get("error")
         if type(found) is not int:
@@ -83,6 +99,10 @@ async def error_number(bench: Bench) -> Finding:
 
 
 async def codes(bench: Bench) -> Finding:
+    """Every `error` is a code of the dialect.
+
+    A sender knows what to do only with the codes on the page; any other is repeated for days.
+    """
     unknown: dict[float, Exchange] = {}
     for one, _ in _some(bench):
         if one.code is not None and not explain.meaning_of(one.code, bench.dialect):
@@ -94,6 +114,10 @@ async def codes(bench: Bench) -> Finding:
 
 
 async def refusal_status(bench: Bench) -> Finding:
+    """A refusal has HTTP 200 too, its reason stands in `error`.
+
+    The status tells of transport, the code of the notice; proxies replace the body of a 4xx or 5xx.
+    """
     refusals = [one for one, answer in _some(bench) if one.code != 0]
     if not refusals:
         raise Skip("nothing was refused")
@@ -104,6 +128,10 @@ async def refusal_status(bench: Bench) -> Finding:
 
 
 async def framing(bench: Bench) -> Finding:
+    """The answer's length is told, and it is not compressed.
+
+    A body without a length cannot be told from one that broke off; the sender asks for no compression.
+    """
     for one, answer in _some(bench):
         if encoding := answer.headers.get("Content-Encoding", ""):
             return Finding("fail", f"Content-Encoding {encoding}, which nobody asked for", (one,))
@@ -116,6 +144,10 @@ async def framing(bench: Bench) -> Finding:
 
 
 async def no_echo(bench: Bench) -> Finding:
+    """No answer repeats the token.
+
+    Answers are logged on both sides; a token in one is a leaked credential.
+    """
     if "token" not in bench.dialect.fields:
         raise Skip(f"dialect {bench.dialect.name} has no token")
     if len(bench.notices.token) < TOKEN_MIN:
@@ -130,6 +162,10 @@ async def no_echo(bench: Bench) -> Finding:
 
 
 async def clock(bench: Bench) -> Finding:
+    """The server's clock (its Date header) is right within 30 s.
+
+    Signatures carry a time, and two logs can only be laid side by side when the clocks agree.
+    """
     for one, answer in _some(bench)[-1:]:
         text = answer.headers.get("Date")
         if text is None:
@@ -146,8 +182,6 @@ async def clock(bench: Bench) -> Finding:
 CHECKS = (
     Check(
         "answer.valid",
-        "A valid notice is answered with HTTP 200 and `error` 0.",
-        "Nothing else is success: whatever else comes, the sender repeats the notice for days.",
         'Answer {"error": 0, "description": "Success"} with status 200. An endpoint that only takes what it knows '
         "needs a test player (--player, --token-file) and test sessions (--session-file).",
         valid,
@@ -155,64 +189,48 @@ CHECKS = (
     ),
     Check(
         "answer.content-type",
-        "Content-Type is application/json.",
-        "Some senders, proxies and logs treat anything else as text or as an error page.",
         "Set Content-Type: application/json.",
         content_type,
         "summary",
     ),
     Check(
         "answer.description",
-        "`description` is a text.",
-        "The page defines it, and it is what a person reads when a notice fails.",
         'Add "description" with a few words in every answer.',
         description,
         "summary",
     ),
     Check(
         "answer.error-number",
-        "`error` is written as a whole number.",
-        'The page says number; senders that are strict do not take "0" or 0.0.',
         "Write 0 without quotes.",
         error_number,
         "summary",
     ),
     Check(
         "answer.codes",
-        "Every `error` is a code of the dialect.",
-        "A sender knows what to do only with the codes on the page; any other is repeated for days.",
         "Use the codes in the table of answer codes.",
         codes,
         "summary",
     ),
     Check(
         "answer.refusal-status",
-        "A refusal has HTTP 200 too, its reason stands in `error`.",
-        "The status tells of transport, the code of the notice; proxies replace the body of a 4xx or 5xx.",
         "Answer 200 to every request whose body was read, and put the code into `error` alone.",
         refusal_status,
         "summary",
     ),
     Check(
         "answer.framing",
-        "The answer's length is told, and it is not compressed.",
-        "A body without a length cannot be told from one that broke off; the sender asks for no compression.",
         "Let the server write Content-Length; switch compression off for this path; write no byte-order mark.",
         framing,
         "summary",
     ),
     Check(
         "answer.no-echo",
-        "No answer repeats the token.",
-        "Answers are logged on both sides; a token in one is a leaked credential.",
         "Do not put the request, or exception texts with it, into the answer.",
         no_echo,
         "summary",
     ),
     Check(
         "answer.clock",
-        "The server's clock (its Date header) is right within 30 s.",
-        "Signatures carry a time, and two logs can only be laid side by side when the clocks agree.",
         "Run NTP on the server.",
         clock,
         "summary",

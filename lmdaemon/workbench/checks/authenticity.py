@@ -31,6 +31,10 @@ def _refusal(bench: Bench, one: Exchange, case: str, verdict: Any = "fail") -> F
 
 
 async def signature(bench: Bench) -> Finding:
+    """A notice with a wrong signature, or with none, is refused.
+
+    A signature that is not checked, or only if it is there, proves nothing.
+    """
     _need_keys(bench)
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
@@ -49,6 +53,10 @@ async def signature(bench: Bench) -> Finding:
 
 
 async def timestamp(bench: Bench) -> Finding:
+    """A signature of ten minutes ago is refused.
+
+    Otherwise whoever once saw a notice can send it again for ever.
+    """
     _need_keys(bench)
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
@@ -59,6 +67,10 @@ async def timestamp(bench: Bench) -> Finding:
 
 
 async def rotation(bench: Bench) -> Finding:
+    """Of several signatures one that fits is enough.
+
+    While the secret is changed a notice carries two signatures.
+    """
     _need_keys(bench)
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
@@ -73,6 +85,10 @@ def _need_keys(bench: Bench) -> None:
 
 
 async def hash_wrong(bench: Bench) -> Finding:
+    """A hash of another secret, or of other values, is refused.
+
+    The hash is what proves the sender in this dialect.
+    """
     _need_hash(bench)
     await bench.accepted()
     fields = bench.notices.fields()
@@ -89,6 +105,10 @@ async def hash_wrong(bench: Bench) -> Finding:
 
 
 async def hash_case(bench: Bench) -> Finding:
+    """A hash in upper case is accepted.
+
+    Some MD5 functions write upper case.
+    """
     _need_hash(bench)
     await bench.accepted()
     hashed = bench.notices.hashed(bench.notices.fields())
@@ -97,6 +117,10 @@ async def hash_case(bench: Bench) -> Finding:
 
 
 async def hash_whole(bench: Bench) -> Finding:
+    """A parameter that is not on the page is hashed along.
+
+    The hash covers every parameter received; a fixed list of names breaks with the first new one.
+    """
     _need_hash(bench)
     await bench.accepted()
     fields = bench.notices.fields() | {"aNewField": "1", "zLast": ""}
@@ -110,6 +134,10 @@ def _need_hash(bench: Bench) -> None:
 
 
 async def token(bench: Bench) -> Finding:
+    """A wrong token is refused with its code.
+
+    The token is the only thing in this dialect that not everybody knows.
+    """
     if "token" not in bench.dialect.required:
         raise Skip(f"dialect {bench.dialect.name} needs no token")
     await bench.accepted()
@@ -124,6 +152,10 @@ async def token(bench: Bench) -> Finding:
 
 
 async def credentials(bench: Bench) -> Finding:
+    """Without the URL's user and password a notice is refused.
+
+    Credentials that are sent but not checked prove nothing.
+    """
     if bench.operator.target is None or bench.operator.target.authorization is None:
         raise Skip("the URL has no user and password")
     await bench.accepted()
@@ -142,6 +174,10 @@ def _wrong() -> str:
 
 
 async def client_certificate(bench: Bench) -> Finding:
+    """Without a client certificate a notice is refused.
+
+    Mutual TLS that is optional proves nothing.
+    """
     if bench.operator.client_cert_file is None or not bench.is_https:
         raise Skip("no client certificate is configured")
     await bench.accepted()
@@ -154,6 +190,10 @@ async def client_certificate(bench: Bench) -> Finding:
 
 
 async def anything(bench: Bench) -> Finding:
+    """Something proves the sender.
+
+    Whoever finds the URL can end players' sessions; a URL is no secret.
+    """
     tried = {name: bench.found[name].verdict for name in PROOFS if name in bench.found}
     proven = [name.partition(".")[2] for name, verdict in tried.items() if verdict == "pass"]
     refused_with_another_code = tried.get("authenticity.token") == "warn" and not any(
@@ -173,71 +213,51 @@ async def anything(bench: Bench) -> Finding:
 CHECKS = (
     Check(
         "authenticity.signature",
-        "A notice with a wrong signature, or with none, is refused.",
-        "A signature that is not checked, or only if it is there, proves nothing.",
         "Verify webhook-signature over id.timestamp.body as received, before parsing (standardwebhooks.com).",
         signature,
     ),
     Check(
         "authenticity.timestamp",
-        "A signature of ten minutes ago is refused.",
-        "Otherwise whoever once saw a notice can send it again for ever.",
         "Refuse when webhook-timestamp is more than five minutes from your clock.",
         timestamp,
     ),
     Check(
         "authenticity.rotation",
-        "Of several signatures one that fits is enough.",
-        "While the secret is changed a notice carries two signatures.",
         "Split webhook-signature at spaces and try each.",
         rotation,
     ),
     Check(
         "authenticity.hash",
-        "A hash of another secret, or of other values, is refused.",
-        "The hash is what proves the sender in this dialect.",
         "Compute the hash over what was received and compare it in constant time.",
         hash_wrong,
     ),
     Check(
         "authenticity.hash-case",
-        "A hash in upper case is accepted.",
-        "Some MD5 functions write upper case.",
         "Compare without regard to case.",
         hash_case,
     ),
     Check(
         "authenticity.hash-whole",
-        "A parameter that is not on the page is hashed along.",
-        "The hash covers every parameter received; a fixed list of names breaks with the first new one.",
         "Sort and hash all parameters but the hash itself, empty ones too.",
         hash_whole,
     ),
     Check(
         "authenticity.token",
-        "A wrong token is refused with its code.",
-        "The token is the only thing in this dialect that not everybody knows.",
         "Compare it with the one of the session, or the one agreed upon, in constant time.",
         token,
     ),
     Check(
         "authenticity.credentials",
-        "Without the URL's user and password a notice is refused.",
-        "Credentials that are sent but not checked prove nothing.",
         "Check the Authorization header; answer 401.",
         credentials,
     ),
     Check(
         "authenticity.client-certificate",
-        "Without a client certificate a notice is refused.",
-        "Mutual TLS that is optional proves nothing.",
         "Make the server ask for the certificate and verify it (ssl_verify_client on).",
         client_certificate,
     ),
     Check(
         "authenticity.anything",
-        "Something proves the sender.",
-        "Whoever finds the URL can end players' sessions; a URL is no secret.",
         "Ask the provider for a signature, a client certificate or a token of your own, or allow only its addresses "
         "(which cannot be seen from here).",
         anything,

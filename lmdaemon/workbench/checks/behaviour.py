@@ -9,6 +9,10 @@ RESERVED = 2  # requests that the checks after it need
 
 
 async def burst(bench: Bench) -> Finding:
+    """Fifty at once are taken, or told to come later.
+
+    After an outage everything that waited comes within seconds.
+    """
     if not bench.limits.burst:
         raise Skip("only with --burst")
     await bench.accepted()
@@ -33,6 +37,10 @@ async def burst(bench: Bench) -> Finding:
 
 
 async def recovered(bench: Bench) -> Finding:
+    """After the burst a notice is taken as before.
+
+    A pool that a burst has used up stays so until somebody restarts it.
+    """
     if not bench.limits.burst:
         raise Skip("only with --burst")
     await bench.accepted()
@@ -42,16 +50,12 @@ async def recovered(bench: Bench) -> Finding:
 CHECKS = (
     Check(
         "behaviour.burst",
-        "Fifty at once are taken, or told to come later.",
-        "After an outage everything that waited comes within seconds.",
         "Take them, or answer 429 or 503 with Retry-After; do not let connections hang.",
         burst,
         "late",
     ),
     Check(
         "behaviour.recovered",
-        "After the burst a notice is taken as before.",
-        "A pool that a burst has used up stays so until somebody restarts it.",
         "Bound the pool and the queue, and give connections back in a finally.",
         recovered,
         "late",

@@ -42,6 +42,10 @@ def _is_loopback(addresses: Sequence[str]) -> bool:
 
 
 async def resolves(bench: Bench) -> Finding:
+    """The name resolves, and every address takes a connection.
+
+    A sender may try any of the addresses; one that is dead costs time or an attempt every now and then.
+    """
     try:
         addresses = await _addresses(bench)
     except OSError as error:
@@ -62,6 +66,10 @@ async def resolves(bench: Bench) -> Finding:
 
 
 async def public(bench: Bench) -> Finding:
+    """The address is one of the public Internet.
+
+    The provider's sender refuses private addresses, so that no URL can lead into its own network.
+    """
     try:
         addresses = await _addresses(bench)
     except OSError:
@@ -93,6 +101,10 @@ async def _handshake(bench: Bench, context: ssl.SSLContext) -> tuple[str, dict[s
 
 
 async def tls(bench: Bench) -> Finding:
+    """TLS 1.2 or newer, with a certificate that verifies for this name.
+
+    Players' tokens go over this connection, and a sender that cannot verify it sends nothing.
+    """
     if bench.is_https:
         try:
             version, _ = await _handshake(bench, bench.operator.tls.context)
@@ -115,6 +127,10 @@ async def tls(bench: Bench) -> Finding:
 
 
 async def certificate_age(bench: Bench) -> Finding:
+    """The certificate is valid for 21 days more.
+
+    When it expires every notice fails at once, most often at night.
+    """
     if not bench.is_https:
         raise Skip("no TLS")
     try:
@@ -136,6 +152,10 @@ def _unverified() -> ssl.SSLContext:
 
 
 async def old_tls(bench: Bench) -> Finding:
+    """TLS 1.0 and 1.1 are refused.
+
+    They are broken and forbidden (RFC 8996); auditors ask for it.
+    """
     if not bench.is_https:
         raise Skip("no TLS")
     context = _unverified()
@@ -156,6 +176,10 @@ async def old_tls(bench: Bench) -> Finding:
 
 
 async def plain_http(bench: Bench) -> Finding:
+    """Plain HTTP on the same host takes no notice.
+
+    A notice that is taken without TLS can be forged by anybody on the way.
+    """
     if not bench.is_https:
         raise Skip("the URL itself is plain HTTP")
     assert bench.operator.target is not None  # noqa: S101
@@ -171,6 +195,10 @@ async def plain_http(bench: Bench) -> Finding:
 
 
 async def no_redirect(bench: Bench) -> Finding:
+    """The exact URL answers by itself, without a redirect.
+
+    Senders follow no redirect: it would carry a player's token to wherever it leads.
+    """
     one = (await bench.first()).exchange
     if one.answer is None:
         raise Skip("there is no answer: see answer.valid")
@@ -180,6 +208,10 @@ async def no_redirect(bench: Bench) -> Finding:
 
 
 async def keepalive(bench: Bench) -> Finding:
+    """Two requests go over one connection.
+
+    A new connection and handshake for each notice makes bursts slow for both sides.
+    """
     await bench.accepted()
     told = await bench.tell(keep=True)
     if not told.exchange.accepted:
@@ -190,6 +222,10 @@ async def keepalive(bench: Bench) -> Finding:
 
 
 async def idle(bench: Bench) -> Finding:
+    """A connection that was idle works, or was closed in order.
+
+    A connection that a firewall drops in silence costs an attempt whenever there was a quiet minute.
+    """
     await bench.accepted()
     told = await bench.tell(keep=True)
     if told.exchange.accepted:
@@ -206,6 +242,10 @@ _CROWD = (
 
 
 async def speed(bench: Bench) -> Finding:
+    """Answers come within a second (p95), and always within the time-out.
+
+    A notice that is answered too late is sent again, and the slower the endpoint the longer a backlog takes.
+    """
     other = ("strictness.slow-body", "connection.plain-http", *_AT_ONCE)
     alone = [one for check, some in bench.by_check.items() if check not in other for one in some]
     late = [one for one in alone if one.cause == "timeout"]
@@ -234,74 +274,54 @@ def _by_time(some: Iterable[Exchange]) -> list[Exchange]:
 CHECKS = (
     Check(
         "connection.resolves",
-        "The name resolves, and every address takes a connection.",
-        "A sender may try any of the addresses; one that is dead costs time or an attempt every now and then.",
         "Correct the DNS records (A and AAAA), or let the server listen on all of them; open the firewall.",
         resolves,
     ),
     Check(
         "connection.public",
-        "The address is one of the public Internet.",
-        "The provider's sender refuses private addresses, so that no URL can lead into its own network.",
         "Give a URL that is reachable from outside; within one network the sender must be told to allow it.",
         public,
     ),
     Check(
         "connection.tls",
-        "TLS 1.2 or newer, with a certificate that verifies for this name.",
-        "Players' tokens go over this connection, and a sender that cannot verify it sends nothing.",
         "Serve the whole chain (leaf and intermediates) for the very name in the URL; TLS 1.2 or 1.3.",
         tls,
     ),
     Check(
         "connection.certificate-age",
-        "The certificate is valid for 21 days more.",
-        "When it expires every notice fails at once, most often at night.",
         "Renew it, and have the renewal watched.",
         certificate_age,
     ),
     Check(
         "connection.old-tls",
-        "TLS 1.0 and 1.1 are refused.",
-        "They are broken and forbidden (RFC 8996); auditors ask for it.",
         "Set the server's minimum to TLS 1.2.",
         old_tls,
     ),
     Check(
         "connection.plain-http",
-        "Plain HTTP on the same host takes no notice.",
-        "A notice that is taken without TLS can be forged by anybody on the way.",
         "Refuse plain HTTP, or redirect it.",
         plain_http,
     ),
     Check(
         "connection.no-redirect",
-        "The exact URL answers by itself, without a redirect.",
-        "Senders follow no redirect: it would carry a player's token to wherever it leads.",
         "Give the provider the URL that the redirect leads to (mind http/https, www, a trailing slash).",
         no_redirect,
         "first",
     ),
     Check(
         "connection.keepalive",
-        "Two requests go over one connection.",
-        "A new connection and handshake for each notice makes bursts slow for both sides.",
         "Let the server keep connections open for some seconds (keep-alive), and read bodies whole before answering.",
         keepalive,
         "first",
     ),
     Check(
         "connection.idle",
-        "A connection that was idle works, or was closed in order.",
-        "A connection that a firewall drops in silence costs an attempt whenever there was a quiet minute.",
         "Close idle connections at the server (FIN), earlier than any firewall or balancer before it forgets them.",
         idle,
         "late",
     ),
     Check(
         "connection.speed",
-        "Answers come within a second (p95), and always within the time-out.",
-        "A notice that is answered too late is sent again, and the slower the endpoint the longer a backlog takes.",
         "Store the notice, answer, and do the slow work afterwards.",
         speed,
         "summary",

@@ -8,11 +8,19 @@ RACE = 10
 
 
 async def repeat(bench: Bench) -> Finding:
+    """The same notice again, at once, is answered with success.
+
+    An answer can get lost on the way; then the sender must repeat, and an error would make it repeat for days.
+    """
     told = await bench.accepted()
     return accepted(bench, await bench.post(told.body), told="the same success")
 
 
 async def attempt(bench: Bench) -> Finding:
+    """A further attempt (same webhook-id, new time-stamp) is answered with success.
+
+    That is what a repeat of the sender looks like; a nonce cache that refuses the id breaks it.
+    """
     told = await bench.accepted()
     await bench.pause(bench.limits.lull_s)  # or the time-stamp would be the same
     again = await bench.post(told.body, webhook_id=told.webhook_id)
@@ -20,11 +28,19 @@ async def attempt(bench: Bench) -> Finding:
 
 
 async def rewritten(bench: Bench) -> Finding:
+    """The same notice with its fields in another order is answered with success.
+
+    Order and white space have no meaning; proxies and new versions of a sender change them.
+    """
     told = await bench.accepted()
     return accepted(bench, await bench.post(bench.notices.rewritten(told.fields)))
 
 
 async def race(bench: Bench) -> Finding:
+    """Ten of the same at the same moment are all answered with success.
+
+    Attempts of two senders can overlap; two threads that insert one row make a 500 of the second.
+    """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
     webhook_id = bench.notices.webhook_id()
@@ -35,6 +51,10 @@ async def race(bench: Bench) -> Finding:
 
 
 async def unknown(bench: Bench) -> Finding:
+    """A session of an unknown player is accepted, or refused with its code.
+
+    Sessions that you never saw, or have deleted, end too; a 500 would be repeated for days.
+    """
     await bench.accepted()
     told = await bench.tell(bench.notices.fields(player=f"lmcheck-nobody-{bench.notices.unknown_session()}"))
     one, codes = told.exchange, bench.dialect.codes
@@ -47,6 +67,10 @@ async def unknown(bench: Bench) -> Finding:
 
 
 async def later(bench: Bench) -> Finding:
+    """The first notice once more at the end of the run is answered with success.
+
+    A cache of some seconds or a lock does not make an endpoint idempotent; repeats come for days.
+    """
     told = await bench.accepted()
     return accepted(bench, await bench.post(told.body, webhook_id=told.webhook_id), told="the same success at the end")
 
@@ -54,43 +78,31 @@ async def later(bench: Bench) -> Finding:
 CHECKS = (
     Check(
         "idempotence.repeat",
-        "The same notice again, at once, is answered with success.",
-        "An answer can get lost on the way; then the sender must repeat, and an error would make it repeat for days.",
         'Answer "Success" when the session has already ended, whoever ended it.',
         repeat,
     ),
     Check(
         "idempotence.attempt",
-        "A further attempt (same webhook-id, new time-stamp) is answered with success.",
-        "That is what a repeat of the sender looks like; a nonce cache that refuses the id breaks it.",
         "Remember the webhook-id to do the work once, and answer success all the same.",
         attempt,
     ),
     Check(
         "idempotence.rewritten",
-        "The same notice with its fields in another order is answered with success.",
-        "Order and white space have no meaning; proxies and new versions of a sender change them.",
         "Read fields by name with a real parser; compare sessions by id, not by the bytes of the body.",
         rewritten,
     ),
     Check(
         "idempotence.race",
-        "Ten of the same at the same moment are all answered with success.",
-        "Attempts of two senders can overlap; two threads that insert one row make a 500 of the second.",
         "Let the database decide: insert or ignore (ON CONFLICT DO NOTHING), not look and then insert.",
         race,
     ),
     Check(
         "idempotence.unknown",
-        "A session of an unknown player is accepted, or refused with its code.",
-        "Sessions that you never saw, or have deleted, end too; a 500 would be repeated for days.",
         "Answer success, there being nothing to end, or the code for an unknown session.",
         unknown,
     ),
     Check(
         "idempotence.later",
-        "The first notice once more at the end of the run is answered with success.",
-        "A cache of some seconds or a lock does not make an endpoint idempotent; repeats come for days.",
         "Keep the end of a session as long as the sender repeats (days), not in a cache of minutes.",
         later,
         "late",

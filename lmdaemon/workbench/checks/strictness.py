@@ -14,6 +14,10 @@ _IDS = ("session", "player")
 
 
 async def malformed(bench: Bench) -> Finding:
+    """A body that cannot be parsed is refused as bad parameters.
+
+    A 500 or an HTML page says please try again, and it will, for days; the page's own sample lacks its commas.
+    """
     await bench.accepted()
     return refused(
         bench, [(case, await bench.post(body)) for case, body in bench.notices.malformed()], "bad_parameters"
@@ -21,6 +25,10 @@ async def malformed(bench: Bench) -> Finding:
 
 
 async def not_object(bench: Bench) -> Finding:
+    """An empty body, a list and null are refused as bad parameters.
+
+    They are valid or nearly valid JSON and often slip past the parser into a fault.
+    """
     _need_json(bench)
     await bench.accepted()
     cases = (("the body is empty", b""), ("the body is a list", b"[]"), ("the body is null", b"null"))
@@ -28,6 +36,10 @@ async def not_object(bench: Bench) -> Finding:
 
 
 async def missing(bench: Bench) -> Finding:
+    """Each required field that is missing is refused.
+
+    A notice without its session or token means nothing; whoever takes it has not read it.
+    """
     await bench.accepted()
     cases = []
     for meaning in bench.dialect.required:
@@ -39,6 +51,10 @@ async def missing(bench: Bench) -> Finding:
 
 
 async def empty(bench: Bench) -> Finding:
+    """Each required field that is empty is refused.
+
+    An empty id matches everything or nothing in many a query.
+    """
     await bench.accepted()
     cases = []
     for meaning in bench.dialect.required:
@@ -51,6 +67,10 @@ async def empty(bench: Bench) -> Finding:
 
 
 async def types(bench: Bench) -> Finding:
+    """A session id that is null, true, a list or an object is refused.
+
+    Loosely typed code turns them into texts ("null", "Array") or into a fault.
+    """
     _need_json(bench)
     await bench.accepted()
     name = bench.dialect.fields["session"]
@@ -66,12 +86,20 @@ _NAMES = {type(None): "null", bool: "true", list: "a list", dict: "an object"}
 
 
 async def twice(bench: Bench) -> Finding:
+    """A session id that stands twice with different values is refused.
+
+    Two parsers take two different ones; a proxy may check the one and you use the other.
+    """
     await bench.accepted()
     body = bench.notices.twice(bench.notices.fields(), "session", bench.notices.unknown_session())
     return refused(bench, [("", await bench.post(body))], "bad_parameters", "bad_hash")
 
 
 async def other_player(bench: Bench) -> Finding:
+    """A notice of the same session for another player is refused.
+
+    Somebody confuses sessions; ending the wrong player's session is worse than an error.
+    """
     told = await bench.accepted()
     fields = bench.notices.fields(told.session, player=f"{bench.notices.player}-other")
     other = (await bench.tell(fields)).exchange
@@ -81,12 +109,20 @@ async def other_player(bench: Bench) -> Finding:
 
 
 async def other_provider(bench: Bench) -> Finding:
+    """A notice of another provider is refused.
+
+    Session ids are only unique within one provider.
+    """
     await bench.accepted()
     told = await bench.tell(bench.notices.fields(provider="lmcheck-nobody"))
     return refused(bench, [("", told.exchange)], "bad_parameters")
 
 
 async def provider_case(bench: Bench) -> Finding:
+    """The provider's id is taken in upper and lower case.
+
+    The provider's own pages write it in more than one way.
+    """
     await bench.accepted()
     provider = bench.operator.provider_id
     other = provider.swapcase()
@@ -99,6 +135,10 @@ async def provider_case(bench: Bench) -> Finding:
 
 
 async def extra_fields(bench: Bench) -> Finding:
+    """Fields that are not on the page are ignored.
+
+    The page changed fifteen times in fourteen months; the next version must not break you.
+    """
     if not bench.dialect.extra:
         raise Skip(f"dialect {bench.dialect.name} takes no other fields")
     await bench.accepted()
@@ -109,6 +149,10 @@ async def extra_fields(bench: Bench) -> Finding:
 
 
 async def long_ids(bench: Bench) -> Finding:
+    """A session id of 256 characters is taken.
+
+    Ids are opaque; a column that is too short truncates or fails.
+    """
     await bench.accepted()
     unique = bench.notices.unknown_session()
     one = (await bench.tell(bench.notices.fields(LONG_ID[: -len(unique)] + unique))).exchange
@@ -118,7 +162,12 @@ async def long_ids(bench: Bench) -> Finding:
 
 
 async def hostile_ids(bench: Bench) -> Finding:
-    """Accepted or refused, but told by the body: no fault, no error page."""
+    """Ids with quotes, percent signs, markup, SQL and other scripts are handled as data.
+
+    An id is somebody else's text: put into a statement or a page it becomes code.
+
+    Accepted or refused, but told by the body: no fault, no error page.
+    """
     await bench.accepted()
     codes = {bench.dialect.codes.of(meaning) for meaning in ("bad_parameters", "unknown_session", "player_mismatch")}
     ids = [text.replace("=", "").replace("&", "") for text in HOSTILE_IDS]  # which a hash cannot have
@@ -130,6 +179,10 @@ async def hostile_ids(bench: Bench) -> Finding:
 
 
 async def charset(bench: Bench) -> Finding:
+    """A Content-Type with a charset is taken.
+
+    Many HTTP clients add `; charset=UTF-8` by themselves.
+    """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
     one = await bench.post(body, headers={"Content-Type": f"{bench.dialect.content_type}; charset=UTF-8"})
@@ -137,6 +190,10 @@ async def charset(bench: Bench) -> Finding:
 
 
 async def content_type(bench: Bench) -> Finding:
+    """Another Content-Type is refused.
+
+    text/plain is what a web page elsewhere can make a browser send without asking.
+    """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
     one = await bench.post(body, headers={"Content-Type": "text/plain"})
@@ -146,6 +203,10 @@ async def content_type(bench: Bench) -> Finding:
 
 
 async def method(bench: Bench) -> Finding:
+    """A GET is refused.
+
+    Crawlers, previews and prefetchers send GET; it must not end sessions.
+    """
     await bench.accepted()
     one = await bench.post(b"", method="GET")
     if one.accepted:
@@ -163,6 +224,10 @@ def _not_taken(bench: Bench, one: Exchange, status: int) -> Finding:
 
 
 async def large_body(bench: Bench) -> Finding:
+    """A body of 17 KiB is refused without hanging.
+
+    A notice has some hundred bytes; what takes any size takes memory from everybody.
+    """
     await bench.accepted()
     name = "lmcheckExtra"
     body = bench.notices.body(bench.notices.fields() | {name: "x" * LARGE})
@@ -176,6 +241,10 @@ async def large_body(bench: Bench) -> Finding:
 
 
 async def slow_body(bench: Bench) -> Finding:
+    """A body that comes byte by byte holds up nobody, and is cut off.
+
+    A few such connections are enough to stop a server that waits for each.
+    """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
     patience_s = bench.limits.patience_s
@@ -218,120 +287,86 @@ def _need_json(bench: Bench) -> None:
 CHECKS = (
     Check(
         "strictness.malformed",
-        "A body that cannot be parsed is refused as bad parameters.",
-        "A 500 or an HTML page says please try again, and it will, for days; the page's own sample lacks its commas.",
         "Catch the parser's error and answer 200 with the code for bad parameters, not the framework's own page.",
         malformed,
     ),
     Check(
         "strictness.not-object",
-        "An empty body, a list and null are refused as bad parameters.",
-        "They are valid or nearly valid JSON and often slip past the parser into a fault.",
         "Check that what was parsed is an object before reading fields.",
         not_object,
     ),
     Check(
         "strictness.missing",
-        "Each required field that is missing is refused.",
-        "A notice without its session or token means nothing; whoever takes it has not read it.",
         "Check each required field; answer the code for bad parameters.",
         missing,
     ),
     Check(
         "strictness.empty",
-        "Each required field that is empty is refused.",
-        "An empty id matches everything or nothing in many a query.",
         "Refuse empty texts as missing ones.",
         empty,
     ),
     Check(
         "strictness.types",
-        "A session id that is null, true, a list or an object is refused.",
-        'Loosely typed code turns them into texts ("null", "Array") or into a fault.',
         "Take a text (or a whole number) and nothing else.",
         types,
     ),
     Check(
         "strictness.duplicate-field",
-        "A session id that stands twice with different values is refused.",
-        "Two parsers take two different ones; a proxy may check the one and you use the other.",
         "Let the parser refuse duplicate names, or count them.",
         twice,
     ),
     Check(
         "strictness.other-player",
-        "A notice of the same session for another player is refused.",
-        "Somebody confuses sessions; ending the wrong player's session is worse than an error.",
         "Keep the player with the session and compare.",
         other_player,
     ),
     Check(
         "strictness.other-provider",
-        "A notice of another provider is refused.",
-        "Session ids are only unique within one provider.",
         "Compare providerId with the one agreed upon.",
         other_provider,
     ),
     Check(
         "strictness.provider-case",
-        "The provider's id is taken in upper and lower case.",
-        "The provider's own pages write it in more than one way.",
         "Compare providerId without regard to case.",
         provider_case,
     ),
     Check(
         "strictness.extra-fields",
-        "Fields that are not on the page are ignored.",
-        "The page changed fifteen times in fourteen months; the next version must not break you.",
         "Ignore names that you do not know. With a hash, hash all that was received.",
         extra_fields,
     ),
     Check(
         "strictness.long-ids",
-        "A session id of 256 characters is taken.",
-        "Ids are opaque; a column that is too short truncates or fails.",
         "Make the column 256 characters wide at least.",
         long_ids,
     ),
     Check(
         "strictness.hostile-ids",
-        "Ids with quotes, percent signs, markup, SQL and other scripts are handled as data.",
-        "An id is somebody else's text: put into a statement or a page it becomes code.",
         "Use bound parameters, escape output, UTF-8 (utf8mb4) throughout.",
         hostile_ids,
     ),
     Check(
         "strictness.charset",
-        "A Content-Type with a charset is taken.",
-        "Many HTTP clients add `; charset=UTF-8` by themselves.",
         "Compare the media type alone, not the whole header.",
         charset,
     ),
     Check(
         "strictness.content-type",
-        "Another Content-Type is refused.",
-        "text/plain is what a web page elsewhere can make a browser send without asking.",
         "Answer 415 to everything but the dialect's type.",
         content_type,
     ),
     Check(
         "strictness.method",
-        "A GET is refused.",
-        "Crawlers, previews and prefetchers send GET; it must not end sessions.",
         "Answer 405 with Allow: POST.",
         method,
     ),
     Check(
         "strictness.large-body",
-        "A body of 17 KiB is refused without hanging.",
-        "A notice has some hundred bytes; what takes any size takes memory from everybody.",
         "Limit the body (16 KiB) in the server or the proxy; answer 413.",
         large_body,
     ),
     Check(
         "strictness.slow-body",
-        "A body that comes byte by byte holds up nobody, and is cut off.",
-        "A few such connections are enough to stop a server that waits for each.",
         "Serve several connections at once, with a time limit for the body; or put a proxy before the application that "
         "buffers requests.",
         slow_body,

@@ -23,9 +23,11 @@ class Command(NamedTuple):
     arguments: tuple[Argument, ...]
 
     def __call__(self, args: argparse.Namespace) -> int:
+        """Runs the command and returns its exit code."""
         return self.run(args)
 
     def declare(self, parser: argparse.ArgumentParser) -> None:
+        """Adds its arguments to the parser of the command."""
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
 
@@ -65,12 +67,14 @@ def file(value: str) -> Path:
 
 
 def count(value: str) -> int:
+    """A positive number of at most nine digits, for argparse."""
     if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number (got {value!r})")
     return int(value)
 
 
 def percent(value: str) -> int:
+    """A whole number from 0 to 100, for argparse."""
     if not re.fullmatch(r"[0-9]{1,3}", value) or int(value) > 100:
         raise argparse.ArgumentTypeError(f"must be 0 to 100 (got {value!r})")
     return int(value)

@@ -122,6 +122,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 @arguments.command(arguments.JSON)
 def version(args: argparse.Namespace) -> int:
+    """Prints the version."""
     print(json.dumps({"version": __version__}) if args.json else f"lmdaemon {__version__}")
     return STOPPED
 

@@ -14,6 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @command(argument("shell", choices=SHELLS, help="source it in your shell, or put it where it looks for completions"))
 def completion(args: argparse.Namespace) -> int:
+    """Prints the script that a shell completes the command line with."""
     try:
         shtab: Any = import_module("shtab")
     except ImportError:

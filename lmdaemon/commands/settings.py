@@ -23,6 +23,7 @@ CONFIGURATION_SHAPE = {"settings": dict, "inherited": [str], "changes": [CHANGE_
 
 @command(*CLIENT_CERTIFICATE, JSON)
 def config(args: argparse.Namespace) -> int:
+    """Shows the settings in force: the daemon's, or the file's while no daemon runs."""
     try:
         shown = {"source": "daemon", **_of_daemon(args)}
     except Unreachable as error:

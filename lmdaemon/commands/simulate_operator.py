@@ -34,6 +34,7 @@ from lmdaemon.workbench.stage import Stage
     JSON,
 )
 def operator(args: argparse.Namespace) -> int:
+    """Plays an operator until it is stopped, and judges the sender that speaks to it."""
     host, port = _address(args.listen)
     script = _script(args)
     expected = _expectations(args.expect)

@@ -62,6 +62,7 @@ from lmdaemon.workbench.storm import Mix
     JSON,
 )
 def provider(args: argparse.Namespace) -> int:
+    """Plays players before the daemon or before an endpoint, and judges what answers."""
     if bool(args.operator) == bool(args.url):
         raise Usage("simulate provider: give either an operator of the running daemon, or --url of an endpoint")
     _need_histogram()

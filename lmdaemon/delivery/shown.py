@@ -77,6 +77,7 @@ def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
 
 
 def shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
+    """The value of a header that was sent, with secrets masked."""
     if name == "Authorization":  # also where user and password are too short to be told from other text
         return f"Basic {MASK}"
     return value if name == "Host" else mask(value)

@@ -50,11 +50,14 @@ class Host(Protocol):
     direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None]
     malformed: Callable[[str], web.Response]
 
-    def made(self, connection: "Connection") -> None: ...
+    def made(self, connection: "Connection") -> None:
+        """A connection is open."""
 
-    def lost(self, connection: "Connection", address: str | None) -> None: ...
+    def lost(self, connection: "Connection", address: str | None) -> None:
+        """A connection is closed; `address` is the one it was counted under."""
 
-    def note_cut(self, reason: str, address: str | None) -> None: ...
+    def note_cut(self, reason: str, address: str | None) -> None:
+        """A connection is cut by this side, for one of CUTS."""
 
 
 class Arrival:

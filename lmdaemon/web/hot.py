@@ -115,6 +115,7 @@ class PlainRequest:
 
     @property
     def transport(self) -> asyncio.Transport | None:
+        """The transport of the connection; None once that is closed."""
         return self._connection.transport
 
     def __getattr__(self, name: str) -> Any:
@@ -154,6 +155,7 @@ class HotConnection(Connection):
     _stream: Any
 
     def data_received(self, data: bytes) -> None:
+        """Takes what has come: a plain request is answered at once, everything else goes to aiohttp."""
         waiter, parser = self._waiter, self._parser
         if (
             waiter is None  # a request is under way

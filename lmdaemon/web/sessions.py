@@ -55,6 +55,7 @@ class Sessions:
         return ready_answer(document, 201 if changed else 200)
 
     async def open_many(self, asked: Asked[shapes.BulkOpen]) -> shapes.BulkOpened:
+        """Opens many sessions in one call. An opening that is refused changes nothing of the others."""
         operator, openings = asked.operator, []
         for at, given in enumerate(asked.given.sessions):
             try:
@@ -146,6 +147,7 @@ class Sessions:
         return page_answer(await shown(asked.request, reading), self._context.session)
 
     async def find(self, asked: Asked[shapes.FindQuery]) -> web.Response:
+        """A page of sessions of all operators, by their id or their player's."""
         query = asked.given
         if query.session_id is UNSET and query.player_id is UNSET:
             raise invalid("sessionId, playerId: one of them is required")

@@ -35,8 +35,8 @@ class Skip(Exception):  # noqa: N818 - a result
 
 
 class Check(NamedTuple):
-    """One thing that is tried. `id` is `group.name`, `hint` says what to do when it fails. Reports show the docstring of
-    `run`: its first paragraph says what is tried, its second why it matters.
+    """One thing that is tried. `id` is `group.name`, `hint` says what to do when it fails. Reports show the docstring
+    of `run`: its first paragraph says what is tried, its second why it matters.
     """
 
     id: str
@@ -99,18 +99,22 @@ class Bench:
 
     @property
     def host(self) -> str:
+        """The host of the endpoint's URL."""
         assert self.operator.target is not None  # noqa: S101 - nobody is checked without a URL
         return self.operator.target.url.raw_host or ""
 
     @property
     def is_https(self) -> bool:
+        """Whether the endpoint is asked over TLS."""
         assert self.operator.target is not None  # noqa: S101
         return self.operator.target.url.scheme == "https"
 
     def now_s(self) -> float:
+        """The wall time in seconds."""
         return self.clock.wall_ms() / 1000
 
     async def pause(self, seconds: float) -> None:
+        """Lets so many seconds pass."""
         await asyncio.sleep(seconds)
 
     async def post(
@@ -142,6 +146,7 @@ class Bench:
         return told
 
     def said(self, exchange: Exchange) -> str:
+        """What came back, in words."""
         return explain.exchange(exchange, self.dialect)
 
 
@@ -151,6 +156,7 @@ def changed(struct: Struct, **changes: Any) -> Struct:
 
 
 def run_id() -> str:
+    """Six hexadecimal digits, by which the ids of one run differ from those of any other."""
     return secrets.token_hex(3)
 
 

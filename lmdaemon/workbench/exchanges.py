@@ -57,6 +57,7 @@ class Exchange(NamedTuple):
 
     @property
     def status(self) -> int | None:
+        """The HTTP status; None where there was no answer."""
         return self.answer.status if self.answer is not None else None
 
     @property
@@ -90,6 +91,7 @@ def shown(exchange: Exchange, mask: Mask, body: str | None = None) -> dict[str, 
 
 
 def shown_answer(answer: Answer, mask: Mask) -> dict[str, Any]:
+    """An answer for a report, with secrets masked."""
     return {
         "status": answer.status,
         "headers": {

@@ -35,6 +35,7 @@ def exchange(one: Exchange, dialect: Dialect) -> str:
 
 
 def no_answer(cause: Cause | str, detail: str = "") -> str:
+    """Why there was no answer, in words."""
     said = _NO_ANSWER.get(cause, cause)
     return f"{said} ({detail})" if detail else said
 
@@ -58,4 +59,5 @@ def codes(dialect: Dialect) -> str:
 
 
 def starts_with_mark(body: bytes) -> bool:
+    """Whether a body begins with a byte-order mark, which JSON may not."""
     return body.startswith(BYTE_ORDER_MARK)

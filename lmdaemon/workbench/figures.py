@@ -22,6 +22,7 @@ class Times:
         self._histogram: Any = HdrHistogram(1, LONGEST_MS * 1000, 3)
 
     def add(self, span_s: float) -> None:
+        """Counts a span of time (s); a longer one than LONGEST_MS as that."""
         self._histogram.record_value(min(max(1, round(span_s * 1e6)), LONGEST_MS * 1000))
 
     def shown(self) -> dict[str, float]:
@@ -43,16 +44,19 @@ class Figures:
     evidence: list[str] = field(default_factory=list)
 
     def timed(self, name: str, span_s: float) -> None:
+        """Counts a span of time (s) under this name."""
         if name not in self.times:
             self.times[name] = Times()
         self.times[name].add(span_s)
 
     def broke(self, promise: str, what: str) -> None:
+        """Notes that a promise was broken, and by what; of many cases the first ones are kept."""
         self.broken[promise] += 1
         if self.broken[promise] <= EVIDENCE_MAX:
             self.evidence.append(f"{promise}: {what}")
 
     def shown(self, promises: Mapping[str, str], duration_s: float) -> dict[str, Any]:
+        """The figures for a report: whether all promises were kept, what was counted, the times."""
         return {
             "good": not any(self.broken.values()),
             "durationSeconds": round(duration_s, 1),

@@ -176,6 +176,7 @@ def _shown(name: str, value: str) -> str:
 
 
 def describe(answer: Answer) -> str:
+    """An answer of a script, in words."""
     parts = [f"after {answer.after_s:g} s"] if answer.after_s else []
     parts.append(answer.kind)
     parts += [str(answer.number)] if answer.number or answer.kind == "error" else []

@@ -66,6 +66,7 @@ class Notices:
 
     @property
     def is_hashed(self) -> bool:
+        """Whether notices carry a hash: the dialect has one, and its key is known."""
         return "hash" in self.dialect.fields and self.operator.hash_key is not None
 
     @property
@@ -87,6 +88,7 @@ class Notices:
         return f"{self._prefix}-{self._made}"
 
     def webhook_id(self) -> str:
+        """A new id for the header `webhook-id`."""
         self._made += 1
         return f"{self._prefix.replace('-', '_')}_{self._made}"
 
@@ -106,6 +108,7 @@ class Notices:
         return self.written(self.hashed(fields, key=key))
 
     def hashed(self, fields: Mapping[str, Any], *, key: str | None = None) -> Fields:
+        """Fields by wire name with the hash that fits, made with `key` instead of the operator's where one is given."""
         if not self.is_hashed:
             return dict(fields)
         name = self.dialect.fields["hash"]

@@ -68,6 +68,7 @@ class Away:
         self._since: float | None = None
 
     def note(self, sent: float, now: float, *, answered: bool) -> None:
+        """A call that was sent at `sent` was answered, or given up, at `now` (s)."""
         if not answered:
             self._since = sent if self._since is None else self._since
         elif self._since is not None:

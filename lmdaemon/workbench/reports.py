@@ -37,6 +37,7 @@ def result_lines(result: Result) -> Iterator[str]:
 
 
 def exchange_lines(one: Mapping[str, Any]) -> Iterator[str]:
+    """A request and its answer as text."""
     request, answer = one["request"], one["answer"]
     yield f"{request['method']} {request['url']}"
     yield from _message(request)
@@ -57,6 +58,7 @@ def _message(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def summary_lines(report: Report) -> Iterator[str]:
+    """The end of a report as text: what only people can check, and how many checks passed."""
     yield ""
     yield "Only people can check:"
     yield from (f"  - {one}" for one in BY_HAND)

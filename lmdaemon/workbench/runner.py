@@ -33,6 +33,7 @@ class Result(NamedTuple):
     hint: str  # what to do; where nothing is wrong, what would be to be done
 
     def as_json(self) -> dict[str, Any]:
+        """The result of one check, for a report."""
         return {
             "id": self.check.id,
             "title": self.check.title,
@@ -60,6 +61,7 @@ class Report(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of checks by verdict."""
         verdicts = [result.verdict for result in self.results]
         return {verdict: verdicts.count(verdict) for verdict in ("pass", "warn", "fail", "skipped")}
 
@@ -69,6 +71,7 @@ class Report(NamedTuple):
         return not self.stopped and not self.counts["fail"]
 
     def as_json(self) -> dict[str, Any]:
+        """The whole report."""
         return {
             "url": self.url,
             "dialect": self.dialect,

@@ -75,6 +75,7 @@ class Rule:
 
     @property
     def knows_no_session(self) -> bool:
+        """Whether the rule is for every request, whatever its session, attempt and chance."""
         return self.session is None and self.attempt is None and self.chance is None
 
     def current(self) -> Answer | None:
@@ -87,6 +88,7 @@ class Rule:
         return None
 
     def fits(self, session: str, attempt: int, count: int, rng: Random) -> bool:
+        """Whether the rule is for this request: the attempt of this session, and the number of the request in all."""
         if self.session is not None and not fnmatchcase(session, self.session):
             return False
         if self.attempt is not None and attempt not in self.attempt:
@@ -134,6 +136,7 @@ class Script:
 
     @property
     def needs_tls(self) -> bool:
+        """Whether an answer of the script is given over TLS."""
         return any(answer.kind == "tls" for rule in self.rules for answer, _ in rule.steps)
 
 

@@ -60,6 +60,7 @@ class Stage:
         self.address = self._server.sockets[0].getsockname()[:2]
 
     async def close(self) -> None:
+        """Stops listening and ends the connections."""
         if self._back is not None:
             self._back.cancel()
         if self._server is not None:

@@ -45,11 +45,13 @@ class Wire:
         self._idle = Sender(clock, keepalive_s=_FOREVER_S, traces=[trace])
 
     async def close(self) -> None:
+        """Closes all connections."""
         await self._sender.close()
         await self._idle.close()
 
     @property
     def left(self) -> int:
+        """How many requests may still be sent."""
         return REQUESTS_MAX - self.sent
 
     async def _on_reuse(self, *_: Any) -> None:

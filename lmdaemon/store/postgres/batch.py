@@ -256,6 +256,7 @@ UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s) WHERE state = 'p
 
 
 def to_json(value: Any) -> str:
+    """A value as JSON, for one parameter of a statement."""
     return orjson.dumps(value).decode()
 
 
@@ -277,6 +278,7 @@ class Due(NamedTuple):
 
     @property
     def operators(self) -> list[str]:
+        """Those that something may be due for, each once."""
         return list(dict.fromkeys((*self.idle, *self.aged)))
 
 

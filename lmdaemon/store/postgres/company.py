@@ -83,6 +83,7 @@ class Company:
 
     @property
     def heard(self) -> Sequence[Heard]:
+        """How far each of the others has heard, and since when that is known here."""
         return [Heard(one.heard_ms, one.known_at) for one in self.others.values()]
 
     @property

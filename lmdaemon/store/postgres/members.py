@@ -92,6 +92,8 @@ class Introduction(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A daemon's row on the database."""
+
     id: int
     name: str
     batch: int

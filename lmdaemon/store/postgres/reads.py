@@ -29,6 +29,7 @@ class Reads:
         self._reading = self._looking = 0
 
     def close(self) -> None:
+        """Closes both connections; what they wait for is cut off."""
         self._reader.close()
         self._looker.close()
 

@@ -513,6 +513,7 @@ def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
 
 
 def who_is_there(sql: Connection, member: int | None) -> Seen:
+    """The other daemons on the database; `member` is this one's own row, None before it has one."""
     row = sql.execute(members.LOOK, (member,)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
     return seen(*row)

@@ -114,6 +114,7 @@ class Server(Generic[_Found]):
             self._keeper.take_over(found)
 
     async def commit(self, work: Batch) -> list[Any]:
+        """Commits a batch; as `store.writer.Engine.commit`. After an outage it finds out whether it was committed."""
         assert self._place is not None  # noqa: S101 - for the type checker: `check` has been called
         try:
             answers = await self._run(work.run, self._place)
@@ -160,6 +161,7 @@ class Server(Generic[_Found]):
 
     @staticmethod
     def is_outage(error: Exception) -> bool:
+        """Whether the server, the network or this machine is at fault, and not the operation."""
         return isinstance(error, OutageError | OSError | MemoryError)
 
     @staticmethod

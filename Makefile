@@ -14,6 +14,8 @@
 #              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
 #              tables grow
 # make demo    a daemon, an operator that goes down and comes back, and 200 players, on this machine
+# make night SITUATION=slow   plays a situation of a night on call and hands over a shell (docs/operating.md, "The night's
+#              questions"); without one, lists them
 # make manual  write docs/check.md anew from the checks
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
@@ -39,7 +41,7 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS)
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo test test-newest runbook constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
+.PHONY: run demo night test test-newest runbook constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
 	bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
@@ -48,6 +50,9 @@ run: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/$(PIP) --editable '.[workbench]'
 	LMDAEMON=$(BIN)/lmdaemon sh docs/examples/demo.sh
+
+night: $(VENV)/.test
+	@PYTHONPATH=tests/helpers $(BIN)/python tests/night $(SITUATION)
 
 test: $(VENV)/.test
 	$(IN_MEMORY) $(BIN)/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)

@@ -183,7 +183,7 @@ class Health:
         }
         if failure:
             began = self._store.failing_since
-            since = "" if began is None else f", {self._since(time.monotonic() - began)}"
+            since = "" if began is None else f", since {self._time(time.monotonic() - began)}"
             return check | {"output": failure + since}
         if self._store.strained:
             return check | {"status": "warn", "output": self._store.strained}
@@ -204,10 +204,10 @@ class Health:
                 said.append(f"the service clock of {last.name} is {last.lag_ms} ms behind; all ends wait for it")
         return check | {"status": "warn", "output": "; ".join(said)} if said else check
 
-    def _since(self, ago_s: float) -> str:
-        """`since 2026-01-31T03:00:00Z`: so many seconds ago."""
+    def _time(self, ago_s: float) -> str:
+        """The wall time so many seconds ago, to the second: `2026-01-31T03:00:00Z`."""
         at = self._clock.wall_ms() - int(ago_s * 1000)
-        return f"since {rfc3339(at)[:19]}Z"
+        return f"{rfc3339(at)[:19]}Z"
 
     def _check_disk(self) -> Check:
         """Warns of a disk that will soon be full; without figures where it is another machine's."""
@@ -243,16 +243,16 @@ class Health:
             "massExpired": sorted(mass),
             "touchesStopped": sorted(silent),
         }
-        said = [f"many sessions ended at once, {self._since(alarm.mass.ago_s)}"] if alarm.active else []
+        said = [f"many sessions ended at once, at {self._time(alarm.mass.ago_s)}"] if alarm.active else []
         now_ms = self._store.service_clock.now_ms()
         for name, one in [*silent.items()][:TOLD_MAX]:
             for_s = (now_ms - one.touched_ms) // 1000
             waits_ms = self._store.waits_until_ms(name)
             waits = "" if waits_ms is None else f", their ends wait for {(waits_ms - now_ms) // 1000} s at most"
             live = self._store.figures_of(name).live
-            said.append(f"{name}: {live} sessions live, none touched for {for_s} s, {self._since(for_s)}{waits}")
+            said.append(f"{name}: {live} sessions live, none touched for {for_s} s, since {self._time(for_s)}{waits}")
         for name, (ended, of, ago_s) in [*mass.items()][:TOLD_MAX]:
-            said.append(f"{name}: {ended} of {of} sessions ended at once, {self._since(ago_s)}")
+            said.append(f"{name}: {ended} of {of} sessions ended at once, at {self._time(ago_s)}")
         if said:
             check["output"] = "; ".join(said)
         return check | {"ended": alarm.mass.ended, "of": alarm.mass.of} if alarm.active else check

@@ -10,7 +10,8 @@ from lmdaemon.model import in_bytes, in_time
 
 _ASIDE = ("status", "time", "output", "observedUnit")  # told in other ways
 _INDENT = " " * 22
-# What can be done where a check does not pass; {names} are those of the operators it tells of
+TOLD_MAX = 3  # operators of which a check has a line with a command
+# What can be done where a check does not pass; of those about deliveries and expiry, `_by_hand` knows more
 _BY_HAND = {
     "store": "make room on its disk, or mend it: writes go on by themselves within a second, and clients ask again",
     "sweeper": "LmdaemonLoopStuck in docs/operating.md",
@@ -18,9 +19,7 @@ _BY_HAND = {
     "daemons": "see which one it is in the table of daemons; where their files differ, make them alike and reload",
     "disk": "make room, or lower database.keep_ended and reload; lmdaemon size tells what it takes",
     "listeners": "LmdaemonCannotAccept in docs/operating.md",
-    "expiry": "lmdaemon sessions list NAME --state ended --since '1h ago'; mend what keeps its game servers away",
-    "deliveries": "lmdaemon deliveries list --state dead; where one falls behind, raise its concurrency and reload",
-    "config": "lmdaemon check-config; mend the file and reload. The settings from before are in force: lmdaemon config",
+    "config": "lmdaemon check-config; mend the file and reload",
     "certificates": "renew it, put it in its place and reload",
 }
 
@@ -36,8 +35,21 @@ def of_health(health: Mapping[str, Any]) -> Iterator[str]:
             continue
         for said in str(check.get("output", "")).splitlines() if name != "operators" else ():
             yield from (_INDENT[: width + 10] + line(one) for one in said.split("; "))
-        if by_hand := _BY_HAND.get(name):
+        for by_hand in _by_hand(name, check):
             yield f"{_INDENT[: width + 10]}by hand: {by_hand}"
+
+
+def _by_hand(name: str, check: Mapping[str, Any]) -> Iterator[str]:
+    """What can be done about a check that does not pass."""
+    if name in _BY_HAND:
+        yield _BY_HAND[name]
+    if name == "expiry":
+        operators = [*check.get("massExpired", ()), *check.get("touchesStopped", ())]
+        for operator in dict.fromkeys(operators[:TOLD_MAX]):
+            listed = f"lmdaemon sessions list {cell(operator)} --state ended --since '1h ago'"
+            yield f"{listed}; do its game servers get here?"
+    if name == "deliveries" and check.get("output"):
+        yield "raise the concurrency of who falls behind, once it agrees, and reload"
 
 
 def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
@@ -47,7 +59,8 @@ def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
     if kept_back:
         yield f"{name}: {cell(kept_back)}"
         yield f"  by itself: {cell(operator.get('outlook'))}"
-        yield f"  by hand:   lmdaemon probe {name} (its next notice, now); lmdaemon release {name} (all that wait)"
+        yield f"  by hand:   lmdaemon probe {name} (its next notice, now)"
+        yield f"             lmdaemon release {name} (what was not tried yet at once, the rest on its schedule)"
     if dead:
         yield f"{name}: {dead} dead, which nobody sends again by itself"
         chosen = f"--operator {name}"

@@ -20,7 +20,7 @@ from lmdaemon.delivery.lanes import Agenda, Lane
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.underway import Underway
 from lmdaemon.log import Log, safe_url
-from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, Gate, in_time
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pulse import Pulse, Rounds
 from lmdaemon.store.contract import Claim, Settled, Settlement, Store, StoreError, StoreObserver
@@ -237,11 +237,12 @@ class Dispatcher(StoreObserver):
     def behind(self) -> dict[tuple[str, str], str]:
         """Lanes (operator, sink) whose deliveries wait for nothing but a slot for long, with what comes and goes."""
         now_at, now_s = self._clock.wall_ms(), self._clock.monotonic()
-        return {
-            pair: lane.pace.said(now_s, lane.policy.concurrency)
-            for pair, lane in self._lanes.items()
-            if lane.pace.is_behind and lane.overdue_s(self._store.gate(pair[0]), now_at) > 0
-        }
+        found = {}
+        for pair, lane in self._lanes.items():
+            if lane.pace.is_behind and (waited_s := lane.overdue_s(self._store.gate(pair[0]), now_at)) > 0:
+                said = lane.pace.said(now_s, lane.policy.concurrency)
+                found[pair] = f"the first has waited for a slot for {in_time(waited_s)}, {said}"
+        return found
 
     def under_way_since(self, delivery: int) -> int | None:
         """When the attempt of a delivery began that is under way (wall ms); None without one."""

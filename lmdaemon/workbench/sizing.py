@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-SESSIONS = 10_000  # opened and closed again; touches go round in them
+# Sessions opened and closed again; touches go round in them. Fewer where little time is given: SESSIONS_EACH_S for each
+# second, but as many as are touched at the same time.
+SESSIONS, SESSIONS_EACH_S = 10_000, 250
 AT_ONCE = 16  # connections
 BULK = 1000  # sessions in one bulk touch
 BULKS_AT_ONCE = 4  # of different sessions: touches of one session in the same transaction would count as one
@@ -62,10 +64,11 @@ class SizingError(Exception):
 
 
 async def measure(directory: Path, seconds: float, told: Callable[[str], None]) -> Costs:
-    """Measures in an absolute `directory` for about `seconds`, plus the time to open and close SESSIONS.
+    """Measures in an absolute `directory` for about `seconds`, plus the time to open and close the sessions.
 
     `told` is called with each step. Raises SizingError and OSError.
     """
+    sessions = min(SESSIONS, max(BULK * BULKS_AT_ONCE, int(seconds * SESSIONS_EACH_S)))
     # Paths of sockets are short, so they have a directory of their own
     with (
         tempfile.TemporaryDirectory(prefix="lmdaemon-size-", dir=directory) as judged,
@@ -74,24 +77,24 @@ async def measure(directory: Path, seconds: float, told: Callable[[str], None]) 
         database = Path(judged) / "size.sqlite3"
         async with _operator() as port, _daemon(Path(sockets), database, port) as (process, client):
             daemon = _Daemon(database, client)
-            names = [f"size-{number:08d}" for number in range(SESSIONS)]
+            names = [f"size-{number:08d}" for number in range(sessions)]
             empty_bytes = daemon.stored_bytes()
-            told(f"opening {SESSIONS} sessions")
-            open_s = await daemon.spent(daemon.each(names, daemon.open)) / SESSIONS
+            told(f"opening {sessions} sessions")
+            open_s = await daemon.spent(daemon.each(names, daemon.open)) / sessions
             await daemon.until_copied()
-            live_bytes = (daemon.stored_bytes() - empty_bytes) / SESSIONS
+            live_bytes = (daemon.stored_bytes() - empty_bytes) / sessions
             told("touching them one by one")
             touch_s = await daemon.repeated(seconds / 2, itertools.cycle(names), daemon.touch)
             told(f"touching {BULK} at a time")
-            parts = [names[first : first + BULK] for first in range(0, SESSIONS, BULK)]
+            parts = [names[first : first + BULK] for first in range(0, sessions, BULK)]
             bulk_s = await daemon.repeated(seconds / 2, itertools.cycle(parts), daemon.touch_many, BULKS_AT_ONCE) / BULK
             told("ending them")
-            end_s = await daemon.spent(daemon.end_all(names)) / SESSIONS
+            end_s = await daemon.spent(daemon.end_all(names)) / sessions
             memory = (await daemon.metrics())["process_resident_memory_bytes"]
             process.terminate()
             if await process.wait():
                 raise SizingError(f"the daemon that was measured stopped with exit code {process.returncode}")
-            ended_bytes = (daemon.stored_bytes() - empty_bytes) / SESSIONS
+            ended_bytes = (daemon.stored_bytes() - empty_bytes) / sessions
     return Costs(open_s, touch_s, bulk_s, end_s, live_bytes, ended_bytes, memory)
 
 

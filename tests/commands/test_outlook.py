@@ -27,8 +27,15 @@ def test_each_thing_that_is_wrong_has_a_line_and_then_what_can_be_done() -> None
         "fir: 150 of 150 ended",
         "gum: 9 of 9 ended",
     ]
-    assert "by hand: lmdaemon sessions list NAME" in said[3]
-    assert len(said) == 4
+    assert [line.split(" --")[0].strip() for line in said[3:]] == [
+        "by hand: lmdaemon sessions list fir",
+        "by hand: lmdaemon sessions list gum",
+    ]
+
+
+def test_only_who_falls_behind_is_to_get_more_concurrency() -> None:
+    assert len(of("deliveries", dead=3)) == 1
+    assert "raise the concurrency" in of("deliveries", dead=0, output="elm (http) falls behind: …")[2]
 
 
 def test_operators_are_told_once_below_the_table() -> None:
@@ -40,7 +47,8 @@ def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:
     assert [*outlook.of_operator(kept_back)] == [
         "acme: breaker open since …",
         "  by itself: tried again at …",
-        "  by hand:   lmdaemon probe acme (its next notice, now); lmdaemon release acme (all that wait)",
+        "  by hand:   lmdaemon probe acme (its next notice, now)",
+        "             lmdaemon release acme (what was not tried yet at once, the rest on its schedule)",
     ]
 
 

@@ -535,7 +535,7 @@ async def test_a_mass_expiry_is_told(tmp_path: Path, clock: HandClock) -> None:
         assert expiry["ended"] > 1000
         assert await metric(daemon, "lmdaemon_mass_expiry") == 1
         assert expiry["massExpired"] == ["acme"]
-        assert expiry["output"].startswith("many sessions ended at once, since 2026-09-21T14:13:23Z; acme: ")
+        assert expiry["output"].startswith("many sessions ended at once, at 2026-09-21T14:13:23Z; acme: ")
         assert await metric(daemon, 'lmdaemon_operator_mass_expiry{operator="acme"}') == 1
 
 

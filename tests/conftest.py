@@ -25,7 +25,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What is tested on both loops that users have: whatever reaches into a loop or its transports
-BOTH_LOOPS = {"test_http", "test_https", "test_listener", "test_doors", "test_hot", "test_trying", "test_watching"}
+BOTH_LOOPS = {
+    "test_http",
+    "test_https",
+    "test_listener",
+    "test_doors",
+    "test_console_loops",
+    "test_hot",
+    "test_trying",
+    "test_watching",
+}
 
 
 # By one worker alone, for each worker would make anew what the tests of these files share

@@ -5,43 +5,24 @@ import gzip
 import importlib.resources
 import os
 import re
-import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from browsing import ATTACK, READ_TOKEN, TOKEN, bearer, browser, down, end, expect, needs_chromium, sign_in, with_tokens
 from documented import complaints
 from endpoints import Endpoint, served
-from support import LISTEN, Serving, operator_table, scripted_operator, serving, until
+from support import LISTEN, operator_table, scripted_operator, serving, until
 
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.web.console import POLICY
 
-if TYPE_CHECKING:
-    from playwright.async_api import Page
-
 FILES = Path(str(importlib.resources.files("lmdaemon.web").joinpath("console_files")))
 BYTES_MAX = 60 * 1024
-TOKEN, READ_TOKEN = "a-token-that-may-change", "a-token-that-may-read"
-CHROMIUM = shutil.which("chromium")
-ATTACK = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 VIEWS = ("overview", "operator/acme", "sessions?id=s", "deliveries", "events", "runbook", "runbook/health%3A%20store")
-
-
-def with_tokens(directory: Path, more: str = "") -> str:
-    """The configuration with a token that may change things, and one that may only read."""
-    (directory / "tokens").write_text("anna:" + TOKEN)
-    (directory / "read").write_text("grafana:" + READ_TOKEN)
-    return LISTEN + 'token_file = "tokens"\nread_token_file = "read"\n' + more
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
 
 
 # -- the files
@@ -103,68 +84,7 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
         assert not re.search(r'(?:href|src|fetch\(|from )\s*=?\s*"/', text), f"{name}: an absolute path"
 
 
-# -- the page. Its tools take half a second to import, which no other test needs
-
-
-def expect(shown: Any) -> Any:
-    """What is awaited of a part of the page."""
-    from playwright.async_api import expect as expected
-
-    return expected(shown)
-
-
-@contextlib.asynccontextmanager
-async def browser(**options: Any) -> AsyncIterator["Page"]:
-    """A page whose violations of the policy and errors of scripts fail the test."""
-    from playwright.async_api import async_playwright
-
-    wrong: list[str] = []
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = await chromium.new_context(**options)
-        page = await context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda line: wrong.append(line.text) if "Security Policy" in line.text else None)
-        yield page
-        await chromium.close()
-    assert wrong == []
-
-
-async def sign_in(page: "Page", url: str, token: str = TOKEN) -> None:
-    await page.goto(url)
-    await page.get_by_label("Token").fill(token)
-    await page.get_by_role("button", name="Go on").click()
-    await expect(page.get_by_role("heading", name="Overview")).to_be_visible()
-
-
-async def end(d: Serving, session: str, player: str = "p") -> None:
-    url = f"{d.api}/v1/operators/acme/sessions/{quote(session, safe='')}"
-    async with d.client.put(
-        url, json={"playerId": player, "token": "of-the-player-x7"}, headers=bearer(TOKEN)
-    ) as answer:
-        assert answer.status == 201
-    async with d.client.post(url + "/close", headers=bearer(TOKEN)) as answer:
-        assert answer.status == 200
-
-
-@contextlib.asynccontextmanager
-async def down(tmp_path: Path) -> AsyncIterator[Serving]:
-    """A daemon whose operator acme answers every notice with 500 and markup, until its breaker is open."""
-
-    async def answer(_: object) -> web.Response:
-        return web.Response(status=500, text=ATTACK, content_type="text/html")
-
-    async with scripted_operator(*[answer] * 1000) as wallet:
-        toml = with_tokens(tmp_path, operator_table("acme", wallet.url, schedule=["250ms", "1h"]))
-        async with serving(tmp_path, toml) as d:
-            for session in ("s", ATTACK, "../x?y#z%", *map(str, range(12))):
-                await end(d, session, ATTACK)
-            await until(lambda: d.store.gate("acme").opened_at is not None, 30)
-            yield d
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+# -- the page
 
 
 @needs_chromium

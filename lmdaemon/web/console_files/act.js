@@ -128,7 +128,7 @@ export const check = (operator) => action("Check endpoint", () => ({
   text: `At most 120 notices, 5 a second, with ids that begin with "lmcheck": half a minute or more. ${ONCE} Closing this tab ends it.`,
   words: () => ["check", operator],
   run: async () => {
-    await begin(operator, (error) => say(said(error), true));
+    await begin(operator);
     return `${operator} is being checked.`;
   },
 }));

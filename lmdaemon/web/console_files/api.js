@@ -49,18 +49,19 @@ export async function call(method, path, body, signal) {
 
 export const get = (path) => call("GET", path);
 
-// Server-sent events, until the answer ends. EventSource can send no token.
+// Server-sent events; EventSource can send no token.
 export async function open(method, path, signal) {
   const answer = await ask(method, path, undefined, signal);
   if (!answer.ok) await refuse(answer);
   return answer.body;
 }
 
+// Until it ends or breaks off.
 export async function read(body, take) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(() => ({ done: true }));
     if (done) return;
     const events = (rest + value).split("\n\n");
     rest = events.pop();

@@ -21,8 +21,7 @@ export function showNotice(operator, sent) {
     h("p", {}, verdict(sent.verdict), `: ${sent.meaning}. In words: ${sent.explanation}. Secrets are masked (***).`), exchange(sent)));
 }
 
-// Begins a check; `failed` is told if its stream breaks off.
-export async function check(operator, failed) {
+export async function check(operator) {
   const leaving = new AbortController();
   const stream = await open("POST", `v1/operators/${encodeURIComponent(operator)}/check`, leaving.signal);
   const now = h("p", { "aria-live": "polite" });
@@ -30,8 +29,10 @@ export async function check(operator, failed) {
   const wrong = h("div");
   const right = h("ul");
   latest.set(operator, h("div", {}, h("h2", {}, "Check of the endpoint"), now, stop, wrong, h("details", {}, h("summary", {}, "Passed and skipped"), right)));
+  let ended = false;
   const take = (name, { done, total, check: id, result, counts, requests, stopped, byHand }) => {
     if (name === "check.report") {
+      ended = true;
       replace(now, Object.entries(counts).map(([word, many]) => [verdict(word), ` ${many} `]), `in ${requests} requests.`, stopped ? ` Not everything was tried: ${stopped}.` : "");
       wrong.append(h("h3", {}, "Only people can check"), h("ul", {}, byHand.map((one) => h("li", {}, one))));
     } else if (!result) replace(now, `${done} of ${total}: ${id}`);
@@ -40,8 +41,8 @@ export async function check(operator, failed) {
       h("summary", {}, verdict(result.verdict), " ", h("strong", {}, result.id), `: ${result.text}`),
       h("p", {}, result.title), h("p", {}, "Why: ", result.why), h("p", {}, "What to do: ", result.hint), result.evidence.map(exchange)));
   };
-  read(stream, take).catch((error) => {
-    replace(now, leaving.signal.aborted ? "Stopped." : "It broke off.");
-    if (!leaving.signal.aborted) failed(error);
-  }).finally(() => stop.remove());
+  read(stream, take).then(() => {
+    stop.remove();
+    if (!ended) replace(now, leaving.signal.aborted ? "Stopped." : "It broke off.");
+  });
 }

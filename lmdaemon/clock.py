@@ -54,6 +54,11 @@ class ServiceClock:
             self._ms = further if self.limit_ms is None else max(self._ms, min(further, self.limit_ms))
         return int(self._ms)
 
+    @property
+    def last_ms(self) -> int:
+        """Service time at the latest reading. It may be asked for on any thread."""
+        return int(self._ms)
+
     def advance_to(self, at_least_ms: int) -> None:
         """Goes on from there, if it has not come so far by itself."""
         self._ms = max(self._ms, at_least_ms)

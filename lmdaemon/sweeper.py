@@ -86,13 +86,16 @@ class Sweeper(StoreObserver):
 
     @property
     def hold_s(self) -> float:
-        """Seconds for which nothing ends for inactivity: the rest of the restart grace, or the pause after a stall.
+        """Seconds for which nothing ends for inactivity: the rest of the restart grace, the pause after a stall, or the
+        grace after another daemon on the database was lost.
 
-        The grace counts running time only, so a stall does not use it up.
+        The graces count running time only, so a stall does not use them up.
         """
         now = self._clock.monotonic()
         ran_s = now - self._started - (self._service.stalled_s - self._stalled_before_s)
-        return max(0.0, self._grace_s - ran_s, self._quiet_until - now)
+        hold_ms = self._store.hold_until_ms
+        held_s = (hold_ms - self._service.last_ms) / 1000 if hold_ms else 0.0
+        return max(0.0, self._grace_s - ran_s, self._quiet_until - now, held_s)
 
     def expires_at(self, session: Session) -> int | None:
         """Wall time (ms) at which the session will end if it is not touched again; None once it has ended."""

@@ -442,6 +442,12 @@ class Store(Protocol):
     pausing: frozenset[str]  # as given to `configure`
     joined_others: bool  # at the start: then no restart grace applies, for touches could be heard all the while
 
+    @property
+    def hold_until_ms(self) -> int:
+        """Service time before which nothing ends for inactivity, whichever daemon on the database sweeps: another one
+        was lost, or all had been gone. 0 where there can be no other.
+        """
+
     def configure(
         self,
         operators: frozenset[str],

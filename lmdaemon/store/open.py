@@ -38,6 +38,7 @@ async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
             password=asked.password,
             may_migrate=asked.migrate,
             count_downtime=settings.count_downtime,
+            restart_grace_ms=int(settings.restart_grace_s * 1000),
         )
     except UnsafeSettingError as error:
         raise ConfigError([f"database.url: {error}"]) from error

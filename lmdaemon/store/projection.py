@@ -76,6 +76,11 @@ class Projection:
         """Whether this daemon owns the operator (Store.owns). It is the only daemon here, so it owns all."""
         return True
 
+    @property
+    def hold_until_ms(self) -> int:
+        """Before when nothing ends for inactivity, as `Store` has it."""
+        return 0
+
     def let_go(self, operator: str) -> None:
         """Nothing is under way any more for an operator, as `Store` has it."""
 

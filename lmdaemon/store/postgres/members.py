@@ -53,6 +53,8 @@ WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 
 HOLD = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
+# The same until this service time: nobody was there who could have heard touches.
+HOLD_UNTIL = "UPDATE lmdaemon.clock SET hold_until_ms = greatest(hold_until_ms, %s)"
 # Keeps the service clock of a daemon that goes.
 KEEP_CLOCK = """
 UPDATE lmdaemon.clock SET service_ms = greatest(service_ms, heard_ms), wall_at = greatest(clock.wall_at, member.wall_at)

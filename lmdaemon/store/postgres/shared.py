@@ -149,6 +149,10 @@ class Shared(Verbs):
     def owns(self, operator: str) -> bool:
         return self._owners.owns(operator)
 
+    @property
+    def hold_until_ms(self) -> int:
+        return self._company.hold_until_ms
+
     def let_go(self, operator: str) -> None:
         self._owners.let_go(operator)
         self._must_look.set()

@@ -103,18 +103,19 @@ class Store(Shared):
         password: str | None = None,
         may_migrate: bool = True,
         count_downtime: bool = False,
+        restart_grace_ms: int = 0,
     ) -> Self:
         """Connects, brings the schema to the newest version if it may, and picks up clock, figures and gates where the
         last transaction left them. It joins the daemons on the database with its first batch. Raises DatabaseError, and
         UnsafeSettingError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
-        clock.
+        clock. Where nobody was there, nothing ends for inactivity for `restart_grace_ms`, whichever daemon comes next.
         """
         database = Database(url, password, name)
         store = cls(clock, name, database, Thread(database, prepares=False))
         try:
-            await store._open(may_migrate=may_migrate, count_downtime=count_downtime)
+            await store._open(may_migrate=may_migrate, count_downtime=count_downtime, restart_grace_ms=restart_grace_ms)
         except (psycopg.Error, NoAnswerError) as error:
             store._close_connections()
             raise DatabaseError(f"{database.title}: cannot be used: {said(error)}") from error
@@ -123,7 +124,7 @@ class Store(Shared):
             raise
         return store
 
-    async def _open(self, *, may_migrate: bool, count_downtime: bool) -> None:
+    async def _open(self, *, may_migrate: bool, count_downtime: bool, restart_grace_ms: int) -> None:
         clock, title = self._clock, self._database.title
 
         def prepare(sql: Connection) -> str:
@@ -144,6 +145,9 @@ class Store(Shared):
         elif count_downtime and loaded.committed_at:
             downtime_ms = max(0, clock.wall_ms() - loaded.committed_at)
             loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
+        if not self.joined_others:
+            hold = (members.HOLD_UNTIL, (loaded.service_ms + restart_grace_ms,))
+            await self._thread.run(lambda sql: sql.execute(*hold), within_s=OPEN_S)
         self.load(loaded)
         self._company = Company(self.service_clock)
         self._keep(found)

@@ -1,6 +1,7 @@
 """What a server must be like, who may use its database, and what an operation does that it cannot store."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from lmdaemon.store.contract import DatabaseError, Store, StoreError
 from lmdaemon.store.postgres import cluster, members, shared, store
 from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
+from lmdaemon.sweeper import Sweeper
 
 
 def execute(engine: PostgresEngine, statement: str) -> list[tuple[object, ...]]:
@@ -236,3 +238,29 @@ def base_of(d: object) -> str:
 
 def config(engine: PostgresEngine, operator: ScriptedOperator) -> str:
     return f'[database]\nurl = "{engine.as_url}"\n{operator_table("acme", operator.url)}'
+
+
+async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
+    postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes a second later joins others, and ends nothing before the grace of the first one is over."""
+    monkeypatch.setattr(members, "SHARED", True)
+    monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
+    async with AsyncExitStack() as stack:
+        stores = []
+        for _ in range(2):
+            opened = await PostgresStore.open(
+                postgres_engine.url, clock, name=own_name(), restart_grace_ms=0 if stores else 60_000
+            )
+            stack.push_async_callback(opened.close)
+            running = asyncio.create_task(opened.run())
+            stack.callback(running.cancel)
+            await opened.probe()
+            stores.append(opened)
+            clock.advance(1)
+            for one in stores:
+                one.service_clock.now_ms()
+        first, second = stores
+        assert (first.joined_others, second.joined_others) == (False, True)
+        assert first.hold_until_ms == second.hold_until_ms == 60_000
+        assert Sweeper(second, clock, 60.0).hold_s == pytest.approx(58, abs=1)

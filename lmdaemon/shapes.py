@@ -1,8 +1,8 @@
-"""What the private API takes and answers, as types, with the limits that its code and its document share.
+"""The types of requests and answers of the private API, with the limits that its code and its OpenAPI document share.
 
-Requests are read into these types (`web.bodies`), answers are made of them, and `web.openapi` describes the same types
-to the clients that others generate. So what is documented is what happens.
-An answer may get further members in a later version; a request may not have any others.
+Requests are read into these types (`web.bodies`), answers are made of them, and `web.openapi` describes them. So the
+document always agrees with the code. An answer may get further members in a later version; a request may not have any
+others.
 """
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -22,7 +22,8 @@ NOTE_MAX = 256  # characters
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
 CURSOR_MAX = 18  # digits
 
-# Of an id: neither C0 nor DEL nor C1. Lone surrogates cannot stand in JSON, which is UTF-8, so no pattern names them.
+# The pattern of an id: no control characters (C0, DEL, C1). Lone surrogates need no mention, because JSON is UTF-8 and
+# cannot have them.
 PLAIN = "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"
 
 
@@ -32,7 +33,8 @@ def text(longest: int) -> dict[str, Any]:
 
 
 _TEXT = {"type": "string"}
-_ANYTHING = {"type": "object", "additionalProperties": True}  # said, or TypeScript's object is one without members
+# Stated explicitly, because generated TypeScript would otherwise have an object without members
+_ANYTHING = {"type": "object", "additionalProperties": True}
 
 Id = Annotated[str, Meta(extra_json_schema=text(ID_MAX))]
 SessionId = Annotated[Id, Meta(description="Opaque; compared as it is.", examples=["game-7f3a91"])]
@@ -74,7 +76,8 @@ Sink = Annotated[
 Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"}, examples=["2026-01-31T03:00:00.000Z"])]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
-# A title makes a schema of its own, so that generated code has one enum and not one for each place.
+# With a title they become named schemas, so that generated code has one enum for each, and not one for each place where
+# it is used.
 SessionState = Annotated[Literal["active", "ended"], Meta(title="SessionState", extra_json_schema=_TEXT)]
 EndReason = Annotated[Reason, Meta(title="EndReason", description="Why a session ended.", extra_json_schema=_TEXT)]
 StateOfDelivery = Annotated[DeliveryState, Meta(title="DeliveryState", extra_json_schema=_TEXT)]

@@ -42,7 +42,7 @@ from lmdaemon.commands.shared import (
 from lmdaemon.model import DELIVERY_STATES
 from lmdaemon.web.documents import read_time
 
-AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0  # between two tries to reach a daemon that has gone
+AGAIN_FIRST_S, AGAIN_MAX_S = 0.5, 10.0  # waits between attempts to reach a daemon that has stopped
 TOUCH_MAX = 10_000  # ids in one bulk touch
 
 SESSION_COLUMNS = ("sessionId", "playerId", "state", "reason", "openedAt", "lastSeenAt", "expiresAt", "endedAt")
@@ -67,7 +67,7 @@ EVENT_FACTS = (
     *("breaker", "held", "heldReason", "notBefore", "live", "pending", "dead", *EVENT_FIGURES, "lagMs"),
 )
 
-# What an answer must have, to be taken for lmdaemon's: see `client.fits`
+# What an answer must contain, as described at `client.fits`
 HEALTH_SHAPE = {"status": str, "checks?": {ANY: [{"status": str}]}}
 SESSION_SHAPE = {"sessionId": str, "state": str}
 DELIVERY_SHAPE = {"id": str, "state": str}
@@ -76,12 +76,14 @@ DAEMON_SHAPE = {"name": str, "operators": [str], "serviceLagMs": int}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 FOR_EVER = 2**63
-# Lists are in the order of beginning, except where the wall clock was set back, by less than this
+# Lists are sorted by the time at which their items began, unless the wall clock was set back; it is assumed to have been
+# set back by less than this
 SET_BACK_MAX_MS = 24 * 3600 * 1000
 
 WATCH_S = 2
 CHECKED = {"pass": STOPPED, "warn": 3, "fail": 4}  # exit codes of `status --check`, for monitoring
-CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # of a terminal: to the top, all of it, what has scrolled away. Source: console_codes(4)
+# Control codes: cursor to the top, clear the screen, clear what has scrolled away. Source: console_codes(4)
+CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
 
@@ -142,7 +144,7 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
     except Failed as error:
         if health["status"] != "fail":
             raise
-        say(f"lmdaemon: {error}")  # a daemon that cannot read its store still answers for its health
+        say(f"lmdaemon: {error}")  # a daemon that cannot read its store still answers /health
     if args.json:
         print_json({"health": health, "operators": operators, "daemons": daemons})
     else:
@@ -163,14 +165,16 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
 
 
 def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:
-    """What stands in its line: how many operators it owns, and whether it is the one that was asked."""
+    """The line of a daemon: how many operators it owns, and whether it is the one that was asked."""
     name = f"{daemon['name']} (asked)" if daemon.get("self") else daemon["name"]
     return {"daemon": name, "operators": len(daemon["operators"])}
 
 
 @asking(OF_OPERATOR, JSON)
 async def events(client: Client, args: argparse.Namespace) -> int:
-    """Prints what happens until it is interrupted; a daemon that goes is waited for, once it has been there."""
+    """Prints events until it is interrupted. When the daemon stops it waits until it is back; it must be there at the
+    beginning.
+    """
     heard, waits_s = False, AGAIN_FIRST_S
     while True:
         try:
@@ -187,7 +191,7 @@ async def events(client: Client, args: argparse.Namespace) -> int:
 
 
 def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> None:
-    """One line each; figures only where something happened, or as JSON."""
+    """Prints an event as one line, or as JSON. Figures are printed as a line only if something has happened."""
     if args.json:
         print(json.dumps({"event": name, "data": data}, ensure_ascii=False, separators=(",", ":")), flush=True)
         return
@@ -302,7 +306,7 @@ async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
 async def _of_period(
     client: Client, args: argparse.Namespace, member: str, *path: str, **query: object
 ) -> AsyncIterator[list[Any]]:
-    """Pages of what began in the period of --since and --until, by this member. Raises Failed and Usage."""
+    """Pages of items whose time in this member is within --since and --until. Raises Failed and Usage."""
     since_at, until_at = times.period(args)
     wanted = _wanted(args)
     if since_at is None and until_at is None:
@@ -331,7 +335,7 @@ async def show_delivery(client: Client, args: argparse.Namespace) -> int:
 
 
 def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
-    """A delivery as people are shown it: its state says that it was discarded, and why; its request is a command."""
+    """A delivery for people: the state says whether and why it was discarded, and the request is a command line."""
     if "request" in delivery:  # as a line to copy
         delivery = delivery | {"request": delivery["request"] and delivery["request"]["curl"]}
     discarded = delivery.get("discarded")
@@ -372,17 +376,17 @@ async def release(client: Client, args: argparse.Namespace) -> int:
 
 
 def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str) -> int:
-    """Prints an operator, as text without what does not apply to it, and says so where nothing has changed."""
+    """Prints an operator; as text, without members that do not apply to it. Says so if nothing has changed."""
     facts = _flat(operator)
     code = show(args, facts if args.json else {name: value for name, value in facts.items() if value is not None})
-    sys.stdout.flush()  # a result that cannot be written is told alone
+    sys.stdout.flush()  # if the result cannot be written, only that error is reported
     if not operator["changed"]:
         say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")
     return code
 
 
 def _flat(operator: dict[str, Any]) -> dict[str, Any]:
-    """With its last failure as one line."""
+    """An operator with its last failure as one line."""
     failure = operator.get("lastFailure")
     if failure is None:
         return operator

@@ -1,4 +1,4 @@
-"""What a command's module declares beside each of its functions: the options and positional arguments it takes.
+"""Decorators with which a command's module declares the options and positional arguments of each command.
 
 @command(OPERATOR, argument("--state", choices=("active", "ended")), JSON)
 def list_sessions(args: argparse.Namespace) -> int: ...
@@ -48,7 +48,7 @@ def argument(*names: str, **options: Any) -> Argument:
 
 
 def text(value: str) -> str:
-    """What is sent to the daemon or an operator. Any bytes can stand on a command line."""
+    """Text that is sent to the daemon or an operator. It must be valid UTF-8; a command line may have any bytes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -94,7 +94,7 @@ def seconds(value: str) -> int:
 
 
 def seed(value: str) -> int:
-    """What chance is made of, so that it can be had again."""
+    """The seed of a random generator, so that a run can be repeated."""
     if not re.fullmatch(r"[0-9]{1,9}", value):
         raise argparse.ArgumentTypeError(f"must be a whole number (got {value!r})")
     return int(value)

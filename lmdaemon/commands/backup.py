@@ -105,11 +105,13 @@ def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
         try:
             writing = rights.own()
             with acting_with(source.reading), closing(open_beside(source.path, source.how)) as sql:
-                _check_is_ours(sql, source.path, known)  # first, because VACUUM blames its target for a damaged source
+                # Checked first, because for a damaged source VACUUM reports an error about its target
+                _check_is_ours(sql, source.path, known)
                 with progress("copying", "B", _size(sql)) as tell:
                     sql.set_progress_handler(_Flush(handle, tell), LOOK_EVERY)
                     # One read transaction, during which the daemon goes on writing. A copy page by page (SQLite's
-                    # backup API) would start again at each of its commits. The check has opened all of its files.
+                    # backup API) would start again at each of its commits. All of its files have been opened by the
+                    # check.
                     with acting_with(writing):
                         # A file's name can be any bytes; SQLite expects text
                         sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
@@ -131,7 +133,7 @@ def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
 
 
 class _Flush:
-    """Syncs the copy as it grows. Synced in one piece at the end, it would hold up the daemon's own syncs.
+    """Syncs the copy as it grows. If it were synced only at the end, the daemon's own syncs would have to wait for it.
 
     SQLite calls it every LOOK_EVERY instructions; 0 tells it to go on.
     """
@@ -229,7 +231,9 @@ def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
             return "immutable=1"
     except OSError as error:
         raise Failed(f"{source}: cannot be read: {reason(error)}") from error
-    if shared:  # anybody may have put the log there, and SQLite would create files of root's beside it
+    # In a directory that others can write to, anybody may have put the log there, and SQLite would create files owned
+    # by root
+    if shared:
         raise Failed(
             f"{source}: {wal.name} is beside it, where others can make files: copy both to a directory of root's"
         )

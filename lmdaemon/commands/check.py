@@ -1,6 +1,6 @@
 """`lmdaemon check`: tries an operator's SessionExpired endpoint with made-up notices, and reports what it found.
 
-Nothing is sent but to the target that was named.
+Requests go only to the target that was named.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 The commands talk to the running daemon over the private API, except those that work without one. A token is never taken
 from the command line, which everybody on the machine can read, and never printed.
 
-`COMMANDS` says which module has which command. It is imported when the command is named; there, each function declares
-what arguments it takes. `version`, the list of commands and unknown ones need none.
+`COMMANDS` says in which module each command is. The module, which declares the command's arguments, is imported only
+when the command is used. `version`, the list of commands and errors about unknown commands import none.
 """
 
 import argparse
@@ -86,15 +86,17 @@ Exit codes: 0 stopped or done, 1 failed, 2 configuration or usage."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
-    with suppress(ValueError, OSError):  # the service's sandbox does not let it, and sets it itself
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has every token in it that was in memory
+    with suppress(ValueError, OSError):  # not allowed in the service's sandbox, which sets the limit itself
+        # No core dumps, because a core contains every token that was in memory
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         code = _run(argv)
         sys.stdout.flush()
     except Failed as error:
         say(f"lmdaemon: {error}")
         return FAILED
-    except (BrokenPipeError, KeyboardInterrupt):  # the reader of a long list has seen enough, or whoever asked for it
+    # The reader of the output has closed the pipe, or the user has pressed Ctrl-C
+    except (BrokenPipeError, KeyboardInterrupt):
         return FAILED
     return code
 
@@ -103,7 +105,7 @@ def _run(argv: Sequence[str] | None) -> int:
     """One command. Raises Failed."""
     try:
         args = parser().parse_args(argv)
-    except SystemExit as told:  # the help, or bad usage
+    except SystemExit as told:  # raised by argparse for --help and for wrong arguments
         return int(told.code or STOPPED)
     if args.run == VERSION:
         return version(args)
@@ -139,7 +141,7 @@ def loaded(name: str) -> Command:
 
 
 def _stop_at_once() -> None:
-    """How signals are taken while the daemon's modules are imported: there is nothing to be closed yet, or reloaded."""
+    """Handles signals while the daemon's modules are imported: exits at once, because nothing is open yet."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(STOPPED))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -175,7 +177,7 @@ def parser(*, whole: bool = False) -> argparse.ArgumentParser:
     )
     _config_option(top).set_defaults(run=SERVE, json=False)
     top.add_argument("--version", dest="run", action="store_const", const=VERSION, help="print the version")
-    # Suppressed, or a command's missing --config would undo the one before it
+    # SUPPRESS, because the default of the command's own --config would overwrite a --config before the command
     common = _config_option(argparse.ArgumentParser(add_help=False), default=argparse.SUPPRESS)
     commands = top.add_subparsers(metavar="COMMAND", title="commands", parser_class=_Leaf)
     groups: dict[str, Callable[..., _Leaf]] = {"": commands.add_parser}

@@ -23,7 +23,7 @@ from lmdaemon.config.values import Listen
 ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds: beyond this the daemon hangs
 PAGE_MAX = 1000  # rows in one answer of the private API
 
-SILENT_MAX_S = 15.0  # of a stream, in which something comes each second
+SILENT_MAX_S = 15.0  # the longest silence of an event stream, which sends figures every second
 
 ANY = "*"  # in a shape: any name
 PROBLEM = {"status": int, "title": str, "detail": str, "session?": {"state": str}}
@@ -53,7 +53,7 @@ def fits(value: object, shape: Shape) -> bool:
 
 
 class Unreachable(Failed):
-    """The daemon cannot be reached, or not serve, now; it may later."""
+    """The daemon cannot be reached or cannot serve now, but may later."""
 
 
 class _Checked(aiohttp.BaseConnector):
@@ -172,8 +172,8 @@ class Client:
             return status, None
 
     async def events(self, *path: str, query: Mapping[str, object]) -> AsyncIterator[tuple[str, Any]]:
-        """Server-sent events with their data, until the daemon ends the stream. Raises Unreachable when it has gone, or
-        says nothing for longer than its figures come.
+        """Server-sent events with their data, until the daemon ends the stream. Raises Unreachable when the connection
+        is lost, or nothing has come for SILENT_MAX_S.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_WITHIN_S, sock_read=SILENT_MAX_S)
         options: Any = {"timeout": timeout, "ssl": self._tls or True}
@@ -183,7 +183,7 @@ class Client:
                     self._answer(await response.read(), response.status, response.content_type, {})
                     raise Failed(f"what answers at {self._address} is no lmdaemon ({response.content_type})")
                 name = ""
-                async for line in response.content:  # an event is one line of each
+                async for line in response.content:  # an event has one line `event:` and one line `data:`
                     field, _, value = line.decode().rstrip("\n").partition(": ")
                     if field == "event":
                         name = value
@@ -206,7 +206,7 @@ class Client:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Has what goes wrong with a connection told in one line."""
+        """Turns errors of a connection into Failed, whose text is one line."""
         try:
             yield
         except TimeoutError:
@@ -221,7 +221,7 @@ class Client:
                 why = "it may not take --client-cert, as tls.handshake_failed in its log would say"
                 raise Failed(f"the daemon at {self._address} has closed the connection: {why}") from error
             cause = getattr(error, "os_error", error)
-            number = getattr(cause, "errno", None) or 0  # negative where no name could be resolved
+            number = getattr(cause, "errno", None) or 0  # negative for errors of name resolution
             why = os.strerror(number) if number > 0 else reason(cause)
             raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why})") from error
         except aiohttp.ClientError as error:
@@ -283,7 +283,7 @@ def _base_url(listen: Listen, scheme: str) -> str:
     host = listen.host
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
-        if address.is_unspecified:  # "every address" can be listened at, not connected to
+        if address.is_unspecified:  # an address such as 0.0.0.0 can be listened on but not connected to
             host = "127.0.0.1" if address.version == 4 else "::1"
     return f"{scheme}://[{host}]:{listen.port}" if ":" in host else f"{scheme}://{host}:{listen.port}"
 

@@ -1,6 +1,8 @@
-"""The configuration as a command needs it: what is wrong elsewhere in the file is told, and no reason to refuse.
+"""Loads the part of the configuration that a command needs. Errors elsewhere in the file are printed as warnings and do
+not stop the command.
 
-While the daemon runs on the last file that was sound, whoever is called in at night must be able to ask it.
+After a failed reload the daemon still runs with the previous file, and its administrators must still be able to use the
+commands.
 """
 
 import argparse
@@ -9,9 +11,9 @@ from lmdaemon.commands.shared import say
 from lmdaemon.config import reader
 from lmdaemon.config.settings import Settings
 
-TOLD_MAX = 3  # findings; check-config has them all
+TOLD_MAX = 3  # most findings that are printed; check-config prints all
 
-ADMINISTRATION = ("api", "database")  # where the daemon listens, and whose its database is
+ADMINISTRATION = ("api", "database")  # tables that say where the daemon listens and who owns its database
 
 
 def configured(args: argparse.Namespace, *needs: str) -> Settings:

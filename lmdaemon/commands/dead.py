@@ -13,7 +13,7 @@ from lmdaemon.commands.progress import progress
 from lmdaemon.commands.shared import STOPPED, Usage, cell, say, show
 from lmdaemon.model import rfc3339
 
-STEP = 50  # deliveries made due at once with --follow: what an interruption leaves to be sent
+STEP = 50  # deliveries made due in one step with --follow; so many are still sent after an interruption
 
 _FILTERS = ("since", "until", "ended_since", "ended_until")
 _FOUND = {"found": int, "canBeSent": int, "oldestSettledAt": (str, type(None)), "reasons": {}, "seconds": (int, float)}

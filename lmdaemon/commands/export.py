@@ -44,7 +44,8 @@ from lmdaemon.store.contract import Archive, DatabaseError, Wanted
 from lmdaemon.store.open import open_archive, real_path
 from lmdaemon.web.documents import archived, to_json
 
-SETTLED_S = 2.0  # ends carry the time at which their transaction began; only on a hanging disk does one take longer
+# An end has the time at which its transaction began; only on a hanging disk does a transaction take longer than this
+SETTLED_S = 2.0
 POLL_S = 0.05
 
 # CSV column → name of the value. There is one row for each delivery, and one for a session without any.
@@ -113,7 +114,8 @@ def export(args: argparse.Namespace) -> int:
     try:
         theirs = rights.own() if settings.postgres else rights.for_database(settings.database)
         ours = theirs if args.output is None else rights.for_result(args.output, theirs)
-        # Before rights are given up: what it imports may be where only root can read
+        # Must be called before root's rights are given up, because the module that it imports may be readable only by
+        # root
         source = open_archive(settings)
         with acting_with(theirs):
             check_source(settings)
@@ -122,7 +124,8 @@ def export(args: argparse.Namespace) -> int:
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
                 # All files of the database are open by now, so its rights are not needed any more
-                shown = args.output is not None or not sys.stdout.isatty()  # not between the rows
+                # Progress is not shown on a terminal that also shows the rows
+                shown = args.output is not None or not sys.stdout.isatty()
                 with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:
                     wanted = Wanted(args.operator, args.player, args.session)
 

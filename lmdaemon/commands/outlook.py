@@ -1,5 +1,5 @@
-"""The daemon's health and its operators as `lmdaemon status` tells them: what is wrong, since when, why, what happens
-by itself and what can be done by hand. Pure; docs/operating.md has more of each check under its name.
+"""The text of `lmdaemon status` about health and operators: what is wrong, since when, why, what happens by itself and
+what can be done by hand. Pure; docs/operating.md has more of each check under its name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from lmdaemon.commands.shared import cell, line
 from lmdaemon.model import in_bytes, in_time
 
-_ASIDE = ("status", "time", "output", "observedUnit")  # told in other ways
+_ASIDE = ("status", "time", "output", "observedUnit")  # members of a check that are not printed as figures
 _INDENT = " " * 22
 TOLD_MAX = 3  # operators of which a check has a line with a command
 # What can be done where a check does not pass; of those about deliveries and expiry, `_by_hand` knows more
@@ -73,7 +73,7 @@ def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _figures(check: Mapping[str, Any]) -> Iterator[str]:
-    """Those that are known, rounded: `freeBytes=74.4 GB`."""
+    """The figures of a check that are known, rounded: `freeBytes=74.4 GB`."""
     for name, value in check.items():
         if name in _ASIDE or value is None or value == []:
             continue

@@ -1,11 +1,11 @@
-"""How far long work has come: a line on stderr while that is a terminal, nothing otherwise."""
+"""Shows the progress of long work as a line on stderr, if that is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-if sys.stderr.isatty():  # nobody else needs it, and a timer's backup begins sooner without it
-    # Now, for a command may give up root's rights later, and the package may be where only root can read
+if sys.stderr.isatty():  # only then is tqdm imported, which takes time
+    # Imported now, because a command may give up root's rights later, and the package may be readable only by root
     from tqdm import tqdm
 
 Tell = Callable[[int], None]
@@ -13,11 +13,13 @@ Tell = Callable[[int], None]
 
 @contextmanager
 def progress(what: str, unit: str, total: int | None = None, *, shown: bool = True) -> Iterator[Tell]:
-    """Gives a function that is told how much is done by now, in `unit`. The line is gone at the end."""
+    """A context that gives a function to be called with how much is done so far, in `unit`. At the end the line is
+    removed.
+    """
     if not shown or not sys.stderr.isatty():
         yield lambda done: None
         return
-    tqdm.monitor_interval = 0  # no thread that looks after the line
+    tqdm.monitor_interval = 0  # tqdm starts no monitor thread
     with tqdm(
         desc=what, unit=unit, total=total, unit_scale=True, leave=False, file=sys.stderr, dynamic_ncols=True
     ) as line:

@@ -1,7 +1,7 @@
 """`lmdaemon send`: sends one SessionExpired to an operator or a URL, with the same code as the daemon.
 
-What was sent and answered is printed, to be pasted into a ticket. So every secret in it is masked, also where the
-answer repeats it.
+It prints request and answer, which are often pasted into tickets. So every secret in them is masked, also if the answer
+repeats it.
 """
 
 import argparse

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 STOPPED_WITHIN_S = 1.0  # the longest time from a signal during the start to the end of the process
 ABANDON_AFTER_S = 1.0  # how long a plug-in's hook that ignores its cancellation is waited for at the end
 
-# The garbage collector runs after this many more objects exist than before. Almost all objects of a request are freed
-# without it. With Python's default of 700 it would run for objects that are in use, at 16 % of a touch's CPU time.
+# The garbage collector runs each time when the number of objects has grown by this many. Almost all objects of a
+# request are freed without it. With Python's default of 700 it would run for objects that are in use, at 16 % of a
+# touch's CPU time.
 GARBAGE = 10_000
 
 # Python's switch interval: how long the event loop may keep the interpreter's lock from the writer's thread, which
@@ -45,7 +46,8 @@ def serve(args: argparse.Namespace) -> int:
     """Runs the daemon until it is stopped or fails, and returns the exit code."""
     sys.setswitchinterval(SWITCH_S)
     _raise_file_limit()
-    gc.disable()  # until _keep_what_is_made: almost no object of a start becomes garbage, and it is a sixth faster
+    # Until _keep_what_is_made: a start creates almost no garbage, and without the collector it takes a sixth less time
+    gc.disable()
     try:
         settings = reader.of_command(args.config)
         log.setup(settings.log.level, settings.log.format)
@@ -71,7 +73,7 @@ def _raise_file_limit() -> None:
 def _keep_what_is_made() -> None:
     """Excludes the daemon's own 45,000 objects from garbage collection, and turns the collector on.
 
-    They exist until the end. To look through them took 30 to 60 ms each time, in which nothing else ran.
+    They exist until the end. Each full collection over them took 30 to 60 ms, during which nothing else ran.
     """
     gc.freeze()
     gc.set_threshold(GARBAGE)

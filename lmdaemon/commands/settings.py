@@ -1,4 +1,6 @@
-"""`lmdaemon config`: the settings in force, and what a reload would change. Of the running daemon, else of the file."""
+"""`lmdaemon config`: the settings in force, and what a reload would change. Both come from the running daemon, or from
+the file if none runs.
+"""
 
 import argparse
 import asyncio

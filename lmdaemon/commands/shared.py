@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
-NARROWEST = 6  # characters of a column that is made narrower
+NARROWEST = 6  # the least width, in characters, to which a column is reduced
 _GAP = "  "
 
 
@@ -88,9 +88,8 @@ def print_table(
 
 
 def fitted(widths: Sequence[int], room: int) -> list[int]:
-    """The widths with the widest columns made narrower, as far as need be to fit into so many characters.
-
-    The first column stays whole, for it is what other commands take; no other gets narrower than NARROWEST.
+    """The widths of columns, the widest ones reduced until all fit into `room` characters. The first column keeps its
+    width, because it has the ids that other commands take; no other gets narrower than NARROWEST.
     """
     found = list(widths)
     while sum(found) + len(_GAP) * (len(found) - 1) > room:

@@ -1,4 +1,4 @@
-"""`lmdaemon simulate operator`: plays an operator by a script, and judges the sender that speaks to it."""
+"""`lmdaemon simulate operator`: plays an operator that answers by a script, and reports what the sender does wrong."""
 
 import argparse
 import asyncio

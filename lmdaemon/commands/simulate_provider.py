@@ -1,4 +1,6 @@
-"""`lmdaemon simulate provider`: game servers before a running daemon, or a provider's notices before an endpoint."""
+"""`lmdaemon simulate provider`: plays game servers that use a running daemon, or a provider that sends notices to an
+endpoint.
+"""
 
 import argparse
 import asyncio
@@ -130,14 +132,15 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
             except Failed:
                 return 0, None
 
-        await client.call("GET", "v1", "operators", shape={"items": [{}]})  # it runs, and lets us in
+        # Checks that the daemon runs and accepts the token
+        await client.call("GET", "v1", "operators", shape={"items": [{}]})
         with _progress() as tell:
             return await players.Players(call, args.operator, load, args.seed, tell=tell).run()
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Tells on a terminal how far it is, in one line that goes at the end."""
+    """Shows the progress on a terminal, in one line that is removed at the end."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return

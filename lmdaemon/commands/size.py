@@ -1,4 +1,6 @@
-"""`lmdaemon size`: what so many sessions would take of this machine, measured on it, and what `keep_ended` costs."""
+"""`lmdaemon size`: measures how much of this machine a number of sessions would use, and how much disk space
+`keep_ended` needs.
+"""
 
 import argparse
 import asyncio
@@ -18,7 +20,7 @@ from lmdaemon.workbench import sizing
 from lmdaemon.workbench.sizing import Costs, SizingError
 
 DAY_S = 86_400
-FITS_BELOW = 0.7  # of one core: the rest is for peaks, and for operators that fail
+FITS_BELOW = 0.7  # share of one core that may be used; the rest is for peaks, and for operators that fail
 FIGURES_SHAPE = {"spans": [{"stepSeconds": int, "series": [{"operator": (str, type(None)), "ends": [int]}]}]}
 
 
@@ -57,7 +59,7 @@ async def _size(args: argparse.Namespace, settings: Settings, directory: Path) -
 
 
 def needed(costs: Costs, sessions: int, heartbeat_s: int, length_s: int, keep_s: int) -> dict[str, Any]:
-    """What so many live sessions take: shares of one core, bytes of the disk."""
+    """What a number of live sessions needs: shares of one core, bytes of memory and disk."""
     touches, ends = sessions / heartbeat_s, sessions / length_s
     rest = ends * (costs.open_s + costs.end_s)
     return {
@@ -81,7 +83,7 @@ def needed(costs: Costs, sessions: int, heartbeat_s: int, length_s: int, keep_s:
 
 
 def sentences(found: Mapping[str, Any], sessions: int, heartbeat_s: int, keep_s: int, directory: Path) -> list[str]:
-    """The same for people."""
+    """The same as sentences for people."""
     core, kept, days = found["core"], found["keptBytes"] + found["liveBytes"], keep_s / DAY_S
     each = found["microseconds"]
     said = [
@@ -126,7 +128,7 @@ def _percent(share: float) -> str:
 
 
 async def _ends_of_last_hour(settings: Settings) -> int | None:
-    """How many sessions ended at the running daemon; None where none runs that can be asked."""
+    """How many sessions ended in the last hour at the running daemon; None if no daemon can be asked."""
     with suppress(Failed, asyncio.TimeoutError):
         async with Client(settings) as client:
             figures = await client.call("GET", "v1", "figures", shape=FIGURES_SHAPE)

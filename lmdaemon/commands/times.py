@@ -20,19 +20,18 @@ _LOCAL = re.compile(r"(\d{4}-\d\d-\d\d|yesterday|today|tomorrow)(?:[ T](\d\d:\d\
 
 
 def since(what: str) -> tuple[tuple[str, ...], dict[str, object]]:
-    """The option --since; `what` says what happened then or later."""
+    """The option --since; `what` says in its help which time is meant."""
     return argument("--since", metavar="TIME", help=f"{what} then or later: {FORMS}")
 
 
 def until(what: str) -> tuple[tuple[str, ...], dict[str, object]]:
-    """The option --until; `what` says what happened before then."""
+    """The option --until; `what` says in its help which time is meant."""
     return argument("--until", metavar="TIME", help=f"{what} before then (default: now)")
 
 
 def period(args: argparse.Namespace) -> tuple[int | None, int | None]:
-    """What --since and --until mean, as wall times (ms), None where not given. What is not exact is told as understood.
-
-    Raises Usage.
+    """What --since and --until mean, as wall times (ms), None where not given. A time in words is printed as it was
+    understood. Raises Usage.
     """
     now_at = Clock().wall_ms()
     since_at, until_at = (read(getattr(args, name), f"--{name}", now_at) for name in ("since", "until"))

@@ -1,4 +1,6 @@
-"""Reads and tries the files of certificates and keys that the configuration names, for listeners and for operators."""
+"""Reads the files of certificates and keys that the configuration names, for listeners and for operators, and checks
+that OpenSSL can use them.
+"""
 
 import ssl
 from contextlib import suppress
@@ -13,7 +15,7 @@ TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs to trust, the daemon
 
 
 class Certificates:
-    """Reads them. `pems` has every file that was read, by key path."""
+    """Reads these files. `pems` has every file that was read, by key path."""
 
     def __init__(self, files: SecretFiles, findings: Findings) -> None:
         self._files = files
@@ -22,7 +24,10 @@ class Certificates:
         self.pems: dict[str, Pem] = {}
 
     def certificates(self, name: str, at: str, *, latest: bool = False) -> Pem | None:
-        """A file of certificates: all of them, or only the one that ends `latest`, where one will do."""
+        """Reads a file of certificates; None if it cannot be used, which is recorded.
+
+        With `latest`, only the certificate that expires last is noted, for a file in which one that is valid suffices.
+        """
         content = self._files.read(name, at) if name else None
         if content is None:
             return None
@@ -31,7 +36,7 @@ class Certificates:
             self._findings.error(at, f"must hold a certificate in PEM form ({path})")
             return None
         found: list[Certificate] = []
-        with suppress(ValueError):  # what is wrong with it, OpenSSL says
+        with suppress(ValueError):  # OpenSSL reports later what is wrong with it
             found = tls.certificates(content)
         if latest:
             found = sorted(found, key=lambda one: one.not_after)[-1:]
@@ -53,7 +58,7 @@ class Certificates:
     # -- towards operators
 
     def of_operator(self, table: OperatorTable, at: str) -> TlsFiles:
-        """Those that are named, read and looked into; None for one that is not, or cannot be used."""
+        """The files that an operator names, read and checked; None for a file that is not named or cannot be used."""
         if bool(table.client_cert_file) != bool(table.client_key_file):
             self._findings.error(f"{at}.client_cert_file", "and client_key_file must be given together")
         return (
@@ -63,13 +68,16 @@ class Certificates:
         )
 
     def profile(self, table: OperatorTable, files: TlsFiles, at: str, *, used: bool) -> Profile:
-        """What these files make, tried. The system's CAs alone, which cost 20 ms, only where they will be `used`."""
+        """The TLS profile of these files, after OpenSSL has accepted them. Loading the system's CAs takes 20 ms; it is
+        left out unless the profile will be `used`.
+        """
         profile = self._profiles.setdefault(files, Profile(*files))
         ca, cert, key = files
         named = (table.ca_file, table.client_cert_file, table.client_key_file)
         whole = [bool(name) for name in named] == [file is not None for file in files] and bool(cert) == bool(key)
         if whole and (used or any(named)):
-            if ca is not None and cert is not None:  # alone first: an error does not say which file it is about
+            # Loaded by itself first, because OpenSSL's error does not say which file it is about
+            if ca is not None and cert is not None:
                 alone: TlsFiles = (ca, None, None)
                 self._check_usable(self._profiles.setdefault(alone, Profile(*alone)), f"{at}.ca_file")
             if self._findings.sound(at, "ca_file"):
@@ -85,7 +93,7 @@ class Certificates:
     # -- of listeners
 
     def of_listener(self, table: ServerTable | ApiTable, at: str) -> Tls | None:
-        """What a listener speaks TLS with; None when it speaks none, or its certificate cannot be had."""
+        """The TLS settings of a listener; None when it speaks no TLS, or its certificate cannot be read."""
         error = self._findings.error
         if bool(table.tls_cert_file) != bool(table.tls_key_file):
             error(f"{at}.tls_cert_file", "and tls_key_file must be given together")
@@ -123,8 +131,8 @@ class Certificates:
 
 
 def _blamed(error: OSError, cert: Pem, at: str) -> str:
-    """The key of the file that an error of a certificate and its key is about: where one of them is damaged and the
-    certificate can be read, it is the other.
+    """The setting that an error about a certificate and its private key belongs to: the key's if a file is damaged and
+    it is not the certificate's, else the certificate's.
     """
     is_key = tls.damaged(error) and tls.readable(cert.path)
     return at.removesuffix("cert_file") + "key_file" if is_key else at

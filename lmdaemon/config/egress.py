@@ -62,7 +62,7 @@ _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the only part of IPv6 tha
 def private_address(host: str) -> bool:
     """Whether `host` is a literal address that no operator's server can have from outside.
 
-    So is a number in a form that the system's resolver takes for an address, as it takes 127.1 and 0x7f000001.
+    Numbers that the system's resolver reads as an address, such as 127.1 and 0x7f000001, count as addresses too.
     """
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])

@@ -32,7 +32,7 @@ class Findings:
         self.warnings.append(f"{key}: {text}")
 
     def unchecked(self, key: str, why: str) -> None:
-        """A warning in an error's place, where the daemon may be able to read what this process cannot."""
+        """Records a warning instead of an error, because the daemon may be able to read what this process cannot."""
         self.warn(key, f"unchecked: {why}")
 
     def about(self, tables: Iterable[str]) -> list[str]:
@@ -41,7 +41,7 @@ class Findings:
         return [error for error in self.errors if error.startswith(places)]
 
     def sound(self, at: str, *keys: str) -> bool:
-        """Whether no error stands under these keys of a table, so that a rule between them finds what was meant."""
+        """Whether no error is recorded for these keys of a table, so that rules between them can be checked."""
         places = tuple(f"{at}.{key}{end}" for key in keys for end in ":.[")
         return not any(error.startswith(places) for error in self.errors)
 

@@ -46,8 +46,8 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 
 def find(explicit: Path | None) -> tuple[Path, bool]:
-    """The configuration file: `--config`, $LMDAEMON_CONFIG, ./config.toml, /etc/lmdaemon/config.toml; and whether it
-    was found, not named.
+    """The configuration file: that of `--config`, $LMDAEMON_CONFIG, ./config.toml or /etc/lmdaemon/config.toml; and
+    whether it was found in a default place and not named by the user.
 
     Raises ConfigError when there is none.
     """
@@ -80,7 +80,8 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
     text = _text(path, found=found)
     try:
         raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number longer than Python reads
+    # TOMLDecodeError, or an integer with more digits than Python converts
+    except (ValueError, RecursionError) as error:
         finding = f"not valid TOML: {'nested too deeply' if isinstance(error, RecursionError) else error}"
         salvaged = None if needs is None else _salvaged(text, needs)
         if salvaged is None:
@@ -94,8 +95,8 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
 
 
 def _salvaged(text: str, needs: Sequence[str]) -> dict[str, Any] | None:
-    """Those tables of a broken file, each from its head to the next one, as far as the file has them; None when one
-    cannot be read alone, or something else than its head begins with its name.
+    """The needed tables of a file with a syntax error elsewhere, each read from its header to the next one. None when
+    one of them cannot be read by itself, or when its name also stands elsewhere at the beginning of a line.
     """
     parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
     wanted = [part for part in parts if (head := _HEAD.match(part)) and head[1] in needs]
@@ -111,7 +112,7 @@ def _salvaged(text: str, needs: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _hides(names: Iterable[str], needs: Sequence[str]) -> bool:
-    """Whether one of these names is no table's, and may have been meant to be a needed one's."""
+    """Whether one of these unknown names is probably a misspelt name of a needed table."""
     return any(meant(name, TABLES) in (None, *needs) for name in names if name not in TABLES)
 
 
@@ -142,7 +143,7 @@ class Reader:
         self._certificates = Certificates(self._files, self.findings)
 
     def settings(self, raw: dict[str, Any]) -> Settings | None:
-        """Everything checked, or None when there are errors in what is needed."""
+        """The checked settings, or None when there are errors in what is needed."""
         findings = self.findings
         for name in raw:
             if name not in TABLES:
@@ -197,11 +198,11 @@ class Reader:
         )
 
     def _missed(self, raw: Mapping[str, Any]) -> bool:
-        """Whether what is needed has errors, or may be what stands under a name that is wrong."""
+        """Whether the needed tables have errors, or one of them may stand under a misspelt name."""
         return bool(self.findings.about(self._needs or ())) or _hides(raw, self._needs or ())
 
     def _single(self, kind: type[_T], raw: Mapping[str, Any], name: str) -> _T:
-        """A table that the file has once; its defaults where it is missing or no table."""
+        """A table that can stand only once, such as [server]; its defaults if it is missing or no table."""
         return self._tables.table(kind, raw.get(name, {}), name) or kind()
 
     def _postgres(self, table: DatabaseTable) -> Postgres | None:
@@ -215,7 +216,7 @@ class Reader:
     # -- dialects
 
     def _dialects(self, raw: object) -> dict[str, Dialect | None]:
-        """Every dialect by name; None for one with errors, which no rule between dialects can use."""
+        """Every dialect by name. One with errors is None, and rules between dialects leave it out."""
         known: dict[str, Dialect | None] = dict(SHIPPED)
         for name, table in self._tables.named(raw, "dialects"):
             at = f"dialects.{name}"

@@ -33,7 +33,8 @@ KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connectio
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
 UNKNOWN_PER_MINUTE_MAX = 1_000_000
 HASHED_RULE = "must have no & and no =, which separate the fields that are hashed"
-# libpq's, "Connection URIs"; several hosts may stand between commas, none means its default
+# A PostgreSQL connection URI (libpq, "Connection URIs"). Several hosts are separated by commas; without a host libpq
+# uses its default
 _DATABASE_URL = re.compile(
     r"postgres(?:ql)?://(?:(?P<user>[^@/?#\s]*)@)?(?P<hosts>[^@/?#\s]*)(?:/(?P<name>[^/?#\s]*))?(?:\?(?P<query>[^#\s]*))?"
 )
@@ -88,7 +89,7 @@ def check_spans(findings: Findings, table: SessionsTable | OperatorTable, at: st
 
 
 def check_policy(findings: Findings, table: DeliveryTable | OperatorTable | PluginTable, at: str) -> None:
-    """Checks the bounds of the settings by which a sink is tried."""
+    """Checks the bounds of the delivery settings: time-out, schedule, max_age, concurrency."""
     if table.timeout is not None and table.timeout <= 0:
         findings.error(f"{at}.timeout", "must not be zero")
     if table.concurrency is not None and not 1 <= table.concurrency <= 1000:
@@ -178,7 +179,7 @@ def checked_target(findings: Findings, table: OperatorTable, at: str) -> Target 
             findings.error(f"{at}.url", "is required when notify = true")
         return None
     shown: object = safe_url(table.url)
-    if shown == NOT_A_URL:  # which part of it is a password is unknown
+    if shown == NOT_A_URL:  # it cannot be shown, because it is unknown which part is a password
         shown = ABSENT
     try:
         found = target.read(table.url)
@@ -217,7 +218,9 @@ def check_authentication(
 
 
 def check_shared_paths(findings: Findings, operators: Mapping[str, Operator]) -> None:
-    """Path and provider id must lead to one operator, and a body on a path to one dialect."""
+    """Checks that path and provider id together name only one operator, and that a body sent to a path can have only
+    one dialect.
+    """
     taken: dict[tuple[str, str], str] = {}
     dialects: dict[str, list[Dialect]] = {}
     for operator in operators.values():
@@ -241,7 +244,7 @@ def check_shared_paths(findings: Findings, operators: Mapping[str, Operator]) ->
 
 
 def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[str, Operator]) -> None:
-    """Where other machines can reach the endpoints, something must authenticate the senders."""
+    """Checks that something authenticates the senders if other machines can reach the endpoints."""
     if server.listen.loopback or server.client_ca_file:
         return
     for operator in operators.values():
@@ -249,7 +252,7 @@ def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[s
         if not findings.sound(at, "accept", "token_check", "allow_from", "auth"):
             continue
         hashed = all("hash" in dialect.required for dialect in operator.receives)
-        # If every address is a trusted proxy, every sender can claim any address
+        # If every address is a trusted proxy, a sender can claim any address, and allow_from proves nothing
         filtered = operator.allow_from and not holds_everybody((*operator.allow_from, *server.trusted_proxies))
         trusts_anyone = operator.token_check == "present" and not filtered and not hashed
         if operator.paths and trusts_anyone and not operator.auth_none:
@@ -270,7 +273,9 @@ def check_listeners(findings: Findings, server: ServerTable, api: ApiTable) -> N
 
 
 def _ambiguous(one: Dialect, other: Dialect) -> bool:
-    """Whether a body could be of both dialects and be read differently; a sender could then choose the weaker one."""
+    """Whether a body could be valid in both dialects with different meanings; a sender could then choose the less
+    strict one.
+    """
     if one.content != other.content or one.same_wire(other):
         return False
     return one.required_names <= other.required_names or other.required_names <= one.required_names

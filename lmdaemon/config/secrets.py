@@ -48,7 +48,7 @@ class SecretFiles:
         return self._directory / name
 
     def read(self, name: str, at: str, *, secret: bool = False) -> bytes | None:
-        """A named file's content; None when it cannot be had, which is recorded."""
+        """A named file's content; None when it cannot be read, which is recorded."""
         path = self.beside(name)
         try:
             content = path.read_bytes()
@@ -69,7 +69,9 @@ class SecretFiles:
     # -- one secret
 
     def secret(self, table: msgspec.Struct, key: str, at: str) -> str | None:
-        """The secret named by `KEY_file` or `KEY_env`, without the line break at its end; None when not named."""
+        """The secret in the file of `KEY_file` or the variable of `KEY_env`, without the line break at its end; None
+        when neither is set.
+        """
         file_name, variable = getattr(table, f"{key}_file"), getattr(table, f"{key}_env")
         if file_name and variable:
             self._findings.error(f"{at}.{key}_file", f"and {key}_env must not both be given")
@@ -104,7 +106,9 @@ class SecretFiles:
     # -- several secrets, one a line
 
     def _lines(self, table: msgspec.Struct, key: str, at: str) -> list[tuple[int, str]]:
-        """Several secrets with the numbers of their lines, for rotation. Blank lines and comments (#) are none."""
+        """Several secrets, one a line, with their line numbers; several are used during a rotation. Blank lines and
+        comments (#) are skipped.
+        """
         value = self.secret(table, key, at)
         lines = textfile.entries(value) if value else []
         if value and not lines:
@@ -128,7 +132,9 @@ class SecretFiles:
             return ()
 
     def api_tokens(self, table: ApiTable) -> tuple[ApiToken, ...]:
-        """Each line is a token, or a name for the log, a colon and a token. Those that may change something first."""
+        """The API tokens. Each line of the files is `token` or `name:token`; the name is for the log. Tokens that may
+        change something come first.
+        """
         found: dict[bytes, ApiToken] = {}
         for key, may_change in (("token", True), ("read_token", False)):
             place = _place_of(table, key, "api")
@@ -153,7 +159,9 @@ class SecretFiles:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file; also where this user may not look, for reading it says the rest."""
+    """Whether the file exists, as far as this user can see; if the directory cannot be searched it counts as existing,
+    and reading it reports the error.
+    """
     try:
         return path.exists()
     except OSError:
@@ -161,10 +169,11 @@ def exists(path: Path) -> bool:
 
 
 def _may_be_handed_over(name: str) -> bool:
-    """Whether systemd may hand this file to the daemon and not to this process, which is one of its ExecReload=.
+    """Whether this process is an ExecReload= of the service, to which systemd does not show credentials that the daemon
+    has.
 
-    systemd 252 shows ExecReload= the credentials' directory closed, 257 none at all (systemd/systemd#35227). A
-    process of that kind has $MAINPID (systemd.exec(5)).
+    systemd 252 shows ExecReload= a credentials directory that it cannot enter, 257 shows none (systemd/systemd#35227).
+    Such a process has $MAINPID (systemd.exec(5)).
     """
     return not Path(name).is_absolute() and "MAINPID" in os.environ and "CREDENTIALS_DIRECTORY" not in os.environ
 

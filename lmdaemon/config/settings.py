@@ -132,17 +132,17 @@ class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tls(msgspec.Struct, frozen=True):
-    """What a listener speaks TLS with, as its files were when they were read."""
+    """The TLS settings of a listener, from its files as they were when they were read."""
 
     cert: Pem  # its own certificate first
-    context: ssl.SSLContext | None  # None where a file could not be read, as for administration by another user
+    context: ssl.SSLContext | None  # None if a file could not be read, as when a command is run by another user
 
 
 class Postgres(msgspec.Struct, frozen=True):
     """A database on PostgreSQL. Its password is in no text of this struct."""
 
     url: str  # without a password
-    password: str | None  # None: libpq finds one in its own ways, or needs none
+    password: str | None  # None: libpq looks in its own places, such as PGPASSFILE, or needs none
     migrate: bool  # whether a start brings the schema up to date
 
     def __repr__(self) -> str:
@@ -150,7 +150,9 @@ class Postgres(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """How a sink is tried: spans in seconds, attempts at once."""
+    """How deliveries to a sink are attempted. Spans are in seconds; `concurrency` is the number of simultaneous
+    attempts.
+    """
 
     timeout_s: float
     schedule_s: tuple[float, ...]
@@ -159,13 +161,13 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 class Operator(msgspec.Struct, frozen=True, kw_only=True):
-    """An operator with everything inherited, looked up and read: what the daemon works with."""
+    """An operator as the daemon works with it: inherited settings are filled in, and secrets and files are read."""
 
     name: str
     provider_id: str
     sends: Dialect
     receives: tuple[Dialect, ...]
-    paths: tuple[str, ...]  # as configured; looked up in lower case without a trailing slash
+    paths: tuple[str, ...]  # as written in the file; compared in lower case and without a trailing slash
     accept_unknown: bool
     unknown_per_minute: int = 0  # no bound
     token_check: str
@@ -175,7 +177,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     auth_none: bool
     notify: bool
     url: str  # as written, for showing it without its secrets
-    target: Target | None  # what is sent; None without a URL
+    target: Target | None  # the parts of the URL that are sent; None without a URL
     idle_s: float
     lifetime_s: float
     mass_expiry: Literal["warn", "pause"]
@@ -184,7 +186,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     ca_file: Pem | None
     client_cert_file: Pem | None
     client_key_file: Pem | None
-    tls: Profile  # made of these three
+    tls: Profile  # made of the CA, the certificate and the key
     signing_keys: tuple[bytes, ...]
 
     def __repr__(self) -> str:
@@ -192,7 +194,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ApiToken(msgspec.Struct, frozen=True):
-    """What a caller of the private API may show. `name`, if it has one, is for the log."""
+    """A bearer token for the private API. `name`, if it has one, is for the log."""
 
     secret: bytes
     name: str = ""
@@ -215,22 +217,22 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
         return f"Plugin({self.name!r})"  # its options may hold a secret
 
     def listens_to(self, operator: str) -> bool:
-        """Whether it is called for the sessions of this operator."""
+        """Whether the plug-in is called for sessions of this operator."""
         return self.operators is None or operator in self.operators
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole configuration, checked. `warnings` are for the log: allowed, but worth a look."""
+    """The whole configuration, checked. `warnings` are for the log: things that are allowed but may be mistakes."""
 
     file: Path
-    found: bool  # the file was found, not named
+    found: bool  # the file was found in a default place and not named by the user
     server: ServerTable
     api: ApiTable
-    api_tokens: tuple[ApiToken, ...]  # those that may change something first
+    api_tokens: tuple[ApiToken, ...]  # tokens that may change something come first
     tls: Mapping[str, Tls]  # by listener; one without TLS is not in it
     pems: Mapping[str, Pem]  # files of certificates and keys, by key path
     database: Path
-    postgres: Postgres | None  # in place of the file
+    postgres: Postgres | None  # the PostgreSQL database; None: the SQLite file is used
     keep_ended_s: float
     restart_grace_s: float
     daemon_grace_s: float
@@ -238,10 +240,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log: LogTable
     operators: Mapping[str, Operator]
     plugins: Mapping[str, Plugin]
-    tables: Mapping[str, msgspec.Struct]  # as written, with their defaults, by name: what changed is told by their keys
-    secrets: Mapping[str, str]  # digests of what the daemon was given in files or the environment, by key path
+    # By name, as written in the file with defaults filled in; for comparing two readings by key
+    tables: Mapping[str, msgspec.Struct]
+    secrets: Mapping[str, str]  # digests of secrets and files, by key path; for noticing that their content has changed
     warnings: tuple[str, ...]
-    unusable: tuple[str, ...]  # errors in tables that were not needed; empty where the whole file was
+    unusable: tuple[str, ...]  # errors in tables that were not needed; empty if the whole file was needed
     handed_over: tuple[str, ...]  # keys whose files lie in $CREDENTIALS_DIRECTORY, which systemd fills at a start only
 
     def __repr__(self) -> str:
@@ -264,8 +267,8 @@ NEEDS_RESTART = {
 
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
-    """The tables that came or went, and the keys that differ in value, or in the secret or the certificates that they
-    name. As they stand in the file, and without the values, some of which are secrets.
+    """The key paths that differ between two readings: tables that were added or removed, and keys whose value, or the
+    content of the secret or certificate file they name, is different. Values are left out, because some are secrets.
     """
     yield from sorted(old.tables.keys() ^ new.tables.keys())
     before, after = by_key(old), by_key(new)
@@ -275,7 +278,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
 
 
 def by_key(settings: Settings) -> dict[str, Any]:
-    """Every key's value and, where it names a secret or a file of certificates, the digest of that."""
+    """By key path, the value and, if the key names a secret or a file of certificates, the digest of its content."""
     digests = dict(settings.secrets) | {key: pem.digest for key, pem in settings.pems.items()}
     values: dict[str, Any] = {}
     for name, table in settings.tables.items():

@@ -23,7 +23,7 @@ from lmdaemon.log import safe_url
 MASKED = '"…"'
 _ALIKE = {"operators", "dialects", "plugins", "delivery", "sessions", "database.keep_ended"}
 _ELSEWHERE = ("_file", "_env")
-_MASKED_KEYS = {"options"}  # of a plug-in: what is in it may be a secret, and nobody but the plug-in knows
+_MASKED_KEYS = {"options"}  # the options of a plug-in: only the plug-in knows whether they contain a secret
 
 
 class Difference(NamedTuple):
@@ -32,11 +32,11 @@ class Difference(NamedTuple):
     key: str
     old: str | None
     new: str | None
-    content: bool  # it names a file or a variable, and what that holds has changed
+    content: bool  # the key names a file or a variable, and the content of that has changed
 
 
 def in_force(settings: Settings) -> dict[str, str]:
-    """Every key with its value, those that an operator inherits among them. Secrets are named, not shown."""
+    """Every key with its value, inherited ones included. Of secrets the file or variable is shown, not the content."""
     return dict(_in_force(settings))
 
 
@@ -58,9 +58,9 @@ def _inherited(key: str, tables: Mapping[str, msgspec.Struct]) -> Any:
 
 
 def digest(settings: Settings) -> str:
-    """A digest of what daemons on one database must have alike: operators, dialects, plug-ins, what operators inherit,
-    and how long ended sessions are kept. Nothing is in it of secrets, and of files that may lie elsewhere on another
-    machine.
+    """A digest of the settings that must be the same for all daemons on one database: operators with inherited values,
+    dialects, plug-ins, and keep_ended. Secrets and the paths of files are left out, since paths may differ between
+    machines.
     """
     alike = {
         key: value
@@ -82,7 +82,7 @@ def inherited(settings: Settings) -> list[str]:
 
 
 def differences(old: Settings, new: Settings) -> list[Difference]:
-    """What `new` changes, as the log of a reload tells it, with both values."""
+    """The differences between two readings with both values, in the order in which a reload logs them."""
     before, after = by_key(old), by_key(new)
     found = []
     for key in changes(old, new):
@@ -97,11 +97,11 @@ def differences(old: Settings, new: Settings) -> list[Difference]:
 
 
 def _toml(key: str, value: Any) -> str:
-    """A value as the file would have it, without what may be secret in it."""
+    """A value as TOML, without anything in it that may be a secret."""
     last = key.rpartition(".")[2]
     if last in _MASKED_KEYS and value:
         return "{ " + ", ".join(f"{name} = {MASKED}" for name in value) + " }"
-    if key == "database.url":  # has no password; a user and what stands in the query are nobody else's business either
+    if key == "database.url":  # it has no password; user and query are left out as well
         return json.dumps(re.sub(r"//[^/@]*@", "//", value).partition("?")[0], ensure_ascii=False)
     if last == "url" and value:
         return json.dumps(safe_url(value), ensure_ascii=False)

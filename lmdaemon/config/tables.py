@@ -24,7 +24,7 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 
 class Tables:
-    """Reads tables; `read` has each of them by its name, as it was written and with its defaults."""
+    """Reads tables. `read` has the tables read so far, by name, as they are in the file with defaults filled in."""
 
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
@@ -43,7 +43,8 @@ class Tables:
         """
         error = self._findings.error
         if not isinstance(raw, dict):
-            error(at, "must be a table")  # without the value: it may be a secret in the wrong place
+            # The value is not shown, because a secret may have been written in the wrong place
+            error(at, "must be a table")
             return None
         fields = {field.name: field for field in msgspec.structs.fields(kind)}
         for key in raw:

@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """What an attempt needs of a URL.
 
     `url` has path and query as one, as they are written, and no user info, which is `authorization`: the header's
-    value. `private` says that it names an address inside, as far as that can be told without looking it up.
+    value. `private` says that the host is a private address, as far as that is known without a DNS lookup.
     """
 
     url: URL
@@ -58,7 +58,8 @@ def read(text: str) -> Target:
         raise ValueError(FRAGMENT_RULE)
     user_info, _, place = authority.rpartition("@")
     server = _server(scheme.lower(), place)
-    if safe_url(text) == NOT_A_URL:  # the rest is sound, so it is the user info, whose end would be ambiguous
+    # Every other part is valid, so the user info is at fault: it is unclear where it ends
+    if safe_url(text) == NOT_A_URL:
         raise ValueError(USER_INFO_RULE)
     return Target(
         # "?" and all that follows as part of the path: yarl would drop a query that is empty

@@ -14,7 +14,8 @@ DURATION_MAX_S = 3650 * 86400.0
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
-# RFC 3986, section 3.3, but for percent-escapes: any other character arrives escaped, and would never match
+# Characters of a path (RFC 3986, section 3.3), except percent-escapes. Clients send all others escaped, so that they
+# would never match
 PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
 
 
@@ -32,7 +33,9 @@ class Listen(msgspec.Struct, frozen=True):
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach it. A name counts as reachable from outside, but for localhost."""
+        """Whether only this machine can reach the address. Names other than localhost count as reachable from
+        outside.
+        """
         if self.unix or self.host == "localhost":
             return True
         try:
@@ -46,8 +49,8 @@ _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")
 
 @lru_cache(256)
 def names_itself(host: str, listen: Listen) -> bool:
-    """Whether a Host header, with any port, names this machine's loopback or what is configured to be listened on. A
-    page from elsewhere that has its own name resolve to this machine (DNS rebinding) gives that name.
+    """Whether a Host header, with any port, has a loopback name or the configured address. || In DNS rebinding, where
+    the name of a hostile web page resolves to this machine, the header has the page's name.
     """
     match = _HOST.fullmatch(host.lower())
     name = (match[1] or match[2] or "") if match else ""
@@ -120,12 +123,12 @@ def whsec(line: str) -> bytes:
 
 
 def endpoint_key(path: str) -> str:
-    """What an endpoint path is looked up by: lower case, repeated slashes as one, none at the end."""
+    """The form in which endpoint paths are compared: lower case, repeated slashes as one, no slash at the end."""
     if "//" in path:
         path = re.sub("/{2,}", "/", path)
     return path.lower().rstrip("/") or "/"
 
 
 def holds_everybody(networks: Iterable[Network]) -> bool:
-    """Whether one of them is every address there is."""
+    """Whether one of the networks contains every address."""
     return any(network.prefixlen == 0 for network in networks)

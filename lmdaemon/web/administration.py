@@ -20,13 +20,13 @@ from lmdaemon.web.documents import with_history
 from lmdaemon.web.problems import Problem
 from lmdaemon.web.requests import bearer
 
-OPERATORS_AT_ONCE = 200  # shown in one turn of the event loop: about 1 ms
+OPERATORS_AT_ONCE = 200  # operators shown in one turn of the event loop, which takes about 1 ms
 
 log = Log("api")
 
 
 class Administration:
-    """Their handlers. `describe` makes the OpenAPI document of settings, beside the event loop."""
+    """Handlers of these calls. `describe` makes the OpenAPI document for given settings; it is run on a thread."""
 
     def __init__(self, context: Context, describe: Callable[[Settings], object]) -> None:
         self._context = context
@@ -53,7 +53,7 @@ class Administration:
         return shapes.OperatorList(items=items)
 
     def _shown(self, operator: Operator, oldest_at: int | None, aged_from_at: int | None) -> dict[str, Any]:
-        """What shapes.Operator has. `aged_from_at` as `Store.aging_shown` returns it."""
+        """The members of shapes.Operator. `aged_from_at` is as `Store.aging_shown` returns it."""
         now_at = self._clock.wall_ms()
         gate, figures = self._store.gate(operator.name), self._store.figures_of(operator.name)
         breaker = retry.breaker(gate, now_at)
@@ -127,7 +127,9 @@ class Administration:
         *,
         changed: bool = False,
     ) -> shapes.ChangedOperator:
-        """Changes what keeps it back, and logs what that did. `changed`: something else has changed already."""
+        """Changes the gate of an operator and logs the change. `changed` says that the call has changed something else
+        already.
+        """
         before, (by, asking) = self._store.gate(operator.name), asker
 
         def remembered(gate: Gate) -> Gate:
@@ -165,7 +167,7 @@ class Administration:
 
     async def show_config(self, asked: Asked[shapes.NoQuery]) -> shapes.Configuration:
         """The settings in force, and what a reload would change."""
-        async with self._reading:  # one at a time: with 1,000 operators the file takes 0.2 s to read
+        async with self._reading:  # one call at a time, because reading a file with 1,000 operators takes 0.2 s
             return await asyncio.to_thread(self._configuration)
 
     def _configuration(self) -> shapes.Configuration:
@@ -194,7 +196,7 @@ class Administration:
     async def show_token(self, asked: Asked[shapes.NoQuery]) -> shapes.TokenRights:
         """GET /v1/token."""
         token = bearer(asked.request, self._context.settings.api_tokens)
-        if token is None:  # none is configured: whoever reaches the listener may do everything
+        if token is None:  # no token is configured, so whoever reaches the listener may do everything
             return shapes.TokenRights(name=None, may_change=True)
         return shapes.TokenRights(name=token.name or None, may_change=token.may_change)
 
@@ -211,7 +213,7 @@ class Administration:
                 name: age_s for name, age_s in (await health.oldest_pending_s()).items() if self._store.owns(name)
             }
             await health.look_for_daemons()
-        except StoreError:  # everything else can still be told, that storing fails among it
+        except StoreError:  # the other metrics can still be shown, also the one that says that storing fails
             oldest = {}
         body = await self._context.metrics.scrape(oldest)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})

@@ -1,6 +1,6 @@
-"""The private side: who is let in, which call is meant, and how an error is answered.
+"""The private side: checks who may call, finds the handler of the call, and answers errors.
 
-What a call does is in `sessions`, `deliveries` and `administration`; which there are, in `routes`. It
+`routes` lists the calls; their handlers are in `sessions`, `deliveries`, `administration`, `watching` and `trying`. It
 has a listener of its own, for game servers, the commands of `lmdaemon`, and administrators.
 """
 
@@ -28,7 +28,8 @@ from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
 from lmdaemon.web.watching import Watching
 
-# Where the calls are served that come all day; an operator's name never needs an escape. Groups: session, touch.
+# Paths of the frequent calls: opening and touching a session. An operator's name never needs an escape. Groups: session
+# id, `touch`.
 _DIRECT = re.compile(r"/v1/operators/[\w.-]+/sessions/([^/]+)(/touch)?", re.ASCII)
 
 log = Log("api")
@@ -62,10 +63,10 @@ class Api:
     def application(self) -> web.Application:
         """The aiohttp application of the private listener."""
         app = web.Application(middlewares=[self._guarded])
-        # By itself, aiohttp would not let an id hold { or }
+        # aiohttp's own pattern for a part of a path does not match { and }, which an id may have
         routes = [(call, call.path.replace("{sessionId}", "{sessionId:[^/]+}")) for call in CALLS]
         routes += [(call, HEALTH + "/") for call in CALLS if call.path == HEALTH]
-        # At the path of touchSessions, which comes first: a session may be called "touch"
+        # These paths match that of touchSessions, which is therefore added before them: a session may be called "touch"
         routes[1:1] = [(call, SESSIONS + "/touch") for call in CALLS if call.path == SESSION]
         for call, path in routes:
             handler = call.served_by(self._parts[call.part], self._context)
@@ -76,18 +77,20 @@ class Api:
         return app
 
     def shortcut(self, otherwise: Handler) -> Handler:
-        """The calls that come all day, past aiohttp's router and middleware; the rest to `otherwise`."""
+        """A handler that serves frequent calls without aiohttp's router and middleware, and passes all others to
+        `otherwise`.
+        """
 
         def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
             expect = request.headers.get("Expect", "").lower()
-            if expect and expect != "100-continue":  # aiohttp would say 417 before a token is asked for
+            if expect and expect != "100-continue":  # aiohttp would answer 417 before the token is checked
                 return self._guarded(request, _unexpected)
             return (None if expect else self.direct(request)) or otherwise(request)
 
         return handle
 
     def direct(self, request: web.Request) -> Coroutine[Any, Any, web.StreamResponse] | None:
-        """The handler at work on one of the calls that come all day, if this is one. None of them needs a task."""
+        """Begins to handle a request if it is a frequent call, which needs no task of its own; None for all others."""
         found = _DIRECT.fullmatch(request.rel_url.raw_path)
         if found is None:
             return None
@@ -100,7 +103,7 @@ class Api:
         return None if handler is None else self._guarded(request, handler)
 
     def knows(self, head: Head) -> bool:
-        """Whether the head of a request shows that its sender is let in, before there is a request."""
+        """Whether the head of a request has a valid token. It is asked before the body has arrived."""
         tokens = self._context.settings.api_tokens
         return not tokens or bearer(head, tokens) is not None
 
@@ -114,7 +117,7 @@ class Api:
             if token is not None or not tokens:
                 self._check_rights(request, token)
                 return await handler(request)
-            if handler == self._console.serve:  # anybody may have the files: nothing secret is in them
+            if handler == self._console.serve:  # the console's files need no token: nothing secret is in them
                 return await handler(request)
             if request.path.rstrip("/") == HEALTH and request.method in ("GET", "HEAD"):
                 return await self._public_health()
@@ -139,7 +142,7 @@ class Api:
         return problem.answer(headers)
 
     def _check_rights(self, request: web.Request, token: ApiToken | None) -> None:
-        """Whether what it asks for is allowed; raises Problem. None: no token is configured."""
+        """Raises Problem if the token does not allow the request. Without a token (None), none is configured."""
         changes = request.method not in ("GET", "HEAD")
         if token is None:
             self._check_browser(request, changes=changes)
@@ -147,11 +150,12 @@ class Api:
             raise Problem("read-only", "this token may only read")
 
     def _check_browser(self, request: web.Request, *, changes: bool) -> None:
-        """Without a token, what a page in a browser on this machine asks for must be refused; raises Problem.
+        """Refuses requests that a web page could have caused, where no token is configured; raises Problem.
 
-        A page from anywhere may have its browser send requests to loopback. It names where it comes from in Origin and
-        may not see what a GET answers, unless its own name leads here (DNS rebinding): then that name is in Host. No
-        browser reaches a unix socket, and none sends a request without Host.
+        Any web page can make a browser on this machine send requests to loopback. A change has the page's own address
+        in its Origin header. The page cannot read the answer to a GET, unless its host name resolves to this machine
+        (DNS rebinding); then that name is in the Host header. No browser can reach a unix socket, and none sends a
+        request without Host.
         """
         listen, host, origin = (
             self._context.settings.api.listen,
@@ -181,5 +185,5 @@ async def _unexpected(_: web.Request) -> NoReturn:
 
 
 def malformed(reason: str) -> web.Response:
-    """The answer to what is no HTTP."""
+    """The answer to malformed HTTP."""
     return invalid(reason).answer()

@@ -1,6 +1,5 @@
-"""Bodies and queries as the types of `shapes`, and why one cannot be read: place, rule, value. Pure, no I/O.
-
-None holds the event loop for long, whatever is in it.
+"""Reads bodies and queries into the types of `shapes`, or says what is wrong: place, rule, value. Pure, no I/O. No body
+keeps the event loop busy for long, whatever is in it.
 """
 
 import json
@@ -22,7 +21,7 @@ SHOWN_MAX = 40  # characters of a value in an error
 
 _BULK = {BulkTouch, BulkOpen}
 _DECODER = msgspec.json.Decoder(BulkTouch)
-_QUOTES_MAX = 2 * (BULK_IDS_MAX + 1)  # of the ids and the key
+_QUOTES_MAX = 2 * (BULK_IDS_MAX + 1)  # most quotes in a valid body: two for each id, and two for the key
 
 _Asked = TypeVar("_Asked", bound=Request)
 
@@ -51,7 +50,7 @@ def of_body(kind: type[Request], body: bytes) -> Request:
 
 
 def _whole(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """90.0 is an integer, too, to JSON Schema."""
+    """For JSON Schema, 90.0 is an integer too."""
     return {name: int(one) if type(one) is float and one.is_integer() else one for name, one in fields.items()}
 
 
@@ -82,13 +81,15 @@ def _read(kind: type[_Asked], fields: Mapping[str, Any], given: Mapping[str, Any
 
 
 class _Members:
-    """What the document says of the members of a type, as far as msgspec does not check it, or not in plain words."""
+    """The rules for the members of a type that msgspec does not check, or whose violation it does not report in plain
+    words.
+    """
 
     def __init__(self, kind: type[Request]) -> None:
         info = inspect.type_info(kind)
         hints = get_type_hints(kind, include_extras=True)
         self.all: dict[str, Any] = {}
-        self.texts: dict[str, int] = {}  # ids and tokens, by their greatest length
+        self.texts: dict[str, int] = {}  # maximum length of each id and token, by the member's name
         self.required: list[str] = []
         self.numbers: list[str] = []
         self._rules: dict[str, str] = {}
@@ -140,7 +141,7 @@ def _rule(kind: inspect.Type) -> str:
 
 
 def takes_long(kind: type[Request]) -> bool:
-    """Whether reading such a body may take more of the event loop than a request should have: then a thread does it."""
+    """Whether reading a body of this type may take so long that it must be done on a thread."""
     return kind is BulkOpen
 
 
@@ -170,11 +171,12 @@ def _openings(body: bytes) -> list[OpeningOfMany]:
 def session_ids(body: bytes) -> list[str]:
     """The ids in the body of a bulk touch. Raises ValueError with place and rule.
 
-    It is read straight into a list of texts, so that whatever is no text ends the reading: objects by the million, or a
-    look at each of their keys, would take a second.
+    It is read directly into a list of texts, so that reading stops at anything else. A million objects, or checks of
+    each of their keys, would take a second.
     """
     body = without_mark(body)
-    # Each text has two quotes that are not escaped. A body with more of them is not read: a million texts take 60 ms.
+    # Each text has two quotes that are not escaped. A body with more quotes than allowed is refused unread, because
+    # reading a million texts takes 60 ms.
     if body.count(b'"') > _QUOTES_MAX and body.count(b'"') - body.count(b'\\"') > _QUOTES_MAX:
         raise ValueError(f"sessionIds: must be a list of at most {BULK_IDS_MAX} ids")
     ids = _decoded(body)
@@ -193,7 +195,8 @@ def _decoded(body: bytes) -> list[str]:
     try:
         return _DECODER.decode(body).session_ids
     except msgspec.ValidationError as error:
-        what, _, place = str(error)[:ID_MAX].partition(" - at `$.")  # it names a field that is unknown, however long
+        # The message quotes an unknown field, which may be very long
+        what, _, place = str(error)[:ID_MAX].partition(" - at `$.")
         raise ValueError(f"{place.rstrip('`') or 'body'}: {what}") from error
     except UnicodeDecodeError as error:
         raise ValueError("body: must be UTF-8") from error
@@ -202,6 +205,6 @@ def _decoded(body: bytes) -> list[str]:
 
 
 def _refuse_contradiction(body: bytes, ids: list[str]) -> None:
-    """All that stands under the one key must be equal; of several, the reading has kept the last."""
+    """If the key stands several times, all its values must be equal. The reader has kept only the last one."""
     if any(value != ids for _, value in json.loads(body, object_pairs_hook=list)):
         raise ValueError("field 'sessionIds' stands twice with different values")

@@ -1,6 +1,5 @@
-"""A call of the private API: how the table in `routes` names it, and what its handler gets of a request.
-
-It knows requests, answers and settings; what a call does is its handler's.
+"""A call of the private API: a row of the table in `routes`, and what a handler gets of a request. It knows requests,
+answers and settings, but not what a call does.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ SEEN_MAX = 100  # characters of a header in an answer or a log line
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would keep events until it has a page of them
+    "X-Accel-Buffering": "no",  # otherwise nginx would keep events until its buffer is full
 }
 OPERATOR = "/v1/operators/{operator}"
 SESSIONS = OPERATOR + "/sessions"
@@ -78,16 +77,18 @@ class ShownRequest(Protocol):
 
 
 class Trials(Protocol):
-    """Tries operators' endpoints, beside the daemon's work."""
+    """Sends test notices and checks to operators' endpoints."""
 
     def obstacle(self, operator: Operator) -> str:
-        """Why none can begin now, in words; empty if one can."""
+        """The reason, in words, why no trial of this operator can begin now; empty if one can."""
 
     async def send(self, operator: Operator, session_id: str | None, player_id: str | None) -> Mapping[str, Any]:
-        """Sends one notice; what TestResult has. Raises CannotEncode."""
+        """Sends one test notice; returns the members of TestResult. Raises CannotEncode."""
 
     async def check(self, operator: Operator, on_progress: Callable[[Any], None]) -> Mapping[str, Any]:
-        """Runs the checks, telling of each; what CheckReport has. Ends early when it is cancelled."""
+        """Runs the checks and calls `on_progress` for each; returns the members of CheckReport. When it is cancelled it
+        returns early.
+        """
 
 
 @dataclass(kw_only=True)
@@ -99,19 +100,23 @@ class Context:
     health: Health
     metrics: Metrics
     expires_at: Callable[[Session], int | None]
-    under_way_since: Callable[[int], int | None]  # when a delivery's attempt began that is under way (wall ms)
-    probe: Callable[[str], Awaitable[str | None]]  # tries an operator's next delivery: its id, None without one
-    request_of: Callable[[Operator, Delivery, float], ShownRequest | None]  # how a delivery is sent; signed at (s)
+    # When the running attempt of a delivery began (wall ms); None: none is running
+    under_way_since: Callable[[int], int | None]
+    # Tries an operator's next delivery and returns its id; None: there is no delivery to try
+    probe: Callable[[str], Awaitable[str | None]]
+    # The request of a delivery, as it would be signed at a time (s)
+    request_of: Callable[[Operator, Delivery, float], ShownRequest | None]
     trials: Trials
     recent: Recent
     events: Events
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
-    # Who is closing which session, by operator and id. The end is logged after the commit, where that is not known
+    # Who is closing which session, by operator and session id. The end is logged after the commit, by code that does
+    # not know the request
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
     settings: Settings = field(init=False)
 
     def operator(self, request: web.Request) -> Operator:
-        """The one in the path. Raises Problem."""
+        """The operator in the path. Raises Problem."""
         name = unquote(request.rel_url.raw_path.split("/")[3])
         operator = self.settings.operators.get(name)
         if operator is None:
@@ -119,16 +124,16 @@ class Context:
         return operator
 
     def asker(self, request: web.Request) -> Asker:
-        """What a line about a change says of who asked for it."""
+        """Who asked for a change, for the log line about it."""
         token = bearer(request, self.settings.api_tokens)
         return Asker(token.name or None if token is not None else None, request_id(request))
 
     def session(self, session: Session) -> shapes.Session:
-        """A session as it is answered."""
+        """A session as API answers have it."""
         return session_document(session, self.expires_at(session))
 
     def delivery(self, delivery: Delivery) -> shapes.Delivery:
-        """A delivery as it is answered."""
+        """A delivery as API answers have it."""
         return delivery_document(delivery, self.store.gate(delivery.operator), self.under_way_since(delivery.id))
 
 
@@ -155,9 +160,9 @@ class Call:
     """One row of the table of calls.
 
     `answers` has, by status, its meaning and the type of its body; the first is for what the handler returns, unless it
-    returns a response. `takes` is the type of the query of a GET, or of the body. `problems` are codes besides those
-    that every call may have, with a status where it differs from the code's own. `links` name calls that take the id of
-    the first item of a page; `events` are the events of a stream.
+    returns a response. `takes` is the type of the query of a GET, or of the body. `problems` are the codes that it may
+    answer with, besides those of every call; with a status if that differs from the code's usual one. `links` name
+    calls that take the id of the first item of a page; `events` are the events of a stream.
     """
 
     handler: Handler  # a method of a part of the API
@@ -222,7 +227,9 @@ class Call:
 
 
 def session_id_of(request: web.Request) -> str:
-    """The path as sent, not as aiohttp repaired it: /v1/operators/{operator}/sessions/{sessionId}… Raises Problem."""
+    """The session id in the path as it was sent, not as aiohttp normalised it:
+    /v1/operators/{operator}/sessions/{sessionId}… Raises Problem.
+    """
     raw = request.rel_url.raw_path.split("/")[5]
     try:
         session_id = decode_segment(raw)
@@ -235,7 +242,7 @@ def session_id_of(request: web.Request) -> str:
 
 
 async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
-    """The query's parameters, each known and given once. Raises Problem."""
+    """The parameters of the query, all of which must be known and stand only once. Raises Problem."""
     query: dict[str, str] = {}
     for name, value in request.query.items():
         if name in query:
@@ -248,7 +255,7 @@ async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Req
 
 
 async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
-    """A body that says it is JSON; an empty one, where no field is required, need not say so. Raises Problem."""
+    """The body, which must have Content-Type JSON unless it is empty and no field is required. Raises Problem."""
     codings = request.headers.getall("Content-Encoding", ())
     if codings and not uncoded(codings):
         seen = ", ".join(codings)[:SEEN_MAX]
@@ -282,12 +289,12 @@ def json_answer(answer: shapes.Answer, status: int = 200) -> web.Response:
 
 
 def ready_answer(answer: shapes.Answer, status: int = 200) -> Ready:
-    """The same as bytes that are ready to be sent, which is cheaper; for frequent calls."""
+    """An answer in JSON as a `Ready`, which costs less; for frequent calls."""
     return Ready(status, to_json(answer), "application/json")
 
 
 async def shown(request: web.Request, reading: Awaitable[_Found]) -> _Found:
-    """The result of a read for people; the read is cancelled if the client leaves."""
+    """The result of a read for people. The read is cancelled if the client closes the connection."""
     with until_client_leaves(request):
         return await reading
 

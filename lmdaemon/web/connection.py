@@ -25,7 +25,7 @@ from lmdaemon.web.requests import Ready
 from lmdaemon.web.sockets import TURNED_AWAY
 
 HEAD_TIMEOUT_S = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
-WRITE_TIMEOUT_S = 30.0  # how long a client may take nothing of its answers
+WRITE_TIMEOUT_S = 30.0  # how long a client may leave its answers unread
 TAKEN_MIN = 4096  # a client that takes fewer bytes than this in WRITE_TIMEOUT_S is cut
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64
@@ -125,7 +125,7 @@ class Arrival:
         if not heads and self._in_body != self.body.is_eof():
             return  # it found no end
         self._in_body = not self.body.is_eof()
-        # Only the parser knows where in those bytes the latest request began, so its bytes are counted from here
+        # Only the parser knows where in those bytes the latest request began, so bytes are counted from here on
         self.fed, self._left, self._head_size = (self.body.total_bytes if self._in_body else 0), 0, 0
 
 
@@ -135,8 +135,9 @@ class _Taking:
     __slots__ = ("_since", "_untaken")
 
     def __init__(self) -> None:
-        self._untaken = 0  # bytes of answers that it had not taken yet when it last took enough of them
-        self._since: float | None = None  # when that was
+        self._untaken = 0  # bytes of answers that it had not taken yet at that moment
+        # When it last took at least TAKEN_MIN bytes (the loop's time); None: no answers wait
+        self._since: float | None = None
 
     def begin_again(self) -> None:
         """Forgets what was seen so far."""
@@ -300,7 +301,7 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         """Called by the event loop when the client has taken most of its answers."""
         self._account.set_unsent(0)
-        self._taking.begin_again()  # how much more it takes cannot be told from what is written from now on
+        self._taking.begin_again()  # new answers will be written, so what was unread before says nothing any more
         super().resume_writing()
 
     # -- how long it takes
@@ -432,7 +433,8 @@ class _LongHead(BadHttpMessage):
     """A head is longer than HEAD_MAX."""
 
 
-_TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")  # for names of a list in aiohttp
+# Aiohttp's message; the names are those of a fixed list in aiohttp
+_TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")
 _MISSING_HOST = "Missing 'Host' header in request."
 _TLS = "Received HTTPS traffic on an HTTP port"
 

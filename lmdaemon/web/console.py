@@ -1,7 +1,9 @@
-"""The console: the page for whoever is on call, as files of the package that ask the private API in the browser.
+"""Serves the console, a page for the person on call. It consists of static files; their script calls the private API
+from the browser.
 
-The files hold nothing that is secret, so they need no token; every call that they make does. No markup is made of
-what the API answers (`textContent` alone), and the policy below forbids the browser whatever is not in these files.
+The files hold nothing that is secret, so they need no token; every call that they make does. The script never
+interprets an answer as HTML (it sets `textContent` only), and the policy below forbids the browser to load or run
+anything else than these files.
 """
 
 import gzip
@@ -23,7 +25,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # asked for anew each time, so that an upgrade never mixes two versions
+    # The browser checks for a new version each time, so that an upgrade never mixes files of two versions
+    "Cache-Control": "no-cache",
 }
 _KINDS = {
     ".html": "text/html",
@@ -53,7 +56,7 @@ class Console:
         """GET /console/ and its files. Raises Problem."""
         if not self._context.settings.api.console:
             raise Problem("unknown-path", "the console is not served here: [api] console is false")
-        if request.path == "/console":  # relative, so that the prefix of a proxy stays
+        if request.path == "/console":  # a relative redirect, which keeps the path prefix of a proxy
             return web.Response(status=308, headers={"Location": "console/", **_HEADERS})
         name = request.match_info.get("file", "index.html")
         found = self._files.get(name)

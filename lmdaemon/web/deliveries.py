@@ -1,6 +1,4 @@
-"""The calls about deliveries: pages, single ones with their attempts; dead ones are tried again or
-discarded.
-"""
+"""The calls about deliveries: lists, single deliveries with their attempts, and retrying or discarding dead ones."""
 
 from typing import Any
 
@@ -20,7 +18,7 @@ log = Log("api")
 
 
 class Deliveries:
-    """Their handlers."""
+    """Handlers of these calls."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -157,7 +155,7 @@ class Deliveries:
 
     @staticmethod
     def _at(name: str, given: str | UnsetType) -> int | None:
-        """As wall milliseconds, None when it is not given. Raises Problem."""
+        """A time of the request as wall time (ms), None when it is not given. Raises Problem."""
         if given is UNSET:
             return None
         try:

@@ -1,6 +1,5 @@
-"""Sessions and deliveries as JSON documents, the same to whoever reads them: `api` and the export. Pure.
-
-A token or a body must never get into one.
+"""Makes JSON documents of sessions and deliveries, for the API and for the export. Pure. No token and no body may get
+into one.
 """
 
 import re
@@ -31,7 +30,7 @@ def session_document(session: Session, expires_at: int | None) -> shapes.Session
 def opened_document(
     session: Session, expires_at: int | None, *, changed: bool, ignored: list[str]
 ) -> shapes.OpenedSession:
-    """The same as the answer to an opening."""
+    """A session as the answer to an opening."""
     return _session(shapes.OpenedSession, session, expires_at, changed=changed, ignored=ignored)
 
 
@@ -55,7 +54,7 @@ def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | No
 
 
 def with_deliveries(session: shapes.Session, deliveries: Sequence[shapes.Delivery]) -> shapes.SessionWithDeliveries:
-    """A session with its deliveries, as it is answered."""
+    """A session with its deliveries, as API answers have it."""
     return shapes.SessionWithDeliveries(**msgspec.structs.asdict(session), deliveries=list(deliveries))
 
 
@@ -85,7 +84,7 @@ def _discarded(stored: dict[str, Any]) -> shapes.Discarded:
 
 
 def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.DeliveryWithHistory:
-    """With the attempts that are kept, the oldest first."""
+    """A delivery with the attempts that are kept, the oldest first."""
     shown = msgspec.structs.asdict(delivery_document(delivery, gate, under_way_since))
     return shapes.DeliveryWithHistory(
         **shown, history=[_attempt(one, _url_of(one, delivery, gate)) for one in orjson.loads(delivery.history)]
@@ -95,12 +94,12 @@ def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = N
 def with_request(
     delivery: shapes.DeliveryWithHistory, request: shapes.SentRequest | None
 ) -> shapes.DeliveryWithRequest:
-    """With what is sent, its secrets masked."""
+    """A delivery with the request that is sent, its secrets masked."""
     return shapes.DeliveryWithRequest(**msgspec.structs.asdict(delivery), request=request)
 
 
 def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> shapes.ArchivedSession:
-    """An ended session with all that became of its end; `gate` is its operator's."""
+    """An ended session with its deliveries and all their attempts; `gate` is its operator's."""
     shown = msgspec.structs.asdict(session_document(session, None))
     return shapes.ArchivedSession(**shown, deliveries=[with_history(one, gate) for one in deliveries])
 
@@ -110,7 +109,7 @@ def _url_of(stored: dict[str, Any], delivery: Delivery, gate: Gate) -> str | Non
 
 
 def _attempt(stored: dict[str, Any], url: str | None) -> shapes.Attempt:
-    """Of a failure that an older version stored, the answer is not known."""
+    """One attempt. For a failure that an older version stored, the answer is not known."""
     unknown = {"answer": None} if stored["error"] is not None else {}
     sent = {} if url is None else {"url": url, "address": stored.get("address")}
     attempt = msgspec.convert(unknown | stored | sent | {"at": rfc3339(stored["at"])}, shapes.Attempt)

@@ -61,7 +61,8 @@ log = Log("endpoint")
 class Route:
     """One path: its operators by provider id, and its dialects by content.
 
-    `codes_of` is the dialect whose codes answer where a body does not tell its dialect: the first accepted one.
+    `codes_of` is the dialect whose codes are answered when the dialect of a body cannot be found out: the first
+    accepted one.
     """
 
     def __init__(self) -> None:
@@ -91,7 +92,8 @@ class Route:
 class Refused(Exception):  # noqa: N818
     """A request that is refused before it is parsed.
 
-    `dialect` is the one whose codes answer, where it is known; `seen` is for the log, where it is not `logged` already.
+    `dialect` is the one whose codes are answered, where it is known. `seen` is for the log line, which is not written
+    if it is `logged` already.
     """
 
     def __init__(
@@ -117,10 +119,10 @@ class NoticeObserver(Protocol):
     """Is called for every request to an endpoint."""
 
     def answered(self, operator: str, dialect: str, code: int) -> None:
-        """A request that reached parsing was answered with this code; `operator` is empty where it is unknown."""
+        """A request whose body was parsed was answered with this code; `operator` is empty if it is unknown."""
 
     def not_taken(self, status: int) -> None:
-        """Any other request was answered with this status."""
+        """A request whose body was not parsed was answered with this status."""
 
     def over_quota(self, operator: str) -> None:
         """A notice of an unknown session was refused for `unknown_per_minute`."""
@@ -192,7 +194,7 @@ class Endpoint:
                 "content_encoding": seen.get("content_encoding"),
                 "request_id": request_id(request),
             }
-            if route is None:  # not logged: scanners guess paths all the time, and a path may have anything in it
+            if route is None:  # not logged, because scanners guess paths all the time, with anything in them
                 log.debug("notice.not_taken", **why)
             elif not refused.logged:
                 log.warning("notice.not_taken", path=path, **why)
@@ -237,7 +239,8 @@ class Endpoint:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
         except BodyTooSlow:
             raise Refused(408, "Body too slow or incomplete") from None
-        dialect = route.dialects[content][0]  # its codes answer where the body does not tell its dialect
+        # The dialect whose codes are answered if that of the body cannot be found out
+        dialect = route.dialects[content][0]
         facts: dict[str, Any] = {"operator": route.only, "request_id": request_id(request)}
         try:
             parsed = parse(body, content, route.dialects[content])
@@ -275,7 +278,8 @@ class Endpoint:
         quota = self._quotas.get(operator.name)
         if plugins or quota is not None:
             known = await self._store.session(operator.name, parsed.session_id)
-            if known is None or known[0].reason is None:  # a repeat is answered like the first, without another check
+            # A repeat gets the answer of the first notice, without another check
+            if known is None or known[0].reason is None:
                 await _ask(plugins, _notice(operator, parsed, extra.fields))
             if known is None and quota is not None and not quota.take(self._clock.monotonic()):
                 self._observer.over_quota(operator.name)
@@ -373,7 +377,7 @@ async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
 
 
 def malformed(reason: str) -> web.Response:
-    """The answer to malformed HTTP, which belongs to no path."""
+    """The answer to malformed HTTP, for which no path is known."""
     return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), reason[0].upper() + reason[1:]), 400)
 
 

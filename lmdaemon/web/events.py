@@ -1,7 +1,7 @@
 """Server-sent events for clients that watch the daemon. Without such a client nothing is made or kept.
 
-A listener has a queue of QUEUE_MAX events; one that does not take them is dropped, and so delays nobody. Nothing is
-sent again: a listener that comes back begins with the figures of all operators. Source: HTML, section 9.2.
+Each listener has a queue of at most QUEUE_MAX events; one that reads too slowly is dropped, so that it delays nobody.
+Nothing is sent again: a listener that comes back begins with the figures of all operators. Source: HTML, section 9.2.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from lmdaemon.web.documents import session_document, to_json
 from lmdaemon.web.recent import Counts, Since, Totals, together
 
 LISTENERS_MAX = 32
-QUEUE_MAX = 2000  # events that wait for one listener
+QUEUE_MAX = 2000  # most events that wait for one listener
 FIGURES_EVERY_S = 1.0
-RECONNECT_MS = 2000  # which a browser is asked to wait
+RECONNECT_MS = 2000  # how long a browser is asked to wait before it connects again
 
 log = Log("events")
 
 
 class Listener:
-    """One that listens, to all operators or to one: an event is kept as the bytes that are sent."""
+    """One client and its queue. It listens to all operators or to one. Events are queued as the bytes to send."""
 
     def __init__(self, operator: str | None, abort: Callable[[], None]) -> None:
         self.operator = operator
@@ -48,7 +48,8 @@ class Listener:
             self.dropped = True
             self._queue.clear()
             self.close()
-            self._abort()  # its handler waits until the client reads, which it may never do
+            # The connection is cut, because its handler would wait until the client reads, perhaps for ever
+            self._abort()
             return
         self._queue.append(told)
         self._filled.set()
@@ -87,7 +88,9 @@ class _State(NamedTuple):
 
 
 class Events(StoreObserver):
-    """Hears what store and dispatcher tell, and tells the listeners. `operators()` names those that are configured."""
+    """Makes events of what store and dispatcher report, and queues them for the listeners. `operators()` returns the
+    configured operators.
+    """
 
     def __init__(self, store: Store, clock: Clock, totals: Totals, operators: Callable[[], Collection[str]]) -> None:
         self._store = store
@@ -95,7 +98,7 @@ class Events(StoreObserver):
         self._totals = totals
         self._operators = operators
         self._listeners: set[Listener] = set()
-        self._told: dict[str, _State] = {}  # as the listeners know them
+        self._told: dict[str, _State] = {}  # by operator, the state that listeners were sent last
         self._since: Since
         self._ticking: asyncio.Task[None] | None = None
         self._stopped = False
@@ -111,8 +114,8 @@ class Events(StoreObserver):
         return self._stopped or len(self._listeners) >= LISTENERS_MAX
 
     def listen(self, operator: str | None, abort: Callable[[], None]) -> Listener:
-        """Adds a listener; the first makes the figures begin. Its first event is a snapshot. `abort` cuts it off,
-        should it be too slow.
+        """Adds a listener. Its first event is a snapshot. The first listener starts the figures. `abort` closes the
+        connection of a listener that is too slow.
         """
         listener = Listener(operator, abort)
         if not self._listeners:
@@ -147,14 +150,14 @@ class Events(StoreObserver):
     # -- what is heard
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
-        """Tells of ends (StoreObserver)."""
+        """Sends events for ended sessions (StoreObserver)."""
         if self._listeners:
             self._since.sessions_ended(sessions)
             for session in sessions:
                 self._tell("session.ended", session.operator, session_document(session, None))
 
     def gate_changed(self, operator: str) -> None:
-        """Tells of holds, breakers and pauses (StoreObserver)."""
+        """Sends an event if a hold, a breaker or a pause has changed (StoreObserver)."""
         if self._listeners and operator in self._operators():
             state, told = self._state(operator), self._told.get(operator)
             self._told[operator] = state
@@ -162,7 +165,9 @@ class Events(StoreObserver):
                 self._tell("operator.changed", operator, self._figures_of(operator, Counts()))
 
     def settled(self, settlement: Settlement, settled: Settled) -> None:
-        """The result of an attempt was stored; `retry` where the delivery is pending still."""
+        """Sends an event for the stored result of an attempt: `delivery.retry` if the delivery is still pending, else
+        `delivery.settled`.
+        """
         if self._listeners:
             name = "delivery.retry" if settlement.state == "pending" else "delivery.settled"
             self._tell(name, settlement.delivery.operator, _delivery(settlement, settled.due_at))

@@ -12,7 +12,7 @@ from lmdaemon import tls
 from lmdaemon.log import Log
 
 HANDSHAKE_TIMEOUT_S = 10.0
-GOODBYE_TIMEOUT_S = 1.0  # how long to wait for the peer's part of an orderly end of TLS, which most peers leave out
+GOODBYE_TIMEOUT_S = 1.0  # how long to wait for the peer's close_notify, which most peers do not send
 # asyncio allocates this many bytes for each TLS connection, even an idle one; uvloop does not. With Python's 256 KiB,
 # 2,000 connections would take 512 MiB. A TLS record has 16 KiB at most (RFC 8446, section 5.1).
 READ_MAX = 32 * 1024

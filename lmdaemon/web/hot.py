@@ -47,7 +47,9 @@ def connection_type() -> type[Connection]:
 
 
 def misfit() -> str | None:
-    """What is not as expected in the installed aiohttp, tried out with a request; None if everything is."""
+    """What is different in the installed aiohttp from what this module needs, found by a trial request; None if it
+    fits.
+    """
     if missing := [name for name in _CONNECTION if not hasattr(web.RequestHandler, name)]:
         return f"aiohttp's connection has no {', '.join(missing)}"
     if HttpRequestParser is HttpRequestParserPy:
@@ -229,7 +231,8 @@ class HotConnection(Connection):
             if awaited is None:  # asyncio.sleep(0)
                 self._loop.call_soon(self._go_on)
             else:
-                awaited._asyncio_future_blocking = False  # a task says in this way that it waits for the future
+                # Asyncio's protocol between a task and the future that it awaits
+                awaited._asyncio_future_blocking = False
                 awaited.add_done_callback(self._go_on)
 
     def _answer(self, answer: web.StreamResponse) -> None:
@@ -292,6 +295,6 @@ class HotConnection(Connection):
         self.force_close()
 
     def _forget(self) -> None:
-        """Lets go of an answered request, so that an idle connection keeps nothing of it in memory."""
+        """Drops references to an answered request, so that an idle connection does not keep it in memory."""
         self._message = self._stream = None
         del self._call

@@ -48,7 +48,7 @@ def connections_max(files: int, attempts: int) -> int:
 
 
 class Site(web.BaseSite):
-    """One listener: serves a runner's requests on a socket, with at most `most` connections.
+    """One listener: accepts at most `most` connections on a socket, whose requests a runner handles.
 
     `malformed` makes the answer to malformed HTTP from the reason; `listener` is its name in the configuration and the
     log. With `tls` it speaks TLS; it may be replaced, for new connections.
@@ -124,7 +124,7 @@ class Site(web.BaseSite):
 
     @property
     def name(self) -> str:
-        """The address, for aiohttp."""
+        """The address as text, which aiohttp asks for."""
         return str(self._socket.getsockname())
 
     async def start(self) -> None:
@@ -245,10 +245,10 @@ class Site(web.BaseSite):
         self._patrol = loop.call_later(PATROL_S, self._look_round) if self._open else None
 
     def _counted_as(self, peer: Any) -> str | None:
-        """The address for which a connection is counted: the peer's, or its IPv6 network of 64 bits, as one customer
-        has.
+        """The address that a connection is counted under: the peer's IPv4 address, or the /64 network of its IPv6
+        address, which usually belongs to one customer.
 
-        None for trusted proxies and unix sockets, for which there is no limit for one address.
+        None for trusted proxies and unix sockets, whose connections are not limited by address.
         """
         if not isinstance(peer, tuple):
             return None

@@ -1,9 +1,10 @@
 """The OpenAPI 3.1 document of both sides. A pure function of the settings; `api` serves it as `/openapi.json`.
 
-Others generate clients from it, so nothing that a client is made of depends on who is configured today: operators are
-a pattern and not a list, every call has a name that stays, and a notice's name comes from its path. Of the private side
-only servers and security differ from daemon to daemon. What is taken and answered is described by the types that the
-code itself uses (`shapes`); tests/web/test_openapi.py has a fuzzer hold the running daemon to every word.
+Clients are generated from it, so what goes into a client's code must not depend on the operators that are configured:
+operator names are described by a pattern and not listed, every call has a fixed name, and the name of a notice comes
+from its path. Of the private side only servers and security differ from daemon to daemon. Requests and answers are
+described by the types that the code itself uses (`shapes`); in tests/web/test_openapi.py a fuzzer compares the running
+daemon with the document.
 """
 
 import re
@@ -25,7 +26,8 @@ from lmdaemon.web.problems import KINDS
 from lmdaemon.web.routes import CALLS, HEALTH, TAGS
 
 _HASHED = shapes.PLAIN.replace("[^", "[^&=")
-_INTEGERS = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}  # those a JSON reader keeps exactly
+# The range of integers that orjson reads exactly
+_INTEGERS = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}
 
 _DESCRIPTION = """\
 SessionExpired as a daemon: the private session API for game servers and administrators, and the public endpoints that \
@@ -40,7 +42,9 @@ Json = dict[str, Any]
 
 
 def document(settings: Settings) -> Json:
-    """OpenAPI 3.1 of the private and the public listener. What names no server of its own is the private one's."""
+    """OpenAPI 3.1 of the private and the public listener. Paths without `servers` of their own belong to the private
+    one.
+    """
     operators = list(settings.operators.values())
     private, public = _server(settings, "api"), _server(settings, "server")
     notices = _unlike(_dialects(operators), "Notice", "")
@@ -168,7 +172,7 @@ def _headers(status: int) -> Json:
 
 
 def _query(kind: type[shapes.Request]) -> list[Json]:
-    """The members of a type as parameters. Any other one is refused, and so is one given twice."""
+    """The members of a type as query parameters."""
     found: list[Json] = []
     schema = msgspec.json.schema_components([kind], ref_template=_TEMPLATE)[1][kind.__name__]
     for name, member in schema["properties"].items():
@@ -178,7 +182,7 @@ def _query(kind: type[shapes.Request]) -> list[Json]:
 
 
 def _tell_of_health(item: Json, settings: Settings, servers: Sequence[Json]) -> None:
-    """Served by both listeners: in full by the private one, to those who have its token."""
+    """Describes /health, which both listeners serve; only the private one shows details, and only with its token."""
     item["servers"] = servers
     get = item["get"]
     if settings.api_tokens:
@@ -208,8 +212,9 @@ def _ref(kind: str, name: str) -> Json:
 
 
 def _add_endpoints(paths: Json, operators: Iterable[Operator], notices: Mapping[str, str], also: Json) -> None:
-    """Each endpoint with the operators that it serves, spelled as where it stands first, for case and a trailing slash
-    do not count. It may have the path of a private call: the listeners are two, a document has each path once.
+    """Adds each endpoint with the operators that it serves. || Case and a trailing slash make no difference in a path;
+    it is spelled as in the first operator that has it. An endpoint may have the same path as a private call, because
+    the listeners are different; the document then has both under one path.
     """
     served: dict[str, tuple[str, list[Operator]]] = {}
     for operator in operators:
@@ -259,12 +264,12 @@ def _codes(dialect: Dialect) -> str:
 
 
 def _dialects(operators: Iterable[Operator]) -> dict[str, Dialect]:
-    """What these operators receive."""
+    """The dialects that these operators accept."""
     return {dialect.name: dialect for operator in operators for dialect in operator.receives}
 
 
 def _unlike(keys: Iterable[str], prefix: str, empty: str) -> dict[str, str]:
-    """For each of the keys (paths, names of dialects) a name that code can have, told apart by a number if need be."""
+    """For each key (a path, or the name of a dialect) a name that can be used in code; equal ones get a number."""
     names: dict[str, str] = {}
     for key in keys:
         words = re.findall("[A-Za-z0-9]+", key.replace("sessionexpired", "SessionExpired"))
@@ -302,7 +307,7 @@ def _field(meaning: str, dialect: Dialect, *, required: bool) -> Json:
     choices = [text]
     if dialect.content == "json":
         choices.append(_INTEGERS)
-    if not required:  # sent empty it counts as absent
+    if not required:  # an optional field that is empty counts as absent
         choices.append({"const": ""})
         if dialect.content == "json":
             choices.append({"type": "null"})
@@ -345,13 +350,13 @@ def schemas() -> Json:
 
 
 def _schema(kind: Any) -> Json:
-    """Of one type; a reference where it has a name."""
+    """The schema of one type, or a reference to it if it has a name."""
     found: Json = _hoist(msgspec.json.schema_components([kind], ref_template=_TEMPLATE)[0][0], {})
     return found
 
 
 def _hoist(value: Any, named: Json) -> Any:
-    """Moves what has a title to `named`, at any depth, and leaves references to it."""
+    """Moves every schema that has a title, at any depth, into `named`, and puts a reference in its place."""
     if isinstance(value, list):
         return [_hoist(one, named) for one in value]
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Errors of the private side as problem documents (RFC 9457), each with a type that a client can decide by. Pure.
 
-A status says what kind of error it is, `code` which one: two statuses have several, and what to do differs.
+Several errors can have the same status and need different reactions, so each has a `code`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ RETRY_AFTER_S = "5"
 
 
 class Kind(NamedTuple):
-    """Its status, what it means, and what a client does then."""
+    """A kind of error: its status, what it means, and what a client does then."""
 
     status: int
     meaning: str
@@ -81,8 +81,8 @@ KINDS = {
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word
-    """An answer that is an error: a code of KINDS, a detail for people, and the session that it is about. `status`:
-    where it is not that of the kind.
+    """An answer that is an error: a code of KINDS, a detail for people, and the session that it is about. `status`
+    overrides that of the kind.
     """
 
     def __init__(

@@ -36,8 +36,8 @@ Totals = Callable[[], Mapping[str, tuple[int, int, int, int]]]
 
 
 class Since(StoreObserver):
-    """What has happened since it was last asked. `totals()` gives touches, ends, deliveries and failures since the
-    start by operator; `service_ms()` the service time.
+    """Counts what has happened since the previous call of `take`. `totals()` returns touches, ends, deliveries and
+    failures since the start, by operator; `service_ms()` the service time.
     """
 
     def __init__(self, totals: Totals, service_ms: Callable[[], float]) -> None:
@@ -56,7 +56,7 @@ class Since(StoreObserver):
                     self._lag_ms[one.operator] = lag_ms
 
     def take(self) -> dict[str, Counts]:
-        """By operator, for those of which there is anything to tell."""
+        """The counts by operator, without operators for which nothing was counted."""
         totals, lag_ms, none = self._totals(), self._lag_ms, (0, 0, 0, 0)
         found = {}
         for operator, counts in totals.items():
@@ -72,7 +72,7 @@ class Since(StoreObserver):
 
 
 def together(counts: Mapping[str, Counts]) -> Counts:
-    """Of all operators: sums, and the greatest lag."""
+    """The counts of all operators together: sums, and the greatest lag."""
     if not counts:
         return Counts()
     touches, ends, delivered, failed, lag_ms = zip(*counts.values(), strict=True)

@@ -1,4 +1,4 @@
-"""What both listeners need of HTTP: bodies within bounds, ready answers, the client's address, tokens.
+"""What both listeners use for HTTP: bodies of limited size, ready answers, the client's address, tokens.
 
 It knows nothing of sessions and dialects, nor of connections, which are the business of `connection`.
 """
@@ -116,8 +116,8 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
 
 
 def request_id(request: web.BaseRequest) -> str | None:
-    """The X-Request-Id that a proxy or a client has given, to find the request in their logs by; None for one that is
-    no id: long, or with characters that ids do not have.
+    """The X-Request-Id that a proxy or a client has set, so that the request can be found in its logs; None if it is
+    missing, too long, or has other characters than _REQUEST_ID allows.
     """
     given = request.headers.get("X-Request-Id", "")
     return given if _REQUEST_ID.fullmatch(given) else None
@@ -139,10 +139,10 @@ def decode_segment(raw: str) -> str:
 
 
 def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network]) -> Address | None:
-    """Where the request comes from: the peer, or the right-most address in X-Forwarded-For that no trusted proxy
-    vouches for being another proxy. A unix socket's peer counts as a trusted proxy if any is configured.
+    """Where the request comes from: the peer, or behind trusted proxies the right-most address in X-Forwarded-For that
+    is not one of them. A unix socket's peer counts as a trusted proxy if any is configured.
 
-    None when it cannot be told: then no allow list contains it.
+    None when it cannot be found out; then no allow list contains it.
     """
     peer = request.transport.get_extra_info("peername") if request.transport is not None else None
     address = _address(peer[0]) if isinstance(peer, tuple) and peer else None
@@ -179,7 +179,7 @@ def _address(text: str) -> Address | None:
 
 
 class Head(Protocol):
-    """What a request and the head of one have in common."""
+    """The attributes that are used of both a request and a parsed head."""
 
     @property
     def headers(self) -> Mapping[str, str]:

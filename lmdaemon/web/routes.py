@@ -1,4 +1,4 @@
-"""The calls of the private API as one table, which router, OpenAPI document and tests read: there is no other list."""
+"""The table of all calls of the private API. The router, the OpenAPI document and the tests are made from it."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ from lmdaemon.web.documents import opened_document, with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
 from lmdaemon.web.requests import Ready, request_id
 
-OPENED_AT_ONCE = 250  # of a bulk opening: what waits behind it, waits for a few milliseconds
+OPENED_AT_ONCE = 250  # sessions of a bulk opening handled in one turn of the event loop, which takes a few milliseconds
 
 _NO_CONTENT = Ready(204)
 
@@ -27,7 +27,7 @@ log = Log("api")
 
 
 class Sessions:
-    """Their handlers."""
+    """Handlers of these calls."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -108,7 +108,9 @@ class Sessions:
         return ready_answer(shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended))
 
     def _log_refused(self, asked: Asked[Any], code: str, session_ids: Sequence[str]) -> None:
-        """Ids that a touch could not reach: somebody plays on, or touches at the wrong operator."""
+        """Logs touched ids that are unknown or have ended: a game goes on after its end, or its server names the wrong
+        operator.
+        """
         if session_ids:
             facts = {"operator": asked.operator.name, "code": code, "session": ", ".join(session_ids[:3])}
             many = len(session_ids) if len(session_ids) > 1 else None
@@ -161,7 +163,7 @@ class Sessions:
 
 
 def _ignored(given: shapes.Opening, session: Session) -> list[str]:
-    """What was given with other values than the session has."""
+    """The names of members of an opening whose values differ from those of the open session."""
     ignored = []
     if given.idle_timeout_seconds is not UNSET and given.idle_timeout_seconds * 1000 != session.idle_ms:
         ignored.append("idleTimeoutSeconds")
@@ -171,9 +173,9 @@ def _ignored(given: shapes.Opening, session: Session) -> list[str]:
 
 
 def _opening(asked: Asked[Any], session_id: str, given: shapes.Opening) -> Opening:
-    """What the store is asked for. Raises Problem."""
+    """The operation for the store. Raises Problem."""
     operator = asked.operator
-    if session_id in (".", ".."):  # also as %2E: clients and proxies resolve it
+    if session_id in (".", ".."):  # also if written %2E: clients and proxies resolve them as parts of a path
         raise invalid(
             "sessionId: must not be . or .., which no client can address: it is resolved as a part of the path"
         )
@@ -201,7 +203,7 @@ def _opening(asked: Asked[Any], session_id: str, given: shapes.Opening) -> Openi
 def _attributes(attributes: dict[str, object]) -> str:
     try:
         text = orjson.dumps(attributes)
-    except orjson.JSONEncodeError as error:  # it reads 1024 levels, but writes 254
+    except orjson.JSONEncodeError as error:  # orjson reads 1024 levels of nesting, but writes only 254
         raise invalid("attributes: must not be nested deeper than 250 levels") from error
     if len(text) > ATTRIBUTES_MAX:
         raise invalid(f"attributes: must be at most {ATTRIBUTES_MAX} bytes of JSON (got {len(text)})")

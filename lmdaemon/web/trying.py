@@ -1,6 +1,6 @@
 """The calls that try an operator's endpoint: a test notice, and the checks of the workbench.
 
-Neither is a delivery: nothing is stored, and what keeps the operator back neither hinders them nor is changed.
+Neither is a delivery: nothing is stored, and they neither depend on the operator's gate nor change it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ log = Log("api")
 
 
 class Trying:
-    """Their handlers."""
+    """Handlers of these calls."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""The calls of who watches: events as they happen, the last hour, and the daemons there are."""
+"""The calls for watching the daemon: events as they happen, the figures of the last hour, and the list of daemons."""
 
 from aiohttp import web
 
@@ -11,7 +11,7 @@ from lmdaemon.web.recent import STEPS_S, Counts
 
 
 class Watching:
-    """Their handlers."""
+    """Handlers of these calls."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

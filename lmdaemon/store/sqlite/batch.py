@@ -282,7 +282,7 @@ class Written:
 
 
 def _rows_of(changes: Changes) -> dict[str, Any]:
-    """The rows of each part that has any. Touches are no part; every view writes them."""
+    """The rows of each part that has any, except those of `touched`."""
     rows = {
         "sessions": changes.sessions,
         "ended": changes.ended,

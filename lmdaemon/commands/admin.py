@@ -76,8 +76,8 @@ DAEMON_SHAPE = {"name": str, "operators": [str], "serviceLagMs": int}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 FOR_EVER = 2**63
-# Lists are sorted by the time at which their items began, unless the wall clock was set back; it is assumed to have been
-# set back by less than this
+# Lists are sorted by the time at which their items began, unless the wall clock was set back: it is assumed that this
+# was by less than
 SET_BACK_MAX_MS = 24 * 3600 * 1000
 
 WATCH_S = 2

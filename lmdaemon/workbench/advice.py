@@ -1,4 +1,4 @@
-"""What to do about a valid notice that was not taken: the one failure before which nothing else can be tried. Pure."""
+"""What to do when a valid notice was not accepted. Without that, most other checks cannot be made. Pure."""
 
 import json
 from urllib.parse import parse_qsl
@@ -21,7 +21,7 @@ _UNANSWERED = {
 
 
 def of_valid(one: Exchange, operator: Operator) -> str:
-    """The next step; empty where the check's own hint is all there is to say."""
+    """The next step; empty if the check's own hint is enough."""
     if one.answer is None:
         if one.cause == "tls":
             return _of_tls(one.detail)

@@ -1,4 +1,4 @@
-"""What a check works with: the target, made-up notices, the wire, and what other checks have found out."""
+"""What a check is given: the target, made-up notices, the connection to it, and the findings of other checks."""
 
 import asyncio
 import secrets
@@ -15,13 +15,14 @@ from lmdaemon.workbench.wire import Wire
 
 Struct = TypeVar("Struct", Operator, Policy)
 Verdict = Literal["pass", "warn", "fail", "skipped"]
-# When a check has its turn: `late` ones need time to have passed or disturb the others, a `summary` looks at them all.
+# When a check runs. `late` ones need time to have passed, or disturb other checks; a `summary` judges the answers that
+# all others got.
 Turn = Literal["first", "usual", "late", "summary"]
 
 
 class Finding(NamedTuple):
-    """What one check came to. `evidence` are the exchanges that show it; `hint` is what to do, where more is known than
-    the check's own hint says.
+    """The result of one check. `evidence` has the exchanges that show it. `hint` says what to do, if more is known than
+    in the check's own hint.
     """
 
     verdict: Verdict
@@ -31,7 +32,7 @@ class Finding(NamedTuple):
 
 
 class Skip(Exception):  # noqa: N818 - a result
-    """A check does not apply, or cannot be made; the text says why."""
+    """Raised by a check that does not apply or cannot be made; the text says why."""
 
 
 class Check(NamedTuple):
@@ -93,7 +94,7 @@ class Bench:
         self.clock = clock
         self.limits = limits
         self.found: dict[str, Finding] = {}
-        self.untried: set[str] = set()  # checks that the bounds of the run have cut off
+        self.untried: set[str] = set()  # checks that the run's limits of requests and time have ended early
         self.by_check: dict[str, list[Exchange]] = {}
         self._first: Told | None = None
 
@@ -133,7 +134,7 @@ class Bench:
         return Told(str(fields[self.dialect.fields["session"]]), fields, body, webhook_id, exchange)
 
     async def first(self) -> Told:
-        """The first valid notice of the run, on the connection that is kept."""
+        """Sends the first valid notice of the run, on the connection that is kept open."""
         if self._first is None:
             self._first = await self.tell(keep=True)
         return self._first
@@ -164,7 +165,7 @@ def run_id() -> str:
 
 
 def accepted(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Finding:
-    """Fails when one of them was not taken."""
+    """A failure if one of the exchanges was not accepted."""
     for one in exchanges:
         if not one.accepted:
             return Finding("fail", bench.said(one), (one,))

@@ -1,6 +1,5 @@
-"""One request and what came back, and both as they may be shown to anybody.
-
-What is shown must hold no secret: tokens, hashes, signatures, user info and the URL's values are masked.
+"""A request with its answer, and both as they may be shown to anybody: tokens, hashes, signatures, user info and the
+values in the URL's query are masked.
 """
 
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ class Asked(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was read of an answer, and whether that was all of it. `headers` ignores the case of names."""
+    """The part of an answer that was read, and whether it is complete. `headers` ignores the case of names."""
 
     status: int
     headers: Mapping[str, str]
@@ -46,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A request and its answer, or why there is none: a word of `causes`, and what is known besides."""
+    """A request and its answer, or why there is no answer: a word of `causes`, and details if there are any."""
 
     asked: Asked
     answer: Answer | None
@@ -62,19 +61,19 @@ class Exchange(NamedTuple):
 
     @property
     def code(self) -> int | float | None:
-        """The answered `error`, whatever the status; None where there is none that a sender can read."""
+        """The answer's `error`, whatever the status; None if there is none that a sender can read."""
         if self.answer is None or not self.answer.complete:
             return None
         return answered_code(self.answer.body)
 
     @property
     def accepted(self) -> bool:
-        """Whether the sender takes it for success."""
+        """Whether a sender takes the answer as success."""
         return self.status == 200 and self.code == 0
 
 
 def shown(exchange: Exchange, mask: Mask, body: str | None = None) -> dict[str, Any]:
-    """Both sides as JSON for a report; `body` is the request's where the caller has masked it himself."""
+    """Both sides as JSON for a report; `body` is the request's if the caller has masked it already."""
     asked = exchange.asked
     return {
         "request": {

@@ -28,7 +28,7 @@ _NO_ANSWER: dict[str, str] = {
 
 
 def exchange(one: Exchange, dialect: Dialect) -> str:
-    """What came back, in a sentence's length, without a full stop."""
+    """The result of an exchange as one sentence without a full stop."""
     if one.answer is None:
         return no_answer(one.cause, one.detail)
     return answer(one.answer, dialect)
@@ -41,7 +41,7 @@ def no_answer(cause: Cause | str, detail: str = "") -> str:
 
 
 def answer(one: Answer, dialect: Dialect) -> str:
-    """The status and what stands in the body, as far as it decides whether a notice was taken."""
+    """The status and the content of the body, as far as they decide whether a notice was accepted."""
     body = phrases.of_body(one.body, dialect, complete=one.complete)
     if one.status == 200:
         return f"200, {body}" if body.startswith("`error` is 0") else f"200, but {body}"

@@ -1,4 +1,4 @@
-"""What a simulated provider measured: counts, broken promises with evidence, and percentiles of times.
+"""The measurements of a simulated provider: counts, broken promises with evidence, and percentiles of times.
 
 Percentiles are HdrHistogram's, of the extra `workbench`, to three digits.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-EVIDENCE_MAX = 20  # of each kind; all are counted
+EVIDENCE_MAX = 20  # most cases that are kept of each kind; all are counted
 LONGEST_MS = 3_600_000
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
@@ -26,7 +26,7 @@ class Times:
         self._histogram.record_value(min(max(1, round(span_s * 1e6)), LONGEST_MS * 1000))
 
     def shown(self) -> dict[str, float]:
-        """Milliseconds by percentile, the maximum, and how many there were."""
+        """Milliseconds by percentile, the maximum, and how many were measured."""
         count = int(self._histogram.get_total_count())
         if not count:
             return {"count": 0}

@@ -1,6 +1,5 @@
-"""What a simulated operator received and what it makes of it: signatures, bytes, times, doubles.
-
-A verdict is a word of `FAULTS` or nothing. Secrets are masked in what is written.
+"""Records what a simulated operator received, and judges signatures, bodies, times and duplicates. A verdict is a word
+of `FAULTS`, or empty. Secrets are masked in the journal file.
 """
 
 import base64
@@ -21,8 +20,8 @@ from lmdaemon.retry import JITTER, RETRY_AFTER_MAX_S
 from lmdaemon.workbench.script import EVER, Answer, ScriptError, Span
 
 CLOCK_OFF_S = 300  # Standard Webhooks: five minutes either way
-EVIDENCE_MAX = 100  # faults that are told one by one; all are counted
-EARLY_S = 0.05  # what a clock and a network may make of a wait
+EVIDENCE_MAX = 100  # faults that are reported one by one; all are counted
+EARLY_S = 0.05  # how much shorter a wait may look because of clock and network
 
 # What a sender must never do, and what each word means
 FAULTS: Mapping[str, str] = {
@@ -37,7 +36,7 @@ COUNTED = ("notices", "sessions", "accepted", "repeated", "accepted_again", *FAU
 
 
 class Notice(NamedTuple):
-    """One request as it came. `at_s` is monotonic, for intervals; `wall_s` is epoch."""
+    """One request as it was received. `at_s` is monotonic, for intervals; `wall_s` is epoch."""
 
     at_s: float
     wall_s: float
@@ -47,18 +46,20 @@ class Notice(NamedTuple):
 
 @dataclass
 class Told:
-    """All attempts with one webhook-id, or of one session where there is none. `digest` is the first body's SHA-256."""
+    """All attempts with one webhook-id, or without one all attempts for one session. `digest` is the SHA-256 of the
+    first body.
+    """
 
     webhook_id: str
     digest: str
     attempts: int = 0
-    accepted: int = 0  # of them
+    accepted: int = 0  # attempts that were answered with success
     last_at_s: float = 0.0
-    wait_s: float = 0.0  # that the last answer asked for
+    wait_s: float = 0.0  # the wait that the last answer asked for (Retry-After)
 
 
 class Arrival(NamedTuple):
-    """What is known of a notice before it is answered."""
+    """What is known about a notice before it is answered."""
 
     session: str
     webhook_id: str
@@ -79,7 +80,7 @@ class Journal:
     file: TextIO | None = None
     tally: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
-    sessions: dict[str, Told] = field(default_factory=dict)  # each with the first webhook-id that it came under
+    sessions: dict[str, Told] = field(default_factory=dict)  # each with the attempts of its first webhook-id
     _deliveries: dict[str, Told] = field(default_factory=dict)
 
     def arrived(self, notice: Notice) -> Arrival:
@@ -207,7 +208,7 @@ def read_expectations(text: str) -> dict[str, Span]:
 
 
 def missed(tally: Mapping[str, int], expected: Mapping[str, Span]) -> list[str]:
-    """What is not as expected. What a sender must never do is expected to be 0 where the file does not name it."""
+    """The counts that are not as expected. Faults of the sender that the file does not name are expected to be 0."""
     wanted = {fault: Span(0, 0) for fault in FAULTS} | dict(expected)
     return [
         f"{name}: {_range(span)} expected, {tally.get(name, 0)} seen"
@@ -223,7 +224,7 @@ def _range(span: Span) -> str:
 
 
 def verdict(journal: Journal, expected: Mapping[str, Span]) -> dict[str, Any]:
-    """The end of a run as JSON."""
+    """The result of a run as JSON."""
     wrong = missed(journal.tally, expected)
     return {
         "good": not wrong,

@@ -1,4 +1,4 @@
-"""docs/check.md, made of the checks themselves, so that it cannot differ from them."""
+"""Makes docs/check.md from the checks, so that it always agrees with them."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -42,7 +42,7 @@ def check_page() -> str:
 
 
 def _dialects() -> Iterator[str]:
-    """Fields and codes of each dialect, which the page that an integrator has may not list."""
+    """The table of fields and codes of each dialect. The provider's page that an integrator has may not list them."""
     yield "\n## Fields and codes\n\n"
     yield f"| | {' | '.join(f'`{name}`' for name in SHIPPED)} |\n|---|{'---|' * len(SHIPPED)}\n"
     bodies = ("JSON" if one.content == "json" else "a form" for one in SHIPPED.values())

@@ -1,6 +1,5 @@
-"""Notices that are made up, good and spoiled, in any dialect: what `check` and `simulate provider` send.
-
-Ids say what they are (`lmcheck-…`), so that whoever finds one in a database or a log knows.
+"""Makes the notices that `check` and `simulate provider` send, valid and invalid, in any dialect. Ids begin with
+`lmcheck-` or `lmsim-`, so that whoever finds one in a database or a log knows where it came from.
 """
 
 import json
@@ -17,7 +16,7 @@ from lmdaemon.model import ID_MAX
 
 Fields = dict[str, Any]
 
-# The sample of the provider's page as it was first published: without commas
+# The example on the provider's page, which lacks its commas
 PAGE_SAMPLE = b"""{
  "providerId": "luckymonaco"
  "sessionId": "6fd2d6f3bb8f4c5a9fadf15d81206af2"
@@ -33,16 +32,16 @@ HOSTILE_IDS = (
 )
 
 
-SESSIONS_NEEDED = 40  # of known sessions, for all checks but a burst
+SESSIONS_NEEDED = 40  # how many known sessions all checks except the burst need
 
 
 class NoSession(Exception):  # noqa: N818 - a result
-    """All known sessions were used."""
+    """All known sessions have been used."""
 
 
 class Notices:
     """Makes the bodies of one run. `player` and `token` may be a real test player's, `sessions` the ids of open
-    sessions, each of which is used once; what is not given is made up.
+    sessions, each of which is used once; values that are not given are made up.
     """
 
     def __init__(
@@ -71,11 +70,11 @@ class Notices:
 
     @property
     def has_known(self) -> bool:
-        """Whether the endpoint may refuse sessions that it does not know, for it is sent such as it does."""
+        """Whether known sessions are sent, so that the endpoint may refuse unknown ones."""
         return self._known is not None
 
     def session(self) -> str:
-        """A session id that was not used yet. Raises NoSession."""
+        """A session id that has not been used yet. Raises NoSession."""
         if self._known is None:
             return self.unknown_session()
         if not self._known:
@@ -93,7 +92,9 @@ class Notices:
         return f"{self._prefix.replace('-', '_')}_{self._made}"
 
     def fields(self, session: str | None = None, **facts: Any) -> Fields:
-        """The fields of one notice by wire name, in the dialect's order, but for the hash. `facts` are by meaning."""
+        """The fields of one notice by their names on the wire, in the dialect's order, without the hash. `facts` has
+        values by their meaning.
+        """
         known: dict[str, Any] = {
             "provider": self.operator.provider_id,
             "session": session or self.session(),
@@ -104,7 +105,7 @@ class Notices:
         return {name: known[meaning] for meaning, name in self.dialect.fields.items() if meaning in known}
 
     def body(self, fields: Mapping[str, Any], *, key: str | None = None) -> bytes:
-        """As it goes over the wire, with the hash that fits; `key` is another key than the operator's."""
+        """The notice as bytes, with its correct hash; `key` replaces the operator's key."""
         return self.written(self.hashed(fields, key=key))
 
     def hashed(self, fields: Mapping[str, Any], *, key: str | None = None) -> Fields:
@@ -117,20 +118,20 @@ class Notices:
         return {name: digest} | {other: value for other, value in fields.items() if other != name}
 
     def written(self, fields: Mapping[str, Any]) -> bytes:
-        """Fields as they are, in the dialect's content."""
+        """The given fields as bytes, as JSON or as a form, whichever the dialect has."""
         if self.dialect.content == "json":
             return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         return urlencode(fields).encode()
 
     def rewritten(self, fields: Mapping[str, Any]) -> bytes:
-        """The same notice with its fields the other way round and, in JSON, with white space."""
+        """The same notice with its fields in reverse order and, in JSON, with white space."""
         turned = dict(reversed(self.hashed(fields).items()))
         if self.dialect.content == "json":
             return ("\r\n " + json.dumps(turned, indent="\t", ensure_ascii=True) + " \n").encode()
         return urlencode(turned).encode()
 
     def twice(self, fields: Mapping[str, Any], meaning: str, other: str) -> bytes:
-        """One field twice, with different values."""
+        """A notice that has one field twice, with different values."""
         whole = self.body(fields)
         name = self.dialect.fields[meaning]
         if self.dialect.content == "json":
@@ -138,7 +139,7 @@ class Notices:
         return whole + b"&" + urlencode({name: other}).encode()
 
     def malformed(self) -> Sequence[tuple[str, bytes]]:
-        """Bodies that are no notice in any dialect of this content, and what is wrong with each."""
+        """Bodies that are not a notice in any dialect with this content type, and what is wrong with each."""
         if self.dialect.content == "json":
             whole = self.body(self.fields())
             return (
@@ -153,11 +154,11 @@ class Notices:
         )
 
     def headers(self, body: bytes, now_s: float, webhook_id: str | None = None) -> dict[str, str]:
-        """What the daemon would send along."""
+        """The headers that the daemon would send."""
         return request_headers(self.operator, webhook_id or self.webhook_id(), body, now_s)
 
     def mask(self) -> Mask:
-        """Hides what was sent so far and must stay a secret."""
+        """What masks, in a text, the secrets of all notices sent so far."""
         return Mask((self.token, *self._hashes, *secrets_of(self.operator)))
 
 

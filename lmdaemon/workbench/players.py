@@ -1,7 +1,7 @@
 """Plays game servers against a running daemon: players open, touch, close or abandon sessions, and every end is judged.
 
-Ids say what they are (`lmsim-…`). What the daemon says of times is compared with what was acknowledged here: its clock
-is read at each opening, so it need not agree with ours.
+Ids begin with `lmsim-`. Times that the daemon reports are compared with the times of its acknowledgements here. Its
+clock is read at each opening, so the two clocks need not agree.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ WATCH_EVERY_S = 0.2
 REPEAT_EVERY_S = 0.2
 NOT_NOW = (0, 503)  # no answer, or one that asks to come again
 SINKS_PENDING = "pending"
-_ROUNDING_S = 0.002  # times are told in milliseconds
+_ROUNDING_S = 0.002  # the daemon reports times in milliseconds
 
 # method, words of the path, body → status (0: no answer) and JSON
 Call = Callable[..., Awaitable[tuple[int, Any]]]
@@ -49,13 +49,13 @@ class Load(NamedTuple):
 
 
 class Session:
-    """What was acknowledged of one session, on this machine's monotonic clock."""
+    """What the daemon has acknowledged for one session. Times are this machine's monotonic clock."""
 
     def __init__(self, id: str, player: str) -> None:  # noqa: A002 - as everywhere in the project
         self.id = id
         self.player = player
-        self.opened_between = (0.0, 0.0)  # sent, acknowledged
-        self.touched_between = (0.0, 0.0)  # the last that was acknowledged
+        self.opened_between = (0.0, 0.0)  # when the request was sent, and when its answer came
+        self.touched_between = (0.0, 0.0)  # the same for the latest touch that was acknowledged
         self.closed = False
         self.ended: dict[str, Any] | None = None
 
@@ -85,7 +85,7 @@ class Away:
 
 
 class Players:
-    """One run against one operator of a daemon. `call` asks the private API; the same seed plays the same game."""
+    """One run against one operator of a daemon. `call` makes a call of the private API. Equal seeds make equal runs."""
 
     def __init__(
         self,
@@ -137,7 +137,8 @@ class Players:
     async def _player(self, number: int, began: float) -> None:
         rng = Random(f"{self._seed} {number}")  # noqa: S311 - chance that can be had again
         until = began + self._load.span_s
-        await asyncio.sleep(rng.uniform(0, min(self._load.heartbeat_s, self._load.span_s)))  # not all at once
+        # So that players do not begin at the same moment
+        await asyncio.sleep(rng.uniform(0, min(self._load.heartbeat_s, self._load.span_s)))
         game = 0
         while self._clock() < until:
             game += 1
@@ -170,7 +171,7 @@ class Players:
                 self.figures.counts["touched"] += 1
                 continue
             if status == 410:
-                if answered < due_at:  # the answer came before it could have been due
+                if answered < due_at:  # the answer came before the session could have ended for inactivity
                     early_s = due_at - answered
                     self.figures.broke("early", f"{session.id}: touch answered 410, {early_s * 1000:.0f} ms too soon")
                 self.figures.counts["touched_too_late"] += 1
@@ -180,7 +181,8 @@ class Players:
                 self._failed(f"touch {session.id}: {_said(status)}, where 204 is expected")
             if status and status not in NOT_NOW:
                 return
-            session.touched_between = (session.touched_between[0], answered)  # it may have arrived all the same
+            # The touch may have arrived although no answer came
+            session.touched_between = (session.touched_between[0], answered)
 
     async def _close(self, session: Session) -> None:
         status, _ = await self._asked("close", "POST", session.id, "close")
@@ -195,8 +197,8 @@ class Players:
     async def _asked(
         self, name: str, method: str, session: str, *verb: str, body: object = None
     ) -> tuple[int, tuple[float, float]]:
-        """The status, and between which moments the daemon must have had the call. While it may be away, a call is
-        repeated, as game servers do; an opening may then have come with the first attempt.
+        """The status, and two moments between which the daemon must have received the call. While it may be away, a
+        call is repeated, as game servers do; an opening may then have come with the first attempt.
         """
         path = ("v1", "operators", self._operator, "sessions", session, *verb)
         first = self._clock()
@@ -218,7 +220,7 @@ class Players:
     # -- the ends
 
     async def _watch(self) -> None:
-        """Looks at every session until all have ended and been delivered, or may have no more time for it."""
+        """Asks for every session until all have ended and been delivered, or their time for it is over."""
         last = max((one.touched_between[1] for one in self.sessions.values()), default=0.0)
         in_time_by = last + self._load.idle_s + self._load.late_s + 5.0
         waiting = dict(self.sessions)
@@ -238,7 +240,7 @@ class Players:
                 await asyncio.sleep(WATCH_EVERY_S)
 
     async def _look(self, session: Session) -> bool:
-        """Whether there is nothing more to come of it."""
+        """Whether nothing more will happen to the session."""
         sent = self._clock()
         status, found = await self._call("GET", "v1", "operators", self._operator, "sessions", session.id, body=None)
         if self._load.away_s:
@@ -260,8 +262,8 @@ class Players:
         if found["reason"] != "inactivity":
             return
         if session.closed:
-            return  # it was due before the close came, which is no fault
-        # The daemon's clock read at the opening: between the two it was openedAt
+            return  # it was due before the close arrived, so this is no fault
+        # The daemon's clock at the opening: it showed `openedAt` at a moment between these two
         opened_at, ended_at = _seconds(found["openedAt"]), _seconds(found["endedAt"])
         earliest = session.opened_between[0] + (ended_at - opened_at)
         latest = session.opened_between[1] + (ended_at - opened_at)

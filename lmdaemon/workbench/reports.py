@@ -1,4 +1,4 @@
-"""A report as text, JUnit XML and HTML. What was answered is somebody else's text: it is escaped wherever it goes."""
+"""A report as text, JUnit XML and HTML. Answers are text by others, so they are escaped in every format."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ _INDENT = " " * 12
 
 
 def heading_lines(url: str, dialect: Dialect) -> Iterator[str]:
-    """What is checked, and what the dialect's fields and codes are: an integrator's page may not list them."""
+    """The target and the dialect's fields and codes, which the provider's page may not list."""
     yield f"Checking {url} (dialect {dialect.name})"
     yield f"  Fields: {', '.join(dialect.fields.values())}; `error`: {explain.codes(dialect)}"
 
 
 def result_lines(result: Result) -> Iterator[str]:
-    """One check: its verdict and, where something is wrong, why it matters, what to do and what was seen."""
+    """One check: its verdict and, if something is wrong, why it matters, what to do, and the exchanges that show it."""
     yield f"  {result.verdict:<8}  {result.check.id:<33} {result.text}"
     if result.verdict not in ("warn", "fail"):
         return
@@ -76,7 +76,9 @@ def summary_lines(report: Report) -> Iterator[str]:
 
 
 def junit(report: Report) -> str:
-    """One suite a group, one case a check; a warning is a case that passed and says so in system-out."""
+    """JUnit XML. Each group is a suite, each check a case; a warning is a passed case with the warning in
+    system-out.
+    """
     root = ElementTree.Element("testsuites", name="lmdaemon check", time=_seconds(report.duration_ms))
     for group, some in groupby(report.results, lambda result: result.check.group):
         results = list(some)
@@ -132,7 +134,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; p
 
 
 def html(report: Report) -> str:
-    """One page that needs nothing else and runs nothing: for attaching to a ticket."""
+    """An HTML page without scripts or references to other files, so that it can be attached to a ticket."""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items())
     parts = [
         "<!doctype html>",

@@ -17,12 +17,12 @@ from lmdaemon.workbench.notices import NoSession, Notices
 from lmdaemon.workbench.wire import PER_SECOND, Stopped, Wire
 
 RUN_MAX_S = 600.0
-BASE = "answer.valid"  # what the others stand on
+BASE = "answer.valid"  # the check whose success most other checks need
 _TURNS: Sequence[Turn] = ("first", "usual", "late", "summary")
 
 
 class Result(NamedTuple):
-    """One check's finding, ready to be shown: `evidence` are exchanges with secrets masked."""
+    """The result of one check, ready to be shown. `evidence` has exchanges with secrets masked."""
 
     check: Check
     verdict: str
@@ -30,7 +30,7 @@ class Result(NamedTuple):
     evidence: Sequence[dict[str, Any]]
     requests: int
     duration_ms: int
-    hint: str  # what to do; where nothing is wrong, what would be to be done
+    hint: str  # what to do if the check fails
 
     def as_json(self) -> dict[str, Any]:
         """The result of one check, for a report."""
@@ -67,7 +67,7 @@ class Report(NamedTuple):
 
     @property
     def is_good(self) -> bool:
-        """No failure, and nothing left out for want of an answer or of time."""
+        """Whether nothing failed, and no check was left out because answers or time were missing."""
         return not self.stopped and not self.counts["fail"]
 
     def as_json(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Progress(NamedTuple):
 
 
 def obstacle(operator: Operator) -> str:
-    """Why this operator cannot be checked, in words for a person; empty when it can."""
+    """The reason, in words, why this operator cannot be checked; empty if it can."""
     if not operator.url:
         return "it has no url"
     if "hash" in operator.sends.required and operator.hash_key is None:
@@ -155,8 +155,8 @@ async def check_operator(
 
 
 class Runner:
-    """One run. `sessions` are open sessions that the endpoint knows; made up without. `on_begin` is told of each check
-    that is begun, `on_result` of each that has ended.
+    """One run. `sessions` has open sessions that the endpoint knows; without them ids are made up. `on_begin` is told
+    of each check that is begun, `on_result` of each that has ended.
     """
 
     def __init__(
@@ -186,7 +186,9 @@ class Runner:
         self._stopped = ""
 
     async def run(self) -> Report:
-        """Never raises for what the target does. When it is cancelled, the report says so and has what there is."""
+        """Runs the checks and returns the report. Nothing that the target does makes it raise. When it is cancelled it
+        returns the report of what was found so far.
+        """
         started_at, began = datetime.now(UTC), time.monotonic()
         try:
             async with asyncio.timeout(RUN_MAX_S):
@@ -227,7 +229,7 @@ class Runner:
             self._stopped = self._stopped or str(reason)
             self._bench.untried.add(check.id)
             finding = Finding("skipped", str(reason))
-        except Exception as error:  # a bug here must not lose what was found out already
+        except Exception as error:  # a bug in a check must not lose the findings of others
             finding = Finding("skipped", f"the check itself failed: {type(error).__name__}: please report it")
         self._bench.by_check[check.id] = self._wire.exchanges[before:]
         self._keep(check, finding, round((time.monotonic() - began) * 1000))

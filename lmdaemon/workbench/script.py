@@ -1,7 +1,6 @@
-"""What a simulated operator answers: rules of one small language, as text and as TOML, with the same meaning.
-
-A script is rules; the first that fits a notice decides, and without one the answer is `ok`. A rule is
-`[CONDITIONS:] ANSWER [xN] [then ANSWER [xN]] …`. docs/workbench.md has the language with examples; the tests run them.
+"""The script of a simulated operator: rules in a small language, written as text or as TOML. The first rule that fits a
+notice decides its answer; if none fits, the answer is `ok`. A rule is `[CONDITIONS:] ANSWER [xN] [then ANSWER [xN]] …`.
+docs/workbench.md has the language with examples; the tests run them.
 """
 
 import re
@@ -26,25 +25,25 @@ class ScriptError(ValueError):
 
 
 class Answer(NamedTuple):
-    """One thing to do with a notice. `kind` picks what, the rest is its arguments where it has them."""
+    """One way to answer a notice. `kind` says which; the other fields are its arguments."""
 
     kind: str
     number: int = 0
     span_s: float = 0.0
     text: str = ""
     retry_after: str = ""
-    after_s: float = 0.0  # waits first
+    after_s: float = 0.0  # how long to wait first
 
     @property
     def accepts(self) -> bool:
-        """Whether it says success. A sender may have other reasons not to take it, such as its own time-out."""
+        """Whether it reports success. A sender may still count it as a failure, for example after its own time-out."""
         if self.kind in ("body", "json"):
             return answered_code(self.body) == 0
         return self.kind in ("ok", "interim", "drip") or (self.kind == "error" and self.number == 0)
 
     @property
     def body(self) -> bytes:
-        """Of `body` and `json`: a whole body, or what stands as its `error`."""
+        """The text of `body`, a whole body, or of `json`, the value of `error`."""
         text = self.text if self.kind == "body" else f'{{"error":{self.text},"description":"Simulated"}}'
         return text.encode()
 
@@ -53,7 +52,7 @@ OK = Answer("ok")
 
 
 class Span(NamedTuple):
-    """A range of counts from 1, both ends in it."""
+    """A range of counts, beginning at 1; both ends belong to it."""
 
     first: int
     last: int
@@ -64,7 +63,9 @@ class Span(NamedTuple):
 
 @dataclass
 class Rule:
-    """`steps` are answers and how many notices each takes; what all of them take is the end of the rule."""
+    """`steps` has the answers and how many notices each is given to. When all of these have come, the rule is used
+    up.
+    """
 
     steps: Sequence[tuple[Answer, int]]
     session: str | None = None
@@ -79,7 +80,7 @@ class Rule:
         return self.session is None and self.attempt is None and self.chance is None
 
     def current(self) -> Answer | None:
-        """The answer whose turn it is; None when the rule is used up."""
+        """The present answer; None when the rule is used up."""
         before = 0
         for answer, times in self.steps:
             before += times
@@ -100,11 +101,11 @@ class Rule:
 
 @dataclass
 class Script:
-    """The rules and where they stand. The same seed and the same notices in the same order get the same answers."""
+    """The rules and their state. With equal seeds, equal notices in the same order get equal answers."""
 
     rules: Sequence[Rule] = ()
     seed: int = 0
-    count: int = 0  # notices, and handshakes that were spoiled
+    count: int = 0  # how many notices have come; spoiled handshakes count as well
     _rng: Random = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +124,9 @@ class Script:
         return OK
 
     def next_handshake(self) -> str:
-        """How to spoil the handshake that begins, or nothing: decided before anything of a notice is known."""
+        """How to spoil a TLS handshake that begins; empty: not at all. It is decided before the notice is known, so only
+        `count` can be a condition.
+        """
         for rule in self.rules:
             answer = rule.current()
             if answer is not None and rule.knows_no_session and (rule.count is None or self.count + 1 in rule.count):
@@ -188,7 +191,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _parts(text: str, border: str, most: int = -1) -> list[str]:
-    """The text cut at a character, but not within quotes; at most so many cuts."""
+    """The text split at a character outside quotes, `most` times at most."""
     parts, quote = [""], ""
     for character in text:
         if character == border and not quote and most != len(parts) - 1:
@@ -250,7 +253,9 @@ def _chance(text: str) -> float:
 
 
 def _steps(text: str) -> list[tuple[Answer, int]]:
-    """Each answer and how many notices it takes: one, those of xN, and of the last one all that come."""
+    """Each answer and how many notices it is given to: N for `xN`, otherwise one; the last one is given to all that
+    follow.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:

@@ -1,6 +1,5 @@
-"""Measures what sessions cost on this machine: a daemon of its own, in a directory on the disk that is to be judged.
-
-The daemon's CPU time is taken, not how long it took: so this process beside it, and whatever else runs, changes little.
+"""Measures what sessions cost on this machine, with a daemon of its own whose database is on the disk to be measured.
+The daemon's CPU time is measured, not elapsed time, so that this process and others on the machine have little effect.
 """
 
 import asyncio
@@ -18,15 +17,17 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-# Sessions opened and closed again; touches go round in them. Fewer where little time is given: SESSIONS_EACH_S for each
-# second, but as many as are touched at the same time.
+# Sessions sessions that are opened and closed again; they are touched in turn. Fewer where little time is given:
+# SESSIONS_EACH_S for each second, but as many as are touched at the same time.
 SESSIONS, SESSIONS_EACH_S = 10_000, 250
-AT_ONCE = 16  # connections
+AT_ONCE = 16  # simultaneous requests, each on a connection of its own
 BULK = 1000  # sessions in one bulk touch
-BULKS_AT_ONCE = 4  # of different sessions: touches of one session in the same transaction would count as one
+# Simultaneous bulk touches, of different sessions, because several touches of one session in a transaction are written
+# as one
+BULKS_AT_ONCE = 4
 START_S = 30.0
-COPIED_EVERY_S = 0.2  # between two looks
-SETTLED_S = 60.0  # that the deliveries of all ends may take
+COPIED_EVERY_S = 0.2  # between two checks of whether everything is in the file
+SETTLED_S = 60.0  # how long the deliveries of all ends may take
 
 CONFIG = """\
 [server]
@@ -48,19 +49,19 @@ concurrency = 16
 
 
 class Costs(NamedTuple):
-    """Of one session or touch on this machine: CPU seconds of the daemon, and bytes on the disk."""
+    """The costs of one session or touch on this machine: CPU seconds of the daemon, and bytes on the disk."""
 
     open_s: float
-    touch_s: float  # a request for each
-    bulk_touch_s: float  # of BULK in a request
-    end_s: float  # with its delivery
+    touch_s: float  # with one touch a request
+    bulk_touch_s: float  # with BULK touches a request
+    end_s: float  # including its delivery
     live_bytes: float
-    ended_bytes: float  # with its settled delivery
-    memory_bytes: float  # of the daemon at the end
+    ended_bytes: float  # including its settled delivery
+    memory_bytes: float  # memory of the whole daemon at the end
 
 
 class SizingError(Exception):
-    """It could not be measured; why, in words."""
+    """The measurement failed; the text says why."""
 
 
 async def measure(directory: Path, seconds: float, told: Callable[[str], None]) -> Costs:
@@ -69,7 +70,7 @@ async def measure(directory: Path, seconds: float, told: Callable[[str], None]) 
     `told` is called with each step. Raises SizingError and OSError.
     """
     sessions = min(SESSIONS, max(BULK * BULKS_AT_ONCE, int(seconds * SESSIONS_EACH_S)))
-    # Paths of sockets are short, so they have a directory of their own
+    # The path of a unix socket has 107 bytes at most, so sockets have a directory with a short name
     with (
         tempfile.TemporaryDirectory(prefix="lmdaemon-size-", dir=directory) as judged,
         tempfile.TemporaryDirectory(prefix="lmdaemon-") as sockets,
@@ -100,7 +101,7 @@ async def measure(directory: Path, seconds: float, told: Callable[[str], None]) 
 
 @asynccontextmanager
 async def _operator() -> AsyncIterator[int]:
-    """An operator that accepts every delivery; its port."""
+    """Serves an operator that accepts every delivery; gives its port."""
     answer = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{"error":0}'
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -149,7 +150,7 @@ async def _daemon(
 
 
 class _Daemon:
-    """Asks the daemon that is measured."""
+    """Calls of the daemon that is measured."""
 
     def __init__(self, database: Path, client: aiohttp.ClientSession) -> None:
         self._database = database
@@ -177,7 +178,7 @@ class _Daemon:
         await self._ask("POST", f"{self._sessions}/{name}/close")
 
     async def each(self, names: Sequence[str], call: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        """Calls it with each, AT_ONCE at a time."""
+        """Calls the function with each item, AT_ONCE at a time."""
         left = iter(names)
 
         async def work() -> None:
@@ -187,7 +188,7 @@ class _Daemon:
         await asyncio.gather(*(work() for _ in range(AT_ONCE)))
 
     async def end_all(self, names: Sequence[str]) -> None:
-        """Closes them, and waits until every end is delivered."""
+        """Closes the sessions, and waits until every end is delivered."""
         await self.each(names, self.close)
         until = time.monotonic() + SETTLED_S
         while (await self.metrics())['lmdaemon_deliveries_pending{operator="size"}']:
@@ -202,7 +203,9 @@ class _Daemon:
         call: Callable[[Any], Coroutine[Any, Any, None]],
         at_once: int = AT_ONCE,
     ) -> float:
-        """CPU seconds of one call, repeated for so long, `at_once` at a time."""
+        """CPU seconds that the daemon spends on one call, measured by repeating it for `seconds`, `at_once` at a
+        time.
+        """
         calls, until = 0, time.monotonic() + seconds
 
         async def work() -> None:
@@ -218,18 +221,18 @@ class _Daemon:
         return spent_s / max(calls, 1)
 
     async def spent(self, work: Coroutine[Any, Any, None]) -> float:
-        """The CPU seconds that the daemon has spent meanwhile."""
+        """A context that measures the CPU seconds that the daemon spends in it."""
         before = (await self.metrics())["process_cpu_seconds_total"]
         await work
         return (await self.metrics())["process_cpu_seconds_total"] - before
 
     async def metrics(self) -> dict[str, float]:
-        """Its metrics by series."""
+        """The daemon's metrics by series."""
         lines = (await self._ask("GET", "/metrics")).decode().splitlines()
         return {series: float(value) for series, _, value in (one.rpartition(" ") for one in lines if one[:1] != "#")}
 
     async def until_copied(self) -> None:
-        """Waits until what was committed is in the file, and the write-ahead log is empty."""
+        """Waits until the write-ahead log is empty, so that everything committed is in the database file."""
         wal = self._database.with_name(f"{self._database.name}-wal")
         for _ in range(int(START_S / COPIED_EVERY_S)):
             if not wal.stat().st_size:

@@ -1,4 +1,4 @@
-"""The server of a simulated operator: reads notices, asks the script, and does what it says, faults included."""
+"""The server of a simulated operator: reads notices, and answers them or fails as the script says."""
 
 import asyncio
 import gzip
@@ -15,15 +15,15 @@ from lmdaemon.workbench.journal import Journal, Notice, verdict
 from lmdaemon.workbench.script import Answer, Script
 
 BODY_MAX = 1024 * 1024
-_GOODBYE_S = 0.05  # for answers that are still being played; 0 would be for ever
+_GOODBYE_S = 0.05  # how long closing waits for answers that are being sent; aiohttp takes 0 as no limit
 _JSON = "application/json"
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 _HTML = "<!doctype html><html><body><h1>500 Internal Server Error</h1></body></html>"
 
 
 class Stage:
-    """Serves until it is closed. `tell` gets a line for each notice, `contexts` are TLS contexts by fault, the good one
-    under "".
+    """Serves until it is closed. `tell` is called with a line for each notice. `contexts` has TLS contexts by the fault
+    that they cause; the one without a fault under "".
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Stage:
                 await asyncio.sleep(span_s)
 
     def _go_down(self, span_s: float) -> None:
-        """Nobody listens for a while; connections that are open are cut."""
+        """Stops listening for a while, and cuts open connections."""
 
         async def down() -> None:
             assert self._server is not None  # noqa: S101 - a notice came over it
@@ -151,7 +151,7 @@ class Stage:
 
 
 def _whole(chosen: Answer) -> web.Response | None:
-    """The answer, where it is a whole one."""
+    """The response for an answer that is a complete HTTP response; None for other answers."""
     match chosen.kind:
         case "ok":
             return web.Response(body=SUCCESS, content_type=_JSON)

@@ -1,7 +1,7 @@
 """Plays a provider against an endpoint: good, repeated, racing and malformed notices at a steady rate.
 
-The rate does not wait for answers, and a time counts from when its notice was due: an endpoint that stalls is not
-spared what would have come meanwhile.
+Notices are sent at their rate whether or not answers come, and times count from the moment when a notice was due. So
+the delays that a stalled endpoint causes to later notices are measured too (no coordinated omission).
 """
 
 import asyncio
@@ -32,7 +32,7 @@ KINDS = ("good", "repeated", "racing", "malformed")
 
 
 class Mix(NamedTuple):
-    """`notices` a run, `rate` a second, and how often each kind comes, relative to the others."""
+    """`notices` in a run, `rate` in notices a second, and the weight of each kind."""
 
     notices: int = 200
     rate: float = 20.0
@@ -59,7 +59,7 @@ class Storm:
         self._clock = Clock()
         self._wire = Wire(operator, self._clock, per_second=None)
         self._tell = tell
-        self._told: list[tuple[bytes, str]] = []  # that were accepted
+        self._told: list[tuple[bytes, str]] = []  # notices that were accepted, for repeating them
         self.figures = Figures()
 
     async def run(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Storm:
         began = time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
         try:
-            await self._send("good", 0.0, began)  # what is repeated later has to be there
+            await self._send("good", 0.0, began)  # so that there is a notice to repeat
             steady_from = time.monotonic()
             for number in range(1, self._mix.notices):
                 due_at = steady_from + number / self._mix.rate

@@ -1,6 +1,5 @@
-"""One notice to an operator that is no delivery: sent once, with the daemon's own sender, and shown from both sides.
-
-What was sent and answered is for a ticket. So every secret in it is masked, also where the answer repeats it.
+"""Sends one test notice to an operator, with the daemon's own sender. Request and answer are shown, and often pasted
+into tickets. So every secret in them is masked, also if the answer repeats it.
 """
 
 import time
@@ -29,7 +28,7 @@ class Sent(NamedTuple):
 
 
 class _Moment(Clock):
-    """A clock that does not move, so that the signature shown is the one that was sent."""
+    """A clock that stands still, so that the signature made for showing the request is the one that was sent."""
 
     def __init__(self) -> None:
         self._now_ms = time.time_ns() // 1_000_000
@@ -41,7 +40,7 @@ class _Moment(Clock):
 def made_up(
     operator: Operator, session_id: str | None = None, player_id: str | None = None, token: str | None = None
 ) -> Session:
-    """The session of the notice: what is given, and recognisably made-up values for the rest."""
+    """The session of the notice: with the given values, and with recognisably made-up ones for the rest."""
     now_at = time.time_ns() // 1_000_000
     return Session(
         id=0,
@@ -110,7 +109,7 @@ def as_shown(operator: Operator, session: Session, sent: Sent) -> dict[str, Any]
 
 
 def _meaning(document: Mapping[str, Any]) -> str:
-    """What the daemon would do if it were a delivery."""
+    """What the daemon would do after this answer to a delivery."""
     reason = (
         document["reason"] + (f" ({document['detail']})" if document["detail"] else "") if document["reason"] else ""
     )

@@ -1,6 +1,5 @@
-"""Requests to one target, counted, paced and kept: the traffic of a check run within its bounds.
-
-It sends with the daemon's own client, so an answer is read and judged as it will be in production.
+"""Sends the requests of a check run: limits their number and rate, and keeps them with their answers. It uses the
+daemon's own client, so answers are read and judged as in production.
 """
 
 import asyncio
@@ -16,7 +15,7 @@ from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.workbench.exchanges import Answer, Asked, Exchange
 
-REQUESTS_MAX = 120  # a run's whole traffic
+REQUESTS_MAX = 120  # most requests in a run
 PER_SECOND = 5.0  # on average; ten at once are followed by a pause of two seconds
 SILENT_MAX = 3  # requests in a row without an answer, after which nothing more is sent
 _FOREVER_S = 1e9
@@ -24,7 +23,7 @@ _SILENT = ("timeout", "connect", "dns", "tls", "private_address")
 
 
 class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for the reason given
-    """The bounds of the run are reached, or nobody answers."""
+    """The limits of the run are reached, or the target does not answer."""
 
 
 class Wire:
@@ -58,7 +57,7 @@ class Wire:
         self._reused = True
 
     async def take(self, count: int = 1) -> None:
-        """Waits until `count` requests may go at once. Raises Stopped."""
+        """Waits until `count` requests may be sent at once. Raises Stopped."""
         if self._silent >= SILENT_MAX:
             raise Stopped(f"{SILENT_MAX} requests in a row got no answer")
         if self.left < count:
@@ -70,7 +69,7 @@ class Wire:
             await asyncio.sleep(wait_s)
 
     async def send(self, body: bytes, headers: Mapping[str, str], **options: Any) -> Exchange:
-        """One request, in its turn. Raises Stopped."""
+        """Sends one request when it may be sent. Raises Stopped."""
         await self.take()
         return await self.send_now(body, headers, **options)
 
@@ -86,8 +85,8 @@ class Wire:
         keep: bool = False,
         silence_counts: bool = True,
     ) -> Exchange:
-        """One request whose turn was taken. `slowly` yields what is sent as its body instead of `body`; `keep` uses the
-        one connection that stays open for the whole run.
+        """Sends one request, for which `take` was called. `slowly` yields the parts of the body, in place of `body`.
+        `keep` uses the one connection that stays open for the whole run.
         """
         asked = operator or self.operator
         sender = self._idle if keep else self._sender

@@ -1,4 +1,4 @@
-"""Every check, in the order of the report, and what only people can check."""
+"""All checks in the order of the report, and the list of what only people can check."""
 
 from lmdaemon.workbench.bench import Check
 from lmdaemon.workbench.checks import answer, authenticity, behaviour, connection, idempotence, strictness

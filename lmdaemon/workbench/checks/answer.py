@@ -1,4 +1,4 @@
-"""The answer: what it says and how it is written. But for `valid` they look at all answers of the run."""
+"""Checks of the content and form of answers. All but `valid` look at all answers of the run."""
 
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -13,7 +13,7 @@ from lmdaemon.workbench.exchanges import Answer, Exchange
 
 CLOCK_OFF_S = 30
 TOKEN_MIN = 6
-# What is answered before anything is parsed has rules of its own
+# Checks whose requests may be refused before the body is parsed; other rules hold for these answers
 _BEFORE_PARSING = (
     "connection.plain-http",
     "strictness.content-type",
@@ -27,7 +27,7 @@ _BEFORE_PARSING = (
 
 
 def _answers(bench: Bench) -> Iterator[tuple[Exchange, Answer]]:
-    """The answers of checks that passed: what another check has blamed already is not blamed twice."""
+    """The answers of checks that passed, so that a fault that another check has reported is not reported again."""
     for check, exchanges in bench.by_check.items():
         finding = bench.found.get(check)
         if check in _BEFORE_PARSING or (finding is not None and finding.verdict == "fail"):

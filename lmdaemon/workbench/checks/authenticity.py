@@ -1,4 +1,6 @@
-"""Who is believed: signatures, hash, token, credentials, certificates. What is not configured is skipped."""
+"""Checks of what proves the sender: signatures, hash, token, credentials, certificates. Those that are not configured
+are skipped.
+"""
 
 from typing import Any
 
@@ -9,7 +11,7 @@ from lmdaemon.workbench.bench import Bench, Check, Finding, Skip, accepted, chan
 from lmdaemon.workbench.exchanges import Exchange
 
 OLD_S = 600
-# What proves the sender, if it is refused when it is wrong
+# Checks that show, when they pass, that the endpoint verifies the sender
 PROOFS = (
     "authenticity.signature",
     "authenticity.hash",
@@ -20,7 +22,9 @@ PROOFS = (
 
 
 def _refusal(bench: Bench, one: Exchange, case: str, verdict: Any = "fail") -> Finding | None:
-    """A finding when it was not refused: accepted, or a fault. Any 4xx and any code is a refusal."""
+    """A finding if the notice was not refused: it was accepted, or the endpoint failed. Any 4xx and any error code is a
+    refusal.
+    """
     if one.accepted:
         return Finding(verdict, f"{case}: accepted", (one,))
     if one.status is not None and one.status >= 500:

@@ -1,11 +1,11 @@
-"""What happens under a burst, and afterwards."""
+"""Checks of a burst, and of the time after it."""
 
 import asyncio
 
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip, accepted
 
 BURST = 50
-RESERVED = 2  # requests that the checks after it need
+RESERVED = 2  # requests that are left for the checks after the burst
 
 
 async def burst(bench: Bench) -> Finding:

@@ -1,4 +1,4 @@
-"""Name, address, TLS, and how connections are kept."""
+"""Checks of name, addresses, TLS, and how connections are kept open."""
 
 import asyncio
 import math
@@ -23,7 +23,7 @@ SLOW_MS = 1000
 
 
 async def _addresses(bench: Bench) -> list[str]:
-    """All that the name resolves to, or the literal address itself. Raises OSError."""
+    """All addresses that the name resolves to, or the literal address itself. Raises OSError."""
     try:
         async with asyncio.timeout(CONNECT_WITHIN_S):
             found = await Resolver(guarded=False).resolve(bench.host, _port(bench), socket.AF_UNSPEC)
@@ -53,7 +53,7 @@ async def resolves(bench: Bench) -> Finding:
     failed = []
     for address in addresses[:ADDRESSES_MAX]:
         if private_address(address) and not bench.operator.allow_private_network:
-            continue  # connection.public tells
+            continue  # connection.public reports it
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 _, writer = await asyncio.open_connection(address, _port(bench))
@@ -144,7 +144,7 @@ async def certificate_age(bench: Bench) -> Finding:
 
 
 def _unverified() -> ssl.SSLContext:
-    """For looking at what a server speaks; nothing is sent over it."""
+    """A TLS context without verification, for finding out which versions a server speaks; no notice is sent over it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -160,7 +160,7 @@ async def old_tls(bench: Bench) -> Finding:
         raise Skip("no TLS")
     context = _unverified()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is what is tried
+        warnings.simplefilter("ignore", DeprecationWarning)  # the deprecated version is what is tried
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")

@@ -1,4 +1,4 @@
-"""The same notice again: at least once means that it will come twice."""
+"""Checks of repeats: a sender that delivers at least once may send a notice twice."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ async def attempt(bench: Bench) -> Finding:
     That is what a repeat of the sender looks like; a nonce cache that refuses the id breaks it.
     """
     told = await bench.accepted()
-    await bench.pause(bench.limits.lull_s)  # or the time-stamp would be the same
+    await bench.pause(bench.limits.lull_s)  # so that the repeat has another time stamp
     again = await bench.post(told.body, webhook_id=told.webhook_id)
     return accepted(bench, again, told="the same success for the same webhook-id")
 

@@ -1,4 +1,4 @@
-"""What must be refused, what must be taken, and that nothing else happens."""
+"""Checks of requests that must be refused, and of unusual ones that must be accepted."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -166,11 +166,12 @@ async def hostile_ids(bench: Bench) -> Finding:
 
     An id is somebody else's text: put into a statement or a page it becomes code.
 
-    Accepted or refused, but told by the body: no fault, no error page.
+    Each id may be accepted or refused, but the answer must be an ordinary one, and not a fault or an error page.
     """
     await bench.accepted()
     codes = {bench.dialect.codes.of(meaning) for meaning in ("bad_parameters", "unknown_session", "player_mismatch")}
-    ids = [text.replace("=", "").replace("&", "") for text in HOSTILE_IDS]  # which a hash cannot have
+    # A value that is hashed cannot have these characters
+    ids = [text.replace("=", "").replace("&", "") for text in HOSTILE_IDS]
     for text in ids:
         one = (await bench.tell(bench.notices.fields(f"{bench.notices.unknown_session()} {text}"))).exchange
         if not one.accepted and (one.code not in codes or (one.status or 500) >= 500):
@@ -215,7 +216,7 @@ async def method(bench: Bench) -> Finding:
 
 
 def _not_taken(bench: Bench, one: Exchange, status: int) -> Finding:
-    """Refused before the body counts: with the status that HTTP has for it, or a code in the body."""
+    """The request must be refused, with the HTTP status for its fault, or with a code in the body."""
     if one.answer is None or (one.status or 500) >= 500:
         return Finding("fail", f"{bench.said(one)}, where {status} is expected", (one,))
     if one.status == status or one.code:

@@ -124,7 +124,7 @@ class Script:
         return OK
 
     def next_handshake(self) -> str:
-        """How to spoil a TLS handshake that begins; empty: not at all. It is decided before the notice is known, so only
+        """How to spoil a TLS handshake that begins; empty: not at all. The notice is not known then, so only
         `count` can be a condition.
         """
         for rule in self.rules:

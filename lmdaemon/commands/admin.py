@@ -21,10 +21,11 @@ from lmdaemon.commands.arguments import (
     Command,
     argument,
     count,
+    filled,
     seconds,
 )
 from lmdaemon.commands.client import ANY, Client, Unreachable
-from lmdaemon.commands.configured import ADMINISTRATION, configured
+from lmdaemon.commands.configured import ADMINISTRATION, configured, tell_unknown
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -176,6 +177,7 @@ async def events(client: Client, args: argparse.Namespace) -> int:
     beginning.
     """
     heard, waits_s = False, AGAIN_FIRST_S
+    await _tell_unknown(client, args)
     while True:
         try:
             async for name, data in client.events("v1", "events", query={"operator": args.operator}):
@@ -201,7 +203,7 @@ def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> N
     print(f"{time.strftime('%H:%M:%S')}  {name:16}  {' '.join(facts)}".rstrip(), flush=True)
 
 
-@asking(argument("id", metavar="ID", help="of a session or a player"), *ROWS)
+@asking(argument("id", type=filled, metavar="ID", help="of a session or a player"), *ROWS)
 async def find(client: Client, args: argparse.Namespace) -> int:
     """Prints the sessions with this id, then those of the player with this id. Exit code 1: there are none."""
     found = False
@@ -223,7 +225,7 @@ async def find(client: Client, args: argparse.Namespace) -> int:
 @asking(
     OPERATOR,
     argument("--state", choices=("active", "ended")),
-    argument("--player", metavar="ID", help="of this player only"),
+    argument("--player", type=filled, metavar="ID", help="of this player only"),
     times.since("those that were opened"),
     times.until("those that were opened"),
     *ROWS,
@@ -248,7 +250,7 @@ async def show_session(client: Client, args: argparse.Namespace) -> int:
 @asking(
     OPERATOR,
     SESSION,
-    argument("--player", required=True, metavar="ID", help="the player's id"),
+    argument("--player", type=filled, required=True, metavar="ID", help="the player's id"),
     *PLAYER_TOKEN,
     argument("--idle-timeout", type=count, metavar="S", help="seconds (default: the operator's)"),
     JSON,
@@ -260,7 +262,7 @@ async def open_session(client: Client, args: argparse.Namespace) -> int:
     return show(args, await client.call("PUT", *_session_path(args), shape=SESSION_SHAPE, body=body))
 
 
-@asking(OPERATOR, argument("sessions", nargs="+", metavar="ID", help="the sessions' ids"), JSON)
+@asking(OPERATOR, argument("sessions", type=filled, nargs="+", metavar="ID", help="the sessions' ids"), JSON)
 async def touch_sessions(client: Client, args: argparse.Namespace) -> int:
     """Touches sessions, TOUCH_MAX a call. Exit code 1 if one of them is unknown or has ended."""
     total: dict[str, Any] = {"touched": 0, "unknown": [], "ended": []}
@@ -289,7 +291,7 @@ async def close_session(client: Client, args: argparse.Namespace) -> int:
 
 @asking(
     OF_OPERATOR,
-    argument("--sink", metavar="SINK", help='"http" or "plugin:NAME"'),
+    argument("--sink", type=filled, metavar="SINK", help='"http" or "plugin:NAME"'),
     argument("--state", choices=DELIVERY_STATES),
     times.since("those whose session ended"),
     times.until("those whose session ended"),
@@ -298,9 +300,25 @@ async def close_session(client: Client, args: argparse.Namespace) -> int:
 async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
     """Prints deliveries, newest first."""
     query = {"operator": args.operator, "sink": args.sink, "state": args.state}
-    pages = _of_period(client, args, "createdAt", "v1", "deliveries", **query)
-    shown = pages if args.json else ([in_words(one) for one in page] async for page in pages)
-    return await print_pages(DELIVERY_COLUMNS, shown, as_json=args.json)
+    found = 0
+
+    async def shown() -> AsyncIterator[list[Any]]:
+        nonlocal found
+        async for page in _of_period(client, args, "createdAt", "v1", "deliveries", **query):
+            found += len(page)
+            yield page if args.json else list(map(in_words, page))
+
+    await print_pages(DELIVERY_COLUMNS, shown(), as_json=args.json)
+    if not found:
+        await _tell_unknown(client, args)
+    return STOPPED
+
+
+async def _tell_unknown(client: Client, args: argparse.Namespace) -> None:
+    """Says so where --operator names one that is not configured."""
+    if args.operator is not None:
+        items = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR_SHAPE]}))["items"]
+        tell_unknown(args.operator, [one["operator"] for one in items])
 
 
 async def _of_period(
@@ -326,7 +344,7 @@ async def _of_period(
             return
 
 
-@asking(argument("delivery", metavar="ID", help="its webhook-id"), JSON)
+@asking(argument("delivery", type=filled, metavar="ID", help="its webhook-id"), JSON)
 async def show_delivery(client: Client, args: argparse.Namespace) -> int:
     """Prints one delivery with its attempts."""
     shape: dict[str, Any] = DELIVERY_SHAPE | {"history": [{}]}
@@ -350,7 +368,7 @@ def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
 
 @asking(
     OPERATOR,
-    argument("--note", metavar="TEXT", help="why, for whoever finds it held"),
+    argument("--note", type=filled, metavar="TEXT", help="why, for whoever finds it held"),
     argument("--for", dest="seconds", type=seconds, metavar="TIME", help='released by itself then, as in "2h"'),
     JSON,
 )

@@ -59,6 +59,13 @@ def text(value: str) -> str:
     return value
 
 
+def filled(value: str) -> str:
+    """A text that is not empty: an empty one, of a variable that is not set, would mean all there are."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text(value)
+
+
 def file(value: str) -> Path:
     """A file's name: any bytes, as the system has them."""
     if not value:
@@ -110,9 +117,9 @@ class _RefuseSecret(argparse.Action):
 # -- arguments that several commands take
 
 JSON = argument("--json", action="store_true", help="print JSON")
-OPERATOR = argument("operator", metavar="OPERATOR", help="its name in the configuration")
-OF_OPERATOR = argument("--operator", metavar="OPERATOR", help="of this operator only")
-SESSION = argument("session", metavar="ID", help="the session's id")
+OPERATOR = argument("operator", type=filled, metavar="OPERATOR", help="its name in the configuration")
+OF_OPERATOR = argument("--operator", type=filled, metavar="OPERATOR", help="of this operator only")
+SESSION = argument("session", type=filled, metavar="ID", help="the session's id")
 FORCE = argument("--force", action="store_true", help="replace an existing FILE")
 PLAYER_TOKEN = (
     argument("--token-file", type=file, metavar="FILE", help="file with the player's token"),

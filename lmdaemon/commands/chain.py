@@ -67,6 +67,8 @@ def verify(args: argparse.Namespace) -> int:
     wrong = None
     if broken_at is not None:
         wrong = f"line {broken_at} was changed, or does not follow the line before it"
+        if broken_at == 1:
+            wrong = "line 1 was changed, or it is no export that was made with --digest"
     elif known is not None and known != digest:
         wrong = f"is not what {args.file.name}{SUFFIX} was written for: its end may be missing"
     if args.json:

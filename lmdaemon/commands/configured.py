@@ -6,9 +6,11 @@ commands.
 """
 
 import argparse
+from collections.abc import Iterable
 
 from lmdaemon.commands.shared import say
 from lmdaemon.config import reader
+from lmdaemon.config.findings import suggestion
 from lmdaemon.config.settings import Settings
 
 TOLD_MAX = 3  # most findings that are printed; check-config prints all
@@ -25,3 +27,13 @@ def configured(args: argparse.Namespace, *needs: str) -> Settings:
     if more > 0:
         say(f"{settings.file}: warning: {more} more, which lmdaemon check-config tells", "WARNING")
     return settings
+
+
+def tell_unknown(operator: str | None, known: Iterable[str]) -> None:
+    """Says on stderr that no such operator is configured, where a result is empty because a name may be misspelt.
+
+    It is no error: rows of an operator that has left the file are kept.
+    """
+    if operator is not None and operator not in (names := set(known)):
+        meant = suggestion(operator, names)
+        say(f"lmdaemon: no operator of this name is configured (got {operator!r}){meant}", "WARNING")

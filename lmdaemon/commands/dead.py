@@ -7,7 +7,7 @@ from typing import Any
 from lmdaemon.clock import Clock
 from lmdaemon.commands import times
 from lmdaemon.commands.admin import DELIVERY_SHAPE, asking
-from lmdaemon.commands.arguments import JSON, argument
+from lmdaemon.commands.arguments import JSON, argument, filled
 from lmdaemon.commands.client import Client
 from lmdaemon.commands.progress import progress
 from lmdaemon.commands.shared import STOPPED, Usage, cell, say, show
@@ -18,13 +18,13 @@ STEP = 50  # deliveries made due in one step with --follow; so many are still se
 _FILTERS = ("since", "until", "ended_since", "ended_until")
 _FOUND = {"found": int, "canBeSent": int, "oldestSettledAt": (str, type(None)), "reasons": {}, "seconds": (int, float)}
 _WHICH = (
-    argument("delivery", nargs="?", metavar="ID", help="its webhook-id"),
-    argument("--operator", metavar="OPERATOR", help="all dead ones of this operator"),
+    argument("delivery", type=filled, nargs="?", metavar="ID", help="its webhook-id"),
+    argument("--operator", type=filled, metavar="OPERATOR", help="all dead ones of this operator"),
     times.since("those that were given up"),
     argument("--until", metavar="TIME", help="those that were given up before then"),
     argument("--ended-since", metavar="TIME", help="those whose session ended then or later"),
     argument("--ended-until", metavar="TIME", help="those whose session ended before then"),
-    argument("--reason", metavar="WORD", help='those with this lastError, such as "timeout"'),
+    argument("--reason", type=filled, metavar="WORD", help='those with this lastError, such as "timeout"'),
     argument("--dry-run", action="store_true", help="change nothing, but say how many there are, and of what"),
 )
 
@@ -69,7 +69,7 @@ async def _follow(client: Client, args: argparse.Namespace, which: dict[str, Any
     return show(args, {"retried": done})
 
 
-@asking(*_WHICH, argument("--note", required=True, metavar="TEXT", help="why nobody wants them"), JSON)
+@asking(*_WHICH, argument("--note", type=filled, required=True, metavar="TEXT", help="why nobody wants them"), JSON)
 async def discard(client: Client, args: argparse.Namespace) -> int:
     """Marks one dead delivery, or those of an operator, as wanted by nobody."""
     which = _which(args, "discard") | {"note": args.note}
@@ -90,9 +90,14 @@ def _which(args: argparse.Namespace, verb: str) -> dict[str, Any]:
             "the others that choose, and --dry-run, only with --operator"
         )
     now_at = Clock().wall_ms()
+    options = {name: "--" + name.replace("_", "-") for name in _FILTERS}
+    read = {name: times.read(getattr(args, name), option, now_at) for name, option in options.items()}
+    for since, until in (("since", "until"), ("ended_since", "ended_until")):
+        first, last = read[since], read[until]
+        if first is not None and last is not None and first > last:
+            raise Usage(f"{options[since]}: must not be later than {options[until]}")
     names = {"since": "since", "until": "until", "ended_since": "endedSince", "ended_until": "endedUntil"}
-    read = {names[name]: times.read(getattr(args, name), "--" + name.replace("_", "-"), now_at) for name in _FILTERS}
-    which: dict[str, Any] = {name: rfc3339(at) for name, at in read.items() if at is not None}
+    which: dict[str, Any] = {names[name]: rfc3339(at) for name, at in read.items() if at is not None}
     return which | ({"reason": args.reason} if args.reason else {})
 
 

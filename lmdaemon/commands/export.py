@@ -22,9 +22,9 @@ import msgspec
 from lmdaemon import rights
 from lmdaemon.clock import Clock
 from lmdaemon.commands import times
-from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file
+from lmdaemon.commands.arguments import FORCE, OF_OPERATOR, argument, command, file, filled
 from lmdaemon.commands.chain import SUFFIX, Chain, chained
-from lmdaemon.commands.configured import configured
+from lmdaemon.commands.configured import configured, tell_unknown
 from lmdaemon.commands.files import (
     Inode,
     check_source,
@@ -95,8 +95,8 @@ class Told:
 
 @command(
     OF_OPERATOR,
-    argument("--player", metavar="ID", help="of this player only"),
-    argument("--session", metavar="ID", help="with this id only"),
+    argument("--player", type=filled, metavar="ID", help="of this player only"),
+    argument("--session", type=filled, metavar="ID", help="with this id only"),
     times.since("those that ended"),
     times.until("those that ended"),
     argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV"),
@@ -277,6 +277,8 @@ def _report(
         say(f"lmdaemon: what ended before {rfc3339(pruned_at)} is pruned (database.keep_ended): it may be missing")
     if told.pending:
         say(f"lmdaemon: {told.pending} deliveries are still pending: what becomes of them is not in here")
+    if not told.sessions:
+        tell_unknown(args.operator, settings.operators)
     if args.output is None:
         return
     if args.json:

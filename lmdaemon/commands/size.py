@@ -13,7 +13,7 @@ from typing import Any
 from lmdaemon.commands.arguments import JSON, argument, command, count, file, seconds
 from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import ADMINISTRATION, configured
-from lmdaemon.commands.shared import STOPPED, Failed, print_json, say
+from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import in_bytes
 from lmdaemon.workbench import sizing
@@ -45,7 +45,7 @@ async def _size(args: argparse.Namespace, settings: Settings, directory: Path) -
         free_bytes = shutil.disk_usage(directory).free
         costs = await sizing.measure(directory, args.measure, lambda step: say(step, "INFO"))
     except (SizingError, OSError) as error:
-        raise Failed(f"size: {directory}: {error}") from error
+        raise Failed(f"size: {directory}: {reason(error)}") from error
     keep_s = args.keep_ended or int(settings.keep_ended_s)
     found = needed(costs, args.sessions, args.heartbeat, args.length, keep_s) | {"freeBytes": free_bytes}
     ends = await _ends_of_last_hour(settings)

@@ -14,7 +14,7 @@ from msgspec import inspect
 
 from lmdaemon.dialects import BadNotice, json_object, without_mark
 from lmdaemon.model import ID_MAX, id_problem
-from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, BulkOpen, BulkTouch, OpeningOfMany, Request
+from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, PLAIN, BulkOpen, BulkTouch, OpeningOfMany, Request
 
 BODY_MAX = 64 * 1024
 SHOWN_MAX = 40  # characters of a value in an error
@@ -135,6 +135,9 @@ def _rule(kind: inspect.Type) -> str:
             return f"must be an integer from {kind.ge} to {kind.le}"
         case inspect.LiteralType():
             return f"must be one of {', '.join(map(str, kind.values))}"
+        case inspect.StrType(max_length=int(most)):
+            plain = ", none of them a control character" if kind.pattern == PLAIN else ""
+            return f"must be a string of {kind.min_length or 0} to {most} characters{plain}"
         case inspect.StrType():
             return "must be a string"
     return "must be an object"

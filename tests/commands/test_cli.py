@@ -42,6 +42,7 @@ from processes import process
 from support import scripted_operator
 
 from lmdaemon import __version__
+from lmdaemon.commands.cli import parser
 from lmdaemon.store.sqlite.file import MIGRATIONS
 
 
@@ -817,6 +818,60 @@ def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"lmdaemon: {problem}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["find", ""],
+        ["sessions", "list", ""],
+        ["sessions", "list", "acme", "--player", ""],
+        ["sessions", "show", "acme", ""],
+        ["sessions", "export", "--operator", ""],
+        ["sessions", "export", "--player", ""],
+        ["sessions", "export", "--session", ""],
+        ["deliveries", "list", "--operator", ""],
+        ["deliveries", "list", "--sink", ""],
+        ["deliveries", "show", ""],
+        ["deliveries", "retry", ""],
+        ["deliveries", "retry", "--operator", "acme", "--reason", ""],
+        ["deliveries", "discard", "--operator", "acme", "--note", ""],
+        ["hold", "acme", "--note", ""],
+        ["release", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_argument_is_refused_and_never_means_all(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable in a script that is not set."""
+    with pytest.raises(SystemExit) as refused:
+        parser().parse_args(words)
+    assert refused.value.code == 2
+    assert "must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["deliveries list", "sessions export"])
+def test_an_operator_that_is_not_configured_is_told_of_an_empty_result(lm: Running, command: str) -> None:
+    """It may be misspelt; it is no error, since an operator that has left the file keeps its rows."""
+    done = lm(*command.split(), "--operator", "acmee")
+    assert done.returncode == 0
+    said = "lmdaemon: no operator of this name is configured (got 'acmee') (did you mean 'acme'?)\n"
+    assert done.stderr == said
+
+
+@pytest.mark.parametrize("option", ["", "ended-"])
+def test_a_period_that_ends_before_it_begins_is_refused(lm: Running, option: str) -> None:
+    words = ["--operator", "acme", f"--{option}since", "1h ago", f"--{option}until", "2h ago"]
+    for command in (["retry", "--dry-run"], ["discard", "--note", "x"]):
+        done = lm("deliveries", *command, *words)
+        assert done.returncode == 2
+        assert f"--{option}since: must not be later than --{option}until" in done.stderr
+
+
+def test_a_note_that_cannot_be_shown_is_refused_with_the_rule(lm: Running) -> None:
+    for note in ("x" * 257, "two\nlines"):
+        done = lm("hold", "other", "--note", note)
+        assert done.returncode == 1
+        assert "note: must be a string of 1 to 256 characters, none of them a control character" in done.stderr
 
 
 def test_lists_are_of_a_period_where_asked(lm: Running) -> None:

@@ -72,3 +72,9 @@ async def test_a_running_daemon_is_asked_for_the_ends_of_the_last_hour(tmp_path:
         settings = load(tmp_path / "asked.toml", f'[api]\nlisten = "{address}"\n')
         assert await size._ends_of_last_hour(settings) == 2
     assert await size._ends_of_last_hour(settings) is None
+
+
+def test_a_place_that_cannot_be_judged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    done = run("size", "--sessions", "10", "--heartbeat", "10s", "--directory", "/nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "lmdaemon: size: /nowhere: No such file or directory\n")

@@ -9,6 +9,7 @@ times its slots (under way, read ahead, not stored yet), and never send inside a
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -28,6 +29,7 @@ from lmdaemon.store.contract import Claim, Settled, Settlement, Store, StoreErro
 STORE_RETRY_S = 1.0
 INTERRUPTED = "the daemon ended before it had the answer; the operator may have received this"
 DRAIN_EXTRA_S = 5.0
+ASK_EXTRA_S = 5.0  # for a probe by another daemon to begin, and for its answer to arrive
 
 log = Log("delivery")
 
@@ -52,6 +54,7 @@ class Dispatcher(StoreObserver):
         self._in_flight: dict[tuple[str, str], set[int]] = {}
         self._agenda = Agenda()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: set[asyncio.Task[None]] = set()  # to other daemons
         self._crash: BaseException | None = None
         self._running = False
         self.pulse = Pulse(clock.monotonic, observer)
@@ -302,9 +305,15 @@ class Dispatcher(StoreObserver):
     async def probe(self, operator: str) -> str | None:
         """Attempts the earliest pending delivery to the operator's URL now, whatever keeps it back, and stores the
         result. Returns its public id; None when there is none that is not under way already. Raises StoreError.
+
+        For an operator that another daemon owns, that one does it.
         """
         lane = self._lanes.get((operator, HTTP_SINK))
-        if lane is None or not lane.slots:
+        if lane is None:
+            return None
+        if not lane.is_owned:
+            return await self._store.ask_owner(operator, "probe", lane.policy.timeout_s + ASK_EXTRA_S) or None
+        if not lane.slots:
             return None
         if not lane.ahead:
             (found,) = await self._store.claimable([Claim(operator, HTTP_SINK, [*lane.in_flight], 1)])
@@ -317,6 +326,18 @@ class Dispatcher(StoreObserver):
         self._tasks.add(task)
         await asyncio.shield(task)  # whoever asked may leave
         return row.webhook_id
+
+    def probe_asked(self, number: int, operator: str) -> None:
+        """Probes an operator for another daemon (StoreObserver)."""
+        task = asyncio.create_task(self._answer_probe(number, operator))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer_probe(self, number: int, operator: str) -> None:
+        with suppress(StoreError):  # whoever asked is told that nobody answers
+            lane = self._lanes.get((operator, HTTP_SINK))
+            found = await self.probe(operator) if lane is not None and lane.is_owned else None
+            await self._store.answer_probe(number, found or "")
 
     async def _read(self, ready: Sequence[Lane], now_at: int) -> None:
         """Reads as many due rows as each lane wants, and starts those that have a slot. Raises StoreError."""
@@ -453,6 +474,8 @@ class Dispatcher(StoreObserver):
 
     async def drain(self, within_s: float) -> None:
         """Waits for attempts in flight, for `within_s` at most. The others are cancelled and sent again later."""
+        for answer in self._answers:
+            answer.cancel()
         if not self._tasks:
             return
         log.info("delivery.draining", in_flight=len(self._tasks))

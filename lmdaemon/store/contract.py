@@ -386,6 +386,12 @@ class Claim(NamedTuple):
     limit: int
 
 
+# -- what only the daemon that owns an operator can do
+
+# Try its next delivery now; let its ends wait no longer
+Wish = Literal["probe", "release_ends"]
+
+
 # -- events after a commit
 
 
@@ -412,6 +418,11 @@ class StoreObserver:
 
     def ownership_changed(self, operator: str) -> None:
         """This daemon owns the operator from now on, or no longer: see `Store.owns`."""
+
+    def probe_asked(self, number: int, operator: str) -> None:
+        """Another daemon was asked for a probe of an operator that this one owns: to be answered by
+        `Store.answer_probe`.
+        """
 
     def wall_clock_set_back(self) -> None:
         """The wall clock was set back, and stored waits were moved with it."""
@@ -476,6 +487,14 @@ class Store(Protocol):
         deliver for it when it has been told this; without it, after a minute.
         """
 
+    async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
+        """Has another daemon, which owns the operator, do something, and returns its answer. Raises StoreError when
+        there is none within `within_s`.
+        """
+
+    async def answer_probe(self, number: int, webhook_id: str) -> None:
+        """Answers another daemon with the id of the delivery that was tried, or with nothing when none waits."""
+
     async def daemons(self) -> Sequence[Member]:
         """The daemons on the database, this one included."""
 
@@ -498,7 +517,7 @@ class Store(Protocol):
         they do not wait.
         """
 
-    def release_ends(self, operator: str) -> bool:
+    async def release_ends(self, operator: str) -> bool:
         """Lets the operator's ends for inactivity wait no longer. They can wait again only after touches have come
         again. Returns whether they waited.
         """

@@ -11,7 +11,7 @@ from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, Member
 from lmdaemon.store import silence
-from lmdaemon.store.contract import Figures, SinksOf, StoreObserver
+from lmdaemon.store.contract import Figures, SinksOf, StoreError, StoreObserver, Wish
 from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
 from lmdaemon.version import __version__
 
@@ -121,8 +121,18 @@ class Projection:
         now_ms = self.service_clock.now_ms()
         return silence.waits_until(pause, self.touched_ms.get(operator), now_ms, self.grace_ms)
 
-    def release_ends(self, operator: str) -> bool:
+    async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
+        """Has the daemon that owns the operator do something (Store.ask_owner). Here there is no other."""
+        raise StoreError(f"no other daemon owns {operator}")
+
+    async def answer_probe(self, number: int, webhook_id: str) -> None:
+        """Answers another daemon (Store.answer_probe). Here there is no other."""
+
+    async def release_ends(self, operator: str) -> bool:
         """Lets the operator's ends for inactivity wait no longer (Store.release_ends)."""
+        return self._release_ends(operator)
+
+    def _release_ends(self, operator: str) -> bool:
         waited = self.waits_until_ms(operator) is not None
         if waited:
             self._pauses[operator] = self._pauses[operator]._replace(released=True)

@@ -109,7 +109,7 @@ class Administration:
     async def release(self, asked: Asked[None]) -> shapes.ChangedOperator:
         """POST /v1/operators/{operator}/release."""
         asker = self._context.asker(asked.request)
-        ends_released = self._store.release_ends(asked.operator.name)
+        ends_released = await self._store.release_ends(asked.operator.name)
         if ends_released:
             by, request_id = asker
             log.info("operator.ends_released", operator=asked.operator.name, by=by, request_id=request_id)

@@ -30,6 +30,8 @@ class Seen:
         self._store = store
         self.owned = owned
         self.let_gone: list[str] = []
+        self.other: Dispatcher
+        self.answer: asyncio.Future[str]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -39,6 +41,17 @@ class Seen:
 
     def let_go(self, operator: str) -> None:
         self.let_gone.append(operator)
+
+    async def ask_owner(self, operator: str, wish: str, within_s: float) -> str:
+        assert wish == "probe"
+        asked: Any = self.other._store
+        asked.answer = asyncio.get_running_loop().create_future()
+        self.other.probe_asked(1, operator)
+        async with asyncio.timeout(within_s):
+            return await asked.answer
+
+    async def answer_probe(self, number: int, webhook_id: str) -> None:
+        self.answer.set_result(webhook_id)
 
 
 class Daemons:
@@ -51,8 +64,9 @@ class Daemons:
             Dispatcher(seen, clock, sender, Random(7))  # type: ignore[arg-type]
             for seen, sender in zip(self.seen, senders, strict=True)
         ]
-        for one in self.both:
+        for one, seen in zip(self.both, reversed(self.seen), strict=True):
             one.configure(settings, {})
+            seen.other = one
 
     def hand_over(self, to: int) -> None:
         for seen, dispatcher in zip(self.seen, self.both, strict=True):
@@ -192,6 +206,19 @@ async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClo
         assert both.both[1].in_flight == 1
         await both.rounds()
         assert retry.breaker(both.store.gate("acme"), clock.wall_ms()) == "closed"
+
+
+async def test_a_probe_asked_of_any_daemon_is_made_by_the_owner(tmp_path: Path, clock: HandClock) -> None:
+    """Also while the operator is held, and by no other."""
+    async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
+        await both.end("s")
+        await both.store.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))
+        owner, other = both.both
+        found = await other.probe("acme")
+        assert found == operator.received[0].headers["webhook-id"]
+        assert await other.probe("acme") is None
+        assert await other.probe("nobody") is None
+        assert (owner.in_flight, other.in_flight, len(operator.received)) == (0, 0, 1)
 
 
 async def test_only_the_owner_tells_that_touches_have_stopped(tmp_path: Path, clock: HandClock) -> None:

@@ -17,8 +17,9 @@ import psycopg
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Gate, Member, Session
-from lmdaemon.store.contract import Figures, Operation, Probe, StoreError, Sweep, Swept
-from lmdaemon.store.postgres import members
+from lmdaemon.store.contract import Figures, Operation, Probe, StoreError, Sweep, Swept, Wish
+from lmdaemon.store.postgres import asking, members
+from lmdaemon.store.postgres.asking import Question
 from lmdaemon.store.postgres.batch import GATE, NEXT, Batch, Place, Present, fetch_all
 from lmdaemon.store.postgres.company import NOW, OTHERS, Company, Seen, seen
 from lmdaemon.store.postgres.deadlines import Deadlines
@@ -37,6 +38,7 @@ IDLE_BEAT_S = 2.5  # the same while none is
 BEAT_MIN_S = 0.02  # between two beats, when deadlines follow each other closely
 BEAT_AFTER_S = 0.002  # behind a deadline of the others' operators
 LOOK_S = 0.2  # between two looks at what others have done
+RELEASE_S = 5.0  # for the owner of an operator to let its ends go on
 TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
 WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)  # for others to hear past a deadline, before it is given up for now
 BLOCK = 10_000  # numbers of sessions that are taken at a time, as schema.sql says; more than a batch can use
@@ -59,9 +61,9 @@ FROM lmdaemon.figure WHERE member <> %s GROUP BY operator"""
 OPERATORS = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator"
 # Numbers for the next sessions.
 NEXT_BLOCK = "SELECT nextval('lmdaemon.session_block')"
-# What others have done: who is there, whether owners and gates have changed, and the others' figures.
+# What others have done: who is there, what they ask, whether owners and gates have changed, and the others' figures.
 LOOK = f"""
-SELECT {NOW}, {OTHERS}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
+SELECT {NOW}, {OTHERS}, {asking.UNANSWERED}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
        (SELECT coalesce(sum(version), 0)::bigint FROM lmdaemon.operator),
        (SELECT json_agg(to_json(f))::text FROM ({OTHERS_FIGURES}) AS f (o, l, p, d, opened, made, touched))"""
 # When the earliest pending delivery is due, by operator and sink: a step in the index for each sink.
@@ -126,6 +128,7 @@ class Shared(Verbs):
         self._must_look = asyncio.Event()
         self._must_beat = asyncio.Event()
         self._looking = asyncio.Lock()
+        self._answering: set[int] = set()  # questions of others that this daemon sees to
         self._epochs = 0  # sum of all owners' numbers
         self.expulsions = 0  # daemons that this one has put out
 
@@ -345,7 +348,8 @@ class Shared(Verbs):
     async def look_for_ever(self) -> None:
         """Finds out what the others have done."""
         while True:
-            wait_s = None if not self._company.others else LOOK_S if self.live else IDLE_BEAT_S
+            is_busy = self.live or any(one.pending for one in self.figures.values())
+            wait_s = None if not self._company.others else LOOK_S if is_busy else IDLE_BEAT_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._must_look.wait()
@@ -368,6 +372,7 @@ class Shared(Verbs):
             if found.versions != sum(self._versions.values()):
                 self._take_gates(await self._reads.read(_gates))
             await self._find_what_others_did(before)
+            await self._see_to(found.asked)
             await self._look_after_owners(member or 0, found.epochs)
             await self._put_out_who_is_gone(member or 0)
 
@@ -413,6 +418,45 @@ class Shared(Verbs):
                 for observer in self.observers:
                     if due_at is not None:
                         observer.delivery_due(operator, sink, due_at)
+
+    async def _see_to(self, asked: list[Question]) -> None:
+        """Does what other daemons ask of this one, because it owns an operator."""
+        self._answering &= {question.number for question in asked}
+        for number, operator, what in asked:
+            if number in self._answering or not self.owns(operator):
+                continue
+            self._answering.add(number)
+            if what == "release_ends":
+                await self._reads.read(asking.answer, number, "yes" if self._release_ends(operator) else "")
+                continue
+            for observer in self.observers:
+                observer.probe_asked(number, operator)
+
+    async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
+        number = await self._reads.read(asking.ask, operator, wish)
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._answer_to(number)
+        except TimeoutError:
+            raise StoreError(f"the daemon that owns {operator} has not answered within {within_s:g} s") from None
+        finally:
+            with suppress(StoreError):
+                await self._reads.read(asking.forget, number)
+
+    async def _answer_to(self, number: int) -> str:
+        while True:
+            answer = await self._reads.read(asking.answer_to, number)
+            if answer is not None:
+                return answer
+            await asyncio.sleep(asking.ANSWER_S)
+
+    async def answer_probe(self, number: int, webhook_id: str) -> None:
+        await self._reads.read(asking.answer, number, webhook_id)
+
+    async def release_ends(self, operator: str) -> bool:
+        if operator not in self.pausing or self.owns(operator):
+            return self._release_ends(operator)
+        return bool(await self.ask_owner(operator, "release_ends", RELEASE_S))
 
     async def _find_deadlines(self, operators: list[str]) -> None:
         if not operators:
@@ -483,6 +527,7 @@ class _Look(NamedTuple):
     """`versions` and `epochs` are the sums of all gates' and all owners' numbers."""
 
     seen: Seen
+    asked: list[Question]
     epochs: int
     versions: int
     parts: dict[str, Part]
@@ -526,9 +571,10 @@ def who_is_there(sql: Connection, member: int | None) -> Seen:
 def _look(sql: Connection, member: int | None) -> _Look:
     row = sql.execute(LOOK, (member, member)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
-    at, others, hold_until_ms, epochs, versions, figures = row
+    at, others, hold_until_ms, asked, epochs, versions, figures = row
+    questions = [Question(*one) for one in orjson.loads(asked or "[]")]
     parts = {one["o"]: Part(*list(one.values())[1:]) for one in orjson.loads(figures or "[]")}
-    return _Look(seen(at, others, hold_until_ms), epochs, versions, parts)
+    return _Look(seen(at, others, hold_until_ms), questions, epochs, versions, parts)
 
 
 def _gates(sql: Connection) -> list[tuple[Any, ...]]:

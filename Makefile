@@ -16,7 +16,7 @@
 # make demo    a daemon, an operator that goes down and comes back, and 200 players, on this machine
 # make night SITUATION=slow   plays a situation of a night on call and hands over a shell (docs/operating.md, "The night's
 #              questions"); without one, lists them
-# make manual  write docs/check.md anew from the checks
+# make manual  write docs/check.md anew from the checks; make screenshots: the pictures of docs/console.md
 # make clean   remove what these made
 # make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
 # make deb     the same as a Debian package, in dist/
@@ -41,7 +41,7 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS)
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo night test test-newest runbook constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
+.PHONY: run demo night test test-newest runbook screenshots constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
 	bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
@@ -74,6 +74,13 @@ test-newest:
 # The runbook that the console shows, after a change to docs/operating.md.
 runbook:
 	$(PYTHON) tests/helpers/runbook.py
+
+# The pictures of docs/console.md, in a browser (chromium): the same pages that the tests look at.
+SHOWN = overview operator delivery-dark dialog operator-400
+screenshots: $(VENV)/.test
+	rm -rf build/pictures && mkdir -p build/pictures docs/console
+	PICTURES=$(CURDIR)/build/pictures $(BIN)/python -m pytest -q tests/web/test_console_pictures.py -k never_seen
+	for name in $(SHOWN); do cp build/pictures/$$name.png docs/console/; done
 
 # constraints.txt of today, to be committed when everything was tested with it.
 constraints:

@@ -65,8 +65,8 @@ async def sign_in(page: "Page", url: str, token: str = TOKEN) -> None:
     await expect(page.get_by_role("heading", name="Overview")).to_be_visible()
 
 
-async def end(d: Serving, session: str, player: str = "p") -> None:
-    url = f"{d.api}/v1/operators/acme/sessions/{quote(session, safe='')}"
+async def end(d: Serving, session: str, player: str = "p", operator: str = "acme") -> None:
+    url = f"{d.api}/v1/operators/{operator}/sessions/{quote(session, safe='')}"
     async with d.client.put(
         url, json={"playerId": player, "token": "of-the-player-x7"}, headers=bearer(TOKEN)
     ) as answer:

@@ -31,8 +31,6 @@ export const faint = (...text) => h("p", { class: "faint" }, text);
 
 export const row = (...children) => h("div", { class: "row" }, children);
 
-const two = (number) => String(number).padStart(2, "0");
-
 // A wall time in UTC, with the local time in its title; null shows a dash.
 export function time(text) {
   if (!text) return "–";
@@ -43,15 +41,8 @@ export function time(text) {
   return h("time", { datetime: text, title: `${utc}, here ${at.toLocaleString()}` }, shown);
 }
 
-// Words of the daemon: the times in them are shown as all others, with the date.
-export function prose(text) {
-  return text.split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/).map((piece, at) => {
-    if (at % 2 === 0) return piece;
-    const shown = time(piece);
-    shown.textContent = piece.slice(0, 10) + " " + piece.slice(11);
-    return shown;
-  });
-}
+// Words of the daemon, with the times in them as all others are shown.
+export const prose = (text) => text.split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/).map((piece, at) => (at % 2 ? when(piece) : piece));
 
 // A wall time, and how far from now it is.
 export function when(text) {
@@ -64,10 +55,11 @@ export function when(text) {
 export function span(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   const whole = Math.round(seconds);
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${two(whole % 60)} s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
-  return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+  for (const [size, unit, next, small] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
+    const rest = Math.floor((whole % size) / next);
+    if (whole >= size) return `${Math.floor(whole / size)} ${unit}` + (rest ? ` ${rest} ${small}` : "");
+  }
+  return `${whole} s`;
 }
 
 export const count = (number) => (number === null || number === undefined ? "–" : number.toLocaleString("en"));

@@ -30,12 +30,16 @@ function heading(place, text, title) {
 
 const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.pending / 1e3;
 
-function keptBack(one) {
-  if (one.keptBack) return h("span", { class: one.held ? "warn" : "bad" }, prose(one.keptBack));
-  return one.notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
+function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefore, keptBack: why, notify }) {
+  if (held) return h("span", { class: "warn" }, "held since ", when(heldSince));
+  if (why && breaker !== "closed") return h("span", { class: "bad" }, `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
+  if (why) return h("span", { class: "bad" }, "asked to be left alone until ", when(notBefore));
+  return notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
 }
 
 // -- overview
+
+const figuresOf = ({ dead, pending, oldestPendingSeconds: oldest }) => (dead === undefined ? "" : `${count(dead)} dead, ${count(pending)} pending` + (oldest ? `, the oldest ${span(oldest)} old` : ""));
 
 let shownAt = 0;
 
@@ -48,7 +52,7 @@ async function overview(place, parts, asked) {
   put(place, "health",
     h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      h("p", {}, state(check.status), " ", h("strong", {}, name), check.output ? [": ", prose(check.output)] : ""),
+      h("p", {}, state(check.status), " ", h("strong", {}, name), ": ", name === "operators" ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
       h("p", {}, link("What it means and what to do", "runbook", "health: " + name)))));
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
@@ -197,11 +201,14 @@ async function session(place, [name, id]) {
 // -- deliveries
 
 function deliveryTable(items, box) {
-  const heads = ["Delivery", "State", "Operator", "Session", "Sink", ["Attempts", "number"], "Created", "Next attempt", "Last answer"];
+  const heads = ["Delivery", "State", "Last answer", ["Attempts", "number"], "Next attempt", "Created", "Session", "Operator", "Sink"];
   return table("Deliveries", box ? ["Select", ...heads] : heads,
     items.map((one) => {
-      const cells = [h("span", { class: "id" }, link(one.id, "delivery", one.id)), [state(one.state), one.discarded ? ", discarded" : ""], operatorLink(one), sessionLink(one), one.sink,
-        count(one.attempts), time(one.createdAt), time(one.nextAttemptAt), [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ")];
+      const id = link(one.id.slice(0, 14) + "…", "delivery", one.id);
+      id.title = one.id;
+      const answer = [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ");
+      const cells = [h("span", { class: "id" }, id), [state(one.state), one.discarded ? ", discarded" : ""], answer,
+        count(one.attempts), time(one.nextAttemptAt), time(one.createdAt), sessionLink(one), operatorLink(one), one.sink];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
 }
@@ -259,9 +266,9 @@ async function delivery(place, [id]) {
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     one.state === "dead" && row(act.retrySome(new Set([id]), "Retry"), act.discardSome(new Set([id]), "Discard", one.discarded ? "It is discarded." : "")));
   put(place, "attempts", h2("Attempts, the oldest first"),
-    table("Attempts", ["Time", ["Took", "number"], "Sent to", ["Status", "number"], ["Code", "number"], "Reason", "Answer"],
-      one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, [each.url, each.address ? ` (${each.address})` : ""], each.status ?? "–", each.code ?? "–",
-        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–"]), "Not tried yet."));
+    table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], ["Reason", "wide"], ["Answer", "wide"], ["Sent to", "wide"]],
+      one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
+        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
   const kept = one.request?.body === null ? "The body is no longer kept, once it was delivered; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
   put(place, "request", h2("Request"),
     one.request ? [h("pre", {}, one.request.curl), faint(kept)] : faint("Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything at once on this machine, with made-up players (make demo): a daemon, an operator that goes down for ten
-# seconds and comes back, and game servers with 200 players. At the end each side says what it makes of the other.
+# seconds and comes back, and game servers with 200 players. At the end each side says what it makes of the other. On a
+# terminal it then waits, so that you can look around in the console. Ctrl-C ends it sooner, with what was seen so far.
 #   LMDAEMON=command  DEMO=directory  PLAYERS=200  DURATION=30s  DOWN=10s  LATE=1s (how late an end may be)
 #   PORT, API_PORT and OPERATOR_PORT, 18080 to 18082
 set -eu
@@ -24,8 +25,11 @@ concurrency = 16
 EOF
 
 children=
-trap 'kill $children 2>/dev/null || :' EXIT
-trap 'exit 1' INT TERM
+trap 'kill $children 2>/dev/null || :; wait' EXIT
+trap 'exit 1' TERM
+broken=0
+interrupted=no
+trap 'interrupted=yes broken=1' INT # Ctrl-C reaches everybody; each ends by itself and reports
 $lmdaemon simulate operator --listen "127.0.0.1:$operator" --script "count 100: down ${DOWN:-10s}; 2%: status 503" \
     --schedule 1s,2s,4s,4s,4s,4s,4s,4s --journal "$demo/journal.jsonl" >"$demo/operator.txt" 2>&1 &
 children=$!
@@ -33,21 +37,33 @@ operator_pid=$!
 $lmdaemon --config "$demo/config.toml" serve >"$demo/daemon.log" 2>&1 &
 children="$children $!"
 until $lmdaemon --config "$demo/config.toml" status >/dev/null 2>&1; do
+    [ $interrupted = no ] || exit 1
     kill -0 $! 2>/dev/null || { cat "$demo/daemon.log" >&2; exit 1; }
     sleep 0.2
 done
 
-echo "The daemon: http://127.0.0.1:$api/health and /metrics; its log: $demo/daemon.log"
-echo "The operator, live: http://127.0.0.1:$operator/ and tail -f $demo/operator.txt"
-echo
-echo "== The game servers (lmdaemon simulate provider casino)"
-broken=0
+cat <<EOF
+Open the console: http://127.0.0.1:$api/console/
+  First all is well. At its hundredth notice the operator "casino" goes down for ${DOWN:-10s}: its deliveries wait, the breaker opens,
+  and the overview says since when and when it is tried next. When it is back, everything that waited arrives.
+The daemon: http://127.0.0.1:$api/health and /metrics; its log: $demo/daemon.log
+The operator, live: http://127.0.0.1:$operator/ and tail -f $demo/operator.txt
+
+== The game servers (lmdaemon simulate provider casino)
+EOF
 $lmdaemon --config "$demo/config.toml" simulate provider casino --players "${PLAYERS:-200}" --duration "${DURATION:-30s}" \
     --play 8s --heartbeat 1s --idle 3 --late "${LATE:-1s}" || broken=1
-echo
-echo "== The daemon (lmdaemon status)"
-$lmdaemon --config "$demo/config.toml" status
-kill -TERM $operator_pid
+if [ $interrupted = no ]; then
+    echo
+    echo "== The daemon (lmdaemon status)"
+    $lmdaemon --config "$demo/config.toml" status || broken=1
+fi
+if [ -t 0 ] && [ $interrupted = no ]; then
+    echo
+    printf 'Look around in the console as long as you like; Enter ends it. '
+    read -r _ || :
+fi
+[ $interrupted = yes ] || kill -TERM $operator_pid
 wait $operator_pid || broken=1
 echo
 echo "== The operator (lmdaemon simulate operator)"

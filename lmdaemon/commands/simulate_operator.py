@@ -151,6 +151,10 @@ def _print_verdict(end: dict[str, object]) -> None:
     counts = end["counts"]
     assert isinstance(counts, dict)  # noqa: S101 - it was made here
     print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    waiting = end["neverAccepted"]
+    assert isinstance(waiting, list)  # noqa: S101
+    if waiting:
+        print(f"Never answered with success: {', '.join(map(line, waiting))}")
     for name in ("missed", "evidence"):
         found = end[name]
         assert isinstance(found, list)  # noqa: S101

@@ -163,7 +163,8 @@ def _print_report(report: Mapping[str, Any], promises: Mapping[str, str]) -> Non
             print(f"{promise}: {times_broken} ({promises[promise]})")
     for one in report["evidence"]:
         print(f"  {line(one)}")
-    print("Verdict: every promise was kept" if report["good"] else "Verdict: a promise was BROKEN")
+    verdict = "every promise was kept" if report["good"] else "a promise was BROKEN"
+    print(f"Verdict{', of what was seen so far' if report['counts'].get('interrupted') else ''}: {verdict}")
 
 
 def _words(name: str) -> str:

@@ -230,5 +230,6 @@ def verdict(journal: Journal, expected: Mapping[str, Span]) -> dict[str, Any]:
         "good": not wrong,
         "counts": {name: journal.tally.get(name, 0) for name in COUNTED},
         "missed": wrong,
+        "neverAccepted": [session for session, told in journal.sessions.items() if not told.accepted][:EVIDENCE_MAX],
         "evidence": journal.evidence,
     }

@@ -91,28 +91,49 @@ def test_the_endpoints_stay_short() -> None:
         assert len(code) <= 50, name
 
 
-def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> None:
-    """Made small, and without a limit on how late a busy machine may be."""
+def demonstration(directory: Path, **sizes: str) -> "subprocess.Popen[str]":
+    """Begins it, in a process group of its own and without a limit on how late a busy machine may be."""
     server, api, operator = map(str, free_ports(3))
-    done = subprocess.run(
+    return subprocess.Popen(
         ["sh", EXAMPLES / "demo.sh"],
-        cwd=tmp_path,
+        cwd=directory,
         env=environment(
             LMDAEMON=f"{sys.executable} -m lmdaemon",
-            DEMO=str(tmp_path / "demo"),
-            PLAYERS="40",
-            DURATION="2s",
-            DOWN="1s",
+            DEMO=str(directory / "demo"),
             LATE="60s",
             PORT=server,
             API_PORT=api,
             OPERATOR_PORT=operator,
+            **sizes,
         ),
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Verdict: every promise was kept" in done.stdout
-    assert done.stdout.endswith("Verdict: as expected\n")
+
+
+def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> None:
+    with demonstration(tmp_path, PLAYERS="40", DURATION="2s", DOWN="1s") as demo:
+        said, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 0, said
+    assert "/console/" in said
+    assert "Verdict: every promise was kept" in said
+    assert said.endswith("Verdict: as expected\n")
+
+
+def test_the_demonstration_ends_at_ctrl_c_with_what_was_seen(tmp_path: Path) -> None:
+    with demonstration(tmp_path, PLAYERS="10", DURATION="10m", DOWN="1s") as demo:
+        poll(lambda: "attempt 1" in read(tmp_path / "demo" / "operator.txt"))
+        os.killpg(demo.pid, signal.SIGINT)
+        said, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "Verdict, of what was seen so far: every promise was kept" in said
+    assert said.endswith("Verdict: as expected\n")
+    with pytest.raises(ProcessLookupError):  # nobody of it is left
+        os.killpg(demo.pid, 0)
+
+
+def read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""

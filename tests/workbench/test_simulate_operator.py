@@ -25,7 +25,7 @@ from lmdaemon.dialects import SHIPPED
 from lmdaemon.retry import judge
 from lmdaemon.workbench import authority
 from lmdaemon.workbench.bench import changed
-from lmdaemon.workbench.journal import Journal, missed, read_expectations
+from lmdaemon.workbench.journal import Journal, missed, read_expectations, verdict
 from lmdaemon.workbench.notices import Notices
 from lmdaemon.workbench.script import Script, ScriptError, read_text
 from lmdaemon.workbench.stage import Stage
@@ -178,6 +178,16 @@ async def test_a_retry_after_must_be_waited_for() -> None:
     assert played.journal.tally["too_soon"] == 1
 
 
+async def test_sessions_that_were_never_taken_are_named_at_the_end() -> None:
+    async with playing("session *-1: error 100; ok") as played:
+        operator = to(played.url)
+        notices = Notices(operator, run="t")
+        for number in (1, 2):
+            fields = notices.fields(f"s-{number}")
+            await attempt(operator, f"msg_{number}", notices.body(fields))
+    assert verdict(played.journal, {})["neverAccepted"] == ["s-1"]
+
+
 async def test_the_daemon_does_nothing_that_a_simulated_operator_finds_wrong(tmp_path: Path) -> None:
     """Thirty sessions, an operator that fails in many ways, and every end arrives once, in time, with its bytes."""
     (tmp_path / "signing").write_text(SIGNING_SECRET)
@@ -196,6 +206,7 @@ async def test_the_daemon_does_nothing_that_a_simulated_operator_finds_wrong(tmp
             await until(lambda: played.journal.tally["accepted"] == 30, within_s=60)
     counts = played.journal.tally
     assert (counts["sessions"], counts["accepted"]) == (30, 30)
+    assert verdict(played.journal, {})["neverAccepted"] == []
     assert counts["notices"] > 30
     assert missed(counts, {}) == []
 

@@ -346,9 +346,15 @@ class _Sessions:
                 changes.answers.append(self._open_again(new, known))
 
     def _new(
-        self, new: Opening | Recording, *, attributes: str | None = None, extra: str | None = None, lifetime_ms: int = 0
+        self,
+        new: Opening | Recording,
+        *,
+        attributes: str | None = None,
+        extra: str | None = None,
+        lifetime_ms: int = 0,
+        reason: Reason | None = None,
     ) -> Session:
-        """A row for a session that begins now."""
+        """A row for a session that begins now, and ends now if there is a reason."""
         return Session(
             id=self._last_session + 1,
             operator=new.operator,
@@ -362,8 +368,8 @@ class _Sessions:
             seen_ms=self._changes.seen_ms,
             seen_at=self._now,
             lifetime_at=self._now + lifetime_ms if lifetime_ms else None,
-            ended_at=None,
-            reason=None,
+            ended_at=None if reason is None else self._now,
+            reason=reason,
             opened_request=new.request_id if isinstance(new, Opening) else None,
         )
 
@@ -411,8 +417,7 @@ class _Sessions:
             if self._facts is None:  # the session may be known after all
                 raise FactsNeeded
             return refusal
-        known_by_its_end = self._new(new, extra=new.extra)._replace(ended_at=self._now, reason="reported")
-        self._changes.ends.append(self._add(known_by_its_end))
+        self._changes.ends.append(self._add(self._new(new, extra=new.extra, reason="reported")))
         return "ended"
 
     def _record_known(self, new: Recording, session: Session) -> Recorded:
@@ -459,7 +464,8 @@ class _Sessions:
         """Replaces the token of each ended session by what is kept of it, and adds the rows of those in the table."""
         changes = self._changes
         for session, token in zip(changes.ends, tokens, strict=True):
-            self._put(session._replace(token=token))
+            if token != session.token:
+                self._put(session._replace(token=token))
             if not self._is_new(session):
                 seen_ms = session.seen_ms if session.reason == "inactivity" else None
                 changes.ended.append((session.id, session.reason, session.extra, token, seen_ms, session.ended_request))
@@ -609,7 +615,7 @@ class _Deliveries:
     def _alter(self, operator: str, alter: Callable[[Gate], Gate]) -> Gate:
         before = self._gate(operator)
         gate = alter(before)
-        if gate != before:
+        if gate is not before and gate != before:
             self._changes.gates[operator] = gate
         return gate
 

@@ -25,7 +25,7 @@ from lmdaemon.commands.arguments import (
     seconds,
 )
 from lmdaemon.commands.client import ANY, Client, Unreachable
-from lmdaemon.commands.configured import ADMINISTRATION, configured, tell_unknown
+from lmdaemon.commands.configured import ADMINISTRATION, configured, tell_unknown, unknown
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -112,6 +112,7 @@ def asking(*arguments: Argument) -> Callable[[Ask], Command]:
     argument(
         "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="again every so many seconds (default 2)"
     ),
+    OF_OPERATOR,
     argument("--check", action="store_true", help="exit code by health: 0 pass, 3 warn, 4 fail; 1 unreachable"),
     JSON,
 )
@@ -146,11 +147,13 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
         if health["status"] != "fail":
             raise
         say(f"lmdaemon: {error}")  # a daemon that cannot read its store still answers /health
+    if args.operator is not None and operators:
+        operators = _only(args.operator, operators)
     if args.json:
         print_json({"health": health, "operators": operators, "daemons": daemons})
     else:
         print(f"status: {health['status']} (lmdaemon {health.get('version', '?')})")
-        for told in outlook.of_health(health):
+        for told in outlook.of_health(health, is_each_told=bool(operators)):
             print(told)
         print()
         if len(daemons) > 1:
@@ -163,6 +166,14 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
     if args.check:
         return CHECKED.get(health["status"], FAILED)
     return FAILED if health["status"] == "fail" else STOPPED
+
+
+def _only(name: str, operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This one of all operators. Raises Failed."""
+    found = [one for one in operators if one["operator"] == name]
+    if not found:
+        raise Failed(unknown(name, [one["operator"] for one in operators]))
+    return found
 
 
 def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:

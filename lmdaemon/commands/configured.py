@@ -35,5 +35,9 @@ def tell_unknown(operator: str | None, known: Iterable[str]) -> None:
     It is no error: rows of an operator that has left the file are kept.
     """
     if operator is not None and operator not in (names := set(known)):
-        meant = suggestion(operator, names)
-        say(f"lmdaemon: no operator of this name is configured (got {operator!r}){meant}", "WARNING")
+        say(f"lmdaemon: {unknown(operator, names)}", "WARNING")
+
+
+def unknown(operator: str, known: Iterable[str]) -> str:
+    """That there is none of this name, with the one that was probably meant."""
+    return f"no operator of this name is configured (got {operator!r}){suggestion(operator, known)}"

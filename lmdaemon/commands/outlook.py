@@ -24,8 +24,11 @@ _BY_HAND = {
 }
 
 
-def of_health(health: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each check with its figures; below one that does not pass, what is wrong and what can be done."""
+def of_health(health: Mapping[str, Any], *, is_each_told: bool = True) -> Iterator[str]:
+    """A line for each check with its figures; below one that does not pass, what is wrong and what can be done.
+
+    `is_each_told`: `of_operator` follows for each operator, so that the check of operators need not repeat it.
+    """
     checks = [(name, check) for name, found in health.get("checks", {}).items() for check in found]
     width = max((len(name) for name, _ in checks), default=0)
     for name, check in checks:
@@ -33,7 +36,7 @@ def of_health(health: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {line(name).ljust(width)}  {cell(check['status']):4}  {figures}".rstrip()
         if check["status"] == "pass":
             continue
-        for said in str(check.get("output", "")).splitlines() if name != "operators" else ():
+        for said in str(check.get("output", "")).splitlines() if name != "operators" or not is_each_told else ():
             yield from (_INDENT[: width + 10] + line(one) for one in said.split("; "))
         for by_hand in _by_hand(name, check):
             yield f"{_INDENT[: width + 10]}by hand: {by_hand}"

@@ -707,6 +707,16 @@ def test_hold_and_release_are_shown_and_a_held_operator_is_a_warning_only(lm: Ru
     assert json.loads(released.stdout)["held"] is False
 
 
+def test_status_of_one_operator_shows_no_other(lm: Running) -> None:
+    text, document = text_and_json("status", "--operator", "many", cwd=lm.directory)
+    assert [one["operator"] for one in document["operators"]] == ["many"]
+    assert "\nmany " in text.stdout
+    assert "\nother " not in text.stdout
+    done = lm("status", "--operator", "manny")
+    said = "lmdaemon: no operator of this name is configured (got 'manny') (did you mean 'many'?)\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_a_hold_has_a_note_and_an_end_and_says_when_nothing_changes(lm: Running) -> None:
     held = lm("hold", "many", "--note", "they move", "--for", "2h", "--json")
     assert (held.returncode, json.loads(held.stdout)["heldNote"]) == (0, "they move")
@@ -749,7 +759,8 @@ async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_p
 async def test_a_checked_status_exits_by_health(tmp_path: Path, status: str, code: int) -> None:
     answers = [
         web.json_response({"status": status}, content_type="application/health+json"),
-        web.json_response({"items": []}),
+        web.json_response({"items": []}),  # operators
+        web.json_response({"items": []}),  # daemons
     ]
     async with scripted_operator(*answers) as daemon:
         configure(tmp_path, api=daemon.url.split("/")[2])

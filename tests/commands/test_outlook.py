@@ -39,7 +39,10 @@ def test_only_who_falls_behind_is_to_get_more_concurrency() -> None:
 
 
 def test_operators_are_told_once_below_the_table() -> None:
-    assert of("operators", held=["gum"], output="gum: held since …") == ["  operators  warn  held=gum"]
+    check = {"status": "warn", "held": ["gum"], "output": "gum: held since …"}
+    health = {"checks": {"operators": [check]}}
+    assert [*outlook.of_health(health)] == ["  operators  warn  held=gum"]
+    assert [*outlook.of_health(health, is_each_told=False)][1:] == ["                   gum: held since …"]
 
 
 def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:

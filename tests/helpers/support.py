@@ -179,19 +179,19 @@ class Serving:
 
     @property
     def store(self) -> Any:
-        return self.daemon._store
+        return self.daemon._parts.store
 
     @property
     def sites(self) -> dict[str, Any]:
-        return self.daemon._listeners.sites
+        return self.daemon._parts.listeners.sites
 
     @property
     def bounds(self) -> Any:
-        return self.daemon._bounds
+        return self.daemon._parts.bounds
 
     @property
     def sweeper(self) -> Any:
-        return self.daemon._sweeper
+        return self.daemon._parts.sweeper
 
     @property
     def pruner(self) -> Any:
@@ -199,19 +199,19 @@ class Serving:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        return self.daemon._dispatcher
+        return self.daemon._parts.dispatcher
 
     @property
     def plugins(self) -> dict[str, Any]:
-        return self.daemon._reloader.plugins
+        return self.daemon._parts.reloader.plugins
 
     @property
     def metrics(self) -> Any:
-        return self.daemon._metrics
+        return self.daemon._parts.metrics
 
     @property
     def events(self) -> Any:
-        return self.daemon._events
+        return self.daemon._parts.events
 
 
 LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "reloader": {"ground", "config", "plugins"},
     "status": {"ground", "store", "health"},
     "listeners": {"ground", "config", "web"},
-    "daemon": {
+    "parts": {
         "ground",
         "config",
         "plugins",
@@ -70,6 +70,7 @@ MAY_IMPORT = {
         "listeners",
         "trials",
     },
+    "daemon": {"ground", "config", "plugins", "store", "store.open", "status", "parts"},
     "workbench": {"ground", "config", "masks", "delivery"},
     "trials": {"ground", "config", "delivery", "workbench"},  # the workbench, only when a trial is asked for
     "commands": {

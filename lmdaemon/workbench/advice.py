@@ -25,7 +25,8 @@ def of_valid(one: Exchange, operator: Operator) -> str:
     if one.answer is None:
         if one.cause == "tls":
             return _of_tls(one.detail)
-        return _UNANSWERED.get(one.cause, "")
+        step = _UNANSWERED.get(one.cause, "")
+        return f"{step} See also connection.tls." if step and one.asked.url.startswith("https:") else step
     return _of_status(one.answer, operator) or _of_code(one, operator) or _SUCCESS
 
 

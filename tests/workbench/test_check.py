@@ -323,6 +323,27 @@ async def test_our_own_endpoint_over_mutual_tls_leaves_nothing_to_be_warned_of(t
     assert passed["authenticity.anything"] == "by client-certificate"
 
 
+@pytest.mark.parametrize(
+    ("play", "told"),
+    [
+        ("says_nothing", "the handshake was not over within 0.2 s"),
+        ("is_no_http", "WRONG_VERSION_NUMBER"),
+        ("closes", "the server closed the connection during the handshake"),
+    ],
+)
+async def test_a_handshake_that_comes_to_nothing_is_explained(
+    play: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmdaemon.workbench.checks.connection.CONNECT_WITHIN_S", 0.2)
+    async with playing(PLAYS[play]) as url:
+        operator = to(url.replace("http://", "https://"))
+        operator = changed(operator, policy=changed(operator.policy, timeout_s=0.3))
+        report = await Runner(operator, checks=chosen(["connection.tls"], []), limits=QUICK).run()
+    failed = verdicts(report, "fail")
+    assert failed.keys() == {"connection.tls", "answer.valid"}
+    assert told in failed["connection.tls"]
+
+
 async def test_a_certificate_that_fits_no_name_fails_tls_and_skips_the_rest(tmp_path: Path) -> None:
     authority = make(tmp_path, "ca", authority=True)
     stranger = make(tmp_path, "stranger")
@@ -393,11 +414,21 @@ async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     writer.transport.abort()
 
 
+async def closes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """After what came first, with a FIN."""
+
+
+PLAYS = {"says_nothing": says_nothing, "is_no_http": is_no_http, "closes": closes}
+IMPATIENT = (hangs_up, is_no_http)
+
+
 @asynccontextmanager
 async def playing(play: Play) -> AsyncIterator[str]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if play is not hangs_up and play is not is_no_http:
+            if play is closes:
+                await reader.read(1)
+            elif play not in IMPATIENT:
                 await reader.readuntil(b"\r\n\r\n")
             await play(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):

@@ -111,9 +111,7 @@ async def tls(bench: Bench) -> Finding:
         except ssl.SSLCertVerificationError as error:
             return Finding("fail", f"the certificate is not accepted: {error.verify_message}")
         except OSError as error:
-            return Finding(
-                "fail", f"no TLS connection: {getattr(error, 'reason', None) or error.strerror or 'time-out'}"
-            )
+            return Finding("fail", f"no TLS connection: {_why_no_tls(error)}")
         return Finding("pass", version)
     try:
         addresses = await _addresses(bench)
@@ -124,6 +122,14 @@ async def tls(bench: Bench) -> Finding:
     if all(map(private_address, addresses)):
         return Finding("warn", "plain HTTP: whoever can listen in this network reads the players' tokens")
     return Finding("fail", "plain HTTP: whoever listens on the way reads the players' tokens, and may answer instead")
+
+
+def _why_no_tls(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"the handshake was not over within {CONNECT_WITHIN_S:g} s"
+    if isinstance(error, ConnectionError) and not error.strerror:
+        return "the server closed the connection during the handshake"
+    return str(getattr(error, "reason", None) or error.strerror or error)
 
 
 async def certificate_age(bench: Bench) -> Finding:

@@ -1,0 +1,401 @@
+"""Several daemons on one database: one service time, one owner for each operator, and none that acts on old knowledge.
+
+Each has a clock that the test moves. A clock that is not moved is a daemon that is stopped.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+from clocks import HandClock
+from engines import PostgresEngine, own_name
+from operations import BODY, attempt, counted, opening
+from support import until
+
+from lmdaemon.store.contract import NewDelivery, Settlement, StoreObserver
+from lmdaemon.store.postgres import cluster, members, shared
+from lmdaemon.store.postgres.store import Store
+
+OPERATORS = frozenset(f"o{number}" for number in range(8))
+GRACE_MS = 4000
+
+
+class Heard(StoreObserver):
+    """What the loops of a daemon are told. Nothing is ever under way for an operator, unless `busy`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.busy = store, False
+        self.due: list[tuple[str, str]] = []
+        self.gates: list[str] = []
+        self.owners: list[str] = []
+        self.nearer = 0
+
+    def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
+        self.due.append((operator, sink))
+
+    def gate_changed(self, operator: str) -> None:
+        self.gates.append(operator)
+
+    def ownership_changed(self, operator: str) -> None:
+        self.owners.append(operator)
+        if not self.store.owns(operator) and not self.busy:
+            self.store.let_go(operator)
+
+    def deadline_nearer(self) -> None:
+        self.nearer += 1
+
+
+class Daemon:
+    """A store with its loops, as a daemon runs it."""
+
+    def __init__(self, store: Store, clock: HandClock) -> None:
+        self.store, self.clock, self.heard = store, clock, Heard(store)
+        store.observe(self.heard)
+        self.running = asyncio.create_task(store.run())
+
+    @property
+    def mine(self) -> set[str]:
+        return {name for name in OPERATORS if self.store.owns(name)}
+
+    async def stop(self) -> None:
+        """It does nothing more, as one that is stopped or killed."""
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+
+    async def go_on(self) -> None:
+        self.running = asyncio.create_task(self.store.run())
+
+    async def leave(self) -> None:
+        await self.stop()
+        await self.store.close()
+
+
+class Cluster:
+    def __init__(self, engine: PostgresEngine, stack: AsyncExitStack) -> None:
+        self.engine, self._stack = engine, stack
+        self.daemons: list[Daemon] = []
+
+    async def start(self, operators: frozenset[str] = OPERATORS) -> Daemon:
+        clock = HandClock()
+        clock.mono += 17 * len(self.daemons)  # no two machines agree
+        store = await Store.open(self.engine.url, clock, name=own_name())
+        store.configure(operators, lambda session: [NewDelivery("http", BODY)], daemon_grace_ms=GRACE_MS)
+        daemon = Daemon(store, clock)
+        self._stack.push_async_callback(daemon.leave)
+        self.daemons.append(daemon)
+        await store.probe()
+        return daemon
+
+    async def pair(self) -> tuple[Daemon, Daemon]:
+        """Two daemons that share the operators."""
+        one = await self.start()
+        other = await self.start()
+        await until(
+            lambda: one.mine and other.mine and one.mine | other.mine == OPERATORS and not one.mine & other.mine
+        )
+        return one, other
+
+    async def pass_time(self, seconds: float) -> None:
+        """Service time passes for all of them but those that are stopped."""
+        running = [daemon for daemon in self.daemons if not daemon.running.done()]
+        for step in range(1, round(seconds * 20) + 1):
+            for daemon in running:
+                daemon.clock.advance(0.05)
+                daemon.store.service_clock.now_ms()
+            if step % 10 == 0 or step == round(seconds * 20):
+                for daemon in running + running:  # each tells, and learns what the others have told
+                    await daemon.store.probe()
+
+
+@pytest.fixture
+async def together(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
+    monkeypatch.setattr(members, "SHARED", True)
+    monkeypatch.setattr(shared, "BEAT_S", 0.05)
+    monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
+    monkeypatch.setattr(shared, "LOOK_S", 0.05)
+    async with AsyncExitStack() as stack:
+        yield Cluster(postgres_engine, stack)
+
+
+async def ended(daemon: Daemon) -> int:
+    return (await daemon.store.end_due(idle=True)).ended
+
+
+async def settled(*daemons: Daemon) -> bool:
+    """Every operator has an owner, and all that is known of them agrees."""
+    shown = [set(row.operators) for row in await daemons[0].store.daemons()]
+    mine = [daemon.mine for daemon in daemons]
+    return shown == mine and all(mine) and sum(map(len, mine)) == len(OPERATORS)
+
+
+def one_of(daemon: Daemon) -> str:
+    """An operator that this daemon owns."""
+    return sorted(daemon.mine)[0]
+
+
+class TestOwners:
+    """Each operator has one owner, and always one that is there."""
+
+    async def test_operators_are_shared_out_and_each_has_one_owner(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        third = await together.start()
+        await until(lambda: settled(one, other, third))
+        assert [row.is_self for row in await other.store.daemons()] == [False, True, False]
+
+    async def test_one_that_leaves_in_order_hands_over_at_once(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        await other.leave()
+        await until(lambda: one.mine == OPERATORS)
+        assert len(await one.store.daemons()) == 1
+        assert one.store.expulsions == 0
+
+    async def test_an_operator_is_handed_over_when_nothing_of_it_is_under_way(self, together: Cluster) -> None:
+        one = await together.start()
+        one.heard.busy = True
+        other = await together.start()
+        await until(lambda: one.mine != OPERATORS)
+        moving = OPERATORS - one.mine
+        for _ in range(20):
+            await other.store.look()
+        assert other.mine == set()  # attempts of the first one are under way still
+        for operator in moving:
+            one.store.let_go(operator)
+        await until(lambda: other.mine == moving)
+
+    async def test_an_operator_that_one_daemon_alone_knows_stays_there(self, together: Cluster) -> None:
+        """Settings are changed on one machine after the other."""
+        one = await together.start()
+        other = await together.start(frozenset({"o0"}))
+        for _ in range(20):
+            await one.store.look()
+            await other.store.look()
+        assert one.mine | other.mine == OPERATORS
+        assert OPERATORS - {"o0"} <= one.mine
+        other.store.configure(OPERATORS, lambda session: ())
+        await until(lambda: settled(one, other))
+
+
+class TestServiceTime:
+    """Nothing ends while one of them may have a touch in hand."""
+
+    async def test_an_end_waits_until_every_daemon_has_heard_past_the_deadline(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        name = one_of(one)
+        await one.store.open_session(opening(operator=name))
+        await together.pass_time(9)
+        await other.stop()
+        await together.pass_time(4)
+        assert 10_000 < one.store.service_clock.now_ms() < 11_000  # it waits for the other one
+        assert await ended(one) == 0
+        await other.go_on()
+        await together.pass_time(1.2)
+        assert await ended(one) == 1
+
+    async def test_a_touch_through_any_daemon_keeps_a_session_alive(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        name = one_of(one)
+        await one.store.open_session(opening(operator=name))
+        await together.pass_time(8)
+        assert (await other.store.touch(name, ["s"])).touched == 1
+        await together.pass_time(8)
+        await other.store.probe()
+        assert await ended(one) == 0
+        await together.pass_time(3)
+        await until(lambda: ended(one))
+
+    async def test_a_touch_in_hand_wins_while_its_daemon_is_stopped(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        name = one_of(one)
+        await one.store.open_session(opening(operator=name))
+        await together.pass_time(9.5)
+        await other.store.probe()
+        await other.stop()
+        await together.pass_time(3)  # the touch has arrived there, and waits
+        assert await ended(one) == 0
+        await other.go_on()
+        assert (await other.store.touch(name, ["s"])).touched == 1
+        await together.pass_time(8)
+        assert await ended(one) == 0
+
+    async def test_a_touch_is_not_older_than_any_clock(self, together: Cluster) -> None:
+        """One whose clock has fallen behind does not make sessions older."""
+        one, other = await together.pair()
+        await until(lambda: one.store._company.others and other.store._company.others)
+        await other.stop()
+        await together.pass_time(1.4)
+        await one.store.probe()
+        ahead_ms = one.store.service_clock.now_ms()
+        await other.go_on()
+        await other.store.open_session(opening(operator="o1"))
+        known = await other.store.session("o1", "s")
+        assert known is not None
+        assert known[0].seen_ms >= ahead_ms > 1000
+
+    async def test_a_clock_follows_the_others(self, together: Cluster) -> None:
+        _, other = await together.pair()
+        await other.stop()
+        await together.pass_time(1.2)
+        assert other.store.service_clock.now_ms() < 100
+        await other.go_on()
+        await until(lambda: other.store.service_clock.now_ms() > 1100)
+
+    async def test_one_that_joins_takes_up_the_time_and_imposes_no_pause(self, together: Cluster) -> None:
+        one = await together.start()
+        await one.store.open_session(opening(operator="o0"))
+        await together.pass_time(9)
+        other = await together.start()
+        assert other.store.joined_others
+        assert other.store.service_clock.now_ms() >= 8900
+        await until(lambda: settled(one, other))
+        await together.pass_time(1.2)
+        owner = one if "o0" in one.mine else other
+        await until(lambda: ended(owner))
+
+
+class TestPutOut:
+    """A daemon that stands still for 5 s is put out, and comes back by itself."""
+
+    async def watch(self, watcher: Daemon, together: Cluster) -> None:
+        for _ in range(round(cluster.LEASE_S / 0.25) + 2):
+            await together.pass_time(0.25)
+            await watcher.store.look()
+
+    async def test_its_operators_go_to_others_and_ends_wait_for_its_clients(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        theirs = one_of(other)
+        await one.store.open_session(opening(operator=theirs))
+        await together.pass_time(9.9)
+        await other.store.probe()
+        await other.stop()
+        await self.watch(one, together)
+        await until(lambda: one.mine == OPERATORS)
+        assert one.store.expulsions == 1
+        await together.pass_time(GRACE_MS / 1000 - 0.5)
+        assert await ended(one) == 0
+        assert (await one.store.touch("o0", ["none"])).unknown == ["none"]  # touches go on meanwhile
+        await together.pass_time(2)
+        await until(lambda: ended(one))
+
+    async def test_it_writes_nothing_until_it_has_joined_again(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        theirs = one_of(other)
+        await other.store.open_session(opening("live", operator=theirs))
+        await other.store.open_session(opening("over", operator=theirs))
+        await until(lambda: one.store.live == 2)
+        before = [row.name for row in await one.store.daemons()]
+        await other.stop()
+        await self.watch(one, together)
+        await until(lambda: one.mine == OPERATORS)
+        await one.store.end(theirs, "over")
+        touched = asyncio.create_task(other.store.touch(theirs, ["live", "over"]))  # waits since it was stopped
+        await asyncio.sleep(0)
+        await other.go_on()
+        assert await touched == (1, [], ["over"])
+        assert sorted(row.name for row in await one.store.daemons()) == sorted(before)
+        assert other.store.figures_of(theirs).live == 1
+        await until(lambda: settled(one, other))
+
+    async def test_of_a_late_result_only_a_success_counts(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        theirs = one_of(other)
+        for name in ("good", "bad"):
+            await other.store.open_session(opening(name, operator=theirs))
+            await other.store.end(theirs, name)
+        await other.store.open_session(opening("live", operator=theirs))
+        rows = {name: await other.store.session(theirs, name) for name in ("good", "bad")}
+        sent = {name: row[1][0] for name, row in rows.items() if row}
+        await until(lambda: one.store.live == 1)
+        await other.stop()
+        await self.watch(one, together)
+        await until(lambda: one.mine == OPERATORS)
+        for _ in range(2):  # which it attempts, too
+            row = await one.store.session(theirs, "good")
+            assert row is not None
+            await one.store.settle(Settlement(row[1][0], "pending", 0, 1, attempt(status=500)))
+        results = [
+            Settlement(sent["good"], "delivered", 0, 0, attempt(status=200)),
+            Settlement(sent["bad"], "pending", 5000, 1, attempt(status=500), gate=counted(failed=True)),
+        ]
+        told = [asyncio.ensure_future(other.store.settle(result)) for result in results]
+        await asyncio.sleep(0)
+        other.heard.busy = True
+        await other.go_on()
+        await asyncio.gather(*told)
+        states = {name: await one.store.session(theirs, name) for name in ("good", "bad")}
+        assert [(row[1][0].state, row[1][0].attempts) for row in states.values() if row] == [
+            ("delivered", 2),
+            ("pending", 0),
+        ]
+        assert one.store.gate(theirs).failures == 0
+
+    async def test_nobody_is_put_out_after_an_outage_or_a_stall_of_the_watcher(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        await one.store.open_session(opening(operator="o0"))
+        await other.stop()
+        await one.store.look()
+        await together.pass_time(60)  # and no look
+        await one.store.look()
+        assert len(await one.store.daemons()) == 2
+
+    async def test_all_of_them_gone_is_as_a_restart(self, together: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        one, other = await together.pair()
+        await one.store.open_session(opening(operator="o0"))
+        await together.pass_time(2)
+        await one.store.probe()
+        for daemon in (one, other):
+            await daemon.stop()
+        monkeypatch.setattr(cluster, "LEASE_S", 0.3)
+        monkeypatch.setattr(members, "WATCH_S", 0.05)
+        last = await together.start()
+        assert not last.store.joined_others
+        assert last.mine == OPERATORS
+        assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause beside the restart grace
+        assert last.store.service_clock.now_ms() >= 1900
+        assert last.store.live == 1
+
+
+class TestLooks:
+    """What one does binds at the others by their next look."""
+
+    async def test_what_another_makes_is_found_by_the_owner(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        mine = one_of(one)
+        for daemon in (one, other):
+            daemon.heard.due.clear()
+        await other.store.open_session(opening("a", operator=mine))
+        await until(lambda: one.store.next_due_ms is not None)
+        assert one.heard.nearer
+        assert other.store.next_due_ms is None
+        await other.store.end(mine, "a")
+        await until(lambda: (mine, "http") in one.heard.due)
+        assert (one.store.figures_of(mine).live, one.store.figures_of(mine).pending) == (0, 1)
+
+    async def test_a_gate_that_one_changes_binds_at_the_other(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        mine = one_of(one)
+        await other.store.set_gate(mine, lambda gate: counted(failed=True)(gate, 0))
+        await until(lambda: one.store.gate(mine).failures == 1)
+        assert mine in one.heard.gates
+        await asyncio.gather(
+            *(daemon.store.set_gate(mine, lambda gate: counted(failed=True)(gate, 0)) for daemon in (one, other) * 5)
+        )
+        await until(lambda: [daemon.store.gate(mine).failures for daemon in (one, other)] == [11, 11])
+
+    async def test_figures_are_those_of_all(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        for daemon in (one, other):
+            for number in range(5):
+                await daemon.store.open_session(opening(f"{id(daemon)}-{number}", operator="o1"))
+        await until(lambda: [daemon.store.live for daemon in (one, other)] == [10, 10])
+        await other.leave()
+        await one.store.look()
+        assert one.store.figures_of("o1").live == 10
+
+    async def test_touches_elsewhere_are_known_to_the_owner(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        mine = one_of(one)
+        await other.store.open_session(opening(operator=mine))
+        await together.pass_time(3)
+        await other.store.touch(mine, ["s"])
+        await until(lambda: one.store.touched_ms.get(mine, 0) >= 2900)

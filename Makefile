@@ -39,6 +39,8 @@ LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SE
 # What a disk does to the daemon is the fault suite's matter, on a real one.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL = --numprocesses=$(WORKERS)
+# Bytecode is kept, or each worker would compile every test anew, and each daemon itself.
+unexport PYTHONDONTWRITEBYTECODE
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
 .PHONY: run demo night test test-newest runbook screenshots constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \

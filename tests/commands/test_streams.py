@@ -135,7 +135,7 @@ def serves(directory: Path, loop: str, redirections: str) -> None:
         ["sh", "-c", line], cwd=directory, env=environment(PYTHONPATH=loop), stderr=subprocess.DEVNULL
     )
     try:
-        poll(lambda: run("status", cwd=directory).returncode == 0 or running.poll() is not None)
+        poll(lambda: run("status", cwd=directory).returncode == 0 or running.poll() is not None, every_s=0.2)
         assert running.poll() is None
         for number in range(3):
             opened = str(Path(f"/proc/{running.pid}/fd/{number}").readlink())

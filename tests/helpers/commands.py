@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import forked
 import pytest
 from processes import free_ports
 
@@ -50,17 +51,21 @@ def run(
     *words: object, cwd: Path, before: Callable[[], None] | None = None, **env: str
 ) -> "subprocess.CompletedProcess[str]":
     """One command to its end. Whatever it does, no secret may be in what it prints."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)],
-        cwd=cwd,
-        env=environment(**env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        preexec_fn=before,
-    )
+    if before is None and not any(name.startswith(("PYTHON", "LC_", "LANG")) for name in env):
+        done = forked.run([*map(str, words)], cwd, environment(**env), within_s=120)
+    else:
+        # What `before` limits could cut bytecode short, which would stay
+        done = subprocess.run(
+            [*COMMAND, *map(str, words)],
+            cwd=cwd,
+            env=environment(**{"PYTHONDONTWRITEBYTECODE": "1"} | env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            preexec_fn=before,
+        )
     assert not [secret for secret in SECRETS if secret in done.stdout + done.stderr]
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -75,11 +80,11 @@ def text_and_json(*words: object, cwd: Path) -> tuple["subprocess.CompletedProce
     return text, json.loads(as_json.stdout)
 
 
-def poll(condition: Callable[[], Any], within_s: float = 40.0) -> Any:
+def poll(condition: Callable[[], Any], within_s: float = 40.0, every_s: float = 0.01) -> Any:
     deadline = time.monotonic() + within_s
     while not (result := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return result
 
 

@@ -7,6 +7,7 @@ them in the code, so that none is used without its sentence.
 
 import ast
 import asyncio
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -71,6 +72,7 @@ def library_of(thing: Any) -> str:
     return str(thing.__module__).partition(".")[0]
 
 
+@functools.cache
 def private_names(cls: type) -> set[str]:
     """Every name with one underscore before it that a class has, sets or uses in its source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))

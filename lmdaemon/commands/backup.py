@@ -73,7 +73,7 @@ def backup(args: argparse.Namespace) -> int:
             target = followed(args.file)
             check_target(live, target, force=args.force)
             # The database of a newer lmdaemon may be copied too
-            with _copied(Source(database, theirs), target, known=sys.maxsize) as copy:
+            with copied(Source(database, theirs), target, known=sys.maxsize) as copy:
                 size = copy.stat().st_size
                 put_in_place(copy, target)
     except UnsafeError as error:
@@ -94,7 +94,7 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def _copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
+def copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
     """A checked and synced copy beside the target, mode 0600. It is deleted at the end unless it was renamed.
 
     The source is opened and closed with its own rights, everything else is done with the present ones. Raises Failed
@@ -208,7 +208,7 @@ def _restore(source: Source, database: Path, settings: Settings) -> dict[str, An
     except DatabaseError as error:
         raise Failed(f"{error}; stop the daemon first" if "in use" in str(error) else str(error)) from error
     try:
-        with _copied(source, database, known=len(MIGRATIONS)) as copy:
+        with copied(source, database, known=len(MIGRATIONS)) as copy:
             return _put_in_place(copy, database, lock)
     finally:
         os.close(lock)

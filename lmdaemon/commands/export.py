@@ -130,7 +130,7 @@ def export(args: argparse.Namespace) -> int:
                     wanted = Wanted(args.operator, args.player, args.session)
 
                     def chunks() -> Iterator[bytes]:
-                        rows = write(_sessions(archive, wanted, since_at, until_at), told)
+                        rows = write(archived_sessions(archive, wanted, since_at, until_at), told)
                         return chained(rows, told.chain, csv=args.format == "csv") if args.digest else rows
 
                     _write(args, live, chunks, told)
@@ -160,7 +160,9 @@ def _wait_until_committed(archive: Archive, until_at: int) -> None:
         time.sleep(POLL_S)
 
 
-def _sessions(archive: Archive, wanted: Wanted, since_at: int, until_at: int) -> Iterator[list[ArchivedSession]]:
+def archived_sessions(
+    archive: Archive, wanted: Wanted, since_at: int, until_at: int
+) -> Iterator[list[ArchivedSession]]:
     """Pages of documents, in the order in which the sessions ended.
 
     Sessions that end meanwhile do so after `until_at`.
@@ -200,17 +202,17 @@ def _as_csv(pages: Iterable[list[ArchivedSession]], told: Told) -> Iterator[byte
     writer.writerow(CSV_COLUMNS)
     for page in _count(pages, told):
         for session in page:
-            own = [_cell(getattr(session, name)) for name in _OF_SESSION]
+            own = [cell(getattr(session, name)) for name in _OF_SESSION]
             rows: list[object] = [*session.deliveries] or [None]
             for delivery in rows:
-                writer.writerow([*own, *(_cell(getattr(delivery, name, None)) for name in _OF_DELIVERY)])
+                writer.writerow([*own, *(cell(getattr(delivery, name, None)) for name in _OF_DELIVERY)])
         yield text.getvalue().encode()
         text.seek(0)
         text.truncate()
     yield text.getvalue().encode()
 
 
-def _cell(value: object) -> object:
+def cell(value: object) -> object:
     """A value as a cell that no spreadsheet takes for a formula: ids are chosen by strangers.
 
     A text that begins like a formula gets an apostrophe in front (OWASP, "CSV injection"). In much of Europe Excel

@@ -48,7 +48,7 @@ async def _size(args: argparse.Namespace, settings: Settings, directory: Path) -
         raise Failed(f"size: {directory}: {reason(error)}") from error
     keep_s = args.keep_ended or int(settings.keep_ended_s)
     found = needed(costs, args.sessions, args.heartbeat, args.length, keep_s) | {"freeBytes": free_bytes}
-    ends = await _ends_of_last_hour(settings)
+    ends = await ends_of_last_hour(settings)
     if ends is not None:
         found["now"] = {"endsPerHour": ends, "keptBytes": round(ends / 3600 * keep_s * costs.ended_bytes)}
     if args.json:
@@ -127,7 +127,7 @@ def _percent(share: float) -> str:
     return f"{share * 100:.0f} %" if share >= 0.01 else "less than 1 %"
 
 
-async def _ends_of_last_hour(settings: Settings) -> int | None:
+async def ends_of_last_hour(settings: Settings) -> int | None:
     """How many sessions ended in the last hour at the running daemon; None if no daemon can be asked."""
     with suppress(Failed, asyncio.TimeoutError):
         async with Client(settings) as client:

@@ -271,7 +271,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fdatasync", noted)
     umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
     try:
-        with backup._copied(backup.Source(database, rights.own()), tmp_path / "copy", known=1) as copy:
+        with backup.copied(backup.Source(database, rights.own()), tmp_path / "copy", known=1) as copy:
             steps = [later - sooner for sooner, later in itertools.pairwise([0, *sizes, copy.stat().st_size])]
     finally:
         os.umask(umask)

@@ -147,7 +147,7 @@ async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypat
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer,
     ):
         monkeypatch.setattr(Archive.ended, "__defaults__", (2,))
-        pages = export._sessions(Archive(reader), Wanted(), 0, LONG_AGO + 10**6)
+        pages = export.archived_sessions(Archive(reader), Wanted(), 0, LONG_AGO + 10**6)
         assert len(next(pages)) == 2
         writer.execute("UPDATE clock SET wall_at = wall_at + 1")
         assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
@@ -299,7 +299,7 @@ def given_back(cell: str) -> str:
 
 @pytest.mark.parametrize(("text", "cell"), [*GUARDED.items(), *((text, text) for text in PLAIN)])
 def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) -> None:
-    assert export._cell(text) == cell
+    assert export.cell(text) == cell
     assert given_back(cell) == text
 
 
@@ -307,7 +307,7 @@ def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) ->
 def test_no_cell_is_a_formula_and_every_text_comes_back(texts: list[str]) -> None:
     """Whatever the reader takes for a separator of cells."""
     written = io.StringIO(newline="")
-    csv.writer(written).writerow(["acme", *map(export._cell, texts)])
+    csv.writer(written).writerow(["acme", *map(export.cell, texts)])
     for separator in (",", ";", "\t"):
         rows = list(csv.reader(io.StringIO(written.getvalue(), newline=""), delimiter=separator))
         assert not [cell for row in rows for cell in row if cell.strip(' "').startswith(FORMULAS)]
@@ -318,7 +318,7 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(texts: list[str]) -> Non
 @pytest.mark.parametrize("text", [";=1+1", "\t=1", "\n;-1", ";"])
 def test_json_in_a_cell_has_nothing_to_split_it_at_and_stays_json(text: str) -> None:
     for value in ([{"error": text}], msgspec.Raw(orjson.dumps({"table": text}))):
-        cell = export._cell(value)
+        cell = export.cell(value)
         assert isinstance(cell, str)
         assert not set(cell) & set(";\t\r\n")
         assert json.loads(cell) == orjson.loads(msgspec.json.encode(value))

@@ -70,8 +70,8 @@ async def test_a_running_daemon_is_asked_for_the_ends_of_the_last_hour(tmp_path:
             await daemon.store.end("acme", name)
         address = daemon.api.removeprefix("http://")
         settings = load(tmp_path / "asked.toml", f'[api]\nlisten = "{address}"\n')
-        assert await size._ends_of_last_hour(settings) == 2
-    assert await size._ends_of_last_hour(settings) is None
+        assert await size.ends_of_last_hour(settings) == 2
+    assert await size.ends_of_last_hour(settings) is None
 
 
 def test_a_place_that_cannot_be_judged_is_named(tmp_path: Path) -> None:

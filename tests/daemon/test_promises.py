@@ -28,7 +28,7 @@ from clocks import HandClock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from support import load
+from support import Commits, load
 
 from lmdaemon import retry
 from lmdaemon.clock import STALL_S
@@ -454,7 +454,7 @@ class Promises(RuleBasedStateMachine):
         # The model's two service clocks, in ms: the real one is never beyond `heard`, and hardly behind `sure`.
         self.heard = self.sure = 0.0
         self.committed = (0.0, 0.0, 0)  # heard, sure, wall at the last commit
-        self.commits = 0
+        self.checked = 0  # of the commits of this life
         self.lenient_until = 0.0
         self.closing = False
         self.service_ms = self.stored_ms = 0.0
@@ -507,7 +507,7 @@ class Promises(RuleBasedStateMachine):
             }.items()
         }
         self.rests.clear()  # an answer that was not stored is lost with the life
-        self.commits = 0
+        self.commits, self.checked = Commits(self.db), 0
         self.service_ms = self.db.service_clock._ms
         assert self.service_ms >= self.stored_ms
         self.started = self.heard
@@ -556,8 +556,8 @@ class Promises(RuleBasedStateMachine):
         for task in self.loops.values():
             if task.done():
                 task.result()
-        if self.db._db.writer.commits != self.commits:
-            self.commits = self.db._db.writer.commits
+        if self.commits.made != self.checked:
+            self.checked = self.commits.made
             self.committed = (self.heard, self.sure, self.clock.wall_ms())
             self.check()
         self.check_clock()

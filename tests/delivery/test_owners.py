@@ -82,7 +82,7 @@ class Daemons:
         for one in self.both:
             await one.once()
         while any(one.in_flight for one in self.both):
-            await asyncio.wait({task for one in self.both for task in one._tasks})
+            await asyncio.gather(*(one.drain(60) for one in self.both))
             for one in self.both:
                 await one.once()
 
@@ -134,7 +134,7 @@ async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Pa
         both.hand_over(1)
         answered.set()
         while both.both[0].in_flight:
-            await asyncio.wait(set(both.both[0]._tasks))
+            await both.both[0].drain(60)
         await both.rounds()
         both.hand_over(0)
         await both.rounds()

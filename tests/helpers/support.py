@@ -24,7 +24,7 @@ from lmdaemon.delivery.dispatcher import Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.model import Delivery
-from lmdaemon.store.contract import Opening
+from lmdaemon.store.contract import Opening, StoreObserver
 from lmdaemon.store.sqlite.store import Store
 
 SUCCESS = {"error": 0, "description": "Success"}
@@ -102,6 +102,17 @@ async def open_store(path: Path, clock: Clock, **options: Any) -> AsyncIterator[
         await store.close()
 
 
+class Commits(StoreObserver):
+    """How many transactions a store makes from now on."""
+
+    def __init__(self, store: Any) -> None:
+        self.made = 0
+        store.observe(self)
+
+    def committed(self, operations: int, took_s: float) -> None:
+        self.made += 1
+
+
 def operator_table(name: str, url: str, **keys: Any) -> str:
     values = {
         "provider_id": name,
@@ -133,7 +144,7 @@ class Bench:
         """One round, and the end of every attempt it started. Returns the wait the next one asks for."""
         await self.dispatcher.once()
         while self.dispatcher.in_flight:
-            await asyncio.wait(set(self.dispatcher._tasks))
+            await self.dispatcher.drain(60)
             await self.dispatcher.once()
         return await self.dispatcher.once()
 

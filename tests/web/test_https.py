@@ -315,7 +315,7 @@ async def test_a_handshake_that_began_before_a_renewal_ends_well(tmp_path: Path,
     hello = outgoing.read()
     async with serving_tls(tmp_path, own) as daemon, connected(daemon.server, None) as peer:
         await peer.send(hello[:100])
-        await until(lambda: len(daemon.sites["server"]._connecting) == 1)
+        await until(lambda: daemon.sites["server"].connections == 1)
         make(tmp_path, "own", ca)
         await daemon.daemon.reload_once()
         await peer.send(hello[100:])
@@ -381,7 +381,7 @@ async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(
             assert (await quiet.answer()).status == 200
             quiet.writer.transport.pause_reading()
             await stack.enter_async_context(connected(url, None))
-        await until(lambda: all(len(site._connecting) == 1 for site in daemon.sites.values()))
+        await until(lambda: all(site.connections == 3 for site in daemon.sites.values()))
         daemon.daemon.stop()
         async with asyncio.timeout(5):
             await daemon.running

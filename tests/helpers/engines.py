@@ -101,6 +101,12 @@ class PostgresEngine(Engine):
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._beside: psycopg.Connection[tuple[Any, ...]] | None = None  # kept, for a new one costs a process
+
+    def close(self) -> None:
+        """Closes the connection beside the stores'."""
+        if self._beside is not None:
+            self._beside.close()
 
     @property
     def as_url(self) -> str:
@@ -179,8 +185,10 @@ class PostgresEngine(Engine):
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-        with psycopg.connect(self.url, autocommit=True, options="-c default_transaction_read_only=off") as connection:
-            yield connection
+        if self._beside is None:
+            options = "-c default_transaction_read_only=off"
+            self._beside = psycopg.connect(self.url, autocommit=True, options=options)
+        yield self._beside
 
 
 NUMBERS = count()

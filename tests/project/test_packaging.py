@@ -117,6 +117,7 @@ async def test_a_daemon_from_the_wheel_alone_opens_a_session(wheel: Path, tmp_pa
         place / "bin/python",
         "install",
         "--quiet",
+        "--no-compile",
         "--constraint",
         CONSTRAINTS,
         "--only-binary=:all:",

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def postgres_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngi
     name = f"lmdaemon_test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(url, autocommit=True) as sql:
         sql.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        engine = PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))
-        yield engine
+        with closing(PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))) as engine:
+            yield engine
         sql.execute(f"DROP DATABASE {engine.name} WITH (FORCE)")
 
 

@@ -1,6 +1,7 @@
 """A store behind a proxy that can lose what passes through it."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import psycopg
 import pytest
@@ -19,4 +20,5 @@ def proxied(postgres_engine: PostgresEngine) -> Iterator[tuple[PostgresEngine, P
     found = psycopg.conninfo.conninfo_to_dict(postgres_engine.url)
     with Proxy(int(found["port"] or 5432)) as proxy:
         url = psycopg.conninfo.make_conninfo(postgres_engine.url, host="127.0.0.1", port=proxy.port)
-        yield PostgresEngine(url), proxy
+        with closing(PostgresEngine(url)) as engine:
+            yield engine, proxy

@@ -1,6 +1,7 @@
 """Behind PgBouncer in transaction mode, which passes on no settings of a session and no prepared statements."""
 
 import asyncio
+from contextlib import closing
 
 import pytest
 from clocks import HandClock
@@ -15,7 +16,8 @@ async def test_a_store_behind_a_pooler_does_what_it_does_without_one(clock: Hand
     try:
         with OwnServer() as server, PgBouncer(server) as pooler:
             await use(PostgresEngine(pooler.url), clock)
-            assert len(PostgresEngine(server.url).rows("session")) == 30
+            with closing(PostgresEngine(server.url)) as engine:
+                assert len(engine.rows("session")) == 30
     except NoServerError as error:
         pytest.skip(str(error))
 

@@ -1,7 +1,7 @@
 """What a server must be like, who may use its database, and what an operation does that it cannot store."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from random import Random
 
@@ -165,8 +165,7 @@ async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(cl
         own = OwnServer()
     except NoServerError as error:
         pytest.skip(str(error))
-    with own:
-        engine = PostgresEngine(own.url)
+    with own, closing(PostgresEngine(own.url)) as engine:
         async with engine.open(clock) as db:
             db.configured = frozenset({"acme"})
             await asyncio.gather(*(db.open_session(opening(f"s{number}")) for number in range(50)))

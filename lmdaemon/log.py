@@ -91,6 +91,11 @@ LIMITS = {
     "store.reading_failed": Limit(1, ("reason",)),
     "store.operation_failed": Limit(1, ("operation", "error", "where")),
     "clock.stalled": Limit(_FLAPS),
+    "daemon.came": Limit(_FLAPS),
+    "daemon.left": Limit(_FLAPS),
+    "daemon.expelled": Limit(_FLAPS),
+    "daemon.joined_again": Limit(_FLAPS),
+    "daemon.owns": Limit(_FLAPS),
     "loop.error": Limit(1, ("error", "where")),
 }
 

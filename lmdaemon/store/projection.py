@@ -51,6 +51,7 @@ class Projection:
         self.pausing: frozenset[str] = frozenset()
         self.grace_ms = self.daemon_grace_ms = 0
         self.joined_others = False
+        self.expulsions = 0
         self._pauses: dict[str, silence.Pause] = {}
         self.observers: tuple[StoreObserver, ...] = ()
         self._last_session = 0  # the greatest row number of a session

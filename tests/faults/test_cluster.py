@@ -234,6 +234,8 @@ async def test_operators_of_daemons_that_are_lost_go_on_at_the_one_left(
     await asyncio.to_thread(c.wait_for, left, stopped)
     assert sorted(counting.sessions) == expected
     assert c.daemons[stopped].popen.poll() is None
+    assert len(other.events("daemon.expelled")) == 2
+    assert c.daemons[stopped].events("daemon.joined_again")
 
 
 async def test_a_touch_in_the_hands_of_a_stopped_daemon_wins(c: Cluster, counting: Counting) -> None:

@@ -16,11 +16,13 @@ import orjson
 import psycopg
 
 from lmdaemon.clock import Clock
+from lmdaemon.log import Log
 from lmdaemon.model import Gate, Member, Session
 from lmdaemon.store.contract import Figures, Operation, Probe, StoreError, Sweep, Swept, Wish
 from lmdaemon.store.postgres import asking, members
 from lmdaemon.store.postgres.asking import Question
 from lmdaemon.store.postgres.batch import GATE, NEXT, Batch, Place, Present, fetch_all
+from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.company import NOW, OTHERS, Company, Seen, seen
 from lmdaemon.store.postgres.deadlines import Deadlines
 from lmdaemon.store.postgres.members import Introduction, Joined
@@ -32,6 +34,8 @@ from lmdaemon.store.projection import Loaded
 from lmdaemon.store.rules import least
 from lmdaemon.store.verbs import Verbs
 from lmdaemon.store.writer import BATCH_MAX
+
+TOLD_MAX = 10  # operators that a line of the log names
 
 BEAT_S = 0.5  # between two transactions, while sessions are live
 IDLE_BEAT_S = 2.5  # the same while none is
@@ -79,6 +83,12 @@ SELECT its.operator, its.sink, (
     SELECT due_at FROM lmdaemon.delivery d
     WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending' ORDER BY due_at LIMIT 1)
 FROM its WHERE its.sink IS NOT NULL"""
+
+
+# The daemons by their numbers.
+NAMES = "SELECT id, name FROM lmdaemon.member"
+
+log = Log("daemon")
 
 
 class Part(NamedTuple):
@@ -130,7 +140,7 @@ class Shared(Verbs):
         self._looking = asyncio.Lock()
         self._answering: set[int] = set()  # questions of others that this daemon sees to
         self._epochs = 0  # sum of all owners' numbers
-        self.expulsions = 0  # daemons that this one has put out
+        self._names: dict[int, str] = {}  # of the other daemons, as the log has told them
 
     # -- what the settings say
 
@@ -170,7 +180,13 @@ class Shared(Verbs):
         return new
 
     def _tell_owners(self, before: frozenset[str]) -> None:
-        for operator in sorted(before ^ self._owners.delivers_for):
+        now = self._owners.delivers_for
+        if before != now:
+            changed = sorted(before ^ now)
+            named = ",".join(changed[:TOLD_MAX]) + (",…" if len(changed) > TOLD_MAX else "")
+            counts = {"operators": len(now), "gained": len(now - before), "lost": len(before - now)}
+            log.info("daemon.owns", **counts, changed=named)
+        for operator in sorted(before ^ now):
             for observer in self.observers:
                 observer.ownership_changed(operator)
 
@@ -197,6 +213,11 @@ class Shared(Verbs):
 
     def take_over(self, found: Found) -> None:
         if found.joined is not None:
+            others = len(found.joined.seen.others)
+            if self._owners.me:
+                log.warning("daemon.joined_again", name=self._name, others=others)
+            else:
+                log.info("daemon.joined", name=self._name, others=others)
             self._company.begin(found.joined.heard_ms, found.joined.seen)
             self._claimed_for = self.configured
             self._must_look.set()
@@ -375,6 +396,8 @@ class Shared(Verbs):
             await self._see_to(found.asked)
             await self._look_after_owners(member or 0, found.epochs)
             await self._put_out_who_is_gone(member or 0)
+            if self._company.others.keys() != self._names.keys():
+                await self._tell_who_is_there()
 
     def _learn(self, found: Seen) -> None:
         due_ms = self._company.next_due_ms
@@ -492,9 +515,21 @@ class Shared(Verbs):
         if not self.live:
             return
         for gone, batch in self._company.gone(self._clock.monotonic()).items():
-            if await self._reads.read(_put_out, member, gone, batch, self.daemon_grace_ms):
+            name = await self._reads.read(_put_out, member, gone, batch, self.daemon_grace_ms)
+            if name is not None:
                 self.expulsions += 1
+                log.warning("daemon.expelled", name=name, silent_s=LEASE_S, grace_s=self.daemon_grace_ms / 1000)
             self._must_look.set()
+
+    async def _tell_who_is_there(self) -> None:
+        """Logs which daemons have come and gone since the last time."""
+        before, now = self._names, dict(await self._reads.read(_names))
+        now.pop(self._server.member or 0, None)
+        for name in sorted(now[member] for member in now.keys() - before.keys()):
+            log.info("daemon.came", name=name, others=len(now))
+        for name in sorted(before[member] for member in before.keys() - now.keys()):
+            log.info("daemon.left", name=name, others=len(now))
+        self._names = now
 
     async def daemons(self) -> Sequence[Member]:
         rows, owners = await self._reads.look(_shown)
@@ -602,13 +637,18 @@ def _see_to(sql: Connection, member: int, wishes: Wishes) -> None:
         sql.execute(HAND_OVER, (wishes.hand_over, member))
 
 
-def _put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> bool:
-    """Returns whether it was put out by this daemon: it may have moved on, or another one may have been faster."""
+def _names(sql: Connection) -> list[tuple[Any, ...]]:
+    return sql.execute(NAMES).fetchall()
+
+
+def _put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
+    """Returns the name of the daemon that was put out; None: it has moved on, or another one has been faster."""
+    name = dict(_names(sql)).get(member)
     try:
         members.put_out(sql, me, member, batch, grace_ms)
     except psycopg.errors.DivisionByZero:
-        return False
-    return True
+        return None
+    return name
 
 
 def _shown(sql: Connection) -> tuple[list[members.Shown], list[tuple[Any, ...]]]:

@@ -23,6 +23,7 @@ from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.migrations import check_server, migrate
 from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.shared import Shared, read
+from lmdaemon.store.postgres.strains import Strains
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 from lmdaemon.store.postgres.writer import Server
 from lmdaemon.store.verbs import Died
@@ -31,7 +32,7 @@ from lmdaemon.store.writer import Writer
 OPEN_S = 60.0  # for a migration
 JOIN_S = LEASE_S + 10.0
 LEAVE_S = 3.0
-LOOK_AFTER_S = 60.0  # how often it is looked whether a failover could lose commits
+LOOK_AFTER_S = 60.0  # how often it is looked what strains the server
 
 # One session by its key.
 SESSION_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
@@ -68,9 +69,6 @@ SELECT its.operator, min((
     WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending'
     ORDER BY id LIMIT 1))
 FROM its GROUP BY its.operator"""
-# Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
-REPLICAS = """
-SELECT (SELECT count(*) FROM pg_stat_replication) > 0 AND current_setting('synchronous_standby_names') = ''"""
 
 
 class Store(Shared):
@@ -161,9 +159,10 @@ class Store(Shared):
                 await self._writer.write(Probe())  # joins
 
     async def _look_after_for_ever(self) -> None:
+        strains = Strains()
         while True:
             with suppress(StoreError):
-                self.strained = await self._reads.read(_strained)
+                self.strained = await self._reads.read(strains.look, self._clock.monotonic())
             await asyncio.sleep(LOOK_AFTER_S)
 
     async def close(self) -> None:
@@ -254,10 +253,3 @@ def _aging(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:
 
 def _oldest_pending(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:
     return dict(sql.execute(OLDEST_PENDING, (to_json(operators),)).fetchall())
-
-
-def _strained(sql: Connection) -> str | None:
-    row = sql.execute(REPLICAS).fetchone()
-    if row is not None and row[0]:
-        return "a failover could lose what was acknowledged: replicas are attached, and none is synchronous"
-    return None

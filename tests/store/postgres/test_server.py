@@ -15,9 +15,10 @@ from processes import wait_for
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
-from lmdaemon.store.postgres import cluster, members, shared, store
+from lmdaemon.store.postgres import cluster, members, shared
 from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
+from lmdaemon.store.postgres.strains import OLD_S, Strains
 from lmdaemon.sweeper import Sweeper
 
 
@@ -190,13 +191,30 @@ def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None
     except NoServerError as error:
         pytest.skip(str(error))
     with own, psycopg.connect(own.url, autocommit=True) as sql:
-        assert store._strained(sql) is None
+        strains = Strains()
+        assert strains.look(sql, 0) is None
         with own.receiver():
-            told = wait_for(lambda: store._strained(sql))
+            told = wait_for(lambda: strains.look(sql, 0))
             assert "a failover could lose" in told
             sql.execute("ALTER SYSTEM SET synchronous_standby_names = 'pg_receivewal'")
             sql.execute("SELECT pg_reload_conf()")
-            wait_for(lambda: store._strained(sql) is None)
+            wait_for(lambda: strains.look(sql, 0) is None)
+
+
+def test_a_snapshot_that_is_held_for_long_is_warned_of(postgres_engine: PostgresEngine) -> None:
+    """It keeps vacuum from removing what every touch leaves behind. A new one, as every statement has, does not."""
+    with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+        with psycopg.connect(postgres_engine.url, application_name="report") as holder:
+            strains = Strains()
+            assert strains.look(sql, 0) is None
+            holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM pg_class LIMIT 1")
+            assert strains.look(sql, 0) is None
+            assert strains.look(sql, OLD_S - 1) is None
+            told = strains.look(sql, OLD_S)
+            assert told is not None
+            assert "an old snapshot keeps vacuum back, and the tables grow" in told
+            assert f"report, process {holder.info.backend_pid}, for 5 min" in told
+        assert strains.look(sql, OLD_S + 1) is None
 
 
 class TestDaemon:

@@ -1,0 +1,61 @@
+"""What about the server threatens the daemons' promises without failing yet: a failover that could lose commits, an old
+snapshot that keeps vacuum from removing what every touch leaves behind.
+"""
+
+from typing import NamedTuple
+
+from lmdaemon.store.postgres.thread import Connection
+
+OLD_S = 300.0  # of a snapshot; by then a million touches have left a million dead rows
+
+# Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
+REPLICAS = """
+SELECT (SELECT count(*) FROM pg_stat_replication) > 0 AND current_setting('synchronous_standby_names') = ''"""
+# The oldest snapshots that keep vacuum back, each with who holds it: sessions, replicas, prepared transactions.
+SNAPSHOTS = """
+SELECT * FROM (
+    SELECT backend_xmin::text, coalesce(nullif(application_name, ''), 'a session') || ', process ' || pid,
+           age(backend_xmin)
+    FROM pg_stat_activity WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()
+         AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'walsender')
+    UNION ALL SELECT xmin::text, 'the replication slot ' || slot_name, age(xmin)
+    FROM pg_replication_slots WHERE xmin IS NOT NULL
+    UNION ALL SELECT backend_xmin::text, 'the replica ' || application_name, age(backend_xmin)
+    FROM pg_stat_replication WHERE backend_xmin IS NOT NULL
+    UNION ALL SELECT transaction::text, 'the prepared transaction ' || gid, age(transaction)
+    FROM pg_prepared_xacts WHERE database = current_database()) AS held (xmin, holder, age)
+ORDER BY age DESC LIMIT 20"""
+
+
+class Held(NamedTuple):
+    """A snapshot, and who holds it."""
+
+    xmin: str
+    holder: str
+
+
+class Strains:
+    """Looks for them. How old a snapshot is shows between two looks: the server does not tell everybody."""
+
+    def __init__(self) -> None:
+        self._since_s: dict[Held, float] = {}  # monotonic
+
+    def look(self, sql: Connection, now_s: float) -> str | None:
+        """What strains the database now, in words; None if nothing does."""
+        replicas = sql.execute(REPLICAS).fetchone()
+        snapshots = [Held(xmin, holder) for xmin, holder, _ in sql.execute(SNAPSHOTS)]
+        found = []
+        if replicas is not None and replicas[0]:
+            found.append("a failover could lose what was acknowledged: replicas are attached, and none is synchronous")
+        if (old := self.old(snapshots, now_s)) is not None:
+            found.append(old)
+        return "; ".join(found) or None
+
+    def old(self, snapshots: list[Held], now_s: float) -> str | None:
+        """The snapshot that has been held for longest, if that is too long."""
+        self._since_s = {one: self._since_s.get(one, now_s) for one in snapshots}
+        oldest, since_s = min(self._since_s.items(), key=lambda item: item[1], default=(None, now_s))
+        if oldest is None or now_s - since_s < OLD_S:
+            return None
+        held = f"{oldest.holder}, for {(now_s - since_s) / 60:.0f} min"
+        return f"an old snapshot keeps vacuum back, and the tables grow: {held}"

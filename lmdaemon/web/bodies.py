@@ -131,8 +131,12 @@ class _Members:
 
 def _rule(kind: inspect.Type) -> str:
     match kind:
+        case inspect.IntType(le=None):
+            return f"must be an integer of at least {kind.ge}"
         case inspect.IntType():
             return f"must be an integer from {kind.ge} to {kind.le}"
+        case inspect.BoolType():
+            return "must be true or false"
         case inspect.LiteralType():
             return f"must be one of {', '.join(map(str, kind.values))}"
         case inspect.StrType(max_length=int(most)):

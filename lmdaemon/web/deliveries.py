@@ -145,13 +145,14 @@ class Deliveries:
         since_at = self._at("since", given.since) or 0
         if since_at > self._context.clock.wall_ms():
             raise invalid(f"since: must not lie ahead (got {given.since!r})")
-        return Dead(
-            since_at,
-            self._at("until", given.until),
-            self._at("endedSince", given.ended_since) or 0,
-            self._at("endedUntil", given.ended_until),
-            given.reason or None,
-        )
+        until_at = self._at("until", given.until)
+        ended_since_at = self._at("endedSince", given.ended_since) or 0
+        ended_until_at = self._at("endedUntil", given.ended_until)
+        if until_at is not None and until_at < since_at:
+            raise invalid("since: must not be later than until")
+        if ended_until_at is not None and ended_until_at < ended_since_at:
+            raise invalid("endedSince: must not be later than endedUntil")
+        return Dead(since_at, until_at, ended_since_at, ended_until_at, given.reason or None)
 
     @staticmethod
     def _at(name: str, given: str | UnsetType) -> int | None:

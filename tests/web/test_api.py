@@ -1054,6 +1054,26 @@ async def test_a_hold_with_a_note_or_an_end_that_breaks_its_rule_is_refused(api:
     assert (await api.operator())["held"] is False
 
 
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        ({"limit": 0}, "limit: must be an integer of at least 1 (got 0)"),
+        ({"dryRun": 1}, "dryRun: must be true or false (got 1)"),
+        ({"reason": ""}, 'reason: must be a string of 1 to 256 characters (got "")'),
+        ({"since": "2026-02-01T00:00:00Z", "until": "2026-01-01T00:00:00Z"}, "since: must not be later than until"),
+        (
+            {"endedSince": "2026-02-01T00:00:00Z", "endedUntil": "2026-01-01T00:00:00Z"},
+            "endedSince: must not be later than endedUntil",
+        ),
+    ],
+)
+async def test_a_choice_of_dead_ones_that_breaks_its_rule_is_refused(api: Caller, body: Any, rule: str) -> None:
+    for verb, more in (("retry", {}), ("discard", {"note": "x"})):
+        if verb == "retry" or "limit" not in body:
+            problem = await api("POST", f"{ACME}/deliveries/{verb}", 400, json=body | more)
+            assert problem["detail"] == rule
+
+
 async def test_a_hold_for_a_time_ends_by_itself(api: Caller, clock: HandClock, wallet: ScriptedOperator) -> None:
     await api("POST", ACME + "/hold", 200, json={"forSeconds": 60})
     await api.open()

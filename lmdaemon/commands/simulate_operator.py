@@ -11,7 +11,17 @@ from typing import TextIO
 
 from lmdaemon.commands.arguments import JSON, argument, command, file, seed
 from lmdaemon.commands.recipient import checked_span, signing_keys
-from lmdaemon.commands.shared import FAILED, STOPPED, Failed, Usage, line, print_json, quiet_libraries, reason
+from lmdaemon.commands.shared import (
+    FAILED,
+    STOPPED,
+    Failed,
+    Usage,
+    line,
+    print_json,
+    quiet_libraries,
+    reason,
+    secret_file,
+)
 from lmdaemon.config.settings import DeliveryTable
 from lmdaemon.config.values import duration
 from lmdaemon.dialects import SHIPPED
@@ -29,6 +39,7 @@ from lmdaemon.workbench.stage import Stage
     argument("--expect", type=file, metavar="FILE", help="TOML of counts; exit code 1 when one is missed"),
     argument("--schedule", metavar="SPANS", help='waits that a sender must keep, such as "5s,30s,2m" (default: ours)'),
     argument("--signing-secret-file", type=file, metavar="FILE", help="whsec_ secrets: signatures are verified"),
+    argument("--hash-key-file", type=file, metavar="FILE", help="hash key of the dialect: hashes are verified"),
     argument("--tls-ca", type=file, metavar="FILE", help="serve https; the made-up CA's certificate is written here"),
     argument("--for", dest="span", metavar="SPAN", help="end after this time (default: at Ctrl-C)"),
     JSON,
@@ -56,7 +67,8 @@ def operator(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         output = stack.enter_context(_opened(args.journal)) if args.journal else None
         keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
-        journal = Journal(SHIPPED[args.dialect], schedule, keys, output)
+        hash_key = secret_file(args.hash_key_file, "--hash-key-file") if args.hash_key_file else None
+        journal = Journal(SHIPPED[args.dialect], schedule, keys, hash_key, output)
         stage = Stage(script, journal, contexts=contexts, tell=_tell(quiet=args.json))
         try:
             asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))

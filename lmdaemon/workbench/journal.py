@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TextIO
 
-from lmdaemon.dialects import BadNotice, Dialect, content_of, parse
+from lmdaemon.dialects import BadNotice, Dialect, Parsed, check_hash, content_of, parse
 from lmdaemon.masks import MASK
 from lmdaemon.retry import JITTER, RETRY_AFTER_MAX_S
 from lmdaemon.workbench.script import EVER, Answer, ScriptError, Span
@@ -28,6 +28,7 @@ FAULTS: Mapping[str, str] = {
     "malformed": "the body is no notice of the dialect",
     "unsigned": "there is no signature, though a secret is known",
     "wrong_signature": "no signature fits the secret, or its time is more than five minutes off",
+    "wrong_hash": "the hash does not fit the key of `--hash-key-file`",
     "changed": "a repeat has another body than the first attempt",
     "doubled": "a second webhook-id for a session that has one",
     "too_soon": "a repeat came before its wait on the schedule, or a Retry-After, was over",
@@ -70,13 +71,14 @@ class Arrival(NamedTuple):
 
 @dataclass
 class Journal:
-    """`schedule` are the waits in seconds before each repeat, `keys` the signing secrets; with none, signatures are not
-    looked at. `file` gets a JSON line a notice.
+    """`schedule` are the waits in seconds before each repeat, `keys` the signing secrets, `hash_key` that of a dialect
+    with a hash; without them, signatures and hashes are not looked at. `file` gets a JSON line a notice.
     """
 
     dialect: Dialect
     schedule: Sequence[float]
     keys: Sequence[bytes] = ()
+    hash_key: str | None = None
     file: TextIO | None = None
     tally: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
@@ -89,6 +91,7 @@ class Journal:
         try:
             parsed = parse(notice.body, self._content(notice), [self.dialect])
             session = parsed.session_id
+            faults += self._hash_faults(parsed)
         except BadNotice as error:
             faults.append("malformed")
             session = f"? ({error.description})"
@@ -154,6 +157,15 @@ class Journal:
         step = known.attempts - 1
         scheduled_s = self.schedule[step] * (1 - JITTER) if step < len(self.schedule) else 0.0
         return max(scheduled_s, min(known.wait_s, RETRY_AFTER_MAX_S))
+
+    def _hash_faults(self, parsed: Parsed) -> Sequence[str]:
+        if self.hash_key is None or "hash" not in self.dialect.fields:
+            return ()
+        try:
+            check_hash(parsed, self.hash_key)
+        except BadNotice:
+            return ("wrong_hash",)
+        return ()
 
     def _signature_faults(self, notice: Notice) -> Sequence[str]:
         if not self.keys:

@@ -24,10 +24,17 @@ class Simulated:
 
 @asynccontextmanager
 async def simulated_operator(
-    script: str = "", *, seed: int = 0, schedule: Sequence[float] = (), keys: Sequence[bytes] = (), **options: Any
+    script: str = "",
+    *,
+    seed: int = 0,
+    dialect: str = "v4",
+    schedule: Sequence[float] = (),
+    keys: Sequence[bytes] = (),
+    hash_key: str | None = None,
+    **options: Any,
 ) -> AsyncIterator[Simulated]:
     """`schedule` are waits in seconds that a sender must keep; `options` are those of Stage."""
-    journal = Journal(SHIPPED["v4"], schedule, keys)
+    journal = Journal(SHIPPED[dialect], schedule, keys, hash_key)
     stage = Stage(read_text(script, seed), journal, **options)
     await stage.open("127.0.0.1", 0)
     scheme = "https" if options.get("contexts") else "http"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from commands import COMMAND, environment, run
-from endpoints import SIGNING_SECRET, to
+from endpoints import HASH_KEY, SIGNING_SECRET, to
+from simulated import simulated_operator
 from support import operator_table, serving, until
 from wires import open_session
 
@@ -165,6 +166,33 @@ async def test_what_a_sender_must_never_do_is_told_with_evidence() -> None:
     assert [wrong.partition(":")[0] for wrong in missed(played.journal.tally, {})] == [
         *("malformed", "unsigned", "wrong_signature", "changed", "doubled", "too_soon"),
     ]
+
+
+async def test_a_hash_is_verified_where_the_key_is_known() -> None:
+    async with simulated_operator(dialect="pragmatic", hash_key=HASH_KEY) as played:
+        right = to(played.url, sends=SHIPPED["pragmatic"], hash_key=HASH_KEY)
+        notices = Notices(right, run="t")
+        assert await attempt(right, "msg_1", notices.body(notices.fields())) == "delivered"
+        assert missed(played.journal.tally, {}) == []
+        await attempt(right, "msg_2", notices.body(notices.fields(), key="another"))
+        assert missed(played.journal.tally, {}) == ["wrong_hash: 0 expected, 1 seen"]
+
+
+@pytest.mark.parametrize("dialect", SHIPPED)
+async def test_the_daemon_pleases_an_operator_of_each_dialect(dialect: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(HASH_KEY)
+    (tmp_path / "key").chmod(0o600)
+    hashed = "hash" in SHIPPED[dialect].fields
+    options = {"hash_key_file": "key"} if hashed else {}
+    async with simulated_operator("attempt 1: error 100", dialect=dialect, hash_key=HASH_KEY) as played:
+        toml = operator_table("acme", played.url, schedule=["10ms"] * 9, dialect=dialect, accept=[dialect], **options)
+        async with serving(tmp_path, toml) as daemon:
+            await open_session(daemon, "s")
+            async with daemon.client.post(f"{daemon.api}/v1/operators/acme/sessions/s/close") as answer:
+                assert answer.status == 200
+            await until(lambda: played.journal.tally["accepted"] == 1)
+    assert missed(played.journal.tally, {}) == []
+    assert played.journal.tally["notices"] == 2
 
 
 async def test_a_retry_after_must_be_waited_for() -> None:

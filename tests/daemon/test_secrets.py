@@ -9,8 +9,6 @@ import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -20,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from processes import Process, free_ports, wait_for
 
@@ -149,10 +148,10 @@ class Spy:
                 self.answers.append(part)
 
     def run(self, *words: str) -> int:
-        command = [sys.executable, "-m", "lmdaemon", "--config", str(self.daemon.config), *words]
+        command = ["--config", str(self.daemon.config), *words]
         environment = os.environ | self.daemon.environment
-        done = subprocess.run(command, capture_output=True, env=environment, timeout=60, cwd=self.daemon.directory)
-        self.answers += [done.stdout, done.stderr]
+        done = forked.run(command, self.daemon.directory, environment, within_s=60)
+        self.answers += [done.stdout.encode(), done.stderr.encode()]
         return done.returncode
 
 
@@ -330,8 +329,8 @@ def test_a_players_token_leaves_the_file_when_nothing_can_need_it(daemon: Proces
 def test_a_broken_file_is_explained_without_its_secrets(tmp_path: Path, broken: str) -> None:
     (tmp_path / "bad.signing").write_text(f"whsec_{MARK}!\n")
     (tmp_path / "config.toml").write_text(broken.format(mark=MARK))
-    command = [sys.executable, "-m", "lmdaemon", "--config", str(tmp_path / "config.toml")]
     for words in (["check-config"], ["check-config", "--json"], ["serve"]):
-        done = subprocess.run(command + words, capture_output=True, timeout=60)
+        command = ["--config", str(tmp_path / "config.toml"), *words]
+        done = forked.run(command, tmp_path, os.environ, within_s=60)
         assert done.returncode == 2, done.stderr
-        assert clean(done.stdout + done.stderr), done.stderr
+        assert clean((done.stdout + done.stderr).encode()), done.stderr

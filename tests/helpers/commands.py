@@ -22,7 +22,7 @@ from urllib.parse import quote
 import aiohttp
 import forked
 import pytest
-from processes import free_ports
+from processes import NO_CAS, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 API_TOKEN = "api-token-that-nobody-sees"
@@ -36,9 +36,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "lmdaemon"]
 def environment(**extra: str) -> dict[str, str]:
     ours = ("LMDAEMON_CONFIG", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM")
     kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTHON")}
-    # Nothing here speaks TLS, and aiohttp loads the machine's CAs at every start
-    no_cas = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
-    return kept | no_cas | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
+    return kept | NO_CAS | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | extra
 
 
 def forgo_privileges() -> None:

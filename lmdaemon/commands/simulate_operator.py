@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -117,7 +118,8 @@ def _script(args: argparse.Namespace) -> Script:
             return read_toml(_text_of(Path(given), "--script"), args.seed)
         return read_text(_text_of(Path(given), "--script") if _is_file(given) else given, args.seed or 0)
     except ScriptError as error:
-        raise Usage(f"--script: {error}") from None
+        no_file = f", and there is no file {given}" if re.fullmatch(r"\S*[./]\S*", given) else ""
+        raise Usage(f"--script: {error}{no_file}") from None
 
 
 def _is_file(text: str) -> bool:

@@ -285,6 +285,8 @@ def _answer(words: Sequence[str]) -> Answer:
             raise ValueError("delay needs a time such as 500ms")
         after_s = _span(rest.pop(0), "delay")
         return (_answer(rest) if rest else OK)._replace(after_s=after_s)
+    if kind.endswith("%") or kind in ("session", "attempt", "count"):
+        raise ValueError(f"a condition ends with a colon and a space, as in '5%: hang' (got {kind!r})")
     if kind not in _KINDS:
         raise ValueError(f"must be one of {', '.join(('delay', *_KINDS))} (got {kind!r})")
     reads: Callable[[str, list[str]], tuple[Answer, list[str]]] = _KINDS[kind]

@@ -62,6 +62,7 @@ def test_a_spoiled_handshake_has_its_turn_before_any_notice() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("10% ok", "a condition ends with a colon and a space"),
         ("oops", "rule 1 ('oops'): must be one of delay, ok, error"),
         ("ok\nerror", "rule 2 ('error'): error needs a number from 0"),
         ("status 99", "status needs a number from 200 to 599 (got '99')"),

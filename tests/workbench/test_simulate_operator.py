@@ -299,6 +299,7 @@ def test_an_expectation_that_is_missed_at_the_end_fails_the_command(tmp_path: Pa
     [
         ("--listen nowhere", "--listen: must be HOST:PORT (got 'nowhere')"),
         ("--listen 127.0.0.1:0 --script oops", "--script: rule 1 ('oops')"),
+        ("--listen 127.0.0.1:0 --script play.txt", "and there is no file play.txt"),
         ("--listen 127.0.0.1:0 --script missing.toml", "--script: missing.toml cannot be read"),
         ("--listen 127.0.0.1:0 --expect missing.toml", "--expect: missing.toml cannot be read"),
         ("--listen 127.0.0.1:0 --schedule soon", "--schedule: "),

@@ -313,7 +313,8 @@ CHECKS = (
     ),
     Check(
         "strictness.duplicate-field",
-        "Let the parser refuse duplicate names, or count them.",
+        "Let the parser refuse duplicate names (Python: object_pairs_hook; Jackson: STRICT_DUPLICATE_DETECTION); "
+        "where it cannot (PHP, JavaScript), count the name in the raw body.",
         twice,
     ),
     Check(

@@ -49,8 +49,9 @@ _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")
 
 @lru_cache(256)
 def names_itself(host: str, listen: Listen) -> bool:
-    """Whether a Host header, with any port, has a loopback name or the configured address. || In DNS rebinding, where
-    the name of a hostile web page resolves to this machine, the header has the page's name.
+    """Whether a Host header, with any port, has a loopback name or the configured address.
+
+    In DNS rebinding, where the name of a hostile web page resolves to this machine, the header has the page's name.
     """
     match = _HOST.fullmatch(host.lower())
     name = (match[1] or match[2] or "") if match else ""

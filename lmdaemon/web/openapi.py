@@ -212,9 +212,11 @@ def _ref(kind: str, name: str) -> Json:
 
 
 def _add_endpoints(paths: Json, operators: Iterable[Operator], notices: Mapping[str, str], also: Json) -> None:
-    """Adds each endpoint with the operators that it serves. || Case and a trailing slash make no difference in a path;
-    it is spelled as in the first operator that has it. An endpoint may have the same path as a private call, because
-    the listeners are different; the document then has both under one path.
+    """Adds each endpoint with the operators that it serves.
+
+    Case and a trailing slash make no difference in a path; it is spelled as in the first operator that has it. An
+    endpoint may have the same path as a private call, because the listeners are different; the document then has both
+    under one path.
     """
     served: dict[str, tuple[str, list[Operator]]] = {}
     for operator in operators:

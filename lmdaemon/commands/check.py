@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, file
-from lmdaemon.commands.recipient import checked_id, recipient
+from lmdaemon.commands.recipient import RECIPIENT, checked_id, recipient
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -22,7 +22,6 @@ from lmdaemon.commands.shared import (
     reason,
 )
 from lmdaemon.delivery.shown import shown_url
-from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench import reports
 from lmdaemon.workbench.bench import Check, Limits
 from lmdaemon.workbench.notices import SESSIONS_NEEDED
@@ -36,24 +35,10 @@ _SESSIONS = (
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="check as the daemon would send to this operator"),
     argument("--url", metavar="URL", help="check this instead; private addresses are allowed, you chose it"),
-    argument(
-        "--dialect",
-        metavar="NAME",
-        help=f"{', '.join(SHIPPED)}, or one of the configuration (default: the operator's, or v4)",
-    ),
-    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
+    *RECIPIENT,
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
-    argument(
-        "--ca-file",
-        type=file,
-        metavar="FILE",
-        help="certificates of a private CA",
-    ),
-    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
-    argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
-    argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
     argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
     argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
     argument("--burst", action="store_true", help="not 5 requests a second but as fast as it goes, 50 at once"),

@@ -5,6 +5,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from lmdaemon.commands.arguments import argument, file
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.shared import Usage, reason, secret_file
 from lmdaemon.config import target
@@ -18,9 +19,25 @@ from lmdaemon.model import id_problem
 from lmdaemon.tls import Pem, Profile
 from lmdaemon.workbench.bench import changed
 
+RECIPIENT = (
+    argument(
+        "--dialect",
+        metavar="NAME",
+        help=f"{', '.join(SHIPPED)}, or one of the configuration (default: the operator's, or v4)",
+    ),
+    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
+    argument("--ca-file", type=file, metavar="FILE", help="certificates of a private CA"),
+    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
+    argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
+    argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
+)
+
 
 def recipient(args: argparse.Namespace, command: str) -> Operator:
-    """The operator of the configuration as changed by the options, or one made of the options alone. Raises Usage."""
+    """The operator of the configuration as changed by RECIPIENT's options, or one made of these options alone.
+
+    Raises Usage.
+    """
     dialects = dict(SHIPPED)
     operator = stranger()
     if args.operator or args.config or args.dialect not in (None, *SHIPPED):
@@ -42,9 +59,9 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
         changes["provider_id"] = checked_id(args.provider_id, "--provider-id")
     if args.hash_key_file:
         changes["hash_key"] = secret_file(args.hash_key_file, "--hash-key-file")
-    if getattr(args, "signing_secret_file", None):
+    if args.signing_secret_file:
         changes["signing_keys"] = signing_keys(args.signing_secret_file)
-    if getattr(args, "ca_file", None):
+    if args.ca_file:
         ca = Pem(args.ca_file, "")
         changes |= {"ca_file": ca, "tls": _trusting(ca, operator)}
     if args.timeout:

@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command, file
-from lmdaemon.commands.recipient import checked_id, is_loopback, recipient
+from lmdaemon.commands.arguments import JSON, PLAYER_TOKEN, argument, command
+from lmdaemon.commands.recipient import RECIPIENT, checked_id, is_loopback, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Usage, line, player_token, print_json, quiet_libraries
 from lmdaemon.delivery.sinks import compose
 from lmdaemon.dialects import CannotEncode
@@ -21,13 +21,10 @@ from lmdaemon.workbench import trial
     argument("operator", nargs="?", metavar="OPERATOR", help="send as the daemon would to this operator"),
     argument("--url", metavar="URL", help="send here instead; private addresses are allowed, you chose it"),
     argument("--yes", action="store_true", help="the operator's code may act on it (not asked on loopback)"),
-    argument("--dialect", metavar="NAME", help="instead of the operator's (without one: v4)"),
-    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
     argument("--session", metavar="ID", help="session id (default: a test value)"),
     argument("--player", metavar="ID", help="player id (default: a test value)"),
     *PLAYER_TOKEN,
-    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
-    argument("--timeout", metavar="SPAN", help='such as "500ms" or "10s" (default: the operator\'s, or 10s)'),
+    *RECIPIENT,
     JSON,
 )
 def send(args: argparse.Namespace) -> int:

@@ -16,13 +16,12 @@ from lmdaemon.commands.arguments import (
     argument,
     command,
     count,
-    file,
     percent,
     seed,
 )
 from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import configured
-from lmdaemon.commands.recipient import checked_span, is_loopback, recipient
+from lmdaemon.commands.recipient import RECIPIENT, checked_span, is_loopback, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Failed, Usage, line, player_token, print_json, quiet_libraries
 from lmdaemon.workbench import players, storm
 from lmdaemon.workbench.figures import Times
@@ -47,14 +46,9 @@ from lmdaemon.workbench.storm import Mix
         metavar="SPAN",
         help="the daemon may be away for so long at a time: calls are repeated, no end is late for it (default: never)",
     ),
-    argument("--dialect", metavar="NAME", help="of the endpoint (default v4)"),
-    argument("--provider-id", metavar="ID", help="towards the endpoint (default luckymonaco)"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
-    argument("--ca-file", type=file, metavar="FILE", help="certificates of a private CA"),
-    argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
-    argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
-    argument("--timeout", metavar="SPAN", help="for an answer of the endpoint (default 10s)"),
+    *RECIPIENT,
     argument("--notices", type=count, default=Mix().notices, metavar="N", help="how many (default 200)"),
     argument("--rate", type=count, default=int(Mix().rate), metavar="N", help="a second (default 20)"),
     argument(

@@ -39,6 +39,7 @@ from commands import (
     text_and_json,
 )
 from processes import process
+from standardwebhooks import Webhook
 from support import scripted_operator
 
 from lmdaemon import __version__
@@ -1093,6 +1094,17 @@ async def test_what_send_shows_is_what_the_operator_got_but_for_the_secrets(tmp_
     basic = received.headers["Authorization"].removeprefix("Basic ")
     for secret in (signature, basic, "pass-word", "query-secret", "bare-secret", json.loads(received.body)["token"]):
         assert secret not in done.stdout
+
+
+async def test_send_to_a_url_signs_with_the_secret_of_a_file(tmp_path: Path) -> None:
+    secret_file(tmp_path / "signing", SIGNING_SECRET)
+    async with scripted_operator() as peer:
+        options = ("--url", peer.url, "--signing-secret-file", "signing", "--json")
+        done = await asyncio.to_thread(run, "send", *options, cwd=tmp_path)
+    shown = json.loads(done.stdout)
+    (received,) = peer.received
+    Webhook(SIGNING_SECRET).verify(received.body, dict(received.headers))
+    assert (done.returncode, shown["request"]["headers"]["webhook-signature"]) == (0, "v1,***")
 
 
 async def test_send_takes_a_url_byte_for_byte_and_masks_it_in_every_spelling(tmp_path: Path) -> None:

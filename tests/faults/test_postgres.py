@@ -1,12 +1,9 @@
 """A daemon process on a PostgreSQL database: killed, stopped, put out, and its server crashed, under load."""
 
-import json
 import signal
 import threading
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,29 +12,10 @@ import psycopg
 import pytest
 from postgres import NoServerError, OwnServer
 from processes import Process, wait_for
+from simulated import Simulated, simulated_beside
 from support import operator_table
 
-
-class Wallet(ThreadingHTTPServer):
-    """An operator's server: remembers the ids under which each session's notice came."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.ids: dict[str, list[str]] = defaultdict(list)
-        self.url = f"http://127.0.0.1:{self.server_port}/V4/SessionExpired"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Answer(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        notice = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.ids[notice["sessionId"]].append(self.headers["webhook-id"])  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"error":0}')
-
-    def log_message(self, *_: Any) -> None:
-        pass
+from lmdaemon.workbench.journal import missed
 
 
 class Load:
@@ -81,13 +59,12 @@ def server() -> Iterator[OwnServer]:
 
 
 @pytest.fixture
-def wallet() -> Iterator[Wallet]:
-    with Wallet() as opened:
+def wallet() -> Iterator[Simulated]:
+    with simulated_beside() as opened:
         yield opened
-        opened.shutdown()
 
 
-def daemon_on(server: OwnServer, wallet: Wallet, directory: Path) -> Process:
+def daemon_on(server: OwnServer, wallet: Simulated, directory: Path) -> Process:
     directory.mkdir()
     toml = f'[database]\nurl = "{server.url}"\n[log]\nformat = "json"\n' + operator_table("acme", wallet.url)
     return Process(directory, toml)
@@ -98,7 +75,7 @@ def rows(server: OwnServer, statement: str) -> list[tuple[Any, ...]]:
         return sql.execute(statement).fetchall()  # type: ignore[arg-type]
 
 
-def assert_nothing_lost(server: OwnServer, wallet: Wallet, load: Load) -> None:
+def assert_nothing_lost(server: OwnServer, wallet: Simulated, load: Load) -> None:
     """What was acknowledged is there; each end is one end with one delivery, and its notice has one id."""
     wait_for(lambda: not rows(server, "SELECT 1 FROM lmdaemon.delivery WHERE state = 'pending' LIMIT 1"))
     assert len(load.opened) > 50
@@ -111,13 +88,13 @@ def assert_nothing_lost(server: OwnServer, wallet: Wallet, load: Load) -> None:
         "SELECT s.session_id, count(*) FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session GROUP BY 1",
     )
     assert dict(deliveries) == dict.fromkeys(ended, 1)
-    assert wallet.ids.keys() == ended
-    assert {name for name, ids in wallet.ids.items() if len(set(ids)) > 1} == set()
+    assert wallet.journal.sessions.keys() == ended
+    assert missed(wallet.journal.tally, {}) == [], wallet.journal.evidence
     counted = "SELECT sum(live)::int, sum(pending)::int, sum(dead)::int FROM lmdaemon.figure"
     assert rows(server, counted) == [(len(reasons) - len(ended), 0, 0)]
 
 
-def test_kills_under_load_lose_nothing_and_double_no_end(server: OwnServer, wallet: Wallet, tmp_path: Path) -> None:
+def test_kills_under_load_lose_nothing_and_double_no_end(server: OwnServer, wallet: Simulated, tmp_path: Path) -> None:
     random = Random(7)
     daemon = daemon_on(server, wallet, tmp_path / "a")
     daemon.start()
@@ -134,7 +111,7 @@ def test_kills_under_load_lose_nothing_and_double_no_end(server: OwnServer, wall
     assert daemon.stop() == 0
 
 
-def test_crashes_of_the_server_under_load_lose_nothing(server: OwnServer, wallet: Wallet, tmp_path: Path) -> None:
+def test_crashes_of_the_server_under_load_lose_nothing(server: OwnServer, wallet: Simulated, tmp_path: Path) -> None:
     daemon = daemon_on(server, wallet, tmp_path / "a")
     daemon.start()
     load = Load(daemon)
@@ -153,7 +130,7 @@ def test_crashes_of_the_server_under_load_lose_nothing(server: OwnServer, wallet
 
 
 def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
-    server: OwnServer, wallet: Wallet, tmp_path: Path
+    server: OwnServer, wallet: Simulated, tmp_path: Path
 ) -> None:
     """SIGSTOP is what a suspended machine is to the others."""
     first, second = (daemon_on(server, wallet, tmp_path / name) for name in "ab")

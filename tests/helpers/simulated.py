@@ -1,7 +1,9 @@
 """The workbench's simulated operator, for tests: it answers by its script and judges what the daemon sends."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +45,22 @@ async def simulated_operator(
         yield Simulated(stage, journal, f"{scheme}://{host}:{stage.address[1]}/V4/SessionExpired")
     finally:
         await stage.close()
+
+
+@contextmanager
+def simulated_beside(script: str = "", **options: Any) -> Iterator[Simulated]:
+    """The same on a thread of its own, for tests that block."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    operator = simulated_operator(script, **options)
+    try:
+        opened = asyncio.run_coroutine_threadsafe(operator.__aenter__(), loop).result(20)
+        try:
+            yield opened
+        finally:
+            asyncio.run_coroutine_threadsafe(operator.__aexit__(None, None, None), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

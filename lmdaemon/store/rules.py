@@ -627,6 +627,8 @@ class _Deliveries:
         moment. The engine moves the due times of deliveries in the same transaction.
         """
         for operator in self._world.gates:
+            if self._world.elsewhere(operator):  # those waits are by the wall clock of another daemon
+                continue
             self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
 
     def retry_dead(self, retries: Iterable[RetryDead]) -> None:

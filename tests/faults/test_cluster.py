@@ -26,9 +26,6 @@ from simulated import Simulated, simulated_operator
 from support import until
 from witness import OPERATOR, Witness, check, game_server, settled
 
-from lmdaemon.store.postgres import members
-
-pytestmark = pytest.mark.skipif(not members.SHARED, reason="a daemon does not join others yet")
 TAKEOVER_S = 20.0  # in which the operators of a daemon that was killed go on, as is promised
 IN_FLIGHT = 4  # concurrency of a lane
 MOODS = {"calm": "ok", "moody": "10%: error 100", "ill": "30%: error 100", "slow": "delay 50ms"}

@@ -250,9 +250,10 @@ PUT_GATES = _count(
         WHERE operator.version = excluded.version - 1""",
     rows="",
 )
-# Puts kept waits back with the wall clock.
+# Puts kept waits back with this daemon's wall clock, but for the operators for which others deliver.
 SET_BACK = """
-UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s) WHERE state = 'pending' AND due_at > %s"""
+UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
+WHERE state = 'pending' AND due_at > %s AND operator <> ALL (%s)"""
 
 
 def to_json(value: Any) -> str:
@@ -358,6 +359,7 @@ class Present(NamedTuple):
     next_due_ms: int | None = None  # of its operators
     known_at: int = 0  # the latest time of the server that it knows of
     has_company: bool = False
+    elsewhere: Sequence[str] = ()  # operators of other daemons
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched
 
 
@@ -490,7 +492,7 @@ class Batch:
         known = (present.known_at, present.next_due_ms)
         yield FENCE, (world.service_ms, world.wall_at, *known, me, place.batch, me)
         if world.set_back_ms:
-            yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at)
+            yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at, list(present.elsewhere))
         if changes.touched:
             ids = [session_id for session_ids in changes.touched.values() for session_id in session_ids]
             operators = [operator for operator, session_ids in changes.touched.items() for _ in session_ids]

@@ -17,7 +17,6 @@ from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
 
 WATCH_S = 0.25  # between two looks at the rows of others, at a start
-SHARED = False  # whether a daemon joins others that are there; if not, it is refused
 
 # Every daemon that uses the database, and its last transaction.
 MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
@@ -119,9 +118,6 @@ def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, title:
     arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest)
     with sql.transaction():
         sql.execute(ALONE)
-        others = [one.name for one in _members(sql) if one.name != who.name]
-        if others and not SHARED:
-            raise _in_use(title, others[0])
         found = sql.execute(JOIN, arguments).fetchone()
     if found is None:
         raise _importing(title)
@@ -135,29 +131,31 @@ def _importing(title: str) -> DatabaseError:
     return DatabaseError(f"{title}: an import has not finished; run `lmdaemon import` again")
 
 
-def _in_use(title: str, name: str) -> DatabaseError:
-    return DatabaseError(f"{title}: is in use by another lmdaemon ({name})")
-
-
 def make_room(sql: Connection, title: str) -> bool:
     """At a start: deletes the rows of daemons that are gone, if all of them are, or waits until that is known. Returns
-    whether others are there. Raises DatabaseError if they are and cannot be joined.
+    whether others are there. Raises DatabaseError while an import has not finished.
     """
     if sql.execute(IS_IMPORTING).fetchone():
         raise _importing(title)
-    try:
-        gone = outlived(sql, title)
-    except DatabaseError:
-        if SHARED:
-            return True
-        raise
+    gone, living = outlived(sql)
+    if living is not None:
+        return True
     for member in gone:
         drop(sql, member.id, member.batch)
     return False
 
 
-def outlived(sql: Connection, title: str) -> list[Row]:
-    """Those that are there, once their rows have stood still for LEASE_S. Raises DatabaseError when one moves on."""
+def refuse_old(sql: Connection, title: str) -> None:
+    """Before a change of the schema that older programs cannot live with. Raises DatabaseError while one is there."""
+    _, living = outlived(sql)
+    if living is not None:
+        raise DatabaseError(f"{title}: is in use by an older lmdaemon ({living}); stop it first")
+
+
+def outlived(sql: Connection) -> tuple[list[Row], str | None]:
+    """Those that are there, once their rows have stood still for LEASE_S; and the name of one whose row moves on, as
+    soon as that is seen.
+    """
     first = {one.id: one for one in _members(sql)}
     watch, now = Watch(), first
     while now and watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) != now.keys():
@@ -165,8 +163,8 @@ def outlived(sql: Connection, title: str) -> list[Row]:
         now = {one.id: one for one in _members(sql)}
         for member in now.values():
             if first.setdefault(member.id, member).batch != member.batch:
-                raise _in_use(title, member.name)
-    return list(now.values())
+                return [], member.name
+    return list(now.values()), None
 
 
 def _members(sql: Connection) -> list[Row]:

@@ -8,7 +8,7 @@ import psycopg
 from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
-from lmdaemon.store.postgres.members import outlived
+from lmdaemon.store.postgres.members import refuse_old
 from lmdaemon.store.postgres.thread import Connection, Database
 
 SERVER_MIN = 140000  # PostgreSQL 14
@@ -67,7 +67,7 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
         if current == len(migrations):
             return []
         if 0 < current < OLDEST:
-            outlived(sql, title)
+            refuse_old(sql, title)
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, for database.migrate is false")
@@ -79,7 +79,9 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
             for script in migrations[current:]:
                 sql.execute(script)
             sql.execute("DELETE FROM version")
-            sql.execute("INSERT INTO version (current, oldest) VALUES (%s, %s)", (len(migrations), OLDEST))
+            sql.execute(
+                "INSERT INTO version (current, oldest) VALUES (%s, %s)", (len(migrations), min(OLDEST, len(migrations)))
+            )
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error
     added = list(range(current + 1, len(migrations) + 1))

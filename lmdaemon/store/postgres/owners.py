@@ -100,6 +100,11 @@ class Owners:
         return owner is not None and owner.member not in (0, self.me)
 
     @property
+    def elsewhere(self) -> list[str]:
+        """The operators that other daemons own."""
+        return [operator for operator, owner in self.all.items() if owner.member not in (0, self.me)]
+
+    @property
     def mine(self) -> list[str]:
         """The operators whose idle sessions this daemon ends."""
         return [operator for operator, owner in self.all.items() if owner.member == self.me != 0]

@@ -18,7 +18,7 @@ import psycopg
 from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, Member, Session
-from lmdaemon.store.contract import Figures, Operation, Probe, StoreError, Sweep, Swept, Wish
+from lmdaemon.store.contract import Figures, Operation, Probe, Pruned, StoreError, Sweep, Swept, Wish
 from lmdaemon.store.postgres import asking, members
 from lmdaemon.store.postgres.asking import Question
 from lmdaemon.store.postgres.batch import GATE, NEXT, Batch, Place, Present, fetch_all
@@ -265,7 +265,7 @@ class Shared(Verbs):
             present = present._replace(due=self._deadlines.due(as_of_ms, world.wall_at))
         if self._company.others:
             tells = self._clock.monotonic() - self._told_touches >= TELL_TOUCHES_S
-            present = present._replace(has_company=True, tells_touches=tells)
+            present = present._replace(has_company=True, tells_touches=tells, elsewhere=self._owners.elsewhere)
         return present
 
     def committed(self, work: Batch) -> None:
@@ -316,6 +316,12 @@ class Shared(Verbs):
         if idle and as_of_ms is None and not is_aged:
             return Swept(0, 0)
         return await self._writer.write(Sweep(as_of_ms, crowd))
+
+    async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
+        """As `Store.prune`; of several daemons, the one that has been there the longest does it."""
+        if any(member < self._owners.me for member in self._company.others):
+            return Pruned(0, None)
+        return await super().prune(before_at, after)
 
     async def _heard_by_all(self) -> int | None:
         """The service time past which every daemon has heard; None while nothing can end.

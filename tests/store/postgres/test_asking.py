@@ -12,7 +12,7 @@ from support import until
 
 from lmdaemon.store import silence
 from lmdaemon.store.contract import StoreError, StoreObserver
-from lmdaemon.store.postgres import members, shared
+from lmdaemon.store.postgres import shared
 from lmdaemon.store.postgres.store import Store
 
 
@@ -48,7 +48,6 @@ class Pair:
 async def pair(
     postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    monkeypatch.setattr(members, "SHARED", True)
     for name in ("BEAT_S", "IDLE_BEAT_S", "LOOK_S"):
         monkeypatch.setattr(shared, name, 0.05)
     async with AsyncExitStack() as stack:

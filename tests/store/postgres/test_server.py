@@ -95,7 +95,7 @@ def test_two_who_set_up_a_database_at_once_set_it_up_once(postgres_engine: Postg
 
 
 class TestOneDaemon:
-    """One at a time, and whoever was put out writes nothing more."""
+    """One after the other."""
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +103,29 @@ class TestOneDaemon:
         monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
         monkeypatch.setattr(members, "WATCH_S", 0.02)
 
-    async def test_a_second_daemon_is_refused_while_the_first_is_there(
-        self, db: Store, postgres_engine: PostgresEngine, clock: HandClock
+    async def test_a_program_that_knows_nothing_of_others_keeps_the_schema_as_it_is(
+        self, postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with pytest.raises(DatabaseError, match=r"is in use by another lmdaemon \(.+:\d+-"):
+        execute(postgres_engine, "DROP SCHEMA lmdaemon CASCADE")
+        with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+            migrate(sql, "it", MIGRATIONS[:4])
+        execute(
+            postgres_engine,
+            "INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at) VALUES ('old:1-a', '1', 1, 1, 1)",
+        )
+        moving = asyncio.create_task(self.move(postgres_engine))
+        with pytest.raises(DatabaseError, match=r"is in use by an older lmdaemon \(old:1-a\)"):
             await PostgresStore.open(postgres_engine.url, clock, name=own_name())
-        assert (await db.open_session(opening())).outcome == "created"
+        moving.cancel()
+        assert execute(postgres_engine, "SELECT current FROM lmdaemon.version") == [(4,)]
+        monkeypatch.setattr(cluster, "LEASE_S", 0.1)  # and then it is gone
+        async with postgres_engine.open(clock):
+            assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
+
+    async def move(self, engine: PostgresEngine) -> None:
+        while True:
+            await asyncio.to_thread(execute, engine, "UPDATE lmdaemon.member SET batch = batch + 1")
+            await asyncio.sleep(0.02)
 
     async def test_one_that_has_left_leaves_no_wait(self, postgres_engine: PostgresEngine, clock: HandClock) -> None:
         for _ in range(3):
@@ -116,26 +133,6 @@ class TestOneDaemon:
                 async with postgres_engine.open(clock):
                     assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
         assert execute(postgres_engine, "SELECT name FROM lmdaemon.member") == []
-
-    async def test_one_whose_row_stands_still_is_put_out_and_writes_nothing_more(
-        self, postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As one that was stopped and wakes up again; its clock and figures carry over."""
-        monkeypatch.setattr(cluster, "LEASE_S", 0.1)
-        first = await PostgresStore.open(postgres_engine.url, clock, name=own_name())
-        writing = asyncio.create_task(first._writer.run())  # no beats
-        await first.open_session(opening("before"))
-        clock.advance(1)
-        await first.probe()
-        async with postgres_engine.open(clock) as second:
-            assert (second.live, second.service_clock.now_ms()) == (1, 1000)
-            with pytest.raises(StoreError):
-                await first.end("acme", "before")
-            with pytest.raises(DatabaseError, match="is in use by another lmdaemon"):
-                await writing
-            assert (await second.touch("acme", ["before"])).touched == 1
-            await first.close()  # and takes nobody's place
-            assert (await second.touch("acme", ["before"])).touched == 1
 
 
 async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None:
@@ -261,7 +258,6 @@ async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
     postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that comes a second later joins others, and ends nothing before the grace of the first one is over."""
-    monkeypatch.setattr(members, "SHARED", True)
     monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
     async with AsyncExitStack() as stack:
         stores = []

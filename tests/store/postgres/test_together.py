@@ -110,7 +110,6 @@ class Cluster:
 
 @pytest.fixture
 async def together(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
-    monkeypatch.setattr(members, "SHARED", True)
     monkeypatch.setattr(shared, "BEAT_S", 0.05)
     monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
     monkeypatch.setattr(shared, "LOOK_S", 0.05)

@@ -2,11 +2,14 @@
 
 import json
 import math
+import selectors
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -254,6 +257,52 @@ def lag(bench: Bench, python: Python) -> Iterator[Run]:
             }
 
         yield run
+
+
+@contextmanager
+def heard(bench: Bench, python: Python, *, listeners: int) -> Iterator[Run]:
+    """What a session costs that is opened, ends and is delivered, 1,000 a second, while so many clients listen to
+    events. The difference to none, times 1,000, is what they take of a core.
+    """
+    seconds = 2 if bench.quick else 6
+    with wallet() as peers, scratch() as directory, ExitStack() as stack:
+        daemon = stack.enter_context(serving(python, directory, bench.live, settings(WALLETS, peers.url)))
+        taken = stack.enter_context(_listening(daemon.api, listeners))
+
+        def run(number: int) -> Sample:
+            before, events = daemon.cpu_s, len(taken) and taken[0]
+            count = generate(_steady_opens(daemon.api, seconds, number))["answered"]
+            until(lambda: settled(daemon, WALLETS), 60, "all have ended and are delivered")
+            cpu_s = daemon.cpu_s - before
+            if listeners and taken[0] - events < count * listeners * 200:  # bytes: an end and its result have more
+                raise Broken("the listeners were not told of everything")
+            return {"cpu_us": cpu_s / count * 1e6}
+
+        yield run
+
+
+@contextmanager
+def _listening(port: int, clients: int) -> Iterator[list[int]]:
+    """Clients that take every event, on a thread of this process; the list has how many bytes they were sent."""
+    taken, stopping = [0], threading.Event()
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(clients):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            selector.register(client, selectors.EVENT_READ)
+
+        def take() -> None:
+            while not stopping.is_set():
+                for key, _ in selector.select(0.1):
+                    taken[0] += len(key.fileobj.recv(1 << 20))  # type: ignore[union-attr]
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield taken
+        finally:
+            stopping.set()
+            thread.join()
 
 
 @contextmanager

@@ -84,6 +84,14 @@ FIGURES = (
         most_rounds=2,
     ),
     Figure(
+        "listeners",
+        partial(ends.heard, listeners=10),
+        (Row("cpu_us", "CPU time of an end, 10 listen to events", "µs", 1.15, 1.08, "lower"),),
+        partial(ends.heard, listeners=0),
+        "nobody listens",
+        most_rounds=4,
+    ),
+    Figure(
         "storm",
         ends.storm,
         (

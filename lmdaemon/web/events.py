@@ -1,7 +1,9 @@
 """Server-sent events for clients that watch the daemon. Without such a client nothing is made or kept.
 
-Each listener has a queue of at most QUEUE_MAX events; one that reads too slowly is dropped, so that it delays nobody.
-Nothing is sent again: a listener that comes back begins with the figures of all operators. Source: HTML, section 9.2.
+Events are gathered for GATHER_S and sent together, because waking every listener for each event would cost more than
+everything else. Each listener has a queue of at most QUEUE_MAX events; one that reads too slowly is dropped, so that it
+delays nobody. Nothing is sent again: a listener that comes back begins with the figures of all operators. Source: HTML,
+section 9.2.
 """
 
 import asyncio
@@ -19,6 +21,8 @@ from lmdaemon.web.recent import Counts, Since, Totals, together
 
 LISTENERS_MAX = 32
 QUEUE_MAX = 2000  # most events that wait for one listener
+GATHER_S = 0.1
+GATHERED_MAX = 500  # events that are sent without waiting for more
 FIGURES_EVERY_S = 1.0
 RECONNECT_MS = 2000  # how long a browser is asked to wait before it connects again
 
@@ -33,6 +37,7 @@ class Listener:
         self.dropped = False
         self._abort = abort
         self._queue: deque[bytes] = deque()
+        self._waiting = 0  # events in it
         self._filled = asyncio.Event()
         self._closed = False
 
@@ -40,18 +45,18 @@ class Listener:
         """Whether the client listens to events of this operator."""
         return self.operator is None or self.operator == operator
 
-    def put(self, told: bytes) -> None:
-        """Queues an event; a client with QUEUE_MAX waiting events is dropped."""
+    def put(self, told: bytes, events: int = 1) -> None:
+        """Queues events; a client with QUEUE_MAX waiting events is dropped."""
         if self._closed:
             return
-        if len(self._queue) >= QUEUE_MAX:
+        if self._waiting >= QUEUE_MAX:
             self.dropped = True
             self._queue.clear()
             self.close()
-            # The connection is cut, because its handler would wait until the client reads, perhaps for ever
-            self._abort()
+            self._abort()  # its handler waits until the client reads, which it may never do
             return
         self._queue.append(told)
+        self._waiting += events
         self._filled.set()
 
     def close(self) -> None:
@@ -67,6 +72,7 @@ class Listener:
             if self._queue:
                 chunk = b"".join(self._queue)
                 self._queue.clear()
+                self._waiting = 0
                 yield chunk
             elif self._closed:
                 return
@@ -99,6 +105,8 @@ class Events(StoreObserver):
         self._operators = operators
         self._listeners: set[Listener] = set()
         self._told: dict[str, _State] = {}  # by operator, the state that listeners were sent last
+        self._gathered: list[tuple[str, bytes]] = []  # events that are not sent yet, with their operators
+        self._sending: asyncio.TimerHandle | None = None
         self._since: Since
         self._ticking: asyncio.Task[None] | None = None
         self._stopped = False
@@ -118,6 +126,7 @@ class Events(StoreObserver):
         connection of a listener that is too slow.
         """
         listener = Listener(operator, abort)
+        self._send()  # what was gathered is older than its snapshot
         if not self._listeners:
             self._told.clear()
             self._since = Since(self._totals, self._store.service_clock.now_ms)
@@ -133,17 +142,20 @@ class Events(StoreObserver):
         if listener.dropped:
             log.warning("events.listener_dropped", operator=listener.operator, waiting=QUEUE_MAX)
         if not self._listeners and self._ticking is not None:
+            self._send()  # to nobody, and so forgets it
             self._ticking.cancel()
             self._ticking = None
 
     def configured(self) -> None:
         """Sends every client a snapshot, after the configuration has changed."""
+        self._send()
         for listener in self._listeners:
             listener.put(self._snapshot(listener.operator))
 
     def stop(self) -> None:
         """Ends all streams, when the daemon stops."""
         self._stopped = True
+        self._send()
         for listener in self._listeners:
             listener.close()
 
@@ -175,11 +187,30 @@ class Events(StoreObserver):
     # -- what is told
 
     def _tell(self, name: str, operator: str, document: shapes.Answer) -> None:
-        told = None
+        if not any(listener.wants(operator) for listener in self._listeners):
+            return
+        self._gathered.append((operator, event(name, document)))
+        if len(self._gathered) >= GATHERED_MAX:
+            self._send()
+        elif self._sending is None:
+            self._sending = asyncio.get_running_loop().call_later(GATHER_S, self._send)
+
+    def _send(self) -> None:
+        """Passes on what was gathered."""
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+        gathered, self._gathered = self._gathered, []
+        if not gathered:
+            return
+        everything = b"".join(told for _, told in gathered)
         for listener in self._listeners:
-            if listener.wants(operator):
-                told = told or event(name, document)
-                listener.put(told)
+            if listener.operator is None:
+                listener.put(everything, len(gathered))
+            else:
+                its = [told for operator, told in gathered if operator == listener.operator]
+                if its:
+                    listener.put(b"".join(its), len(its))
 
     async def _tick(self) -> None:
         while True:
@@ -188,6 +219,7 @@ class Events(StoreObserver):
 
     def tell_figures(self) -> None:
         """Sends the figures that have changed since the last time; a client of one operator gets only that one's."""
+        self._send()
         counts = self._since.take()
         items = {}
         for name in self._operators():

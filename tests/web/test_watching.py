@@ -169,6 +169,36 @@ async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
         assert heard == [f"s{number}" for number in range(25)]
 
 
+async def test_what_happens_at_once_is_sent_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece for all listeners, in order, and before the figures that count it."""
+    monkeypatch.setattr(events, "GATHER_S", 3600.0)
+    monkeypatch.setattr(events, "FIGURES_EVERY_S", 3600.0)
+    pieces: list[bytes] = []
+    put = Listener.put
+    monkeypatch.setattr(Listener, "put", lambda self, told, events=1: pieces.append(told) or put(self, told, events))
+    async with serving(tmp_path, OPERATORS) as d, listening(d) as one, listening(d, "?operator=bravo") as other:
+        pieces.clear()
+        for number in range(5):
+            await open_and_close(d, session=f"s{number}")
+        await open_and_close(d, "bravo")
+        d.events.tell_figures()
+        ended = [piece.count(b"event: session.ended") for piece in pieces]
+        assert sorted(ended) == [0, 0, 1, 6]  # and the figures, for each
+        heard = [(await one.until("session.ended"))["sessionId"] for _ in range(6)]
+        assert heard == [*(f"s{number}" for number in range(5)), "s"]
+        assert (await other.until("session.ended"))["operator"] == "bravo"
+
+
+async def test_more_than_is_gathered_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "GATHER_S", 3600.0)
+    monkeypatch.setattr(events, "GATHERED_MAX", 3)
+    monkeypatch.setattr(events, "FIGURES_EVERY_S", 3600.0)
+    async with serving(tmp_path, OPERATORS) as d, listening(d) as stream:
+        for number in range(3):
+            await open_and_close(d, session=f"s{number}")
+        assert [(await stream.until("session.ended"))["sessionId"] for _ in range(3)] == ["s0", "s1", "s2"]
+
+
 async def test_a_queue_is_full_at_its_limit() -> None:
     aborted: list[bool] = []
     listener = Listener(None, lambda: aborted.append(True))

@@ -223,7 +223,8 @@ class Client:
             cause = getattr(error, "os_error", error)
             number = getattr(cause, "errno", None) or 0  # negative for errors of name resolution
             why = os.strerror(number) if number > 0 else reason(cause)
-            raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why})") from error
+            where = "the last lines of its log say why it ended, as journalctl -u lmdaemon -n 20"
+            raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why}); {where}") from error
         except aiohttp.ClientError as error:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error
 

@@ -282,7 +282,7 @@ class Session(Answer):
     reason: Annotated[EndReason | None, Meta(description="Why it ended; null while it is active.")]
     opened_at: Time
     last_seen_at: Time
-    expires_at: Annotated[Time | None, Meta(description="If nothing more is heard; null once it has ended.")]
+    expires_at: Annotated[Time | None, Meta(description="When it ends if no touch comes; null once it has ended.")]
     ended_at: Time | None
     idle_timeout_seconds: Annotated[float, Meta(ge=1, examples=[900])]
     opened_request_id: Annotated[str | None, Meta(description="The `X-Request-Id` of the call that opened it.")]
@@ -349,11 +349,12 @@ class Delivery(Answer):
         str | None, Meta(description="Why it failed: one word of the list in docs/delivery.md.", examples=["timeout"])
     ]
     discarded: Annotated[
-        Discarded | None, Meta(description="That nobody wants it any more: it is dead, but does not count as dead.")
+        Discarded | None,
+        Meta(description="Set if it was discarded: it is dead, but no longer counts as dead."),
     ]
     body_sha256: Annotated[
         str | None,
-        Meta(description="Of what is sent, in hex, the same at every attempt; null for plug-ins and old deliveries."),
+        Meta(description="SHA-256 (hex) of the body, the same at every attempt; null for plug-ins and old deliveries."),
     ]
 
 
@@ -369,11 +370,13 @@ class Attempt(Answer):
     address: (
         Annotated[
             str | None,
-            Meta(description="Of the connection; null where there was none.", examples=["203.0.113.7:443"]),
+            Meta(
+                description="Address and port of the connection; null if there was none.", examples=["203.0.113.7:443"]
+            ),
         ]
         | UnsetType
     ) = UNSET
-    detail: Annotated[str, Meta(description="What is known of the error besides.")] | UnsetType = UNSET
+    detail: Annotated[str, Meta(description="Details of the error, in words.")] | UnsetType = UNSET
     answer: (
         Annotated[
             Annotated[str, Meta(extra_json_schema={"maxLength": SHOWN_MAX})] | None,
@@ -472,7 +475,7 @@ class Failure(Answer):
     detail: Annotated[
         str | None,
         Meta(
-            description="What is known besides, in words.",
+            description="Details, in words.",
             examples=["certificate has expired"],
         ),
     ]
@@ -488,13 +491,13 @@ class Operator(Answer):
     held_reason: Annotated[str | None, Meta(examples=["by_hand"])]
     held_since: Time | None
     held_by: Annotated[str | None, Meta(description="The name of the API token used.", examples=["anna"])]
-    held_note: Annotated[str | None, Meta(description="What was given as the reason.")]
+    held_note: Annotated[str | None, Meta(description="The note that was given with the hold.")]
     held_until: Annotated[Time | None, Meta(description="When it is released by itself.")]
     breaker: Breaker
     breaker_since: Annotated[Time | None, Meta(description="When it opened; null while it is closed.")]
-    failed_attempts: Annotated[Count, Meta(description="In a row, up to now.")]
+    failed_attempts: Annotated[Count, Meta(description="Failures in a row since the last success.")]
     failing_since: Annotated[Time | None, Meta(description="The first failure since the last success.")]
-    last_failure: Annotated[Failure | None, Meta(description="Also of a time that is over.")]
+    last_failure: Annotated[Failure | None, Meta(description="Kept also when later attempts have succeeded.")]
     paused_since: Annotated[Time | None, Meta(description="When the Retry-After came that is in force.")]
     ends_wait_until: Annotated[
         Time | None,
@@ -528,7 +531,7 @@ class Operator(Answer):
 class ChangedOperator(Operator):
     """An operator after a hold or a release."""
 
-    changed: Annotated[bool, Meta(description="False: it was so already.")]
+    changed: Annotated[bool, Meta(description="False: the operator was in this state already.")]
 
 
 class OperatorList(Answer):
@@ -563,7 +566,7 @@ class Configuration(Answer):
 class TokenRights(Answer):
     """What the token that was given is, and may do."""
 
-    name: Annotated[str | None, Meta(description="As the log calls it; null for one without.", examples=["anna"])]
+    name: Annotated[str | None, Meta(description="Its name in the log; null if it has none.", examples=["anna"])]
     may_change: Annotated[bool, Meta(description="False: every change is answered 403 (`read-only`).")]
 
 
@@ -604,14 +607,14 @@ class ShownAnswer(Answer):
     status: int
     headers: dict[str, str]
     body: str
-    complete: Annotated[bool, Meta(description="False: it is longer, and the rest was not read.")]
+    complete: Annotated[bool, Meta(description="False if the answer was longer; the rest was not read.")]
 
 
 class TestResult(Answer):
     """A test notice, what was answered, and what would have become of a delivery."""
 
     request: ShownRequest
-    answer: Annotated[ShownAnswer | None, Meta(description="Null where none came.")]
+    answer: Annotated[ShownAnswer | None, Meta(description="Null if no answer came.")]
     explanation: Annotated[str, Meta(description="The answer in words.", examples=["200, `error` is 0"])]
     verdict: Annotated[Literal["delivered", "retry", "final", "hold"], Meta(title="Verdict", extra_json_schema=_TEXT)]
     meaning: Annotated[str, Meta(description="The verdict in words.", examples=["would be retried because timeout"])]
@@ -650,8 +653,8 @@ class CheckProgress(Answer):
 
     done: Count
     total: Count
-    check: Annotated[str | None, Meta(description="The one that begins.")]
-    result: Annotated[CheckResult | None, Meta(description="Of the one that has ended.")]
+    check: Annotated[str | None, Meta(description="The check that begins.")]
+    result: Annotated[CheckResult | None, Meta(description="The result of the check that has ended.")]
 
 
 class CheckReport(Answer):
@@ -678,7 +681,7 @@ class Counted(Answer):
     touches: Count
     ends: Count
     delivered: Annotated[Count, Meta(description="Attempts that succeeded.")]
-    failed: Annotated[Count, Meta(description="Attempts that did not.")]
+    failed: Annotated[Count, Meta(description="Attempts that failed.")]
     lag_ms: Annotated[Count, Meta(description="Of ends for inactivity: the greatest time from deadline to commit.")]
 
 
@@ -820,8 +823,14 @@ class LoopCheck(Check):
 class ExpiryCheck(Check):
     """Whether many sessions ended at once, of an operator or of all, or the touches of an operator have stopped."""
 
-    massExpired: Annotated[list[OperatorName], Meta(description="Of which a large part ended at once lately.")]
-    touchesStopped: Annotated[list[OperatorName], Meta(description="With many live sessions, and no touch for long.")]
+    massExpired: Annotated[
+        list[OperatorName],
+        Meta(description="Operators of whose sessions a large part ended at once in the last ten minutes."),
+    ]
+    touchesStopped: Annotated[
+        list[OperatorName],
+        Meta(description="Operators with many live sessions and no touch for half of their idle time."),
+    ]
     ended: NotRequired[Count]
     of: NotRequired[Count]
 
@@ -846,7 +855,9 @@ class DaemonsCheck(Check):
 
     daemons: NotRequired[Count]
     slowest: NotRequired[Annotated[str, Meta(description="The name of that daemon, where there are several.")]]
-    slowestLagMs: NotRequired[Annotated[Count, Meta(description="By how much it is behind the furthest.")]]
+    slowestLagMs: NotRequired[
+        Annotated[Count, Meta(description="How far the slowest service clock is behind the furthest.")]
+    ]
 
 
 _ONE = Meta(min_length=1, max_length=1)

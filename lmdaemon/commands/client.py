@@ -132,7 +132,7 @@ class Client:
         try:
             owner = peer.listener(transport.get_extra_info("socket"))
         except peer.NobodyError:
-            raise Failed(f"daemon not reachable at {self._address}: it has gone while it was asked") from None
+            raise Failed(f"daemon not reachable at {self._address}: it stopped during the request") from None
         if owner is not None and owner not in self._trusted:
             ours = ", ".join(sorted(map(trust.user_name, self._trusted)))
             raise Failed(

@@ -25,7 +25,7 @@ def configured(args: argparse.Namespace, *needs: str) -> Settings:
         say(f"{settings.file}: warning: {finding}", "WARNING")
     more = len(settings.unusable) - TOLD_MAX
     if more > 0:
-        say(f"{settings.file}: warning: {more} more, which lmdaemon check-config tells", "WARNING")
+        say(f"{settings.file}: warning: {more} more; lmdaemon check-config prints them", "WARNING")
     return settings
 
 

@@ -25,7 +25,9 @@ _WHICH = (
     argument("--ended-since", metavar="TIME", help="those whose session ended then or later"),
     argument("--ended-until", metavar="TIME", help="those whose session ended before then"),
     argument("--reason", type=filled, metavar="WORD", help='those with this lastError, such as "timeout"'),
-    argument("--dry-run", action="store_true", help="change nothing, but say how many there are, and of what"),
+    argument(
+        "--dry-run", action="store_true", help="change nothing, but print how many there are, and for which reasons"
+    ),
 )
 
 

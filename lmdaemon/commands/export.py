@@ -148,7 +148,7 @@ def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
         raise Usage("sessions export: --digest goes with --output, beside which it puts FILE.sha256")
     since_at, until_at = times.period(args)
     if until_at is not None and until_at > now_at:
-        say(f"lmdaemon: --until lies ahead: what ends from {rfc3339(now_at)} on is not in here", "WARNING")
+        say(f"lmdaemon: --until lies ahead: sessions that end from {rfc3339(now_at)} on are not included", "WARNING")
     if since_at is not None and since_at > now_at:
         raise Usage("--since: must not lie ahead")
     return since_at or 0, now_at if until_at is None else min(until_at, now_at)
@@ -278,7 +278,7 @@ def _report(
     if since_at is not None and since_at < pruned_at:
         say(f"lmdaemon: what ended before {rfc3339(pruned_at)} is pruned (database.keep_ended): it may be missing")
     if told.pending:
-        say(f"lmdaemon: {told.pending} deliveries are still pending: what becomes of them is not in here")
+        say(f"lmdaemon: {told.pending} deliveries are still pending: their results are not included")
     if not told.sessions:
         tell_unknown(args.operator, settings.operators)
     if args.output is None:

@@ -20,7 +20,9 @@ from lmdaemon.workbench import trial
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="send as the daemon would to this operator"),
     argument("--url", metavar="URL", help="send here instead; private addresses are allowed, you chose it"),
-    argument("--yes", action="store_true", help="the operator's code may act on it (not asked on loopback)"),
+    argument(
+        "--yes", action="store_true", help="confirm that the operator's code may act on it (not needed on loopback)"
+    ),
     argument("--session", metavar="ID", help="session id (default: a test value)"),
     argument("--player", metavar="ID", help="player id (default: a test value)"),
     *PLAYER_TOKEN,

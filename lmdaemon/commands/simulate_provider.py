@@ -32,8 +32,10 @@ from lmdaemon.workbench.storm import Mix
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="play its game servers, against the running daemon"),
     argument("--url", metavar="URL", help="send notices to this endpoint instead"),
-    argument("--yes", action="store_true", help="code of others may act on it (not asked on loopback)"),
-    argument("--seed", type=seed, default=0, metavar="N", help="the same seed plays the same game (default 0)"),
+    argument(
+        "--yes", action="store_true", help="confirm that other people's code may act on it (not needed on loopback)"
+    ),
+    argument("--seed", type=seed, default=0, metavar="N", help="runs with the same seed are the same (default 0)"),
     argument("--players", type=count, default=Load().players, metavar="N", help="at a time (default 200)"),
     argument("--duration", default="30s", metavar="SPAN", help="how long they play (default 30s)"),
     argument("--play", default="10s", metavar="SPAN", help="a session's length on average (default 10s)"),

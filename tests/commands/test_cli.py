@@ -657,7 +657,7 @@ def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Pa
     done = run("--config", broken, "status", cwd=tmp_path)
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 4
-    assert done.stderr.endswith("warning: 6 more, which lmdaemon check-config tells\n")
+    assert done.stderr.endswith("warning: 6 more; lmdaemon check-config prints them\n")
 
 
 # -- config

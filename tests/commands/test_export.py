@@ -398,7 +398,7 @@ def test_a_database_that_is_missing_or_no_database_exits_1(tmp_path: Path) -> No
 async def test_what_an_archive_lacks_is_said(archive: Path) -> None:
     done = run("sessions", "export", "--since", "2023-11-01", cwd=archive)
     assert "is pruned (database.keep_ended): it may be missing" in done.stderr
-    assert "5 deliveries are still pending: what becomes of them is not in here" in done.stderr
+    assert "5 deliveries are still pending: their results are not included" in done.stderr
     yesterday = datetime.now(UTC).strftime("%Y-%m-%dT00:00:00Z")
     assert run("sessions", "export", "--since", yesterday, cwd=archive).stderr == ""
 

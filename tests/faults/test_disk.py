@@ -63,7 +63,9 @@ LOG_THROUGH_A_PIPE = ("bash", "-c", 'exec "$0" "$@" 2> >(exec cat >&2)', *AS_USE
 
 @dataclass
 class Wallet:
-    """The operator's server, on threads of its own. Answers success, but only while `answers` is set."""
+    """The operator's server, on threads of its own. Answers success, but only while `answers` is set: a moment that no
+    script of the simulated operator knows beforehand.
+    """
 
     url: str = ""
     bodies: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))  # by webhook-id, one an attempt

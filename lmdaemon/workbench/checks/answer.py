@@ -30,11 +30,16 @@ def _answers(bench: Bench) -> Iterator[tuple[Exchange, Answer]]:
     """The answers of checks that passed, so that a fault that another check has reported is not reported again."""
     for check, exchanges in bench.by_check.items():
         finding = bench.found.get(check)
-        if check in _BEFORE_PARSING or (finding is not None and finding.verdict == "fail"):
+        if check in _BEFORE_PARSING or (finding is not None and _is_blamed(finding)):
             continue
         for one in exchanges:
             if one.answer is not None and one.code is not None:
                 yield one, one.answer
+
+
+def _is_blamed(finding: Finding) -> bool:
+    """Whether it failed, or was skipped for an answer that another check reports."""
+    return finding.verdict == "fail" or (finding.verdict == "skipped" and bool(finding.evidence))
 
 
 def _some(bench: Bench) -> list[tuple[Exchange, Answer]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from clocks import HandClock
-from support import LISTEN, Serving, bench, operator_table, scrape, scripted_operator, serving, until
+from support import LISTEN, Serving, load, operator_table, scrape, scripted_operator, serving, until
 
+from lmdaemon.delivery.lanes import Lane
 from lmdaemon.metrics import Metrics, _Process
-from lmdaemon.model import Gate
+from lmdaemon.model import HTTP_SINK, Gate
 from lmdaemon.store import writer
 from lmdaemon.store.contract import Opening, StoreError
 from lmdaemon.store.sqlite import file, reads
@@ -113,29 +114,32 @@ async def test_a_delivery_that_waits_for_a_slot_is_overdue(tmp_path: Path, clock
             go_on.set()
 
 
-async def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(tmp_path: Path, clock: HandClock) -> None:
-    async with bench(tmp_path, clock, operator_table("acme", "http://127.0.0.1:1/")) as b:
-        (lane,) = b.dispatcher._lanes.values()
-        now_at = clock.wall_ms()
-        lane.next_due_at = now_at - 60_000
-        assert lane.overdue_s(Gate(), now_at) == 60
-        assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
-        assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
-        lane.next_due_at = 0  # to be looked up for the first time
-        assert lane.overdue_s(Gate(), now_at) == 0
+@pytest.fixture
+def lane(tmp_path: Path) -> Lane:
+    """Of an operator's URL."""
+    operator = load(tmp_path / "config.toml", LISTEN + operator_table("acme", "http://127.0.0.1:1/")).operators["acme"]
+    return Lane(operator, HTTP_SINK, operator.policy, None)
 
 
-async def test_a_wait_is_told_also_while_the_next_rows_are_read(tmp_path: Path, clock: HandClock) -> None:
-    async with bench(tmp_path, clock, operator_table("acme", "http://127.0.0.1:1/")) as b:
-        (lane,) = b.dispatcher._lanes.values()
-        now_at = clock.wall_ms()
-        lane.next_due_at = now_at - 60_000
-        lane.look_again(now_at)
-        assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (0, 60)
-        lane.begin_reading()
-        assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (None, 60)
-        lane.end_reading()
-        assert lane.overdue_s(Gate(), now_at) == 0
+def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(lane: Lane, clock: HandClock) -> None:
+    now_at = clock.wall_ms()
+    lane.next_due_at = now_at - 60_000
+    assert lane.overdue_s(Gate(), now_at) == 60
+    assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
+    assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
+    lane.next_due_at = 0  # to be looked up for the first time
+    assert lane.overdue_s(Gate(), now_at) == 0
+
+
+def test_a_wait_is_told_also_while_the_next_rows_are_read(lane: Lane, clock: HandClock) -> None:
+    now_at = clock.wall_ms()
+    lane.next_due_at = now_at - 60_000
+    lane.look_again(now_at)
+    assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (0, 60)
+    lane.begin_reading()
+    assert (lane.next_due_at, lane.overdue_s(Gate(), now_at)) == (None, 60)
+    lane.end_reading()
+    assert lane.overdue_s(Gate(), now_at) == 0
 
 
 async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ from pathlib import Path
 
 ASKED = "POSTGRES_URL"
 BINARIES = Path("/usr/lib/postgresql")
-SETTINGS = ("fsync=off", "full_page_writes=off", "max_connections=200", "max_wal_senders=4", "autovacuum_naptime=5s")
+SETTINGS = (
+    "max_wal_size=64MB",
+    "fsync=off",
+    "full_page_writes=off",
+    "max_connections=200",
+    "max_wal_senders=4",
+    "autovacuum_naptime=5s",
+)
 
 
 class NoServerError(Exception):
@@ -50,7 +57,10 @@ class OwnServer:
 
     def __init__(self) -> None:
         self._binaries = _binaries()
-        self.directory = Path(tempfile.mkdtemp(prefix="lmdaemon-postgres-"))
+        # In memory where the tests' own files are: a new database is 300 files
+        self.directory = Path(
+            tempfile.mkdtemp(prefix="lmdaemon-postgres-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+        )
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"

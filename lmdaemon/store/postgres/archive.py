@@ -1,4 +1,4 @@
-"""What has ended, read from the database by another process beside the daemon, page by page."""
+"""Reads ended sessions from the database, page by page, in another process than the daemon's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from lmdaemon.store.postgres.thread import Connection, Database
 
 EXPORT_ROWS = 500  # sessions in one read
 
-# What ended before a time, in the order in which it ended, behind a place.
+# Sessions that ended before a time, in the order in which they ended, after a given (ended_at, id).
 ENDED_BEFORE = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s) ORDER BY ended_at, id LIMIT %s"""
-# The same of a player, or with a session id, of any operator. The addition keeps to the index of the ids.
+# The same for a player or a session id, of any operator. The addition makes PostgreSQL use the index of the ids.
 _ENDED_OF_FEW = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE operator IN (SELECT operator FROM lmdaemon.figure) AND {{column}} = %s AND player_id = coalesce(%s, player_id)
@@ -28,9 +28,9 @@ ENDED_OF_ID = _ENDED_OF_FEW.format(column="session_id")
 DELIVERIES_OF_ALL = f"""
 SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
 WHERE d.session = ANY (%s) ORDER BY d.id"""
-# What holds every operator back.
+# The gate of every operator.
 GATES = f"SELECT name, {', '.join(GATE)} FROM lmdaemon.operator"
-# When something was committed last.
+# Wall time of the last transaction.
 COMMITTED_AT = """
 SELECT max(wall_at)
 FROM (SELECT wall_at FROM lmdaemon.clock UNION ALL SELECT wall_at FROM lmdaemon.member) AS known"""
@@ -43,7 +43,7 @@ class Archive:
         self._sql = sql
 
     def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
-        """A page of what ended before then, beginning behind `after`, as (ended_at, id)."""
+        """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id)."""
         statement, given = ENDED_BEFORE, tuple[str | None, ...]()
         if wanted.session_id is not None:
             statement, given = ENDED_OF_ID, (wanted.session_id, wanted.player_id)
@@ -59,7 +59,7 @@ class Archive:
         return Ended(page, None if last is None else (last.ended_at or 0, last.id))
 
     def gates(self) -> dict[str, Gate]:
-        """What holds each operator back."""
+        """The gate of each operator."""
         return {name: Gate(*gate) for name, *gate in self._sql.execute(GATES)}
 
     def committed_at(self) -> int:
@@ -70,7 +70,9 @@ class Archive:
 
 @contextmanager
 def open_archive(url: str, password: str | None) -> Iterator[Archive]:
-    """Raises DatabaseError, naming the database, also for what fails inside."""
+    """Opens the database for reading. Raises DatabaseError, which names the database, also for errors inside the
+    context.
+    """
     database = Database(url, password, "export")
     try:
         with database.connect(prepares=True) as sql:

@@ -9,8 +9,8 @@ import psycopg
 
 Meaning = Literal["lost", "outage", "conflict", "poison"]
 
-# By class (two characters) or code (five); a code goes before its class. What is missing here is `poison`: the
-# operation itself cannot be stored, and fails alone.
+# By class (two characters) or code (five); an entry for a code takes precedence over one for its class. All others mean
+# `poison`: the operation itself cannot be stored, and fails alone.
 MEANINGS: dict[str, Meaning] = {
     # The connection is gone, and whether a transaction was committed has to be looked up.
     "08": "lost",  # connection exceptions
@@ -32,7 +32,7 @@ MEANINGS: dict[str, Meaning] = {
     "58": "outage",  # system error: I/O
     "28": "outage",  # invalid authorization
     "XX": "outage",  # internal error, corrupted data or index
-    # What the batch was decided on is not so: it is decided again.
+    # The batch was decided on facts that are no longer true, so it is decided again.
     "22012": "conflict",  # division_by_zero: how the statements of `batch` say that a count is not as expected
     "23503": "conflict",  # foreign_key_violation: a session to prune has a delivery that is pending again
     "23505": "conflict",  # unique_violation: a session to add is known
@@ -40,7 +40,9 @@ MEANINGS: dict[str, Meaning] = {
 
 
 def meaning(error: psycopg.Error) -> Meaning:
-    """What to do about it. Without an SQLSTATE it comes from libpq: no server has said anything, so it was lost."""
+    """What an error means. One without an SQLSTATE comes from libpq and not from the server: the connection was
+    lost.
+    """
     code = error.sqlstate
     if code is None:
         return "lost" if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) else "poison"

@@ -17,7 +17,7 @@ from lmdaemon.store.postgres.members import ALONE, MEMBERS
 from lmdaemon.store.postgres.migrations import UnsafeSettingError, check_server, migrate
 from lmdaemon.store.postgres.thread import Connection, Database
 
-ROWS = 1000  # in one step
+ROWS = 1000  # rows moved in one step
 
 _STORED = tuple(name for name in Delivery._fields if name not in ("session_id", "token"))
 
@@ -27,9 +27,9 @@ IMPORTED = "SELECT source, finished_at FROM lmdaemon.imported"
 IS_USED = """
 SELECT EXISTS (SELECT 1 FROM lmdaemon.session) OR EXISTS (SELECT 1 FROM lmdaemon.figure)
        OR EXISTS (SELECT 1 FROM lmdaemon.operator)"""
-# Begins: from now on no daemon can join.
+# Notes that an import has begun: from now on no daemon can join.
 BEGIN = "INSERT INTO lmdaemon.imported (source) VALUES (%s)"
-# How far an earlier run has come.
+# The progress of an earlier run.
 REACHED = (
     "SELECT coalesce((SELECT max(id) FROM lmdaemon.session), 0), coalesce((SELECT max(id) FROM lmdaemon.delivery), 0)"
 )
@@ -41,28 +41,28 @@ SELECT {SESSION}, due_ms FROM {given(*Session._fields, "due_ms")} AS new ON CONF
 ADD_DELIVERIES = f"""
 INSERT INTO lmdaemon.delivery ({", ".join(_STORED)})
 SELECT {", ".join(_STORED[:-1])}, convert_to(body, 'UTF8') FROM {given(*_STORED)} AS new ON CONFLICT (id) DO NOTHING"""
-# What holds an operator back.
+# Adds the gate of an operator.
 PUT_OPERATOR = f"""
 INSERT INTO lmdaemon.operator (name, version, {", ".join(GATE)})
 SELECT name, 1, {", ".join(GATE)} FROM {given("name", *GATE)} AS new ON CONFLICT (name) DO NOTHING"""
-# The figures of operators, as those of daemons that have gone.
+# Adds the figures of operators, as if they were those of daemons that have left.
 PUT_FIGURES = f"""
 INSERT INTO lmdaemon.figure (operator, member, live, pending, dead)
 SELECT name, 0, live, pending, dead FROM {given("name", "live", "pending", "dead")} AS new
 ON CONFLICT (operator, member) DO NOTHING"""
-# Idleness goes on from where it was.
+# Sets the service clock to that of the file, so that idle times continue.
 PUT_CLOCK = "UPDATE lmdaemon.clock SET service_ms = %s, wall_at = %s"
-# New sessions and deliveries are numbered behind those that were moved.
+# New sessions and deliveries get greater numbers than those that were moved.
 NUMBER_ON = """
 SELECT setval('lmdaemon.session_block', greatest(1, (SELECT max(id) FROM lmdaemon.session))),
        setval(pg_get_serial_sequence('lmdaemon.delivery', 'id'),
               greatest(1, (SELECT max(id) FROM lmdaemon.delivery)))"""
-# Everything counted, as the file counts it.
+# Numbers of sessions and deliveries by state, counted as in the file.
 COUNTS = """
 SELECT 'sessions active', count(*) FROM lmdaemon.session WHERE reason IS NULL
 UNION ALL SELECT 'sessions ended', count(*) FROM lmdaemon.session WHERE reason IS NOT NULL
 UNION ALL SELECT 'deliveries ' || state, count(*) FROM lmdaemon.delivery GROUP BY state"""
-# Ends: daemons may join.
+# Notes that the import has finished: daemons may join.
 FINISH = "UPDATE lmdaemon.imported SET finished_at = %s"
 
 
@@ -73,7 +73,7 @@ def move(
     now_at: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Moved:
-    """Moves everything. `progress` is told how many rows of how many have been. Raises DatabaseError."""
+    """Moves everything. `progress` is called with how many rows of how many have been moved. Raises DatabaseError."""
     database = Database(url, password, "import")
     title = database.title
     try:
@@ -95,7 +95,9 @@ def move(
 
 
 def _is_done(sql: Connection, whole: Whole, title: str) -> bool:
-    """Whether this file is here already; else the database is ours to fill. Raises DatabaseError when it is not."""
+    """Whether this file has been moved already; if not, the database may be filled. Raises DatabaseError when it must
+    not be.
+    """
     with sql.transaction():
         sql.execute(ALONE)
         found = sql.execute(IMPORTED).fetchone()
@@ -136,6 +138,6 @@ def _move(sql: Connection, whole: Whole, progress: Callable[[int, int], None]) -
 
 
 def _stored(delivery: Delivery) -> tuple[object, ...]:
-    """Its columns, the body as text."""
+    """The columns of a delivery, with the body as text."""
     values = delivery._asdict() | {"body": delivery.body.decode()}
     return tuple(values[name] for name in _STORED)

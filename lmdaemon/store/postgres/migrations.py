@@ -1,4 +1,4 @@
-"""Opening a database: what it must be like, and bringing its schema to the newest version."""
+"""Checks the server when a database is opened, and brings its schema to the newest version."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -23,24 +23,25 @@ MIGRATIONS: Sequence[str] = tuple(
 # or by one that old programs break the rules of: before version 5 a daemon believed to be alone.
 OLDEST = 5
 
-# What must hold of the server.
+# Settings of the server that are checked.
 SETTINGS = """
 SELECT current_setting('server_version_num')::int, current_setting('synchronous_commit'),
        pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'"""
-# Whether the schema is there.
+# Whether the schema exists.
 IS_THERE = "SELECT to_regclass('lmdaemon.version') IS NOT NULL"
 # The version of the schema, and that of the oldest program that may use it.
 VERSIONS = "SELECT current, oldest FROM lmdaemon.version"
-# Programs that begin at once do this one after the other. There may be no row yet that they could lock.
+# An advisory lock, so that programs that start at the same time upgrade one after the other. There may be no row yet
+# that they could lock.
 ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('lmdaemon.migrate'))"
-# Makes the schema.
+# Creates the schema.
 CREATE = "CREATE SCHEMA IF NOT EXISTS lmdaemon"
 
 log = Log("store")
 
 
 class UnsafeSettingError(Exception):
-    """The server would lose what it has acknowledged."""
+    """A setting of the server could lose commits that it has acknowledged."""
 
 
 def check_server(sql: Connection, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What people look at: pages of sessions and deliveries, and single ones, without the columns that nobody is shown.
+"""Reads for people: single sessions and deliveries and pages of them, without tokens and bodies.
 
 Each statement goes through an index and reads a bounded number of rows, however many rows match.
 """
@@ -25,13 +25,14 @@ _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in 
 
 # Ids of active sessions of an operator, newest first.
 _ACTIVE = "SELECT id FROM lmdaemon.session WHERE operator = %s AND reason IS NULL AND id < %s ORDER BY id DESC LIMIT %s"
-# The same of those that have ended.
+# The same for ended sessions.
 _ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
-# The same of a player, in whatever state.
+# The same for sessions of a player, in any state.
 _OF_PLAYER = (
     "SELECT id FROM lmdaemon.session WHERE operator = %s AND player_id = %s AND id < %s ORDER BY id DESC LIMIT %s"
 )
-# Those of a player in one state, which no index knows, among the newest that are looked at; how many and down to which.
+# Ids of a player's sessions in one state, for which there is no index, among the newest ones; how many sessions were
+# looked at, and the id of the last of them.
 _OF_PLAYER_IN_STATE = """
 SELECT array_agg(id ORDER BY id DESC) FILTER (WHERE (reason IS NULL) = %s), count(*), min(id)
 FROM (SELECT id, reason FROM lmdaemon.session WHERE operator = %s AND player_id = %s AND id < %s
@@ -46,12 +47,12 @@ SELECT found.id FROM json_array_elements_text(%(operators)s::json) AS name, LATE
     SELECT id FROM lmdaemon.session WHERE operator = name AND player_id = %(player)s AND id < %(after)s
     ORDER BY id DESC LIMIT %(count)s) AS found
 ORDER BY found.id DESC LIMIT %(count)s"""
-# Sessions by their ids, without what is not shown.
+# Sessions by their ids, without columns that are not shown.
 _SESSIONS = f"SELECT {_SESSION} FROM lmdaemon.session WHERE id = ANY (%s) ORDER BY id DESC"
 
 # Ids of all deliveries, newest first.
 _ALL = "SELECT id FROM lmdaemon.delivery WHERE id < %s ORDER BY id DESC LIMIT %s"
-# The same of some operators, sinks and states: a step in the index for each lane, and one for each of its rows.
+# The same for some operators, sinks and states: one index lookup for each lane, and one for each of its rows.
 _OF_LANES = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
@@ -67,11 +68,11 @@ FROM its, json_array_elements_text(%(states)s::json) AS wanted (state), LATERAL 
     ORDER BY id DESC LIMIT %(count)s) AS found
 WHERE its.sink = coalesce(%(sink)s::text, its.sink)
 ORDER BY found.id DESC LIMIT %(count)s"""
-# Whether any of some operators has a sink, a step in the index each.
+# Whether any of some operators has a sink; one index lookup for each.
 _HAS_SINK = """
 SELECT EXISTS (SELECT 1 FROM json_array_elements_text(%s::json) AS name
                WHERE EXISTS (SELECT 1 FROM lmdaemon.delivery d WHERE d.operator = name AND d.sink = %s))"""
-# Deliveries by their ids, without what is not shown.
+# Deliveries by their ids, without columns that are not shown.
 _DELIVERIES = f"""
 SELECT {_LISTED} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
 WHERE d.id = ANY (%s) ORDER BY d.id DESC"""
@@ -87,7 +88,8 @@ _ONE_DELIVERY = f"""
 SELECT {DELIVERY}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = %s"""
 
-# Dead deliveries of an operator in the order in which they died: id, when, whether it may be sent again, why.
+# Dead deliveries of an operator in the order in which they died: id, when it died, whether it may be sent again, cause
+# of the last failure.
 _DIED = f"""
 SELECT id, settled_at, {MAY_BE_SENT}, coalesce(last_error, '') FROM lmdaemon.delivery
 WHERE operator = %s AND state = 'dead' AND discarded IS NULL AND (settled_at, id) > (%s, %s) AND settled_at < %s
@@ -166,7 +168,7 @@ def has_sink(sql: Connection, operators: Sequence[str], sink: str) -> bool:
 
 
 def died(sql: Connection, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
-    """Looks at dead deliveries of an operator in the order in which they died, beginning behind `after`."""
+    """Reads dead deliveries of an operator in the order in which they died, beginning after `after`."""
     until_at, ended_until_at = (BEYOND if at is None else at for at in (dead.until_at, dead.ended_until_at))
     given = (operator, *after, until_at, dead.ended_since_at, ended_until_at, dead.cause, limit)
     found = [DiedRow(*row) for row in sql.execute(_DIED, given)]
@@ -189,7 +191,7 @@ def _deliveries(sql: Connection, ids: Sequence[int]) -> list[Delivery]:
 
 
 def _rows(sql: Connection, statement: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
-    """The rows with these ids in their order, those behind PAGE_BYTES left out."""
+    """The rows with these ids, in their order, without those that come after PAGE_BYTES are reached."""
     rows: list[tuple[Any, ...]] = []
     size = 0
     for first in range(0, len(ids), BLOCK):
@@ -202,5 +204,5 @@ def _rows(sql: Connection, statement: str, ids: Sequence[int]) -> list[tuple[Any
 
 
 def _page(rows: list[_Row], ids: Sequence[int], beyond: int | None = None) -> Page[_Row]:
-    """A page of what was found of these ids; `beyond`: where to go on behind all of them."""
+    """A page of the rows found for these ids. `beyond` is the id after which to go on when all of them were found."""
     return Page(rows, rows[-1].id if len(rows) < len(ids) else beyond)

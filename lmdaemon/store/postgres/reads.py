@@ -1,5 +1,5 @@
-"""Reads of the database: those of the daemon itself, and those for people, which wait for nobody and keep nobody
-waiting. Each kind has a connection of its own.
+"""Reads of the database: those of the daemon itself and those for people, each on a connection of its own, so that
+neither waits for the other.
 """
 
 import asyncio
@@ -13,13 +13,14 @@ from lmdaemon.store.contract import LOOK_S, LOOKS_MAX, READS_MAX, StoreError
 from lmdaemon.store.postgres.errors import meaning, said
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Result, Thread
 
-READ_S = 4.0  # that a read of the daemon itself may take; twice, for a connection that was lost is made again
+# The longest time that a read of the daemon itself may take; twice that, if the connection was lost and is made again
+READ_S = 4.0
 
 log = Log("store")
 
 
 class Reads:
-    """`refused` counts what is refused, by reason."""
+    """The two connections for reads. `refused` counts refused reads by reason."""
 
     def __init__(self, database: Database, refused: dict[str, int]) -> None:
         self._database = database
@@ -29,13 +30,13 @@ class Reads:
         self._reading = self._looking = 0
 
     def close(self) -> None:
-        """Closes both connections; what they wait for is cut off."""
+        """Closes both connections, also while they wait for an answer."""
         self._reader.close()
         self._looker.close()
 
     async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `function(connection, *arguments)` for the daemon itself, on a connection where nobody waits for what
-        people ask. Raises StoreError.
+        """Runs `function(connection, *arguments)` for the daemon itself, on a connection of its own, so that it does
+        not wait for reads for people. Raises StoreError.
         """
         if self._reading >= READS_MAX:
             raise self._too_many_readers(self._reading)
@@ -68,7 +69,7 @@ class Reads:
 
     @staticmethod
     async def _twice(thread: Thread, within_s: float, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Once more on a new connection if this one turns out to be lost: it may have been for a while."""
+        """Repeats a read on a new connection if the connection turns out to be lost, perhaps since long ago."""
         try:
             return await thread.run(function, *arguments, within_s=within_s)
         except psycopg.Error as error:
@@ -88,7 +89,7 @@ class Reads:
 
 
 def _in_one_transaction(sql: Connection, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Several statements see the same state of the tables."""
+    """Runs the function in a read transaction, so that all its statements see the same state of the tables."""
     sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
     try:
         return function(sql, *arguments)

@@ -1,12 +1,12 @@
-"""What about the server threatens the daemons' promises without failing yet: a failover that could lose commits, an old
-snapshot that keeps vacuum from removing what every touch leaves behind.
+"""Finds conditions of the server that endanger the daemons' promises: a failover that could lose commits, and an old
+snapshot that prevents vacuum from removing the dead rows that touches leave.
 """
 
 from typing import NamedTuple
 
 from lmdaemon.store.postgres.thread import Connection
 
-OLD_S = 300.0  # of a snapshot; by then a million touches have left a million dead rows
+OLD_S = 300.0  # the age of a snapshot that is too old; every touch since then has left a dead row
 
 # Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
 REPLICAS = """
@@ -35,13 +35,15 @@ class Held(NamedTuple):
 
 
 class Strains:
-    """Looks for them. How old a snapshot is shows between two looks: the server does not tell everybody."""
+    """Looks for these conditions. The age of a snapshot is measured from look to look, because the server does not tell
+    it to every role.
+    """
 
     def __init__(self) -> None:
         self._since_s: dict[Held, float] = {}  # monotonic
 
     def look(self, sql: Connection, now_s: float) -> str | None:
-        """What strains the database now, in words; None if nothing does."""
+        """The present conditions, in words; None if there are none."""
         replicas = sql.execute(REPLICAS).fetchone()
         snapshots = [Held(xmin, holder) for xmin, holder, _ in sql.execute(SNAPSHOTS)]
         found = []

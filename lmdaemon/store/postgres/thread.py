@@ -1,7 +1,7 @@
-"""A connection to PostgreSQL on a thread of its own, every wait of which ends.
+"""A connection to PostgreSQL on a thread of its own, with a time limit for every wait.
 
-psycopg's asyncio interface cannot bound a wait on Python 3.11: it waits for the server to confirm a cancellation. So
-this is the synchronous one, and what takes too long is ended by shutting its socket down, which needs nobody's answer.
+psycopg's asyncio interface cannot limit a wait on Python 3.11, because it waits until the server confirms a
+cancellation. So the synchronous interface is used, and a wait that takes too long is ended by shutting the socket down.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 
-CONNECT_S = 3  # for one host
-CUT_S = 0.3  # for a wait to end whose socket was shut down
+CONNECT_S = 3  # seconds to connect to one host
+CUT_S = 0.3  # how long a wait may take to end after its socket was shut down
 # Bounds on the server's side, and of the network. The daemon's own deadline is there for what none of them ends, such
 # as a proxy that swallows everything.
 SERVER_LIMITS = {
@@ -85,9 +85,9 @@ class Thread:
         self._prepares = prepares
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._connection: Connection | None = None
-        self._lock = threading.Lock()  # of the two below, and of the connection's socket
+        self._lock = threading.Lock()  # protects the two attributes below and the connection's socket
         self._running: asyncio.Future[Any] | None = None
-        self._dropped: set[asyncio.Future[Any]] = set()  # jobs not to be begun
+        self._dropped: set[asyncio.Future[Any]] = set()  # jobs that must not be begun any more
         self._thread = threading.Thread(target=self._work, name="lmdaemon-postgres", daemon=True)
         self._thread.start()
 
@@ -97,7 +97,8 @@ class Thread:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask for it
+        # Marks the exception as retrieved, since nobody may be waiting for the result any more
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._jobs.put((lambda: self._call(function, arguments), future, loop))
         try:
             done, _ = await asyncio.wait({future}, timeout=within_s)
@@ -108,12 +109,12 @@ class Thread:
             return future.result()
         was_running = self._end(future)
         if was_running:
-            await asyncio.wait({future}, timeout=CUT_S)  # so that nothing of it goes on
+            await asyncio.wait({future}, timeout=CUT_S)  # until the job has really ended
         future.cancel()
         raise NoAnswerError(f"no answer within {within_s:g} s")
 
     def close(self) -> None:
-        """Lets the thread end; what it waits for is cut off."""
+        """Ends the thread, also while it waits for an answer."""
         self._jobs.put(None)
         with self._lock:
             self._shut_down()
@@ -155,7 +156,9 @@ class Thread:
         return result
 
     def _drop(self) -> None:
-        with self._lock:  # so that no other file has the socket's number when that is to be shut down
+        # The socket must not be closed while another thread shuts it down, since its descriptor could by then belong to
+        # another file
+        with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(psycopg.Error):

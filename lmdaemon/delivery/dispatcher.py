@@ -379,7 +379,7 @@ class Dispatcher(StoreObserver):
         if not lane.is_owned:
             return False
         lane.look_again(now_at)
-        return lane.next_due_at is not None and lane.next_due_at <= now_at and lane.is_short
+        return lane.next_due_at is not None and lane.next_due_at <= now_at and lane.wanted > 0
 
     @staticmethod
     def _claim(lane: Lane) -> Claim:

@@ -120,14 +120,6 @@ class Lane:
         """
         return max(0, self.slots + self.policy.concurrency - len(self.ahead))
 
-    @property
-    def is_short(self) -> bool:
-        """Whether to read rows now: when at most half of those read ahead are left.
-
-        To read each row by itself would cost as much as to store its result.
-        """
-        return 2 * self.wanted >= self.policy.concurrency
-
     def overdue_s(self, gate: Gate, now_at: int) -> float:
         """Seconds for which the earliest row has waited for a slot and for nothing else.
 

@@ -159,7 +159,7 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
         if len(daemons) > 1:
             print_table(DAEMON_COLUMNS, [one | _told_of_daemon(one) for one in daemons])
             print()
-        print_table(OPERATOR_COLUMNS, operators)
+        print_table(OPERATOR_COLUMNS, [outlook.row_of(one) for one in operators])
         for operator in operators:
             for number, told in enumerate(outlook.of_operator(operator)):
                 print(told if number else f"\n{told}")

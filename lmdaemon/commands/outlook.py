@@ -55,6 +55,12 @@ def _by_hand(name: str, check: Mapping[str, Any]) -> Iterator[str]:
         yield "raise the concurrency of who falls behind, once it agrees, and reload"
 
 
+def row_of(operator: Mapping[str, Any]) -> dict[str, Any]:
+    """An operator as it stands in the table: with the age of its oldest delivery rounded."""
+    oldest_s = operator.get("oldestPendingSeconds")
+    return {**operator, "oldestPendingSeconds": None if oldest_s is None else in_time(oldest_s)}
+
+
 def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
     """What keeps an operator back, and its dead deliveries; nothing where neither is."""
     name = cell(operator["operator"])

@@ -64,6 +64,7 @@ SAID: dict[str, list[str]] = {
     ],
     "held": [
         "oldestPendingSeconds=7 d",
+        "\ngum .* yes +closed +- +7 d\n",
         f"gum: held since {TIME} by anna: by_hand [(]they move their database[)]\n",
         "held until somebody releases it; its deliveries do not age",
         "lmdaemon release gum",

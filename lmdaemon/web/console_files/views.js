@@ -114,7 +114,8 @@ async function operator(place, [name]) {
       h("p", {}, h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
       one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
       one.keptBack && h("p", {}, "You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
-        link("More in the runbook", "runbook", one.held ? "LmdaemonOperatorHeld" : "LmdaemonOperatorDown"))),
+        link("More in the runbook", "runbook", one.held ? "LmdaemonOperatorHeld" : "LmdaemonOperatorDown")),
+      one.dead > 0 && h("p", {}, `${count(one.dead)} were given up (dead). Retry them when the reason is mended, or discard what nobody wants. `, link("About dead deliveries", "runbook", "LmdaemonDeliveriesDead"))),
     row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
     act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
@@ -297,7 +298,7 @@ function drawEvents() {
     drawing = null;
     const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
     const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
-    replace(place, table("Events", ["Time", "Event", "Operator", "What"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), operatorLink(data), what(name, data)]),
+    replace(place, table("Events", ["Time", "Event", ["What", "wide"], "Operator"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), what(name, data), operatorLink(data)]),
       "Nothing yet. What happens from now on is shown here."));
   }, 200);
 }

@@ -160,7 +160,7 @@ def check(witness: Witness, wallets: dict[str, Simulated], sinks: int, may_repea
         assert key in rows, f"{key} was acknowledged and is lost"
         _, reason, seen_at, ended_at = rows[key]
         assert reason is not None, f"{key} lives for ever"
-        assert seen_at >= known.heard_at, f"{key}: an acknowledged touch is lost"
+        assert seen_at >= known.heard_at, f"{key}: a touch is lost that came {known.heard_at - seen_at} ms later"
         if known.end is not None:
             assert known.end[0] in (reason, "any"), f"{key} ended as {known.end}, and as {reason}"
         if reason == "inactivity" and known.opened:

@@ -157,7 +157,8 @@ found AS MATERIALIZED (
     JOIN lmdaemon.session s ON s.operator = given.operator AND s.session_id = given.session_id
     WHERE s.reason IS NULL ORDER BY s.id FOR UPDATE OF s),
 touched AS (
-    UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, stamp.ms), seen_at = %s FROM found, stamp
+    UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, stamp.ms), seen_at = greatest(session.seen_at, %s)
+    FROM found, stamp
     WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""

@@ -217,6 +217,18 @@ class TestServiceTime:
         await together.pass_time(8)
         assert await ended(one) == 0
 
+    async def test_the_latest_touch_is_shown_whatever_wall_clocks_say(self, together: Cluster) -> None:
+        """A touch that another daemon stores later, by a wall clock that is behind or after an outage, is not shown."""
+        one, other = await together.pair()
+        one.clock.step_wall(60)
+        await one.store.open_session(opening())
+        await one.store.touch("acme", ["s"])
+        latest_at = one.clock.wall_ms()
+        assert (await other.store.touch("acme", ["s"])).touched == 1
+        found = await other.store.session("acme", "s")
+        assert found is not None
+        assert found[0].seen_at == latest_at
+
     async def test_a_touch_is_not_older_than_any_clock(self, together: Cluster) -> None:
         """One whose clock has fallen behind does not make sessions older."""
         one, other = await together.pair()

@@ -66,7 +66,7 @@ def files_of(database: Path) -> set[Inode]:
 
 
 def check_target(live: set[Inode], target: Path, *, force: bool) -> None:
-    """Raises Failed if the target exists, unless `force` is set, or if it is one of the `live` files, forced or not."""
+    """Raises Failed if the target is one of the `live` files, or if it exists and `force` is not set."""
     try:
         if target.is_dir():
             raise Failed(f"{target}: is a directory; name a file")

@@ -1,4 +1,4 @@
-"""Times on the command line: as in RFC 3339, or in words, without a zone in that of the machine.
+"""Times on the command line: as in RFC 3339, or in words. Times without a zone are in the machine's own.
 
 2026-11-27T18:00:00Z   2026-11-27   2026-11-27 18:00   yesterday   yesterday 18:00   2h ago   now
 """

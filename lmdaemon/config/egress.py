@@ -60,7 +60,7 @@ _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the only part of IPv6 tha
 
 
 def private_address(host: str) -> bool:
-    """Whether `host` is a literal address that no operator's server can have from outside.
+    """Whether `host` is a literal address at which no server can be reached over the Internet.
 
     Numbers that the system's resolver reads as an address, such as 127.1 and 0x7f000001, count as addresses too.
     """

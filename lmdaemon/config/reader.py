@@ -69,9 +69,10 @@ def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: N
 def load(path: Path, *, found: bool = False, secrets: Secrets = "required", needs: Needs = None) -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
-    One that was found, not named, is refused when somebody else may have written it. `secrets` says what a missing
-    secret is: an error ("required"); an error unless the daemon may see it where this process does not ("readable", for
-    check-config); or a warning, for administration, which needs none of the operators' ("optional").
+    A file that was found in a default place, and not named by the user, is refused when somebody else may have written
+    it. `secrets` says what a missing secret is: an error ("required"); an error unless the daemon may see it where this
+    process does not ("readable", for check-config); or a warning, for administration, which needs none of the
+    operators' ("optional").
 
     With `needs`, errors in other tables than these are no reason to raise: they are `unusable` in the settings, and
     the keys that they are about stand at their defaults.

@@ -38,8 +38,9 @@ class Tables:
         return table
 
     def struct(self, kind: type[_T], raw: object, at: str) -> _T | None:
-        """A table, or one within it, into its struct; None when it is no table. A key that does not fit is recorded and
-        stands at its default (a required one empty), so that the rules between keys can still be checked.
+        """A table, or one within it, into its struct; None when it is no table. An error is recorded for a key that
+        does not fit, and its default is used (for a required key an empty value), so that the rules between keys can
+        still be checked.
         """
         error = self._findings.error
         if not isinstance(raw, dict):

@@ -52,7 +52,7 @@ RETRY_ROWS = 500
 REVISIT_MS = 3_600_000  # a due session whose operator is not configured is looked at again after this time
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
-ANY = 2**31 - 1  # as many attempts as there may be
+ANY = 2**31 - 1  # stands for any number of attempts
 
 OPEN_GATE = Gate()
 
@@ -414,7 +414,7 @@ class _Sessions:
         if refusal is None and not new.accept_unknown:
             refusal = "unknown_session"
         if refusal is not None:
-            if self._facts is None:  # the session may be known after all
+            if self._facts is None:  # without facts it was assumed to be unknown, which may be wrong
                 raise FactsNeeded
             return refusal
         self._changes.ends.append(self._add(self._new(new, extra=new.extra, reason="reported")))

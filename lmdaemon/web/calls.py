@@ -61,19 +61,19 @@ class ShownRequest(Protocol):
 
     @property
     def url(self) -> str:
-        """Without user info, the values of its query masked."""
+        """The URL without user info, with the values of its query masked."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """All that are sent."""
+        """All headers that are sent."""
 
     @property
     def body(self) -> str | None:
-        """None where it is no longer kept."""
+        """The body; None if it is no longer kept."""
 
     @property
     def curl(self) -> str:
-        """The same as a command."""
+        """The request as a curl command."""
 
 
 class Trials(Protocol):

@@ -433,7 +433,7 @@ class _LongHead(BadHttpMessage):
     """A head is longer than HEAD_MAX."""
 
 
-# Aiohttp's message; the names are those of a fixed list in aiohttp
+# A message of aiohttp; the names come from a fixed list in aiohttp, not from the request
 _TWICE = re.compile(r"Duplicate '([A-Za-z-]{1,40})' header found\.")
 _MISSING_HOST = "Missing 'Host' header in request."
 _TLS = "Received HTTPS traffic on an HTTP port"

@@ -126,7 +126,7 @@ class Events(StoreObserver):
         connection of a listener that is too slow.
         """
         listener = Listener(operator, abort)
-        self._send()  # what was gathered is older than its snapshot
+        self._send()  # sends first what was gathered, which is older than the snapshot of the new listener
         if not self._listeners:
             self._told.clear()
             self._since = Since(self._totals, self._store.service_clock.now_ms)

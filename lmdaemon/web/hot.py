@@ -184,7 +184,7 @@ class HotConnection(Connection):
         try:
             super().data_received(data)
         finally:
-            if self._parser is stand_in:  # it was not cut
+            if self._parser is stand_in:  # the connection was not cut, which removes the parser
                 self._parser = parser
 
     def _takes(self, parsed: tuple[Any, Any], data: bytes, waiter: "asyncio.Future[None]") -> bool:

@@ -124,8 +124,8 @@ def request_id(request: web.BaseRequest) -> str | None:
 
 
 def decode_segment(raw: str) -> str:
-    """One segment of a path, percent-decoded strictly. Raises ValueError: a lenient reading would let two spellings
-    of nonsense become one id.
+    """One segment of a path, percent-decoded strictly. Raises ValueError for a broken escape; if it were tolerated,
+    different broken paths would mean the same id.
     """
     if "%" not in raw:
         return raw

@@ -126,7 +126,7 @@ class Bench:
         return await self.wire.send(body, made, **options)
 
     async def tell(self, fields: Fields | None = None, **options: Any) -> Told:
-        """One notice with the hash that fits."""
+        """Sends one notice, with its correct hash."""
         fields = fields or self.notices.fields()
         body = self.notices.body(fields)
         webhook_id = self.notices.webhook_id()
@@ -147,7 +147,7 @@ class Bench:
         return told
 
     def said(self, exchange: Exchange) -> str:
-        """What came back, in words."""
+        """The answer, or why there is none, in words."""
         return explain.exchange(exchange, self.dialect)
 
 

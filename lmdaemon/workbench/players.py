@@ -76,11 +76,11 @@ class Away:
             self._since = None
 
     def meets(self, first: float, last: float, grace_s: float) -> bool:
-        """Whether it was away, or had just come back, at any moment of these."""
+        """Whether the daemon was away, or back for less than the grace, at any moment between `first` and `last`."""
         return any(since <= last and until + grace_s >= first for since, until in self.spans)
 
     def total_s(self, grace_s: float) -> float:
-        """All that an end may have waited for it."""
+        """How long (s) an end may have been delayed by the daemon's absences, a grace after each included."""
         return sum(until - since + grace_s for since, until in self.spans)
 
 

@@ -56,7 +56,7 @@ def _object(answer: Answer) -> dict[str, Any]:
 async def valid(bench: Bench) -> Finding:
     """A valid notice is answered with HTTP 200 and `error` 0.
 
-    Nothing else is success: whatever else comes, the sender repeats the notice for days.
+    Only this is success; after any other answer the sender repeats the notice for days.
     """
     one = (await bench.first()).exchange
     if one.accepted:
@@ -119,7 +119,7 @@ async def codes(bench: Bench) -> Finding:
 
 
 async def refusal_status(bench: Bench) -> Finding:
-    """A refusal has HTTP 200 too, its reason stands in `error`.
+    """A refusal has HTTP 200 too; its reason is in `error`.
 
     The status tells of transport, the code of the notice; proxies replace the body of a 4xx or 5xx.
     """
@@ -133,9 +133,10 @@ async def refusal_status(bench: Bench) -> Finding:
 
 
 async def framing(bench: Bench) -> Finding:
-    """The answer's length is told, and it is not compressed.
+    """The answer has a length, and is not compressed.
 
-    A body without a length cannot be told from one that broke off; the sender asks for no compression.
+    A body without a length cannot be distinguished from one that broke off; and the sender does not ask for
+    compression.
     """
     for one, answer in _some(bench):
         if encoding := answer.headers.get("Content-Encoding", ""):
@@ -169,7 +170,7 @@ async def no_echo(bench: Bench) -> Finding:
 async def clock(bench: Bench) -> Finding:
     """The server's clock (its Date header) is right within 30 s.
 
-    Signatures carry a time, and two logs can only be laid side by side when the clocks agree.
+    Signatures contain a time, and two logs can only be compared when the clocks agree.
     """
     for one, answer in _some(bench)[-1:]:
         text = answer.headers.get("Date")

@@ -59,7 +59,7 @@ async def signature(bench: Bench) -> Finding:
 async def timestamp(bench: Bench) -> Finding:
     """A signature of ten minutes ago is refused.
 
-    Otherwise whoever once saw a notice can send it again for ever.
+    Otherwise somebody who has seen a notice once can send it again at any time.
     """
     _need_keys(bench)
     await bench.accepted()
@@ -121,7 +121,7 @@ async def hash_case(bench: Bench) -> Finding:
 
 
 async def hash_whole(bench: Bench) -> Finding:
-    """A parameter that is not on the page is hashed along.
+    """A parameter that is not on the page is part of the hash too.
 
     The hash covers every parameter received; a fixed list of names breaks with the first new one.
     """

@@ -11,7 +11,7 @@ RESERVED = 2  # requests that are left for the checks after the burst
 async def burst(bench: Bench) -> Finding:
     """Fifty at once are taken, or told to come later.
 
-    After an outage everything that waited comes within seconds.
+    After an outage, all notices that waited come within seconds.
     """
     if not bench.limits.burst:
         raise Skip("only with --burst")
@@ -39,7 +39,7 @@ async def burst(bench: Bench) -> Finding:
 async def recovered(bench: Bench) -> Finding:
     """After the burst a notice is taken as before.
 
-    A pool that a burst has used up stays so until somebody restarts it.
+    A pool of connections that a burst has used up may stay empty until somebody restarts the server.
     """
     if not bench.limits.burst:
         raise Skip("only with --burst")

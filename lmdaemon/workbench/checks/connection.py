@@ -42,9 +42,9 @@ def _is_loopback(addresses: Sequence[str]) -> bool:
 
 
 async def resolves(bench: Bench) -> Finding:
-    """The name resolves, and every address takes a connection.
+    """The name resolves, and every address accepts a connection.
 
-    A sender may try any of the addresses; one that is dead costs time or an attempt every now and then.
+    A sender may use any of the addresses; one that does not answer costs time, or an attempt, every now and then.
     """
     try:
         addresses = await _addresses(bench)
@@ -230,7 +230,7 @@ async def keepalive(bench: Bench) -> Finding:
 async def idle(bench: Bench) -> Finding:
     """A connection that was idle works, or was closed in order.
 
-    A connection that a firewall drops in silence costs an attempt whenever there was a quiet minute.
+    If a firewall silently drops idle connections, the first attempt after a quiet minute fails.
     """
     await bench.accepted()
     told = await bench.tell(keep=True)

@@ -28,7 +28,7 @@ async def repeat(bench: Bench) -> Finding:
 async def attempt(bench: Bench) -> Finding:
     """A further attempt (same webhook-id, new time-stamp) is answered with success.
 
-    That is what a repeat of the sender looks like; a nonce cache that refuses the id breaks it.
+    This is how a sender repeats a notice; an endpoint that refuses a known webhook-id would refuse every repeat.
     """
     told = await bench.accepted()
     await bench.pause(bench.limits.lull_s)  # so that the repeat has another time stamp
@@ -48,7 +48,7 @@ async def rewritten(bench: Bench) -> Finding:
 async def race(bench: Bench) -> Finding:
     """Ten of the same at the same moment are all answered with success.
 
-    Attempts of two senders can overlap; two threads that insert one row make a 500 of the second.
+    Attempts of two senders can overlap; when two threads insert the same row, the second often fails with a 500.
     """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())

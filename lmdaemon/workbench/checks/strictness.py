@@ -16,7 +16,8 @@ _IDS = ("session", "player")
 async def malformed(bench: Bench) -> Finding:
     """A body that cannot be parsed is refused as bad parameters.
 
-    A 500 or an HTML page says please try again, and it will, for days; the page's own sample lacks its commas.
+    A 500 or an HTML page makes the sender repeat the notice for days. Even the sample on the provider's page lacks its
+    commas.
     """
     await bench.accepted()
     return refused(
@@ -27,7 +28,7 @@ async def malformed(bench: Bench) -> Finding:
 async def not_object(bench: Bench) -> Finding:
     """An empty body, a list and null are refused as bad parameters.
 
-    They are valid or nearly valid JSON and often slip past the parser into a fault.
+    They are valid or nearly valid JSON, so they often pass the parser and then cause an internal error.
     """
     _need_json(bench)
     await bench.accepted()
@@ -38,7 +39,7 @@ async def not_object(bench: Bench) -> Finding:
 async def missing(bench: Bench) -> Finding:
     """Each required field that is missing is refused.
 
-    A notice without its session or token means nothing; whoever takes it has not read it.
+    A notice without its session or token means nothing; an endpoint that accepts it does not check its fields.
     """
     await bench.accepted()
     cases = []
@@ -53,7 +54,7 @@ async def missing(bench: Bench) -> Finding:
 async def empty(bench: Bench) -> Finding:
     """Each required field that is empty is refused.
 
-    An empty id matches everything or nothing in many a query.
+    In many database queries an empty id matches everything or nothing.
     """
     await bench.accepted()
     cases = []
@@ -69,7 +70,7 @@ async def empty(bench: Bench) -> Finding:
 async def types(bench: Bench) -> Finding:
     """A session id that is null, true, a list or an object is refused.
 
-    Loosely typed code turns them into texts ("null", "Array") or into a fault.
+    Loosely typed code turns them into texts ("null", "Array"), or fails with an internal error.
     """
     _need_json(bench)
     await bench.accepted()
@@ -88,7 +89,7 @@ _NAMES = {type(None): "null", bool: "true", list: "a list", dict: "an object"}
 async def twice(bench: Bench) -> Finding:
     """A session id that stands twice with different values is refused.
 
-    Two parsers take two different ones; a proxy may check the one and you use the other.
+    Parsers differ in which value they take: a proxy may check one, and the endpoint use the other.
     """
     await bench.accepted()
     body = bench.notices.twice(bench.notices.fields(), "session", bench.notices.unknown_session())
@@ -98,7 +99,7 @@ async def twice(bench: Bench) -> Finding:
 async def other_player(bench: Bench) -> Finding:
     """A notice of the same session for another player is refused.
 
-    Somebody confuses sessions; ending the wrong player's session is worse than an error.
+    Somebody has confused sessions, and ending the wrong player's session is worse than an error.
     """
     told = await bench.accepted()
     fields = bench.notices.fields(told.session, player=f"{bench.notices.player}-other")
@@ -230,7 +231,7 @@ def _not_taken(bench: Bench, one: Exchange, status: int) -> Finding:
 async def large_body(bench: Bench) -> Finding:
     """A body of 17 KiB is refused without hanging.
 
-    A notice has some hundred bytes; what takes any size takes memory from everybody.
+    A notice has some hundred bytes. A server that accepts any size can run out of memory.
     """
     await bench.accepted()
     name = "lmcheckExtra"
@@ -247,7 +248,7 @@ async def large_body(bench: Bench) -> Finding:
 async def slow_body(bench: Bench) -> Finding:
     """A body that comes byte by byte holds up nobody, and is cut off.
 
-    A few such connections are enough to stop a server that waits for each.
+    A few such connections are enough to block a server that handles one connection at a time.
     """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())

@@ -6,8 +6,7 @@ them has in hand wins, also while that one is stalled. Daemons differ by at most
 any of them may have come, so that no other clock makes its session older than it is. Wall clocks of hosts appear
 nowhere; the database's own clock only as a time that has passed, within bounds.
 
-`members` uses Watch. The rules of the clock are held by a simulation in the tests, and are for the version that lets
-more than one daemon use a database.
+A simulation in the tests holds them.
 """
 
 from collections.abc import Collection, Mapping
@@ -78,6 +77,12 @@ class Watch:
         self._gap_s = gap_s
         self._seen: dict[int, tuple[int, float]] = {}  # batch of a daemon, and since when it is that
         self._looked_at = float("-inf")
+        self._longest_s = 0.0
+
+    @property
+    def still_s(self) -> float:
+        """For how long the one whose row has not moved for the longest time had stood still at the last look."""
+        return self._longest_s
 
     def gone(self, batches: Mapping[int, int], now_s: float) -> set[int]:
         """Takes a look: number of the last transaction by daemon, at a monotonic time in seconds. Returns who is
@@ -90,4 +95,5 @@ class Watch:
             member: (batch, self._seen[member][1] if self._seen.get(member, (None, 0))[0] == batch else now_s)
             for member, batch in batches.items()
         }
+        self._longest_s = max((now_s - since_s for _, since_s in self._seen.values()), default=0.0)
         return {member for member, (_, since_s) in self._seen.items() if now_s - since_s >= LEASE_S}

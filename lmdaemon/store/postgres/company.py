@@ -11,6 +11,7 @@ import orjson
 from lmdaemon.clock import ServiceClock
 from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
 
+GAP_S = 1.5  # between two views of the others; after a longer time it begins anew to note who stands still
 LATE_MS = 5000  # a view that is older than another one by more than this was seen by a server's clock that was set
 
 # The time of the server's clock, in wall ms.
@@ -53,33 +54,39 @@ class Company:
         self.others: dict[int, Other] = {}
         self.hold_until_ms = 0
         self.known_at = 0  # by the server's clock
-        self._watch = Watch()
+        self._watch = Watch(GAP_S)
+        self.gone: dict[int, int] = {}  # who is to be put out, with the number of the last transaction
 
     def begin(self, at_least_ms: int, found: Seen) -> None:
         """This daemon has joined, or joined again."""
         self._clock.limit_ms = None
         self._clock.now_ms()
         self._clock.advance_to(at_least_ms)
-        self._watch = Watch()
         self.known_at = 0
-        self.learn(found)
+        self.learn(found, 0.0, watch=False)
 
-    def learn(self, found: Seen) -> bool:
-        """Takes over what was seen. Returns whether other daemons are there than before."""
+    def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
+        """Takes over what was seen. Returns whether other daemons are there than before. With `watch` it is noted who
+        stands still, by a monotonic time; they need not move while no session is live.
+        """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False
         before = self.others.keys()
         self.known_at, self.others, self.hold_until_ms = found.at, found.others, found.hold_until_ms
+        if not watch:
+            self._watch = Watch(GAP_S)
+        batches = {member: one.batch for member, one in self.others.items()}
+        self.gone = {member: batches[member] for member in self._watch.gone(batches, now_s)}
         own_ms = self._clock.now_ms()  # before it follows: what has passed since its last reading is in theirs, too
         heard = self.heard
         self._clock.limit_ms = limit_ms(heard) if heard else None
         self._clock.advance_to(followed_ms(own_ms, heard))
         return before != self.others.keys()
 
-    def gone(self, now_s: float) -> dict[int, int]:
-        """Daemons that are to be put out, with the numbers of their last transactions; to be asked at every look."""
-        batches = {member: one.batch for member, one in self.others.items()}
-        return {member: batches[member] for member in self._watch.gone(batches, now_s)}
+    @property
+    def still_s(self) -> float:
+        """For how long one of them has stood still."""
+        return self._watch.still_s
 
     @property
     def heard(self) -> Sequence[Heard]:
@@ -95,3 +102,9 @@ class Company:
     def next_due_ms(self) -> int | None:
         """The next deadline of the others' operators."""
         return min((one.next_due_ms for one in self.others.values() if one.next_due_ms is not None), default=None)
+
+    @property
+    def waiting(self) -> tuple[int | None, int]:
+        """That deadline, and the last transaction of the daemon that waits for it."""
+        due = [(one.next_due_ms, one.batch) for one in self.others.values() if one.next_due_ms is not None]
+        return min(due, default=(None, 0))

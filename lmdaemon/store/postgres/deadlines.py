@@ -1,5 +1,7 @@
 """The next deadlines of the operators that this daemon sweeps. Each may be later than known here, never earlier."""
 
+from collections.abc import Set
+
 from lmdaemon.store.postgres.batch import OPERATORS_AT_ONCE, Due
 from lmdaemon.store.rules import least
 
@@ -30,6 +32,11 @@ class Deadlines:
             return False
         self._next[operator] = found = (least(known[0], due_ms), least(known[1], lifetime_at))
         return found != known
+
+    @property
+    def operators(self) -> Set[str]:
+        """Those that this daemon sweeps."""
+        return self._next.keys()
 
     @property
     def earliest(self) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.cluster import Watch
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
+from lmdaemon.store.postgres.hints import send
 from lmdaemon.store.postgres.owners import FREE
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
@@ -157,6 +158,8 @@ def outlived(sql: Connection) -> tuple[list[Row], str | None]:
     soon as that is seen.
     """
     first = {one.id: one for one in _members(sql)}
+    if first:
+        send(sql, "")
     watch, now = Watch(), first
     while now and watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) != now.keys():
         time.sleep(WATCH_S)
@@ -174,6 +177,7 @@ def _members(sql: Connection) -> list[Row]:
 def leave(sql: Connection, member: int) -> None:
     """Goes in order: the row of the daemon goes at once, so that nobody has to wait."""
     drop(sql, member, None)
+    send(sql, "")
 
 
 def put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> None:

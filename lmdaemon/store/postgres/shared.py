@@ -19,12 +19,13 @@ from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, Member, Session
 from lmdaemon.store.contract import Figures, Operation, Probe, Pruned, StoreError, Sweep, Swept, Wish
-from lmdaemon.store.postgres import asking, members
+from lmdaemon.store.postgres import asking, hints, members
 from lmdaemon.store.postgres.asking import Question
 from lmdaemon.store.postgres.batch import GATE, NEXT, Batch, Place, Present, fetch_all
 from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.company import NOW, OTHERS, Company, Seen, seen
 from lmdaemon.store.postgres.deadlines import Deadlines
+from lmdaemon.store.postgres.hints import Hints
 from lmdaemon.store.postgres.members import Introduction, Joined
 from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, WANT, Owners, Wishes
 from lmdaemon.store.postgres.reads import Reads
@@ -41,7 +42,12 @@ BEAT_S = 0.5  # between two transactions, while sessions are live
 IDLE_BEAT_S = 2.5  # the same while none is
 BEAT_MIN_S = 0.02  # between two beats, when deadlines follow each other closely
 BEAT_AFTER_S = 0.002  # behind a deadline of the others' operators
+IDLE_HINTED_S = 30.0  # the same where hints arrive
 LOOK_S = 0.2  # between two looks at what others have done
+LOOK_HINTED_S = 1.5  # the same where hints arrive
+AGAIN_S = 1.0  # before a look or a hint is tried again that has failed
+HINT_MIN_S = 0.05  # between two hints
+STILL_S = 1.5  # a daemon that has had no transaction for so long is given a hint that others watch it
 RELEASE_S = 5.0  # for the owner of an operator to let its ends go on
 TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
 WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)  # for others to hear past a deadline, before it is given up for now
@@ -137,6 +143,11 @@ class Shared(Verbs):
         self._published_ms = 0  # of this daemon's clock, with its last transaction
         self._must_look = asyncio.Event()
         self._must_beat = asyncio.Event()
+        self._must_hint = asyncio.Event()
+        self._must_prove = False  # that this daemon is there, with a transaction before the next look
+        self._opened: set[str] = set()  # operators of which others have opened sessions that were not looked at yet
+        self._made: set[str] = set()  # the same of deliveries
+        self._hints: Hints
         self._looking = asyncio.Lock()
         self._answering: set[int] = set()  # questions of others that this daemon sees to
         self._epochs = 0  # sum of all owners' numbers
@@ -221,6 +232,7 @@ class Shared(Verbs):
             self._company.begin(found.joined.heard_ms, found.joined.seen)
             self._claimed_for = self.configured
             self._must_look.set()
+            self._must_hint.set()
         self._keep(found)
         self.reload(self._with_deadlines(found.loaded))
 
@@ -282,9 +294,17 @@ class Shared(Verbs):
         self._published_ms = changes.world.service_ms
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
+        was_live = self.live > 0
         self.absorb(changes)
+        if was_live != (self.live > 0):
+            self._must_beat.set()
+            self._must_look.set()
         if work.seen is not None:
             self._learn(work.seen)
+        if self._company.others:
+            concerns_others = any(self._owners.is_elsewhere(operator) for operator in changes.figures)
+            if changes.gates or concerns_others or (self.live and not was_live):
+                self._must_hint.set()
 
     def _take_versions(self, work: Batch) -> None:
         """Of the gates that a batch has changed; one that another daemon has changed since is known already."""
@@ -346,59 +366,106 @@ class Shared(Verbs):
 
     async def beat_for_ever(self) -> None:
         """Tells the others how far this daemon has heard, when nothing else does."""
-        slow_s, waited_for = BEAT_MIN_S, None
+        loop, commits, waiting = asyncio.get_running_loop(), -1, self._company.waiting
+        last_at = soon_at = loop.time()
+        soon_s, jitter = BEAT_MIN_S, 1.0
         while True:
-            commits, every_s = self._writer.commits, BEAT_S if self.live else IDLE_BEAT_S
-            due_in_s, due_ms = self._others_due_in_s(), self._company.next_due_ms
-            slow_s = min(slow_s * 2, BEAT_S) if due_ms == waited_for else BEAT_MIN_S
-            waited_for = due_ms
-            wait_s = every_s * self._rng.uniform(0.6, 1.4)
-            if due_in_s is not None:
-                wait_s = min(wait_s, max(due_in_s + BEAT_AFTER_S, slow_s))
+            if self._writer.commits != commits:
+                commits, last_at, jitter = self._writer.commits, loop.time(), self._rng.uniform(0.6, 1.4)
+                soon_at = last_at + soon_s
+            regular_at = last_at + (BEAT_S if self.live else self._idle_s) * jitter
+            if self._company.waiting != waiting:
+                waiting, soon_s = self._company.waiting, BEAT_MIN_S
+                soon_at = min(soon_at, loop.time() + soon_s)
+            due_in_s = self._others_due_in_s()
+            beat_at = regular_at if due_in_s is None else min(regular_at, max(loop.time() + due_in_s, soon_at))
             self._must_beat.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout_at(beat_at + BEAT_AFTER_S):
                     await self._must_beat.wait()
                 continue
-            is_told = self._others_due_in_s() is None or self._published_ms >= (due_ms or 0)
-            if (self._writer.commits == commits or not is_told) and self._writer.failure is None:
-                with suppress(StoreError):
-                    await self._writer.write(Probe())
+            if beat_at < regular_at:  # again for the same deadline: the owner is not ready, so less and less often
+                soon_s = min(soon_s * 2, BEAT_S)
+            if self._writer.commits != commits and self._published_ms >= (waiting[0] or 0):
+                continue
+            if self._writer.failure is not None:
+                await asyncio.sleep(BEAT_S)
+                continue
+            with suppress(StoreError):
+                await self._writer.write(Probe())
+
+    @property
+    def _idle_s(self) -> float:
+        """Between two beats, or looks, while nothing is live or pending."""
+        return IDLE_HINTED_S if self._hints.works else IDLE_BEAT_S
 
     def _others_due_in_s(self) -> float | None:
-        """Seconds until this daemon has heard past the next deadline of the others' operators; 0: they wait for it."""
+        """Seconds until this daemon has heard past the next deadline of the others' operators. 0 also when it has told
+        them so: the owner ends something, and the deadline behind it may be near.
+        """
         due_ms = self._company.next_due_ms
-        if due_ms is None or not self.live or due_ms <= self._published_ms:
+        if due_ms is None or not self.live:
             return None
         return max(0.0, (due_ms - self.service_clock.now_ms()) / 1000)
 
     async def look_for_ever(self) -> None:
         """Finds out what the others have done."""
         while True:
-            is_busy = self.live or any(one.pending for one in self.figures.values())
-            wait_s = None if not self._company.others else LOOK_S if is_busy else IDLE_BEAT_S
             with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(self._look_after_s()):
                     await self._must_look.wait()
             self._must_look.clear()
-            with suppress(StoreError):
+            try:
                 await self.look()
+            except StoreError:
+                self._must_look.set()
+                await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(LOOK_S / 2)  # a hint that comes meanwhile waits for so long
+
+    def _look_after_s(self) -> float | None:
+        """Seconds to the next look without a hint; None: for a hint."""
+        if not self._company.others:
+            return None
+        if self.live or any(one.pending for one in self.figures.values()):
+            return LOOK_HINTED_S if self._hints.works else LOOK_S / 2
+        return self._idle_s if self._hints.works else LOOK_S / 2
+
+    async def hint_for_ever(self) -> None:
+        """Lets the others know when there is something for them to look at."""
+        while True:
+            await self._must_hint.wait()
+            self._must_hint.clear()
+            try:
+                await self._reads.read(hints.send, self._name)
+            except StoreError:
+                await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(HINT_MIN_S)
+
+    def _hinted(self) -> None:
+        """There is something to look at. And somebody may have begun to watch who is there."""
+        self._must_look.set()
+        if not self.live:
+            self._must_prove = True
 
     async def look(self) -> None:
         """Finds it out once, and does what follows from it. Raises StoreError."""
         async with self._looking:
-            member = self._server.member
-            if member is None:
+            if self._server.member is None or self._must_prove:
+                self._must_prove = False
                 await self._writer.write(Probe())  # joins
-                member = self._server.member
+            member, live = self._server.member, self.live
             found = await self._reads.read(_look, member)
             if member != self._server.member:
                 return  # it was put out and has joined again meanwhile, and read everything
-            before = self._others_parts(found.parts)
+            self._note_others_parts(found.parts)
             self._learn(found.seen)
+            if self._company.still_s > STILL_S:
+                self._must_hint.set()  # it may not know that it has to beat
+            if bool(live) != bool(self.live):
+                self._must_beat.set()
             if found.versions != sum(self._versions.values()):
                 self._take_gates(await self._reads.read(_gates))
-            await self._find_what_others_did(before)
+            await self._find_what_others_did()
             await self._see_to(found.asked)
             await self._look_after_owners(member or 0, found.epochs)
             await self._put_out_who_is_gone(member or 0)
@@ -407,14 +474,14 @@ class Shared(Verbs):
 
     def _learn(self, found: Seen) -> None:
         due_ms = self._company.next_due_ms
-        if self._company.learn(found):
+        if self._company.learn(found, self._clock.monotonic(), watch=self.live > 0):
             self._owners.is_settled = False
             self._must_look.set()
         if self._company.next_due_ms != due_ms:
             self._must_beat.set()
 
-    def _others_parts(self, parts: dict[str, Part]) -> dict[str, Part]:
-        """Takes over the others' part of the figures. Returns the one before."""
+    def _note_others_parts(self, parts: dict[str, Part]) -> None:
+        """Takes over the others' part of the figures, and notes what has to be found out."""
         before, self._parts = self._parts, parts
         for operator in before.keys() | parts.keys():
             old, new = before.get(operator, NO_PART), parts.get(operator, NO_PART)
@@ -426,7 +493,10 @@ class Shared(Verbs):
                 self.live += new.live - old.live
             if new.touched_ms > old.touched_ms:
                 self.note_touch(operator, new.touched_ms)
-        return before
+            if new.opened > old.opened:
+                self._opened.add(operator)
+            if new.made > old.made:
+                self._made.add(operator)
 
     def _take_gates(self, rows: list[tuple[Any, ...]]) -> None:
         newer = {name: (version, Gate(*gate)) for name, version, *gate in rows if version > self._versions.get(name, 0)}
@@ -436,17 +506,27 @@ class Shared(Verbs):
             for observer in self.observers:
                 observer.gate_changed(name)
 
-    async def _find_what_others_did(self, before: dict[str, Part]) -> None:
+    async def _find_what_others_did(self) -> None:
         """Deadlines and deliveries of this daemon's operators that others have made."""
-        mine = [name for name in self._owners.mine if self._parts.get(name, NO_PART) != before.get(name, NO_PART)]
-        opened = [name for name in mine if self._parts[name].opened > before.get(name, NO_PART).opened]
-        made = [name for name in mine if self._parts[name].made > before.get(name, NO_PART).made]
-        await self._find_deadlines(opened)
+        opened, made = self._opened & self._deadlines.operators, self._made & self._owners.delivers_for
+        if opened:
+            for deadline in await self._reads.read(_next, list(opened)):
+                self._deadlines.nearer(*deadline)
+        self._opened.clear()  # nothing else has come: only a look adds to it
+        self._take_deadlines()
         if made:
-            for operator, sink, due_at in await self._reads.read(_earliest, made):
+            for operator, sink, due_at in await self._reads.read(_earliest, list(made)):
                 for observer in self.observers:
                     if due_at is not None:
                         observer.delivery_due(operator, sink, due_at)
+        self._made.clear()
+
+    def _take_deadlines(self) -> None:
+        before = (self.next_due_ms, self.next_lifetime_at)
+        self.next_due_ms, self.next_lifetime_at = self._deadlines.earliest
+        if before != (self.next_due_ms, self.next_lifetime_at):
+            for observer in self.observers:
+                observer.deadline_nearer()
 
     async def _see_to(self, asked: list[Question]) -> None:
         """Does what other daemons ask of this one, because it owns an operator."""
@@ -463,6 +543,7 @@ class Shared(Verbs):
 
     async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
         number = await self._reads.read(asking.ask, operator, wish)
+        self._must_hint.set()
         try:
             async with asyncio.timeout(within_s):
                 return await self._answer_to(number)
@@ -509,23 +590,24 @@ class Shared(Verbs):
         self._tell_owners(before)
         if any(wishes):
             await self._reads.read(_see_to, member, wishes)
+            self._must_hint.set()
             await self._read_owners()
         self._claimed_for = configured
 
     async def _read_owners(self) -> None:
-        new = self._take_owners(await self._reads.read(_owners), self._owners.me)
-        self.next_due_ms, self.next_lifetime_at = self._deadlines.earliest
-        await self._find_deadlines(new)
+        self._opened.update(self._take_owners(await self._reads.read(_owners), self._owners.me))
+        await self._find_what_others_did()
 
     async def _put_out_who_is_gone(self, member: int) -> None:
         if not self.live:
             return
-        for gone, batch in self._company.gone(self._clock.monotonic()).items():
+        for gone, batch in self._company.gone.items():
             name = await self._reads.read(_put_out, member, gone, batch, self.daemon_grace_ms)
             if name is not None:
                 self.expulsions += 1
                 log.warning("daemon.expelled", name=name, silent_s=LEASE_S, grace_s=self.daemon_grace_ms / 1000)
             self._must_look.set()
+            self._must_hint.set()
 
     async def _tell_who_is_there(self) -> None:
         """Logs which daemons have come and gone since the last time."""

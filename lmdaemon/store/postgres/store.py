@@ -20,6 +20,7 @@ from lmdaemon.store.postgres.batch import DELIVERY, SESSION, Batch, delivery_of,
 from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.company import Company
 from lmdaemon.store.postgres.errors import said
+from lmdaemon.store.postgres.hints import Hints
 from lmdaemon.store.postgres.migrations import check_server, migrate
 from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.shared import Shared, read
@@ -89,6 +90,7 @@ class Store(Shared):
         self._server = Server(database, thread, self)
         self._writer: Writer[Batch] = Writer(self, self._server)
         self._reads = Reads(database, self._writer.refused)
+        self._hints = Hints(database, name, self._hinted)
         self.strained: str | None = None
 
     @classmethod
@@ -153,8 +155,10 @@ class Store(Shared):
     async def run(self) -> None:
         """The writer, and beside it what concerns the other daemons, for ever."""
         async with asyncio.TaskGroup() as group:
-            for loop in (self._writer.run, self.beat_for_ever, self.look_for_ever, self._look_after_for_ever):
+            loops = (self.beat_for_ever, self.look_for_ever, self.hint_for_ever, self._look_after_for_ever)
+            for loop in (self._writer.run, *loops):
                 group.create_task(loop())
+            group.create_task(self._hints.listen_for_ever(self._must_hint.set))
             with suppress(StoreError):
                 await self._writer.write(Probe())  # joins
 
@@ -174,6 +178,7 @@ class Store(Shared):
         self._close_connections()
 
     def _close_connections(self) -> None:
+        self._hints.close()
         self._reads.close()
         self._thread.close()
 

@@ -10,12 +10,12 @@ from operations import BODY, attempt, counted, notice, one_delivery, opening
 from proxy import Mode, Proxy
 
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
-from lmdaemon.store.postgres import shared, writer
+from lmdaemon.store.postgres import hints, shared, writer
 
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
 
 
-async def nothing(store: object) -> None:
+async def nothing(*_: object) -> None:
     """No loop."""
 
 
@@ -23,10 +23,11 @@ async def nothing(store: object) -> None:
 async def db(
     proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
-    """Without beats and looks, so that what is lost is what the test has asked for."""
+    """Without beats, looks and hints, so that what is lost is what the test has asked for."""
     monkeypatch.setattr(shared, "BEAT_S", 3600)
     monkeypatch.setattr(shared, "IDLE_BEAT_S", 3600)
     monkeypatch.setattr(shared.Shared, "look_for_ever", nothing)
+    monkeypatch.setattr(hints.Hints, "listen_for_ever", nothing)
     async with proxied[0].open(clock) as opened:
         opened.configure(frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)])
         await opened.end_due(idle=True)  # takes the operator

@@ -1,0 +1,76 @@
+"""Hints between the daemons on a database that there is something to look at, by NOTIFY.
+
+Nothing depends on them: they only let a daemon look at once that would have looked later. They are sent after a commit
+and never in one, because a transaction that notifies waits for every other that does. Behind PgBouncer in transaction
+mode none arrive; then `works` is False, and the daemons look often instead.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+
+from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
+
+WAIT_S = 30.0  # for a hint; then the connection is asked whether it is still there
+ANSWER_S = 5.0  # for the connection itself
+AGAIN_S = 5.0  # before a connection that was lost is made again
+
+LISTEN = "LISTEN lmdaemon"
+IS_ALIVE = "SELECT 1"
+# A hint to all daemons, this one included.
+HINT = "SELECT pg_notify('lmdaemon', %s)"
+
+
+class Hints:
+    """Waits for hints on a connection of its own, and calls `hinted` on the event loop for each, or for several."""
+
+    def __init__(self, database: Database, name: str, hinted: Callable[[], None]) -> None:
+        """`name` is this daemon's: its own hints only show that they arrive."""
+        self._name = name
+        self._thread = Thread(database)
+        self._hinted = hinted
+        self._listening: Connection | None = None
+        self.works = False  # whether one has arrived on this connection
+
+    async def listen_for_ever(self, begun: Callable[[], None]) -> None:
+        """`begun` is called when it listens on a new connection, so that somebody sends a hint: without one it is not
+        known whether they arrive.
+        """
+        while True:
+            try:
+                if await self._thread.run(self._listen, within_s=ANSWER_S):
+                    begun()
+                name = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
+                if name is not None:
+                    self.works = True
+                    if name != self._name:
+                        self._hinted()
+            except (psycopg.Error, NoAnswerError):
+                self.works, self._listening = False, None
+                await asyncio.sleep(AGAIN_S)
+
+    def _listen(self, sql: Connection) -> bool:
+        """Returns whether it is a new connection."""
+        if self._listening is sql:
+            return False
+        sql.execute(LISTEN)
+        self.works, self._listening = False, sql
+        return True
+
+    def close(self) -> None:
+        """Ends the wait."""
+        self._thread.close()
+
+
+def _wait(sql: Connection) -> str | None:
+    """Whose hint has come."""
+    for notify in sql.notifies(timeout=WAIT_S, stop_after=1):
+        return notify.payload
+    sql.execute(IS_ALIVE)
+    return None
+
+
+def send(sql: Connection, name: str) -> None:
+    """Hints all daemons; `name` is that of whoever does."""
+    sql.execute(HINT, (name,))

@@ -55,4 +55,5 @@ class Handler(BaseHTTPRequestHandler):
         self.send_error(405)
 
 
+ThreadingHTTPServer.request_queue_size = 128  # connections that wait to be accepted, after an outage
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

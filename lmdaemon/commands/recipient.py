@@ -67,6 +67,8 @@ def recipient(args: argparse.Namespace, command: str) -> Operator:
     if args.timeout:
         changes["policy"] = changed(operator.policy, timeout_s=checked_span(args.timeout, "--timeout"))
     operator = changed(operator, **changes)
+    if not operator.url and args.operator:
+        raise Usage(f"{command}: operator {args.operator!r} has no url; give it one, or --url")
     if not operator.url:
         raise Usage(f"{command}: give --url, or an operator of the configuration that has a url")
     return operator

@@ -144,7 +144,7 @@ print(len(cli.COMMANDS))
         ("sessions open acme s1 --player p1 --token-file absent", "--token-file: absent cannot be read: No such file"),
         ("sessions open acme s1 --player p1 --token-env UNSET", "--token-env: the token must not be empty"),
         ("send nobody", "has no operator 'nobody'; known are acme"),
-        ("send acme", "give --url, or an operator of the configuration that has a url"),
+        ("send acme", "send: operator 'acme' has no url; give it one, or --url"),
         (
             "send --url ftp://u:password@host/?query",
             "(got 'ftp://host/')",

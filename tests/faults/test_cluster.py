@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from chance import FULL
 from cluster import Cluster, cluster
 from postgres import NoServerError, OwnServer
-from processes import free_ports, wait_for
+from processes import AS_USERS_DO, Process, free_ports, wait_for
 from simulated import Simulated, simulated_operator
 from support import until
 from witness import OPERATOR, Witness, check, game_server, settled
@@ -167,6 +168,41 @@ def test_what_is_asked_of_one_daemon_binds_at_the_owner(
     assert two.call("POST", f"{two.api}/v1/deliveries/{dead['id']}/retry")[0] == 202
     wait_for(lambda: one.call("GET", f"{one.api}/v1/deliveries/{dead['id']}")[1]["state"] == "delivered", 10)
     measured(hold_bound_s=round(bound_s, 3))
+
+
+def test_each_daemon_tells_of_all_of_them(c: Cluster, counting: Counting) -> None:
+    """In `/health`, `lmdaemon status` and the metrics, of which those of an operator come from its owner alone."""
+    opened(c.any(), "acme", "told")
+    live = 'lmdaemon_sessions_live{operator="acme"}'
+    wait_for(lambda: any(figures(daemon).get(live, 0) > 0 for daemon in all_of(c)), 20)
+    found = [figures(daemon) for daemon in all_of(c)]
+    assert [one["lmdaemon_daemons"] for one in found] == [3, 3, 3]
+    assert sum(one["lmdaemon_operators_owned"] for one in found) == len(NAMES)
+    for name in NAMES:
+        assert sum(f'lmdaemon_operator_held{{operator="{name}"}}' in one for one in found) == 1
+    for daemon in all_of(c):
+        (check,) = daemon.call("GET", f"{daemon.api}/health")[1]["checks"]["daemons"]
+        assert check["daemons"] == 3
+        assert "settings" not in check.get("output", "")
+    names = {one["name"] for one in c.members("a").values()}
+    done = subprocess.run(
+        [*AS_USERS_DO, "--config", str(c.daemons["a"].config), "status"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.split(" ")[0] in names]
+    assert len(lines) == 3
+    assert sum("(asked)" in line for line in lines) == 1
+
+
+def all_of(c: Cluster) -> list[Process]:
+    return list(c.daemons.values())
+
+
+def figures(daemon: Process) -> dict[str, float]:
+    """`/metrics`: the values by series."""
+    with urllib.request.urlopen(f"{daemon.api}/metrics", timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 def test_concurrency_is_that_of_the_operator_however_many_daemons(c: Cluster, counting: Counting) -> None:

@@ -206,7 +206,7 @@ class Serving:
 
     @property
     def pruner(self) -> Any:
-        return self.daemon._pruner
+        return self.daemon._parts.pruner
 
     @property
     def dispatcher(self) -> Dispatcher:

@@ -471,7 +471,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
         status, report = await get(daemon, daemon.api)
         assert (status, report["checks"][loop][0]["status"]) == (503, "fail")
         assert await metric(daemon, f'lmdaemon_loop_late_seconds{{loop="{loop}"}}') > LATE_S
-        assert daemon.daemon._parts.health.stuck  # the watchdog is withheld
+        assert daemon.parts.health.stuck  # the watchdog is withheld
 
 
 async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(

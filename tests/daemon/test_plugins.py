@@ -794,7 +794,7 @@ class TestReload:
         path.write_text(lines + toml)
         with hear():
             await s.daemon.reload_once()
-        return s.daemon._parts.reloader.error
+        return s.parts.reloader.error
 
     async def test_a_reload_replaces_the_instances_of_changed_plugins_alone(
         self, tmp_path: Path, written: Callable[[str], str]

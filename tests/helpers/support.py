@@ -189,40 +189,44 @@ class Serving:
     # Its parts, for what nobody can see or bring about from outside; tests reach for them here and nowhere else
 
     @property
+    def parts(self) -> Any:
+        return self.daemon._parts
+
+    @property
     def store(self) -> Any:
-        return self.daemon._parts.store
+        return self.parts.store
 
     @property
     def sites(self) -> dict[str, Any]:
-        return self.daemon._parts.listeners.sites
+        return self.parts.listeners.sites
 
     @property
     def bounds(self) -> Any:
-        return self.daemon._parts.bounds
+        return self.parts.bounds
 
     @property
     def sweeper(self) -> Any:
-        return self.daemon._parts.sweeper
+        return self.parts.sweeper
 
     @property
     def pruner(self) -> Any:
-        return self.daemon._parts.pruner
+        return self.parts.pruner
 
     @property
     def dispatcher(self) -> Dispatcher:
-        return self.daemon._parts.dispatcher
+        return self.parts.dispatcher
 
     @property
     def plugins(self) -> dict[str, Any]:
-        return self.daemon._parts.reloader.plugins
+        return self.parts.reloader.plugins
 
     @property
     def metrics(self) -> Any:
-        return self.daemon._parts.metrics
+        return self.parts.metrics
 
     @property
     def events(self) -> Any:
-        return self.daemon._parts.events
+        return self.parts.events
 
 
 LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'

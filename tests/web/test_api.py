@@ -1079,7 +1079,7 @@ async def test_a_hold_for_a_time_ends_by_itself(api: Caller, clock: HandClock, w
     await api.open()
     await api.close()
     clock.advance(60)
-    api.daemon.daemon._parts.dispatcher.wake()
+    api.daemon.dispatcher.wake()
     await api.settled()
     assert len(wallet.received) == 1
     assert (await api.operator())["held"] is False

@@ -623,6 +623,27 @@ WITH_A_SMALL_WAL = (
 )
 
 
+def test_killed_while_a_full_wal_is_written_over_it_has_lost_nothing(
+    tmp_path: Path, measured: Callable[..., None]
+) -> None:
+    """What is behind the last commit then is not empty: it has the commits of the round before."""
+    kills = 20 if FULL else 5
+    starts_over = 0
+    with daemon_on(tmp_path, command=WITH_A_SMALL_WAL) as daemon, ThreadPoolExecutor() as pool:
+        ledger = Ledger(daemon)
+        for life in range(kills):
+            with strace(daemon, f"pwrite64:signal=SIGKILL:when={300 + 41 * life}", only=daemon.wal):
+                wait([pool.submit(work, ledger, worker, life) for worker in range(3)])
+                assert daemon.popen.wait(60) == -signal.SIGKILL
+            # How often this WAL has started over. Source: sqlite.org/fileformat2.html, "WAL Header Format"
+            starts_over += int.from_bytes(daemon.wal.read_bytes()[12:16], "big")
+            daemon.start()
+            ledger.check()
+        assert starts_over > 0
+        assert daemon.rows("PRAGMA integrity_check") == [("ok",)]
+        measured(kills=kills, acknowledged=ledger.acknowledged, lost=0, starts_over=starts_over)
+
+
 def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured: Callable[..., None]) -> None:
     """As by `backup` of a large file, or an administrator's sqlite3 left open."""
     with daemon_on(tmp_path, command=WITH_A_SMALL_WAL) as daemon:

@@ -208,7 +208,9 @@ class TestOneEnd:
         assert await db.retry_dead("acme", Dead()) == 0  # trying again cannot help
         again = await db.retry_one(delivery.webhook_id)
         assert again is not None
-        assert (await db.delivery(delivery.webhook_id)) == delivery
+        after = await db.delivery(delivery.webhook_id)
+        assert after is not None
+        assert after._replace(token=None) == delivery  # a page shows no token
 
 
 class TestNotices:

@@ -101,7 +101,8 @@ class Writer(Generic[Work]):
         self._is_available = True
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.failure: str | None = None  # why the last write was refused; None while writes work
-        self.failing_since: float | None = None  # monotonic time at which the first of the writes was refused
+        # Monotonic time of the first write that was refused; None while writes work
+        self.failing_since: float | None = None
         self.writing_since: float | None = None  # monotonic time at which the current transaction began
         self.commits = 0
         self.committed_something = asyncio.Event()  # set by each commit; the waiting task clears it

@@ -131,7 +131,9 @@ class Recent(StoreObserver):
             self.look()
 
     def look(self) -> None:
-        """Adds what was counted since the last call to the second of that call; nothing was committed after it."""
+        """Adds what was counted since the last call. It belongs to the second of that call, because nothing was
+        committed later.
+        """
         second, self._second = self._second, self._now()
         counts = self._since.take()
         if counts:

@@ -121,7 +121,7 @@ class Bench:
     async def post(
         self, body: bytes, *, headers: Mapping[str, str] | None = None, webhook_id: str | None = None, **options: Any
     ) -> Exchange:
-        """One request with the headers that the daemon would send along, and those given instead."""
+        """Sends one request with the headers that the daemon would send; given headers replace them."""
         made = self.notices.headers(body, self.now_s(), webhook_id) | dict(headers or {})
         return await self.wire.send(body, made, **options)
 

@@ -137,7 +137,7 @@ class Players:
     async def _player(self, number: int, began: float) -> None:
         rng = Random(f"{self._seed} {number}")  # noqa: S311 - chance that can be had again
         until = began + self._load.span_s
-        # So that players do not begin at the same moment
+        # Players begin at different moments
         await asyncio.sleep(rng.uniform(0, min(self._load.heartbeat_s, self._load.span_s)))
         game = 0
         while self._clock() < until:

@@ -98,6 +98,7 @@ async def test_no_get_changes_anything(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.timeout(900)
 async def test_a_thousand_operators_and_100000_deliveries_stay_light(tmp_path: Path) -> None:
     """What is drawn and asked for is bounded, also while they end: at most one refresh a second."""
     operators = "".join(f'[operators.op{one:04}]\nprovider_id = "p{one}"\nendpoint = ""\n' for one in range(999))

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -31,7 +32,9 @@ class Cluster:
     daemon each time.
     """
 
-    def __init__(self, database: OwnServer, directory: Path, operators: str, names: str = "abc") -> None:
+    def __init__(
+        self, database: OwnServer, directory: Path, operators: str, names: str, environment: Mapping[str, str]
+    ) -> None:
         self.database = database
         self.daemons: dict[str, Process] = {}
         self.proxies: dict[str, Proxy] = {}
@@ -41,7 +44,7 @@ class Cluster:
             self.proxies[name] = proxy = Proxy(database.port)
             (directory / name).mkdir()
             toml = TOML.format(port=proxy.port, more=', "500ms"' * 40) + operators
-            self.daemons[name] = Process(directory / name, toml)
+            self.daemons[name] = Process(directory / name, toml, environment)
 
     def start(self, *names: str) -> None:
         """Starts these, or all, and waits until they serve."""
@@ -106,9 +109,15 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(database: OwnServer, directory: Path, operators: str, names: str = "abc") -> Iterator[Cluster]:
+def cluster(
+    database: OwnServer,
+    directory: Path,
+    operators: str,
+    names: str = "abc",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Cluster]:
     """Daemons that serve, and know each other."""
-    made = Cluster(database, directory, operators, names)
+    made = Cluster(database, directory, operators, names, environment)
     try:
         made.start()
         made.wait_for(*names)

@@ -4,6 +4,7 @@ that was acknowledged is lost, each session ends once and never early, and each 
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -84,6 +85,24 @@ class _Counted(BaseHTTPRequestHandler):
         pass
 
 
+HOOK = """
+import asyncio, json, urllib.request
+
+class Lobby:
+    def __init__(self, options):
+        self.url = options["url"]
+
+    async def session_ended(self, event):
+        body = json.dumps({"sessionId": event.session_id}, separators=(",", ":")).encode()
+        await asyncio.to_thread(lambda: urllib.request.urlopen(self.url, body).read())
+"""
+PLUGIN = """
+[plugins.lobby]
+use = "told_lobby:Lobby"
+operators = ["delta"]
+concurrency = 2
+options = {{ url = "{url}" }}
+"""
 NAMES = ("acme", "bravo", "charlie", "delta")
 
 
@@ -95,10 +114,24 @@ def wallet() -> Iterator[Counting]:
 
 
 @pytest.fixture(scope="module")
-def lasting(database: OwnServer, wallet: Counting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def lobby() -> Iterator[Counting]:
+    """What the plug-in of delta calls."""
+    with Counting() as opened:
+        yield opened
+        opened.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lasting(
+    database: OwnServer, wallet: Counting, lobby: Counting, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """Three daemons that outlive the tests of this file."""
-    operators = "".join(OPERATOR.format(name=name, url=wallet.url) + "concurrency = 2\n" for name in NAMES)
-    with cluster(database, tmp_path_factory.mktemp("lasting"), operators) as made:
+    directory = tmp_path_factory.mktemp("lasting")
+    (directory / "told_lobby.py").write_text(HOOK)
+    toml = "".join(OPERATOR.format(name=name, url=wallet.url) + "concurrency = 2\n" for name in NAMES)
+    toml += PLUGIN.format(url=lobby.url)
+    environment = {"PYTHONPATH": f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with cluster(database, directory, toml, environment=environment) as made:
         yield made
 
 
@@ -173,13 +206,17 @@ def test_what_is_asked_of_one_daemon_binds_at_the_owner(
 def test_each_daemon_tells_of_all_of_them(c: Cluster, counting: Counting) -> None:
     """In `/health`, `lmdaemon status` and the metrics, of which those of an operator come from its owner alone."""
     opened(c.any(), "acme", "told")
-    live = 'lmdaemon_sessions_live{operator="acme"}'
-    wait_for(lambda: any(figures(daemon).get(live, 0) > 0 for daemon in all_of(c)), 20)
-    found = [figures(daemon) for daemon in all_of(c)]
-    assert [one["lmdaemon_daemons"] for one in found] == [3, 3, 3]
-    assert sum(one["lmdaemon_operators_owned"] for one in found) == len(NAMES)
-    for name in NAMES:
-        assert sum(f'lmdaemon_operator_held{{operator="{name}"}}' in one for one in found) == 1
+
+    def is_told() -> bool:
+        found = [figures(daemon) for daemon in all_of(c)]
+        owned = [sum(f'lmdaemon_operator_held{{operator="{name}"}}' in one for one in found) for name in NAMES]
+        live = sum(one.get('lmdaemon_sessions_live{operator="acme"}', 0) for one in found)
+        counts = [one["lmdaemon_operators_owned"] for one in found]
+        return (
+            [one["lmdaemon_daemons"] for one in found] == [3] * 3 and owned == [1] * 4 and live > 0 and sum(counts) == 4
+        )
+
+    wait_for(is_told, 20, lambda: str([figures(daemon) for daemon in all_of(c)]))
     for daemon in all_of(c):
         (check,) = daemon.call("GET", f"{daemon.api}/health")[1]["checks"]["daemons"]
         assert check["daemons"] == 3
@@ -205,14 +242,21 @@ def figures(daemon: Process) -> dict[str, float]:
     return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
-def test_concurrency_is_that_of_the_operator_however_many_daemons(c: Cluster, counting: Counting) -> None:
-    counting.takes_s = 0.1
+def test_concurrency_is_that_of_the_operator_however_many_daemons(
+    c: Cluster, counting: Counting, lobby: Counting
+) -> None:
+    """Of its URL, and of a plug-in that listens to it."""
+    counting.takes_s = lobby.takes_s = 0.1
+    lobby.sessions.clear()
+    lobby.most = 0
     names = [f"many-{number}" for number in range(24)]
     for number, name in enumerate(names):
-        ended([*c.daemons.values()][number % 3], "acme", name)
-    wait_for(lambda: len(counting.sessions) == len(names), 30)
-    assert sorted(counting.sessions) == sorted(names)
-    assert counting.most == 2
+        ended(all_of(c)[number % 3], "delta", name)
+    for told in (counting, lobby):
+        wait_for(lambda told=told: len(told.sessions) == len(names), 30)  # type: ignore[misc]
+        assert sorted(told.sessions) == sorted(names)
+        assert told.most == 2
+    lobby.takes_s = 0.0
 
 
 # -- a daemon that goes

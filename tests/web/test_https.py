@@ -381,7 +381,7 @@ async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(
             assert (await quiet.answer()).status == 200
             quiet.writer.transport.pause_reading()
             await stack.enter_async_context(connected(url, None))
-        await until(lambda: all(site.connections == 3 for site in daemon.sites.values()))
+        await until(lambda: all(site.connections == 2 for site in daemon.sites.values()))
         daemon.daemon.stop()
         async with asyncio.timeout(5):
             await daemon.running

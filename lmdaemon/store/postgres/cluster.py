@@ -25,7 +25,7 @@ class Heard(NamedTuple):
     known_at: int
 
 
-def followed_ms(own_ms: int, others: Collection[Heard]) -> int:
+def followed_ms(own_ms: int, others: Collection[Heard], told_ms: int) -> int:
     """Where a clock goes on from when it learns of the others: it falls behind nobody for good, and never ahead of the
     slowest by more than AHEAD_MS, unless it is there already. `own_ms` is read at this moment: what has passed is in
     the others' clocks, too.
@@ -33,21 +33,24 @@ def followed_ms(own_ms: int, others: Collection[Heard]) -> int:
     if not others:
         return own_ms
     furthest = max(own_ms, *(one.heard_ms for one in others))
-    return max(own_ms, min(furthest, limit_ms(others)))
+    return max(own_ms, min(furthest, limit_ms(others, told_ms)))
 
 
-def limit_ms(others: Collection[Heard]) -> int:
-    """Where a clock has to wait for the slowest of the others."""
-    return min(one.heard_ms for one in others) + AHEAD_MS
+def limit_ms(others: Collection[Heard], told_ms: int) -> int:
+    """Where a clock has to wait: for the slowest of the others, and until what this daemon has told of itself, which is
+    `told_ms`, is as near. By that the others know how far it may have come.
+    """
+    return min(told_ms, *(one.heard_ms for one in others)) + AHEAD_MS
 
 
-def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_at: int) -> int:
+def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_at: int, kept_ms: int = 0) -> int:
     """The stamp of a touch that arrived at `arrival_ms` of this daemon's clock, which stands at `own_ms`: not below any
-    clock at this moment. Another's may have run on since its last transaction for as long as the database's clock has.
+    clock at this moment, nor below `kept_ms`, the furthest of those that have gone, which may have been followed.
+    Another's may have run on since its last transaction for as long as the database's clock has.
 
     A database clock that is set back by less than that time makes it too low by as much, at most AHEAD_MS.
     """
-    furthest = arrival_ms
+    furthest = max(arrival_ms, kept_ms)
     for one in others:
         passed_ms = database_at - one.known_at if database_at >= one.known_at else AHEAD_MS
         furthest = max(furthest, one.heard_ms + min(passed_ms, AHEAD_MS))

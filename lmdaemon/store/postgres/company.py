@@ -53,6 +53,7 @@ class Company:
         self._clock = clock
         self.others: dict[int, Other] = {}
         self.hold_until_ms = 0
+        self.told_ms = 0  # how far this daemon has heard, by its last transaction
         self.known_at = 0  # by the server's clock
         self._watch = Watch(GAP_S)
         self.gone: dict[int, int] = {}  # who is to be put out, with the number of the last transaction
@@ -62,7 +63,7 @@ class Company:
         self._clock.limit_ms = None
         self._clock.now_ms()
         self._clock.advance_to(at_least_ms)
-        self.known_at = 0
+        self.known_at, self.told_ms = 0, at_least_ms
         self.learn(found, 0.0, watch=False)
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
@@ -79,8 +80,8 @@ class Company:
         self.gone = {member: batches[member] for member in self._watch.gone(batches, now_s)}
         own_ms = self._clock.now_ms()  # before it follows: what has passed since its last reading is in theirs, too
         heard = self.heard
-        self._clock.limit_ms = limit_ms(heard) if heard else None
-        self._clock.advance_to(followed_ms(own_ms, heard))
+        self._clock.limit_ms = limit_ms(heard, self.told_ms) if heard else None
+        self._clock.advance_to(followed_ms(own_ms, heard, self.told_ms))
         return before != self.others.keys()
 
     @property

@@ -140,7 +140,6 @@ class Shared(Verbs):
         self._rng = Random()  # noqa: S311 - jitter, not secrets
         self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
         self._told_touches = float("-inf")  # monotonic seconds
-        self._published_ms = 0  # of this daemon's clock, with its last transaction
         self._must_look = asyncio.Event()
         self._must_beat = asyncio.Event()
         self._must_hint = asyncio.Event()
@@ -291,7 +290,7 @@ class Shared(Verbs):
             self._deadlines.set(*deadline)
         if changes.swept:
             changes.next_due_ms, changes.next_lifetime_at = self._deadlines.earliest
-        self._published_ms = changes.world.service_ms
+        self._company.told_ms = changes.world.service_ms
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
         was_live = self.live > 0
@@ -386,7 +385,7 @@ class Shared(Verbs):
                 continue
             if beat_at < regular_at:  # again for the same deadline: the owner is not ready, so less and less often
                 soon_s = min(soon_s * 2, BEAT_S)
-            if self._writer.commits != commits and self._published_ms >= (waiting[0] or 0):
+            if self._writer.commits != commits and self._company.told_ms >= (waiting[0] or 0):
                 continue
             if self._writer.failure is not None:
                 await asyncio.sleep(BEAT_S)

@@ -69,6 +69,10 @@ class Sweeper(StoreObserver):
         """A deadline is earlier than all others (StoreObserver)."""
         self.wake()
 
+    def read_again(self) -> None:
+        """The next deadline may be another one (StoreObserver)."""
+        self.wake()
+
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
         """Counts those that ended by themselves (StoreObserver)."""
         ended = Counter(one.operator for one in sessions if one.reason in ("inactivity", "max_lifetime"))

@@ -159,6 +159,10 @@ class Dispatcher(StoreObserver):
             lane.look_again_at = 0
         self.wake()
 
+    def read_again(self) -> None:
+        """Reads all due times again (StoreObserver): deliveries may have been made without our knowing."""
+        self.wall_clock_set_back()
+
     @property
     def in_flight(self) -> int:
         """The number of attempts whose results are not stored yet."""

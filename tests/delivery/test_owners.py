@@ -116,6 +116,22 @@ async def test_what_another_daemon_owns_is_not_sent(tmp_path: Path, clock: HandC
         assert len(operator.received) == 1
 
 
+async def test_what_was_made_unknown_is_sent_once_the_tables_are_read_again(tmp_path: Path, clock: HandClock) -> None:
+    """As a commit whose answer was lost, which turns out to be stored."""
+    async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
+        await both.end("a")
+        await both.rounds()
+        observers, both.store.observers = both.store.observers, ()
+        await both.end("b")
+        both.store.observers = observers
+        await both.rounds()
+        assert len(operator.received) == 1
+        for observer in observers:
+            observer.read_again()
+        await both.rounds()
+        assert len(operator.received) == 2
+
+
 async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Path, clock: HandClock) -> None:
     """One attempt is under way and further rows were read ahead when the operator changes hands. What was read ahead is
     not sent either when it comes back.

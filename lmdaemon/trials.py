@@ -120,14 +120,18 @@ class _Trial:
             result = asyncio.run(self._whole())
         except Exception as one:  # whoever waits for the result gets it
             error = one
+        except asyncio.CancelledError:  # or the daemon's stop would wait for ever
+            error = RuntimeError("interrupted without a result")
         with suppress(RuntimeError):  # the daemon's loop is closed: nobody waits
             self._daemon.call_soon_threadsafe(self._tell, result, error)
 
     async def _whole(self) -> Any:
-        self._own = asyncio.get_running_loop()
         task = self._task = asyncio.create_task(self._work())
+        self._own = (
+            asyncio.get_running_loop()
+        )  # from here on it can be cancelled, by when it has begun: see `end_early`
         if self._is_unwanted:
-            self._own.call_soon(self._cancel)  # after it has begun, so that it returns what it has
+            self._own.call_soon(self._cancel)
         return await task
 
     def _tell(self, result: Any, error: Exception | None) -> None:

@@ -256,3 +256,32 @@ async def test_a_stop_of_the_daemon_ends_the_checks_with_what_they_found(tmp_pat
         assert (name, report["stopped"]) == ("check.report", "interrupted")
         await d.running
         assert trial_threads() == []
+
+
+async def test_a_check_that_is_ended_at_once_has_begun_and_gives_what_it_has() -> None:
+    """Whatever moment its thread is at."""
+
+    async def work() -> str:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            return "what was found so far"
+        return "all"
+
+    for number in range(300):
+        one = trials._Trial(work, may_end_early=True)
+        one.start("trial")
+        for _ in range(number % 20):
+            await asyncio.sleep(0)
+        one.end_early()
+        assert await one.ended == "what was found so far"
+
+
+async def test_work_that_is_interrupted_without_a_result_ends_all_the_same() -> None:
+    async def work() -> None:
+        raise asyncio.CancelledError
+
+    one = trials._Trial(work, may_end_early=True)
+    one.start("trial")
+    with pytest.raises(RuntimeError, match="interrupted without a result"):
+        await one.ended

@@ -185,7 +185,7 @@ class Readings:
         behind_ms = sum(one.lag_ms for one in members if one.is_self)
         owned = sum(self._store.owns(name) for name in self._settings().operators)
         yield plain("daemons", "Daemons on the database.", len(members))
-        expelled = "Silent daemons that this one has put out."
+        expelled = "Silent daemons that this one has expelled."
         yield plain("daemons_expelled_total", expelled, self._store.expulsions)
         yield plain("operators_owned", "Operators whose sessions this daemon ends and delivers.", owned)
         yield plain(

@@ -451,7 +451,7 @@ class Store(Protocol):
     next_lifetime_at: int | None
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
     pausing: frozenset[str]  # as given to `configure`
-    expulsions: int  # daemons on the database that this one has put out, since the start
+    expulsions: int  # daemons on the database that this one has expelled, since the start
     joined_others: bool  # at the start: then no restart grace applies, for touches could be heard all the while
 
     @property

@@ -1,4 +1,4 @@
-"""A daemon process on a PostgreSQL database: killed, stopped, put out, and its server crashed, under load."""
+"""A daemon process on a PostgreSQL database: killed, stopped, expelled, and its server crashed, under load."""
 
 import signal
 import threading

@@ -105,7 +105,7 @@ TO_DISCARD = "SELECT id, operator FROM lmdaemon.delivery WHERE id = ANY (%s) AND
 DELIVERIES_BY_ID = (
     f"SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = ANY (%s)"
 )
-# Ids of what ended before a time, in the order in which it ended, behind a place.
+# Ids of what ended before a time, in the order in which it ended, after a place.
 ENDED_BEFORE = """
 SELECT id, ended_at FROM lmdaemon.session WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s)
 ORDER BY ended_at, id LIMIT %s"""
@@ -169,7 +169,7 @@ INSERT INTO lmdaemon.session ({SESSION}, due_ms)
 SELECT {", ".join("stamp.ms" if name == "seen_ms" else name for name in Session._fields)}, stamp.ms + idle_ms
 FROM {given(*Session._fields)} AS new, stamp"""
 # Ends sessions that are active. For inactivity: those that have not been touched since that was found, if every daemon
-# has heard past their deadlines, and nothing has to wait for the clients of one that was put out.
+# has heard past their deadlines, and nothing has to wait for the clients of one that was expelled.
 END = _count(
     """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
                           token = ended.token, ended_request = ended.request
@@ -337,7 +337,7 @@ def number_of(webhook_id: str) -> int | None:
 
 
 class FencedOffError(Exception):
-    """The daemon's own row is not as its last transaction has left it: the daemon was put out, or a transaction whose
+    """The daemon's own row is not as its last transaction has left it: the daemon was expelled, or a transaction whose
     answer was lost has been committed after all.
     """
 
@@ -533,7 +533,7 @@ class Batch:
                 yield NEXT, (due.operators,)
 
     def _figures(self, changes: Changes) -> list[tuple[Any, ...]]:
-        """Rows as in FIGURE, behind their operators."""
+        """Rows as in FIGURE, after their operators."""
         opened = Counter(row[1] for row in changes.sessions)  # [1]: operator
         made = {operator for operator, _ in changes.due}
         touched = {}

@@ -64,8 +64,8 @@ def may_end(seen_ms: int, idle_ms: int, members: Collection[Heard], hold_until_m
 
 
 def hold_until_ms(members: Collection[Heard], grace_ms: int) -> int:
-    """Until when nothing ends for inactivity after one of these daemons was put out: its clients need time to arrive at
-    another.
+    """Until when nothing ends for inactivity after one of these daemons was expelled: its clients need time to arrive
+    at another.
     """
     return max(one.heard_ms for one in members) + grace_ms
 

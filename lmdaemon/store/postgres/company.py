@@ -16,7 +16,7 @@ LATE_MS = 5000  # a view that is older than another one by more than this was se
 
 # The time of the server's clock, in wall ms.
 NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
-# Every daemon but this one, as JSON: the fields of Other behind its number. And the time before which nothing ends.
+# Every daemon but this one, as JSON: its number, then the fields of Other. And the time before which nothing ends.
 OTHERS = (
     "(SELECT json_agg(json_build_array(id, heard_ms, coalesce(known_at, 0), batch, next_due_ms)) "
     "FROM lmdaemon.member WHERE id <> %s), (SELECT hold_until_ms FROM lmdaemon.clock)"
@@ -56,7 +56,7 @@ class Company:
         self.told_ms = 0  # how far this daemon has heard, by its last transaction
         self.known_at = 0  # by the server's clock
         self._watch = Watch(GAP_S)
-        self.gone: dict[int, int] = {}  # who is to be put out, with the number of the last transaction
+        self.gone: dict[int, int] = {}  # who is to be expelled, with the number of the last transaction
 
     def begin(self, at_least_ms: int, found: Seen) -> None:
         """This daemon has joined, or joined again."""

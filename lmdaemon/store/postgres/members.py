@@ -1,4 +1,4 @@
-"""The daemons that use a database: joining, leaving, being put out. A daemon is a row of `member`, which each of its
+"""The daemons that use a database: joining, leaving, being expelled. A daemon is a row of `member`, which each of its
 transactions updates; without it nothing of it can be committed.
 
 A row that stands still for LEASE_S while others watch it, as after a kill, is deleted, and keeps its daemon from
@@ -46,10 +46,10 @@ LOCK_MEMBER = """
 WITH going AS (
     SELECT 1 FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) FOR UPDATE)
 SELECT 1 / count(*)::int FROM going"""
-# Whoever puts others out must be there.
+# Whoever expels others must be there.
 IS_THERE = """
 WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 1 / count(*)::int FROM here"""
-# Nothing ends for inactivity for so long (ms): the clients of a daemon that is put out need time to arrive at another.
+# Nothing ends for inactivity for so long (ms): the clients of a daemon that is expelled need time to arrive at another.
 HOLD = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
@@ -180,7 +180,7 @@ def leave(sql: Connection, member: int) -> None:
     send(sql, "")
 
 
-def put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> None:
+def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> None:
     """Deletes the row of a daemon that stands still. Raises psycopg.errors.DivisionByZero as `drop` does, and when this
     daemon is not there itself.
     """

@@ -1,7 +1,7 @@
 """The store's part in a database that other daemons use, too: what it keeps in memory of them, and the loops beside its
 writer.
 
-It tells the others how far this daemon has heard (beats), looks at what they have done, puts out those that are gone,
+It tells the others how far this daemon has heard (beats), looks at what they have done, expels those that are gone,
 and takes, asks for and hands over operators. What it knows of others may be old by a look; what must be true is
 asked again in the statement that depends on it.
 """
@@ -41,7 +41,7 @@ TOLD_MAX = 10  # operators that a line of the log names
 BEAT_S = 0.5  # between two transactions, while sessions are live
 IDLE_BEAT_S = 2.5  # the same while none is
 BEAT_MIN_S = 0.02  # between two beats, when deadlines follow each other closely
-BEAT_AFTER_S = 0.002  # behind a deadline of the others' operators
+BEAT_AFTER_S = 0.002  # after a deadline of the others' operators
 IDLE_HINTED_S = 30.0  # the same where hints arrive
 LOOK_S = 0.2  # between two looks at what others have done
 LOOK_HINTED_S = 1.5  # the same where hints arrive
@@ -400,7 +400,7 @@ class Shared(Verbs):
 
     def _others_due_in_s(self) -> float | None:
         """Seconds until this daemon has heard past the next deadline of the others' operators. 0 also when it has told
-        them so: the owner ends something, and the deadline behind it may be near.
+        them so: the owner ends something, and the next deadline may be near.
         """
         due_ms = self._company.next_due_ms
         if due_ms is None or not self.live:
@@ -455,7 +455,7 @@ class Shared(Verbs):
             member, live = self._server.member, self.live
             found = await self._reads.read(_look, member)
             if member != self._server.member:
-                return  # it was put out and has joined again meanwhile, and read everything
+                return  # it was expelled and has joined again meanwhile, and read everything
             self._note_others_parts(found.parts)
             self._learn(found.seen)
             if self._company.still_s > STILL_S:
@@ -467,7 +467,7 @@ class Shared(Verbs):
             await self._find_what_others_did()
             await self._see_to(found.asked)
             await self._look_after_owners(member or 0, found.epochs)
-            await self._put_out_who_is_gone(member or 0)
+            await self._expel_who_is_gone(member or 0)
             if self._company.others.keys() != self._names.keys():
                 await self._tell_who_is_there()
 
@@ -597,11 +597,11 @@ class Shared(Verbs):
         self._opened.update(self._take_owners(await self._reads.read(_owners), self._owners.me))
         await self._find_what_others_did()
 
-    async def _put_out_who_is_gone(self, member: int) -> None:
+    async def _expel_who_is_gone(self, member: int) -> None:
         if not self.live:
             return
         for gone, batch in self._company.gone.items():
-            name = await self._reads.read(_put_out, member, gone, batch, self.daemon_grace_ms)
+            name = await self._reads.read(_expel, member, gone, batch, self.daemon_grace_ms)
             if name is not None:
                 self.expulsions += 1
                 log.warning("daemon.expelled", name=name, silent_s=LEASE_S, grace_s=self.daemon_grace_ms / 1000)
@@ -728,11 +728,11 @@ def _names(sql: Connection) -> list[tuple[Any, ...]]:
     return sql.execute(NAMES).fetchall()
 
 
-def _put_out(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
-    """Returns the name of the daemon that was put out; None: it has moved on, or another one has been faster."""
+def _expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
+    """Returns the name of the daemon that was expelled; None: it has moved on, or another one has been faster."""
     name = dict(_names(sql)).get(member)
     try:
-        members.put_out(sql, me, member, batch, grace_ms)
+        members.expel(sql, me, member, batch, grace_ms)
     except psycopg.errors.DivisionByZero:
         return None
     return name

@@ -1,9 +1,9 @@
 """Commits batches to the database, and finds out what became of one whose answer was lost.
 
 The queue in front of it is `store.writer`'s. Every transaction of the daemon carries its number in the daemon's own row
-of `member`, and succeeds only behind the one before it. So after a lost connection that row tells whether the last one
+of `member`, and succeeds only after the one before it. So after a lost connection that row tells whether the last one
 was committed, and a number that is used up keeps one that is still on its way from being committed later. A daemon that
-was put out has no such row; it joins again, and commits what it has in hand then.
+was expelled has no such row; it joins again, and commits what it has in hand then.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from lmdaemon.store.postgres.batch import Batch, FencedOffError, Place
 from lmdaemon.store.postgres.errors import meaning, said
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
-# How long a transaction may take, and as long again to find out what became of it. Whoever waits behind it is told, at
+# How long a transaction may take, and as long again to find out what became of it. Whoever waits for it is told, at
 # the latest, when the next attempt has failed as well: within 10 s.
 WRITE_S = 2.5
 
@@ -65,7 +65,7 @@ class Server(Generic[_Found]):
 
     def __init__(self, database: Database, thread: Thread, keeper: Keeper[_Found]) -> None:
         self._thread = thread
-        self._place: Place | None = None  # None: it has not joined, or was put out
+        self._place: Place | None = None  # None: it has not joined, or was expelled
         self._keeper = keeper
         self._is_unsure = False  # what became of the last transaction
         self.database = database.title
@@ -127,7 +127,7 @@ class Server(Generic[_Found]):
         return answers
 
     async def _resolve(self, work: Batch, place: Place) -> list[Any]:
-        """The connection was lost during this batch, or the daemon was put out: its answers if it was committed, else
+        """The connection was lost during this batch, or the daemon was expelled: its answers if it was committed, else
         it is run again.
         """
 
@@ -138,7 +138,7 @@ class Server(Generic[_Found]):
             return work.resolved(sql) if row[0] == place.batch else work.run(sql, place)
 
         answers = await self._run(resolve)
-        if answers is None:  # it was put out
+        if answers is None:  # it was expelled
             self._place = None
             await self._join()
             self._keeper.renew(work)

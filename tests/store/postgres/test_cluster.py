@@ -1,6 +1,6 @@
 """The rules of several daemons in a simulated cluster: stalls, slow commits, outages, expulsions, returns.
 
-Nothing ends early, nothing ends over a touch that a daemon had in hand, nobody who was put out ends anything; and a
+Nothing ends early, nothing ends over a touch that a daemon had in hand, nobody who was expelled ends anything; and a
 cluster without one of the rules breaks one of these.
 """
 
@@ -75,7 +75,7 @@ class Simulation:
         self.random, self.mutant = Random(seed), mutant
         self.at = 0
         self.database_ahead_ms = 0  # of true time
-        self.kept_ms = 0  # the furthest clock of those that were put out
+        self.kept_ms = 0  # the furthest clock of those that were expelled
         self.is_troubled = True  # by itself
         self.rows: dict[int, Heard] = {}
         self.batches: dict[int, int] = {}  # number of each member's last transaction
@@ -227,7 +227,7 @@ class Simulation:
         deadline_at = session.touched_at + IDLE_MS
         for other in self.daemons:
             if other.member in self.rows:
-                in_hand = list(other.socket)  # what it had when it was put out is stored only if it comes in time
+                in_hand = list(other.socket)  # what it had when it was expelled is stored only if it comes in time
                 if other.batch and not other.batch.answer and other is not daemon:
                     in_hand += [(one, at) for one, at, _ in other.batch.touches]
                 self.over_a_touch += any(one == number and other.joined_at <= at < deadline_at for one, at in in_hand)
@@ -241,7 +241,7 @@ def broken(simulation: Simulation) -> bool:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 @example(263945)  # a clock that had followed the others ran on before it had told so
-def test_nothing_ends_early_over_a_touch_or_by_who_was_put_out(seed: int) -> None:
+def test_nothing_ends_early_over_a_touch_or_by_who_was_expel(seed: int) -> None:
     simulation = Simulation(seed).run(60_000)
     assert simulation.early == []
     assert (simulation.over_a_touch, simulation.by_the_dead) == (0, 0)

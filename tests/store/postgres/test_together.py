@@ -265,7 +265,7 @@ class TestServiceTime:
 
 
 class TestPutOut:
-    """A daemon that stands still for 5 s is put out, and comes back by itself."""
+    """A daemon that stands still for 5 s is expelled, and comes back by itself."""
 
     async def watch(self, watcher: Daemon, together: Cluster) -> None:
         for _ in range(round(cluster.LEASE_S / 0.25) + 2):
@@ -340,7 +340,7 @@ class TestPutOut:
         ]
         assert one.store.gate(theirs).failures == 0
 
-    async def test_nobody_is_put_out_after_an_outage_or_a_stall_of_the_watcher(self, together: Cluster) -> None:
+    async def test_nobody_is_expel_after_an_outage_or_a_stall_of_the_watcher(self, together: Cluster) -> None:
         one, other = await together.pair()
         await one.store.open_session(opening(operator="o0"))
         await other.stop()

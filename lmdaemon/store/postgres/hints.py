@@ -26,7 +26,9 @@ class Hints:
     """Waits for hints on a connection of its own, and calls `hinted` on the event loop for each, or for several."""
 
     def __init__(self, database: Database, name: str, hinted: Callable[[], None]) -> None:
-        """`name` is this daemon's: its own hints only show that they arrive."""
+        """`name` is this daemon's: of its own hints only the first on a connection counts, for it shows that they
+        arrive.
+        """
         self._name = name
         self._thread = Thread(database)
         self._hinted = hinted
@@ -43,8 +45,8 @@ class Hints:
                     begun()
                 name = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
                 if name is not None:
-                    self.works = True
-                    if name != self._name:
+                    is_first, self.works = not self.works, True
+                    if is_first or name != self._name:  # the first: others may have hinted before it listened
                         self._hinted()
             except (psycopg.Error, NoAnswerError):
                 self.works, self._listening = False, None

@@ -425,6 +425,8 @@ class Shared(Verbs):
         """Seconds to the next look without a hint; None: for a hint."""
         if not self._company.others:
             return None
+        if not self._owners.is_settled:
+            return LOOK_S
         if self.live or any(one.pending for one in self.figures.values()):
             return LOOK_HINTED_S if self._hints.works else LOOK_S / 2
         return self._idle_s if self._hints.works else LOOK_S / 2

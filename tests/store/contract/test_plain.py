@@ -38,6 +38,7 @@ async def test_the_store_does_what_plain_dictionaries_do(engine: Engine, clock: 
     async with engine.open(clock) as db:
         db.configured, db.sinks_of = frozenset({"acme", "other"}), sinks_of_two
         plain = PlainStore({"acme", "other"}, sinks_of_two)
+        await db.end_due(idle=False)  # from here on it owns both operators, on an engine with owners
         for _ in range(25):
             note_ids(plain, engine.rows("delivery"))
             due = [row for lane in await db.claimable([Claim("acme", s, [], 3) for s in SINKS]) for row in lane]

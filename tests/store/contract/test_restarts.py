@@ -17,6 +17,7 @@ class TestRestart:
     async def test_a_restart_takes_up_clock_deadlines_figures_and_gates(self, engine: Engine, clock: HandClock) -> None:
         async with engine.open(clock) as first:
             first.configured = frozenset({"acme"})
+            await first.end_due(idle=False)  # from here on it owns acme, on an engine with owners
             await first.open_session(opening())
             live(clock, first, 4)
             await first.touch("acme", ["s"])
@@ -26,6 +27,7 @@ class TestRestart:
         clock.advance(100_000)
         async with engine.open(clock) as second:
             second.configured = frozenset({"acme"})
+            await second.end_due(idle=False)
             assert (second.next_due_ms, second.service_clock.now_ms()) == (due_ms, service_ms)
             assert (second.live, second.gate("acme").failures) == (1, 7)
             live(clock, second, 7)

@@ -22,7 +22,7 @@ import aiohttp
 import pytest
 from chance import FULL
 from cluster import Cluster, cluster
-from postgres import NoServerError, OwnServer
+from postgres import OwnServer, own_server
 from processes import AS_USERS_DO, Process, free_ports, wait_for
 from simulated import Simulated, simulated_operator
 from support import until
@@ -34,11 +34,7 @@ MOODS = {"calm": "ok", "moody": "10%: error 100", "ill": "30%: error 100", "slow
 
 
 def _served() -> Iterator[OwnServer]:
-    try:
-        own = OwnServer()
-    except NoServerError as error:
-        pytest.skip(str(error))
-    with own:
+    with own_server() as own:
         yield own
 
 

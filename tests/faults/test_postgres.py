@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from postgres import NoServerError, OwnServer
+from postgres import OwnServer, own_server
 from processes import Process, wait_for
 from simulated import Simulated, simulated_beside
 from support import operator_table
@@ -50,11 +50,7 @@ class Load:
 
 @pytest.fixture
 def server() -> Iterator[OwnServer]:
-    try:
-        own = OwnServer()
-    except NoServerError as error:
-        pytest.skip(str(error))
-    with own:
+    with own_server() as own:
         yield own
 
 

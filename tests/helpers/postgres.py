@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 ASKED = "POSTGRES_URL"
 BINARIES = Path("/usr/lib/postgresql")
 SETTINGS = (
@@ -39,6 +41,17 @@ def server() -> Iterator[str]:
         return
     with OwnServer() as own:
         yield own.url
+
+
+@contextmanager
+def own_server() -> "Iterator[OwnServer]":
+    """A server that tests may stop; where none can be started, they are skipped with the reason."""
+    try:
+        own = OwnServer()
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with own:
+        yield own
 
 
 def _binaries() -> Path:

@@ -139,6 +139,7 @@ class Shared(Verbs):
         self._company: Company
         self._rng = Random()  # noqa: S311 - jitter, not secrets
         self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
+        self._introduced: Introduction | None = None  # as this daemon's row has it
         self._told_touches = float("-inf")  # monotonic seconds
         self._must_look = asyncio.Event()
         self._must_beat = asyncio.Event()
@@ -205,6 +206,7 @@ class Shared(Verbs):
     def joining(self) -> Callable[[Connection], tuple[Place, Found]]:
         own_ms, wall_at, who = self.service_clock.now_ms(), self._clock.wall_ms(), self._introduction
         configured, title, now_s = self.configured, self._server.database, self._clock.monotonic()
+        self._introduced = who
 
         def run(sql: Connection) -> tuple[Place, Found]:
             joined = members.join(sql, who, own_ms, wall_at, title)
@@ -455,6 +457,9 @@ class Shared(Verbs):
                 self._must_prove = False
                 await self._writer.write(Probe())  # joins
             member, live = self._server.member, self.live
+            if self._introduced != (who := self._introduction):
+                await self._reads.read(_introduce, member or 0, who)
+                self._introduced = who
             found = await self._reads.read(_look, member)
             if member != self._server.member:
                 return  # it was expelled and has joined again meanwhile, and read everything
@@ -568,17 +573,6 @@ class Shared(Verbs):
         if operator not in self.pausing or self.owns(operator):
             return self._release_ends(operator)
         return bool(await self.ask_owner(operator, "release_ends", RELEASE_S))
-
-    async def _find_deadlines(self, operators: list[str]) -> None:
-        if not operators:
-            return
-        for deadline in await self._reads.read(_next, operators):
-            self._deadlines.nearer(*deadline)
-        before = (self.next_due_ms, self.next_lifetime_at)
-        self.next_due_ms, self.next_lifetime_at = self._deadlines.earliest
-        if before != (self.next_due_ms, self.next_lifetime_at):
-            for observer in self.observers:
-                observer.deadline_nearer()
 
     async def _look_after_owners(self, member: int, epochs: int | None) -> None:
         if epochs != self._epochs:
@@ -728,6 +722,10 @@ def _see_to(sql: Connection, member: int, wishes: Wishes) -> None:
 
 def _names(sql: Connection) -> list[tuple[Any, ...]]:
     return sql.execute(NAMES).fetchall()
+
+
+def _introduce(sql: Connection, member: int, who: Introduction) -> None:
+    sql.execute(members.INTRODUCE, (who.address, who.digest, member))
 
 
 def _expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:

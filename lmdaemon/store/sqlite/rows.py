@@ -46,12 +46,6 @@ def to_json(value: Sequence[Any] | Mapping[str, Any]) -> str:
     return orjson.dumps(value).decode()
 
 
-def execute_rows(sql: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Runs a statement that reads its rows from json_each(?), if there are any rows."""
-    if rows:
-        sql.execute(statement, (to_json(rows),))
-
-
 def fetch(sql: sqlite3.Connection, statement: str, *arguments: Any) -> list[Any]:
     """The rows of a statement that returns them as one JSON array."""
     found: list[Any] = orjson.loads(sql.execute(statement, arguments).fetchone()[0])

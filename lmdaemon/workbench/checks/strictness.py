@@ -10,7 +10,6 @@ from lmdaemon.workbench.exchanges import Exchange
 from lmdaemon.workbench.notices import HOSTILE_IDS, LONG_ID
 
 LARGE = 17 * 1024
-_IDS = ("session", "player")
 
 
 async def malformed(bench: Bench) -> Finding:

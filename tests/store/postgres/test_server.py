@@ -10,7 +10,7 @@ import pytest
 from clocks import HandClock
 from engines import PostgresEngine, own_name
 from operations import notice, opening
-from postgres import NoServerError, OwnServer
+from postgres import own_server
 from processes import wait_for
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
@@ -159,11 +159,7 @@ async def test_a_touch_moves_no_index_entry(db: Store, postgres_engine: Postgres
 
 
 async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(clock: HandClock) -> None:
-    try:
-        own = OwnServer()
-    except NoServerError as error:
-        pytest.skip(str(error))
-    with own, closing(PostgresEngine(own.url)) as engine:
+    with own_server() as own, closing(PostgresEngine(own.url)) as engine:
         async with engine.open(clock) as db:
             db.configured = frozenset({"acme"})
             await asyncio.gather(*(db.open_session(opening(f"s{number}")) for number in range(50)))
@@ -183,11 +179,7 @@ async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(cl
 
 def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None:
     """A replica is attached, and no commit waits for one; pg_receivewal is a replica in this."""
-    try:
-        own = OwnServer()
-    except NoServerError as error:
-        pytest.skip(str(error))
-    with own, psycopg.connect(own.url, autocommit=True) as sql:
+    with own_server() as own, psycopg.connect(own.url, autocommit=True) as sql:
         strains = Strains()
         assert strains.look(sql, 0) is None
         with own.receiver():

@@ -175,6 +175,18 @@ class TestOwners:
         await until(lambda: settled(one, other))
 
 
+async def test_what_a_daemon_tells_of_itself_anew_is_shown_by_the_others(together: Cluster) -> None:
+    """As after a reload, or the others would warn of settings that it no longer has."""
+    one, other = await together.pair()
+    other.store.introduce("10.0.0.2:8081", "of other settings")
+
+    async def shown() -> bool:
+        (row,) = (row for row in await one.store.daemons() if not row.is_self)
+        return (row.address, row.digest) == ("10.0.0.2:8081", "of other settings")
+
+    await until(shown)
+
+
 class TestServiceTime:
     """Nothing ends while one of them may have a touch in hand."""
 

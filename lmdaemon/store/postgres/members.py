@@ -46,6 +46,14 @@ LOCK_MEMBER = """
 WITH going AS (
     SELECT 1 FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) FOR UPDATE)
 SELECT 1 / count(*)::int FROM going"""
+# Ends the connections of a daemon that is gone, unless it has moved on meanwhile. A process that was stopped halfway
+# through sending a batch leaves a transaction open, which locks its row and those of sessions while the server waits
+# for the rest. The name of a connection has 63 bytes at most.
+CUT_OFF = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+      AND application_name = (
+          SELECT left('lmdaemon ' || name, 63) FROM lmdaemon.member WHERE id = %s AND batch = %s)"""
 # Whoever expels others must be there.
 IS_THERE = """
 WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 1 / count(*)::int FROM here"""
@@ -188,7 +196,11 @@ def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> N
 
 
 def drop(sql: Connection, member: int, batch: int | None, besides: Sequence[tuple[str, tuple[int, ...]]] = ()) -> None:
-    """Raises psycopg.errors.DivisionByZero when it is gone already, or has moved on."""
+    """Deletes a daemon's row: that of one which is gone if `batch` is its last transaction still, or (None) its own.
+    Raises psycopg.errors.DivisionByZero when it is gone already, or has moved on.
+    """
+    if batch is not None:
+        sql.execute(CUT_OFF, (member, batch))
     it = (member,)
     statements: list[tuple[str, tuple[int | None, ...]]] = [(ALONE, ()), (LOCK_MEMBER, (member, batch)), *besides]
     statements += [(KEEP_CLOCK, it), (FOLD_FIGURES, it), (DROP_FIGURES, it), (FREE, (member, member, member))]

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+import psycopg
 import pytest
 from clocks import HandClock
 from engines import PostgresEngine, own_name
@@ -318,6 +319,22 @@ class TestPutOut:
         assert sorted(row.name for row in await one.store.daemons()) == sorted(before)
         assert other.store.figures_of(theirs).live == 1
         await until(lambda: settled(one, other))
+
+    async def test_one_that_was_stopped_halfway_through_a_batch_is_expelled_too(self, together: Cluster) -> None:
+        """Its transaction is open, and locks its row and a session; a third one may start meanwhile."""
+        one, other = await together.pair()
+        await other.store.open_session(opening(operator=one_of(other)))
+        await until(lambda: one.store.live == 1)
+        (name,) = (row.name for row in await other.store.daemons() if row.is_self)
+        await other.stop()
+        with psycopg.connect(together.engine.url, application_name=f"lmdaemon {name}") as halfway:
+            halfway.execute("SELECT 1 FROM lmdaemon.member WHERE name = %s FOR UPDATE", (name,))
+            halfway.execute("UPDATE lmdaemon.session SET seen_at = seen_at")
+            await self.watch(one, together)
+            await until(lambda: one.mine == OPERATORS)
+            assert (await one.store.touch(one_of(other), ["s"])).touched == 1
+            with pytest.raises(psycopg.OperationalError):
+                halfway.execute("SELECT 1")
 
     async def test_of_a_late_result_only_a_success_counts(self, together: Cluster) -> None:
         one, other = await together.pair()

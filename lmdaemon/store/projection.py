@@ -54,7 +54,7 @@ class Projection:
         self.expulsions = 0
         self._pauses: dict[str, silence.Pause] = {}
         self.observers: tuple[StoreObserver, ...] = ()
-        self._last_session = 0  # the greatest row number of a session
+        self.last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
 
     def configure(
@@ -99,7 +99,7 @@ class Projection:
         self.live = sum(figures.live for figures in self.figures.values())
         self.gates = {name: gate for name, (_, gate) in found.operators.items()}
         self.next_due_ms, self.next_lifetime_at = found.next_due_ms, found.next_lifetime_at
-        self._last_session = found.last_session
+        self.last_session = found.last_session
         if found.committed_at:
             self._committed_at = (found.committed_at, self._clock.monotonic())
 
@@ -131,9 +131,10 @@ class Projection:
 
     async def release_ends(self, operator: str) -> bool:
         """Lets the operator's ends for inactivity wait no longer (Store.release_ends)."""
-        return self._release_ends(operator)
+        return self.let_ends_go_on(operator)
 
-    def _release_ends(self, operator: str) -> bool:
+    def let_ends_go_on(self, operator: str) -> bool:
+        """The same at once, where this daemon decides it."""
         waited = self.waits_until_ms(operator) is not None
         if waited:
             self._pauses[operator] = self._pauses[operator]._replace(released=True)
@@ -198,7 +199,7 @@ class Projection:
             service_ms=self.service_clock.now_ms(),
             wall_at=self._clock.wall_ms(),
             set_back_ms=self.set_back_ms,
-            last_session=self._last_session,
+            last_session=self.last_session,
             gates=self.gates,
             configured=self.configured,
             sinks_of=self.sinks_of,
@@ -212,7 +213,7 @@ class Projection:
     def absorb(self, changes: Changes) -> None:
         """Takes over the changes of a committed batch, and calls the observers."""
         was_live = self.live > 0
-        self._last_session = changes.last_session
+        self.last_session = changes.last_session
         self._committed_at = (changes.world.wall_at, self._clock.monotonic())
         if changes.world.set_back_ms:
             log.warning("clock.set_back", by_s=changes.world.set_back_ms / 1000)

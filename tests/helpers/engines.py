@@ -18,7 +18,13 @@ from support import open_store
 
 from lmdaemon.clock import Clock
 from lmdaemon.store.contract import Archive, Store
+from lmdaemon.store.postgres.paces import Paces
+from lmdaemon.store.postgres.store import Store as PostgresStore
 from lmdaemon.store.sqlite import archive as sqlite_archive
+
+# Transactions are those that a test asks for: a wall clock that it sets back is met by them alone.
+NEVER = Paces(beat_s=3600, idle_beat_s=3600)
+SOON = Paces(beat_s=0.05, idle_beat_s=0.05, look_s=0.05)  # for tests that wait for what daemons tell each other
 
 Table = Literal["session", "delivery", "operator"]
 
@@ -115,10 +121,8 @@ class PostgresEngine(Engine):
         return f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
 
     @contextlib.asynccontextmanager
-    async def open(self, clock: Clock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
-        from lmdaemon.store.postgres.store import Store as PostgresStore
-
-        store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime)
+    async def open(self, clock: Clock, *, count_downtime: bool = False, paces: Paces = NEVER) -> AsyncIterator[Any]:
+        store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime, paces=paces)
         writer = asyncio.create_task(store.run())
         try:
             await store.probe()  # joins

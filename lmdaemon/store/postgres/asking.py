@@ -4,11 +4,17 @@ The one that was asked adds a row, the owner sees it at its next look and writes
 takes that and deletes the row.
 """
 
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from lmdaemon.store.contract import Wish
+from lmdaemon.store.contract import StoreError, Wish
 from lmdaemon.store.postgres.company import NOW
+from lmdaemon.store.postgres.reads import Reads
+from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.projection import Projection
 
 ANSWER_S = 0.1  # between two looks for the answer
 STALE_MS = 120_000  # by then nobody waits for the answer any more
@@ -34,6 +40,53 @@ class Question(NamedTuple):
     number: int
     operator: str
     what: Wish
+
+
+class Asking:
+    """Asks the owners of operators, and sees to what is asked of this daemon."""
+
+    def __init__(self, projection: Projection, reads: Reads, signals: Signals) -> None:
+        self._projection = projection
+        self._reads = reads
+        self._signals = signals
+        self._answering: set[int] = set()  # questions of others that this daemon sees to
+
+    async def ask(self, operator: str, wish: Wish, within_s: float) -> str:
+        """The owner's answer. Raises StoreError when there is none within `within_s`."""
+        number = await self._reads.read(ask, operator, wish)
+        self._signals.hint.set()
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._answer_to(number)
+        except TimeoutError:
+            raise StoreError(f"the daemon that owns {operator} has not answered within {within_s:g} s") from None
+        finally:
+            with suppress(StoreError):
+                await self._reads.read(forget, number)
+
+    async def _answer_to(self, number: int) -> str:
+        while True:
+            found = await self._reads.read(answer_to, number)
+            if found is not None:
+                return found
+            await asyncio.sleep(ANSWER_S)
+
+    async def answer(self, number: int, text: str) -> None:
+        """Answers another daemon. Raises StoreError."""
+        await self._reads.read(answer, number, text)
+
+    async def see_to(self, asked: Sequence[Question]) -> None:
+        """Does what other daemons ask of this one, because it owns an operator. Raises StoreError."""
+        self._answering &= {question.number for question in asked}
+        for number, operator, what in asked:
+            if number in self._answering or not self._projection.owns(operator):
+                continue
+            self._answering.add(number)
+            if what == "release_ends":
+                await self.answer(number, "yes" if self._projection.let_ends_go_on(operator) else "")
+                continue
+            for observer in self._projection.observers:
+                observer.probe_asked(number, operator)
 
 
 def ask(sql: Connection, operator: str, what: Wish) -> int:

@@ -154,6 +154,11 @@ def make_room(sql: Connection, title: str) -> bool:
     return False
 
 
+def hold_until(sql: Connection, until_ms: int) -> None:
+    """At a start where nobody was there: nothing ends for inactivity before this service time."""
+    sql.execute(HOLD_UNTIL, (until_ms,))
+
+
 def refuse_old(sql: Connection, title: str) -> None:
     """Before a change of the schema that older programs cannot live with. Raises DatabaseError while one is there."""
     _, living = outlived(sql)

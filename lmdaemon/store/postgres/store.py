@@ -4,9 +4,7 @@ What changes something runs on the one writer of this daemon, in the order in wh
 its commit. What the daemon reads for itself and what people look at have a connection each.
 """
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from types import MappingProxyType
 from typing import Self
 
@@ -14,26 +12,20 @@ import psycopg
 
 from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Probe, Room, StoreError
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Room
 from lmdaemon.store.postgres import members, pages
-from lmdaemon.store.postgres.batch import DELIVERY, SESSION, Batch, delivery_of, to_json
+from lmdaemon.store.postgres.batch import DELIVERY, SESSION, delivery_of, to_json
 from lmdaemon.store.postgres.cluster import LEASE_S
-from lmdaemon.store.postgres.company import Company
 from lmdaemon.store.postgres.errors import said
-from lmdaemon.store.postgres.hints import Hints
 from lmdaemon.store.postgres.migrations import check_server, migrate
-from lmdaemon.store.postgres.reads import Reads
-from lmdaemon.store.postgres.shared import Shared, read
-from lmdaemon.store.postgres.strains import Strains
+from lmdaemon.store.postgres.paces import PACES, Paces
+from lmdaemon.store.postgres.shared import Shared
+from lmdaemon.store.postgres.tables import read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
-from lmdaemon.store.postgres.writer import Server
 from lmdaemon.store.verbs import Died
-from lmdaemon.store.writer import Writer
 
 OPEN_S = 60.0  # for a migration
 JOIN_S = LEASE_S + 10.0
-LEAVE_S = 3.0
-LOOK_AFTER_S = 60.0  # how often it is looked what strains the server
 
 # One session by its key.
 SESSION_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
@@ -82,17 +74,6 @@ class Store(Shared):
     file_bytes = 0
     room: Room | None = None
 
-    def __init__(self, clock: Clock, name: str, database: Database, thread: Thread) -> None:
-        """Made by `open`."""
-        super().__init__(clock, name)
-        self._database = database
-        self._thread = thread
-        self._server = Server(database, thread, self)
-        self._writer: Writer[Batch] = Writer(self, self._server)
-        self._reads = Reads(database, self._writer.refused)
-        self._hints = Hints(database, name, self._hinted)
-        self.strained: str | None = None
-
     @classmethod
     async def open(
         cls,
@@ -104,6 +85,7 @@ class Store(Shared):
         may_migrate: bool = True,
         count_downtime: bool = False,
         restart_grace_ms: int = 0,
+        paces: Paces = PACES,
     ) -> Self:
         """Connects, brings the schema to the newest version if it may, and picks up clock, figures and gates where the
         last transaction left them. It joins the daemons on the database with its first batch. Raises DatabaseError, and
@@ -113,74 +95,32 @@ class Store(Shared):
         clock. Where nobody was there, nothing ends for inactivity for `restart_grace_ms`, whichever daemon comes next.
         """
         database = Database(url, password, name)
-        store = cls(clock, name, database, Thread(database, prepares=False))
+        thread = Thread(database, prepares=False)
         try:
-            await store._open(may_migrate=may_migrate, count_downtime=count_downtime, restart_grace_ms=restart_grace_ms)
+            version = await thread.run(_prepare, database.title, may_migrate, within_s=OPEN_S)
+            joins_others = await thread.run(members.make_room, database.title, within_s=JOIN_S)
+            found = await thread.run(read, 0, within_s=OPEN_S)
+            loaded = found.loaded._replace(
+                next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
+                next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
+            )
+            if joins_others:  # their clock runs, and theirs are other machines' wall clocks
+                loaded = loaded._replace(committed_at=0)
+            else:
+                if count_downtime and loaded.committed_at:
+                    downtime_ms = max(0, clock.wall_ms() - loaded.committed_at)
+                    loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
+                await thread.run(members.hold_until, loaded.service_ms + restart_grace_ms, within_s=OPEN_S)
         except (psycopg.Error, NoAnswerError) as error:
-            store._close_connections()
+            thread.close()
             raise DatabaseError(f"{database.title}: cannot be used: {said(error)}") from error
         except BaseException:
-            store._close_connections()
+            thread.close()
             raise
+        store = cls(clock, name, database, thread, found._replace(loaded=loaded), paces)
+        store.engine = MappingProxyType({"postgresql": version})
+        store.joined_others = joins_others
         return store
-
-    async def _open(self, *, may_migrate: bool, count_downtime: bool, restart_grace_ms: int) -> None:
-        clock, title = self._clock, self._database.title
-
-        def prepare(sql: Connection) -> str:
-            check_server(sql, title)
-            migrate(sql, title, allowed=may_migrate)
-            return sql.info.parameter_status("server_version") or ""
-
-        version = await self._thread.run(prepare, within_s=OPEN_S)
-        self.engine = MappingProxyType({"postgresql": version})
-        self.joined_others = await self._thread.run(members.make_room, title, within_s=JOIN_S)
-        found = await self._thread.run(read, 0, within_s=OPEN_S)
-        loaded = found.loaded._replace(
-            next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
-            next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
-        )
-        if self.joined_others:  # their clock runs, and theirs are other machines' wall clocks
-            loaded = loaded._replace(committed_at=0)
-        elif count_downtime and loaded.committed_at:
-            downtime_ms = max(0, clock.wall_ms() - loaded.committed_at)
-            loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
-        if not self.joined_others:
-            hold = (members.HOLD_UNTIL, (loaded.service_ms + restart_grace_ms,))
-            await self._thread.run(lambda sql: sql.execute(*hold), within_s=OPEN_S)
-        self.load(loaded)
-        self._company = Company(self.service_clock)
-        self._keep(found)
-
-    async def run(self) -> None:
-        """The writer, and beside it what concerns the other daemons, for ever."""
-        async with asyncio.TaskGroup() as group:
-            loops = (self.beat_for_ever, self.look_for_ever, self.hint_for_ever, self._look_after_for_ever)
-            for loop in (self._writer.run, *loops):
-                group.create_task(loop())
-            group.create_task(self._hints.listen_for_ever(self._must_hint.set))
-            with suppress(StoreError):
-                await self._writer.write(Probe())  # joins
-
-    async def _look_after_for_ever(self) -> None:
-        strains = Strains()
-        while True:
-            with suppress(StoreError):
-                self.strained = await self._reads.read(strains.look, self._clock.monotonic())
-            await asyncio.sleep(LOOK_AFTER_S)
-
-    async def close(self) -> None:
-        """Leaves in order: the others need not wait until this one is known to be gone."""
-        self._writer.stop_taking(StoreError("the store is closed"))
-        if self._server.member is not None:
-            with suppress(psycopg.Error, NoAnswerError):
-                await self._thread.run(members.leave, self._server.member, within_s=LEAVE_S)
-        self._close_connections()
-
-    def _close_connections(self) -> None:
-        self._hints.close()
-        self._reads.close()
-        self._thread.close()
 
     # -- reading, for the daemon itself
 
@@ -250,6 +190,13 @@ class Store(Shared):
 
     async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
         return await self._reads.look(pages.died, operator, dead, after, limit)
+
+
+def _prepare(sql: Connection, title: str, may_migrate: bool) -> str:
+    """Returns the server's version."""
+    check_server(sql, title)
+    migrate(sql, title, allowed=may_migrate)
+    return sql.info.parameter_status("server_version") or ""
 
 
 def _aging(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:

@@ -7,12 +7,14 @@ was expelled has no such row; it joins again, and commits what it has in hand th
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
 from lmdaemon.store.postgres.batch import Batch, FencedOffError, Place
 from lmdaemon.store.postgres.errors import meaning, said
+from lmdaemon.store.postgres.keeper import Keeper
+from lmdaemon.store.postgres.tables import Found, read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
 # How long a transaction may take, and as long again to find out what became of it. Whoever waits for it is told, at
@@ -25,45 +27,19 @@ LAST_BATCH = "SELECT batch FROM lmdaemon.member WHERE id = %s"
 USE_UP = "UPDATE lmdaemon.member SET batch = %s WHERE id = %s AND batch IN (%s, %s) RETURNING 1"
 
 _Result = TypeVar("_Result")
-_Found = TypeVar("_Found")
-
-
-class Keeper(Protocol[_Found]):
-    """Who keeps in memory what the tables say. Everything is called on the event loop."""
-
-    def joining(self) -> Callable[[Connection], tuple[Place, _Found]]:
-        """What makes this daemon one of those that use the database, and reads the tables, on the connection's
-        thread.
-        """
-
-    def reading(self) -> Callable[[Connection], _Found]:
-        """What reads them again."""
-
-    def take_over(self, found: _Found) -> None:
-        """Takes over what was read."""
-
-    def renew(self, work: Batch) -> None:
-        """Has a batch decided again by what is in memory now."""
-
-    @property
-    def is_short_of_numbers(self) -> bool:
-        """Whether the next batch may need more numbers for sessions than are left."""
-
-    def take_numbers(self, sql: Connection) -> None:
-        """Takes more, on the connection's thread."""
 
 
 class OutageError(Exception):
     """The server or the network failed. The operation itself may be right, so it can be repeated."""
 
 
-class Server(Generic[_Found]):
+class Server:
     """The writing connection. What `store.writer` needs of an engine.
 
     The keeper reads the tables again when a transaction may have been committed without our knowing.
     """
 
-    def __init__(self, database: Database, thread: Thread, keeper: Keeper[_Found]) -> None:
+    def __init__(self, database: Database, thread: Thread, keeper: Keeper) -> None:
         self._thread = thread
         self._place: Place | None = None  # None: it has not joined, or was expelled
         self._keeper = keeper
@@ -92,18 +68,16 @@ class Server(Generic[_Found]):
             await self._run(self._keeper.take_numbers)
 
     async def _join(self) -> None:
-        self._place, found = await self._run(self._keeper.joining())
+        self._place, found = await self._run(self._keeper.joining(self.database))
         self._is_unsure = False
         self._keeper.take_over(found)
 
     async def _resume(self, place: Place) -> None:
-        reading = self._keeper.reading()
-
-        def resume(sql: Connection) -> _Found | None:
+        def resume(sql: Connection) -> Found | None:
             member, number = place
             if sql.execute(USE_UP, (number, member, number - 1, number)).fetchone() is None:
                 return None
-            return reading(sql)
+            return read(sql, member)
 
         found = await self._run(resume)
         self._is_unsure = False

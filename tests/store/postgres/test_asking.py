@@ -7,12 +7,11 @@ from contextlib import AsyncExitStack
 import psycopg
 import pytest
 from clocks import HandClock
-from engines import PostgresEngine, own_name
+from engines import SOON, PostgresEngine, own_name
 from support import until
 
 from lmdaemon.store import silence
 from lmdaemon.store.contract import StoreError, StoreObserver
-from lmdaemon.store.postgres import shared
 from lmdaemon.store.postgres.store import Store
 
 
@@ -45,16 +44,12 @@ class Pair:
 
 
 @pytest.fixture
-async def pair(
-    postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Pair]:
-    for name in ("BEAT_S", "IDLE_BEAT_S", "LOOK_S"):
-        monkeypatch.setattr(shared, name, 0.05)
+async def pair(postgres_engine: PostgresEngine, clock: HandClock) -> AsyncIterator[Pair]:
     async with AsyncExitStack() as stack:
         stores: list[Store] = []
         heard = []
         for _ in range(2):
-            store = await Store.open(postgres_engine.url, clock, name=own_name())
+            store = await Store.open(postgres_engine.url, clock, name=own_name(), paces=SOON)
             stack.push_async_callback(store.close)
             store.configure(frozenset({"acme"}), lambda _: (), frozenset({"acme"}), grace_ms=1000)
             stores.append(store)
@@ -67,7 +62,7 @@ async def pair(
         async def settled() -> bool:
             known = [len(await store.daemons()) for store in stores]
             owned = [store.owns("acme") for store in stores]
-            return known == [2, 2] and sum(owned) == 1 and all(store._owners.is_settled for store in stores)
+            return known == [2, 2] and sum(owned) == 1 and all(store._membership.owners.is_settled for store in stores)
 
         await until(settled)
         yield Pair(stores, heard)

@@ -10,7 +10,7 @@ from operations import BODY, attempt, counted, notice, one_delivery, opening
 from proxy import Mode, Proxy
 
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
-from lmdaemon.store.postgres import hints, shared, writer
+from lmdaemon.store.postgres import hints, looks, writer
 
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
 
@@ -24,9 +24,7 @@ async def db(
     proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
     """Without beats, looks and hints, so that what is lost is what the test has asked for."""
-    monkeypatch.setattr(shared, "BEAT_S", 3600)
-    monkeypatch.setattr(shared, "IDLE_BEAT_S", 3600)
-    monkeypatch.setattr(shared.Shared, "look_for_ever", nothing)
+    monkeypatch.setattr(looks.Looks, "run", nothing)
     monkeypatch.setattr(hints.Hints, "listen_for_ever", nothing)
     async with proxied[0].open(clock) as opened:
         opened.configure(frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)])

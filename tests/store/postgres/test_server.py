@@ -8,14 +8,14 @@ from random import Random
 import psycopg
 import pytest
 from clocks import HandClock
-from engines import PostgresEngine, own_name
+from engines import SOON, PostgresEngine, own_name
 from operations import notice, opening
 from postgres import own_server
 from processes import wait_for
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
-from lmdaemon.store.postgres import cluster, members, shared
+from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
 from lmdaemon.store.postgres.strains import OLD_S, Strains
@@ -99,8 +99,6 @@ class TestOneDaemon:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shared, "BEAT_S", 0.05)
-        monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
         monkeypatch.setattr(members, "WATCH_S", 0.02)
 
     async def test_a_program_that_knows_nothing_of_others_keeps_the_schema_as_it_is(
@@ -247,15 +245,14 @@ def config(engine: PostgresEngine, operator: ScriptedOperator) -> str:
 
 
 async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
-    postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
     """One that comes a second later joins others, and ends nothing before the grace of the first one is over."""
-    monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
     async with AsyncExitStack() as stack:
         stores = []
         for _ in range(2):
             opened = await PostgresStore.open(
-                postgres_engine.url, clock, name=own_name(), restart_grace_ms=0 if stores else 60_000
+                postgres_engine.url, clock, name=own_name(), restart_grace_ms=0 if stores else 60_000, paces=SOON
             )
             stack.push_async_callback(opened.close)
             running = asyncio.create_task(opened.run())

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from lmdaemon.store.postgres import archive, batch, pages, shared, store
+from lmdaemon.store.postgres import archive, batch, pages, store, tables
 from lmdaemon.store.postgres.migrations import migrate
 
 SESSIONS, DELIVERIES = 100_000, 50_000
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "DUE_LIFETIME": (batch.DUE_LIFETIME, (["o1", "o2"], 50_000, 100, 100)),
     "NEXT": (batch.NEXT, (["o1", "o2"],)),
     "NEXT_TOLD": (batch.NEXT_TOLD, (["o1", "o2"], 5, 1)),
-    "EARLIEST": (shared.EARLIEST, (["o1", "o2"],)),
+    "EARLIEST": (tables.EARLIEST, (["o1", "o2"],)),
     "DEAD": (batch.DEAD, (IDS, "o1")),
     "DISCARD": (batch.DISCARD, (given("{}"), 300)),
     "TO_DISCARD": (batch.TO_DISCARD, (IDS,)),
@@ -120,7 +120,7 @@ def test_a_statement_goes_through_an_index(filled: str, name: str) -> None:
 def test_every_statement_about_these_tables_has_a_case() -> None:
     looks = {
         name
-        for module in (archive, batch, pages, shared, store)
+        for module in (archive, batch, pages, store, tables)
         for name, statement in vars(module).items()
         if isinstance(statement, str) and re.search(r"(FROM|JOIN|UPDATE) lmdaemon\.(session|delivery)\b", statement)
     }

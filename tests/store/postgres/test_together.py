@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 import psycopg
 import pytest
 from clocks import HandClock
-from engines import PostgresEngine, own_name
+from engines import SOON, PostgresEngine, own_name
 from operations import BODY, attempt, counted, opening
 from support import until
 
 from lmdaemon.store.contract import NewDelivery, Settlement, StoreObserver
-from lmdaemon.store.postgres import cluster, members, shared
+from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.store import Store
 
 OPERATORS = frozenset(f"o{number}" for number in range(8))
@@ -80,7 +80,7 @@ class Cluster:
     async def start(self, operators: frozenset[str] = OPERATORS) -> Daemon:
         clock = HandClock()
         clock.mono += 17 * len(self.daemons)  # no two machines agree
-        store = await Store.open(self.engine.url, clock, name=own_name())
+        store = await Store.open(self.engine.url, clock, name=own_name(), paces=SOON)
         store.configure(operators, lambda session: [NewDelivery("http", BODY)], daemon_grace_ms=GRACE_MS)
         daemon = Daemon(store, clock)
         self._stack.push_async_callback(daemon.leave)
@@ -110,10 +110,7 @@ class Cluster:
 
 
 @pytest.fixture
-async def together(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
-    monkeypatch.setattr(shared, "BEAT_S", 0.05)
-    monkeypatch.setattr(shared, "IDLE_BEAT_S", 0.05)
-    monkeypatch.setattr(shared, "LOOK_S", 0.05)
+async def together(postgres_engine: PostgresEngine) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         yield Cluster(postgres_engine, stack)
 
@@ -245,7 +242,7 @@ class TestServiceTime:
     async def test_a_touch_is_not_older_than_any_clock(self, together: Cluster) -> None:
         """One whose clock has fallen behind does not make sessions older."""
         one, other = await together.pair()
-        await until(lambda: one.store._company.others and other.store._company.others)
+        await until(lambda: one.store._membership.company.others and other.store._membership.company.others)
         await other.stop()
         await together.pass_time(1.4)
         await one.store.probe()

@@ -1,0 +1,185 @@
+"""Keeps this daemon's memory of the tables for the writer: it gives the state by which a batch is decided, and takes
+over what a batch has changed, or what was read anew after joining or an outage.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmdaemon.clock import Clock
+from lmdaemon.log import Log
+from lmdaemon.model import Session
+from lmdaemon.store.contract import Operation, Sweep
+from lmdaemon.store.postgres import members
+from lmdaemon.store.postgres.batch import Batch, Place, Present
+from lmdaemon.store.postgres.foreign import Foreign
+from lmdaemon.store.postgres.membership import Membership
+from lmdaemon.store.postgres.owners import CLAIM, OWNERS, Owners
+from lmdaemon.store.postgres.signals import Signals
+from lmdaemon.store.postgres.tables import NEXT_BLOCK, Found, read
+from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.projection import Projection
+from lmdaemon.store.rules import least
+from lmdaemon.store.writer import BATCH_MAX
+
+TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
+BLOCK = 10_000  # numbers of sessions that are taken at a time, as schema.sql says; more than a batch can use
+
+_OPERATOR, _IDLE_MS, _SEEN_MS, _LIFETIME_AT, _REASON = map(
+    Session._fields.index, ("operator", "idle_ms", "seen_ms", "lifetime_at", "reason")
+)
+
+log = Log("daemon")
+
+
+class Keeper:
+    """Keeps in memory what the tables say, for the writer. Everything is called on the event loop, unless it says
+    otherwise.
+    """
+
+    def __init__(
+        self, projection: Projection, clock: Clock, membership: Membership, foreign: Foreign, signals: Signals
+    ) -> None:
+        self._projection = projection
+        self._clock = clock
+        self._membership = membership
+        self._foreign = foreign
+        self._signals = signals
+        self._expect_known = False  # whether the last batch was to add sessions that were known
+        self._block_ends = 0
+        self._told_touches = float("-inf")  # monotonic seconds
+
+    # -- joining, and reading the tables again
+
+    def joining(self, database: str) -> Callable[[Connection], tuple[Place, Found]]:
+        """What makes this daemon one of those that use the database, and reads the tables, on the connection's thread.
+        `database` is its name in messages.
+        """
+        projection, membership = self._projection, self._membership
+        own_ms, wall_at, who = projection.service_clock.now_ms(), self._clock.wall_ms(), membership.introduction
+        configured, now_s = projection.configured, self._clock.monotonic()
+        membership.introduced = who
+
+        def run(sql: Connection) -> tuple[Place, Found]:
+            joined = members.join(sql, who, own_ms, wall_at, database)
+            owners = Owners()
+            owners.load(joined.member, [row[:3] for row in sql.execute(OWNERS)])
+            claim = owners.wishes(configured, [joined.member, *joined.seen.others], now_s).claim
+            if claim:
+                sql.execute(CLAIM, (joined.member, claim))
+            return Place(joined.member, joined.batch + 1), read(sql, joined.member, joined)
+
+        return run
+
+    def take_over(self, found: Found) -> None:
+        """Takes over what was read after joining, or after an outage."""
+        if found.joined is not None:
+            self._note_joining(found.joined)
+        self.load(found)
+        due_ms, lifetime_at = self._membership.deadlines.earliest
+        self._projection.reload(found.loaded._replace(next_due_ms=due_ms, next_lifetime_at=lifetime_at))
+
+    def _note_joining(self, joined: members.Joined) -> None:
+        membership, others = self._membership, len(joined.seen.others)
+        if membership.owners.me:
+            log.warning("daemon.joined_again", name=membership.introduction.name, others=others)
+        else:
+            log.info("daemon.joined", name=membership.introduction.name, others=others)
+        membership.company.begin(joined.heard_ms, joined.seen)
+        membership.note_claims(self._projection.configured)
+        self._signals.look.set()
+        self._signals.hint.set()
+
+    def load(self, found: Found) -> None:
+        """Takes over what the projection does not keep: owners and their deadlines, the others' part, numbers."""
+        membership = self._membership
+        self._foreign.load(found)
+        self._take_block(found.loaded.last_session + 1)
+        membership.take_owners(found.owners, membership.owners.me if found.joined is None else found.joined.member)
+        for deadline in found.next:
+            membership.deadlines.set(*deadline)
+
+    # -- numbers of sessions
+
+    @property
+    def is_short_of_numbers(self) -> bool:
+        """Whether the next batch may need more numbers for sessions than are left."""
+        return self._block_ends - self._projection.last_session < BATCH_MAX
+
+    def take_numbers(self, sql: Connection) -> None:
+        """Takes numbers for the next sessions, on the connection's thread."""
+        row = sql.execute(NEXT_BLOCK).fetchone()
+        assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
+        self._take_block(row[0])
+
+    def _take_block(self, first: int) -> None:
+        self._projection.last_session = first - 1
+        self._block_ends = first + BLOCK - 1
+
+    # -- batches
+
+    def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
+        """A batch, decided by what is in memory."""
+        return Batch(operations, self._present(operations), expect_known=self._expect_known)
+
+    def renew(self, work: Batch) -> None:
+        """Has a batch decided again by what is in memory now."""
+        work.renew(self._present(work.operations))
+
+    def _present(self, operations: Sequence[Operation[Any]]) -> Present:
+        projection, company, owners = self._projection, self._membership.company, self._membership.owners
+        world = projection.world()._replace(elsewhere=owners.is_elsewhere)
+        present = Present(world, self._foreign.versions, known_at=company.known_at, next_due_ms=projection.next_due_ms)
+        sweeps = [one for one in operations if isinstance(one, Sweep)]
+        if sweeps:
+            as_of_ms = max((one.as_of_ms for one in sweeps if one.as_of_ms is not None), default=None)
+            present = present._replace(due=self._membership.deadlines.due(as_of_ms, world.wall_at))
+        if company.others:
+            tells = self._clock.monotonic() - self._told_touches >= TELL_TOUCHES_S
+            present = present._replace(has_company=True, tells_touches=tells, elsewhere=owners.elsewhere)
+        return present
+
+    def committed(self, work: Batch) -> None:
+        """Takes over what a batch has changed."""
+        projection, membership, changes = self._projection, self._membership, work.changes
+        if work.looked_up and (changes.met_known or changes.sessions):
+            self._expect_known = changes.met_known
+        self._foreign.committed(work)
+        if changes.sessions:
+            self._note_opened(work)
+        for deadline in work.next:
+            membership.deadlines.set(*deadline)
+        if changes.swept:
+            changes.next_due_ms, changes.next_lifetime_at = membership.deadlines.earliest
+        membership.company.told_ms = changes.world.service_ms
+        if work.tells_touches and changes.touched:
+            self._told_touches = self._clock.monotonic()
+        was_live = projection.live > 0
+        projection.absorb(changes)
+        if was_live != (projection.live > 0):
+            self._signals.beat.set()
+            self._signals.look.set()
+        if work.seen is not None:
+            membership.learn(work.seen)
+        if membership.company.others:
+            concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
+            if changes.gates or concerns_others or (projection.live and not was_live):
+                self._signals.hint.set()
+
+    def _note_opened(self, work: Batch) -> None:
+        """Leaves only those deadlines of what a batch has opened that this daemon is to keep."""
+        changes = work.changes
+        changes.next_due_ms = changes.next_lifetime_at = None
+        for row in changes.sessions:
+            if row[_REASON] is None:
+                due_ms, lifetime_at = row[_SEEN_MS] + row[_IDLE_MS], row[_LIFETIME_AT]
+                if self._membership.deadlines.nearer(row[_OPERATOR], due_ms, lifetime_at):
+                    changes.next_due_ms = least(changes.next_due_ms, due_ms)
+                    changes.next_lifetime_at = least(changes.next_lifetime_at, lifetime_at)
+
+    def available(self, available: bool) -> None:
+        """The engine has begun, or ceased, to accept writes."""
+        self._projection.available(available)
+
+    def measured(self, operations: int, took_s: float) -> None:
+        """A transaction took so long."""
+        self._projection.measured(operations, took_s)

@@ -1,0 +1,180 @@
+"""The look: what a daemon reads at intervals of what the others on its database have done, and what it does then."""
+
+import asyncio
+from contextlib import suppress
+
+from lmdaemon.log import Log
+from lmdaemon.store.contract import Probe, StoreError
+from lmdaemon.store.postgres import tables
+from lmdaemon.store.postgres.asking import Asking
+from lmdaemon.store.postgres.batch import Batch
+from lmdaemon.store.postgres.cluster import LEASE_S
+from lmdaemon.store.postgres.foreign import Foreign
+from lmdaemon.store.postgres.hints import Hints
+from lmdaemon.store.postgres.membership import Membership
+from lmdaemon.store.postgres.paces import Paces
+from lmdaemon.store.postgres.reads import Reads
+from lmdaemon.store.postgres.signals import Signals
+from lmdaemon.store.postgres.writer import Server
+from lmdaemon.store.projection import Projection
+from lmdaemon.store.writer import Writer
+
+LOOK_HINTED_S = 1.5  # between two looks where hints arrive
+AGAIN_S = 1.0  # before a look is tried again that has failed
+STILL_S = 1.5  # a daemon that has had no transaction for so long is given a hint that others watch it
+
+log = Log("daemon")
+
+
+class Looks:
+    """Looks at what the others have done, takes it over, and does what follows from it: takes and hands over operators,
+    answers questions, expels who is gone.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        membership: Membership,
+        foreign: Foreign,
+        asking: Asking,
+        *,
+        writer: Writer[Batch],
+        server: Server,
+        reads: Reads,
+        hints: Hints,
+        signals: Signals,
+        paces: Paces,
+    ) -> None:
+        self._projection = projection
+        self._membership = membership
+        self._foreign = foreign
+        self._asking = asking
+        self._writer = writer
+        self._server = server
+        self._reads = reads
+        self._hints = hints
+        self._signals = signals
+        self._paces = paces
+        self._must_prove = False  # that this daemon is there, with a transaction before the next look
+        self._looking = asyncio.Lock()
+        self._names: dict[int, str] = {}  # of the other daemons, as the log has told them
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._look_after_s()):
+                    await self._signals.look.wait()
+            self._signals.look.clear()
+            try:
+                await self.look()
+            except StoreError:
+                self._signals.look.set()
+                await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(self._paces.look_s / 2)  # a hint that comes meanwhile waits for so long
+
+    def _look_after_s(self) -> float | None:
+        """Seconds to the next look without a hint; None: for a hint."""
+        if not self._membership.company.others:
+            return None
+        if not self._membership.owners.is_settled:
+            return self._paces.look_s
+        if self._projection.live or any(one.pending for one in self._projection.figures.values()):
+            return LOOK_HINTED_S if self._hints.works else self._paces.look_s / 2
+        return self._hints.idle_s if self._hints.works else self._paces.look_s / 2
+
+    def hinted(self) -> None:
+        """There is something to look at. And somebody may have begun to watch who is there."""
+        self._signals.look.set()
+        if not self._projection.live:
+            self._must_prove = True
+
+    async def look(self) -> None:
+        """Looks once, and does what follows from it. Raises StoreError."""
+        async with self._looking:
+            if self._server.member is None or self._must_prove:
+                self._must_prove = False
+                await self._writer.write(Probe())  # joins
+            member, live = self._server.member, self._projection.live
+            await self._introduce(member or 0)
+            found = await self._reads.read(tables.look, member)
+            if member != self._server.member:
+                return  # it was expelled and has joined again meanwhile, and read everything
+            self._foreign.take_parts(found.parts)
+            self._membership.learn(found.seen)
+            if self._membership.company.still_s > STILL_S:
+                self._signals.hint.set()  # it may not know that it has to beat
+            if bool(live) != bool(self._projection.live):
+                self._signals.beat.set()
+            if not self._foreign.has_all_gates(found.versions):
+                self._foreign.take_gates(await self._reads.read(tables.gates))
+            await self._find_what_others_did()
+            await self._asking.see_to(found.asked)
+            await self._look_after_owners(member or 0, found.epochs)
+            await self._expel_who_is_gone(member or 0)
+            if self._membership.company.others.keys() != self._names.keys():
+                await self._tell_who_is_there()
+
+    async def _introduce(self, member: int) -> None:
+        who = self._membership.introduction
+        if self._membership.introduced != who:
+            await self._reads.read(tables.introduce, member, who)
+            self._membership.introduced = who
+
+    async def _find_what_others_did(self) -> None:
+        """Deadlines and deliveries of this daemon's operators that others have made."""
+        deadlines, foreign = self._membership.deadlines, self._foreign
+        opened = foreign.opened & deadlines.operators
+        made = foreign.made & self._membership.owners.delivers_for
+        if opened:
+            for deadline in await self._reads.read(tables.next_deadlines, list(opened)):
+                deadlines.nearer(*deadline)
+        foreign.opened.clear()  # nothing else has come: only a look adds to it
+        self._membership.take_deadlines()
+        if made:
+            for operator, sink, due_at in await self._reads.read(tables.earliest, list(made)):
+                for observer in self._projection.observers:
+                    if due_at is not None:
+                        observer.delivery_due(operator, sink, due_at)
+        foreign.made.clear()
+
+    async def _look_after_owners(self, member: int, epochs: int) -> None:
+        membership = self._membership
+        if epochs != membership.epochs:
+            await self._read_owners()
+        configured = self._projection.configured
+        if membership.owners.is_settled and membership.has_claimed:
+            return
+        wishes = membership.wishes(member, configured)
+        if any(wishes):
+            await self._reads.read(tables.fulfil, member, wishes)
+            self._signals.hint.set()
+            await self._read_owners()
+        membership.note_claims(configured)
+
+    async def _read_owners(self) -> None:
+        rows = await self._reads.read(tables.owners)
+        self._foreign.opened.update(self._membership.take_owners(rows, self._membership.owners.me))
+        await self._find_what_others_did()
+
+    async def _expel_who_is_gone(self, member: int) -> None:
+        if not self._projection.live:
+            return
+        grace_ms = self._projection.daemon_grace_ms
+        for gone, batch in self._membership.company.gone.items():
+            name = await self._reads.read(tables.expel, member, gone, batch, grace_ms)
+            if name is not None:
+                self._projection.expulsions += 1
+                log.warning("daemon.expelled", name=name, silent_s=LEASE_S, grace_s=grace_ms / 1000)
+            self._signals.look.set()
+            self._signals.hint.set()
+
+    async def _tell_who_is_there(self) -> None:
+        """Logs which daemons have come and gone since the last time."""
+        before, now = self._names, dict(await self._reads.read(tables.names))
+        now.pop(self._server.member or 0, None)
+        for name in sorted(now[member] for member in now.keys() - before.keys()):
+            log.info("daemon.came", name=name, others=len(now))
+        for name in sorted(before[member] for member in before.keys() - now.keys()):
+            log.info("daemon.left", name=name, others=len(now))
+        self._names = now

@@ -1,0 +1,90 @@
+"""This daemon's place among those on its database: who is there, which operators are its own, and when the next session
+of those ends. It does no I/O.
+"""
+
+from collections.abc import Sequence
+
+from lmdaemon.clock import Clock
+from lmdaemon.log import Log
+from lmdaemon.store.postgres.company import Company, Seen
+from lmdaemon.store.postgres.deadlines import Deadlines
+from lmdaemon.store.postgres.members import Introduction
+from lmdaemon.store.postgres.owners import Owners, Wishes
+from lmdaemon.store.postgres.signals import Signals
+from lmdaemon.store.projection import Projection
+
+TOLD_MAX = 10  # operators that a line of the log names
+
+log = Log("daemon")
+
+
+class Membership:
+    """What a daemon knows of the others, and of what it owns among them."""
+
+    def __init__(self, projection: Projection, clock: Clock, signals: Signals, introduction: Introduction) -> None:
+        self._projection = projection
+        self._clock = clock
+        self._signals = signals
+        self.company = Company(projection.service_clock)
+        self.owners = Owners()
+        self.deadlines = Deadlines()
+        self.introduction = introduction
+        self.introduced: Introduction | None = None  # as this daemon's row has it
+        self.epochs = 0  # sum of all owners' numbers
+        self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
+
+    def learn(self, found: Seen) -> None:
+        """Takes over who is there, and how far each of them has heard."""
+        due_ms = self.company.next_due_ms
+        if self.company.learn(found, self._clock.monotonic(), watch=self._projection.live > 0):
+            self.owners.is_settled = False
+            self._signals.look.set()
+        if self.company.next_due_ms != due_ms:
+            self._signals.beat.set()
+
+    # -- operators
+
+    @property
+    def has_claimed(self) -> bool:
+        """Whether it was worked out for the settings in force which operators to take."""
+        return self._projection.configured is self._claimed_for
+
+    def note_claims(self, configured: frozenset[str]) -> None:
+        """It was worked out for these settings."""
+        self._claimed_for = configured
+
+    def wishes(self, member: int, configured: frozenset[str]) -> Wishes:
+        """What to do about the rows of `owner` now; `member` is this daemon's row."""
+        before = self.owners.delivers_for
+        found = self.owners.wishes(configured, [member, *self.company.others], self._clock.monotonic())
+        self._tell_owners(before)
+        return found
+
+    def take_owners(self, found: Sequence[tuple[str, int, int | None, int]], member: int) -> list[str]:
+        """Takes over the rows of `owner`. Returns the operators of which no deadline is known yet."""
+        before = self.owners.delivers_for
+        self.epochs = sum(epoch for *_, epoch in found)
+        self.owners.load(member, [row[:3] for row in found])
+        new = self.deadlines.keep(self.owners.mine)
+        self._tell_owners(before)
+        return new
+
+    def _tell_owners(self, before: frozenset[str]) -> None:
+        now = self.owners.delivers_for
+        if before != now:
+            changed = sorted(before ^ now)
+            named = ",".join(changed[:TOLD_MAX]) + (",…" if len(changed) > TOLD_MAX else "")
+            counts = {"operators": len(now), "gained": len(now - before), "lost": len(before - now)}
+            log.info("daemon.owns", **counts, changed=named)
+        for operator in sorted(before ^ now):
+            for observer in self._projection.observers:
+                observer.ownership_changed(operator)
+
+    def take_deadlines(self) -> None:
+        """Has the sweeper wait for the next deadline of this daemon's operators, and for no other."""
+        projection = self._projection
+        before = (projection.next_due_ms, projection.next_lifetime_at)
+        projection.next_due_ms, projection.next_lifetime_at = self.deadlines.earliest
+        if before != (projection.next_due_ms, projection.next_lifetime_at):
+            for observer in projection.observers:
+                observer.deadline_nearer()

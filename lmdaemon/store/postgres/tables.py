@@ -1,0 +1,194 @@
+"""What the tables say of all daemons' work and what one daemon writes into them beside its batches: the statements, and
+functions that run them on a connection's thread.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+import psycopg
+
+from lmdaemon.model import Gate
+from lmdaemon.store.contract import Figures
+from lmdaemon.store.postgres import asking, members
+from lmdaemon.store.postgres.asking import Question
+from lmdaemon.store.postgres.batch import GATE, NEXT, fetch_all
+from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
+from lmdaemon.store.postgres.members import Introduction, Joined
+from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, WANT, Wishes
+from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.projection import Loaded
+
+# The service clock, and when it was kept: of those that are there, and of the last one that has gone.
+CLOCK = """
+SELECT max(service_ms), max(wall_at)
+FROM (SELECT service_ms, wall_at FROM lmdaemon.clock
+      UNION ALL SELECT heard_ms, wall_at FROM lmdaemon.member) AS known"""
+# Figures of every operator.
+FIGURES = (
+    "SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint FROM lmdaemon.figure GROUP BY operator"
+)
+# The parts of them that are not this daemon's.
+OTHERS_FIGURES = """
+SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint, sum(opened)::bigint, sum(made)::bigint,
+       max(touched_ms)
+FROM lmdaemon.figure WHERE member <> %s GROUP BY operator"""
+# What holds every operator back, with the number of its last change.
+OPERATORS = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator"
+# Numbers for the next sessions.
+NEXT_BLOCK = "SELECT nextval('lmdaemon.session_block')"
+# What others have done: who is there, what they ask, whether owners and gates have changed, and the others' figures.
+LOOK = f"""
+SELECT {NOW}, {OTHERS}, {asking.UNANSWERED}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
+       (SELECT coalesce(sum(version), 0)::bigint FROM lmdaemon.operator),
+       (SELECT json_agg(to_json(f))::text FROM ({OTHERS_FIGURES}) AS f (o, l, p, d, opened, made, touched))"""
+# When the earliest pending delivery is due, by operator and sink: a step in the index for each sink.
+EARLIEST = """
+WITH RECURSIVE its (operator, sink) AS (
+    SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
+    FROM unnest(%s::text[]) AS name
+    UNION ALL
+    SELECT its.operator, (
+        SELECT min(d.sink) FROM lmdaemon.delivery d WHERE d.operator = its.operator AND d.sink > its.sink)
+    FROM its WHERE its.sink IS NOT NULL)
+SELECT its.operator, its.sink, (
+    SELECT due_at FROM lmdaemon.delivery d
+    WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending' ORDER BY due_at LIMIT 1)
+FROM its WHERE its.sink IS NOT NULL"""
+# The daemons by their numbers.
+NAMES = "SELECT id, name FROM lmdaemon.member"
+
+
+class Part(NamedTuple):
+    """The others' part of an operator's figures; `opened` and `made` count what its owner has to find out."""
+
+    live: int = 0
+    pending: int = 0
+    dead: int = 0
+    opened: int = 0
+    made: int = 0
+    touched_ms: int = 0
+
+
+NO_PART = Part()
+
+
+class Found(NamedTuple):
+    """What was read of the tables, and who is there, if this daemon has joined just before."""
+
+    loaded: Loaded
+    joined: Joined | None
+    parts: dict[str, Part]
+    owners: list[tuple[str, int, int | None, int]]
+    versions: dict[str, int]
+    next: list[tuple[str, int | None, int | None]]  # deadlines of its operators; before it has joined, of all
+
+
+class Look(NamedTuple):
+    """What a look finds. `versions` and `epochs` are the sums of all gates' and all owners' numbers."""
+
+    seen: Seen
+    asked: list[Question]
+    epochs: int
+    versions: int
+    parts: dict[str, Part]
+
+
+# -- on a connection's thread
+
+
+def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
+    """What the tables say; also numbers for sessions. `member` is this daemon's row; 0: it has not joined."""
+    wanted: list[tuple[str, Sequence[Any]]] = [(CLOCK, ()), (FIGURES, ()), (OPERATORS, ()), (NEXT_BLOCK, ())]
+    wanted += [(OTHERS_FIGURES, (member,)), (OWNERS, ())]
+    (clock,), figures, gates, (block,), parts, owners = fetch_all(sql, wanted)
+    known = {name: Figures(*counts) for name, *counts in figures}
+    held = {name: Gate(*gate) for name, _, *gate in gates}
+    mine = [operator for operator, owner, *_ in owners if owner == member] if member else list(known)
+    return Found(
+        loaded=Loaded(
+            service_ms=clock[0],
+            committed_at=clock[1],
+            operators={name: (known.get(name, Figures()), held.get(name, Gate())) for name in {**known, **held}},
+            next_due_ms=None,
+            next_lifetime_at=None,
+            last_session=block[0] - 1,
+        ),
+        joined=joined,
+        parts={name: Part(*part) for name, *part in parts},
+        owners=owners,
+        versions={row[0]: row[1] for row in gates},
+        next=next_deadlines(sql, mine) if mine else [],
+    )
+
+
+def who_is_there(sql: Connection, member: int | None) -> Seen:
+    """The other daemons on the database; `member` is this one's own row, None before it has one."""
+    row = sql.execute(members.LOOK, (member,)).fetchone()
+    assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
+    return seen(*row)
+
+
+def look(sql: Connection, member: int | None) -> Look:
+    """What the others have done; `member` is this daemon's row."""
+    row = sql.execute(LOOK, (member, member)).fetchone()
+    assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
+    at, others, hold_until_ms, asked, epochs, versions, figures = row
+    questions = [Question(*one) for one in orjson.loads(asked or "[]")]
+    parts = {one["o"]: Part(*list(one.values())[1:]) for one in orjson.loads(figures or "[]")}
+    return Look(seen(at, others, hold_until_ms), questions, epochs, versions, parts)
+
+
+def gates(sql: Connection) -> list[tuple[Any, ...]]:
+    """Of every operator: its name, the number of the last change, and the fields of `Gate`."""
+    return sql.execute(OPERATORS).fetchall()
+
+
+def owners(sql: Connection) -> list[tuple[Any, ...]]:
+    """The rows of `owner`."""
+    return sql.execute(OWNERS).fetchall()
+
+
+def next_deadlines(sql: Connection, operators: list[str]) -> list[tuple[Any, ...]]:
+    """Of each operator: its next deadline for inactivity (service ms) and for age (wall ms)."""
+    return sql.execute(NEXT, (operators,)).fetchall()
+
+
+def earliest(sql: Connection, operators: list[str]) -> list[tuple[Any, ...]]:
+    """Of each sink of these operators: when its earliest pending delivery is due (wall ms)."""
+    return sql.execute(EARLIEST, (operators,)).fetchall()
+
+
+def fulfil(sql: Connection, member: int, wishes: Wishes) -> None:
+    """Takes, asks for and hands over operators."""
+    if wishes.claim:
+        sql.execute(CLAIM, (member, wishes.claim))
+    if wishes.want:
+        sql.execute(WANT, (member, wishes.want))
+    if wishes.hand_over:
+        sql.execute(HAND_OVER, (wishes.hand_over, member))
+
+
+def names(sql: Connection) -> list[tuple[Any, ...]]:
+    """The daemons by their numbers."""
+    return sql.execute(NAMES).fetchall()
+
+
+def introduce(sql: Connection, member: int, who: Introduction) -> None:
+    """Tells the others of this daemon anew."""
+    sql.execute(members.INTRODUCE, (who.address, who.digest, member))
+
+
+def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
+    """Returns the name of the daemon that was expelled; None: it has moved on, or another one has been faster."""
+    name = dict(names(sql)).get(member)
+    try:
+        members.expel(sql, me, member, batch, grace_ms)
+    except psycopg.errors.DivisionByZero:
+        return None
+    return name
+
+
+def shown(sql: Connection) -> tuple[list[members.Shown], list[tuple[Any, ...]]]:
+    """The daemons as people are shown them, and the rows of `owner`."""
+    return [members.Shown(*row) for row in sql.execute(members.SHOWN)], sql.execute(OWNERS).fetchall()

@@ -28,6 +28,7 @@ from lmdaemon.config.values import PATH, endpoint_key, holds_everybody
 from lmdaemon.dialects import Codes, Dialect, breaks_hash
 from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
+from lmdaemon.retry import FINAL_CODES
 
 KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connection for a minute to ten
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
@@ -80,6 +81,13 @@ def check_database_url(findings: Findings, url: str) -> None:
         findings.error(at, "must not hold a password: name its file in password_file, or a variable in password_env")
     if find_spec("psycopg") is None:
         findings.error(at, "needs psycopg, which is not installed: pip install 'lmdaemon[postgres]'")
+    elif findings.sound("database", "url"):
+        import psycopg  # only here: it takes longer to import than all of the configuration
+
+        try:
+            psycopg.conninfo.conninfo_to_dict(url)
+        except psycopg.ProgrammingError as error:  # a parameter that libpq does not know, a broken escape
+            findings.error(at, f"must be a URL that libpq can read: {str(error).strip()}")
 
 
 def check_spans(findings: Findings, table: SessionsTable | OperatorTable, at: str) -> None:
@@ -131,6 +139,9 @@ def check_dialect(findings: Findings, table: DialectTable, at: str) -> None:
         code = getattr(table.codes, meaning)
         if code is not None and not 0 < code < 1_000_000:
             findings.error(f"{at}.codes.{meaning}", "must be between 1 and 999999; 0 means success", code)
+    if table.codes.retry in FINAL_CODES | {table.codes.final}:
+        final = ", ".join(str(code) for code in sorted(FINAL_CODES | {table.codes.final}))
+        findings.error(f"{at}.codes.retry", f"must be none of {final}, which ask not to try again", table.codes.retry)
     if not findings.sound(at, "fields", "required"):
         return
     for meaning in table.required:

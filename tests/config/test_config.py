@@ -550,6 +550,14 @@ BAD_FILES = [
         "dialects.x.codes.bad_token: must be between 1 and 999999; 0 means success (got 0)",
     ),
     (
+        DIALECT + "codes = { retry = 5, final = 5 }",
+        "dialects.x.codes.retry: must be none of 5, 120, 999, which ask not to try again (got 5)",
+    ),
+    (
+        DIALECT + "codes = { retry = 999 }",
+        "dialects.x.codes.retry: must be none of 120, 999, which ask not to try again (got 999)",
+    ),
+    (
         DIALECT + "codes = { final = 1000000 }",
         "dialects.x.codes.final: must be between 1 and 999999; 0 means success (got 1000000)",
     ),

@@ -77,6 +77,16 @@ NO_PASSWORD = "must not hold a password: name its file in password_file, or a va
         (f'url = "mysql://lm:{PASSWORD}@db/lm"', "url", SHAPE),
         ('url = "host=db dbname=lm"', "url", SHAPE),
         ('url = "postgresql://db/lm#x"', "url", SHAPE),
+        (
+            'url = "postgresql://db/lm?sslmod=require"',
+            "url",
+            'must be a URL that libpq can read: invalid URI query parameter: "sslmod"',
+        ),
+        (
+            'url = "postgresql://db/l%zz"',
+            "url",
+            'must be a URL that libpq can read: invalid percent-encoded token: "l%zz"',
+        ),
         ('password_env = "DB_PASSWORD"', "password_env", "is for a database.url, and there is none"),
         (
             f'url = "{URL}"\npassword_env = "DB_PASSWORD"\npassword_file = "x"',

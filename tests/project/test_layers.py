@@ -94,7 +94,7 @@ HOMES = {
     "aiosqlite": {"store.sqlite.thread"},
     "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
-    "psycopg": {"store.postgres"},
+    "psycopg": {"store.postgres", "config.rules"},
     "sqlite3": {"store.sqlite", "commands.backup"},
     "tomllib": {"config.reader", "workbench.script", "workbench.journal"},
 }

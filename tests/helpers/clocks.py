@@ -1,5 +1,7 @@
 """A clock that a test moves by hand."""
 
+from collections.abc import Callable
+
 from lmdaemon.clock import Clock
 
 
@@ -9,6 +11,7 @@ class HandClock(Clock):
     def __init__(self) -> None:
         self.wall = 1_790_000_000_000
         self.mono = 1000.0
+        self.follow: list[Callable[[float], None]] = []  # called with the wall time (ms) whenever it has moved
 
     def wall_ms(self) -> int:
         return int(self.wall)
@@ -19,8 +22,10 @@ class HandClock(Clock):
     def advance(self, seconds: float) -> None:
         """Time passes, on both clocks."""
         self.mono += seconds
-        self.wall += round(seconds * 1000)
+        self.step_wall(seconds)
 
     def step_wall(self, seconds: float) -> None:
         """Somebody sets the wall clock."""
         self.wall += round(seconds * 1000)
+        for follower in self.follow:
+            follower(self.wall)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
+from clocks import HandClock
 from support import open_store
 
 from lmdaemon.clock import Clock
@@ -105,9 +106,26 @@ class SqliteEngine(Engine):
 class PostgresEngine(Engine):
     """A database of a server that belongs to one test, made from one that has the schema already."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, beside: str | None = None) -> None:
+        """`beside` is a URL of the same database for what the test itself does there, if the stores' leads through
+        something that may fail.
+        """
+        self.url, self._beside_url = url, beside
         self._beside: psycopg.Connection[tuple[Any, ...]] | None = None  # kept, for a new one costs a process
+
+    def follow(self, clock: HandClock) -> None:
+        """For connections made from now on, the server's clock is the one that the test moves."""
+
+        def move(wall_at: float) -> None:
+            with self._connection() as sql:
+                sql.execute("UPDATE hand.clock SET at = %s", (wall_at,))
+
+        with self._connection() as sql:
+            if sql.execute("SELECT to_regnamespace('hand') IS NULL").fetchone() == (True,):
+                sql.execute(HAND_CLOCK)
+                sql.execute(f"ALTER DATABASE {self.name} SET search_path = hand, pg_catalog")
+        move(clock.wall_ms())
+        clock.follow = [move]
 
     def close(self) -> None:
         """Closes the connection beside the stores'."""
@@ -122,6 +140,8 @@ class PostgresEngine(Engine):
 
     @contextlib.asynccontextmanager
     async def open(self, clock: Clock, *, count_downtime: bool = False, paces: Paces = NEVER) -> AsyncIterator[Any]:
+        if isinstance(clock, HandClock):
+            self.follow(clock)
         store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime, paces=paces)
         writer = asyncio.create_task(store.run())
         try:
@@ -136,6 +156,9 @@ class PostgresEngine(Engine):
         """The database gets another name, by which the store does not know it; and it is found that its row stands
         still.
         """
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
         old, new = self.name, f"{self.name}_left"
         self.url = psycopg.conninfo.make_conninfo(self.url, dbname=new)
         with psycopg.connect(self.url, dbname="postgres", autocommit=True) as sql:
@@ -144,7 +167,10 @@ class PostgresEngine(Engine):
             sql.execute(f"ALTER DATABASE {old} RENAME TO {new}")
             sql.execute(f"ALTER DATABASE {new} ALLOW_CONNECTIONS true")
         with self._connection() as sql:
-            sql.execute("UPDATE lmdaemon.clock SET service_ms = heard_ms, wall_at = m.wall_at FROM lmdaemon.member m")
+            sql.execute(
+                "UPDATE lmdaemon.clock SET service_ms = m.heard_ms, wall_at = m.wall_at "
+                "FROM (SELECT max(heard_ms) AS heard_ms, max(wall_at) AS wall_at FROM lmdaemon.member) m"
+            )
             sql.execute("DELETE FROM lmdaemon.member")
             sql.execute("UPDATE lmdaemon.owner SET member = 0")
 
@@ -191,11 +217,18 @@ class PostgresEngine(Engine):
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         if self._beside is None:
             options = "-c default_transaction_read_only=off"
-            self._beside = psycopg.connect(self.url, autocommit=True, options=options)
+            self._beside = psycopg.connect(self._beside_url or self.url, autocommit=True, options=options)
         yield self._beside
 
 
 NUMBERS = count()
+
+# A clock of the server that stands still until it is moved. Names are looked up in this schema first.
+HAND_CLOCK = """
+CREATE SCHEMA hand;
+CREATE TABLE hand.clock AS SELECT 0::bigint AS at;
+CREATE FUNCTION hand.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql
+AS 'SELECT pg_catalog.to_timestamp(at / 1000.0) FROM hand.clock'"""
 
 
 def own_name() -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from clocks import HandClock
 from engines import Engine, PostgresEngine, SqliteEngine
 from operations import BODY
+from pair import PairEngine
 from postgres import NoServerError, server
 
 from lmdaemon.store.contract import NewDelivery, Store
@@ -42,12 +43,24 @@ def postgres_template() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def postgres_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngine]:
-    url, template = postgres_template
+    with an_engine(PostgresEngine, *postgres_template) as engine:
+        yield engine
+
+
+@pytest.fixture
+def pair_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngine]:
+    with an_engine(PairEngine, *postgres_template) as engine:
+        yield engine
+
+
+@contextmanager
+def an_engine(kind: type[PostgresEngine], url: str, template: str) -> Iterator[PostgresEngine]:
+    """A database of its own."""
     name = f"lmdaemon_test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(url, autocommit=True) as sql:
         copied = "STRATEGY = FILE_COPY" if sql.info.server_version >= 150_000 else ""  # without all of it in the WAL
         sql.execute(f"CREATE DATABASE {name} TEMPLATE {template} {copied}")
-        with closing(PostgresEngine(psycopg.conninfo.make_conninfo(url, dbname=name))) as engine:
+        with closing(kind(psycopg.conninfo.make_conninfo(url, dbname=name))) as engine:
             yield engine
         sql.execute(f"DROP DATABASE {engine.name} WITH (FORCE)")
 

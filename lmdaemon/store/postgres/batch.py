@@ -8,7 +8,7 @@ decided again. Rows are locked in the order of their ids. Rows go in as one JSON
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import orjson
 import psycopg
 
 from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session
-from lmdaemon.store.contract import SWEEP_ROWS, Figures, Opening, Recording, StoreError, Sweep
+from lmdaemon.store.contract import SWEEP_ROWS, Figures, GateChange, Opening, Recording, StoreError, Sweep
 from lmdaemon.store.postgres.cluster import AHEAD_MS
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.errors import meaning
@@ -388,6 +388,7 @@ class Batch:
         return (
             len(self.operations) > DECIDED_ON_LOOP_MAX
             or must_look_up(kinds)
+            or GateChange in kinds  # a hold that is there already, as far as is known here, may have been released
             or (expect_known and not kinds.isdisjoint((Opening, Recording)))
         )
 
@@ -406,6 +407,7 @@ class Batch:
             if decided is None:
                 self.looked_up = True
                 operations = self._not_ahead(sql, place)
+                self._refresh_gates(sql, {one.operator for one in operations if type(one) is GateChange})
                 facts = read_facts(sql, questions(operations), self._world.wall_at, self._present.due)
                 decided = decide(operations, facts, self._world)
             try:
@@ -413,7 +415,7 @@ class Batch:
             except psycopg.Error as error:
                 if meaning(error) != "conflict":
                     raise
-                self._refresh_gates(sql, decided)
+                self._refresh_gates(sql, decided.gates)
                 decided = None
             else:
                 self.changes = decided
@@ -452,12 +454,12 @@ class Batch:
             self._tell_touched(sql, changes, None)
         return changes.answers
 
-    def _refresh_gates(self, sql: Connection, decided: Changes) -> None:
-        """What holds the operators of a batch back may be what somebody else has changed."""
-        if not decided.gates:
+    def _refresh_gates(self, sql: Connection, operators: Collection[str]) -> None:
+        """What holds these operators back may be what somebody else has changed."""
+        if not operators:
             return
         gates, self.versions = dict(self._world.gates), dict(self.versions)
-        for name, version, *gate in sql.execute(GATES, (list(decided.gates),)):
+        for name, version, *gate in sql.execute(GATES, (list(operators),)):
             gates[name], self.versions[name] = Gate(*gate), version
         self._world = self._world._replace(gates=gates)
 

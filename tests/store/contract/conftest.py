@@ -3,7 +3,7 @@
 import pytest
 from engines import Engine
 
-ENGINES = ("sqlite", "postgres")
+ENGINES = ("sqlite", "postgres", "pair")
 
 
 @pytest.fixture(params=ENGINES)

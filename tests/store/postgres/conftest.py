@@ -20,5 +20,5 @@ def proxied(postgres_engine: PostgresEngine) -> Iterator[tuple[PostgresEngine, P
     found = psycopg.conninfo.conninfo_to_dict(postgres_engine.url)
     with Proxy(int(found["port"] or 5432)) as proxy:
         url = psycopg.conninfo.make_conninfo(postgres_engine.url, host="127.0.0.1", port=proxy.port)
-        with closing(PostgresEngine(url)) as engine:
+        with closing(PostgresEngine(url, postgres_engine.url)) as engine:
             yield engine, proxy

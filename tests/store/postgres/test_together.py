@@ -14,6 +14,7 @@ from engines import SOON, PostgresEngine, own_name
 from operations import BODY, attempt, counted, opening
 from support import until
 
+from lmdaemon import retry
 from lmdaemon.store.contract import NewDelivery, Settlement, StoreObserver
 from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.store import Store
@@ -419,6 +420,19 @@ class TestLooks:
             *(daemon.store.set_gate(mine, lambda gate: counted(failed=True)(gate, 0)) for daemon in (one, other) * 5)
         )
         await until(lambda: [daemon.store.gate(mine).failures for daemon in (one, other)] == [11, 11])
+
+    async def test_a_hold_binds_where_the_release_was_not_heard_of(self, together: Cluster) -> None:
+        """By what it knows the operator is held already, so that there would be nothing to do."""
+        one, other = await together.pair()
+        for daemon in (one, other):
+            await daemon.stop()
+        for daemon in (one, other):  # they write, and look only when told to
+            daemon.running = asyncio.create_task(daemon.store._writer.run())
+        await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
+        await other.store.set_gate("o0", lambda gate: retry.release(gate, 2))
+        held = await one.store.set_gate("o0", lambda gate: retry.hold(gate, 3, "by_hand"))
+        await other.store.look()
+        assert held.held_at == other.store.gate("o0").held_at == 3
 
     async def test_figures_are_those_of_all(self, together: Cluster) -> None:
         one, other = await together.pair()

@@ -57,10 +57,10 @@ class Hints:
             try:
                 if await self._thread.run(self._listen, within_s=ANSWER_S):
                     self._signals.hint.set()
-                name = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
-                if name is not None:
+                names = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
+                if names:
                     is_first, self.works = not self.works, True
-                    if is_first or name != self._name:  # the first: others may have hinted before it listened
+                    if is_first or names != {self._name}:  # the first: others may have hinted before it listened
                         hinted()
             except (psycopg.Error, NoAnswerError):
                 self.works, self._listening = False, None
@@ -90,12 +90,12 @@ class Hints:
         self._thread.close()
 
 
-def _wait(sql: Connection) -> str | None:
-    """Whose hint has come."""
-    for notify in sql.notifies(timeout=WAIT_S, stop_after=1):
-        return notify.payload
-    sql.execute(IS_ALIVE)
-    return None
+def _wait(sql: Connection) -> set[str]:
+    """Whose hints have come. Those of several may come at once; what is not taken then is lost."""
+    names = {notify.payload for notify in sql.notifies(timeout=WAIT_S, stop_after=1)}
+    if not names:
+        sql.execute(IS_ALIVE)
+    return names
 
 
 def send(sql: Connection, name: str) -> None:

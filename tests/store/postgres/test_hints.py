@@ -1,0 +1,62 @@
+"""Hints between daemons that there is something to look at."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+from engines import PostgresEngine
+from support import until
+
+from lmdaemon.store.postgres.hints import Hints
+from lmdaemon.store.postgres.paces import PACES
+from lmdaemon.store.postgres.reads import Reads
+from lmdaemon.store.postgres.signals import Signals
+from lmdaemon.store.postgres.thread import Database
+
+
+class Listener:
+    def __init__(self, hints: Hints) -> None:
+        self.hints, self.hinted = hints, 0
+
+
+@pytest.fixture
+async def mine(postgres_engine: PostgresEngine) -> AsyncIterator[Listener]:
+    """The daemon `mine`, which has found that hints arrive."""
+
+    def note() -> None:
+        listener.hinted += 1
+
+    database, signals = Database(postgres_engine.url, None, "mine"), Signals()
+    reads = Reads(database, {})
+    listener = Listener(Hints(database, "mine", reads, signals, PACES))
+    listening = asyncio.create_task(listener.hints.listen_for_ever(note))
+    await signals.hint.wait()
+    send(postgres_engine, "mine")
+    await until(lambda: listener.hinted)
+    yield listener
+    listening.cancel()
+    listener.hints.close()
+    reads.close()
+
+
+def send(engine: PostgresEngine, *names: str) -> None:
+    """In one transaction, so that they arrive together."""
+    with psycopg.connect(engine.url) as sql:
+        for name in names:
+            sql.execute("SELECT pg_notify('lmdaemon', %s)", (name,))
+
+
+@pytest.mark.parametrize("names", [("other",), ("mine", "other"), ("other", "mine"), ("", "mine")])
+async def test_hints_of_others_are_heard_also_beside_its_own(
+    mine: Listener, postgres_engine: PostgresEngine, names: tuple[str, ...]
+) -> None:
+    send(postgres_engine, *names)
+    await until(lambda: mine.hinted == 2)
+
+
+async def test_its_own_hints_are_none(mine: Listener, postgres_engine: PostgresEngine) -> None:
+    send(postgres_engine, "mine", "mine")
+    send(postgres_engine, "other")
+    await until(lambda: mine.hinted > 1)
+    assert mine.hinted == 2

@@ -20,6 +20,7 @@ MEANINGS: dict[str, Meaning] = {
     "57P04": "lost",  # database_dropped
     "57P05": "lost",  # idle_session_timeout
     "25P03": "lost",  # idle_in_transaction_session_timeout
+    "25P04": "lost",  # transaction_timeout
     "25006": "lost",  # read_only_sql_transaction: it is a standby by now; another host may take writes
     # The server refused, and trying again later may help.
     "40": "outage",  # transaction rollback: serialization_failure, deadlock_detected

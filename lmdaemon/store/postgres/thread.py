@@ -16,14 +16,18 @@ import psycopg
 
 CONNECT_S = 3  # seconds to connect to one host
 CUT_S = 0.3  # how long a wait may take to end after its socket was shut down
-# Bounds on the server's side, and of the network. The daemon's own deadline is there for what none of them ends, such
-# as a proxy that swallows everything.
-SERVER_LIMITS = {
+# Bounds on the server's side, and what the statements rely on, whatever the role or the database is set to. The daemon's
+# own deadline is there for what none of them ends, such as a proxy that swallows everything.
+SERVER_SETTINGS = {
     "statement_timeout": "5s",
     "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "5s",
+    "idle_session_timeout": "0",  # a daemon with nothing to do keeps its connections
+    "default_transaction_isolation": "read committed",
     "jit": "off",
 }
+# The same of newer servers; older ones refuse a connection that names it. From which version on it is there.
+NEWER_SETTINGS = {"transaction_timeout": ("0", 170_000)}
 NETWORK_LIMITS: Mapping[str, int] = {
     "connect_timeout": CONNECT_S,
     "tcp_user_timeout": 3000,
@@ -63,18 +67,24 @@ class Database:
         takes them to be; so a connection on which that happens must not prepare any.
         """
         if not self._is_pooled:
-            options = " ".join(f"-c {name}={value}" for name, value in SERVER_LIMITS.items())
+            settings = ((name, value.replace(" ", "\\ ")) for name, value in SERVER_SETTINGS.items())
+            options = " ".join(f"-c {name}={value}" for name, value in settings)
             try:
-                return self._connect(options=options, **({} if prepares else {"prepare_threshold": None}))
+                connection = self._connect(options=options, **({} if prepares else {"prepare_threshold": None}))
             except psycopg.OperationalError as error:
                 if "unsupported startup parameter" not in str(error):
                     raise
+            else:
+                for name, (value, version) in NEWER_SETTINGS.items():
+                    if connection.info.server_version >= version:
+                        connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+                return connection
             self._is_pooled = True
         return self._connect(prepare_threshold=None)
 
     def _connect(self, **how: Any) -> Connection:
-        limits: Mapping[str, Any] = {"application_name": f"lmdaemon {self._name}", **NETWORK_LIMITS, **self._secret}
-        return psycopg.connect(self._url, autocommit=True, **limits, **how)
+        about: Mapping[str, Any] = {"application_name": f"lmdaemon {self._name}", "client_encoding": "utf8"}
+        return psycopg.connect(self._url, autocommit=True, **about, **NETWORK_LIMITS, **self._secret, **how)
 
 
 class Thread:

@@ -14,6 +14,7 @@ CODES = {
     "57P04": "lost",
     "57P05": "lost",
     "25P03": "lost",
+    "25P04": "lost",
     "25006": "lost",
     "40001": "outage",
     "40P01": "outage",

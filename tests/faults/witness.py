@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -39,6 +39,7 @@ class Acknowledged:
     idle_ms: int = 0
     heard_at: int = 0
     end: tuple[str, Any] | None = None  # reason, endedAt (None where the answer does not tell it)
+    calls: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # what, URL, sent at, answered at, status
 
 
 class Witness:
@@ -51,14 +52,18 @@ class Witness:
         self.answers: Counter[tuple[str, int]] = Counter()
         self.gone = 0  # calls that got no answer, for the daemon was killed
 
-    async def _call(self, what: str, method: str, url: str, body: Any = None) -> tuple[int, Any]:
+    async def _call(self, known: Acknowledged, what: str, method: str, url: str, body: Any = None) -> tuple[int, Any]:
         """Status and JSON; 0 when the connection broke."""
+        sent_at, status = now_at(), 0
         try:
             async with self.client.request(method, url, json=body) as answer:
                 text = await answer.read()
+                status = answer.status
         except (aiohttp.ClientError, OSError, TimeoutError):
             self.gone += 1
             return 0, None
+        finally:
+            known.calls.append((what, url, sent_at, now_at(), status))
         self.answers[what, answer.status] += 1
         assert answer.status < 500 or answer.status == 503, (what, answer.status, text)
         return answer.status, json.loads(text) if text else None
@@ -69,7 +74,9 @@ class Witness:
     async def open(self, operator: str, session_id: str, idle_s: int) -> int:
         sent_at = now_at()
         body = {"playerId": "p", "token": TOKEN, "idleTimeoutSeconds": idle_s}
-        status, _ = await self._call("open", "PUT", self._path(operator, session_id), body)
+        status, _ = await self._call(
+            self.sessions[operator, session_id], "open", "PUT", self._path(operator, session_id), body
+        )
         known = self.sessions[operator, session_id]
         if status in (200, 201):
             known.opened, known.idle_ms, known.heard_at = True, idle_s * 1000, sent_at
@@ -77,7 +84,9 @@ class Witness:
 
     async def touch(self, operator: str, session_id: str) -> int:
         sent_at = now_at()
-        status, answer = await self._call("touch", "POST", self._path(operator, session_id) + "/touch")
+        status, answer = await self._call(
+            self.sessions[operator, session_id], "touch", "POST", self._path(operator, session_id) + "/touch"
+        )
         known = self.sessions[operator, session_id]
         if status == 204:
             assert known.end is None, "a touch was acknowledged after the end"
@@ -89,17 +98,19 @@ class Witness:
         return status
 
     async def close(self, operator: str, session_id: str) -> int:
-        status, answer = await self._call("close", "POST", self._path(operator, session_id) + "/close")
+        status, answer = await self._call(
+            self.sessions[operator, session_id], "close", "POST", self._path(operator, session_id) + "/close"
+        )
         if status == 200:
             self._note_end(self.sessions[operator, session_id], answer["reason"], answer["endedAt"])
         return status
 
     async def notice(self, operator: str, session_id: str) -> int:
+        known = self.sessions[operator, session_id]
         body = {"providerId": operator, "sessionId": session_id, "externalPlayerId": "p", "token": TOKEN}
-        status, answer = await self._call("notice", "POST", f"{self.daemon.server}/{operator}", body)
+        status, answer = await self._call(known, "notice", "POST", f"{self.daemon.server}/{operator}", body)
         if status == 200:
             assert answer["error"] == 0, answer
-            known = self.sessions[operator, session_id]
             known.end = known.end or ("any", None)
         return status
 
@@ -159,12 +170,13 @@ def check(witness: Witness, wallets: dict[str, Simulated], sinks: int, may_repea
             continue  # nothing about it was ever acknowledged
         assert key in rows, f"{key} was acknowledged and is lost"
         _, reason, seen_at, ended_at = rows[key]
-        assert reason is not None, f"{key} lives for ever"
-        assert seen_at >= known.heard_at, f"{key}: a touch is lost that came {known.heard_at - seen_at} ms later"
+        said = f"{key}: {known}, {rows[key]}"
+        assert reason is not None, f"{said} lives for ever"
+        assert seen_at >= known.heard_at, f"{said}: a touch is lost that came {known.heard_at - seen_at} ms later"
         if known.end is not None:
-            assert known.end[0] in (reason, "any"), f"{key} ended as {known.end}, and as {reason}"
+            assert known.end[0] in (reason, "any"), f"{said} ended as {known.end}, and as {reason}"
         if reason == "inactivity" and known.opened:
-            assert ended_at - known.heard_at >= known.idle_ms, f"{key} ended early"
+            assert ended_at - known.heard_at >= known.idle_ms, f"{said} ended early"
     arrived = repeats = 0
     for (operator, session_id), (number, *_) in rows.items():
         mine = deliveries[number]

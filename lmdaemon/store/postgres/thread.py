@@ -28,13 +28,17 @@ SERVER_SETTINGS = {
 }
 # The same of newer servers; older ones refuse a connection that names it. From which version on it is there.
 NEWER_SETTINGS = {"transaction_timeout": ("0", 170_000)}
-NETWORK_LIMITS: Mapping[str, int] = {
+NETWORK_LIMITS: Mapping[str, Any] = {
     "connect_timeout": CONNECT_S,
     "tcp_user_timeout": 3000,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+
+# Who warns in the server that it waits no longer for a standby to confirm a commit, as when somebody cancels a
+# statement that hangs there. The transaction is committed all the same, and may be lost at a failover.
+UNCONFIRMED = "SyncRepWaitForLSN"
 
 Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"
 Result = TypeVar("Result")
@@ -57,7 +61,7 @@ class Database:
 
     def __init__(self, url: str, password: str | None, name: str) -> None:
         self._url = url
-        self._secret = {"password": password} if password else {}
+        self._secret: Mapping[str, Any] = {"password": password} if password else {}
         self._name = name
         self.title = title_of(url)
         self._is_pooled = False  # PgBouncer in transaction mode takes no options and forgets prepared statements
@@ -83,8 +87,8 @@ class Database:
         return self._connect(prepare_threshold=None)
 
     def _connect(self, **how: Any) -> Connection:
-        about: Mapping[str, Any] = {"application_name": f"lmdaemon {self._name}", "client_encoding": "utf8"}
-        return psycopg.connect(self._url, autocommit=True, **about, **NETWORK_LIMITS, **self._secret, **how)
+        how |= {"application_name": f"lmdaemon {self._name}", "client_encoding": "utf8"}
+        return psycopg.connect(self._url, autocommit=True, **NETWORK_LIMITS, **self._secret, **how)
 
 
 class Thread:
@@ -95,6 +99,7 @@ class Thread:
         self._prepares = prepares
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._connection: Connection | None = None
+        self._is_unconfirmed = False  # a commit of the job that is running
         self._lock = threading.Lock()  # protects the two attributes below and the connection's socket
         self._running: asyncio.Future[Any] | None = None
         self._dropped: set[asyncio.Future[Any]] = set()  # jobs that must not be begun any more
@@ -153,9 +158,13 @@ class Thread:
     def _call(self, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         if self._connection is None or self._connection.closed:
             self._connection = self._database.connect(prepares=self._prepares)
+            self._connection.add_notice_handler(self._notice)
         connection = self._connection
+        self._is_unconfirmed = False
         try:
             result = function(connection, *arguments)
+            if self._is_unconfirmed:
+                raise NoAnswerError("no standby has confirmed the commit")
         except psycopg.Error:
             if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                 self._drop()
@@ -164,6 +173,9 @@ class Thread:
             self._drop()
             raise
         return result
+
+    def _notice(self, notice: psycopg.errors.Diagnostic) -> None:
+        self._is_unconfirmed |= notice.source_function == UNCONFIRMED
 
     def _drop(self) -> None:
         # The socket must not be closed while another thread shuts it down, since its descriptor could by then belong to

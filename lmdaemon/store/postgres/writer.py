@@ -21,8 +21,9 @@ from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, 
 # the latest, when the next attempt has failed as well: within 10 s.
 WRITE_S = 2.5
 
-# The number of the daemon's last transaction.
-LAST_BATCH = "SELECT batch FROM lmdaemon.member WHERE id = %s"
+# The number of the daemon's last transaction. Its row is written and not only read: so this waits for one that is being
+# committed, and where a standby has to confirm commits it has confirmed that one, too.
+LAST_BATCH = "UPDATE lmdaemon.member SET batch = batch WHERE id = %s RETURNING batch"
 # Uses up the number of a transaction that may still be on its way. If it is being committed, this waits for it.
 USE_UP = "UPDATE lmdaemon.member SET batch = %s WHERE id = %s AND batch IN (%s, %s) RETURNING 1"
 

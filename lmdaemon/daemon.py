@@ -89,7 +89,7 @@ class Daemon:
         settings, parts = self._started_with, self._parts
         self._notifier.starting(_start_limit_s(settings), f"Starting. Opening {name_of(settings)}.")
         await parts.build(stack, settings, self._name, self._notifier)
-        await parts.listeners.start(stack, handed_over, settings, parts.dispatcher.attempts_max, parts.drain_s)
+        await parts.listeners.start(stack, handed_over, settings, parts.dispatcher.lanes.attempts_max, parts.drain_s)
         parts.introduce()
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, None]) -> bool:

@@ -92,7 +92,7 @@ class Parts:
             self.sweeper.touch_alarm,
             self.hearing.deaf,
             self.disk,
-            lambda: self.dispatcher.behind,
+            lambda: self.dispatcher.lanes.behind,
         )
         self.trials = Trials()
         self.endpoint = Endpoint(self.store, self._clock, self.health.status, self.metrics)
@@ -141,9 +141,9 @@ class Parts:
         self.api.configure(self.settings)
         self.dispatcher.configure(self.settings, self.reloader.plugins)
         self.sweeper.configure({name: operator.idle_s for name, operator in operators.items()})
-        self.metrics.configure(operators, self.dispatcher.attempting, get_args(Reason))
+        self.metrics.configure(operators, self.dispatcher.lanes.attempting, get_args(Reason))
         self.events.configured()
-        self.listeners.configure(self.settings, self.dispatcher.attempts_max, self.drain_s)
+        self.listeners.configure(self.settings, self.dispatcher.lanes.attempts_max, self.drain_s)
         if "api" in self.listeners.addresses:  # at a reload
             self.introduce()
 

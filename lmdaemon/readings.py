@@ -121,8 +121,8 @@ class Readings:
     def _of_deliveries(self) -> Iterator[Reading]:
         lane = ("operator", "sink")
         overdue = "How long the earliest due delivery has waited for a free slot; 0 while its operator is kept back."
-        yield "lmdaemon_deliveries_in_flight", "Attempts under way.", lane, self._dispatcher.attempting
-        yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.overdue_s
+        yield "lmdaemon_deliveries_in_flight", "Attempts under way.", lane, self._dispatcher.lanes.attempting
+        yield "lmdaemon_deliveries_overdue_seconds", overdue, lane, self._dispatcher.lanes.overdue_s
 
     def _of_the_daemon(self) -> Iterator[Reading]:
         """Readings of the daemon itself: loops, clock, log, connections."""

@@ -6,13 +6,14 @@ This module must never store anything itself, and never decide when to send.
 from random import Random
 from typing import Any, Protocol
 
-from lmdaemon import masks, retry
+from lmdaemon import gates, masks, retry
 from lmdaemon.clock import Clock
+from lmdaemon.config.settings import Operator
 from lmdaemon.delivery import phrases
 from lmdaemon.delivery.lanes import Lane
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.delivery.sinks import event_of
-from lmdaemon.log import Log, place
+from lmdaemon.log import Log, place, safe_url
 from lmdaemon.model import Delivery, Gate, rfc3339
 from lmdaemon.plugins import PluginFailed
 from lmdaemon.pulse import WakeObserver
@@ -171,3 +172,10 @@ def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
     if outcome.verdict == "delivered":
         return attempt
     return attempt | ({"detail": outcome.detail} if outcome.detail else {}) | {"answer": outcome.answer}
+
+
+def log_gate(store: Store, clock: Clock, operator: Operator, before: Gate, gate: Gate, *, cause: str) -> None:
+    """Logs what has changed of an operator's gate, if anything has."""
+    if gate is not before:
+        pending, url = store.figures_of(operator.name).pending, safe_url(operator.url)
+        gates.log_change(operator.name, before, gate, clock.wall_ms(), pending=pending, cause=cause, url=url)

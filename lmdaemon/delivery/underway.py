@@ -6,19 +6,25 @@ be noted at once; those beyond them are delivered, but not noted. The space is t
 writing to a page for which the disk has no room would end the process.
 """
 
+import json
 import mmap
 import os
 import stat
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lmdaemon.log import Log
 from lmdaemon.model import Delivery
+from lmdaemon.store.contract import Settlement, Store
 
 PLACES = 8192  # 320 KiB
 _PLACE = struct.Struct("<qq20s4x")  # the delivery's number (0: free), when the attempt began (wall ms), its nonce
 _HEAD = struct.Struct("<8sq16x")  # what the file is, and 1 while a daemon uses it
 _MAGIC = b"lmdattmp"
+INTERRUPTED = "the daemon ended before it had the answer; the operator may have received this"
+
+log = Log("delivery")
 
 
 class Attempt(NamedTuple):
@@ -98,3 +104,20 @@ class Underway:
             _HEAD.pack_into(self._map, 0, _MAGIC, 0)
             self._map.close()
             self._map = None
+
+
+async def tell_interrupted(store: Store, underway: Underway) -> None:
+    """Adds to the histories what an earlier run had begun and has no result for. Raises StoreError."""
+    told = 0
+    for one in underway.lost[:]:
+        found = await store.delivery(one.webhook_id)
+        known = [] if found is None else json.loads(found.history)
+        if found is not None and found.state == "pending" and one.began_at not in [it["at"] for it in known]:
+            attempt: dict[str, Any] = {"at": one.began_at, "durationMs": None, "status": None, "code": None}
+            attempt |= {"error": "interrupted", "detail": INTERRUPTED, "answer": None}
+            await store.settle(Settlement(found, "pending", 0, found.step, attempt))
+            told += 1
+        underway.lost.remove(one)
+        underway.forget(one.delivery)
+    if told:
+        log.warning("delivery.interrupted", count=told, note=INTERRUPTED)

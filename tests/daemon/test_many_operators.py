@@ -65,13 +65,14 @@ async def test_a_reload_looks_at_lanes_that_have_changed_alone(tmp_path: Path, c
     async with bench(tmp_path, clock, OPERATORS) as b:
         for _ in range(2):  # the first notes the URLs, which changes the gates
             await b.dispatcher.once()
-        before = dict(b.dispatcher._lanes)
+        before = list(b.dispatcher.lanes)
         changed = OPERATORS.replace("127.0.0.1:1/3", "127.0.0.1:1/elsewhere").replace('"p2"', '"p2"\nconcurrency = 9')
         b.dispatcher.configure(load(tmp_path / "config.toml", LISTEN + changed), {})
-        lanes = b.dispatcher._lanes
-        assert lanes == before
-        assert lanes["op3", "http"].operator.url.endswith("/elsewhere")
-        assert b.dispatcher._agenda.take(clock.wall_ms()) == [lanes["op2", "http"], lanes["op3", "http"]]
+        assert list(b.dispatcher.lanes) == before
+        changed_lanes = [b.dispatcher.lanes.get(name, "http") for name in ("op2", "op3")]
+        assert changed_lanes[1] is not None
+        assert changed_lanes[1].operator.url.endswith("/elsewhere")
+        assert b.dispatcher._agenda.take(clock.wall_ms()) == changed_lanes
 
 
 async def test_lanes_of_operators_that_left_are_not_looked_at(tmp_path: Path, clock: HandClock) -> None:

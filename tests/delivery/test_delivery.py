@@ -673,7 +673,7 @@ class TestReadingAhead:
                     await reading.called.wait()
                     told.answer()
                     await operator.wait_for(4)
-                    assert sorted(b.dispatcher.attempting.values()) == [2]
+                    assert sorted(b.dispatcher.lanes.attempting.values()) == [2]
                     reading.go_on.set()
                     told.answer()
                     told.answer()
@@ -692,7 +692,7 @@ class TestReadingAhead:
                 storing = Late(monkeypatch, b.db, "settle")
                 async with dispatching(b):
                     await operator.wait_for(4)
-                    await until(lambda: b.dispatcher.attempting == {("acme", "http"): 0})
+                    await until(lambda: b.dispatcher.lanes.attempting == {("acme", "http"): 0})
                     await some_turns()
                     assert len(operator.received) == 4
                     storing.go_on.set()
@@ -861,7 +861,7 @@ class TestStopping:
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The disk fails between the answer and its record: the row stays in flight and is not sent again."""
-        monkeypatch.setattr("lmdaemon.delivery.dispatcher.STORE_RETRY_S", 0.01)
+        monkeypatch.setattr("lmdaemon.delivery.running.STORE_RETRY_S", 0.01)
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end()
@@ -1156,7 +1156,9 @@ async def test_what_waits_is_looked_at_once_a_minute_whatever_is_believed(tmp_pa
     async with scripted_operator() as operator, bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
         await b.round()
         await b.end()
-        b.dispatcher._lanes["acme", "http"].next_due_at = None  # overlooked, as a bug might
+        lane = b.dispatcher.lanes.get("acme", "http")
+        assert lane is not None
+        lane.next_due_at = None  # overlooked, as a bug might
         wait_s = await b.round()
         assert wait_s is not None
         assert 1 < wait_s <= lanes.LOOK_AGAIN_MS / 1000

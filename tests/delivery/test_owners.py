@@ -110,7 +110,7 @@ async def test_what_another_daemon_owns_is_not_sent(tmp_path: Path, clock: HandC
         other.gate_changed("acme")
         other.wall_clock_set_back()
         assert await other.once() is None
-        assert (other.in_flight, other.overdue_s) == (0, {("acme", "http"): 0.0})
+        assert (other.in_flight, other.lanes.overdue_s) == (0, {("acme", "http"): 0.0})
         assert operator.received == []
         await both.rounds()
         assert len(operator.received) == 1

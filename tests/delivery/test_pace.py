@@ -56,7 +56,7 @@ async def test_a_slow_operator_is_told_by_name_and_so_is_its_catching_up(tmp_pat
                 running = asyncio.create_task(b.dispatcher.run())
                 deadline = time.monotonic() + 20
                 while b.db.figures["acme"].pending and time.monotonic() < deadline:
-                    seen |= b.dispatcher.behind
+                    seen |= b.dispatcher.lanes.behind
                     await asyncio.sleep(0)
                 running.cancel()
     (told,) = (event for event in events if event.name == "delivery.behind")

@@ -15,7 +15,7 @@ from proxy import Proxy
 
 TOML = """
 [database]
-url = "postgresql://postgres@127.0.0.1:{port}/postgres"
+url = "postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write"
 [sessions]
 restart_grace = "0s"
 daemon_grace = "1s"
@@ -28,12 +28,18 @@ format = "json"
 
 
 class Cluster:
-    """Named daemons, each behind a proxy of its own to the database. Whoever asks for `api` or `server` gets another
-    daemon each time.
+    """Named daemons, each behind a proxy of its own to the database; they know where its standby is, if it has one.
+    Whoever asks for `api` or `server` gets another daemon each time.
     """
 
     def __init__(
-        self, database: OwnServer, directory: Path, operators: str, names: str, environment: Mapping[str, str]
+        self,
+        database: OwnServer,
+        directory: Path,
+        operators: str,
+        names: str,
+        environment: Mapping[str, str],
+        standby: OwnServer | None,
     ) -> None:
         self.database = database
         self.daemons: dict[str, Process] = {}
@@ -43,7 +49,8 @@ class Cluster:
         for name in names:
             self.proxies[name] = proxy = Proxy(database.port)
             (directory / name).mkdir()
-            toml = TOML.format(port=proxy.port, more=', "500ms"' * 40) + operators
+            hosts = ",".join(f"127.0.0.1:{one.port}" for one in (proxy, standby) if one is not None)
+            toml = TOML.format(hosts=hosts, more=', "500ms"' * 40) + operators
             self.daemons[name] = Process(directory / name, toml, environment)
 
     def start(self, *names: str) -> None:
@@ -115,9 +122,10 @@ def cluster(
     operators: str,
     names: str = "abc",
     environment: Mapping[str, str] = MappingProxyType({}),
+    standby: OwnServer | None = None,
 ) -> Iterator[Cluster]:
     """Daemons that serve, and know each other."""
-    made = Cluster(database, directory, operators, names, environment)
+    made = Cluster(database, directory, operators, names, environment, standby)
     try:
         made.start()
         made.wait_for(*names)

@@ -44,10 +44,10 @@ def server() -> Iterator[str]:
 
 
 @contextmanager
-def own_server() -> "Iterator[OwnServer]":
+def own_server(of: "OwnServer | None" = None, disk_mib: int | None = None) -> "Iterator[OwnServer]":
     """A server that tests may stop; where none can be started, they are skipped with the reason."""
     try:
-        own = OwnServer()
+        own = OwnServer(of, disk_mib)
     except NoServerError as error:
         pytest.skip(str(error))
     with own:
@@ -66,10 +66,14 @@ def _binaries() -> Path:
 
 
 class OwnServer:
-    """A server in a temporary directory, with a port on loopback. It can be stopped, killed and started again."""
+    """A server in a temporary directory, with a port on loopback. It can be stopped, killed and started again.
 
-    def __init__(self) -> None:
+    One that is made `of` another is a standby of it, by the name `standby`. With `disk_mib` it has a disk of its own.
+    """
+
+    def __init__(self, of: "OwnServer | None" = None, disk_mib: int | None = None) -> None:
         self._binaries = _binaries()
+        self._has_disk = False
         # In memory where the tests' own files are: a new database is 300 files
         self.directory = Path(
             tempfile.mkdtemp(prefix="lmdaemon-postgres-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
@@ -81,7 +85,23 @@ class OwnServer:
         if os.geteuid() == 0:  # it refuses to run as root
             shutil.chown(self.directory, "postgres", "postgres")
             self.run_as = ["runuser", "-u", "postgres", "--"]
-        self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
+        if disk_mib is not None:
+            self._mount(disk_mib)
+        if of is None:
+            self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
+        else:
+            primary = f"host=127.0.0.1 port={of.port} user=postgres application_name=standby"
+            self._run("pg_basebackup", "-d", primary, "-R", "--checkpoint=fast", "--no-sync")
+
+    def _mount(self, mib: int) -> None:
+        (data := self.directory / "data").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "none", str(data)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NoServerError(f"nothing can be mounted: {done.stderr.strip()}")
+        self._has_disk = True
+        if self.run_as:
+            shutil.chown(data, "postgres", "postgres")
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [*self.run_as, str(self._binaries / program), "-D", str(self.directory / "data"), *arguments]
@@ -98,6 +118,21 @@ class OwnServer:
     def stop(self, how: str = "fast") -> None:
         """`fast` ends sessions in order, `immediate` is a crash."""
         self._run("pg_ctl", "-w", "-m", how, "stop")
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes."""
+        pid = int((self.directory / "data" / "postmaster.pid").read_text().split()[0])
+        processes = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        for one in processes:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while any(_runs(one) for one in processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def promote(self) -> None:
+        """From a standby to a primary."""
+        self._run("pg_ctl", "-w", "promote")
 
     @contextmanager
     def receiver(self) -> Iterator[None]:
@@ -126,9 +161,19 @@ class OwnServer:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.stop("immediate")
+            with suppress(NoServerError):  # it is down
+                self.stop("immediate")
         finally:
+            if self._has_disk:
+                subprocess.run(["umount", "--lazy", str(self.directory / "data")], check=True)
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there that is no zombie."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 class PgBouncer:

@@ -12,8 +12,8 @@ Mode = Literal["pass", "cut requests", "cut answers", "swallow"]
 
 class Proxy:
     """Listens on `port`. `mode` says what becomes of what comes from now on: it is passed on; the connection is cut
-    before a request is passed on, or instead of its answer; or everything is swallowed, and nobody told. What is passed
-    on comes `delay_s` later.
+    before a request is passed on, or instead of its answer; or everything is swallowed, and nobody told, also who
+    connects then, as by a machine that is gone. What is passed on comes `delay_s` later.
     """
 
     def __init__(self, server_port: int) -> None:
@@ -39,6 +39,8 @@ class Proxy:
 
     def _carry(self, client: socket.socket) -> None:
         with client, suppress(OSError):  # either side is gone: so is the other
+            while self.mode == "swallow":
+                time.sleep(0.02)
             with socket.create_connection(self._server) as server, selectors.DefaultSelector() as ready:
                 ready.register(client, selectors.EVENT_READ, server)
                 ready.register(server, selectors.EVENT_READ, client)

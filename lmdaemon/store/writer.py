@@ -17,6 +17,8 @@ from lmdaemon.log import Log, place
 from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
+JOIN_MAX = 50  # a batch of fewer operations lets others join it. Larger ones would only keep the writer idle
+JOIN_TURNS = 4  # turns of the event loop for which it waits: the answered have to ask again, and that to be read
 QUEUE_MAX = 20_000  # most operations that wait; more are refused with a StoreError
 QUEUE_ROWS = 200_000  # most rows that waiting operations name in all; bounds the memory of the queue
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
@@ -142,9 +144,17 @@ class Writer(Generic[Work]):
                     await self._wake.wait()
             self._wake.clear()
             while self._queue or self.failure:
+                await self._let_others_join()
                 await self.write_batch()
                 if self.failure:
                     break
+
+    async def _let_others_join(self) -> None:
+        """Lets requests that have arrived already join a small batch, because a batch takes long whatever is in it."""
+        for _ in range(JOIN_TURNS):
+            if len(self._queue) >= JOIN_MAX:
+                break
+            await asyncio.sleep(0)
 
     def stop_taking(self, error: StoreError) -> None:
         """Refuses what is queued, and everything after it."""

@@ -219,6 +219,19 @@ async def test_what_waits_together_is_committed_together_and_in_order(db: Databa
     assert notes(db.path) == [str(number) for number in range(100)]
 
 
+@pytest.mark.parametrize(("many", "together"), [(1, 2), (writer.JOIN_MAX - 1, writer.JOIN_MAX), (writer.JOIN_MAX, 1)])
+async def test_a_small_batch_lets_the_next_join_and_a_large_one_does_not(
+    db: Database[Work], many: int, together: int
+) -> None:
+    running = asyncio.create_task(db.writer.run())
+    first = [db.writer.write(insert(str(number))) for number in range(many)]
+    for _ in range(writer.JOIN_TURNS):
+        await asyncio.sleep(0)
+    assert await db.writer.write(insert("next")) == together
+    assert await asyncio.gather(*first) == [many if together == 1 else together] * many
+    running.cancel()
+
+
 async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work]) -> None:
     seen: list[list[str]] = []
     told_by(db).on_commit = lambda: seen.append(notes(db.path))

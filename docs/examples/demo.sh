@@ -52,7 +52,7 @@ The operator, live: http://127.0.0.1:$operator/ and tail -f $demo/operator.txt
 == The game servers (lmdaemon simulate provider casino)
 EOF
 $lmdaemon --config "$demo/config.toml" simulate provider casino --players "${PLAYERS:-200}" --duration "${DURATION:-30s}" \
-    --play 8s --heartbeat 1s --idle 3 --late "${LATE:-1s}" || broken=1
+    --play 8s --heartbeat 1s --idle 3s --late "${LATE:-1s}" || broken=1
 if [ $interrupted = no ]; then
     echo
     echo "== The daemon (lmdaemon status)"

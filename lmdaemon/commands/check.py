@@ -55,13 +55,18 @@ def check(args: argparse.Namespace) -> int:
         checks = chosen(_names(args.only), _names(args.skip))
     except ValueError as error:
         raise Usage(f"check: {error}") from None
+    sessions = _sessions(args.session_file)
+    token = player_token(args)
+    for option, path in (("--junit", args.junit), ("--html", args.html)):
+        if path:
+            _must_be_writable(path, option)  # known now, and not after all requests
     progress = _Progress(len(checks), shown=sys.stderr.isatty(), results=not args.json)
     runner = Runner(
         operator,
         checks=checks,
         player=checked_id(args.player, "--player") if args.player else None,
-        token=player_token(args),
-        sessions=_sessions(args.session_file),
+        token=token,
+        sessions=sessions,
         limits=Limits(burst=args.burst),
         on_begin=progress.began,
         on_result=progress.ended,
@@ -96,6 +101,14 @@ def _sessions(path: Path | None) -> list[str] | None:
 
 def _names(given: list[str] | None) -> list[str]:
     return [name.strip() for one in given or () for name in one.split(",") if name.strip()]
+
+
+def _must_be_writable(path: Path, option: str) -> None:
+    """Makes the file if there is none. Raises Usage."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise Usage(f"{option}: {path} cannot be written: {reason(error)}") from None
 
 
 def _write(path: Path, text: str, option: str) -> None:

@@ -41,7 +41,7 @@ from lmdaemon.workbench.storm import Mix
     argument("--play", default="10s", metavar="SPAN", help="a session's length on average (default 10s)"),
     argument("--heartbeat", default="1s", metavar="SPAN", help="between touches, 20%% either way (default 1s)"),
     argument("--abandon", type=percent, default=50, metavar="PERCENT", help="sessions that nobody closes (default 50)"),
-    argument("--idle", type=count, default=Load().idle_s, metavar="SECONDS", help="their idle time (default 3)"),
+    argument("--idle", default=f"{Load().idle_s}s", metavar="SPAN", help="their idle time, whole seconds (default 3s)"),
     argument("--late", default="1s", metavar="SPAN", help="how late an end may be (default 1s)"),
     argument(
         "--away",
@@ -115,7 +115,7 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
         play_s=checked_span(args.play, "--play"),
         heartbeat_s=checked_span(args.heartbeat, "--heartbeat"),
         abandon=args.abandon / 100,
-        idle_s=args.idle,
+        idle_s=_idle_s(args.idle),
         late_s=checked_span(args.late, "--late"),
         away_s=checked_span(args.away, "--away") if args.away else 0.0,
         grace_s=settings.restart_grace_s,
@@ -132,6 +132,14 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
         await client.call("GET", "v1", "operators", shape={"items": [{}]})
         with _progress() as tell:
             return await players.Players(call, args.operator, load, args.seed, tell=tell).run()
+
+
+def _idle_s(text: str) -> int:
+    """The idle time in the API's unit, whole seconds. A number without a unit is taken as such. Raises Usage."""
+    span_s = checked_span(f"{text}s" if text.isascii() and text.isdigit() else text, "--idle")
+    if span_s != int(span_s):
+        raise Usage(f"--idle: must be whole seconds (got {text!r})")
+    return int(span_s)
 
 
 @contextmanager

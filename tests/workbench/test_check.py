@@ -622,6 +622,8 @@ async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path)
         ("check --url http://h --session-file nowhere", "--session-file: nowhere cannot be read"),
         ("check --url https://h --ca-file config.toml", "--ca-file: config.toml cannot be used: "),
         ("check --url nonsense", "--url: must be a URL such as"),
+        ("check --url http://h --junit none/junit.xml", "--junit: none/junit.xml cannot be written: No such file"),
+        ("check --url http://h --html .", "--html: . cannot be written: Is a directory"),
     ],
 )
 def test_bad_usage_of_check_is_explained_and_exits_2(tmp_path: Path, words: str, complaint: str) -> None:

@@ -216,7 +216,7 @@ async def test_the_command_plays_game_servers_against_the_running_daemon(tmp_pat
         file = tmp_path / "client.toml"
         written = (tmp_path / "config.toml").read_text()
         file.write_text(written.replace('[api]\nlisten = "127.0.0.1:0"', f'[api]\nlisten = "{address}"'))
-        words = "simulate provider acme --players 5 --duration 500ms --heartbeat 100ms --idle 1 --late 30s"
+        words = "simulate provider acme --players 5 --duration 500ms --heartbeat 100ms --idle 1s --late 30s"
         done = await asyncio.to_thread(run, "--config", file, *words.split(), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("Verdict: every promise was kept\n")
@@ -258,6 +258,8 @@ async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: P
         ("acme", "say --yes if that is meant"),
         ("quiet --abandon 101", "--abandon: must be 0 to 100"),
         ("quiet --duration 0s", "--duration: must not be zero"),
+        ("quiet --idle 0", "--idle: must not be zero"),
+        ("quiet --idle 1500ms", "--idle: must be whole seconds (got '1500ms')"),
     ],
 )
 def test_bad_usage_of_simulate_provider_exits_2(tmp_path: Path, words: str, complaint: str) -> None:

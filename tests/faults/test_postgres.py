@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from processes import Process, wait_for
 from simulated import Simulated, simulated_beside
 from support import operator_table
 
+from lmdaemon.store.writer import PROBE_S
 from lmdaemon.workbench.journal import missed
 
 
@@ -25,6 +27,7 @@ class Load:
         self.daemon = daemon
         self.opened: set[str] = set()
         self.closed: set[str] = set()
+        self.refused = 0
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._play, args=(number,)) for number in range(3)]
         for thread in self._threads:
@@ -37,7 +40,10 @@ class Load:
             number += 1
             name = f"p{player}-{number}"
             with suppress(OSError):  # nobody there: nothing was acknowledged
-                if self.daemon.call("PUT", f"{base}/{name}", {"playerId": "p", "token": "tok-3n"})[0] == 201:
+                status, _ = self.daemon.call("PUT", f"{base}/{name}", {"playerId": "p", "token": "tok-3n"})
+                assert status in (201, 503)
+                self.refused += status == 503
+                if status == 201:
                     self.opened.add(name)
                     if number % 2 and self.daemon.call("POST", f"{base}/{name}/close")[0] == 200:
                         self.closed.add(name)
@@ -146,3 +152,55 @@ def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
     wait_for(lambda: len(rows(server, "SELECT name FROM lmdaemon.member")) == 2)  # it has joined again by itself
     assert_nothing_lost(server, wallet, load)
     assert [first.stop(), second.stop()] == [0, 0]
+
+
+def no_room(server: OwnServer) -> Path:
+    """Takes what is left of the server's disk. Returns the file to delete."""
+    ballast = server.directory / "data" / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(65536))
+    with ballast.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(512))
+    return ballast
+
+
+def test_a_full_disk_of_the_server_refuses_and_loses_nothing(wallet: Simulated, tmp_path: Path) -> None:
+    """First there is no room for new rows: 503, though small writes still fit, and the reason is named. Then there is
+    none for the write-ahead log, so that the server ends itself. Each time work goes on once there is room.
+    """
+    with own_server(disk_mib=160) as server:
+        daemon = daemon_on(server, wallet, tmp_path / "a")
+        daemon.start()
+        load = Load(daemon)
+        try:
+            wait_for(lambda: len(load.opened) > 50)
+            ballast = no_room(server)
+            (failing,) = wait_for(lambda: daemon.events("store.failing"))
+            assert "No space left on device" in failing["reason"]
+            status, health = daemon.call("GET", f"{daemon.api}/health")
+            assert (status, "No space left on device" in health["checks"]["store"][0]["output"]) == (503, True)
+            refused = load.refused
+            wait_for(lambda: load.refused > refused + 100)
+            time.sleep(2 * PROBE_S)  # in which small writes would have been tried
+            assert daemon.events("store.recovered") == []
+            ballast.unlink()
+            wait_for(lambda: daemon.events("store.recovered"))
+            opened = len(load.opened)
+            wait_for(lambda: len(load.opened) > opened + 20)
+
+            ballast = no_room(server)
+            with suppress(psycopg.Error), psycopg.connect(server.url, autocommit=True) as sql:
+                while True:  # begins one file of the log after the other, until there is no room for the next
+                    sql.execute("SELECT pg_logical_emit_message(false, '', 'x'), pg_switch_wal()")
+            wait_for(server.is_down)
+            ballast.unlink()
+            server.start()
+            wait_for(lambda: len(daemon.events("store.recovered")) == 2)
+            load.stop()
+            assert_nothing_lost(server, wallet, load)
+            assert daemon.stop() == 0
+        finally:
+            load.stop()
+            daemon.kill()

@@ -130,6 +130,11 @@ class OwnServer:
         while any(_runs(one) for one in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
 
+    def is_down(self) -> bool:
+        """Whether it has ended by itself."""
+        found = self.directory / "data" / "postmaster.pid"
+        return not found.exists() or not _runs(int(found.read_text().split()[0]))
+
     def promote(self) -> None:
         """From a standby to a primary."""
         self._run("pg_ctl", "-w", "promote")

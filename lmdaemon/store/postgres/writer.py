@@ -27,6 +27,11 @@ LAST_BATCH = "UPDATE lmdaemon.member SET batch = batch WHERE id = %s RETURNING b
 # Uses up the number of a transaction that may still be on its way. If it is being committed, this waits for it.
 USE_UP = "UPDATE lmdaemon.member SET batch = %s WHERE id = %s AND batch IN (%s, %s) RETURNING 1"
 
+# Takes 1 MiB of the server's disk, and gives it back. A probe of the writer's takes none: on a full disk it succeeds,
+# while whatever needs a new page fails.
+TAKE_ROOM = """
+CREATE TEMPORARY TABLE lmdaemon_room ON COMMIT DROP AS SELECT repeat('x', 1000) FROM generate_series(1, 1000)"""
+
 _Result = TypeVar("_Result")
 
 
@@ -45,6 +50,7 @@ class Server:
         self._place: Place | None = None  # None: it has not joined, or was expelled
         self._keeper = keeper
         self._is_unsure = False  # what became of the last transaction
+        self._full: str | None = None  # what the server said when its disk was full
         self.database = database.title
 
     @property
@@ -56,6 +62,8 @@ class Server:
         """Joins if that was not done yet. After an outage: finds out where we stand before anything is decided. Raises
         OutageError, and DatabaseError when it may not join.
         """
+        if self._full is not None:
+            await self._look_for_room(self._full)
         if self._place is not None and self._is_unsure:
             try:
                 await self._resume(self._place)
@@ -67,6 +75,15 @@ class Server:
             await self._join()
         elif self._keeper.is_short_of_numbers:
             await self._run(self._keeper.take_numbers)
+
+    async def _look_for_room(self, full: str) -> None:
+        try:
+            await self._run(_find_room)
+        except OutageError as error:
+            if isinstance(error.__cause__, psycopg.errors.DiskFull):
+                raise OutageError(full) from error  # the same words each time, so that the log has them once
+            raise
+        self._full = None
 
     async def _join(self) -> None:
         self._place, found = await self._run(self._keeper.joining(self.database))
@@ -132,6 +149,8 @@ class Server:
             if found == "poison":
                 raise
             self._is_unsure |= found == "lost"
+            if isinstance(error, psycopg.errors.DiskFull):
+                self._full = self._full or said(error)
             raise OutageError(said(error)) from error
 
     @staticmethod
@@ -141,8 +160,17 @@ class Server:
 
     @staticmethod
     def has_room() -> bool:
-        """The server's disk cannot be seen from here."""
+        """As far as `check` can see, which has been called."""
         return True
 
     async def give_up(self) -> None:
         """Nothing can be saved that is not in the database."""
+
+
+def _find_room(sql: Connection) -> None:
+    """Raises psycopg.errors.DiskFull while there is no room on the server's disk."""
+    try:
+        with sql.transaction(force_rollback=True):
+            sql.execute(TAKE_ROOM)
+    except psycopg.errors.InsufficientPrivilege:
+        pass  # temporary tables are forbidden: it cannot be told

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.async_api import Page
 
 TOKEN, READ_TOKEN = "a-token-that-may-change", "a-token-that-may-read"
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")  # the first takes half the time
 ATTACK = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -91,4 +91,4 @@ async def down(tmp_path: Path) -> AsyncIterator[Serving]:
             yield d
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium-headless-shell)")

@@ -1,10 +1,12 @@
 """`lmdaemon size`: what is measured on this machine, and what follows for so many sessions."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
-from commands import run
+from commands import environment, run
 from support import LISTEN, load, serving
 
 from lmdaemon.commands import size
@@ -49,10 +51,11 @@ def test_a_disk_that_is_too_small_is_said_with_the_days_that_fit() -> None:
     assert said[-1] == "Its disk does not carry it: keep_ended would have to be below 9.0 days."
 
 
-async def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: Path) -> None:
+def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG)
-    args = ("size", "--sessions", "1000", "--heartbeat", "10s", "--measure", "2s", "--json")
-    done = run(*args, "--config", "config.toml", cwd=tmp_path)
+    words = ["size", "--sessions", "1000", "--heartbeat", "10s", "--measure", "1s", "--json", "--config", "config.toml"]
+    few = partial(forked.put, "lmdaemon.workbench.sizing", "BULK", 200)  # so few are opened
+    done = forked.run(words, tmp_path, environment(), within_s=120, first=few)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     each = found["microseconds"]

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from certificates import make
 from clocks import HandClock
-from processes import free_ports, process, wait_for
+from processes import FORKED, free_ports, process, wait_for
 from support import LISTEN, hear, scripted_operator, serving, until
 
 from lmdaemon import pruner, tls
@@ -248,14 +248,14 @@ async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
         for number in range(20):
             assert daemon.call("PUT", f"{sessions}/{number}", SESSION | {"idleTimeoutSeconds": 600})[0] == 201
         assert daemon.call("POST", f"{sessions}/3/close")[0] == 200
         assert daemon.call("POST", f"{daemon.server}/V4/SessionExpired", NOTICE)[1]["error"] == 0
         daemon.stop(signal.SIGKILL)
-    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
         states = [daemon.call("GET", f"{sessions}/{number}")[1]["state"] for number in range(20)]
         assert states == ["active"] * 3 + ["ended"] + ["active"] * 16
@@ -266,7 +266,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 def test_time_spent_stopped_is_no_idleness(tmp_path: Path) -> None:
     """SIGSTOP for longer than the idle time: the session lives, and can be touched when the daemon is back."""
-    with process(tmp_path, NO_GRACE + OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+    with process(tmp_path, NO_GRACE + OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         session = f"{daemon.api}/v1/operators/acme/sessions/s"
         daemon.call("PUT", session, SESSION | {"idleTimeoutSeconds": 3})
         daemon.popen.send_signal(signal.SIGSTOP)
@@ -285,7 +285,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
             return web.json_response({"error": 0})
 
         async with scripted_operator(slow) as operator:
-            with process(tmp_path, OPERATOR.format(url=operator.url)) as daemon:
+            with process(tmp_path, OPERATOR.format(url=operator.url), command=FORKED) as daemon:
                 url = f"{daemon.server}/V4/SessionExpired"
                 assert (await asyncio.to_thread(daemon.call, "POST", url, NOTICE))[1]["error"] == 0
                 await arrived.wait()
@@ -303,7 +303,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_is_quick_when_nothing_is_in_flight(tmp_path: Path, number: int) -> None:
     """Even with idle connections."""
-    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         with socket.create_connection(("127.0.0.1", int(daemon.api.rpartition(":")[2]))) as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert idle.recv(64).startswith(b"HTTP/1.1 200")
@@ -311,7 +311,7 @@ def test_stopping_is_quick_when_nothing_is_in_flight(tmp_path: Path, number: int
 
 
 def test_sighup_reloads(tmp_path: Path) -> None:
-    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as daemon:
+    with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         text = (tmp_path / "config.toml").read_text()
         (tmp_path / "config.toml").write_text(text.replace("operators.acme", "operators.renamed"))
         daemon.popen.send_signal(signal.SIGHUP)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from clocks import HandClock
-from processes import process, wait_for
+from processes import FORKED, process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
 from lmdaemon.retry import BREAKER_OPENS_AT
@@ -227,7 +227,7 @@ def altogether(lines: list[dict[str, Any]]) -> int:
 
 
 def test_a_peer_that_sends_nothing_but_bad_notices_fills_no_journal(tmp_path: Path, settings: str) -> None:
-    with process(tmp_path, settings) as daemon:
+    with process(tmp_path, settings, command=FORKED) as daemon:
         url = daemon.server + "/V4/SessionExpired"
         for number in range(50):
             assert daemon.call("POST", url, STRICT | {"sessionId": f"s-{number}"})[1]["error"] == 7
@@ -243,7 +243,7 @@ def test_a_peer_that_sends_nothing_but_bad_notices_fills_no_journal(tmp_path: Pa
 def test_an_operator_that_is_down_fills_no_journal(tmp_path: Path) -> None:
     refusing = 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\nconcurrency = 64\n'
     toml = '[operators.acme]\nprovider_id = "luckymonaco"\nendpoint = ""\n' + refusing
-    with process(tmp_path, toml) as daemon:
+    with process(tmp_path, toml, command=FORKED) as daemon:
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
         assert daemon.call("POST", f"{daemon.api}/v1/operators/acme/hold")[0] == 200
         for number in range(40):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pytest
 from generators import node_modules
-from processes import Process, process
+from processes import FORKED, Process, process
 from support import load
 
 from lmdaemon.web import openapi
@@ -177,7 +177,7 @@ def states(daemon: Process, *session_ids: str) -> list[str]:
 
 
 def test_a_restart_is_outlived_and_nothing_is_lost(tmp_path: Path, example: Example) -> None:
-    with process(tmp_path, OPERATOR) as daemon:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
         played = example(daemon.api)
         played.open("s/1")
         assert daemon.stop() == 0
@@ -191,7 +191,7 @@ def test_a_restart_is_outlived_and_nothing_is_lost(tmp_path: Path, example: Exam
 
 
 def test_what_a_restore_has_lost_is_opened_again(tmp_path: Path, example: Example) -> None:
-    with process(tmp_path, OPERATOR) as daemon:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
         played = example(daemon.api, idle_s=90)
         for number in range(3):
             played.open(f"s{number}")
@@ -207,7 +207,7 @@ def test_what_a_restore_has_lost_is_opened_again(tmp_path: Path, example: Exampl
 
 
 def test_what_has_ended_is_told_once_and_played_no_more(tmp_path: Path, example: Example) -> None:
-    with process(tmp_path, OPERATOR) as daemon:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
         played = example(daemon.api)
         for number in range(3):
             played.open(f"s{number}")
@@ -223,7 +223,7 @@ def test_what_has_ended_is_told_once_and_played_no_more(tmp_path: Path, example:
 
 
 def test_an_id_of_another_player_is_refused_and_not_played(tmp_path: Path, example: Example) -> None:
-    with process(tmp_path, OPERATOR) as daemon:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
         example(daemon.api).open("s", "somebody", "t")
         played = example(daemon.api)
         with pytest.raises(Refused, match=r"^differs$"):
@@ -234,7 +234,7 @@ def test_an_id_of_another_player_is_refused_and_not_played(tmp_path: Path, examp
 
 def test_the_api_token_is_shown_with_every_call(tmp_path: Path, example: Example) -> None:
     (tmp_path / "token").write_text(API_TOKEN)
-    with process(tmp_path, 'token_file = "token"\n' + OPERATOR) as daemon:
+    with process(tmp_path, 'token_file = "token"\n' + OPERATOR, command=FORKED) as daemon:
         played = example(daemon.api, api_token=API_TOKEN)
         played.open("s1")
         played.open("s2")
@@ -246,7 +246,7 @@ def test_the_api_token_is_shown_with_every_call(tmp_path: Path, example: Example
 
 
 def test_an_operator_that_is_misspelled_is_no_reason_to_try_again(tmp_path: Path, example: Example) -> None:
-    with process(tmp_path, OPERATOR) as daemon:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
         played = example(daemon.api, operator="acne")
         with pytest.raises(Refused, match=r"^unknown-operator$"):
             played.open("s")

@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,16 @@ def forgo_privileges() -> None:
         ctypes.CDLL(None).prctl(24, capability)
 
 
+def of_interpreter(names: Iterable[str]) -> bool:
+    """Whether one of these variables is read when an interpreter starts."""
+    return any(name.startswith(("PYTHON", "LC_", "LANG", "LD_")) for name in names)
+
+
 def run(
     *words: object, cwd: Path, before: Callable[[], None] | None = None, **env: str
 ) -> "subprocess.CompletedProcess[str]":
     """One command to its end. Whatever it does, no secret may be in what it prints."""
-    if before is None and not any(name.startswith(("PYTHON", "LC_", "LANG")) for name in env):
+    if before is None and not of_interpreter(env):
         done = forked.run([*map(str, words)], cwd, environment(**env), within_s=120)
     else:
         # What `before` limits could cut bytecode short, which would stay
@@ -95,7 +100,7 @@ class Running:
     """A daemon process in its directory; its log is in `log`."""
 
     directory: Path
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes] | forked.Started"
     log: Path
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -159,18 +164,25 @@ def command_for(user: int) -> list[str]:
 def daemon(
     directory: Path, *words: str, user: int | None = None, before: Callable[[], None] | None = None, **env: str
 ) -> Iterator[Running]:
+    """A daemon in this directory; forked, if nothing is asked for that a new interpreter would be needed for."""
     log = directory / "log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [*(COMMAND if user is None else command_for(user)), *(words or ("serve",))],
-            cwd=directory,
-            env=environment(**({} if user is None else {"PYTHONPATH": LIBRARIES}), **env),
-            stderr=stderr,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
-            preexec_fn=before,
-        )
+    log.write_bytes(b"")
+    process: subprocess.Popen[bytes] | forked.Started
+    words = words or ("serve",)
+    if user is None and before is None and not of_interpreter(env):
+        process = forked.Started(words, directory, environment(**env), out=Path(os.devnull), err=log)
+    else:
+        with log.open("ab") as stderr:
+            process = subprocess.Popen(
+                [*(COMMAND if user is None else command_for(user)), *words],
+                cwd=directory,
+                env=environment(**({} if user is None else {"PYTHONPATH": LIBRARIES}), **env),
+                stderr=stderr,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+                preexec_fn=before,
+            )
     try:
         yield Running(directory, process, log)
     finally:

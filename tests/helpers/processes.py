@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 AS_USERS_DO = (sys.executable, "-m", "lmdaemon")
+FORKED: Sequence[str] = ()  # without the imports, which take longer than what many tests do then
 # aiohttp loads the machine's CAs at every start; where something here speaks TLS, its CA stands in a file of its own
 NO_CAS = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
 
@@ -26,7 +28,7 @@ NO_CAS = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
 class Process:
     """One daemon over all its lives: directory, file and ports stay the same, so that its peers find it again.
 
-    `command` is what stands before `--config FILE serve`.
+    `command` is what stands before `--config FILE serve`; it may be FORKED, which calls `first` before it begins.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Process:
         toml: str = "",
         environment: Mapping[str, str] | None = None,
         command: Sequence[str] = AS_USERS_DO,
+        first: Callable[[], None] | None = None,
         **options: Any,
     ) -> None:
         server, api = free_ports(2)
@@ -45,8 +48,9 @@ class Process:
         self.log = directory / "log"
         self.environment = dict(environment or {})
         self.command = command
+        self.first = first
         self.options = options
-        self.popen: subprocess.Popen[str]
+        self.popen: subprocess.Popen[str] | forked.Started
 
     @property
     def path(self) -> Path:
@@ -54,9 +58,14 @@ class Process:
 
     def spawn(self) -> None:
         """Starts it and does not wait."""
+        command = [*self.command, "--config", str(self.config), "serve"]
+        environment = os.environ | NO_CAS | self.environment
+        if not self.command:
+            self.log.touch()
+            said = {"out": Path(os.devnull), "err": self.log}
+            self.popen = forked.Started(command, Path.cwd(), environment, **said, first=self.first)
+            return
         with self.log.open("a") as stderr:
-            command = [*self.command, "--config", str(self.config), "serve"]
-            environment = os.environ | NO_CAS | self.environment
             self.popen = subprocess.Popen(command, stderr=stderr, text=True, env=environment, **self.options)
 
     def start(self) -> None:

@@ -4,21 +4,30 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from processes import AS_USERS_DO, Process, free_ports, wait_for
+import forked
+from processes import AS_USERS_DO, FORKED, Process, free_ports, wait_for
 
-PAST = Path(__file__).with_name("past.py")
 TOKEN = "token-of-the-player"
 OPERATORS_SCHEDULE = ["5s", "30s", "2m", "10m"]
 CALLS_AT_ONCE = 10_000  # sessions in one bulk call
+
+
+def set_back(ago_s: float) -> None:
+    """The process's wall clock is from now on so many seconds behind."""
+    ago_ns = int(ago_s * 1e9)
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() - ago_s
+    time.time_ns = lambda: now_ns() - ago_ns
 
 
 class CannotBePlayedError(Exception):
@@ -47,7 +56,7 @@ class Scene:
         self._secret = os.urandom(16).hex()
         self.directory = directory
         self.peers: dict[str, Peer] = {}
-        self.daemon = Process(directory, 'token_file = "tokens"\n[log]\nformat = "json"\n', {"TZ": "UTC"})
+        self.daemon = Process(directory, 'token_file = "tokens"\n[log]\nformat = "json"\n', {"TZ": "UTC"}, FORKED)
         (directory / "tokens").touch(0o600)
         (directory / "tokens").write_text(f"anna:{self._secret}\n")
         stack.callback(self._end)
@@ -89,7 +98,7 @@ class Scene:
 
     def start(self, ago_s: float = 0) -> None:
         """Starts the daemon, its wall clock so much behind, and waits until it serves."""
-        self.daemon.command = (sys.executable, str(PAST), str(ago_s)) if ago_s else AS_USERS_DO
+        self.daemon.first = partial(set_back, ago_s) if ago_s else None
         self.daemon.start()
 
     def stop(self) -> None:
@@ -155,6 +164,9 @@ class Scene:
 
     def asks(self, command: str) -> Asked:
         """A command line, as it would be typed into a shell in the daemon's directory."""
+        if command.startswith("lmdaemon ") and "|" not in command:
+            done = forked.run(shlex.split(command)[1:], self.directory, self.environment, within_s=300)
+            return Asked(command, done.returncode, done.stdout, done.stderr)
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
         done = subprocess.run(["sh", "-c", command], cwd=self.directory, env=self.environment, **options)
         return Asked(command, done.returncode, done.stdout, done.stderr)
@@ -196,15 +208,15 @@ class Peer:
         self._words = ["simulate", "operator", "--listen", f"127.0.0.1:{port}"]
         self._words += ["--tls-ca", str(self.ca_file)] if tls else []
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/V4/SessionExpired"
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._popen: forked.Started | None = None
         self.play(script)
 
     def play(self, script: str) -> None:
         """Answers by this script from now on."""
         self.stop()
-        with self.output.open("wb") as output:
-            words = [*self._words, "--script", script] if script else self._words
-            self._popen = subprocess.Popen([*AS_USERS_DO, *words], stdout=output, stderr=output)
+        self.output.write_bytes(b"")
+        words = [*self._words, "--script", script] if script else self._words
+        self._popen = forked.Started(words, Path.cwd(), os.environ, out=self.output, err=self.output)
         wait_for(lambda: b"Serving" in self.output.read_bytes(), otherwise=self.output.read_text)
 
     @property

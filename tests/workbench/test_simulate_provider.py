@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import COMMAND, environment, run
 from endpoints import PROVIDER, TOKEN, Endpoint, served, to
-from processes import process
+from processes import FORKED, process
 from simulated import simulated_operator
 from support import operator_table, serving, until
 
@@ -228,7 +228,7 @@ async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: P
     async with simulated_operator("20%: error 100; 10%: reset; 5%: truncate 9", seed=5) as peer:
         toml = '[sessions]\nrestart_grace = "500ms"\n'
         toml += operator_table("acme", peer.url, schedule=["100ms"] * 40, concurrency=8)
-        with process(tmp_path, toml) as daemon:
+        with process(tmp_path, toml, command=FORKED) as daemon:
             words = "simulate provider acme --players 10 --duration 4s --play 1s --heartbeat 100ms --idle 1 --away 60s"
             command = [*COMMAND, "--config", "config.toml", *words.split(), "--late", "60s", "--json"]
             playing = await asyncio.create_subprocess_exec(

@@ -4,6 +4,7 @@ What needs a service manager (users, starts, upgrades under load, the Debian pac
 """
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import Running, configure, environment
 
 ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"  # what make install takes where nobody names another
@@ -190,6 +192,38 @@ def test_what_was_installed_runs_and_reads_its_settings(trees: Trees) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (trees.bare / PREFIX[1:] / "bin/lmdaemon").read_text().startswith(f"#!{PREFIX}/bin/python -I\n")
+
+
+@needs_venv
+def test_every_module_and_data_file_is_installed(trees: Trees) -> None:
+    """By way of a wheel, which has what pyproject.toml says."""
+
+    def inside_of(directory: Path) -> set[str]:
+        found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+        return {path for path in found if "__pycache__" not in path}
+
+    assert inside_of(site(trees.bare) / "lmdaemon") == inside_of(ROOT / "lmdaemon")
+
+
+@needs_venv
+def test_a_daemon_of_what_was_installed_alone_opens_a_session(trees: Trees, tmp_path: Path) -> None:
+    """With what lmdaemon requires and nothing of the tests, far from the sources."""
+    assert not (site(trees.bare) / "pytest").exists()
+    file = configure(tmp_path)
+    command = [trees.bare / PREFIX[1:] / "bin/python", "-I", "-m", "lmdaemon", "--config", file]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "serve"], cwd=tmp_path, env=environment(), stderr=log)
+    try:
+        lm = Running(tmp_path, process, tmp_path / "log").started()
+        assert lm.open("acme", "s1")["state"] == "active"
+        shown = subprocess.run(
+            [*command, "status"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert re.search(r"^acme +1 ", shown.stdout, re.MULTILINE)
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 @needs_venv

@@ -1,5 +1,6 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
-#              WORKERS=1 so many at a time (one more than cores, for many wait)
+#              WORKERS=1 so many at a time (one more than cores, for many wait); DEEP=1 tries each property with four
+#              times as many examples, as CI does once
 # make test-newest   the same tests with the newest version of everything, where make uses those of constraints.txt;
 #              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints writes that file anew
 # make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its

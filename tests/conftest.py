@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import pytest
-from chance import FULL, SEED
+from chance import DEEP, FULL, SEED, examples
 from clocks import HandClock
 from hypothesis import HealthCheck, settings
 from ways import WAYS, on_the
@@ -18,7 +18,9 @@ from lmdaemon import log
 
 _MEASURED = "measured"  # the key of a test's figures in its report
 # A machine that stood still for a second is no finding
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples(100)
+)
 settings.load_profile("busy")
 # A shell starts what runs in its background with SIGINT ignored, and every process started from there inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,7 +45,6 @@ SHARING = {
     "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is looked at
     "tests/project/test_install.py",  # two installed trees
     "tests/project/test_monitoring.py",  # what a daemon exports that has seen a bit of everything
-    "tests/project/test_packaging.py",  # a wheel
 }
 
 
@@ -159,7 +160,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_report_header() -> str:
-    return f"faults: {'full' if FULL else 'short'} form, FAULTS_SEED={SEED}"
+    return f"{'deep' if DEEP else 'normal'}; faults: {'full' if FULL else 'short'} form, FAULTS_SEED={SEED}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from chance import FULL
+from chance import FULL, examples
 from clocks import HandClock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -999,7 +999,7 @@ def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:
         Promises,
         settings=settings(
             stateful_step_count=30,
-            max_examples=700 if FULL else 100,
+            max_examples=700 if FULL else examples(100),
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from chance import examples
 from clocks import HandClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,7 +96,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(STEPS)
 def test_service_time_is_the_sum_of_the_heard_gaps_and_never_decreases(steps: list[tuple[str, float]]) -> None:
     clock = HandClock()

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import orjson
 import pytest
+from chance import examples
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +71,7 @@ OLD = Dialect(
     codes=Codes(7, bad_token=4, bad_hash=5, player_mismatch=2),
 )
 
-fuzz = settings(deadline=None, max_examples=200)
+fuzz = settings(deadline=None, max_examples=examples(200))
 
 
 def refusal(body: bytes | Mapping[str, Any], *accepted: Dialect) -> str:

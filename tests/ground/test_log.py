@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 import pytest
+from chance import examples
 from clocks import HandClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,7 +163,7 @@ FACTS: st.SearchStrategy[Any] = st.one_of(
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(FACTS)
 def test_every_event_is_exactly_one_line_that_can_be_written(form: str, fact: Any) -> None:
     text = written(form, lambda to: to.info("event", fact=fact))
@@ -328,7 +329,7 @@ def test_a_url_is_shown_without_user_info_query_and_fragment(url: str, shown: st
 PARTS = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=10)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(PARTS, PARTS, PARTS, st.sampled_from(["", "/", "?", "#", "@", ":", "\\", "//"]))
 def test_no_password_survives_a_delimiter_that_should_have_been_escaped(
     user: str, before: str, after: str, between: str
@@ -337,7 +338,7 @@ def test_no_password_survives_a_delimiter_that_should_have_been_escaped(
         assert "S3CRET" not in safe_url(f"https://{user}:{secret}@op.example/x?{secret}#{secret}")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_url(text: str) -> None:
     for url in (text, "https://" + text):

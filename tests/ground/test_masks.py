@@ -40,11 +40,11 @@ SECRETS = st.text(min_size=1, max_size=40).filter(lambda text: not id_problem(te
 AWKWARD = ["tök/en+1==", 'a"b\\c', "\\", "\\\\\\n", "&amp;x", "%41", "a b", "😀 x", "***", "-", "é" * 20, "ΑΣ"]
 
 
-@pytest.mark.parametrize("secret", AWKWARD)
 @pytest.mark.parametrize("notation", NOTATIONS)
-def test_an_awkward_secret_is_hidden_in_each_notation(secret: str, notation: str) -> None:
-    spelt = NOTATIONS[notation](secret)
-    assert Mask([secret])(f"\n{spelt}\n") == f"\n{MASK}\n"
+def test_an_awkward_secret_is_hidden_in_each_notation(notation: str) -> None:
+    for secret in AWKWARD:
+        spelt = NOTATIONS[notation](secret)
+        assert Mask([secret])(f"\n{spelt}\n") == f"\n{MASK}\n", secret
 
 
 @given(SECRETS, st.sampled_from(list(NOTATIONS)), st.sampled_from(list(NOTATIONS)))

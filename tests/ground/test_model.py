@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from chance import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +78,7 @@ def test_a_token_may_be_longer_than_an_id() -> None:
     assert id_problem("t" * (TOKEN_MAX + 1), TOKEN_MAX) == "must be at most 4096 characters (got 4097)"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(ANY_TEXT)
 def test_what_passes_as_an_id_can_be_stored_and_sent(value: str) -> None:
     if id_problem(value) is None:
@@ -100,7 +101,7 @@ def problem_character_by_character(value: str) -> str | None:
 EDGES = st.sampled_from("a é\u00a0\u2028\ufeff\u0378💥\x00\x1f\x20\x7e\x7f\x80\x9f\xa0\ud7ff\ud800\udfff\ue000")
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(st.text(EDGES | st.characters(exclude_categories=()), min_size=1, max_size=ID_MAX))
 def test_an_id_is_judged_as_by_looking_at_each_character(value: str) -> None:
     assert id_problem(value) == problem_character_by_character(value)
@@ -231,7 +232,7 @@ def test_times_are_rfc_3339_in_utc_with_milliseconds(at: int | None, text: str |
     assert rfc3339(at) == text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.integers(0, 4_102_444_800_000))
 def test_no_millisecond_is_lost_in_a_written_time(at: int) -> None:
     text = rfc3339(at)

@@ -181,23 +181,24 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
 QUERIES = [(rule["expr"], "") for rule in RULES] + list(dashboard_queries())
 
 
-@pytest.mark.parametrize(("query", "legend"), QUERIES)
-def test_what_alerts_and_dashboard_ask_for_exists(query: str, legend: str, series: dict[str, set[str]]) -> None:
+def test_what_alerts_and_dashboard_ask_for_exists(series: dict[str, set[str]]) -> None:
     known = series | BY_PROMETHEUS
-    names = set(re.findall(r"\b(?:lmdaemon|process|up)(?:_\w+)?\b(?!\")", re.sub(r'"[^"]*"', '""', query)))
-    assert names
-    assert names <= known.keys()
-    for name, matchers in re.findall(r"\b(\w+)\{([^}]*)\}", query):
-        assert set(re.findall(r"(\w+)\s*[=!]~?", matchers)) <= known[name] | TARGET_LABELS, name
-    of_all = set().union(*(known[name] for name in names)) | TARGET_LABELS
-    grouped = {label for group in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query) for label in re.split(r",\s*", group)}
-    assert grouped <= of_all
-    assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= (grouped or of_all)
+    for query, legend in QUERIES:
+        names = set(re.findall(r"\b(?:lmdaemon|process|up)(?:_\w+)?\b(?!\")", re.sub(r'"[^"]*"', '""', query)))
+        assert names, query
+        assert names <= known.keys(), query
+        for name, matchers in re.findall(r"\b(\w+)\{([^}]*)\}", query):
+            assert set(re.findall(r"(\w+)\s*[=!]~?", matchers)) <= known[name] | TARGET_LABELS, (name, query)
+        of_all = set().union(*(known[name] for name in names)) | TARGET_LABELS
+        groups = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query)
+        grouped = {label for group in groups for label in re.split(r",\s*", group)}
+        assert grouped <= of_all, query
+        assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= (grouped or of_all), query
 
 
-@pytest.mark.parametrize("query", [query for query, _ in QUERIES])
-def test_a_literal_label_value_is_one_that_is_exported(query: str, exported: str) -> None:
-    for name, matchers in re.findall(r"\b(lmdaemon_\w+)\{([^}]*)\}", query):
+def test_a_literal_label_value_is_one_that_is_exported(exported: str) -> None:
+    asked = [found for query, _ in QUERIES for found in re.findall(r"\b(lmdaemon_\w+)\{([^}]*)\}", query)]
+    for name, matchers in asked:
         for label, value in re.findall(r'(\w+)="([^"$]*)"', matchers):
             assert re.search(rf'^{name}{{.*{label}="{value}"', exported, re.MULTILINE), f'{name} {label}="{value}"'
 

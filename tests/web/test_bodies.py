@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from chance import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import raw_connection, serving
@@ -83,7 +84,7 @@ IDS = st.lists(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(st.tuples(KEYS, IDS | st.none()), max_size=3), st.booleans())
 def test_a_body_is_read_as_a_plain_reader_would(pairs: list[tuple[str, Any]], ascii_only: bool) -> None:
     written = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=ascii_only)}" for key, value in pairs]

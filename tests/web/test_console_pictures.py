@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from browsing import TOKEN, bearer, browser, end, expect, needs_chromium, sign_in, with_tokens
+from chance import DEEP
 from support import Serving, operator_table, scripted_operator, serving, until
 
 from lmdaemon.clock import Clock
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 AGO_MS = 42 * 60_000
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 LONGEST = 860  # pixels of height that a picture shows
+
+# The texts are the same in each of them
+SHOWN = [("light", 800), ("dark", 800), ("light", 400)][: None if DEEP or "PICTURES" in os.environ else 1]
 
 
 class Behind(Clock):
@@ -83,7 +87,7 @@ async def picture(page: "Page", name: str, *, whole: bool = True) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize(("scheme", "width"), [("light", 800), ("dark", 800), ("light", 400)])
+@pytest.mark.parametrize(("scheme", "width"), SHOWN)
 async def test_who_has_never_seen_the_page_can_tell_what_is_wrong(tmp_path: Path, scheme: str, width: int) -> None:
     """What, since when, what happens by itself, and what could be done: on the first page and one link from it."""
     size = {"width": width, "height": LONGEST}

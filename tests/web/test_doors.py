@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from certificates import make
-from chance import FULL
+from chance import FULL, examples
 from clocks import HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -165,7 +165,10 @@ def test_no_bytes_bring_about_an_internal_error_or_stop_the_daemon(tmp_path: Pat
         daemon = runner.run(stack.enter_async_context(fuzzed(tmp_path)))
 
         @settings(
-            max_examples=2000 if FULL else 150, deadline=None, suppress_health_check=list(HealthCheck), database=None
+            max_examples=2000 if FULL else examples(150),
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
         )
         @given(st.sampled_from(REQUESTS), EDITS, st.sampled_from(["server", "api"]))
         def attack(request: bytes, edits: list[tuple[int, int, bytes]], side: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from chance import examples
 from clocks import HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -1160,12 +1161,12 @@ async def everything(tmp_path: Path) -> AsyncIterator[Serving]:
 class TestRandomBodies:
     """Whatever comes is answered, never with a 5xx, and nothing is stored that was not answered 0."""
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
     @given(body=JSON_BODIES)
     async def test_json(self, everything: Serving, tmp_path: Path, body: bytes) -> None:
         await self.check(everything, tmp_path, body, V4, JSON)
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
     @given(body=FORM_BODIES)
     async def test_forms(self, everything: Serving, tmp_path: Path, body: bytes) -> None:
         await self.check(everything, tmp_path, body, "/sessionexpired", FORM)

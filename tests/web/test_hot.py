@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from chance import FULL
+from chance import FULL, examples
 from clocks import HandClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -535,7 +535,10 @@ def test_requests_are_answered_alike_wherever_they_are_cut(tmp_path: Path) -> No
             runner.run(opened(one))
 
         @settings(
-            max_examples=1000 if FULL else 60, deadline=None, suppress_health_check=list(HealthCheck), database=None
+            max_examples=1000 if FULL else examples(60),
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
         )
         @given(
             st.lists(st.sampled_from(SOME), min_size=1, max_size=5),

@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 import jsonschema_rs
 import pytest
 from certificates import make
+from chance import examples
 from documented import closed
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
@@ -136,7 +137,7 @@ async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> 
     report = directory / "report.json"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "checks.toml"]
     command += ["run", "openapi.json", "--url", base, "--header", f"Authorization: Bearer {TOKEN}"]
-    command += ["--checks", "all", "--generation-deterministic", "--max-examples", "10", "--no-color"]
+    command += ["--checks", "all", "--generation-deterministic", "--max-examples", str(examples(10)), "--no-color"]
     command += ["--report", "json", "--report-json-path", str(report), *arguments]
     process = await asyncio.create_subprocess_exec(
         *command,

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from chance import examples
 from clocks import HandClock
 from engines import Engine
 from operations import comparable
@@ -33,7 +34,7 @@ from lmdaemon.store.contract import (
 IDLE_MS = 1000
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(examples(40)))
 async def test_the_store_does_what_plain_dictionaries_do(engine: Engine, clock: HandClock, seed: int) -> None:
     random = Random(seed)
     async with engine.open(clock) as db:

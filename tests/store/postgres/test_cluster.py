@@ -9,6 +9,7 @@ from random import Random
 
 import psycopg
 import pytest
+from chance import examples
 from engines import PostgresEngine
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
@@ -238,7 +239,7 @@ def broken(simulation: Simulation) -> bool:
     return bool(simulation.early or simulation.over_a_touch or simulation.by_the_dead)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(0, 2**32))
 @example(263945)  # a clock that had followed the others ran on before it had told so
 def test_nothing_ends_early_over_a_touch_or_by_who_was_expel(seed: int) -> None:
@@ -258,7 +259,7 @@ def test_without_one_of_the_rules_something_breaks(mutant: str) -> None:
     assert any(broken(Simulation(seed, mutant).run(60_000)) for seed in range(30))
 
 
-@settings(max_examples=30, stateful_step_count=40, deadline=None)
+@settings(max_examples=examples(30), stateful_step_count=40, deadline=None)
 class ClusterMachine(RuleBasedStateMachine):
     """Whatever happens in whatever order: stalls, outages, somebody who sets the database's clock, touches late and in
     time. Sessions belong to the three daemons in turn.

@@ -18,6 +18,7 @@ from typing import Any
 from lmdaemon import log, systemd
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
+from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.parts import Parts
 from lmdaemon.plugins import CANCEL_S
 from lmdaemon.status import count
@@ -46,10 +47,11 @@ class Daemon:
         *,
         clock: Clock | None = None,
         rng: Random | None = None,
+        limits: Limits = LIMITS,
         on_serving: Callable[[], None] = lambda: None,
     ) -> None:
         self._started_with = settings
-        self._parts = Parts(clock or Clock(), rng or Random())  # noqa: S311 - jitter, not secrets
+        self._parts = Parts(clock or Clock(), rng or Random(), limits)  # noqa: S311 - jitter, not secrets
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
         self.serving = asyncio.Event()

@@ -94,7 +94,7 @@ class Listeners:
 
     def _configure(self, site: Site, settings: Settings, attempts_max: int, drain_s: float) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        site.most = connections_max(files, attempts_max)
+        site.most = connections_max(files, attempts_max, self._bounds.limits.connections_max)
         site.trusted_proxies = settings.server.trusted_proxies
         spoken = settings.tls.get(site.listener)
         site.tls = None if spoken is None else spoken.context  # for new connections; open ones keep their context

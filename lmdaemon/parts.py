@@ -19,6 +19,7 @@ from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.delivery.underway import Underway
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import Health
+from lmdaemon.limits import Limits
 from lmdaemon.listeners import Listeners, address_text
 from lmdaemon.metrics import Metrics
 from lmdaemon.model import Asker, Reason, Session
@@ -47,8 +48,9 @@ events = log.Log("daemon")
 class Parts:
     """All parts of one daemon. They exist after `build`; their loops are run by `daemon.Daemon`."""
 
-    def __init__(self, clock: Clock, rng: Random) -> None:
+    def __init__(self, clock: Clock, rng: Random, limits: Limits) -> None:
         self._clock = clock
+        self._limits = limits
         self._rng = rng
         self._closing: dict[tuple[str, str], Asker] = {}
 
@@ -65,7 +67,7 @@ class Parts:
         self.metrics = Metrics(self.store.engine)
         totals = self.metrics.totals
         self.recent = Recent(totals, self.store.service_clock.now_ms, self._clock)
-        self.events = Events(self.store, self._clock, totals, lambda: self.settings.operators)
+        self.events = Events(self.store, self._clock, totals, lambda: self.settings.operators, self._limits)
         for observer in (self.recent, self.events):
             self.store.observe(observer)
         attempts = _Attempts(self.metrics, self.events)
@@ -78,7 +80,7 @@ class Parts:
         self.disk = DiskWatch(self.store, self._clock.monotonic)
         self.store.observe(self.disk)
         self.hearing = Hearing(self.store.service_clock)
-        self.bounds = Bounds()
+        self.bounds = Bounds(self._limits)
         self.sweeper = Sweeper(self.store, self._clock, settings.restart_grace_s, self.metrics)
         self.pruner = Pruner(self.store, self._clock, lambda: self.settings.keep_ended_s)
         pulses = {"sweeper": self.sweeper.pulse, "dispatcher": self.dispatcher.pulse}

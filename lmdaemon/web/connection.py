@@ -24,9 +24,7 @@ from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
 from lmdaemon.web.requests import Ready
 from lmdaemon.web.sockets import TURNED_AWAY
 
-HEAD_TIMEOUT_S = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
-WRITE_TIMEOUT_S = 30.0  # how long a client may leave its answers unread
-TAKEN_MIN = 4096  # a client that takes fewer bytes than this in WRITE_TIMEOUT_S is cut
+TAKEN_MIN = 4096  # a client that takes fewer bytes than this in `Limits.write_s` is cut
 LINE_MAX = 4096  # bytes of the request line
 HEADERS_MAX = 64
 FIELD_MAX = 8190  # bytes of a header's name, and of its value
@@ -130,7 +128,7 @@ class Arrival:
 
 
 class _Taking:
-    """Whether a client takes its answers: at least TAKEN_MIN bytes in WRITE_TIMEOUT_S while some wait for it."""
+    """Whether a client takes its answers: at least TAKEN_MIN bytes in a time while some wait for it."""
 
     __slots__ = ("_since", "_untaken")
 
@@ -143,8 +141,8 @@ class _Taking:
         """Forgets what was seen so far."""
         self._since = None
 
-    def too_slow(self, transport: Any, now: float) -> bool:
-        """Looks at what waits in the transport now; returns whether the client has taken too little for too long."""
+    def too_slow(self, transport: Any, now: float, within_s: float) -> bool:
+        """Looks at what waits in the transport now; returns whether the client has taken too little for that long."""
         waiting = transport.get_write_buffer_size()
         if not waiting:
             self._since = None
@@ -153,7 +151,7 @@ class _Taking:
         if self._since is None or untaken <= self._untaken - TAKEN_MIN:
             self._since, self._untaken = now, untaken
             return False
-        return now - self._since > WRITE_TIMEOUT_S
+        return now - self._since > within_s
 
 
 class Connection(web.RequestHandler):
@@ -308,10 +306,10 @@ class Connection(web.RequestHandler):
 
     def look(self, now: float) -> None:
         """Cuts the connection if a head takes too long, or its client has taken too little for too long."""
-        began = self._arrival.head_since
-        if began is not None and now - began > HEAD_TIMEOUT_S and not self._request_in_progress:
+        began, limits = self._arrival.head_since, self._site.bounds.limits
+        if began is not None and now - began > limits.head_s and not self._request_in_progress:
             self.cut("head")
-        elif self._taking.too_slow(self._wire, now):
+        elif self._taking.too_slow(self._wire, now, limits.write_s):
             self.cut("reader")
 
     def cut(self, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Server-sent events for clients that watch the daemon. Without such a client nothing is made or kept.
 
-Events are gathered for GATHER_S and sent together, because waking every listener for each event would cost more than
-everything else. Each listener has a queue of at most QUEUE_MAX events; one that reads too slowly is dropped, so that it
+Events are gathered for 0.1 s and sent together, because waking every listener for each event would cost more than
+everything else. Each listener has a queue of at most 2,000 events; one that reads too slowly is dropped, so that it
 delays nobody. Nothing is sent again: a listener that comes back begins with the figures of all operators. Source: HTML,
 section 9.2.
 """
@@ -13,17 +13,13 @@ from typing import NamedTuple
 
 from lmdaemon import retry, shapes
 from lmdaemon.clock import Clock
+from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, Session, rfc3339
 from lmdaemon.store.contract import Settled, Settlement, Store, StoreObserver
 from lmdaemon.web.documents import session_document, to_json
 from lmdaemon.web.recent import Counts, Since, Totals, together
 
-LISTENERS_MAX = 32
-QUEUE_MAX = 2000  # most events that wait for one listener
-GATHER_S = 0.1
-GATHERED_MAX = 500  # events that are sent without waiting for more
-FIGURES_EVERY_S = 1.0
 RECONNECT_MS = 2000  # how long a browser is asked to wait before it connects again
 
 log = Log("events")
@@ -32,8 +28,9 @@ log = Log("events")
 class Listener:
     """One client and its queue. It listens to all operators or to one. Events are queued as the bytes to send."""
 
-    def __init__(self, operator: str | None, abort: Callable[[], None]) -> None:
+    def __init__(self, operator: str | None, abort: Callable[[], None], waiting_max: int = LIMITS.waiting_max) -> None:
         self.operator = operator
+        self._waiting_max = waiting_max
         self.dropped = False
         self._abort = abort
         self._queue: deque[bytes] = deque()
@@ -46,10 +43,10 @@ class Listener:
         return self.operator is None or self.operator == operator
 
     def put(self, told: bytes, events: int = 1) -> None:
-        """Queues events; a client with QUEUE_MAX waiting events is dropped."""
+        """Queues events; a client with too many waiting events is dropped."""
         if self._closed:
             return
-        if self._waiting >= QUEUE_MAX:
+        if self._waiting >= self._waiting_max:
             self.dropped = True
             self._queue.clear()
             self.close()
@@ -98,7 +95,15 @@ class Events(StoreObserver):
     configured operators.
     """
 
-    def __init__(self, store: Store, clock: Clock, totals: Totals, operators: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        totals: Totals,
+        operators: Callable[[], Collection[str]],
+        limits: Limits = LIMITS,
+    ) -> None:
+        self._limits = limits
         self._store = store
         self._clock = clock
         self._totals = totals
@@ -119,13 +124,13 @@ class Events(StoreObserver):
     @property
     def full(self) -> bool:
         """Whether no further client is accepted."""
-        return self._stopped or len(self._listeners) >= LISTENERS_MAX
+        return self._stopped or len(self._listeners) >= self._limits.listeners_max
 
     def listen(self, operator: str | None, abort: Callable[[], None]) -> Listener:
         """Adds a listener. Its first event is a snapshot. The first listener starts the figures. `abort` closes the
         connection of a listener that is too slow.
         """
-        listener = Listener(operator, abort)
+        listener = Listener(operator, abort, self._limits.waiting_max)
         self._send()  # sends first what was gathered, which is older than the snapshot of the new listener
         if not self._listeners:
             self._told.clear()
@@ -140,7 +145,7 @@ class Events(StoreObserver):
         """Removes a client; with the last one the figures stop."""
         self._listeners.discard(listener)
         if listener.dropped:
-            log.warning("events.listener_dropped", operator=listener.operator, waiting=QUEUE_MAX)
+            log.warning("events.listener_dropped", operator=listener.operator, waiting=self._limits.waiting_max)
         if not self._listeners and self._ticking is not None:
             self._send()  # to nobody, and so forgets it
             self._ticking.cancel()
@@ -190,10 +195,10 @@ class Events(StoreObserver):
         if not any(listener.wants(operator) for listener in self._listeners):
             return
         self._gathered.append((operator, event(name, document)))
-        if len(self._gathered) >= GATHERED_MAX:
+        if len(self._gathered) >= self._limits.gathered_max:
             self._send()
         elif self._sending is None:
-            self._sending = asyncio.get_running_loop().call_later(GATHER_S, self._send)
+            self._sending = asyncio.get_running_loop().call_later(self._limits.gather_s, self._send)
 
     def _send(self) -> None:
         """Passes on what was gathered."""
@@ -214,7 +219,7 @@ class Events(StoreObserver):
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(FIGURES_EVERY_S)
+            await asyncio.sleep(self._limits.figures_every_s)
             self.tell_figures()
 
     def tell_figures(self) -> None:

@@ -24,27 +24,22 @@ from lmdaemon.web.requests import inside
 from lmdaemon.web.sockets import Acceptor, Hearing, turn_away
 
 KEEPALIVE_S = 75.0  # how long a connection may wait for its next request
-PATROL_S = 2.0  # how often connections are checked for HEAD_TIMEOUT_S and WRITE_TIMEOUT_S
-CONNECTIONS_MAX = 2000  # most connections of one listener, where the limit of open files allows it
 FILES_OWN = 64  # files kept for everything but connections: database, log, event loop, lookups, plug-ins
 CUTS = ("head", "reader", "memory", "stop")  # why a connection is cut
 SHARES = {"server": 4, "api": 2}  # one address may have a quarter of the server's connections, half of the API's
 
-# Shutdown grace: 1 s for clients that have no answer yet or are in the middle of a request, 50 ms for everyone else
-HEARD_WITHIN_S = 1.0
-HEARD_S = 0.05
-
 log = Log("http")
 
 
-def connections_max(files: int, attempts: int) -> int:
-    """The most connections of each listener, for a limit of open files and a number of simultaneous attempts.
+def connections_max(files: int, attempts: int, most: int) -> int:
+    """The most connections of each listener, `most` at most, for a limit of open files and a number of simultaneous
+    attempts.
 
     Attempts to deliver get at most half of the files. The two listeners get the same number, so that neither takes what
     the other needs.
     """
     left = files - FILES_OWN - min(attempts, files // 2)
-    return max(1, min(CONNECTIONS_MAX, left // 2))
+    return max(1, min(most, left // 2))
 
 
 class Site(web.BaseSite):
@@ -108,7 +103,7 @@ class Site(web.BaseSite):
         self.bounds = bounds
         self.tls = tls
         self.malformed = malformed
-        self.most = CONNECTIONS_MAX
+        self.most = bounds.limits.connections_max
         self.share = SHARES[listener]
         self.trusted_proxies: Sequence[Network] = ()
         self.keepalive_s = KEEPALIVE_S
@@ -133,18 +128,20 @@ class Site(web.BaseSite):
         self._acceptor.start()
 
     async def stop(self) -> None:
-        """Stops accepting, and waits for requests of clients that were accepted, who cannot know that it stops.
+        """Stops accepting, and waits for requests of clients that were accepted, who cannot know that it stops: 1 s for
+        clients that have no answer yet or are in the middle of a request, 50 ms for everyone else.
 
         Requests that have arrived whole are then answered, within `stop_within_s`.
         """
-        until = asyncio.get_running_loop().time() + self.stop_within_s
+        until, limits = asyncio.get_running_loop().time() + self.stop_within_s, self.bounds.limits
         self.closing = True
         self._acceptor.close()
         await super().stop()
         if self._connecting or self._open:
-            await asyncio.sleep(HEARD_S)
+            await asyncio.sleep(limits.heard_s)
         await self._until(
-            lambda: not self._connecting and not any(one.unheard for one in self._open), HEARD_WITHIN_S - HEARD_S
+            lambda: not self._connecting and not any(one.unheard for one in self._open),
+            limits.heard_within_s - limits.heard_s,
         )
         for task in self._connecting:  # handshakes that take too long
             task.cancel()
@@ -224,7 +221,7 @@ class Site(web.BaseSite):
         self._open.add(connection)
         self.bounds.open.add(connection)
         if self._patrol is None:
-            self._patrol = asyncio.get_running_loop().call_later(PATROL_S, self._look_round)
+            self._patrol = asyncio.get_running_loop().call_later(self.bounds.limits.patrol_s, self._look_round)
 
     def lost(self, connection: Connection, address: str | None) -> None:
         """A connection has ended."""
@@ -242,7 +239,7 @@ class Site(web.BaseSite):
         loop = asyncio.get_running_loop()
         for one in list(self._open):
             one.look(loop.time())
-        self._patrol = loop.call_later(PATROL_S, self._look_round) if self._open else None
+        self._patrol = loop.call_later(self.bounds.limits.patrol_s, self._look_round) if self._open else None
 
     def _counted_as(self, peer: Any) -> str | None:
         """The address that a connection is counted under: the peer's IPv4 address, or the /64 network of its IPv6

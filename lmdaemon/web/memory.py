@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-STRANGERS_MAX = 6 * 1024**2  # most bytes that have arrived on both listeners and are not authenticated yet
-KNOWN_MAX = 32 * 1024**2  # most bytes that have arrived and are authenticated, and of answers not taken yet
+from lmdaemon.limits import LIMITS, Limits
+
 HELD_MIN = 2048  # a connection that holds fewer bytes is not cut for lack of memory
 
 
@@ -45,16 +45,17 @@ class Memory:
 
 
 class Bounds:
-    """The limits of memory that both listeners share.
+    """The limits of connections, and the memory that both listeners share.
 
     `strangers` counts bytes that have arrived and are not authenticated; `known` those that are, and the bytes of
     answers that clients have not taken yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.limits = limits
         self.open: set[Holder] = set()  # the connections of both listeners
-        self.strangers = Memory(STRANGERS_MAX, self.open)
-        self.known = Memory(KNOWN_MAX, self.open)
+        self.strangers = Memory(limits.strangers_max, self.open)
+        self.known = Memory(limits.known_max, self.open)
 
 
 class Account:

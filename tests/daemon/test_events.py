@@ -92,7 +92,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
             monkeypatch.setattr(writer, "QUEUE_MAX", 0)
             assert await notify(d, V4_01) == 503
             monkeypatch.setattr(writer, "QUEUE_MAX", 20_000)
-            monkeypatch.setattr(d.sites["server"], "most", 0)
+            d.sites["server"].most = 0
             host, port = d.server.removeprefix("http://").split(":")
 
             def knock() -> bytes:
@@ -100,7 +100,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
                     return connection.recv(64)
 
             assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
-            monkeypatch.setattr(d.sites["server"], "most", 2000)
+            d.sites["server"].most = 2000
             with pytest.raises(StoreError):
                 await d.store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"

@@ -254,13 +254,11 @@ async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
         assert 0 < after["lmdaemon_store_wal_bytes"] <= (tmp_path / "lmdaemon.sqlite3-wal").stat().st_size
 
 
-async def test_connections_and_those_turned_away_are_counted_by_listener(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_connections_and_those_turned_away_are_counted_by_listener(tmp_path: Path) -> None:
     async with serving(tmp_path, ACME) as d:
         before = await scrape(d)
         assert before['lmdaemon_http_connections{listener="api"}'] >= 1
-        monkeypatch.setattr(d.sites["server"], "most", 0)
+        d.sites["server"].most = 0
         host, port = d.server.removeprefix("http://").split(":")
 
         def knock() -> bytes:

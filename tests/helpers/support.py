@@ -23,6 +23,7 @@ from lmdaemon.daemon import Daemon
 from lmdaemon.delivery.dispatcher import Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
+from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.model import Delivery
 from lmdaemon.store.contract import Opening, StoreObserver
 from lmdaemon.store.sqlite.store import Store
@@ -233,12 +234,14 @@ LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path, toml: str = "", clock: Clock | None = None) -> AsyncIterator[Serving]:
+async def serving(
+    directory: Path, toml: str = "", clock: Clock | None = None, limits: Limits = LIMITS
+) -> AsyncIterator[Serving]:
     """A whole daemon on real sockets with free ports. `toml` adds to the configuration, or is all of it when it says
     where to listen.
     """
     text = toml if "[server]" in toml else LISTEN + toml
-    daemon = Daemon(load(directory / "config.toml", text), clock=clock, rng=Random(1))
+    daemon = Daemon(load(directory / "config.toml", text), clock=clock, rng=Random(1), limits=limits)
     running = asyncio.create_task(daemon.run())
     ready = asyncio.create_task(daemon.serving.wait())
     await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)

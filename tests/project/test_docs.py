@@ -27,10 +27,11 @@ from lmdaemon.config.settings import (
 )
 from lmdaemon.config.tables import Tables
 from lmdaemon.delivery import answers, resolver, sender
+from lmdaemon.limits import LIMITS
 from lmdaemon.store import contract, rules, verbs, writer
 from lmdaemon.store.sqlite import pages, reads, store
 from lmdaemon.store.sqlite import writer as disk
-from lmdaemon.web import bodies, connection, endpoint, events, handshakes, listener, memory, recent
+from lmdaemon.web import bodies, connection, endpoint, handshakes, listener, recent
 from lmdaemon.web import requests as http
 from lmdaemon.web.problems import KINDS
 from lmdaemon.web.routes import CALLS
@@ -161,18 +162,18 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"bulk touch {bodies.BULK_IDS_MAX} ids and {shapes.BULK_BODY_MAX // 1024**2} MiB",
         f"bulk opening {bodies.BULK_IDS_MAX} sessions and {shapes.BULK_BODY_MAX // 1024**2} MiB",
         f"attributes {shapes.ATTRIBUTES_MAX // 1024} KiB",
-        f"{events.LISTENERS_MAX} then 503; one for which {events.QUEUE_MAX} events wait is cut off",
+        f"{LIMITS.listeners_max} then 503; one for which {LIMITS.waiting_max} events wait is cut off",
         f"{recent.SLOTS} seconds and {recent.SLOTS} minutes of the {recent.OPERATORS_MAX} operators that count most",
         f"{connection.LINE_MAX // 1024} KiB; {connection.HEADERS_MAX} of at most 8190 bytes",
         f"bytes; {connection.HEAD_MAX // 1024} KiB altogether",
-        f"each head has {connection.HEAD_TIMEOUT_S:g} s",
+        f"each head has {LIMITS.head_s:g} s",
         f"a body has {http.BODY_TIMEOUT_S:g} s",
-        f"less than {connection.TAKEN_MIN // 1024} KiB of waiting answers in {connection.WRITE_TIMEOUT_S:g} s",
-        f"{memory.STRANGERS_MAX // 1024**2} MiB for what has arrived",
-        f"{memory.KNOWN_MAX // 1024**2} MiB for what is",
-        f"has not arrived whole has {listener.HEARD_WITHIN_S:g} s",
+        f"less than {connection.TAKEN_MIN // 1024} KiB of waiting answers in {LIMITS.write_s:g} s",
+        f"{LIMITS.strangers_max // 1024**2} MiB for what has arrived",
+        f"{LIMITS.known_max // 1024**2} MiB for what is",
+        f"has not arrived whole has {LIMITS.heard_within_s:g} s",
         f"waits {listener.KEEPALIVE_S:g} s for its next request",
-        f"{listener.CONNECTIONS_MAX} to each listener",
+        f"{LIMITS.connections_max} to each listener",
         f"{shapes.PAGE_DEFAULT} rows by default {shapes.PAGE_MAX} or {pages.PAGE_BYTES // 1024**2} MiB at most",
         f"{pages.PLAYER_ROWS} of a player's sessions are looked at",
         f"a handshake has {handshakes.HANDSHAKE_TIMEOUT_S:g} s and counts as a connection",

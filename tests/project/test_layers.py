@@ -19,6 +19,7 @@ GROUND = {
         "model",
         "agreement",
         "clock",
+        "limits",
         "log",
         "pulse",
         "systemd",

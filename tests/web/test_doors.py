@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Serving, bench, operator_table, raw_connection, serving, until
 
-from lmdaemon.web import connection, listener
+from lmdaemon.limits import Limits
 from lmdaemon.web import requests as http
 
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
@@ -91,8 +91,7 @@ def impatience(daemon: Serving) -> Iterator[None]:
     """What never comes to its end is cut soon. Only for what need not be answered: a busy machine is slow to ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http, "BODY_TIMEOUT_S", 0.2)
-        patch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
-        patch.setattr(listener, "PATROL_S", 0.2)
+        patch.setattr(daemon.bounds, "limits", Limits(head_s=0.2, patrol_s=0.2))
         for site in daemon.sites.values():
             patch.setattr(site, "keepalive_s", 0.2)
         yield

@@ -19,7 +19,8 @@ from support import RawConnection, Serving, hear, load, serving, until
 
 from lmdaemon import tls
 from lmdaemon.config.findings import ConfigError
-from lmdaemon.web import handshakes, listener
+from lmdaemon.limits import LIMITS, Limits
+from lmdaemon.web import handshakes
 
 OPERATOR = '[operators.acme]\nprovider_id = "luckymonaco"\n'
 NOTICE = {"providerId": "luckymonaco", "sessionId": "s", "externalPlayerId": "p", "token": "tok-3n"}
@@ -44,10 +45,12 @@ def table(name: str, files: Files, client_ca: Files | None = None) -> str:
 
 
 @contextlib.asynccontextmanager
-async def serving_tls(directory: Path, files: Files, client_ca: Files | None = None) -> AsyncIterator[Serving]:
+async def serving_tls(
+    directory: Path, files: Files, client_ca: Files | None = None, limits: Limits = LIMITS
+) -> AsyncIterator[Serving]:
     """A daemon with TLS on both sides."""
     toml = table("server", files, client_ca) + table("api", files, client_ca) + OPERATOR
-    async with serving(directory, toml) as daemon:
+    async with serving(directory, toml, limits=limits) as daemon:
         daemon.server = daemon.server.replace("http:", "https:")
         daemon.api = daemon.api.replace("http:", "https:")
         yield daemon
@@ -367,14 +370,12 @@ async def test_tls_can_be_switched_on_and_off_at_a_reload(tmp_path: Path, ca: Fi
 # -- stopping
 
 
-async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(
-    tmp_path: Path, ca: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(tmp_path: Path, ca: Files) -> None:
     """Neither for a handshake that hangs, nor for a peer that does not answer the end of TLS."""
-    monkeypatch.setattr(listener, "HEARD_WITHIN_S", 0.2)
     context = tls.client_context(ca.cert, None, None)
     async with contextlib.AsyncExitStack() as stack:
-        daemon = await stack.enter_async_context(serving_tls(tmp_path, make(tmp_path, "own", ca)))
+        own, limits = make(tmp_path, "own", ca), Limits(heard_within_s=0.2)
+        daemon = await stack.enter_async_context(serving_tls(tmp_path, own, limits=limits))
         for url in (daemon.server, daemon.api):
             quiet = await stack.enter_async_context(connected(url, context))
             await quiet.send(ASK)

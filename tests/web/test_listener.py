@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from support import LISTEN, RawConnection, hear, raw_connection, serving, until
 
+from lmdaemon.limits import Limits
 from lmdaemon.sweeper import LOOP_TURNS
 from lmdaemon.web import connection as connections
-from lmdaemon.web import listener, memory
 
 SIDES = pytest.mark.parametrize("side", ["server", "api"])
 CONFIG = '[operators.acme]\nprovider_id = "luckymonaco"\n'
@@ -101,12 +101,12 @@ async def test_what_is_wrong_with_a_head_is_answered_and_logged(tmp_path: Path, 
 
 
 @SIDES
-async def test_connections_are_bounded_and_the_one_too_many_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
-) -> None:
-    monkeypatch.setattr(listener, "CONNECTIONS_MAX", 2)
+async def test_connections_are_bounded_and_the_one_too_many_is_told(tmp_path: Path, side: str) -> None:
     trusting = LISTEN.replace("[api]", 'trusted_proxies = ["127.0.0.1"]\n[api]')  # so that no address has a share
-    async with serving(tmp_path, trusting + CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
+    async with (
+        serving(tmp_path, trusting + CONFIG, limits=Limits(connections_max=2)) as daemon,
+        contextlib.AsyncExitStack() as stack,
+    ):
         url = getattr(daemon, side)
         peers = [await stack.enter_async_context(raw_connection(url)) for _ in range(2)]
         for peer in peers:
@@ -247,12 +247,7 @@ WHOLE = {
 }
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    """A daemon that waits no longer than this for a head."""
-    monkeypatch.setattr(listener, "PATROL_S", 0.02)
-    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
-    return 0.2
+IMPATIENT = Limits(patrol_s=0.02, head_s=0.2)  # for heads
 
 
 async def ask_in_pieces(peer: RawConnection, pieces: list[bytes]) -> None:
@@ -264,18 +259,18 @@ async def ask_in_pieces(peer: RawConnection, pieces: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-async def test_a_client_that_has_asked_may_wait(tmp_path: Path, impatient: float, name: str) -> None:
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
+async def test_a_client_that_has_asked_may_wait(tmp_path: Path, name: str) -> None:
+    async with serving(tmp_path, CONFIG, limits=IMPATIENT) as daemon, raw_connection(daemon.server) as peer:
         await ask_in_pieces(peer, WHOLE[name])
-        await asyncio.sleep(2 * impatient)  # the wait itself is what is tested
+        await asyncio.sleep(2 * IMPATIENT.head_s)  # the wait itself is what is tested
         await ask_in_pieces(peer, WHOLE[name])
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("joined", [False, True], ids=["in its own time", "right behind"])
-async def test_each_head_has_to_come_in_time(tmp_path: Path, impatient: float, name: str, joined: bool) -> None:
+async def test_each_head_has_to_come_in_time(tmp_path: Path, name: str, joined: bool) -> None:
     *first, last = WHOLE[name]
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.server) as peer:
+    async with serving(tmp_path, CONFIG, limits=IMPATIENT) as daemon, raw_connection(daemon.server) as peer:
         if joined:
             await ask_in_pieces(peer, [*first, last + ASK[:10]])
         else:
@@ -307,11 +302,11 @@ async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) ->
 # -- memory
 
 
-async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "STRANGERS_MAX", 100_000)
-    async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
+async def test_who_sends_less_than_others_is_answered_when_memory_is_short(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path, CONFIG, limits=Limits(strangers_max=100_000)) as daemon,
+        contextlib.AsyncExitStack() as stack,
+    ):
         bounds, site = daemon.bounds, daemon.sites["server"]
         modest = [await stack.enter_async_context(raw_connection(daemon.server)) for _ in range(12)]
         for peer in modest:
@@ -333,16 +328,13 @@ async def test_who_sends_less_than_others_is_answered_when_memory_is_short(
         assert site.cuts["memory"] == 5
 
 
-async def test_bodies_from_known_senders_do_not_count_as_strangers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "STRANGERS_MAX", 400_000)
+async def test_bodies_from_known_senders_do_not_count_as_strangers(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("a-token-of-some-length\n")
     (tmp_path / "tokens").chmod(0o600)
     toml = LISTEN + 'token_file = "tokens"\n' + CONFIG
     start = b"POST /v1/operators/acme/sessions/touch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     start += b"Content-Length: 900000\r\n"
-    async with serving(tmp_path, toml) as daemon:
+    async with serving(tmp_path, toml, limits=Limits(strangers_max=400_000)) as daemon:
         async with raw_connection(daemon.api) as known, raw_connection(daemon.api) as stranger:
             await known.send(start + b"Authorization: Bearer a-token-of-some-length\r\n\r\n")
             await known.send(b" " * 500_000)
@@ -384,11 +376,7 @@ async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
 # -- answers that nobody takes
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon that soon gives up a client that takes nothing."""
-    monkeypatch.setattr(listener, "PATROL_S", 0.02)
-    monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.5)
+HASTY = Limits(patrol_s=0.02, write_s=0.5)  # for clients that take nothing
 
 
 def narrow(url: str, window: int = 4096) -> socket.socket:
@@ -402,9 +390,9 @@ def narrow(url: str, window: int = 4096) -> socket.socket:
 
 
 @pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"], ids=["kept open", "about to close"])
-async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, hasty: None, last: bytes) -> None:
+async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, last: bytes) -> None:
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
-    async with serving(tmp_path, CONFIG) as daemon:
+    async with serving(tmp_path, CONFIG, limits=HASTY) as daemon:
         with narrow(daemon.api) as peer:
             site = daemon.sites["api"]
             await asyncio.to_thread(peer.sendall, request % b"" * 300 + request % last)  # more than the kernel takes
@@ -412,7 +400,7 @@ async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, hasty: None
             await until(lambda: daemon.bounds.known.used == 0)
 
 
-async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path, hasty: None) -> None:
+async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path) -> None:
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 
     def read(peer: socket.socket) -> int:
@@ -423,7 +411,7 @@ async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path, hasty: N
             time.sleep(0.01)
         return taken
 
-    async with serving(tmp_path, CONFIG) as daemon:
+    async with serving(tmp_path, CONFIG, limits=HASTY) as daemon:
         async with daemon.client.get(daemon.api + "/openapi.json") as answer:
             size = len(await answer.read())
         with narrow(daemon.api, 65536) as peer:
@@ -483,11 +471,11 @@ async def test_no_answer_names_the_software(tmp_path: Path, side: str) -> None:
 
 
 @SIDES
-async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
-) -> None:
-    monkeypatch.setattr(listener, "HEARD_WITHIN_S", 30)
-    async with serving(tmp_path, CONFIG) as daemon, contextlib.AsyncExitStack() as stack:
+async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(tmp_path: Path, side: str) -> None:
+    async with (
+        serving(tmp_path, CONFIG, limits=Limits(heard_within_s=30)) as daemon,
+        contextlib.AsyncExitStack() as stack,
+    ):
         silent, known = [await stack.enter_async_context(raw_connection(getattr(daemon, side))) for _ in range(2)]
         await known.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (await known.answer()).status == 200
@@ -518,10 +506,12 @@ async def test_who_was_let_in_is_heard_out_when_the_daemon_stops(
     ],
 )
 async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, first: bytes, rest: bytes
+    tmp_path: Path, side: str, first: bytes, rest: bytes
 ) -> None:
-    monkeypatch.setattr(listener, "HEARD_WITHIN_S", 30)
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
+    async with (
+        serving(tmp_path, CONFIG, limits=Limits(heard_within_s=30)) as daemon,
+        raw_connection(getattr(daemon, side)) as peer,
+    ):
         await peer.send(first)
         if first.startswith(ASK):
             assert (await peer.answer()).status == 200
@@ -535,12 +525,12 @@ async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
         assert await peer.rest() == b""
 
 
-async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(tmp_path: Path) -> None:
     """Neither one that never did, nor one that has got its answer and keeps its connection."""
-    monkeypatch.setattr(listener, "HEARD_WITHIN_S", 0.2)
-    async with serving(tmp_path, CONFIG) as daemon, raw_connection(daemon.api) as silent:
+    async with (
+        serving(tmp_path, CONFIG, limits=Limits(heard_within_s=0.2)) as daemon,
+        raw_connection(daemon.api) as silent,
+    ):
         async with raw_connection(daemon.api) as idle:
             await idle.send(ASK)
             assert (await idle.answer()).status == 200
@@ -551,11 +541,8 @@ async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(
                 await asyncio.shield(daemon.running)
 
 
-async def test_a_stop_waits_for_nobody_where_nobody_is_connected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listener, "HEARD_S", 60)
-    async with serving(tmp_path, CONFIG) as daemon, asyncio.timeout(20):
+async def test_a_stop_waits_for_nobody_where_nobody_is_connected(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG, limits=Limits(heard_s=60)) as daemon, asyncio.timeout(20):
         async with raw_connection(daemon.api) as gone:
             await gone.send(ASK)
             assert (await gone.answer()).status == 200

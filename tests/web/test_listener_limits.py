@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from processes import process, wait_for
 
-from lmdaemon.web.listener import CONNECTIONS_MAX, connections_max
+from lmdaemon.limits import LIMITS
+from lmdaemon.web.listener import connections_max
 
 NO_GRACE = '[sessions]\nrestart_grace = "0s"\n[operators.acme]\nprovider_id = "luckymonaco"\n'
 SESSION = "/v1/operators/acme/sessions/s-1"
@@ -86,7 +87,7 @@ def strangers(url: str, count: int, addresses: int) -> Iterator[list[bytes]]:
 @pytest.mark.parametrize(
     ("files", "attempts", "most"),
     [
-        pytest.param(65_536, 40, CONNECTIONS_MAX, id="the unit's limit"),
+        pytest.param(65_536, 40, LIMITS.connections_max, id="the unit's limit"),
         pytest.param(1024, 8, 476, id="a shell's limit"),
         pytest.param(1024, 100_000, 224, id="deliveries get at most half"),
         pytest.param(16, 8, 1, id="never none"),
@@ -94,7 +95,7 @@ def strangers(url: str, count: int, addresses: int) -> Iterator[list[bytes]]:
 )
 def test_the_listeners_share_the_files_that_the_rest_leaves(files: int, attempts: int, most: int) -> None:
     """Deliveries and the store."""
-    assert connections_max(files, attempts) == most
+    assert connections_max(files, attempts, LIMITS.connections_max) == most
 
 
 def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one(tmp_path: Path) -> None:

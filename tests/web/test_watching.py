@@ -14,8 +14,9 @@ from clocks import HandClock
 from documented import complaints
 from support import LISTEN, Serving, operator_table, raw_connection, scripted_operator, serving, until
 
+from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.web import events, recent
-from lmdaemon.web.events import LISTENERS_MAX, QUEUE_MAX, Listener
+from lmdaemon.web.events import Listener
 from lmdaemon.web.recent import OPERATORS_MAX, Counts, Recent
 from lmdaemon.web.routes import CALLS
 
@@ -140,10 +141,8 @@ async def test_without_a_listener_nothing_is_made_and_nothing_runs(
         assert made == []
 
 
-async def test_one_listener_too_many_is_told_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "LISTENERS_MAX", 2)
-    assert LISTENERS_MAX == 32
-    async with serving(tmp_path, OPERATORS) as d, listening(d), listening(d):
+async def test_one_listener_too_many_is_told_to_come_back(tmp_path: Path) -> None:
+    async with serving(tmp_path, OPERATORS, limits=Limits(listeners_max=2)) as d, listening(d), listening(d):
         async with d.client.get(d.api + "/v1/events") as refused:
             assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
             assert (await refused.json())["code"] == "too-many-listeners"
@@ -154,8 +153,7 @@ async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection is cut as soon as its queue is full; the other one hears everything."""
-    monkeypatch.setattr(events, "QUEUE_MAX", 20)
-    async with serving(tmp_path, OPERATORS) as d, listening(d) as quick:
+    async with serving(tmp_path, OPERATORS, limits=Limits(waiting_max=20)) as d, listening(d) as quick:
         async with raw_connection(d.api) as slow:
             await slow.send(b"GET /v1/events?operator=acme HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await until(lambda: d.events.listeners == 2)
@@ -171,12 +169,15 @@ async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
 
 async def test_what_happens_at_once_is_sent_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece for all listeners, in order, and before the figures that count it."""
-    monkeypatch.setattr(events, "GATHER_S", 3600.0)
-    monkeypatch.setattr(events, "FIGURES_EVERY_S", 3600.0)
+    limits = Limits(gather_s=3600, figures_every_s=3600)
     pieces: list[bytes] = []
     put = Listener.put
     monkeypatch.setattr(Listener, "put", lambda self, told, events=1: pieces.append(told) or put(self, told, events))
-    async with serving(tmp_path, OPERATORS) as d, listening(d) as one, listening(d, "?operator=bravo") as other:
+    async with (
+        serving(tmp_path, OPERATORS, limits=limits) as d,
+        listening(d) as one,
+        listening(d, "?operator=bravo") as other,
+    ):
         pieces.clear()
         for number in range(5):
             await open_and_close(d, session=f"s{number}")
@@ -189,11 +190,9 @@ async def test_what_happens_at_once_is_sent_at_once(tmp_path: Path, monkeypatch:
         assert (await other.until("session.ended"))["operator"] == "bravo"
 
 
-async def test_more_than_is_gathered_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "GATHER_S", 3600.0)
-    monkeypatch.setattr(events, "GATHERED_MAX", 3)
-    monkeypatch.setattr(events, "FIGURES_EVERY_S", 3600.0)
-    async with serving(tmp_path, OPERATORS) as d, listening(d) as stream:
+async def test_more_than_is_gathered_does_not_wait(tmp_path: Path) -> None:
+    limits = Limits(gather_s=3600, gathered_max=3, figures_every_s=3600)
+    async with serving(tmp_path, OPERATORS, limits=limits) as d, listening(d) as stream:
         for number in range(3):
             await open_and_close(d, session=f"s{number}")
         assert [(await stream.until("session.ended"))["sessionId"] for _ in range(3)] == ["s0", "s1", "s2"]
@@ -202,7 +201,7 @@ async def test_more_than_is_gathered_does_not_wait(tmp_path: Path, monkeypatch: 
 async def test_a_queue_is_full_at_its_limit() -> None:
     aborted: list[bool] = []
     listener = Listener(None, lambda: aborted.append(True))
-    for _ in range(QUEUE_MAX):
+    for _ in range(LIMITS.waiting_max):
         listener.put(b"x")
     assert not listener.dropped
     listener.put(b"x")

@@ -110,8 +110,8 @@ def measure(figure: Figure, bench: Bench, python: Python, reference: Python | No
         def enter(side: Side, code: Python, samples: list[Sample]) -> None:
             sides.append((stack.enter_context(side(bench, code)), samples))
 
-        enter(figure.daemon, python, result.daemon)
         try:
+            enter(figure.daemon, python, result.daemon)
             if reference is not None:
                 enter(figure.daemon, reference, result.floor)
             elif figure.floor is not None:

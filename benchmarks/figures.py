@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from benchmarks import ends, requests, resources
+from benchmarks import ends, postgres, requests, resources
 from benchmarks.compare import Figure, Row
 
 HANDLER = "aiohttp handler"
@@ -168,6 +168,46 @@ FIGURES = (
             "APScheduler": partial(ends.killed_peer, name="scheduler"),
             "Redis listener": ends.killed_listener,
         },
+        most_rounds=1,
+    ),
+    Figure(
+        "pg_touch",
+        partial(postgres.touches, kind="touch", connections=64),
+        (Row("rate", "on PostgreSQL: durable touches, 64 connections", "/s", 0.35, 0.6),),
+        TOUCH.daemon,
+        "the same on SQLite",
+    ),
+    Figure(
+        "pg_bulk",
+        partial(postgres.touches, kind="bulk", connections=4),
+        (Row("rate", "on PostgreSQL: ids touched in bulk, 4 × 1,000", "/s", 0.6, 0.9),),
+        postgres.raw_touches,
+        "raw statements of 300",
+    ),
+    Figure(
+        "pg_ends",
+        postgres.ends,
+        (Row("rate", "on PostgreSQL: ends with one delivery each", "/s", 0.5, 0.8),),
+        postgres.raw_ends,
+        "raw statements of 100",
+        most_rounds=4,
+    ),
+    Figure(
+        "pg_lag",
+        postgres.lag,
+        (
+            _at_most("p50", "three daemons: lateness of ends at 300/s, p50", "ms", 50, 20),
+            _at_most("p99", "the same, p99", "ms", 100, 40),
+        ),
+        most_rounds=2,
+    ),
+    Figure(
+        "pg_idle",
+        postgres.idle,
+        (
+            _at_most("live", "three daemons: statements, idle, {live} live", "/s", 10, 7),
+            _at_most("empty", "the same, nothing live", "/s", 1, 0.2),
+        ),
         most_rounds=1,
     ),
 )

@@ -9,6 +9,7 @@ decided again. Rows are locked in the order of their ids. Rows go in as one JSON
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
 
@@ -262,10 +263,12 @@ def to_json(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def fetch_all(sql: Connection, statements: Sequence[tuple[str, Sequence[Any]]]) -> list[list[tuple[Any, ...]]]:
+def fetch_all(
+    sql: Connection, statements: Sequence[tuple[str, Sequence[Any]]], *, prepare: bool | None = None
+) -> list[list[tuple[Any, ...]]]:
     """The rows of each statement, in one exchange with the server."""
     with sql.pipeline():
-        cursors = [sql.execute(statement, arguments) for statement, arguments in statements]
+        cursors = [sql.execute(statement, arguments, prepare=prepare) for statement, arguments in statements]
     return [cursor.fetchall() for cursor in cursors]
 
 
@@ -301,7 +304,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Fac
         **({"deliveries": (DELIVERIES_BY_ID, (list(named),))} if named else {}),
         **({"old": (ENDED_BEFORE, (pruning.before_at, *pruning.after, PRUNE_ROWS))} if pruning else {}),
     }
-    found = dict(zip(wanted, fetch_all(sql, list(wanted.values())), strict=True)) if wanted else {}
+    found = dict(zip(wanted, fetch_all(sql, list(wanted.values()), prepare=True), strict=True)) if wanted else {}
     facts.sessions = [Session(*row) for name in asked.sessions for row in found[f"of {name}"]]
     facts.pending = frozenset(row[0] for row in found.get("pending", ()))
     facts.outlived = [Session(*row) for row in found.get("outlived", ())]
@@ -436,7 +439,7 @@ class Batch:
         """The operations, the sweeps as of the slowest daemon's clock."""
         if not any(type(one) is Sweep and one.as_of_ms is not None for one in self.operations):
             return self.operations
-        slowest_ms, hold_until_ms = sql.execute(SLOWEST, (place.member,)).fetchone() or (None, 0)
+        slowest_ms, hold_until_ms = sql.execute(SLOWEST, (place.member,), prepare=True).fetchone() or (None, 0)
         limit_ms = self._world.service_ms if slowest_ms is None else min(self._world.service_ms, slowest_ms)
 
         def limited(as_of_ms: int) -> int | None:
@@ -469,8 +472,9 @@ class Batch:
         try:
             with sql.pipeline():
                 for statement, arguments in self._statements(changes, place):
-                    sent.append(sql.execute(statement, arguments))
+                    sent.append(sql.execute(statement, arguments, prepare=True))
         except psycopg.Error as error:
+            _forget_prepared(sql)
             fence = sent[0].pgresult if sent else None
             if meaning(error) == "conflict" and (fence is None or not _is_good(fence)):
                 raise FencedOffError from error
@@ -568,6 +572,13 @@ class Batch:
                 changes.answers[place] = StoreError(f"reading failed: {error}")
             return
         changes.states_of_touched(active, ended)
+
+
+def _forget_prepared(sql: Connection) -> None:
+    """After a flush that has failed: what was skipped in it is not prepared, though psycopg may take it to be."""
+    with suppress(psycopg.Error):
+        if not sql.closed:
+            sql.execute("DEALLOCATE ALL")
 
 
 def _is_good(result: psycopg.pq.abc.PGresult) -> bool:

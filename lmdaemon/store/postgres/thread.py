@@ -28,6 +28,10 @@ SERVER_SETTINGS = {
 }
 # The same of newer servers; older ones refuse a connection that names it. From which version on it is there.
 NEWER_SETTINGS = {"transaction_timeout": ("0", 170_000)}
+# Every statement finds its rows through an index. Without these a plan could read a whole table that was small when the
+# plan was made; it is used again when the table has grown.
+PLANS = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+NEVER = 2**31 - 1  # executions before psycopg prepares a statement by itself
 NETWORK_LIMITS: Mapping[str, Any] = {
     "connect_timeout": CONNECT_S,
     "tcp_user_timeout": 3000,
@@ -67,14 +71,14 @@ class Database:
         self._is_pooled = False  # PgBouncer in transaction mode takes no options and forgets prepared statements
 
     def connect(self, *, prepares: bool) -> Connection:
-        """Raises psycopg.Error. Statements that are skipped in a flush that fails are not prepared, though psycopg
-        takes them to be; so a connection on which that happens must not prepare any.
+        """Raises psycopg.Error. Without `prepares` only those statements are prepared for which the caller asks: some
+        that are skipped in a flush that fails are not prepared, though psycopg takes them to be.
         """
         if not self._is_pooled:
-            settings = ((name, value.replace(" ", "\\ ")) for name, value in SERVER_SETTINGS.items())
+            settings = ((name, value.replace(" ", "\\ ")) for name, value in (SERVER_SETTINGS | PLANS).items())
             options = " ".join(f"-c {name}={value}" for name, value in settings)
             try:
-                connection = self._connect(options=options, **({} if prepares else {"prepare_threshold": None}))
+                connection = self._connect(options=options, **({} if prepares else {"prepare_threshold": NEVER}))
             except psycopg.OperationalError as error:
                 if "unsupported startup parameter" not in str(error):
                     raise

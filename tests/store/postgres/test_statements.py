@@ -4,13 +4,20 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
 import pytest
+from clocks import HandClock
+from engines import PostgresEngine
+from operations import IDLE_MS, opening
 
 from lmdaemon.store.postgres import archive, batch, pages, store, tables
+from lmdaemon.store.postgres.batch import read_facts
 from lmdaemon.store.postgres.migrations import migrate
+from lmdaemon.store.postgres.thread import Connection, Database
+from lmdaemon.store.rules import Facts
 
 SESSIONS, DELIVERIES = 100_000, 50_000
 IDS = [number * 7 for number in range(1, 301)]
@@ -115,6 +122,51 @@ def test_a_statement_goes_through_an_index(filled: str, name: str) -> None:
     with psycopg.connect(filled) as sql:
         plan = "\n".join(row[0] for row in sql.execute(f"EXPLAIN {statement}", arguments))  # type: ignore[arg-type]
     assert re.findall(r"Seq Scan on (?:session|delivery)\b.*", plan) == [], plan
+
+
+@pytest.mark.parametrize("name", [name for name, statement in CASES.items() if statement[0] in vars(batch).values()])
+def test_so_does_a_plan_made_when_the_tables_were_empty(postgres_engine: PostgresEngine, name: str) -> None:
+    """A prepared statement keeps its plan while they grow."""
+    statement, arguments = CASES[name]
+    with Database(postgres_engine.url, None, "plans").connect(prepares=False) as sql:
+        sql.execute("SET plan_cache_mode = force_generic_plan")
+        with suppress(psycopg.errors.DivisionByZero):  # it finds fewer rows than it must
+            sql.execute(statement, arguments, prepare=True)  # type: ignore[arg-type]
+        ((prepared, types),) = sql.execute(
+            "SELECT name, cardinality(parameter_types) FROM pg_prepared_statements"
+        ).fetchall()
+        nothing = ", ".join(["NULL"] * types)
+        plan = "\n".join(row[0] for row in sql.execute(f"EXPLAIN EXECUTE {prepared} ({nothing})"))  # type: ignore[arg-type]
+    assert re.findall(r"Seq Scan on (?:session|delivery)\b.*|(?:Hash|Merge) .*Join.*", plan) == [], plan
+
+
+async def test_after_a_flush_that_failed_every_statement_works(
+    postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were skipped in it are prepared again. Here somebody touches a session while it is to be ended; the
+    statement that asks for the next deadline comes after that.
+    """
+    touched = []
+
+    def read_and_be_overtaken(sql: Connection, *arguments: Any) -> Facts:
+        facts = read_facts(sql, *arguments)
+        if facts.due and not touched:
+            tables.next_deadlines(sql, ["acme"])  # not prepared, as at a start
+            with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+                touched.append(sql.execute("UPDATE lmdaemon.session SET seen_ms = seen_ms + 100000").rowcount)
+        return facts
+
+    monkeypatch.setattr(batch, "read_facts", read_and_be_overtaken)
+    async with postgres_engine.open(clock) as db:
+        db.configure(frozenset({"acme"}), lambda session: ())
+        await db.open_session(opening())
+        ended = []
+        for _ in range(3):
+            for _ in range(IDLE_MS // 1000 * 8):
+                clock.advance(1)
+                db.service_clock.now_ms()
+            ended.append((await db.end_due(idle=True)).ended)
+    assert (touched, ended) == ([1], [0, 1, 0])
 
 
 def test_every_statement_about_these_tables_has_a_case() -> None:

@@ -216,8 +216,8 @@ class PostgresEngine(Engine):
     @contextlib.contextmanager
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         if self._beside is None:
-            options = "-c default_transaction_read_only=off"
-            self._beside = psycopg.connect(self._beside_url or self.url, autocommit=True, options=options)
+            self._beside = psycopg.connect(self._beside_url or self.url, autocommit=True)
+            self._beside.execute("SET default_transaction_read_only = off")  # PgBouncer takes no options
         yield self._beside
 
 

@@ -57,9 +57,11 @@ _TYPES = {
 
 
 def given(*names: str) -> str:
-    """A table of the rows of a JSON array of arrays, the one parameter."""
+    """A table of the rows of a JSON array of arrays, the one parameter. As jsonb it is parsed once, as json once for
+    each column.
+    """
     columns = ", ".join(f"(r->>{i})::{_TYPES.get(name, 'bigint')} AS {name}" for i, name in enumerate(names))
-    return f"(SELECT {columns} FROM json_array_elements(%s::json) r)"
+    return f"(SELECT {columns} FROM jsonb_array_elements(%s::jsonb) r)"
 
 
 def _count(statement: str, rows: str) -> str:

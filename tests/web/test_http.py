@@ -71,9 +71,7 @@ def test_what_is_not_utf_8_is_refused(raw: str) -> None:
 # -- answers that never change
 
 
-async def test_a_ready_answer_says_what_aiohttps_own_would(
-    aiohttp_raw_server: Callable[..., Awaitable[RawTestServer]],
-) -> None:
+async def test_a_ready_answer_says_what_aiohttps_own_would() -> None:
     """Byte for byte the same meaning, to every kind of client, whether the connection stays open or not."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -81,24 +79,24 @@ async def test_a_ready_answer_says_what_aiohttps_own_would(
             return READY.to(request)
         return web.Response(body=b'{"error":0}', content_type="application/json")
 
-    server = await aiohttp_raw_server(handle)
-    streams = [await asyncio.open_connection(server.host, server.port) for _ in range(2)]
-    for request in (
-        "GET {} HTTP/1.1\r\nHost: x\r\n\r\n",
-        "GET {} HTTP/1.1\r\nHost: x\r\n\r\n" * 3,
-        "HEAD {} HTTP/1.1\r\nHost: x\r\n\r\n",
-        "GET {} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
-        "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    ):
-        ready, own = [
-            await _heads(*stream, request.replace("{}", path))
-            for stream, path in zip(streams, ("/ready", "/own"), strict=True)
-        ]
-        assert ready == own
-        assert all("date" in head for head in ready)
-    for reader, writer in streams:
-        assert await reader.read() == b""  # the last request wanted it closed
-        writer.close()
+    async with RawTestServer(handle) as server:
+        streams = [await asyncio.open_connection(server.host, server.port) for _ in range(2)]
+        for request in (
+            "GET {} HTTP/1.1\r\nHost: x\r\n\r\n",
+            "GET {} HTTP/1.1\r\nHost: x\r\n\r\n" * 3,
+            "HEAD {} HTTP/1.1\r\nHost: x\r\n\r\n",
+            "GET {} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+            "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        ):
+            ready, own = [
+                await _heads(*stream, request.replace("{}", path))
+                for stream, path in zip(streams, ("/ready", "/own"), strict=True)
+            ]
+            assert ready == own
+            assert all("date" in head for head in ready)
+        for reader, writer in streams:
+            assert await reader.read() == b""  # the last request wanted it closed
+            writer.close()
 
 
 READY = Ready(200, b'{"error":0}', "application/json")

@@ -102,7 +102,7 @@ async def test_what_is_refused_for_want_of_room_is_told(
             assert (await asyncio.to_thread(knock)).startswith(b"HTTP/1.1 503")
             d.sites["server"].most = 2000
             with pytest.raises(StoreError):
-                await d.store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
+                await d.store.db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"
     assert only(events, "notice.not_stored").facts["session"] == "s-1"
     assert [event for event in events if event.name == "notice.not_taken"] == []  # it has its line

@@ -586,7 +586,7 @@ class Promises(RuleBasedStateMachine):
     # -- what is promised
 
     def check(self) -> None:
-        seen: Seen = self.loop.run_until_complete(self.db._db.reads.read(Seen.read))
+        seen: Seen = self.loop.run_until_complete(self.db.db.reads.read(Seen.read))
         assert seen.service_ms >= self.stored_ms
         self.stored_ms = seen.service_ms
         self.reconcile(seen, self.known)

@@ -77,14 +77,14 @@ async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock
     """However long the disk takes."""
     await open_session(db, idle_s=10)
     live(clock, db, 9.9)
-    entered, hold, written = asyncio.Event(), asyncio.Event(), db._db.writer._write
+    entered, hold, written = asyncio.Event(), asyncio.Event(), db.db.writer._write
 
     async def slow(batch: Any) -> Any:
         entered.set()
         await hold.wait()
         return await written(batch)
 
-    db._db.writer._write = slow  # type: ignore[method-assign]
+    db.db.writer._write = slow  # type: ignore[method-assign]
     first = asyncio.create_task(db.probe())
     await entered.wait()
     swept = asyncio.create_task(db.end_due(idle=True))  # for another session, say

@@ -202,7 +202,7 @@ async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch:
             await store.oldest_pending(["acme"])
         monkeypatch.setattr(reads, "READS_MAX", 1000)
         with pytest.raises(StoreError):
-            await store._db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
+            await store.db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
         after = await scrape(d)
     assert after['lmdaemon_store_refused_operations_total{reason="queue_full"}'] == 2
     assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 2
@@ -242,12 +242,12 @@ async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
         opened = [store.open_session(Opening("acme", f"s{n}", "p", "t", None, 60_000, 0)) for n in range(30)]
         await asyncio.gather(*opened)
         await store.probe()
-        made = store._db.writer.commits
+        made = store.db.writer.commits
         after = await scrape(d)
         commits = after["lmdaemon_store_commit_duration_seconds_count"]
         assert commits > before["lmdaemon_store_commit_duration_seconds_count"]
         assert commits == after["lmdaemon_store_batch_operations_count"]
-        assert made <= commits <= store._db.writer.commits  # the daemon also writes of its own accord
+        assert made <= commits <= store.db.writer.commits  # the daemon also writes of its own accord
         operations = after["lmdaemon_store_batch_operations_sum"] - before["lmdaemon_store_batch_operations_sum"]
         assert operations >= 31
         assert after["lmdaemon_store_file_bytes"] == (tmp_path / "lmdaemon.sqlite3").stat().st_size

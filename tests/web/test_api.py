@@ -711,7 +711,7 @@ async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
             for _ in range(30):
                 reader = await stack.enter_async_context(raw_connection(api.daemon.api))
                 await reader.send(b"GET /v1/deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            desk = api.daemon.store._db.reads._desk
+            desk = api.daemon.store.db.reads.desk
             await until(lambda: desk.waiting == 30)
             await api.open()
             await api.close()
@@ -912,10 +912,10 @@ async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
     api = delivered_everywhere
     monkeypatch.setattr(reads, "LOOK_S", 60.0)
     store = api.daemon.store
-    busy = asyncio.ensure_future(store._db.reads.look(endless))
+    busy = asyncio.ensure_future(store.db.reads.look(endless))
     first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))
     other = asyncio.ensure_future(api("POST", "/v1/operators/bravo/deliveries/retry", 202))
-    await until(lambda: store._db.reads._desk.waiting == 3)
+    await until(lambda: store.db.reads.desk.waiting == 3)
     for _ in range(3):
         await api("POST", ACME + "/deliveries/retry", 409)
     busy.cancel()

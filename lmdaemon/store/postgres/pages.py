@@ -24,36 +24,36 @@ _LISTED = ", ".join(_HIDDEN.get(name, f"d.{name}") for name in Delivery._fields)
 _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
 
 # Ids of active sessions of an operator, newest first.
-_ACTIVE = "SELECT id FROM lmdaemon.session WHERE operator = %s AND reason IS NULL AND id < %s ORDER BY id DESC LIMIT %s"
+ACTIVE = "SELECT id FROM lmdaemon.session WHERE operator = %s AND reason IS NULL AND id < %s ORDER BY id DESC LIMIT %s"
 # The same for ended sessions.
-_ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
+ENDED = ACTIVE.replace("IS NULL", "IS NOT NULL")
 # The same for sessions of a player, in any state.
-_OF_PLAYER = (
+OF_PLAYER = (
     "SELECT id FROM lmdaemon.session WHERE operator = %s AND player_id = %s AND id < %s ORDER BY id DESC LIMIT %s"
 )
 # Ids of a player's sessions in one state, for which there is no index, among the newest ones; how many sessions were
 # looked at, and the id of the last of them.
-_OF_PLAYER_IN_STATE = """
+OF_PLAYER_IN_STATE = """
 SELECT array_agg(id ORDER BY id DESC) FILTER (WHERE (reason IS NULL) = %s), count(*), min(id)
 FROM (SELECT id, reason FROM lmdaemon.session WHERE operator = %s AND player_id = %s AND id < %s
       ORDER BY id DESC LIMIT %s) AS of"""
 # Ids of the sessions of some operators with a session id, and perhaps of a player, newest first.
-_OF_ID = """
+OF_ID = """
 SELECT s.id FROM json_array_elements_text(%s::json) AS name JOIN lmdaemon.session s ON s.operator = name
 WHERE s.session_id = %s AND s.player_id = coalesce(%s::text, s.player_id) AND s.id < %s ORDER BY s.id DESC LIMIT %s"""
 # Ids of a player's sessions with some operators, newest first.
-_OF_PLAYER_ANYWHERE = """
+OF_PLAYER_ANYWHERE = """
 SELECT found.id FROM json_array_elements_text(%(operators)s::json) AS name, LATERAL (
     SELECT id FROM lmdaemon.session WHERE operator = name AND player_id = %(player)s AND id < %(after)s
     ORDER BY id DESC LIMIT %(count)s) AS found
 ORDER BY found.id DESC LIMIT %(count)s"""
 # Sessions by their ids, without columns that are not shown.
-_SESSIONS = f"SELECT {_SESSION} FROM lmdaemon.session WHERE id = ANY (%s) ORDER BY id DESC"
+SESSIONS = f"SELECT {_SESSION} FROM lmdaemon.session WHERE id = ANY (%s) ORDER BY id DESC"
 
 # Ids of all deliveries, newest first.
-_ALL = "SELECT id FROM lmdaemon.delivery WHERE id < %s ORDER BY id DESC LIMIT %s"
+ALL = "SELECT id FROM lmdaemon.delivery WHERE id < %s ORDER BY id DESC LIMIT %s"
 # The same for some operators, sinks and states: one index lookup for each lane, and one for each of its rows.
-_OF_LANES = """
+OF_LANES = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
     FROM json_array_elements_text(%(operators)s::json) AS name
@@ -69,28 +69,28 @@ FROM its, json_array_elements_text(%(states)s::json) AS wanted (state), LATERAL 
 WHERE its.sink = coalesce(%(sink)s::text, its.sink)
 ORDER BY found.id DESC LIMIT %(count)s"""
 # Whether any of some operators has a sink; one index lookup for each.
-_HAS_SINK = """
+HAS_SINK = """
 SELECT EXISTS (SELECT 1 FROM json_array_elements_text(%s::json) AS name
                WHERE EXISTS (SELECT 1 FROM lmdaemon.delivery d WHERE d.operator = name AND d.sink = %s))"""
 # Deliveries by their ids, without columns that are not shown.
-_DELIVERIES = f"""
+DELIVERIES = f"""
 SELECT {_LISTED} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session
 WHERE d.id = ANY (%s) ORDER BY d.id DESC"""
 
 # One session by its key.
-_ONE_SESSION = f"SELECT {_SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
+ONE_SESSION = f"SELECT {_SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
 # The deliveries of a session, oldest first.
-_ITS_DELIVERIES = f"""
+ITS_DELIVERIES = f"""
 SELECT {_LISTED}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.session = %s ORDER BY d.id"""
 # One delivery by its number, whole.
-_ONE_DELIVERY = f"""
+ONE_DELIVERY = f"""
 SELECT {DELIVERY}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = %s"""
 
 # Dead deliveries of an operator in the order in which they died: id, when it died, whether it may be sent again, cause
 # of the last failure.
-_DIED = f"""
+DIED = f"""
 SELECT id, settled_at, {MAY_BE_SENT}, coalesce(last_error, '') FROM lmdaemon.delivery
 WHERE operator = %s AND state = 'dead' AND discarded IS NULL AND (settled_at, id) > (%s, %s) AND settled_at < %s
       AND created_at >= %s AND created_at < %s AND coalesce(last_error, '') = coalesce(%s::text, last_error, '')
@@ -99,17 +99,17 @@ ORDER BY settled_at, id LIMIT %s"""
 
 def one_session(sql: Connection, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
     """A session with its deliveries, oldest first."""
-    row = sql.execute(_ONE_SESSION, (operator, session_id)).fetchone()
+    row = sql.execute(ONE_SESSION, (operator, session_id)).fetchone()
     if row is None:
         return None
     session = Session(*row)
-    return session, [delivery_of(row) for row in sql.execute(_ITS_DELIVERIES, (session.id,))]
+    return session, [delivery_of(row) for row in sql.execute(ITS_DELIVERIES, (session.id,))]
 
 
 def one_delivery(sql: Connection, webhook_id: str) -> Delivery | None:
     """A delivery by its public id, with its history, its body and the session's token."""
     number = number_of(webhook_id)
-    row = None if number is None else sql.execute(_ONE_DELIVERY, (number,)).fetchone()
+    row = None if number is None else sql.execute(ONE_DELIVERY, (number,)).fetchone()
     delivery = None if row is None else delivery_of(row)
     return delivery if delivery is not None and delivery.webhook_id == webhook_id else None
 
@@ -120,13 +120,13 @@ def session_page(
     """Sessions of an operator with ids below `after`."""
     if player_id is not None and state is not None:
         arguments = (state == "active", operator, player_id, after, PLAYER_ROWS)
-        ids, looked_at, last = sql.execute(_OF_PLAYER_IN_STATE, arguments).fetchone() or (None, 0, None)
+        ids, looked_at, last = sql.execute(OF_PLAYER_IN_STATE, arguments).fetchone() or (None, 0, None)
         ids = (ids or [])[: limit + 1]
         return _page(_sessions(sql, ids[:limit]), ids, last if looked_at == PLAYER_ROWS else None)
     if player_id is not None:
-        ids = _ids(sql, _OF_PLAYER, operator, player_id, after, limit + 1)
+        ids = _ids(sql, OF_PLAYER, operator, player_id, after, limit + 1)
     else:
-        wanted = {"active": [_ACTIVE], "ended": [_ENDED], None: [_ACTIVE, _ENDED]}[state]
+        wanted = {"active": [ACTIVE], "ended": [ENDED], None: [ACTIVE, ENDED]}[state]
         found = [number for statement in wanted for number in _ids(sql, statement, operator, after, limit + 1)]
         ids = sorted(found, reverse=True)[: limit + 1]
     return _page(_sessions(sql, ids[:limit]), ids)
@@ -138,10 +138,10 @@ def found_page(
     """Sessions of these operators by their own or their player's id, with ids below `after`."""
     names = to_json(operators)
     if session_id is not None:
-        ids = _ids(sql, _OF_ID, names, session_id, player_id, after, limit + 1)
+        ids = _ids(sql, OF_ID, names, session_id, player_id, after, limit + 1)
     else:
         wanted = {"operators": names, "player": player_id or "", "after": after, "count": limit + 1}
-        ids = [row[0] for row in sql.execute(_OF_PLAYER_ANYWHERE, wanted)]
+        ids = [row[0] for row in sql.execute(OF_PLAYER_ANYWHERE, wanted)]
     return _page(_sessions(sql, ids[:limit]), ids)
 
 
@@ -151,19 +151,19 @@ def delivery_page(
     """Deliveries of these operators with ids below `after`."""
     states = DELIVERY_STATES if state is None else (state,)
     wanted = {"operators": to_json(list(operators)), "sink": sink, "states": to_json(states), "after": after}
-    ids = [row[0] for row in sql.execute(_OF_LANES, {**wanted, "count": limit + 1})]
+    ids = [row[0] for row in sql.execute(OF_LANES, {**wanted, "count": limit + 1})]
     return _page(_deliveries(sql, ids[:limit]), ids)
 
 
 def newest_deliveries(sql: Connection, limit: int, after: int) -> Page[Delivery]:
     """Deliveries of all operators with ids below `after`."""
-    ids = _ids(sql, _ALL, after, limit + 1)
+    ids = _ids(sql, ALL, after, limit + 1)
     return _page(_deliveries(sql, ids[:limit]), ids)
 
 
 def has_sink(sql: Connection, operators: Sequence[str], sink: str) -> bool:
     """Whether there are deliveries for a sink."""
-    found = sql.execute(_HAS_SINK, (to_json(operators), sink)).fetchone()
+    found = sql.execute(HAS_SINK, (to_json(operators), sink)).fetchone()
     return bool(found and found[0])
 
 
@@ -171,7 +171,7 @@ def died(sql: Connection, operator: str, dead: Dead, after: tuple[int, int], lim
     """Reads dead deliveries of an operator in the order in which they died, beginning after `after`."""
     until_at, ended_until_at = (BEYOND if at is None else at for at in (dead.until_at, dead.ended_until_at))
     given = (operator, *after, until_at, dead.ended_since_at, ended_until_at, dead.cause, limit)
-    found = [DiedRow(*row) for row in sql.execute(_DIED, given)]
+    found = [DiedRow(*row) for row in sql.execute(DIED, given)]
     return Died(found, (found[-1].settled_at, found[-1].id) if len(found) == limit else None)
 
 
@@ -183,11 +183,11 @@ def _ids(sql: Connection, statement: str, *arguments: Any) -> list[int]:
 
 
 def _sessions(sql: Connection, ids: Sequence[int]) -> list[Session]:
-    return [Session(*row) for row in _rows(sql, _SESSIONS, ids)]
+    return [Session(*row) for row in _rows(sql, SESSIONS, ids)]
 
 
 def _deliveries(sql: Connection, ids: Sequence[int]) -> list[Delivery]:
-    return [delivery_of(row) for row in _rows(sql, _DELIVERIES, ids)]
+    return [delivery_of(row) for row in _rows(sql, DELIVERIES, ids)]
 
 
 def _rows(sql: Connection, statement: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:

@@ -52,19 +52,19 @@ class Shared(Verbs):
         self.strained: str | None = None
         self._signals = Signals()
         introduction = Introduction(name, self._since_at)
-        self._membership = Membership(self, clock, self._signals, introduction)
+        self.membership = Membership(self, clock, self._signals, introduction)
         foreign = Foreign(self)
-        keeper = Keeper(self, clock, self._membership, foreign, self._signals)
+        keeper = Keeper(self, clock, self.membership, foreign, self._signals)
         keeper.load(found)
         self._server = Server(database, thread, keeper)
         self._writer: Writer[Batch] = Writer(keeper, self._server)
         self._reads = Reads(database, self._writer.refused)
         self._hints = Hints(database, name, self._reads, self._signals, paces)
-        self._beats = Beats(self, self._membership.company, self._writer, self._hints, self._signals, paces)
+        self._beats = Beats(self, self.membership.company, self._writer, self._hints, self._signals, paces)
         self._asking = Asking(self, self._reads, self._signals)
         self._looks = Looks(
             self,
-            self._membership,
+            self.membership,
             foreign,
             self._asking,
             writer=self._writer,
@@ -115,16 +115,16 @@ class Shared(Verbs):
     def introduce(self, address: str, digest: str) -> None:
         if (address, digest) != (self._address, self._digest):
             super().introduce(address, digest)
-            self._membership.introduction = Introduction(self._name, self._since_at, address, digest)
+            self.membership.introduction = Introduction(self._name, self._since_at, address, digest)
             self._signals.look.set()
 
     # -- owners, and the other daemons
 
     def owns(self, operator: str) -> bool:
-        return self._membership.owners.owns(operator)
+        return self.membership.owners.owns(operator)
 
     def let_go(self, operator: str) -> None:
-        self._membership.owners.let_go(operator)
+        self.membership.owners.let_go(operator)
         self._signals.look.set()
 
     async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
@@ -163,10 +163,10 @@ class Shared(Verbs):
 
     @property
     def hold_until_ms(self) -> int:
-        return self._membership.company.hold_until_ms
+        return self.membership.company.hold_until_ms
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
-        if not self._membership.has_claimed:
+        if not self.membership.has_claimed:
             await self.look()
         as_of_ms = await self._heard_by_all() if idle else None
         is_aged = self.next_lifetime_at is not None and self.next_lifetime_at <= self._clock.wall_ms()
@@ -179,7 +179,7 @@ class Shared(Verbs):
 
         Waits a little for the others if the next deadline is not past for them, too.
         """
-        company = self._membership.company
+        company = self.membership.company
         own_ms, waits = self.service_clock.now_ms(), iter(WAITS_S)
         while True:
             slowest_ms, hold_ms = company.slowest_ms, company.hold_until_ms
@@ -192,11 +192,11 @@ class Shared(Verbs):
                 return None
             await asyncio.sleep(wait_s)
             if company.others:
-                self._membership.learn(await self._reads.read(who_is_there, self._server.member))
+                self.membership.learn(await self._reads.read(who_is_there, self._server.member))
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """As `Store.prune`; of several daemons, the one that has been there the longest does it."""
-        membership = self._membership
+        membership = self.membership
         if any(member < membership.owners.me for member in membership.company.others):
             return Pruned(0, None)
         return await super().prune(before_at, after)

@@ -38,7 +38,7 @@ class Database(Generic[_Work]):
         # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so while
         # it is open, a file that turns out to be damaged stays as it was found, with its WAL.
         self._keeper = keeper
-        self._disk = disk
+        self.disk = disk
         self._lock = lock
         self.writer = Writer(owner, disk)
         self.reads = Reads(*readers, self.writer.refused, disk.database)
@@ -90,19 +90,19 @@ class Database(Generic[_Work]):
         """Runs the writer, the checkpoints, and the task that empties the WAL, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.writer.run())
-            group.create_task(self._disk.checkpoint_for_ever(self.writer.committed_something))
-            group.create_task(self._disk.empty_wal_when_idle(self.writer.changed))
+            group.create_task(self.disk.checkpoint_for_ever(self.writer.committed_something))
+            group.create_task(self.disk.empty_wal_when_idle(self.writer.changed))
 
     async def close(self) -> None:
         """Refuses what is queued, and closes all connections."""
         self.writer.stop_taking(StoreError("the store is closed"))
-        if not self._disk.lost:
+        if not self.disk.lost:
             # Must be done before the last connection removes the WAL: if the process is killed in between, the next
             # start must not report a lost WAL
             file.mark(self._lock, b"")
-        await self._disk.close_checkpointer()
+        await self.disk.close_checkpointer()
         await self.reads.close()
-        await self._disk.close()
+        await self.disk.close()
         await self._keeper.close()
         os.close(self._lock)
 

@@ -23,14 +23,14 @@ class Reads:
 
     def __init__(self, reader: Thread, looker: Thread, refused: dict[str, int], database: str) -> None:
         self._reader = reader
-        self._desk = _Desk(looker)
+        self.desk = _Desk(looker)
         self._refused = refused
         self._database = database
         self._reading = 0
 
     async def close(self) -> None:
         """Closes both connections."""
-        await self._desk.close()
+        await self.desk.close()
         await self._reader.close()
 
     async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -53,13 +53,13 @@ class Reads:
 
         A call that is cancelled ends the read. Raises StoreError.
         """
-        if self._desk.waiting >= LOOKS_MAX:
-            raise self._too_many_readers(self._desk.waiting)
+        if self.desk.waiting >= LOOKS_MAX:
+            raise self._too_many_readers(self.desk.waiting)
         try:
-            return await self._desk.read(function, *arguments)
+            return await self.desk.read(function, *arguments)
         except TimeoutError:
             self._refused["reading_too_slow"] += 1
-            log.warning("store.overloaded", reason="reading_too_slow", waiting=self._desk.waiting)
+            log.warning("store.overloaded", reason="reading_too_slow", waiting=self.desk.waiting)
             raise StoreError(f"reading took longer than {LOOK_S:g} s") from None
         except sqlite3.Error as error:
             raise self._reading_failed(error) from error

@@ -74,7 +74,7 @@ class Store(Verbs):
         """Use `open` instead."""
         super().__init__(clock, name)
         self._expect_known = False  # whether the last batch was to add sessions that were known
-        self._db: Database[Batch]
+        self.db: Database[Batch]  # the parts that write and read the file
 
     @classmethod
     async def open(cls, path: Path, clock: Clock, *, name: str = "", count_downtime: bool = False) -> Self:
@@ -84,36 +84,36 @@ class Store(Verbs):
         clock.
         """
         store = cls(clock, name)
-        store._db = await Database.open(path, store, setup=SET_UP)
-        store._writer = store._db.writer
+        store.db = await Database.open(path, store, setup=SET_UP)
+        store._writer = store.db.writer
         try:
-            found = await store._db.reads.read(_load)
+            found = await store.db.reads.read(_load)
             if count_downtime and found.committed_at:
                 downtime_ms = max(0, clock.wall_ms() - found.committed_at)
                 found = found._replace(service_ms=found.service_ms + downtime_ms)
             store.load(found)
-            await store._db.accept()
+            await store.db.accept()
         except StoreError as error:  # a page is damaged that opening the file did not read
-            await store._db.close()
+            await store.db.close()
             raise DatabaseError(f"{path}: {error}") from error
         except BaseException:
-            await store._db.close()
+            await store.db.close()
             raise
         return store
 
     async def run(self) -> None:
-        await self._db.run()
+        await self.db.run()
 
     async def close(self) -> None:
-        await self._db.close()
+        await self.db.close()
 
     @property
     def path(self) -> Path:
-        return self._db.path
+        return self.db.path
 
     @property
     def wal_bytes(self) -> int:
-        return self._db.wal_bytes
+        return self.db.wal_bytes
 
     @property
     def strained(self) -> str | None:
@@ -121,11 +121,11 @@ class Store(Verbs):
 
     @property
     def file_bytes(self) -> int:
-        return self._db.file_bytes
+        return self.db.file_bytes
 
     @property
     def room(self) -> Room | None:
-        return self._db.room
+        return self.db.room
 
     # -- called by the writer
 
@@ -148,7 +148,7 @@ class Store(Verbs):
                 return None
             return session, [Delivery(*row) for row in sql.execute(_DELIVERIES_OF, (session.id,))]
 
-        return await self._db.reads.read(read)
+        return await self.db.reads.read(read)
 
     async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
 
@@ -160,50 +160,50 @@ class Store(Verbs):
                 found += ([_claimed(row) for row in rows] for rows in fetch(sql, _lanes(len(some)), *arguments))
             return found
 
-        return await self._db.reads.read(read)
+        return await self.db.reads.read(read)
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
-        return await self._db.reads.read(_oldest_pending, list(operators))
+        return await self.db.reads.read(_oldest_pending, list(operators))
 
     # -- reading, for people: without tokens and bodies
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
-        return await self._db.reads.look(pages.one_session, operator, session_id)
+        return await self.db.reads.look(pages.one_session, operator, session_id)
 
     async def sessions(
         self, operator: str, *, state: str | None, player_id: str | None, limit: int, after: int | None
     ) -> Page[Session]:
-        return await self._db.reads.look(pages.session_page, operator, state, player_id, limit, after or pages.BEYOND)
+        return await self.db.reads.look(pages.session_page, operator, state, player_id, limit, after or pages.BEYOND)
 
     async def find_sessions(
         self, *, session_id: str | None, player_id: str | None, limit: int, after: int | None
     ) -> Page[Session]:
         operators, after = list(self.figures), after or pages.BEYOND
-        return await self._db.reads.look(pages.found_page, operators, session_id, player_id, limit, after)
+        return await self.db.reads.look(pages.found_page, operators, session_id, player_id, limit, after)
 
     async def delivery(self, webhook_id: str) -> Delivery | None:
-        return await self._db.reads.look(pages.one_delivery, webhook_id)
+        return await self.db.reads.look(pages.one_delivery, webhook_id)
 
     async def deliveries(
         self, *, operator: str | None, sink: str | None, state: str | None, limit: int, after: int | None
     ) -> Page[Delivery]:
         after = after or pages.BEYOND
         if operator is sink is state is None:
-            return await self._db.reads.look(pages.newest_deliveries, limit, after)
+            return await self.db.reads.look(pages.newest_deliveries, limit, after)
         operators = [operator] if operator is not None else list(self.figures)  # also those no longer configured
-        return await self._db.reads.look(pages.delivery_page, operators, sink, state, limit, after)
+        return await self.db.reads.look(pages.delivery_page, operators, sink, state, limit, after)
 
     async def has_sink(self, sink: str) -> bool:
-        return await self._db.reads.look(pages.has_sink, list(self.figures), sink)
+        return await self.db.reads.look(pages.has_sink, list(self.figures), sink)
 
     async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
-        return await self._db.reads.look(pages.died, operator, dead, after, limit)
+        return await self.db.reads.look(pages.died, operator, dead, after, limit)
 
     async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        return await self._db.reads.look(_aging, list(operators))
+        return await self.db.reads.look(_aging, list(operators))
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        return await self._db.reads.look(_oldest_pending, list(operators))
+        return await self.db.reads.look(_oldest_pending, list(operators))
 
 
 # The time from which the age of the oldest delivery that waits for an operator's URL is counted.

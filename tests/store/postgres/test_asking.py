@@ -62,7 +62,7 @@ async def pair(postgres_engine: PostgresEngine, clock: HandClock) -> AsyncIterat
         async def settled() -> bool:
             known = [len(await store.daemons()) for store in stores]
             owned = [store.owns("acme") for store in stores]
-            return known == [2, 2] and sum(owned) == 1 and all(store._membership.owners.is_settled for store in stores)
+            return known == [2, 2] and sum(owned) == 1 and all(store.membership.owners.is_settled for store in stores)
 
         await until(settled)
         yield Pair(stores, heard)

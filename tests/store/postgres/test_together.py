@@ -243,7 +243,7 @@ class TestServiceTime:
     async def test_a_touch_is_not_older_than_any_clock(self, together: Cluster) -> None:
         """One whose clock has fallen behind does not make sessions older."""
         one, other = await together.pair()
-        await until(lambda: one.store._membership.company.others and other.store._membership.company.others)
+        await until(lambda: one.store.membership.company.others and other.store.membership.company.others)
         await other.stop()
         await together.pass_time(1.4)
         await one.store.probe()

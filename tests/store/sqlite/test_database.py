@@ -340,8 +340,8 @@ async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work])
 
 
 async def test_a_rollback_that_failed_is_made_up_for(db: Database[Work]) -> None:
-    await db._disk._writer.run(thread.execute, "BEGIN IMMEDIATE")
-    await db._disk._writer.run(thread.execute, "INSERT INTO note VALUES ('half')")
+    await db.disk._writer.run(thread.execute, "BEGIN IMMEDIATE")
+    await db.disk._writer.run(thread.execute, "INSERT INTO note VALUES ('half')")
     queued = asyncio.ensure_future(db.writer.write(insert("whole")))
     await asyncio.sleep(0)
     await db.writer.write_batch()
@@ -471,8 +471,8 @@ async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], mon
         began = time.monotonic()
         await stored(db, "y")
         assert time.monotonic() - began < thread.BUSY_TIMEOUT_S
-        assert db._disk._blocked_until > began  # and it is not tried again with every batch
-    db._disk._blocked_until = 0.0
+        assert db.disk._blocked_until > began  # and it is not tried again with every batch
+    db.disk._blocked_until = 0.0
     await stored(db, "w")
     assert db.wal_bytes > 100_000  # as it was found
     await stored(db, "w")
@@ -528,7 +528,7 @@ async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
     monkeypatch.setattr(disk, "CHECKPOINT_S", 0.01)
     running = [
         asyncio.create_task(db.writer.run()),
-        asyncio.create_task(db._disk.checkpoint_for_ever(db.writer.committed_something)),
+        asyncio.create_task(db.disk.checkpoint_for_ever(db.writer.committed_something)),
     ]
     await db.writer.write(insert("copied"))
     async with asyncio.timeout(10):
@@ -545,7 +545,7 @@ async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(disk, "IDLE_S", 0.02)
     running = [
         asyncio.create_task(db.writer.run()),
-        asyncio.create_task(db._disk.empty_wal_when_idle(db.writer.changed)),
+        asyncio.create_task(db.disk.empty_wal_when_idle(db.writer.changed)),
     ]
     yield db
     for task in running:
@@ -602,13 +602,13 @@ async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[W
     """What is not in the file yet is copied without its lock, and only an empty rest is cut off with it."""
     statements: list[str] = []
     await stored(db, "x" * 100_000)
-    await db._disk._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
+    await db.disk._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO note VALUES ('y')")
-        assert not await db._disk._wal_emptied()  # and does not wait for it
+        assert not await db.disk._wal_emptied()  # and does not wait for it
         writer.execute("COMMIT")
-    assert await db._disk._wal_emptied()
+    assert await db.disk._wal_emptied()
     assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2
 
 

@@ -64,7 +64,7 @@ async def db(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
 
 async def on_desk(db: Store, function: Callable[..., Any], *arguments: Any) -> Any:
     """On the connection for people's reads."""
-    return await db._db.reads._desk._thread.run(function, *arguments)
+    return await db.db.reads.desk._thread.run(function, *arguments)
 
 
 def everything_asked(db: Store) -> list[Callable[[], Any]]:
@@ -178,7 +178,7 @@ async def test_a_read_for_people_that_takes_too_long_ends_with_its_reason(
 ) -> None:
     monkeypatch.setattr(reads, "LOOK_S", 0.05)
     with hear() as events, pytest.raises(StoreError, match=r"reading took longer than 0\.05 s"):
-        await db._db.reads.look(endless)
+        await db.db.reads.look(endless)
     assert [(event.name, event.facts["reason"]) for event in events] == [("store.overloaded", "reading_too_slow")]
     assert db.refused["reading_too_slow"] == 1
     monkeypatch.setattr(reads, "LOOK_S", 60.0)
@@ -187,7 +187,7 @@ async def test_a_read_for_people_that_takes_too_long_ends_with_its_reason(
 
 async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
     started = threading.Event()
-    slow = asyncio.ensure_future(db._db.reads.look(endless, started))
+    slow = asyncio.ensure_future(db.db.reads.look(endless, started))
     await until(started.is_set)
     waiting = [asyncio.ensure_future(db.delivery("msg_1_x")) for _ in range(10)]
     await asyncio.sleep(0)
@@ -202,7 +202,7 @@ async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
 async def test_a_read_whose_caller_has_gone_ends_and_hits_nobody_else(db: Store, moment: str) -> None:
     for _ in range(50):
         started = threading.Event()
-        gone = asyncio.ensure_future(db._db.reads.look(endless, started))
+        gone = asyncio.ensure_future(db.db.reads.look(endless, started))
         await asyncio.sleep(0)
         if moment == "while it runs":
             await until(started.is_set)
@@ -236,7 +236,7 @@ async def test_a_page_is_of_one_moment(db: Store) -> None:
         assert settled.wait(10)
         return pages.delivery_page(sql, ["acme"], None, None, 9, pages.BEYOND)
 
-    reading = asyncio.ensure_future(db._db.reads.look(read))
+    reading = asyncio.ensure_future(db.db.reads.look(read))
     await until(begun.is_set)
     await db.settle(Settlement(stored[1][0], "delivered", 0, 0, {"at": 1}))
     settled.set()

@@ -74,4 +74,4 @@ async def explain(db: Store, statement: str, arguments: object) -> str:
     def read(sql: sqlite3.Connection) -> str:
         return " | ".join(row[3] for row in sql.execute("EXPLAIN QUERY PLAN " + statement, arguments))  # type: ignore[arg-type]
 
-    return await db._db.reads.read(read)
+    return await db.db.reads.read(read)

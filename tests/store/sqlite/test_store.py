@@ -106,7 +106,7 @@ async def trace(db: Store) -> list[str]:
         if statement not in statements[-1:]:  # told once more for each statement of its trigger
             statements.append(statement)
 
-    await db._db._disk._writer.run(lambda sql: sql.set_trace_callback(note))
+    await db.db.disk._writer.run(lambda sql: sql.set_trace_callback(note))
     return statements
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from commands import COMMAND, Running, configure, daemon, environment, poll, run
 
@@ -39,6 +40,19 @@ def shell(line: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]
     )
 
 
+def into(words: str, cwd: Path, *, out: Path | None = None, err: Path | None = None) -> tuple[int, str, str]:
+    """A command whose streams go to these files, forked: exit code, and what came to the others."""
+    places = [out or cwd / "out", err or cwd / "err"]
+    for place in (cwd / "out", cwd / "err"):
+        place.write_bytes(b"")
+    process = forked.Started(words.split(), cwd, environment(), out=places[0], err=places[1])
+    try:
+        code = process.wait(120)
+    finally:
+        process.kill()
+    return code, (cwd / "out").read_text(), (cwd / "err").read_text()
+
+
 COMMANDS = [
     "--help",
     "sessions list --help",
@@ -63,7 +77,12 @@ COMMANDS = [
 @needs_full
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_result_that_cannot_be_written_is_one_line_and_exits_1(lm: Running, words: str) -> None:
-    done = shell(f"$LM {words} > /dev/full", lm.directory)
+    assert into(words, lm.directory, out=FULL) == (1, "", NO_SPACE)
+
+
+@needs_full
+def test_in_a_new_interpreter_too_it_is_one_line(lm: Running) -> None:
+    done = shell("$LM version > /dev/full", lm.directory)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", NO_SPACE)
 
 
@@ -73,8 +92,7 @@ def test_a_long_result_that_cannot_be_written_is_one_line(lm: Running) -> None:
     for number in range(300):
         lm.open("acme", f"{'long' * 50}-{number}")
     for words in ("sessions list acme --all", "sessions list acme --all --json"):
-        done = shell(f"$LM {words} > /dev/full", lm.directory)
-        assert (done.returncode, done.stderr) == (1, NO_SPACE)
+        assert into(words, lm.directory, out=FULL) == (1, "", NO_SPACE)
 
 
 @needs_full
@@ -82,10 +100,11 @@ def test_a_long_result_that_cannot_be_written_is_one_line(lm: Running) -> None:
     ("words", "code"),
     [("version", 0), ("status", 0), ("hold nobody", 1), ("check-config --config none", 2), ("sessions", 2)],
 )
-@pytest.mark.parametrize("where", ["/dev/full", "&-"])
-def test_messages_that_cannot_be_written_change_no_exit_code(lm: Running, words: str, code: int, where: str) -> None:
-    assert shell(f"$LM {words} 2> {where}".replace("> &", ">&"), lm.directory).returncode == code
-    assert shell(f"$LM {words} > /dev/full 2> {where}".replace("> &", ">&"), lm.directory).returncode == (code or 1)
+def test_messages_that_cannot_be_written_change_no_exit_code(lm: Running, words: str, code: int) -> None:
+    assert into(words, lm.directory, err=FULL)[0] == code
+    assert into(words, lm.directory, out=FULL, err=FULL)[0] == (code or 1)
+    assert shell(f"$LM {words} 2>&-", lm.directory).returncode == code
+    assert shell(f"$LM {words} > /dev/full 2>&-", lm.directory).returncode == (code or 1)
 
 
 @pytest.mark.parametrize("closed", CLOSED)

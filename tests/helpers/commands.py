@@ -51,11 +51,18 @@ def of_interpreter(names: Iterable[str]) -> bool:
 
 
 def run(
-    *words: object, cwd: Path, before: Callable[[], None] | None = None, **env: str
+    *words: object,
+    cwd: Path,
+    before: Callable[[], None] | None = None,
+    first: Callable[[], None] | None = None,
+    **env: str,
 ) -> "subprocess.CompletedProcess[str]":
-    """One command to its end. Whatever it does, no secret may be in what it prints."""
+    """One command to its end. Whatever it does, no secret may be in what it prints.
+
+    With `before`, or variables that an interpreter reads, it runs in a new one; otherwise `first` is called first.
+    """
     if before is None and not of_interpreter(env):
-        done = forked.run([*map(str, words)], cwd, environment(**env), within_s=120)
+        done = forked.run([*map(str, words)], cwd, environment(**env), within_s=120, first=first)
     else:
         # What `before` limits could cut bytecode short, which would stay
         done = subprocess.run(

@@ -77,7 +77,8 @@ check_python() {
 
 build_venv() {
     venv=$work/venv
-    export PIP_NO_COMPILE=1 # of its tools, each runs once; the environment is compiled below
+    # What runs once need not be compiled, and the environment is below. "No" is how pip wants to be told so.
+    export PIP_NO_COMPILE=no
     "$PYTHON" -m venv "$work/pip"
     pip="$work/pip/bin/python -m pip --disable-pip-version-check -qq"
     # From a copy: a build in the tree would leave root's files there, and take up what an older one left.
@@ -85,7 +86,7 @@ build_venv() {
     cp -R pyproject.toml README.md lmdaemon "$work/source"
     $pip wheel --no-deps --wheel-dir "$work/own" "$work/source"
     "$PYTHON" -m venv --without-pip "$venv"
-    $pip --python "$venv/bin/python" install --only-binary :all: --constraint constraints.txt \
+    $pip --python "$venv/bin/python" install --no-compile --only-binary :all: --constraint constraints.txt \
         "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
     find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
     rm -rf "$venv/include" "$venv/lib64"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from ways import WAYS, on_the
 from xdist.scheduler import LoadScopeScheduling
 
-from lmdaemon import log
+from lmdaemon import disk, log
 
 _MEASURED = "measured"  # the key of a test's figures in its report
 # A machine that stood still for a second is no finding
@@ -51,10 +51,23 @@ SHARING = {
 LONG_S = 3600  # for a test that waits for other programs for long, or repeats what it does hundreds of times
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not DEEP:
+        both = [item for item in items if is_on_both(item)]
+        config.hook.pytest_deselected(items=both)
+        items[:] = [item for item in items if item not in {*both}]
     for item in items:
         if FULL or item.nodeid.startswith(("tests/faults/", "tests/service/")):
             item.add_marker(pytest.mark.timeout(LONG_S))
+
+
+def is_on_both(item: pytest.Item) -> bool:
+    """Whether a test is of the ordinary way on uvloop: each of these two is tried with the other way, the other loop.
+
+    What only both together could break is found by CI (DEEP).
+    """
+    chosen = getattr(item, "callspec", None)
+    return chosen is not None and chosen.params.get("way") == "ordinary" and "uvloop" in chosen.id.split("-")
 
 
 def pytest_collection_finish() -> None:
@@ -97,10 +110,10 @@ def places(task: "asyncio.Task[Any]") -> Iterator[str]:
         waits = getattr(waits, "cr_await", None) or getattr(waits, "gi_yieldfrom", None)
 
 
-@pytest.fixture(autouse=True)
-def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _roomy() -> None:
     """The disk of the machine that runs the tests may be nearly full, which `/health` of a sound daemon would say."""
-    monkeypatch.setattr("lmdaemon.disk.LOW_SHARE", 0.0)
+    disk.LOW_SHARE = 0.0
 
 
 def _uvloop() -> asyncio.AbstractEventLoop:
@@ -133,8 +146,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _every_line_is_the_first_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "repeats", log.Repeats())
+def _every_line_is_the_first_of_its_kind() -> None:
+    log.repeats = log.Repeats()
 
 
 @pytest.fixture

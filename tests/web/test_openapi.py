@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,7 +18,6 @@ import pytest
 from certificates import make
 from chance import examples
 from documented import closed
-from schemathesis.specs.openapi.definitions import OPENAPI_31
 from support import LISTEN, Serving, load, scripted_operator, serving, until
 
 from lmdaemon.config.settings import Settings
@@ -115,6 +115,14 @@ def filter_case(context, case):
         return False
     return is_kept(case.body) if isinstance(case.body, dict) else True
 """
+
+
+@cache
+def validator() -> Any:
+    """Of documents. What it is made of takes half a second to import, which no other test needs."""
+    from schemathesis.specs.openapi.definitions import OPENAPI_31
+
+    return jsonschema_rs.Draft202012Validator(OPENAPI_31)
 
 
 async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> dict[str, Any]:
@@ -251,7 +259,7 @@ def references(value: Any) -> Iterator[str]:
 @pytest.mark.parametrize("toml", SETTINGS.values(), ids=SETTINGS)
 def test_document_is_valid_openapi_3_1(directory: Path, toml: str) -> None:
     found = document(directory, toml)
-    assert [str(error) for error in jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)] == []
+    assert [str(error) for error in validator().iter_errors(found)] == []
     for schema in found["components"]["schemas"].values():
         jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema)
 
@@ -302,7 +310,7 @@ def test_an_endpoint_with_the_path_of_a_private_call_stands_beside_it(directory:
     item = found["paths"]["/metrics"]
     assert item["post"]["servers"][0]["url"] == "http://127.0.0.1:8080"
     assert "servers" not in item | item["get"]
-    assert list(jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)) == []
+    assert list(validator().iter_errors(found)) == []
 
 
 @pytest.mark.parametrize(
@@ -322,7 +330,7 @@ def test_each_path_names_the_listener_it_is_found_at(directory: Path, listen: st
     assert [server["url"] for server in found["servers"]] == ["http://127.0.0.1:8081"]  # of all that names none
     assert {path for path, item in found["paths"].items() if "servers" in item} == {"/health"}
     assert [server["url"] for server in found["paths"]["/health"]["servers"]] == ["http://127.0.0.1:8081", url]
-    assert list(jsonschema_rs.Draft202012Validator(OPENAPI_31).iter_errors(found)) == []
+    assert list(validator().iter_errors(found)) == []
 
 
 def test_a_listener_with_tls_of_its_own_is_found_at_https(directory: Path) -> None:

@@ -1,5 +1,5 @@
 # make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
-#              WORKERS=1 so many at a time (one more than cores, for many wait); DEEP=1 tries each property with four
+#              WORKERS=1 so many at a time (twice as many as cores, for many wait); DEEP=1 tries each property with four
 #              times as many examples, as CI does once
 # make test-newest   the same tests with the newest version of everything, where make uses those of constraints.txt;
 #              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints writes that file anew
@@ -38,7 +38,7 @@ SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON)
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 # Tests side by side, their files in memory where there is room: syncing them to a disk takes longer than all the rest.
 # What a disk does to the daemon is the fault suite's matter, on a real one.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 2)
 PARALLEL = --numprocesses=$(WORKERS)
 # Bytecode is kept, or each worker would compile every test anew, and each daemon itself.
 unexport PYTHONDONTWRITEBYTECODE

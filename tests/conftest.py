@@ -53,21 +53,24 @@ LONG_S = 3600  # for a test that waits for other programs for long, or repeats w
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not DEEP:
-        both = [item for item in items if is_on_both(item)]
-        config.hook.pytest_deselected(items=both)
-        items[:] = [item for item in items if item not in {*both}]
+        left = {item for item in items if is_left_to_ci(item)}
+        config.hook.pytest_deselected(items=[*left])
+        items[:] = [item for item in items if item not in left]
     for item in items:
         if FULL or item.nodeid.startswith(("tests/faults/", "tests/service/")):
             item.add_marker(pytest.mark.timeout(LONG_S))
 
 
-def is_on_both(item: pytest.Item) -> bool:
-    """Whether a test is of the ordinary way on uvloop: each of these two is tried with the other way, the other loop.
+def is_left_to_ci(item: pytest.Item) -> bool:
+    """Whether a test is of the ordinary way on uvloop, or of that way and costly.
 
-    What only both together could break is found by CI (DEEP).
+    Each loop is tried with the other way, and the ordinary way on the other loop: what only both together could break
+    is found by CI (DEEP).
     """
     chosen = getattr(item, "callspec", None)
-    return chosen is not None and chosen.params.get("way") == "ordinary" and "uvloop" in chosen.id.split("-")
+    if chosen is None or chosen.params.get("way") != "ordinary":
+        return False
+    return "uvloop" in chosen.id.split("-") or item.get_closest_marker("costly") is not None
 
 
 def pytest_collection_finish() -> None:

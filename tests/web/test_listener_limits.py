@@ -235,6 +235,7 @@ def flood(url: str, first: bytes, payload: bytes) -> Iterator[Callable[[], bool]
         yield send
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_does_not_fill_the_memory_and_honest_senders_are_answered(
     tmp_path: Path, measured: Callable[..., None], name: str

@@ -164,6 +164,7 @@ class Changes:
     world: World
     # Rows
     touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
+    active: dict[int, None] = field(default_factory=dict)  # of those, rows that answers say are active
     sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
     # id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity: a later one
     # prevents the end), id of the HTTP request
@@ -330,6 +331,7 @@ class _Sessions:
         self._put(seen)
         if not self._is_new(session):  # a row that this batch adds gets the time when it is added
             self._changes.touched.setdefault(session.operator, {})[session.session_id] = None
+            self._changes.active[session.id] = None
         return seen
 
     def open(self, openings: Iterable[Opening]) -> None:

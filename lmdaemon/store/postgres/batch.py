@@ -165,6 +165,8 @@ touched AS (
     WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
+# Sessions that were found active, and touched by now, so that they stay so. As many as given must be.
+STILL_ACTIVE = "SELECT 1 / (count(*) = %s)::int FROM lmdaemon.session WHERE id = ANY (%s) AND reason IS NULL"
 # Adds sessions.
 ADD_SESSIONS = f"""
 WITH {STAMP}
@@ -506,6 +508,8 @@ class Batch:
             ids = [session_id for session_ids in changes.touched.values() for session_id in session_ids]
             operators = [operator for operator, session_ids in changes.touched.items() for _ in session_ids]
             yield TOUCH, (changes.seen_ms, me, to_json(operators), to_json(ids), world.wall_at, len(ids))
+            if changes.active:
+                yield STILL_ACTIVE, (len(changes.active), list(changes.active))
         if changes.sessions:
             yield ADD_SESSIONS, (changes.seen_ms, me, to_json(changes.sessions))
         if changes.ended:

@@ -50,6 +50,7 @@ OF_PLAYER = {"operators": NAMES, "player": "p1", "after": 10**9, "count": 101}
 # Arguments of each statement that looks for sessions and deliveries
 CASES: dict[str, tuple[str, Any]] = {
     "TOUCH": (batch.TOUCH, (5, 1, OPERATORS, KEYS, 5, 300)),
+    "STILL_ACTIVE": (batch.STILL_ACTIVE, (300, IDS)),
     "END": (batch.END, (given("closed", None, None, None), 5, 300)),
     "MOVE_DUE": (batch.MOVE_DUE, (given(5),)),
     "MOVE_LIFETIME": (batch.MOVE_LIFETIME, (given(5),)),

@@ -451,3 +451,21 @@ class TestLooks:
         await together.pass_time(3)
         await other.store.touch(mine, ["s"])
         await until(lambda: one.store.touched_ms.get(mine, 0) >= 2900)
+
+
+async def test_what_another_daemon_ends_meanwhile_is_not_answered_as_active(
+    postgres_engine: PostgresEngine, clock: HandClock
+) -> None:
+    """A session is found active, and ends before the touch of it gets hold of its row."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with postgres_engine.open(clock) as db:
+        await asyncio.gather(*(db.open_session(opening(name)) for name in "ab"))
+        with psycopg.connect(postgres_engine.url) as another, psycopg.connect(postgres_engine.url) as sql:
+            another.execute("SELECT 1 FROM lmdaemon.session WHERE session_id = 'a' FOR UPDATE")
+            asked = asyncio.gather(db.open_session(opening("a")), db.touch("acme", ["a", "b"]))
+            await until(lambda: sql.execute(waiting).fetchall())
+            another.execute("UPDATE lmdaemon.session SET reason = 'closed', ended_at = 1 WHERE session_id = 'a'")
+            another.commit()
+            opened, touched = await asked
+    assert opened.outcome == "ended"
+    assert touched == (1, [], ["a"])

@@ -82,15 +82,16 @@ class Server:
     def make(self) -> None:
         """A new one, without anything in it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._own()
+        self.own()
         self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
 
     def copy(self, made: Path) -> None:
         """What another one has left in its directory."""
         subprocess.run(["cp", "--archive", "--reflink=auto", str(made), str(self.data)], check=True)
-        self._own()
+        self.own()
 
-    def _own(self) -> None:
+    def own(self) -> None:
+        """Gives the directory to the user as whom the server runs."""
         if self._as:
             shutil.chown(self.directory, "postgres", "postgres")
 
@@ -275,28 +276,39 @@ def ends(bench: Bench, python: Python) -> Iterator[Run]:
     nothing is sent.
     """
     size = bench.notices // len(WALLETS) * len(WALLETS)
-    toml = settings(WALLETS, lambda path: f"http://127.0.0.1:9/{path}")
     with copied(bench, python) as server:
-        with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
-            for name in WALLETS:
-                daemon.call("POST", f"/v1/operators/{name}/hold")
+        toml = held(server, python)
 
         def run(number: int) -> Sample:
             make_due(server, WALLETS, DUE + size * number, size)
-            with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
-                before = daemon.cpu_s
-                until(lambda: _waiting(server, WALLETS, "live") == 0, 120, "all have ended")
-                cpu_s = daemon.cpu_s - before
-            ((count, began, ended),) = server.rows(
-                "SELECT count(*), min(created_at), max(created_at) FROM (SELECT created_at FROM lmdaemon.delivery "
-                "WHERE state = 'pending' ORDER BY id DESC LIMIT %s) AS made",
-                size,
-            )
-            if count != size or ended - began > 100_000:
-                raise Broken(f"{count} of {size} ends have made a delivery, within {ended - began} ms")
-            return {"rate": size / max(1, ended - began) * 1000, "cpu_us": cpu_s / size * 1e6}
+            return hurry(server, python, toml, size)
 
         yield run
+
+
+def held(server: Server, python: Python) -> str:
+    """Holds all operators. Returns their configuration."""
+    toml = settings(WALLETS, _nowhere)
+    with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
+        for name in WALLETS:
+            daemon.call("POST", f"/v1/operators/{name}/hold")
+    return toml
+
+
+def hurry(server: Server, python: Python, toml: str, size: int) -> Sample:
+    """A daemon that is started while so many sessions are due, until all have ended."""
+    with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
+        before = daemon.cpu_s
+        until(lambda: _waiting(server, WALLETS, "live") == 0, 120, "all have ended")
+        cpu_s = daemon.cpu_s - before
+    ((count, began, ended),) = server.rows(
+        "SELECT count(*), min(created_at), max(created_at) FROM (SELECT created_at FROM lmdaemon.delivery "
+        "WHERE state = 'pending' ORDER BY id DESC LIMIT %s) AS made",
+        size,
+    )
+    if count != size or ended - began > 100_000:
+        raise Broken(f"{count} of {size} ends have made a delivery, within {ended - began} ms")
+    return {"rate": size / max(1, ended - began) * 1000, "cpu_us": cpu_s / size * 1e6}
 
 
 def _waiting(server: Server, names: Sequence[str], *columns: str) -> int:

@@ -61,6 +61,7 @@ class Parts:
         """
         self.store: Store = await open_store(settings, self._clock, name)
         stack.push_async_callback(self.store.close)
+        self._clock = self.store.clock
         self.store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile
         self.sender = Sender(self._clock)
         stack.push_async_callback(self.sender.close)

@@ -120,6 +120,7 @@ def export(args: argparse.Namespace) -> int:
         with acting_with(theirs):
             check_source(settings)
             with source as archive:
+                until_at = min(until_at, archive.now_at())
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
@@ -156,7 +157,7 @@ def _period(args: argparse.Namespace, now_at: int) -> tuple[int, int]:
 
 def _wait_until_committed(archive: Archive, until_at: int) -> None:
     """Waits until every end before `until_at` is in the file, or SETTLED_S have passed."""
-    while archive.committed_at() < until_at and Clock().wall_ms() < until_at + SETTLED_S * 1000:
+    while archive.committed_at() < until_at and archive.now_at() < until_at + SETTLED_S * 1000:
         time.sleep(POLL_S)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from lmdaemon.clock import ServiceClock
+from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Member, Session
 
 READS_MAX = 1000  # most reads by the daemon itself that may wait for their turn
@@ -337,7 +337,10 @@ class Archive(Protocol):
         """The gate of each operator."""
 
     def committed_at(self) -> int:
-        """Wall time of the last transaction."""
+        """Whatever a daemon has dated with an earlier wall time is stored. That may last until its next transaction."""
+
+    def now_at(self) -> int:
+        """Wall time by the clock that ends are dated with."""
 
 
 class Whole(Protocol):
@@ -453,6 +456,12 @@ class Store(Protocol):
     pausing: frozenset[str]  # as given to `configure`
     expulsions: int  # daemons on the database that this one has expelled, since the start
     joined_others: bool  # at the start: then no restart grace applies, for touches could be heard all the while
+
+    @property
+    def clock(self) -> Clock:
+        """The daemon's clocks. Its wall time, by which all stored wall times go, is this machine's, or on a database
+        that other daemons use as well that of the database's server.
+        """
 
     @property
     def hold_until_ms(self) -> int:

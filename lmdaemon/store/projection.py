@@ -57,6 +57,11 @@ class Projection:
         self.last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
 
+    @property
+    def clock(self) -> Clock:
+        """The clock that wall times go by (Store.clock)."""
+        return self._clock
+
     def configure(
         self,
         operators: frozenset[str],

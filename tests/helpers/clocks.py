@@ -19,6 +19,9 @@ class HandClock(Clock):
     def monotonic(self) -> float:
         return self.mono
 
+    def elapsed(self) -> float:
+        return self.mono
+
     def advance(self, seconds: float) -> None:
         """Time passes, on both clocks."""
         self.mono += seconds

@@ -43,6 +43,10 @@ class Engine(ABC):
         included. What was acknowledged before is there for the next `open`.
         """
 
+    async def step_wall(self, clock: HandClock, store: Store, seconds: float) -> None:
+        """Somebody sets the clock by which the store dates, and the store has found that out."""
+        clock.step_wall(seconds)
+
     @abstractmethod
     def outage(self) -> AbstractContextManager[None]:
         """While it lasts, nothing can be written and every write is refused; reading may work."""
@@ -126,6 +130,11 @@ class PostgresEngine(Engine):
                 sql.execute(f"ALTER DATABASE {self.name} SET search_path = hand, pg_catalog")
         move(clock.wall_ms())
         clock.follow = [move]
+
+    async def step_wall(self, clock: HandClock, store: Store, seconds: float) -> None:
+        """The server's; a store learns of it with its next exchange."""
+        clock.step_wall(seconds)
+        await store.probe()
 
     def close(self) -> None:
         """Closes the connection beside the stores'."""

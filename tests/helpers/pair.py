@@ -43,6 +43,12 @@ class PairEngine(PostgresEngine):
             async with super().open(clock, count_downtime=count_downtime) as one, super().open(clock) as other:
                 yield Pair(clock, one, other)
 
+    async def step_wall(self, clock: HandClock, store: Any, seconds: float) -> None:
+        """Both have found it out."""
+        clock.step_wall(seconds)
+        for one in store.stores:
+            await one.probe()
+
 
 class _HandsOver(StoreObserver):
     """Nothing is ever under way for an operator."""

@@ -1,14 +1,16 @@
 """Reads ended sessions from the database, page by page, in another process than the daemon's."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psycopg
 
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import DatabaseError, Ended, Wanted
 from lmdaemon.store.postgres.batch import DELIVERY, GATE, SESSION, delivery_of
+from lmdaemon.store.postgres.company import NOW
 from lmdaemon.store.postgres.errors import said
+from lmdaemon.store.postgres.hints import send
 from lmdaemon.store.postgres.thread import Connection, Database
 
 EXPORT_ROWS = 500  # sessions in one read
@@ -30,10 +32,11 @@ SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.s
 WHERE d.session = ANY (%s) ORDER BY d.id"""
 # The gate of every operator.
 GATES = f"SELECT name, {', '.join(GATE)} FROM lmdaemon.operator"
-# Wall time of the last transaction.
-COMMITTED_AT = """
-SELECT max(wall_at)
-FROM (SELECT wall_at FROM lmdaemon.clock UNION ALL SELECT wall_at FROM lmdaemon.member) AS known"""
+# The earliest of the daemons' last transactions: each daemon stores what it dates in the order of its dates. Without a
+# daemon everything is stored.
+COMMITTED_AT = f"SELECT coalesce(min(wall_at), {NOW}) FROM lmdaemon.member"
+# The time of the server, with which daemons date what they store.
+NOW_AT = f"SELECT {NOW}"
 
 
 class Archive:
@@ -63,9 +66,17 @@ class Archive:
         return {name: Gate(*gate) for name, *gate in self._sql.execute(GATES)}
 
     def committed_at(self) -> int:
-        """Wall time of the last transaction."""
-        row = self._sql.execute(COMMITTED_AT).fetchone()
-        return row[0] if row is not None else 0
+        """Up to which wall time every daemon has stored what it dates (Archive)."""
+        return self._time(COMMITTED_AT)
+
+    def now_at(self) -> int:
+        """Wall time of the server (Archive)."""
+        return self._time(NOW_AT)
+
+    def _time(self, statement: str) -> int:
+        row = self._sql.execute(statement).fetchone()
+        assert row is not None  # noqa: S101 - for the type checker: an aggregate has a row
+        return int(row[0])
 
 
 @contextmanager
@@ -76,6 +87,8 @@ def open_archive(url: str, password: str | None) -> Iterator[Archive]:
     database = Database(url, password, "export")
     try:
         with database.connect(prepares=True) as sql:
+            with suppress(psycopg.Error):  # as on a standby
+                send(sql, "")  # daemons that have nothing to do tell how far they are now, and not only when it is time
             yield Archive(sql)
     except psycopg.Error as error:
         raise DatabaseError(f"{database.title}: cannot be read: {said(error)}") from error

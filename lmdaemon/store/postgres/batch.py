@@ -365,6 +365,7 @@ class Present(NamedTuple):
     versions: dict[str, int]
     due: Due = Due((), (), None)
     next_due_ms: int | None = None  # of its operators
+    begun_s: float = 0.0  # when that was (elapsed s)
     known_at: int = 0  # the latest time of the server that it knows of
     has_company: bool = False
     elsewhere: Sequence[str] = ()  # operators of other daemons
@@ -428,6 +429,11 @@ class Batch:
                 self.changes = decided
                 return decided.answers
         raise psycopg.errors.SerializationFailure("somebody else keeps changing the same rows")
+
+    @property
+    def begun_s(self) -> float:
+        """When what is known here was taken from memory (elapsed s)."""
+        return self._present.begun_s
 
     @property
     def tells_touches(self) -> bool:

@@ -5,7 +5,6 @@ over what a batch has changed, or what was read anew after joining or an outage.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.store.contract import Operation, Sweep
@@ -17,10 +16,12 @@ from lmdaemon.store.postgres.owners import CLAIM, OWNERS, Owners
 from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.tables import NEXT_BLOCK, Found, read
 from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 from lmdaemon.store.rules import least
 from lmdaemon.store.writer import BATCH_MAX
 
+READING_S = 5.0  # the tables were read no longer ago than this
 TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
 BLOCK = 10_000  # numbers of sessions that are taken at a time, as schema.sql says; more than a batch can use
 
@@ -37,7 +38,7 @@ class Keeper:
     """
 
     def __init__(
-        self, projection: Projection, clock: Clock, membership: Membership, foreign: Foreign, signals: Signals
+        self, projection: Projection, clock: ServerClock, membership: Membership, foreign: Foreign, signals: Signals
     ) -> None:
         self._projection = projection
         self._clock = clock
@@ -72,6 +73,7 @@ class Keeper:
 
     def take_over(self, found: Found) -> None:
         """Takes over what was read after joining, or after an outage."""
+        self._clock.told(found.at, self._clock.elapsed() - READING_S)
         if found.joined is not None:
             self._note_joining(found.joined)
         self.load(found)
@@ -129,6 +131,7 @@ class Keeper:
         projection, company, owners = self._projection, self._membership.company, self._membership.owners
         world = projection.world()._replace(elsewhere=owners.is_elsewhere)
         present = Present(world, self._foreign.versions, known_at=company.known_at, next_due_ms=projection.next_due_ms)
+        present = present._replace(begun_s=self._clock.elapsed())
         sweeps = [one for one in operations if isinstance(one, Sweep)]
         if sweeps:
             as_of_ms = max((one.as_of_ms for one in sweeps if one.as_of_ms is not None), default=None)
@@ -159,7 +162,7 @@ class Keeper:
             self._signals.beat.set()
             self._signals.look.set()
         if work.seen is not None:
-            membership.learn(work.seen)
+            membership.learn(work.seen, work.begun_s)
         if membership.company.others:
             concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
             if changes.gates or concerns_others or (projection.live and not was_live):

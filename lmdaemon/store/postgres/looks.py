@@ -97,11 +97,12 @@ class Looks:
                 await self._writer.write(Probe())  # joins
             member, live = self._server.member, self._projection.live
             await self._introduce(member or 0)
+            asked_s = self._projection.clock.elapsed()
             found = await self._reads.read(tables.look, member)
             if member != self._server.member:
                 return  # it was expelled and has joined again meanwhile, and read everything
             self._foreign.take_parts(found.parts)
-            self._membership.learn(found.seen)
+            self._membership.learn(found.seen, asked_s)
             if self._membership.company.still_s > STILL_S:
                 self._signals.hint.set()  # it may not know that it has to beat
             if bool(live) != bool(self._projection.live):

@@ -4,13 +4,13 @@ of those ends. It does no I/O.
 
 from collections.abc import Sequence
 
-from lmdaemon.clock import Clock
 from lmdaemon.log import Log
 from lmdaemon.store.postgres.company import Company, Seen
 from lmdaemon.store.postgres.deadlines import Deadlines
 from lmdaemon.store.postgres.members import Introduction
 from lmdaemon.store.postgres.owners import Owners, Wishes
 from lmdaemon.store.postgres.signals import Signals
+from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 
 TOLD_MAX = 10  # operators that a line of the log names
@@ -21,7 +21,9 @@ log = Log("daemon")
 class Membership:
     """What a daemon knows of the others, and of what it owns among them."""
 
-    def __init__(self, projection: Projection, clock: Clock, signals: Signals, introduction: Introduction) -> None:
+    def __init__(
+        self, projection: Projection, clock: ServerClock, signals: Signals, introduction: Introduction
+    ) -> None:
         self._projection = projection
         self._clock = clock
         self._signals = signals
@@ -33,8 +35,9 @@ class Membership:
         self.epochs = 0  # sum of all owners' numbers
         self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
 
-    def learn(self, found: Seen) -> None:
-        """Takes over who is there, and how far each of them has heard."""
+    def learn(self, found: Seen, asked_s: float) -> None:
+        """Takes over who is there, and how far each of them has heard, as the server said after `asked_s` (elapsed)."""
+        self._clock.told(found.at, asked_s)
         due_ms = self.company.next_due_ms
         if self.company.learn(found, self._clock.monotonic(), watch=self._projection.live > 0):
             self.owners.is_settled = False

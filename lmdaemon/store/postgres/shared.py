@@ -12,7 +12,6 @@ from typing import Any
 
 import psycopg
 
-from lmdaemon.clock import Clock
 from lmdaemon.model import Member
 from lmdaemon.store.contract import Probe, Pruned, StoreError, Sweep, Swept, Wish
 from lmdaemon.store.postgres import members
@@ -31,6 +30,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.strains import Strains
 from lmdaemon.store.postgres.tables import Found, shown, who_is_there
 from lmdaemon.store.postgres.thread import Database, NoAnswerError, Thread
+from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.postgres.writer import Server
 from lmdaemon.store.verbs import Verbs
 from lmdaemon.store.writer import Writer
@@ -44,7 +44,9 @@ WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)  # for others to hear past a d
 class Shared(Verbs):
     """A store that may be one of several on its database. The engine's store is a subclass, which reads."""
 
-    def __init__(self, clock: Clock, name: str, database: Database, thread: Thread, found: Found, paces: Paces) -> None:
+    def __init__(
+        self, clock: ServerClock, name: str, database: Database, thread: Thread, found: Found, paces: Paces
+    ) -> None:
         """`thread` is the writer's; `found` is what it has read of the tables before this daemon joins."""
         super().__init__(clock, name)
         self.load(found.loaded)
@@ -192,7 +194,8 @@ class Shared(Verbs):
                 return None
             await asyncio.sleep(wait_s)
             if company.others:
-                self.membership.learn(await self._reads.read(who_is_there, self._server.member))
+                asked_s = self._clock.elapsed()
+                self.membership.learn(await self._reads.read(who_is_there, self._server.member), asked_s)
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """As `Store.prune`; of several daemons, the one that has been there the longest does it."""

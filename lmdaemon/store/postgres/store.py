@@ -22,6 +22,7 @@ from lmdaemon.store.postgres.paces import PACES, Paces
 from lmdaemon.store.postgres.shared import Shared
 from lmdaemon.store.postgres.tables import read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
+from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.verbs import Died
 
 OPEN_S = 60.0  # for a migration
@@ -95,20 +96,22 @@ class Store(Shared):
         clock. Where nobody was there, nothing ends for inactivity for `restart_grace_ms`, whichever daemon comes next.
         """
         database = Database(url, password, name)
-        thread = Thread(database, prepares=False)
+        thread, wall = Thread(database, prepares=False), ServerClock(clock)
         try:
             version = await thread.run(_prepare, database.title, may_migrate, within_s=OPEN_S)
             joins_others = await thread.run(members.make_room, database.title, within_s=JOIN_S)
+            asked_s = wall.elapsed()
             found = await thread.run(read, 0, within_s=OPEN_S)
+            wall.told(found.at, asked_s)
             loaded = found.loaded._replace(
                 next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
                 next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
             )
-            if joins_others:  # their clock runs, and theirs are other machines' wall clocks
+            if joins_others:  # their clock runs
                 loaded = loaded._replace(committed_at=0)
             else:
                 if count_downtime and loaded.committed_at:
-                    downtime_ms = max(0, clock.wall_ms() - loaded.committed_at)
+                    downtime_ms = max(0, wall.wall_ms() - loaded.committed_at)
                     loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
                 await thread.run(members.hold_until, loaded.service_ms + restart_grace_ms, within_s=OPEN_S)
         except (psycopg.Error, NoAnswerError) as error:
@@ -117,7 +120,7 @@ class Store(Shared):
         except BaseException:
             thread.close()
             raise
-        store = cls(clock, name, database, thread, found._replace(loaded=loaded), paces)
+        store = cls(wall, name, database, thread, found._replace(loaded=loaded), paces)
         store.engine = MappingProxyType({"postgresql": version})
         store.joined_others = joins_others
         return store

@@ -19,9 +19,10 @@ from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, WANT, Wishe
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.projection import Loaded
 
-# The service clock, and when it was kept: of those that are there, and of the last one that has gone.
-CLOCK = """
-SELECT max(service_ms), max(wall_at)
+# The furthest service clock, of those that are there and those that have gone; the time of the last transaction; the
+# server's time now.
+CLOCK = f"""
+SELECT max(service_ms), max(wall_at), {NOW}
 FROM (SELECT service_ms, wall_at FROM lmdaemon.clock
       UNION ALL SELECT heard_ms, wall_at FROM lmdaemon.member) AS known"""
 # Figures of every operator.
@@ -76,6 +77,7 @@ NO_PART = Part()
 class Found(NamedTuple):
     """What was read of the tables, and who is there, if this daemon has joined just before."""
 
+    at: int  # by the server's clock (wall ms)
     loaded: Loaded
     joined: Joined | None
     parts: dict[str, Part]
@@ -106,6 +108,7 @@ def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
     held = {name: Gate(*gate) for name, _, *gate in gates}
     mine = [operator for operator, owner, *_ in owners if owner == member] if member else list(known)
     return Found(
+        at=clock[2],
         loaded=Loaded(
             service_ms=clock[0],
             committed_at=clock[1],

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from lmdaemon.clock import Clock
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import DatabaseError, Ended, Wanted
 from lmdaemon.store.sqlite.batch import GATE
@@ -72,9 +73,13 @@ class Archive:
         return {name: Gate(*gate) for name, *gate in self._sql.execute(f"SELECT name, {', '.join(GATE)} FROM operator")}
 
     def committed_at(self) -> int:
-        """Wall time of the last transaction in the file."""
+        """Wall time of the last transaction in the file (Archive)."""
         found: int = self._sql.execute("SELECT wall_at FROM clock").fetchone()[0]
         return found
+
+    def now_at(self) -> int:
+        """Wall time of this machine (Archive)."""
+        return Clock().wall_ms()
 
 
 @contextmanager

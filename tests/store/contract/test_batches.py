@@ -92,14 +92,14 @@ class TestBatches:
         assert db.figures_of("acme") == contract.Figures(live=0, pending=0, dead=1)
 
     async def test_a_wait_queued_while_the_wall_clock_goes_back_stays_as_long(
-        self, db: Store, clock: HandClock
+        self, engine: Engine, db: Store, clock: HandClock
     ) -> None:
         """Kept waits go back with the clock; the wait of a result in the same batch is right already."""
         db.sinks_of = lambda session: [NewDelivery("http", b"{}"), NewDelivery("plugin:x", b"")]
         await db.record(notice())
         (first,), (second,) = await db.claimable([Claim("acme", sink, [], 1) for sink in ("http", "plugin:x")])
         await db.settle(Settlement(first, "pending", 7_000_000, 1, attempt(error="x")))
-        clock.step_wall(-3600)
+        await engine.step_wall(clock, db, -3600)
         settled = await db.settle(Settlement(second, "pending", 60_000, 1, attempt(error="x")))
         assert settled.due_at == clock.wall_ms() + 60_000
         (first,), (second,) = await db.claimable([Claim("acme", sink, [], 1) for sink in ("http", "plugin:x")])

@@ -60,7 +60,7 @@ async def test_the_store_does_what_plain_dictionaries_do(engine: Engine, clock: 
                 clock.advance(1)
                 db.service_clock.now_ms()
             if random.random() < 0.1:
-                clock.step_wall(-random.choice([30, 3600]))
+                await engine.step_wall(clock, db, -random.choice([30, 3600]))
 
 
 SINKS = ("http", "plugin:x")

@@ -15,7 +15,7 @@ from operations import BODY, attempt, counted, opening
 from support import until
 
 from lmdaemon import retry
-from lmdaemon.store.contract import NewDelivery, Settlement, StoreObserver
+from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreObserver
 from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.store import Store
 
@@ -76,6 +76,7 @@ class Daemon:
 class Cluster:
     def __init__(self, engine: PostgresEngine, stack: AsyncExitStack) -> None:
         self.engine, self._stack = engine, stack
+        self.server: HandClock | None = None  # the server's clock, if it is moved by hand
         self.daemons: list[Daemon] = []
 
     async def start(self, operators: frozenset[str] = OPERATORS) -> Daemon:
@@ -88,6 +89,12 @@ class Cluster:
         self.daemons.append(daemon)
         await store.probe()
         return daemon
+
+    def set_up_server_clock(self) -> HandClock:
+        """From now on, for daemons that are started later, it is moved by hand, and with service time."""
+        self.server = HandClock()
+        self.engine.follow(self.server)
+        return self.server
 
     async def pair(self) -> tuple[Daemon, Daemon]:
         """Two daemons that share the operators."""
@@ -102,6 +109,8 @@ class Cluster:
         """Service time passes for all of them but those that are stopped."""
         running = [daemon for daemon in self.daemons if not daemon.running.done()]
         for step in range(1, round(seconds * 20) + 1):
+            if self.server is not None:
+                self.server.advance(0.05)
             for daemon in running:
                 daemon.clock.advance(0.05)
                 daemon.store.service_clock.now_ms()
@@ -229,12 +238,15 @@ class TestServiceTime:
         assert await ended(one) == 0
 
     async def test_the_latest_touch_is_shown_whatever_wall_clocks_say(self, together: Cluster) -> None:
-        """A touch that another daemon stores later, by a wall clock that is behind or after an outage, is not shown."""
+        """A touch that another daemon stores later, by a time that is behind or after an outage, is not shown."""
+        server = together.set_up_server_clock()
         one, other = await together.pair()
-        one.clock.step_wall(60)
+        await other.stop()
+        server.step_wall(60)  # of which that one does not know
+        await one.store.probe()
         await one.store.open_session(opening())
-        await one.store.touch("acme", ["s"])
-        latest_at = one.clock.wall_ms()
+        latest_at = server.wall_ms()
+        other.running = asyncio.create_task(other.store._writer.run())
         assert (await other.store.touch("acme", ["s"])).touched == 1
         found = await other.store.session("acme", "s")
         assert found is not None
@@ -273,6 +285,89 @@ class TestServiceTime:
         await together.pass_time(1.2)
         owner = one if "o0" in one.mine else other
         await until(lambda: ended(owner))
+
+
+class TestWallTime:
+    """It is the server's, for all of them alike."""
+
+    async def test_a_lifetime_ends_at_its_time_whatever_the_hosts_believe(self, together: Cluster) -> None:
+        """One host is ten minutes behind, one is ten minutes ahead, and each may be the owner."""
+        server = together.set_up_server_clock()
+        one, other = await together.pair()
+        one.clock.step_wall(-600)
+        other.clock.step_wall(600)
+        for daemon, by in ((one, other), (other, one)):
+            name = one_of(daemon)
+            opened = (await by.store.open_session(opening(operator=name, lifetime_ms=60_000, idle_ms=10**8))).session
+            assert (opened.opened_at, opened.lifetime_at) == (server.wall_ms(), server.wall_ms() + 60_000)
+            await until(lambda daemon=daemon: daemon.store.next_lifetime_at is not None)
+        await together.pass_time(59.5)
+        assert [await ended(daemon) for daemon in (one, other)] == [0, 0]
+        await together.pass_time(0.5)
+        assert [await ended(daemon) for daemon in (one, other)] == [1, 1]
+        for name in (one_of(one), one_of(other)):
+            found = await one.store.session(name, "s")
+            assert found is not None
+            assert found[0].ended_at == server.wall_ms() == found[0].lifetime_at
+            assert found[1][0].created_at == found[1][0].due_at == server.wall_ms()
+
+    async def test_a_server_clock_that_is_set_ends_each_once_and_in_order(self, together: Cluster) -> None:
+        server = together.set_up_server_clock()
+        one, other = await together.pair()
+        name = one_of(one)
+        for number in range(3):
+            await other.store.open_session(opening(f"s{number}", operator=name, lifetime_ms=(number + 1) * 60_000))
+        await until(lambda: one.store.next_lifetime_at is not None)
+        server.step_wall(-3600)
+        await together.pass_time(1)
+        assert await ended(one) == 0
+        server.step_wall(3600 + 61)
+        for daemon in (one, other):
+            await daemon.store.probe()
+        assert [await ended(daemon) for daemon in (one, other, one)] == [1, 0, 0]
+        server.step_wall(120)
+        await one.store.probe()
+        assert await ended(one) == 2
+        rows = [await one.store.session(name, f"s{number}") for number in range(3)]
+        assert [(row[0].reason, len(row[1])) for row in rows if row] == [("max_lifetime", 1)] * 3
+        ended_at = [row[0].ended_at for row in rows if row]
+        assert ended_at == sorted(ended_at)
+
+    async def test_a_wait_is_as_long_at_a_daemon_that_takes_over(self, together: Cluster) -> None:
+        """Its host's clock is ten minutes ahead, by which the delivery would be due long since."""
+        server = together.set_up_server_clock()
+        one, other = await together.pair()
+        other.clock.step_wall(600)
+        name = one_of(one)
+        await one.store.open_session(opening(operator=name))
+        await one.store.end(name, "s")
+        found = await one.store.session(name, "s")
+        assert found is not None
+        await one.store.settle(Settlement(found[1][0], "pending", 300_000, 1, attempt(status=500)))
+        await one.leave()
+        await until(lambda: other.mine == OPERATORS)
+        ((delivery,),) = await other.store.claimable([Claim(name, "http", [], 1)])
+        assert delivery.due_at - other.store.clock.wall_ms() == 300_000
+        assert other.store.clock.wall_ms() == server.wall_ms()
+
+    async def test_an_export_waits_for_the_daemon_that_is_furthest_behind(self, together: Cluster) -> None:
+        """What that one has dated may not be stored yet."""
+        server = together.set_up_server_clock()
+        one, other = await together.pair()
+        until_at = server.wall_ms()
+        await other.stop()
+        await together.pass_time(1)
+        with together.engine.archive() as archive:
+            assert archive.now_at() == until_at + 1000
+            assert archive.committed_at() <= until_at
+            await other.go_on()
+            other.clock.advance(1)
+            await other.store.probe()
+            assert archive.committed_at() > until_at
+            await one.leave()
+            await other.leave()
+            server.advance(60)
+            assert archive.committed_at() == until_at + 61_000
 
 
 class TestPutOut:

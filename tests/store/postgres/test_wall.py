@@ -1,0 +1,63 @@
+"""The wall time of a daemon on a database: the server's."""
+
+import pytest
+from clocks import HandClock
+
+from lmdaemon.store.postgres.wall import ServerClock
+
+START = HandClock().wall_ms()
+
+
+@pytest.fixture
+def machine() -> HandClock:
+    """Ten minutes wrong."""
+    machine = HandClock()
+    machine.step_wall(600)
+    return machine
+
+
+@pytest.fixture
+def clock(machine: HandClock) -> ServerClock:
+    clock = ServerClock(machine)
+    assert clock.wall_ms() == START + 600_000
+    clock.told(START, clock.elapsed())
+    return clock
+
+
+def test_it_goes_on_from_what_the_server_said_whatever_the_machine_says(clock: ServerClock, machine: HandClock) -> None:
+    assert clock.wall_ms() == START
+    machine.advance(2.5)
+    machine.step_wall(-7200)
+    assert clock.wall_ms() == START + 2500
+    assert clock.monotonic() == machine.monotonic()
+
+
+def test_a_slow_answer_changes_nothing(clock: ServerClock, machine: HandClock) -> None:
+    asked_s = clock.elapsed()
+    machine.advance(3)
+    clock.told(START + 100, asked_s)
+    assert clock.wall_ms() == START + 3000
+
+
+@pytest.mark.parametrize("by_ms", [-3_600_000, -50, 50, 3_600_000])
+def test_it_follows_a_clock_that_is_set(clock: ServerClock, machine: HandClock, by_ms: int) -> None:
+    machine.advance(10)
+    clock.told(START + 10_000 + by_ms, clock.elapsed())
+    machine.advance(1)
+    assert clock.wall_ms() == START + 11_000 + by_ms
+
+
+def test_an_answer_that_took_its_time_sets_it_as_little_as_it_must(clock: ServerClock, machine: HandClock) -> None:
+    """The server's clock was set back by a minute, and stood there at the beginning of the question or at its end."""
+    asked_s = clock.elapsed()
+    machine.advance(2)
+    clock.told(START - 60_000, asked_s)
+    assert clock.wall_ms() == START - 58_000
+
+
+def test_a_machine_that_was_suspended_is_at_the_right_time_at_once(
+    clock: ServerClock, machine: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspended_s = machine.elapsed() + 3600
+    monkeypatch.setattr(machine, "elapsed", lambda: suspended_s)
+    assert clock.wall_ms() == START + 3_600_000

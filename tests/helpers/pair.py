@@ -104,7 +104,7 @@ class Pair:
             self._told_at = moved
 
     async def _look(self) -> None:
-        for store in self.stores:
+        for store in (*self.stores, *self.stores[:-1]):  # what the last one tells is for the others
             await store.look()
 
     # -- calls
@@ -215,7 +215,7 @@ class Pair:
         return self._agreed(store.figures_of(operator) for store in self.stores)
 
     def waits_until_ms(self, operator: str) -> int | None:
-        return self._owner(operator).waits_until_ms(operator)
+        return self._agreed(store.waits_until_ms(operator) for store in self.stores)
 
     @property
     def next_due_ms(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Figures and gates that other daemons have changed. It does no I/O."""
+"""What other daemons have changed and told: figures, gates, ends that wait. It does no I/O."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +19,7 @@ class Foreign:
         self.versions: dict[str, int] = {}  # numbers of the last changes of the gates in memory
         self.opened: set[str] = set()  # operators of which others have opened sessions that were not looked at yet
         self.made: set[str] = set()  # the same of deliveries
+        self.waits: dict[str, int] = {}  # until when (service ms) ends of operators wait, as their owners have told
 
     def load(self, found: Found) -> None:
         """The projection was loaded with these."""

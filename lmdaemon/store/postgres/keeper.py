@@ -147,6 +147,8 @@ class Keeper:
         if work.looked_up and (changes.met_known or changes.sessions):
             self._expect_known = changes.met_known
         self._foreign.committed(work)
+        if changes.pauses:
+            self._signals.look.set()  # which tells the others
         if changes.sessions:
             self._note_opened(work)
         for deadline in work.next:

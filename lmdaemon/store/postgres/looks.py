@@ -111,6 +111,7 @@ class Looks:
                 self._foreign.take_gates(await self._reads.read(tables.gates))
             await self._find_what_others_did()
             await self._asking.see_to(found.asked)
+            await self._tell_waits(member or 0, found.waits)
             await self._look_after_owners(member or 0, found.epochs)
             await self._expel_who_is_gone(member or 0)
             if self._membership.company.others.keys() != self._names.keys():
@@ -138,6 +139,16 @@ class Looks:
                     if due_at is not None:
                         observer.delivery_due(operator, sink, due_at)
         foreign.made.clear()
+
+    async def _tell_waits(self, member: int, told: dict[str, int]) -> None:
+        """Tells the others until when ends of this daemon's operators wait, where that is not what is `told`."""
+        projection, has = self._projection, self._membership.owners.has
+        mine = {one: projection.waits_until_ms(one) for one in {*projection.pausing, *told} if has(one)}
+        changed = {operator: until_ms for operator, until_ms in mine.items() if until_ms != told.get(operator)}
+        if changed:
+            await self._reads.read(tables.tell_waits, member, changed)
+            self._signals.hint.set()
+        self._foreign.waits = told
 
     async def _look_after_owners(self, member: int, epochs: int) -> None:
         membership = self._membership

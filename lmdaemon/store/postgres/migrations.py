@@ -17,7 +17,7 @@ UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit ma
 # Entry n brings the schema from version n to n + 1. Never edit one that was released: add the next.
 MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8")
-    for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql", "schema_6.sql")
+    for script in ("schema.sql", *(f"schema_{version}.sql" for version in range(2, 8)))
 )
 # An older program that knows fewer must not use the schema. It is raised only by a migration that takes something away,
 # or by one that old programs break the rules of: before version 5 a daemon believed to be alone.

@@ -43,6 +43,19 @@ WITH locked AS MATERIALIZED (
 UPDATE lmdaemon.owner SET member = CASE WHEN member = %s THEN 0 ELSE member END, wanted_by = NULL, epoch = epoch + 1
 FROM locked WHERE owner.operator = locked.operator"""
 
+# Tells the others until when ends of operators that this daemon owns wait for touches.
+TELL_WAITS = """
+WITH told (operator, until_ms) AS MATERIALIZED (
+    SELECT * FROM unnest(%s::text[], %s::bigint[])),
+locked AS MATERIALIZED (
+    SELECT operator FROM lmdaemon.owner JOIN told USING (operator)
+    WHERE member = %s ORDER BY operator FOR UPDATE OF owner)
+UPDATE lmdaemon.owner SET waits_until_ms = told.until_ms
+FROM told JOIN locked USING (operator) WHERE owner.operator = told.operator"""
+# Until when ends wait, as the owners have told, as JSON.
+WAITS = """(SELECT json_object_agg(operator, waits_until_ms)::text
+    FROM lmdaemon.owner WHERE waits_until_ms IS NOT NULL)"""
+
 
 class Owner(NamedTuple):
     """The daemon that owns an operator (0: nobody), and the one that has asked for it."""

@@ -55,7 +55,7 @@ class Shared(Verbs):
         self._signals = Signals()
         introduction = Introduction(name, self._since_at)
         self.membership = Membership(self, clock, self._signals, introduction)
-        foreign = Foreign(self)
+        self._foreign = foreign = Foreign(self)
         keeper = Keeper(self, clock, self.membership, foreign, self._signals)
         keeper.load(found)
         self._server = Server(database, thread, keeper)
@@ -135,8 +135,15 @@ class Shared(Verbs):
     async def answer_probe(self, number: int, webhook_id: str) -> None:
         await self._asking.answer(number, webhook_id)
 
+    def waits_until_ms(self, operator: str) -> int | None:
+        if self._membership.owners.has(operator):
+            return super().waits_until_ms(operator)
+        until_ms = self._foreign.waits.get(operator, 0)
+        return until_ms if until_ms > self.service_clock.now_ms() else None
+
     async def release_ends(self, operator: str) -> bool:
         if operator not in self.pausing or self.owns(operator):
+            self._signals.look.set()  # which tells the others
             return self.let_ends_go_on(operator)
         return bool(await self.ask_owner(operator, "release_ends", RELEASE_S))
 

@@ -2,7 +2,7 @@
 functions that run them on a connection's thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -15,7 +15,7 @@ from lmdaemon.store.postgres.asking import Question
 from lmdaemon.store.postgres.batch import GATE, NEXT, fetch_all
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.members import Introduction, Joined
-from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, WANT, Wishes
+from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, TELL_WAITS, WAITS, WANT, Wishes
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.projection import Loaded
 
@@ -38,9 +38,10 @@ FROM lmdaemon.figure WHERE member <> %s GROUP BY operator"""
 OPERATORS = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator"
 # Numbers for the next sessions.
 NEXT_BLOCK = "SELECT nextval('lmdaemon.session_block')"
-# What others have done: who is there, what they ask, whether owners and gates have changed, and the others' figures.
+# What others have done: who is there, what they ask, which ends wait, whether owners and gates have changed, and the
+# others' figures.
 LOOK = f"""
-SELECT {NOW}, {OTHERS}, {asking.UNANSWERED}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
+SELECT {NOW}, {OTHERS}, {asking.UNANSWERED}, {WAITS}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
        (SELECT coalesce(sum(version), 0)::bigint FROM lmdaemon.operator),
        (SELECT json_agg(to_json(f))::text FROM ({OTHERS_FIGURES}) AS f (o, l, p, d, opened, made, touched))"""
 # When the earliest pending delivery is due, by operator and sink: a step in the index for each sink.
@@ -87,10 +88,13 @@ class Found(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a look finds. `versions` and `epochs` are the sums of all gates' and all owners' numbers."""
+    """What a look finds. `versions` and `epochs` are the sums of all gates' and all owners' numbers; `waits` is until
+    when (service ms) ends of operators wait for touches, as the owners have told.
+    """
 
     seen: Seen
     asked: list[Question]
+    waits: dict[str, int]
     epochs: int
     versions: int
     parts: dict[str, Part]
@@ -136,10 +140,10 @@ def look(sql: Connection, member: int | None) -> Look:
     """What the others have done; `member` is this daemon's row."""
     row = sql.execute(LOOK, (member, member)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
-    at, others, hold_until_ms, asked, epochs, versions, figures = row
+    at, others, hold_until_ms, asked, waits, epochs, versions, figures = row
     questions = [Question(*one) for one in orjson.loads(asked or "[]")]
     parts = {one["o"]: Part(*list(one.values())[1:]) for one in orjson.loads(figures or "[]")}
-    return Look(seen(at, others, hold_until_ms), questions, epochs, versions, parts)
+    return Look(seen(at, others, hold_until_ms), questions, orjson.loads(waits or "{}"), epochs, versions, parts)
 
 
 def gates(sql: Connection) -> list[tuple[Any, ...]]:
@@ -170,6 +174,11 @@ def fulfil(sql: Connection, member: int, wishes: Wishes) -> None:
         sql.execute(WANT, (member, wishes.want))
     if wishes.hand_over:
         sql.execute(HAND_OVER, (wishes.hand_over, member))
+
+
+def tell_waits(sql: Connection, member: int, waits: Mapping[str, int | None]) -> None:
+    """Tells the others until when ends of this daemon's operators wait for touches."""
+    sql.execute(TELL_WAITS, (list(waits), list(waits.values()), member))
 
 
 def names(sql: Connection) -> list[tuple[Any, ...]]:

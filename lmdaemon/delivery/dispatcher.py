@@ -161,9 +161,12 @@ class Dispatcher(StoreObserver):
             await self._store.probe()  # a transaction corrects the stored waits
         now_at = self._clock.wall_ms()
         lanes = [lane for lane in self._agenda.take(now_at) if lane.is_owned]
-        for lane in lanes:
-            self._start(lane)
         try:
+            if lanes and not self._store.is_sure:
+                await self._store.probe()  # a transaction finds out whether other daemons have expelled this one
+                lanes = [lane for lane in lanes if lane.is_owned]
+            for lane in lanes:
+                self._start(lane)
             await self._timed_gates.let_time_pass([lane for lane in lanes if lane.gated], now_at)
             await self._read([lane for lane in lanes if self._is_ready(lane, now_at)], now_at)
         except StoreError:
@@ -227,7 +230,11 @@ class Dispatcher(StoreObserver):
 
     def _start(self, lane: Lane) -> None:
         """Starts attempts for rows that were read ahead, as far as there are free slots."""
-        if not lane.ahead or not lane.slots:
+        if not lane.ahead or not lane.slots or not lane.is_owned:
+            return
+        if not self._store.is_sure:
+            self._agenda.now(lane)
+            self._rounds.wake()
             return
         gate = self._store.gate(lane.operator.name)
         for _ in range(min(lane.free(gate, self._clock.wall_ms()), len(lane.ahead))):
@@ -246,6 +253,10 @@ class Dispatcher(StoreObserver):
             return None
         if not lane.is_owned:
             return await self._store.ask_owner(operator, "probe", lane.policy.timeout_s + ASK_EXTRA_S) or None
+        if not self._store.is_sure:
+            await self._store.probe()
+            if not lane.is_owned:
+                return None
         if not lane.slots:
             return None
         if not lane.ahead:

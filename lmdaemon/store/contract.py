@@ -492,6 +492,12 @@ class Store(Protocol):
         it. With a file there is no other one.
         """
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether what `owns` says is certainly still so. If the last transaction was too long ago, other daemons may
+        have expelled this one; then only another transaction tells, as of `probe`.
+        """
+
     def let_go(self, operator: str) -> None:
         """Nothing is under way any more for an operator that this daemon has ceased to own. Another one begins to
         deliver for it when it has been told this; without it, after a minute.

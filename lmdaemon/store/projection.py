@@ -83,6 +83,11 @@ class Projection:
         return True
 
     @property
+    def is_sure(self) -> bool:
+        """Whether it certainly still is this daemon that owns what it owned (Store.is_sure)."""
+        return True
+
+    @property
     def hold_until_ms(self) -> int:
         """Before when nothing ends for inactivity, as `Store` has it."""
         return 0

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -29,12 +29,20 @@ class Seen:
     def __init__(self, store: Store, owned: set[str]) -> None:
         self._store = store
         self.owned = owned
+        self.is_sure = True
+        self.find_out: Callable[[], None] | None = None
         self.let_gone: list[str] = []
         self.other: Dispatcher
         self.answer: asyncio.Future[str]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+    async def probe(self) -> None:
+        await self._store.probe()
+        self.is_sure = True
+        if self.find_out is not None:
+            self.find_out()
 
     def owns(self, operator: str) -> bool:
         return operator in self.owned
@@ -153,6 +161,40 @@ async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Pa
             await both.both[0].drain(60)
         await both.rounds()
         both.hand_over(0)
+        await both.rounds()
+        ids = [received.headers["webhook-id"] for received in operator.received]
+        assert len(ids) == len(set(ids)) == 5
+        assert both.store.figures_of("acme").pending == 0
+
+
+@pytest.mark.parametrize("asked", ["the end of an attempt", "a round", "a probe"])
+async def test_one_that_was_expelled_unawares_starts_nothing(tmp_path: Path, clock: HandClock, asked: str) -> None:
+    """It was stopped, and still has rows that it has read ahead, and a slot for them."""
+    answered = asyncio.Event()
+
+    async def slow(_: web.Request) -> dict[str, int]:
+        await answered.wait()
+        return {"error": 0}
+
+    async with scripted_operator(slow) as operator, daemons(tmp_path, clock, operator) as both:
+        for number in range(5):
+            await both.end(f"s{number}")
+        one, other = both.both
+        await one.once()
+        await operator.wait_for(1)  # under way, and two more are read ahead
+        both.seen[0].is_sure, both.seen[0].find_out = False, lambda: both.hand_over(1)
+        both.seen[1].owned = {"acme"}
+        other.ownership_changed("acme")
+        answered.set()
+        if asked == "a round":
+            one.wake()
+            await one.once()
+        elif asked == "a probe":
+            both.seen[0].owned = {"acme"}
+            assert await one.probe("acme") is None
+        while one.in_flight:
+            await one.drain(60)
+        assert len(operator.received) == 1
         await both.rounds()
         ids = [received.headers["webhook-id"] for received in operator.received]
         assert len(ids) == len(set(ids)) == 5

@@ -155,7 +155,7 @@ class Keeper:
             membership.deadlines.set(*deadline)
         if changes.swept:
             changes.next_due_ms, changes.next_lifetime_at = membership.deadlines.earliest
-        membership.company.told_ms = changes.world.service_ms
+        membership.company.told_ms, membership.proven_s = changes.world.service_ms, work.begun_s
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
         was_live = projection.live > 0

@@ -5,6 +5,7 @@ of those ends. It does no I/O.
 from collections.abc import Sequence
 
 from lmdaemon.log import Log
+from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.company import Company, Seen
 from lmdaemon.store.postgres.deadlines import Deadlines
 from lmdaemon.store.postgres.members import Introduction
@@ -13,6 +14,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 
+SURE_S = LEASE_S - 0.5  # after a transaction, for which nobody can take this daemon to be gone
 TOLD_MAX = 10  # operators that a line of the log names
 
 log = Log("daemon")
@@ -32,6 +34,7 @@ class Membership:
         self.deadlines = Deadlines()
         self.introduction = introduction
         self.introduced: Introduction | None = None  # as this daemon's row has it
+        self.proven_s = float("-inf")  # when its last transaction began (elapsed s): then its row was there
         self.epochs = 0  # sum of all owners' numbers
         self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
 
@@ -44,6 +47,11 @@ class Membership:
             self._signals.look.set()
         if self.company.next_due_ms != due_ms:
             self._signals.beat.set()
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nobody can have expelled this daemon: its row has not stood still for long enough."""
+        return self._clock.elapsed() - self.proven_s < SURE_S
 
     # -- operators
 

@@ -125,6 +125,10 @@ class Shared(Verbs):
     def owns(self, operator: str) -> bool:
         return self.membership.owners.owns(operator)
 
+    @property
+    def is_sure(self) -> bool:
+        return self._membership.is_sure
+
     def let_go(self, operator: str) -> None:
         self.membership.owners.let_go(operator)
         self._signals.look.set()

@@ -429,6 +429,30 @@ class TestPutOut:
             with pytest.raises(psycopg.OperationalError):
                 halfway.execute("SELECT 1")
 
+    async def test_one_that_may_have_been_expelled_is_sure_of_nothing(self, together: Cluster) -> None:
+        """Nobody expels it within 5 s of its last transaction; after that only another one tells."""
+        one, other = await together.pair()
+        await one.stop()
+        one.running = asyncio.create_task(one.store._writer.run())
+        await one.store.probe()
+        one.clock.advance(cluster.LEASE_S - 0.6)
+        assert one.store.is_sure
+        one.clock.advance(0.2)
+        assert not one.store.is_sure
+        await one.store.probe()
+        assert one.store.is_sure
+        await one.stop()
+        await other.store.open_session(opening(operator="o0"))
+        await self.watch(other, together)
+        await until(lambda: other.mine == OPERATORS)
+        one.clock.advance(cluster.LEASE_S)
+        assert one.mine
+        assert not one.store.is_sure
+        one.running = asyncio.create_task(one.store._writer.run())
+        await one.store.probe()
+        assert one.store.is_sure
+        assert not one.mine
+
     async def test_of_a_late_result_only_a_success_counts(self, together: Cluster) -> None:
         one, other = await together.pair()
         theirs = one_of(other)

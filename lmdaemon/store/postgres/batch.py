@@ -39,7 +39,7 @@ from lmdaemon.store.rules import (
 
 DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
 OPERATORS_AT_ONCE = 16  # whose due sessions one sweep reads, so that it reads few that it cannot end
-TRIES = 10  # to decide a batch again because somebody else has changed what it was decided on
+TRIES = 10  # to write a batch: somebody else may change what it was decided on, or lock its rows the other way round
 
 GATE = tuple(field.name for field in fields(Gate))
 FIGURE = ("live", "pending", "dead", "opened", "made", "touched_ms")  # columns of `figure`
@@ -421,10 +421,12 @@ class Batch:
             try:
                 self._apply(sql, decided, place)
             except psycopg.Error as error:
-                if meaning(error) != "conflict":
+                found = meaning(error)
+                if found == "conflict":
+                    self._refresh_gates(sql, decided.gates)
+                    decided = None
+                elif found != "again":
                     raise
-                self._refresh_gates(sql, decided.gates)
-                decided = None
             else:
                 self.changes = decided
                 return decided.answers

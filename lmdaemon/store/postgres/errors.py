@@ -7,7 +7,7 @@ from typing import Literal
 
 import psycopg
 
-Meaning = Literal["lost", "outage", "conflict", "poison"]
+Meaning = Literal["lost", "outage", "again", "conflict", "poison"]
 
 # By class (two characters) or code (five); an entry for a code takes precedence over one for its class. All others mean
 # `poison`: the operation itself cannot be stored, and fails alone.
@@ -23,7 +23,7 @@ MEANINGS: dict[str, Meaning] = {
     "25P04": "lost",  # transaction_timeout
     "25006": "lost",  # read_only_sql_transaction: it is a standby by now; another host may take writes
     # The server refused, and trying again later may help.
-    "40": "outage",  # transaction rollback: serialization_failure, deadlock_detected
+    "40": "outage",  # transaction rollback
     "42501": "outage",  # insufficient_privilege: somebody has changed the rights
     "42P01": "outage",  # undefined_table: somebody has changed the schema
     "3D000": "outage",  # invalid_catalog_name: the database is gone
@@ -33,6 +33,9 @@ MEANINGS: dict[str, Meaning] = {
     "58": "outage",  # system error: I/O
     "28": "outage",  # invalid authorization
     "XX": "outage",  # internal error, corrupted data or index
+    # Nothing of the batch was stored, and it can be sent as it is once more.
+    "40001": "again",  # serialization_failure
+    "40P01": "again",  # deadlock_detected: two daemons' batches have waited for each other's rows
     # The batch was decided on facts that are no longer true, so it is decided again.
     "22012": "conflict",  # division_by_zero: how the statements of `batch` say that a count is not as expected
     "23503": "conflict",  # foreign_key_violation: a session to prune has a delivery that is pending again

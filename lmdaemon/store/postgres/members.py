@@ -7,7 +7,10 @@ writing should it come back. It then joins again, with a new row.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
+
+import psycopg
 
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.cluster import Watch
@@ -146,12 +149,15 @@ def make_room(sql: Connection, title: str) -> bool:
     """
     if sql.execute(IS_IMPORTING).fetchone():
         raise _importing(title)
-    gone, living = outlived(sql)
-    if living is not None:
-        return True
-    for member in gone:
-        drop(sql, member.id, member.batch)
-    return False
+    while True:
+        gone, living = outlived(sql)
+        if living is not None:
+            return True
+        if not gone:
+            return False
+        for member in gone:
+            with suppress(psycopg.errors.DivisionByZero):  # it lives after all, or others that start were faster
+                drop(sql, member.id, member.batch)
 
 
 def hold_until(sql: Connection, until_ms: int) -> None:
@@ -170,16 +176,16 @@ def outlived(sql: Connection) -> tuple[list[Row], str | None]:
     """Those that are there, once their rows have stood still for LEASE_S; and the name of one whose row moves on, as
     soon as that is seen.
     """
-    first = {one.id: one for one in _members(sql)}
-    if first:
-        send(sql, "")
-    watch, now = Watch(), first
-    while now and watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) != now.keys():
-        time.sleep(WATCH_S)
-        now = {one.id: one for one in _members(sql)}
+    watch, first = Watch(), dict[int, Row]()
+    while now := {one.id: one for one in _members(sql)}:
+        if now.keys() - first.keys():
+            send(sql, "")  # one that has nothing to do proves by it that it is there
         for member in now.values():
             if first.setdefault(member.id, member).batch != member.batch:
                 return [], member.name
+        if watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) == now.keys():
+            break
+        time.sleep(WATCH_S)
     return list(now.values()), None
 
 

@@ -6,6 +6,7 @@ Each has a clock that the test moves. A clock that is not moved is a daemon that
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import psycopg
 import pytest
@@ -134,6 +135,11 @@ async def settled(*daemons: Daemon) -> bool:
     shown = [set(row.operators) for row in await daemons[0].store.daemons()]
     mine = [daemon.mine for daemon in daemons]
     return shown == mine and all(mine) and sum(map(len, mine)) == len(OPERATORS)
+
+
+def shared_out(daemons: list[Daemon]) -> bool:
+    """Every operator has one owner, of these daemons."""
+    return sorted(name for daemon in daemons for name in daemon.mine) == sorted(OPERATORS)
 
 
 def one_of(daemon: Daemon) -> str:
@@ -511,6 +517,150 @@ class TestPutOut:
         assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause beside the restart grace
         assert last.store.service_clock.now_ms() >= 1900
         assert last.store.live == 1
+
+
+class TestAtTheSameTime:
+    """Two daemons change the same rows."""
+
+    async def test_batches_that_lock_rows_the_other_way_round_are_both_stored(self, together: Cluster) -> None:
+        """Each touches the session that the other one ends. A third connection keeps both of them halfway."""
+        with psycopg.connect(together.engine.url, autocommit=True) as sql:
+            sql.execute(f"ALTER DATABASE {together.engine.name} SET deadlock_timeout = '50ms'")
+        one, other = await together.pair()
+        for name in ("first", "second", "a", "b"):
+            await one.store.open_session(opening(name))
+        with psycopg.connect(together.engine.url) as holder:
+            holder.execute("SELECT 1 FROM lmdaemon.session WHERE session_id IN ('first', 'second') FOR UPDATE")
+            asked = [
+                asyncio.ensure_future(asking)
+                for daemon, gate, touched, ended in ((one, "first", "a", "b"), (other, "second", "b", "a"))
+                for asking in (
+                    daemon.store.touch("acme", [touched]),
+                    daemon.store.end("acme", gate),
+                    daemon.store.end("acme", ended),
+                )
+            ]
+            await until(lambda: waiting_for_locks(together.engine) == 2)
+        touched, first, b, _, second, a = await asyncio.gather(*asked)
+        assert touched.touched + len(touched.ended) == 1
+        assert [one.reason for one in (first, b, second, a)] == ["closed"] * 4
+        assert [daemon.store.failure for daemon in (one, other)] == [None, None]
+
+
+def waiting_for_locks(engine: PostgresEngine) -> int:
+    with psycopg.connect(engine.url) as sql:
+        found = sql.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ).fetchone()
+    return 0 if found is None else int(found[0])
+
+
+class TestStarts:
+    """Who is there already, and what of it matters for the grace."""
+
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cluster, "LEASE_S", 1.0)
+        monkeypatch.setattr(members, "WATCH_S", 0.02)
+
+    async def crashed(self, together: Cluster, *names: str) -> None:
+        """Daemons that were killed: their rows stand still."""
+        with psycopg.connect(together.engine.url, autocommit=True) as sql:
+            for name in names:
+                sql.execute(
+                    "INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at, known_at, batch) "
+                    "VALUES (%s, '1', 0, 7000, 1, 0, 5)",
+                    (name,),
+                )
+
+    async def test_all_that_start_at_once_after_a_crash_of_all_start(self, together: Cluster) -> None:
+        """As after a power cut: each of them finds the rows of the last run, and one is the first to delete them."""
+        await self.crashed(together, "x", "y")
+        stores = await asyncio.gather(*(self.open(together) for _ in range(4)))
+        assert all(store.service_clock.now_ms() == 7000 for store in stores)
+        running = [asyncio.create_task(store.run()) for store in stores]
+        for store in stores:
+            await store.probe()
+        assert len(await stores[0].daemons()) == 4
+        assert {store.hold_until_ms for store in stores} == {7000 + 60_000}
+        for task, store in zip(running, stores, strict=True):
+            task.cancel()
+            await store.close()
+
+    async def open(self, together: Cluster, **options: Any) -> Store:
+        return await Store.open(together.engine.url, HandClock(), name=own_name(), restart_grace_ms=60_000, **options)
+
+    async def test_one_that_joins_while_others_wait_is_not_taken_for_gone(self, together: Cluster) -> None:
+        """It has nothing to do, and so no transaction for longer than others watch the rows of the last run."""
+        first = await Store.open(together.engine.url, HandClock(), name=own_name())
+        await self.crashed(together, "x")
+        second = asyncio.create_task(self.open(together))
+        await until(lambda: connections(together.engine) > 1)
+        running = asyncio.create_task(first.run())
+        await first.probe()
+        (mine,) = (row.name for row in await first.daemons() if row.is_self)
+        store = await second
+        assert store.joined_others
+        assert mine in [row.name for row in await first.daemons()]
+        running.cancel()
+        for one in (first, store):
+            await one.close()
+
+    @pytest.mark.parametrize("days", [0, 3])
+    @pytest.mark.parametrize("counts", [False, True])
+    async def test_after_a_crash_of_the_last_one_idleness_goes_on_where_it_was(
+        self, together: Cluster, days: int, counts: bool
+    ) -> None:
+        """However long ago; with `downtime = "count"` the time since its last transaction is added."""
+        server = together.set_up_server_clock()
+        last = await together.start()
+        await last.store.open_session(opening(idle_ms=10**9))
+        await together.pass_time(2)
+        kept_ms = last.store.service_clock.now_ms()
+        assert kept_ms >= 1990
+        await last.stop()
+        together.daemons.clear()
+        server.advance(days * 86_400)
+        store = await self.open(together, count_downtime=counts)
+        expected_ms = kept_ms + (days * 86_400_000 if counts else 0)
+        assert store.service_clock.now_ms() == expected_ms
+        assert not store.joined_others
+        running = asyncio.create_task(store.run())
+        await store.probe()
+        assert store.hold_until_ms == expected_ms + 60_000
+        assert store.live == 1
+        running.cancel()
+        await store.close()
+
+    async def test_a_restart_of_one_after_the_other_pauses_nothing(self, together: Cluster) -> None:
+        """Of three, each leaves in order and comes back, and each owns something all the while."""
+        daemons = [await together.start() for _ in range(3)]
+        await until(lambda: shared_out(daemons))
+        await daemons[0].store.open_session(opening(operator="o0"))
+        await together.pass_time(2)
+        for _ in range(3):
+            left = daemons.pop(0)
+            await left.leave()
+            together.daemons.remove(left)
+            await together.pass_time(1)
+            daemons.append(await together.start())
+            assert daemons[-1].store.joined_others
+            await until(lambda: shared_out(daemons))
+        assert [daemon.store.hold_until_ms for daemon in daemons] == [0, 0, 0]
+        assert [daemon.store.expulsions for daemon in daemons] == [0, 0, 0]
+        await together.pass_time(4.8)
+        assert [await ended(daemon) for daemon in daemons] == [0, 0, 0]
+        await together.pass_time(0.3)
+        assert sum([await ended(daemon) for daemon in daemons]) == 1
+
+
+def connections(engine: PostgresEngine) -> int:
+    with psycopg.connect(engine.url) as sql:
+        found = sql.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+            "AND application_name LIKE 'lmdaemon %'"
+        ).fetchone()
+    return 0 if found is None else int(found[0])
 
 
 class TestLooks:

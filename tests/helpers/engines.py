@@ -226,11 +226,15 @@ class PostgresEngine(Engine):
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         if self._beside is None:
             self._beside = psycopg.connect(self._beside_url or self.url, autocommit=True)
-            self._beside.execute("SET default_transaction_read_only = off")  # PgBouncer takes no options
+            for setting in BESIDE:  # not as options, which PgBouncer takes none of
+                self._beside.execute(f"SET {setting}")
         yield self._beside
 
 
 NUMBERS = count()
+
+# What the connection beside the stores' is not bound by
+BESIDE = ("default_transaction_read_only = off", "statement_timeout = 0", "idle_session_timeout = 0")
 
 # A clock of the server that stands still until it is moved. Names are looked up in this schema first.
 HAND_CLOCK = """

@@ -128,9 +128,10 @@ class Shown(NamedTuple):
 def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, title: str) -> Joined:
     """Raises DatabaseError while an import has not finished."""
     arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest)
-    with sql.transaction():
+    with sql.pipeline():  # one flush, which is one transaction: it waits for nothing but the server
         sql.execute(ALONE)
-        found = sql.execute(JOIN, arguments).fetchone()
+        joining = sql.execute(JOIN, arguments)
+    found = joining.fetchone()
     if found is None:
         raise _importing(title)
     member, heard_ms, batch = found

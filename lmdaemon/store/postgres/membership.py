@@ -42,7 +42,9 @@ class Membership:
         """Takes over who is there, and how far each of them has heard, as the server said after `asked_s` (elapsed)."""
         self._clock.told(found.at, asked_s)
         due_ms = self.company.next_due_ms
-        if self.company.learn(found, self._clock.monotonic(), watch=self._projection.live > 0):
+        # While this daemon itself can store nothing, as in an outage of the database, nobody else may be able to
+        watch = self._projection.live > 0 and "store" not in self._projection.service_clock.frozen
+        if self.company.learn(found, self._clock.monotonic(), watch=watch):
             self.owners.is_settled = False
             self._signals.look.set()
         if self.company.next_due_ms != due_ms:

@@ -127,7 +127,7 @@ class Shared(Verbs):
 
     @property
     def is_sure(self) -> bool:
-        return self._membership.is_sure
+        return self.membership.is_sure
 
     def let_go(self, operator: str) -> None:
         self.membership.owners.let_go(operator)
@@ -140,7 +140,7 @@ class Shared(Verbs):
         await self._asking.answer(number, webhook_id)
 
     def waits_until_ms(self, operator: str) -> int | None:
-        if self._membership.owners.has(operator):
+        if self.membership.owners.has(operator):
             return super().waits_until_ms(operator)
         until_ms = self._foreign.waits.get(operator, 0)
         return until_ms if until_ms > self.service_clock.now_ms() else None

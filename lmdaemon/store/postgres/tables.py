@@ -25,11 +25,15 @@ CLOCK = f"""
 SELECT max(service_ms), max(wall_at), {NOW}
 FROM (SELECT service_ms, wall_at FROM lmdaemon.clock
       UNION ALL SELECT heard_ms, wall_at FROM lmdaemon.member) AS known"""
-# Figures of every operator.
-FIGURES = (
-    "SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint FROM lmdaemon.figure GROUP BY operator"
-)
-# The parts of them that are not this daemon's.
+# Figures of every operator, and the others' part of them; of one moment, or what one of the others commits meanwhile
+# would be counted twice or never.
+FIGURES = """
+SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint,
+       coalesce(sum(live) FILTER (WHERE theirs), 0)::bigint, coalesce(sum(pending) FILTER (WHERE theirs), 0)::bigint,
+       coalesce(sum(dead) FILTER (WHERE theirs), 0)::bigint, coalesce(sum(opened) FILTER (WHERE theirs), 0)::bigint,
+       coalesce(sum(made) FILTER (WHERE theirs), 0)::bigint, coalesce(max(touched_ms) FILTER (WHERE theirs), 0)
+FROM (SELECT *, member <> %s AS theirs FROM lmdaemon.figure) AS part GROUP BY operator"""
+# The others' part of them alone.
 OTHERS_FIGURES = """
 SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint, sum(opened)::bigint, sum(made)::bigint,
        max(touched_ms)
@@ -105,10 +109,10 @@ class Look(NamedTuple):
 
 def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
     """What the tables say; also numbers for sessions. `member` is this daemon's row; 0: it has not joined."""
-    wanted: list[tuple[str, Sequence[Any]]] = [(CLOCK, ()), (FIGURES, ()), (OPERATORS, ()), (NEXT_BLOCK, ())]
-    wanted += [(OTHERS_FIGURES, (member,)), (OWNERS, ())]
-    (clock,), figures, gates, (block,), parts, owners = fetch_all(sql, wanted)
-    known = {name: Figures(*counts) for name, *counts in figures}
+    wanted: list[tuple[str, Sequence[Any]]] = [(CLOCK, ()), (FIGURES, (member,)), (OPERATORS, ())]
+    wanted += [(NEXT_BLOCK, ()), (OWNERS, ())]
+    (clock,), figures, gates, (block,), owners = fetch_all(sql, wanted)
+    known = {name: Figures(*row[:3]) for name, *row in figures}
     held = {name: Gate(*gate) for name, _, *gate in gates}
     mine = [operator for operator, owner, *_ in owners if owner == member] if member else list(known)
     return Found(
@@ -122,7 +126,7 @@ def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
             last_session=block[0] - 1,
         ),
         joined=joined,
-        parts={name: Part(*part) for name, *part in parts},
+        parts={name: Part(*row[3:]) for name, *row in figures},
         owners=owners,
         versions={row[0]: row[1] for row in gates},
         next=next_deadlines(sql, mine) if mine else [],

@@ -96,7 +96,8 @@ async def pair(postgres_engine: PostgresEngine, tmp_path: Path, monkeypatch: pyt
         async def settled() -> bool:
             known = [len(await one.store.daemons()) for one in daemons]
             owned = [one.store.owns("acme") for one in daemons]
-            return known == [2, 2] and sum(owned) == 1 and all(one.store._owners.is_settled for one in daemons)
+            are_settled = all(one.store.membership.owners.is_settled for one in daemons)
+            return known == [2, 2] and sum(owned) == 1 and are_settled
 
         await until(settled)
         yield Pair(*sorted(daemons, key=lambda one: not one.store.owns("acme")), operator)

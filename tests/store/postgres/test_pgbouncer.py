@@ -15,7 +15,7 @@ from lmdaemon.store.contract import Claim, NewDelivery, Settlement
 async def test_a_store_behind_a_pooler_does_what_it_does_without_one(clock: HandClock) -> None:
     try:
         with OwnServer() as server, PgBouncer(server) as pooler:
-            with closing(PostgresEngine(pooler.url)) as engine:
+            with closing(PostgresEngine(pooler.url, beside=server.url)) as engine:
                 await use(engine, clock)
             with closing(PostgresEngine(server.url)) as engine:
                 assert len(engine.rows("session")) == 30

@@ -1,6 +1,7 @@
 """What a server must be like, who may use its database, and what an operation does that it cannot store."""
 
 import asyncio
+import contextlib
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from random import Random
@@ -8,10 +9,11 @@ from random import Random
 import psycopg
 import pytest
 from clocks import HandClock
-from engines import SOON, PostgresEngine, own_name
+from engines import END_OTHERS, SOON, PostgresEngine, own_name
 from operations import notice, opening
 from postgres import own_server
 from processes import wait_for
+from proxy import Proxy
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
@@ -266,3 +268,30 @@ async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
         assert (first.joined_others, second.joined_others) == (False, True)
         assert first.hold_until_ms == second.hold_until_ms == 60_000
         assert Sweeper(second, clock, 60.0).hold_s == pytest.approx(58, abs=1)
+
+
+async def test_a_daemon_that_stops_while_it_joins_keeps_nobody_from_it(
+    postgres_engine: PostgresEngine, proxied: tuple[PostgresEngine, Proxy]
+) -> None:
+    """Joins are made one at a time. What one needs for it is sent at once, so that the server waits for nobody."""
+    engine, proxy = proxied
+    who = members.Introduction("stopped", 1)
+
+    def join() -> None:
+        with contextlib.suppress(psycopg.Error), psycopg.connect(engine.url, autocommit=True) as sql:
+            members.join(sql, who, 0, 0, "it")
+
+    with psycopg.connect(postgres_engine.url) as holder:
+        holder.execute("SELECT 1 FROM lmdaemon.version FOR UPDATE")
+        joining = asyncio.create_task(asyncio.to_thread(join))
+        await until(lambda: execute(postgres_engine, WAITING) == [(1,)])
+        proxy.mode = "swallow"  # nothing of the daemon arrives any more
+    await until(lambda: execute(postgres_engine, "SELECT name FROM lmdaemon.member") == [("stopped",)])
+    execute(postgres_engine, "SELECT 1 FROM lmdaemon.version FOR UPDATE NOWAIT")
+    execute(postgres_engine, END_OTHERS)
+    proxy.mode = "pass"
+    await joining
+
+
+WAITING = """
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"""

@@ -4,19 +4,22 @@ Each has a clock that the test moves. A clock that is not moved is a daemon that
 """
 
 import asyncio
+import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from random import Random
 from typing import Any
 
 import psycopg
 import pytest
 from clocks import HandClock
 from engines import SOON, PostgresEngine, own_name
-from operations import BODY, attempt, counted, opening
+from operations import BODY, attempt, counted, notice, opening
 from support import until
 
 from lmdaemon import retry
-from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreObserver
+from lmdaemon.store.contract import Claim, Dead, Figures, NewDelivery, Settlement, StoreError, StoreObserver
 from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.store import Store
 
@@ -502,6 +505,23 @@ class TestPutOut:
         await one.store.look()
         assert len(await one.store.daemons()) == 2
 
+    async def test_nobody_is_expelled_after_a_time_in_which_nobody_could_write(self, together: Cluster) -> None:
+        """As while a server's disk is full: rows can be read all the while, and stand still."""
+        one, other = await together.pair()
+        await one.store.open_session(opening(operator="o0"))
+        with together.engine.outage():
+            await until(lambda: one.store.failure and other.store.failure, within_s=20)
+            await other.stop()  # it tries again later than the first one
+            for _ in range(round(cluster.LEASE_S / 0.5) + 2):
+                one.clock.advance(0.5)
+                with contextlib.suppress(StoreError):
+                    await one.store.look()
+        await until(lambda: not one.store.failure, within_s=20)
+        for _ in range(3):
+            await one.store.look()
+        assert one.store.expulsions == 0
+        assert len(await one.store.daemons()) == 2
+
     async def test_all_of_them_gone_is_as_a_restart(self, together: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
         one, other = await together.pair()
         await one.store.open_session(opening(operator="o0"))
@@ -517,6 +537,14 @@ class TestPutOut:
         assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause beside the restart grace
         assert last.store.service_clock.now_ms() >= 1900
         assert last.store.live == 1
+
+
+def waiting_for_locks(engine: PostgresEngine) -> int:
+    with psycopg.connect(engine.url) as sql:
+        found = sql.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ).fetchone()
+    return 0 if found is None else int(found[0])
 
 
 class TestAtTheSameTime:
@@ -546,13 +574,71 @@ class TestAtTheSameTime:
         assert [one.reason for one in (first, b, second, a)] == ["closed"] * 4
         assert [daemon.store.failure for daemon in (one, other)] == [None, None]
 
+    async def test_figures_are_true_though_another_one_commits_while_they_are_read(self, together: Cluster) -> None:
+        """A third connection keeps the one that joins halfway through its reading."""
+        one = await together.start()
+        await one.store.open_session(opening("a"))
+        with psycopg.connect(together.engine.url) as holder:
+            holder.execute("LOCK TABLE lmdaemon.operator")
+            clock = HandClock()
+            opening_store = asyncio.create_task(Store.open(together.engine.url, clock, name=own_name(), paces=SOON))
+            await until(lambda: waiting_for_locks(together.engine) == 1)
+            await one.store.open_session(opening("b"))
+        store = await opening_store
+        running = asyncio.create_task(store.run())
+        with psycopg.connect(together.engine.url) as holder:
+            holder.execute("LOCK TABLE lmdaemon.operator")
+            await until(lambda: waiting_for_locks(together.engine) >= 1)
+            await one.store.open_session(opening("c"))
+        await store.probe()
+        await store.look()
+        assert store.figures_of("acme").live == store.live == 3
+        running.cancel()
+        await store.close()
 
-def waiting_for_locks(engine: PostgresEngine) -> int:
-    with psycopg.connect(engine.url) as sql:
-        found = sql.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        ).fetchone()
-    return 0 if found is None else int(found[0])
+    @pytest.mark.parametrize("seed", range(6))
+    async def test_whatever_two_daemons_do_at_once_each_session_ends_once(self, together: Cluster, seed: int) -> None:
+        """Opened, touched, closed, reported, settled, retried and held at both, in batches by chance."""
+        random = Random(seed)
+        with psycopg.connect(together.engine.url, autocommit=True) as sql:
+            sql.execute(f"ALTER DATABASE {together.engine.name} SET deadlock_timeout = '20ms'")
+        one, other = await together.pair()
+        names = [f"s{number}" for number in range(6)]
+
+        async def do(daemon: Daemon) -> None:
+            store, operator, name = daemon.store, random.choice(["o0", "o1"]), random.choice(names)
+            kind = random.randrange(8)
+            if kind == 0:
+                await store.open_session(opening(name, operator=operator))
+            elif kind == 1:
+                await store.touch(operator, random.sample(names, 4))
+            elif kind == 2:
+                await store.end(operator, name)
+            elif kind == 3:
+                await store.record(notice(name, operator=operator))
+            elif kind == 4:
+                await store.set_gate(operator, lambda gate: counted(failed=True)(gate, 0))
+            elif kind == 5:
+                await store.retry_dead(operator, Dead())
+            else:
+                ((*rows,),) = await store.claimable([Claim(operator, "http", [], 3)])
+                state = random.choice(["pending", "delivered", "dead"])
+                for row in rows:
+                    await store.settle(Settlement(row, state, 0, 1, attempt(status=500)))
+
+        for _ in range(25):
+            await asyncio.gather(*(do(random.choice([one, other])) for _ in range(12)))
+        assert [daemon.store.failure for daemon in (one, other)] == [None, None]
+        for daemon in (one, other):
+            await daemon.store.look()
+        sessions, deliveries = together.engine.rows("session"), together.engine.rows("delivery")
+        ended = sorted((row["operator"], row["session_id"]) for row in sessions if row["reason"] is not None)
+        assert sorted((row["operator"], row["session_id"]) for row in deliveries) == ended
+        for operator in ("o0", "o1"):
+            states = Counter(row["state"] for row in deliveries if row["operator"] == operator)
+            live = sum(row["operator"] == operator and row["reason"] is None for row in sessions)
+            for daemon in (one, other):
+                assert daemon.store.figures_of(operator) == Figures(live, states["pending"], states["dead"])
 
 
 class TestStarts:

@@ -38,13 +38,20 @@ class Keeper:
     """
 
     def __init__(
-        self, projection: Projection, clock: ServerClock, membership: Membership, foreign: Foreign, signals: Signals
+        self,
+        projection: Projection,
+        clock: ServerClock,
+        membership: Membership,
+        foreign: Foreign,
+        signals: Signals,
+        restart_grace_ms: int,
     ) -> None:
         self._projection = projection
         self._clock = clock
         self._membership = membership
         self._foreign = foreign
         self._signals = signals
+        self._restart_grace_ms = restart_grace_ms
         self._expect_known = False  # whether the last batch was to add sessions that were known
         self._block_ends = 0
         self._told_touches = float("-inf")  # monotonic seconds
@@ -61,7 +68,7 @@ class Keeper:
         membership.introduced = who
 
         def run(sql: Connection) -> tuple[Place, Found]:
-            joined = members.join(sql, who, own_ms, wall_at, database)
+            joined = members.join(sql, who, own_ms, wall_at, self._restart_grace_ms, database)
             owners = Owners()
             owners.load(joined.member, [row[:3] for row in sql.execute(OWNERS)])
             claim = owners.wishes(configured, [joined.member, *joined.seen.others], now_s).claim

@@ -64,8 +64,11 @@ WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 
 HOLD = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
-# The same until this service time: nobody was there who could have heard touches.
-HOLD_UNTIL = "UPDATE lmdaemon.clock SET hold_until_ms = greatest(hold_until_ms, %s)"
+# The same, for the daemon of this name, if no other is there: until it joined, nobody could hear touches.
+HOLD_ALONE = """
+UPDATE lmdaemon.clock
+SET hold_until_ms = greatest(hold_until_ms, (SELECT heard_ms FROM lmdaemon.member WHERE name = %s) + %s)
+WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.member WHERE name <> %s)"""
 # Keeps the service clock of a daemon that goes.
 KEEP_CLOCK = """
 UPDATE lmdaemon.clock SET service_ms = greatest(service_ms, heard_ms), wall_at = greatest(clock.wall_at, member.wall_at)
@@ -125,12 +128,15 @@ class Shown(NamedTuple):
     digest: str
 
 
-def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, title: str) -> Joined:
-    """Raises DatabaseError while an import has not finished."""
+def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, grace_ms: int, title: str) -> Joined:
+    """Where no other daemon is there, nothing ends for inactivity for `grace_ms` from now on. Raises DatabaseError
+    while an import has not finished.
+    """
     arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest)
     with sql.pipeline():  # one flush, which is one transaction: it waits for nothing but the server
         sql.execute(ALONE)
         joining = sql.execute(JOIN, arguments)
+        sql.execute(HOLD_ALONE, (who.name, grace_ms, who.name))
     found = joining.fetchone()
     if found is None:
         raise _importing(title)
@@ -159,11 +165,6 @@ def make_room(sql: Connection, title: str) -> bool:
         for member in gone:
             with suppress(psycopg.errors.DivisionByZero):  # it lives after all, or others that start were faster
                 drop(sql, member.id, member.batch)
-
-
-def hold_until(sql: Connection, until_ms: int) -> None:
-    """At a start where nobody was there: nothing ends for inactivity before this service time."""
-    sql.execute(HOLD_UNTIL, (until_ms,))
 
 
 def refuse_old(sql: Connection, title: str) -> None:

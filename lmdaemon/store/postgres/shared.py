@@ -45,9 +45,18 @@ class Shared(Verbs):
     """A store that may be one of several on its database. The engine's store is a subclass, which reads."""
 
     def __init__(
-        self, clock: ServerClock, name: str, database: Database, thread: Thread, found: Found, paces: Paces
+        self,
+        clock: ServerClock,
+        name: str,
+        database: Database,
+        thread: Thread,
+        found: Found,
+        restart_grace_ms: int,
+        paces: Paces,
     ) -> None:
-        """`thread` is the writer's; `found` is what it has read of the tables before this daemon joins."""
+        """`thread` is the writer's; `found` is what it has read of the tables before this daemon joins. If no
+        other is there then, nothing ends for inactivity for `restart_grace_ms`.
+        """
         super().__init__(clock, name)
         self.load(found.loaded)
         self._thread = thread
@@ -56,7 +65,7 @@ class Shared(Verbs):
         introduction = Introduction(name, self._since_at)
         self.membership = Membership(self, clock, self._signals, introduction)
         self._foreign = foreign = Foreign(self)
-        keeper = Keeper(self, clock, self.membership, foreign, self._signals)
+        keeper = Keeper(self, clock, self.membership, foreign, self._signals, restart_grace_ms)
         keeper.load(found)
         self._server = Server(database, thread, keeper)
         self._writer: Writer[Batch] = Writer(keeper, self._server)

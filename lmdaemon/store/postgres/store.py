@@ -93,7 +93,8 @@ class Store(Shared):
         UnsafeSettingError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
-        clock. Where nobody was there, nothing ends for inactivity for `restart_grace_ms`, whichever daemon comes next.
+        clock. Whenever this one joins and no other is there, nothing ends for inactivity for `restart_grace_ms`,
+        whichever daemon comes next.
         """
         database = Database(url, password, name)
         thread, wall = Thread(database, prepares=False), ServerClock(clock)
@@ -109,18 +110,16 @@ class Store(Shared):
             )
             if joins_others:  # their clock runs
                 loaded = loaded._replace(committed_at=0)
-            else:
-                if count_downtime and loaded.committed_at:
-                    downtime_ms = max(0, wall.wall_ms() - loaded.committed_at)
-                    loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
-                await thread.run(members.hold_until, loaded.service_ms + restart_grace_ms, within_s=OPEN_S)
+            elif count_downtime and loaded.committed_at:
+                downtime_ms = max(0, wall.wall_ms() - loaded.committed_at)
+                loaded = loaded._replace(service_ms=loaded.service_ms + downtime_ms)
         except (psycopg.Error, NoAnswerError) as error:
             thread.close()
             raise DatabaseError(f"{database.title}: cannot be used: {said(error)}") from error
         except BaseException:
             thread.close()
             raise
-        store = cls(wall, name, database, thread, found._replace(loaded=loaded), paces)
+        store = cls(wall, name, database, thread, found._replace(loaded=loaded), restart_grace_ms, paces)
         store.engine = MappingProxyType({"postgresql": version})
         store.joined_others = joins_others
         return store

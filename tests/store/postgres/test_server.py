@@ -279,7 +279,7 @@ async def test_a_daemon_that_stops_while_it_joins_keeps_nobody_from_it(
 
     def join() -> None:
         with contextlib.suppress(psycopg.Error), psycopg.connect(engine.url, autocommit=True) as sql:
-            members.join(sql, who, 0, 0, "it")
+            members.join(sql, who, 0, 0, 0, "it")
 
     with psycopg.connect(postgres_engine.url) as holder:
         holder.execute("SELECT 1 FROM lmdaemon.version FOR UPDATE")

@@ -692,6 +692,41 @@ class TestStarts:
         for one in (first, store):
             await one.close()
 
+    async def test_one_that_joins_when_the_others_have_just_left_gives_the_grace(self, together: Cluster) -> None:
+        """Between the others' end and its joining nobody could hear touches."""
+        one = await together.start()
+        await one.store.open_session(opening(operator="o0"))
+        await together.pass_time(2)
+        store = await self.open(together)
+        assert store.joined_others
+        await one.leave()
+        running = asyncio.create_task(store.run())
+        await store.probe()
+        assert store.hold_until_ms == store.service_clock.now_ms() + 60_000
+        running.cancel()
+        await store.close()
+
+    async def test_one_that_wakes_up_when_all_others_have_gone_gives_the_grace(self, together: Cluster) -> None:
+        """It was expelled while it was stopped, and those that were there have left since."""
+        stopped = await self.open(together)
+        running = asyncio.create_task(stopped.run())
+        await stopped.probe()
+        other = await together.start()
+        await other.store.open_session(opening(operator="o0"))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        for _ in range(8):
+            await together.pass_time(0.25)
+            await other.store.look()
+        assert other.store.expulsions == 1
+        await other.leave()
+        running = asyncio.create_task(stopped.run())
+        await stopped.probe()
+        assert stopped.live == 1
+        assert stopped.hold_until_ms == stopped.service_clock.now_ms() + 60_000
+        running.cancel()
+        await stopped.close()
+
     @pytest.mark.parametrize("days", [0, 3])
     @pytest.mark.parametrize("counts", [False, True])
     async def test_after_a_crash_of_the_last_one_idleness_goes_on_where_it_was(

@@ -158,6 +158,9 @@ class Shared(Verbs):
         if operator not in self.pausing or self.owns(operator):
             self._signals.look.set()  # which tells the others
             return self.let_ends_go_on(operator)
+        await self.look()
+        if self.waits_until_ms(operator) is None:
+            return False  # so that nobody has to wait for an owner that may be gone
         return bool(await self.ask_owner(operator, "release_ends", RELEASE_S))
 
     async def daemons(self) -> Sequence[Member]:

@@ -89,6 +89,13 @@ async def test_ends_that_wait_are_released_at_any_daemon(pair: Pair) -> None:
     now_ms = pair.owner.service_clock.now_ms()
     pair.owner._pauses["acme"] = silence.Pause(now_ms, silent_ms=5000)
     assert pair.owner.waits_until_ms("acme") == now_ms + silence.PAUSE_MAX_MS
+    await pair.owner.look()  # which tells the others
     assert await pair.other.release_ends("acme")
     assert pair.owner.waits_until_ms("acme") is None
+    assert not await pair.other.release_ends("acme")
+
+
+async def test_a_release_waits_for_no_owner_if_no_ends_wait(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one may be gone."""
+    monkeypatch.setattr(pair.other._asking, "ask", None)
     assert not await pair.other.release_ends("acme")

@@ -2,7 +2,9 @@
 
 import asyncio
 
-from operations import attempt, one_delivery, opening
+from clocks import HandClock
+from engines import Engine
+from operations import attempt, notice, one_delivery, opening
 
 from lmdaemon.store.contract import PAGE_BYTES, NewDelivery, Opening, Settlement, Store
 
@@ -40,6 +42,22 @@ class TestPages:
                         and state in (None, ("pending", "delivered", "dead")[number % 3])
                     ]
                     assert await walk_deliveries(db, operator, sink, state) == expected
+
+    async def test_a_session_that_was_only_reported_is_found(self, engine: Engine, clock: HandClock) -> None:
+        """Of an operator of which nothing was ever opened, and whose ends nobody is told of; also by the next run."""
+        async with engine.open(clock) as first:
+            first.configure(frozenset({"acme"}), lambda session: [])
+            await first.record(notice())
+            assert await finds(first, session_id="s")
+            assert await finds(first, player_id="p")
+        async with engine.open(clock) as second:
+            second.configure(frozenset({"acme"}), lambda session: [])
+            assert await finds(second, session_id="s")
+
+
+async def finds(db: Store, session_id: str | None = None, player_id: str | None = None) -> bool:
+    page = await db.find_sessions(session_id=session_id, player_id=player_id, limit=10, after=None)
+    return [(one.operator, one.session_id) for one in page.rows] == [("acme", "s")]
 
 
 async def walk_sessions(db: Store, state: str | None, player_id: str | None) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lmdaemon.model import Member
 
-SLOW_MS = 1400  # behind: two beats are missing, and all ends wait for it; at 1500 the clocks of the others stand still
+SLOW_MS = 1400  # so far behind, a clock lacks two beats and all ends wait for it; at 1500 the others stand still
 
 
 def disagreement(members: Sequence[Member]) -> str | None:

@@ -191,7 +191,8 @@ class Readings:
         yield plain(
             "service_clock_behind_seconds",
             "How far its service clock is behind the furthest of all daemons; ends wait for the slowest.",
-            behind_ms / 1000 if self._store.live else 0.0,  # clocks are told rarely while nothing waits for them
+            # While no session is live, daemons rarely tell how far their clocks are
+            behind_ms / 1000 if self._store.live else 0.0,
         )
         yield plain(
             "daemons_disagree", "1 while other daemons have other settings.", float(bool(disagreement(members)))

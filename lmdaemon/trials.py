@@ -127,9 +127,7 @@ class _Trial:
 
     async def _whole(self) -> Any:
         task = self._task = asyncio.create_task(self._work())
-        self._own = (
-            asyncio.get_running_loop()
-        )  # from here on it can be cancelled, by when it has begun: see `end_early`
+        self._own = asyncio.get_running_loop()  # from here on `end_early` can cancel the task
         if self._is_unwanted:
             self._own.call_soon(self._cancel)
         return await task

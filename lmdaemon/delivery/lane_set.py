@@ -108,7 +108,9 @@ class LaneSet:
 
     @property
     def behind(self) -> dict[tuple[str, str], str]:
-        """Lanes (operator, sink) whose deliveries wait for nothing but a slot for long, with what comes and goes."""
+        """Lanes (operator, sink) whose deliveries wait for nothing but a slot for long, with the rates at which
+        deliveries come and go.
+        """
         now_at, now_s = self._clock.wall_ms(), self._clock.monotonic()
         found = {}
         for pair, lane in self._lanes.items():

@@ -24,7 +24,9 @@ class Owner(Protocol):
         """Another attempt of the lane may begin."""
 
     def attempt_ended(self, lane: Lane, row: Delivery) -> None:
-        """The lane, as it was when the attempt began, has this row no longer in flight."""
+        """An attempt has ended and its row is no longer in flight. `lane` is the one in which it began; a reload may
+        have replaced it since.
+        """
 
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
         """A row that was in flight is due again at this wall time (ms)."""

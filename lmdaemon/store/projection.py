@@ -144,7 +144,7 @@ class Projection:
         return self.let_ends_go_on(operator)
 
     def let_ends_go_on(self, operator: str) -> bool:
-        """The same at once, where this daemon decides it."""
+        """Does what `release_ends` promises, at once, for an operator that this daemon owns."""
         waited = self.waits_until_ms(operator) is not None
         if waited:
             self._pauses[operator] = self._pauses[operator]._replace(released=True)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-# Sessions sessions that are opened and closed again; they are touched in turn. Fewer where little time is given:
-# SESSIONS_EACH_S for each second, but as many as are touched at the same time.
+# Sessions that are opened, touched in turn, and closed again. In a short run there are fewer, SESSIONS_EACH_S for each
+# second, but at least as many as are touched at the same time.
 SESSIONS, SESSIONS_EACH_S = 10_000, 250
 AT_ONCE = 16  # simultaneous requests, each on a connection of its own
 BULK = 1000  # sessions in one bulk touch

@@ -256,7 +256,7 @@ PUT_GATES = _count(
         WHERE operator.version = excluded.version - 1""",
     rows="",
 )
-# Puts kept waits back with this daemon's wall clock, but for the operators for which others deliver.
+# When this daemon's wall clock was set back: moves stored waits back as far, except for operators that others own.
 SET_BACK = """
 UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
 WHERE state = 'pending' AND due_at > %s AND operator <> ALL (%s)"""
@@ -396,7 +396,7 @@ class Batch:
         return (
             len(self.operations) > DECIDED_ON_LOOP_MAX
             or must_look_up(kinds)
-            or GateChange in kinds  # a hold that is there already, as far as is known here, may have been released
+            or GateChange in kinds  # a hold that is known here may have been released by another daemon
             or (expect_known and not kinds.isdisjoint((Opening, Recording)))
         )
 
@@ -470,7 +470,7 @@ class Batch:
         return changes.answers
 
     def _refresh_gates(self, sql: Connection, operators: Collection[str]) -> None:
-        """What holds these operators back may be what somebody else has changed."""
+        """Reads the gates of these operators again, because another daemon may have changed them."""
         if not operators:
             return
         gates, self.versions = dict(self._world.gates), dict(self.versions)

@@ -38,7 +38,7 @@ class Beats:
         self._rng = Random()  # noqa: S311 - jitter, not secrets
 
     async def run(self) -> None:
-        """For ever."""
+        """Beats, for ever."""
         loop, commits, waiting = asyncio.get_running_loop(), -1, self._company.waiting
         last_at = soon_at = loop.time()
         soon_s, jitter = BEAT_MIN_S, 1.0
@@ -58,7 +58,7 @@ class Beats:
                 async with asyncio.timeout_at(beat_at + BEAT_AFTER_S):
                     await self._signals.beat.wait()
                 continue
-            if beat_at < regular_at:  # again for the same deadline: the owner is not ready, so less and less often
+            if beat_at < regular_at:  # again for the same deadline: its owner is not ready, so beat less often
                 soon_s = min(soon_s * 2, self._paces.beat_s)
             if self._writer.commits != commits and self._company.told_ms >= (waiting[0] or 0):
                 continue

@@ -37,16 +37,17 @@ def followed_ms(own_ms: int, others: Collection[Heard], told_ms: int) -> int:
 
 
 def limit_ms(others: Collection[Heard], told_ms: int) -> int:
-    """Where a clock has to wait: for the slowest of the others, and until what this daemon has told of itself, which is
-    `told_ms`, is as near. By that the others know how far it may have come.
+    """The furthest that this daemon's clock may go: AHEAD_MS beyond the slowest of the others, and beyond what it has
+    told of itself (`told_ms`), because from that the others work out how far it may have come.
     """
     return min(told_ms, *(one.heard_ms for one in others)) + AHEAD_MS
 
 
 def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_at: int, kept_ms: int = 0) -> int:
-    """The stamp of a touch that arrived at `arrival_ms` of this daemon's clock, which stands at `own_ms`: not below any
-    clock at this moment, nor below `kept_ms`, the furthest of those that have gone, which may have been followed.
-    Another's may have run on since its last transaction for as long as the database's clock has.
+    """The stamp of a touch that arrived at `arrival_ms` of this daemon's clock, which now stands at `own_ms`. It is not
+    below any daemon's clock at this moment, nor below `kept_ms`, the furthest clock of those that have gone, for others
+    may have followed it. Since its last transaction, another daemon's clock may have advanced by as much as the
+    database's clock has.
 
     A database clock that is set back by less than that time makes it too low by as much, at most AHEAD_MS.
     """
@@ -84,7 +85,7 @@ class Watch:
 
     @property
     def still_s(self) -> float:
-        """For how long the one whose row has not moved for the longest time had stood still at the last look."""
+        """The longest time (s) for which any of their rows had stood still at the last look."""
         return self._longest_s
 
     def gone(self, batches: Mapping[int, int], now_s: float) -> set[int]:

@@ -11,7 +11,7 @@ import orjson
 from lmdaemon.clock import ServiceClock
 from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
 
-GAP_S = 1.5  # between two views of the others; after a longer time it begins anew to note who stands still
+GAP_S = 1.5  # after a longer time between two looks at the others, it is noted anew since when their rows stand still
 LATE_MS = 5000  # a view that is older than another one by more than this was seen by a server's clock that was set
 
 # The time of the server's clock, in wall ms.
@@ -67,8 +67,8 @@ class Company:
         self.learn(found, 0.0, watch=False)
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
-        """Takes over what was seen. Returns whether other daemons are there than before. With `watch` it is noted who
-        stands still, by a monotonic time; they need not move while no session is live.
+        """Takes over what was seen. Returns whether other daemons are there than before. With `watch` it notes whose
+        row stands still, at the monotonic time `now_s`; rows need not move while no session is live.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False
@@ -86,7 +86,7 @@ class Company:
 
     @property
     def still_s(self) -> float:
-        """For how long one of them has stood still."""
+        """The longest time (s) for which the row of any of them has stood still."""
         return self._watch.still_s
 
     @property
@@ -106,6 +106,8 @@ class Company:
 
     @property
     def waiting(self) -> tuple[int | None, int]:
-        """That deadline, and the last transaction of the daemon that waits for it."""
+        """The next deadline of the others' operators, and the number of the last transaction of the daemon that waits
+        for it.
+        """
         due = [(one.next_due_ms, one.batch) for one in self.others.values() if one.next_due_ms is not None]
         return min(due, default=(None, 0))

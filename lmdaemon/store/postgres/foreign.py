@@ -22,7 +22,7 @@ class Foreign:
         self.waits: dict[str, int] = {}  # until when (service ms) ends of operators wait, as their owners have told
 
     def load(self, found: Found) -> None:
-        """The projection was loaded with these."""
+        """Begins with what was read; the projection has the totals of it already."""
         self.versions, self._parts = found.versions, found.parts
 
     def take_parts(self, parts: dict[str, Part]) -> None:

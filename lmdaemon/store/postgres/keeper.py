@@ -178,7 +178,7 @@ class Keeper:
                 self._signals.hint.set()
 
     def _note_opened(self, work: Batch) -> None:
-        """Leaves only those deadlines of what a batch has opened that this daemon is to keep."""
+        """Of the deadlines of newly opened sessions, leaves those that are the next ones of this daemon's operators."""
         changes = work.changes
         changes.next_due_ms = changes.next_lifetime_at = None
         for row in changes.sessions:

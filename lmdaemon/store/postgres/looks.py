@@ -60,7 +60,7 @@ class Looks:
         self._names: dict[int, str] = {}  # of the other daemons, as the log has told them
 
     async def run(self) -> None:
-        """For ever."""
+        """Looks, for ever."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._look_after_s()):
@@ -84,7 +84,7 @@ class Looks:
         return self._hints.idle_s if self._hints.works else self._paces.look_s / 2
 
     def hinted(self) -> None:
-        """There is something to look at. And somebody may have begun to watch who is there."""
+        """There is something to look at, and another daemon may have begun to watch whether this one is there."""
         self._signals.look.set()
         if not self._projection.live:
             self._must_prove = True

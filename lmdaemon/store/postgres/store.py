@@ -108,7 +108,7 @@ class Store(Shared):
                 next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
                 next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
             )
-            if joins_others:  # their clock runs
+            if joins_others:  # the service clock has gone on meanwhile
                 loaded = loaded._replace(committed_at=0)
             elif count_downtime and loaded.committed_at:
                 downtime_ms = max(0, wall.wall_ms() - loaded.committed_at)

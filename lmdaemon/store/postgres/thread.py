@@ -26,7 +26,7 @@ SERVER_SETTINGS = {
     "default_transaction_isolation": "read committed",
     "jit": "off",
 }
-# The same of newer servers; older ones refuse a connection that names it. From which version on it is there.
+# Settings that only newer servers have, and the version from which on; an older one refuses a connection that names it.
 NEWER_SETTINGS = {"transaction_timeout": ("0", 170_000)}
 # Every statement finds its rows through an index. Without these a plan could read a whole table that was small when the
 # plan was made; it is used again when the table has grown.
@@ -40,8 +40,8 @@ NETWORK_LIMITS: Mapping[str, Any] = {
     "keepalives_count": 3,
 }
 
-# Who warns in the server that it waits no longer for a standby to confirm a commit, as when somebody cancels a
-# statement that hangs there. The transaction is committed all the same, and may be lost at a failover.
+# The function of the server that warns when it stops waiting for a standby to confirm a commit, for example because
+# somebody has cancelled the statement. The transaction is committed all the same, and may be lost at a failover.
 UNCONFIRMED = "SyncRepWaitForLSN"
 
 Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"

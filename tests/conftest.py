@@ -62,13 +62,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_left_to_ci(item: pytest.Item) -> bool:
-    """Whether a test is of the ordinary way on uvloop, or of that way and costly.
+    """Whether a test is of the ordinary way on uvloop, of that way and costly, or of one daemon alone on PostgreSQL.
 
-    Each loop is tried with the other way, and the ordinary way on the other loop: what only both together could break
-    is found by CI (DEEP).
+    Each loop is tried with the other way, and the ordinary way on the other loop; and a pair of daemons does all that
+    one does. What could break there alone is found by CI (DEEP).
     """
     chosen = getattr(item, "callspec", None)
-    if chosen is None or chosen.params.get("way") != "ordinary":
+    if chosen is None:
+        return False
+    if chosen.params.get("engine") == "postgres" and item.path.parent.name == "contract":
+        return item.path.name != "test_batches.py"  # batches are each daemon's own
+    if chosen.params.get("way") != "ordinary":
         return False
     return "uvloop" in chosen.id.split("-") or item.get_closest_marker("costly") is not None
 

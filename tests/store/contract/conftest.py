@@ -8,7 +8,8 @@ ENGINES = ("sqlite", "postgres", "pair")
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """An empty database of each engine: every test in this directory is run once for each name in ENGINES.
+    """An empty database of each engine: every test in this directory is run once for each name in ENGINES
+    (one daemon alone on PostgreSQL with DEEP=1).
 
     To add an engine, implement the methods of `engines.Engine` (open, kill, outage, archive, rows), write a fixture
     `NAME_engine` that gives one to each test, beside `sqlite_engine` in the directory above, and put NAME into ENGINES.

@@ -35,6 +35,7 @@ async def test_what_a_role_or_database_is_set_to_stops_nothing(
     with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
         if name == "transaction_timeout" and sql.info.server_version < NEWEST:
             pytest.skip("this PostgreSQL has no transaction_timeout")
+        postgres_engine.follow(clock)  # the test's own connection is older than what is set
         sql.execute(f"ALTER DATABASE {sql.info.dbname} SET {name} = '{SETTINGS[name]}'")  # type: ignore[arg-type]
         with hear() as events:
             async with AsyncExitStack() as stack:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import psycopg
 
 from lmdaemon.store.contract import DatabaseError
+from lmdaemon.store.postgres import versions
 from lmdaemon.store.postgres.cluster import Watch
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.hints import send
@@ -27,12 +28,14 @@ MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
 # Whether a file is being moved into the database.
 IS_IMPORTING = "SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL"
 # One at a time from here to the end of the transaction: who joins, and who goes.
-ALONE = "SELECT 1 FROM lmdaemon.version FOR UPDATE"
+ALONE = "SELECT current, oldest FROM lmdaemon.version FOR UPDATE"
 # Joins, at the furthest clock of all. A row that is there already is of an attempt whose answer was lost.
 JOIN = f"""
 INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at, known_at, address, digest)
 SELECT %s, %s, %s, greatest(%s, service_ms, (SELECT max(heard_ms) FROM lmdaemon.member)), %s, {NOW}, %s, %s
-FROM lmdaemon.clock WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL)
+FROM lmdaemon.clock
+WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL)
+      AND (SELECT oldest FROM lmdaemon.version) <= %s
 ON CONFLICT (name) DO UPDATE SET heard_ms = greatest(member.heard_ms, excluded.heard_ms), known_at = excluded.known_at
 RETURNING id, heard_ms, batch"""
 # Who else is there.
@@ -130,16 +133,18 @@ class Shown(NamedTuple):
 
 def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, grace_ms: int, title: str) -> Joined:
     """Where no other daemon is there, nothing ends for inactivity for `grace_ms` from now on. Raises DatabaseError
-    while an import has not finished.
+    while an import has not finished, and where a newer program has taken away what this one needs.
     """
-    arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest)
+    known = len(versions.MIGRATIONS)
+    arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest, known)
     with sql.pipeline():  # one flush, which is one transaction: it waits for nothing but the server
-        sql.execute(ALONE)
+        version = sql.execute(ALONE)
         joining = sql.execute(JOIN, arguments)
         sql.execute(HOLD_ALONE, (who.name, grace_ms, who.name))
     found = joining.fetchone()
     if found is None:
-        raise _importing(title)
+        current, oldest = version.fetchone() or (0, 0)
+        raise versions.newer(title, current, known) if oldest > known else _importing(title)
     member, heard_ms, batch = found
     row = sql.execute(LOOK, (member,)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises

@@ -1,7 +1,7 @@
 """Checks the server when a database is opened, and brings its schema to the newest version."""
 
+import time
 from collections.abc import Sequence
-from importlib import resources
 
 import psycopg
 
@@ -9,31 +9,29 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.members import refuse_old
-from lmdaemon.store.postgres.thread import Connection, Database
+from lmdaemon.store.postgres.thread import SERVER_SETTINGS, Connection, Database
+from lmdaemon.store.postgres.versions import MIGRATIONS, OLDEST, current_of
 
 SERVER_MIN = 140000  # PostgreSQL 14
 UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit may be lost after it was acknowledged
 
-# Entry n brings the schema from version n to n + 1. Never edit one that was released: add the next.
-MIGRATIONS: Sequence[str] = tuple(
-    resources.files(__package__).joinpath(script).read_text("utf-8")
-    for script in ("schema.sql", *(f"schema_{version}.sql" for version in range(2, 8)))
-)
-# An older program that knows fewer must not use the schema. It is raised only by a migration that takes something away,
-# or by one that old programs break the rules of: before version 5 a daemon believed to be alone.
-OLDEST = 5
+TRIES = 5  # to upgrade the schema while others read and write
+AGAIN_S = 0.5  # before it is tried again
 
 # Settings of the server that are checked.
 SETTINGS = """
 SELECT current_setting('server_version_num')::int, current_setting('synchronous_commit'),
        pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'"""
-# Whether the schema exists.
-IS_THERE = "SELECT to_regclass('lmdaemon.version') IS NOT NULL"
-# The version of the schema, and that of the oldest program that may use it.
-VERSIONS = "SELECT current, oldest FROM lmdaemon.version"
 # An advisory lock, so that programs that start at the same time upgrade one after the other. There may be no row yet
 # that they could lock.
 ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('lmdaemon.migrate'))"
+# An index of a large table may take minutes, and so may one that is made by another program at the same time.
+TAKE_YOUR_TIME = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
+# A table is not waited for longer than this, because whoever writes into it would have to wait as well.
+LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"
+# Daemons that write wait from here to the end. They lock these two before any other table; a script that locked another
+# one first could wait for them while they wait for it.
+KEEP_OUT = "SELECT 1 FROM version FOR UPDATE; LOCK TABLE member IN EXCLUSIVE MODE"
 # Creates the schema.
 CREATE = "CREATE SCHEMA IF NOT EXISTS lmdaemon"
 
@@ -64,7 +62,7 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
     DatabaseError before it changes anything, also where there is something to do and it is not `allowed`.
     """
     try:
-        current = _current(sql, title, len(migrations))
+        current = current_of(sql, title, len(migrations))
         if current == len(migrations):
             return []
         if 0 < current < OLDEST:
@@ -72,17 +70,7 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, for database.migrate is false")
-        with sql.transaction():
-            sql.execute(ONE_AT_A_TIME)
-            sql.execute(CREATE)
-            current = _current(sql, title, len(migrations))
-            sql.execute("SET LOCAL search_path TO lmdaemon")
-            for script in migrations[current:]:
-                sql.execute(script)
-            sql.execute("DELETE FROM version")
-            sql.execute(
-                "INSERT INTO version (current, oldest) VALUES (%s, %s)", (len(migrations), min(OLDEST, len(migrations)))
-            )
+        current = _upgrade_when_free(sql, title, migrations)
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error
     added = list(range(current + 1, len(migrations) + 1))
@@ -90,6 +78,35 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
         event = "store.migrated" if current else "store.created"
         log.info(event, path=title, schema=added[-1], before=current or None)
     return added
+
+
+def _upgrade_when_free(sql: Connection, title: str, migrations: Sequence[str]) -> int:
+    """Repeats the upgrade while somebody else has locked what it needs. Returns the version that there was."""
+    for _ in range(TRIES - 1):
+        try:
+            return _upgrade(sql, title, migrations)
+        except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
+            time.sleep(AGAIN_S)
+    return _upgrade(sql, title, migrations)
+
+
+def _upgrade(sql: Connection, title: str, migrations: Sequence[str]) -> int:
+    with sql.transaction():
+        sql.execute(TAKE_YOUR_TIME)
+        sql.execute(ONE_AT_A_TIME)
+        sql.execute(LOCK_TIMEOUT, (SERVER_SETTINGS["lock_timeout"],))
+        sql.execute(CREATE)
+        current = current_of(sql, title, len(migrations))
+        if current < len(migrations):  # nobody else has done it meanwhile
+            sql.execute("SET LOCAL search_path TO lmdaemon")
+            if current:
+                sql.execute(KEEP_OUT)
+            for script in migrations[current:]:
+                sql.execute(script)
+            sql.execute("DELETE FROM version")
+            versions = (len(migrations), min(OLDEST, len(migrations)))
+            sql.execute("INSERT INTO version (current, oldest) VALUES (%s, %s)", versions)
+    return current
 
 
 def migrate_database(url: str, password: str | None) -> list[int]:
@@ -103,15 +120,3 @@ def migrate_database(url: str, password: str | None) -> list[int]:
         raise DatabaseError(f"{database.title}: {error}") from error
     except psycopg.Error as error:
         raise DatabaseError(f"{database.title}: cannot be used: {said(error)}") from error
-
-
-def _current(sql: Connection, title: str, known: int) -> int:
-    """The version of the schema, 0 without one. Raises DatabaseError if this program must not use it."""
-    is_there = sql.execute(IS_THERE).fetchone()
-    if is_there is None or not is_there[0]:
-        return 0
-    row = sql.execute(VERSIONS).fetchone()
-    current, oldest = row or (0, 0)
-    if oldest > known:
-        raise DatabaseError(f"{title}: was set up by a newer lmdaemon (schema {current}; this one knows {known})")
-    return max(current, 0) if current <= known else known

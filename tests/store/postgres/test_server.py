@@ -18,9 +18,10 @@ from support import ScriptedOperator, operator_table, scripted_operator, serving
 
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
 from lmdaemon.store.postgres import cluster, members
-from lmdaemon.store.postgres.migrations import MIGRATIONS, UnsafeSettingError, migrate
+from lmdaemon.store.postgres.migrations import UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
 from lmdaemon.store.postgres.strains import OLD_S, Strains
+from lmdaemon.store.postgres.versions import MIGRATIONS
 from lmdaemon.sweeper import Sweeper
 
 

@@ -1,0 +1,80 @@
+"""Migrations that take long, and programs of different versions that set up a database at the same time."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import psycopg
+import pytest
+from engines import PostgresEngine
+from processes import wait_for
+
+from lmdaemon.store.postgres import migrations, thread
+from lmdaemon.store.postgres.migrations import migrate
+from lmdaemon.store.postgres.thread import Database
+from lmdaemon.store.postgres.versions import MIGRATIONS
+
+SLOW = "SELECT pg_sleep(0.6)"
+NEXT = f"{SLOW}; CREATE TABLE of_the_next (x int)"
+# Whether somebody is in the middle of it.
+IS_SLEEPING = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+VERSION = "SELECT current, to_regclass('lmdaemon.of_the_next') IS NOT NULL FROM lmdaemon.version"
+
+
+@pytest.fixture
+def old(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> PostgresEngine:
+    """A database that lacks the last migration; statements and waits for locks on it are ended after 0.3 s."""
+    shorter = thread.SERVER_SETTINGS | {"statement_timeout": "300ms", "lock_timeout": "300ms"}
+    monkeypatch.setattr(thread, "SERVER_SETTINGS", shorter)
+    monkeypatch.setattr(migrations, "SERVER_SETTINGS", shorter)
+    monkeypatch.setattr(migrations, "AGAIN_S", 0.05)
+    with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+        sql.execute("DROP SCHEMA lmdaemon CASCADE")
+        migrate(sql, "it", MIGRATIONS[:-1])
+    return postgres_engine
+
+
+def begun(engine: PostgresEngine, *more: str) -> "Future[list[int]]":
+    """Migrates to the newest version, and by these, on a thread of its own."""
+
+    def run() -> list[int]:
+        with Database(engine.url, None, "migrate").connect(prepares=True) as sql:
+            return migrate(sql, "it", (*MIGRATIONS, *more))
+
+    return POOL.submit(run)
+
+
+POOL = ThreadPoolExecutor(4)
+
+
+def test_a_migration_may_take_longer_than_any_other_statement(old: PostgresEngine) -> None:
+    """As the index of a large table does. Who comes meanwhile waits for it, and finds it done."""
+    newest = len(MIGRATIONS)
+    with psycopg.connect(old.url, autocommit=True) as sql:
+        first = begun(old, NEXT)
+        wait_for(lambda: sql.execute(IS_SLEEPING).fetchall())
+        second = begun(old, NEXT)
+        assert first.result(20) == [newest, newest + 1]
+        assert second.result(20) == []
+        assert sql.execute(VERSION).fetchall() == [(newest + 1, True)]
+
+
+def test_an_older_program_that_comes_meanwhile_keeps_the_newer_version(old: PostgresEngine) -> None:
+    """It has found something to do, too, but has to wait; by then it is done, and more than that."""
+    newest = len(MIGRATIONS)
+    with psycopg.connect(old.url, autocommit=True) as sql:
+        newer = begun(old, NEXT)
+        wait_for(lambda: sql.execute(IS_SLEEPING).fetchall())
+        older = begun(old)
+        assert newer.result(20) == [newest, newest + 1]
+        assert older.result(20) == []
+        assert sql.execute(VERSION).fetchall() == [(newest + 1, True)]
+
+
+def test_a_table_that_somebody_else_holds_is_not_waited_for(old: PostgresEngine) -> None:
+    """For long: everybody who touches would have to wait as well. Nothing is changed, and it can be repeated."""
+    newest = len(MIGRATIONS)
+    with psycopg.connect(old.url) as holder:
+        holder.execute("SELECT 1 FROM lmdaemon.session LIMIT 1")
+        changed = begun(old, "ALTER TABLE session ADD COLUMN of_the_next int")
+        with pytest.raises(Exception, match="cannot be set up: canceling statement due to lock timeout"):
+            changed.result(20)
+    assert begun(old).result(20) == [newest]

@@ -32,6 +32,10 @@ LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"
 # Daemons that write wait from here to the end. They lock these two before any other table; a script that locked another
 # one first could wait for them while they wait for it.
 KEEP_OUT = "SELECT 1 FROM version FOR UPDATE; LOCK TABLE member IN EXCLUSIVE MODE"
+# The row stays the same, for whoever waits for it.
+PUT_VERSION = """
+INSERT INTO version (current, oldest) VALUES (%s, %s)
+ON CONFLICT (one) DO UPDATE SET current = excluded.current, oldest = excluded.oldest"""
 # Creates the schema.
 CREATE = "CREATE SCHEMA IF NOT EXISTS lmdaemon"
 
@@ -103,9 +107,7 @@ def _upgrade(sql: Connection, title: str, migrations: Sequence[str]) -> int:
                 sql.execute(KEEP_OUT)
             for script in migrations[current:]:
                 sql.execute(script)
-            sql.execute("DELETE FROM version")
-            versions = (len(migrations), min(OLDEST, len(migrations)))
-            sql.execute("INSERT INTO version (current, oldest) VALUES (%s, %s)", versions)
+            sql.execute(PUT_VERSION, (len(migrations), min(OLDEST, len(migrations))))
     return current
 
 

@@ -5,12 +5,13 @@ from contextlib import AsyncExitStack
 
 import psycopg
 import pytest
-from clocks import HandClock
 from engines import PostgresEngine
 from operations import opening
 from support import hear
 
+from lmdaemon.clock import Clock
 from lmdaemon.store.contract import Store
+from lmdaemon.store.postgres.paces import Paces
 
 NEWEST = 170_000  # the version of PostgreSQL that brought transaction_timeout
 SETTINGS = {
@@ -28,18 +29,17 @@ SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND applicat
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-async def test_what_a_role_or_database_is_set_to_stops_nothing(
-    postgres_engine: PostgresEngine, clock: HandClock, name: str
-) -> None:
+async def test_what_a_role_or_database_is_set_to_stops_nothing(postgres_engine: PostgresEngine, name: str) -> None:
     """Two daemons write into the same rows, read, and are idle in between for longer than the setting allows."""
     with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
         if name == "transaction_timeout" and sql.info.server_version < NEWEST:
             pytest.skip("this PostgreSQL has no transaction_timeout")
-        postgres_engine.follow(clock)  # the test's own connection is older than what is set
         sql.execute(f"ALTER DATABASE {sql.info.dbname} SET {name} = '{SETTINGS[name]}'")  # type: ignore[arg-type]
         with hear() as events:
             async with AsyncExitStack() as stack:
-                stores = [await stack.enter_async_context(postgres_engine.open(clock)) for _ in range(2)]
+                stores = [
+                    await stack.enter_async_context(postgres_engine.open(Clock(), paces=Paces())) for _ in range(2)
+                ]
                 await use(stores, sql)
     assert [event for event in events if event.level not in ("info", "debug")] == []
 

@@ -78,6 +78,11 @@ class Projection:
         """Takes what other daemons are shown of this one (Store.introduce)."""
         self._address, self._digest = address, digest
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no session is live and no delivery pending."""
+        return not self.live and not any(figures.pending for figures in self.figures.values())
+
     def owns(self, operator: str) -> bool:
         """Whether this daemon owns the operator (Store.owns). It is the only daemon here, so it owns all."""
         return True

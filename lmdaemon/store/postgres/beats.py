@@ -46,7 +46,7 @@ class Beats:
             if self._writer.commits != commits:
                 commits, last_at, jitter = self._writer.commits, loop.time(), self._rng.uniform(0.6, 1.4)
                 soon_at = last_at + soon_s
-            regular_s = self._paces.beat_s if self._projection.live else self._hints.idle_s
+            regular_s = self._hints.idle_s if self._projection.is_idle else self._paces.beat_s
             regular_at = last_at + regular_s * jitter
             if self._company.waiting != waiting:
                 waiting, soon_s = self._company.waiting, BEAT_MIN_S

@@ -68,7 +68,8 @@ class Company:
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
         """Takes over what was seen. Returns whether other daemons are there than before. With `watch` it notes whose
-        row stands still, at the monotonic time `now_s`; rows need not move while no session is live.
+        row stands still, at the monotonic time `now_s`; rows need not move while no session is live and no
+        delivery pending.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False

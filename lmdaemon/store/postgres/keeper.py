@@ -165,16 +165,16 @@ class Keeper:
         membership.company.told_ms, membership.proven_s = changes.world.service_ms, work.begun_s
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
-        was_live = projection.live > 0
+        was_idle = projection.is_idle
         projection.absorb(changes)
-        if was_live != (projection.live > 0):
+        if was_idle != projection.is_idle:
             self._signals.beat.set()
             self._signals.look.set()
         if work.seen is not None:
             membership.learn(work.seen, work.begun_s)
         if membership.company.others:
             concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
-            if changes.gates or concerns_others or (projection.live and not was_live):
+            if changes.gates or concerns_others or (was_idle and not projection.is_idle):
                 self._signals.hint.set()
 
     def _note_opened(self, work: Batch) -> None:

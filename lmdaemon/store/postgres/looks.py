@@ -79,14 +79,14 @@ class Looks:
             return None
         if not self._membership.owners.is_settled:
             return self._paces.look_s
-        if self._projection.live or any(one.pending for one in self._projection.figures.values()):
+        if not self._projection.is_idle:
             return LOOK_HINTED_S if self._hints.works else self._paces.look_s / 2
         return self._hints.idle_s if self._hints.works else self._paces.look_s / 2
 
     def hinted(self) -> None:
         """There is something to look at, and another daemon may have begun to watch whether this one is there."""
         self._signals.look.set()
-        if not self._projection.live:
+        if self._projection.is_idle:
             self._must_prove = True
 
     async def look(self) -> None:
@@ -95,7 +95,7 @@ class Looks:
             if self._server.member is None or self._must_prove:
                 self._must_prove = False
                 await self._writer.write(Probe())  # joins
-            member, live = self._server.member, self._projection.live
+            member, was_idle = self._server.member, self._projection.is_idle
             await self._introduce(member or 0)
             asked_s = self._projection.clock.elapsed()
             found = await self._reads.read(tables.look, member)
@@ -105,7 +105,7 @@ class Looks:
             self._membership.learn(found.seen, asked_s)
             if self._membership.company.still_s > STILL_S:
                 self._signals.hint.set()  # it may not know that it has to beat
-            if bool(live) != bool(self._projection.live):
+            if was_idle != self._projection.is_idle:
                 self._signals.beat.set()
             if not self._foreign.has_all_gates(found.versions):
                 self._foreign.take_gates(await self._reads.read(tables.gates))
@@ -170,7 +170,7 @@ class Looks:
         await self._find_what_others_did()
 
     async def _expel_who_is_gone(self, member: int) -> None:
-        if not self._projection.live:
+        if self._projection.is_idle:
             return
         grace_ms = self._projection.daemon_grace_ms
         for gone, batch in self._membership.company.gone.items():

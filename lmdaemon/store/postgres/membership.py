@@ -43,7 +43,7 @@ class Membership:
         self._clock.told(found.at, asked_s)
         due_ms = self.company.next_due_ms
         # While this daemon itself can store nothing, as in an outage of the database, nobody else may be able to
-        watch = self._projection.live > 0 and "store" not in self._projection.service_clock.frozen
+        watch = not self._projection.is_idle and "store" not in self._projection.service_clock.frozen
         if self.company.learn(found, self._clock.monotonic(), watch=watch):
             self.owners.is_settled = False
             self._signals.look.set()

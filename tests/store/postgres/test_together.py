@@ -403,6 +403,18 @@ class TestPutOut:
         await together.pass_time(2)
         await until(lambda: ended(one))
 
+    async def test_its_deliveries_go_on_though_no_session_is_live(self, together: Cluster) -> None:
+        one, other = await together.pair()
+        theirs = one_of(other)
+        await other.store.open_session(opening(operator=theirs))
+        await other.store.end(theirs, "s")
+        await until(lambda: one.store.figures_of(theirs).pending == 1)
+        assert one.store.live == 0
+        await other.stop()
+        await self.watch(one, together)
+        await until(lambda: one.mine == OPERATORS)
+        assert one.store.expulsions == 1
+
     async def test_it_writes_nothing_until_it_has_joined_again(self, together: Cluster) -> None:
         one, other = await together.pair()
         theirs = one_of(other)

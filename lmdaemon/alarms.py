@@ -71,7 +71,7 @@ class Mass(NamedTuple):
 
 
 class ExpiryAlarm:
-    """Notices when a large part of an operator's sessions, or of all, ends at once. `monotonic` is the clock's."""
+    """Notices when a large part of an operator's sessions, or of all, ends within MASS_S. `monotonic` gives seconds."""
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic

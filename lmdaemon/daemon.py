@@ -69,7 +69,7 @@ class Daemon:
         return self._parts.listeners.addresses
 
     def stop(self) -> None:
-        """Asks `run` to stop in order and return."""
+        """Asks `run` to shut everything down in its order and then to return. Does not wait for it."""
         self._stopping.set()
 
     def reload(self) -> None:

@@ -15,7 +15,8 @@ events = log.Log("daemon")
 
 
 class Reloader:
-    """Keeps the settings in force and the plug-ins made from them. A reload replaces all of them, or none.
+    """Keeps the settings in force and the plug-ins made from them. A reload that fails changes nothing; keys that need
+    a restart keep their values.
 
     `take_over` is called when they were replaced; `freed` as in LoadedPlugin.
     """

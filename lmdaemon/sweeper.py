@@ -117,7 +117,7 @@ class Sweeper(StoreObserver):
     async def _once_if_possible(self) -> float | None:
         try:
             return await self.once()
-        except StoreError:  # the writer has logged it, and the service clock is stopped
+        except StoreError:  # the writer counts or logs it; in an outage it also stops the service clock
             return RETRY_S
 
     async def once(self) -> float | None:

@@ -177,7 +177,7 @@ def _only(name: str, operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:
-    """The line of a daemon: how many operators it owns, and whether it is the one that was asked."""
+    """Two cells of a daemon's row: its name, marked if it is the one that was asked, and how many operators it owns."""
     name = f"{daemon['name']} (asked)" if daemon.get("self") else daemon["name"]
     return {"daemon": name, "operators": len(daemon["operators"])}
 

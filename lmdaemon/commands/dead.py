@@ -49,8 +49,8 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
 
 
 async def _follow(client: Client, args: argparse.Namespace, which: dict[str, Any]) -> int:
-    """Retries in steps, each of which takes as long as its deliveries are spaced out. Those that die meanwhile are left
-    alone.
+    """Retries STEP deliveries at a time, and waits after each step for as long as their sending is spread out. Those
+    that die after the start are left alone, unless `--until` is later.
     """
     path = ("v1", "operators", args.operator, "deliveries", "retry")
     which.setdefault("until", rfc3339(Clock().wall_ms() + 1))

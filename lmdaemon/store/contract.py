@@ -516,7 +516,7 @@ class Store(Protocol):
 
     @property
     def live(self) -> int:
-        """The number of active sessions."""
+        """The number of active sessions in the database, whichever daemon they were opened through."""
 
     @property
     def set_back_ms(self) -> int:

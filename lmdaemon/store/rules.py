@@ -174,7 +174,9 @@ class Changes:
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
     results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
     digests: list[tuple[int, str]] = field(default_factory=list)  # session, and the salted hash that replaces its token
-    revived: list[tuple[int, int, int, int]] = field(default_factory=list)  # id, due_at, aged_from_at, held_base_ms
+    revived: list[tuple[int, int, int, int]] = field(
+        default_factory=list
+    )  # delivery, due_at, aged_from_at, held_base_ms
     discarded: list[tuple[int, str]] = field(default_factory=list)  # id, JSON
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
     figures: dict[str, Figures] = field(default_factory=dict)  # by operator, to be added to the stored ones
@@ -273,7 +275,7 @@ _NOTHING_DECIDED: _Decided = {}
 class _Sessions:
     """The sessions that a batch concerns, as they are after each of its operations; their changes go into `changes`.
 
-    Each public method decides operations of a kind, like the verb of `Store` that has its name.
+    `touch`, `open`, `end` and `record` each decide all operations of one kind, as the verbs of `Store` do for one.
     """
 
     __slots__ = ("_added", "_changes", "_facts", "_known", "_last_session", "_now")

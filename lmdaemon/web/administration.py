@@ -26,7 +26,10 @@ log = Log("api")
 
 
 class Administration:
-    """Handlers of these calls. `describe` makes the OpenAPI document for given settings; it is run on a thread."""
+    """Handlers of the calls about operators, health, metrics and OpenAPI.
+
+    `describe` makes the OpenAPI document for given settings. It is called on a thread, because it takes long.
+    """
 
     def __init__(self, context: Context, describe: Callable[[Settings], object]) -> None:
         self._context = context

@@ -206,7 +206,7 @@ class Call:
         return [(code, special.get(code, kind.status)) for code, kind in KINDS.items() if code in codes]
 
     def served_by(self, part: object, context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """The handler for aiohttp, as a method of this part."""
+        """Returns the handler for aiohttp: it reads the request, calls the handler on `part`, and writes the answer."""
         handler = self.handler.__get__(part)
         status = next(iter(self.answers))
         of_operator, of_session, takes = "{operator}" in self.path, "{sessionId}" in self.path, self.takes

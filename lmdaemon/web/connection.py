@@ -72,7 +72,7 @@ class Arrival:
         self.head_since: float | None = None  # when the present head began (the loop's time); None: no head has begun
         self._head_size = 0  # of `fed`, the bytes of the head
         self._in_body = False  # whether more of the body is to come
-        self._left = 0  # most bytes after the end of a request that may be the beginning of the next head
+        self._left = 0  # upper bound: bytes after the end of a request that may belong to the next head
 
     def note_whole(self, body: StreamReader) -> None:
         """A whole request has arrived, after the end of another, and nothing behind it."""

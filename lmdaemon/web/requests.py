@@ -187,7 +187,10 @@ class Head(Protocol):
 
 
 def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
-    """The token that the request carries, or None. All tokens are compared, each in constant time."""
+    """The configured token that the request carries; None if it carries none of them.
+
+    All tokens are compared, each in constant time.
+    """
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     given = text.strip().encode("utf-8", "surrogateescape")
     found = None

@@ -157,7 +157,7 @@ def changed(struct: Struct, **changes: Any) -> Struct:
 
 
 def run_id() -> str:
-    """Six hexadecimal digits, by which the ids of one run differ from those of any other."""
+    """Six random hexadecimal digits, so that the ids of two runs are very unlikely to be the same."""
     return secrets.token_hex(3)
 
 

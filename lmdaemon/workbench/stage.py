@@ -48,7 +48,7 @@ class Stage:
         self.address: tuple[str, int] = ("", 0)
 
     async def open(self, host: str, port: int) -> None:
-        """Raises OSError."""
+        """Listens, with TLS if there are certificates. Raises OSError."""
         context = None
         if self._contexts:
             context = self._contexts[""]

@@ -21,7 +21,9 @@ ANSWER_S = 5.0  # for the connection itself
 AGAIN_S = 5.0  # before a connection that was lost is made again
 SEND_AGAIN_S = 1.0  # before a hint is sent again that could not be sent
 SEND_MIN_S = 0.05  # between two hints
-IDLE_S = 30.0  # between two beats, or looks, while nothing is live or pending and hints arrive
+IDLE_S = (
+    30.0  # between two beats, or two looks (see Paces), while nothing is live or pending and hints are known to work
+)
 
 LISTEN = "LISTEN lmdaemon"
 IS_ALIVE = "SELECT 1"

@@ -46,8 +46,8 @@ INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
 SHOWN = """
 SELECT id, name, program, address, since_at, wall_at, heard_ms, digest FROM lmdaemon.member ORDER BY since_at, id"""
 
-# The row of a daemon that goes, unless it has moved on meanwhile; then the division by zero undoes the rest. It comes
-# before anything else that the daemon itself might be waiting for.
+# Locks the row of a daemon that goes. If that daemon has written since, the division by zero undoes the rest. Locks
+# for which that daemon may be waiting are taken after this one.
 LOCK_MEMBER = """
 WITH going AS (
     SELECT 1 FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) FOR UPDATE)

@@ -35,8 +35,8 @@ class Held(NamedTuple):
 
 
 class Strains:
-    """Looks for these conditions. The age of a snapshot is measured from look to look, because the server does not tell
-    it to every role.
+    """Looks for both conditions. The age of a snapshot counts from the first look that has seen it, because the server
+    does not tell every role when it began.
     """
 
     def __init__(self) -> None:

@@ -16,8 +16,9 @@ import psycopg
 
 CONNECT_S = 3  # seconds to connect to one host
 CUT_S = 0.3  # how long a wait may take to end after its socket was shut down
-# Bounds on the server's side, and what the statements rely on, whatever the role or the database is set to. The
-# daemon's own deadline is there for what none of them ends, such as a proxy that swallows everything.
+# Bounds on the server's side, and what the statements rely on, whatever the role or the database is set to. Behind
+# PgBouncer in transaction mode they have to be set for the role. The daemon's own deadline is there for what none of
+# them ends, such as a proxy that swallows everything.
 SERVER_SETTINGS = {
     "statement_timeout": "5s",
     "lock_timeout": "2s",

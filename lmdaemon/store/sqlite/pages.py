@@ -20,7 +20,7 @@ from lmdaemon.store.verbs import Died, DiedRow
 BLOCK = 100  # rows read by one statement
 PLAYER_BLOCK = 1000  # sessions of a player looked at by one statement
 PLAYER_ROWS = 10_000  # sessions of a player looked at for one page; few of them may be in the state asked for
-BEYOND = 2**63 - 1  # every id is below it
+BEYOND = 2**63 - 1  # every id and every time is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
 

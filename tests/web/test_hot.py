@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from chance import FULL, examples
 from clocks import HandClock
+from engines import PostgresEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from postgres import NoServerError, server
@@ -322,12 +323,15 @@ def postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def database_for(way: str, url: str) -> Iterator[str]:
-    """A database of its own, for the configuration."""
+    """A database of its own, for the configuration. Its server's clock stands still, as that of the daemon does."""
     name = f"lmdaemon_{way}_{os.getpid()}"
+    own = f"{url.rpartition('/')[0]}/{name}"
     with psycopg.connect(url, autocommit=True) as sql:
         sql.execute(f"CREATE DATABASE {name}")
         try:
-            yield f'[database]\nurl = "{url.rpartition("/")[0]}/{name}"\n'
+            with contextlib.closing(PostgresEngine(own)) as engine:
+                engine.follow(HandClock())
+            yield f'[database]\nurl = "{own}"\n'
         finally:
             sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
 

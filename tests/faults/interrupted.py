@@ -18,7 +18,7 @@ from typing import Any
 
 from lmdaemon import sweeper
 from lmdaemon.__main__ import main
-from lmdaemon.delivery import attempts, exchange, sender
+from lmdaemon.delivery import attempts, exchange, running, sender
 from lmdaemon.delivery import dispatcher as delivery
 from lmdaemon.store import projection, writer
 from lmdaemon.store.sqlite import batch as batches
@@ -60,8 +60,8 @@ WATCHED = [
     delivery.Dispatcher.delivery_due,
     delivery.Dispatcher.once,
     delivery.Dispatcher._start,
-    delivery.Dispatcher._deliver,
-    delivery.Dispatcher._settle,
+    running.RunningAttempts._deliver,
+    running.RunningAttempts._settle,
     attempts.Attempts.make,
     attempts.Attempts._post,
     attempts.Attempts._call,

@@ -26,7 +26,7 @@ from postgres import OwnServer, own_server
 from processes import AS_USERS_DO, Process, free_ports, wait_for
 from simulated import Simulated, simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, game_server, settled
+from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
 TAKEOVER_S = 20.0  # in which the operators of a daemon that was killed go on, as is promised
 IN_FLIGHT = 4  # concurrency of a lane
@@ -501,7 +501,13 @@ async def test_faults_at_random_under_load_lose_and_double_nothing(
                     over.set()
                 await asyncio.to_thread(c.wait_for, *c.daemons)
                 await settled(c, until)  # type: ignore[arg-type]
-            figures = check(witness, simulated, sinks=1, may_repeat=len(faults.happened) * IN_FLIGHT * len(simulated))  # type: ignore[arg-type]
+            figures = check(
+                witness,
+                simulated,
+                sinks=1,
+                may_repeat=len(faults.happened) * IN_FLIGHT * len(simulated),
+                within_ms=ANSWER_MS,
+            )  # type: ignore[arg-type]
             for daemon in c.daemons.values():
                 assert await asyncio.to_thread(daemon.stop) == 0
     acknowledged = sum(times for (_, status), times in witness.answers.items() if status < 300)

@@ -14,7 +14,7 @@ from postgres import OwnServer, own_server
 from processes import wait_for
 from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, game_server, settled
+from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
 SESSIONS = "SELECT id, reason FROM lmdaemon.session ORDER BY id"
 IN_FLIGHT = 4  # concurrency of a lane
@@ -98,7 +98,7 @@ async def test_a_standby_takes_over_under_load_and_nothing_is_lost(
                 await settled(c, until)  # type: ignore[arg-type]
             if FULL:
                 await asyncio.to_thread(assert_nothing_is_acknowledged_by, primary, c)
-            figures = check(witness, wallets, sinks=1, may_repeat=2 * IN_FLIGHT * len(wallets))  # type: ignore[arg-type]
+            figures = check(witness, wallets, sinks=1, may_repeat=2 * IN_FLIGHT * len(wallets), within_ms=ANSWER_MS)  # type: ignore[arg-type]
             for daemon in c.daemons.values():
                 assert not daemon.events("daemon.expelled")
                 assert await asyncio.to_thread(daemon.stop) == 0

@@ -20,7 +20,7 @@ from postgres import OwnServer, own_server
 from processes import AS_USERS_DO, Process, wait_for
 from simulated import simulated_operator
 from support import until
-from witness import OPERATOR, Witness, check, game_server, settled
+from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
 from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.versions import MIGRATIONS
@@ -74,7 +74,7 @@ async def test_one_after_the_other_is_upgraded_under_load(
                     over.set()
                 await asyncio.to_thread(c.wait_for, *c.daemons)
                 await settled(c, until)  # type: ignore[arg-type]
-            figures = check(witness, wallets, sinks=1, may_repeat=0)  # type: ignore[arg-type]
+            figures = check(witness, wallets, sinks=1, may_repeat=0, within_ms=ANSWER_MS)  # type: ignore[arg-type]
             assert [len(c.events(name)) for name in ("store.migrated", "daemon.expelled")] == [1, 0]
             for daemon in c.daemons.values():
                 assert await asyncio.to_thread(daemon.stop) == 0

@@ -53,7 +53,7 @@ CALM_S = 4.0
 RAW_BATCH = 300  # ids touched in one statement of the floor
 RAW_ENDS = 100  # sessions ended in one statement of the floor
 
-# An id as `load.session_id` has it.
+# SQL for the id of a session, the same one that `load.session_id` makes in Python.
 SESSION_ID = "lpad(to_hex(mod(n * 2654435761, 4294967296)), 8, '0') || '-' || lpad(to_hex(n), 12, '0')"
 UNIQUE = """
 SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint

@@ -269,7 +269,7 @@ class Dispatcher(StoreObserver):
         return row.webhook_id
 
     def probe_asked(self, number: int, operator: str) -> None:
-        """Probes an operator for another daemon (StoreObserver)."""
+        """Probes an operator because another daemon, which does not own it, was asked to (StoreObserver)."""
         task = asyncio.create_task(self._answer_probe(number, operator))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)

@@ -79,6 +79,13 @@ class Projection:
         self._address, self._digest = address, digest
 
     @property
+    def operators_with_sessions(self) -> list[str]:
+        """The operators that may have sessions. An operator has no figures while all its sessions were only reported by
+        notices and had no deliveries; so those that are configured count as well.
+        """
+        return list(self.figures.keys() | self.configured)
+
+    @property
     def is_idle(self) -> bool:
         """Whether no session is live and no delivery pending."""
         return not self.live and not any(figures.pending for figures in self.figures.values())

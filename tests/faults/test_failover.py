@@ -106,7 +106,7 @@ async def test_a_standby_takes_over_under_load_and_nothing_is_lost(
 
 
 def assert_nothing_is_acknowledged_by(old: OwnServer, c: Cluster) -> None:
-    """A primary that has come back by mistake, while the daemons are on another one, and one of them starts again."""
+    """The old primary comes back as a primary by mistake; a daemon that starts on it acknowledges nothing."""
     for proxy in c.proxies.values():
         proxy.mode = "pass"
     old.start()

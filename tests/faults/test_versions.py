@@ -27,7 +27,7 @@ from lmdaemon.store.postgres.versions import MIGRATIONS
 
 NEWER = (sys.executable, str(Path(__file__).parent / "newer.py"))
 KNOWN = len(MIGRATIONS)
-# What a later version may add, so that those before it need not know.
+# A change of the schema that older versions can live with: they need not know of it.
 ADDS = """
 ALTER TABLE session ADD COLUMN of_the_next text; ALTER TABLE member ADD COLUMN of_the_next bigint NOT NULL DEFAULT 0;
 CREATE TABLE of_the_next (x int); CREATE INDEX session_of_the_next ON session (of_the_next)"""

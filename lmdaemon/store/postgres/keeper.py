@@ -137,8 +137,13 @@ class Keeper:
     def _present(self, operations: Sequence[Operation[Any]]) -> Present:
         projection, company, owners = self._projection, self._membership.company, self._membership.owners
         world = projection.world()._replace(elsewhere=owners.is_elsewhere)
-        present = Present(world, self._foreign.versions, known_at=company.known_at, next_due_ms=projection.next_due_ms)
-        present = present._replace(begun_s=self._clock.elapsed())
+        present = Present(
+            world,
+            self._foreign.versions,
+            next_due_ms=projection.next_due_ms,
+            begun_s=self._clock.elapsed(),
+            known_at=company.known_at,
+        )
         sweeps = [one for one in operations if isinstance(one, Sweep)]
         if sweeps:
             as_of_ms = max((one.as_of_ms for one in sweeps if one.as_of_ms is not None), default=None)
@@ -167,14 +172,15 @@ class Keeper:
             self._told_touches = self._clock.monotonic()
         was_idle = projection.is_idle
         projection.absorb(changes)
-        if was_idle != projection.is_idle:
+        is_idle = projection.is_idle
+        if was_idle != is_idle:
             self._signals.beat.set()
             self._signals.look.set()
         if work.seen is not None:
             membership.learn(work.seen, work.begun_s)
         if membership.company.others:
             concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
-            if changes.gates or concerns_others or (was_idle and not projection.is_idle):
+            if changes.gates or concerns_others or (was_idle and not is_idle):
                 self._signals.hint.set()
 
     def _note_opened(self, work: Batch) -> None:

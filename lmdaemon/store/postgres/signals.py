@@ -1,4 +1,4 @@
-"""What the loops beside the writer wait for."""
+"""Events that wake the loops for looks, beats and hints."""
 
 import asyncio
 

@@ -166,8 +166,7 @@ class Store(Shared):
     async def find_sessions(
         self, *, session_id: str | None, player_id: str | None, limit: int, after: int | None
     ) -> Page[Session]:
-        # Figures name none of which a session was only ever reported, and nobody told
-        operators, after = list(self.figures.keys() | self.configured), after or pages.BEYOND
+        operators, after = self.operators_with_sessions, after or pages.BEYOND
         return await self._reads.look(pages.found_page, operators, session_id, player_id, limit, after)
 
     async def delivery(self, webhook_id: str) -> Delivery | None:

@@ -196,7 +196,7 @@ def introduce(sql: Connection, member: int, who: Introduction) -> None:
 
 
 def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
-    """Returns the name of the daemon that was expelled; None: it has moved on, or another one has been faster."""
+    """Expels a daemon and returns its name. None: it has written again meanwhile, or another daemon has expelled it."""
     name = dict(names(sql)).get(member)
     try:
         members.expel(sql, me, member, batch, grace_ms)

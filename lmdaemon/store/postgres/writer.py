@@ -6,6 +6,7 @@ was committed, and a number that is used up keeps one that is still on its way f
 was expelled has no such row; it joins again, and commits what it has in hand then.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -141,6 +142,9 @@ class Server:
         """Raises OutageError, and psycopg.Error where the operation is at fault."""
         try:
             return await self._thread.run(function, *arguments, within_s=WRITE_S)
+        except asyncio.CancelledError:
+            self._is_unsure = True  # the thread goes on, so it may be committed
+            raise
         except (NoAnswerError, FencedOffError) as error:
             self._is_unsure = True
             raise OutageError(said(error)) from error

@@ -840,6 +840,27 @@ class TestLooks:
         await other.store.look()
         assert held.held_at == other.store.gate("o0").held_at == 3
 
+    async def test_what_follows_a_batch_that_was_cancelled_is_not_taken_for_it(self, together: Cluster) -> None:
+        """The cancelled batch is committed all the same, and its number is that of the next one."""
+        one, other = await together.pair()
+        for daemon in (one, other):
+            await daemon.stop()
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        url = together.engine.url
+        with psycopg.connect(url) as another, psycopg.connect(url, autocommit=True) as sql:
+            another.execute("SELECT 1 FROM lmdaemon.member FOR UPDATE")
+            one.running = asyncio.create_task(one.store._writer.run())
+            probe = asyncio.create_task(one.store.probe())
+            await until(lambda: sql.execute(waiting).fetchall())
+            await one.stop()
+            with pytest.raises(StoreError, match="stopping"):
+                await probe
+        for daemon in (one, other):  # they write, and look only when told to
+            daemon.running = asyncio.create_task(daemon.store._writer.run())
+        await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
+        await other.store.look()
+        assert other.store.gate("o0").held_at == 1
+
     async def test_figures_are_those_of_all(self, together: Cluster) -> None:
         one, other = await together.pair()
         for daemon in (one, other):

@@ -1,4 +1,6 @@
-"""Fixtures for every test: a clock moved by hand, and for the fault suite its length, its seed and its figures."""
+"""Fixtures and hooks for all tests: sharing out the tests to workers, event loops, and the fault suite's seed and
+figures.
+"""
 
 import asyncio
 import gc
@@ -17,16 +19,18 @@ from xdist.scheduler import LoadScopeScheduling
 from lmdaemon import disk, log
 
 _MEASURED = "measured"  # the key of a test's figures in its report
-# A machine that stood still for a second is no finding
+# No test fails because an example was slow: a busy machine may stand still for a second.
 settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples(100)
 )
 settings.load_profile("busy")
-# A shell starts what runs in its background with SIGINT ignored, and every process started from there inherits that
+# A shell starts its background jobs with SIGINT ignored, and child processes inherit that. Tests send SIGINT to
+# daemons, so it gets its usual handler back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# What is tested on both loops that users have: whatever reaches into a loop or its transports
+# Files whose tests run on asyncio's loop and on uvloop, because they test code that uses the internals of a loop or of
+# its transports.
 BOTH_LOOPS = {
     "test_http",
     "test_https",
@@ -39,16 +43,18 @@ BOTH_LOOPS = {
 }
 
 
-# By one worker alone, for each worker would make anew what the tests of these files share
+# Files whose tests all run on one worker. Each file's tests share something that is slow to make, and every further
+# worker would make it again.
 SHARING = {
     "tests/faults/test_cluster.py",  # three daemons and their database
-    "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is looked at
-    "tests/project/test_install.py",  # two installed trees
-    "tests/project/test_monitoring.py",  # what a daemon exports that has seen a bit of everything
+    "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is measured
+    "tests/project/test_install.py",  # two installed copies of the program
+    "tests/project/test_monitoring.py",  # a daemon that has exported every kind of metric once
 }
 
 
-LONG_S = 3600  # for a test that waits for other programs for long, or repeats what it does hundreds of times
+# the time-out, in seconds, of a test that waits long for other programs, or repeats something hundreds of times
+LONG_S = 3600
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,29 +68,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_left_to_ci(item: pytest.Item) -> bool:
-    """Whether a test is of the ordinary way on uvloop, of that way and costly, or of one daemon alone on PostgreSQL.
+    """Whether `make test` leaves this test to CI (DEEP), because other tests cover nearly all that it does.
 
-    Each loop is tried with the other way, and the ordinary way on the other loop; and a pair of daemons does all that
-    one does. What could break there alone is found by CI (DEEP).
+    Left to CI are tests of plain requests served by aiohttp alone (the "ordinary" way) if they run on uvloop or are
+    costly; that way is tested on asyncio's loop, and uvloop with the hot way. Also left to CI are the contract tests
+    with one daemon on PostgreSQL: they run with a pair of daemons.
     """
     chosen = getattr(item, "callspec", None)
     if chosen is None:
         return False
     if chosen.params.get("engine") == "postgres" and item.path.parent.name == "contract":
-        return item.path.name != "test_batches.py"  # batches are each daemon's own
+        # each daemon writes its own batches, so a pair does not test the batches of one daemon
+        return item.path.name != "test_batches.py"
     if chosen.params.get("way") != "ordinary":
         return False
     return "uvloop" in chosen.id.split("-") or item.get_closest_marker("costly") is not None
 
 
 def pytest_collection_finish() -> None:
-    """What was collected stays to the end, so the garbage collector need not look at it again and again."""
+    """Exempts the collected tests from garbage collection: they live until the end."""
     gc.collect()
     gc.freeze()
 
 
 class OneByOne(LoadScopeScheduling):
-    """Tests go to the workers one by one, those of a file in SHARING together, and these first."""
+    """Gives each worker one test at a time. The tests of a file in SHARING stay together, and those files come
+    first.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -93,13 +103,15 @@ class OneByOne(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
-    # Marks of pytest-xdist (xdist_group) do nothing with pytest 9.2
+    # A scheduler of our own, because the marks of pytest-xdist (xdist_group) do nothing with pytest 9.2
     return OneByOne(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """After a timeout, where each task stands: the stack of a thread that runs a loop ends in the loop's select."""
+    """Adds to the report of a test that timed out where each task waits. The stack of the loop's thread would only show
+    the loop's select.
+    """
     report = yield
     if call.excinfo is not None and str(call.excinfo.value).startswith("Timeout"):
         tasks = [one for one in gc.get_objects() if isinstance(one, asyncio.Task) and not one.done()]
@@ -108,7 +120,7 @@ def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> Generator[None, pyt
 
 
 def places(task: "asyncio.Task[Any]") -> Iterator[str]:
-    """The lines at which a task waits, from the coroutine that it was made of to the innermost."""
+    """The lines at which a task waits, from its outermost coroutine to the innermost."""
     waits: Any = task.get_coro()
     while waits is not None:
         frame = getattr(waits, "cr_frame", None) or getattr(waits, "gi_frame", None)
@@ -119,7 +131,9 @@ def places(task: "asyncio.Task[Any]") -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _roomy() -> None:
-    """The disk of the machine that runs the tests may be nearly full, which `/health` of a sound daemon would say."""
+    """Makes daemons accept any free disk space. The disk of this machine may be nearly full, and `/health` would report
+    it.
+    """
     disk.LOW_SHARE = 0.0
 
 
@@ -136,7 +150,7 @@ def pytest_asyncio_loop_factories(
     return own | {"uvloop": _uvloop} if item.path.stem in BOTH_LOOPS else own
 
 
-# What is tested over both ways in which a request can be served: what tries a listener from outside
+# Files whose tests run once for each way to serve a plain request, because they test a listener from outside
 BOTH_WAYS = {"test_doors", "test_listener", "test_listener_limits"}
 
 
@@ -147,7 +161,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The way in which daemons of this test serve plain requests."""
+    """The way in which the daemons of this test serve plain requests: "hot" (past most of aiohttp) or "ordinary"."""
     with on_the(chosen := getattr(request, "param", "hot")):
         yield chosen
 
@@ -164,13 +178,15 @@ def clock() -> HandClock:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Chance that can be had again: the seed stands in the report's header."""
+    """Random numbers that can be repeated: the seed stands in the header of the test report."""
     return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`measured(kills=50, lost=0)`: figures for the end of the report, and for docs/reliability.md."""
+    """A function `measured(kills=50, lost=0)` that notes figures for the end of the test report and for
+    docs/reliability.md.
+    """
 
     def note(**figures: Any) -> None:
         line = f"{request.node.name}: " + ", ".join(f"{name} {value}" for name, value in figures.items())

@@ -1,4 +1,6 @@
-"""Mass expiries and touches that stopped: told for each operator and for all, once, and with 1,000 operators."""
+"""Alarms for mass expiry and for touches that stopped: logged once, for each operator and for all together, also with
+1,000 operators.
+"""
 
 from collections.abc import Sequence
 
@@ -11,13 +13,13 @@ from lmdaemon.store.contract import Figures
 
 
 def note(alarm: ExpiryAlarm, ended: int, live: int, operators: int = 1) -> None:
-    """So many sessions of each of the operators have ended; `live` are left to each."""
+    """Tells the alarm that `ended` sessions of each operator have ended and that each has `live` left."""
     names = [f"op{number}" for number in range(operators)]
     alarm.note(dict.fromkeys(names, ended), lambda name: live, live * operators)
 
 
 class TestMassExpiry:
-    """A fifth of all sessions and more than a thousand at once is told; what is normal is not."""
+    """More than a thousand sessions and a fifth of all ending at once is logged; what is normal is not."""
 
     @pytest.mark.parametrize(
         ("ends", "live", "raised"),
@@ -68,7 +70,7 @@ class TestMassExpiry:
         assert alarm.of_operators() == {}
 
     def test_that_of_one_operator_does_not_disappear_in_the_sum(self, clock: HandClock) -> None:
-        """1,449 of 1,449 sessions of one operator were 16 % of all, and nothing was said."""
+        """All 1,449 sessions of one operator were only 16 % of all sessions, and an earlier alarm logged nothing."""
         alarm = ExpiryAlarm(clock.monotonic)
         with hear() as events:
             for left in range(1400, -1, -100):
@@ -80,7 +82,7 @@ class TestMassExpiry:
         assert mass == (1449, 1449, pytest.approx(0.6))
 
     def test_all_of_a_thousand_small_operators_are_told_as_one(self, clock: HandClock) -> None:
-        """And what it keeps of them is forgotten when it is over."""
+        """Once the mass expiry is over, the alarm forgets these operators."""
         alarm = ExpiryAlarm(clock.monotonic)
         with hear() as events:
             note(alarm, 60, 0, operators=1000)
@@ -91,7 +93,7 @@ class TestMassExpiry:
 
 
 class TestTouchesThatStop:
-    """Half an idle time without one touch, while a hundred sessions are live."""
+    """An alarm is due after half an idle time without a touch, while a hundred sessions are live."""
 
     IDLE_MS = 60_000
 

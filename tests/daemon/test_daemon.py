@@ -1,4 +1,4 @@
-"""The whole daemon: the main job end to end, reload, stopping, crashes, signals, socket activation, sd_notify."""
+"""The whole daemon: its main task from end to end, reload, stopping, crashes, signals, socket activation, sd_notify."""
 
 import asyncio
 import contextlib
@@ -131,7 +131,7 @@ class TestReload:
             assert not [one for one in facts if "secret" in str(one)]
 
     async def test_what_needs_a_restart_is_said_at_every_reload(self, tmp_path: Path) -> None:
-        """Until the file is again as it was at the start."""
+        """It is said until the file is again as it was at the start."""
         toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             named = []
@@ -238,7 +238,7 @@ async def test_a_loop_that_dies_ends_the_daemon_loudly(tmp_path: Path) -> None:
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             d.sweeper.once = broken  # type: ignore[method-assign, assignment]
             d.sweeper.wake()
-            await asyncio.wait({d.running}, timeout=10)  # `serving` raises what it ended with
+            await asyncio.wait({d.running}, timeout=10)  # `serving` raises the exception that the daemon ended with
 
     with pytest.raises(ExceptionGroup, match="unhandled errors"):
         await run()
@@ -265,12 +265,14 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 
 def test_time_spent_stopped_is_no_idleness(tmp_path: Path) -> None:
-    """SIGSTOP for longer than the idle time: the session lives, and can be touched when the daemon is back."""
+    """The daemon is stopped (SIGSTOP) for longer than the idle time. The session lives on and can be touched
+    afterwards.
+    """
     with process(tmp_path, NO_GRACE + OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         session = f"{daemon.api}/v1/operators/acme/sessions/s"
         daemon.call("PUT", session, SESSION | {"idleTimeoutSeconds": 3})
         daemon.popen.send_signal(signal.SIGSTOP)
-        time.sleep(4)  # the fault itself, not a wait for a state
+        time.sleep(4)  # this wait is the fault to be tested, not a wait for a state
         daemon.popen.send_signal(signal.SIGCONT)
         assert daemon.call("POST", session + "/touch")[0] == 204
 
@@ -302,7 +304,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_is_quick_when_nothing_is_in_flight(tmp_path: Path, number: int) -> None:
-    """Even with idle connections."""
+    """Idle connections of clients do not delay the stop."""
     with process(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/"), command=FORKED) as daemon:
         with socket.create_connection(("127.0.0.1", int(daemon.api.rpartition(":")[2]))) as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -347,7 +349,7 @@ def test_the_service_manager_is_told_ready_status_reloading_and_stopping(tmp_pat
 
 
 def test_sockets_handed_over_serve_and_what_waits_in_them_is_answered(tmp_path: Path) -> None:
-    """Socket activation: a client that connected before the daemon was there is served when it is."""
+    """Socket activation: a client that connected before the daemon ran is served once it runs."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         early = stack.enter_context(socket.create_connection(sockets[0].getsockname()))
@@ -384,8 +386,8 @@ def test_a_socket_handed_over_speaks_tls_also_with_who_waits_in_it(tmp_path: Pat
 
 
 def handing_over(directory: Path, sockets: dict[str, socket.socket]) -> "subprocess.Popen[bytes]":
-    """The daemon as systemd starts it by socket activation."""
-    # LISTEN_PID has to be the daemon's own, which only a wrapper inside it can know.
+    """Starts the daemon as systemd does for socket activation."""
+    # LISTEN_PID must be the daemon's own process id. So the started process sets it and then becomes the daemon.
     wrapper = (
         "import fcntl, os, sys\n"
         "fds = [int(fd) for fd in sys.argv[1].split(',')]\n"
@@ -402,7 +404,9 @@ def handing_over(directory: Path, sockets: dict[str, socket.socket]) -> "subproc
 
 
 def test_clients_of_a_handed_over_socket_without_a_use_are_told(tmp_path: Path) -> None:
-    """We hold it open as systemd does: were it only closed, they would wait for ever."""
+    """systemd keeps such a socket open, and so does this test. If the daemon only closed its copy, clients would wait
+    for ever.
+    """
     with socket.create_server(("127.0.0.1", 0)) as needless, socket.create_server(("127.0.0.1", 0)) as api:
         (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
         popen = handing_over(tmp_path, {"lmdaemon.socket": needless, "api": api})
@@ -421,7 +425,7 @@ def test_clients_of_a_handed_over_socket_without_a_use_are_told(tmp_path: Path) 
 
 
 def test_a_socket_that_reaches_further_than_its_address_is_refused(tmp_path: Path) -> None:
-    """Further than the address that was checked."""
+    """The configured address is loopback and was accepted as such; the socket is open to all networks."""
     with socket.create_server(("0.0.0.0", 0)) as wide:
         (tmp_path / "config.toml").write_text(LISTEN + OPERATOR.format(url="http://127.0.0.1:1/"))
         popen = handing_over(tmp_path, {"api": wide})
@@ -432,7 +436,9 @@ def test_a_socket_that_reaches_further_than_its_address_is_refused(tmp_path: Pat
 
 
 def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None:
-    """It comes while a plug-in is being stopped: listeners and loops are gone, the store is still open."""
+    """The second signal comes while a plug-in is being stopped: listeners and loops have ended, the store is still
+    open.
+    """
     (tmp_path / "slow_stop.py").write_text(
         "import asyncio, pathlib\n"
         "class Hook:\n"
@@ -455,7 +461,7 @@ def test_a_second_sigterm_does_not_cut_the_closing_short(tmp_path: Path) -> None
 
 
 def test_collector_and_thread_switches_are_set_while_it_serves(tmp_path: Path) -> None:
-    """Garbage is looked for seldom, and the writer waits only briefly for the interpreter."""
+    """The garbage collector runs seldom, and the writer's thread waits only briefly for the interpreter's lock."""
     (tmp_path / "looks.py").write_text(
         "import gc, pathlib, sys\n"
         "class Hook:\n"

@@ -1,4 +1,4 @@
-"""The room on the disk: what is low, and how its growth becomes days."""
+"""The free space on the disk: when it is low, and how its decrease becomes an estimate in days."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,9 @@ GB = 10**9
 
 
 class Disk:
-    """A watch over a disk of 100 GB whose free space a test sets, and what it commits is sampled."""
+    """A watch over a disk of 100 GB. The test sets the free space, which the watch reads when something is
+    committed.
+    """
 
     def __init__(self, clock: HandClock) -> None:
         self.clock = clock
@@ -21,7 +23,7 @@ class Disk:
         self.watch = DiskWatch(self.store, clock.monotonic)
 
     def passes(self, hours: float, free: float) -> None:
-        """So many hours later that much is free; something is committed every ten minutes."""
+        """That many hours pass, and `free` bytes are left at the end; something is committed every ten minutes."""
         before = free if self.store.room is None else self.store.room.free
         steps = round(hours * 6)
         for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""What the daemon logs while things happen: the facts that tie lines together, and no flood, whoever pours."""
+"""The daemon's log: facts that connect the lines of one notice, and no flood of lines, whatever a peer sends."""
 
 import asyncio
 import socket
@@ -48,7 +48,7 @@ def settings(tmp_path: Path) -> str:
 
 
 async def test_a_notice_is_logged_with_what_ties_its_lines_together(tmp_path: Path, settings: str) -> None:
-    """Operator, session, uuid, and the request id of the proxy."""
+    """The lines have the operator, the session, the uuid and the proxy's request id in common."""
     async with serving(tmp_path, settings) as d:
         with hear() as events:
             assert await notify(d, V4_01, X_Request_Id="req-4711") == 200
@@ -105,7 +105,8 @@ async def test_what_is_refused_for_want_of_room_is_told(
                 await d.store.db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
     assert only(events, "store.overloaded").facts["reason"] == "queue_full"
     assert only(events, "notice.not_stored").facts["session"] == "s-1"
-    assert [event for event in events if event.name == "notice.not_taken"] == []  # it has its line
+    # `notice.not_stored` is its line already
+    assert [event for event in events if event.name == "notice.not_taken"] == []
     assert only(events, "http.turned_away").facts["listener"] == "server"
     assert only(events, "store.reading_failed").level == "error"
 
@@ -218,11 +219,11 @@ async def test_a_plug_in_that_works_again_is_told(
     assert len([event for event in events if event.name == "delivery.delivered"]) == 2
 
 
-# -- floods, with the level that is the default
+# -- floods, at the default log level
 
 
 def altogether(lines: list[dict[str, Any]]) -> int:
-    """How many there were within a minute: those that were written, and those that the stop's line has counted."""
+    """The number of events: those that were logged each, and those that the line at the daemon's stop has counted."""
     return sum(line.get("suppressed", 1) for line in lines)
 
 
@@ -234,7 +235,7 @@ def test_a_peer_that_sends_nothing_but_bad_notices_fills_no_journal(tmp_path: Pa
             assert daemon.call("POST", url, {"providerId": "luckymonaco", f"field{number}": "x"})[1]["error"] != 0
             assert daemon.call("PUT", url, {})[0] == 405
         assert daemon.stop() == 0
-        # The stop tells what was suppressed
+        # At its stop, the daemon logs how many lines were suppressed
         refused, not_taken = daemon.events("notice.refused"), daemon.events("notice.not_taken")
         assert (altogether(refused), len(refused)) == (100, 4)
         assert (altogether(not_taken), len(not_taken)) == (50, 2)

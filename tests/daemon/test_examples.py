@@ -1,4 +1,6 @@
-"""The example plug-in as an integrator would run it: in a whole daemon, against a real lobby."""
+"""The example plug-in as an integrator runs it: in a whole daemon, with a real HTTP server in the place of the
+lobby.
+"""
 
 import asyncio
 import json
@@ -42,7 +44,7 @@ def url_of(lobby: ScriptedOperator) -> str:
 
 
 async def delivered(directory: Path) -> int:
-    """Waits until the one delivery is done. Returns the attempts it took."""
+    """Waits until the delivery to the plug-in is done. Returns how many attempts it took."""
     sql = "SELECT attempts FROM delivery WHERE sink = 'plugin:release_lock' AND state = 'delivered'"
     ((attempts,),) = await until(lambda: query(directory, sql))
     return int(attempts)
@@ -78,7 +80,7 @@ async def test_it_is_tried_again_under_the_same_key_until_acknowledged(
 
 
 async def test_a_lobby_that_does_not_answer_is_given_up_in_time(tmp_path: Path, lobby: ScriptedOperator) -> None:
-    """After the time-out in the options."""
+    """The plug-in gives up after the time-out in its options."""
     enough = asyncio.Event()
 
     async def hang(request: web.Request) -> web.Response:

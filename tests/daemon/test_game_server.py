@@ -1,4 +1,6 @@
-"""The example of a game server, against a daemon that restarts, is restored, refuses and goes away."""
+"""The examples of a game server, with a daemon that restarts, is restored from a backup, refuses requests and goes
+away.
+"""
 
 import json
 import shutil
@@ -25,11 +27,13 @@ API_TOKEN = "api-token-of-the-tests"
 
 
 class Refused(Exception):  # noqa: N818 - as the examples tell it
-    """The example was refused with this code."""
+    """The daemon refused a call of the example, with this problem code."""
 
 
 class Played:
-    """A game server whose waits are not waited; what is to happen in one of them is given by its number."""
+    """A game server of the examples that does not really wait. `meanwhile` holds what happens during its waits, by
+    their numbers.
+    """
 
     longest_wait_s: float
 
@@ -39,7 +43,7 @@ class Played:
         self.meanwhile: dict[int, Callable[[], Any]] = {}
 
     def call(self, name: str, *words: str) -> None:
-        """Raises Refused."""
+        """Calls a method of the example. Raises Refused."""
         raise NotImplementedError
 
     @property
@@ -84,7 +88,7 @@ class InPython(Played):
 
 
 class InTypeScript(Played):
-    """A process of node, which is told each call by a line (tests/helpers/played.mjs)."""
+    """A node process that runs the example in TypeScript. It reads each call as a line (tests/helpers/played.mjs)."""
 
     def __init__(self, compiled: Path, base: str, operator: str, idle_s: int, api_token: str) -> None:
         super().__init__()
@@ -129,7 +133,9 @@ class Example(Protocol):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example in TypeScript, compiled strictly with a client generated from what a daemon says of itself."""
+    """The TypeScript example, compiled in strict mode with a client that was generated from the daemon's OpenAPI
+    document.
+    """
     directory, modules = tmp_path_factory.mktemp("typescript"), node_modules()
     (directory / "node_modules").symlink_to(modules)
     (directory / "package.json").write_text('{"type": "module"}')
@@ -150,7 +156,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["python", pytest.param("typescript", marks=pytest.mark.clients)])
 def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Example]:
-    """Begins a game server, in each language that has an example."""
+    """Returns a function that starts a game server, in each language that has an example."""
     if request.param == "python":
         monkeypatch.syspath_prepend(EXAMPLES)
         import game_server
@@ -182,7 +188,7 @@ def test_a_restart_is_outlived_and_nothing_is_lost(tmp_path: Path, example: Exam
         played.open("s/1")
         assert daemon.stop() == 0
         played.meanwhile[3] = daemon.start
-        played.open("s2")  # asks until it is back
+        played.open("s2")  # repeats the call until the daemon is back
         played.heartbeat()
         assert states(daemon, "s%2F1", "s2") == ["active", "active"]
         assert len(played.waits) == 3
@@ -196,7 +202,7 @@ def test_what_a_restore_has_lost_is_opened_again(tmp_path: Path, example: Exampl
         for number in range(3):
             played.open(f"s{number}")
         daemon.stop()
-        for file in tmp_path.glob("lmdaemon.sqlite3*"):  # as a backup from before they were opened
+        for file in tmp_path.glob("lmdaemon.sqlite3*"):  # as after restoring a backup that is older than the sessions
             file.unlink()
         daemon.start()
         assert states(daemon, "s0", "s1", "s2") == ["unknown"] * 3
@@ -219,7 +225,7 @@ def test_what_has_ended_is_told_once_and_played_no_more(tmp_path: Path, example:
         assert played.playing == ["s0"]
         with pytest.raises(Refused, match=r"^ended$"):
             played.open("s1")
-        played.close("never-opened")  # gone is gone
+        played.close("never-opened")  # closing an unknown session counts as done
 
 
 def test_an_id_of_another_player_is_refused_and_not_played(tmp_path: Path, example: Example) -> None:
@@ -254,7 +260,7 @@ def test_an_operator_that_is_misspelled_is_no_reason_to_try_again(tmp_path: Path
 
 
 class Busy(BaseHTTPRequestHandler):
-    """Refuses what it is asked with these answers, then takes it."""
+    """Answers the first requests with the errors of `script`, and then accepts them."""
 
     script: list[tuple[int, dict[str, str]]]
 
@@ -269,7 +275,7 @@ class Busy(BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 def test_retry_after_is_waited_for_and_a_proxy_that_has_nobody_too(example: Example) -> None:

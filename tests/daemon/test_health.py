@@ -1,4 +1,4 @@
-"""`/health`: each check, turned by causing what it is there for."""
+"""`/health`: each check fails or warns when what it watches is caused for real."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ async def store(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def pulses(clock: HandClock) -> dict[str, Pulse]:
-    """Those of two loops that sleep until somebody wakes them."""
+    """The pulses of two loops that sleep until they are woken."""
     made = {name: Pulse(clock.monotonic) for name in ("sweeper", "dispatcher")}
     for pulse in made.values():
         pulse.sleeping(None)
@@ -67,7 +67,9 @@ def checked(tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pu
 
 
 async def check(checked: Health, name: str) -> dict[str, Any]:
-    """One check of a report, having made sure that the report is as bad as it says and nothing else is wrong."""
+    """The result of one check. Asserts that it decides the status of the whole report and that all other checks
+    pass.
+    """
     report: Any = await checked.report()
     (found,) = report["checks"][name]
     assert report["status"] == found["status"] == await checked.status()
@@ -84,7 +86,7 @@ async def end_session(store: Store, session_id: str = "s1") -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Somebody else holds the database, as an administrator's sqlite3 might."""
+    """Another process holds a lock on the database, as an administrator's sqlite3 might."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         yield
@@ -175,7 +177,7 @@ async def test_a_clock_that_keeps_all_ends_waiting_is_a_warning(
     assert (found["status"], found["slowest"], found["slowestLagMs"]) == ("pass", "b:2", 1399)
     members[1] = alike(name="b:2", lag_ms=1400)
     clock.advance(ASK_EVERY_S)
-    assert (await check(checked, "daemons"))["status"] == "pass"  # nothing is live, so nothing waits
+    assert (await check(checked, "daemons"))["status"] == "pass"  # no session is live, so no end can wait
     await store.open_session(Opening("acme", "s1", "p", "t", None, 1000, 0))
     clock.advance(ASK_EVERY_S)
     found = await check(checked, "daemons")
@@ -216,7 +218,7 @@ async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path, monk
 
 
 async def check_refusals(daemon: Serving) -> None:
-    """While nothing can be stored both sides say so, and when to come back."""
+    """While nothing can be stored, both listeners answer 503 and say when to try again."""
     opening = {"playerId": "p", "token": "t"}
     async with daemon.client.put(daemon.api + "/v1/operators/acme/sessions/s", json=opening) as answer:
         assert answer.status == 503
@@ -231,7 +233,7 @@ async def check_refusals(daemon: Serving) -> None:
 
 @contextlib.contextmanager
 def no_room(path: Path) -> Iterator[None]:
-    """No file of this process may grow beyond the write-ahead log as it is now."""
+    """A disk that is full: no file of this process may grow beyond the present size of the write-ahead log."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, hard))
     try:
@@ -244,7 +246,7 @@ async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
     store: Store, checked: Health, clock: HandClock
 ) -> None:
     await end_session(store)
-    clock.advance(1)  # SQLite writes nothing for an update that changes nothing
+    clock.advance(1)  # otherwise the probe writes the same time again, which SQLite does not write to the file
     with no_room(store.path):
         assert (await check(checked, "store"))["status"] == "fail"
         assert not checked.stuck
@@ -257,7 +259,7 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
 ) -> None:
     monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.02)
     assert not checked.stuck
-    with locked(tmp_path / "test.sqlite3"):  # the writer waits for two seconds
+    with locked(tmp_path / "test.sqlite3"):  # the writer waits two seconds for the lock
         found = await check(checked, "store")
         assert found["status"] == "fail"
         assert "took longer" in found["output"]
@@ -269,7 +271,7 @@ async def test_a_write_that_hangs_fails_and_withholds_the_watchdog(
         return store.writing_since is None
 
     await until(idle)
-    monkeypatch.undo()  # a sound disk may take longer on a busy machine
+    monkeypatch.undo()  # without the short time-out: a sound disk may take longer on a busy machine
     clock.advance(ASK_EVERY_S)
     assert (await check(checked, "store"))["status"] == "pass"
     assert not checked.stuck
@@ -354,7 +356,7 @@ async def test_a_daemon_whose_sweeper_is_stuck_fails(
         await until(passing)
 
 
-# -- what people should look at
+# -- warnings for people
 
 
 async def test_a_dead_delivery_warns(store: Store, checked: Health) -> None:
@@ -434,7 +436,7 @@ async def test_head_answers_like_get_without_a_body(tmp_path: Path) -> None:
                 assert (answer.status, await answer.read()) == (200, b"")
 
 
-# -- alarms of a whole daemon: each thing stalls, and /health and /metrics tell
+# -- the whole daemon: a part stalls, and /health and /metrics report it
 
 
 async def metric(daemon: Serving, name: str) -> float:
@@ -448,7 +450,7 @@ async def metric(daemon: Serving, name: str) -> float:
 async def test_a_loop_that_hangs_in_its_work_is_told(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, loop: str, verb: str
 ) -> None:
-    """It never comes back from what it awaits, as a bug or a lost wake-up would have it."""
+    """What the loop awaits never returns, as after a bug or a lost wake-up."""
     entered = asyncio.Event()
 
     async def never(*_: Any, **__: Any) -> Any:
@@ -471,7 +473,7 @@ async def test_a_loop_that_hangs_in_its_work_is_told(
         status, report = await get(daemon, daemon.api)
         assert (status, report["checks"][loop][0]["status"]) == (503, "fail")
         assert await metric(daemon, f'lmdaemon_loop_late_seconds{{loop="{loop}"}}') > LATE_S
-        assert daemon.parts.health.stuck  # the watchdog is withheld
+        assert daemon.parts.health.stuck  # the watchdog of systemd gets no sign of life
 
 
 async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
@@ -501,7 +503,7 @@ async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
 
 
 async def test_who_asks_is_answered_though_the_next_question_comes_at_once(clock: HandClock) -> None:
-    """In the same turn of the event loop."""
+    """Both questions come in the same turn of the event loop."""
     asked: list[asyncio.Future[int]] = []
 
     async def ask() -> int:
@@ -575,7 +577,8 @@ async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path
         assert await metric(daemon, 'lmdaemon_operator_touches_stopped{operator="acme"}') == 1
         for name in names:
             await store.end("acme", name)
-        assert (await daemon.sweeper.once() or 60) <= TICK_S  # it looks again, though nothing is live any more
+        # The sweeper looks again although no session is live any more
+        assert (await daemon.sweeper.once() or 60) <= TICK_S
         clock.advance(1)
         assert (await daemon.sweeper.once() or 60) > TICK_S
         assert daemon.sweeper.touch_alarm.silent == {}

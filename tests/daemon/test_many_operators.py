@@ -1,4 +1,6 @@
-"""What grows with the configuration does not hold the event loop: a thread does it, or only what changed is touched."""
+"""Work that grows with the number of operators does not block the event loop: a thread does it, or it is done only for
+what has changed.
+"""
 
 import threading
 from collections.abc import Callable
@@ -21,7 +23,7 @@ OPERATORS = "".join(
 
 
 def threads_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
-    """The threads that call a function from now on."""
+    """The ids of the threads that call this function from now on."""
     called: list[int] = []
     function: Callable[..., Any] = getattr(module, name)
 
@@ -63,7 +65,7 @@ async def test_a_file_is_read_checked_and_compared_beside_the_event_loop(
 
 async def test_a_reload_looks_at_lanes_that_have_changed_alone(tmp_path: Path, clock: HandClock) -> None:
     async with bench(tmp_path, clock, OPERATORS) as b:
-        for _ in range(2):  # the first notes the URLs, which changes the gates
+        for _ in range(2):  # the first round stores the URLs, which changes the gates
             await b.dispatcher.once()
         before = list(b.dispatcher.lanes)
         changed = OPERATORS.replace("127.0.0.1:1/3", "127.0.0.1:1/elsewhere").replace('"p2"', '"p2"\nconcurrency = 9')

@@ -1,4 +1,4 @@
-"""Plug-ins: refused when broken, handed every end at least once, asked about notices, and harmless whatever they do."""
+"""Plug-ins: refused when broken, given every end at least once, asked about notices, and unable to harm the daemon."""
 
 import asyncio
 import dataclasses
@@ -24,7 +24,8 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EVENT = SessionEnded("msg_1", "acme", "lm", "s", "p", TOKEN, "reported", NOW, NOW, NOW, {}, {})
 NOTICE = Notice("acme", "v4", "lm", "s", "p", TOKEN)
 
-# What a hook may raise besides an Exception: each of these would end the event loop, or pass for our own cancellation.
+# What a hook may raise besides an Exception. Without care, each would end the event loop or be taken for a cancellation
+# by the daemon itself.
 RAISED = [
     "RuntimeError('tok-s3cret')",
     "SystemExit(3)",
@@ -39,7 +40,9 @@ RAISED = [
 
 @pytest.fixture
 async def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[str], str]]:
-    """Writes a plug-in's module, with a journal `LOG` and an event `RELEASE`, and gives its name."""
+    """A function that writes a plug-in's module, with a list `LOG` and an event `RELEASE`, and returns the module's
+    name.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     names = []
 
@@ -52,7 +55,8 @@ async def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     yield write
     for name in names:
         if name in sys.modules:
-            sys.modules.pop(name).__dict__.get("RELEASE", asyncio.Event()).set()  # else stubborn calls keep the loop
+            # Otherwise hooks that ignore their cancellation keep the loop running
+            sys.modules.pop(name).__dict__.get("RELEASE", asyncio.Event()).set()
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +79,7 @@ def settings(use: str, timeout_s: float = 10, concurrency: int = 4, **options: A
 
 
 def plugin(name: str, use: str, **keys: Any) -> str:
-    """`[plugins.NAME]`; `options` become a table of their own."""
+    """The table `[plugins.NAME]`; `options` become a table of their own."""
     options = keys.pop("options", {})
     lines = [f"use = {json.dumps(use)}"] + [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     lines += [f"[plugins.{name}.options]"] + [f"{key} = {json.dumps(value)}" for key, value in options.items()]
@@ -186,7 +190,7 @@ class TestLoading:
         (found,) = raised.value.findings
         assert found.startswith(f"plugins.broken.use: {finding}")
         assert found.endswith(f"(got '{name}:{attribute}')")
-        assert ("started", "good") not in module(journal).LOG  # nothing starts before everything is loaded
+        assert ("started", "good") not in module(journal).LOG  # no plug-in is started before all are loaded
 
     @pytest.mark.parametrize(
         ("source", "failed", "line"),
@@ -276,7 +280,7 @@ class TestStartAndStop:
     async def test_a_start_that_fails_or_hangs_stops_the_daemon(
         self, tmp_path: Path, written: Callable[[str], str], body: str
     ) -> None:
-        """And the plug-ins that have started already."""
+        """The plug-ins that have already started are stopped."""
         journal = written(JOURNAL)
         broken = written(
             "class Hook:\n"
@@ -382,7 +386,7 @@ class TestContained:
         assert (module(name).LOG, loaded.stray) == (["cleaned up"], 0)
 
     async def test_a_hook_that_ignores_its_cancellation_is_left_behind(self, written: Callable[[str], str]) -> None:
-        """And counted until it ends."""
+        """It is counted as `stray` until it ends."""
         name = written(STUBBORN)
         freed: list[int] = []
         loaded = plugins.load(settings(f"{name}:hook", timeout_s=0.02), lambda: freed.append(loaded.stray))
@@ -445,7 +449,7 @@ class TestDelivery:
         assert dataclasses.asdict(event) == {
             "id": shown["id"],
             "operator": "acme",
-            "provider_id": "luckymonaco",  # as configured, however the peer writes it
+            "provider_id": "luckymonaco",  # as in the configuration, in whatever case the peer writes it
             "session_id": "s",
             "player_id": "p",
             "token": TOKEN,
@@ -485,7 +489,7 @@ class TestDelivery:
     async def test_a_failure_of_any_kind_is_retried_with_the_same_event(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
-        """Until it is delivered."""
+        """It is retried until it is delivered."""
         failures = [*RAISED, "Refuse('final')"]
         name = written(
             f"FAILURES = [lambda: {', lambda: '.join(failures)}]\n"
@@ -597,9 +601,9 @@ class TestIsolation:
                 await notify(s, session=str(number))
             await until(lambda: query(tmp_path, "SELECT sum(attempts) FROM delivery") == [(2,)])
             await until(lambda: s.dispatcher.in_flight == 0)
-            await s.dispatcher.once()  # four are due, and no place is free
+            await s.dispatcher.once()  # four deliveries are due, and both slots are taken
             assert (s.dispatcher.in_flight, s.plugins["x"].stray, module(name).most) == (0, 2, 2)
-            module(name).RELEASE.set()  # they end after all, and the rest is delivered
+            module(name).RELEASE.set()  # the hooks end after all, and the other deliveries are made
             await settled(tmp_path, "plugin:x", "delivered", 6)
             assert module(name).most == 2
 
@@ -630,7 +634,7 @@ for early in ("v4", "pragmatic", "old"):
 
 
 def checking(body: str) -> str:
-    """A plug-in whose check notes the notice in LOG and then does `body`."""
+    """The source of a plug-in whose `check` appends the notice to LOG and then runs `body`."""
     lines = "\n".join(f"        {line}" for line in body.splitlines())
     return (
         "class Hook:\n"
@@ -706,7 +710,8 @@ class TestCheck:
             for _ in range(3):
                 assert (await notify(s)).json == SUCCESS
             assert len(module(hook).LOG) == 1
-            assert (await notify(s, player="another")).error == 7  # the store's verdict, not the plug-in's
+            # The store refuses another player before the plug-in's refusal counts
+            assert (await notify(s, player="another")).error == 7
             assert (await notify(s, session="new")).error == 120
 
     async def test_what_was_refused_is_asked_about_again(self, tmp_path: Path, written: Callable[[str], str]) -> None:
@@ -788,7 +793,7 @@ class TestCheck:
 class TestReload:
     @staticmethod
     async def reload(s: Serving, toml: str) -> str | None:
-        """Writes the operators and plug-ins anew and reloads. Returns what was wrong with them."""
+        """Writes other operators and plug-ins to the file and reloads. Returns the error, if any."""
         path = s.daemon.settings.file
         lines = path.read_text().partition("\n[operators.")[0]
         path.write_text(lines + toml)
@@ -854,7 +859,7 @@ class TestReload:
             log = module(name).LOG
             assert ("stopped", "old") not in log
             assert log.count(("started", "fresh")) == log.count(("stopped", "fresh"))
-            assert (await notify(s)).json == SUCCESS  # still under the old provider_id
+            assert (await notify(s)).json == SUCCESS  # the old provider_id is still in force
             await settled(tmp_path, "plugin:x", "delivered")
             async with s.client.get(s.server + "/health") as response:
                 assert await response.json(content_type=None) == {"status": "warn"}

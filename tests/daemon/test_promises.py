@@ -1,8 +1,10 @@
-"""The promises of the daemon, held against a model by chance: the real store on a real file, the real sweeper and the
-real dispatcher run on a loop whose time is moved by hand, while sessions are played, operators answer as they like,
-the disk refuses, the machine stalls, clocks are set and the process is killed.
+"""The daemon's promises, tested with random sequences of events and compared with a model.
 
-Time is simulated exactly: the loop jumps from timer to timer, so nothing waits and nothing depends on the machine.
+The real store on a real file, the real sweeper and the real dispatcher run on an event loop whose time is moved by
+hand. Meanwhile sessions are opened, touched and closed, operators give all kinds of answers, the disk refuses writes,
+the machine stalls, clocks are set, and the process is killed.
+
+Time is simulated exactly: the loop jumps from timer to timer. So no test waits, and no result depends on the machine.
 """
 
 import asyncio
@@ -74,13 +76,14 @@ LIFETIME_MS = {"acme": 0, "beta": 30_000}
 IDLE_MS = (1_000, 4_000, 15_000)
 CONCURRENCY = {("acme", "http"): 2, ("acme", "plugin:hook"): 2, ("beta", "http"): 1}
 TIMEOUT_S = 4.0
-REVISIT_MS = 10_000  # instead of an hour, so that the end of it can be waited for
+REVISIT_MS = 10_000  # an hour in the daemon; shorter here, so that a test can reach the end of it
 LATE_MS = 50  # promise 5
-TURNS_MAX = 20_000  # of the loop, at one instant: some hundreds are what a backlog takes
-# The longest that anything may hold a delivery back: Retry-After, then the breaker's longest pauses, then the schedule.
+TURNS_MAX = 20_000  # turns of the loop at one instant; a backlog takes some hundreds
+# The longest time for which anything may delay a delivery: a Retry-After, then the breaker's longest pauses, then the
+# schedule.
 LONGEST_WAIT_S = retry.RETRY_AFTER_MAX_S + 3 * retry.PROBE_PAUSE_MAX_S
 
-# Killing a process loses nothing that was written, synced or not, so the files need no disk.
+# Killing a process loses nothing that it wrote, synced to disk or not. So the files can be in memory.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 ANSWERS: Mapping[str, Any] = {
@@ -104,7 +107,7 @@ def base() -> Settings:
 
 @cache
 def configured(acme: str, beta: str) -> Settings:
-    """The configuration with each operator "on", not notified ("off"), or "gone"."""
+    """The settings in which each operator is "on" (is sent notices), "off" (is not), or "gone" (from the file)."""
     wanted = {"acme": acme, "beta": beta}
     operators = {
         name: msgspec.structs.replace(operator, notify=wanted[name] == "on")
@@ -114,16 +117,16 @@ def configured(acme: str, beta: str) -> Settings:
     return msgspec.structs.replace(base(), operators=operators)
 
 
-# -- the loop whose time is moved by hand
+# -- an event loop whose time is moved by hand
 
 
 class HandLoop(asyncio.SelectorEventLoop):
-    """Its timers follow the hand clock, so every sleep and time-out of the daemon is simulated."""
+    """An event loop whose timers follow the hand clock, so that every sleep and time-out of the daemon is simulated."""
 
     def __init__(self, clock: HandClock) -> None:
         super().__init__()
         self._hand = clock
-        self._clock_resolution = 1e-6  # sums of floats: a timer is due when it is due but for rounding
+        self._clock_resolution = 1e-6  # times are sums of floats: a timer is due when it is due but for rounding
 
     def time(self) -> float:
         return self._hand.mono
@@ -137,8 +140,8 @@ class HandLoop(asyncio.SelectorEventLoop):
 
 
 async def run_at_once(thread: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """In place of `_Thread.run`: the same on the same thread, but the loop stands still until its result has come, so
-    that an example is the same whenever it is played.
+    """Replaces `_Thread.run`. It does the same on the same thread, but the loop stands still until the result is there,
+    so that each example runs in the same way every time.
     """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, HandLoop)
@@ -154,8 +157,8 @@ async def run_at_once(thread: Any, function: Callable[..., Any], *arguments: Any
 
 @dataclass
 class Known:
-    """A session as the model knows it. `heard` and `sure` are the model's two service clocks at its last touch, and
-    `seen_ms` is what the store noted of it; None until that is looked up.
+    """A session in the model. `heard` and `sure` are the model's two service clocks at the session's last touch.
+    `seen_ms` is the service time that the store noted for that touch; it is None until the model has read it.
     """
 
     player: str
@@ -179,7 +182,7 @@ Sessions = dict[tuple[str, str], Known]
 
 @dataclass(frozen=True)
 class Now:
-    """What an operation is judged by: the wall, the model's service clocks, and the sinks an end has."""
+    """What the model judges an operation by: the wall time, its own two service clocks, and the sinks of an end."""
 
     wall: int
     heard: float
@@ -331,7 +334,7 @@ class Row(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """All that is committed, read by SQL of its own."""
+    """Everything that is committed, read from the file by the test's own SQL."""
 
     sessions: dict[tuple[str, str], Row]
     deliveries: dict[str, Delivery]
@@ -357,15 +360,15 @@ class Seen(NamedTuple):
 
 
 class Peer:
-    """Everybody deliveries go to, for one life of the daemon: takes the place of the sender and of the plug-in's hook,
-    answers what the rules chose, and notes what a peer must never see.
+    """All recipients of deliveries during one life of the daemon (from a start to its end). It replaces the sender and
+    the plug-in's hook, answers as the rules chose, and notes what a recipient must never see.
     """
 
     def __init__(self, machine: "Promises") -> None:
         self._machine = machine
         self.under_way: dict[tuple[str, str], set[str]] = {}
         self.hanging: list[asyncio.Future[str]] = []
-        self.succeeded: set[str] = set()  # in this life: never sent again in it
+        self.succeeded: set[str] = set()  # during this life; none of these may be sent again before it ends
 
     async def close(self) -> None:
         pass
@@ -451,21 +454,23 @@ class Promises(RuleBasedStateMachine):
         self.blocker: sqlite3.Connection | None = None
         self.known: Sessions = {}
         self.broken: list[str] = []
-        # The model's two service clocks, in ms: the real one is never beyond `heard`, and hardly behind `sure`.
+        # The model's two service clocks, in ms. The daemon's service clock is never ahead of `heard`, and hardly behind
+        # `sure`.
         self.heard = self.sure = 0.0
-        self.committed = (0.0, 0.0, 0)  # heard, sure, wall at the last commit
-        self.checked = 0  # of the commits of this life
+        self.committed = (0.0, 0.0, 0)  # heard, sure and wall time at the last commit
+        self.checked = 0  # how many commits of this life have been checked
         self.lenient_until = 0.0
         self.closing = False
         self.service_ms = self.stored_ms = 0.0
-        # What was seen of deliveries over all lives.
+        # What was seen of deliveries during all lives of the daemon.
         self.seen: dict[str, Delivery] = {}
         self.attempts: Counter[str] = Counter()
         self.bodies: dict[str, Any] = {}
         self.successes: set[str] = set()
         self.delivered: set[str] = set()
         self.held: set[str] = set()
-        self.rests: dict[str, int] = {}  # until when operators asked for rest
+        # By operator, the wall time in ms until which its Retry-After asked for no requests
+        self.rests: dict[str, int] = {}
 
     @property
     def settings(self) -> Settings:
@@ -476,11 +481,13 @@ class Promises(RuleBasedStateMachine):
         return Now(self.clock.wall_ms(), self.heard, self.sure, self.settings)
 
     def too_soon(self, operator: str) -> bool:
-        """Whether the operator asked for rest. A wall clock set back may make a rest look longer than any can be."""
+        """Whether a Retry-After of the operator still applies. After the wall clock was set back, it may look longer
+        than any can be; such a wait is ignored.
+        """
         rest_ms = self.db.gate(operator).not_before_at - self.clock.wall_ms()
         return 0 < rest_ms <= retry.RETRY_AFTER_MAX_S * 1000
 
-    # -- lives
+    # -- lives of the daemon
 
     @initialize(grace_s=st.sampled_from([0, 3, 8]), scripts=st.fixed_dictionaries(dict.fromkeys(CONCURRENCY, answers)))
     def start(self, grace_s: int, scripts: dict[tuple[str, str], list[str]]) -> None:
@@ -519,7 +526,7 @@ class Promises(RuleBasedStateMachine):
         self.dispatcher.configure(self.settings, self.plugins)
 
     def finish(self) -> None:
-        """The end of a life: everything that still runs is dropped."""
+        """Ends a life: everything that still runs is dropped."""
         self.unblock()
 
         async def drop() -> None:
@@ -541,12 +548,12 @@ class Promises(RuleBasedStateMachine):
     # -- time
 
     async def quiet(self) -> None:
-        """Until nothing happens any more at this instant."""
+        """Lets the loop run until nothing more happens at this instant."""
         for turn in range(1, TURNS_MAX):
             await asyncio.sleep(0)
             if not self.loop.ready:
                 return
-            if turn % 1000 == 0:  # work takes time too; and whoever sleeps for 1e-12 s has to wake up later
+            if turn % 1000 == 0:  # work takes time, too, and a sleep of 1e-12 s must end some time
                 self.clock.advance(0.001)
                 self.heard += 1
         raise AssertionError("the daemon never comes to rest")
@@ -564,7 +571,7 @@ class Promises(RuleBasedStateMachine):
         assert not self.broken, self.broken
 
     def move(self, seconds: float) -> None:
-        """Time passes while the daemon runs: from timer to timer."""
+        """Lets time pass while the daemon runs, from one timer to the next."""
         target = self.clock.mono + seconds
         while self.clock.mono < target - 1e-6:
             timer = self.loop.next_timer()
@@ -580,10 +587,11 @@ class Promises(RuleBasedStateMachine):
                     self.sure += step * 1000
             self.settled()
             if failing and self.db.failure is None:
-                self.lenient_until = self.sure + 1000 + LATE_MS  # whoever was refused tries again after a second
+                # Operations that were refused are tried again after a second
+                self.lenient_until = self.sure + 1000 + LATE_MS
             self.check_lateness()
 
-    # -- what is promised
+    # -- checks of the promises
 
     def check(self) -> None:
         seen: Seen = self.loop.run_until_complete(self.db.db.reads.read(Seen.read))
@@ -606,11 +614,13 @@ class Promises(RuleBasedStateMachine):
                 self.held.add(name)
             gate = self.db.gate(name)
             assert (gate.held_at, gate.not_before_at) == (held_at, not_before)
-            if not self.dispatcher.in_flight:  # whatever was answered is stored
+            if not self.dispatcher.in_flight:  # every answer has been stored
                 assert not_before >= self.rests.get(name, 0), f"{name} asked for rest, and nobody knows"
 
     def reconcile(self, seen: Seen, known: Sessions) -> None:
-        """Holds what is stored against what was acknowledged; takes over the ends that only the sweeper can make."""
+        """Compares what is stored with what was acknowledged. Adds to the model the ends that only the sweeper
+        makes.
+        """
         now = self.now
         assert seen.sessions.keys() == known.keys()
         for key, row in seen.sessions.items():
@@ -645,7 +655,7 @@ class Promises(RuleBasedStateMachine):
         for webhook_id, row in seen.deliveries.items():
             known = self.seen.get(webhook_id, row)
             assert (row.operator, row.session_id, row.sink) == (known.operator, known.session_id, known.sink)
-            if row.state == "delivered":  # and so the player's token in it is needed no more
+            if row.state == "delivered":  # so the player's token in its body is not needed any more
                 assert row.body == b""
             elif row.sink == "http":
                 assert self.bodies.setdefault(webhook_id, row.body) == row.body
@@ -665,7 +675,7 @@ class Promises(RuleBasedStateMachine):
         return row.sink == "http" and not row.body
 
     def check_clock(self) -> None:
-        """The service clock never decreases, and stands between the two of the model."""
+        """The service clock never decreases, and stays between the model's two clocks."""
         service_ms = self.db.service_clock._ms
         unread_ms = (self.clock.mono - self.db.service_clock._read_at) * 1000
         assert service_ms <= self.heard + 1e-3, f"{service_ms} ms counted, {self.heard} ms heard"
@@ -674,7 +684,7 @@ class Promises(RuleBasedStateMachine):
         self.service_ms = service_ms
 
     def check_lateness(self) -> None:
-        """Whatever is due has ended, while the daemon runs and the store takes writes."""
+        """Each session that is due has ended, while the daemon runs and the store accepts writes."""
         wall = self.clock.wall_ms()
         for key, one in self.known.items():
             if one.reason is not None:
@@ -687,7 +697,7 @@ class Promises(RuleBasedStateMachine):
                 continue
             if self.sure <= max(self.lenient_until, one.not_late_before):
                 continue
-            if one.outlived is not None and not one.orphaned:  # somebody looks at the wall once a second
+            if one.outlived is not None and not one.orphaned:  # the sweeper checks the wall time once a second
                 assert self.sure - one.outlived <= 1000 + LATE_MS, f"{key} outlived its longest life"
             if self.sweeper.hold_s == 0:
                 assert self.sure - one.sure <= one.idle_ms + LATE_MS, f"{key} is idle for too long"
@@ -722,7 +732,7 @@ class Promises(RuleBasedStateMachine):
 
     @rule(operator=operators, count=st.integers(1, 5))
     def play(self, operator: str, count: int) -> None:
-        """Sessions that come and go at once: a backlog."""
+        """Opens sessions and closes them at once, which makes a backlog of deliveries."""
         self.played += count
         names = [f"n{number}" for number in range(self.played - count, self.played)]
         self.act([Open(operator, name, "p", "t", 15_000) for name in names] + [Close(operator, name) for name in names])
@@ -748,17 +758,17 @@ class Promises(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.05, 0.7, 1.2, 1.6, 4, 90, 4000]))
     def stall(self, seconds: float) -> None:
-        """Nobody listens meanwhile, but time passes for everybody else."""
+        """The daemon does nothing for a while, as on a stalled machine, but time passes."""
         self.clock.advance(seconds)
         if seconds <= STALL_S and self.db.failure is None:
             self.heard += seconds * 1000
-        self.sure -= 1000  # what had passed since the last reading is forgotten with the stall
+        self.sure -= 1000  # after a stall, the time since the last reading of the clock does not count
         self.settled()
 
     @rule(seconds=st.integers(-7200, 7200))
     def set_wall(self, seconds: int) -> None:
         self.clock.step_wall(seconds)
-        self.rests.clear()  # moments of a wall that is no more
+        self.rests.clear()  # these moments were of the former wall time
 
     @rule()
     def wake(self) -> None:
@@ -784,7 +794,8 @@ class Promises(RuleBasedStateMachine):
             self.states[operator] = state
             self.configure()
             for (name, _), one in self.known.items():
-                if name == operator:  # looked at again after a while, if the sweeper has looked meanwhile
+                # Its sessions are looked at again after REVISIT_MS, if the sweeper has looked in the meantime
+                if name == operator:
                     one.not_late_before = self.sure + REVISIT_MS + LATE_MS
                     one.orphaned |= state == "gone"
             self.settled()
@@ -836,7 +847,7 @@ class Promises(RuleBasedStateMachine):
     @precondition(lambda self: self.blocker is None)
     @rule()
     def block(self) -> None:
-        """The store refuses every write from here on."""
+        """From now on the store refuses every write."""
         self.blocker = sqlite3.connect(self.db.path, isolation_level=None)
         self.blocker.execute("BEGIN IMMEDIATE")
 
@@ -854,7 +865,7 @@ class Promises(RuleBasedStateMachine):
         count=st.booleans(),
     )
     def crash(self, batch: list[Operation], turns: int, down_s: float, grace_s: int, count: bool) -> None:
-        """Killed with operations under way, none of which need be acknowledged."""
+        """Kills the daemon while operations are under way. They need not be acknowledged, and may be stored or not."""
         batch = self.served(batch)
         tasks = [self.loop.create_task(self.attempt(operation)) for operation in batch]
         self.turn(turns)
@@ -873,7 +884,7 @@ class Promises(RuleBasedStateMachine):
         self.settled()
 
     def turn(self, turns: int) -> None:
-        """Lets the loop turn a few times, so that what follows comes in the middle of something."""
+        """Runs a few turns of the loop, so that what follows comes in the middle of some work."""
 
         async def some() -> None:
             for _ in range(turns):
@@ -882,7 +893,9 @@ class Promises(RuleBasedStateMachine):
         self.loop.run_until_complete(some())
 
     def adopt(self, path: Path, doubtful: Sequence[Operation]) -> None:
-        """What was not acknowledged is stored, or not, but in the order in which it was asked for."""
+        """Operations that were not acknowledged may be stored or not, but only in the order in which they were asked
+        for.
+        """
         with contextlib.closing(sqlite3.connect(path)) as sql:
             seen = Seen.read(sql)
         _, sure, wall = self.committed
@@ -917,7 +930,7 @@ class Promises(RuleBasedStateMachine):
     def stop(
         self, batch: list[Operation], turns: int, down_s: float, grace_s: int, count: bool, recovers: bool
     ) -> None:
-        """Stops the store as the daemon does, with operations under way, and opens it again."""
+        """Stops the store as the daemon does, while operations are under way, and opens it again."""
         batch = self.served(batch)
         tasks = [self.loop.create_task(self.attempt(operation)) for operation in batch]
         self.turn(turns)
@@ -944,7 +957,7 @@ class Promises(RuleBasedStateMachine):
         self.next_life(down_s, grace_s, count=count)
         self.settled()
 
-    # -- the end: with everybody healthy again, nothing is stuck
+    # -- the end: once everything works again, no delivery is stuck
 
     def teardown(self) -> None:
         try:
@@ -966,7 +979,7 @@ class Promises(RuleBasedStateMachine):
             self.scripts[lane] = ["ok"]
         for hanging in list(self.peer.hanging):
             hanging.set_result("ok")
-        self.move(2)  # results that the store refused are stored now, a hold among them
+        self.move(2)  # results that the store refused are stored now, perhaps with a hold
         for name in OPERATORS:
             if self.states[name] != "on":
                 self.reload(name, ["on"])
@@ -976,9 +989,9 @@ class Promises(RuleBasedStateMachine):
         assert [key for key, one in self.known.items() if one.reason is None] == []
         self.move(LONGEST_WAIT_S)
         self.check_nothing_pends()
-        for name in OPERATORS:  # what has died can be sent after all
+        for name in OPERATORS:  # deliveries that are dead can still be sent
             self.retry_all(name)
-        self.move(LONGEST_WAIT_S)  # an operator's rest may not be over yet
+        self.move(LONGEST_WAIT_S)  # a Retry-After may not be over yet
         self.check_nothing_pends()
         assert all(self.impossible(d) for d in self.seen.values() if d.state == "dead")
 
@@ -1007,12 +1020,12 @@ def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:
     )
 
 
-# -- examples that the machine found, each as short as it can be
+# -- sequences that the random test once failed on, each as short as possible
 
 
 @contextlib.contextmanager
 def playing(**scripts: list[str]) -> Iterator[Promises]:
-    """A machine whose rules the test plays itself; every promise is held against them, as above."""
+    """A machine whose rules the test calls itself. All promises are checked as above."""
     machine = Promises()
     try:
         machine.start(0, {lane: scripts.get(lane[0], ["ok"]) for lane in CONCURRENCY})
@@ -1023,7 +1036,7 @@ def playing(**scripts: list[str]) -> Iterator[Promises]:
 
 @pytest.mark.parametrize("turns", range(8))
 def test_a_loop_that_was_just_woken_still_ends_when_it_is_told_to(simulated: None, turns: int) -> None:
-    """asyncio.wait_for of Python 3.11 swallows a cancellation that comes together with what was waited for."""
+    """In Python 3.11, asyncio.wait_for loses a cancellation that comes at the same time as the result."""
     with playing() as machine:
         machine.act([Open("acme", "live", "p", "t", 15_000)])
         batch = [Open("acme", "1", "p", "t", 1_000), Close("acme", "1"), Open("beta", "1", "p", "t", 1_000)]
@@ -1038,7 +1051,9 @@ def test_what_is_in_flight_is_not_sent_again_when_its_operator_comes_back(simula
 
 
 def test_service_time_passes_for_the_first_session_of_an_operator(simulated: None) -> None:
-    """The sweeper sleeps until the deadline of a session that has ended; nobody else reads the service clock."""
+    """The sweeper sleeps until the deadline of a session that has ended already, and no other part reads the service
+    clock.
+    """
     with playing() as machine:
         machine.play("acme", 1)
         machine.act([Open("acme", "1", "p", "t", 15_000)])
@@ -1046,7 +1061,9 @@ def test_service_time_passes_for_the_first_session_of_an_operator(simulated: Non
 
 
 def test_a_pause_and_a_rest_before_a_wall_clock_that_was_set_back_end(simulated: None) -> None:
-    """Seen from now the breaker's pause is over, for it is too far away; seen from the end of the rest it is not."""
+    """At the present wall time, the breaker's pause counts as over, because it is too far in the future. At the end of
+    the Retry-After, it does not.
+    """
     with playing(beta=["failing"]) as machine:
         machine.play("beta", 5)
         machine.advance(8)
@@ -1057,7 +1074,9 @@ def test_a_pause_and_a_rest_before_a_wall_clock_that_was_set_back_end(simulated:
 
 
 def test_a_retry_by_hand_after_the_wall_clock_was_set_back_is_sent(simulated: None) -> None:
-    """Retries are spaced out, each after the one before: one of a time that is no more holds back nothing."""
+    """Retries by hand are spaced out, each after the last one. A last one at a time before the clock was set back
+    delays nothing.
+    """
     with playing(beta=["final"]) as machine:
         machine.play("beta", 1)
         machine.retry_all("beta")

@@ -1,4 +1,4 @@
-"""Every setting is taken over by a reload, or told as one that needs a restart."""
+"""A reload puts every setting into force, or says that it needs a restart."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lmdaemon.config.settings import (
 
 TOML = LISTEN + '[operators.acme]\nprovider_id = "acme"\n'
 
-# What a start alone reads of the settings, with the keys that it is made of
+# Settings that are read only at the start, with the keys of the file that each is made of
 AT_THE_START = {
     "server.listen": {"server.listen"},
     "api.listen": {"api.listen"},
@@ -31,14 +31,14 @@ AT_THE_START = {
     "count_downtime": {"sessions.downtime"},
     "daemon_grace_s": {"sessions.daemon_grace"},
 }
-# Read with the file; the daemon has no use for them, or looks at what they were made into
+# Settings that belong to the file alone. The daemon does not read them, or reads what was made of them.
 OF_THE_FILE = {"unusable", "tables", "secrets", "server.client_ca_file", "api.client_ca_file"}
 OF_THE_FILE |= {f"{side}.tls_{part}_file" for side in ("server", "api") for part in ("cert", "key")}
 OF_THE_FILE |= {f"api.{right}token_{source}" for right in ("", "read_") for source in ("file", "env")}
 
 
 def noted(struct: msgspec.Struct, seen: set[str], at: str = "") -> Any:
-    """The same struct, which notes in `seen` what is read of it."""
+    """The same struct, but its members that are read are noted in `seen`."""
     kind = type(struct)
     fields = kind.__struct_fields__
 
@@ -82,7 +82,9 @@ def test_the_keys_that_need_a_restart_are_keys() -> None:
 
 
 async def test_what_needs_a_restart_is_in_force_as_it_was_at_the_start(tmp_path: Path) -> None:
-    """However often the file is read again; and `config` goes on telling what a restart would change."""
+    """This stays so however often the file is read again. The command `config` still shows what a restart would
+    change.
+    """
     async with serving(tmp_path, TOML) as d:
         text = TOML.replace('[api]\nlisten = "127.0.0.1:0"', '[api]\nlisten = "127.0.0.9:9"')
         text += '[sessions]\nrestart_grace = "7s"\ndowntime = "count"\ndaemon_grace = "7s"\nidle_timeout = "9m"\n'

@@ -1,4 +1,4 @@
-"""Certificates that are renewed: used from the next reload on, seen by a server that tells which one it was shown."""
+"""Renewed certificates are used from the next reload on. A test server notes which certificate it was shown."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ KEYS = {"ca_file": "ca.pem", "client_cert_file": "client.crt", "client_key_file"
 
 @dataclass
 class Wallet:
-    """An operator's TLS server, which asks for a certificate and keeps the common name that it was shown."""
+    """An operator's TLS server. It asks for a client certificate and notes the common name of each."""
 
     context: ssl.SSLContext
     port: int = 0
@@ -53,7 +53,7 @@ async def wallet(server: Files, clients: Files) -> AsyncIterator[Wallet]:
 
 @dataclass
 class Home:
-    """The daemon's directory with its files, and the authority behind all of them."""
+    """The daemon's directory with its files, and the authority that signed all certificates."""
 
     path: Path
     authority: Files
@@ -111,7 +111,7 @@ async def reload(daemon: Serving) -> list[Event]:
 
 
 async def test_a_renewed_client_certificate_is_shown_from_the_next_reload_on(home: Home) -> None:
-    """Also though a connection that showed the old one is open and idle."""
+    """The new certificate is shown although a connection that showed the old one is still open and idle."""
     async with wallet(home.server, home.authority) as peer, serving(home.path, home.toml(peer.port)) as daemon:
         await end(daemon, "before")
         await delivered(daemon, "before")
@@ -170,7 +170,8 @@ async def test_a_renewed_authority_is_trusted_from_the_next_reload_on(
     async with wallet(make(made, "renewed", other), home.authority) as peer:
         toml = home.toml(peer.port)
         if store != "ca_file":
-            monkeypatch.setenv("SSL_CERT_FILE", str(home.path / "ca.pem"))  # where OpenSSL looks for the system's
+            # Where OpenSSL looks for the system's authorities
+            monkeypatch.setenv("SSL_CERT_FILE", str(home.path / "ca.pem"))
             toml = toml.replace('ca_file = "ca.pem"\n', "")
         async with serving(home.path, toml) as daemon:
             await end(daemon, "s")
@@ -195,7 +196,7 @@ async def test_a_renewed_authority_is_trusted_from_the_next_reload_on(
     ],
 )
 async def test_a_renewal_half_done_changes_nothing(home: Home, broken: str, finding: str) -> None:
-    """The next reload, when it is whole, takes it over."""
+    """A renewal of which one file is missing is not used. The next reload with all files uses it."""
     async with wallet(home.server, home.authority) as peer, serving(home.path, home.toml(peer.port)) as daemon:
         renewed = home.client("second")
         (home.path / "client.crt").write_bytes(renewed.cert.read_bytes())

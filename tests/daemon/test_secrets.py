@@ -1,5 +1,5 @@
-"""Promise 8: secrets stay inside. The whole daemon runs with marked secrets through successes, failures, crashes, debug
-level and broken files, and every byte it lets out is searched for them.
+"""Promise 8: secrets stay inside. The whole daemon runs with recognisable secrets through successes, failures, crashes,
+debug logging and broken files. Then all its output is searched for them.
 """
 
 import base64
@@ -88,7 +88,9 @@ class Leaky:
 
 @contextlib.contextmanager
 def echoing_wallet() -> Iterator[str]:
-    """An operator that sends back all it gets, in every place that could be shown, and each time another verdict."""
+    """An operator that sends back everything it gets, in every place that could be shown, and with another verdict each
+    time.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         answers = 0
@@ -98,7 +100,8 @@ def echoing_wallet() -> Iterator[str]:
             echo = json.dumps({"path": self.path, "body": body, "headers": dict(self.headers)})
             Handler.answers += 1
             status, error = ((200, 100), (302, 0), (500, 7), (429, 1), (200, 0))[Handler.answers % 5]
-            # In one notation after the other, and so that the beginning that is kept ends within each part of it
+            # Each answer uses another notation and another length, so that the part of it that is kept ends within each
+            # secret
             written = (str, html.escape, urllib.parse.quote, lambda text: text * 40)[Handler.answers % 4]
             description = written("." * (Handler.answers * 7 % 256) + echo)
             answer = json.dumps({"error": error, "description": description}).encode()
@@ -118,7 +121,7 @@ def echoing_wallet() -> Iterator[str]:
 
 
 class Spy:
-    """Asks the daemon, and keeps every byte of every answer. What it sends itself is full of secrets."""
+    """Sends requests to the daemon and keeps every byte of every answer. The requests are full of secrets."""
 
     def __init__(self, daemon: Process) -> None:
         self.daemon = daemon
@@ -160,7 +163,7 @@ def clean(data: bytes) -> bool:
 
 
 def spots(data: bytes) -> list[bytes]:
-    """Where a mark stands, with what is around it."""
+    """Each place where a secret was found, with the text around it."""
     return [data[max(0, at - 60) : at + 60] for mark in MARKS if (at := data.find(mark)) >= 0]
 
 
@@ -191,7 +194,7 @@ def daemon(tmp_path: Path) -> Iterator[Process]:
 
 
 def live(spy: Spy) -> None:
-    """Everything a peer can do, right and wrong, with secrets wherever one can be put."""
+    """Does everything that a peer can do, right and wrong, with secrets in every possible place."""
     daemon = spy.daemon
     acme = f"{daemon.api}/v1/operators/acme/sessions"
     for name in ("closed", "checked", "told", "open"):
@@ -230,7 +233,7 @@ def live(spy: Spy) -> None:
 
 
 def look(spy: Spy) -> None:
-    """Everything an administrator can look at."""
+    """Reads everything that an administrator can look at."""
     acme = f"{spy.daemon.api}/v1/operators/acme/sessions"
     for name in ("closed", "told", "open"):
         spy.ask("GET", f"{acme}/{name}")
@@ -270,12 +273,12 @@ def test_no_secret_leaves_the_daemon_whatever_happens(daemon: Process) -> None:
     assert len([attempt for history in kept for attempt in history if "***" in (attempt.get("answer") or "")]) > 2
     assert clean(json.dumps(kept).encode())
     assert daemon.stop() == 0
-    # A file that is damaged, and one that another has: the reasons are shown
+    # The daemon shows why it cannot use a damaged file, and one that another process uses
     daemon.path.write_bytes(b"SQLite format 3\0" + PLAYER.encode() * 1000)
     daemon.spawn()
     assert daemon.popen.wait(20) == 1
     log = daemon.log.read_bytes()
-    assert len(daemon.events("delivery.retry")) > 2  # it has all happened
+    assert len(daemon.events("delivery.retry")) > 2  # all of it has really happened
     assert daemon.events("notice.refused")
     assert len(spy.answers) > 100
     assert clean(cmdline)
@@ -295,7 +298,7 @@ def test_every_file_it_makes_is_its_owners_alone(daemon: Process) -> None:
 
 
 def test_a_players_token_leaves_the_file_when_nothing_can_need_it(daemon: Process) -> None:
-    """Not only its rows: the pages and the log of what was committed as well."""
+    """Neither its rows nor any page of the file nor the write-ahead log still holds it."""
     spy = Spy(daemon)
     acme = f"{daemon.api}/v1/operators/acme/sessions"
     for number in range(50):

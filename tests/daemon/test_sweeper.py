@@ -1,4 +1,4 @@
-"""The sweeper: exact, never early, quiet when nothing can be due; the restart grace and stalls."""
+"""The sweeper: on time, never early, idle while nothing can be due; the restart grace and stalls."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -69,12 +69,13 @@ async def test_ticks_do_not_write(db: Store, clock: HandClock, sweeper: Sweeper)
         await sweeper.once()
         if commits.made > before:
             written.append(second)
-    # The clock is kept every ten seconds, and sooner after a start: a crash forgets at most half of a short run
+    # The clock is stored every ten seconds, and more often after a start: a crash loses at most half of a short run's
+    # time
     assert written == [1, 2, 4, 8, 16, 26, 36, 46]
 
 
 async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock: HandClock) -> None:
-    """However long the disk takes."""
+    """However long the disk takes, such a touch is stored before the end is decided."""
     await open_session(db, idle_s=10)
     live(clock, db, 9.9)
     entered, hold, written = asyncio.Event(), asyncio.Event(), db.db.writer._write
@@ -87,7 +88,7 @@ async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock
     db.db.writer._write = slow  # type: ignore[method-assign]
     first = asyncio.create_task(db.probe())
     await entered.wait()
-    swept = asyncio.create_task(db.end_due(idle=True))  # for another session, say
+    swept = asyncio.create_task(db.end_due(idle=True))  # perhaps because another session is due
     await until(lambda: db.waiting)
     touched = asyncio.create_task(db.touch("acme", ["s"]))
     await until(lambda: db.waiting == 2)
@@ -119,7 +120,9 @@ async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(
 async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
     db: Store, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its deadline is later than the one last known, which needs no wake-up; but nobody was reading the clock."""
+    """The new deadline is later than the last one, and a later deadline wakes nobody. But the sweeper must wake up,
+    because until then nobody reads the clock.
+    """
     live_in_rounds = []
 
     async def once() -> None:
@@ -129,7 +132,7 @@ async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
     running = asyncio.create_task(sweeper.run())
     await open_session(db, "first", idle_s=1)
     await db.end("acme", "first")
-    await db.probe()  # by the end of it, the sweeper has followed every wake-up so far
+    await db.probe()  # when it returns, the sweeper has followed every wake-up so far
     live_in_rounds.clear()
     await open_session(db, "second", idle_s=600)
     await until(lambda: live_in_rounds == [1])
@@ -161,7 +164,7 @@ async def test_nothing_ends_for_inactivity_during_the_restart_grace(db: Store, c
     for _ in range(59):
         assert await sweeper.once() is not None
         clock.advance(1)
-    await db.touch("acme", ["s"])  # a client that came back in time
+    await db.touch("acme", ["s"])  # as a client that came back in time
     clock.advance(1.001)
     await sweeper.once()
     assert await reason(db) is None
@@ -212,7 +215,7 @@ async def test_after_a_stall_those_who_could_not_reach_us_are_heard_first(
         clock.advance(1)
         await sweeper.once()
     clock.advance(1.2)  # due now, and ...
-    clock.advance(60)  # ... stopped before anybody looked
+    clock.advance(60)  # ... stopped before the sweeper looked
     wait_s = await sweeper.once()
     assert wait_s == QUIET_AFTER_STALL_S
     assert await reason(db) is None
@@ -250,7 +253,9 @@ async def test_an_idle_daemon_that_slept_without_sessions_has_not_stalled(
 async def test_a_request_that_is_already_readable_beats_the_sweep(
     db: Store, clock: HandClock, sweeper: Sweeper
 ) -> None:
-    """The touch needs a few turns of the loop until it is queued, as a handler does; the sweep began before it."""
+    """The touch needs a few turns of the loop until it is queued, as in a handler. The sweep has begun before that, and
+    still the touch wins.
+    """
     await open_session(db)
     live(clock, db, 11)
 
@@ -290,7 +295,7 @@ async def test_expires_at_is_what_happens_if_nothing_is_heard(db: Store, clock: 
     assert sweeper.expires_at(idle) == pytest.approx(clock.wall_ms() + 10_000, abs=2)
     assert sweeper.expires_at(short) == clock.wall_ms() + 3000
     live(clock, db, 1)
-    clock.advance(3600)  # a stall moves it, as it moves the end
+    clock.advance(3600)  # a stall moves the expiry as it moves the end
     assert sweeper.expires_at(idle) == pytest.approx(clock.wall_ms() + 9000, abs=2)
     await db.end("acme", "idle")
     assert sweeper.expires_at((await db.session("acme", "idle"))[0]) is None  # type: ignore[index]

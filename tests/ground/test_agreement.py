@@ -1,4 +1,4 @@
-"""What is told of the daemons on one database: whose settings differ, whose clock is slowest."""
+"""The comparison of the daemons on one database: whose settings differ, and whose clock is slowest."""
 
 from lmdaemon.agreement import disagreement, slowest
 from lmdaemon.model import Member

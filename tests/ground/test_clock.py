@@ -1,4 +1,4 @@
-"""The service clock: it runs only while touches can be heard (promise 4)."""
+"""The service clock runs only while the daemon can hear touches (promise 4)."""
 
 import time
 
@@ -71,7 +71,7 @@ def test_a_frozen_clock_stands_still_and_thaws_where_it_stood(clock: HandClock, 
 
 
 def test_it_stands_still_until_every_reason_is_lifted(clock: HandClock, service: ServiceClock) -> None:
-    """A disk that recovers while the daemon is stopping must not set the clock going again."""
+    """A store that recovers while the daemon is stopping must not start the clock again."""
     service.freeze("stopping")
     service.freeze("store")
     service.thaw("store")

@@ -1,4 +1,6 @@
-"""The wire, both directions: every dialect, every code, every gap of the page."""
+"""Parsing and encoding notices: every dialect, every answer code, and every point that the provider's page leaves
+open.
+"""
 
 import json
 import time
@@ -45,7 +47,7 @@ TOKEN = "fSYFZMScpZ01FhR26r59GexREh1xHgEY"
 UUID = "0b9c1f6e2d3a4b5c8d7e6f5a4b3c2d1e"
 V4, V4_01, PRAGMATIC = SHIPPED["v4"], SHIPPED["v4.01"], SHIPPED["pragmatic"]
 
-# The page's example, word for word: it has no commas.
+# The example of the provider's page, word for word. It lacks the commas.
 PAGE_EXAMPLE = b"""{
  "providerId": "luckymonaco"
  "sessionId": "6fd2d6f3bb8f4c5a9fadf15d81206af2"
@@ -55,7 +57,7 @@ PAGE_EXAMPLE = b"""{
 NOTICE = {"providerId": "luckymonaco", "sessionId": SESSION, "externalPlayerId": "123456", "token": TOKEN}
 FORM = {"hash": "00", "providerId": "PragmaticPlay", "sessionId": SESSION, "playerId": "123456"}
 
-# A dialect of one's own as in the contract's `[dialects.old]`: JSON with a hash.
+# A dialect that config.toml could define: JSON with a hash.
 OLD = Dialect(
     "old",
     "/V4/SessionExpired",
@@ -84,7 +86,7 @@ def refusal(body: bytes | Mapping[str, Any], *accepted: Dialect) -> str:
 
 
 def raw_notice(session: bytes) -> bytes:
-    """The v4 notice with `session` written as it is for the value of sessionId."""
+    """A v4 notice in which the value of sessionId is written as `session` (raw JSON)."""
     return b'{"providerId":"luckymonaco","sessionId":%s,"externalPlayerId":"123456","token":"t"}' % session
 
 
@@ -120,7 +122,7 @@ def test_five_dialects_are_shipped() -> None:
     assert list(SHIPPED) == ["v4", "v4.01", "v4.02", "v1", "pragmatic"]
 
 
-CODES = {  # docs/protocol.md; a meaning without a code of its own is answered as bad parameters
+CODES = {  # as in docs/protocol.md; a meaning that has no code of its own is answered as bad parameters
     "bad_parameters": (7, 57, 7),
     "bad_token": (7, 54, 4),
     "bad_hash": (7, 57, 5),
@@ -178,7 +180,7 @@ def test_the_pages_example_without_commas_is_refused_with_the_place() -> None:
     ],
 )
 def test_malformed_json_is_refused_with_its_position(body: str, complaint: str) -> None:
-    """A comma is blamed only where it is the cause."""
+    """A missing comma is named only where it is the cause."""
     assert refusal(body.encode()) == f"malformed JSON at {complaint}"
 
 
@@ -259,7 +261,7 @@ def test_a_long_key_is_not_echoed_whole() -> None:
 
 @pytest.mark.parametrize("inner", [b"[" + b",".join([b"1"] * 4500) + b"]", b'"' + b"a" * 9000 + b'"'])
 def test_a_nested_body_costs_what_its_size_costs(inner: bytes) -> None:
-    """The search for duplicate keys once took a second of the event loop for this one."""
+    """An earlier search for duplicate keys took a second of the event loop for such a body."""
     body = raw_notice(b'"s"')[:-1] + b',"x":' + b'{"a":' * 900 + inner + b"}" * 901
     assert len(body) <= 16 * 1024
     before = time.process_time()
@@ -401,7 +403,7 @@ def test_what_still_fits_is_kept_behind_what_did_not() -> None:
     ],
 )
 def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> None:
-    dialect = V4_01  # which has no token of its own
+    dialect = V4_01  # this dialect has no token field
     notice = {"providerId": "l", "sessionId": "s", "userId": "p", "uuid": "u"}
     fields = {"game": "g", name: "s3cret", "deep": {"list": [1, {name: {"value": "s3cret"}, "kept": 2}]}, "last": 3}
     found = extra_of(parse(json.dumps(notice | fields).encode(), "json", [dialect]))
@@ -456,7 +458,9 @@ def test_a_dialect_without_extra_refuses_fields_that_it_does_not_know() -> None:
     ],
 )
 def test_a_body_is_read_in_the_dialect_it_names(accepted: tuple[str, ...], names: str, dialect: str) -> None:
-    """And in the first accepted one where it does not tell."""
+    """The names of its fields decide. If they fit no dialect better than another, the first accepted dialect is
+    used.
+    """
     assert recognise(dict.fromkeys(names.split(), "x"), [SHIPPED[name] for name in accepted]).name == dialect
 
 
@@ -651,7 +655,7 @@ def test_what_could_be_read_as_several_fields_is_never_hashed(dialect: Dialect, 
 
 
 def test_the_hash_is_over_decoded_values() -> None:
-    # md5("playerId=a b&providerId=é&sessionId=x+y" + "k"), by md5sum
+    # The hash below is md5("playerId=a b&providerId=é&sessionId=x+y" + "k"), computed with md5sum.
     fields = {"playerId": "a b", "providerId": "é", "sessionId": "x+y"}
     body = urlencode(fields | {"hash": "040b01bcf1600cd67275c93f028d147b"}).encode()
     check_hash(parse(body, "form", [PRAGMATIC]), "k")
@@ -679,7 +683,7 @@ def test_a_wrong_key_is_bad_hash() -> None:
 
 
 def test_a_value_too_deep_to_write_again_is_bad_parameters() -> None:
-    """For the hash, which needs it written again."""
+    """The hash is computed over each value written as JSON again, which such a value cannot be."""
     body = b'{"providerId":"p","sessionId":"s","playerId":"1","hash":"00","x":' + b"[" * 300 + b"]" * 300 + b"}"
     with pytest.raises(BadNotice, match="nested too deeply") as caught:
         check_hash(parse(body, "json", [OLD]), "k")
@@ -761,13 +765,13 @@ def test_an_answered_code_is_a_number_or_a_numeric_string(body: bytes, code: flo
     assert answered_code(body) == code
 
 
-# --- fuzz: whatever comes, a notice or a refusal ---
+# --- fuzz: every input gives a notice or a refusal ---
 
 ALL = [*SHIPPED.values(), OLD]
 
 
 def outcome_of(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What the call returns, or the BadNotice it raises; any other exception fails the test."""
+    """What the call returns, or the BadNotice that it raises. Any other exception fails the test."""
     try:
         return call(*arguments)
     except BadNotice as refused:
@@ -775,7 +779,7 @@ def outcome_of(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def check_parsed_or_refused(body: bytes, content: str) -> None:
-    """parse raises BadNotice alone, and what it returns can be stored, sent and answered."""
+    """`parse` raises no exception but BadNotice. What it returns can be stored, sent and answered."""
     parsed = outcome_of(parse, body, content, [dialect for dialect in ALL if dialect.content == content])
     if isinstance(parsed, BadNotice):
         assert parsed.meaning == "bad_parameters"
@@ -803,7 +807,7 @@ def check_parsed_or_refused(body: bytes, content: str) -> None:
 
 NAMES = sorted({name for dialect in ALL for name in dialect.fields.values()})
 ALL_CHARACTERS = st.characters(exclude_categories=())
-# Written JSON, so that duplicate keys, huge numbers, NaN and lone surrogates can stand in it
+# Values as JSON text, so that they can contain duplicate keys, huge numbers, NaN and lone surrogates
 SCALARS = st.one_of(
     st.sampled_from(["null", "true", "NaN", "-0", "1e400", "1.0", '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', '""']),
     st.integers().map(str),
@@ -830,7 +834,8 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 GOOD = st.text("abc019é", min_size=1, max_size=36).map(json.dumps) | st.integers(0, 2**64).map(str)
-# Every field once with a good value, then some again with anything: near enough to a notice to get through at times
+# Bodies that are nearly notices: each field once with a good value, then some fields again with any value. Some of them
+# are valid.
 NEARLY = st.tuples(
     st.sampled_from(ALL),
     st.lists(GOOD, min_size=len(NAMES), max_size=len(NAMES)),
@@ -893,7 +898,7 @@ def test_an_object_is_refused_exactly_when_a_key_has_two_values(pairs: list[tupl
 def test_no_answer_breaks_the_reader(body: bytes) -> None:
     code = answered_code(body)
     assert code is None or (type(code) in (int, float) and abs(code) < float("inf"))
-    assert type(code) is not int or abs(code) < 2**63  # what SQLite takes
+    assert type(code) is not int or abs(code) < 2**63  # SQLite's integers have 64 bits
 
 
 IDS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=ID_MAX)

@@ -1,4 +1,4 @@
-"""What people are told of what keeps an operator back."""
+"""The sentences that tell people why deliveries to an operator wait, since when and until when."""
 
 from dataclasses import replace
 from random import Random

@@ -1,4 +1,6 @@
-"""Log lines: one event and its facts a line, readable by machines, forged by nobody, without secrets."""
+"""Log lines: each has one event and its facts, can be read by machines, cannot be forged by input, and shows no
+secret.
+"""
 
 import asyncio
 import io
@@ -40,7 +42,7 @@ def written(form: str, write: Callable[[Log], None], level: str = "debug") -> st
 
 
 def written_for_journal(form: str, write: Callable[[Log], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines written to a stream that $JOURNAL_STREAM names."""
+    """The lines written to a log stream that $JOURNAL_STREAM names, as systemd sets it for journald."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
         status = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
@@ -186,7 +188,7 @@ def test_levels_below_the_one_asked_for_are_silent() -> None:
 
 
 def test_setting_up_again_replaces_the_stream() -> None:
-    """A reload must not double every line."""
+    """A reload sets up logging again. It must not make each line appear twice."""
     first, second = io.StringIO(), io.StringIO()
     log.setup("info", "json", first)
     log.setup("info", "json", second)
@@ -217,7 +219,7 @@ def test_an_exception_is_logged_with_its_traceback() -> None:
 
 
 def test_an_exceptions_text_is_left_out_and_its_causes_are_shown() -> None:
-    """The text may hold what a peer has sent."""
+    """The text of an exception may contain what a peer has sent."""
 
     def group(to: Log) -> None:
         try:
@@ -229,7 +231,8 @@ def test_an_exceptions_text_is_left_out_and_its_causes_are_shown() -> None:
             to.exception("writer.crashed")
 
     text = written("text", group)
-    assert "tok-3n" not in text.replace('("tok-3n"', "")  # the lines of the source, which has it here
+    # The traceback quotes the line above, which contains the token
+    assert "tok-3n" not in text.replace('("tok-3n"', "")
     names = [
         line.strip()
         for line in text.splitlines()
@@ -310,7 +313,7 @@ def test_another_stream_than_the_journals_gets_no_priority(
         ("https://op.example?s3cret", "https://op.example"),
         ("https://op.example/x#s3cret", "https://op.example/x"),
         ("https://op.example/%40x", "https://op.example/%40x"),
-        ("https://op.example/@x", "(not a URL)"),  # a path, or the rest of a password
+        ("https://op.example/@x", "(not a URL)"),  # what is before the @ may be a path, or the rest of a password
         ("https://user:12/s3cret@op.example/x", "(not a URL)"),
         ("https://12?s3cret@op.example/x", "(not a URL)"),
         ("https://user/s3cret@op.example/x", "(not a URL)"),
@@ -346,12 +349,12 @@ def test_no_text_breaks_the_url(text: str) -> None:
         assert shown == "(not a URL)" or not {"?", "#"} & set(shown)
 
 
-# -- what repeats itself
+# -- events that repeat
 
 
 @pytest.fixture
 def lines(clock: HandClock, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
-    """What was written since it was last asked, at level info, by a clock that is moved by hand."""
+    """Returns the lines written since the last call, at level info. A clock moved by hand counts the minutes."""
     monkeypatch.setattr(log, "repeats", log.Repeats(clock.monotonic))
     stream = io.StringIO()
     log.setup("info", "json", stream)
@@ -399,7 +402,7 @@ def test_what_was_suppressed_is_told_also_when_no_more_comes(clock: HandClock, l
         retry_failed()
     lines()
     log.repeats.flush()
-    assert lines() == []  # the minute is not over
+    assert lines() == []  # the minute in which repeats are counted is not over
     clock.advance(log.WINDOW_S)
     log.repeats.flush()
     (line,) = lines()
@@ -413,7 +416,7 @@ def test_what_was_suppressed_is_told_also_when_no_more_comes(clock: HandClock, l
         "suppressed": 4,
     }
     log.repeats.flush(everything=True)
-    assert lines() == []  # once
+    assert lines() == []  # the count is written only once
 
 
 async def test_a_timer_tells_it_and_none_runs_while_nothing_is_suppressed(
@@ -442,12 +445,12 @@ def test_sessions_are_told_one_by_one_until_there_are_too_many(clock: HandClock,
     Log("test").info("session.ended", operator="acme", session="next", reason="inactivity")
     count, line = lines()
     assert (line["session"], line.get("suppressed")) == ("next", None)
-    assert count.keys() == {"time", "level", "event", "suppressed"}  # it names no session
+    assert count.keys() == {"time", "level", "event", "suppressed"}  # a count of many events names no session
     assert count["suppressed"] == 500
 
 
 def test_journald_would_not_drop_a_line_of_what_happens_to_sessions() -> None:
-    """10,000 lines in 30 s are its limit for a service; two windows may meet in them."""
+    """journald drops lines of a service beyond 10,000 in 30 s. Those 30 s can overlap two of the log's windows."""
     each = [limit.lines for limit in log.LIMITS.values() if limit.lines > 100]
     assert len(each) == 5
     assert 2 * sum(each) <= 10_000

@@ -1,4 +1,4 @@
-"""Secrets are hidden whatever notation a server sends them back in, and no part of one is left."""
+"""Secrets are masked in whatever notation a server sends them back, and no part of a secret remains."""
 
 import html
 import json
@@ -49,7 +49,7 @@ def test_an_awkward_secret_is_hidden_in_each_notation(notation: str) -> None:
 
 @given(SECRETS, st.sampled_from(list(NOTATIONS)), st.sampled_from(list(NOTATIONS)))
 def test_a_secret_is_hidden_in_a_notation_within_another(secret: str, inner: str, outer: str) -> None:
-    """But for what nobody writes: HTML within a URL, and what is escaped in numbers within numbers."""
+    """Left out are nestings that no software writes: HTML inside a URL, and numeric escapes inside numeric escapes."""
     assume(not (outer.startswith(("url", "form", "html in numbers", "json of .NET")) and inner.startswith("html")))
     assume(not (outer.startswith(("html in numbers", "json of .NET")) and inner != outer))
     spelt = NOTATIONS[outer](NOTATIONS[inner](secret))
@@ -100,7 +100,9 @@ def test_other_text_stays_as_it_is() -> None:
 
 
 def test_text_made_to_be_slow_is_not(tmp_path: Path) -> None:
-    """Not a time on this machine: sixteen times the text may not take a hundred times as long."""
+    """Masking takes time in proportion to the text, whatever the text. Compared are two sizes, not a time on this
+    machine: sixteen times the text may not take a hundred times as long.
+    """
 
     def took(size: int) -> float:
         best = 1.0
@@ -117,8 +119,9 @@ def test_text_made_to_be_slow_is_not(tmp_path: Path) -> None:
 
 
 def test_a_secret_made_to_be_slow_is_not() -> None:
-    """A token may be its operator's own, and so may the answer. Not a time on this machine: a secret of characters that
-    each notation writes in its own way may not take twenty times as long as one of letters.
+    """An operator may choose both a token and an answer so that masking is slow. Compared are two secrets, not a time
+    on this machine: a secret whose characters are written differently in each notation may not take twenty times as
+    long as a secret of letters.
     """
     text = "aa" + "a\\" * 1000 + "%25252f" * 500 + "&amp;amp;" * 500 + "\\u005c" * 500
 

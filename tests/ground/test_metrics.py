@@ -1,4 +1,4 @@
-"""`/metrics`: what happens is counted where it happens, and the number of series has a bound."""
+"""`/metrics`: each event is counted by the part that it happens in, and the number of series is limited."""
 
 import asyncio
 import os
@@ -43,7 +43,8 @@ async def test_opens_touches_and_ends_are_counted_by_operator(tmp_path: Path) ->
     async with serving(tmp_path, ACME) as d:
         path = "/v1/operators/acme/sessions"
         before = await scrape(d)
-        assert before['lmdaemon_sessions_opened_total{operator="acme"}'] == 0  # the first one is an increase
+        # A series exists from the start, so that its first event shows as an increase
+        assert before['lmdaemon_sessions_opened_total{operator="acme"}'] == 0
         assert before['lmdaemon_sessions_ended_total{operator="acme",reason="inactivity"}'] == 0
         for name in ("s-1", "s-2"):
             assert await call(d, "PUT", f"{path}/{name}", json=SESSION) == 201
@@ -89,7 +90,7 @@ async def test_attempts_are_counted_and_timed_by_operator_and_sink(tmp_path: Pat
 
 
 async def test_a_delivery_that_waits_for_a_slot_is_overdue(tmp_path: Path, clock: HandClock) -> None:
-    """One whose operator is kept back is not."""
+    """A delivery whose operator is held or paused is not overdue."""
     go_on = asyncio.Event()
 
     async def slow(_: object) -> dict[str, int]:
@@ -116,7 +117,7 @@ async def test_a_delivery_that_waits_for_a_slot_is_overdue(tmp_path: Path, clock
 
 @pytest.fixture
 def lane(tmp_path: Path) -> Lane:
-    """Of an operator's URL."""
+    """The lane of an operator's URL."""
     operator = load(tmp_path / "config.toml", LISTEN + operator_table("acme", "http://127.0.0.1:1/")).operators["acme"]
     return Lane(operator, HTTP_SINK, operator.policy, None)
 
@@ -127,7 +128,7 @@ def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(lane: Lane,
     assert lane.overdue_s(Gate(), now_at) == 60
     assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
     assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
-    lane.next_due_at = 0  # to be looked up for the first time
+    lane.next_due_at = 0  # the lane has not looked yet when its next delivery is due
     assert lane.overdue_s(Gate(), now_at) == 0
 
 
@@ -143,7 +144,7 @@ def test_a_wait_is_told_also_while_the_next_rows_are_read(lane: Lane, clock: Han
 
 
 async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path: Path) -> None:
-    """Once nothing of it waits."""
+    """The series disappear once no delivery of the operator waits."""
     async with serving(tmp_path, ACME + NOTIFY.format(url="http://127.0.0.1:1/")) as d:
         path = "/v1/operators/acme"
         assert await call(d, "POST", path + "/hold") == 200
@@ -169,10 +170,10 @@ async def test_an_operator_that_leaves_the_file_takes_its_series_along(tmp_path:
             "lmdaemon_operator_not_before_timestamp_seconds",
         }
         assert 'lmdaemon_touches_total{operator="other"}' in after
-        d.metrics.touched("acme", 1)  # by a request that had begun before
+        d.metrics.touched("acme", 1)  # a request that had begun before the reload still counts
         d.store.figures["acme"].pending = 0
 
-        async def gone() -> bool:  # the oldest delivery's age is asked for once a second
+        async def gone() -> bool:  # the lane asks for the age of its oldest delivery once a second
             return not [series for series in await scrape(d) if 'operator="acme"' in series]
 
         await until(gone)
@@ -235,7 +236,8 @@ async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
 async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "CHECKPOINT_S", 3600)  # the file would grow between two looks at it
+    # No checkpoint in this test: it would make the file grow between the scrape and the look at its size
+    monkeypatch.setattr(disk, "CHECKPOINT_S", 3600)
     async with serving(tmp_path, ACME) as d:
         store = d.store
         before = await scrape(d)
@@ -247,7 +249,7 @@ async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
         commits = after["lmdaemon_store_commit_duration_seconds_count"]
         assert commits > before["lmdaemon_store_commit_duration_seconds_count"]
         assert commits == after["lmdaemon_store_batch_operations_count"]
-        assert made <= commits <= store.db.writer.commits  # the daemon also writes of its own accord
+        assert made <= commits <= store.db.writer.commits  # the daemon also commits for itself, as for the clock
         operations = after["lmdaemon_store_batch_operations_sum"] - before["lmdaemon_store_batch_operations_sum"]
         assert operations >= 31
         assert after["lmdaemon_store_file_bytes"] == (tmp_path / "lmdaemon.sqlite3").stat().st_size
@@ -299,7 +301,7 @@ async def test_a_stall_is_counted_in_seconds(tmp_path: Path, clock: HandClock) -
 
 
 def test_the_process_is_measured_where_most_of_proc_is_hidden(tmp_path: Path) -> None:
-    """As the unit does: all but processes."""
+    """The systemd unit hides everything in /proc except processes."""
     (tmp_path / "self").symlink_to(f"/proc/{os.getpid()}")
     values = {
         sample.name: sample.value

@@ -1,4 +1,6 @@
-"""The vocabulary: what is an id, which secrets a repr hides, what can be refused, how times are written."""
+"""The values that all modules share: what is a valid id, which secrets a repr hides, how a notice is refused, how times
+are written.
+"""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -88,7 +90,7 @@ def test_what_passes_as_an_id_can_be_stored_and_sent(value: str) -> None:
 
 
 def problem_character_by_character(value: str) -> str | None:
-    """The rule as it is written down: slower, and with nothing to get wrong."""
+    """The same rule in its simplest form, character by character: slow, but obviously right."""
     for character in value:
         point = ord(character)
         if point < 0x20 or 0x7F <= point < 0xA0:
@@ -206,7 +208,7 @@ def test_no_repr_shows_a_secret(value: object) -> None:
 
 @pytest.mark.parametrize("value", [Notice("a", "v4", "p", "s", "1"), session(), delivery(), Gate()])
 def test_what_is_known_cannot_be_changed(value: Any) -> None:
-    with pytest.raises(AttributeError):  # of which FrozenInstanceError is one
+    with pytest.raises(AttributeError):  # FrozenInstanceError is a kind of AttributeError
         setattr(value, next(iter(type(value).__annotations__)), "other")
 
 

@@ -1,4 +1,6 @@
-"""Judging an answer, the waits, the breaker: one row for every status and shape of answer (docs/delivery.md)."""
+"""Judging an answer, the waits between attempts, and the breaker: a case for every status and shape of answer
+(docs/delivery.md).
+"""
 
 import gzip
 from dataclasses import replace
@@ -333,7 +335,7 @@ def test_a_delivery_is_tried_when_it_is_due_and_its_gate_lets_it(
 
 
 def test_an_operator_is_put_off_by_retry_after_and_by_the_breaker() -> None:
-    """But not by what is over."""
+    """A Retry-After or a pause that is over puts nothing off."""
     for gate, at in (
         (Gate(), None),
         (Gate(not_before_at=NOW + 1), NOW + 1),
@@ -370,7 +372,9 @@ def test_failed_probes_double_the_pause_up_to_five_minutes() -> None:
 
 
 def test_only_probes_double_the_pause() -> None:
-    """Attempts already on their way when the breaker opened fail too, and say nothing new."""
+    """Attempts that were already under way when the breaker opened fail as well, but say nothing new about the
+    operator.
+    """
     opened = failed(5)
     assert failed(20, opened) == replace(opened, failures=25)
 

@@ -1,4 +1,6 @@
-"""Root at work where somebody else owns the directory: no link leads it to a file of root's. And links in /tmp."""
+"""Commands that root runs where another user owns the directory: no link of that user makes them read or write a file
+of root's. The same for links in a directory like /tmp.
+"""
 
 import contextlib
 import os
@@ -23,7 +25,7 @@ Seen = dict[str, tuple[int, int, int, bytes]]
 
 
 def seen(directory: Path) -> Seen:
-    """All that is in it: owner, mode, time of the last change, content."""
+    """Every file and directory below it: owner, mode, time of the last change, content."""
     found = {}
     for path in sorted(directory.rglob("*")):
         is_file = path.is_file()
@@ -33,8 +35,8 @@ def seen(directory: Path) -> Seen:
 
 
 class Machine:
-    """A configuration of root's, a backup beside it, the service's state directory, a directory for root alone, and one
-    like /tmp.
+    """A configuration that root owns, a backup beside it, the state directory of the service, a directory for root
+    alone, and a shared directory like /tmp.
     """
 
     def __init__(self, home: Path) -> None:
@@ -57,7 +59,7 @@ class Machine:
         return run(*words, cwd=self.home, STATE_DIRECTORY=str(self.state))
 
     def plant(self, link: Path, target: Path, owner: int = OWNER) -> None:
-        """A link of this user's in the place of whatever is there."""
+        """Puts a link of this user in the place of whatever is there."""
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         os.chown(link, owner, owner, follow_symlinks=False)
@@ -65,7 +67,9 @@ class Machine:
 
 @contextlib.contextmanager
 def open_directory() -> Iterator[Path]:
-    """Of root's, as /var/lib is; other users cannot look into pytest's own."""
+    """A directory of root's that others may enter, as /var/lib is. Other users cannot enter the directories that pytest
+    makes.
+    """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -80,7 +84,7 @@ def once_made() -> Iterator[Path]:
 
 @pytest.fixture
 def machine(once_made: Path) -> Iterator[Machine]:
-    """With the database of a stopped daemon, and a copy of it."""
+    """A machine with the database of a stopped daemon and a copy of it."""
     with open_directory() as home:
         subprocess.run(["cp", "-a", f"{once_made}/.", str(home)], check=True)
         yield Machine(home)
@@ -169,7 +173,7 @@ def test_a_link_of_roots_own_in_a_shared_directory_is_followed(machine: Machine)
 
 
 def test_a_result_in_a_shared_directory_replaces_what_is_there(machine: Machine) -> None:
-    """What somebody put there; the result is root's."""
+    """The file that is there may be anybody's. The result belongs to root."""
     result = machine.shared / "result"
     result.write_text("of another's")
     os.chown(result, OTHER, OTHER)
@@ -195,7 +199,7 @@ def test_root_writes_no_result_where_others_can_exchange_it(machine: Machine, ho
 def test_a_copy_in_a_shared_directory_is_restored_without_a_log(
     machine: Machine,
 ) -> None:
-    """Anybody may have put the log there."""
+    """Any user may have put the write-ahead log there."""
     copy = Path(shutil.copy(machine.home / "copy", machine.shared))
     assert machine.run("restore", copy).returncode == 0
     (machine.shared / "copy-wal").write_text("planted")
@@ -227,7 +231,9 @@ def test_nor_where_everybody_can_put_files_beside_its_database(machine: Machine)
 
 
 def test_links_of_others_in_a_shared_directory_lead_nobody_else_either(machine: Machine) -> None:
-    """The kernel's own protection is for links that are followed; a result goes to what a link is read to lead to."""
+    """The kernel protects only against following a link. A result is written to the path that a link names, so the
+    command itself must refuse.
+    """
     mine = machine.shared / "mine"
     mine.mkdir()
     (mine / "precious").write_text("precious")

@@ -1,4 +1,6 @@
-"""The service manager's side without one: who is told what, which sockets serve whom."""
+"""sd_notify and handed-over sockets, tested without systemd: what it is told, and which socket serves which
+listener.
+"""
 
 import os
 import socket
@@ -69,7 +71,7 @@ def test_handed_over_sockets_are_matched_by_name_and_else_by_address(tmp_path: P
         wanted: dict[str, Address] = {"server": (host, port), "api": str(tmp_path / "api")}
         assert assign([("", unnamed), ("", unix)], wanted) == ({"server": unnamed, "api": unix}, [])
         assert assign([("", unnamed), ("api", named)], wanted) == ({"api": named, "server": unnamed}, [])
-        # One that serves nobody is not forgotten
+        # A socket that serves no listener is returned, too
         assert assign([("other", named)], wanted) == ({}, [named])
         assert assign([("server", named), ("", unnamed)], wanted) == ({"server": named}, [unnamed])
         assert assign([("api", named), ("api", unix)], wanted) == ({"api": named}, [unix])

@@ -1,4 +1,4 @@
-"""textfile: text as people save it, whatever they save it with."""
+"""textfile: reads text in whatever encoding editors save it."""
 
 import codecs
 import re

@@ -1,4 +1,4 @@
-"""TLS: what verifies is the same on every Python, and certificates are read as OpenSSL reads them."""
+"""TLS: every Python version verifies the same certificates, and certificates are read as OpenSSL reads them."""
 
 import asyncio
 import re
@@ -15,9 +15,10 @@ from lmdaemon import tls
 
 
 async def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Over a real connection to 127.0.0.1, with a byte each way: in TLS 1.3 a refusal comes after the handshake.
+    """Makes a real connection to 127.0.0.1 and sends a byte each way, because in TLS 1.3 a refusal comes after the
+    handshake.
 
-    Raises what the client gets.
+    Raises the client's exception.
     """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,7 +68,7 @@ class TestVerifying:
         ca = make(tmp_path, "ca", authority=True, ends=-DAY / 2 if "authority that" in why else 100 * DAY)
         leaf = make(tmp_path, "leaf", ca, ends=-DAY / 2 if why == "expired" else 100 * DAY)
         if why == "another name":
-            leaf = make(tmp_path, "leaf", ca, authority=True)  # which has no name of a host at all
+            leaf = make(tmp_path, "leaf", ca, authority=True)  # this certificate names no host
         trusted = make(tmp_path, "other", authority=True) if why == "another authority" else ca
         with pytest.raises(ssl.SSLCertVerificationError):
             await handshake(tls.server_context(leaf.cert, leaf.key), tls.client_context(trusted.cert, None, None))
@@ -101,7 +102,8 @@ class TestReading:
         return found
 
     def test_dates_and_name_are_those_that_openssl_reads(self, tmp_path: Path) -> None:
-        for name, ends in (("short", 2 * DAY), ("beyond 2050", 50 * 366 * DAY)):  # two kinds of dates
+        # Dates after 2049 are encoded as another type
+        for name, ends in (("short", 2 * DAY), ("beyond 2050", 50 * 366 * DAY)):
             files = make(tmp_path, name, ends=ends)
             told = ssl._ssl._test_decode_cert(str(files.cert))  # type: ignore[attr-defined]
             found = self.read(files)

@@ -1,4 +1,4 @@
-"""trust: a configuration that was found is read only if nobody else can have written it."""
+"""trust: a configuration file at a default place is read only if no other user can have written it."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory one is in, with a config.toml that is found there."""
+    """The current directory, with a config.toml that is found there by default."""
     directory = tmp_path / "here"
     directory.mkdir(mode=0o755)
     monkeypatch.chdir(directory)
@@ -66,14 +66,15 @@ def test_what_belongs_to_somebody_else_is_not_trusted(here: Path, what: str) -> 
 
 @as_root
 def test_what_a_group_can_write_to_is_trusted_if_it_is_its_owners_own(here: Path) -> None:
-    """Only if the group is its owner's alone."""
+    """A file that a group can write is trusted only if the group has no member but the file's owner."""
     file = here / "config.toml"
     file.chmod(0o664)
     assert reader.of_command(None).log.level == "debug"  # root's own group
     os.chown(file, 0, STRANGER)
     assert refusal() == f"the group {STRANGER} can write to it (mode 664)"
     file.chmod(0o640)
-    assert reader.of_command(None).log.level == "debug"  # as the service's: root's, its group may read
+    # As `make install` leaves it: root owns the file, and the service's group may read it
+    assert reader.of_command(None).log.level == "debug"
 
 
 @as_root
@@ -105,11 +106,13 @@ def test_a_file_that_was_found_is_looked_at_again_at_a_reload(here: Path) -> Non
 
 
 def test_what_is_exchanged_after_the_look_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is opened in the directory that was looked at, not by its path, and never through a link."""
+    """The file is opened by its name in the directory that was checked, never through a link and not by its full
+    path.
+    """
     real_open = os.open
 
     def exchanged(path: str | Path, flags: int, *args: int, **options: int) -> int:
-        if path == "config.toml":  # the last moment: the directory has been looked at
+        if path == "config.toml":  # the directory has been checked by now, and the file not yet been opened
             shutil.move(here, here.with_name("away"))
             here.mkdir()
             (here / "config.toml").write_text("[log]\nlevel = 'error'\n")
@@ -120,7 +123,8 @@ def test_what_is_exchanged_after_the_look_is_not_read(here: Path, monkeypatch: p
     monkeypatch.setattr(os, "open", real_open)
     (here / "config.toml").unlink()
     (here / "config.toml").symlink_to("/dev/null")
-    monkeypatch.setattr(os.path, "realpath", os.path.abspath)  # a link made after links were followed
+    # No link is resolved: as if the link had been made after links were resolved
+    monkeypatch.setattr(os.path, "realpath", os.path.abspath)
     with pytest.raises(OSError, match="symbolic links"):
         trust.read(here / "config.toml")
 

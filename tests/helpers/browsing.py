@@ -1,6 +1,6 @@
-"""The console in a real browser (Debian's chromium), and daemons that it is worth looking at.
+"""The console in a real browser (Debian's chromium), and daemons whose state the console can show.
 
-The browser's tools take half a second to import, which no other test needs.
+Playwright is imported inside the functions, because the import takes half a second.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from playwright.async_api import Page
 
 TOKEN, READ_TOKEN = "a-token-that-may-change", "a-token-that-may-read"
-CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")  # the first takes half the time
+# chromium-headless-shell takes half the time
+CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 ATTACK = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -34,7 +35,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def expect(shown: Any) -> Any:
-    """What is awaited of a part of the page."""
+    """Playwright's `expect`: checks what a part of the page shows, and waits until it does."""
     from playwright.async_api import expect as expected
 
     return expected(shown)
@@ -42,7 +43,7 @@ def expect(shown: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def browser(**options: Any) -> AsyncIterator["Page"]:
-    """A page whose violations of the policy and errors of scripts fail the test."""
+    """A browser page. The test fails if the page violates its content security policy or if a script fails."""
     from playwright.async_api import async_playwright
 
     wrong: list[str] = []

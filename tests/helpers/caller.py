@@ -1,4 +1,4 @@
-"""Whoever calls the private API in the tests, and every call that there is."""
+"""A client that calls the private API in the tests, and a list of every call that the API has."""
 
 import json
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ accept = ["v4.01"]
 
 @dataclass
 class Caller:
-    """Calls the private side. Every error it gets must be a problem document, and no answer may hold the token."""
+    """Calls the private API. Each error must be a problem document, and no answer may contain a player token."""
 
     daemon: Serving
     headers: dict[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Caller:
         return next(shown for shown in (await self("GET", "/v1/operators", 200))["items"] if shown["operator"] == name)
 
     async def settled(self, name: str = "acme") -> None:
-        """Until nothing of the operator is pending."""
+        """Waits until no delivery of the operator is pending."""
 
         async def none_pending() -> bool:
             return (await self.operator(name))["pending"] == 0
@@ -93,7 +93,9 @@ class Caller:
         return delivery
 
     async def walk(self, path: str, limit: int, **query: str | None) -> list[Any]:
-        """Every item of all pages, following the cursors; no page but the last is short."""
+        """Every item of all pages, read by following the cursors. Only the last page may have fewer items than the
+        limit.
+        """
         given = {name: value for name, value in query.items() if value is not None}
         items: list[Any] = []
         after: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Certificates, made as a test needs them: authorities, servers and clients, of today or expired."""
+"""Makes certificates as a test needs them: authorities, servers and clients, valid or expired."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,7 +39,9 @@ def make(
     key_identifiers: bool = True,
     key_usage: bool = True,
 ) -> Files:
-    """NAME.crt and NAME.key (0600) in the directory, for 127.0.0.1 and localhost; without a signer it signs itself."""
+    """Writes NAME.crt and NAME.key (0600) to the directory, for 127.0.0.1 and localhost. Without a signer, the
+    certificate is self-signed.
+    """
     private = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     signs = signer.private if signer else private

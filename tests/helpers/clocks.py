@@ -23,12 +23,12 @@ class HandClock(Clock):
         return self.mono
 
     def advance(self, seconds: float) -> None:
-        """Time passes, on both clocks."""
+        """Moves both clocks forward, as passing time does."""
         self.mono += seconds
         self.step_wall(seconds)
 
     def step_wall(self, seconds: float) -> None:
-        """Somebody sets the wall clock."""
+        """Moves the wall clock only, as an administrator does who sets it."""
         self.wall += round(seconds * 1000)
         for follower in self.follow:
             follower(self.wall)

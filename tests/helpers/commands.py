@@ -1,4 +1,4 @@
-"""The real command as a process, beside a real daemon process of its own directory."""
+"""Runs the `lmdaemon` command as a process, and a daemon process beside it in a directory of its own."""
 
 import asyncio
 import base64
@@ -26,7 +26,8 @@ from processes import NO_CAS, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 API_TOKEN = "api-token-that-nobody-sees"
-PLAYER_TOKEN = 'plåyer/to"ken+<>~never shown'  # every escaping in use spells it differently
+# the escapings in use (URL, JSON, HTML, shell) each write it in another way
+PLAYER_TOKEN = 'plåyer/to"ken+<>~never shown'
 HASH_KEY = "hash-key-that-nobody-sees"
 SIGNING_SECRET = "whsec_" + base64.b64encode(b"signing-secret-that-nobody-sees!").decode()
 SECRETS = (API_TOKEN, PLAYER_TOKEN, HASH_KEY, SIGNING_SECRET)
@@ -40,7 +41,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def forgo_privileges() -> None:
-    """Makes root respect the modes of files, as every other user has to (PR_CAPBSET_DROP, CAP_DAC_*)."""
+    """Makes file modes apply to root as to every other user (PR_CAPBSET_DROP, CAP_DAC_*)."""
     for capability in (1, 2):
         ctypes.CDLL(None).prctl(24, capability)
 
@@ -57,14 +58,16 @@ def run(
     first: Callable[[], None] | None = None,
     **env: str,
 ) -> "subprocess.CompletedProcess[str]":
-    """One command to its end. Whatever it does, no secret may be in what it prints.
+    """Runs one command to its end. No secret may be in what it prints.
 
-    With `before`, or variables that an interpreter reads, it runs in a new one; otherwise `first` is called first.
+    The command runs in a new interpreter if `before` or a variable that an interpreter reads is given. Otherwise it
+    runs in a forked process, which calls `first` at its beginning.
     """
     if before is None and not of_interpreter(env):
         done = forked.run([*map(str, words)], cwd, environment(**env), within_s=120, first=first)
     else:
-        # What `before` limits could cut bytecode short, which would stay
+        # `before` may limit the size of files. A bytecode file that is cut short by that would stay, so none is
+        # written.
         done = subprocess.run(
             [*COMMAND, *map(str, words)],
             cwd=cwd,
@@ -82,7 +85,7 @@ def run(
 
 
 def text_and_json(*words: object, cwd: Path) -> tuple["subprocess.CompletedProcess[str]", Any]:
-    """A reading command in both forms, at the same time; both must succeed."""
+    """Runs a reading command twice at the same time, as text and with `--json`; both must succeed."""
     with ThreadPoolExecutor(2) as pool:
         text, as_json = pool.map(lambda more: run(*words, *more, cwd=cwd), ([], ["--json"]))
     assert (text.returncode, as_json.returncode) == (0, 0), text.stderr + as_json.stderr
@@ -120,11 +123,11 @@ class Running:
         return self
 
     def ended(self) -> int:
-        """Its exit code, once it ends by itself."""
+        """Waits until the daemon ends by itself, and returns its exit code."""
         return self.process.wait(60)
 
     def api(self, method: str, path: str, body: object = None) -> Any:
-        """What the command line is checked against: the private API itself, also to prepare what a test needs."""
+        """Calls the daemon's private API directly: to prepare a test, and to check what the command line prints."""
         address = tomllib.loads((self.directory / "config.toml").read_text())["api"]["listen"]
         asked = urllib.request.Request(
             f"http://{address}/v1/{path}",
@@ -149,7 +152,9 @@ LIBRARIES = os.pathsep.join([str(ROOT), *(path for path in sys.path if path.ends
 
 @functools.cache
 def command_for(user: int) -> list[str]:
-    """The command run by a Python that this user may execute: the tests' own may lie in somebody's home."""
+    """The command, run by a Python that this user may execute. The Python that runs the tests may lie in somebody's
+    home.
+    """
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
         with contextlib.suppress(OSError):
             found = subprocess.run(
@@ -171,7 +176,9 @@ def command_for(user: int) -> list[str]:
 def daemon(
     directory: Path, *words: str, user: int | None = None, before: Callable[[], None] | None = None, **env: str
 ) -> Iterator[Running]:
-    """A daemon in this directory; forked, if nothing is asked for that a new interpreter would be needed for."""
+    """A daemon that runs in this directory. It is forked, which is quicker, unless an argument needs a new
+    interpreter.
+    """
     log = directory / "log"
     log.write_bytes(b"")
     process: subprocess.Popen[bytes] | forked.Started
@@ -205,9 +212,9 @@ def secret_file(path: Path, content: str) -> Path:
 
 
 def configure(directory: Path, more: str = "", *, server: str = "", api: str = "") -> Path:
-    """A configuration on free ports, with the operator acme that is told nothing."""
+    """Writes a configuration on free ports, with an operator acme to whom nothing is sent. Returns the file's path."""
     file = directory / "config.toml"
-    ports = free_ports(2)  # together, or both may be the same
+    ports = free_ports(2)  # asked for together, because two separate calls may return the same port
     file.write_text(f"""
 [server]
 listen = "{server or f"127.0.0.1:{ports[0]}"}"
@@ -233,7 +240,7 @@ schedule = ["1ms"]
 
 
 async def open_many(lm: Running, operator: str, ids: list[str]) -> None:
-    """Opens sessions over the API as a game server does; returns when each is acknowledged."""
+    """Opens sessions over the API as a game server does. Returns when all are acknowledged."""
     base = "http://" + tomllib.loads((lm.directory / "config.toml").read_text())["api"]["listen"]
     headers = {"Authorization": f"Bearer {API_TOKEN}"}
 

@@ -1,4 +1,6 @@
-"""The OpenAPI document as a judge of what the daemon answers: closed, for no answer may have a member that it hides."""
+"""Checks the daemon's answers against its OpenAPI document. Members that the document does not describe count as
+errors.
+"""
 
 import copy
 from functools import cache
@@ -10,10 +12,13 @@ from lmdaemon.web import openapi
 
 
 def closed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with every object that it describes closed. Clients must expect more members; the tests do not."""
+    """A copy of the document in which no object may have further members. (Clients must expect further members in
+    answers; for the tests, each must be documented.)
+    """
     found = copy.deepcopy(document)
     for name, schema in found["components"]["schemas"].items():
-        is_notice = name.startswith("Notice") and name != "NoticeAnswer"  # its dialect says what it may have
+        # the dialect of a notice says whether it may have further members
+        is_notice = name.startswith("Notice") and name != "NoticeAnswer"
         if "properties" in schema and not is_notice:
             schema["additionalProperties"] = False
     return found
@@ -27,5 +32,5 @@ def _validator(name: str) -> jsonschema_rs.Draft202012Validator:
 
 
 def complaints(name: str, value: Any) -> list[str]:
-    """What is wrong with a value as the schema of this name."""
+    """What is wrong with a value, checked against the schema of this name."""
     return [f"{error.instance_path}: {error.message}" for error in _validator(name).iter_errors(value)]

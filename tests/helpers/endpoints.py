@@ -1,4 +1,4 @@
-"""An operator's SessionExpired endpoint that does everything right, or has one fault that a test chooses."""
+"""An operator's SessionExpired endpoint that makes no mistake, or the one mistake that a test chooses."""
 
 import asyncio
 import base64
@@ -38,8 +38,8 @@ class RefusedError(Exception):
 
 @dataclass
 class Endpoint:
-    """`fault` is the one thing that it gets wrong; empty: none. `signed` asks for a signature; sessions that are not
-    `known` are refused, unless it is None.
+    """The endpoint. `fault` names its one mistake (empty: none). `signed` makes it require a signature. If `known` is
+    not None, it refuses sessions that are not in `known`.
     """
 
     fault: str = ""
@@ -51,7 +51,7 @@ class Endpoint:
     seen: int = 0
     bodies: list[bytes] = field(default_factory=list)
 
-    # -- how it reads
+    # -- how it reads a notice
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.seen += 1
@@ -239,7 +239,7 @@ async def served(endpoint: Endpoint, tls: ssl.SSLContext | None = None) -> Async
 
 
 QUICK = Limits(burst=True, patience_s=1, lull_s=0)
-UNTIMED = chosen([], ["connection.speed"])  # how fast a busy machine answers is no finding
+UNTIMED = chosen([], ["connection.speed"])  # all checks but the one of speed, which a busy machine could fail
 
 
 def to(url: str, **changes: Any) -> Operator:

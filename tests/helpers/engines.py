@@ -1,4 +1,4 @@
-"""The databases that the store can live in, as the contract suite (`tests/store/contract`) sees them."""
+"""The databases that the store can use, as the contract tests (`tests/store/contract`) use them."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,8 @@ from lmdaemon.store.postgres.paces import Paces
 from lmdaemon.store.postgres.store import Store as PostgresStore
 from lmdaemon.store.sqlite import archive as sqlite_archive
 
-# Transactions are those that a test asks for: a wall clock that it sets back is met by them alone.
+# The daemon does nothing in the database at intervals. So the test's own transactions are the only ones, and the first
+# of them meets a wall clock that the test has set back.
 NEVER = Paces(beat_s=3600, idle_beat_s=3600)
 SOON = Paces(beat_s=0.05, idle_beat_s=0.05, look_s=0.05)  # for tests that wait for what daemons tell each other
 
@@ -31,7 +32,7 @@ Table = Literal["session", "delivery", "operator"]
 
 
 class Engine(ABC):
-    """One database, empty at first. It outlives the stores that are opened on it one after the other."""
+    """One database, empty at first. Several stores can be opened on it one after the other."""
 
     @abstractmethod
     def open(self, clock: Clock, *, count_downtime: bool = False) -> AbstractAsyncContextManager[Store]:
@@ -39,31 +40,31 @@ class Engine(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """What kill -9 leaves behind: nothing that the open store does from now on reaches this database, its closing
-        included. What was acknowledged before is there for the next `open`.
+        """Does to the database what kill -9 does: nothing that the open store does from now on reaches it, not even
+        closing. What was acknowledged before is there at the next `open`.
         """
 
     async def step_wall(self, clock: HandClock, store: Store, seconds: float) -> None:
-        """Somebody sets the clock by which the store dates, and the store has found that out."""
+        """Sets the wall clock by which the store dates, and waits until the store has noticed."""
         clock.step_wall(seconds)
 
     @abstractmethod
     def outage(self) -> AbstractContextManager[None]:
-        """While it lasts, nothing can be written and every write is refused; reading may work."""
+        """A context during which every write is refused. Reading may still work."""
 
     @abstractmethod
     def archive(self) -> AbstractContextManager[Archive]:
-        """What has ended, as an export reads it beside the open store."""
+        """The ended sessions, as an export reads them while the store is open."""
 
     @abstractmethod
     def rows(self, table: Table) -> list[dict[str, Any]]:
-        """What is committed, read through a connection of its own, in no order: the columns by the names that
-        `lmdaemon/store/sqlite/schema.sql` documents, and each delivery with the `session_id` of its session.
+        """All committed rows, in no order, read over a separate connection. Columns have the names in
+        `lmdaemon/store/sqlite/schema.sql`; each delivery also has its session's `session_id`.
         """
 
 
 class SqliteEngine(Engine):
-    """A file in a directory that belongs to one test."""
+    """An SQLite file in a directory of one test."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "test.sqlite3"
@@ -76,7 +77,8 @@ class SqliteEngine(Engine):
     def kill(self) -> None:
         left = self.path.parent / "left behind"
         left.mkdir()
-        # The log first: a page that is copied from it into the file meanwhile is in both, never in none
+        # The log is copied first. A page that is moved from the log into the file during the copying is then in both
+        # copies, never in none.
         for name in (f"{self.path.name}-wal", self.path.name):
             shutil.copyfile(self.path.with_name(name), left / name)
         self.path = left / self.path.name
@@ -108,17 +110,18 @@ class SqliteEngine(Engine):
 
 
 class PostgresEngine(Engine):
-    """A database of a server that belongs to one test, made from one that has the schema already."""
+    """A PostgreSQL database of one test, made from a template that already has the schema."""
 
     def __init__(self, url: str, beside: str | None = None) -> None:
-        """`beside` is a URL of the same database for what the test itself does there, if the stores' leads through
-        something that may fail.
+        """`beside` is another URL of the same database, for the test's own statements. It is needed if the stores
+        connect through something that a test makes fail.
         """
         self.url, self._beside_url = url, beside
-        self._beside: psycopg.Connection[tuple[Any, ...]] | None = None  # kept, for a new one costs a process
+        # kept open, because each new connection costs the server a new process
+        self._beside: psycopg.Connection[tuple[Any, ...]] | None = None
 
     def follow(self, clock: HandClock) -> None:
-        """For connections made from now on, the server's clock is the one that the test moves."""
+        """Makes the server's clock show the test's clock, on connections that are made from now on."""
 
         def move(wall_at: float) -> None:
             with self._connection() as sql:
@@ -132,18 +135,18 @@ class PostgresEngine(Engine):
         clock.follow = [move]
 
     async def step_wall(self, clock: HandClock, store: Store, seconds: float) -> None:
-        """The server's; a store learns of it with its next exchange."""
+        """Sets the server's clock. A store learns the new time with its next exchange with the server."""
         clock.step_wall(seconds)
         await store.probe()
 
     def close(self) -> None:
-        """Closes the connection beside the stores'."""
+        """Closes the test's own connection."""
         if self._beside is not None:
             self._beside.close()
 
     @property
     def as_url(self) -> str:
-        """As it stands in a configuration."""
+        """The database as a URL for `[database] url`."""
         found = psycopg.conninfo.conninfo_to_dict(self.url)
         return f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
 
@@ -162,9 +165,7 @@ class PostgresEngine(Engine):
             await store.close()
 
     def kill(self) -> None:
-        """The database gets another name, by which the store does not know it; and it is found that its row stands
-        still.
-        """
+        """Renames the database, so that the old store cannot reach it any more, and marks the old daemon as gone."""
         if self._beside is not None:
             self._beside.close()
             self._beside = None
@@ -189,7 +190,7 @@ class PostgresEngine(Engine):
 
     @contextlib.contextmanager
     def outage(self) -> Iterator[None]:
-        """Nobody can write: the server takes it for a standby's, and says so."""
+        """Makes the database read-only and cuts all connections, as if the server had become a standby."""
         with self._connection() as sql:
             name = sql.info.dbname
             sql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
@@ -226,17 +227,18 @@ class PostgresEngine(Engine):
     def _connection(self) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
         if self._beside is None:
             self._beside = psycopg.connect(self._beside_url or self.url, autocommit=True)
-            for setting in BESIDE:  # not as options, which PgBouncer takes none of
+            for setting in BESIDE:  # set one by one, because PgBouncer accepts no `options`
                 self._beside.execute(f"SET {setting}")
         yield self._beside
 
 
 NUMBERS = count()
 
-# What the connection beside the stores' is not bound by
+# Settings of the test's own connection, so that no time-out or outage of the stores applies to it
 BESIDE = ("default_transaction_read_only = off", "statement_timeout = 0", "idle_session_timeout = 0")
 
-# A clock of the server that stands still until it is moved. Names are looked up in this schema first.
+# A server clock that stands still until the test moves it. Sessions look up names in the schema `hand` first, so that
+# it hides the real `clock_timestamp`.
 HAND_CLOCK = """
 CREATE SCHEMA hand;
 CREATE TABLE hand.clock AS SELECT 0::bigint AS at;
@@ -245,7 +247,7 @@ AS 'SELECT pg_catalog.to_timestamp(at / 1000.0) FROM hand.clock'"""
 
 
 def own_name() -> str:
-    """A daemon's, as host:pid-random."""
+    """A name for a daemon, of the form host:pid-random."""
     return f"here:{os.getpid()}-{next(NUMBERS):06x}"
 
 
@@ -254,7 +256,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_d
 
 
 def plain(value: Any) -> Any:
-    """A number of SQL as Python has it."""
+    """A number from SQL as a Python int or float."""
     if isinstance(value, Decimal):
         return int(value) if value == int(value) else float(value)
     return value

@@ -1,9 +1,9 @@
-"""Commands in processes of their own that need not import anything: they are forked from one that has done so.
+"""Runs commands in processes that import nothing: they are forked from a process that has imported everything.
 
-So a command takes 20 ms of CPU time instead of 150, and a daemon starts in 50 instead of 400, most of which is imports
-of aiohttp. Streams, environment, directory and exit code are its own. What the interpreter reads at its start (PYTHON*,
-the locale) is as in the process of the tests; what is about that, about imports, memory or a start is tested with
-processes of the usual kind.
+A command then takes 20 ms of CPU time instead of 150, and a daemon starts in 50 ms instead of 400 (most of which is
+importing aiohttp). Each process has its own streams, environment, directory and exit code. What a Python interpreter
+reads at its start (PYTHON* variables, the locale) stays as in the process of the tests. So tests about those variables,
+imports, memory or starting use ordinary processes instead.
 """
 
 import gc
@@ -30,9 +30,10 @@ _FORKING.set_forkserver_preload(
 
 
 class Started:
-    """A command that runs, with the methods of `subprocess.Popen`.
+    """A running command, with the methods of `subprocess.Popen`.
 
-    What it says is appended to the files `out` and `err`, which may be one. `first` is called before it begins.
+    Its output is appended to the files `out` and `err`, which may be the same file. `first` is called in the new
+    process before the command begins.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ def run(
     within_s: float,
     first: Callable[[], None] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """One command to its end."""
+    """Runs one command to its end."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         process = Started(words, directory, environment, out=out, err=err, first=first)
@@ -96,7 +97,7 @@ def run(
 
 
 def put(module: str, name: str, value: object) -> None:
-    """To be called first, as a `partial`: a constant of a module has another value."""
+    """Sets a name in a module. Meant for `first`, as a `partial`: the process then has another value for a constant."""
     setattr(import_module(module), name, value)
 
 
@@ -118,13 +119,13 @@ def _main(
         os.close(opened)
     warnings.simplefilter("error")
     sys.argv = ["lmdaemon", *words]
-    sys.path.insert(0, directory)  # as for `python -m`
+    sys.path.insert(0, directory)  # as `python -m` does
     if first is not None:
         first()
     from lmdaemon.__main__ import main
 
     code = main()
-    gc.collect()  # tells of what was left open, as the interpreter's end does
+    gc.collect()  # reports files and connections that were left open, as the end of an interpreter does
     sys.exit(code)
 
 

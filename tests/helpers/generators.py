@@ -1,5 +1,5 @@
-"""Programs that make clients of the OpenAPI document, installed once into build/clients, from PyPI and npm. Where they
-cannot be had, a test that needs them is skipped and says so.
+"""Programs that generate clients from the OpenAPI document. They are installed once into build/clients, from PyPI and
+npm. If they cannot be installed, the tests that need them are skipped with the reason.
 """
 
 import shutil
@@ -10,12 +10,12 @@ import pytest
 
 TOOLS = Path(__file__).parents[2] / "build" / "clients"
 INSTALL_S = 300
-# openapi-typescript has no release yet for the TypeScript that came after this one.
+# TypeScript 5, because no release of openapi-typescript supports a later version yet.
 NODE_PACKAGES = ("openapi-typescript", "openapi-fetch", "typescript@5", "@redocly/cli", "@stoplight/spectral-cli")
 
 
 def install(stamp: Path, wanted: str, *commands: list[str]) -> None:
-    """Runs the commands unless they have run before for the same packages; skips the test where they fail."""
+    """Runs the commands unless they have run before for the same packages. Skips the test if one fails."""
     if stamp.exists() and stamp.read_text() == wanted:
         return
     shutil.rmtree(stamp.parent, ignore_errors=True)

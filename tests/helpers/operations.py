@@ -1,4 +1,4 @@
-"""What is asked of a store, with values that a test need not name, and what is found in it afterwards."""
+"""Makes operations for a store, with default values for what a test does not care about, and reads the results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,9 @@ def attempt(**facts: object) -> dict[str, object]:
 
 
 def counted(*, failed: bool) -> Callable[[Gate, int], Gate]:
-    """What a result does to the gate of its operator: a failure is counted, a success sets the count to zero."""
+    """The change that a result makes to the gate of its operator: a failure adds one to the count of failures, a
+    success sets it to zero.
+    """
     return lambda gate, now_at: dataclasses.replace(gate, failures=gate.failures + 1 if failed else 0)
 
 
@@ -38,7 +40,7 @@ async def found(db: Store, session_id: str = "s", operator: str = "acme") -> Ses
 
 
 async def one_delivery(db: Store, session_id: str = "s", operator: str = "acme") -> Delivery:
-    """The first delivery of a session that is opened and closed for it."""
+    """Opens a session and ends it. Returns its first delivery."""
     await db.open_session(opening(session_id, operator=operator))
     await db.end(operator, session_id)
     known = await db.session(operator, session_id)
@@ -47,14 +49,14 @@ async def one_delivery(db: Store, session_id: str = "s", operator: str = "acme")
 
 
 async def kept(db: Store) -> tuple[str, list[bytes]]:
-    """What is stored of a session's token: in its own row, and in the bodies of its deliveries."""
+    """Where the token of session "s" is still stored: in the session's own row, and in the bodies of its deliveries."""
     known = await db.session("acme", "s")
     assert known is not None
     return str(known[0].token), [delivery.body for delivery in known[1]]
 
 
 def comparable(answer: object) -> object:
-    """An answer in the form that tables of cases and the plain store have."""
+    """An operation's answer as one plain word, to compare it with tables of cases and with PlainStore."""
     match answer:
         case Session():
             return answer.reason

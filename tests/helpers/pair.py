@@ -1,5 +1,5 @@
-"""Two daemons on one database, asked as if they were one store: each call goes to the daemon that does not own the
-operator, unless it is the owner's alone.
+"""Two daemons on one PostgreSQL database, used as if they were one store. Each call goes to the daemon that does not
+own the operator, except the calls that only the owner serves.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from lmdaemon.store.contract import (
 from lmdaemon.store.postgres import members
 from lmdaemon.store.postgres.store import Store
 
-FIRST_MEMBER = 2  # with this number of the first daemon and the next one for the second, each owns an operator
+FIRST_MEMBER = 2  # with members 2 and 3, each of the two daemons owns one of the tests' operators
 SETTINGS = ("configured", "sinks_of", "pausing", "grace_ms", "daemon_grace_ms")
 
 
 class PairEngine(PostgresEngine):
-    """A database with a second daemon: it is alive, and owns half the operators."""
+    """A database with two daemons, of which each owns half of the operators."""
 
     @contextlib.asynccontextmanager
     async def open(self, clock: HandClock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
@@ -44,14 +44,14 @@ class PairEngine(PostgresEngine):
                 yield Pair(clock, one, other)
 
     async def step_wall(self, clock: HandClock, store: Any, seconds: float) -> None:
-        """Both have found it out."""
+        """Sets the server's clock and waits until both daemons have noticed."""
         clock.step_wall(seconds)
         for one in store.stores:
             await one.probe()
 
 
 class _HandsOver(StoreObserver):
-    """Nothing is ever under way for an operator."""
+    """Confirms at once that an operator may be handed over: here no attempt is ever under way."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -62,7 +62,9 @@ class _HandsOver(StoreObserver):
 
 
 class Pair:
-    """One call after the other. Before each, both daemons have heard up to the moment; after it, each has looked."""
+    """Makes one call at a time. Before each call, both daemons are told that the other has heard up to this moment.
+    After it, each reads from the database what the other has done.
+    """
 
     def __init__(self, clock: HandClock, *stores: Store) -> None:
         self._clock, self.stores = clock, stores
@@ -80,7 +82,7 @@ class Pair:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Of both daemons; they agree."""
+        """An attribute or method of both daemons. The values of an attribute must agree."""
         found = [getattr(store, name) for store in self.stores]
         if callable(found[0]):
             return lambda *arguments, **named: self._call(name, *arguments, **named)
@@ -90,7 +92,7 @@ class Pair:
     # -- time
 
     def now_ms(self) -> int:
-        """Service time: while it passes, each daemon hears of the other."""
+        """The service time. Neither daemon waits to hear from the other while it passes."""
         for store in self.stores:
             store.service_clock.limit_ms = None
         return max(store.service_clock.now_ms() for store in self.stores)
@@ -104,13 +106,14 @@ class Pair:
             self._told_at = moved
 
     async def _look(self) -> None:
-        for store in (*self.stores, *self.stores[:-1]):  # what the last one tells is for the others
+        # the first daemon looks again, to see what the second one wrote
+        for store in (*self.stores, *self.stores[:-1]):
             await store.look()
 
     # -- calls
 
     def _asked(self, operator: str | None) -> Store:
-        """A daemon that does not own the operator."""
+        """The daemon to call: one that does not own the operator."""
         one, other = self.stores
         return other if operator is not None and one.owns(operator) else one
 
@@ -168,7 +171,7 @@ class Pair:
         return await self._call("sessions", operator, **named, of=operator)
 
     async def prune(self, *arguments: Any) -> Any:
-        """It is the elder's."""
+        """Only the daemon that joined first prunes."""
         return await self._alone(lambda: self.stores[0].prune(*arguments))
 
     # -- what only the owner does

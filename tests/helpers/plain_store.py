@@ -1,4 +1,6 @@
-"""The store as plain dictionaries: one operation after the other, no batches, no guesses."""
+"""The rules of the store written with plain dictionaries, to compare the real store with. It carries out one operation
+after the other, without batches.
+"""
 
 from collections import Counter
 from typing import Any
@@ -25,7 +27,7 @@ PACE_MS = 100
 
 
 class PlainStore:
-    """Rows of sessions by (operator, session id), rows of deliveries by (operator, session id, sink)."""
+    """Session rows by (operator, session id), and delivery rows by (operator, session id, sink)."""
 
     def __init__(self, configured: set[str], sinks_of: SinksOf) -> None:
         self.configured = configured
@@ -36,7 +38,9 @@ class PlainStore:
         self.now_ms = self.now_at = 0
 
     def do(self, operation: Operation[Any]) -> Any:
-        """Carries one operation out at `now_ms` and `now_at`, and returns its answer in a comparable form."""
+        """Carries out one operation at service time `now_ms` and wall time `now_at`, and returns its answer in a
+        comparable form.
+        """
         match operation:
             case Opening():
                 return self.open(operation)
@@ -204,7 +208,7 @@ class PlainStore:
 
     @property
     def figures(self) -> dict[str, tuple[int, int, int]]:
-        """Live, pending and dead by operator, counted."""
+        """The counts of live sessions and of pending and dead deliveries for each operator, counted anew."""
         live = Counter(key[0] for key, row in self.sessions.items() if row["reason"] is None)
         pending = Counter(key[0] for key, row in self.deliveries.items() if row["state"] == "pending")
         dead = Counter(key[0] for key, row in self.deliveries.items() if row["state"] == "dead")
@@ -212,7 +216,7 @@ class PlainStore:
 
 
 def _named(operator: str, session_id: str, token: str | None) -> Any:
-    """As much of a session as `sinks_of` looks at in the tests."""
+    """A session with only the members that the tests' `sinks_of` reads."""
 
     class Named:
         pass
@@ -229,7 +233,9 @@ def _paced(gate: Gate, until_at: int) -> Gate:
 
 
 def sinks_of_two(session: Any) -> list[NewDelivery]:
-    """For one of the operators one or two, of which one is impossible now and then; for the other none."""
+    """The deliveries of a session's end: none for the operator "other", else one or two by the length of the session
+    id. Without a token, the first cannot be sent.
+    """
     if session.operator == "other":
         return []
     why = "no token" if session.token is None else None

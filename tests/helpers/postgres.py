@@ -1,7 +1,7 @@
-"""A real PostgreSQL for the tests: the one that POSTGRES_URL names, or one of its own from Debian's binaries.
+"""A real PostgreSQL server for the tests: the server that POSTGRES_URL names, or one started from Debian's binaries.
 
-POSTGRES_URL is a libpq URL of a role that may create databases. Its own server lies in a temporary directory, and does
-not sync: it has to outlive no power cut.
+POSTGRES_URL is a libpq URL whose role may create databases. A server that the tests start keeps its data in a temporary
+directory and does not sync to disk, because its data need not survive a power cut.
 """
 
 import os
@@ -30,12 +30,12 @@ SETTINGS = (
 
 
 class NoServerError(Exception):
-    """There is none, and none can be started: why."""
+    """No PostgreSQL server is there and none can be started; the message says why."""
 
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The URL of a database from which others can be made. Raises NoServerError."""
+    """The URL of a database on a server where further databases can be created. Raises NoServerError."""
     if url := os.environ.get(ASKED):
         yield url
         return
@@ -45,7 +45,7 @@ def server() -> Iterator[str]:
 
 @contextmanager
 def own_server(of: "OwnServer | None" = None, disk_mib: int | None = None) -> "Iterator[OwnServer]":
-    """A server that tests may stop; where none can be started, they are skipped with the reason."""
+    """A server that a test may stop. Where none can be started, the test is skipped with the reason."""
     try:
         own = OwnServer(of, disk_mib)
     except NoServerError as error:
@@ -66,15 +66,16 @@ def _binaries() -> Path:
 
 
 class OwnServer:
-    """A server in a temporary directory, with a port on loopback. It can be stopped, killed and started again.
+    """A server in a temporary directory with a port on loopback. A test can stop, kill and start it again.
 
-    One that is made `of` another is a standby of it, by the name `standby`. With `disk_mib` it has a disk of its own.
+    With `of`, it is a standby of that server, named `standby`. With `disk_mib`, its data are on a disk of their own, of
+    that size in MiB.
     """
 
     def __init__(self, of: "OwnServer | None" = None, disk_mib: int | None = None) -> None:
         self._binaries = _binaries()
         self._has_disk = False
-        # In memory where the tests' own files are: a new database is 300 files
+        # The directory is in memory if the tests' own files are: each new database makes 300 files
         self.directory = Path(
             tempfile.mkdtemp(prefix="lmdaemon-postgres-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
         )
@@ -82,7 +83,7 @@ class OwnServer:
             self.port = free.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
         self.run_as: list[str] = []
-        if os.geteuid() == 0:  # it refuses to run as root
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             shutil.chown(self.directory, "postgres", "postgres")
             self.run_as = ["runuser", "-u", "postgres", "--"]
         if disk_mib is not None:
@@ -116,11 +117,11 @@ class OwnServer:
         self._run("pg_ctl", "-w", "-l", str(self.directory / "log"), "-o", " ".join(settings), "start")
 
     def stop(self, how: str = "fast") -> None:
-        """`fast` ends sessions in order, `immediate` is a crash."""
+        """Stops the server: `fast` ends its connections in good order, `immediate` is like a crash."""
         self._run("pg_ctl", "-w", "-m", how, "stop")
 
     def kill(self) -> None:
-        """SIGKILL to all its processes."""
+        """Sends SIGKILL to all processes of the server."""
         pid = int((self.directory / "data" / "postmaster.pid").read_text().split()[0])
         processes = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
         for one in processes:
@@ -131,12 +132,12 @@ class OwnServer:
             time.sleep(0.01)
 
     def is_down(self) -> bool:
-        """Whether it has ended by itself."""
+        """Whether the server has ended by itself."""
         found = self.directory / "data" / "postmaster.pid"
         return not found.exists() or not _runs(int(found.read_text().split()[0]))
 
     def promote(self) -> None:
-        """From a standby to a primary."""
+        """Makes the standby a primary."""
         self._run("pg_ctl", "-w", "promote")
 
     @contextmanager
@@ -157,7 +158,7 @@ class OwnServer:
         try:
             yield
         finally:
-            os.killpg(received.pid, signal.SIGKILL)  # also what `runuser` has started
+            os.killpg(received.pid, signal.SIGKILL)  # the whole process group, because `runuser` has started a child
             received.wait()
 
     def __enter__(self) -> "OwnServer":
@@ -166,7 +167,7 @@ class OwnServer:
 
     def __exit__(self, *_: object) -> None:
         try:
-            with suppress(NoServerError):  # it is down
+            with suppress(NoServerError):  # it may be stopped already
                 self.stop("immediate")
         finally:
             if self._has_disk:
@@ -175,15 +176,15 @@ class OwnServer:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there that is no zombie."""
+    """Whether a process with this id exists and is not a zombie."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
 
 class PgBouncer:
-    """A pooler in front of a server, in transaction mode: each transaction may have another connection of the
-    server's.
+    """A connection pooler in front of a server, in transaction mode: each transaction may run on another of its
+    connections to the server.
     """
 
     def __init__(self, server: OwnServer) -> None:

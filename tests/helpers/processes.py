@@ -1,4 +1,4 @@
-"""The daemon as a process of its own, started as users start it, and killed, stopped and started again."""
+"""The daemon as a process, started as users start it. Tests kill, stop and restart it."""
 
 import contextlib
 import json
@@ -20,15 +20,17 @@ import forked
 import pytest
 
 AS_USERS_DO = (sys.executable, "-m", "lmdaemon")
-FORKED: Sequence[str] = ()  # without the imports, which take longer than what many tests do then
-# aiohttp loads the machine's CAs at every start; where something here speaks TLS, its CA stands in a file of its own
+FORKED: Sequence[str] = ()  # run by a forked process (`helpers.forked`), which saves the imports
+# aiohttp loads all CAs of the machine at every start, which is slow. No test needs them: a test that uses TLS has its
+# CA in a file.
 NO_CAS = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
 
 
 class Process:
-    """One daemon over all its lives: directory, file and ports stay the same, so that its peers find it again.
+    """One daemon over several runs. Directory, file and ports stay the same, so that its clients find it again.
 
-    `command` is what stands before `--config FILE serve`; it may be FORKED, which calls `first` before it begins.
+    `command` is the command line before `--config FILE serve`. If it is FORKED, the process calls `first` before it
+    begins.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Process:
         return self.directory / "lmdaemon.sqlite3"
 
     def spawn(self) -> None:
-        """Starts it and does not wait."""
+        """Starts the daemon and does not wait."""
         command = [*self.command, "--config", str(self.config), "serve"]
         environment = os.environ | NO_CAS | self.environment
         if not self.command:
@@ -69,7 +71,7 @@ class Process:
             self.popen = subprocess.Popen(command, stderr=stderr, text=True, env=environment, **self.options)
 
     def start(self) -> None:
-        """Starts it and waits until it serves."""
+        """Starts the daemon and waits until it serves."""
         self.spawn()
         self.wait_until_serving()
 
@@ -97,14 +99,14 @@ class Process:
         return self.popen.wait(within_s)
 
     def kill(self) -> None:
-        """SIGKILL, also when it is stopped or gone."""
+        """Sends SIGKILL, also to a daemon that is stopped (SIGSTOP). Does nothing if the daemon has ended."""
         if self.popen.poll() is None:
             self.popen.send_signal(signal.SIGCONT)
             self.popen.kill()
         self.popen.wait()
 
     def rows(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        """What is in the file, through a connection of its own."""
+        """Reads rows from the SQLite file, over a separate connection."""
         with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=20)) as connection:
             return connection.execute(sql, arguments).fetchall()
 
@@ -115,13 +117,15 @@ class Process:
 
     @property
     def memory_kib(self) -> int:
-        """Resident memory of the process."""
+        """Resident memory of the process, in KiB."""
         status = Path(f"/proc/{self.popen.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0])
 
 
 def wait_for(condition: Callable[[], Any], within_s: float = 40.0, otherwise: Callable[[], str] = str) -> Any:
-    """Asks until the condition holds, for a state that another process has to reach."""
+    """Waits until the condition holds, for a state that another process has to reach. Fails the test after
+    `within_s`.
+    """
     deadline = time.monotonic() + within_s
     while not (result := condition()):
         if time.monotonic() >= deadline:
@@ -130,14 +134,17 @@ def wait_for(condition: Callable[[], Any], within_s: float = 40.0, otherwise: Ca
     return result
 
 
-_OURS: list[socket.socket] = []  # held until the tests end: a name for each port given out
+# one abstract socket for each port given out, whose name reserves the port until the tests end
+_OURS: list[socket.socket] = []
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, also not before somebody listens there, or while a daemon is down between two lives.
+    """Ports that no other program uses: not before the daemon first listens there, nor while it is down between two
+    runs.
 
-    A port of the system's choice may be anybody's by then, of a client's connection even. So they are below those that
-    the system chooses from, and other tests on this machine see from the name that they are given out.
+    A port that the system chooses could be taken in the meantime, even by a client's connection. So these ports are
+    below the range from which the system chooses. Other tests on this machine see from the sockets' names which ports
+    are taken.
     """
     lowest, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     found: list[int] = []
@@ -161,7 +168,7 @@ def free_ports(count: int) -> list[int]:
 def process(
     directory: Path, toml: str = "", environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Process]:
-    """A daemon that serves; killed at the end if it still runs."""
+    """A running daemon that serves. It is killed at the end if it still runs."""
     running = Process(directory, toml, environment, **options)
     running.spawn()
     try:

@@ -11,9 +11,11 @@ Mode = Literal["pass", "cut requests", "cut answers", "swallow"]
 
 
 class Proxy:
-    """Listens on `port`. `mode` says what becomes of what comes from now on: it is passed on; the connection is cut
-    before a request is passed on, or instead of its answer; or everything is swallowed, and nobody told, also who
-    connects then, as by a machine that is gone. What is passed on comes `delay_s` later.
+    """Listens on `port` and passes data on to the server, `delay_s` later.
+
+    `mode` chooses what happens to data that arrive from now on: they are passed on; the connection is cut before a
+    request is passed on, or instead of its answer; or everything is swallowed without a word, new connections included,
+    as if the server's machine were gone.
     """
 
     def __init__(self, server_port: int) -> None:
@@ -38,7 +40,7 @@ class Proxy:
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        with client, suppress(OSError):  # either side is gone: so is the other
+        with client, suppress(OSError):  # if either side is gone, the other connection is closed, too
             while self.mode == "swallow":
                 time.sleep(0.02)
             with socket.create_connection(self._server) as server, selectors.DefaultSelector() as ready:

@@ -10,10 +10,10 @@ FILE = ROOT / "lmdaemon/web/console_files/runbook.json.gz"
 
 
 def entries() -> dict[str, list[str]]:
-    """The health checks, and the alerts that their entries lead to."""
+    """The health checks, and the alerts that their entries mention, each with its lines."""
     told = sections()
     found = [title for title in told if title.startswith("health: ")]
-    for title in found:  # which grows meanwhile
+    for title in found:  # `found` grows during this loop
         named = re.findall(r"Lmdaemon[A-Z]\w+", " ".join(told[title]))
         found += [name for name in dict.fromkeys(named) if name in told and name not in found]
     return {title: told[title] for title in sorted(found, key=list(told).index)}

@@ -1,4 +1,4 @@
-"""The workbench's simulated operator, for tests: it answers by its script and judges what the daemon sends."""
+"""The workbench's simulated operator, for tests. It answers by its script and judges what the daemon sends."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ class Simulated:
     url: str = ""
 
     def play(self, script: str, seed: int = 0) -> None:
-        """From now on it answers by another script."""
+        """Answers by another script from now on."""
         self.stage.script = read_text(script, seed)
 
 
@@ -35,7 +35,9 @@ async def simulated_operator(
     hash_key: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Simulated]:
-    """`schedule` are waits in seconds that a sender must keep; `options` are those of Stage."""
+    """Runs a simulated operator. `schedule` are the waits in seconds that the sender must keep; `options` are those of
+    Stage.
+    """
     journal = Journal(SHIPPED[dialect], schedule, keys, hash_key)
     stage = Stage(read_text(script, seed), journal, **options)
     await stage.open("127.0.0.1", 0)
@@ -49,7 +51,7 @@ async def simulated_operator(
 
 @contextmanager
 def simulated_beside(script: str = "", **options: Any) -> Iterator[Simulated]:
-    """The same on a thread of its own, for tests that block."""
+    """The simulated operator on a thread of its own, for tests that block."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

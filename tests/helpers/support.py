@@ -1,4 +1,4 @@
-"""Real parts for the tests: an operator that plays a script, a store on a real file, a daemon on real sockets."""
+"""Real parts for the tests: an operator that answers by a script, a store on a real file, a daemon on real sockets."""
 
 import asyncio
 import contextlib
@@ -40,10 +40,12 @@ class Received:
 
 @dataclass
 class ScriptedOperator:
-    """An operator's real HTTP server: plays the answers it was given, one a request, then success for ever.
+    """An operator's real HTTP server. It gives the answers of its script, one for each request, and then success for
+    ever.
 
     An answer is a dict (JSON with status 200), a web.Response, or an async function of the request, which may wait for
-    what the test does meanwhile: where that is not needed, there is `simulated_operator`, which also judges what comes.
+    something that the test does. Tests without such functions can use `simulated_operator` instead, which also judges
+    the requests.
     """
 
     script: list[Any] = field(default_factory=list)
@@ -61,7 +63,7 @@ class ScriptedOperator:
         return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
 
     async def wait_for(self, count: int) -> None:
-        """Until `count` requests have come, or the test fails."""
+        """Waits until `count` requests have come. Fails the test after 10 s."""
         async with asyncio.timeout(10), self._arrived:
             await self._arrived.wait_for(lambda: len(self.received) >= count)
 
@@ -79,7 +81,7 @@ async def scripted_operator(*script: Any) -> AsyncIterator[ScriptedOperator]:
 
 
 async def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
-    """Waits until the condition holds, turn by turn of the loop; for what another task or process has to do."""
+    """Waits until the condition holds, and lets other tasks run between two tries."""
     async with asyncio.timeout(within_s):
         while True:
             result = condition()
@@ -92,7 +94,7 @@ async def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
 
 @contextlib.asynccontextmanager
 async def open_store(path: Path, clock: Clock, **options: Any) -> AsyncIterator[Store]:
-    """A store on a real file with its writer running; every operator is configured, no session has a sink."""
+    """A store on a real file with its writer running. Every operator counts as configured; no session has a sink."""
     store = await Store.open(path, clock, **options)
     writer = asyncio.create_task(store.run())
     try:
@@ -104,7 +106,7 @@ async def open_store(path: Path, clock: Clock, **options: Any) -> AsyncIterator[
 
 
 class Commits(StoreObserver):
-    """How many transactions a store makes from now on."""
+    """Counts the transactions that a store commits from now on."""
 
     def __init__(self, store: Any) -> None:
         self.made = 0
@@ -142,7 +144,9 @@ class Bench:
         await self.db.end(operator, session_id)
 
     async def round(self) -> float | None:
-        """One round, and the end of every attempt it started. Returns the wait the next one asks for."""
+        """Runs one round of the dispatcher and all attempts that follow from it. Returns how long the next round may
+        wait, in s.
+        """
         await self.dispatcher.once()
         while self.dispatcher.in_flight:
             await self.dispatcher.drain(60)
@@ -187,7 +191,7 @@ class Serving:
     client: aiohttp.ClientSession
     running: "asyncio.Task[None]"
 
-    # Its parts, for what nobody can see or bring about from outside; tests reach for them here and nowhere else
+    # Its internal parts, for what cannot be seen or caused from outside. Tests use them through these properties only.
 
     @property
     def parts(self) -> Any:
@@ -237,8 +241,8 @@ LISTEN = '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n'
 async def serving(
     directory: Path, toml: str = "", clock: Clock | None = None, limits: Limits = LIMITS
 ) -> AsyncIterator[Serving]:
-    """A whole daemon on real sockets with free ports. `toml` adds to the configuration, or is all of it when it says
-    where to listen.
+    """A whole daemon on real sockets with free ports. `toml` is added to a configuration with free ports, or is the
+    whole configuration if it has a `[server]` table.
     """
     text = toml if "[server]" in toml else LISTEN + toml
     daemon = Daemon(load(directory / "config.toml", text), clock=clock, rng=Random(1), limits=limits)
@@ -259,7 +263,7 @@ async def serving(
 
 
 async def scrape(daemon: Serving) -> dict[str, float]:
-    """`/metrics`: the values by series, as they are written."""
+    """Reads `/metrics`: values by series, each series spelled as in the answer."""
     async with daemon.client.get(daemon.api + "/metrics") as answer:
         assert answer.status == 200
         lines = (await answer.text()).splitlines()
@@ -267,7 +271,9 @@ async def scrape(daemon: Serving) -> dict[str, float]:
 
 
 def live(clock: Any, store: Store, seconds: float) -> None:
-    """Moves the clock while the daemon is listening: in steps that are no stall, each read as the sweeper would."""
+    """Moves the clock as for a daemon that hears touches: in steps of 1 s at most, so that service time counts each
+    step.
+    """
     whole, rest = divmod(seconds, 1)
     for step in [1.0] * int(whole) + ([rest] if rest else []):
         clock.advance(step)
@@ -276,7 +282,9 @@ def live(clock: Any, store: Store, seconds: float) -> None:
 
 @dataclass
 class Event:
-    """One line the daemon logged: its name, its facts, and the traceback or message of anything else that logs."""
+    """One log line of the daemon: its name, its facts, its level, and the traceback, or the message of a line that
+    other code logged.
+    """
 
     name: str
     facts: dict[str, Any]
@@ -286,7 +294,7 @@ class Event:
 
 @contextlib.contextmanager
 def hear(logger: str = "lmdaemon") -> Iterator[list[Event]]:
-    """The events that are logged meanwhile, of every level; how logging is set up is put back afterwards."""
+    """Collects the events of every level that are logged in this context. Afterwards logging is set up as before."""
     events: list[Event] = []
 
     class Ear(logging.Handler):
@@ -315,7 +323,7 @@ class RawAnswer:
 
 @dataclass
 class RawConnection:
-    """A connection on which every byte is ours."""
+    """A TCP connection on which the test writes and reads every byte itself."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -325,7 +333,7 @@ class RawConnection:
         await self.writer.drain()
 
     async def answer(self) -> RawAnswer:
-        """The next answer, an interim one included."""
+        """Reads the next answer, which may be an interim one (1xx)."""
         async with asyncio.timeout(10):
             status, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = {
@@ -335,7 +343,7 @@ class RawConnection:
         return RawAnswer(int(status.split()[1]), headers, body)
 
     async def rest(self) -> bytes:
-        """What comes until the other side closes."""
+        """Reads until the other side closes."""
         async with asyncio.timeout(10):
             return await self.reader.read()
 

@@ -1,4 +1,4 @@
-"""The two ways in which a request can be served: past most of the framework, and through it, without `hot`."""
+"""The two ways in which a plain request can be served: "hot" (past most of aiohttp) and "ordinary" (by aiohttp)."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ WAYS = ("hot", "ordinary")
 
 @contextlib.contextmanager
 def on_the(way: str) -> Iterator[None]:
-    """Daemons that are built meanwhile serve plain requests in this way."""
+    """Makes daemons that are built in this context serve plain requests in this way."""
     with pytest.MonkeyPatch.context() as patch:
         if way == "hot":
             patch.setattr(lmdaemon.web, "hot", hot, raising=False)

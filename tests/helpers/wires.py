@@ -1,4 +1,6 @@
-"""Notices as each dialect's page publishes them, and how the tests send them to a whole daemon and look at its file."""
+"""Notices as the page of each dialect publishes them, and functions that send them to a whole daemon and read its
+file.
+"""
 
 import hashlib
 import json
@@ -18,7 +20,7 @@ V4 = "/V4/SessionExpired"
 SECRET = "testKey"
 TOKEN = "fSYFZMScpZ01FhR26r59GexREh1xHgEY"
 
-# Another published shape, with a code of its own for every meaning.
+# A published shape that is no shipped dialect. It has a code of its own for every meaning.
 OLD = """
 [dialects.old]
 path = "/old/SessionExpired"
@@ -30,7 +32,9 @@ codes = { bad_parameters = 71, bad_token = 72, bad_hash = 73, unknown_session = 
 
 @dataclass(frozen=True)
 class Wire:
-    """A dialect as its page publishes it: written down here once more, so that the daemon's own table is checked."""
+    """A dialect as its page publishes it. It is written down here a second time, so that the daemon's own table is
+    checked.
+    """
 
     path: str
     names: Mapping[str, str]
@@ -38,7 +42,7 @@ class Wire:
     content: str = JSON
 
     def fields(self, **changes: Any) -> dict[str, Any]:
-        """A notice's fields by wire name, after changes by meaning; a change to None leaves the field out."""
+        """The fields of a notice by their names on the wire. `changes` are by meaning; None leaves a field out."""
         facts = {
             "provider": "luckymonaco",
             "session": "s",
@@ -50,7 +54,7 @@ class Wire:
         return fields | changes.get("extra", {})
 
     def body(self, **changes: Any) -> bytes:
-        """The notice, with a hash that fits unless one is given."""
+        """The body of a notice. Its hash is right unless `changes` gives one."""
         fields = self.fields(**changes)
         if "hash" in self.names:
             text = "&".join(f"{name}={fields[name]}" for name in sorted(fields) if name != self.names["hash"])
@@ -92,7 +96,7 @@ V4_WIRE = WIRES["v4"]
 
 
 def operator(*accept: str, name: str = "acme", **keys: Any) -> str:
-    """`[operators.NAME]`, with the secrets its dialects ask for."""
+    """The table `[operators.NAME]`, with the secrets that its dialects need."""
     accept = accept or ("v4",)
     values: dict[str, Any] = {"provider_id": "luckymonaco", "accept": accept} | keys
     if any("hash" in WIRES[one].names for one in accept):
@@ -104,7 +108,7 @@ def operator(*accept: str, name: str = "acme", **keys: Any) -> str:
 
 
 def write_secrets(directory: Path) -> None:
-    """The files that `operator` names."""
+    """Writes the secret files that `operator` names."""
     for name, text in {"hash.key": f"{SECRET}\n", "partner.tokens": f"first-secret\n{TOKEN}\nthïrd\n"}.items():
         (directory / name).write_text(text)
         (directory / name).chmod(0o600)
@@ -122,7 +126,7 @@ class Answer:
 
     @property
     def error(self) -> Any:
-        """The code, of an answer that has the page's shape and nothing else."""
+        """The code of the answer, which must have the members `error` and `description` and no other."""
         answer = self.json
         assert list(answer) == ["error", "description"]
         assert type(answer["error"]) is int
@@ -148,7 +152,7 @@ async def open_session(s: Serving, session_id: str = "s", player: str = "p", tok
 
 
 def query(directory: Path, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-    """What is in the file, read through a connection of its own."""
+    """Reads rows from the SQLite file, over a separate connection."""
     with closing(sqlite3.connect(f"file:{directory / 'lmdaemon.sqlite3'}?mode=ro", uri=True)) as connection:
         return connection.execute(sql, arguments).fetchall()
 

@@ -1,4 +1,6 @@
-"""What an operator's server may send back, byte by byte, from real sockets: what counts, what does not, how much."""
+"""The answers of an operator's server, byte by byte over real sockets: how each is judged, which bytes are ignored, and
+how much is read.
+"""
 
 import asyncio
 import contextlib
@@ -25,7 +27,8 @@ from lmdaemon.delivery.answers import HEAD_MAX, HEADERS_MAX, INTERIM_MAX, WIRE_M
 from lmdaemon.delivery.sender import ANSWER_MAX, Sender, Unreachable, request_headers
 from lmdaemon.model import Delivery
 
-Steps = Sequence[bytes | float]  # what is sent, in a segment each, and pauses in seconds; CLOSE, RESET end it
+# What a server does: sends bytes (each item as one segment), pauses (seconds), or ends with CLOSE or RESET
+Steps = Sequence[bytes | float]
 CLOSE, RESET = -1.0, -2.0
 SOON = 0.05
 
@@ -39,13 +42,15 @@ except ImportError:
 
 @pytest.fixture(params=LOOPS, ids=lambda factory: factory.__module__.partition(".")[0])
 def run(request: pytest.FixtureRequest) -> Iterator[Callable[[Awaitable[Any]], Any]]:
-    """Runs a coroutine on each of the loops that the daemon runs on."""
+    """A function that runs a coroutine, on each of the event loops that the daemon can use."""
     with asyncio.Runner(loop_factory=request.param) as runner:
         yield lambda it: runner.run(asyncio.wait_for(it, 30))  # type: ignore[arg-type]
 
 
 class Peer:
-    """An operator's server that plays the answers it was given, one a request, whatever connection it comes over."""
+    """An operator's server. It gives its answers in order, one for each request, over whatever connection the request
+    comes.
+    """
 
     def __init__(self, *answers: Steps, greeting: bytes = b"") -> None:
         self._answers = list(answers)
@@ -101,13 +106,13 @@ async def listening(peer: Peer, **options: Any) -> AsyncIterator[None]:
 
 @pytest.fixture(params=["post", "ask"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The sender's two: past aiohttp's client session, which deliveries go, and through it, which checks go."""
+    """The two ways in which the sender sends: deliveries bypass aiohttp's client session, checks use it."""
     monkeypatch.setattr(Attempts, "way", request.param)
     return str(request.param)
 
 
 class Attempts:
-    """Attempts by the daemon's own sender, as the dispatcher makes them."""
+    """Makes attempts with the daemon's own sender, as the dispatcher does."""
 
     way = "post"
 
@@ -128,7 +133,7 @@ class Attempts:
         return self._sender._client(guarded=False)
 
     async def __call__(self) -> tuple[str, str]:
-        """The verdict on the answer to one request, and why."""
+        """Sends one request. Returns the verdict on its answer, and the reason."""
         outcome = await self.outcome()
         return outcome.verdict, outcome.reason
 
@@ -186,7 +191,9 @@ BEHIND: dict[str, tuple[bytes, tuple[str, str]]] = {
 
 
 class TestBytesBehindAnAnswer:
-    """They close the connection, and change neither this verdict nor the next."""
+    """Bytes after an answer close the connection. They change neither the verdict on this answer nor on the next
+    one.
+    """
 
     @pytest.mark.parametrize(
         ("before", "stray"),
@@ -290,7 +297,9 @@ def test_what_stands_before_a_request_settles_nothing(run: Any, tmp_path: Path, 
 
 
 async def test_a_delivery_is_sent_byte_for_byte_as_aiohttp_sends_it(tmp_path: Path, monkeypatch: Any) -> None:
-    """A name in capitals or with an umlaut, user info, a query as it is written, signatures."""
+    """Compared are host names in capitals and with an umlaut, user info, a query exactly as configured, and
+    signatures.
+    """
     (tmp_path / "signing.key").write_text("whsec_" + "A" * 32 + "\n")
     (tmp_path / "signing.key").chmod(0o600)
     sent: list[bytes] = []
@@ -331,7 +340,7 @@ async def test_a_delivery_is_sent_byte_for_byte_as_aiohttp_sends_it(tmp_path: Pa
 
 
 def head_of(size: int) -> bytes:
-    """An answer's head of that many bytes, in one long header."""
+    """The head of an answer, exactly `size` bytes long because of one long header."""
     head = answer("", "200 OK", "X: ").replace(b"Length: 0", b"Length: 12")
     return head.replace(b"X: ", b"X: " + b"x" * (size - len(head)))
 
@@ -341,7 +350,7 @@ def head_with(headers: int) -> bytes:
 
 
 class TestLimits:
-    """Each at its edge: as much as this, and no more."""
+    """Each limit is tested at its edge: the largest size that is accepted, and the next larger one."""
 
     @pytest.mark.parametrize("cut", [None, 0, 10, -1, -3])
     @pytest.mark.parametrize("more", [0, 1])
@@ -374,7 +383,8 @@ class TestLimits:
             peer = Peer([*apart, SUCCESS] if pause else [CONTINUE * count + SUCCESS], [SUCCESS])
             async with listening(peer), Attempts(tmp_path, peer) as attempt:
                 assert await attempt() == (("retry", "too_many_interim") if more else DELIVERED)
-                assert await attempt() == DELIVERED  # none of them is left over for this one
+                # The interim answers of the attempt before do not count for this one
+                assert await attempt() == DELIVERED
 
         run(attempts())
 
@@ -391,7 +401,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("more", [0, 1])
     def test_the_bytes_behind_the_head(self, run: Any, tmp_path: Path, more: int) -> None:
-        """Chunks may carry notes, of which nothing is read."""
+        """Chunks may carry extensions (text after the size), which are not read."""
 
         async def attempts() -> None:
             chunks = chunked(OK)
@@ -429,7 +439,7 @@ CAUSES: dict[str, tuple[Steps, str]] = {
 
 @pytest.mark.parametrize("name", CAUSES)
 def test_what_is_no_answer_says_why_at_once(run: Any, tmp_path: Path, name: str) -> None:
-    """No case waits for the time-out. The next attempt has a connection of its own."""
+    """No case waits for the time-out. The next attempt uses a new connection."""
 
     async def attempts() -> None:
         steps, cause = CAUSES[name]
@@ -463,15 +473,15 @@ def test_headers_of_9_kb_are_no_hindrance(run: Any, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def verifying(context: ssl.SSLContext) -> Iterator[Peer]:
-    """A server that OpenSSL itself serves: asyncio's closes the connection without an alert.
+    """A server that OpenSSL itself serves, because asyncio's closes the connection without sending the alert.
 
-    Having refused, it reads on until the client has closed: a close with something unread resets the connection, and
-    what was sent before, the alert, may be lost by that.
+    After a refusal, it reads until the client has closed. Closing with unread bytes would reset the connection, and the
+    alert might be lost.
     """
     peer = Peer()
 
     def serve() -> None:
-        with contextlib.suppress(OSError):  # closed: the test is over
+        with contextlib.suppress(OSError):  # the socket is closed: the test is over
             while True:
                 connection, _ = server.accept()
                 with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as secured:
@@ -506,7 +516,7 @@ def verifying(context: ssl.SSLContext) -> Iterator[Peer]:
 def test_a_certificate_that_is_refused_is_told_as_tls(
     run: Any, tmp_path: Path, version: ssl.TLSVersion, shown: str | None, detail: str
 ) -> None:
-    """With TLS 1.3 the refusal comes when the handshake is over for us."""
+    """In TLS 1.3 the refusal comes when the client takes the handshake for finished."""
     authority, unknown = (make(tmp_path, name, authority=True) for name in ("authority", "stranger"))
     server, _ = make(tmp_path, "server", authority), make(tmp_path, "good", authority)
     make(tmp_path, "unknown", unknown)

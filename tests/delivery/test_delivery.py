@@ -1,4 +1,6 @@
-"""Delivery against a real operator: judged, retried, held, broken, isolated, drained; the clock is moved by hand."""
+"""Deliveries to a real HTTP server as the operator: judging, retries, holds, breaker, isolation, stopping. The clock is
+moved by hand.
+"""
 
 import asyncio
 import contextlib
@@ -38,7 +40,7 @@ SCHEDULE = ["5s", "30s", "2m", "10m"]
 
 
 def refused_url() -> str:
-    """A URL that refuses connections."""
+    """A URL at which connections are refused."""
     return f"http://127.0.0.1:{free_ports(1)[0]}/V4/SessionExpired"
 
 
@@ -78,7 +80,7 @@ class TestOneDelivery:
     async def test_failures_follow_the_schedule_and_end_dead_with_the_reason(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
-        """Each wait of the schedule with its jitter."""
+        """Each wait is the schedule's, within its jitter."""
         async with bench(tmp_path, clock, operator_table("acme", refused_url())) as b:
             await b.end()
             for step, wait_s in enumerate((5, 30, 120, 600)):
@@ -136,7 +138,7 @@ class TestOneDelivery:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end()
                 await b.round()
-                clock.advance(100 * 86400)  # older than max_age: by hand it starts anew
+                clock.advance(100 * 86400)  # older than max_age; but a retry by hand starts the age anew
                 assert await b.db.retry_dead("acme", Dead()) == 1
                 await b.round()
                 row = await b.row()
@@ -172,7 +174,8 @@ class TestHostileAnswers:
                 await b.round()
                 row = await b.row()
                 assert len(operator.received) == 1
-                if reason == "delivered":  # the body is plain whatever the header says, and is read as it came
+                # The body is JSON without any encoding, whatever the header says, and is read so
+                if reason == "delivered":
                     assert row.state == "delivered"
                 else:
                     assert (row.state, row.last_error, row.last_code) == ("pending", reason, code)
@@ -225,7 +228,7 @@ class TestHostileAnswers:
                 assert sent < 1 << 24
 
     async def test_a_connection_lost_half_way_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
-        """And is not repeated blindly."""
+        """The request is not sent a second time within the attempt."""
         connections = 0
 
         async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -247,7 +250,9 @@ class TestHostileAnswers:
 
 
 async def test_a_breaker_closes_after_its_pause_when_nothing_waits(tmp_path: Path, clock: HandClock) -> None:
-    """Five deliveries of a schedule of one wait die; no probe can find out whether the operator is back."""
+    """Five deliveries are dead because their schedule had a single wait. No delivery is left that could probe whether
+    the operator works again.
+    """
     async with scripted_operator(*(web.Response(status=500) for _ in range(10))) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url, schedule=["1s"])) as b:
             with hear() as events:
@@ -280,10 +285,10 @@ async def test_a_hold_ends_by_itself_and_is_told(tmp_path: Path, clock: HandCloc
 
 
 class TestHistory:
-    """Of an attempt that failed, the beginning of what was answered is kept, without the notice's secrets."""
+    """Of a failed attempt, the history keeps the beginning of the answer, without the secrets of the notice."""
 
     async def answers(self, tmp_path: Path, clock: HandClock, *script: Any, **keys: Any) -> list[dict[str, Any]]:
-        """The entries of as many attempts."""
+        """Makes one attempt for each answer in the script. Returns the entries of the history."""
         async with scripted_operator(*script) as operator:
             url = operator.url.replace("http://", "http://user:pass-w0rd@") + "?key=in-the-query"
             async with bench(tmp_path, clock, operator_table("acme", url, **keys)) as b:
@@ -317,7 +322,7 @@ class TestHistory:
         ]
 
     async def test_what_is_said_of_a_failure_has_its_description_masked(self, tmp_path: Path, clock: HandClock) -> None:
-        """The whole description is masked before it is cut: no part of a secret is left at the end."""
+        """The whole description is masked before it is cut, so that no part of a secret is left at the cut."""
 
         async def echo(request: web.Request) -> web.Response:
             token = json.loads(await request.read())["token"]
@@ -354,7 +359,9 @@ class TestHistory:
     async def test_of_a_secret_of_which_a_part_is_read_nothing_is_kept(
         self, tmp_path: Path, clock: HandClock, before: int
     ) -> None:
-        """The whole ones before it are masked, so that it comes to stand among the first 256 characters."""
+        """Masking shortens the complete copies of the token. So a copy that is cut at the end of what is read would
+        move into the 256 characters that are kept.
+        """
         token = "T0k3n" * 700
 
         async def echo(_: web.Request) -> web.Response:
@@ -366,7 +373,8 @@ class TestHistory:
                 await b.db.end("acme", "s")
                 await b.round()
                 (entry,) = json.loads((await b.row()).history)
-                assert entry["answer"] == ("." * before + "***" * 2)[:256]  # of the first 8 KiB
+                # The first 8 KiB of the answer hold two whole tokens and a part
+                assert entry["answer"] == ("." * before + "***" * 2)[:256]
 
     async def test_the_latest_fifty_are_kept_within_bounds(self, tmp_path: Path, clock: HandClock) -> None:
         script = [web.Response(status=500, body=b"\0" * 20_000) for _ in range(52)]
@@ -391,7 +399,7 @@ class TestGate:
                 await b.round()
                 await b.end("second")
                 clock.advance(86400)
-                assert await b.round() is None  # held: nothing to wait for but the release
+                assert await b.round() is None  # the operator is held: nothing but a release can change that
                 first = await b.row("first")
                 assert (first.state, first.attempts, first.last_status) == ("pending", 0, 410)
                 assert len(operator.received) == 1
@@ -416,11 +424,11 @@ class TestGate:
                     assert wait_s == round(wait_s, 3)
                 await b.end("second")
                 wait_s = await b.round()
-                assert wait_s == 60  # it looks again once a minute, and finds the gate still shut
+                assert wait_s == 60  # the dispatcher looks again once a minute; the Retry-After still applies
                 clock.advance(119)
                 await b.round()
                 assert len(operator.received) == 1
-                clock.advance(25.1)  # jitter goes upward only
+                clock.advance(25.1)  # the jitter of a Retry-After only lengthens it
                 await b.round()
                 assert (await b.row("second")).state == "delivered"
 
@@ -436,7 +444,7 @@ class TestGate:
                 await b.round()
                 assert len(operator.received) == 5
                 assert b.db.gate("acme").failures == 5
-                for pause_s in (1, 2):  # the first wait of the schedule, then doubled
+                for pause_s in (1, 2):  # the first wait of the schedule, then twice that
                     clock.advance(pause_s - 0.01)
                     await b.round()
                     before = len(operator.received)
@@ -444,7 +452,7 @@ class TestGate:
                     await b.round()
                     assert len(operator.received) == before + 1
                 clock.advance(4.01)
-                await b.round()  # the probe succeeds, and the rest follows at once
+                await b.round()  # the probe succeeds, and all other deliveries follow at once
                 assert b.db.gate("acme").failures == 0
                 clock.advance(2)
                 await b.round()
@@ -507,7 +515,7 @@ class TestIsolation:
                     await b.end(str(number), "fast")
                 await fast.wait_for(10)
                 await until(lambda: b.db.figures["fast"].pending == 0)
-                assert len(slow.received) == 4  # never more than its slots
+                assert len(slow.received) == 4  # never more than its concurrency
                 assert b.db.figures["slow"].pending == 10
                 running.cancel()
 
@@ -522,7 +530,7 @@ class TestIsolation:
             if at_once == 3:
                 full.set()
             await full.wait()
-            await asyncio.sleep(0.01)  # a fourth would come in this time
+            await asyncio.sleep(0.01)  # time in which a fourth request would arrive, if one were sent
             at_once -= 1
             return web.json_response({"error": 0})
 
@@ -538,7 +546,9 @@ class TestIsolation:
     async def test_a_row_settled_while_the_next_claim_is_read_is_not_sent_again(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The claim reads the first row as pending; that is settled, and only then the claim's answer comes."""
+        """The claim reads the first row while it is pending. Then the row is settled, and only then the claim
+        returns.
+        """
         answer_first = asyncio.Event()
 
         async def late(request: web.Request) -> web.Response:
@@ -569,7 +579,9 @@ class TestIsolation:
     async def test_a_row_due_again_before_its_slot_is_free_is_not_forgotten(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
-        """A round comes between the commit of a failed attempt and the end of its task, and finds the row in flight."""
+        """Between the commit of a failed attempt and the end of its task comes a round, which finds the row still in
+        flight.
+        """
         async with scripted_operator(web.Response(status=500)) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 rounds: list[asyncio.Task[float | None]] = []
@@ -618,7 +630,7 @@ async def dispatching(b: Bench) -> AsyncIterator["asyncio.Task[None]"]:
 
 
 class OneAtATime:
-    """An operator that answers when it is told to."""
+    """An operator that gives each answer only when the test says so."""
 
     def __init__(self, *answers: Any) -> None:
         self._told: asyncio.Queue[None] = asyncio.Queue()
@@ -633,14 +645,14 @@ class OneAtATime:
 
 
 async def some_turns() -> None:
-    """Enough for a request to reach an operator in this process, were one sent."""
+    """Waits long enough for a request to reach an operator in this process, if one were sent."""
     for _ in range(200):
         await asyncio.sleep(0)
     await asyncio.sleep(0.01)
 
 
 class Late:
-    """A verb of the store that waits until it is told to go on, as on a slow disk."""
+    """Replaces a verb of the store with one that waits until the test lets it go on, as on a slow disk."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, db: store.Store, verb: str) -> None:
         self._verb = getattr(db, verb)
@@ -654,7 +666,9 @@ class Late:
 
 
 class TestReadingAhead:
-    """Due rows are read before there is a slot for them, and a success leaves its slot before it is stored."""
+    """Due rows are read before a slot is free for them, and a successful attempt leaves its slot before its result is
+    stored.
+    """
 
     OK: ClassVar = {"error": 0}
 
@@ -684,7 +698,9 @@ class TestReadingAhead:
     async def test_a_success_leaves_its_slot_before_it_is_stored_but_not_for_ever(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The disk takes its time: what a kill would repeat is at most twice the concurrency."""
+        """On a slow disk, at most twice the concurrency of attempts have no stored result. A kill would repeat
+        those.
+        """
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
                 for number in range(9):
@@ -787,7 +803,7 @@ class TestReadingAhead:
     async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_left(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
-        """That has left the file."""
+        """It is not sent once the operator has left the file."""
         told = OneAtATime(self.OK)
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
@@ -810,7 +826,7 @@ class TestStopping:
     async def test_a_bug_ends_the_dispatcher_loudly(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, left: bool
     ) -> None:
-        """Also of an operator that is gone meanwhile."""
+        """This is so for an operator that has left the file in the meantime, too."""
         told = OneAtATime({"error": 0})
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
@@ -860,7 +876,7 @@ class TestStopping:
     async def test_a_result_is_kept_until_the_store_takes_it(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The disk fails between the answer and its record: the row stays in flight and is not sent again."""
+        """The disk fails between the answer and storing it. The row stays in flight and is not sent again."""
         monkeypatch.setattr("lmdaemon.delivery.running.STORE_RETRY_S", 0.01)
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
@@ -917,7 +933,7 @@ class TestComposing:
 
 
 def towards(operator: Operator, url: str) -> Operator:
-    """The operator with a URL that its configuration would not allow."""
+    """The operator with a URL that a configuration would refuse."""
     return msgspec.structs.replace(operator, url=url, target=target.read(url))
 
 
@@ -926,7 +942,7 @@ class TestEgress:
         toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
         operator = load(tmp_path / "config.toml", toml).operators["acme"]
         sender = Sender(clock)
-        # /etc/hosts resolves this name to loopback on every machine, as a hostile DNS might
+        # /etc/hosts resolves `localhost` to loopback on every machine, as a hostile DNS server could do with any name
         inside = ("localhost", "127.0.0.1", "[::1]", "169.254.169.254", "127.1", "2130706433", "0x7f000001")
         for host in inside:
             with pytest.raises(Unreachable, match="private_address"):
@@ -936,7 +952,7 @@ class TestEgress:
     async def test_a_public_name_whose_dns_points_inside_is_refused_at_the_connect(
         self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One private address among its addresses is enough."""
+        """One private address among a name's addresses is enough for a refusal."""
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 9)) for host in ("93.184.216.34", "127.0.0.1")]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
@@ -949,7 +965,7 @@ class TestEgress:
     async def test_proxies_of_the_environment_are_ignored(
         self, clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One would see every notice, and resolve names where no guard stands."""
+        """A proxy would see every notice, and would resolve names without the daemon's check of addresses."""
         async with scripted_operator() as proxy, scripted_operator() as operator:
             for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
                 monkeypatch.setenv(name, proxy.url)
@@ -969,7 +985,7 @@ class TestALookup:
     async def test_names_that_are_never_found_delay_nobody_elses(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """More of them than any pool of threads would have."""
+        """There are more such names than a pool would have threads."""
         hold, real = threading.Event(), socket.getaddrinfo
         hanging: list[str] = []
 
@@ -1013,7 +1029,7 @@ class TestALookup:
         assert await Resolver(guarded=False).resolve("localhost", 80)
 
     async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As many as that, and no more; one that ends makes room for another."""
+        """At most LOOKUPS_MAX lookups run at once. When one ends, another may begin."""
         go_on = threading.Event()
         found = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: go_on.wait(20) and found)
@@ -1031,7 +1047,7 @@ class TestALookup:
 async def test_an_attempt_that_breaks_the_daemons_code_is_a_failed_attempt(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer nobody thought of must not stop the daemon, again and again, for everybody."""
+    """An answer that triggers a bug must not stop the daemon, or it would stop it again after each restart."""
 
     def judge(*_: Any, **__: Any) -> None:
         raise KeyError("tok-3n")
@@ -1052,7 +1068,7 @@ async def test_an_attempt_that_breaks_the_daemons_code_is_a_failed_attempt(
 
 
 async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path: Path, clock: HandClock) -> None:
-    """As after a start with a clock from a wrong century, put right later."""
+    """As after a start with a clock that is decades ahead and is set right later."""
     clock.step_wall(73 * 365 * 86400)
     toml = operator_table("acme", "http://x/")
     answers = [web.Response(status=500) for _ in range(5)]
@@ -1064,7 +1080,7 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
             assert b.db.gate("acme").failures == 5
             with hear() as events:
                 clock.step_wall(-73 * 365 * 86400)
-                for _ in range(10):  # each wait is as long as it was meant to be, and no longer
+                for _ in range(10):  # each delivery waits as long as it was meant to, and no longer
                     await b.round()
                     clock.advance(6)
             assert "clock.set_back" in [event.name for event in events]
@@ -1072,7 +1088,9 @@ async def test_a_wall_clock_that_is_set_back_leaves_no_delivery_waiting(tmp_path
 
 
 async def test_a_clock_set_back_between_answer_and_commit_delays_nothing(tmp_path: Path, clock: HandClock) -> None:
-    """The wait was reckoned with the old time, and the round that notices the step passes over the row in flight."""
+    """The wait was computed with the old time. The round that notices the new time does not correct the row in
+    flight.
+    """
     async with scripted_operator(web.Response(status=500)) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
             settle, asked, hold = b.db.settle, asyncio.Event(), asyncio.Event()
@@ -1106,7 +1124,7 @@ async def test_a_wall_clock_set_back_while_nobody_ran_delays_no_delivery(tmp_pat
         clock.step_wall(-86400)
         async with bench(tmp_path, clock, toml) as b:
             await b.round()
-            clock.advance(73)  # what Retry-After asked for, and its jitter
+            clock.advance(73)  # what Retry-After asked for, with the longest jitter
             await b.round()
             assert {(await b.row(one)).state for one in ("s", "behind")} == {"delivered"}
 
@@ -1125,12 +1143,12 @@ async def test_a_wall_clock_set_back_keeps_the_pace_of_retries_by_hand(tmp_path:
                 await b.round()
                 arrived.append(len(operator.received) - 30)
                 clock.advance(0.1)
-            assert max(later - earlier for earlier, later in pairwise(arrived)) <= 2  # at most ten a second
+            assert max(later - earlier for earlier, later in pairwise(arrived)) <= 2  # at most ten retries a second
             assert arrived[-1] >= 29
 
 
 async def test_what_is_under_way_is_not_sent_twice_to_who_left_and_came_back(tmp_path: Path, clock: HandClock) -> None:
-    """To an operator that leaves the file and comes back."""
+    """The operator leaves the file and comes back while a notice to it is under way."""
     hold = asyncio.Event()
 
     async def slow(request: web.Request) -> web.Response:
@@ -1158,17 +1176,19 @@ async def test_what_waits_is_looked_at_once_a_minute_whatever_is_believed(tmp_pa
         await b.end()
         lane = b.dispatcher.lanes.get("acme", "http")
         assert lane is not None
-        lane.next_due_at = None  # overlooked, as a bug might
+        lane.next_due_at = None  # the due row is forgotten, as by a bug
         wait_s = await b.round()
         assert wait_s is not None
         assert 1 < wait_s <= lanes.LOOK_AGAIN_MS / 1000
         clock.advance(wait_s)
-        assert await b.round() is None  # nothing is pending, so nothing is looked at
+        assert await b.round() is None  # nothing is pending, so the lane is not looked at again
         assert (await b.row()).state == "delivered"
 
 
 async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: Path, clock: HandClock) -> None:
-    """More attempts end than rows were read for. What was not read is still there, and nobody else wakes the lane."""
+    """More attempts end than rows were read for. The other due rows are still in the table, and no other event wakes
+    the lane.
+    """
     release = [asyncio.Event() for _ in range(4)]
     waiting = iter(release)
 
@@ -1203,7 +1223,9 @@ async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: 
 async def test_nothing_begins_until_what_keeps_the_operator_back_is_stored(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two slots: a success frees its slot while the other answer, with Retry-After, waits for the disk."""
+    """The operator has two slots. A success frees its slot while the other answer, which has a Retry-After, is not
+    stored yet.
+    """
     script = [web.Response(status=503, headers={"Retry-After": "60"}), web.json_response({"error": 0})]
     async with scripted_operator(*script) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:

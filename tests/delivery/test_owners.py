@@ -1,4 +1,4 @@
-"""Delivery by several daemons: the one that owns an operator delivers for it, and the others start nothing."""
+"""Deliveries with several daemons: only the daemon that owns an operator delivers for it."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from lmdaemon.sweeper import Sweeper
 
 
 class Seen:
-    """A store as one of several daemons sees it: it owns what is in `owned`."""
+    """A store as one of several daemons uses it. The daemon owns the operators in `owned`."""
 
     def __init__(self, store: Store, owned: set[str]) -> None:
         self._store = store
@@ -63,7 +63,7 @@ class Seen:
 
 
 class Daemons:
-    """Two dispatchers on one store."""
+    """Two dispatchers on one store, as of two daemons."""
 
     def __init__(self, store: Store, settings: Settings, senders: list[Sender], clock: HandClock) -> None:
         self.store = store
@@ -86,7 +86,7 @@ class Daemons:
         await self.store.end("acme", session_id)
 
     async def rounds(self) -> None:
-        """Until nothing is under way any more."""
+        """Runs rounds of both dispatchers until no attempt is under way."""
         for one in self.both:
             await one.once()
         while any(one.in_flight for one in self.both):
@@ -125,7 +125,7 @@ async def test_what_another_daemon_owns_is_not_sent(tmp_path: Path, clock: HandC
 
 
 async def test_what_was_made_unknown_is_sent_once_the_tables_are_read_again(tmp_path: Path, clock: HandClock) -> None:
-    """As a commit whose answer was lost, which turns out to be stored."""
+    """As when the answer to a commit was lost and the commit turns out to be stored."""
     async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
         await both.end("a")
         await both.rounds()
@@ -141,8 +141,8 @@ async def test_what_was_made_unknown_is_sent_once_the_tables_are_read_again(tmp_
 
 
 async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Path, clock: HandClock) -> None:
-    """One attempt is under way and further rows were read ahead when the operator changes hands. What was read ahead is
-    not sent either when it comes back.
+    """When the operator gets another owner, one attempt is under way and further rows have been read ahead. When it
+    comes back, those rows are not sent from memory either.
     """
     answered = asyncio.Event()
 
@@ -169,7 +169,7 @@ async def test_a_new_owner_sends_what_waits_and_the_old_one_nothing(tmp_path: Pa
 
 @pytest.mark.parametrize("asked", ["the end of an attempt", "a round", "a probe"])
 async def test_one_that_was_expelled_unawares_starts_nothing(tmp_path: Path, clock: HandClock, asked: str) -> None:
-    """It was stopped, and still has rows that it has read ahead, and a slot for them."""
+    """The daemon was stopped while it was expelled. It still has rows that it has read ahead, and a free slot."""
     answered = asyncio.Event()
 
     async def slow(_: web.Request) -> dict[str, int]:
@@ -181,7 +181,7 @@ async def test_one_that_was_expelled_unawares_starts_nothing(tmp_path: Path, clo
             await both.end(f"s{number}")
         one, other = both.both
         await one.once()
-        await operator.wait_for(1)  # under way, and two more are read ahead
+        await operator.wait_for(1)  # one attempt is under way, and two more rows have been read ahead
         both.seen[0].is_sure, both.seen[0].find_out = False, lambda: both.hand_over(1)
         both.seen[1].owned = {"acme"}
         other.ownership_changed("acme")
@@ -202,7 +202,7 @@ async def test_one_that_was_expelled_unawares_starts_nothing(tmp_path: Path, clo
 
 
 async def test_an_operator_is_let_go_when_nothing_is_under_way(tmp_path: Path, clock: HandClock) -> None:
-    """So that a daemon that joins sends nothing that another one has under way, and no more at once than may be."""
+    """So a daemon that takes the operator over repeats no attempt that is under way, and the concurrency is kept."""
     answered = asyncio.Event()
 
     async def slow(_: web.Request) -> dict[str, int]:
@@ -229,7 +229,7 @@ async def test_an_operator_is_let_go_when_nothing_is_under_way(tmp_path: Path, c
 async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a daemon reads, the operator goes to another one and comes back: that one may have delivered them."""
+    """While a daemon reads rows, the operator goes to another daemon, which may deliver them, and comes back."""
     async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
         claimable = both.store.claimable
 
@@ -249,7 +249,7 @@ async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(
 
 
 async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClock) -> None:
-    """The new owner sends one probe, after the pause that the failures at the old one have made."""
+    """The new owner sends one probe, after the pause that the failures under the old owner have caused."""
     async with scripted_operator(*[{"error": 100}] * 5) as operator, daemons(tmp_path, clock, operator) as both:
         for number in range(6):
             await both.end(f"s{number}")
@@ -267,7 +267,7 @@ async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClo
 
 
 async def test_a_probe_asked_of_any_daemon_is_made_by_the_owner(tmp_path: Path, clock: HandClock) -> None:
-    """Also while the operator is held, and by no other."""
+    """This is so while the operator is held, too."""
     async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
         await both.end("s")
         await both.store.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))

@@ -1,4 +1,4 @@
-"""A lane that does not keep up is told by name, with its figures."""
+"""Lanes that do not keep up with their deliveries are reported by name, with figures."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""What stands in the body of an answer, in words: nothing that a server can send breaks it."""
+"""The description of an answer's body in words. No body that a server can send makes it fail."""
 
 import pytest
 from hypothesis import given

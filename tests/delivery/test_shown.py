@@ -1,4 +1,4 @@
-"""How a request is shown: as it is sent, with nothing in it that must stay a secret."""
+"""A request as it may be shown: as it is sent, but with every secret masked."""
 
 import json
 import shlex
@@ -78,7 +78,9 @@ def test_in_a_form_the_hash_is_masked_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("old", ["v4", "pragmatic"])
 def test_a_body_of_a_dialect_no_longer_in_force_shows_no_secret(tmp_path: Path, old: str) -> None:
-    """Its delivery is older than a reload that changed `dialect`: what is not known to be an id is masked."""
+    """The delivery is older than a reload that changed `dialect`. Every field that is not known to be an id is
+    masked.
+    """
     before = operator_of(tmp_path, dialect=old, accept=[old], hash_key_file="hash")
     body = sinks.compose(before, made_up(before, "s-1", "p", TOKEN))
     now = operator_of(tmp_path, dialect="v4.01", accept=["v4.01"])

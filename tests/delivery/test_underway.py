@@ -1,4 +1,4 @@
-"""Attempts that a kill has interrupted: what was begun is told afterwards, once."""
+"""Attempts that a kill has interrupted: the next start reports each of them, once."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def test_the_next_run_finds_what_was_begun_and_not_what_was_ended(tmp_path: Path
     first.begin(row(8), 2000)
     first.end(7)
     assert first.since == {8: 2000}
-    # killed: never closed
+    # no close: as after a kill
     second = Underway(tmp_path / "x")
     assert second.crashed
     assert second.lost == [(8, "msg_8_" + "ab" * 10, 2000)]
@@ -68,7 +68,9 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
 
 
 async def test_an_attempt_that_was_interrupted_stands_in_the_history(tmp_path: Path, clock: HandClock) -> None:
-    """The operator has two requests, and so has the record: the first without a result, the second with it."""
+    """The operator has received two requests, and the history shows two attempts: the first without a result, the
+    second with one.
+    """
 
     async def never(_: web.Request) -> web.Response:
         await asyncio.sleep(3600)
@@ -86,7 +88,7 @@ async def test_an_attempt_that_was_interrupted_stands_in_the_history(tmp_path: P
             await operator.wait_for(1)
             number = (await b.row()).id
             assert killed.under_way_since(number) == began_at
-            await killed.drain(0)  # as little as a kill does: no result is stored
+            await killed.drain(0)  # ends without storing a result, as a kill does
             clock.advance(3)
             after = Dispatcher(b.db, clock, sender, Random(7), None, Underway(tmp_path / "attempts"))
             after.configure(b.settings, {})

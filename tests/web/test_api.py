@@ -1,4 +1,4 @@
-"""The private side, call by call, against a whole daemon (docs/session-api.md)."""
+"""The private API, call by call, on a whole daemon (docs/session-api.md)."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ FINAL = {"error": 120, "description": "no"}
 
 
 async def ignore(event: object) -> None:
-    """A plug-in that has nothing to do."""
+    """A plug-in hook that does nothing."""
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ async def test_a_session_shows_which_requests_opened_and_closed_it(api: Caller) 
     again = await api("PUT", path, 200, json=OPENING, headers={"X-Request-Id": "gs-2"})
     assert again["openedRequestId"] == "gs-1"
     await api("POST", path + "/close", 200, headers={"X-Request-Id": "gs-3"})
-    await api("POST", path + "/close", 200, headers={"X-Request-Id": "gs-4"})  # it had ended
+    await api("POST", path + "/close", 200, headers={"X-Request-Id": "gs-4"})  # the session had ended before
     shown = await api.session()
     assert (shown["openedRequestId"], shown["closedRequestId"]) == ("gs-1", "gs-3")
 
@@ -375,7 +375,8 @@ async def test_a_session_id_that_is_none_answers_400(
     ],
 )
 async def test_any_id_round_trips_through_path_body_and_answer(api: Caller, session_id: str) -> None:
-    raw = "".join(f"%{byte:02X}" for byte in session_id.encode())  # every byte escaped, also where it need not be
+    # Every byte is escaped, also where that is not needed
+    raw = "".join(f"%{byte:02X}" for byte in session_id.encode())
     path = f"{ACME}/sessions/{raw}"
     assert (await api("PUT", path, 201, json=OPENING))["sessionId"] == session_id
     assert (await api.session(session_id))["sessionId"] == session_id
@@ -388,7 +389,7 @@ async def test_any_id_round_trips_through_path_body_and_answer(api: Caller, sess
 
 @pytest.mark.parametrize("raw", [".", "..", "%2E", "%2e%2E", ".%2e"])
 async def test_an_id_that_a_client_would_resolve_is_not_opened(api: Caller, raw: str) -> None:
-    async with raw_connection(api.daemon.api) as peer:  # byte by byte: a client resolves it
+    async with raw_connection(api.daemon.api) as peer:  # raw bytes, because an HTTP client would resolve the path
         body = json.dumps(OPENING).encode()
         head = f"PUT {ACME}/sessions/{raw} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         await peer.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -612,7 +613,7 @@ async def test_a_filter_that_is_none_answers_400(api: Caller, target: str) -> No
 
 @pytest.fixture
 async def delivered_everywhere(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
-    """Two operators with a URL and a plug-in each; deliveries in every state."""
+    """Two operators, each with a URL and a plug-in, and deliveries in every state."""
     second = CONFIG.format(url=wallet.url).replace(
         "[operators.bravo]",
         '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true\nconcurrency = 1',
@@ -693,7 +694,7 @@ async def test_a_page_ends_at_a_mebibyte_and_goes_on_behind_it(api: Caller) -> N
             break
         after = f"&after={page['next']}"
     assert len(sizes) == 2
-    assert 1024 * 1024 - 6000 < sizes[0] <= 1024 * 1024  # the next item would not have fitted
+    assert 1024 * 1024 - 6000 < sizes[0] <= 1024 * 1024  # one more item would not have fitted
     assert sorted(found) == sorted(names)
 
 
@@ -829,7 +830,7 @@ async def test_retrying_what_can_never_be_sent_answers_409(tmp_path: Path, walle
     toml = CONFIG.format(url=wallet.url).replace("[operators.acme]", '[operators.acme]\naccept = ["v4.01"]')
     async with serving(tmp_path, toml) as daemon:
         api = Caller(daemon)
-        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # without a token
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # it has no token
         async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
             assert (await answer.json())["error"] == 0
         delivery = await api.delivery_of()
@@ -861,7 +862,7 @@ async def test_retrying_all_dead_spaces_them_to_ten_a_second_over_all_calls(
     async def pending() -> list[Any]:
         return await api.walk("/v1/deliveries", 100, state="pending")
 
-    async def first_is_sent() -> bool:  # the others wait for their turn, and the clock stands still
+    async def first_is_sent() -> bool:  # the other retries are paced, and the clock stands still
         return len(await pending()) == 14
 
     await until(first_is_sent)
@@ -876,7 +877,7 @@ async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet
     dead = await api.walk("/v1/deliveries", 100, state="dead")
     retried = [await api("POST", f"/v1/deliveries/{delivery['id']}/retry", 202) for delivery in dead]
     start = millis("2026-09-21T14:13:20.000Z")
-    due = [millis(delivery["nextAttemptAt"]) - start for delivery in retried[1:]]  # the first may be settled
+    due = [millis(delivery["nextAttemptAt"]) - start for delivery in retried[1:]]  # the first may be delivered already
     assert due == [100, 200]
 
 
@@ -936,7 +937,7 @@ async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_eve
             {"since": value}
             for value in (None, 5, "", "yesterday", "2026-01-01", "2026-01-01T00:00:00", "2026-13-01T00:00:00Z")
         ),
-        {"since": "2026-09-21T14:13:20.001Z"},  # ahead of the clock
+        {"since": "2026-09-21T14:13:20.001Z"},  # later than now
         *({"since": value} for value in ("2026-01-01T25:00:00Z", "2026-01-01 00:00:00Z", "0001-01-01T00:00:00+10:00")),
         *({name: "yesterday"} for name in ("until", "endedSince", "endedUntil")),
         {"reason": ""},
@@ -1115,7 +1116,7 @@ async def test_a_breaker_tells_of_the_last_failure_and_what_comes_next(api: Call
     assert shown["lastFailure"]["detail"] == "`error` is 100, internal error, please retry"
     wallet.script = [FINAL]
     assert (await api("POST", ACME + "/probe", 200))["id"] == row["id"]
-    assert (await api.operator())["breaker"] == "closed"  # refused for good is an answer
+    assert (await api.operator())["breaker"] == "closed"  # a final refusal is an answer, so the operator works
 
 
 async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
@@ -1138,7 +1139,7 @@ async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
     await until(opened)
     shown = await api.operator()
     assert 100_000 <= millis(shown["notBefore"]) - millis("2026-09-21T14:13:20.000Z") <= 120_000
-    dies = "the first notice dies at 2026-09-24T14:13:20Z"  # 72 h after its session's end
+    dies = "the first notice dies at 2026-09-24T14:13:20Z"  # its session ended 72 h before that
     assert shown["outlook"] == f"tried again at {shown['notBefore'][:19]}Z; {dies}"
     assert shown["breakerSince"] == shown["failingSince"] == shown["pausedSince"] == "2026-09-21T14:13:20.000Z"
     clock.advance(60)
@@ -1154,7 +1155,7 @@ async def test_the_next_attempt_is_when_it_can_be_tried(
         return aiohttp.web.Response(status=503, headers={"Retry-After": "999999"})
 
     async def everywhere(session_id: str = "s1") -> str | None:
-        """What session, delivery and page say, which is the same."""
+        """The time of the next attempt, which must be the same in the session, in the delivery and in the page."""
         shown = await api.delivery_of(session_id)
         one = await api("GET", f"/v1/deliveries/{shown['id']}", 200)
         (listed,) = [each for each in await api.walk("/v1/deliveries", 100) if each["id"] == shown["id"]]
@@ -1174,13 +1175,13 @@ async def test_the_next_attempt_is_when_it_can_be_tried(
     assert (await scrape(api.daemon))[series] == millis(in_an_hour) / 1000
     await api.open("s2")
     await api.close("s2")
-    assert await everywhere("s2") == in_an_hour  # also of one that was never tried
+    assert await everywhere("s2") == in_an_hour  # this delivery has never been tried
     await api("POST", ACME + "/hold", 200)
     assert await everywhere() is await everywhere("s2") is None
     assert (await api.operator())["notBefore"] is None
     assert (await scrape(api.daemon))[series] == 0
     await api("POST", ACME + "/release", 200)
-    await until(lambda: len(wallet.received) == 2)  # s2 goes out, s1 waits for its schedule
+    await until(lambda: len(wallet.received) == 2)  # s2 is sent, and s1 waits for its schedule
     assert millis("2026-09-21T14:13:24.000Z") <= millis(str(await everywhere())) <= millis("2026-09-21T14:13:26.000Z")
     clock.advance(6)
     api.daemon.dispatcher.wake()
@@ -1205,7 +1206,7 @@ async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller,
     assert (await api.delivery_of("s5"))["nextAttemptAt"] == probe_at
     due = [(await api.delivery_of(f"s{number}"))["nextAttemptAt"] for number in range(5)]
     assert min(due) >= probe_at
-    assert max(due) > probe_at  # the schedule asks for more
+    assert max(due) > probe_at  # the schedule makes some wait longer
 
 
 # -- the rest
@@ -1266,7 +1267,7 @@ async def guarded(tmp_path: Path, clock: HandClock) -> AsyncIterator[Caller]:
 
 
 async def test_a_page_from_elsewhere_can_change_nothing_without_a_token(api: Caller) -> None:
-    """Where no token is asked for."""
+    """In this test the daemon has no token configured. The `Origin` header alone protects it."""
     await api.open()
     own = api.daemon.api
     with hear() as events:

@@ -1,4 +1,4 @@
-"""The console: its files over HTTP, and the page in a real browser (Debian's chromium) before a real daemon."""
+"""The console: its files over HTTP, and the page in a real browser (Debian's chromium) with a real daemon."""
 
 import contextlib
 import gzip
@@ -82,7 +82,7 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
     texts = {name: (gzip.decompress(body) if name.endswith(".gz") else body).decode() for name, body in bodies.items()}
     for name, text in texts.items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", text), name
-        if name not in ("dom.js", "icon.svg"):  # where names of SVG's namespace stand
+        if name not in ("dom.js", "icon.svg"):  # these contain names of XML namespaces, which look like URLs
             assert not re.search(r"https?://", text), name
         assert not re.search(r'(?:href|src|fetch\(|from )\s*=?\s*"/', text), f"{name}: an absolute path"
 
@@ -92,7 +92,7 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
 
 @needs_chromium
 async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: Path) -> None:
-    """And a second tab hears of it."""
+    """A second tab is updated, too."""
     async with down(tmp_path) as d, browser() as page:
         await sign_in(page, d.api + "/console/")
         other = await page.context.new_page()
@@ -128,7 +128,7 @@ async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: 
 
 @needs_chromium
 async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> None:
-    """The number is said before; the command stands beside it."""
+    """The dialog says how many, and shows the same as a command."""
     async with scripted_operator(*[{"error": 999, "description": "never"}] * 6) as wallet:
         async with serving(tmp_path, with_tokens(tmp_path, operator_table("acme", wallet.url))) as d, browser() as page:
             for session in range(6):
@@ -158,7 +158,9 @@ async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> N
 
 @needs_chromium
 async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) -> None:
-    """A selection lasts over pages; a note is asked for; one that is discarded is no longer counted."""
+    """A selection lasts over several pages, the dialog asks for a note, and discarded deliveries no longer count as
+    dead.
+    """
     async with scripted_operator(*[{"error": 999, "description": "never"}] * 60) as wallet:
         async with serving(tmp_path, with_tokens(tmp_path, operator_table("acme", wallet.url))) as d, browser() as page:
             for session in range(60):
@@ -173,7 +175,7 @@ async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) ->
             await expect(page.get_by_text("11 selected, on all pages")).to_be_visible()
             await page.get_by_role("button", name="Discard selected").click()
             await page.get_by_role("dialog").get_by_role("button", name="Discard 11").click()
-            assert d.store.figures_of("acme").dead == 60  # the field for the note is empty, and required
+            assert d.store.figures_of("acme").dead == 60  # the field for the note is empty, and it is required
             await page.get_by_label("Why").fill("a test's")
             await expect(page.get_by_role("dialog").locator("pre")).to_contain_text("--note 'a test'\\''s'")
             await page.get_by_role("dialog").get_by_role("button", name="Discard 11").click()
@@ -193,7 +195,9 @@ async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) ->
 
 @needs_chromium
 async def test_an_operator_is_tried_by_a_notice_and_by_the_checks(tmp_path: Path) -> None:
-    """While it is held: what is tried is no delivery. The results stay while other views are looked at."""
+    """Trying works while the operator is held, because it is no delivery. The results stay while the user looks at
+    other views.
+    """
     async with served(Endpoint("HTML at malformed JSON", SHIPPED["v4.01"])) as endpoint:
         url = {"provider_id": "luckymonaco", "dialect": "v4.01", "accept": ["v4.01"]}
         toml = with_tokens(tmp_path, operator_table("acme", endpoint.url, **url))
@@ -320,7 +324,9 @@ async def test_the_page_behind_a_prefix_tells_that_the_daemon_has_gone(tmp_path:
 
 
 async def violations(page: "Page", **wanted: Any) -> list[tuple[str, list[str]]]:
-    """By axe-core, of WCAG A and AA unless it is told what is wanted: the rule, and the elements."""
+    """What axe-core finds wrong, by the rules of WCAG A and AA unless others are wanted: each rule with its
+    elements.
+    """
     if not await page.evaluate("'axe' in window"):
         await page.evaluate(importlib.resources.files("axe_core_python").joinpath("axe.min.js").read_text())
     options = wanted or {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
@@ -330,9 +336,10 @@ async def violations(page: "Page", **wanted: Any) -> list[tuple[str, list[str]]]
 
 @needs_chromium
 async def test_axe_finds_nothing_in_any_view(tmp_path: Path) -> None:
-    """Rules of WCAG A and AA. Dark differs in colours alone, so of its views the contrast is looked at.
+    """Checked are the rules of WCAG A and AA. The dark scheme differs only in colours, so it is checked for contrast
+    only.
 
-    With SCREENSHOTS=DIRECTORY each view is also kept as a picture, light and dark, wide and narrow.
+    With SCREENSHOTS=DIRECTORY, a picture of each view is kept, light and dark, wide and narrow.
     """
     pictures = os.environ.get("SCREENSHOTS")
     async with down(tmp_path) as d, browser(color_scheme="light") as page:
@@ -360,11 +367,11 @@ async def test_axe_finds_nothing_in_any_view(tmp_path: Path) -> None:
                 await page.get_by_role("button", name="Cancel").click()
 
 
-DARK = "rgb(20, 23, 26)"  # of style.css
+DARK = "rgb(20, 23, 26)"  # the background in style.css
 
 
 async def kept(page: "Page", path: str) -> None:
-    """The page as pictures, `{}` in their path being the colour scheme."""
+    """Keeps pictures of the page. `{}` in the path stands for the colour scheme."""
     for scheme in ("dark", "light"):
         await page.emulate_media(color_scheme=scheme)
         await page.screenshot(path=path.format(scheme) + ".png", full_page=True)

@@ -1,4 +1,4 @@
-"""The console where it is easily broken: other sites' pages, many rows, small and enlarged windows."""
+"""The console in difficult situations: pages of other sites, very many rows, small and enlarged windows."""
 
 import asyncio
 import contextlib
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 MANY = 100_000 if DEEP else 20_000
 AT_ONCE = 10_000  # sessions opened by one call
-DRAWN_MAX = 3000  # elements of a page, whatever the daemon has
+DRAWN_MAX = 3000  # HTML elements of a page, however many rows the daemon has
 
 
 @contextlib.asynccontextmanager
 async def evil_site(target: str) -> AsyncIterator[str]:
-    """A page of another site that has the browser hold an operator of the daemon: by script, and by a form."""
+    """Serves a page of another site that makes the browser call `target`, once by script and once by a form."""
     page = f"""<!doctype html><title>evil</title>
 <form id=f method=post action="{target}" enctype="text/plain" target=frame><input name='{{"note":"' value='"}}'></form>
 <iframe name=frame></iframe>
@@ -47,7 +47,7 @@ async def evil_site(target: str) -> AsyncIterator[str]:
 @needs_chromium
 @pytest.mark.parametrize("tokens", [False, True])
 async def test_a_page_of_another_site_changes_nothing(tmp_path: Path, *, tokens: bool) -> None:
-    """Beside an open console, in the same browser, with a token and on a loopback address without one."""
+    """The page is open beside the console, in the same browser. With a token, and without one on a loopback address."""
     toml = with_tokens(tmp_path) if tokens else LISTEN
     async with serving(tmp_path, toml + operator_table("acme", "http://127.0.0.1:1/")) as d, browser() as page:
         if tokens:
@@ -74,7 +74,7 @@ async def test_the_console_cannot_be_framed_nor_reached_by_another_name(tmp_path
 
 
 async def test_no_get_changes_anything(tmp_path: Path) -> None:
-    """Neither rows nor gates: the tables are the same after every GET that there is."""
+    """After every GET of the API, the tables of sessions, deliveries and operators are unchanged."""
 
     def tables() -> dict[str, list[tuple[object, ...]]]:
         with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3")) as sql:
@@ -101,7 +101,9 @@ async def test_no_get_changes_anything(tmp_path: Path) -> None:
 @needs_chromium
 @pytest.mark.timeout(900)
 async def test_a_thousand_operators_and_many_deliveries_stay_light(tmp_path: Path) -> None:
-    """What is drawn and asked for is bounded, also while they end: at most one refresh a second."""
+    """However many there are, the page draws and requests a limited amount. While sessions end, it refreshes at most
+    once a second.
+    """
     operators = "".join(f'[operators.op{one:04}]\nprovider_id = "p{one}"\nendpoint = ""\n' for one in range(999))
     toml = LISTEN + '[sessions]\nrestart_grace = "0s"\n' + operator_table("acme", "http://127.0.0.1:1/") + operators
     async with serving(tmp_path, toml) as d, browser() as page:
@@ -122,9 +124,10 @@ async def test_a_thousand_operators_and_many_deliveries_stay_light(tmp_path: Pat
         await until(lambda: d.store.figures_of("acme").pending == MANY, 120)
         took_s = asyncio.get_running_loop().time() - began
         refreshes = asked[asked_before:].count("/v1/operators")
-        assert refreshes <= took_s + 2  # one a second, and one that was under way at each end
+        assert refreshes <= took_s + 2  # one refresh a second, and one under way at the beginning and at the end
         await expect(page.locator("header").get_by_text(f"{MANY:,} pending")).to_be_visible(timeout=60_000)
-        await expect(page.get_by_text("The daemon answers again.")).to_have_count(0)  # it never seemed to have gone
+        # The page never took the daemon for unreachable
+        await expect(page.get_by_text("The daemon answers again.")).to_have_count(0)
         for view, rows in (("overview", 50), ("operator/acme", 10), ("deliveries?operator=acme", 50), ("events", 100)):
             await page.evaluate("hash => { location.hash = hash }", "#/" + view)
             await expect(page.get_by_text("Loading …")).to_have_count(0, timeout=60_000)
@@ -138,7 +141,7 @@ def path_of(request: "Request") -> str:
     return "/" + request.url.split("/", 3)[3].partition("?")[0]
 
 
-# At 200 % a window of 1280 has 640 pixels; 320 is what WCAG 1.4.10 asks for (400 %)
+# CSS pixels: a window of 1280 at 200 % has 640; at 320 (400 %), WCAG 1.4.10 asks for no sideways scrolling
 WIDTHS = (640, 400, 320)
 
 

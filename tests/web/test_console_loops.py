@@ -1,4 +1,4 @@
-"""The console over TLS, and while its daemon is restarted, on both loops."""
+"""The console over TLS and while its daemon restarts, on both event loops."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from support import LISTEN, operator_table, scripted_operator, serving
 
 @needs_chromium
 async def test_over_https_the_page_works_and_leaves_no_cookie(tmp_path: Path) -> None:
-    """The token is kept in the tab alone: nothing that another page could make the browser send."""
+    """The token is kept in the tab alone, where no page of another site can make the browser send it."""
     make(tmp_path, "own", make(tmp_path, "ca", authority=True))
     toml = with_tokens(tmp_path, 'tls_cert_file = "own.crt"\ntls_key_file = "own.key"\n')
     async with scripted_operator() as wallet, serving(tmp_path, toml + operator_table("acme", wallet.url)) as d:
@@ -26,7 +26,7 @@ async def test_over_https_the_page_works_and_leaves_no_cookie(tmp_path: Path) ->
             assert TOKEN not in page.url
             other = await page.context.new_page()
             await other.goto(url)
-            await expect(other.get_by_label("Token")).to_be_visible()  # another tab has no token
+            await expect(other.get_by_label("Token")).to_be_visible()  # another tab has not got the token
             await page.get_by_role("button", name="Forget token").click()
             await expect(page.get_by_label("Token")).to_be_visible()
             assert await page.evaluate("sessionStorage.length") == 0
@@ -34,7 +34,9 @@ async def test_over_https_the_page_works_and_leaves_no_cookie(tmp_path: Path) ->
 
 @needs_chromium
 async def test_an_open_page_outlives_a_restart_of_the_daemon(tmp_path: Path) -> None:
-    """It says since when the daemon has gone, keeps what it had, and goes on with what happened meanwhile."""
+    """The page says since when the daemon has been unreachable, keeps what it showed, and then shows what has happened
+    in the meantime.
+    """
     ports = free_ports(2)
     listen = LISTEN.replace("127.0.0.1:0", f"127.0.0.1:{ports[0]}", 1).replace("127.0.0.1:0", f"127.0.0.1:{ports[1]}")
     async with scripted_operator() as wallet, browser() as page:

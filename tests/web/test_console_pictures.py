@@ -1,6 +1,7 @@
-"""The pages of docs/console.md: an evening on call, and what somebody who has never seen the page can tell from it.
+"""The console's pages in docs/console.md: an evening with several faults, and what a first-time reader can learn from
+the page.
 
-With PICTURES=DIRECTORY they are kept (`make screenshots` writes those of the documents).
+With PICTURES=DIRECTORY, the pictures are kept (`make screenshots` renews those of the documents).
 """
 
 import os
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
 AGO_MS = 42 * 60_000
 DOCUMENTS = Path(__file__).parents[2] / "docs"
-LONGEST = 860  # pixels of height that a picture shows
+LONGEST = 860  # the height of the pictures, in pixels
 
-# The texts are the same in each of them
+# Colour scheme and width. All show the same texts, so one is enough for `make test`
 SHOWN = [("light", 800), ("dark", 800), ("light", 400)][: None if DEEP or "PICTURES" in os.environ else 1]
 
 
 class Behind(Clock):
-    """A wall clock that is behind until it is set right, so that things seem to have happened a while ago."""
+    """A wall clock that is behind until the test sets `behind_ms` to 0, so that events seem to have happened a while
+    ago.
+    """
 
     behind_ms = AGO_MS
 
@@ -38,7 +41,7 @@ class Behind(Clock):
 
 
 class Wallet:
-    """What an operator answers to everything until it is changed."""
+    """An operator that answers every request alike until the test changes the answer."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -49,7 +52,9 @@ class Wallet:
 
 @asynccontextmanager
 async def evening(directory: Path) -> AsyncIterator[Serving]:
-    """acme is down and has a backlog, bravo is held by anna, charlie has refused three, delta is well."""
+    """A daemon with four operators: acme is down and has a backlog, bravo is held by anna, charlie has refused three
+    notices, delta works.
+    """
     from aiohttp import web
 
     def moved() -> web.Response:
@@ -78,7 +83,7 @@ async def evening(directory: Path) -> AsyncIterator[Serving]:
 
 
 async def picture(page: "Page", name: str, *, whole: bool = True) -> None:
-    """Keeps the page, down to where it ends, or what is seen of it."""
+    """Keeps a picture of the page: the whole page down to LONGEST, or what is visible in the window."""
     directory = os.environ.get("PICTURES")
     if directory:
         width, height = await page.evaluate("[innerWidth, document.body.scrollHeight]")
@@ -89,7 +94,9 @@ async def picture(page: "Page", name: str, *, whole: bool = True) -> None:
 @needs_chromium
 @pytest.mark.parametrize(("scheme", "width"), SHOWN)
 async def test_who_has_never_seen_the_page_can_tell_what_is_wrong(tmp_path: Path, scheme: str, width: int) -> None:
-    """What, since when, what happens by itself, and what could be done: on the first page and one link from it."""
+    """What is wrong, since when, what happens by itself and what can be done stands on the first page or one link from
+    it.
+    """
     size = {"width": width, "height": LONGEST}
     async with evening(tmp_path) as d, browser(color_scheme=scheme, viewport=size) as page:
         suffix = ("" if scheme == "light" else "-dark") + ("" if width == 800 else f"-{width}")
@@ -136,7 +143,7 @@ async def test_who_has_never_seen_the_page_can_tell_what_is_wrong(tmp_path: Path
 
 
 def test_the_pictures_of_the_documents_are_there_and_small() -> None:
-    """`make screenshots` writes them."""
+    """`make screenshots` makes the pictures."""
     text = (DOCUMENTS / "console.md").read_text()
     shown = {path.name for path in (DOCUMENTS / "console").glob("*.png")}
     assert shown

@@ -1,7 +1,9 @@
-"""Doors tried from outside: broken and ambiguous HTTP on raw sockets, against a whole daemon, and real mutual TLS.
+"""The listeners attacked from outside: broken and ambiguous HTTP over raw sockets to a whole daemon, and real mutual
+TLS.
 
-A request that two readers may cut differently must be answered once and end the connection: what is behind it may be
-somebody else's request to a proxy in front, or the sender's second one to us (request smuggling, RFC 9112 §11.2).
+An ambiguous request is one whose end two readers may see in different places. It must be answered once, and the
+connection must then be closed. What follows it may be another client's request to a proxy in front of the daemon, or a
+second request to the daemon (request smuggling, RFC 9112 §11.2).
 """
 
 import asyncio
@@ -77,7 +79,7 @@ AMBIGUOUS = {
 
 
 async def answers(url: str, sent: bytes) -> list[int]:
-    """The statuses of all answers to these bytes, once the daemon has closed the connection."""
+    """The statuses of all answers to these bytes, read until the daemon closes the connection."""
     received = b""
     async with raw_connection(url) as peer:
         with contextlib.suppress(ConnectionError):
@@ -88,7 +90,9 @@ async def answers(url: str, sent: bytes) -> list[int]:
 
 @contextlib.contextmanager
 def impatience(daemon: Serving) -> Iterator[None]:
-    """What never comes to its end is cut soon. Only for what need not be answered: a busy machine is slow to ask."""
+    """Shortens the daemon's time-outs, so that requests that never end are cut soon. Only for requests that need no
+    answer: on a busy machine, a good request may be slower than that.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http, "BODY_TIMEOUT_S", 0.2)
         patch.setattr(daemon.bounds, "limits", Limits(head_s=0.2, patrol_s=0.2))
@@ -101,7 +105,7 @@ def impatience(daemon: Serving) -> Iterator[None]:
 async def test_an_ambiguous_request_is_answered_once_and_ends_the_connection(
     tmp_path: Path, side: str, subtests: pytest.Subtests
 ) -> None:
-    """One that can be read in two ways."""
+    """The end of each of these requests can be seen in more than one place."""
     async with serving(tmp_path, CONFIG) as daemon:
         for name, request in AMBIGUOUS.items():
             with subtests.test(name):
@@ -114,7 +118,7 @@ async def test_an_ambiguous_request_is_answered_once_and_ends_the_connection(
 
 
 async def test_requests_that_can_be_read_in_one_way_only_are_all_answered(tmp_path: Path) -> None:
-    """The counter-test: what follows a sound request on the same connection is one."""
+    """The opposite case: after an unambiguous request, the next request on the connection is answered."""
     body = POST + b"Content-Length: %d\r\n\r\n%b" % (len(NOTICE), NOTICE)
     parts = b"%x\r\n%b\r\n0\r\n\r\n" % (len(NOTICE), NOTICE)
     async with serving(tmp_path, CONFIG) as daemon:
@@ -155,7 +159,7 @@ async def fuzzed(directory: Path) -> AsyncIterator[Serving]:
         await until(lambda: not any(site.connections for site in sites.values()))
         await until(
             lambda: (bounds.strangers.used, bounds.known.used) == (0, 0)
-        )  # nothing is counted twice, or for ever
+        )  # no byte is counted twice or for ever
 
 
 def test_no_bytes_bring_about_an_internal_error_or_stop_the_daemon(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The public endpoint over real HTTP against a whole daemon: every dialect, every code, every status, every gap."""
+"""The public endpoint over real HTTP on a whole daemon: every dialect, every code, every status, every point that the
+provider's page leaves open.
+"""
 
 import asyncio
 import gzip
@@ -54,14 +56,16 @@ def short_busy_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_lock(directory: Path) -> closing[sqlite3.Connection]:
-    """Another program in the middle of a write transaction on the daemon's file, until it is closed."""
+    """Another program that is in the middle of a write transaction on the daemon's file, until the connection is
+    closed.
+    """
     connection = sqlite3.connect(directory / "lmdaemon.sqlite3", isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     return closing(connection)
 
 
 class TestDialects:
-    """Each dialect with each answer it can give by itself; plug-ins give the others, see test_plugins."""
+    """Each dialect with every code that the daemon itself can answer. For the codes of plug-ins see test_plugins."""
 
     @EVERY
     async def test_a_notice_is_answered_zero_and_ends_the_session(self, tmp_path: Path, name: str) -> None:
@@ -152,7 +156,9 @@ class TestDialects:
 
     @WITH_HASH
     async def test_a_captured_hash_passes_for_no_other_fields(self, tmp_path: Path, name: str) -> None:
-        """The hash joins fields and does not say where one ends: what reads the same must not be taken for another."""
+        """The hash is computed over the joined fields without marks between them. Other fields that join to the same
+        text must be refused.
+        """
         wire = WIRES[name]
         session, token, provider, player = (
             wire.names[meaning] for meaning in ("session", "token", "provider", "player")
@@ -164,7 +170,8 @@ class TestDialects:
         assert text.count("=") == 4
         good = hashlib.md5(text.encode()).hexdigest()
         moved = dict(fields)
-        before = names[names.index(token) - 1]  # its value swallows the token, which is not sent
+        # This field's value now contains the token, and the token field is not sent
+        before = names[names.index(token) - 1]
         moved[before] = f"{fields[before]}&{token}={moved.pop(token)}"
         async with serving(tmp_path, operator(name)) as s:
             for forged in (moved, {provider: "luckymonaco", player: f"p&{session}=V", session: "V", token: "x"}):
@@ -313,7 +320,8 @@ class TestStatuses:
             (["192.0.2.7:5555"], 200),
             (["::ffff:192.0.2.7"], 200),
             (["203.0.113.9, 192.0.2.7"], 200),
-            (["192.0.2.7, 203.0.113.9"], 403),  # what is to the left of the right-most untrusted address is hearsay
+            # Only the right-most address that is not trusted counts; what is left of it could be invented by the client
+            (["192.0.2.7, 203.0.113.9"], 403),
             (["192.0.2.7, 10.0.0.1"], 200),
             (["192.0.2.7, 203.0.113.9, 10.0.0.1"], 403),
             (["203.0.113.9", "192.0.2.7"], 200),
@@ -368,7 +376,7 @@ class TestStatuses:
         assert (status, json.loads(body)["error"], dict(headers)["Content-Type"]) == (404, 7, JSON)
 
     async def test_who_is_refused_after_the_body_was_read_is_logged_with_address(self, tmp_path: Path) -> None:
-        """Whose operator only the body tells."""
+        """Only the body says to which operator the notice goes."""
         toml = operator() + operator(name="other", provider_id="other", allow_from=["192.0.2.0/24"])
         with hear() as events:
             async with serving(tmp_path, toml) as s:
@@ -709,7 +717,7 @@ class TestBodies:
 
 
 def with_value(field: str, written: str) -> bytes:
-    """A v4 notice with one value written by hand."""
+    """A v4 notice in which the value of one field is the given JSON text."""
     fields = {name: json.dumps(value) for name, value in V4_WIRE.fields().items()} | {field: written}
     return ("{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}").encode()
 
@@ -731,7 +739,7 @@ class TestLenience:
             ("/V4/SessionExpired?next=//elsewhere", 200),
             ("//V4/SessionExpired?a=//b", 200),
             ("http://casino.example//V4/SessionExpired", 200),
-            ("/V4/%2FSessionExpired", 404),  # an escaped slash is none
+            ("/V4/%2FSessionExpired", 404),  # an escaped slash does not count as a slash
             ("/%2FV4/SessionExpired", 404),
             ("//x/V4/SessionExpired", 404),
         ],
@@ -767,7 +775,7 @@ class TestLenience:
             assert json.loads(kept) == extra
 
     async def test_what_is_kept_of_extra_fields_is_bounded(self, tmp_path: Path) -> None:
-        """The log says what was left out."""
+        """The log says which fields were left out."""
         with hear() as events:
             async with serving(tmp_path, operator()) as s:
                 assert (await notify(s, extra={"game": "g", "pad": "x" * 15_000, "table": 7})).json == SUCCESS
@@ -779,7 +787,8 @@ class TestLenience:
 
     async def test_a_secret_in_a_field_unknown_to_the_dialect_is_in_no_file(self, tmp_path: Path) -> None:
         extra = {"token": "s3cret-1", "key": "s3cret-2", "deep": {"Password": "s3cret-3"}, "sum": "s3cret-4"}
-        toml = operator("v4.01") + operator("old", name="other", provider_id="other")  # which calls its hash "sum"
+        # The dialect `old` calls its hash "sum"
+        toml = operator("v4.01") + operator("old", name="other", provider_id="other")
         async with serving(tmp_path, toml) as s:
             assert (await notify(s, WIRES["v4.01"], extra=extra)).json == SUCCESS
             assert query(tmp_path, "SELECT extra FROM session") == [('{"deep":{}}',)]
@@ -796,7 +805,7 @@ class TestLenience:
 
 
 class TestQuota:
-    """`unknown_per_minute`: notices of sessions never seen before."""
+    """`unknown_per_minute` limits notices of sessions that the daemon has never seen."""
 
     @pytest.mark.parametrize("name", ["v4", "v4.01", "pragmatic"])
     async def test_one_too_many_is_told_to_retry_and_leaves_nothing(
@@ -923,7 +932,7 @@ class TestOneEnd:
         monkeypatch.syspath_prepend(tmp_path)
         toml = operator() + '[plugins.x]\nuse = "hook_repeat:hook"\n'
         answers = []
-        for _ in range(2):  # a restart forgets nothing
+        for _ in range(2):  # also after a restart
             async with serving(tmp_path, toml) as s:
                 answers += [await notify(s) for _ in range(3)]
                 await until(lambda: s.store.figures["acme"].pending == 0)
@@ -1070,7 +1079,7 @@ class TestRawHttp:
             answer = await raw.answer()
             assert (answer.status, json.loads(answer.body)["error"]) == (408, 7)
             assert answer.headers["connection"] == "close"
-            await raw.send(whole[-10:])  # too late: nothing of it counts
+            await raw.send(whole[-10:])  # too late: these bytes change nothing
             assert await raw.rest() == b""
             assert sessions(tmp_path) == []
             assert (await notify(s)).json == SUCCESS
@@ -1114,7 +1123,7 @@ class TestRawHttp:
             assert (await notify(s)).json == SUCCESS
 
 
-# A notice with every field right, wrong or absent, so that some are taken and most are not.
+# Bodies in which every field is right, wrong or absent. Some are accepted, and most are not.
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -1159,7 +1168,7 @@ async def everything(tmp_path: Path) -> AsyncIterator[Serving]:
 
 
 class TestRandomBodies:
-    """Whatever comes is answered, never with a 5xx, and nothing is stored that was not answered 0."""
+    """Every body gets an answer that is no 5xx, and nothing is stored unless the answer was 0."""
 
     @settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
     @given(body=JSON_BODIES)

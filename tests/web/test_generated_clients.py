@@ -1,8 +1,8 @@
-"""Clients that others generate from the OpenAPI document: three generators take it, two linters find nothing wrong with
-it, and one of the clients speaks to a running daemon.
+"""Clients that are generated from the OpenAPI document. Three generators accept the document, two linters find no fault
+in it, and one generated client calls a running daemon.
 
-`make clients` runs these tests. Their tools are installed once into build/clients, from PyPI and npm; where they cannot
-be had, the tests are skipped and say so.
+`make clients` runs these tests. Their tools are installed once into build/clients, from PyPI and npm. If they cannot be
+installed, the tests are skipped with the reason.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ SETTINGS = {"open": OPERATORS, "tokens": '[api]\ntoken_file = "token"\n' + OPERA
 
 @pytest.fixture(scope="module")
 def generators() -> Path:
-    """The directory with the programs of the Python generators, and of a Python that has them."""
+    """The directory with the programs of the Python generators, and a Python in which they are installed."""
     home = TOOLS / f"python{sys.version_info.major}.{sys.version_info.minor}"
     pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install(
@@ -69,7 +69,7 @@ def document(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def run(directory: Path, *command: str | Path) -> str:
-    """What a program of these says, which must succeed."""
+    """The output of one of these programs, which must succeed."""
     environment = os.environ | {
         "REDOCLY_TELEMETRY": "off",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -88,12 +88,15 @@ def run(directory: Path, *command: str | Path) -> str:
 
 
 def has_endpoints(document: Path) -> bool:
-    """What notices are answered with stands in the document also while no endpoint is configured: unused, then."""
+    """Whether the document has a notice endpoint. The schemas of answers to notices are in it in any case, and unused
+    without an endpoint.
+    """
     return "/V4/SessionExpired" in document.read_text()
 
 
 def test_redocly_finds_nothing_wrong(document: Path, node: Path) -> None:
-    skipped = ["info-license", *(() if has_endpoints(document) else ("no-unused-components",))]  # there is no licence
+    # The project states no licence
+    skipped = ["info-license", *(() if has_endpoints(document) else ("no-unused-components",))]
     options = [option for rule in skipped for option in ("--skip-rule", rule)]
     said = run(document.parent, node / "redocly", "lint", *options, document.name)
     assert "Your API description is valid" in said

@@ -1,4 +1,6 @@
-"""Requests served past most of the framework, and through it: nobody outside can tell which way one went."""
+"""Plain requests served by `hot` (past most of aiohttp) and by aiohttp ("ordinary"): no client can tell which of the
+two has answered.
+"""
 
 import asyncio
 import contextlib
@@ -69,8 +71,8 @@ def posted(body: bytes, *headers: str, content: str = JSON) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """What is sent on a connection of its own, in pieces that arrive one by one. `plain`: how many of the requests are
-    served past the framework, where that is there.
+    """Requests on one connection, sent in pieces that arrive one by one. `plain` says how many of them `hot` serves,
+    where it is in use.
     """
 
     name: str
@@ -82,7 +84,7 @@ class Case:
 PLAYER = {"playerId": "p", "token": "t"}
 IDLE = PLAYER | {"idleTimeoutSeconds": 90, "attributes": {"table": 7}}
 API = [
-    # name, what is sent, how many are plain; in this order
+    # name, what is sent, how many requests `hot` serves; the cases run in this order
     ("opened", [api("PUT", "acme/sessions/s", IDLE)], 1),
     ("opened again", [api("PUT", "acme/sessions/s", IDLE)], 1),
     ("opened otherwise", [api("PUT", "acme/sessions/s", PLAYER | {"playerId": "q"})], 1),
@@ -214,12 +216,12 @@ SERVER = [
 ]
 CASES = [Case(name, "api", tuple(pieces), plain) for name, pieces, plain in API]
 CASES += [Case(name, "server", tuple(pieces), plain) for name, pieces, plain in SERVER]
-# What is measured, and differs from run to run
+# Metrics that are measured and differ from run to run
 MEASURED = re.compile(r"process_|python_|lmdaemon_log_|lmdaemon_\w*(seconds|bytes|commit|batch|loop|build)")
 
 
 class Seen:
-    """What a daemon's connections are seen to do: bytes that have arrived, and requests taken past the framework."""
+    """Watches a daemon's connections: the bytes that have arrived, and the requests that `hot` has taken."""
 
     def __init__(self) -> None:
         self.arrived = 0
@@ -245,14 +247,14 @@ class Seen:
 
 
 def is_waiting(connection: Any) -> bool:
-    """For its client: all that has come is answered, or is the beginning of something."""
+    """Whether the connection waits for its client: all requests that have come whole are answered."""
     answered: bool = connection._answered >= connection._request_count
     return answered or not connection._arrival.body.is_eof()
 
 
 @dataclass
 class Tried:
-    """A daemon, and what its connections are seen to do."""
+    """A daemon, and what is seen of its connections."""
 
     daemon: Serving
     seen: Seen
@@ -262,7 +264,9 @@ class Tried:
         return [one for site in self.daemon.sites.values() for one in site._open]
 
     async def answers(self, case: Case) -> bytes:
-        """All that is answered on a connection, without the time of day. The last request is one that closes it."""
+        """All bytes that are answered on a connection, without dates. The last request of the case closes the
+        connection.
+        """
         received = b""
         async with self.connected(getattr(self.daemon, case.side)) as peer, asyncio.timeout(20):
             with contextlib.suppress(ConnectionError):
@@ -279,8 +283,8 @@ class Tried:
 
     @contextlib.asynccontextmanager
     async def connected(self, url: str) -> AsyncIterator[RawConnection]:
-        """A connection on which a request is waited for: on uvloop and Python 3.11 the first may come sooner, and is
-        then served by the framework.
+        """A connection that already waits for its first request. Otherwise, on uvloop with Python 3.11, the first
+        request may come sooner, and aiohttp would serve it.
         """
         before = set(self.connections)
         async with raw_connection(url) as peer:
@@ -288,7 +292,7 @@ class Tried:
             yield peer
 
     async def send(self, peer: RawConnection, piece: bytes) -> None:
-        """Until it has arrived, in one piece if it is small."""
+        """Sends bytes and waits until they have arrived; few bytes arrive in one piece."""
         expected = self.seen.arrived + len(piece)
         await peer.send(piece)
         await until(lambda: self.seen.arrived >= expected or not self.connections)
@@ -308,7 +312,7 @@ async def trying(way: str, directory: Path, database: str = "") -> AsyncIterator
             yield Tried(daemon, seen)
 
 
-# What is measured, and differs from run to run
+# Metrics that are measured and differ from run to run
 MEASURED = re.compile(r"process_|python_|lmdaemon_log_|lmdaemon_\w*(seconds|bytes|commit|batch|loop|build)")
 
 
@@ -323,7 +327,7 @@ def postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def database_for(way: str, url: str) -> Iterator[str]:
-    """A database of its own, for the configuration. Its server's clock stands still, as that of the daemon does."""
+    """A new database for the configuration. The server's clock stands still there, as the daemon's does."""
     name = f"lmdaemon_{way}_{os.getpid()}"
     own = f"{url.rpartition('/')[0]}/{name}"
     with psycopg.connect(url, autocommit=True) as sql:
@@ -340,7 +344,9 @@ def database_for(way: str, url: str) -> Iterator[str]:
 async def test_every_case_is_answered_logged_and_counted_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, engine: str
 ) -> None:
-    """Byte for byte, whatever the store; and what may be served past the framework is, where that is there."""
+    """Answers are equal byte for byte, on both databases. Where `hot` is in use, it serves all requests that it may
+    serve.
+    """
     url = request.getfixturevalue("postgres") if engine == "postgres" else ""
     monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
     found: dict[str, Any] = {}
@@ -353,7 +359,8 @@ async def test_every_case_is_answered_logged_and_counted_alike(
                     key = (case.side, case.name)
                     before, tried.seen.plain = len(events), 0
                     answers[key], plain[key] = await tried.answers(case), tried.seen.plain
-                    told = [event for event in events[before:] if not event.name.startswith("daemon.")]  # of no request
+                    # Lines of the daemon belong to no request
+                    told = [event for event in events[before:] if not event.name.startswith("daemon.")]
                     lines[key] = [(event.name, event.facts, event.level) for event in told]
                 counts = await scrape(tried.daemon)
                 statement = "SELECT operator, session_id, player_id, reason, seen_ms FROM session ORDER BY id"
@@ -374,7 +381,7 @@ EACH_WAY = pytest.mark.parametrize("on", WAYS)
 
 @contextlib.contextmanager
 def commits_held(tried: Tried) -> Iterator[asyncio.Event]:
-    """Nothing is committed until the event is set."""
+    """A context in which nothing is committed until the event is set."""
     store: Any = tried.daemon.store
     writer, go = store._writer, asyncio.Event()
     write = writer._write
@@ -390,7 +397,7 @@ def commits_held(tried: Tried) -> Iterator[asyncio.Event]:
 
 @contextlib.asynccontextmanager
 async def under_way(tried: Tried, piece: bytes) -> AsyncIterator[tuple[RawConnection, asyncio.Event]]:
-    """A connection on which that was sent, and waits for its commit until the event is set."""
+    """A connection on which these bytes were sent and whose request waits for its commit until the event is set."""
     with commits_held(tried) as go:
         async with tried.connected(tried.daemon.api) as peer:
             await tried.send(peer, piece)
@@ -427,7 +434,7 @@ async def test_what_arrives_meanwhile_is_answered_after_it_in_order(tmp_path: Pa
             await peer.send(TOUCH)
             assert (await peer.answer()).status == 204
         await nothing_is_held(tried)
-    assert tried.seen.plain == (3 if on == "hot" else 0)  # the opening, the first touch and the last
+    assert tried.seen.plain == (3 if on == "hot" else 0)  # the opening, the first touch and the last touch
 
 
 @EACH_WAY
@@ -449,7 +456,7 @@ async def test_what_was_begun_is_stored_when_the_connection_is_lost(tmp_path: Pa
 
 @EACH_WAY
 async def test_a_client_that_has_nothing_more_to_say_is_treated_alike(tmp_path: Path, on: str) -> None:
-    """Who closes its side before the answer gets none, and what it asked for is stored."""
+    """A client that closes its side before the answer gets none. What it asked for is stored."""
     async with trying(on, tmp_path / "d") as tried:
         async with under_way(tried, OPEN) as (peer, go):
             peer.writer.write_eof()
@@ -481,15 +488,16 @@ async def test_a_connection_is_kept_as_long_as_after_any_other_request(tmp_path:
         tried.daemon.sites["api"].keepalive_s = 0.3
         async with under_way(tried, TOUCH) as (peer, go):
             (connection,) = tried.connections
-            await until(lambda: connection._keepalive_handle is None)  # it has passed, and nothing was closed for it
+            # The time has passed, and the connection was not closed
+            await until(lambda: connection._keepalive_handle is None)
             go.set()
             assert (await peer.answer()).status == 204
-            assert await peer.rest() == b""  # closed by now, for nothing more was asked
+            assert await peer.rest() == b""  # closed in the meantime, because no further request came
         await nothing_is_held(tried)
 
 
 async def test_who_does_not_take_its_answers_is_served_by_the_framework(tmp_path: Path) -> None:
-    """Which knows how long to wait for it."""
+    """aiohttp's way limits how long a client may take to read its answers."""
     async with trying("hot", tmp_path / "d") as tried:
         await opened(tried)
         async with tried.connected(tried.daemon.api) as peer:
@@ -530,7 +538,9 @@ SOME = [
 
 
 def test_requests_are_answered_alike_wherever_they_are_cut(tmp_path: Path) -> None:
-    """Several in a row, in pieces cut at random, against the same in one piece through the framework."""
+    """Compares several requests in a row, cut at random places and served by `hot`, with the same requests in one
+    piece, served by aiohttp.
+    """
     with asyncio.Runner() as runner:
         stack = contextlib.AsyncExitStack()
         ordinary = runner.run(stack.enter_async_context(trying("ordinary", tmp_path / "ordinary")))
@@ -560,7 +570,7 @@ def test_requests_are_answered_alike_wherever_they_are_cut(tmp_path: Path) -> No
 
         try:
             alike()
-            assert tried.seen.plain  # how many is chance
+            assert tried.seen.plain  # how many `hot` has served depends on the cuts
         finally:
             runner.run(stack.aclose())
 
@@ -569,7 +579,9 @@ def test_requests_are_answered_alike_wherever_they_are_cut(tmp_path: Path) -> No
 
 
 async def is_served(directory: Path) -> tuple[type, list[Any]]:
-    """What serves the connections of a daemon that is started now, and what it logs of it."""
+    """The class that serves the connections of a daemon started now, and the reasons that the daemon logs for not using
+    `hot`.
+    """
     with hear() as events:
         async with serving(directory, operator()) as daemon, raw_connection(daemon.api) as peer:
             await peer.send(request("GET", "/health"))
@@ -579,7 +591,9 @@ async def is_served(directory: Path) -> tuple[type, list[Any]]:
 
 
 async def test_it_fits_the_aiohttp_that_is_installed(tmp_path: Path) -> None:
-    """It relies on these parts of aiohttp's connection and parser: where an upgrade fails here, `hot` has to follow."""
+    """`hot` uses these internals of aiohttp's connection and parser. If an upgrade of aiohttp fails here, `hot` must be
+    adapted.
+    """
     assert hot.misfit() is None
     assert await is_served(tmp_path) == (HotConnection, [])
 

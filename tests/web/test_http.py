@@ -1,4 +1,6 @@
-"""What both listeners share: bounded bodies, addresses behind proxies, bearer tokens, strict escapes, sockets."""
+"""What both listeners share: limits of bodies, clients' addresses behind proxies, bearer tokens, strict escapes in
+paths, sockets.
+"""
 
 import asyncio
 import errno
@@ -49,7 +51,7 @@ Ask = Callable[..., Awaitable[str]]
         ("%25", "%"),
         ("%2525", "%25"),
         ("a+b", "a+b"),
-        ("%00", "\x00"),  # well-formed; whether it is an id is another question
+        ("%00", "\x00"),  # well-formed; whether it is a valid id is decided elsewhere
     ],
 )
 def test_a_segment_is_decoded(raw: str, decoded: str) -> None:
@@ -72,7 +74,9 @@ def test_what_is_not_utf_8_is_refused(raw: str) -> None:
 
 
 async def test_a_ready_answer_says_what_aiohttps_own_would() -> None:
-    """Byte for byte the same meaning, to every kind of client, whether the connection stays open or not."""
+    """A ready-made answer equals aiohttp's own, for every kind of client and whether or not the connection stays
+    open.
+    """
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         if request.path == "/ready":
@@ -95,7 +99,7 @@ async def test_a_ready_answer_says_what_aiohttps_own_would() -> None:
             assert ready == own
             assert all("date" in head for head in ready)
         for reader, writer in streams:
-            assert await reader.read() == b""  # the last request wanted it closed
+            assert await reader.read() == b""  # the last request asked for the connection to be closed
             writer.close()
 
 
@@ -103,7 +107,9 @@ READY = Ready(200, b'{"error":0}', "application/json")
 
 
 async def _heads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: str) -> list[dict[str, str]]:
-    """The answers to a request, or to several at once: status line, headers and body; the software's name left out."""
+    """The answers to one request or several sent at once: status line, headers and body, without the `Server`
+    header.
+    """
     writer.write(request.encode())
     answers = []
     for _ in range(request.count("HTTP/1")):
@@ -118,7 +124,7 @@ async def _heads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, req
 
 
 async def test_a_touch_without_content_is_answered_alike_by_every_way(tmp_path: Path) -> None:
-    """204 has no length and no type, from the bytes that are ready and from aiohttp's own answer."""
+    """An answer 204 has neither a length nor a content type, whether it is a ready-made one or aiohttp's own."""
     async with serving(tmp_path, '[operators.acme]\nprovider_id = "luckymonaco"\n') as d:
         path = "/v1/operators/acme/sessions/s"
         async with d.client.put(d.api + path, json={"playerId": "p", "token": "tok-3n"}) as opened:
@@ -136,7 +142,7 @@ async def test_a_touch_without_content_is_answered_alike_by_every_way(tmp_path: 
 
 @pytest.fixture
 async def reader() -> AsyncIterator[RawTestServer]:
-    """A server that reads bodies of at most LIMIT bytes and says how that went."""
+    """A server that reads bodies of at most LIMIT bytes and notes how each reading ended."""
 
     async def handle(request: web.BaseRequest) -> web.Response:
         try:
@@ -176,7 +182,7 @@ async def test_a_body_is_read_up_to_its_limit(reader: RawTestServer, body: bytes
 
 
 async def begin_body(reader: RawTestServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A request whose body of five bytes stops after two."""
+    """Sends a request with a body of five bytes, but stops after two."""
     streams = await asyncio.open_connection(reader.host, reader.port)
     streams[1].write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab")
     await streams[1].drain()
@@ -200,7 +206,7 @@ async def test_a_body_that_drips_is_given_up_all_the_same(
     request.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 
     async def drip() -> None:
-        for _ in range(LIMIT):  # each byte is in time, all of them together are not
+        for _ in range(LIMIT):  # each byte comes in time, but all of them together do not
             request.write(b"1\r\nx\r\n")
             await asyncio.sleep(0.03)
 
@@ -219,7 +225,7 @@ async def test_a_chunked_body_that_is_broken_ends_the_request(reader: RawTestSer
     request.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n" + rest)
     async with asyncio.timeout(10):
         status = await answer.readline()
-    assert status.split()[1] in (b"200", b"400")  # ours, or aiohttp's where it saw the error first
+    assert status.split()[1] in (b"200", b"400")  # 400 if aiohttp saw the error before the daemon's code
     request.close()
     await request.wait_closed()
 
@@ -337,7 +343,7 @@ async def test_a_bearer_token_is_one_of_those_configured(
 
 @pytest.fixture
 def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory whose path is short enough for unix sockets, wherever the tests are kept."""
+    """A directory whose path is short enough for a unix socket, whatever pytest's directory is."""
     monkeypatch.chdir(tmp_path)
     return Path()
 
@@ -395,7 +401,7 @@ def test_a_unix_socket_is_for_owner_and_group_only(sockets: Path) -> None:
     try:
         with bind(unix(sockets / "s")):
             assert stat.S_IMODE((sockets / "s").stat().st_mode) == 0o660
-        assert os.umask(0) == 0  # the process's own is as it was
+        assert os.umask(0) == 0  # the umask of the process is as before
     finally:
         os.umask(before)
 

@@ -1,4 +1,4 @@
-"""TLS of the daemon's own, on both listeners and both loops: handshakes with real certificates, and what goes wrong."""
+"""TLS on both listeners and both event loops: handshakes with real certificates, and everything that can go wrong."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ def table(name: str, files: Files, client_ca: Files | None = None) -> str:
 async def serving_tls(
     directory: Path, files: Files, client_ca: Files | None = None, limits: Limits = LIMITS
 ) -> AsyncIterator[Serving]:
-    """A daemon with TLS on both sides."""
+    """A daemon that uses TLS on both listeners."""
     toml = table("server", files, client_ca) + table("api", files, client_ca) + OPERATOR
     async with serving(directory, toml, limits=limits) as daemon:
         daemon.server = daemon.server.replace("http:", "https:")
@@ -58,7 +58,7 @@ async def serving_tls(
 
 @contextlib.asynccontextmanager
 async def connected(url: str, context: ssl.SSLContext | None) -> AsyncIterator[RawConnection]:
-    """A connection on which TLS is spoken already, or none if there is no context."""
+    """A connection with TLS, or without it if there is no context."""
     host, _, port = url.rpartition("/")[2].rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
     try:
@@ -70,7 +70,7 @@ async def connected(url: str, context: ssl.SSLContext | None) -> AsyncIterator[R
 
 
 def serial(peer: RawConnection) -> int:
-    """Of the certificate that the daemon has shown."""
+    """The serial number of the certificate that the daemon has shown."""
     return int(peer.writer.get_extra_info("ssl_object").getpeercert()["serialNumber"], 16)
 
 
@@ -123,7 +123,7 @@ async def test_versions_from_1_2_are_spoken(
 
 
 async def failed(daemon: Serving, side: str, context: ssl.SSLContext) -> dict[str, float]:
-    """The failed handshakes by reason, without those that there are none of."""
+    """The counts of failed handshakes by reason, without zeros."""
     async with daemon.client.get(daemon.api + "/metrics", ssl=context) as answer:
         lines = (await answer.text()).splitlines()
     start = f'lmdaemon_tls_handshakes_failed_total{{listener="{side}",reason="'
@@ -226,7 +226,7 @@ async def test_a_client_must_show_a_certificate_of_the_authority(tmp_path: Path,
                 context = tls.client_context(ca.cert, shown and shown.cert, shown and shown.key)
                 events.clear()
                 status = None
-                with contextlib.suppress(OSError, EOFError):  # in TLS 1.3 the refusal may come behind the handshake
+                with contextlib.suppress(OSError, EOFError):  # in TLS 1.3 the refusal may come after the handshake
                     async with connected(getattr(daemon, side), context) as peer:
                         await peer.send(ASK)
                         status = (await peer.answer()).status
@@ -253,7 +253,7 @@ async def test_a_client_is_told_why_it_is_refused(
         raw = socket.create_connection(("127.0.0.1", port), timeout=20)
         with context.wrap_socket(raw, server_hostname="localhost", do_handshake_on_connect=False) as secured:
             secured.do_handshake()
-            secured.recv(1)  # TLS 1.3 tells behind the handshake
+            secured.recv(1)  # in TLS 1.3 the alert comes after the handshake
 
     async with serving_tls(tmp_path, make(tmp_path, "own", ca), ca) as daemon:
         with pytest.raises(ssl.SSLError) as caught:
@@ -270,7 +270,9 @@ async def test_plain_http_is_told_to_use_https(tmp_path: Path, ca: Files) -> Non
 
 
 async def test_a_client_that_does_not_trust_us_is_heard(tmp_path: Path, ca: Files) -> None:
-    """One that says so, as OpenSSL's own clients do. Python's hang up without a word."""
+    """Clients on OpenSSL send an alert when they do not trust the certificate. Python's clients only close the
+    connection.
+    """
     own = make(tmp_path, "own", ca)
     strange = ssl.create_default_context(cafile=make(tmp_path, "strange", authority=True).cert)
 
@@ -371,7 +373,7 @@ async def test_tls_can_be_switched_on_and_off_at_a_reload(tmp_path: Path, ca: Fi
 
 
 async def test_a_stop_waits_for_nobody_who_only_holds_a_connection(tmp_path: Path, ca: Files) -> None:
-    """Neither for a handshake that hangs, nor for a peer that does not answer the end of TLS."""
+    """The stop waits neither for a handshake that hangs nor for a client that does not answer the end of TLS."""
     context = tls.client_context(ca.cert, None, None)
     async with contextlib.AsyncExitStack() as stack:
         own, limits = make(tmp_path, "own", ca), Limits(heard_within_s=0.2)
@@ -550,7 +552,7 @@ async def test_an_end_that_is_near_is_told_by_health_and_metrics(tmp_path: Path,
 
 
 def point_to(daemon: Serving, directory: Path) -> None:
-    """The commands find the daemon by the file, in which no port stands."""
+    """Writes the daemon's real port into the file, by which the commands find it."""
     file = directory / "config.toml"
     before, _, after = file.read_text().partition("[api]")
     port = daemon.daemon.addresses["api"][1]
@@ -566,7 +568,7 @@ async def test_the_commands_trust_the_certificate_of_the_file_and_no_other(
         point_to(daemon, tmp_path)
         done = await asyncio.to_thread(run, "hold", "acme", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
-        make(tmp_path, "own", ca)  # another one, of the same authority
+        make(tmp_path, "own", ca)  # another certificate of the same authority
         done = await asyncio.to_thread(run, "hold", "acme", cwd=tmp_path)
         assert done.returncode == 1
         assert "shows another certificate than api.tls_cert_file has" in done.stderr
@@ -605,7 +607,9 @@ async def test_a_daemon_that_speaks_no_tls_yet_is_told_by_the_commands(tmp_path:
 
 
 async def test_asyncio_holds_no_more_for_a_connection_than_it_needs(tmp_path: Path, ca: Files) -> None:
-    """Relied upon: what asyncio reads of TLS at once, and holds for each connection, is SSLProtocol.max_size."""
+    """An assumption of the memory limits: asyncio reads at most SSLProtocol.max_size bytes of TLS at once, and holds as
+    much for each connection.
+    """
     own = make(tmp_path, "own", ca)
     protocol = sslproto.SSLProtocol(
         asyncio.get_running_loop(),

@@ -1,4 +1,6 @@
-"""The listeners of a whole daemon, from raw sockets on both loops: connections, heads, memory and times are bounded."""
+"""The listeners of a whole daemon, tested from raw sockets on both event loops: limits of connections, heads, memory
+and times.
+"""
 
 import asyncio
 import contextlib
@@ -56,7 +58,7 @@ async def test_what_is_no_http_is_answered_without_repeating_it(
                     )
                     told = json.loads(answer.body)
                     assert list(told) == shape
-                    assert await peer.rest() == b""  # nothing behind it is read as another request
+                    assert await peer.rest() == b""  # what follows is not read as another request
 
 
 TYPE = b"Content-Type: application/json\r\n"
@@ -102,7 +104,8 @@ async def test_what_is_wrong_with_a_head_is_answered_and_logged(tmp_path: Path, 
 
 @SIDES
 async def test_connections_are_bounded_and_the_one_too_many_is_told(tmp_path: Path, side: str) -> None:
-    trusting = LISTEN.replace("[api]", 'trusted_proxies = ["127.0.0.1"]\n[api]')  # so that no address has a share
+    # Loopback counts as a proxy, so that no address has a limit of its own
+    trusting = LISTEN.replace("[api]", 'trusted_proxies = ["127.0.0.1"]\n[api]')
     async with (
         serving(tmp_path, trusting + CONFIG, limits=Limits(connections_max=2)) as daemon,
         contextlib.AsyncExitStack() as stack,
@@ -129,7 +132,7 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(tmp_path: Pa
 
 
 def head(size: int, path: str = "/health") -> bytes:
-    """A head of exactly so many bytes, as the parser counts them: in headers of at most 4 KB."""
+    """A request head of exactly `size` bytes, as the parser counts them, in headers of at most 4 KB."""
     start, end = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode(), b"\r\n"
     lines, left = [], size - len(start) - len(end)
     while left:
@@ -147,14 +150,14 @@ async def send_in_pieces(peer: RawConnection, data: bytes, pieces: int) -> None:
     step = -(-len(data) // pieces)
     for start in range(0, len(data), step):
         await peer.send(data[start : start + step])
-        await asyncio.sleep(0.002)  # so that the daemon usually reads the pieces one by one
+        await asyncio.sleep(0.002)  # usually enough for the daemon to read each piece alone
 
 
 @SIDES
 @LATER
 @WAYS
 async def test_a_head_has_a_total(tmp_path: Path, side: str, later: bool, pieces: int) -> None:
-    """Below it, it is answered; above it, refused like anything that is no HTTP."""
+    """A head below the limit is answered; a head above it is refused like any broken HTTP."""
     async with serving(tmp_path, CONFIG) as daemon:
         for size, status in ((connections.HEAD_MAX - 200, 200), (connections.HEAD_MAX + 200, 400)):
             async with raw_connection(getattr(daemon, side)) as peer:
@@ -191,9 +194,9 @@ async def test_a_body_behind_a_head_does_not_count_as_one(tmp_path: Path) -> Non
 async def test_a_request_held_back_behind_an_unread_body_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bytes
 ) -> None:
-    """The parser stops in a body that nobody reads, and goes on when what has come of it is thrown away.
+    """The parser stops in a body that nobody reads, and continues once the bytes received so far are discarded.
 
-    What it finds then, and the request after that, must not be taken for more of one long head.
+    The requests that it finds then must not count as more of one long head.
     """
     body = b"x" * 600_000
     refused = b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -203,7 +206,8 @@ async def test_a_request_held_back_behind_an_unread_body_is_answered(
 
     def data_received(connection: connections.Connection, data: bytes) -> None:
         nonlocal arrived
-        if data and len(arrived) < len(whole):  # as one read of a busy daemon: all that has come meanwhile
+        # Reads everything that has come so far in one call, as a busy daemon does
+        if data and len(arrived) < len(whole):
             arrived += data
             if len(arrived) < len(whole):
                 return
@@ -222,14 +226,16 @@ async def test_a_request_held_back_behind_an_unread_body_is_answered(
 
 @SIDES
 async def test_a_refusal_is_not_lost_behind_what_is_still_sent(tmp_path: Path, side: str) -> None:
-    """Closing a connection with bytes that nobody has read resets it, and the client may forget what it has got."""
+    """Closing a connection with unread bytes resets it, and the client may then lose the answer that it has
+    received.
+    """
     async with serving(tmp_path, CONFIG) as daemon, raw_connection(getattr(daemon, side)) as peer:
         await peer.send(head(30 * connections.HEAD_MAX))
         assert (await peer.answer()).status == 400
         assert await peer.rest() == b""
 
 
-# Requests after each of which the daemon has to know that the next one has not begun
+# Requests whose end the daemon must recognise, so that it knows that the next head has not begun
 NOTICE = b'{"providerId":"luckymonaco","sessionId":"s","externalPlayerId":"p","token":"tok-3n"}'
 POST = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SIZED = POST + b"Content-Length: %d\r\n\r\n" % len(NOTICE)
@@ -247,7 +253,7 @@ WHOLE = {
 }
 
 
-IMPATIENT = Limits(patrol_s=0.02, head_s=0.2)  # for heads
+IMPATIENT = Limits(patrol_s=0.02, head_s=0.2)  # for tests of slow heads
 
 
 async def ask_in_pieces(peer: RawConnection, pieces: list[bytes]) -> None:
@@ -262,7 +268,8 @@ async def ask_in_pieces(peer: RawConnection, pieces: list[bytes]) -> None:
 async def test_a_client_that_has_asked_may_wait(tmp_path: Path, name: str) -> None:
     async with serving(tmp_path, CONFIG, limits=IMPATIENT) as daemon, raw_connection(daemon.server) as peer:
         await ask_in_pieces(peer, WHOLE[name])
-        await asyncio.sleep(2 * IMPATIENT.head_s)  # the wait itself is what is tested
+        # No wait for a state: what is tested is that nothing happens meanwhile
+        await asyncio.sleep(2 * IMPATIENT.head_s)
         await ask_in_pieces(peer, WHOLE[name])
 
 
@@ -281,7 +288,7 @@ async def test_each_head_has_to_come_in_time(tmp_path: Path, name: str, joined: 
 
 
 async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) -> None:
-    """On the public side; also those that come after a reload."""
+    """This holds on the public listener, and for connections that come after a reload."""
     toml = LISTEN.replace("[api]", 'keepalive = "{}"\n[api]') + CONFIG
     async with serving(tmp_path, toml.format("1h")) as daemon, raw_connection(daemon.api) as private:
         async with raw_connection(daemon.server) as long:
@@ -349,7 +356,7 @@ async def test_bodies_from_known_senders_do_not_count_as_strangers(tmp_path: Pat
 
 
 async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
-    """Whatever they send, and however they end: at last nothing is counted any more."""
+    """Whatever clients send and however their connections end, no byte counts as held in the end."""
     sent = [b"".join(pieces) for pieces in WHOLE.values()]
     sent += [b"GET", head(30_000)[:-2], head(50_000), SIZED, SIZED + NOTICE[:9], CHUNKED + b"zz\r\n", b"\0", ASK * 100]
     sent += [
@@ -376,11 +383,11 @@ async def test_what_connections_hold_is_given_back(tmp_path: Path) -> None:
 # -- answers that nobody takes
 
 
-HASTY = Limits(patrol_s=0.02, write_s=0.5)  # for clients that take nothing
+HASTY = Limits(patrol_s=0.02, write_s=0.5)  # for tests of clients that do not read their answers
 
 
 def narrow(url: str, window: int = 4096) -> socket.socket:
-    """A connection that takes in little by itself."""
+    """A connection with a small receive buffer, so that unread answers soon fill it."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
@@ -395,7 +402,8 @@ async def test_a_client_that_takes_no_answers_is_cut(tmp_path: Path, last: bytes
     async with serving(tmp_path, CONFIG, limits=HASTY) as daemon:
         with narrow(daemon.api) as peer:
             site = daemon.sites["api"]
-            await asyncio.to_thread(peer.sendall, request % b"" * 300 + request % last)  # more than the kernel takes
+            # More than fits into the kernel's buffers
+            await asyncio.to_thread(peer.sendall, request % b"" * 300 + request % last)
             await until(lambda: site.cuts["reader"] == 1 and not site.connections)
             await until(lambda: daemon.bounds.known.used == 0)
 
@@ -426,7 +434,7 @@ async def test_a_client_that_takes_them_slowly_gets_all(tmp_path: Path) -> None:
 async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    """It waits in the kernel when the loop comes round, as after a moment in which the loop was busy."""
+    """The touch arrives while the loop is busy, and waits in the kernel until the loop's next turn."""
     queued = []
     async with serving(tmp_path, CONFIG) as daemon:
         touch = daemon.store.touch
@@ -526,7 +534,9 @@ async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
 
 
 async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(tmp_path: Path) -> None:
-    """Neither one that never did, nor one that has got its answer and keeps its connection."""
+    """Neither a client that never asked anything delays the stop, nor one that got its answer and keeps its
+    connection.
+    """
     async with (
         serving(tmp_path, CONFIG, limits=Limits(heard_within_s=0.2)) as daemon,
         raw_connection(daemon.api) as silent,
@@ -537,7 +547,7 @@ async def test_who_was_let_in_and_asks_nothing_does_not_hold_a_stop_up(tmp_path:
             daemon.daemon.stop()
             assert await silent.rest() == b""
             assert await idle.rest() == b""
-            async with asyncio.timeout(8):  # others have 15 s
+            async with asyncio.timeout(8):  # the time-out for a client under way would be 15 s
                 await asyncio.shield(daemon.running)
 
 

@@ -1,4 +1,6 @@
-"""Limits of a daemon's process, reached from outside on both loops: open files, resident memory, time for a stop."""
+"""Limits of the daemon's process, reached from outside on both event loops: open files, resident memory, time for a
+stop.
+"""
 
 import contextlib
 import http.client
@@ -25,7 +27,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def loop(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """The environment of a daemon on this loop."""
+    """The environment variables of a daemon that uses this event loop."""
     if request.param == "uvloop":
         pytest.importorskip("uvloop", reason="uvloop is not installed")
         return {}
@@ -43,7 +45,7 @@ def connect(url: str, source: str = "127.0.0.1", timeout: float = 20) -> socket.
 
 
 def ask(connection: socket.socket, request: bytes = HEALTH) -> bytes:
-    """The answer's first bytes; empty when the connection was closed instead."""
+    """The first bytes of the answer, or nothing if the connection was closed."""
     with contextlib.suppress(ConnectionError):
         connection.sendall(request)
         return connection.recv(65536)
@@ -51,7 +53,7 @@ def ask(connection: socket.socket, request: bytes = HEALTH) -> bytes:
 
 
 class Client:
-    """One connection that is kept."""
+    """A client that keeps one connection."""
 
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port(url), timeout=20)
@@ -72,7 +74,7 @@ class Client:
 
 @contextlib.contextmanager
 def strangers(url: str, count: int, addresses: int) -> Iterator[list[bytes]]:
-    """Clients from several addresses that ask once, and keep their connection: their answers."""
+    """Connects clients from several addresses. Each asks once and keeps its connection. Yields their answers."""
     with contextlib.ExitStack() as stack:
         answers = []
         for index in range(count):
@@ -94,7 +96,7 @@ def strangers(url: str, count: int, addresses: int) -> Iterator[list[bytes]]:
     ],
 )
 def test_the_listeners_share_the_files_that_the_rest_leaves(files: int, attempts: int, most: int) -> None:
-    """Deliveries and the store."""
+    """Deliveries and the store need the rest of the files."""
     assert connections_max(files, attempts, LIMITS.connections_max) == most
 
 
@@ -109,7 +111,9 @@ def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one(tmp_path: Path) 
 
 
 def test_strangers_on_the_public_port_do_not_keep_touches_out(tmp_path: Path, loop: dict[str, str]) -> None:
-    """They take all that the public side gives and knock on; touches on new private connections are heard all along."""
+    """Strangers take every connection that the public listener accepts and try more. Meanwhile touches on new private
+    connections are answered.
+    """
     files = 300
 
     def limit() -> None:
@@ -127,7 +131,7 @@ def test_strangers_on_the_public_port_do_not_keep_touches_out(tmp_path: Path, lo
 
 
 def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop: dict[str, str]) -> None:
-    """It says so, and recovers."""
+    """The daemon reports it in `/health`, `/metrics` and the log, and recovers by itself."""
     with process(tmp_path, NO_GRACE, loop) as daemon, contextlib.ExitStack() as stack:
         known = stack.enter_context(contextlib.closing(Client(daemon.api)))
         assert known.health()["checks"]["listeners"][0]["status"] == "pass"
@@ -148,7 +152,7 @@ def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop:
         metrics = known.call("GET", "/metrics")[1]
         assert 'lmdaemon_service_clock_frozen{reason="listening"} 1.0' in metrics
         assert 'lmdaemon_http_accepting{listener="api"} 0.0' in metrics
-        time.sleep(2)  # longer than the session may be idle: that nothing comes of it is what is tested
+        time.sleep(2)  # longer than the session's idle time; what is tested is that it does not end meanwhile
         assert '"state":"active"' in known.call("GET", SESSION)[1]
         resource.prlimit(daemon.popen.pid, resource.RLIMIT_NOFILE, before)
         for one in waiting:
@@ -163,7 +167,9 @@ def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop:
 
 
 def test_who_does_not_come_to_an_end_does_not_hold_a_stop_up(tmp_path: Path, loop: dict[str, str]) -> None:
-    """Half a request, first or later, head or body; a connection that asks nothing; a reader that does not read."""
+    """Such clients sent half a request (the first or a later one; a part of the head or of the body), or nothing, or do
+    not read their answers.
+    """
     toml = NO_GRACE + 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\ntimeout = "1s"\n'
     post = b"POST /V4/SessionExpired HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     begun = [
@@ -179,18 +185,20 @@ def test_who_does_not_come_to_an_end_does_not_hold_a_stop_up(tmp_path: Path, loo
             for data in begun * 3:
                 stack.enter_context(connect(side)).sendall(data)
         deaf = stack.enter_context(connect(daemon.api))
-        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)  # more than the kernel takes
+        # More than fits into the kernel's buffers
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
         wait_for(lambda: daemon.call("GET", daemon.api + "/v1/operators")[0] == 200)
         began = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - began < 6  # the longest time-out and 5 s
+        assert time.monotonic() - began < 6  # the longest time-out of a delivery (1 s) and 5 s
 
 
 # -- resident memory
 
 MEMORY_MAX_MIB = 100
-CROWD = 1900  # connections; some are left to honest senders
-BIG_HEAD = HEALTH[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 480) for n in range(62))  # 30 KB, and no end
+CROWD = 1900  # connections of attackers; the rest is left to honest senders
+# A head of 30 KB that does not end
+BIG_HEAD = HEALTH[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 480) for n in range(62))
 PIPELINE = b"".join([HEALTH[:-2] + b"X: %b\r\n" % (b"x" * 8000) * 3 + b"\r\n"] * 31)
 NOTICE = (
     b"POST /V4/SessionExpired HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 16000\r\n\r\n"
@@ -209,8 +217,8 @@ FLOODS = {
 
 @contextlib.contextmanager
 def flood(url: str, first: bytes, payload: bytes) -> Iterator[Callable[[], bool]]:
-    """Connections from several addresses. What is yielded sends of the payload what can be sent over each, and says
-    whether that was something.
+    """Opens connections from several addresses. Yields a function that sends as much of the payload on each as it
+    takes, and returns whether any took something.
     """
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         for index in range(CROWD):
@@ -226,7 +234,7 @@ def flood(url: str, first: bytes, payload: bytes) -> Iterator[Callable[[], bool]
                 left = key.data
                 try:
                     left[0] = left[0][key.fileobj.send(left[0][:8192]) :]
-                except OSError:  # it was cut
+                except OSError:  # the daemon cut the connection
                     left[0] = b""
                 if not left[0]:
                     selector.unregister(key.fileobj)
@@ -250,7 +258,7 @@ def test_a_flood_does_not_fill_the_memory_and_honest_senders_are_answered(
             while send() and time.monotonic() < until:
                 with connect(url, "127.0.9.9") as honest:
                     assert ask(honest).startswith(b"HTTP/1.1 200")
-            for _ in range(5):  # until all has been read
+            for _ in range(5):  # until the daemon has read everything
                 with connect(url, "127.0.9.9") as honest:
                     assert ask(honest).startswith(b"HTTP/1.1 200")
             status = Path(f"/proc/{daemon.popen.pid}/status").read_text()

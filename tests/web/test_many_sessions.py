@@ -1,4 +1,4 @@
-"""Many sessions in one call, and sessions found wherever they are."""
+"""Opening many sessions in one call, and finding sessions of all operators."""
 
 import asyncio
 import json
@@ -41,14 +41,14 @@ async def test_many_sessions_are_opened_and_told_apart(api: Caller) -> None:
 async def test_ten_thousand_are_opened_in_one_call_and_one_more_is_refused(api: Caller) -> None:
     ids = [f"s{number}" for number in range(BULK_IDS_MAX)]
     assert (await api("POST", SESSIONS, 200, json=many(*ids)))["opened"] == BULK_IDS_MAX
-    assert (await api("POST", SESSIONS, 200, json=many(*ids)))["open"] == BULK_IDS_MAX  # can be repeated
+    assert (await api("POST", SESSIONS, 200, json=many(*ids)))["open"] == BULK_IDS_MAX  # the call can be repeated
     assert (await api.operator())["live"] == BULK_IDS_MAX
     problem = await api("POST", SESSIONS, 400, json=many(*ids, "more"))
     assert problem["detail"] == "sessions: must be a list of at most 10000 sessions (got 10001)"
 
 
 async def test_while_many_are_opened_others_are_served(api: Caller) -> None:
-    """The longest wait of a call meanwhile is far below what the whole takes."""
+    """The longest wait of another call is far shorter than opening all of them takes."""
     await api.open("other")
     ids = [f"s{number}" for number in range(BULK_IDS_MAX)]
     body = json.dumps(many(*ids))

@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, complete, and true, for a fuzzer that believes every word of it finds nothing."""
+"""The OpenAPI document is valid, complete and true: a fuzzer that takes it at its word finds no error."""
 
 import asyncio
 import json
@@ -66,10 +66,11 @@ fields = {{ provider = "providerId", session = "sessionId", player = "playerId",
 required = ["provider", "session", "player"]
 """
 
-# A refused notice is HTTP 200 with its code in the body, so 200 is what a bad one gets, too.
-# A session that has ended cannot be touched: 410 is to touch what 409 is to open, which the fuzzer knows.
-# No list of parameters can say that one of two is needed, nor a schema which plug-ins have deliveries, or what time it
-# is: no parameter, an unknown sink and a time ahead are a 400.
+# Exceptions for the fuzzer.
+# A refused notice is answered with HTTP 200 and a code in the body, so bad data may get 200.
+# Touching an ended session is answered with 410, where opening one is answered with 409. The fuzzer knows only 409.
+# OpenAPI cannot express that one of two parameters is needed, which sinks have deliveries, or the present time. So a
+# request without either parameter, with an unknown sink or with a time in the future is answered with 400.
 CHECKS = """
 [[operations]]
 include-tag = "notices"
@@ -97,8 +98,9 @@ include-operation-id = "discardDeliveries"
 expected-statuses = ["2xx", "400", "404"]
 """
 
-# Where a path stands in the document and also fits a template, it is the path that counts (OpenAPI 3.1, Paths Object).
-# Numbers in attributes that are refused are told in words: a schema for them would make clients that nobody can read.
+# If a path of the document also fits another path's template, the path without a template counts (OpenAPI 3.1, Paths
+# Object).
+# Which numbers are refused in attributes is described in words: as a schema it would make unreadable clients.
 HOOKS = """
 import schemathesis
 
@@ -119,21 +121,23 @@ def filter_case(context, case):
 
 @cache
 def validator() -> Any:
-    """Of documents. What it is made of takes half a second to import, which no other test needs."""
+    """A validator of OpenAPI documents. The import is inside because it takes half a second, and no other test needs
+    it.
+    """
     from schemathesis.specs.openapi.definitions import OPENAPI_31
 
     return jsonschema_rs.Draft202012Validator(OPENAPI_31)
 
 
 async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> dict[str, Any]:
-    """Runs schemathesis with every check against one listener, by the document that the daemon serves."""
+    """Runs schemathesis with all its checks on one listener, with the document that the daemon serves."""
     (directory / "checks.toml").write_text(CHECKS)
     (directory / "hooks.py").write_text(HOOKS)
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with daemon.client.get(daemon.api + "/openapi.json", headers=headers) as answer:
         document = closed(await answer.json())
-    # What the document says in words: which operators there are, that these need a token to open with, and that a
-    # session with the id "touch" is opened and shown where many are touched.
+    # Added here is what the document says only in words: the names of the operators, that these need a token to open a
+    # session, and that a session with the id "touch" is opened and shown at the path of the bulk touch.
     document["components"]["parameters"]["operator"]["schema"]["enum"] = ["acme", "bravo"]
     for name in ("Opening", "OpeningOfMany"):
         document["components"]["schemas"][name]["required"].append("token")
@@ -163,13 +167,13 @@ async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> 
 async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "lmdaemon")  # a line for each refusal would bury what the fuzzer found
+    caplog.set_level(logging.ERROR, "lmdaemon")  # one log line for each refusal would hide what the fuzzer found
     (tmp_path / "token").write_text(TOKEN)
     async with scripted_operator(*[{"error": 120}] * 5) as operator:
         toml = LISTEN + 'token_file = "token"\n' + FUZZED.format(url=operator.url)
         async with serving(tmp_path, toml) as daemon:
             await end_sessions(daemon, 10)
-            # A stream has no end, or ends late; test_watching and test_trying hold their events to the document
+            # Event streams end late or never; test_watching and test_trying compare their events with the document
             streams = [one.name for one in CALLS if one.events]
             left_out = [word for name in streams for word in ("--exclude-operation-id", name)]
             private = await fuzz(daemon, daemon.api, tmp_path, "--exclude-tag", "notices", *left_out)
@@ -178,12 +182,12 @@ async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
                 daemon.server,
                 tmp_path,
                 *("--include-tag", "notices", "--include-path", "/health"),
-                *("--phases", "examples,coverage,fuzzing"),  # there is nothing to link: each notice stands alone
+                *("--phases", "examples,coverage,fuzzing"),  # no phase of links: notices do not refer to each other
             )
     assert private["operations"]["tested"] == private["operations"]["selected"] == 29
     assert public["operations"]["tested"] == public["operations"]["selected"] == 5
-    # A fuzzer that never got through would prove nothing. These take what must exist in the right state: it has that by
-    # the links of its last phase at best, which it does not count.
+    # A fuzzer whose requests are all refused would prove nothing. The calls listed here need an object in a certain
+    # state. The fuzzer has one at best in its last phase, whose requests it does not count.
     unheard = {name for report in (private, public) for name in report["valid_rates"] if not accepted(report, name)}
     assert unheard <= {
         "POST /v1/deliveries/{id}/retry",
@@ -197,7 +201,7 @@ def accepted(report: dict[str, Any], operation: str) -> int:
 
 
 async def end_sessions(daemon: Serving, count: int) -> None:
-    """Sessions that have ended and whose notices are settled, so that there are deliveries, dead ones among them."""
+    """Makes sessions that have ended and whose notices are settled, so that there are deliveries, some of them dead."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     for number in range(count):
         path = f"{daemon.api}/v1/operators/acme/sessions/seed-{number}"
@@ -290,12 +294,13 @@ def test_document_lists_exactly_the_routes_that_are_served(directory: Path) -> N
     api = Api(MagicMock())
     api.configure(settings)
     served = {(route.resource.canonical, route.method.lower()) for route in api.application().router.routes()}
-    routes = {one for one in served if not one[0].startswith("/console")}  # a page, and no call of clients
+    # The console is a page for people, not a call
+    routes = {one for one in served if not one[0].startswith("/console")}
     endpoints = {("/V4/SessionExpired", "post"), ("/v1/SessionExpired", "post"), ("/sessionexpired", "post")}
     listed = {(path, method) for path, method, _ in operations(openapi.document(settings))}
-    # HEAD goes without saying where there is GET
+    # The document does not list HEAD, which is answered wherever GET is
     head = {(path, "head") for path, method in routes if method == "get"}
-    # As the description of touchSessions says: openSession and getSession, of a session with the id "touch"
+    # Opening and showing a session with the id "touch" is described at touchSessions
     same = {("/v1/operators/{operator}/sessions/touch", method) for method in ("put", "get")}
     assert listed | head == (routes | endpoints) - {("/health/", "get")} - same
 
@@ -327,7 +332,8 @@ def test_each_path_names_the_listener_it_is_found_at(directory: Path, listen: st
     operator = '[operators.acme]\nprovider_id = "p"\nauth = "none"\n'
     found = document(directory, f'[server]\nlisten = "{listen}"\n' + operator)
     assert [server["url"] for server in found["paths"]["/V4/SessionExpired"]["post"]["servers"]] == [url]
-    assert [server["url"] for server in found["servers"]] == ["http://127.0.0.1:8081"]  # of all that names none
+    # For all paths that name no servers
+    assert [server["url"] for server in found["servers"]] == ["http://127.0.0.1:8081"]
     assert {path for path, item in found["paths"].items() if "servers" in item} == {"/health"}
     assert [server["url"] for server in found["paths"]["/health"]["servers"]] == ["http://127.0.0.1:8081", url]
     assert list(validator().iter_errors(found)) == []
@@ -391,7 +397,9 @@ def test_every_private_call_says_how_it_is_refused(directory: Path) -> None:
 
 
 def test_what_clients_are_generated_from_depends_on_no_configuration(directory: Path) -> None:
-    """Of the private side only the servers and whether a token is asked for; of the public one its paths alone."""
+    """The private side depends on the configuration only in the servers and in whether a token is asked for. The public
+    side depends on it only in its paths.
+    """
     bare, full = (private_side(document(directory, SETTINGS[name])) for name in ("nothing", "tokens"))
     assert bare == full
 

@@ -1,4 +1,4 @@
-"""So many a minute: never more in any sixty seconds, and no fewer than that over time."""
+"""A quota of N a minute: never more than N in any sixty seconds, and over a longer time no fewer than N a minute."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""What every call of the private API refuses alike: who may not ask, what there is not, what cannot be read."""
+"""Errors that all calls of the private API have in common: no permission, no such object, an unreadable request."""
 
 import json
 from collections import defaultdict
@@ -37,7 +37,7 @@ WITH_BODY = [call for call in CALLS if call.has_body]
 
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Caller]:
-    """One session that has ended, with its delivery."""
+    """A daemon with one session that has ended, and its delivery."""
     async with serving(tmp_path, LISTEN + CONFIG.format(url="http://127.0.0.1:1/")) as daemon:
         caller = Caller(daemon)
         await caller.open()
@@ -54,14 +54,16 @@ async def test_without_a_valid_token_every_call_answers_401(tmp_path: Path) -> N
             headers = {"Authorization": authorization} if authorization else {}
             for method, path in [*EVERY_CALL, *NO_CALLS]:
                 if (method, path) == ("GET", "/health"):
-                    continue  # answers as the public one
+                    continue  # /health without a token answers as on the public side
                 response, _ = await api.answer(method, path, 401, headers=headers)
                 assert response.headers["WWW-Authenticate"] == "Bearer", (method, path, authorization)
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
 async def test_what_is_not_there_answers_404(api: Caller, what: str) -> None:
-    """By every call that names an operator, a session, a delivery; but openSession, which makes its session."""
+    """Tried is every call with an operator, a session or a delivery in its path. Left out is openSession, which makes
+    the session.
+    """
     placeholder = {"operator": "{operator}", "session": "{sessionId}", "delivery": "{id}"}[what]
     asked = [call for call in CALLS if placeholder in call.path and (what, call.name) != ("session", "openSession")]
     assert asked
@@ -81,7 +83,8 @@ async def test_another_method_answers_405_with_those_that_are_allowed(api: Calle
     allowed = defaultdict(set)
     for call in CALLS:
         allowed[path_of(call)] |= {call.method} | ({"HEAD"} if call.method == "GET" else set())
-    allowed[ACME + "/sessions/touch"] |= allowed[ACME + "/sessions/s1"]  # a session may be called touch
+    # A session may have the id "touch", whose calls share this path
+    allowed[ACME + "/sessions/touch"] |= allowed[ACME + "/sessions/s1"]
     for path, methods in allowed.items():
         for method in {"GET", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"} - methods:
             response, _ = await api.answer(method, path, 405)

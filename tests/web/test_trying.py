@@ -1,4 +1,6 @@
-"""A test notice and the checks, asked for over the private API: seen by the operator alone, and bounded."""
+"""Test notices and checks that are asked for over the private API: only the operator's endpoint sees them, and their
+number is limited.
+"""
 
 import asyncio
 import json
@@ -28,7 +30,7 @@ TOKEN = "a-token-that-may-change"
 
 
 def acme(url: str, **keys: Any) -> str:
-    """No retry comes within a test."""
+    """A table for the operator acme, with a schedule so long that no retry comes during a test."""
     return operator_table("acme", url, **({"provider_id": "luckymonaco", "schedule": ["1h"]} | keys))
 
 
@@ -63,7 +65,7 @@ def _unpaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def hanging() -> AsyncIterator[tuple[str, asyncio.Event]]:
-    """An operator that answers nothing until the event is set."""
+    """An operator's endpoint that does not answer until the event is set."""
     go_on = asyncio.Event()
 
     async def wait(_: web.Request) -> web.Response:
@@ -112,7 +114,7 @@ async def test_neither_a_hold_hinders_a_test_notice_nor_its_failure_counts(tmp_p
     async with scripted_operator(*[{"error": 100}] * 9) as wallet, serving(tmp_path, acme(wallet.url)) as d:
         await post(d, "hold")
         before = d.store.gate("acme")
-        for _ in range(6):  # one more than opens a breaker
+        for _ in range(6):  # five failures open a breaker
             sent = await post(d, "send")
             assert (sent["verdict"], sent["reason"]) == ("retry", "code_100")
             assert sent["meaning"].startswith("would be retried because code_100")
@@ -120,21 +122,21 @@ async def test_neither_a_hold_hinders_a_test_notice_nor_its_failure_counts(tmp_p
 
 
 async def test_the_egress_rules_hold_for_a_test_notice(tmp_path: Path) -> None:
-    """A name that leads to this machine: it is looked up, and nothing is sent."""
+    """The name leads to this machine. It is looked up, and nothing is sent."""
     async with scripted_operator() as wallet:
         url = wallet.url.replace("http:", "https:").replace("127.0.0.1", "localhost.localdomain")
         table = acme(url, allow_private_network=False)
         async with serving(tmp_path, table) as d:
             sent = await post(d, "send")
         assert sent["answer"] is None
-        assert sent["reason"] in ("private_address", "dns")  # dns: where the machine does not know the name
+        assert sent["reason"] in ("private_address", "dns")  # `dns` where this machine does not know the name
         assert wallet.received == []
 
 
 async def test_what_was_answered_is_read_and_masked_beside_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile answer makes that take long, in which nobody else may wait."""
+    """A hostile answer can make reading and masking slow, and other requests must not wait for it."""
     threads = []
     whole = trial.as_shown
     monkeypatch.setattr(
@@ -259,7 +261,7 @@ async def test_a_stop_of_the_daemon_ends_the_checks_with_what_they_found(tmp_pat
 
 
 async def test_a_check_that_is_ended_at_once_has_begun_and_gives_what_it_has() -> None:
-    """Whatever moment its thread is at."""
+    """This holds at whatever point its thread is."""
 
     async def work() -> str:
         try:

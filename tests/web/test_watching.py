@@ -1,4 +1,4 @@
-"""What who watches is told: events as they happen, the last hour in figures, the daemons there are."""
+"""What watching clients are told: events as they happen, the figures of the last hour, and the list of daemons."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Stream:
-    """The events of one answer; each must be as documented."""
+    """The events of one answer. Each must be as the OpenAPI document says."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
@@ -103,7 +103,7 @@ async def test_the_first_event_of_a_stream_has_all_operators(tmp_path: Path) -> 
     async with serving(tmp_path, OPERATORS) as d:
         await call(d, "PUT", "operators/bravo/sessions/s", json={"playerId": "p", "token": "t"})
         await call(d, "POST", "operators/acme/hold")
-        for _ in range(2):  # also for one that comes back
+        for _ in range(2):  # also for a client that comes back
             async with d.client.get(d.api + "/v1/events") as response:
                 _, snapshot = await Stream(response).next()
             shown = {one["operator"]: (one["live"], one["held"]) for one in snapshot["operators"]}
@@ -146,29 +146,30 @@ async def test_one_listener_too_many_is_told_to_come_back(tmp_path: Path) -> Non
         async with d.client.get(d.api + "/v1/events") as refused:
             assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
             assert (await refused.json())["code"] == "too-many-listeners"
-        await call(d, "GET", "operators")  # nothing else is refused
+        await call(d, "GET", "operators")  # other calls are not refused
 
 
 async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection is cut as soon as its queue is full; the other one hears everything."""
+    """Its connection is cut as soon as its queue is full. The other listener gets every event."""
     async with serving(tmp_path, OPERATORS, limits=Limits(waiting_max=20)) as d, listening(d) as quick:
         async with raw_connection(d.api) as slow:
             await slow.send(b"GET /v1/events?operator=acme HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await until(lambda: d.events.listeners == 2)
             (stuck,) = [one for one in d.events._listeners if one.operator == "acme"]
-            monkeypatch.setattr(stuck, "_filled", asyncio.Event())  # its handler waits and takes nothing
+            # The handler waits for ever and takes nothing from the queue
+            monkeypatch.setattr(stuck, "_filled", asyncio.Event())
             for number in range(25):
                 await open_and_close(d, session=f"s{number}")
             await until(lambda: d.events.listeners == 1)
-            await slow.rest()  # it ends
+            await slow.rest()  # the connection ends
         heard = [(await quick.until("session.ended"))["sessionId"] for _ in range(25)]
         assert heard == [f"s{number}" for number in range(25)]
 
 
 async def test_what_happens_at_once_is_sent_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one piece for all listeners, in order, and before the figures that count it."""
+    """All listeners get the same events in one piece, in their order and before the figures that count them."""
     limits = Limits(gather_s=3600, figures_every_s=3600)
     pieces: list[bytes] = []
     put = Listener.put
@@ -184,7 +185,7 @@ async def test_what_happens_at_once_is_sent_at_once(tmp_path: Path, monkeypatch:
         await open_and_close(d, "bravo")
         d.events.tell_figures()
         ended = [piece.count(b"event: session.ended") for piece in pieces]
-        assert sorted(ended) == [0, 0, 1, 6]  # and the figures, for each
+        assert sorted(ended) == [0, 0, 1, 6]  # the figures of each listener have no such event
         heard = [(await one.until("session.ended"))["sessionId"] for _ in range(6)]
         assert heard == [*(f"s{number}" for number in range(5)), "s"]
         assert (await other.until("session.ended"))["operator"] == "bravo"
@@ -214,7 +215,7 @@ async def test_a_stop_ends_every_stream_in_order(tmp_path: Path) -> None:
         async with listening(d) as stream:
             d.daemon.stop()
             async with asyncio.timeout(10):
-                await stream.response.content.read()  # to its orderly end
+                await stream.response.content.read()  # the stream ends in good order
             await d.running
 
 
@@ -297,9 +298,9 @@ def test_the_hour_of_a_thousand_operators_takes_less_than_a_mebibyte() -> None:
         tracemalloc.stop()
     _, series = kept.series()
     assert len(series) == OPERATORS_MAX + 1
-    # what the counters say at the last look is there once, and the store's own: 1,000 tuples
+    # Kept are the counters' values at the last look, once, and the figures of the last hour: 1,000 tuples
     assert after - before < 1024 * 1024
-    assert sum(series[None][0][0]) == 59 * 1000 * 1000  # of everybody; the last second has just begun
+    assert sum(series[None][0][0]) == 59 * 1000 * 1000  # of all operators; the last second has just begun
 
 
 def test_those_that_count_most_are_kept_from_the_next_minute_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +331,7 @@ def test_while_nothing_is_committed_nothing_is_looked_at() -> None:
     clock.advance(500)
     assert looks == []
     kept.committed(1, 0.0)
-    kept.committed(1, 0.0)  # once a second
+    kept.committed(1, 0.0)  # counters are looked at once a second at most
     assert looks == [1]
 
 

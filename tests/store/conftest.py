@@ -1,4 +1,4 @@
-"""A store on a real database, whose figures are checked when a test has ended."""
+"""A store on a real database. When a test has ended, the store's figures are compared with a count of its rows."""
 
 import dataclasses
 import os
@@ -27,7 +27,9 @@ def sqlite_engine(tmp_path: Path) -> SqliteEngine:
 
 @pytest.fixture(scope="session")
 def postgres_template() -> Iterator[tuple[str, str]]:
-    """A database with the schema and nothing in it, and the URL of one beside it; skips where there is no server."""
+    """The name of a database that has the schema and no rows, and the URL of another database of the same server. Skips
+    the test where there is no server.
+    """
     try:
         with server() as url:
             name = f"lmdaemon_template_{os.getpid()}"
@@ -55,10 +57,11 @@ def pair_engine(postgres_template: tuple[str, str]) -> Iterator[PostgresEngine]:
 
 @contextmanager
 def an_engine(kind: type[PostgresEngine], url: str, template: str) -> Iterator[PostgresEngine]:
-    """A database of its own."""
+    """An engine with a new database, which is dropped afterwards."""
     name = f"lmdaemon_test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(url, autocommit=True) as sql:
-        copied = "STRATEGY = FILE_COPY" if sql.info.server_version >= 150_000 else ""  # without all of it in the WAL
+        # Copies the files instead of logging all of them in the WAL
+        copied = "STRATEGY = FILE_COPY" if sql.info.server_version >= 150_000 else ""
         sql.execute(f"CREATE DATABASE {name} TEMPLATE {template} {copied}")
         with closing(kind(psycopg.conninfo.make_conninfo(url, dbname=name))) as engine:
             yield engine
@@ -70,22 +73,23 @@ NUMBERS = count()
 
 @pytest.fixture
 def engine(sqlite_engine: SqliteEngine) -> Engine:
-    """SQLite; in `contract` every engine."""
+    """SQLite. In the directory `contract`, this fixture gives every engine."""
     return sqlite_engine
 
 
 @pytest.fixture
 async def db(engine: Engine, clock: HandClock) -> AsyncIterator[Store]:
-    """The operators acme and other are configured, and every end has one delivery, by HTTP."""
+    """A store with the operators acme and other. Every end has one delivery, by HTTP."""
     async with engine.open(clock) as opened:
         opened.configure(frozenset({"acme", "other"}), lambda session: [NewDelivery("http", BODY)])
-        await opened.end_due(idle=True)  # nothing; by then it owns them
+        # Ends nothing; but with several daemons, the store takes both operators by this
+        await opened.end_due(idle=True)
         yield opened
         assert_figures_are_true(engine, opened)
 
 
 def assert_figures_are_true(engine: Engine, db: Store) -> None:
-    """What is kept up in every transaction is what counting would say, in memory and in the database."""
+    """The figures that every transaction updates equal a count of the rows, in memory and in the database."""
     live = Counter(row["operator"] for row in engine.rows("session") if row["reason"] is None)
     counted = [row for row in engine.rows("delivery") if row["discarded"] is None]
     states = Counter((row["operator"], row["state"]) for row in counted)

@@ -1,4 +1,4 @@
-"""What a batch changes: `decide`, in tables of cases."""
+"""What a batch changes: `rules.decide`, tested with tables of cases."""
 
 import dataclasses
 from typing import Any
@@ -60,13 +60,13 @@ def session(session_id: str = "s", number: int = 1, seen_ms: int = 0, reason: An
 
 
 def known(*sessions: Session, asked: str = "s", **facts: Any) -> Facts:
-    """The facts of a batch that asked for that session id."""
+    """The facts for a batch that asked about one session id."""
     return Facts(asked={"acme": {asked}}, sessions=sessions, **facts)
 
 
 ACTIVE, ENDED = session(), session(reason="closed")
 
-# What each operation answers and ends, by what is known of its session.
+# For each operation and what is stored of its session: the answer, and the sessions that end.
 CASES: list[tuple[str, Operation[Any], Facts, object, list[str]]] = [
     ("open unknown", opening(), known(), "created", []),
     ("open again", opening(), known(ACTIVE), "open", []),
@@ -242,7 +242,7 @@ PAUSING = WORLD._replace(
 
 
 def swept(world: World, *before: Touching) -> Changes:
-    """A sweep at 100 s with one session that is due: seen at 5 s, and idle after 1 s."""
+    """Decides a sweep at 100 s. One session is due: it was last touched at 5 s, and its idle time is 1 s."""
     facts = Facts(due=[session(seen_ms=5000)])
     return decide([*before, Sweep(100_000)], facts, world)
 
@@ -251,7 +251,8 @@ class TestAnOperatorWhoseTouchesHaveStopped:
     def test_an_idle_session_waits_and_the_pause_begins(self) -> None:
         changes = swept(PAUSING)
         assert changes.answers == [(0, 1)]
-        assert changes.moved_due == [(1, 101_000)]  # its idle time later, where it could end if it were touched now
+        # One idle time later: the earliest moment at which it could end if it were touched now
+        assert changes.moved_due == [(1, 101_000)]
         assert changes.pauses == {"acme": silence.Pause(100_000, 500)}
         assert changes.ends == []
 

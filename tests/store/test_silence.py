@@ -1,4 +1,4 @@
-"""When touches count as stopped and how long ends wait then: the rule by itself."""
+"""The rule that says when an operator's touches count as stopped, and how long its ends wait then."""
 
 import pytest
 

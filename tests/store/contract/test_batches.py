@@ -1,4 +1,4 @@
-"""Operations that come at the same time, and are perhaps written together."""
+"""Operations that come at the same time and may be written in one batch."""
 
 import asyncio
 
@@ -14,7 +14,9 @@ from lmdaemon.store.contract import Claim, NewDelivery, Recording, Settlement, S
 
 
 class TestBatches:
-    """Neighbours of one kind are one statement; each of them gets the answer that it would get alone."""
+    """Operations of one kind that follow each other become one statement. Each gets the answer that it would get
+    alone.
+    """
 
     async def test_openings_of_one_batch_are_each_answered_for_themselves(self, db: Store) -> None:
         await db.open_session(opening("known"))
@@ -94,7 +96,9 @@ class TestBatches:
     async def test_a_wait_queued_while_the_wall_clock_goes_back_stays_as_long(
         self, engine: Engine, db: Store, clock: HandClock
     ) -> None:
-        """Kept waits go back with the clock; the wait of a result in the same batch is right already."""
+        """Waits that are stored already are set back with the clock. The wait of a result in the same batch is computed
+        with the new time and must not be.
+        """
         db.sinks_of = lambda session: [NewDelivery("http", b"{}"), NewDelivery("plugin:x", b"")]
         await db.record(notice())
         (first,), (second,) = await db.claimable([Claim("acme", sink, [], 1) for sink in ("http", "plugin:x")])

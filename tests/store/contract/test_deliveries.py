@@ -1,4 +1,4 @@
-"""Deliveries: claimed, settled once, retried, and rid of their secrets."""
+"""Deliveries: claimed, settled once, retried, and freed from secrets that nothing needs any more."""
 
 import asyncio
 import dataclasses
@@ -79,7 +79,7 @@ class TestDeliveries:
         assert [row.session_id for row in rest] == ["first"]
 
     async def test_any_number_of_lanes_is_claimed_each_with_its_own_rows(self, db: Store, clock: HandClock) -> None:
-        """The earliest due first."""
+        """In each lane, the delivery that is due earliest comes first."""
         names = [f"operator-{number}" for number in range(65)]
         first = [await one_delivery(db, operator=name) for name in names]
         again = await db.settle(Settlement(first[-1], "pending", 5000, 1, attempt()))
@@ -99,9 +99,9 @@ class TestDeliveries:
         assert known is not None
         http, plugin = known[1]
         await db.settle(Settlement(http, "delivered", 0, 0, attempt()))
-        assert await kept(db) == ("tok-3n", [b"", b""])  # the plug-in is to be told it
+        assert await kept(db) == ("tok-3n", [b"", b""])  # the plug-in has not been told yet, and needs the token
         await db.settle(Settlement(plugin, "dead", 0, 0, attempt()))
-        assert (await kept(db))[0] == "tok-3n"  # and may be, by hand
+        assert (await kept(db))[0] == "tok-3n"  # a dead delivery can be retried by hand, so the token stays
         await db.retry_dead("acme", Dead())
         await db.settle(Settlement(plugin, "delivered", 0, 0, attempt()))
         digest, bodies = await kept(db)
@@ -139,7 +139,7 @@ class TestDeliveries:
         assert {(row.step, row.aged_from_at) for row in rows} == {(0, clock.wall_ms())}
 
     async def test_dead_deliveries_are_found_by_cause_death_and_end(self, db: Store, clock: HandClock) -> None:
-        """Retried and counted alike."""
+        """The same selection is used for retrying and for counting."""
         ended_at, died_at = [], []
         for number, cause in enumerate(("timeout", "code_7", "timeout", "code_7")):
             ended_at.append(clock.wall_ms())
@@ -166,7 +166,7 @@ class TestDeliveries:
         assert await db.find_dead("acme", Dead()) == (1, 1, died_at[3], {"code_7": 1})
 
     async def test_a_discarded_delivery_counts_as_dead_no_more(self, db: Store, clock: HandClock) -> None:
-        """It is kept with who, when and why, and left alone by what concerns all dead ones."""
+        """The delivery stays, with who discarded it, when and why. Calls for all dead deliveries leave it alone."""
         ids = []
         for number in range(3):
             delivery = await one_delivery(db, str(number))

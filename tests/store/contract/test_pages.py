@@ -1,4 +1,4 @@
-"""What people list: newest first, without loss or doubles, for every filter, without secrets."""
+"""The lists for people: newest first, nothing missing or twice, for every filter, without secrets."""
 
 import asyncio
 
@@ -44,7 +44,7 @@ class TestPages:
                     assert await walk_deliveries(db, operator, sink, state) == expected
 
     async def test_a_session_that_was_only_reported_is_found(self, engine: Engine, clock: HandClock) -> None:
-        """Of an operator of which nothing was ever opened, and whose ends nobody is told of; also by the next run."""
+        """The operator has no session that was opened here, and no sink. The session is also found after a restart."""
         async with engine.open(clock) as first:
             first.configure(frozenset({"acme"}), lambda session: [])
             await first.record(notice())
@@ -93,11 +93,11 @@ async def test_pages_show_neither_token_nor_body_nor_what_nobody_sees(db: Store)
     assert (stored[0].token, stored[1][0].body) == ("tok-3n", b"tok-3n")
     assert found[0] == listed == stored[0]._replace(token=None, extra=None)
     assert found[1] == [delivery] == [stored[1][0]._replace(token=None, body=b"")]
-    assert await db.delivery(delivery.webhook_id) == stored[1][0]  # whole, for what is sent is shown of it
+    assert await db.delivery(delivery.webhook_id) == stored[1][0]  # with its body, of which the request is shown
 
 
 async def test_a_page_ends_at_its_bytes_and_the_next_goes_on_behind_it(db: Store) -> None:
-    """Every session is on one page, and no page has more than its bound and what one step of reading may add."""
+    """Each session is on exactly one page. A page is at most one read step larger than its limit."""
     attributes = '{"a":"' + "x" * 4000 + '"}'
     count = 3 * PAGE_BYTES // (2 * len(attributes))
     await asyncio.gather(*(db.open_session(opening(str(number), attributes=attributes)) for number in range(count)))

@@ -1,4 +1,6 @@
-"""The whole store against plain dictionaries, with operations by chance: batches and guesses change no answer."""
+"""The whole store compared with plain dictionaries, under random operations. Batches and guesses must change no
+answer.
+"""
 
 import asyncio
 import dataclasses
@@ -40,8 +42,9 @@ async def test_the_store_does_what_plain_dictionaries_do(engine: Engine, clock: 
     async with engine.open(clock) as db:
         db.configured, db.sinks_of = frozenset({"acme", "other"}), sinks_of_two
         plain, set_back_ms = PlainStore({"acme", "other"}, sinks_of_two), 0
-        await db.end_due(idle=False)  # from here on it owns both operators, on an engine with owners
-        for _ in range(8 if isinstance(engine, PairEngine) else 25):  # there each operation is a transaction or more
+        await db.end_due(idle=False)  # on an engine with owners, the store owns both operators from here on
+        # Fewer for a pair of daemons, where each operation is a transaction or more
+        for _ in range(8 if isinstance(engine, PairEngine) else 25):
             note_ids(plain, engine.rows("delivery"))
             due = [row for lane in await db.claimable([Claim("acme", s, [], 3) for s in SINKS]) for row in lane]
             batch = [some_operation(random, db, due, plain) for _ in range(random.choice([1, 2, 6, 20]))]
@@ -62,14 +65,14 @@ async def test_the_store_does_what_plain_dictionaries_do(engine: Engine, clock: 
                 db.service_clock.now_ms()
             if random.random() < 0.1:
                 await engine.step_wall(clock, db, -random.choice([30, 3600]))
-                set_back_ms = db.set_back_ms  # read now: a daemon may begin a transaction by itself
+                set_back_ms = db.set_back_ms  # read at once, because a daemon may begin a transaction by itself
 
 
 SINKS = ("http", "plugin:x")
 
 
 def note_ids(plain: PlainStore, rows: list[dict[str, Any]]) -> None:
-    """Public ids are random: the plain store learns those of the tables."""
+    """Public ids are random, so the plain store takes them from the tables."""
     for row in rows:
         key = (row["operator"], row["session_id"], row["sink"])
         plain.deliveries[key]["webhook_id"] = f"msg_{row['id']}_{row['nonce']}"
@@ -88,7 +91,7 @@ def set_back(plain: PlainStore, by_ms: int) -> None:
 
 
 async def carried_out(db: Store, operation: Operation[Any]) -> Any:
-    """The answer of the verb that queues this operation."""
+    """Calls the verb that queues this operation. Returns the answer in a comparable form."""
     match operation:
         case Opening():
             return await db.open_session(operation)

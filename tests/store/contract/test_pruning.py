@@ -1,4 +1,4 @@
-"""What is deleted, and what must stay."""
+"""Pruning: which sessions are deleted, and which must stay."""
 
 import pytest
 from clocks import HandClock

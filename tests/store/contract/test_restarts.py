@@ -1,4 +1,4 @@
-"""What the next run finds of the one before it, and what an outage of the database does to service time."""
+"""What a store finds after a restart or a kill, and what an outage of the database does to service time."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ class TestRestart:
     async def test_a_restart_takes_up_clock_deadlines_figures_and_gates(self, engine: Engine, clock: HandClock) -> None:
         async with engine.open(clock) as first:
             first.configured = frozenset({"acme"})
-            await first.end_due(idle=False)  # from here on it owns acme, on an engine with owners
+            await first.end_due(idle=False)  # on an engine with owners, the store owns acme from here on
             await first.open_session(opening())
             live(clock, first, 4)
             await first.touch("acme", ["s"])
@@ -31,7 +31,7 @@ class TestRestart:
             assert (second.next_due_ms, second.service_clock.now_ms()) == (due_ms, service_ms)
             assert (second.live, second.gate("acme").failures) == (1, 7)
             live(clock, second, 7)
-            assert (await second.end_due(idle=True)).ended == 0  # the downtime did not count
+            assert (await second.end_due(idle=True)).ended == 0  # the downtime does not count as idle time
             live(clock, second, 0.002)
             assert (await second.end_due(idle=True)).ended == 1
 
@@ -80,7 +80,7 @@ class TestRestart:
     async def test_what_was_acknowledged_before_a_kill_is_there_after_it(
         self, engine: Engine, clock: HandClock
     ) -> None:
-        """And nothing of what the killed one does afterwards."""
+        """Nothing that the killed store does afterwards is stored."""
         async with engine.open(clock) as first:
             first.configured, first.sinks_of = frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)]
             await first.open_session(opening("live"))

@@ -1,4 +1,4 @@
-"""Sessions: opened, touched, ended once, at their exact deadline; notices of ends that others saw."""
+"""Sessions: opened, touched, and ended once, at their exact deadline; notices about sessions that ended elsewhere."""
 
 import asyncio
 
@@ -103,7 +103,8 @@ class TestExpiry:
         live(clock, db, 9)
         await db.touch("acme", ["s"])
         live(clock, db, 2)
-        assert await db.end_due(idle=True) == (0, 1)  # looked at once, and put where it belongs
+        # The session is looked at once, and its next look is set to its deadline
+        assert await db.end_due(idle=True) == (0, 1)
         assert db.next_due_ms == (await found(db)).deadline_ms
         live(clock, db, 8.002)
         assert (await db.end_due(idle=True)).ended == 1
@@ -156,13 +157,13 @@ class TestExpiry:
         live(clock, db, 11)
         assert (await db.end_due(idle=True)).ended == 1
         assert (await found(db, "orphan", "removed")).reason is None
-        # It is looked at again later, or when the operator is configured again
+        # The session is looked at again later, or when its operator is configured again
         assert db.next_due_ms is None or db.next_due_ms > db.service_clock.now_ms()
 
     async def test_a_stalled_daemon_ends_nothing(self, db: Store, clock: HandClock) -> None:
         await db.open_session(opening())
         live(clock, db, 9)
-        clock.advance(3600)  # stopped, suspended or blocked: nobody read the clock
+        clock.advance(3600)  # nobody read the clock in this time: the daemon was stopped, suspended or blocked
         assert (await db.end_due(idle=True)).ended == 0
         clock.step_wall(-7200)
         live(clock, db, 1.002)
@@ -205,12 +206,12 @@ class TestOneEnd:
         await db.end("acme", "s")
         (delivery,) = (await db.deliveries(operator=None, sink=None, state="dead", limit=9, after=None)).rows
         assert (delivery.last_error, delivery.settled_at) == ("must send 'token'", delivery.created_at)
-        assert await db.retry_dead("acme", Dead()) == 0  # trying again cannot help
+        assert await db.retry_dead("acme", Dead()) == 0  # it cannot be sent, so a retry cannot help
         again = await db.retry_one(delivery.webhook_id)
         assert again is not None
         after = await db.delivery(delivery.webhook_id)
         assert after is not None
-        assert after._replace(token=None) == delivery  # a page shows no token
+        assert after._replace(token=None) == delivery  # a page does not show the token
 
 
 class TestNotices:

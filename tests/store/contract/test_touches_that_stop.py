@@ -1,4 +1,4 @@
-"""With `mass_expiry = "pause"`: ends for inactivity wait while an operator's touches have stopped."""
+"""`mass_expiry = "pause"`: while an operator's touches have stopped, its ends for inactivity wait."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ NAMES = [f"s{number}" for number in range(MANY_SESSIONS)]
 
 @pytest.fixture
 async def silent(db: Store, clock: HandClock) -> Store:
-    """A hundred sessions of acme were touched and have been idle for too long since."""
+    """A store in which a hundred sessions of acme were touched and then not touched for longer than their idle time."""
     db.pausing, db.grace_ms = frozenset({"acme"}), int(GRACE_S * 1000)
     await asyncio.gather(*(db.open_session(opening(name)) for name in NAMES))
     await db.touch("acme", NAMES)
@@ -26,7 +26,7 @@ async def silent(db: Store, clock: HandClock) -> Store:
 
 
 async def ended(db: Store) -> int:
-    """How many sessions end now."""
+    """Runs sweeps until nothing is due. Returns how many sessions have ended."""
     count = 0
     while (swept := await db.end_due(idle=True)).looked_at:
         count += swept.ended
@@ -54,7 +54,7 @@ async def test_when_touches_come_again_the_others_have_the_grace(silent: Store, 
     assert await ended(silent) == 0
     live(clock, silent, 0.2)
     await silent.touch("acme", NAMES[:10])
-    live(clock, silent, IDLE_S / 2 - 1)  # each waiting one is looked at again by now
+    live(clock, silent, IDLE_S / 2 - 1)  # each session that waited has been looked at again by now
     assert await ended(silent) == MANY_SESSIONS - 10
     assert silent.waits_until_ms("acme") is None
 

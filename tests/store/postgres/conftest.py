@@ -1,4 +1,4 @@
-"""A store behind a proxy that can lose what passes through it."""
+"""A store that connects to its server through a proxy, which can lose data."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +16,7 @@ def engine(postgres_engine: PostgresEngine) -> Engine:
 
 @pytest.fixture
 def proxied(postgres_engine: PostgresEngine) -> Iterator[tuple[PostgresEngine, Proxy]]:
-    """The same database as `engine` has, and the proxy that its stores connect through."""
+    """An engine whose stores connect through a proxy to the test's database, and the proxy."""
     found = psycopg.conninfo.conninfo_to_dict(postgres_engine.url)
     with Proxy(int(found["port"] or 5432)) as proxy:
         url = psycopg.conninfo.make_conninfo(postgres_engine.url, host="127.0.0.1", port=proxy.port)

@@ -1,4 +1,4 @@
-"""The HTTP API of several daemons: the owner of an operator and any other one answer alike."""
+"""The HTTP API of several daemons: the daemon that owns an operator and the others give the same answers."""
 
 import re
 from collections.abc import AsyncIterator
@@ -22,7 +22,9 @@ VOLATILE = re.compile(
 
 
 class Asked(NamedTuple):
-    """A call, `{s}` standing for a session of its own and `{d}` for that session's delivery."""
+    """A call with the status that it must get. `{s}` stands for a session made for the call, and `{d}` for its
+    delivery.
+    """
 
     status: int
     method: str
@@ -64,7 +66,7 @@ CALLS = [
     Asked(200, "POST", ACME + "/deliveries/discard", {"note": "x", "dryRun": True}),
     Asked(404, "POST", "/v1/operators/nobody/hold"),
 ]
-# Of the whole: word for word the same
+# Lists and documents whose text must be the same from each daemon
 READ = [
     "/v1/operators",
     ACME + "/sessions",
@@ -115,7 +117,7 @@ def filled(value: Any, names: dict[str, str]) -> Any:
 
 
 async def answer(daemon: Serving, call: Asked, session: str) -> tuple[int, str]:
-    """The answer with what is of this call alone left out."""
+    """The status and text of the answer. What differs between two such calls is replaced."""
     names = {"{s}": session}
     if "{d}" in call.path:
         names["{d}"] = await delivered(daemon, session)
@@ -166,7 +168,7 @@ async def delivered_if_ended(daemon: Serving, session: str) -> None:
 
 
 async def look(pair: Pair) -> None:
-    """Each has heard of what the other has done, as it would within 300 ms."""
+    """Makes each daemon read what the other has done, as it does within 300 ms when it runs."""
     for daemon in pair[:2]:
         await daemon.store.look()
 

@@ -1,4 +1,4 @@
-"""What only the daemon that owns an operator can do, asked of another one."""
+"""Requests that only the daemon that owns an operator can carry out, sent to another daemon."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,9 @@ from lmdaemon.store.postgres.store import Store
 
 
 class Heard(StoreObserver):
-    """The probes that a daemon is asked for, each answered by the number of its question if it `answers`."""
+    """Notes the probes that a daemon is asked for. If `answers` is set, it answers each with the number of the
+    question.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -35,7 +37,7 @@ class Heard(StoreObserver):
 
 
 class Pair:
-    """Two daemons that share two operators: `owner` owns acme."""
+    """Two daemons on one database. `owner` owns the operator acme, and `other` does not."""
 
     def __init__(self, stores: list[Store], heard: list[Heard]) -> None:
         at = next(at for at, store in enumerate(stores) if store.owns("acme"))
@@ -76,7 +78,7 @@ async def test_a_probe_is_made_by_the_owner_and_answered_once(pair: Pair, postgr
 
 
 async def test_an_owner_that_does_not_answer_is_told(pair: Pair, postgres_engine: PostgresEngine) -> None:
-    """It is told of the question once, however often it looks."""
+    """The owner passes the question on once, however often it looks for questions."""
     pair.at_owner.answers = False
     with pytest.raises(StoreError, match="the daemon that owns acme has not answered within 1 s"):
         await pair.other.ask_owner("acme", "probe", 1)
@@ -89,13 +91,13 @@ async def test_ends_that_wait_are_released_at_any_daemon(pair: Pair) -> None:
     now_ms = pair.owner.service_clock.now_ms()
     pair.owner._pauses["acme"] = silence.Pause(now_ms, silent_ms=5000)
     assert pair.owner.waits_until_ms("acme") == now_ms + silence.PAUSE_MAX_MS
-    await pair.owner.look()  # which tells the others
+    await pair.owner.look()  # the look tells the other daemons
     assert await pair.other.release_ends("acme")
     assert pair.owner.waits_until_ms("acme") is None
     assert not await pair.other.release_ends("acme")
 
 
 async def test_a_release_waits_for_no_owner_if_no_ends_wait(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That one may be gone."""
+    """The owner may be gone, so the test lets no question be asked."""
     monkeypatch.setattr(pair.other._asking, "ask", None)
     assert not await pair.other.release_ends("acme")

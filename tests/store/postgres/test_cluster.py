@@ -1,7 +1,9 @@
-"""The rules of several daemons in a simulated cluster: stalls, slow commits, outages, expulsions, returns.
+"""The rules for several daemons on one database, tested in a simulated cluster with stalls, slow commits, outages,
+expulsions and returns.
 
-Nothing ends early, nothing ends over a touch that a daemon had in hand, nobody who was expelled ends anything; and a
-cluster without one of the rules breaks one of these.
+No session ends early. No session ends while a daemon holds a touch of it that came in time. A daemon that was expelled
+ends nothing. If one of the rules is left out of the simulation, one of these promises must break, so each rule is
+needed.
 """
 
 from dataclasses import dataclass, field
@@ -36,19 +38,20 @@ MUTANTS = ("no stamp rule", "own clock alone", "no fence")
 @dataclass
 class Session:
     seen_ms: int = 0
-    touched_at: int = 0  # true time at which its last stored touch had arrived
+    touched_at: int = 0  # true time at which its latest stored touch arrived
     ended: bool = False
 
 
 @dataclass
 class Batch:
-    """Sent to the database; done there at `done_at`, whatever becomes of its daemon."""
+    """A batch that was sent to the database. It is carried out there at `done_at`, whatever becomes of its daemon."""
 
     done_at: int
     row: Heard
-    touches: list[tuple[int, int, int]]  # session, true time and service time of the arrival
+    # For each touch: the session, and the true time and service time of its arrival
+    touches: list[tuple[int, int, int]]
     answer: tuple[int, dict[int, Heard], dict[int, int]] | None = (
-        None  # once it is done: time and rows; None in it: fenced
+        None  # once it is carried out: the time and the rows; None if the fence stopped it
     )
     is_fenced: bool = False
 
@@ -56,12 +59,14 @@ class Batch:
 @dataclass
 class Daemon:
     number: int
-    member: int  # its row
+    member: int  # number of its row in the table of members
     clock_ms: float
     read_at: int
     known_at: int
-    others: dict[int, Heard] = field(default_factory=dict)  # as of its last transaction
-    socket: list[tuple[int, int]] = field(default_factory=list)  # session, true time: not read yet
+    # The rows of the other members, as its last transaction read them
+    others: dict[int, Heard] = field(default_factory=dict)
+    # Touches that have arrived but have not been read: session, true time
+    socket: list[tuple[int, int]] = field(default_factory=list)
     batch: Batch | None = None
     stalled_until: int = 0
     joined_at: int = 0
@@ -70,25 +75,25 @@ class Daemon:
 
 
 class Simulation:
-    """Three daemons and a database. Times in milliseconds; `at` is true time, which nobody in the simulation knows."""
+    """Three daemons and a database. All times are in milliseconds. `at` is true time, which no daemon knows."""
 
     def __init__(self, seed: int, mutant: str = "") -> None:
         self.random, self.mutant = Random(seed), mutant
         self.at = 0
-        self.database_ahead_ms = 0  # of true time
-        self.kept_ms = 0  # the furthest clock of those that were expelled
-        self.is_troubled = True  # by itself
+        self.database_ahead_ms = 0  # how far the database's clock is ahead of true time
+        self.kept_ms = 0  # the furthest service clock of the members that were expelled
+        self.is_troubled = True  # whether faults happen at random
         self.rows: dict[int, Heard] = {}
-        self.batches: dict[int, int] = {}  # number of each member's last transaction
+        self.batches: dict[int, int] = {}  # by member, the number of its last transaction
         self.hold_ms = 0
-        self.away_until = 0  # the database
+        self.away_until = 0  # until when the database cannot be reached
         self.members = 0
         self.daemons: list[Daemon] = []
         for number in range(3):
             self.daemons.append(Daemon(number, self.join(0), 0, 0, 0))
         self.sessions = [Session() for _ in range(8)]
         self.ends = self.expulsions = 0
-        self.early: list[int] = []  # by how much
+        self.early: list[int] = []  # by how many ms sessions have ended early
         self.over_a_touch = self.by_the_dead = 0
 
     def join(self, heard_ms: int) -> int:
@@ -98,7 +103,7 @@ class Simulation:
 
     @property
     def database_at(self) -> int:
-        """By the database's own clock, which somebody may set."""
+        """The time by the database's own clock, which may be set wrong."""
         return self.at + self.database_ahead_ms
 
     def run(self, for_ms: int) -> "Simulation":
@@ -107,7 +112,7 @@ class Simulation:
             if self.is_troubled:
                 self.trouble()
             for number, session in enumerate(self.sessions):
-                if self.random.random() < 0.003:  # its client is heard of, through any daemon
+                if self.random.random() < 0.003:  # a touch arrives, through any daemon
                     self.random.choice(self.daemons).socket.append((number, self.at))
                 if session.ended and self.random.random() < 0.05:
                     self.sessions[number] = self.opened()
@@ -116,10 +121,10 @@ class Simulation:
         return self
 
     def opened(self) -> Session:
-        """A new session, as if a touch had arrived and was stored at once."""
+        """A new session, as if a touch had arrived and been stored at once."""
         daemon = self.random.choice(self.daemons)
         if daemon.member not in self.rows or self.at < daemon.stalled_until:
-            return Session(ended=True)  # it is opened later
+            return Session(ended=True)  # no daemon can open it now; it is tried again later
         self.read_clock(daemon)
         own_ms = int(daemon.clock_ms)
         stamp = stamp_ms(own_ms, own_ms, self.rows_but(daemon), self.database_at, self.kept_ms)
@@ -161,7 +166,7 @@ class Simulation:
             daemon.clock_ms = max(daemon.clock_ms, min(further, limit))
 
     def commit(self, daemon: Daemon, batch: Batch) -> None:
-        """In the database, whether its daemon is stalled or not."""
+        """Carries a batch out in the database, whether or not its daemon is stalled."""
         batch.is_fenced = daemon.member not in self.rows
         if not batch.is_fenced:
             self.rows[daemon.member] = batch.row
@@ -180,13 +185,14 @@ class Simulation:
         if batch.is_fenced:
             self.rejoin(daemon, batch)
             return
-        self.read_clock(daemon)  # before it follows: what has passed since its last reading is in the others' clocks
+        # The clock is read before it follows the others: their clocks contain the time since the last reading
+        self.read_clock(daemon)
         daemon.known_at, daemon.told_ms = known_at, batch.row.heard_ms
         daemon.others = {member: row for member, row in rows.items() if member != daemon.member}
         followed = followed_ms(int(daemon.clock_ms), daemon.others.values(), daemon.told_ms)
         daemon.clock_ms = max(daemon.clock_ms, followed)
         for gone in daemon.watch.gone(batches, self.at / 1000) - {daemon.member}:
-            if self.batches.get(gone) == batches[gone]:  # compare and set
+            if self.batches.get(gone) == batches[gone]:  # deletes the row only if it still stands still
                 self.hold_ms = max(self.hold_ms, hold_until_ms(self.rows.values(), GRACE_MS))
                 self.kept_ms = max(self.kept_ms, self.rows[gone].heard_ms)
                 del self.rows[gone], self.batches[gone]
@@ -202,7 +208,9 @@ class Simulation:
         session.touched_at = max(session.touched_at, at)
 
     def rejoin(self, daemon: Daemon, batch: Batch) -> None:
-        """With its touches, as a new member that knows what the others have heard."""
+        """The daemon joins again as a new member. It keeps its unread touches and starts at the furthest service time
+        of all.
+        """
         furthest = max(self.kept_ms, int(daemon.clock_ms), *(row.heard_ms for row in self.rows.values()))
         daemon.clock_ms, daemon.told_ms, daemon.member = furthest, furthest, self.join(furthest)
         daemon.watch, daemon.known_at, daemon.read_at = Watch(gap_s=1.5), self.database_at, self.at
@@ -228,7 +236,8 @@ class Simulation:
         deadline_at = session.touched_at + IDLE_MS
         for other in self.daemons:
             if other.member in self.rows:
-                in_hand = list(other.socket)  # what it had when it was expelled is stored only if it comes in time
+                # Touches that it had when it was expelled count only if they are stored in time
+                in_hand = list(other.socket)
                 if other.batch and not other.batch.answer and other is not daemon:
                     in_hand += [(one, at) for one, at, _ in other.batch.touches]
                 self.over_a_touch += any(one == number and other.joined_at <= at < deadline_at for one, at in in_hand)
@@ -241,7 +250,7 @@ def broken(simulation: Simulation) -> bool:
 
 @settings(max_examples=examples(40), deadline=None)
 @given(st.integers(0, 2**32))
-@example(263945)  # a clock that had followed the others ran on before it had told so
+@example(263945)  # found an error once: a clock that had followed the others ran on before it had told them so
 def test_nothing_ends_early_over_a_touch_or_by_who_was_expel(seed: int) -> None:
     simulation = Simulation(seed).run(60_000)
     assert simulation.early == []
@@ -261,10 +270,11 @@ def test_without_one_of_the_rules_something_breaks(mutant: str) -> None:
 
 @settings(max_examples=examples(30), stateful_step_count=40, deadline=None)
 class ClusterMachine(RuleBasedStateMachine):
-    """Whatever happens in whatever order: stalls, outages, somebody who sets the database's clock, touches late and in
-    time. Sessions belong to the three daemons in turn.
+    """Runs stalls, outages, changes of the database's clock, and touches in time and too late, in any order. The
+    sessions belong to the three daemons in turn.
 
-    If that clock is set back, a touch can count as older by as much as daemons may differ, and never by more.
+    If the database's clock is set back, a touch may count as older by up to the difference that daemons may have, and
+    by no more.
     """
 
     mutant = ""
@@ -322,7 +332,7 @@ def test_the_machine_finds_each_rule_that_is_left_out(mutant: str) -> None:
 
 
 class TestStatements:
-    """The statements follow the rules."""
+    """The SQL statements compute the same as the rules in Python."""
 
     @pytest.mark.parametrize("kept_ms", [0, 6_200])
     @pytest.mark.parametrize("known", [-10_000, 10_000], ids=["long ago", "clock set back"])
@@ -344,27 +354,27 @@ class TestStatements:
                         (str(number), *other),
                     )
                 (stamp,) = sql.execute(f"WITH {STAMP} SELECT ms FROM stamp", (own_ms, -1)).fetchone() or (0,)
-                assert stamp - stamp_ms(own_ms, own_ms, others, at, kept_ms) in (0, 1)  # rounded up
+                assert stamp - stamp_ms(own_ms, own_ms, others, at, kept_ms) in (0, 1)  # the statement rounds up
 
 
 class TestRules:
-    """The rules one by one."""
+    """Each rule alone."""
 
     def test_a_clock_waits_for_the_slowest_and_follows_the_furthest(self) -> None:
         others = [Heard(10_000, 0), Heard(12_000, 0)]
         assert limit_ms(others, 11_000) == 11_500
-        assert limit_ms(others, 9_000) == 10_500  # the others know no more of it
+        assert limit_ms(others, 9_000) == 10_500  # the others do not know that its clock has gone further
         assert followed_ms(9_000, others, 10_500) == 11_500
-        assert followed_ms(11_800, others, 11_800) == 11_800  # never back
+        assert followed_ms(11_800, others, 11_800) == 11_800  # a clock never goes back
         assert followed_ms(9_000, [], 9_000) == 9_000
 
     @pytest.mark.parametrize(
         ("other", "database_at", "stamp"),
         [
-            (Heard(4_000, 900), 1_000, 5_000),  # behind: the arrival
-            (Heard(5_000, 900), 1_000, 5_100),  # it may have run on for 100 ms
-            (Heard(5_000, 900), 9_000, 6_500),  # for no longer than it may be ahead
-            (Heard(5_000, 900), 800, 6_500),  # the database's clock was set back: nobody knows how long
+            (Heard(4_000, 900), 1_000, 5_000),  # the other clock is behind, so the touch counts from its arrival
+            (Heard(5_000, 900), 1_000, 5_100),  # the other clock may have run on for 100 ms
+            (Heard(5_000, 900), 9_000, 6_500),  # but not for longer than it may be ahead
+            (Heard(5_000, 900), 800, 6_500),  # the database's clock was set back, so the time since is unknown
         ],
     )
     def test_a_stamp_is_below_no_clock(self, other: Heard, database_at: int, stamp: int) -> None:
@@ -381,4 +391,5 @@ class TestRules:
         for second in range(5):
             assert watch.gone({1: second, 2: 7}, second) == set()
         assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S) == {2}
-        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S + 60) == set()  # the watcher was away: from the beginning
+        # The watcher itself was away, so it starts to watch anew
+        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S + 60) == set()

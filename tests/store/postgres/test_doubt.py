@@ -1,4 +1,6 @@
-"""A connection that is lost during a commit: what became of it is found out, and nothing is done twice."""
+"""A connection that is lost during a commit: the store finds out whether the batch was stored, and does nothing
+twice.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,14 +18,14 @@ CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
 
 
 async def nothing(*_: object) -> None:
-    """No loop."""
+    """Replaces a loop with one that does nothing."""
 
 
 @pytest.fixture
 async def db(
     proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
-    """Without beats, looks and hints, so that what is lost is what the test has asked for."""
+    """A store without beats, looks and hints, so that only the test's own transactions can be lost."""
     monkeypatch.setattr(looks.Looks, "run", nothing)
     monkeypatch.setattr(hints.Hints, "listen_for_ever", nothing)
     async with proxied[0].open(clock) as opened:
@@ -44,7 +46,7 @@ def counts(engine: PostgresEngine) -> tuple[int, int, list[tuple[int, int, int]]
 
 @pytest.mark.parametrize("cut", CUTS)
 class TestCut:
-    """Before the statement has reached the server, and before its answer has come back."""
+    """The connection is cut before the statement reaches the server, or before its answer comes back."""
 
     async def test_a_session_is_opened_once_and_answered_so(
         self, db: Store, proxy: Proxy, postgres_engine: PostgresEngine, cut: Mode
@@ -76,7 +78,7 @@ class TestCut:
         assert known is not None
         assert known[1][0].attempts == 1
         assert db.gate("acme").failures == 1
-        # And the next one counts from there
+        # The next failure is counted from there
         await db.settle(Settlement(known[1][0], "pending", 5000, 2, attempt(status=500), gate=counted(failed=True)))
         assert db.gate("acme").failures == 2
 
@@ -92,7 +94,9 @@ class TestCut:
 async def test_everything_swallowed_is_refused_in_time_and_resumes_by_itself(
     db: Store, proxy: Proxy, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No answer at all, and no reset: what a broken middlebox does. The service clock stands still meanwhile."""
+    """There is neither an answer nor a reset, as with a broken middlebox. The service clock stands still in the
+    meantime.
+    """
     monkeypatch.setattr(writer, "WRITE_S", 0.2)
     await db.open_session(opening())
     proxy.mode = "swallow"
@@ -111,8 +115,8 @@ async def test_everything_swallowed_is_refused_in_time_and_resumes_by_itself(
 async def test_what_was_committed_behind_a_refusal_is_known_afterwards(
     db: Store, proxy: Proxy, postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both the commit's answer and the look for it are lost, so the caller is refused; then the tables are read
-    again.
+    """The commit's answer is lost, and so is the question whether it was stored. So the caller is refused. Later the
+    store reads the tables again.
     """
     monkeypatch.setattr(writer, "WRITE_S", 0.2)
 

@@ -1,4 +1,4 @@
-"""Every SQLSTATE that the table names, as the error that psycopg makes of it."""
+"""Every SQLSTATE in the table of errors, as the exception that psycopg raises for it."""
 
 import psycopg
 import pytest

@@ -1,4 +1,4 @@
-"""Hints between daemons that there is something to look at."""
+"""Hints: notifications between daemons that there is something new to read in the tables."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ class Listener:
 
 @pytest.fixture
 async def mine(postgres_engine: PostgresEngine) -> AsyncIterator[Listener]:
-    """The daemon `mine`, which has found that hints arrive."""
+    """A listener for the daemon named `mine`, which has already found that hints arrive."""
 
     def note() -> None:
         listener.hinted += 1
@@ -41,7 +41,7 @@ async def mine(postgres_engine: PostgresEngine) -> AsyncIterator[Listener]:
 
 
 def send(engine: PostgresEngine, *names: str) -> None:
-    """In one transaction, so that they arrive together."""
+    """Sends hints in one transaction, so that they arrive together."""
     with psycopg.connect(engine.url) as sql:
         for name in names:
             sql.execute("SELECT pg_notify('lmdaemon', %s)", (name,))

@@ -1,4 +1,4 @@
-"""A stopped daemon's file is moved into an empty database: nothing is lost, nothing is sent twice."""
+"""Moving a stopped daemon's file into an empty database: nothing is lost, and nothing is sent twice."""
 
 import dataclasses
 import sqlite3
@@ -18,7 +18,9 @@ from lmdaemon.store.sqlite.whole import open_whole
 
 
 async def fill(engine: SqliteEngine, clock: Clock) -> None:
-    """Sessions and deliveries in every state, an operator that is held, seven of ten seconds of idleness."""
+    """Writes sessions and deliveries in every state, an operator that is held, and a session that has been idle for
+    seven of its ten seconds.
+    """
     async with engine.open(clock) as db:
         db.configured = frozenset({"acme", "other"})
         db.sinks_of = lambda session: [NewDelivery("http", BODY), NewDelivery("plugin:x", b"")]
@@ -94,7 +96,7 @@ async def test_an_interrupted_import_goes_on_where_it_was(
 async def test_a_file_that_was_moved_serves_no_daemon_any_more(
     filled: SqliteEngine, postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
-    """What is pending in it would be sent from both."""
+    """Otherwise the pending deliveries would be sent by two daemons, one with the file and one with the database."""
     move(filled.path, postgres_engine)
     with pytest.raises(DatabaseError, match="was moved into a PostgreSQL database"):
         async with filled.open(clock):
@@ -111,7 +113,7 @@ async def test_only_an_empty_database_is_filled(
         await db.open_session(opening())
     with pytest.raises(DatabaseError, match="has other sessions"):
         move(filled.path, postgres_engine)
-    async with filled.open(clock) as still:  # and the file stays in use
+    async with filled.open(clock) as still:  # the file is still usable
         assert still.live == 20
 
 

@@ -1,4 +1,4 @@
-"""Migrations that take long, and programs of different versions that set up a database at the same time."""
+"""Migrations that take long, and programs of different versions that prepare one database at the same time."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -14,14 +14,14 @@ from lmdaemon.store.postgres.versions import MIGRATIONS
 
 SLOW = "SELECT pg_sleep(0.6)"
 NEXT = f"{SLOW}; CREATE TABLE of_the_next (x int)"
-# Whether somebody is in the middle of it.
+# Finds a row while a migration is in the middle of pg_sleep.
 IS_SLEEPING = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
 VERSION = "SELECT current, to_regclass('lmdaemon.of_the_next') IS NOT NULL FROM lmdaemon.version"
 
 
 @pytest.fixture
 def old(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> PostgresEngine:
-    """A database that lacks the last migration; statements and waits for locks on it are ended after 0.3 s."""
+    """A database without the last migration. Statements and waits for locks end after 0.3 s."""
     shorter = thread.SERVER_SETTINGS | {"statement_timeout": "300ms", "lock_timeout": "300ms"}
     monkeypatch.setattr(thread, "SERVER_SETTINGS", shorter)
     monkeypatch.setattr(migrations, "SERVER_SETTINGS", shorter)
@@ -33,7 +33,7 @@ def old(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> Pos
 
 
 def begun(engine: PostgresEngine, *more: str) -> "Future[list[int]]":
-    """Migrates to the newest version, and by these, on a thread of its own."""
+    """Migrates to the newest version and by further migrations, on a thread of its own."""
 
     def run() -> list[int]:
         with Database(engine.url, None, "migrate").connect(prepares=True) as sql:
@@ -46,7 +46,9 @@ POOL = ThreadPoolExecutor(4)
 
 
 def test_a_migration_may_take_longer_than_any_other_statement(old: PostgresEngine) -> None:
-    """As the index of a large table does. Who comes meanwhile waits for it, and finds it done."""
+    """Making an index of a large table takes long. A second program waits in the meantime, and then finds nothing left
+    to do.
+    """
     newest = len(MIGRATIONS)
     with psycopg.connect(old.url, autocommit=True) as sql:
         first = begun(old, NEXT)
@@ -58,7 +60,9 @@ def test_a_migration_may_take_longer_than_any_other_statement(old: PostgresEngin
 
 
 def test_an_older_program_that_comes_meanwhile_keeps_the_newer_version(old: PostgresEngine) -> None:
-    """It has found something to do, too, but has to wait; by then it is done, and more than that."""
+    """The older program has found a missing migration, too. It waits, and by then the newer program has made that one
+    and a further one.
+    """
     newest = len(MIGRATIONS)
     with psycopg.connect(old.url, autocommit=True) as sql:
         newer = begun(old, NEXT)
@@ -70,7 +74,9 @@ def test_an_older_program_that_comes_meanwhile_keeps_the_newer_version(old: Post
 
 
 def test_a_table_that_somebody_else_holds_is_not_waited_for(old: PostgresEngine) -> None:
-    """For long: everybody who touches would have to wait as well. Nothing is changed, and it can be repeated."""
+    """The migration waits only briefly for the table, because all touches wait behind it. Then nothing is changed, and
+    it can be tried again.
+    """
     newest = len(MIGRATIONS)
     with psycopg.connect(old.url) as holder:
         holder.execute("SELECT 1 FROM lmdaemon.session LIMIT 1")

@@ -1,4 +1,4 @@
-"""Behind PgBouncer in transaction mode, which passes on no settings of a session and no prepared statements."""
+"""A store behind PgBouncer in transaction mode, where neither session settings nor prepared statements last."""
 
 import asyncio
 from contextlib import closing
@@ -29,7 +29,7 @@ async def use(engine: PostgresEngine, clock: HandClock) -> None:
         names = [f"s{number}" for number in range(30)]
         opened = await asyncio.gather(*(db.open_session(opening(name)) for name in names))
         assert {one.outcome for one in opened} == {"created"}
-        for _ in range(20):  # more often than psycopg waits before it prepares a statement
+        for _ in range(20):  # more often than psycopg runs a statement before it prepares it
             assert await db.touch("acme", names) == (30, [], [])
             assert await db.session("acme", "s2") is not None
             assert len((await db.sessions("acme", state=None, player_id=None, limit=5, after=None)).rows) == 5

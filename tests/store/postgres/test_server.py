@@ -1,4 +1,6 @@
-"""What a server must be like, who may use its database, and what an operation does that it cannot store."""
+"""What a server must be like, which program may use its database, and what happens to an operation that cannot be
+stored.
+"""
 
 import asyncio
 import contextlib
@@ -32,7 +34,7 @@ def execute(engine: PostgresEngine, statement: str) -> list[tuple[object, ...]]:
 
 
 class TestRefusals:
-    """Each is named, and nothing is changed."""
+    """Each refusal names its reason, and nothing is changed."""
 
     @pytest.mark.parametrize("value", ["off", "local"])
     async def test_a_commit_that_a_crash_could_undo_is_refused(
@@ -70,7 +72,8 @@ class TestRefusals:
         execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 9")
         with pytest.raises(DatabaseError, match="newer lmdaemon"):
             await PostgresStore.open(postgres_engine.url, clock, name=own_name())
-        execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 1")  # it has only added to it
+        # The newer version has only added to the schema
+        execute(postgres_engine, "UPDATE lmdaemon.version SET current = 9, oldest = 1")
         async with postgres_engine.open(clock) as db:
             assert (await db.open_session(opening())).outcome == "created"
 
@@ -98,7 +101,7 @@ def test_two_who_set_up_a_database_at_once_set_it_up_once(postgres_engine: Postg
 
 
 class TestOneDaemon:
-    """One after the other."""
+    """Programs that use the database one after the other."""
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +122,7 @@ class TestOneDaemon:
             await PostgresStore.open(postgres_engine.url, clock, name=own_name())
         moving.cancel()
         assert execute(postgres_engine, "SELECT current FROM lmdaemon.version") == [(4,)]
-        monkeypatch.setattr(cluster, "LEASE_S", 0.1)  # and then it is gone
+        monkeypatch.setattr(cluster, "LEASE_S", 0.1)  # the other program counts as gone after this time
         async with postgres_engine.open(clock):
             assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
 
@@ -137,7 +140,7 @@ class TestOneDaemon:
 
 
 async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None:
-    """PostgreSQL has no NUL in a text; whoever lets one through must not take others with it."""
+    """PostgreSQL accepts no NUL in a text. If one gets through the checks, only its own operation may fail."""
     openings = [opening("a"), opening("b", player_id="nul\0"), opening("c")]
     told = await asyncio.gather(*(db.open_session(one) for one in openings), return_exceptions=True)
     assert isinstance(told[1], psycopg.Error)
@@ -146,7 +149,7 @@ async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None
 
 
 async def test_a_touch_moves_no_index_entry(db: Store, postgres_engine: PostgresEngine) -> None:
-    """Heap-only updates: the deadline that an index knows is left alone, and pages have room."""
+    """The updates are heap-only: the deadline in the index stays, and the pages have free space."""
     names = [f"s{number}" for number in range(300)]
     await asyncio.gather(*(db.open_session(opening(name)) for name in names))
     random = Random(1)
@@ -179,7 +182,7 @@ async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(cl
 
 
 def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None:
-    """A replica is attached, and no commit waits for one; pg_receivewal is a replica in this."""
+    """The server has a replica, and no commit waits for it. Here pg_receivewal is the replica."""
     with own_server() as own, psycopg.connect(own.url, autocommit=True) as sql:
         strains = Strains()
         assert strains.look(sql, 0) is None
@@ -192,7 +195,9 @@ def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None
 
 
 def test_a_snapshot_that_is_held_for_long_is_warned_of(postgres_engine: PostgresEngine) -> None:
-    """It keeps vacuum from removing what every touch leaves behind. A new one, as every statement has, does not."""
+    """Such a snapshot keeps vacuum from removing old versions of rows, of which each touch leaves one. The short
+    snapshots of ordinary statements do not.
+    """
     with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
         with psycopg.connect(postgres_engine.url, application_name="report") as holder:
             strains = Strains()
@@ -208,7 +213,7 @@ def test_a_snapshot_that_is_held_for_long_is_warned_of(postgres_engine: Postgres
 
 
 class TestDaemon:
-    """The whole daemon on a database."""
+    """The whole daemon on a PostgreSQL database."""
 
     async def test_sessions_and_their_ends_go_the_whole_way(
         self, postgres_engine: PostgresEngine, tmp_path: Path
@@ -234,7 +239,7 @@ class TestDaemon:
                     assert (await answer.json())["checks"]["store"][0]["status"] == "pass"
                 async with d.client.get(f"{d.api}/metrics") as answer:
                     assert 'postgresql="' in await answer.text()
-            async with serving(tmp_path, toml) as d:  # and are there after a restart
+            async with serving(tmp_path, toml) as d:  # the sessions are there after a restart
                 async with d.client.get(f"{base_of(d)}/b") as answer:
                     assert (await answer.json())["state"] == "active"
 
@@ -250,7 +255,7 @@ def config(engine: PostgresEngine, operator: ScriptedOperator) -> str:
 async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
     postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
-    """One that comes a second later joins others, and ends nothing before the grace of the first one is over."""
+    """A daemon that starts a second later joins the first one. It ends nothing before the first one's grace is over."""
     async with AsyncExitStack() as stack:
         stores = []
         for _ in range(2):
@@ -274,7 +279,9 @@ async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
 async def test_a_daemon_that_stops_while_it_joins_keeps_nobody_from_it(
     postgres_engine: PostgresEngine, proxied: tuple[PostgresEngine, Proxy]
 ) -> None:
-    """Joins are made one at a time. What one needs for it is sent at once, so that the server waits for nobody."""
+    """Daemons join one at a time. A daemon sends the rest of its joining at once, so that the server need not wait for
+    it while it is stopped.
+    """
     engine, proxy = proxied
     who = members.Introduction("stopped", 1)
 
@@ -286,7 +293,7 @@ async def test_a_daemon_that_stops_while_it_joins_keeps_nobody_from_it(
         holder.execute("SELECT 1 FROM lmdaemon.version FOR UPDATE")
         joining = asyncio.create_task(asyncio.to_thread(join))
         await until(lambda: execute(postgres_engine, WAITING) == [(1,)])
-        proxy.mode = "swallow"  # nothing of the daemon arrives any more
+        proxy.mode = "swallow"  # nothing that the daemon sends arrives from here on
     await until(lambda: execute(postgres_engine, "SELECT name FROM lmdaemon.member") == [("stopped",)])
     execute(postgres_engine, "SELECT 1 FROM lmdaemon.version FOR UPDATE NOWAIT")
     execute(postgres_engine, END_OTHERS)

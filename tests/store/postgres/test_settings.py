@@ -1,4 +1,4 @@
-"""Settings that somebody has made for the role or the database change nothing that the daemon relies on."""
+"""Settings of the role or of the database change nothing that the daemon needs."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -13,7 +13,7 @@ from lmdaemon.clock import Clock
 from lmdaemon.store.contract import Store
 from lmdaemon.store.postgres.paces import Paces
 
-NEWEST = 170_000  # the version of PostgreSQL that brought transaction_timeout
+NEWEST = 170_000  # the first version of PostgreSQL that has transaction_timeout
 SETTINGS = {
     "statement_timeout": "1ms",
     "lock_timeout": "1ms",
@@ -30,7 +30,7 @@ SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND applicat
 
 @pytest.mark.parametrize("name", SETTINGS)
 async def test_what_a_role_or_database_is_set_to_stops_nothing(postgres_engine: PostgresEngine, name: str) -> None:
-    """Two daemons write into the same rows, read, and are idle in between for longer than the setting allows."""
+    """Two daemons write to the same rows, read, and are idle between that for longer than the setting allows."""
     with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
         if name == "transaction_timeout" and sql.info.server_version < NEWEST:
             pytest.skip("this PostgreSQL has no transaction_timeout")
@@ -61,5 +61,5 @@ async def use(stores: list[Store], sql: psycopg.Connection[tuple[object, ...]]) 
         connections.append({pid for (pid,) in sql.execute(CONNECTIONS)})
         await asyncio.sleep(IDLE_S)
     assert [one.failure for one in stores] == [None, None]
-    assert connections[-1] == connections[-2]  # none was made anew
-    assert len(connections[-1]) >= 2 * 3  # of each a writer, a reader, and one that waits for hints
+    assert connections[-1] == connections[-2]  # all connections are still the same
+    assert len(connections[-1]) >= 2 * 3  # each daemon has a writer, a reader, and a connection that waits for hints

@@ -1,4 +1,4 @@
-"""Where a standby has to confirm commits, nothing is acknowledged that no standby has confirmed."""
+"""A server whose commits wait for a standby: nothing is acknowledged that no standby has confirmed."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from support import until
 from lmdaemon.store.contract import Opened, Store, StoreError
 from lmdaemon.store.postgres import writer
 
-# Ends the wait of who waits for a standby.
+# Ends the waiting of all commits that wait for a standby.
 WAITING = """
 SELECT {what}(pid) FROM pg_stat_activity WHERE application_name LIKE 'lmdaemon%' AND wait_event = 'SyncRep'"""
 
@@ -31,7 +31,9 @@ def server() -> Iterator[OwnServer]:
 async def test_a_commit_whose_wait_for_a_standby_was_ended_is_not_acknowledged(
     server: OwnServer, clock: HandClock, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The server has committed it then, and says so; a failover would lose it. It is known once a standby is there."""
+    """The server has committed the transaction by itself and says so, but a failover would lose it. The outcome is
+    found out once a standby is there.
+    """
     monkeypatch.setattr(writer, "WRITE_S", 2.0)
 
     def standbys(names: str) -> None:
@@ -55,7 +57,9 @@ async def test_a_commit_whose_wait_for_a_standby_was_ended_is_not_acknowledged(
 
 
 async def one_that_hangs(db: Store, prefix: str) -> tuple[str, "asyncio.Future[Opened]"]:
-    """Opens sessions until the server waits for a standby, which it begins to do some time after it was told so."""
+    """Opens sessions until an opening hangs. The server begins to wait for standbys only some time after the setting
+    was changed.
+    """
     for number in count():
         opened = asyncio.ensure_future(db.open_session(opening(f"{prefix}-{number}")))
         if not (await asyncio.wait({opened}, timeout=0.2))[0]:

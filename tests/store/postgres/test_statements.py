@@ -1,4 +1,4 @@
-"""Every statement finds its rows through an index, in tables so large that reading all of them would show."""
+"""Every statement finds its rows through an index. The tables are so large that reading all rows would show."""
 
 import json
 import os
@@ -47,7 +47,7 @@ RESULT = given("dead", 1, 1, 9, 0, None, None, None, "[]")
 LANE = json.dumps([{"place": 0, "operator": "o1", "sink": "http", "taken": [5, 6], "most": 4}])
 OF_LANES = {"operators": NAMES, "sink": None, "states": '["dead"]', "after": 10**9, "count": 101}
 OF_PLAYER = {"operators": NAMES, "player": "p1", "after": 10**9, "count": 101}
-# Arguments of each statement that looks for sessions and deliveries
+# Arguments for each statement that searches sessions or deliveries
 CASES: dict[str, tuple[str, Any]] = {
     "TOUCH": (batch.TOUCH, (5, 1, OPERATORS, KEYS, 5, 300)),
     "STILL_ACTIVE": (batch.STILL_ACTIVE, (300, IDS)),
@@ -127,11 +127,12 @@ def test_a_statement_goes_through_an_index(filled: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, statement in CASES.items() if statement[0] in vars(batch).values()])
 def test_so_does_a_plan_made_when_the_tables_were_empty(postgres_engine: PostgresEngine, name: str) -> None:
-    """A prepared statement keeps its plan while they grow."""
+    """A prepared statement keeps its plan while the tables grow."""
     statement, arguments = CASES[name]
     with Database(postgres_engine.url, None, "plans").connect(prepares=False) as sql:
         sql.execute("SET plan_cache_mode = force_generic_plan")
-        with suppress(psycopg.errors.DivisionByZero):  # it finds fewer rows than it must
+        # The statement raises this because it finds fewer rows than it must
+        with suppress(psycopg.errors.DivisionByZero):
             sql.execute(statement, arguments, prepare=True)  # type: ignore[arg-type]
         ((prepared, types),) = sql.execute(
             "SELECT name, cardinality(parameter_types) FROM pg_prepared_statements"
@@ -144,15 +145,15 @@ def test_so_does_a_plan_made_when_the_tables_were_empty(postgres_engine: Postgre
 async def test_after_a_flush_that_failed_every_statement_works(
     postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that were skipped in it are prepared again. Here somebody touches a session while it is to be ended; the
-    statement that asks for the next deadline comes after that.
+    """Statements that the failed flush has skipped are prepared again. Here another connection touches a session while
+    it is being ended. The statement for the next deadline follows after the one that fails.
     """
     touched = []
 
     def read_and_be_overtaken(sql: Connection, *arguments: Any) -> Facts:
         facts = read_facts(sql, *arguments)
         if facts.due and not touched:
-            tables.next_deadlines(sql, ["acme"])  # not prepared, as at a start
+            tables.next_deadlines(sql, ["acme"])  # it is not prepared yet, as at a start
             with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
                 touched.append(sql.execute("UPDATE lmdaemon.session SET seen_ms = seen_ms + 100000").rowcount)
         return facts
@@ -177,5 +178,5 @@ def test_every_statement_about_these_tables_has_a_case() -> None:
         for name, statement in vars(module).items()
         if isinstance(statement, str) and re.search(r"(FROM|JOIN|UPDATE) lmdaemon\.(session|delivery)\b", statement)
     }
-    # Everything that is pending; a template
+    # The first reads everything that is pending, and the second is a template
     assert looks - {name.rpartition(".")[2] for name in CASES} == {"SET_BACK", "_ENDED_OF_FEW"}

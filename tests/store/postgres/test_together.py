@@ -1,6 +1,7 @@
-"""Several daemons on one database: one service time, one owner for each operator, and none that acts on old knowledge.
+"""Several daemons on one database: they share one service time, each operator has one owner, and no daemon acts on old
+knowledge.
 
-Each has a clock that the test moves. A clock that is not moved is a daemon that is stopped.
+Each daemon has a clock that the test moves. A daemon whose clock is not moved is a stopped one.
 """
 
 import asyncio
@@ -28,7 +29,9 @@ GRACE_MS = 4000
 
 
 class Heard(StoreObserver):
-    """What the loops of a daemon are told. Nothing is ever under way for an operator, unless `busy`."""
+    """Notes what the loops of a daemon are told. It lets operators go at once, as if no attempt were under way, unless
+    `busy`.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store, self.busy = store, False
@@ -53,7 +56,7 @@ class Heard(StoreObserver):
 
 
 class Daemon:
-    """A store with its loops, as a daemon runs it."""
+    """A store with its loops running, as a daemon has it."""
 
     def __init__(self, store: Store, clock: HandClock) -> None:
         self.store, self.clock, self.heard = store, clock, Heard(store)
@@ -65,7 +68,7 @@ class Daemon:
         return {name for name in OPERATORS if self.store.owns(name)}
 
     async def stop(self) -> None:
-        """It does nothing more, as one that is stopped or killed."""
+        """Stops the loops, as if the daemon were stopped or killed."""
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
 
@@ -80,12 +83,12 @@ class Daemon:
 class Cluster:
     def __init__(self, engine: PostgresEngine, stack: AsyncExitStack) -> None:
         self.engine, self._stack = engine, stack
-        self.server: HandClock | None = None  # the server's clock, if it is moved by hand
+        self.server: HandClock | None = None  # the server's clock, if the test moves it
         self.daemons: list[Daemon] = []
 
     async def start(self, operators: frozenset[str] = OPERATORS) -> Daemon:
         clock = HandClock()
-        clock.mono += 17 * len(self.daemons)  # no two machines agree
+        clock.mono += 17 * len(self.daemons)  # the clocks of two machines differ
         store = await Store.open(self.engine.url, clock, name=own_name(), paces=SOON)
         store.configure(operators, lambda session: [NewDelivery("http", BODY)], daemon_grace_ms=GRACE_MS)
         daemon = Daemon(store, clock)
@@ -95,13 +98,13 @@ class Cluster:
         return daemon
 
     def set_up_server_clock(self) -> HandClock:
-        """From now on, for daemons that are started later, it is moved by hand, and with service time."""
+        """Makes the server's clock move with the test's service time, for daemons that start from now on."""
         self.server = HandClock()
         self.engine.follow(self.server)
         return self.server
 
     async def pair(self) -> tuple[Daemon, Daemon]:
-        """Two daemons that share the operators."""
+        """Two daemons of which each owns some of the operators."""
         one = await self.start()
         other = await self.start()
         await until(
@@ -110,7 +113,7 @@ class Cluster:
         return one, other
 
     async def pass_time(self, seconds: float) -> None:
-        """Service time passes for all of them but those that are stopped."""
+        """Service time passes for all daemons that are not stopped."""
         running = [daemon for daemon in self.daemons if not daemon.running.done()]
         for step in range(1, round(seconds * 20) + 1):
             if self.server is not None:
@@ -119,7 +122,8 @@ class Cluster:
                 daemon.clock.advance(0.05)
                 daemon.store.service_clock.now_ms()
             if step % 10 == 0 or step == round(seconds * 20):
-                for daemon in running + running:  # each tells, and learns what the others have told
+                # Twice: each daemon tells its service time, and then reads what the others have told
+                for daemon in running + running:
                     await daemon.store.probe()
 
 
@@ -134,24 +138,24 @@ async def ended(daemon: Daemon) -> int:
 
 
 async def settled(*daemons: Daemon) -> bool:
-    """Every operator has an owner, and all that is known of them agrees."""
+    """Whether every operator has an owner, and all daemons agree on it."""
     shown = [set(row.operators) for row in await daemons[0].store.daemons()]
     mine = [daemon.mine for daemon in daemons]
     return shown == mine and all(mine) and sum(map(len, mine)) == len(OPERATORS)
 
 
 def shared_out(daemons: list[Daemon]) -> bool:
-    """Every operator has one owner, of these daemons."""
+    """Whether every operator has exactly one owner among these daemons."""
     return sorted(name for daemon in daemons for name in daemon.mine) == sorted(OPERATORS)
 
 
 def one_of(daemon: Daemon) -> str:
-    """An operator that this daemon owns."""
+    """The first of the operators that this daemon owns."""
     return sorted(daemon.mine)[0]
 
 
 class TestOwners:
-    """Each operator has one owner, and always one that is there."""
+    """Each operator has exactly one owner, which is a running daemon."""
 
     async def test_operators_are_shared_out_and_each_has_one_owner(self, together: Cluster) -> None:
         one, other = await together.pair()
@@ -174,13 +178,13 @@ class TestOwners:
         moving = OPERATORS - one.mine
         for _ in range(20):
             await other.store.look()
-        assert other.mine == set()  # attempts of the first one are under way still
+        assert other.mine == set()  # attempts of the first daemon are still under way
         for operator in moving:
             one.store.let_go(operator)
         await until(lambda: other.mine == moving)
 
     async def test_an_operator_that_one_daemon_alone_knows_stays_there(self, together: Cluster) -> None:
-        """Settings are changed on one machine after the other."""
+        """This happens while settings are changed on one machine after the other."""
         one = await together.start()
         other = await together.start(frozenset({"o0"}))
         for _ in range(20):
@@ -193,7 +197,7 @@ class TestOwners:
 
 
 async def test_what_a_daemon_tells_of_itself_anew_is_shown_by_the_others(together: Cluster) -> None:
-    """As after a reload, or the others would warn of settings that it no longer has."""
+    """A reload changes what a daemon tells. Otherwise the others would warn of settings that it no longer has."""
     one, other = await together.pair()
     other.store.introduce("10.0.0.2:8081", "of other settings")
 
@@ -205,7 +209,7 @@ async def test_what_a_daemon_tells_of_itself_anew_is_shown_by_the_others(togethe
 
 
 class TestServiceTime:
-    """Nothing ends while one of them may have a touch in hand."""
+    """No session ends while a daemon may hold a touch of it."""
 
     async def test_an_end_waits_until_every_daemon_has_heard_past_the_deadline(self, together: Cluster) -> None:
         one, other = await together.pair()
@@ -214,7 +218,7 @@ class TestServiceTime:
         await together.pass_time(9)
         await other.stop()
         await together.pass_time(4)
-        assert 10_000 < one.store.service_clock.now_ms() < 11_000  # it waits for the other one
+        assert 10_000 < one.store.service_clock.now_ms() < 11_000  # the first daemon's clock waits for the other daemon
         assert await ended(one) == 0
         await other.go_on()
         await together.pass_time(1.2)
@@ -239,7 +243,7 @@ class TestServiceTime:
         await together.pass_time(9.5)
         await other.store.probe()
         await other.stop()
-        await together.pass_time(3)  # the touch has arrived there, and waits
+        await together.pass_time(3)  # the touch has arrived at the other daemon, and is not stored yet
         assert await ended(one) == 0
         await other.go_on()
         assert (await other.store.touch(name, ["s"])).touched == 1
@@ -247,11 +251,11 @@ class TestServiceTime:
         assert await ended(one) == 0
 
     async def test_the_latest_touch_is_shown_whatever_wall_clocks_say(self, together: Cluster) -> None:
-        """A touch that another daemon stores later, by a time that is behind or after an outage, is not shown."""
+        """A touch that another daemon stores later, but with an earlier wall time, does not replace the time shown."""
         server = together.set_up_server_clock()
         one, other = await together.pair()
         await other.stop()
-        server.step_wall(60)  # of which that one does not know
+        server.step_wall(60)  # the other daemon does not learn of this
         await one.store.probe()
         await one.store.open_session(opening())
         latest_at = server.wall_ms()
@@ -262,7 +266,7 @@ class TestServiceTime:
         assert found[0].seen_at == latest_at
 
     async def test_a_touch_is_not_older_than_any_clock(self, together: Cluster) -> None:
-        """One whose clock has fallen behind does not make sessions older."""
+        """A touch that comes through a daemon whose clock is behind does not make the session older."""
         one, other = await together.pair()
         await until(lambda: one.store.membership.company.others and other.store.membership.company.others)
         await other.stop()
@@ -297,10 +301,10 @@ class TestServiceTime:
 
 
 class TestWallTime:
-    """It is the server's, for all of them alike."""
+    """All daemons use the server's wall time."""
 
     async def test_a_lifetime_ends_at_its_time_whatever_the_hosts_believe(self, together: Cluster) -> None:
-        """One host is ten minutes behind, one is ten minutes ahead, and each may be the owner."""
+        """One host's clock is ten minutes behind and the other's ten minutes ahead; each daemon is the owner once."""
         server = together.set_up_server_clock()
         one, other = await together.pair()
         one.clock.step_wall(-600)
@@ -343,7 +347,9 @@ class TestWallTime:
         assert ended_at == sorted(ended_at)
 
     async def test_a_wait_is_as_long_at_a_daemon_that_takes_over(self, together: Cluster) -> None:
-        """Its host's clock is ten minutes ahead, by which the delivery would be due long since."""
+        """The clock of the new owner's host is ten minutes ahead. By that clock, the delivery would have been due long
+        ago.
+        """
         server = together.set_up_server_clock()
         one, other = await together.pair()
         other.clock.step_wall(600)
@@ -360,7 +366,7 @@ class TestWallTime:
         assert other.store.clock.wall_ms() == server.wall_ms()
 
     async def test_an_export_waits_for_the_daemon_that_is_furthest_behind(self, together: Cluster) -> None:
-        """What that one has dated may not be stored yet."""
+        """Ends that the slower daemon has dated may not be stored yet."""
         server = together.set_up_server_clock()
         one, other = await together.pair()
         until_at = server.wall_ms()
@@ -380,7 +386,7 @@ class TestWallTime:
 
 
 class TestPutOut:
-    """A daemon that stands still for 5 s is expelled, and comes back by itself."""
+    """A daemon whose row stands still for 5 s is expelled. It joins again by itself."""
 
     async def watch(self, watcher: Daemon, together: Cluster) -> None:
         for _ in range(round(cluster.LEASE_S / 0.25) + 2):
@@ -399,7 +405,7 @@ class TestPutOut:
         assert one.store.expulsions == 1
         await together.pass_time(GRACE_MS / 1000 - 0.5)
         assert await ended(one) == 0
-        assert (await one.store.touch("o0", ["none"])).unknown == ["none"]  # touches go on meanwhile
+        assert (await one.store.touch("o0", ["none"])).unknown == ["none"]  # touches are accepted during the pause
         await together.pass_time(2)
         await until(lambda: ended(one))
 
@@ -426,7 +432,8 @@ class TestPutOut:
         await self.watch(one, together)
         await until(lambda: one.mine == OPERATORS)
         await one.store.end(theirs, "over")
-        touched = asyncio.create_task(other.store.touch(theirs, ["live", "over"]))  # waits since it was stopped
+        # This touch waits from the moment when the daemon was stopped
+        touched = asyncio.create_task(other.store.touch(theirs, ["live", "over"]))
         await asyncio.sleep(0)
         await other.go_on()
         assert await touched == (1, [], ["over"])
@@ -435,7 +442,7 @@ class TestPutOut:
         await until(lambda: settled(one, other))
 
     async def test_one_that_was_stopped_halfway_through_a_batch_is_expelled_too(self, together: Cluster) -> None:
-        """Its transaction is open, and locks its row and a session; a third one may start meanwhile."""
+        """Its open transaction locks its own row and a session. A third daemon can still start in the meantime."""
         one, other = await together.pair()
         await other.store.open_session(opening(operator=one_of(other)))
         await until(lambda: one.store.live == 1)
@@ -451,7 +458,7 @@ class TestPutOut:
                 halfway.execute("SELECT 1")
 
     async def test_one_that_may_have_been_expelled_is_sure_of_nothing(self, together: Cluster) -> None:
-        """Nobody expels it within 5 s of its last transaction; after that only another one tells."""
+        """No other daemon expels it within 5 s of its last transaction. After that, only a new transaction can tell."""
         one, other = await together.pair()
         await one.stop()
         one.running = asyncio.create_task(one.store._writer.run())
@@ -487,7 +494,7 @@ class TestPutOut:
         await other.stop()
         await self.watch(one, together)
         await until(lambda: one.mine == OPERATORS)
-        for _ in range(2):  # which it attempts, too
+        for _ in range(2):  # the new owner attempts it as well
             row = await one.store.session(theirs, "good")
             assert row is not None
             await one.store.settle(Settlement(row[1][0], "pending", 0, 1, attempt(status=500)))
@@ -512,18 +519,18 @@ class TestPutOut:
         await one.store.open_session(opening(operator="o0"))
         await other.stop()
         await one.store.look()
-        one.clock.advance(60)  # in which it has not looked
+        one.clock.advance(60)  # the watching daemon itself did not look during this time
         await one.store.look()
         await one.store.look()
         assert len(await one.store.daemons()) == 2
 
     async def test_nobody_is_expelled_after_a_time_in_which_nobody_could_write(self, together: Cluster) -> None:
-        """As while a server's disk is full: rows can be read all the while, and stand still."""
+        """As while the server's disk is full: rows can be read, but all of them stand still."""
         one, other = await together.pair()
         await one.store.open_session(opening(operator="o0"))
         with together.engine.outage():
             await until(lambda: one.store.failure and other.store.failure, within_s=20)
-            await other.stop()  # it tries again later than the first one
+            await other.stop()  # its next try to write comes later than the first daemon's
             for _ in range(round(cluster.LEASE_S / 0.5) + 2):
                 one.clock.advance(0.5)
                 with contextlib.suppress(StoreError):
@@ -546,7 +553,7 @@ class TestPutOut:
         last = await together.start()
         assert not last.store.joined_others
         assert last.mine == OPERATORS
-        assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause beside the restart grace
+        assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause besides the restart grace
         assert last.store.service_clock.now_ms() >= 1900
         assert last.store.live == 1
 
@@ -560,10 +567,10 @@ def waiting_for_locks(engine: PostgresEngine) -> int:
 
 
 class TestAtTheSameTime:
-    """Two daemons change the same rows."""
+    """Two daemons change the same rows at the same time."""
 
     async def test_batches_that_lock_rows_the_other_way_round_are_both_stored(self, together: Cluster) -> None:
-        """Each touches the session that the other one ends. A third connection keeps both of them halfway."""
+        """Each touches the session that the other one ends. A third connection stops both of them in the middle."""
         with psycopg.connect(together.engine.url, autocommit=True) as sql:
             sql.execute(f"ALTER DATABASE {together.engine.name} SET deadlock_timeout = '50ms'")
         one, other = await together.pair()
@@ -587,7 +594,7 @@ class TestAtTheSameTime:
         assert [daemon.store.failure for daemon in (one, other)] == [None, None]
 
     async def test_figures_are_true_though_another_one_commits_while_they_are_read(self, together: Cluster) -> None:
-        """A third connection keeps the one that joins halfway through its reading."""
+        """A third connection stops the joining daemon in the middle of its reading."""
         one = await together.start()
         await one.store.open_session(opening("a"))
         with psycopg.connect(together.engine.url) as holder:
@@ -610,7 +617,9 @@ class TestAtTheSameTime:
 
     @pytest.mark.parametrize("seed", range(6))
     async def test_whatever_two_daemons_do_at_once_each_session_ends_once(self, together: Cluster, seed: int) -> None:
-        """Opened, touched, closed, reported, settled, retried and held at both, in batches by chance."""
+        """Sessions are opened, touched, closed and reported, and deliveries settled, retried and held, at both daemons
+        in random batches.
+        """
         random = Random(seed)
         with psycopg.connect(together.engine.url, autocommit=True) as sql:
             sql.execute(f"ALTER DATABASE {together.engine.name} SET deadlock_timeout = '20ms'")
@@ -654,7 +663,7 @@ class TestAtTheSameTime:
 
 
 class TestStarts:
-    """Who is there already, and what of it matters for the grace."""
+    """At a start: which daemons are there already, and whether a restart grace is needed."""
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,7 +671,7 @@ class TestStarts:
         monkeypatch.setattr(members, "WATCH_S", 0.02)
 
     async def crashed(self, together: Cluster, *names: str) -> None:
-        """Daemons that were killed: their rows stand still."""
+        """Adds rows of daemons that were killed. These rows stand still."""
         with psycopg.connect(together.engine.url, autocommit=True) as sql:
             for name in names:
                 sql.execute(
@@ -672,7 +681,7 @@ class TestStarts:
                 )
 
     async def test_all_that_start_at_once_after_a_crash_of_all_start(self, together: Cluster) -> None:
-        """As after a power cut: each of them finds the rows of the last run, and one is the first to delete them."""
+        """As after a power cut: each daemon finds the rows of the last run, and one of them deletes the rows first."""
         await self.crashed(together, "x", "y")
         stores = await asyncio.gather(*(self.open(together) for _ in range(4)))
         assert all(store.service_clock.now_ms() == 7000 for store in stores)
@@ -689,7 +698,9 @@ class TestStarts:
         return await Store.open(together.engine.url, HandClock(), name=own_name(), restart_grace_ms=60_000, **options)
 
     async def test_one_that_joins_while_others_wait_is_not_taken_for_gone(self, together: Cluster) -> None:
-        """It has nothing to do, and so no transaction for longer than others watch the rows of the last run."""
+        """It has nothing to do. So it makes no transaction for longer than the others watch the rows of the last
+        run.
+        """
         first = await Store.open(together.engine.url, HandClock(), name=own_name())
         await self.crashed(together, "x")
         second = asyncio.create_task(self.open(together))
@@ -705,7 +716,7 @@ class TestStarts:
             await one.close()
 
     async def test_one_that_joins_when_the_others_have_just_left_gives_the_grace(self, together: Cluster) -> None:
-        """Between the others' end and its joining nobody could hear touches."""
+        """Between the end of the others and its joining, no daemon could hear touches."""
         one = await together.start()
         await one.store.open_session(opening(operator="o0"))
         await together.pass_time(2)
@@ -719,7 +730,7 @@ class TestStarts:
         await store.close()
 
     async def test_one_that_wakes_up_when_all_others_have_gone_gives_the_grace(self, together: Cluster) -> None:
-        """It was expelled while it was stopped, and those that were there have left since."""
+        """It was expelled while it was stopped, and the other daemons have left since."""
         stopped = await self.open(together)
         running = asyncio.create_task(stopped.run())
         await stopped.probe()
@@ -744,7 +755,9 @@ class TestStarts:
     async def test_after_a_crash_of_the_last_one_idleness_goes_on_where_it_was(
         self, together: Cluster, days: int, counts: bool
     ) -> None:
-        """However long ago; with `downtime = "count"` the time since its last transaction is added."""
+        """It does not matter how long ago the crash was. With `downtime = "count"`, the time since the last transaction
+        is added.
+        """
         server = together.set_up_server_clock()
         last = await together.start()
         await last.store.open_session(opening(idle_ms=10**9))
@@ -766,7 +779,9 @@ class TestStarts:
         await store.close()
 
     async def test_a_restart_of_one_after_the_other_pauses_nothing(self, together: Cluster) -> None:
-        """Of three, each leaves in order and comes back, and each owns something all the while."""
+        """Three daemons are restarted in turn. Each leaves in good order and comes back, and the daemons that run own
+        all operators throughout.
+        """
         daemons = [await together.start() for _ in range(3)]
         await until(lambda: shared_out(daemons))
         await daemons[0].store.open_session(opening(operator="o0"))
@@ -788,7 +803,7 @@ class TestStarts:
         async def one_has_ended() -> bool:
             return sum([await ended(daemon) for daemon in daemons]) == 1
 
-        await until(one_has_ended)  # at once, unless its operator is just changing hands
+        await until(one_has_ended)  # at once, unless its operator is just being handed over
 
 
 def connections(engine: PostgresEngine) -> int:
@@ -801,7 +816,7 @@ def connections(engine: PostgresEngine) -> int:
 
 
 class TestLooks:
-    """What one does binds at the others by their next look."""
+    """What one daemon does takes effect at the others by their next look at the tables."""
 
     async def test_what_another_makes_is_found_by_the_owner(self, together: Cluster) -> None:
         one, other = await together.pair()
@@ -828,11 +843,11 @@ class TestLooks:
         await until(lambda: [daemon.store.gate(mine).failures for daemon in (one, other)] == [11, 11])
 
     async def test_a_hold_binds_where_the_release_was_not_heard_of(self, together: Cluster) -> None:
-        """By what it knows the operator is held already, so that there would be nothing to do."""
+        """The first daemon still believes that the operator is held, and would find nothing to do."""
         one, other = await together.pair()
         for daemon in (one, other):
             await daemon.stop()
-        for daemon in (one, other):  # they write, and look only when told to
+        for daemon in (one, other):  # these daemons write by themselves, but look only when the test says so
             daemon.running = asyncio.create_task(daemon.store._writer.run())
         await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
         await other.store.set_gate("o0", lambda gate: retry.release(gate, 2))
@@ -841,7 +856,7 @@ class TestLooks:
         assert held.held_at == other.store.gate("o0").held_at == 3
 
     async def test_what_follows_a_batch_that_was_cancelled_is_not_taken_for_it(self, together: Cluster) -> None:
-        """The cancelled batch is committed all the same, and its number is that of the next one."""
+        """The cancelled batch is committed all the same, under the number that the next batch has as well."""
         one, other = await together.pair()
         for daemon in (one, other):
             await daemon.stop()
@@ -855,7 +870,7 @@ class TestLooks:
             await one.stop()
             with pytest.raises(StoreError, match="stopping"):
                 await probe
-        for daemon in (one, other):  # they write, and look only when told to
+        for daemon in (one, other):  # these daemons write by themselves, but look only when the test says so
             daemon.running = asyncio.create_task(daemon.store._writer.run())
         await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
         await other.store.look()
@@ -883,7 +898,7 @@ class TestLooks:
 async def test_what_another_daemon_ends_meanwhile_is_not_answered_as_active(
     postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
-    """A session is found active, and ends before the touch of it gets hold of its row."""
+    """The session is found active. It ends before the touch can lock its row."""
     waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     async with postgres_engine.open(clock) as db:
         await asyncio.gather(*(db.open_session(opening(name)) for name in "ab"))

@@ -1,4 +1,4 @@
-"""The wall time of a daemon on a database: the server's."""
+"""The wall time of a daemon on a PostgreSQL database is the server's."""
 
 import pytest
 from clocks import HandClock
@@ -10,7 +10,7 @@ START = HandClock().wall_ms()
 
 @pytest.fixture
 def machine() -> HandClock:
-    """Ten minutes wrong."""
+    """A host clock that is ten minutes wrong."""
     machine = HandClock()
     machine.step_wall(600)
     return machine
@@ -48,7 +48,9 @@ def test_it_follows_a_clock_that_is_set(clock: ServerClock, machine: HandClock, 
 
 
 def test_an_answer_that_took_its_time_sets_it_as_little_as_it_must(clock: ServerClock, machine: HandClock) -> None:
-    """The server's clock was set back by a minute, and stood there at the beginning of the question or at its end."""
+    """The server's clock was set back by a minute. Its reading may be from the beginning of the exchange or from its
+    end; the one that changes the clock less is used.
+    """
     asked_s = clock.elapsed()
     machine.advance(2)
     clock.told(START - 60_000, asked_s)

@@ -1,4 +1,6 @@
-"""The SQLite file: modes, upgrades, refusals, group commit, and what an outage or a cancelled waiter does."""
+"""The SQLite file: modes, upgrades, refusals, group commit, and the effects of an outage or of a caller that is
+cancelled.
+"""
 
 import asyncio
 import contextlib
@@ -24,7 +26,9 @@ from lmdaemon.store.sqlite.database import Database
 
 
 class Do(Operation[Any], frozen=True):
-    """Something done on the connection's thread, which names so many rows."""
+    """An operation that calls a function on the connection's thread. `size` is the number of rows that it counts
+    for.
+    """
 
     do: Callable[[sqlite3.Connection], Any]
     size: int = 1
@@ -35,7 +39,7 @@ class Do(Operation[Any], frozen=True):
 
 
 class Work:
-    """A batch that is done one operation after the other, in one transaction. Its answers: how many these were."""
+    """A batch that does one operation after the other in one transaction. Each answer is the number of operations."""
 
     def __init__(self, operations: Sequence[Operation[Any]]) -> None:
         self._operations = cast("Sequence[Do]", operations)
@@ -68,7 +72,7 @@ NOTES = ("CREATE TABLE note (text TEXT);",)
 
 
 class Owner:
-    """Whose batches are written: remembers what it is told."""
+    """The owner of the writer. It notes what the writer tells it."""
 
     def __init__(self) -> None:
         self.availability: list[bool] = []
@@ -109,7 +113,7 @@ def notes(path: Path) -> list[str]:
 
 
 async def stored(db: Database[Work], text: str) -> None:
-    """One note, written and acknowledged."""
+    """Writes one note and returns when it is acknowledged."""
     queued = asyncio.ensure_future(db.writer.write(insert(text)))
     await asyncio.sleep(0)
     await db.writer.write_batch()
@@ -140,7 +144,7 @@ async def test_commits_are_synchronous_and_in_wal_mode(db: Database[Work]) -> No
     await asyncio.sleep(0)
     await db.writer.write_batch()
     await asked
-    assert found == ["wal", 2]  # 2 is FULL
+    assert found == ["wal", 2]  # 2 means FULL
 
 
 async def test_an_old_file_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Dat
     blocker.execute("ROLLBACK")
     blocker.close()
     async with asyncio.timeout(10):
-        while db.writer.failure:  # the writer probes by itself, nobody writes
+        while db.writer.failure:  # the writer tries by itself; no caller writes
             await asyncio.sleep(0.01)
     assert await db.writer.write(insert("stored")) == 1
     assert told == [False, True]
@@ -306,7 +310,7 @@ async def test_so_many_readers_wait_and_no_more(db: Database[Work], monkeypatch:
 
 
 async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand bulk touches are not one transaction of ten million rows, and do not fill the memory."""
+    """So a thousand bulk touches do not become one transaction of ten million rows, and do not fill the memory."""
     monkeypatch.setattr(writer, "BATCH_ROWS", 100)
     monkeypatch.setattr(writer, "QUEUE_ROWS", 250)
     waiting = [asyncio.ensure_future(db.writer.write(insert(str(number), rows=50))) for number in range(6)]
@@ -317,14 +321,17 @@ async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], m
         await db.writer.write_batch()
         assert len(notes(db.path)) == stored
     assert await asyncio.gather(*waiting[:5]) == [2, 2, 2, 2, 1]
-    queued = asyncio.ensure_future(db.writer.write(insert("again", rows=250)))  # one operation goes, whatever its size
+    # A single operation is written whatever its size
+    queued = asyncio.ensure_future(db.writer.write(insert("again", rows=250)))
     await asyncio.sleep(0)
     await db.writer.write_batch()
     assert await queued == 1
 
 
 async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work]) -> None:
-    """It fails each time it is sent: taken for an outage, it would stop everybody's service time again and again."""
+    """The operation would fail again at every try. If it counted as an outage, service time would stop for all again
+    and again.
+    """
 
     def poison(sql: sqlite3.Connection) -> None:
         sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
@@ -427,7 +434,9 @@ async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], mon
 async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
     db: Database[Work], suffix: str, replaced: bool
 ) -> None:
-    """SQLite would write on into a file without a name, and what was acknowledged would end with the process."""
+    """SQLite would go on writing to a file that has no name any more, and its data would be gone when the process
+    ends.
+    """
     await stored(db, "before")
     gone = Path(f"{db.path}{suffix}")
     kept = gone.rename(gone.with_name("kept"))
@@ -440,7 +449,7 @@ async def test_a_file_that_is_taken_away_ends_the_writer_and_says_which(
         await running
     with pytest.raises(StoreError, match="closed"):
         await db.writer.write(insert("later"))
-    if suffix:  # what the WAL held has been saved
+    if suffix:  # the rows in the write-ahead log have been saved
         assert notes(db.path) == ["before"]
     gone.unlink(missing_ok=True)
 
@@ -452,7 +461,7 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
     await stored(first, "x")
     crashed = tmp_path / "crashed"
     if not in_order:
-        shutil.copytree(tmp_path, crashed)  # as kill -9 leaves it
+        shutil.copytree(tmp_path, crashed)  # as kill -9 leaves the directory
         (crashed / "notes.sqlite3-wal").unlink()
     await first.close()
     with hear() as events:
@@ -462,7 +471,9 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
 
 
 async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An administrator's shell in the middle of a query: the WAL grows, and nobody waits for the shell."""
+    """As when an administrator's shell is in the middle of a query: the write-ahead log grows, and no write waits for
+    the shell.
+    """
     monkeypatch.setattr(disk, "WAL_MAX", 100_000)
     await stored(db, "x" * 200_000)
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as reader:
@@ -471,10 +482,10 @@ async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], mon
         began = time.monotonic()
         await stored(db, "y")
         assert time.monotonic() - began < thread.BUSY_TIMEOUT_S
-        assert db.disk._blocked_until > began  # and it is not tried again with every batch
+        assert db.disk._blocked_until > began  # the copying is not tried again at every batch
     db.disk._blocked_until = 0.0
     await stored(db, "w")
-    assert db.wal_bytes > 100_000  # as it was found
+    assert db.wal_bytes > 100_000  # the size that was found last
     await stored(db, "w")
     assert db.wal_bytes < 100_000
 
@@ -510,14 +521,14 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkey
 async def test_a_full_wal_is_written_over_and_keeps_its_size(
     db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Making a file longer costs more at each commit than writing over it."""
+    """Making a file longer costs more at each commit than overwriting it."""
     monkeypatch.setattr(disk, "WAL_MAX", 1_000_000)
     wal = Path(f"{db.path}-wal")
     sizes = []
     for number in range(200):
         await stored(db, f"{number}" + "x" * 10_000)
         sizes.append(wal.stat().st_size)
-    assert sizes == sorted(sizes)  # it was not emptied
+    assert sizes == sorted(sizes)  # the log was not emptied in between
     assert sizes[-1] < 900_000
     assert len(notes(db.path)) == 200
 
@@ -541,7 +552,7 @@ async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
 
 @pytest.fixture
 async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
-    """A database that is soon idle, with its loops running."""
+    """A database that counts as idle after a short time, with its loops running."""
     monkeypatch.setattr(disk, "IDLE_S", 0.02)
     running = [
         asyncio.create_task(db.writer.run()),
@@ -564,7 +575,7 @@ async def test_an_idle_wal_is_emptied(idling: Database[Work]) -> None:
 async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
     idling: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried again until the reader has gone."""
+    """Emptying the log is tried again until the reader has gone."""
     tries: list[bool] = []
     emptied = disk.emptied_wal
 
@@ -587,7 +598,7 @@ async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
 
 
 async def test_what_changes_nothing_does_not_count_as_work(db: Database[Work]) -> None:
-    """A monitor that asks for `/health` every second has the clock written each time."""
+    """For example, a monitor that asks for `/health` every second makes the daemon write its clock each time."""
 
     asked = db.writer.write(Do(lambda sql: None, size=0))
     await asyncio.sleep(0)
@@ -599,14 +610,16 @@ async def test_what_changes_nothing_does_not_count_as_work(db: Database[Work]) -
 
 
 async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[Work]) -> None:
-    """What is not in the file yet is copied without its lock, and only an empty rest is cut off with it."""
+    """The log is copied into the file without locking out writers. The lock is taken only to cut off a log that is
+    copied already.
+    """
     statements: list[str] = []
     await stored(db, "x" * 100_000)
     await db.disk._checkpointer.run(lambda sql: sql.set_trace_callback(statements.append))
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO note VALUES ('y')")
-        assert not await db.disk._wal_emptied()  # and does not wait for it
+        assert not await db.disk._wal_emptied()  # the emptying fails at once and does not wait for the writer
         writer.execute("COMMIT")
     assert await db.disk._wal_emptied()
     assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2
@@ -615,7 +628,9 @@ async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[W
 async def test_on_a_full_disk_a_small_write_that_fits_is_no_recovery(
     db: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session does not fit where the probe of `/health` does: it would alternate between failing and recovered."""
+    """The small probe write of `/health` fits on the disk, but a session does not. Otherwise the daemon would switch
+    between failing and recovered.
+    """
     free = 0
     real = os.statvfs(db.path)
 

@@ -1,4 +1,6 @@
-"""What people look at: every filter has an index, work and size of a page are bounded, nothing secret is read."""
+"""The lists for people: every filter has an index, the work for a page and its size are limited, and no secret is
+read.
+"""
 
 import asyncio
 import contextlib
@@ -21,8 +23,8 @@ from lmdaemon.store.sqlite.store import Store
 
 STATES = (None, "pending", "delivered", "dead")
 MANY = 20_000
-# Sessions 1 to MANY of two operators and five players; 3 of 4 have ended, and each of these was delivered long ago. The
-# first few went elsewhere, too.
+# Sessions 1 to MANY of two operators and five players. Three of four have ended, and their deliveries by HTTP succeeded
+# long ago. The first few also have deliveries to other sinks.
 DELIVERY = "nonce, session, operator, sink, state, created_at, due_at, settled_at, aged_from_at, held_base_ms, body"
 FILL = f"""
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {MANY})
@@ -40,7 +42,7 @@ INSERT INTO operator (name) VALUES ('acme'), ('other');
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that is busy is no finding."""
+    """Lengthens the time limit for reads, so that a busy machine fails no test."""
     monkeypatch.setattr(reads, "LOOK_S", 60.0)
 
 
@@ -63,12 +65,12 @@ async def db(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
 
 
 async def on_desk(db: Store, function: Callable[..., Any], *arguments: Any) -> Any:
-    """On the connection for people's reads."""
+    """Runs a function on the connection for people's reads."""
     return await db.db.reads.desk._thread.run(function, *arguments)
 
 
 def everything_asked(db: Store) -> list[Callable[[], Any]]:
-    """Every read that the API can ask for: all filters in all combinations, at the beginning and further on."""
+    """All reads that the API can ask for: every combination of filters, for the first page and for later ones."""
     asked: list[Callable[[], Any]] = [
         lambda: db.shown_session("acme", "1"),
         lambda: db.delivery("msg_1_x"),
@@ -109,7 +111,7 @@ async def test_every_read_for_people_goes_through_an_index(full: Store) -> None:
 
 
 async def test_a_page_takes_work_for_its_rows_however_many_there_are(full: Store) -> None:
-    """Counted in steps of SQLite's machine: to look at each row of a table takes 100,000."""
+    """Work is counted in steps of SQLite's virtual machine. Reading each row of a table would take 100,000."""
     steps = [0]
 
     def count() -> None:
@@ -126,7 +128,7 @@ async def test_a_page_takes_work_for_its_rows_however_many_there_are(full: Store
 async def test_a_player_with_many_sessions_is_looked_through_page_by_page(
     full: Store, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page ends where it has looked at enough; whoever goes on behind `next` gets all of them, and none twice."""
+    """A page ends after a number of rows was looked at. Following `next` gives every session, and none twice."""
     monkeypatch.setattr(pages, "PLAYER_ROWS", 200)
     monkeypatch.setattr(pages, "PLAYER_BLOCK", 100)
     found: list[int] = []
@@ -140,7 +142,7 @@ async def test_a_player_with_many_sessions_is_looked_through_page_by_page(
         after = page.next
     assert found == [i for i in range(MANY, 0, -1) if i % 2 and i % 5 == 1 and bool(i % 4) == (state == "ended")]
     assert max(sizes) <= 150
-    if state == "active":  # no session of acme is: it has the odd numbers
+    if state == "active":  # no active session belongs to acme, which has the odd numbers
         assert set(sizes) == {0}
         assert len(sizes) == 1 + MANY // 10 // 200
 
@@ -160,11 +162,11 @@ async def test_a_page_is_read_up_to_its_bytes(db: Store, monkeypatch: pytest.Mon
         if page.next is None:
             break
         after = page.next
-    assert sizes == [100, 100, 100, 100, 50]  # what one statement reads is the least
+    assert sizes == [100, 100, 100, 100, 50]  # the least is what one statement reads
     assert names == [str(number) for number in reversed(range(450))]
 
 
-# -- on a connection of their own
+# -- reads for people on a connection of their own
 
 
 def endless(sql: sqlite3.Connection, started: threading.Event | None = None) -> None:
@@ -182,7 +184,7 @@ async def test_a_read_for_people_that_takes_too_long_ends_with_its_reason(
     assert [(event.name, event.facts["reason"]) for event in events] == [("store.overloaded", "reading_too_slow")]
     assert db.refused["reading_too_slow"] == 1
     monkeypatch.setattr(reads, "LOOK_S", 60.0)
-    assert await db.delivery("msg_1_x") is None  # the connection is free again
+    assert await db.delivery("msg_1_x") is None  # the connection can be used again
 
 
 async def test_the_daemon_reads_while_people_wait(db: Store) -> None:
@@ -222,7 +224,7 @@ async def test_few_people_wait_at_a_time(db: Store, monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_page_is_of_one_moment(db: Store) -> None:
-    """A delivery that is settled while a page is read is neither on it twice nor missing."""
+    """A delivery that is settled while a page is read is neither twice on the page nor missing."""
     await db.open_session(Opening("acme", "s", "p", None, None, 1000, 0))
     await db.end("acme", "s")
     (delivery,) = (await db.deliveries(operator="acme", sink=None, state=None, limit=9, after=None)).rows

@@ -15,7 +15,7 @@ STATEMENTS = {
     for name, statement in vars(module).items()
     if isinstance(statement, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", statement)
 }
-# How a statement finds the rows it is about.
+# The part of SQLite's plan that shows how a statement finds its rows.
 BY = {
     "_SESSION_BY_KEY": "(operator=? AND session_id=?)",
     "SESSIONS_BY_KEY": "(operator=? AND session_id=?)",
@@ -48,7 +48,8 @@ BY = {
     "PRUNE_DELIVERIES": "(session=?)",
     "PRUNE_SESSIONS": "INTEGER PRIMARY KEY",
 }
-# The first row of an index, no more; what is pending, after the wall clock was set back; all operators, at a start.
+# Statements that may scan an index or a table: the first row of an index; all pending deliveries, after the wall clock
+# was set back; all operators, at a start.
 SCANS = {
     "NEXT": "SCAN session USING INDEX session_due",
     "SET_BACK": "SCAN delivery USING INDEX delivery_due",

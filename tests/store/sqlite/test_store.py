@@ -1,4 +1,4 @@
-"""What the store does with its SQLite file: how many statements it takes, and what is left in the file."""
+"""How the store uses its SQLite file: how many statements a batch takes, and what remains in the file."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,9 @@ from lmdaemon.store.sqlite.store import Store
 
 
 class TestOneWay:
-    """One statement where nothing must be looked up; after a wrong guess the batch is decided again, with facts."""
+    """A batch is one statement if no rows must be read first. After a wrong guess, the batch is decided again with the
+    rows it needs.
+    """
 
     async def test_touches_of_active_sessions_are_not_looked_at_again(
         self, db: Store, monkeypatch: pytest.MonkeyPatch
@@ -36,7 +38,9 @@ class TestOneWay:
     async def test_a_touch_that_cannot_be_looked_up_fails_alone(
         self, db: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
-        """What was committed with it is answered: nobody may be told that it was refused."""
+        """The operations committed with it are answered, because no caller may be told that a stored operation was
+        refused.
+        """
         await db.open_session(opening("a"))
         monkeypatch.setattr(batches, "fetch", fail_with(error))
         unknown, recorded = await asyncio.gather(
@@ -65,7 +69,7 @@ class TestOneWay:
         assert await ways("3") == guessed
         assert await ways("s") == guessed + looked_up
         statements.clear()
-        await db.touch("acme", ["s"])  # a touch guesses nothing
+        await db.touch("acme", ["s"])  # a touch needs no guess
         assert [statement.split()[0] for statement in statements] == ["INSERT", "SELECT"]
 
     @pytest.mark.parametrize(("more", "first"), [(0, "INSERT"), (1, "BEGIN")])
@@ -79,7 +83,7 @@ class TestOneWay:
 async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
     db: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in the file, also where its pages became free, nor in what was committed, nor in its index."""
+    """The token is neither in the file (free pages included) nor in the write-ahead log nor in the log's index."""
     monkeypatch.setattr(disk, "IDLE_S", 0.05)
     tokens = ["fSYFZMScpZ01FhR26r59GexREh1xHgEY", "large-" * 600]
     db.sinks_of = lambda session: [NewDelivery("http", f"body with {session.token}".encode())]
@@ -99,11 +103,11 @@ async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
 
 
 async def trace(db: Store) -> list[str]:
-    """The statements of the writer from now on."""
+    """A list to which the writer's statements are added from now on."""
     statements: list[str] = []
 
     def note(statement: str) -> None:
-        if statement not in statements[-1:]:  # told once more for each statement of its trigger
+        if statement not in statements[-1:]:  # SQLite reports the statement again for each statement of its trigger
             statements.append(statement)
 
     await db.db.disk._writer.run(lambda sql: sql.set_trace_callback(note))
@@ -118,7 +122,7 @@ def fail_with(error: Exception) -> Callable[..., None]:
 
 
 async def test_a_file_of_schema_2_is_upgraded_with_its_gates_and_deliveries(tmp_path: Path) -> None:
-    """What an older version did not know of a gate or a delivery is empty; all else is as it was."""
+    """What the older version did not store of a gate or a delivery is empty. All else is unchanged."""
     path = tmp_path / "old.sqlite3"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as sql:
         migrate(sql, path, MIGRATIONS[:2])

@@ -12,14 +12,14 @@ import msgspec
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Member, Session
 
-READS_MAX = 1000  # most reads by the daemon itself that may wait for their turn
+READS_MAX = 1000  # most reads of the daemon itself that may wait for their turn
 LOOKS_MAX = 100  # most reads for people that may wait for their turn
 LOOK_S = 2.0  # the longest time that a read for people may take, its wait included
 BATCH_ROWS = 10_000  # most rows that the operations of one batch name in all
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text; bounds an answer, and the memory that slow clients take
-AGING_ROWS = 50
+AGING_ROWS = 50  # deliveries of an operator that `Store.aging_shown` looks at
 RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
-SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms on the writer
+SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms of the writer's time
 
 
 class StoreError(Exception):
@@ -36,7 +36,9 @@ class DatabaseError(Exception):
 
 
 class Room(NamedTuple):
-    """The file system on which the database is: bytes that are free for it, and used and free bytes together."""
+    """The space on the database's file system, in bytes: `free` is what the database may still use, `size` is used and
+    free space together.
+    """
 
     free: int
     size: int
@@ -78,7 +80,9 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
     @property
     def rows(self) -> int:
-        """The number of rows that it names; queue and batches are bounded by it. 0 if it changes no stored data."""
+        """The number of rows that the operation names; 0 if it changes no stored data. The sum of these numbers is
+        limited for the queue and for each batch.
+        """
         return 1
 
     def __repr__(self) -> str:
@@ -87,7 +91,7 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
 
 class Opened(NamedTuple):
     """The session, and what was found: it is new ("created"), open with the same player and token ("open"), open with
-    others ("differs"), or has ended.
+    another player or token ("differs"), or has ended.
     """
 
     outcome: Literal["created", "open", "differs", "ended"]
@@ -164,9 +168,9 @@ class Swept(NamedTuple):
 class Sweep(Operation[Swept], frozen=True):
     """End what is due: `Store.end_due`.
 
-    `as_of_ms` is the service time by which sessions must have been idle for too long; None ends none for inactivity.
-    With `crowd`, many sweeps follow each other; each of them is then alone in its batch, so that the operations queued
-    before it are answered sooner.
+    A session ends for inactivity if its idle time was over at the service time `as_of_ms`; None: no session ends for
+    inactivity. `crowd` says that so many sessions are due that many sweeps follow each other. Each of them then has a
+    batch of its own, so that operations queued before it need not wait for it.
     """
 
     as_of_ms: int | None
@@ -174,7 +178,7 @@ class Sweep(Operation[Swept], frozen=True):
 
     @property
     def rows(self) -> int:
-        """As many as a whole batch may have, if it must be alone in its batch."""
+        """As many as a whole batch may have, if the sweep must be alone in its batch."""
         return BATCH_ROWS if self.crowd else 1
 
 
@@ -189,9 +193,10 @@ class Settled(NamedTuple):
 class Settlement(Operation[Settled], frozen=True):
     """Store the result of an attempt: `Store.settle`.
 
-    `state` is what the delivery becomes, `wait_ms` after how long a pending one is due again, `step` its place in the
-    schedule. `attempt` is the entry for the history (None: nothing was sent), `spent` whether it counts as an attempt.
-    `gate` computes the operator's gate from the present one and the wall time of the commit; it is None for a plug-in.
+    `state` is the delivery's new state, and `step` its place in the schedule. If it stays pending, it is due again
+    after `wait_ms`. `attempt` is the entry for the history (None: nothing was sent); `spent` says whether it counts as
+    an attempt. `gate` computes the operator's gate from the present one and the wall time of the commit; it is None for
+    a plug-in.
     """
 
     delivery: Delivery
@@ -221,8 +226,8 @@ class Alone(Operation[Answer], Generic[Answer], frozen=True):
 
 class Dead(NamedTuple):
     """Chooses dead deliveries of an operator: those that died in [since_at, until_at), of sessions that ended in
-    [ended_since_at, ended_until_at), whose last failure had the cause `reason`. None stands for any. Discarded ones are
-    never chosen.
+    [ended_since_at, ended_until_at), whose last failure had this `cause`. None stands for any. Discarded ones are never
+    chosen.
     """
 
     since_at: int = 0
@@ -233,8 +238,8 @@ class Dead(NamedTuple):
 
 
 class FoundDead(NamedTuple):
-    """How many dead deliveries there are, how many of them can be sent, when the first died, and how many have which
-    cause ("" for none).
+    """How many dead deliveries there are, how many of them can be sent, when the first one died, and how many there are
+    of each cause ("": no cause is stored).
     """
 
     found: int
@@ -321,8 +326,8 @@ class Wanted(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether they are found by their own or their player's id, of which there are few, and not by the time of
-        their end.
+        """Whether the sessions are found by a session id or a player id, which few sessions share. Otherwise they are
+        found by the time of their end.
         """
         return self.player_id is not None or self.session_id is not None
 
@@ -337,7 +342,9 @@ class Archive(Protocol):
         """The gate of each operator."""
 
     def committed_at(self) -> int:
-        """Whatever a daemon has dated with an earlier wall time is stored. That may last until its next transaction."""
+        """The wall time before which every end is stored: no daemon stores an end with an earlier time any more. It
+        advances only with the daemons' transactions.
+        """
 
     def now_at(self) -> int:
         """Wall time by the clock that ends are dated with."""
@@ -351,7 +358,7 @@ class Whole(Protocol):
     source: str  # identifies the content, for recognising it in a later run
 
     def counts(self) -> Mapping[str, int]:
-        """The numbers of sessions and deliveries by state. They are shown to people, and compared with those of the
+        """The numbers of sessions and deliveries by state, which are shown to people and compared with those of the
         other store.
         """
 
@@ -391,7 +398,7 @@ class Claim(NamedTuple):
 
 # -- what only the daemon that owns an operator can do
 
-# Try its next delivery now; let its ends wait no longer
+# "probe": try the operator's next delivery now. "release_ends": let its ends for inactivity wait no longer.
 Wish = Literal["probe", "release_ends"]
 
 
@@ -423,8 +430,8 @@ class StoreObserver:
         """This daemon owns the operator from now on, or no longer: see `Store.owns`."""
 
     def probe_asked(self, number: int, operator: str) -> None:
-        """Another daemon was asked for a probe of an operator that this one owns: to be answered by
-        `Store.answer_probe`.
+        """Somebody has asked another daemon to try the next delivery of this operator, which this daemon owns. The
+        answer, under this `number`, is given by `Store.answer_probe`.
         """
 
     def wall_clock_set_back(self) -> None:
@@ -455,18 +462,20 @@ class Store(Protocol):
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
     pausing: frozenset[str]  # as given to `configure`
     expulsions: int  # daemons on the database that this one has expelled, since the start
-    joined_others: bool  # at the start: then no restart grace applies, for touches could be heard all the while
+    # whether others used the database at the start. If so, they heard touches all the while, and no restart grace
+    # applies
+    joined_others: bool
 
     @property
     def clock(self) -> Clock:
-        """The daemon's clocks. Its wall time, by which all stored wall times go, is this machine's, or on a database
-        that other daemons use as well that of the database's server.
+        """The daemon's clocks. All stored wall times are by this clock: the one of this machine, or, with PostgreSQL,
+        the one of the database's server.
         """
 
     @property
     def hold_until_ms(self) -> int:
-        """Service time before which nothing ends for inactivity, whichever daemon on the database sweeps: another one
-        was lost, or all had been gone. 0 where there can be no other.
+        """Service time before which no daemon on the database ends a session for inactivity. It is set when a daemon
+        was lost, and when one starts while no other is there. 0 with SQLite.
         """
 
     def configure(
@@ -480,36 +489,38 @@ class Store(Protocol):
         """Takes over new settings, for all batches from the next one on.
 
         Only sessions of `operators` end for inactivity or age. For operators in `pausing`, ends for inactivity wait
-        while no touches come, and for `grace_ms` of service time after touches have come again. All of them wait for
-        `daemon_grace_ms` of service time when another daemon on the database was lost.
+        while no touches come, and for `grace_ms` of service time after touches have come again. If another daemon on
+        the database is lost, the ends of all operators wait for `daemon_grace_ms` of service time.
         """
 
     def introduce(self, address: str, digest: str) -> None:
         """Tells the other daemons on the database where this one listens, and a digest of its operators' settings."""
 
     def owns(self, operator: str) -> bool:
-        """Whether this daemon, and no other one on the database, ends the operator's idle sessions and delivers for
-        it. With a file there is no other one.
+        """Whether this daemon, and no other one on the database, ends the operator's idle sessions and delivers for it.
+        With SQLite there is no other one.
         """
 
     @property
     def is_sure(self) -> bool:
-        """Whether what `owns` says is certainly still so. If the last transaction was too long ago, other daemons may
-        have expelled this one; then only another transaction tells, as of `probe`.
+        """Whether the answer of `owns` is certainly still true. If this daemon's last transaction was too long ago,
+        others may have expelled it; only another transaction, such as that of `probe`, then finds out.
         """
 
     def let_go(self, operator: str) -> None:
-        """Nothing is under way any more for an operator that this daemon has ceased to own. Another one begins to
-        deliver for it when it has been told this; without it, after a minute.
+        """Reports that no attempt is under way any more for an operator that this daemon hands over. The next owner
+        begins to deliver after this report, or after a minute without one.
         """
 
     async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
-        """Has another daemon, which owns the operator, do something, and returns its answer. Raises StoreError when
-        there is none within `within_s`.
+        """Has the daemon that owns the operator fulfil the wish, and returns that daemon's answer. Raises StoreError if
+        it has not answered within `within_s`.
         """
 
     async def answer_probe(self, number: int, webhook_id: str) -> None:
-        """Answers another daemon with the id of the delivery that was tried, or with nothing when none waits."""
+        """Answers another daemon's request for a probe (`StoreObserver.probe_asked`) with the id of the delivery that
+        was tried; "" if no delivery waits.
+        """
 
     async def daemons(self) -> Sequence[Member]:
         """The daemons on the database, this one included."""
@@ -529,7 +540,7 @@ class Store(Protocol):
         """The operator's gate; an open one for an unknown operator."""
 
     def waits_until_ms(self, operator: str) -> int | None:
-        """Until when (service time) the operator's ends for inactivity wait because its touches have stopped; None:
+        """Until when (service time) the operator's ends for inactivity wait because its touches have stopped; None if
         they do not wait.
         """
 
@@ -539,7 +550,7 @@ class Store(Protocol):
         """
 
     def observe(self, observer: StoreObserver) -> None:
-        """Calls one more observer after each commit from now on."""
+        """Adds an observer, which is called after each commit from now on."""
 
     # State of the engine
     @property
@@ -548,7 +559,7 @@ class Store(Protocol):
 
     @property
     def failing_since(self) -> float | None:
-        """Since when writes have been refused, without one that worked (monotonic s); None while they work."""
+        """Since when every write has failed (monotonic s); None while writes work."""
 
     @property
     def strained(self) -> str | None:
@@ -572,7 +583,7 @@ class Store(Protocol):
 
     @property
     def room(self) -> Room | None:
-        """The room on the database's file system at the last transaction; None where it is another machine's."""
+        """The space on the database's file system at the last transaction; None if that is on another machine."""
 
     @property
     def refused(self) -> Mapping[str, int]:
@@ -602,7 +613,7 @@ class Store(Protocol):
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends sessions past their maximum lifetime and, if `idle`, those idle for too long at the time of the call.
 
-        The oldest come first, at most SWEEP_ROWS of either kind. With `crowd` it has a transaction of its own.
+        The oldest come first, at most SWEEP_ROWS of either kind. `crowd` is described at `Sweep`.
         """
 
     async def settle(self, settlement: Settlement) -> Settled:
@@ -683,10 +694,10 @@ class Store(Protocol):
         """Whether any operator has deliveries for this sink."""
 
     async def aging_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """By operator, the time from which the age of the oldest delivery that waits for its URL is counted, minus how
-        long the operator had been held until then: the least `aged_from_at - held_base_ms` of the first AGING_ROWS
-        deliveries. None when no delivery waits.
+        """By operator: the least `aged_from_at - held_base_ms` of the first AGING_ROWS deliveries that wait for its
+        URL; None if none waits. The age of the oldest delivery is counted from `aged_from_at`; `held_base_ms` is how
+        long the operator had been held by then.
         """
 
     async def oldest_pending_shown(self, operators: Iterable[str]) -> dict[str, int | None]:
-        """As `oldest_pending`, for people."""
+        """As `oldest_pending`, but read for people."""

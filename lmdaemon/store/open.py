@@ -16,11 +16,11 @@ __all__ = ["COMPANIONS", "import_file", "migrate", "name_of", "open_archive", "o
 
 
 async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
-    """Opens the database as the last run left it. Raises DatabaseError, and ConfigError for a database whose own
-    settings would lose what was acknowledged.
+    """Opens the database as the last run left it. Raises DatabaseError, and ConfigError if the database's own settings
+    could lose what was acknowledged.
 
-    `name` is the daemon's, by which others on the database know it. `count_downtime` adds the wall time since the last
-    transaction to the service clock.
+    `name` is the daemon's, by which others on the database know it. The setting `count_downtime` adds the wall time
+    since the last transaction to the service clock.
     """
     asked = settings.postgres
     if asked is None:
@@ -68,7 +68,7 @@ def open_archive(settings: Settings) -> AbstractContextManager[Archive]:
 
 def import_file(asked: Postgres, file: Path, now_at: int, progress: Callable[[int, int], None]) -> Moved:
     """Moves a stopped daemon's file into an empty PostgreSQL database; no daemon can use the file afterwards.
-    `progress` is told how many rows of how many have been moved. Raises DatabaseError.
+    `progress` is called with the number of rows moved so far, and the number of all rows. Raises DatabaseError.
     """
     from lmdaemon.store.postgres import importing
     from lmdaemon.store.sqlite.whole import open_whole

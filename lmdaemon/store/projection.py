@@ -80,8 +80,8 @@ class Projection:
 
     @property
     def operators_with_sessions(self) -> list[str]:
-        """The operators that may have sessions. An operator has no figures while all its sessions were only reported by
-        notices and had no deliveries; so those that are configured count as well.
+        """The operators that may have sessions. An operator has no figures if all its sessions were reported by notices
+        only and had no deliveries; so the configured operators are included in any case.
         """
         return list(self.figures.keys() | self.configured)
 
@@ -96,16 +96,16 @@ class Projection:
 
     @property
     def is_sure(self) -> bool:
-        """Whether it certainly still is this daemon that owns what it owned (Store.is_sure)."""
+        """Whether the answer of `owns` is certainly still true (Store.is_sure)."""
         return True
 
     @property
     def hold_until_ms(self) -> int:
-        """Before when nothing ends for inactivity, as `Store` has it."""
+        """Service time before which nothing ends for inactivity (Store.hold_until_ms)."""
         return 0
 
     def let_go(self, operator: str) -> None:
-        """Nothing is under way any more for an operator, as `Store` has it."""
+        """Does nothing: there is no other daemon that waits for the operator (Store.let_go)."""
 
     async def daemons(self) -> Sequence[Member]:
         """The daemons on the database (Store.daemons). Here it is this one alone."""
@@ -145,18 +145,18 @@ class Projection:
         return silence.waits_until(pause, self.touched_ms.get(operator), now_ms, self.grace_ms)
 
     async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
-        """Has the daemon that owns the operator do something (Store.ask_owner). Here there is no other."""
+        """Has the daemon that owns the operator fulfil a wish (Store.ask_owner). Here there is no other daemon."""
         raise StoreError(f"no other daemon owns {operator}")
 
     async def answer_probe(self, number: int, webhook_id: str) -> None:
-        """Answers another daemon (Store.answer_probe). Here there is no other."""
+        """Answers another daemon (Store.answer_probe). Here there is none."""
 
     async def release_ends(self, operator: str) -> bool:
         """Lets the operator's ends for inactivity wait no longer (Store.release_ends)."""
         return self.let_ends_go_on(operator)
 
     def let_ends_go_on(self, operator: str) -> bool:
-        """Does what `release_ends` promises, at once, for an operator that this daemon owns."""
+        """Does what `release_ends` promises, for an operator that this daemon owns."""
         waited = self.waits_until_ms(operator) is not None
         if waited:
             self._pauses[operator] = self._pauses[operator]._replace(released=True)
@@ -182,7 +182,7 @@ class Projection:
         self.touched_ms[operator] = max(before_ms, at_ms)
 
     def observe(self, observer: StoreObserver) -> None:
-        """Calls one more observer after each commit from now on."""
+        """Adds an observer, which is called after each commit from now on."""
         self.observers += (observer,)
 
     def available(self, available: bool) -> None:
@@ -207,7 +207,7 @@ class Projection:
 
     @property
     def set_back_ms(self) -> int:
-        """How far (ms) the wall clock was set back since the last transaction, which may be of the run before.
+        """How far (ms) the wall clock was set back since the last transaction, which may have been in the previous run.
 
         0 if it has only drifted. The next transaction moves every stored wait back by as much.
         """
@@ -266,7 +266,8 @@ class Projection:
         before = (self.next_due_ms, self.next_lifetime_at)
         self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
         self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
-        # Also when the first session is opened: while none was live, nobody has read the service clock
+        # Also when the first session is opened: while none was live, the sweeper slept and nobody has read the service
+        # clock
         if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
             for observer in self.observers:
                 observer.deadline_nearer()

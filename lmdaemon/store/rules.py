@@ -83,8 +83,8 @@ class Questions:
     """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
     sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: which are known?
-    # deliveries with a result, and the most attempts there can have been: which of them are pending? A success counts
-    # in any case, a failure unless another daemon has attempted the delivery since.
+    # (delivery, attempts) of each result: is the delivery pending, with no more attempts than that? A success counts in
+    # any case (ANY); a failure does not count if another daemon has attempted the delivery since.
     results: list[tuple[int, int]] = field(default_factory=list)
     sweeps: int = 0  # number of sweeps. For each: which SWEEP_ROWS sessions are past their maximum lifetime?
     due_ms: int | None = None  # and which SWEEP_ROWS sessions are due at this service time?
@@ -164,7 +164,8 @@ class Changes:
     world: World
     # Rows
     touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
-    active: dict[int, None] = field(default_factory=dict)  # of those, rows that answers say are active
+    # row numbers of touched sessions that answers have called active
+    active: dict[int, None] = field(default_factory=dict)
     sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
     # id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity: a later one
     # prevents the end), id of the HTTP request
@@ -182,7 +183,7 @@ class Changes:
     figures: dict[str, Figures] = field(default_factory=dict)  # by operator, to be added to the stored ones
     gates: dict[str, Gate] = field(default_factory=dict)
     # Kept in memory only
-    pauses: dict[str, silence.Pause] = field(default_factory=dict)  # that begin
+    pauses: dict[str, silence.Pause] = field(default_factory=dict)  # pauses that begin, by operator
     # Answers
     answers: list[Any] = field(default_factory=list)  # one for each operation
     touchings: list["_PlacedTouching"] = field(default_factory=list)  # touches whose answers the table may correct
@@ -305,8 +306,8 @@ class _Sessions:
                 self._touch_many(touching)
 
     def _touch_many(self, touching: Touching) -> None:
-        """Touches sessions that are known from the facts or from this batch. The engine's statement finds out about the
-        others.
+        """Touches several sessions, or one of an operator with facts or new sessions in this batch. What is known of
+        them here is decided here; the engine's statement finds out about the others.
         """
         changes, operator = self._changes, touching.operator
         distinct = dict.fromkeys(touching.session_ids)
@@ -437,7 +438,7 @@ class _Sessions:
         return "ended"
 
     def end_one(self, session: Session, reason: Reason, token: str | None = None, extra: str | None = None) -> Session:
-        """Ends a live session; there is no other way. Its deliveries are made when all operations are decided."""
+        """Ends a live session; every end is made here. Its deliveries are made when all operations are decided."""
         ended = session._replace(
             reason=reason, ended_at=self._now, token=token or session.token, extra=extra or session.extra
         )
@@ -447,12 +448,12 @@ class _Sessions:
         return ended
 
     def current(self, session: Session) -> Session:
-        """A session of the facts, after the operations so far."""
+        """The present state of a session of the facts: what the operations so far have made of it."""
         return self._known[session.operator][session.session_id]
 
     def _find(self, operator: str, session_id: str) -> Session | None:
-        """The session after the operations so far. None if it is unknown, or if it is assumed to be because there are
-        no facts.
+        """The session after the operations so far. None if it is unknown, or assumed to be unknown because there are no
+        facts.
         """
         mine = self._known.get(operator)
         return None if mine is None else mine.get(session_id)
@@ -465,7 +466,9 @@ class _Sessions:
         return (session.operator, session.session_id) in self._added
 
     def keep_tokens(self, tokens: Sequence[str | None]) -> None:
-        """Replaces the token of each ended session by what is kept of it, and adds the rows of those in the table."""
+        """Replaces the token of each ended session by what is kept of it, and adds to `changes.ended` those sessions
+        whose rows are in the table already.
+        """
         changes = self._changes
         for session, token in zip(changes.ends, tokens, strict=True):
             if token != session.token:
@@ -504,7 +507,7 @@ class _Sweeps:
             self._changes.answers.append(Swept(ended, looked_at))
 
     def _end_outlived(self) -> tuple[int, int]:
-        """How many ended, of how many that were looked at."""
+        """Ends sessions past their maximum lifetime. Returns how many ended, and how many were looked at."""
         outlived, self._outlived = self._outlived[:SWEEP_ROWS], self._outlived[SWEEP_ROWS:]
         ended = 0
         for session in map(self._sessions.current, outlived):
@@ -518,7 +521,7 @@ class _Sweeps:
         return ended, len(outlived)
 
     def _end_idle(self, as_of_ms: int) -> tuple[int, int]:
-        """How many ended, of how many that were looked at."""
+        """Ends sessions whose idle time is over. Returns how many ended, and how many were looked at."""
         due, self._due = self._due[:SWEEP_ROWS], self._due[SWEEP_ROWS:]
         ended = 0
         for session in map(self._sessions.current, due):
@@ -578,7 +581,7 @@ class _Deliveries:
     def _settled_one(self, one: Settlement) -> Settled:
         """Stores one result. If the delivery was settled before, only the gate changes.
 
-        Of an operator that another daemon has taken over meanwhile only a success counts, and its gate is left alone.
+        If another daemon has taken over the operator meanwhile, only a success is stored, and the gate stays as it is.
         """
         delivery, due_at = one.delivery, self._now + one.wait_ms
         is_late = self._world.elsewhere(delivery.operator)
@@ -631,7 +634,7 @@ class _Deliveries:
         moment. The engine moves the due times of deliveries in the same transaction.
         """
         for operator in self._world.gates:
-            if self._world.elsewhere(operator):  # those waits are by the wall clock of another daemon
+            if self._world.elsewhere(operator):  # the daemon that owns the operator moves its waits
                 continue
             self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
 

@@ -1,17 +1,18 @@
 """When the touches of an operator count as stopped, and how long its ends for inactivity wait then. No SQL, no clock.
 
-`rules` asks it for each session that is due, `alarms` for warnings. Times are service time in milliseconds, so nothing
-that keeps the daemon from hearing touches counts as silence. All of it is kept in memory: after a restart no end waits
-for this, and the restart grace applies.
+`rules` asks this for each session that is due, `alarms` for warnings. Times are service time in milliseconds, so a time
+in which the daemon could not hear touches does not count as silence. Nothing of it is stored: after a restart no end
+waits for touches, but the restart grace applies.
 """
 
 from typing import NamedTuple
 
 MANY_SESSIONS = 100  # with fewer live sessions a silence is no sign of a fault: all their players may have left
-SILENT_SHARE = 0.5  # of the idle time. With a heartbeat every third of it, each session has then missed at least one
+# of the idle time. If each session is touched three times in its idle time, each has then missed at least one touch
+SILENT_SHARE = 0.5
 PAUSE_MAX_MS = 600_000  # ends wait no longer than this
-# A session whose end waits is looked at again after the grace within these bounds, so that 300,000 waiting sessions
-# cost the writer a sixth of its time, and none ends late once touches have come again.
+# A session whose end waits is looked at again after `grace_ms`, within these bounds: often enough that it does not end
+# late when touches have come again, and so rarely that 300,000 waiting sessions take a sixth of the writer's time.
 LOOK_AGAIN_MIN_MS = 10_000
 LOOK_AGAIN_MAX_MS = 60_000
 

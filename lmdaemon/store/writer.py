@@ -18,7 +18,9 @@ from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
 JOIN_MAX = 50  # a batch of fewer operations lets others join it. Larger ones would only keep the writer idle
-JOIN_TURNS = 4  # turns of the event loop for which it waits: the answered have to ask again, and that to be read
+# turns of the event loop that a small batch waits for others: clients that were just answered send again, and what they
+# have sent has to be read
+JOIN_TURNS = 4
 QUEUE_MAX = 20_000  # most operations that wait; more are refused with a StoreError
 QUEUE_ROWS = 200_000  # most rows that waiting operations name in all; bounds the memory of the queue
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
@@ -73,7 +75,9 @@ class Engine(Protocol[_TheirWork]):
         """Whether the disk, the network or a machine is at fault, and not the operation."""
 
     def has_room(self) -> bool:
-        """Whether there is room for a batch of any size, as far as the engine can see at its last attempt to commit."""
+        """Whether the disk had room for a batch of any size at the last attempt to commit, as far as the engine can
+        see.
+        """
 
     async def give_up(self) -> None:
         """Is called last, after a DatabaseError, to save what can be saved."""
@@ -150,7 +154,9 @@ class Writer(Generic[Work]):
                     break
 
     async def _let_others_join(self) -> None:
-        """Lets requests that have arrived already join a small batch, because a batch takes long whatever is in it."""
+        """Waits some turns of the event loop for more operations, if there are few: a transaction takes almost as long
+        for one operation as for many.
+        """
         for _ in range(JOIN_TURNS):
             if len(self._queue) >= JOIN_MAX:
                 break
@@ -295,7 +301,9 @@ class Writer(Generic[Work]):
         return None
 
     async def _give_up(self, batch: list[_Queued], lost: DatabaseError) -> NoReturn:
-        """Refuses everything and raises: further commits would be lost when the process ends, so it must end now."""
+        """Refuses everything and raises: further commits would be lost when the process ends, so the daemon must end
+        now.
+        """
         log.error("store.lost_file", reason=str(lost))
         self._set_available(False)
         self.failure = str(lost)

@@ -19,7 +19,7 @@ EXPORT_ROWS = 500  # sessions in one read
 ENDED_BEFORE = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s) ORDER BY ended_at, id LIMIT %s"""
-# The same for a player or a session id, of any operator. The addition makes PostgreSQL use the index of the ids.
+# The same for a player or a session id, of any operator. The `+ 0` makes PostgreSQL use the index of that id.
 _ENDED_OF_FEW = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE operator IN (SELECT operator FROM lmdaemon.figure) AND {{column}} = %s AND player_id = coalesce(%s, player_id)
@@ -32,8 +32,8 @@ SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.s
 WHERE d.session = ANY (%s) ORDER BY d.id"""
 # The gate of every operator.
 GATES = f"SELECT name, {', '.join(GATE)} FROM lmdaemon.operator"
-# The earliest of the daemons' last transactions: each daemon stores what it dates in the order of its dates. Without a
-# daemon everything is stored.
+# The wall time of the daemons' last transactions, the earliest of them: each daemon stores ends in the order of their
+# times. Without a daemon everything is stored.
 COMMITTED_AT = f"SELECT coalesce(min(wall_at), {NOW}) FROM lmdaemon.member"
 # The time of the server, with which daemons date what they store.
 NOW_AT = f"SELECT {NOW}"
@@ -66,7 +66,7 @@ class Archive:
         return {name: Gate(*gate) for name, *gate in self._sql.execute(GATES)}
 
     def committed_at(self) -> int:
-        """Up to which wall time every daemon has stored what it dates (Archive)."""
+        """The wall time before which every end is stored (Archive)."""
         return self._time(COMMITTED_AT)
 
     def now_at(self) -> int:
@@ -87,8 +87,9 @@ def open_archive(url: str, password: str | None) -> Iterator[Archive]:
     database = Database(url, password, "export")
     try:
         with database.connect(prepares=True) as sql:
-            with suppress(psycopg.Error):  # as on a standby
-                send(sql, "")  # daemons that have nothing to do tell how far they are now, and not only when it is time
+            with suppress(psycopg.Error):  # which refuses it if it is a standby
+                # daemons that have nothing to do answer this hint with a transaction, which moves `committed_at` on
+                send(sql, "")
             yield Archive(sql)
     except psycopg.Error as error:
         raise DatabaseError(f"{database.title}: cannot be read: {said(error)}") from error

@@ -1,7 +1,8 @@
-"""What only the daemon that owns an operator can do, when another one is asked for it: rows of `asked`.
+"""Passes requests on to the daemon that owns an operator, when another daemon has received one that only the owner can
+fulfil.
 
-The one that was asked adds a row, the owner sees it at its next look and writes the answer into it, and the first one
-takes that and deletes the row.
+The daemon that has received it adds a row to the table `asked`. The owner sees the row at its next look and writes the
+answer into it. Then the first daemon takes the answer and deletes the row.
 """
 
 import asyncio
@@ -16,20 +17,20 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.projection import Projection
 
-ANSWER_S = 0.1  # between two looks for the answer
-STALE_MS = 120_000  # by then nobody waits for the answer any more
+ANSWER_S = 0.1  # between two reads of the answer
+STALE_MS = 120_000  # after this time nobody waits for the answer any more
 
-# Asks, and deletes what was asked by daemons that have gone since.
+# Adds a question, and deletes old ones, which were left by daemons that are gone.
 ASK = f"""
 WITH stale AS (DELETE FROM lmdaemon.asked WHERE asked_at < {NOW} - {STALE_MS})
 INSERT INTO lmdaemon.asked (operator, what, asked_at) VALUES (%s, %s, {NOW}) RETURNING id"""
-# The answer, once there is one.
+# The answer to a question; NULL until there is one.
 ANSWER_TO = "SELECT answer FROM lmdaemon.asked WHERE id = %s"
-# Whoever asked has the answer, or waits no longer.
+# Deletes a question when its answer was taken, or is not waited for any longer.
 FORGET = "DELETE FROM lmdaemon.asked WHERE id = %s"
-# The answer of the owner.
+# Stores the owner's answer.
 ANSWER = "UPDATE lmdaemon.asked SET answer = %s WHERE id = %s"
-# What has no answer yet, as JSON: the fields of Question.
+# The questions that have no answer yet, as JSON: the fields of Question.
 UNANSWERED = f"""(SELECT json_agg(json_build_array(id, operator, what))::text FROM lmdaemon.asked
     WHERE answer IS NULL AND asked_at >= {NOW} - {STALE_MS})"""
 
@@ -43,16 +44,18 @@ class Question(NamedTuple):
 
 
 class Asking:
-    """Asks the owners of operators, and sees to what is asked of this daemon."""
+    """Asks the owners of operators, and does what other daemons ask of this one."""
 
     def __init__(self, projection: Projection, reads: Reads, signals: Signals) -> None:
         self._projection = projection
         self._reads = reads
         self._signals = signals
-        self._answering: set[int] = set()  # questions of others that this daemon sees to
+        self._answering: set[int] = set()  # questions of others that this daemon has begun to answer
 
     async def ask(self, operator: str, wish: Wish, within_s: float) -> str:
-        """The owner's answer. Raises StoreError when there is none within `within_s`."""
+        """Asks the owner of an operator, and returns the answer. Raises StoreError when there is none within
+        `within_s`.
+        """
         number = await self._reads.read(ask, operator, wish)
         self._signals.hint.set()
         try:
@@ -76,7 +79,7 @@ class Asking:
         await self._reads.read(answer, number, text)
 
     async def see_to(self, asked: Sequence[Question]) -> None:
-        """Does what other daemons ask of this one, because it owns an operator. Raises StoreError."""
+        """Does what other daemons ask of this one as the owner of operators. Raises StoreError."""
         self._answering &= {question.number for question in asked}
         for number, operator, what in asked:
             if number in self._answering or not self._projection.owns(operator):

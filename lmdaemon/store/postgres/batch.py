@@ -1,10 +1,11 @@
-"""How a batch gets into PostgreSQL: the facts it asks for, and its changes as one flush of statements.
+"""Writes a batch into PostgreSQL: reads the facts it needs, and writes its changes as one flush of statements.
 
 What is sent in one flush is one transaction: the server commits it at its end, and rolls all of it back at the first
 error. So no transaction ever waits for this program, which may be stopped at any moment. The first statement is the
-fence: it updates the daemon's own row of `member`, which must be there and be at the batch before this one. Every other
-statement checks what the changes were decided on; where that is no longer so it divides by zero, and the batch is
-decided again. Rows are locked in the order of their ids. Rows go in as one JSON text a statement.
+fence: it updates the daemon's own row of `member`, which must be there and have the number of the batch before this
+one. Every other statement checks what the changes were decided on. If that is no longer true, the statement divides by
+zero, and the batch is decided again. Rows are locked in the order of their ids. Each statement gets its rows as one
+JSON text.
 """
 
 from collections import Counter
@@ -37,9 +38,10 @@ from lmdaemon.store.rules import (
     questions,
 )
 
-DECIDED_ON_LOOP_MAX = 300  # operations of a batch: 2 ms of the event loop, of the largest notices 20
-OPERATORS_AT_ONCE = 16  # whose due sessions one sweep reads, so that it reads few that it cannot end
-TRIES = 10  # to write a batch: somebody else may change what it was decided on, or lock its rows the other way round
+DECIDED_ON_LOOP_MAX = 300  # most operations decided on the event loop: 2 ms, or 20 ms for the largest notices
+# most operators whose due sessions one sweep reads: it reads SWEEP_ROWS of each, and keeps SWEEP_ROWS of all
+OPERATORS_AT_ONCE = 16
+TRIES = 10  # to write a batch: another daemon may change what it was decided on, or lock the same rows in another order
 
 GATE = tuple(field.name for field in fields(Gate))
 FIGURE = ("live", "pending", "dead", "opened", "made", "touched_ms")  # columns of `figure`
@@ -57,21 +59,21 @@ _TYPES = {
 
 
 def given(*names: str) -> str:
-    """A table of the rows of a JSON array of arrays, the one parameter. As jsonb it is parsed once, as json once for
-    each column.
+    """An expression for a table whose rows are the one parameter, a JSON array of arrays. As jsonb it is parsed once,
+    as json once for each column.
     """
     columns = ", ".join(f"(r->>{i})::{_TYPES.get(name, 'bigint')} AS {name}" for i, name in enumerate(names))
     return f"(SELECT {columns} FROM jsonb_array_elements(%s::jsonb) r)"
 
 
 def _count(statement: str, rows: str) -> str:
-    """Runs a statement that must change exactly so many rows, the last parameter; else nothing of the batch is
-    stored.
+    """Completes a statement that must change exactly as many rows as its last parameter says; else nothing of the batch
+    is stored.
     """
     return f"WITH {rows} changed AS ({statement} RETURNING 1) SELECT 1 / (count(*) = %s)::int FROM changed"
 
 
-# -- facts: what a batch asks for
+# -- facts that a batch needs
 
 # Sessions of one operator by their ids.
 SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
@@ -95,7 +97,7 @@ ORDER BY lifetime_at LIMIT %s"""
 # How far the slowest of the other daemons has heard, and before which time nothing ends for inactivity.
 SLOWEST = """
 SELECT (SELECT min(heard_ms) FROM lmdaemon.member WHERE id <> %s), hold_until_ms FROM lmdaemon.clock"""
-# A delivery that may be sent, now or again; an http one without a body could never be composed.
+# Whether a delivery may be sent, now or again. An HTTP delivery without a body was dead from the beginning.
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 # Which of these deliveries are dead and may be sent, with their sinks.
 DEAD = (
@@ -108,13 +110,13 @@ TO_DISCARD = "SELECT id, operator FROM lmdaemon.delivery WHERE id = ANY (%s) AND
 DELIVERIES_BY_ID = (
     f"SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = ANY (%s)"
 )
-# Ids of what ended before a time, in the order in which it ended, after a place.
+# Ids of sessions that ended before a time, in the order in which they ended, after a given (ended_at, id).
 ENDED_BEFORE = """
 SELECT id, ended_at FROM lmdaemon.session WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s)
 ORDER BY ended_at, id LIMIT %s"""
-# What decides whether old sessions can go: their deliveries.
+# The deliveries of old sessions, which decide whether the sessions can be deleted.
 OLD_DELIVERIES = f"SELECT {', '.join(OldDelivery._fields)} FROM lmdaemon.delivery WHERE session = ANY (%s)"
-# What holds operators back, with the number of its last change.
+# Gates of operators, each with the number of its last change.
 GATES = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator WHERE name = ANY (%s)"
 # Whether touched sessions are active.
 STATES = "SELECT session_id, reason IS NULL FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
@@ -125,7 +127,8 @@ SELECT its.name,
        (SELECT lifetime_at FROM lmdaemon.session
         WHERE operator = its.name AND reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1)
 FROM unnest(%s::text[]) AS its (name)"""
-# The same, and tells the other daemons: the earliest of these, and of the rest of this daemon's operators.
+# The same, and tells the other daemons the next deadline of all operators of this daemon: the earliest of these and of
+# the rest.
 NEXT_TOLD = f"""
 WITH next (name, due_ms, lifetime_at) AS MATERIALIZED ({NEXT}),
 told AS (UPDATE lmdaemon.member SET next_due_ms = least(%s::bigint, (SELECT min(due_ms) FROM next)) WHERE id = %s)
@@ -133,15 +136,17 @@ SELECT * FROM next"""
 
 # -- apply
 
-# The fence: what the daemon tells the others, and what they have told. Only the daemon itself updates its row, so
-# nobody waits for it but those who want to delete it.
+# The fence: stores what the daemon tells the others, and reads what they have told. It fails if the daemon's row is
+# gone or has another number. Only the daemon itself updates its row, so only daemons that want to delete the row wait
+# for this lock.
 FENCE = f"""
 WITH changed AS (
     UPDATE lmdaemon.member SET heard_ms = %s, wall_at = %s, known_at = %s, next_due_ms = %s, batch = batch + 1
     WHERE id = %s AND batch = %s - 1 RETURNING 1)
 SELECT 1 / (count(*) = 1)::int, {NOW}, {OTHERS} FROM changed"""
-# The stamp of what was heard by this daemon's time: not below any clock at this moment, as `cluster.stamp_ms` has it.
-# What has gone may have been followed until then.
+# The service time of touches that this daemon has heard by its own service time: not below any daemon's clock at this
+# moment, as in `cluster.stamp_ms`. The table `clock` has the furthest clock of daemons that are gone, because others
+# may have followed it.
 STAMP = f"""stamp AS MATERIALIZED (
     SELECT greatest(heard, least(heard + {AHEAD_MS}, max(reached) + 1)) AS ms
     FROM (SELECT %s::bigint AS heard, %s::bigint AS me, {NOW} AS at) AS here, LATERAL (
@@ -165,7 +170,8 @@ touched AS (
     WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
-# Sessions that were found active, and touched by now, so that they stay so. As many as given must be.
+# Checks that sessions are active which answers have called active: as many as given. They have just been touched, and
+# so locked, so they stay active.
 STILL_ACTIVE = "SELECT 1 / (count(*) = %s)::int FROM lmdaemon.session WHERE id = ANY (%s) AND reason IS NULL"
 # Adds sessions.
 ADD_SESSIONS = f"""
@@ -173,8 +179,8 @@ WITH {STAMP}
 INSERT INTO lmdaemon.session ({SESSION}, due_ms)
 SELECT {", ".join("stamp.ms" if name == "seen_ms" else name for name in Session._fields)}, stamp.ms + idle_ms
 FROM {given(*Session._fields)} AS new, stamp"""
-# Ends sessions that are active. For inactivity: those that have not been touched since that was found, if every daemon
-# has heard past their deadlines, and nothing has to wait for the clients of one that was expelled.
+# Ends sessions that are active. For inactivity a session ends only if it was not touched after the facts were read, if
+# every daemon has heard past its deadline, and if `hold_until_ms` is over.
 END = _count(
     """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
                           token = ended.token, ended_request = ended.request
@@ -188,18 +194,19 @@ END = _count(
                  s.seen_ms <= ended.seen_ms AND s.seen_ms + s.idle_ms <= heard.ms AND hold_until_ms <= heard.ms))
              ORDER BY s.id FOR UPDATE OF s),""",
 )
-# Moves deadlines to where touches have put them.
+# Moves `due_ms` to the true deadlines of sessions that were touched.
 MOVE_DUE = f"""
 WITH moved AS MATERIALIZED {given("id", "due_ms")},
 locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN moved USING (id) ORDER BY s.id FOR UPDATE OF s)
 UPDATE lmdaemon.session SET due_ms = moved.due_ms FROM moved JOIN locked USING (id) WHERE session.id = moved.id"""
-# Puts off ends by lifetime.
+# Puts off the end of sessions past their lifetime whose operator is not configured.
 MOVE_LIFETIME = MOVE_DUE.replace("due_ms", "lifetime_at")
 # Adds deliveries.
 ADD_DELIVERIES = f"""
 INSERT INTO lmdaemon.delivery ({", ".join(NEW_DELIVERY)})
 SELECT {", ".join(NEW_DELIVERY[:-1])}, convert_to(body, 'UTF8') FROM {given(*NEW_DELIVERY)} AS new"""
-# Stores results of attempts; what was delivered needs its body no more.
+# Stores results of attempts, a failure only if no other daemon has attempted the delivery since. A delivered one needs
+# its body no longer.
 SETTLE = _count(
     f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = result.{n}" for n in RESULT[1:] if n != "attempts")},
                attempts = greatest(delivery.attempts, result.attempts),
@@ -211,7 +218,7 @@ SETTLE = _count(
              WHERE d.state = 'pending' AND (d.attempts <= result.attempts OR result.state = 'delivered')
              ORDER BY d.id FOR UPDATE OF d),""",
 )
-# Puts a digest in the place of a token that no delivery needs any more.
+# Replaces tokens by their digests where no delivery needs the token any more.
 FORGET_TOKENS = f"""
 WITH digest AS MATERIALIZED {given("id", "token")},
 locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN digest USING (id) ORDER BY s.id FOR UPDATE OF s)
@@ -248,7 +255,7 @@ INSERT INTO lmdaemon.figure (operator, member, {", ".join(FIGURE)})
 SELECT name, %s, {", ".join(FIGURE)} FROM {given("name", *FIGURE)} AS new ORDER BY name
 ON CONFLICT (operator, member) DO UPDATE SET {", ".join(f"{n} = figure.{n} + excluded.{n}" for n in FIGURE[:-1])},
     touched_ms = greatest(figure.touched_ms, excluded.touched_ms)"""
-# Stores what holds operators back, unless somebody else has changed it meanwhile.
+# Stores gates of operators, unless another daemon has changed one of them meanwhile.
 PUT_GATES = _count(
     f"""INSERT INTO lmdaemon.operator (name, version, {", ".join(GATE)})
         SELECT name, version + 1, {", ".join(GATE)} FROM {given("name", "version", *GATE)} AS new ORDER BY name
@@ -256,7 +263,8 @@ PUT_GATES = _count(
         WHERE operator.version = excluded.version - 1""",
     rows="",
 )
-# When this daemon's wall clock was set back: moves stored waits back as far, except for operators that others own.
+# When the wall clock was set back: moves stored waits back by as much, except those of operators that other daemons
+# own.
 SET_BACK = """
 UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
 WHERE state = 'pending' AND due_at > %s AND operator <> ALL (%s)"""
@@ -277,8 +285,8 @@ def fetch_all(
 
 
 class Due(NamedTuple):
-    """Operators of which something is due for inactivity, and for age, as far as the daemon knows; all that is known of
-    the deadlines of the others.
+    """Operators that have something due for inactivity (`idle`) and for age (`aged`), as far as the daemon knows.
+    `rest_due_ms` is the next deadline for inactivity of its other operators.
     """
 
     idle: Sequence[str]
@@ -287,12 +295,12 @@ class Due(NamedTuple):
 
     @property
     def operators(self) -> list[str]:
-        """Those that something may be due for, each once."""
+        """The operators of both lists, each once."""
         return list(dict.fromkeys((*self.idle, *self.aged)))
 
 
 def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Facts:
-    """Looks up what a batch asks for."""
+    """Reads the facts for a batch."""
     facts = Facts(asked=asked.sessions)
     limit = asked.sweeps * SWEEP_ROWS
     idle = [] if asked.due_ms is None else list(due.idle)
@@ -329,7 +337,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Fac
 
 
 def delivery_of(row: Sequence[Any]) -> Delivery:
-    """A delivery from its columns: its code is a number, an integer where it is one."""
+    """A delivery from its columns. Its code, a Decimal, becomes an int if it is whole, else a float."""
     delivery = Delivery(*row)
     code = delivery.last_code
     if code is not None:
@@ -338,7 +346,7 @@ def delivery_of(row: Sequence[Any]) -> Delivery:
 
 
 def number_of(webhook_id: str) -> int | None:
-    """The row number in the public id of a delivery, or None in what is none."""
+    """The row number in the public id of a delivery; None if the text is not such an id."""
     number = webhook_id.removeprefix("msg_").partition("_")[0]
     return int(number) if number.isascii() and number.isdigit() and len(number) <= 18 else None
 
@@ -364,10 +372,10 @@ class Present(NamedTuple):
     world: World
     versions: dict[str, int]
     due: Due = Due((), (), None)
-    next_due_ms: int | None = None  # of its operators
-    begun_s: float = 0.0  # when that was (elapsed s)
-    known_at: int = 0  # the latest time of the server that it knows of
-    has_company: bool = False
+    next_due_ms: int | None = None  # next deadline for inactivity of its operators
+    begun_s: float = 0.0  # when this was taken from memory (elapsed s)
+    known_at: int = 0  # the latest time of the server (wall ms) that it knows of
+    has_company: bool = False  # whether other daemons are there
     elsewhere: Sequence[str] = ()  # operators of other daemons
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched
 
@@ -376,9 +384,7 @@ _NONE = Figures()
 
 
 class Batch:
-    """One batch on its way into the database. Where nothing must be looked up it is decided at once, on the event
-    loop.
-    """
+    """One batch. If it needs no facts, it is decided when it is made, on the event loop."""
 
     def __init__(self, operations: Sequence[Any], present: "Present", *, expect_known: bool) -> None:
         self.operations = operations
@@ -386,7 +392,7 @@ class Batch:
         self._world = present.world
         self.versions = present.versions
         self.changes: Changes
-        self.seen: Seen | None = None  # what the others had told by then
+        self.seen: Seen | None = None  # what its fence has read of the other daemons
         self.next: list[tuple[str, int | None, int | None]] = []  # the next deadlines of the operators that were swept
         self.looked_up = False  # whether facts were read for it
         self._decided = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
@@ -407,8 +413,8 @@ class Batch:
             return None
 
     def run(self, sql: Connection, place: Place) -> list[Any]:
-        """Commits it. Returns an answer for each operation. Raises psycopg.Error, and FencedOffError; then nothing is
-        stored, unless the connection was lost.
+        """Commits the batch and returns an answer for each operation. Raises psycopg.Error, and FencedOffError; then
+        nothing is stored, unless the connection was lost.
         """
         decided = self._decided
         for _ in range(TRIES):
@@ -434,7 +440,7 @@ class Batch:
 
     @property
     def begun_s(self) -> float:
-        """When what is known here was taken from memory (elapsed s)."""
+        """When the state that the batch was decided on was taken from memory (elapsed s)."""
         return self._present.begun_s
 
     @property
@@ -443,12 +449,12 @@ class Batch:
         return self._present.tells_touches
 
     def renew(self, present: "Present") -> None:
-        """Is decided again, for a daemon that has joined again."""
+        """Takes the present state after the daemon has joined again; `run` then decides the batch again."""
         self._present, self._world, self.versions = present, present.world, present.versions
         self._decided = None
 
     def _not_ahead(self, sql: Connection, place: Place) -> Sequence[Any]:
-        """The operations, the sweeps as of the slowest daemon's clock."""
+        """The operations; sweeps among them are limited to how far the slowest daemon has heard."""
         if not any(type(one) is Sweep and one.as_of_ms is not None for one in self.operations):
             return self.operations
         slowest_ms, hold_until_ms = sql.execute(SLOWEST, (place.member,), prepare=True).fetchone() or (None, 0)
@@ -463,7 +469,7 @@ class Batch:
         ]
 
     def resolved(self, sql: Connection) -> list[Any]:
-        """The answers, once it is known to be stored though the answer of its commit was lost."""
+        """The answers of a batch that is known to be committed though the server's answer was lost."""
         changes = self.changes
         if changes.touchings:
             self._tell_touched(sql, changes, None)
@@ -566,8 +572,9 @@ class Batch:
 
     @staticmethod
     def _tell_touched(sql: Connection, changes: Changes, touched: Sequence[tuple[str, str]] | None) -> None:
-        """Corrects the answers of touches: by what was touched (None: not known any more), and by what is stored of the
-        rest. It is committed by now: what cannot be read is told so to those who touched it.
+        """Corrects the answers of touches. `touched` are the sessions that were touched; None if that is no longer
+        known. The states of all others are read from the table. The batch is committed by now, so if that fails, the
+        callers get a StoreError as their answers.
         """
         active: dict[str, set[str]] = {operator: set() for operator in changes.touched}
         ended: dict[str, set[str]] = {operator: set() for operator in changes.touched}
@@ -589,7 +596,9 @@ class Batch:
 
 
 def _forget_prepared(sql: Connection) -> None:
-    """After a flush that has failed: what was skipped in it is not prepared, though psycopg may take it to be."""
+    """Has all statements prepared again after a flush that has failed. The server has not prepared those it skipped,
+    though psycopg may take them to be prepared.
+    """
     with suppress(psycopg.Error):
         if not sql.closed:
             sql.execute("DEALLOCATE ALL")

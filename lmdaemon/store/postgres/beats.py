@@ -14,7 +14,7 @@ from lmdaemon.store.projection import Projection
 from lmdaemon.store.writer import Writer
 
 BEAT_MIN_S = 0.02  # between two beats, when deadlines follow each other closely
-BEAT_AFTER_S = 0.002  # after a deadline of the others' operators
+BEAT_AFTER_S = 0.002  # added to the time of a beat, so that the deadline for which it is made is certainly over
 
 
 class Beats:
@@ -58,7 +58,9 @@ class Beats:
                 async with asyncio.timeout_at(beat_at + BEAT_AFTER_S):
                     await self._signals.beat.wait()
                 continue
-            if beat_at < regular_at:  # again for the same deadline: its owner is not ready, so beat less often
+            # the beat is for a deadline of another daemon's operator. While the deadline stays, its owner is not ready:
+            # beat less often
+            if beat_at < regular_at:
                 soon_s = min(soon_s * 2, self._paces.beat_s)
             if self._writer.commits != commits and self._company.told_ms >= (waiting[0] or 0):
                 continue
@@ -69,8 +71,9 @@ class Beats:
                 await self._writer.write(Probe())
 
     def _others_due_in_s(self) -> float | None:
-        """Seconds until this daemon has heard past the next deadline of the others' operators. 0 also when it has told
-        them so: the owner ends something, and the next deadline may be near.
+        """Seconds until this daemon has heard past the next deadline of the other daemons' operators; None if there is
+        none. It stays 0 after this daemon has told that it has, because the owner then ends sessions, and the deadline
+        after those may be near.
         """
         due_ms = self._company.next_due_ms
         if due_ms is None or not self._projection.live:

@@ -1,24 +1,26 @@
 """The rules by which several daemons on one database share one service time. Pure: nothing here reads a clock or a row.
 
-Each daemon has a service clock of its own, and publishes in every transaction how far it has heard: whatever it had
-received by then is stored. A session ends only when every daemon has heard past its deadline, so a touch that any of
-them has in hand wins, also while that one is stalled. Daemons differ by at most AHEAD_MS; a touch is stamped as far as
-any of them may have come, so that no other clock makes its session older than it is. Wall clocks of hosts appear
-nowhere; the database's own clock only as a time that has passed, within bounds.
+Each daemon has a service clock of its own, and publishes in every transaction how far it has heard: everything that it
+had received by that service time is stored. A session ends only when every daemon has heard past its deadline. So a
+touch that any daemon has received in time keeps the session alive, also while that daemon is stalled.
 
-A simulation in the tests holds them.
+The service clocks differ by at most AHEAD_MS. A touch is stamped with the furthest time that any of them may have
+reached, so that no other clock makes its session seem idle for longer than it is. The hosts' wall clocks are not used.
+The database's own clock is used only to measure how much time has passed, within bounds.
+
+A simulation in the tests checks these rules.
 """
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-LEASE_S = 5.0  # a daemon without a transaction for this long is gone, by the clock of whoever watches it
+LEASE_S = 5.0  # a daemon without a transaction for this long counts as gone, by the clock of the daemon that watches it
 AHEAD_MS = 1500  # how far a daemon's clock may run ahead of the slowest
 
 
 class Heard(NamedTuple):
-    """What a daemon's row says: its service time when it closed its last batch, and the latest time of the database
-    (ms) that it knew of then.
+    """What a daemon's row says: its service time when its last batch began, and the latest time of the database (wall
+    ms) that it knew of then.
     """
 
     heard_ms: int
@@ -26,9 +28,9 @@ class Heard(NamedTuple):
 
 
 def followed_ms(own_ms: int, others: Collection[Heard], told_ms: int) -> int:
-    """Where a clock goes on from when it learns of the others: it falls behind nobody for good, and never ahead of the
-    slowest by more than AHEAD_MS, unless it is there already. `own_ms` is read at this moment: what has passed is in
-    the others' clocks, too.
+    """The service time from which a daemon's clock goes on when it learns of the others: that of the furthest clock,
+    but at most AHEAD_MS ahead of the slowest, and never less than its own. `own_ms` must be read at this moment,
+    because the time until now has passed in the others' clocks, too.
     """
     if not others:
         return own_ms
@@ -37,19 +39,19 @@ def followed_ms(own_ms: int, others: Collection[Heard], told_ms: int) -> int:
 
 
 def limit_ms(others: Collection[Heard], told_ms: int) -> int:
-    """The furthest that this daemon's clock may go: AHEAD_MS beyond the slowest of the others, and beyond what it has
-    told of itself (`told_ms`), because from that the others work out how far it may have come.
+    """The furthest that this daemon's clock may go: AHEAD_MS beyond the slowest of the others and of what this daemon
+    has told of itself (`told_ms`). That counts because the others work out from it how far this daemon may have come.
     """
     return min(told_ms, *(one.heard_ms for one in others)) + AHEAD_MS
 
 
 def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_at: int, kept_ms: int = 0) -> int:
-    """The stamp of a touch that arrived at `arrival_ms` of this daemon's clock, which now stands at `own_ms`. It is not
-    below any daemon's clock at this moment, nor below `kept_ms`, the furthest clock of those that have gone, for others
-    may have followed it. Since its last transaction, another daemon's clock may have advanced by as much as the
-    database's clock has.
+    """The stamp of a touch that arrived at `arrival_ms` of this daemon's clock, which now shows `own_ms`. It is not
+    below any daemon's clock at this moment: since its last transaction, another daemon's clock may have advanced by as
+    much as the database's clock has. Nor is it below `kept_ms`, the furthest clock of the daemons that are gone,
+    because others may have followed that one.
 
-    A database clock that is set back by less than that time makes it too low by as much, at most AHEAD_MS.
+    If the database's clock was set back by less than that time, the stamp is too low by as much, AHEAD_MS at most.
     """
     furthest = max(arrival_ms, kept_ms)
     for one in others:
@@ -59,38 +61,41 @@ def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_a
 
 
 def may_end(seen_ms: int, idle_ms: int, members: Collection[Heard], hold_until_ms: int) -> bool:
-    """Whether a session may end for inactivity: every daemon has heard past its deadline, and no hold is on."""
+    """Whether a session may end for inactivity: every daemon has heard past its deadline, and past `hold_until_ms`."""
     slowest_ms = min(one.heard_ms for one in members)
     return slowest_ms >= hold_until_ms and seen_ms + idle_ms <= slowest_ms
 
 
 def hold_until_ms(members: Collection[Heard], grace_ms: int) -> int:
-    """Until when nothing ends for inactivity after one of these daemons was expelled: its clients need time to arrive
-    at another.
+    """Until when (service time) nothing ends for inactivity after one of these daemons was expelled: its clients need
+    time to reach another daemon.
     """
     return max(one.heard_ms for one in members) + grace_ms
 
 
 class Watch:
-    """Finds daemons that are gone: their rows have stood still for LEASE_S, by the clock of whoever watches, and he has
-    been able to see it all the while.
+    """Finds daemons that are gone: their rows have not changed for LEASE_S by the clock of the daemon that watches, and
+    it has looked at them often enough all that time.
     """
 
     def __init__(self, gap_s: float = 1.0) -> None:
-        """`gap_s`: a longer time between two looks is no watching. The database was away, or the watcher itself."""
+        """If more than `gap_s` seconds lie between two looks, the watch begins anew: the database could not be reached,
+        or the watching daemon was stopped itself.
+        """
         self._gap_s = gap_s
-        self._seen: dict[int, tuple[int, float]] = {}  # batch of a daemon, and since when it is that
+        # by daemon: the number of its last transaction, and since when that is the last one
+        self._seen: dict[int, tuple[int, float]] = {}
         self._looked_at = float("-inf")
         self._longest_s = 0.0
 
     @property
     def still_s(self) -> float:
-        """The longest time (s) for which any of their rows had stood still at the last look."""
+        """The longest time (s) for which any row had not changed at the last look."""
         return self._longest_s
 
     def gone(self, batches: Mapping[int, int], now_s: float) -> set[int]:
-        """Takes a look: number of the last transaction by daemon, at a monotonic time in seconds. Returns who is
-        gone.
+        """Takes a look, at the monotonic time `now_s`. `batches` has the number of each daemon's last transaction.
+        Returns the daemons that are gone.
         """
         if now_s - self._looked_at > self._gap_s:
             self._seen.clear()

@@ -11,12 +11,14 @@ import orjson
 from lmdaemon.clock import ServiceClock
 from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
 
-GAP_S = 1.5  # after a longer time between two looks at the others, it is noted anew since when their rows stand still
-LATE_MS = 5000  # a view that is older than another one by more than this was seen by a server's clock that was set
+GAP_S = 1.5  # after a longer time between two looks, the watch for rows that stand still begins anew
+# what was read is ignored if it is older than the latest by less than this. If by more, the server's clock was set back
+LATE_MS = 5000
 
 # The time of the server's clock, in wall ms.
 NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
-# Every daemon but this one, as JSON: its number, then the fields of Other. And the time before which nothing ends.
+# Every daemon but this one, as JSON: its number, then the fields of Other. And the service time before which nothing
+# ends for inactivity.
 OTHERS = (
     "(SELECT json_agg(json_build_array(id, heard_ms, coalesce(known_at, 0), batch, next_due_ms)) "
     "FROM lmdaemon.member WHERE id <> %s), (SELECT hold_until_ms FROM lmdaemon.clock)"
@@ -33,7 +35,7 @@ class Other(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the tables say at a time of the server (wall ms)."""
+    """What was read of the other daemons; `at` is when, by the server's clock (wall ms)."""
 
     at: int
     others: dict[int, Other]
@@ -41,7 +43,7 @@ class Seen(NamedTuple):
 
 
 def seen(at: int, others: Any, hold_until_ms: int) -> Seen:
-    """From the columns NOW and OTHERS of a row."""
+    """What was read, made from the columns NOW and OTHERS of a row."""
     found = orjson.loads(others) if isinstance(others, str | bytes) else others
     return Seen(at, {one[0]: Other(*one[1:]) for one in found or ()}, hold_until_ms)
 
@@ -54,12 +56,12 @@ class Company:
         self.others: dict[int, Other] = {}
         self.hold_until_ms = 0
         self.told_ms = 0  # how far this daemon has heard, by its last transaction
-        self.known_at = 0  # by the server's clock
+        self.known_at = 0  # when the others were last read, by the server's clock (wall ms)
         self._watch = Watch(GAP_S)
-        self.gone: dict[int, int] = {}  # who is to be expelled, with the number of the last transaction
+        self.gone: dict[int, int] = {}  # daemons to be expelled, each with the number of its last transaction
 
     def begin(self, at_least_ms: int, found: Seen) -> None:
-        """This daemon has joined, or joined again."""
+        """Begins anew after this daemon has joined, or joined again, at the service time `at_least_ms` or later."""
         self._clock.limit_ms = None
         self._clock.now_ms()
         self._clock.advance_to(at_least_ms)
@@ -67,9 +69,9 @@ class Company:
         self.learn(found, 0.0, watch=False)
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
-        """Takes over what was seen. Returns whether other daemons are there than before. With `watch` it notes whose
-        row stands still, at the monotonic time `now_s`; rows need not move while no session is live and no
-        delivery pending.
+        """Takes over what was read. Returns whether a daemon has come or gone. With `watch` it notes whose row stands
+        still, at the monotonic time `now_s`; without, rows need not change, because no session is live and no delivery
+        pending.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False
@@ -79,7 +81,8 @@ class Company:
             self._watch = Watch(GAP_S)
         batches = {member: one.batch for member, one in self.others.items()}
         self.gone = {member: batches[member] for member in self._watch.gone(batches, now_s)}
-        own_ms = self._clock.now_ms()  # before it follows: what has passed since its last reading is in theirs, too
+        # read before it follows the others: the time since its last reading has passed in their clocks, too
+        own_ms = self._clock.now_ms()
         heard = self.heard
         self._clock.limit_ms = limit_ms(heard, self.told_ms) if heard else None
         self._clock.advance_to(followed_ms(own_ms, heard, self.told_ms))
@@ -92,7 +95,7 @@ class Company:
 
     @property
     def heard(self) -> Sequence[Heard]:
-        """How far each of the others has heard, and since when that is known here."""
+        """How far each of the others has heard, as their rows say."""
         return [Heard(one.heard_ms, one.known_at) for one in self.others.values()]
 
     @property
@@ -107,8 +110,8 @@ class Company:
 
     @property
     def waiting(self) -> tuple[int | None, int]:
-        """The next deadline of the others' operators, and the number of the last transaction of the daemon that waits
-        for it.
+        """The next deadline of the others' operators, and the number of the last transaction of the daemon that owns
+        that operator.
         """
         due = [(one.next_due_ms, one.batch) for one in self.others.values() if one.next_due_ms is not None]
         return min(due, default=(None, 0))

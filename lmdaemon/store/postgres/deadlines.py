@@ -9,24 +9,24 @@ _NONE = (None, None)
 
 
 class Deadlines:
-    """By operator: the service time of the next one for inactivity, and the wall time of the next one for age."""
+    """For each operator: the next deadline for inactivity (service ms), and the next one for age (wall ms)."""
 
     def __init__(self) -> None:
         self._next: dict[str, tuple[int | None, int | None]] = {}
 
     def keep(self, operators: list[str]) -> list[str]:
-        """Forgets all others. Returns those of which nothing is known yet."""
+        """Keeps these operators and forgets all others. Returns those of which no deadline is known yet."""
         new = [operator for operator in operators if operator not in self._next]
         self._next = {operator: self._next.get(operator, _NONE) for operator in operators}
         return new
 
     def set(self, operator: str, due_ms: int | None, lifetime_at: int | None) -> None:
-        """What the table says."""
+        """Takes over the next deadlines of an operator from the table."""
         if operator in self._next:
             self._next[operator] = (due_ms, lifetime_at)
 
     def nearer(self, operator: str, due_ms: int | None, lifetime_at: int | None) -> bool:
-        """There are these besides. Returns whether one of them is nearer than those known."""
+        """Adds deadlines of new sessions. Returns whether one of them is the operator's next one."""
         known = self._next.get(operator)
         if known is None:
             return False
@@ -35,18 +35,20 @@ class Deadlines:
 
     @property
     def operators(self) -> Set[str]:
-        """Those that this daemon sweeps."""
+        """The operators that this daemon sweeps."""
         return self._next.keys()
 
     @property
     def earliest(self) -> tuple[int | None, int | None]:
-        """Of all operators."""
+        """The next deadlines of all operators."""
         due = [due_ms for due_ms, _ in self._next.values() if due_ms is not None]
         aged = [lifetime_at for _, lifetime_at in self._next.values() if lifetime_at is not None]
         return min(due, default=None), min(aged, default=None)
 
     def due(self, as_of_ms: int | None, now_at: int) -> Due:
-        """Of which operators something is due at these times: some of them, if there are many, the earliest first."""
+        """The operators that have something due at these times, those with the earliest deadlines first;
+        OPERATORS_AT_ONCE at most for inactivity, and as many for age.
+        """
         idle = [(due_ms, name) for name, (due_ms, _) in self._next.items() if due_ms is not None]
         now = sorted((due_ms, name) for due_ms, name in idle if as_of_ms is not None and due_ms <= as_of_ms)
         aged = sorted((at, name) for name, (_, at) in self._next.items() if at is not None and at <= now_at)

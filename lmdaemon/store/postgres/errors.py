@@ -33,7 +33,7 @@ MEANINGS: dict[str, Meaning] = {
     "58": "outage",  # system error: I/O
     "28": "outage",  # invalid authorization
     "XX": "outage",  # internal error, corrupted data or index
-    # Nothing of the batch was stored, and it can be sent as it is once more.
+    # Nothing of the batch was stored, and it can be sent again unchanged.
     "40001": "again",  # serialization_failure
     "40P01": "again",  # deadlock_detected: two daemons' batches have waited for each other's rows
     # The batch was decided on facts that are no longer true, so it is decided again.

@@ -1,4 +1,4 @@
-"""What other daemons have changed and told: figures, gates, ends that wait. It does no I/O."""
+"""What other daemons have changed or told: figures, gates, and which ends wait. It does no I/O."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +17,19 @@ class Foreign:
         self._projection = projection
         self._parts: dict[str, Part] = {}
         self.versions: dict[str, int] = {}  # numbers of the last changes of the gates in memory
-        self.opened: set[str] = set()  # operators of which others have opened sessions that were not looked at yet
-        self.made: set[str] = set()  # the same of deliveries
+        # operators of which others have opened sessions whose deadlines were not read yet
+        self.opened: set[str] = set()
+        self.made: set[str] = set()  # operators of which others have made deliveries whose due times were not read yet
         self.waits: dict[str, int] = {}  # until when (service ms) ends of operators wait, as their owners have told
 
     def load(self, found: Found) -> None:
-        """Begins with what was read; the projection has the totals of it already."""
+        """Begins with what was read from the tables. The totals in it are in the projection already."""
         self.versions, self._parts = found.versions, found.parts
 
     def take_parts(self, parts: dict[str, Part]) -> None:
-        """Takes over the others' part of the figures, and notes what has to be found out."""
+        """Takes over the others' part of the figures, and notes for which operators deadlines or due times must be
+        read.
+        """
         projection = self._projection
         before, self._parts = self._parts, parts
         for operator in before.keys() | parts.keys():
@@ -45,7 +48,9 @@ class Foreign:
                 self.made.add(operator)
 
     def has_all_gates(self, versions: int) -> bool:
-        """Whether every change of a gate is known, of which the table's numbers have this sum."""
+        """Whether every change of a gate is known here. `versions` is the sum of the numbers of the last changes in the
+        table.
+        """
         return versions == sum(self.versions.values())
 
     def take_gates(self, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -59,7 +64,9 @@ class Foreign:
                 observer.gate_changed(name)
 
     def committed(self, work: Batch) -> None:
-        """Numbers the gates that a batch has changed, and leaves out one that another daemon has changed since."""
+        """Gives each gate that a batch has changed its new number. A gate that another daemon has changed since is
+        taken out of the changes.
+        """
         for name in list(work.changes.gates):
             version = work.versions.get(name, 0) + 1
             if self.versions.get(name, 0) > version:

@@ -1,8 +1,8 @@
-"""Hints between the daemons on a database that there is something to look at, by NOTIFY.
+"""Hints: by NOTIFY, a daemon tells the others on its database that there is something to look at.
 
-Nothing depends on them: they only let a daemon look at once that would have looked later. They are sent after a commit
-and never in one, because a transaction that notifies waits for every other that does. Behind PgBouncer in transaction
-mode none arrive; then `works` is False, and the daemons look often instead.
+Nothing depends on hints: without one, a daemon looks a little later. They are sent after a commit and never in one,
+because a transaction that notifies waits for every other one that does. Behind PgBouncer in transaction mode none
+arrive; then `works` is False, and the daemons look often instead.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
-WAIT_S = 30.0  # for a hint; then the connection is asked whether it is still there
-ANSWER_S = 5.0  # for the connection itself
-AGAIN_S = 5.0  # before a connection that was lost is made again
-SEND_AGAIN_S = 1.0  # before a hint is sent again that could not be sent
+WAIT_S = 30.0  # how long to wait for a hint; after that, the connection is tested
+ANSWER_S = 5.0  # how long connecting, or that test, may take besides
+AGAIN_S = 5.0  # before a lost connection is replaced
+SEND_AGAIN_S = 1.0  # before a hint that could not be sent is sent again
 SEND_MIN_S = 0.05  # between two hints
 IDLE_S = (
     30.0  # between two beats, or two looks (see Paces), while nothing is live or pending and hints are known to work
@@ -35,8 +35,8 @@ class Hints:
     """Waits for hints on a connection of its own, and sends them."""
 
     def __init__(self, database: Database, name: str, reads: Reads, signals: Signals, paces: Paces) -> None:
-        """`name` is this daemon's: of its own hints only the first on a connection counts, for it shows that they
-        arrive.
+        """`name` is this daemon's. Of its own hints only the first on each connection counts, because it shows that
+        hints arrive.
         """
         self._name = name
         self._thread = Thread(database)
@@ -44,16 +44,16 @@ class Hints:
         self._signals = signals
         self._paces = paces
         self._listening: Connection | None = None
-        self.works = False  # whether one has arrived on this connection
+        self.works = False  # whether a hint has arrived on this connection
 
     @property
     def idle_s(self) -> float:
-        """Between two beats, or looks, while nothing is live or pending."""
+        """Seconds between two beats, or two looks, while no session is live and no delivery pending."""
         return IDLE_S if self.works else self._paces.idle_beat_s
 
     async def listen_for_ever(self, hinted: Callable[[], None]) -> None:
-        """Calls `hinted` on the event loop for each hint, or for several. On a new connection it has one sent: without
-        one it is not known whether they arrive.
+        """Calls `hinted` on the event loop when hints have come; once for several that come together. On a new
+        connection it has a hint sent, to find out whether hints arrive.
         """
         while True:
             try:
@@ -62,14 +62,15 @@ class Hints:
                 names = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
                 if names:
                     is_first, self.works = not self.works, True
-                    if is_first or names != {self._name}:  # the first: others may have hinted before it listened
+                    # the first may be its own: others may have sent theirs before it listened
+                    if is_first or names != {self._name}:
                         hinted()
             except (psycopg.Error, NoAnswerError):
                 self.works, self._listening = False, None
                 await asyncio.sleep(AGAIN_S)
 
     async def send_for_ever(self) -> None:
-        """Lets the others know when there is something for them to look at."""
+        """Sends a hint whenever a part of this daemon has asked for one (`Signals.hint`)."""
         while True:
             await self._signals.hint.wait()
             self._signals.hint.clear()
@@ -80,7 +81,7 @@ class Hints:
             await asyncio.sleep(SEND_MIN_S)
 
     def _listen(self, sql: Connection) -> bool:
-        """Returns whether it is a new connection."""
+        """Has the connection listen for hints. Returns whether it is a new one."""
         if self._listening is sql:
             return False
         sql.execute(LISTEN)
@@ -93,7 +94,9 @@ class Hints:
 
 
 def _wait(sql: Connection) -> set[str]:
-    """Whose hints have come. Those of several may come at once; what is not taken then is lost."""
+    """Waits for hints, and returns the names of the daemons that have sent them; none if none came within WAIT_S. Hints
+    that arrive together are all taken here, because any that is left would be lost.
+    """
     names = {notify.payload for notify in sql.notifies(timeout=WAIT_S, stop_after=1)}
     if not names:
         sql.execute(IS_ALIVE)
@@ -101,5 +104,5 @@ def _wait(sql: Connection) -> set[str]:
 
 
 def send(sql: Connection, name: str) -> None:
-    """Hints all daemons; `name` is that of whoever does."""
+    """Sends a hint to all daemons. `name` is the sender's."""
     sql.execute(HINT, (name,))

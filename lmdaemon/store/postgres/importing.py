@@ -1,7 +1,7 @@
 """Moves a stopped daemon's file into an empty database, in steps, each of which can be repeated.
 
-Ids carry over, so a step that was stored before is left out when it comes again. While it is not finished no daemon
-uses the database (see `members.join`).
+Rows keep their ids, so a step that is repeated adds only what is not there yet. Until the import has finished, no
+daemon can use the database (see `members.join`).
 """
 
 from collections.abc import Callable
@@ -95,8 +95,8 @@ def move(
 
 
 def _is_done(sql: Connection, whole: Whole, title: str) -> bool:
-    """Whether this file has been moved already; if not, the database may be filled. Raises DatabaseError when it must
-    not be.
+    """Whether this file has been moved already. If not, notes that its import has begun. Raises DatabaseError if the
+    database must not be filled.
     """
     with sql.transaction():
         sql.execute(ALONE)

@@ -1,5 +1,5 @@
-"""Keeps this daemon's memory of the tables for the writer: it gives the state by which a batch is decided, and takes
-over what a batch has changed, or what was read anew after joining or an outage.
+"""Keeps in memory what the writer needs of the tables. It gives the state on which a batch is decided, and takes over
+what a batch has changed, or what was read anew after joining or an outage.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from lmdaemon.store.projection import Projection
 from lmdaemon.store.rules import least
 from lmdaemon.store.writer import BATCH_MAX
 
-READING_S = 5.0  # the tables were read no longer ago than this
+READING_S = 5.0  # reading the tables takes no longer, so what was read is no older than this
 TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
-BLOCK = 10_000  # numbers of sessions that are taken at a time, as schema.sql says; more than a batch can use
+BLOCK = 10_000  # session numbers taken at a time, as many as in schema.sql; more than a batch can use
 
 _OPERATOR, _IDLE_MS, _SEEN_MS, _LIFETIME_AT, _REASON = map(
     Session._fields.index, ("operator", "idle_ms", "seen_ms", "lifetime_at", "reason")
@@ -59,8 +59,8 @@ class Keeper:
     # -- joining, and reading the tables again
 
     def joining(self, database: str) -> Callable[[Connection], tuple[Place, Found]]:
-        """What makes this daemon one of those that use the database, and reads the tables, on the connection's thread.
-        `database` is its name in messages.
+        """Returns a function that joins the daemons on the database and reads the tables, to be run on the connection's
+        thread. `database` is its name in messages.
         """
         projection, membership = self._projection, self._membership
         own_ms, wall_at, who = projection.service_clock.now_ms(), self._clock.wall_ms(), membership.introduction
@@ -99,7 +99,9 @@ class Keeper:
         self._signals.hint.set()
 
     def load(self, found: Found) -> None:
-        """Takes over what the projection does not keep: owners and their deadlines, the others' part, numbers."""
+        """Takes over what the projection does not keep: owners and their deadlines, the other daemons' part of the
+        figures, and numbers for sessions.
+        """
         membership = self._membership
         self._foreign.load(found)
         self._take_block(found.loaded.last_session + 1)
@@ -127,11 +129,11 @@ class Keeper:
     # -- batches
 
     def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
-        """A batch, decided by what is in memory."""
+        """Makes a batch of the operations, with what is in memory to decide it on."""
         return Batch(operations, self._present(operations), expect_known=self._expect_known)
 
     def renew(self, work: Batch) -> None:
-        """Has a batch decided again by what is in memory now."""
+        """Has a batch decided again, on what is in memory now."""
         work.renew(self._present(work.operations))
 
     def _present(self, operations: Sequence[Operation[Any]]) -> Present:
@@ -160,7 +162,7 @@ class Keeper:
             self._expect_known = changes.met_known
         self._foreign.committed(work)
         if changes.pauses:
-            self._signals.look.set()  # which tells the others
+            self._signals.look.set()  # a look tells the others
         if changes.sessions:
             self._note_opened(work)
         for deadline in work.next:
@@ -184,7 +186,9 @@ class Keeper:
                 self._signals.hint.set()
 
     def _note_opened(self, work: Batch) -> None:
-        """Of the deadlines of newly opened sessions, leaves those that are the next ones of this daemon's operators."""
+        """Notes the deadlines of newly opened sessions. In `changes` it leaves only those that are the next ones of
+        this daemon's operators, because this daemon's sweeper waits for no others.
+        """
         changes = work.changes
         changes.next_due_ms = changes.next_lifetime_at = None
         for row in changes.sessions:
@@ -195,9 +199,9 @@ class Keeper:
                     changes.next_lifetime_at = least(changes.next_lifetime_at, lifetime_at)
 
     def available(self, available: bool) -> None:
-        """The engine has begun, or ceased, to accept writes."""
+        """Is called when the engine stops accepting writes, and when it accepts them again."""
         self._projection.available(available)
 
     def measured(self, operations: int, took_s: float) -> None:
-        """A transaction took so long."""
+        """Is called with the duration of each transaction, in seconds."""
         self._projection.measured(operations, took_s)

@@ -1,4 +1,6 @@
-"""The look: what a daemon reads at intervals of what the others on its database have done, and what it does then."""
+"""The look: a daemon reads at intervals what the other daemons on its database have done, and does what follows from
+it.
+"""
 
 import asyncio
 from contextlib import suppress
@@ -19,16 +21,17 @@ from lmdaemon.store.postgres.writer import Server
 from lmdaemon.store.projection import Projection
 from lmdaemon.store.writer import Writer
 
-LOOK_HINTED_S = 1.5  # between two looks where hints arrive
-AGAIN_S = 1.0  # before a look is tried again that has failed
-STILL_S = 1.5  # a daemon that has had no transaction for so long is given a hint that others watch it
+LOOK_HINTED_S = 1.5  # between two looks while hints arrive
+AGAIN_S = 1.0  # before a look that has failed is repeated
+# a daemon without a transaction for so long gets a hint, so that it beats: others watch whether it is there
+STILL_S = 1.5
 
 log = Log("daemon")
 
 
 class Looks:
     """Looks at what the others have done, takes it over, and does what follows from it: takes and hands over operators,
-    answers questions, expels who is gone.
+    answers questions, expels daemons that are gone.
     """
 
     def __init__(
@@ -55,9 +58,9 @@ class Looks:
         self._hints = hints
         self._signals = signals
         self._paces = paces
-        self._must_prove = False  # that this daemon is there, with a transaction before the next look
+        self._must_prove = False  # whether a transaction must prove, before the next look, that this daemon is there
         self._looking = asyncio.Lock()
-        self._names: dict[int, str] = {}  # of the other daemons, as the log has told them
+        self._names: dict[int, str] = {}  # names of the other daemons by their rows, as they were last logged
 
     async def run(self) -> None:
         """Looks, for ever."""
@@ -71,10 +74,10 @@ class Looks:
             except StoreError:
                 self._signals.look.set()
                 await asyncio.sleep(AGAIN_S)
-            await asyncio.sleep(self._paces.look_s / 2)  # a hint that comes meanwhile waits for so long
+            await asyncio.sleep(self._paces.look_s / 2)  # between two looks, also if hints come
 
     def _look_after_s(self) -> float | None:
-        """Seconds to the next look without a hint; None: for a hint."""
+        """Seconds after which to look if no hint comes; None: only when a hint comes."""
         if not self._membership.company.others:
             return None
         if not self._membership.owners.is_settled:
@@ -84,7 +87,9 @@ class Looks:
         return self._hints.idle_s if self._hints.works else self._paces.look_s / 2
 
     def hinted(self) -> None:
-        """There is something to look at, and another daemon may have begun to watch whether this one is there."""
+        """Is called when a hint has come: there is something to look at. Another daemon may also have begun to watch
+        whether this one is there, so it proves that with a transaction if it has nothing else to do.
+        """
         self._signals.look.set()
         if self._projection.is_idle:
             self._must_prove = True
@@ -94,17 +99,17 @@ class Looks:
         async with self._looking:
             if self._server.member is None or self._must_prove:
                 self._must_prove = False
-                await self._writer.write(Probe())  # joins
+                await self._writer.write(Probe())  # the first transaction joins the daemons on the database
             member, was_idle = self._server.member, self._projection.is_idle
             await self._introduce(member or 0)
             asked_s = self._projection.clock.elapsed()
             found = await self._reads.read(tables.look, member)
             if member != self._server.member:
-                return  # it was expelled and has joined again meanwhile, and read everything
+                return  # it was expelled and has joined again meanwhile, which has read everything
             self._foreign.take_parts(found.parts)
             self._membership.learn(found.seen, asked_s)
             if self._membership.company.still_s > STILL_S:
-                self._signals.hint.set()  # it may not know that it has to beat
+                self._signals.hint.set()  # the daemon whose row stands still may not know that it has to beat
             if was_idle != self._projection.is_idle:
                 self._signals.beat.set()
             if not self._foreign.has_all_gates(found.versions):
@@ -124,14 +129,16 @@ class Looks:
             self._membership.introduced = who
 
     async def _find_what_others_did(self) -> None:
-        """Deadlines and deliveries of this daemon's operators that others have made."""
+        """Reads the deadlines of sessions that others have opened, and the due times of deliveries that they have made,
+        for this daemon's operators.
+        """
         deadlines, foreign = self._membership.deadlines, self._foreign
         opened = foreign.opened & deadlines.operators
         made = foreign.made & self._membership.owners.delivers_for
         if opened:
             for deadline in await self._reads.read(tables.next_deadlines, list(opened)):
                 deadlines.nearer(*deadline)
-        foreign.opened.clear()  # nothing else has come: only a look adds to it
+        foreign.opened.clear()  # nothing was added meanwhile, because only a look adds to it
         self._membership.take_deadlines()
         if made:
             for operator, sink, due_at in await self._reads.read(tables.earliest, list(made)):
@@ -141,7 +148,9 @@ class Looks:
         foreign.made.clear()
 
     async def _tell_waits(self, member: int, told: dict[str, int]) -> None:
-        """Tells the others until when ends of this daemon's operators wait, where that is not what is `told`."""
+        """Tells the others until when ends of this daemon's operators wait, if the table says something else. `told` is
+        what it says, of all operators.
+        """
         projection, has = self._projection, self._membership.owners.has
         mine = {one: projection.waits_until_ms(one) for one in {*projection.pausing, *told} if has(one)}
         changed = {operator: until_ms for operator, until_ms in mine.items() if until_ms != told.get(operator)}

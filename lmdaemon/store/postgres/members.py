@@ -1,8 +1,8 @@
-"""The daemons that use a database: joining, leaving, being expelled. A daemon is a row of `member`, which each of its
-transactions updates; without it nothing of it can be committed.
+"""The daemons that use a database: joining, leaving, being expelled. A daemon is a row of the table `member`. Each of
+its transactions updates that row, and cannot commit without it.
 
-A row that stands still for LEASE_S while others watch it, as after a kill, is deleted, and keeps its daemon from
-writing should it come back. It then joins again, with a new row.
+If a row does not change for LEASE_S while others watch it, as after a kill, one of them expels its daemon: it deletes
+the row. If that daemon runs on after all, it can write nothing until it has joined again, with a new row.
 """
 
 import time
@@ -21,15 +21,16 @@ from lmdaemon.store.postgres.owners import FREE
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
 
-WATCH_S = 0.25  # between two looks at the rows of others, at a start
+WATCH_S = 0.25  # between two looks at the other daemons' rows, at a start
 
 # Every daemon that uses the database, and its last transaction.
 MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
 # Whether a file is being moved into the database.
 IS_IMPORTING = "SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL"
-# One at a time from here to the end of the transaction: who joins, and who goes.
+# Locks the version until the end of the transaction, so that daemons join and go one at a time.
 ALONE = "SELECT current, oldest FROM lmdaemon.version FOR UPDATE"
-# Joins, at the furthest clock of all. A row that is there already is of an attempt whose answer was lost.
+# Adds this daemon's row, with the furthest service clock of all. If the row is there already, an earlier attempt was
+# committed whose answer was lost.
 JOIN = f"""
 INSERT INTO lmdaemon.member (name, program, since_at, heard_ms, wall_at, known_at, address, digest)
 SELECT %s, %s, %s, greatest(%s, service_ms, (SELECT max(heard_ms) FROM lmdaemon.member)), %s, {NOW}, %s, %s
@@ -38,7 +39,7 @@ WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL)
       AND (SELECT oldest FROM lmdaemon.version) <= %s
 ON CONFLICT (name) DO UPDATE SET heard_ms = greatest(member.heard_ms, excluded.heard_ms), known_at = excluded.known_at
 RETURNING id, heard_ms, batch"""
-# Who else is there.
+# The other daemons.
 LOOK = f"SELECT {NOW}, {OTHERS}"
 # Tells the others where this daemon listens, and the digest of its settings.
 INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
@@ -46,33 +47,34 @@ INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
 SHOWN = """
 SELECT id, name, program, address, since_at, wall_at, heard_ms, digest FROM lmdaemon.member ORDER BY since_at, id"""
 
-# Locks the row of a daemon that goes. If that daemon has written since, the division by zero undoes the rest. Locks
-# for which that daemon may be waiting are taken after this one.
+# Locks the row of a daemon that goes. If that daemon has written since, the division by zero undoes the whole
+# transaction. Everything else that the daemon may be waiting for is locked after this row.
 LOCK_MEMBER = """
 WITH going AS (
     SELECT 1 FROM lmdaemon.member WHERE id = %s AND batch = coalesce(%s::bigint, batch) FOR UPDATE)
 SELECT 1 / count(*)::int FROM going"""
-# Ends the connections of a daemon that is gone, unless it has moved on meanwhile. A process that was stopped halfway
-# through sending a batch leaves a transaction open, which locks its row and those of sessions while the server waits
-# for the rest. The name of a connection has 63 bytes at most.
+# Ends the connections of a daemon that is gone, unless it has had a transaction meanwhile. A process that was stopped
+# while it sent a batch leaves a transaction open, which locks its row and those of sessions while the server waits for
+# the rest. The name of a connection has 63 bytes at most.
 CUT_OFF = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
       AND application_name = (
           SELECT left('lmdaemon ' || name, 63) FROM lmdaemon.member WHERE id = %s AND batch = %s)"""
-# Whoever expels others must be there.
+# Fails if the daemon that expels another has no row itself.
 IS_THERE = """
 WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 1 / count(*)::int FROM here"""
-# Nothing ends for inactivity for so long (ms): the clients of a daemon that is expelled need time to arrive at another.
+# Lets nothing end for inactivity for so long (ms): the clients of a daemon that is expelled need time to reach another
+# one.
 HOLD = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
-# The same, for the daemon of this name, if no other is there: until it joined, nobody could hear touches.
+# The same when the daemon of this name joins and no other is there: until it joined, nobody could hear touches.
 HOLD_ALONE = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT heard_ms FROM lmdaemon.member WHERE name = %s) + %s)
 WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.member WHERE name <> %s)"""
-# Keeps the service clock of a daemon that goes.
+# Keeps the service clock of a daemon that goes, if it is the furthest.
 KEEP_CLOCK = """
 UPDATE lmdaemon.clock SET service_ms = greatest(service_ms, heard_ms), wall_at = greatest(clock.wall_at, member.wall_at)
 FROM lmdaemon.member WHERE member.id = %s"""
@@ -85,8 +87,9 @@ ON CONFLICT (operator, member) DO UPDATE SET live = figure.live + excluded.live,
     pending = figure.pending + excluded.pending, dead = figure.dead + excluded.dead,
     opened = figure.opened + excluded.opened, made = figure.made + excluded.made,
     touched_ms = greatest(figure.touched_ms, excluded.touched_ms)"""
-# The daemon's own part is in member 0's by now.
+# Deletes the part of a daemon that goes, which member 0's contains by now.
 DROP_FIGURES = "DELETE FROM lmdaemon.figure WHERE member = %s"
+# Deletes the row of a daemon that goes.
 DROP_MEMBER = "DELETE FROM lmdaemon.member WHERE id = %s"
 
 
@@ -100,8 +103,8 @@ class Joined(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """What a daemon tells of itself: when it began (wall ms), where its private side listens, the digest of its
-    settings.
+    """What a daemon tells of itself: its name, when it started (wall ms), where its private side listens, and the
+    digest of its settings.
     """
 
     name: str
@@ -132,12 +135,13 @@ class Shown(NamedTuple):
 
 
 def join(sql: Connection, who: Introduction, heard_ms: int, wall_at: int, grace_ms: int, title: str) -> Joined:
-    """Where no other daemon is there, nothing ends for inactivity for `grace_ms` from now on. Raises DatabaseError
-    while an import has not finished, and where a newer program has taken away what this one needs.
+    """Adds this daemon's row. If no other daemon is there, nothing ends for inactivity for `grace_ms` from now on.
+    Raises DatabaseError while an import has not finished, and if a newer program has changed the schema so that this
+    one cannot use it.
     """
     known = len(versions.MIGRATIONS)
     arguments = (who.name, __version__, who.since_at, heard_ms, wall_at, who.address, who.digest, known)
-    with sql.pipeline():  # one flush, which is one transaction: it waits for nothing but the server
+    with sql.pipeline():  # one flush, which is one transaction: the server never waits for this program in it
         version = sql.execute(ALONE)
         joining = sql.execute(JOIN, arguments)
         sql.execute(HOLD_ALONE, (who.name, grace_ms, who.name))
@@ -156,8 +160,8 @@ def _importing(title: str) -> DatabaseError:
 
 
 def make_room(sql: Connection, title: str) -> bool:
-    """At a start: deletes the rows of daemons that are gone, if all of them are, or waits until that is known. Returns
-    whether others are there. Raises DatabaseError while an import has not finished.
+    """At a start: waits until it is known whether any daemon of those in the table lives; if none does, deletes their
+    rows. Returns whether one lives. Raises DatabaseError while an import has not finished.
     """
     if sql.execute(IS_IMPORTING).fetchone():
         raise _importing(title)
@@ -168,25 +172,28 @@ def make_room(sql: Connection, title: str) -> bool:
         if not gone:
             return False
         for member in gone:
-            with suppress(psycopg.errors.DivisionByZero):  # it lives after all, or others that start were faster
+            # the daemon has written after all, or another one that starts has deleted the row
+            with suppress(psycopg.errors.DivisionByZero):
                 drop(sql, member.id, member.batch)
 
 
 def refuse_old(sql: Connection, title: str) -> None:
-    """Before a change of the schema that older programs cannot live with. Raises DatabaseError while one is there."""
+    """Is called before a change of the schema that older programs cannot live with. Raises DatabaseError while a daemon
+    uses the database.
+    """
     _, living = outlived(sql)
     if living is not None:
         raise DatabaseError(f"{title}: is in use by an older lmdaemon ({living}); stop it first")
 
 
 def outlived(sql: Connection) -> tuple[list[Row], str | None]:
-    """Those that are there, once their rows have stood still for LEASE_S; and the name of one whose row moves on, as
-    soon as that is seen.
+    """Watches the rows of all daemons. If none changes for LEASE_S, returns the rows and None. As soon as one has
+    changed, returns no rows and the name of its daemon.
     """
     watch, first = Watch(), dict[int, Row]()
     while now := {one.id: one for one in _members(sql)}:
         if now.keys() - first.keys():
-            send(sql, "")  # one that has nothing to do proves by it that it is there
+            send(sql, "")  # a daemon that has nothing to do answers this hint with a transaction, which changes its row
         for member in now.values():
             if first.setdefault(member.id, member).batch != member.batch:
                 return [], member.name
@@ -201,21 +208,23 @@ def _members(sql: Connection) -> list[Row]:
 
 
 def leave(sql: Connection, member: int) -> None:
-    """Goes in order: the row of the daemon goes at once, so that nobody has to wait."""
+    """Deletes this daemon's row at an orderly stop, so that no other daemon has to wait until this one counts as
+    gone.
+    """
     drop(sql, member, None)
     send(sql, "")
 
 
 def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> None:
-    """Deletes the row of a daemon that stands still. Raises psycopg.errors.DivisionByZero as `drop` does, and when this
-    daemon is not there itself.
+    """Deletes the row of a daemon that is gone. Raises psycopg.errors.DivisionByZero as `drop` does, and if this daemon
+    has no row itself.
     """
     drop(sql, member, batch, [(IS_THERE, (me,)), (HOLD, (grace_ms,))])
 
 
 def drop(sql: Connection, member: int, batch: int | None, besides: Sequence[tuple[str, tuple[int, ...]]] = ()) -> None:
-    """Deletes a daemon's row: that of one which is gone if `batch` is its last transaction still, or (None) its own.
-    Raises psycopg.errors.DivisionByZero when it is gone already, or has moved on.
+    """Deletes a daemon's row: the row of one that is gone, if `batch` is still the number of its last transaction, or
+    this daemon's own row (None). Raises psycopg.errors.DivisionByZero if the row is not there, or has another number.
     """
     if batch is not None:
         sql.execute(CUT_OFF, (member, batch))

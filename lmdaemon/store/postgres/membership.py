@@ -14,8 +14,8 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 
-SURE_S = LEASE_S - 0.5  # after a transaction, for which nobody can take this daemon to be gone
-TOLD_MAX = 10  # operators that a line of the log names
+SURE_S = LEASE_S - 0.5  # for this long after a transaction, no other daemon can take this one to be gone
+TOLD_MAX = 10  # most operators that a line of the log names
 
 log = Log("daemon")
 
@@ -33,16 +33,20 @@ class Membership:
         self.owners = Owners()
         self.deadlines = Deadlines()
         self.introduction = introduction
-        self.introduced: Introduction | None = None  # as this daemon's row has it
+        self.introduced: Introduction | None = None  # what this daemon's row says of it
         self.proven_s = float("-inf")  # when its last transaction began (elapsed s): then its row was there
-        self.epochs = 0  # sum of all owners' numbers
-        self._claimed_for: frozenset[str] | None = None  # `configured` when operators were claimed last
+        self.epochs = 0  # sum of the column `epoch` of all owners: it tells whether any owner has changed
+        # the operators of the settings when it was last worked out which ones to take
+        self._claimed_for: frozenset[str] | None = None
 
     def learn(self, found: Seen, asked_s: float) -> None:
-        """Takes over who is there, and how far each of them has heard, as the server said after `asked_s` (elapsed)."""
+        """Takes over who is there and how far each of them has heard. The server has told it after `asked_s`
+        (elapsed).
+        """
         self._clock.told(found.at, asked_s)
         due_ms = self.company.next_due_ms
-        # While this daemon itself can store nothing, as in an outage of the database, nobody else may be able to
+        # While this daemon can store nothing, as in an outage of the database, the others may not be able to either,
+        # and a row that stands still proves nothing
         watch = not self._projection.is_idle and "store" not in self._projection.service_clock.frozen
         if self.company.learn(found, self._clock.monotonic(), watch=watch):
             self.owners.is_settled = False
@@ -59,11 +63,11 @@ class Membership:
 
     @property
     def has_claimed(self) -> bool:
-        """Whether it was worked out for the settings in force which operators to take."""
+        """Whether it has been worked out for the settings in force which operators to take."""
         return self._projection.configured is self._claimed_for
 
     def note_claims(self, configured: frozenset[str]) -> None:
-        """It was worked out for these settings."""
+        """Notes that it has been worked out for these settings which operators to take."""
         self._claimed_for = configured
 
     def wishes(self, member: int, configured: frozenset[str]) -> Wishes:
@@ -74,7 +78,7 @@ class Membership:
         return found
 
     def take_owners(self, found: Sequence[tuple[str, int, int | None, int]], member: int) -> list[str]:
-        """Takes over the rows of `owner`. Returns the operators of which no deadline is known yet."""
+        """Takes over the rows of `owner`. Returns this daemon's operators of which no deadline is known yet."""
         before = self.owners.delivers_for
         self.epochs = sum(epoch for *_, epoch in found)
         self.owners.load(member, [row[:3] for row in found])

@@ -16,7 +16,7 @@ SERVER_MIN = 140000  # PostgreSQL 14
 UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit may be lost after it was acknowledged
 
 TRIES = 5  # to upgrade the schema while others read and write
-AGAIN_S = 0.5  # before it is tried again
+AGAIN_S = 0.5  # before the upgrade is tried again
 
 # Settings of the server that are checked.
 SETTINGS = """
@@ -27,12 +27,12 @@ SELECT current_setting('server_version_num')::int, current_setting('synchronous_
 ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('lmdaemon.migrate'))"
 # An index of a large table may take minutes, and so may one that is made by another program at the same time.
 TAKE_YOUR_TIME = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
-# A table is not waited for longer than this, because whoever writes into it would have to wait as well.
+# The longest wait for the lock of a table: programs that write into the table have to wait behind this one.
 LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"
-# Daemons that write wait from here to the end. They lock these two before any other table; a script that locked another
-# one first could wait for them while they wait for it.
+# Makes daemons that write wait until the upgrade is committed. Daemons lock these two before any other table. A script
+# that had locked another table first could wait for a daemon that waits for the script.
 KEEP_OUT = "SELECT 1 FROM version FOR UPDATE; LOCK TABLE member IN EXCLUSIVE MODE"
-# The row stays the same, for whoever waits for it.
+# Stores the new version. The row is updated and not replaced, because other programs may be waiting for its lock.
 PUT_VERSION = """
 INSERT INTO version (current, oldest) VALUES (%s, %s)
 ON CONFLICT (one) DO UPDATE SET current = excluded.current, oldest = excluded.oldest"""
@@ -47,7 +47,7 @@ class UnsafeSettingError(Exception):
 
 
 def check_server(sql: Connection, title: str) -> None:
-    """Raises DatabaseError, and UnsafeSettingError for synchronous_commit."""
+    """Checks the server's version and settings. Raises DatabaseError, and UnsafeSettingError for synchronous_commit."""
     row = sql.execute(SETTINGS).fetchone()
     version, synchronous_commit, read_only = row or (0, "", True)
     if version < SERVER_MIN:
@@ -112,7 +112,9 @@ def _upgrade(sql: Connection, title: str, migrations: Sequence[str]) -> int:
 
 
 def migrate_database(url: str, password: str | None) -> list[int]:
-    """The same for a command, on a connection of its own. Raises DatabaseError."""
+    """Brings the schema to the newest version for a command, on a connection of its own. Returns the versions that were
+    added. Raises DatabaseError.
+    """
     database = Database(url, password, "migrate")
     try:
         with database.connect(prepares=True) as sql:

@@ -1,21 +1,23 @@
-"""Which daemon owns which operator: a row of `owner` each, and what this daemon knows of them.
+"""Which daemon owns which operator: the table `owner` has a row for each operator. And what this daemon knows of these
+rows.
 
-A free operator is taken, by the daemon that comes first for it among those that are there. One that another daemon
-owns is asked for, and handed over when nothing of it is under way there any more. Nobody ever takes one from a daemon
-that is there: only that daemon itself changes its rows, or who deletes its row of `member`, which keeps it from
-committing anything. So that row is the fence, and a transaction need not look at these.
+A free operator is taken by the daemon that comes first for it (`first_for`) among those that are there. If another
+daemon owns it, that daemon asks the owner for it, and the owner hands it over when none of its deliveries is under way
+any more. Nobody takes an operator from a daemon that is there. Only the owner itself gives it up, or a daemon that
+expels the owner, and that also deletes the owner's row of `member`, without which the owner can commit nothing. So the
+row of `member` is the fence, and a transaction need not look at the rows of `owner`.
 """
 
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
-FREE_S = 2.0  # a free operator that nobody takes for this long is taken by any daemon that has it in its settings
+FREE_S = 2.0  # a free operator that has not been taken for this long is taken by any daemon that has it in its settings
 HANDOVER_S = 60.0  # an operator is handed over at the latest after this, whatever is under way
 
 # Every operator that has ever been owned.
 OWNERS = "SELECT operator, member, wanted_by, epoch FROM lmdaemon.owner"
-# Takes operators that are free. Their names come back.
+# Takes operators that are free, and returns their names.
 CLAIM = """
 WITH here AS MATERIALIZED (SELECT id FROM lmdaemon.member WHERE id = %s FOR KEY SHARE)
 INSERT INTO lmdaemon.owner (operator, member)
@@ -29,21 +31,21 @@ locked AS MATERIALIZED (
     SELECT operator FROM lmdaemon.owner WHERE operator = ANY (%s) AND member <> 0 ORDER BY operator FOR UPDATE)
 UPDATE lmdaemon.owner SET wanted_by = here.id, epoch = epoch + 1 FROM here, locked
 WHERE owner.operator = locked.operator AND owner.member <> here.id AND owner.wanted_by IS DISTINCT FROM here.id"""
-# Hands operators over to those who have asked for them, or to anybody if they have gone.
+# Hands operators over to the daemons that have asked for them; frees them if those daemons are gone.
 HAND_OVER = """
 WITH locked AS MATERIALIZED (
     SELECT operator FROM lmdaemon.owner WHERE operator = ANY (%s) AND member = %s ORDER BY operator FOR UPDATE)
 UPDATE lmdaemon.owner
 SET member = coalesce((SELECT id FROM lmdaemon.member WHERE id = wanted_by), 0), wanted_by = NULL, epoch = epoch + 1
 FROM locked WHERE owner.operator = locked.operator"""
-# Frees what a daemon owns that goes, and what it has asked for.
+# Frees the operators of a daemon that goes, and withdraws what it has asked for.
 FREE = """
 WITH locked AS MATERIALIZED (
     SELECT operator FROM lmdaemon.owner WHERE member = %s OR wanted_by = %s ORDER BY operator FOR UPDATE)
 UPDATE lmdaemon.owner SET member = CASE WHEN member = %s THEN 0 ELSE member END, wanted_by = NULL, epoch = epoch + 1
 FROM locked WHERE owner.operator = locked.operator"""
 
-# Tells the others until when ends of operators that this daemon owns wait for touches.
+# Tells the others until when ends of this daemon's operators wait for touches.
 TELL_WAITS = """
 WITH told (operator, until_ms) AS MATERIALIZED (
     SELECT * FROM unnest(%s::text[], %s::bigint[])),
@@ -52,7 +54,7 @@ locked AS MATERIALIZED (
     WHERE member = %s ORDER BY operator FOR UPDATE OF owner)
 UPDATE lmdaemon.owner SET waits_until_ms = told.until_ms
 FROM told JOIN locked USING (operator) WHERE owner.operator = told.operator"""
-# Until when ends wait, as the owners have told, as JSON.
+# Until when (service ms) the ends of operators wait, as their owners have told, as JSON.
 WAITS = """(SELECT json_object_agg(operator, waits_until_ms)::text
     FROM lmdaemon.owner WHERE waits_until_ms IS NOT NULL)"""
 
@@ -65,14 +67,16 @@ class Owner(NamedTuple):
 
 
 def first_for(operator: str, members: Collection[int]) -> int | None:
-    """The daemon that an operator falls to: rendezvous hashing, by which few operators move when one comes or goes."""
+    """The daemon that comes first for an operator, by rendezvous hashing: if a daemon comes or goes, only few operators
+    change.
+    """
     return max(
         members, key=lambda member: blake2b(f"{member}/{operator}".encode(), digest_size=8).digest(), default=None
     )
 
 
 class Wishes(NamedTuple):
-    """What a daemon does about the rows of `owner`."""
+    """Operators that this daemon should take because they are free, ask their owners for, and hand over."""
 
     claim: list[str]
     want: list[str]
@@ -80,13 +84,13 @@ class Wishes(NamedTuple):
 
 
 class Owners:
-    """What one daemon knows of them. Times are monotonic seconds."""
+    """What this daemon knows of the owners of operators. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self.me = 0
         self.all: dict[str, Owner] = {}
-        self._leaving: dict[str, float] = {}  # operators that are handed over, and since when
-        self._ended: set[str] = set()  # those of which nothing is under way any more
+        self._leaving: dict[str, float] = {}  # operators that this daemon is handing over, and since when
+        self._ended: set[str] = set()  # of these, the operators for which nothing is under way any more
         self._free_since: dict[str, float] = {}
         self.is_settled = False  # whether nothing is to be done until a row, the settings or the daemons change
 
@@ -99,16 +103,20 @@ class Owners:
         self.all = {operator: Owner(member, wanted_by) for operator, member, wanted_by in found}
 
     def has(self, operator: str) -> bool:
-        """Whether the row says that it is this daemon's: it ends its idle sessions, also while it hands it over."""
+        """Whether the operator's row names this daemon. Then this daemon ends the operator's idle sessions, also while
+        it hands the operator over.
+        """
         owner = self.all.get(operator)
         return owner is not None and owner.member == self.me != 0
 
     def owns(self, operator: str) -> bool:
-        """Whether this daemon begins to deliver for it."""
+        """Whether this daemon begins deliveries for the operator: its row names this daemon, which is not handing it
+        over.
+        """
         return self.has(operator) and operator not in self._leaving
 
     def is_elsewhere(self, operator: str) -> bool:
-        """Whether another daemon owns it."""
+        """Whether another daemon owns the operator."""
         owner = self.all.get(operator)
         return owner is not None and owner.member not in (0, self.me)
 
@@ -128,13 +136,15 @@ class Owners:
         return frozenset(operator for operator in self.mine if operator not in self._leaving)
 
     def let_go(self, operator: str) -> None:
-        """Nothing of it is under way any more."""
+        """Notes that nothing is under way any more for an operator, so that it can be handed over."""
         if operator in self._leaving:
             self._ended.add(operator)
             self.is_settled = False
 
     def wishes(self, configured: Collection[str], members: Collection[int], now_s: float) -> Wishes:
-        """What to do now, with these daemons there."""
+        """What to do now about the rows. `configured` are the operators of the settings, `members` the daemons that are
+        there.
+        """
         found = Wishes([], [], [])
         free: dict[str, float] = {}
         for operator in configured:

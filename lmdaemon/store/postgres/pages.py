@@ -162,13 +162,13 @@ def newest_deliveries(sql: Connection, limit: int, after: int) -> Page[Delivery]
 
 
 def has_sink(sql: Connection, operators: Sequence[str], sink: str) -> bool:
-    """Whether there are deliveries for a sink."""
+    """Whether any of these operators has deliveries for this sink."""
     found = sql.execute(HAS_SINK, (to_json(operators), sink)).fetchone()
     return bool(found and found[0])
 
 
 def died(sql: Connection, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
-    """Reads dead deliveries of an operator in the order in which they died, beginning after `after`."""
+    """Dead deliveries of an operator in the order in which they died, beginning after `after` (settled_at, id)."""
     until_at, ended_until_at = (BEYOND if at is None else at for at in (dead.until_at, dead.ended_until_at))
     given = (operator, *after, until_at, dead.ended_since_at, ended_until_at, dead.cause, limit)
     found = [DiedRow(*row) for row in sql.execute(DIED, given)]

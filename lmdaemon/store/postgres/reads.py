@@ -50,7 +50,7 @@ class Reads:
 
     async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for LOOK_S at
-        most. One that is cancelled ends. Raises StoreError.
+        most. If the call is cancelled, the read is ended. Raises StoreError.
         """
         if self._looking >= LOOKS_MAX:
             raise self._too_many_readers(self._looking)

@@ -1,8 +1,10 @@
-"""A store whose database other daemons use, too: it connects the parts, runs the loops beside the writer, and has the
-verbs that concern the others.
+"""The store of a daemon whose database other daemons may use, too: it connects the parts, runs their loops, and has the
+verbs of `Store` that concern the other daemons.
 
-What this daemon knows of the others may be old by a look; what must be true is asked again in the statement that
-depends on it.
+The owner of an operator is the daemon that ends its sessions and delivers for it. A look reads what the others have
+done; a hint, by NOTIFY, lets them look at once; a beat is a transaction that only tells them how far this daemon has
+heard touches. What this daemon knows of the others may be as old as its last look. So a statement that depends on it
+checks it again.
 """
 
 import asyncio
@@ -35,14 +37,17 @@ from lmdaemon.store.postgres.writer import Server
 from lmdaemon.store.verbs import Verbs
 from lmdaemon.store.writer import Writer
 
-LEAVE_S = 3.0
-STRAINS_S = 60.0  # how often it is looked what strains the server
-RELEASE_S = 5.0  # for the owner of an operator to let its ends go on
-WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)  # for others to hear past a deadline, before it is given up for now
+LEAVE_S = 3.0  # the longest time that leaving the database may take at a stop
+STRAINS_S = 60.0  # between two searches for what strains the server
+RELEASE_S = 5.0  # how long an operator's owner may take to answer that its ends wait no longer
+# pauses in which others may hear past a deadline; after the last one the sweep is given up for now
+WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)
 
 
 class Shared(Verbs):
-    """A store that may be one of several on its database. The engine's store is a subclass, which reads."""
+    """The part of the store that knows of other daemons on the database. `store.Store` is its subclass and has the
+    reads.
+    """
 
     def __init__(
         self,
@@ -54,8 +59,8 @@ class Shared(Verbs):
         restart_grace_ms: int,
         paces: Paces,
     ) -> None:
-        """`thread` is the writer's; `found` is what it has read of the tables before this daemon joins. If no
-        other is there then, nothing ends for inactivity for `restart_grace_ms`.
+        """`thread` is the writer's connection, and `found` is what it has read of the tables before this daemon joins.
+        If no other daemon is there when it joins, nothing ends for inactivity for `restart_grace_ms`.
         """
         super().__init__(clock, name)
         self.load(found.loaded)
@@ -87,14 +92,14 @@ class Shared(Verbs):
         )
 
     async def run(self) -> None:
-        """The writer, and beside it what concerns the other daemons, for ever."""
+        """Runs the writer, and the loops that concern the other daemons, for ever."""
         async with asyncio.TaskGroup() as group:
             loops = (self._beats.run, self._looks.run, self._hints.send_for_ever, self._look_for_strains_for_ever)
             for loop in (self._writer.run, *loops):
                 group.create_task(loop())
             group.create_task(self._hints.listen_for_ever(self._looks.hinted))
             with suppress(StoreError):
-                await self._writer.write(Probe())  # joins
+                await self._writer.write(Probe())  # the first transaction joins the daemons on the database
 
     async def _look_for_strains_for_ever(self) -> None:
         strains = Strains()
@@ -104,7 +109,7 @@ class Shared(Verbs):
             await asyncio.sleep(STRAINS_S)
 
     async def close(self) -> None:
-        """Leaves in order: the others need not wait until this one is known to be gone."""
+        """Leaves the database in order, so that the others need not wait until they find this daemon gone."""
         self._writer.stop_taking(StoreError("the store is closed"))
         if self._server.member is not None:
             with suppress(psycopg.Error, NoAnswerError):
@@ -114,7 +119,7 @@ class Shared(Verbs):
         self._thread.close()
 
     async def look(self) -> None:
-        """Finds out at once what the others have done. Raises StoreError."""
+        """Looks at once at what the others have done. Raises StoreError."""
         await self._looks.look()
 
     # -- what the settings say
@@ -156,11 +161,11 @@ class Shared(Verbs):
 
     async def release_ends(self, operator: str) -> bool:
         if operator not in self.pausing or self.owns(operator):
-            self._signals.look.set()  # which tells the others
+            self._signals.look.set()  # a look tells the others
             return self.let_ends_go_on(operator)
         await self.look()
         if self.waits_until_ms(operator) is None:
-            return False  # so that nobody has to wait for an owner that may be gone
+            return False  # nothing to ask for; the owner may be gone, and its answer would be waited for in vain
         return bool(await self.ask_owner(operator, "release_ends", RELEASE_S))
 
     async def daemons(self) -> Sequence[Member]:
@@ -200,9 +205,9 @@ class Shared(Verbs):
         return await self._writer.write(Sweep(as_of_ms, crowd))
 
     async def _heard_by_all(self) -> int | None:
-        """The service time past which every daemon has heard; None while nothing can end.
+        """The service time up to which every daemon has heard; None if nothing may end for inactivity now.
 
-        Waits a little for the others if the next deadline is not past for them, too.
+        If the next deadline is over for this daemon and not yet for the others, it waits a little for them.
         """
         company = self.membership.company
         own_ms, waits = self.service_clock.now_ms(), iter(WAITS_S)
@@ -221,7 +226,7 @@ class Shared(Verbs):
                 self.membership.learn(await self._reads.read(who_is_there, self._server.member), asked_s)
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
-        """As `Store.prune`; of several daemons, the one that has been there the longest does it."""
+        """As `Store.prune`. Of several daemons only the one that joined first prunes."""
         membership = self.membership
         if any(member < membership.owners.me for member in membership.company.others):
             return Pruned(0, None)

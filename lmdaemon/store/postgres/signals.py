@@ -4,9 +4,11 @@ import asyncio
 
 
 class Signals:
-    """What is to be done at once. Whoever finds a reason sets the event, and the loop that does it clears it."""
+    """What is to be done at once, by kind. Any part that finds a reason sets the event; the loop that does the work
+    clears it.
+    """
 
     def __init__(self) -> None:
-        self.look = asyncio.Event()  # look at what the others have done
+        self.look = asyncio.Event()  # look at what the other daemons have done
         self.beat = asyncio.Event()  # work out anew when the next beat is due
-        self.hint = asyncio.Event()  # let the others look
+        self.hint = asyncio.Event()  # send the other daemons a hint, so that they look

@@ -1,7 +1,7 @@
 """The store in a PostgreSQL database: the verbs of `store.contract`, as operations for the writer and as reads.
 
-What changes something runs on the one writer of this daemon, in the order in which it was queued, and is answered after
-its commit. What the daemon reads for itself and what people look at have a connection each.
+Changes are made by this daemon's one writer, in the order in which they were queued, and answered after their commit.
+Reads of the daemon itself and reads for people have a connection each.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +25,8 @@ from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, 
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.verbs import Died
 
-OPEN_S = 60.0  # for a migration
-JOIN_S = LEASE_S + 10.0
+OPEN_S = 60.0  # the longest time that a step of opening may take, such as a migration
+JOIN_S = LEASE_S + 10.0  # the longest time to find out whether the daemons in the table live, which takes LEASE_S
 
 # One session by its key.
 SESSION_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
@@ -43,13 +43,13 @@ LATERAL (SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s
                AND d.id NOT IN (SELECT one::bigint FROM json_array_elements_text(lane.taken) AS one)
          ORDER BY d.due_at LIMIT lane.most) AS found
 ORDER BY lane.place, found.due_at"""
-# Of those that wait for each operator's URL: where the age of the oldest is counted from.
+# For each operator: from when the age of the oldest delivery that waits for its URL is counted.
 AGING = """
 SELECT name, (SELECT min(aged_from_at - held_base_ms)
               FROM (SELECT aged_from_at, held_base_ms FROM lmdaemon.delivery
                     WHERE operator = name AND sink = 'http' AND state = 'pending' ORDER BY id LIMIT %s) AS first)
 FROM json_array_elements_text(%s::json) AS name"""
-# When the oldest pending delivery of each operator was made: the oldest of each of its sinks, a step in the index each.
+# When the oldest pending delivery of each operator was made: the oldest for each of its sinks is one step in the index.
 OLDEST_PENDING = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
@@ -66,8 +66,9 @@ FROM its GROUP BY its.operator"""
 
 
 class Store(Shared):
-    """The store in one PostgreSQL database; its verbs are documented in `lmdaemon.store.contract`. `run` must be
-    running for anything to be written.
+    """The store in one PostgreSQL database. Its verbs are described in `lmdaemon.store.contract`.
+
+    Nothing is written unless `run` is running.
     """
 
     engine: Mapping[str, str] = MappingProxyType({"postgresql": ""})
@@ -88,13 +89,13 @@ class Store(Shared):
         restart_grace_ms: int = 0,
         paces: Paces = PACES,
     ) -> Self:
-        """Connects, brings the schema to the newest version if it may, and picks up clock, figures and gates where the
-        last transaction left them. It joins the daemons on the database with its first batch. Raises DatabaseError, and
-        UnsafeSettingError.
+        """Connects, brings the schema to the newest version if `may_migrate`, and reads clock, figures and gates as the
+        last transaction left them. The daemon joins the others on the database with its first batch. Raises
+        DatabaseError, and UnsafeSettingError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
-        clock. Whenever this one joins and no other is there, nothing ends for inactivity for `restart_grace_ms`,
-        whichever daemon comes next.
+        clock. Whenever this daemon joins and no other is there, nothing ends for inactivity for `restart_grace_ms`,
+        also in daemons that join later.
         """
         database = Database(url, password, name)
         thread, wall = Thread(database, prepares=False), ServerClock(clock)
@@ -108,7 +109,7 @@ class Store(Shared):
                 next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
                 next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),
             )
-            if joins_others:  # the service clock has gone on meanwhile
+            if joins_others:  # the other daemons have kept the service clock going, so there was no downtime
                 loaded = loaded._replace(committed_at=0)
             elif count_downtime and loaded.committed_at:
                 downtime_ms = max(0, wall.wall_ms() - loaded.committed_at)
@@ -153,7 +154,7 @@ class Store(Shared):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._reads.read(_oldest_pending, list(operators))
 
-    # -- reading, for people: without tokens, bodies and what else they are not shown
+    # -- reading, for people: without tokens and bodies
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         return await self._reads.look(pages.one_session, operator, session_id)
@@ -178,7 +179,7 @@ class Store(Shared):
         after = after or pages.BEYOND
         if operator is sink is state is None:
             return await self._reads.look(pages.newest_deliveries, limit, after)
-        operators = [operator] if operator is not None else list(self.figures)  # of all that there ever were
+        operators = [operator] if operator is not None else list(self.figures)  # also those no longer configured
         return await self._reads.look(pages.delivery_page, operators, sink, state, limit, after)
 
     async def has_sink(self, sink: str) -> bool:
@@ -195,7 +196,7 @@ class Store(Shared):
 
 
 def _prepare(sql: Connection, title: str, may_migrate: bool) -> str:
-    """Returns the server's version."""
+    """Checks the server and brings its schema to the newest version. Returns the server's version."""
     check_server(sql, title)
     migrate(sql, title, allowed=may_migrate)
     return sql.info.parameter_status("server_version") or ""

@@ -11,7 +11,8 @@ OLD_S = 300.0  # the age of a snapshot that is too old; every touch since then h
 # Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
 REPLICAS = """
 SELECT (SELECT count(*) FROM pg_stat_replication) > 0 AND current_setting('synchronous_standby_names') = ''"""
-# The oldest snapshots that keep vacuum back, each with who holds it: sessions, replicas, prepared transactions.
+# The oldest snapshots because of which vacuum cannot remove dead rows, each with who holds it: sessions, replicas,
+# prepared transactions.
 SNAPSHOTS = """
 SELECT * FROM (
     SELECT backend_xmin::text, coalesce(nullif(application_name, ''), 'a session') || ', process ' || pid,
@@ -36,7 +37,7 @@ class Held(NamedTuple):
 
 class Strains:
     """Looks for both conditions. The age of a snapshot counts from the first look that has seen it, because the server
-    does not tell every role when it began.
+    does not tell every role when a snapshot was taken.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""What the tables say of all daemons' work and what one daemon writes into them beside its batches: the statements, and
-functions that run them on a connection's thread.
+"""Statements that a daemon runs beside its batches, and functions that run them on a connection's thread: they read
+what all daemons have done, and write what this one has to tell the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,36 +19,36 @@ from lmdaemon.store.postgres.owners import CLAIM, HAND_OVER, OWNERS, TELL_WAITS,
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.projection import Loaded
 
-# The furthest service clock, of those that are there and those that have gone; the time of the last transaction; the
+# The furthest service clock of all daemons, also of those that are gone; the wall time of the last transaction; the
 # server's time now.
 CLOCK = f"""
 SELECT max(service_ms), max(wall_at), {NOW}
 FROM (SELECT service_ms, wall_at FROM lmdaemon.clock
       UNION ALL SELECT heard_ms, wall_at FROM lmdaemon.member) AS known"""
-# Figures of every operator, and the others' part of them; of one moment, or what one of the others commits meanwhile
-# would be counted twice or never.
+# Figures of every operator, and the other daemons' part of them. Both are read in one statement, because a commit of
+# another daemon between two statements would be counted twice or not at all.
 FIGURES = """
 SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint,
        coalesce(sum(live) FILTER (WHERE theirs), 0)::bigint, coalesce(sum(pending) FILTER (WHERE theirs), 0)::bigint,
        coalesce(sum(dead) FILTER (WHERE theirs), 0)::bigint, coalesce(sum(opened) FILTER (WHERE theirs), 0)::bigint,
        coalesce(sum(made) FILTER (WHERE theirs), 0)::bigint, coalesce(max(touched_ms) FILTER (WHERE theirs), 0)
 FROM (SELECT *, member <> %s AS theirs FROM lmdaemon.figure) AS part GROUP BY operator"""
-# The others' part of them alone.
+# The other daemons' part of the figures alone.
 OTHERS_FIGURES = """
 SELECT operator, sum(live)::bigint, sum(pending)::bigint, sum(dead)::bigint, sum(opened)::bigint, sum(made)::bigint,
        max(touched_ms)
 FROM lmdaemon.figure WHERE member <> %s GROUP BY operator"""
-# What holds every operator back, with the number of its last change.
+# The gate of every operator, with the number of its last change.
 OPERATORS = f"SELECT name, version, {', '.join(GATE)} FROM lmdaemon.operator"
 # Numbers for the next sessions.
 NEXT_BLOCK = "SELECT nextval('lmdaemon.session_block')"
-# What others have done: who is there, what they ask, which ends wait, whether owners and gates have changed, and the
-# others' figures.
+# Everything that a look reads of the others: who is there, what they ask, which ends wait, whether owners and gates
+# have changed, and their part of the figures.
 LOOK = f"""
 SELECT {NOW}, {OTHERS}, {asking.UNANSWERED}, {WAITS}, (SELECT coalesce(sum(epoch), 0)::bigint FROM lmdaemon.owner),
        (SELECT coalesce(sum(version), 0)::bigint FROM lmdaemon.operator),
        (SELECT json_agg(to_json(f))::text FROM ({OTHERS_FIGURES}) AS f (o, l, p, d, opened, made, touched))"""
-# When the earliest pending delivery is due, by operator and sink: a step in the index for each sink.
+# When the earliest pending delivery is due, by operator and sink: one step in the index for each sink.
 EARLIEST = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
@@ -61,12 +61,14 @@ SELECT its.operator, its.sink, (
     SELECT due_at FROM lmdaemon.delivery d
     WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending' ORDER BY due_at LIMIT 1)
 FROM its WHERE its.sink IS NOT NULL"""
-# The daemons by their numbers.
+# The names of the daemons, by the numbers of their rows.
 NAMES = "SELECT id, name FROM lmdaemon.member"
 
 
 class Part(NamedTuple):
-    """The others' part of an operator's figures; `opened` and `made` count what its owner has to find out."""
+    """The other daemons' part of an operator's figures. `opened` counts sessions that were opened, and `made` batches
+    that made a delivery due: if one of them grows, the operator's owner reads the deadlines or due times again.
+    """
 
     live: int = 0
     pending: int = 0
@@ -80,7 +82,7 @@ NO_PART = Part()
 
 
 class Found(NamedTuple):
-    """What was read of the tables, and who is there, if this daemon has joined just before."""
+    """What was read of the tables; `joined` if this daemon has joined just before."""
 
     at: int  # by the server's clock (wall ms)
     loaded: Loaded
@@ -88,12 +90,13 @@ class Found(NamedTuple):
     parts: dict[str, Part]
     owners: list[tuple[str, int, int | None, int]]
     versions: dict[str, int]
-    next: list[tuple[str, int | None, int | None]]  # deadlines of its operators; before it has joined, of all
+    # next deadlines of this daemon's operators; of all operators if it has not joined yet
+    next: list[tuple[str, int | None, int | None]]
 
 
 class Look(NamedTuple):
-    """What a look finds. `versions` and `epochs` are the sums of all gates' and all owners' numbers; `waits` is until
-    when (service ms) ends of operators wait for touches, as the owners have told.
+    """What a look finds. `versions` and `epochs` are the sums of the change numbers of all gates and of all owners.
+    `waits` says until when (service ms) ends of operators wait for touches, as their owners have told.
     """
 
     seen: Seen
@@ -108,7 +111,9 @@ class Look(NamedTuple):
 
 
 def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:
-    """What the tables say; also numbers for sessions. `member` is this daemon's row; 0: it has not joined."""
+    """Reads what this daemon keeps in memory of the tables, and takes numbers for new sessions. `member` is this
+    daemon's row; 0: it has not joined.
+    """
     wanted: list[tuple[str, Sequence[Any]]] = [(CLOCK, ()), (FIGURES, (member,)), (OPERATORS, ())]
     wanted += [(NEXT_BLOCK, ()), (OWNERS, ())]
     (clock,), figures, gates, (block,), owners = fetch_all(sql, wanted)
@@ -141,7 +146,7 @@ def who_is_there(sql: Connection, member: int | None) -> Seen:
 
 
 def look(sql: Connection, member: int | None) -> Look:
-    """What the others have done; `member` is this daemon's row."""
+    """Reads what the others have done; `member` is this daemon's row."""
     row = sql.execute(LOOK, (member, member)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
     at, others, hold_until_ms, asked, waits, epochs, versions, figures = row
@@ -186,12 +191,12 @@ def tell_waits(sql: Connection, member: int, waits: Mapping[str, int | None]) ->
 
 
 def names(sql: Connection) -> list[tuple[Any, ...]]:
-    """The daemons by their numbers."""
+    """The names of the daemons, by the numbers of their rows."""
     return sql.execute(NAMES).fetchall()
 
 
 def introduce(sql: Connection, member: int, who: Introduction) -> None:
-    """Tells the others of this daemon anew."""
+    """Tells the others where this daemon listens, and the digest of its settings."""
     sql.execute(members.INTRODUCE, (who.address, who.digest, member))
 
 

@@ -16,9 +16,9 @@ import psycopg
 
 CONNECT_S = 3  # seconds to connect to one host
 CUT_S = 0.3  # how long a wait may take to end after its socket was shut down
-# Bounds on the server's side, and what the statements rely on, whatever the role or the database is set to. Behind
-# PgBouncer in transaction mode they have to be set for the role. The daemon's own deadline is there for what none of
-# them ends, such as a proxy that swallows everything.
+# Settings of each connection, whatever the role or the database is set to: time limits, and what the statements rely
+# on. Behind PgBouncer in transaction mode they have to be set for the role. The daemon's own time limit (`Thread.run`)
+# ends what none of these can end, such as a wait for a proxy that forwards nothing.
 SERVER_SETTINGS = {
     "statement_timeout": "5s",
     "lock_timeout": "2s",
@@ -27,10 +27,11 @@ SERVER_SETTINGS = {
     "default_transaction_isolation": "read committed",
     "jit": "off",
 }
-# Settings that only newer servers have, and the version from which on; an older one refuses a connection that names it.
+# Settings that only newer servers have, each with its value and the first version that has it. An older server refuses
+# a connection that names it.
 NEWER_SETTINGS = {"transaction_timeout": ("0", 170_000)}
-# Every statement finds its rows through an index. Without these a plan could read a whole table that was small when the
-# plan was made; it is used again when the table has grown.
+# Every statement finds its rows through an index. Without these settings a plan could read a whole table that was small
+# when the plan was made, and would still be used when the table has grown.
 PLANS = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 NEVER = 2**31 - 1  # executions before psycopg prepares a statement by itself
 NETWORK_LIMITS: Mapping[str, Any] = {
@@ -72,8 +73,9 @@ class Database:
         self._is_pooled = False  # PgBouncer in transaction mode takes no options and forgets prepared statements
 
     def connect(self, *, prepares: bool) -> Connection:
-        """Raises psycopg.Error. Without `prepares` only those statements are prepared for which the caller asks: some
-        that are skipped in a flush that fails are not prepared, though psycopg takes them to be.
+        """Opens a connection. Raises psycopg.Error. Without `prepares` psycopg prepares no statement by itself: it
+        would take a statement to be prepared that the server has skipped in a flush that failed. Callers then say which
+        statements to prepare.
         """
         if not self._is_pooled:
             settings = ((name, value.replace(" ", "\\ ")) for name, value in (SERVER_SETTINGS | PLANS).items())
@@ -104,7 +106,7 @@ class Thread:
         self._prepares = prepares
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._connection: Connection | None = None
-        self._is_unconfirmed = False  # a commit of the job that is running
+        self._is_unconfirmed = False  # whether no standby has confirmed a commit of the running job
         self._lock = threading.Lock()  # protects the two attributes below and the connection's socket
         self._running: asyncio.Future[Any] | None = None
         self._dropped: set[asyncio.Future[Any]] = set()  # jobs that must not be begun any more
@@ -112,7 +114,7 @@ class Thread:
         self._thread.start()
 
     async def run(self, function: Callable[..., Result], *arguments: Any, within_s: float) -> Result:
-        """Runs `function(connection, *arguments)`. Raises what it raises, and NoAnswerError when the time is over. A
+        """Runs `function(connection, *arguments)`. Raises what it raises, and NoAnswerError after `within_s`. A
         connection on which something went wrong is closed.
         """
         loop = asyncio.get_running_loop()
@@ -140,8 +142,8 @@ class Thread:
             self._shut_down()
 
     def _end(self, future: "asyncio.Future[Any]") -> bool:
-        """Cuts the connection if the job is the one that is running, and sees to it that it is not begun otherwise.
-        Whether it was running.
+        """Ends a job: shuts the connection's socket down if the job is running, else keeps it from being begun. Returns
+        whether it was running.
         """
         with self._lock:
             if self._running is not future:

@@ -11,8 +11,8 @@ MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8")
     for script in ("schema.sql", *(f"schema_{version}.sql" for version in range(2, 8)))
 )
-# An older program that knows fewer must not use the schema. It is raised only by a migration that takes something away,
-# or by one that old programs break the rules of: before version 5 a daemon believed to be alone.
+# A program that knows fewer versions than this must not use the schema. The number is raised only by a migration that
+# takes something away, or by one whose rules older programs break: before version 5 a daemon took itself to be alone.
 OLDEST = 5
 
 # Whether the schema exists.
@@ -22,8 +22,8 @@ VERSIONS = "SELECT current, oldest FROM lmdaemon.version"
 
 
 def current_of(sql: Connection, title: str, known: int) -> int:
-    """The version of the schema, 0 without one. Raises DatabaseError if a program that knows `known` of them must not
-    use it.
+    """The version of the schema, 0 if there is none. Raises DatabaseError if a program that knows `known` versions must
+    not use it.
     """
     is_there = sql.execute(IS_THERE).fetchone()
     if is_there is None or not is_there[0]:
@@ -36,5 +36,7 @@ def current_of(sql: Connection, title: str, known: int) -> int:
 
 
 def newer(title: str, current: int, known: int) -> DatabaseError:
-    """A newer program has brought the schema to version `current`, which one that knows `known` must not use."""
+    """The error that a newer program has brought the schema to version `current`, which one that knows `known` must not
+    use.
+    """
     return DatabaseError(f"{title}: was set up by a newer lmdaemon (schema {current}; this one knows {known})")

@@ -1,9 +1,10 @@
 """Commits batches to the database, and finds out what became of one whose answer was lost.
 
-The queue in front of it is `store.writer`'s. Every transaction of the daemon carries its number in the daemon's own row
-of `member`, and succeeds only after the one before it. So after a lost connection that row tells whether the last one
-was committed, and a number that is used up keeps one that is still on its way from being committed later. A daemon that
-was expelled has no such row; it joins again, and commits what it has in hand then.
+The queue in front of it is `store.writer`'s. Each transaction of a daemon stores its number in the daemon's own row of
+`member`, and fails unless the row has the number of the transaction before. So after a lost connection the row tells
+whether the last transaction was committed. If it may still be on its way, using up its number keeps it from being
+committed later. A daemon that was expelled has no row any more: it joins again, and then commits the batch that it was
+about to commit.
 """
 
 import asyncio
@@ -18,18 +19,18 @@ from lmdaemon.store.postgres.keeper import Keeper
 from lmdaemon.store.postgres.tables import Found, read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
-# How long a transaction may take, and as long again to find out what became of it. Whoever waits for it is told, at
-# the latest, when the next attempt has failed as well: within 10 s.
+# How long a transaction may take, and how long it may take besides to find out what became of it. The callers get their
+# error when the next attempt has failed as well, which is within 10 s.
 WRITE_S = 2.5
 
-# The number of the daemon's last transaction. Its row is written and not only read: so this waits for one that is being
-# committed, and where a standby has to confirm commits it has confirmed that one, too.
+# The number of the daemon's last transaction. The row is updated, and not only read, so that this waits for a
+# transaction that is being committed. Where a standby has to confirm commits, it has then confirmed that one, too.
 LAST_BATCH = "UPDATE lmdaemon.member SET batch = batch WHERE id = %s RETURNING batch"
 # Uses up the number of a transaction that may still be on its way. If it is being committed, this waits for it.
 USE_UP = "UPDATE lmdaemon.member SET batch = %s WHERE id = %s AND batch IN (%s, %s) RETURNING 1"
 
-# Takes 1 MiB of the server's disk, and gives it back. A probe of the writer's takes none: on a full disk it succeeds,
-# while whatever needs a new page fails.
+# Takes 1 MiB of the server's disk, and gives it back. A probe write takes none: on a full disk it succeeds, while a
+# write that needs a new page fails.
 TAKE_ROOM = """
 CREATE TEMPORARY TABLE lmdaemon_room ON COMMIT DROP AS SELECT repeat('x', 1000) FROM generate_series(1, 1000)"""
 
@@ -37,20 +38,21 @@ _Result = TypeVar("_Result")
 
 
 class OutageError(Exception):
-    """The server or the network failed. The operation itself may be right, so it can be repeated."""
+    """The server or the network failed. The operation itself may be right and can be repeated."""
 
 
 class Server:
-    """The writing connection. What `store.writer` needs of an engine.
+    """The writing connection: the engine of `store.writer`.
 
-    The keeper reads the tables again when a transaction may have been committed without our knowing.
+    If a transaction may have been committed without this daemon's knowing, it reads the tables again and gives them to
+    the keeper.
     """
 
     def __init__(self, database: Database, thread: Thread, keeper: Keeper) -> None:
         self._thread = thread
-        self._place: Place | None = None  # None: it has not joined, or was expelled
+        self._place: Place | None = None  # None: this daemon has not joined, or was expelled
         self._keeper = keeper
-        self._is_unsure = False  # what became of the last transaction
+        self._is_unsure = False  # whether it is unknown what became of the last transaction
         self._full: str | None = None  # what the server said when its disk was full
         self.database = database.title
 
@@ -60,8 +62,8 @@ class Server:
         return None if self._place is None else self._place.member
 
     async def check(self) -> None:
-        """Joins if that was not done yet. After an outage: finds out where we stand before anything is decided. Raises
-        OutageError, and DatabaseError when it may not join.
+        """Joins if this daemon has not joined yet. After an outage, finds out what became of the last transaction
+        before anything is decided. Raises OutageError, and DatabaseError when it may not join.
         """
         if self._full is not None:
             await self._look_for_room(self._full)
@@ -71,7 +73,7 @@ class Server:
             except OutageError as error:
                 if isinstance(error.__cause__, NoAnswerError):
                     raise
-                await self._resume(self._place)  # on a new connection: that one may have been lost long ago
+                await self._resume(self._place)  # again on a new connection: the old one may have been lost long ago
         if self._place is None:
             await self._join()
         elif self._keeper.is_short_of_numbers:
@@ -120,8 +122,8 @@ class Server:
         return answers
 
     async def _resolve(self, work: Batch, place: Place) -> list[Any]:
-        """The connection was lost during this batch, or the daemon was expelled: its answers if it was committed, else
-        it is run again.
+        """Is called when the connection was lost during a batch, or the daemon was expelled. Returns the answers if the
+        batch was committed, else it runs the batch again.
         """
 
         def resolve(sql: Connection) -> list[Any] | None:
@@ -139,7 +141,9 @@ class Server:
         return answers
 
     async def _run(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Raises OutageError, and psycopg.Error where the operation is at fault."""
+        """Runs a function on the connection's thread. Raises OutageError, and psycopg.Error if the operation is at
+        fault.
+        """
         try:
             return await self._thread.run(function, *arguments, within_s=WRITE_S)
         except asyncio.CancelledError:
@@ -164,11 +168,11 @@ class Server:
 
     @staticmethod
     def has_room() -> bool:
-        """As far as `check` can see, which has been called."""
+        """True, because `check`, which runs before each batch, raises while the disk is full."""
         return True
 
     async def give_up(self) -> None:
-        """Nothing can be saved that is not in the database."""
+        """Does nothing: there is nothing to save outside the database."""
 
 
 def _find_room(sql: Connection) -> None:
@@ -177,4 +181,4 @@ def _find_room(sql: Connection) -> None:
         with sql.transaction(force_rollback=True):
             sql.execute(TAKE_ROOM)
     except psycopg.errors.InsufficientPrivilege:
-        pass  # temporary tables are forbidden: it cannot be told
+        pass  # temporary tables are forbidden, so it cannot be found out

@@ -60,8 +60,8 @@ DUE_LIFETIME = f"""
 SELECT {as_rows(SESSION)}
 FROM (SELECT {SESSION} FROM session WHERE reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= ?
       ORDER BY lifetime_at LIMIT ?)"""
-# Which of these deliveries are dead and can be sent, with their sinks; discarded ones only where asked for. The `+`
-# keeps SQLite from using the index of all dead deliveries.
+# Which of these deliveries are dead and can be sent, with their sinks; discarded ones only if the third parameter is
+# true. The `+` keeps SQLite from using the index of all dead deliveries.
 DEAD = f"""
 SELECT {as_rows("id, sink")} FROM delivery
 WHERE id IN (SELECT value FROM json_each(?)) AND +operator = ? AND state = 'dead' AND (discarded IS NULL OR ?)

@@ -25,7 +25,7 @@ APPLICATION_ID = 0x4C4D6461  # "LMda": marks a file as lmdaemon's
 DISK_PAGE_BYTES = 1024
 ROOM = 1024 * 1024  # with fewer free bytes, the files that SQLite keeps beside a database may not fit on the disk
 BESIDE_TIMEOUT_S = 10.0  # how long a command waits for the daemon, which may be recovering its log after a crash
-LOOK_EVERY = 100_000  # steps of SQLite's machine, some milliseconds, after which a statement can be interrupted
+LOOK_EVERY = 100_000  # steps of SQLite's virtual machine, some milliseconds, after which a statement can be interrupted
 COMPANIONS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 
 log = Log("store")
@@ -157,8 +157,8 @@ def look_beside(path: Path, lock: int) -> None:
                 f"backup in place with `lmdaemon restore`, or move {wal.name} away"
             )
     elif left.startswith(IN_USE) and path.exists():
-        # This is also found when another program has opened the database since: its SQLite has then copied the WAL into
-        # the file and removed it, and nothing is lost
+        # The WAL is also missing if another program has opened the database since: its SQLite has then copied the WAL
+        # into the file and removed it, and nothing is lost
         log.error("store.wal_missing", path=path, note="what was committed shortly before the last end may be lost")
     elif left.startswith(IN_USE):
         log.error("store.file_missing", path=path, note="a new one is made; everything before is lost")
@@ -200,7 +200,7 @@ def open_beside(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
             if not stat.S_ISREG(file.stat().st_mode):
                 raise sqlite3.OperationalError(f"{file} is no plain file")
     connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, isolation_level=None, timeout=BESIDE_TIMEOUT_S)
-    # During a long statement, signals are handled when SQLite calls this; an exception then ends the statement
+    # During a long statement, signals are handled when SQLite calls this function; an exception then ends the statement
     connection.set_progress_handler(lambda: 0, LOOK_EVERY)
     return connection
 
@@ -252,7 +252,7 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
     return found
 
 
-# Entry n upgrades a file from version n to n + 1. One that was released must never be edited: add another one.
+# Entry n upgrades a file from version n to n + 1. Never edit an entry that was released: add another one.
 MIGRATIONS: Sequence[str] = tuple(
     resources.files(__package__).joinpath(script).read_text("utf-8")
     for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")

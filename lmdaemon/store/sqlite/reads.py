@@ -51,7 +51,7 @@ class Reads:
     async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for LOOK_S.
 
-        A call that is cancelled ends the read. Raises StoreError.
+        If the call is cancelled, the read is interrupted. Raises StoreError.
         """
         if self.desk.waiting >= LOOKS_MAX:
             raise self._too_many_readers(self.desk.waiting)
@@ -76,7 +76,9 @@ class Reads:
 
 
 class _Desk:
-    """The connection for people's reads: one read at a time, which ends when its time is over or its caller leaves."""
+    """The connection for people's reads. It runs one read at a time, and interrupts it when its time is over or its
+    caller was cancelled.
+    """
 
     def __init__(self, thread: Thread) -> None:
         self._thread = thread

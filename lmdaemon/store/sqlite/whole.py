@@ -68,9 +68,9 @@ class Whole:
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[Whole]:
-    """Locks the file against every daemon while it is read. If that succeeds it stays locked for good, because
-    otherwise pending deliveries could be sent from both databases. Raises DatabaseError, naming the file, also for what
-    fails inside.
+    """Opens the file, and locks it against every daemon while it is read. If nothing fails inside the context, the file
+    stays unusable for daemons for good, because otherwise pending deliveries could be sent from both databases. Raises
+    DatabaseError, which names the file, also for errors inside the context.
     """
     path = real_path(path.absolute())
     if not path.exists():

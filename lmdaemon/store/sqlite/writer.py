@@ -86,7 +86,7 @@ class Disk:
             answers = work.run(connection)
             is_stored = True
         finally:
-            # Not after each commit, because it waits for the interpreter's lock once more
+            # The free space is not read after each commit, because the call waits for the interpreter's lock once more
             now = time.monotonic()
             if not is_stored or now - self._looked_at >= ROOM_EVERY_S or not self.has_room():
                 self._files.look_for_room()
@@ -127,7 +127,7 @@ class Disk:
         """Empties the WAL whenever nothing has changed for IDLE_S, because deleted data, such as tokens, is still in
         it.
 
-        It waits for no reader or writer and delays none; if one is in the way, it is tried again later.
+        It waits for no reader or writer and delays none. If one is in the way, it tries again later.
         """
         while True:
             await changed.wait()
@@ -145,8 +145,9 @@ class Disk:
         """Has the WAL start over between two batches; under constant load it never would by itself.
 
         The file keeps its size, because overwriting takes less time than growing. Each time it may still grow by one
-        transaction; beyond WAL_MAX it is emptied. Little is left to copy at this point. It does not wait for a reader
-        that is in the way, such as a long query in an administrator's shell.
+        transaction; beyond WAL_MAX it is emptied. Little is left to copy by then, because `checkpoint_for_ever` has
+        copied the rest. A reader that is in the way, such as a long query in an administrator's shell, is not waited
+        for.
         """
         if time.monotonic() < self._blocked_until:
             return
@@ -164,7 +165,7 @@ class Disk:
 
 
 def emptied_wal(connection: sqlite3.Connection) -> bool:
-    """Empties the WAL unless a reader or writer is in the way, and returns whether it has.
+    """Empties the WAL unless a reader or writer is in the way, and returns whether it is empty.
 
     All of it is copied first, so that the writer is then locked out for microseconds only.
     """

@@ -117,7 +117,10 @@ class Context:
 
     def operator(self, request: web.Request) -> Operator:
         """The operator in the path. Raises Problem."""
-        name = unquote(request.rel_url.raw_path.split("/")[3])
+        return self.configured(unquote(request.rel_url.raw_path.split("/")[3]))
+
+    def configured(self, name: str) -> Operator:
+        """The operator of this name. Raises Problem."""
         operator = self.settings.operators.get(name)
         if operator is None:
             raise Problem("unknown-operator", f"no operator of this name is configured (got {name[:ID_MAX]!r})")

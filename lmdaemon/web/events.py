@@ -152,10 +152,16 @@ class Events(StoreObserver):
             self._ticking = None
 
     def configured(self) -> None:
-        """Sends every client a snapshot, after the configuration has changed."""
+        """Sends every client a snapshot, after the configuration has changed. The streams of operators that are no
+        longer configured end.
+        """
         self._send()
+        operators = self._operators()
         for listener in self._listeners:
-            listener.put(self._snapshot(listener.operator))
+            if listener.operator is None or listener.operator in operators:
+                listener.put(self._snapshot(listener.operator))
+            else:
+                listener.close()
 
     def stop(self) -> None:
         """Ends all streams, when the daemon stops."""

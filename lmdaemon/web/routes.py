@@ -288,7 +288,7 @@ CALLS = (
         "while nobody listened is not told. Who does not take 2,000 events is dropped; 32 may listen.",
         takes=shapes.EventQuery,
         answers={200: ("The stream", str)},
-        problems=("too-many-listeners",),
+        problems=("unknown-operator", "too-many-listeners"),
         media="text/event-stream",
         events={
             "session.ended": shapes.Session,

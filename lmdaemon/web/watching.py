@@ -19,7 +19,9 @@ class Watching:
 
     async def stream_events(self, asked: Asked[shapes.EventQuery]) -> web.StreamResponse:
         """GET /v1/events."""
-        request = asked.request
+        request, operator = asked.request, asked.given.operator or None
+        if operator is not None:
+            self._context.configured(operator)
         if request.method == "HEAD":
             return web.Response(headers=STREAM_HEADERS)
         if self._events.full:
@@ -30,7 +32,7 @@ class Watching:
             if request.transport is not None:
                 request.transport.abort()
 
-        listener = self._events.listen(asked.given.operator or None, abort)
+        listener = self._events.listen(operator, abort)
         try:
             with until_client_leaves(request):
                 await response.prepare(request)

@@ -15,6 +15,7 @@ from documented import complaints
 from support import LISTEN, Serving, operator_table, raw_connection, scripted_operator, serving, until
 
 from lmdaemon.limits import LIMITS, Limits
+from lmdaemon.model import ID_MAX
 from lmdaemon.web import events, recent
 from lmdaemon.web.events import Listener
 from lmdaemon.web.recent import OPERATORS_MAX, Counts, Recent
@@ -123,6 +124,18 @@ async def test_who_listens_to_one_operator_hears_of_no_other(tmp_path: Path) -> 
         assert heard[-1][1]["sessionId"] == "ours"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_who_listens_to_an_unknown_operator_is_refused(tmp_path: Path, method: str) -> None:
+    """Also where it is known to another letter: a stream in which nothing ever happens would hide the mistake."""
+    async with serving(tmp_path, OPERATORS) as d:
+        for name in ("nobody", "Acme", "acme ", "a" * 300):
+            async with d.client.request(method, d.api + "/v1/events", params={"operator": name}) as refused:
+                assert refused.status == (400 if len(name) > ID_MAX else 404), name
+                if method == "GET" and refused.status == 404:
+                    assert (await refused.json())["code"] == "unknown-operator"
+        assert d.events.listeners == 0
+
+
 async def test_without_a_listener_nothing_is_made_and_nothing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +240,16 @@ async def test_a_reload_with_other_operators_begins_anew(tmp_path: Path) -> None
         while not snapshot["snapshot"]:
             snapshot = await stream.until("figures")
         assert {one["operator"] for one in snapshot["operators"]} == {"acme", "charlie"}
+
+
+async def test_the_stream_of_an_operator_ends_when_that_is_removed(tmp_path: Path) -> None:
+    async with serving(tmp_path, OPERATORS) as d, listening(d, "?operator=bravo") as its, listening(d) as all_of_them:
+        (tmp_path / "config.toml").write_text(LISTEN + OPERATORS.replace("bravo", "charlie"))
+        await d.daemon.reload_once()
+        async with asyncio.timeout(10):
+            await its.response.content.read()  # to its orderly end
+        await open_and_close(d, "charlie")
+        assert (await all_of_them.until("session.ended"))["operator"] == "charlie"
 
 
 async def test_a_token_is_needed_to_listen_where_one_is_configured(tmp_path: Path) -> None:

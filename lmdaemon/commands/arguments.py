@@ -80,6 +80,17 @@ def count(value: str) -> int:
     return int(value)
 
 
+def count_to(most: int) -> Callable[[str], int]:
+    """A positive number up to this one, for argparse."""
+
+    def read(value: str) -> int:
+        if (found := count(value)) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most} (got {value!r})")
+        return found
+
+    return read
+
+
 def percent(value: str) -> int:
     """A whole number from 0 to 100, for argparse."""
     if not re.fullmatch(r"[0-9]{1,3}", value) or int(value) > 100:
@@ -95,8 +106,8 @@ def seconds(value: str) -> int:
         found = duration(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if found < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1s (got {value!r})")
+    if found < 1 or found % 1:
+        raise argparse.ArgumentTypeError(f"must be whole seconds, at least 1s (got {value!r})")
     return int(found)
 
 

@@ -24,11 +24,12 @@ from lmdaemon.commands.shared import (
     secret_file,
 )
 from lmdaemon.config.settings import DeliveryTable
-from lmdaemon.config.values import duration
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.journal import Journal, read_expectations, verdict
 from lmdaemon.workbench.script import Script, ScriptError, Span, read_text, read_toml
 from lmdaemon.workbench.stage import Stage
+
+PORT_MAX = 65535
 
 
 @command(
@@ -106,8 +107,8 @@ def _tell(*, quiet: bool) -> Callable[[str], None]:
 
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise Usage(f"--listen: must be HOST:PORT (got {text!r})")
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > PORT_MAX:
+        raise Usage(f"--listen: must be HOST:PORT, a port of at most {PORT_MAX} (got {text!r})")
     return host.strip("[]"), int(port)
 
 
@@ -155,10 +156,7 @@ def _opened(path: Path) -> TextIO:
 def _schedule(text: str | None) -> tuple[float, ...]:
     if text is None:
         return tuple(DeliveryTable().schedule)
-    try:
-        return tuple(float(duration(one.strip())) for one in text.split(","))
-    except ValueError as error:
-        raise Usage(f"--schedule: {error} (got {text!r})") from None
+    return tuple(checked_span(one.strip(), "--schedule") for one in text.split(","))
 
 
 def _print_verdict(end: dict[str, object]) -> None:

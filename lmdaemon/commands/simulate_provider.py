@@ -4,6 +4,7 @@ endpoint.
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from lmdaemon.commands.arguments import (
     argument,
     command,
     count,
+    count_to,
     percent,
     seed,
 )
@@ -23,10 +25,15 @@ from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.recipient import RECIPIENT, checked_span, is_loopback, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Failed, Usage, line, player_token, print_json, quiet_libraries
+from lmdaemon.shapes import IDLE_MAX_S
 from lmdaemon.workbench import players, storm
 from lmdaemon.workbench.figures import Times
 from lmdaemon.workbench.players import Load
 from lmdaemon.workbench.storm import Mix
+
+# More than one process can play; a mistyped number would use up the memory
+PLAYERS_MAX = 100_000
+RATE_MAX = 10_000
 
 
 @command(
@@ -36,7 +43,9 @@ from lmdaemon.workbench.storm import Mix
         "--yes", action="store_true", help="confirm that other people's code may act on it (not needed on loopback)"
     ),
     argument("--seed", type=seed, default=0, metavar="N", help="runs with the same seed are the same (default 0)"),
-    argument("--players", type=count, default=Load().players, metavar="N", help="at a time (default 200)"),
+    argument(
+        "--players", type=count_to(PLAYERS_MAX), default=Load().players, metavar="N", help="at a time (default 200)"
+    ),
     argument("--duration", default="30s", metavar="SPAN", help="how long they play (default 30s)"),
     argument("--play", default="10s", metavar="SPAN", help="a session's length on average (default 10s)"),
     argument("--heartbeat", default="1s", metavar="SPAN", help="between touches, 20%% either way (default 1s)"),
@@ -52,7 +61,7 @@ from lmdaemon.workbench.storm import Mix
     *PLAYER_TOKEN,
     *RECIPIENT,
     argument("--notices", type=count, default=Mix().notices, metavar="N", help="how many (default 200)"),
-    argument("--rate", type=count, default=int(Mix().rate), metavar="N", help="a second (default 20)"),
+    argument("--rate", type=count_to(RATE_MAX), default=int(Mix().rate), metavar="N", help="a second (default 20)"),
     argument(
         "--mix", default="70,15,5,10", metavar="SHARES", help="good, repeated, racing, malformed (default 70,15,5,10)"
     ),
@@ -89,10 +98,10 @@ async def _before_endpoint(args: argparse.Namespace) -> dict[str, Any]:
     shares = args.mix.split(",")
     if (
         len(shares) != len(storm.KINDS)
-        or not all(one.isascii() and one.isdigit() for one in shares)
+        or not all(re.fullmatch("[0-9]{1,9}", one) for one in shares)
         or not any(map(int, shares))
     ):
-        raise Usage(f"--mix: must be four whole numbers such as 70,15,5,10 (got {args.mix!r})")
+        raise Usage(f"--mix: must be four whole numbers such as 70,15,5,10, not all of them zero (got {args.mix!r})")
     good, repeated, racing, malformed = map(float, shares)
     mix = Mix(args.notices, args.rate, (good, repeated, racing, malformed))
     with _progress() as tell:
@@ -139,6 +148,8 @@ def _idle_s(text: str) -> int:
     span_s = checked_span(f"{text}s" if text.isascii() and text.isdigit() else text, "--idle")
     if span_s != int(span_s):
         raise Usage(f"--idle: must be whole seconds (got {text!r})")
+    if span_s > IDLE_MAX_S:
+        raise Usage(f"--idle: must be at most {IDLE_MAX_S // 86400}d (got {text!r})")
     return int(span_s)
 
 

@@ -215,7 +215,10 @@ def read_expectations(text: str) -> dict[str, Span]:
         found = re.fullmatch(r"([0-9]{1,9})(?:(\+)|-([0-9]{1,9}))?", str(value))
         if found is None or isinstance(value, bool):
             raise ScriptError(f'{name}: must be a count, "N-M" or "N+" (got {value!r})')
-        expected[name] = Span(int(found[1]), EVER if found[2] else int(found[3] or found[1]))
+        span = Span(int(found[1]), EVER if found[2] else int(found[3] or found[1]))
+        if span.last < span.first:
+            raise ScriptError(f'{name}: N must be at most M in "N-M" (got {value!r})')
+        expected[name] = span
     return expected
 
 

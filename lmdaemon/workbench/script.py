@@ -16,8 +16,10 @@ from lmdaemon.config.values import duration
 from lmdaemon.dialects import answered_code
 
 SIZE_MAX = 64 * 1024 * 1024
+TIMES_MAX = 999_999_999
 TLS_FAULTS = ("expired", "wrong-name", "refuse")
 EVER = 1 << 62
+SEED_MAX = 999_999_999
 
 
 class ScriptError(ValueError):
@@ -166,21 +168,24 @@ def read_toml(text: str, seed: int | None = None) -> Script:
         raise ScriptError(str(error)) from None
     if unknown := document.keys() - {"seed", "rule"}:
         raise ScriptError(f"{min(unknown)}: is not known; known are seed and [[rule]]")
-    if not isinstance(document.get("seed", 0), int) or not isinstance(document.get("rule", []), list):
-        raise ScriptError("seed must be a whole number, and rule an array of tables ([[rule]])")
+    if type(given := document.get("seed", 0)) is not int or not 0 <= given <= SEED_MAX:
+        raise ScriptError(f"seed must be a whole number from 0 to {SEED_MAX} (got {given!r})")
+    tables = document.get("rule", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ScriptError("rule must be an array of tables ([[rule]])")
     rules = []
-    for number, table in enumerate(document.get("rule", ()), 1):
+    for number, table in enumerate(tables, 1):
         if unknown := table.keys() - {"answer", "session", "attempt", "count", "chance"}:
             raise ScriptError(f"rule {number}: {min(unknown)}: is not known")
         try:
             answers = table.get("answer")
             if not isinstance(answers, str):
                 raise ValueError("answer must be a text such as 'ok x2 then error 100'")  # noqa: TRY004
-            given = {name: str(value) for name, value in table.items() if name != "answer"}
-            rules.append(_rule(given, answers))
+            conditions = {name: str(value) for name, value in table.items() if name != "answer"}
+            rules.append(_rule(conditions, answers))
         except ValueError as error:
             raise ScriptError(f"rule {number}: {error}") from None
-    return Script(rules, document.get("seed", 0) if seed is None else seed)
+    return Script(rules, given if seed is None else seed)
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -226,6 +231,8 @@ def _conditions(text: str) -> dict[str, str]:
 
 def _rule(given: Mapping[str, str], answers: str) -> Rule:
     steps = _steps(answers)
+    if not given.get("session", "*"):
+        raise ValueError("session must be a pattern such as bad-* (got '')")
     rule = Rule(
         steps,
         given.get("session"),
@@ -269,13 +276,20 @@ def _steps(text: str) -> list[tuple[Answer, int]]:
     steps = []
     for at, part in enumerate(parts):
         times = EVER if at == len(parts) - 1 else 1
-        if part and (found := re.fullmatch(r"x([0-9]{1,9})", part[-1])):
-            times = int(found[1])
+        if part and re.fullmatch("x-?[0-9]+", part[-1]):
+            times = _times(part[-1])
             part = part[:-1]
         if not part:
             raise ValueError("an answer is missing")
         steps.append((_answer(part), times))
     return steps
+
+
+def _times(word: str) -> int:
+    number = word.removeprefix("x")
+    if not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
+        raise ValueError(f"how many notices an answer is given to must be x1 to x{TIMES_MAX} (got {word!r})")
+    return int(number)
 
 
 def _answer(words: Sequence[str]) -> Answer:
@@ -284,6 +298,8 @@ def _answer(words: Sequence[str]) -> Answer:
         if not rest:
             raise ValueError("delay needs a time such as 500ms")
         after_s = _span(rest.pop(0), "delay")
+        if rest and rest[0] == "delay":
+            raise ValueError("delay must stand once in an answer; add the times up")
         return (_answer(rest) if rest else OK)._replace(after_s=after_s)
     if kind.endswith("%") or kind in ("session", "attempt", "count"):
         raise ValueError(f"a condition ends with a colon and a space, as in '5%: hang' (got {kind!r})")
@@ -301,6 +317,13 @@ def _span(text: str, what: str) -> float:
         return float(duration(text))
     except ValueError as error:
         raise ValueError(f"{what} {error} (got {text!r})") from None
+
+
+def _header(text: str, what: str) -> str:
+    """A value that a header can have."""
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{what} must have no control characters (got {text!r})")
+    return text
 
 
 def _number(words: list[str], what: str, first: int, last: int) -> int:
@@ -325,12 +348,12 @@ def _status(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
         words.pop(0)
         if not words:
             raise ValueError("retry-after needs seconds or a date")
-        retry_after = words.pop(0)
+        retry_after = _header(words.pop(0), "retry-after")
     return Answer(kind, number, retry_after=retry_after), words
 
 
 def _counted(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
-    return Answer(kind, _number(words, kind, 0, 1000)), words
+    return Answer(kind, _number(words, kind, 1 if kind == "interim" else 0, 1000)), words
 
 
 def _timed(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
@@ -340,22 +363,24 @@ def _timed(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
 
 
 def _sized(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
-    found = re.fullmatch(r"([0-9]{1,9})(KiB|MiB)?", words.pop(0) if words else "")
+    text = words.pop(0) if words else ""
+    found = re.fullmatch(r"([0-9]{1,9})(KiB|MiB)?", text)
     size = int(found[1]) * {None: 1, "KiB": 1024, "MiB": 1024**2}[found[2]] if found else 0
     if not 0 < size <= SIZE_MAX:
-        raise ValueError(f"{kind} needs a size such as 17KiB, 64MiB at most")
+        raise ValueError(f"{kind} needs a size such as 17KiB, from 1 to 64MiB (got {text!r})")
     return Answer(kind, size), words
 
 
 def _worded(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
     if not words and kind != "redirect":
         raise ValueError(f"{kind} needs a text")
-    return Answer(kind, text=words.pop(0) if words else "/elsewhere"), words
+    text = words.pop(0) if words else "/elsewhere"
+    return Answer(kind, text=_header(text, kind) if kind == "redirect" else text), words
 
 
 def _tls(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
     if not words or words[0] not in TLS_FAULTS:
-        raise ValueError(f"tls needs one of {', '.join(TLS_FAULTS)}")
+        raise ValueError(f"tls needs one of {', '.join(TLS_FAULTS)} (got {' '.join(words[:1])!r})")
     return Answer(kind, text=words.pop(0)), words
 
 

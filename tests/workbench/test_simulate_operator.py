@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -250,7 +251,15 @@ def test_expectations_are_counts_and_ranges() -> None:
         "accepted: 2 or more expected, 1 seen",
         "repeated: 1 to 2 expected, 0 seen",
     ]
-    for text, complaint in (("many = 1", "many: is not known"), ("notices = -1", "must be a count"), ("=", "Invalid")):
+    for text, complaint in (
+        ("many = 1", "many: is not known"),
+        ("notices = -1", "must be a count"),
+        ("notices = true", "must be a count"),
+        ("notices = 1.5", "must be a count"),
+        ("notices = 10000000000", "must be a count"),
+        ('notices = "5-2"', "N must be at most M"),
+        ("=", "Invalid"),
+    ):
         with pytest.raises(ScriptError, match=complaint):
             read_expectations(text)
 
@@ -297,17 +306,22 @@ def test_an_expectation_that_is_missed_at_the_end_fails_the_command(tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--listen nowhere", "--listen: must be HOST:PORT (got 'nowhere')"),
+        ("--listen nowhere", "--listen: must be HOST:PORT, a port of at most 65535 (got 'nowhere')"),
         ("--listen 127.0.0.1:0 --script oops", "--script: rule 1 ('oops')"),
         ("--listen 127.0.0.1:0 --script play.txt", "and there is no file play.txt"),
         ("--listen 127.0.0.1:0 --script missing.toml", "--script: missing.toml cannot be read"),
         ("--listen 127.0.0.1:0 --expect missing.toml", "--expect: missing.toml cannot be read"),
-        ("--listen 127.0.0.1:0 --schedule soon", "--schedule: "),
+        ("--listen 127.0.0.1:65536", "a port of at most 65535 (got '127.0.0.1:65536')"),
+        pytest.param(f"--listen 127.0.0.1:{'9' * 5000}", "--listen: must be HOST:PORT", id="port of 5000 digits"),
+        ("--listen 127.0.0.1:0 --script 'ok x0'", "how many notices an answer is given to must be x1"),
+        ("--listen 127.0.0.1:0 --schedule soon", "--schedule: must be a duration"),
+        ("--listen 127.0.0.1:0 --schedule 5s,0s", "--schedule: must not be zero"),
+        ("--listen 127.0.0.1:0 --schedule 5s,", "(got '')"),
         ("--listen 127.0.0.1:0 --seed x", "--seed: must be a whole number"),
         ("--listen 127.0.0.1:0 --for 0s", "--for: must not be zero"),
     ],
 )
 def test_bad_usage_of_simulate_operator_exits_2(tmp_path: Path, words: str, complaint: str) -> None:
-    done = run("simulate", "operator", *words.split(), cwd=tmp_path)
+    done = run("simulate", "operator", *shlex.split(words), cwd=tmp_path)
     assert done.returncode == 2
     assert complaint in done.stderr

@@ -256,6 +256,17 @@ async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: P
         ("--url http://127.0.0.1:9/ --seed x", "--seed: must be a whole number"),
         ("nobody", "has no operator 'nobody'"),
         ("acme", "say --yes if that is meant"),
+        pytest.param(
+            f"--url http://127.0.0.1:9/ --mix {'9' * 5000},1,1,1", "--mix: must be four whole numbers", id="huge share"
+        ),
+        ("--url http://127.0.0.1:9/ --mix 0,0,0,0", "not all of them zero"),
+        ("--url http://127.0.0.1:9/ --rate 0", "--rate: must be a positive number (got '0')"),
+        ("--url http://127.0.0.1:9/ --rate 10001", "--rate: must be at most 10000 (got '10001')"),
+        ("--url http://127.0.0.1:9/ --notices -1", "--notices: "),
+        ("--url http://127.0.0.1:9/ --timeout 0s", "--timeout: must not be zero"),
+        ("quiet --players 100001", "--players: must be at most 100000 (got '100001')"),
+        ("quiet --idle 31d", "--idle: must be at most 30d (got '31d')"),
+        ("quiet --heartbeat -1s", "--heartbeat: "),
         ("quiet --abandon 101", "--abandon: must be 0 to 100"),
         ("quiet --duration 0s", "--duration: must not be zero"),
         ("quiet --idle 0", "--idle: must not be zero"),

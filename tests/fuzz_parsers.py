@@ -1,7 +1,7 @@
-"""Coverage-guided fuzzing of everything that reads what a peer has sent: `make fuzz`, for SECONDS (60).
+"""Coverage-guided fuzzing of all parsers of what peers send: `make fuzz`, for SECONDS (60).
 
-A finding ends it with the bytes that brought it about, which then belong into the tests. It is not part of `make test`,
-for it has no end of its own.
+A crash ends the run and prints the input that caused it; that input then belongs into the tests. It is not part of
+`make test`, because it never ends by itself.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ BY_CONTENT = {
 
 
 def one_input(data: bytes) -> None:
-    """Refusals are what parsers may raise; anything else is a finding."""
+    """Parses one input. Parsers may refuse it (BadNotice); any other exception is a finding."""
     provider = atheris.FuzzedDataProvider(data)
     content = provider.PickValueInList(["json", "form"])
     body = provider.ConsumeBytes(2000)

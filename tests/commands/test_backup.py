@@ -1,4 +1,4 @@
-"""Copies of the database and the way back: real commands, beside real daemon processes."""
+"""`lmdaemon backup` and `restore`: real commands, used beside real daemon processes."""
 
 import asyncio
 import contextlib
@@ -184,7 +184,7 @@ def test_a_copy_that_fails_its_check_is_not_passed_off_as_a_backup(tmp_path: Pat
 
 
 def test_a_backup_after_a_crash_holds_what_was_acknowledged(tmp_path: Path) -> None:
-    """And it changes nothing in the directory."""
+    """The backup changes nothing in the directory."""
     configure(tmp_path)
     with daemon(tmp_path) as running:
         running.started().open("acme", "acknowledged")
@@ -199,7 +199,7 @@ def test_a_backup_after_a_crash_holds_what_was_acknowledged(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_backup_by_root_leaves_no_file_of_root_behind(tmp_path: Path) -> None:
-    """Beside the database of a daemon that does not run, and is another user's."""
+    """The database belongs to another user, whose daemon does not run."""
     configure(tmp_path)
     state = tmp_path / "state"
     state.mkdir()
@@ -252,7 +252,7 @@ def test_a_backup_that_finds_the_disk_full_leaves_nothing(lm: Running, tmp_path:
 
 
 def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one piece at its end, every commit of the daemon would wait for it."""
+    """Written to disk in one piece at its end, the copy would make every commit of the daemon wait."""
     database = tmp_path / "database"
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as sql:
         mark_as_ours(sql)
@@ -314,7 +314,9 @@ def once_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(once_stopped: Path, tmp_path: Path) -> Path:
-    """A directory with the file of a stopped daemon that knows the session `newer`, and a backup that does not."""
+    """A directory with the file of a stopped daemon, which has a session `newer`, and a backup that does not have
+    it.
+    """
     return shutil.copytree(once_stopped, tmp_path / "stopped")
 
 
@@ -435,7 +437,7 @@ def test_a_restore_into_an_empty_directory_is_a_move_to_another_machine(stopped:
 
 
 def test_a_restore_cut_short_keeps_the_daemon_from_starting(stopped: Path) -> None:
-    """Until it has been done again, to its end."""
+    """The daemon starts again once a restore has run to its end."""
     (stopped / "lmdaemon.sqlite3.lock").write_bytes(b"restoring")
     (stopped / "lmdaemon.sqlite3").rename(stopped / "moved-away")
     with daemon(stopped) as running:
@@ -450,7 +452,7 @@ def test_a_restore_cut_short_keeps_the_daemon_from_starting(stopped: Path) -> No
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_what_root_does_beside_the_services_user_never_locks_it_out() -> None:
     user = 12345
-    with tempfile.TemporaryDirectory() as name:  # that user cannot look into pytest's directories
+    with tempfile.TemporaryDirectory() as name:  # that user cannot enter pytest's directories
         directory, state = Path(name), Path(name) / "state"
         directory.chmod(0o755)
         state.mkdir(mode=0o700)
@@ -490,7 +492,9 @@ def test_what_root_does_beside_the_services_user_never_locks_it_out() -> None:
 
 @pytest.fixture
 def crashed(tmp_path: Path) -> Path:
-    """What kill -9 leaves: `newer` is in the log alone. Beside it two copies from before, made by us and by SQLite."""
+    """A directory as kill -9 leaves it: the session `newer` is only in the write-ahead log. Beside it are two older
+    copies, made by `lmdaemon backup` and by SQLite.
+    """
     directory = tmp_path / "crashed"
     directory.mkdir()
     configure(directory)
@@ -531,7 +535,7 @@ def by_hand(directory: Path, how: str) -> None:
     ],
 )
 def test_the_log_of_another_file_is_neither_mixed_in_nor_lost(crashed: Path, how: str, problem: str) -> None:
-    """SQLite would do either without a word."""
+    """SQLite itself would mix the log in, or delete it, without a word."""
     by_hand(crashed, how)
     log = (crashed / "lmdaemon.sqlite3-wal").read_bytes()
     with daemon(crashed) as running:
@@ -567,8 +571,8 @@ async def test_after_a_restore_the_world_is_as_it_was_at_the_backup(tmp_path: Pa
         await asyncio.to_thread(after_the_restore, tmp_path)
     again = peer.received[2:]
     assert [json.loads(received.body)["sessionId"] for received in again] == ["pending", "ended later"]
-    # What was pending in the backup is the same delivery; a session that ended since ends again, and tells so anew,
-    # though its row has the old number
+    # What was pending in the backup is the same delivery. A session that has ended since the backup ends again and is
+    # sent under a new id, although its row gets the same number as before
     assert (again[0].headers["webhook-id"], again[0].body) == (ids[0], peer.received[0].body)
     renewed = again[1].headers["webhook-id"]
     assert renewed != ids[1]
@@ -629,7 +633,7 @@ def test_the_time_since_an_old_backup_is_downtime(tmp_path: Path, downtime: str)
         running.started().open("acme", "live")
         assert running("backup", "copy").returncode == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "copy", isolation_level=None)) as sql:
-        sql.execute("UPDATE clock SET wall_at = wall_at - 7200000")  # the backup is two hours old
+        sql.execute("UPDATE clock SET wall_at = wall_at - 7200000")  # makes the backup two hours old
         sql.execute("UPDATE session SET seen_at = seen_at - 7200000, opened_at = opened_at - 7200000")
     assert run("restore", "copy", cwd=tmp_path).returncode == 0
     with daemon(tmp_path) as running:

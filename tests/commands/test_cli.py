@@ -1,4 +1,4 @@
-"""The command line: the real command as a process, against a real daemon process, a real operator, a real database."""
+"""The command line: the real command as a process, with a real daemon process, a real operator and a real database."""
 
 import asyncio
 import base64
@@ -49,7 +49,9 @@ from lmdaemon.store.sqlite.file import MIGRATIONS
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One daemon for all tests that do not harm it. The operator `gone` refuses connections, `many` is for lists."""
+    """One daemon for all tests that do not harm it. The operator `gone` refuses connections; `many` is for long
+    lists.
+    """
     directory = tmp_path_factory.mktemp("lm")
     configure(
         directory,
@@ -114,7 +116,7 @@ def test_a_crash_leaves_no_core_that_has_tokens_in_it(tmp_path: Path) -> None:
 
 
 def test_every_command_has_the_function_that_runs_it() -> None:
-    """The parser takes each function's arguments, and every one that is told of has a help text."""
+    """Each command's parser takes its arguments from that function, and each argument has a help text."""
     script = """
 from lmdaemon.commands import cli
 cli.parser(whole=True)
@@ -208,7 +210,7 @@ def test_a_token_on_the_command_line_is_refused_without_repeating_it(tmp_path: P
 # -- the configuration file
 
 
-def test_the_file_is_looked_for_where_the_contract_says(tmp_path: Path) -> None:
+def test_the_file_is_looked_for_in_the_documented_places(tmp_path: Path) -> None:
     for name in ("named", "variable"):
         (tmp_path / name).mkdir()
         configure(tmp_path / name)
@@ -369,7 +371,7 @@ def test_a_signal_stops_the_daemon_with_exit_0(
     tmp_path: Path, without_uvloop: str, number: signal.Signals, uvloop: bool
 ) -> None:
     file = configure(tmp_path)
-    # also: `serve` is the default command
+    # without a command, the command is `serve`
     with daemon(tmp_path, "--config", str(file), **({} if uvloop else {"PYTHONPATH": without_uvloop})) as running:
         running.started().process.send_signal(number)
         assert running.ended() == 0
@@ -377,7 +379,9 @@ def test_a_signal_stops_the_daemon_with_exit_0(
 
 
 def as_a_shell_starts_it_in_the_background() -> None:
-    """`lmdaemon serve &` in a script: without job control, SIGINT is ignored (POSIX, 2.9.3 Asynchronous Lists)."""
+    """As `lmdaemon serve &` in a script: without job control, a shell makes SIGINT ignored (POSIX, 2.9.3 Asynchronous
+    Lists).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -402,7 +406,7 @@ def test_sigterm_while_a_plugin_still_starts_exits_0(
 def test_sigterm_during_imports_or_the_opening_exits_0(
     tmp_path: Path, where: str, before: Callable[[], None] | None
 ) -> None:
-    """The import of a module, or the first migration, takes for ever."""
+    """Importing a module, or the first migration, never ends."""
     configure(tmp_path)
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "sitecustomize.py").write_text(f"""
@@ -639,7 +643,7 @@ def test_status_shows_every_check_and_one_line_for_each_operator(lm: Running) ->
 def test_commands_work_beside_a_file_that_is_broken_elsewhere(
     lm: Running, tmp_path: Path, typo: str, told: str
 ) -> None:
-    """Whoever mends the file must see the daemon meanwhile; nothing of the warning is in the results."""
+    """A person who repairs the file must be able to look at the daemon meanwhile. The warning goes to stderr only."""
     broken = tmp_path / "config.toml"
     broken.write_text((lm.directory / "config.toml").read_text().replace("[operators.acme]\n", typo))
     secret_file(tmp_path / "api-token", API_TOKEN)
@@ -664,7 +668,9 @@ def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Pa
 
 
 def test_config_shows_what_is_in_force_and_what_a_reload_would_change(tmp_path: Path) -> None:
-    """Of the running daemon while there is one, also when its file is broken by now; else of the file."""
+    """Shown are the settings of the running daemon, even if its file is broken by now. Without a running daemon, they
+    are those of the file.
+    """
     file = configure(tmp_path)
     with daemon(tmp_path) as running:
         running.started()
@@ -760,8 +766,8 @@ async def test_status_of_a_daemon_that_fails_exits_1_and_shows_what_it_can(tmp_p
 async def test_a_checked_status_exits_by_health(tmp_path: Path, status: str, code: int) -> None:
     answers = [
         web.json_response({"status": status}, content_type="application/health+json"),
-        web.json_response({"items": []}),  # operators
-        web.json_response({"items": []}),  # daemons
+        web.json_response({"items": []}),  # the answer to the question for operators
+        web.json_response({"items": []}),  # the answer to the question for daemons
     ]
     async with scripted_operator(*answers) as daemon:
         configure(tmp_path, api=daemon.url.split("/")[2])
@@ -784,7 +790,8 @@ def test_a_session_from_open_to_close(lm: Running) -> None:
     assert (session["state"], session["playerId"], session["idleTimeoutSeconds"]) == ("active", "p1", 90)
     shown, document = text_and_json("sessions", "show", "acme", "whole life", cwd=lm.directory)
     assert (session.pop("changed"), session.pop("ignored")) == (True, [])
-    assert document == session | {"deliveries": [], "expiresAt": document["expiresAt"]}  # told from two clocks: ±1 ms
+    # Computed from another reading of the clocks: ±1 ms
+    assert document == session | {"deliveries": [], "expiresAt": document["expiresAt"]}
     assert ["sessionId", "whole", "life"] in [line.split() for line in shown.stdout.splitlines()]
     assert lm("sessions", "touch", "acme", "whole life").stdout == "touched: 1\n"
     closed = lm("sessions", "close", "acme", "whole life")
@@ -854,7 +861,7 @@ def test_a_refusal_of_the_daemon_is_one_line_and_exits_1(lm: Running, words: str
     ids=" ".join,
 )
 def test_an_empty_argument_is_refused_and_never_means_all(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """As of a variable in a script that is not set."""
+    """An empty argument may come from a variable in a script that is not set."""
     with pytest.raises(SystemExit) as refused:
         parser().parse_args(words)
     assert refused.value.code == 2
@@ -863,7 +870,7 @@ def test_an_empty_argument_is_refused_and_never_means_all(words: list[str], caps
 
 @pytest.mark.parametrize("command", ["deliveries list", "sessions export"])
 def test_an_operator_that_is_not_configured_is_told_of_an_empty_result(lm: Running, command: str) -> None:
-    """It may be misspelt; it is no error, since an operator that has left the file keeps its rows."""
+    """The name may be misspelt. It is no error, because the rows of an operator stay when it has left the file."""
     done = lm(*command.split(), "--operator", "acmee")
     assert done.returncode == 0
     said = "lmdaemon: no operator of this name is configured (got 'acmee') (did you mean 'acme'?)\n"
@@ -887,7 +894,7 @@ def test_a_note_that_cannot_be_shown_is_refused_with_the_rule(lm: Running) -> No
 
 
 def test_lists_are_of_a_period_where_asked(lm: Running) -> None:
-    """Sessions by their opening, deliveries by the end of their session."""
+    """Sessions are selected by the time of their opening, deliveries by the end of their session."""
     for session in ("of-period-1", "of-period-2"):
         lm.open("other", session)
         lm.api("POST", f"operators/other/sessions/{session}/close")
@@ -942,7 +949,7 @@ def test_a_reader_that_goes_away_is_no_crash(lm: Running, words: str) -> None:
 
 
 def dead_delivery(lm: Running, session: str) -> dict[str, Any]:
-    """Ends a session whose operator refuses every connection, until its delivery is given up."""
+    """Ends a session whose operator refuses every connection, and waits until its delivery is dead."""
     lm.open("gone", session)
     lm.api("POST", f"operators/gone/sessions/{session}/close")
 
@@ -987,14 +994,16 @@ def test_all_dead_deliveries_of_an_operator_are_made_due_again(lm: Running) -> N
 
 
 def test_dead_deliveries_that_nobody_wants_are_discarded(lm: Running) -> None:
-    """A dry run says what there is; then they are shown as discarded, and health counts them no more."""
+    """A dry run shows what would be discarded. Discarded deliveries are shown as such, and `/health` does not count
+    them any more.
+    """
     dead = dead_delivery(lm, "unwanted")
     of_it = ("--operator", "gone", "--ended-since", dead["createdAt"], "--reason", "connect")
 
     def counted(state: str = "dead") -> int:
         return int(next(one[state] for one in lm.api("GET", "operators")["items"] if one["operator"] == "gone"))
 
-    poll(lambda: counted("pending") == 0)  # what other tests have retried is dead again
+    poll(lambda: counted("pending") == 0)  # deliveries that other tests have retried are dead again
     before = counted()
     text, document = text_and_json("deliveries", "retry", *of_it, "--dry-run", cwd=lm.directory)
     found = {"found": 1, "canBeSent": 1, "oldestSettledAt": dead["settledAt"], "reasons": {"connect": 1}}
@@ -1055,7 +1064,7 @@ async def hang(request: web.Request) -> web.Response:
 async def test_send_prints_both_sides_and_the_verdict(tmp_path: Path, answer: Any, code: int, verdict: str) -> None:
     played = answer() if callable(answer) and answer is not hang else answer
     async with scripted_operator(played) as peer:
-        timeout = "500ms" if answer is hang else "60s"  # an answer that is awaited gets all the time it needs
+        timeout = "500ms" if answer is hang else "60s"  # an answer that the test expects may take as long as it needs
         configure(tmp_path, f'url = "{peer.url}"\nallow_private_network = true\ntimeout = "{timeout}"\n')
         words = ("send", "acme", "--session", "s1", "--player", "p1", "--token-file", "player-token")
         done = await asyncio.to_thread(run, *words, cwd=tmp_path)
@@ -1109,7 +1118,7 @@ async def test_send_to_a_url_signs_with_the_secret_of_a_file(tmp_path: Path) -> 
 
 
 async def test_send_takes_a_url_byte_for_byte_and_masks_it_in_every_spelling(tmp_path: Path) -> None:
-    """As written, decoded, and as a server's own parser makes of it."""
+    """A URL is masked as written, decoded, and as a server's own parser spells it."""
     path = "/a%2Fb/../c?sig=%41bc%2Bd%2F%7e&empty=&p=%c3%a9t%C3%A9"
 
     async def echo(request: web.Request) -> web.Response:
@@ -1166,7 +1175,8 @@ async def test_secrets_echoed_in_an_answer_are_masked_in_every_spelling(tmp_path
     assert not [echoed for echoed in ECHOES if echoed in done.stdout]
     lines = done.stdout.splitlines()
     answer = lines[lines.index("got:") : lines.index("end")]
-    assert answer == ["got:", *["***"] * (len(ECHOES) + 2), "\\x1b[2J"]  # nothing in it controls the terminal
+    # No control character of the answer reaches the terminal
+    assert answer == ["got:", *["***"] * (len(ECHOES) + 2), "\\x1b[2J"]
     assert "Via: ***" in lines
     assert "Location: /again?token=***" in lines
     assert [line for line in lines if line.startswith("hash=***&providerId=luckymonaco&") and "&token=***" in line]
@@ -1206,7 +1216,7 @@ async def test_the_token_is_in_no_process_list_while_send_runs(tmp_path: Path) -
 
 
 async def test_send_to_a_url_takes_every_shipped_dialect(tmp_path: Path) -> None:
-    """Without a configuration file."""
+    """No configuration file is needed for this."""
     async with scripted_operator() as peer:
         for dialect, player in (("v4", "externalPlayerId"), ("v4.01", "userId")):
             words = ("send", "--url", peer.url, "--dialect", dialect, "--provider-id", "them", "--player", "p9")
@@ -1241,7 +1251,7 @@ def test_send_to_nobody_says_why_there_is_no_answer(tmp_path: Path) -> None:
 
 
 def test_send_does_not_go_where_the_daemon_would_not(tmp_path: Path) -> None:
-    # A name is checked when it is resolved; localhost is refused by the file itself, this one is not
+    # `localhost` would be refused when the file is read. This name is checked only when it is resolved
     configure(tmp_path, 'url = "https://acme.example.invalid/"\n')
     done = run("send", "acme", "--yes", cwd=tmp_path)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""client, peer: whom the commands talk to, and what they take for an answer of the daemon."""
+"""The commands' client: which listener it sends a token to, and what it accepts as an answer of the daemon."""
 
 import asyncio
 import contextlib
@@ -37,8 +37,10 @@ FAMILIES = [
 
 @contextlib.contextmanager
 def listening(where: str, directory: Path, user: int) -> Iterator[tuple[socket.socket, str]]:
-    """A socket that this user listens on, and its address as the configuration has it. It gives up after 60 s."""
-    os.seteuid(user)  # the kernel notes who opens it and who listens
+    """A socket on which this user listens, and its address as it stands in the configuration. Waiting for a client ends
+    after 60 s.
+    """
+    os.seteuid(user)  # the kernel notes which user opens the socket and listens
     try:
         if where == "unix":
             listener = socket.socket(socket.AF_UNIX)
@@ -59,7 +61,7 @@ def listening(where: str, directory: Path, user: int) -> Iterator[tuple[socket.s
 
 @pytest.fixture
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with room for a unix socket's path, which every user can reach and write to."""
+    """A directory with a path short enough for a unix socket, which every user can enter and write to."""
     directory = Path(os.path.realpath(tmp_path_factory.mktemp("d")))
     for one in (directory, *directory.parents[:-2]):
         one.chmod(one.stat().st_mode | 0o011)
@@ -68,7 +70,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def received(listener: socket.socket) -> bytes:
-    """What the first client sends at once; there is no second one."""
+    """What the first client sends at once. No second client is accepted."""
     connection, _ = listener.accept()
     with connection:
         connection.settimeout(60)
@@ -128,7 +130,7 @@ def test_the_listener_at_the_other_end_is_known(short: Path, where: str) -> None
 def test_a_listener_elsewhere_or_on_an_unknown_system_is_not_known(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The listener on another machine, or where the system cannot tell whose it is."""
+    """The listener is on another machine, or the system cannot tell which user it belongs to."""
 
     class Elsewhere:
         family = socket.AF_INET
@@ -148,7 +150,7 @@ def test_a_listener_elsewhere_or_on_an_unknown_system_is_not_known(
             assert peer.listener(connection) is None
 
 
-# -- what is taken for an answer
+# -- what counts as an answer
 
 COMMANDS = [
     *WORDS,

@@ -1,4 +1,4 @@
-"""Completion: the scripts are what a shell takes, and complete the commands, options and files that there are."""
+"""Shell completion: the shells accept the scripts, which complete commands, options and file names."""
 
 import shutil
 import subprocess
@@ -34,7 +34,7 @@ def test_the_shell_takes_the_script(tmp_path: Path, shell: str) -> None:
 
 
 def completed(directory: Path, *words: str) -> list[str]:
-    """What bash offers for the last of these words."""
+    """What bash offers as completions of the last of these words."""
     (directory / "script").write_text(script("bash", directory))
     program = """
 source ./script

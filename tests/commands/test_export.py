@@ -1,4 +1,6 @@
-"""The archive of ended sessions: complete, each once, in order, without a secret, and out of the daemon's way."""
+"""The export of ended sessions: complete, each session once, in order, without secrets, and without slowing the daemon
+down.
+"""
 
 import asyncio
 import contextlib
@@ -45,7 +47,7 @@ from lmdaemon.store.contract import NewDelivery, Opening, Wanted
 from lmdaemon.store.sqlite.archive import Archive
 
 LONG_AGO = 1_700_000_000_000
-# On files in which nobody commits anything any more, so that there is nothing to be waited for
+# Without the wait for commits that are still under way, because no daemon commits to these files any more
 run = partial(commands.run, first=partial(forked.put, "lmdaemon.commands.export", "SETTLED_S", 0.0))
 
 
@@ -55,7 +57,9 @@ def lines(done: "subprocess.CompletedProcess[str]") -> list[dict[str, Any]]:
 
 
 async def ended_sessions(directory: Path, clock: Any, ends: list[tuple[str, str, int]]) -> None:
-    """A database in which these sessions, as (operator, id, milliseconds since LONG_AGO), ended then, in this order."""
+    """Makes a database in which these sessions ended in this order. Each is given as operator, id, and time of its end
+    in milliseconds since LONG_AGO.
+    """
     async with open_store(directory / "lmdaemon.sqlite3", clock) as db:
         db.configured = frozenset(("acme", "other"))
         db.sinks_of = lambda session: [NewDelivery("http", b"secret body")]
@@ -67,7 +71,7 @@ async def ended_sessions(directory: Path, clock: Any, ends: list[tuple[str, str,
 
 @pytest.fixture
 async def archive(tmp_path: Path, clock: Any) -> Path:
-    """Ends at 0, 1000 (twice), 2000 and 3000 ms; the second is another operator's."""
+    """A database with ends at 0, 1000 (twice), 2000 and 3000 ms. The second session belongs to another operator."""
     configure(tmp_path, f"[operators.other]\n{UNREACHABLE}\n")
     ends = [("acme", "a", 0), ("other", "b", 1000), ("acme", "c", 1000), ("acme", "=1+1", 2000), ("acme", "e", 3000)]
     await ended_sessions(tmp_path, clock, ends)
@@ -75,7 +79,7 @@ async def archive(tmp_path: Path, clock: Any) -> Path:
 
 
 def test_a_line_is_a_session_as_the_api_shows_it(tmp_path: Path) -> None:
-    """With its deliveries and their attempts."""
+    """A line also has the session's deliveries with their attempts."""
 
     async def scenario() -> None:
         async with scripted_operator({"error": 100}) as peer:
@@ -93,7 +97,7 @@ def test_a_line_is_a_session_as_the_api_shows_it(tmp_path: Path) -> None:
             shown = running.api("GET", "operators/acme/sessions/s1")
             delivery = running.api("GET", f"deliveries/{shown['deliveries'][0]['id']}")
             (line,) = lines(running("sessions", "export"))
-        del delivery["request"]  # it follows from the settings in force, which the file does not have
+        del delivery["request"]  # the request is made from the settings in force, which are not in the database
         assert line == shown | {"deliveries": [delivery]}
         assert [attempt["code"] for attempt in delivery["history"]] == [100, 0]
 
@@ -131,7 +135,7 @@ async def test_an_export_is_what_ended_from_since_on_and_before_until(
 
 
 async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_path: Path, clock: Any) -> None:
-    """Wherever a page ends."""
+    """This holds wherever a page ends."""
     ends = [("acme" if number % 3 else "other", f"s{number}", number // 4) for number in range(50)]
     await ended_sessions(tmp_path, clock, ends)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
@@ -145,7 +149,7 @@ async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_pat
 
 
 async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read transaction held over the whole of an export would let the daemon's WAL grow without bound."""
+    """A read transaction over a whole export would make the daemon's write-ahead log grow without limit."""
     database = archive / "lmdaemon.sqlite3"
     with (
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader,
@@ -162,7 +166,7 @@ async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypat
 def test_exports_of_consecutive_periods_hold_every_session_once(
     tmp_path: Path,
 ) -> None:
-    """Though the daemon ends more of them meanwhile."""
+    """The daemon ends further sessions during the exports."""
     configure(tmp_path)
     ids: list[str] = []
     enough = threading.Event()
@@ -194,12 +198,12 @@ def test_exports_of_consecutive_periods_hold_every_session_once(
     assert sorted(session for part in parts for session in part) == sorted(ids)
 
 
-# -- proof
+# -- digests, and `sessions verify`
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 async def test_a_copy_of_an_export_is_shown_to_be_whole_or_not(archive: Path, form: str) -> None:
-    """Whatever row is changed, left out, moved or cut off."""
+    """A copy is not whole if any row is changed, left out, moved or cut off."""
     made = run("sessions", "export", "--format", form, "--output", "out", "--digest", "--json", cwd=archive)
     assert made.returncode == 0, made.stderr
     checked = subprocess.run(["sha256sum", "-c", "out.sha256"], cwd=archive, capture_output=True, text=True)
@@ -310,7 +314,7 @@ def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) ->
 
 @given(strategies.lists(strategies.text("=+-@＝＠;\t\r\n'\", ab"), min_size=1, max_size=4))
 def test_no_cell_is_a_formula_and_every_text_comes_back(texts: list[str]) -> None:
-    """Whatever the reader takes for a separator of cells."""
+    """This holds whatever character a spreadsheet takes as the separator of cells."""
     written = io.StringIO(newline="")
     csv.writer(written).writerow(["acme", *map(export.cell, texts)])
     for separator in (",", ";", "\t"):
@@ -339,11 +343,11 @@ async def test_no_id_of_a_stranger_is_a_formula_in_the_file(tmp_path: Path, cloc
     assert [session["sessionId"] for session in lines(run("sessions", "export", cwd=tmp_path))] == ids
 
 
-# -- where it goes
+# -- the output file
 
 
 async def test_an_output_appears_whole_and_replaces_only_when_forced(archive: Path) -> None:
-    """With mode 0600."""
+    """The file has mode 0600."""
     target = archive / "out.jsonl"
     target.write_text("precious")
     refused = run("sessions", "export", "--output", target, cwd=archive)
@@ -359,7 +363,7 @@ async def test_an_output_appears_whole_and_replaces_only_when_forced(archive: Pa
 
 
 async def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path: Path, clock: Any) -> None:
-    def small_files_only() -> None:  # but for SQLite's own
+    def small_files_only() -> None:  # larger than SQLite's own files
         resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
 
     configure(tmp_path)

@@ -1,4 +1,4 @@
-"""What `lmdaemon status` says: figures rounded, what is wrong in words, and what can be done."""
+"""The text of `lmdaemon status`: rounded figures, what is wrong in words, and what can be done."""
 
 from typing import Any
 

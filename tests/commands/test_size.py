@@ -1,4 +1,4 @@
-"""`lmdaemon size`: what is measured on this machine, and what follows for so many sessions."""
+"""`lmdaemon size`: what it measures on this machine, and what it computes from that for a number of sessions."""
 
 import json
 from functools import partial
@@ -20,7 +20,9 @@ COSTS = Costs(
 
 
 def of_300k(**changed: float) -> dict[str, object]:
-    """300,000 sessions of 20 minutes, touched every 30 s, kept for 90 days."""
+    """What is needed for 300,000 sessions of 20 minutes, touched every 30 s and kept for 90 days, if these costs
+    change.
+    """
     return size.needed(COSTS._replace(**changed), 300_000, 30, 1200, 90 * 86_400)
 
 
@@ -54,7 +56,7 @@ def test_a_disk_that_is_too_small_is_said_with_the_days_that_fit() -> None:
 def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG)
     words = ["size", "--sessions", "1000", "--heartbeat", "10s", "--measure", "1s", "--json", "--config", "config.toml"]
-    few = partial(forked.put, "lmdaemon.workbench.sizing", "BULK", 200)  # so few are opened
+    few = partial(forked.put, "lmdaemon.workbench.sizing", "BULK", 200)  # opens fewer sessions than usual
     done = forked.run(words, tmp_path, environment(), within_s=120, first=few)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""streams: standard streams that are closed, full, or left by their reader, with every command and both loops."""
+"""Standard streams that are closed, full, or left by their reader, with every command and both event loops."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def shell(line: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
-    """The command with what the line adds to it: `$LM version >&-`."""
+    """Runs a line of shell in which `$LM` stands for the command: `$LM version >&-`."""
     return subprocess.run(
         ["sh", "-c", line.replace("$LM", " ".join(COMMAND))],
         cwd=cwd,
@@ -41,7 +41,9 @@ def shell(line: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]
 
 
 def into(words: str, cwd: Path, *, out: Path | None = None, err: Path | None = None) -> tuple[int, str, str]:
-    """A command whose streams go to these files, forked: exit code, and what came to the others."""
+    """Runs a command in a forked process, with streams that go to these files. Returns its exit code, and what it wrote
+    to the streams for which no file was given.
+    """
     places = [out or cwd / "out", err or cwd / "err"]
     for place in (cwd / "out", cwd / "err"):
         place.write_bytes(b"")
@@ -88,7 +90,7 @@ def test_in_a_new_interpreter_too_it_is_one_line(lm: Running) -> None:
 
 @needs_full
 def test_a_long_result_that_cannot_be_written_is_one_line(lm: Running) -> None:
-    """A result longer than every buffer; it exits with 1."""
+    """The result is longer than every buffer. The command exits with 1."""
     for number in range(300):
         lm.open("acme", f"{'long' * 50}-{number}")
     for words in ("sessions list acme --all", "sessions list acme --all --json"):
@@ -116,15 +118,15 @@ def test_a_command_does_its_work_without_standard_streams(lm: Running, words: st
 
 
 def test_nothing_is_opened_in_a_standard_streams_place(lm: Running) -> None:
-    """A database opened as number 2 would be written into by the first message."""
+    """A database that was opened as file descriptor 2 would be overwritten by the first message."""
     done = shell("$LM backup --force copy >&- 2>&-; $LM restore copy >&- 2>&-", lm.directory)
-    assert done.returncode == 1  # the daemon runs
+    assert done.returncode == 1  # refused, because the daemon runs
     assert (lm.directory / "copy").read_bytes().startswith(b"SQLite format 3\0")
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
 def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """For PYTHONPATH: the loop that `serve` runs on."""
+    """A value of PYTHONPATH with which `serve` uses this event loop."""
     ours = environment()["PYTHONPATH"]
     if request.param == "uvloop":
         pytest.importorskip("uvloop")
@@ -148,7 +150,7 @@ def test_the_daemon_serves_with_full_standard_streams(tmp_path: Path, loop: str,
 
 
 def serves(directory: Path, loop: str, redirections: str) -> None:
-    """Starts, answers, and stops in order with exit code 0."""
+    """The daemon starts, answers, and stops in good order with exit code 0."""
     line = f"exec {' '.join(COMMAND)} serve {redirections}"
     running = subprocess.Popen(
         ["sh", "-c", line], cwd=directory, env=environment(PYTHONPATH=loop), stderr=subprocess.DEVNULL

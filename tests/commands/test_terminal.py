@@ -1,4 +1,6 @@
-"""On a terminal: progress of long work, tables as wide as it is, a status that follows; and none of it elsewhere."""
+"""Output on a terminal: progress of long work, tables of the terminal's width, a status that refreshes. None of this
+goes to a file or pipe.
+"""
 
 import fcntl
 import os
@@ -27,7 +29,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 class Terminal:
-    """A terminal of so many columns, and a command on it; `text` is what it has shown so far."""
+    """A terminal of this many columns, and a command that runs on it. `text` is everything shown so far."""
 
     def __init__(self, directory: Path, *words: object, columns: int = 80, only_messages: bool = False) -> None:
         self._ours, theirs = pty.openpty()
@@ -50,7 +52,7 @@ class Terminal:
                 self.text += piece.decode()
         except BlockingIOError:
             pass
-        except OSError:  # nobody has it open any more
+        except OSError:  # every process has closed the terminal
             os.set_blocking(self._ours, True)
         return self.text
 
@@ -72,7 +74,7 @@ class Terminal:
 def test_long_work_shows_its_progress_on_a_terminal_and_nowhere_else(
     lm: Running, words: tuple[str, ...], shown: str
 ) -> None:
-    """The line is taken back at the end."""
+    """The progress line is erased at the end."""
     terminal = Terminal(lm.directory, *(word.format("terminal") for word in words), only_messages=True)
     assert terminal.ended() == 0, terminal.text
     assert shown in terminal.text
@@ -121,4 +123,4 @@ def test_a_status_that_follows_shows_what_has_changed(lm: Running) -> None:
     poll(lambda: re.search(r"acme +2 ", terminal.read()))
     terminal.process.terminate()
     terminal.ended()
-    assert "\x1b[" in terminal.text  # each takes the place of the one before
+    assert "\x1b[" in terminal.text  # each status overwrites the one before

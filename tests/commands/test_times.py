@@ -1,4 +1,4 @@
-"""Times on the command line: each form means one time, in the machine's zone where it names none."""
+"""Times on the command line: each form means one time. Without a zone it is in the machine's zone."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def _in_vienna(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("2026-11-27 18:00", "2026-11-27T18:00:00+01:00"),
         ("2026-11-27T18:00:30", "2026-11-27T18:00:30+01:00"),
-        ("2026-07-01", "2026-07-01T00:00:00+02:00"),  # the zone as it was that day
+        ("2026-07-01", "2026-07-01T00:00:00+02:00"),  # with the offset of that day
         ("today", "2026-11-28T00:00:00+01:00"),
         ("yesterday", "2026-11-27T00:00:00+01:00"),
         ("yesterday 18:00", "2026-11-27T18:00:00+01:00"),

@@ -1,4 +1,6 @@
-"""config: the shipped file tells the truth, a wrong file is told everything wrong with it, and no secret gets out."""
+"""The configuration file: the shipped file is right, all errors of a wrong file are reported at once, and no secret is
+shown.
+"""
 
 import base64
 import math
@@ -41,7 +43,7 @@ from lmdaemon.config.target import HOST_RULE, SHAPE_RULE, USER_INFO_RULE
 from lmdaemon.dialects import SHIPPED, Codes
 
 CONFIG_TOML = Path(__file__).parents[2] / "config.toml"
-MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing a test may print
+MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing that may be shown
 OPERATOR = '[operators.a]\nprovider_id = "p"\n'
 QUOTA_RULE = "must be between 0 (no bound) and 1000000"
 DIALECT = (
@@ -71,7 +73,7 @@ def whsec(size: int) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A directory of secret files, good and bad, for a config.toml beside them."""
+    """A directory of secret files, good and bad, for a config.toml in the same directory."""
     secret(tmp_path / "secret")
     secret(tmp_path / "tokens", f"{MARK}-1\r\n\n  {MARK}-2  \n")
     secret(tmp_path / "blank", " \n\n")
@@ -98,7 +100,7 @@ def load(home: Path, text: str, *, secrets: Secrets = "required") -> Settings:
 
 
 def findings(home: Path, text: str, *, secrets: Secrets = "required") -> list[str]:
-    """What is wrong with a file, without the file's name, which must stand before each."""
+    """The errors of a file. The file's name must stand before each, and is left out here."""
     with pytest.raises(ConfigError) as caught:
         load(home, text, secrets=secrets)
     assert str(caught.value) == "\n".join(caught.value.findings)
@@ -127,12 +129,14 @@ INHERITED = {
 
 
 def switched_on() -> str:
-    """The shipped file with every setting that is commented out put in force."""
+    """The shipped file, with every setting that is commented out put into force."""
     return re.sub(r"^# (?=\w+ = |\[)", "", CONFIG_TOML.read_text("utf-8"), flags=re.MULTILINE)
 
 
 def comments() -> dict[str, str]:
-    """Key path → its comment: beside it and on the lines that go on beside it, or else the lines above it."""
+    """The comment of each key path: the one beside the key (with the lines that continue it), or else the lines above
+    the key.
+    """
     found: dict[str, str] = {}
     table = last = above = ""
     for line in switched_on().splitlines():
@@ -153,7 +157,7 @@ def beside(line: str) -> str:
         try:
             tomllib.loads(line[:at])
         except tomllib.TOMLDecodeError:
-            continue  # this # stands inside the value
+            continue  # this # is inside the value
         return line[at:].strip("# ")
     return ""
 
@@ -281,7 +285,7 @@ def test_operator_inherits_what_it_does_not_set(home: Path) -> None:
 
 
 def test_only_graces_and_max_lifetime_may_be_zero(home: Path) -> None:
-    """By type, not by list: a duration added tomorrow is in this test."""
+    """Found by their type and not from a list, so that a new duration is tested, too."""
     refused = set()
     for table, struct in STRUCTS.items():
         head = {"operators.demo": OPERATOR, "plugins.release_lock": '[plugins.x]\nuse = "m:f"\n'}
@@ -316,11 +320,12 @@ def test_endpoint_defaults_to_the_paths_of_the_accepted_dialects(home: Path, key
 @pytest.mark.parametrize(
     "text",
     [
-        # Two operators on one path whose provider ids differ; the same id on two paths; one that receives nothing.
+        # Two operators on one path with different provider ids; the same id on two paths; an operator that receives
+        # nothing.
         OPERATOR + '[operators.b]\nprovider_id = "q"\n',
         OPERATOR + '[operators.b]\nprovider_id = "P"\nendpoint = "/b"\n',
         OPERATOR + '[operators.b]\nprovider_id = "p"\nendpoint = ""\n',
-        # Beyond loopback with something that authenticates a sender, or nothing to send to
+        # Listening beyond loopback is allowed: something authenticates a sender, or there is no endpoint
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'auth = "none"\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'token_check = "session"\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'token_check = "partner"\npartner_token_env = "SECRET"\n',
@@ -329,9 +334,10 @@ def test_endpoint_defaults_to_the_paths_of_the_accepted_dialects(home: Path, key
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'endpoint = ""\n',
         '[server]\nlisten = "unix:/run/x"\n' + OPERATOR,
         '[api]\nlisten = "0.0.0.0:81"\ntoken_file = "tokens"\n',
-        # Port 0 is another one each time
+        # Port 0 means another port for each listener
         '[server]\nlisten = "127.0.0.1:0"\n[api]\nlisten = "127.0.0.1:0"\n',
-        # One dialect by other names, two told apart by their fields, two by their content
+        # One dialect under several names, two dialects that their fields tell apart, two that their content types tell
+        # apart
         OPERATOR + 'accept = ["v4.01", "v4.02", "v1", "v4", "pragmatic", "v4"]\nhash_key_env = "SECRET"\n',
         OPERATOR + 'token_check = "session"\naccept = ["v4", "pragmatic"]\nhash_key_env = "SECRET"\n',
         OPERATOR + 'url = "http://10.0.0.1:8080/x"\nallow_private_network = true\nnotify = true\n',
@@ -363,7 +369,7 @@ def test_plugin_listens_to_the_operators_it_names(home: Path) -> None:
     assert (plugin.listens_to("a"), plugin.listens_to("b")) == (False, True)
 
 
-# -- bad files: each has exactly one finding, word for word
+# -- bad files: each has exactly one error, given here in full
 
 DURATION_RULE = 'must be a duration such as "250ms", "30s", "15m", "2h" or "7d"'
 LISTEN_RULE = 'must be "host:port", "[v6]:port" or "unix:/path"'
@@ -381,7 +387,7 @@ KNOWN = "v4, v4.01, v4.02, v1, pragmatic"
 OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR
 
 BAD_FILES = [
-    # tables and keys nobody knows
+    # unknown tables and keys
     ("[sever]", "sever: is no table of this file (did you mean 'server'?)"),
     ("listen = 'x'", "listen: is no table of this file"),
     ("[server]\nlistn = 'x'", "server.listn: is no key of this table (did you mean 'listen'?)"),
@@ -391,7 +397,7 @@ BAD_FILES = [
         DIALECT + "codes = { bad_tokn = 4 }",
         "dialects.x.codes.bad_tokn: is no key of this table (did you mean 'bad_token'?)",
     ),
-    # wrong types, one of each kind
+    # wrong types: one value of each kind
     ("server = 1", "server: must be a table"),
     ("[[operators]]", "operators: must be a table"),
     ("[operators]\na = 'x'", "operators.a: must be a table"),
@@ -446,7 +452,7 @@ BAD_FILES = [
     ("[delivery]\nconcurrency = 0", "delivery.concurrency: must be between 1 and 1000 (got 0)"),
     ("[delivery]\nconcurrency = 1001", "delivery.concurrency: must be between 1 and 1000 (got 1001)"),
     (
-        "[delivery]\nconcurrency = 0x" + "f" * 4000,  # a decimal this long Python refuses to write
+        "[delivery]\nconcurrency = 0x" + "f" * 4000,  # Python refuses to write a decimal number of this length
         "delivery.concurrency: must be between 1 and 1000 (got a number of more than 64 bits)",
     ),
     (OPERATOR + "timeout = '0s'", "operators.a.timeout: must not be zero"),
@@ -593,7 +599,7 @@ BAD_FILES = [
         + "accept = ['x']\nendpoint = '/e'\n[operators.b]\nprovider_id = 'q'\nendpoint = '/E/'",
         "operators.b.accept: v4 and x cannot be told apart on /E/",
     ),
-    # what authenticates a sender
+    # what authenticates a sender, and what does not
     (
         OPERATOR + "accept = ['v4', 'v1']\ntoken_check = 'session'",
         "operators.a.token_check: needs dialects with a token; v1 has none (got 'session')",
@@ -616,14 +622,14 @@ BAD_FILES = [
     ),
     (OPEN, EXPOSED),
     (OPEN.replace("0.0.0.0:80", "www.example:80"), EXPOSED.replace("0.0.0.0:80", "www.example:80")),
-    # An address filter that lets everybody in, or a header that everybody may set, is none.
+    # A filter that lets every address in authenticates nobody, and neither does a header that every client may set.
     (OPEN + "allow_from = ['192.0.2.1', '0.0.0.0/0']", EXPOSED),
     (OPEN + "allow_from = ['::/0']", EXPOSED),
     (
         OPEN.replace('"\n', "\"\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']\n", 1) + "allow_from = ['192.0.2.1']",
         EXPOSED,
     ),
-    # A hash protects nothing while a dialect without one, or one where it may be left out, is accepted as well.
+    # A hash authenticates nobody if a dialect without a hash, or with an optional one, is accepted as well.
     (OPEN + "accept = ['pragmatic', 'v4']\nhash_key_env = 'SECRET'", EXPOSED),
     (
         OPEN
@@ -768,22 +774,22 @@ def test_bad_file_is_told_place_rule_and_value(home: Path, text: str, finding: s
         "10.0.0.1",
         "172.16.0.1",
         "192.168.1.1",
-        "100.64.0.1",  # CGNAT
-        "169.254.169.254",  # metadata
-        "198.18.0.1",  # benchmarks
-        "192.0.2.1",  # documentation
+        "100.64.0.1",  # CGNAT (shared by a carrier's customers)
+        "169.254.169.254",  # a cloud's metadata service
+        "198.18.0.1",  # reserved for benchmarks
+        "192.0.2.1",  # reserved for documentation
         "224.0.0.1",
         "255.255.255.255",
         "[::1]",
         "[::]",
         "[fe80::1]",
         "[fc00::1]",
-        "[fd00:ec2::254]",  # metadata
+        "[fd00:ec2::254]",  # a cloud's metadata service
         "[fec0::1]",  # site-local
         "[ff0e::1]",
         "[2001:db8::1]",
-        "[::ffff:127.0.0.1]",  # mapped
-        "[::127.0.0.1]",  # compatible
+        "[::ffff:127.0.0.1]",  # IPv4-mapped
+        "[::127.0.0.1]",  # IPv4-compatible
         "[64:ff9b::10.0.0.1]",  # NAT64
         "[64:ff9b:1::1]",  # local NAT64
         "[2002:7f00:1::]",  # 6to4
@@ -856,8 +862,8 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "dialects.x.fields",
         "dialects.x.codes.retry",
         "operators.a.provider_id",
-        "operators.a.url",  # not https
-        "operators.a.url",  # loopback
+        "operators.a.url",  # it is not https
+        "operators.a.url",  # it is a loopback address
         "operators.a.hash_key_file",
         "operators.a.endpoint",
         "operators.b.dialect",
@@ -887,7 +893,7 @@ def test_an_operator_with_an_error_is_still_compared_with_the_others(home: Path)
 @pytest.mark.parametrize(
     "text",
     [
-        # Each has one mistake that could make a rule between keys see another one that is not there.
+        # Each text has one mistake, which could make a rule between several keys report a second one wrongly.
         OPEN + "token_check = 'sesion'",
         OPEN + "allow_from = ['10.0.0.1/8']",
         OPEN + "auth = 'nobody'",
@@ -964,7 +970,7 @@ def test_file_in_a_directory_closed_to_this_user_is_named_not_passed_over(monkey
     def closed(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "exists", closed)  # root, who may run the tests, is let in everywhere
+    monkeypatch.setattr(Path, "exists", closed)  # patched, because root may run the tests and may enter every directory
     assert reader.find(None) == (Path(reader.PATHS[0]), True)
 
 
@@ -1095,7 +1101,7 @@ NO_KEY = "must hold a private key in PEM form, without a passphrase ({home}/"
             "client_cert_file: cannot be",
         ),
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'secret'", "client_key_file: " + NO_KEY + "secret)"),
-        # which must not ask for the passphrase
+        # the key has a passphrase, which must not be asked for
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'locked.pem'", "client_key_file: " + NO_KEY + "locked.pem)"),
         ("client_cert_file = 'cert.pem'\nclient_key_file = 'other.key'", "client_cert_file: does not fit its key"),
         (
@@ -1136,7 +1142,7 @@ def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, find
 def test_certificate_that_is_not_valid_or_ends_soon_is_warned_about(
     home: Path, begins: timedelta, ends: timedelta, warned: str | None
 ) -> None:
-    """A warning: one operator's certificate must not keep the daemon from starting for all the others."""
+    """It is a warning, because one operator's certificate must not keep the daemon from starting for all others."""
     one = make(home, "one", begins=begins, ends=ends)
     for keys, at in (
         ("ca_file = 'one.crt'", "ca_file"),
@@ -1285,7 +1291,7 @@ def test_secret_closed_to_this_user_stops_the_daemon_but_not_check_config(
             raise PermissionError(13, "Permission denied", str(path))
         return read_bytes(path)
 
-    monkeypatch.setattr(Path, "read_bytes", closed)  # root, who may run the tests, can read everything
+    monkeypatch.setattr(Path, "read_bytes", closed)  # patched, because root may run the tests and can read every file
     found = findings(home, text)
     assert all(": cannot be read: Permission denied (" in finding for finding in found)
     settings = load(home, text, secrets="readable")
@@ -1303,7 +1309,7 @@ def test_a_secret_that_is_missing_is_an_error_for_check_config_too(home: Path) -
 
 
 def test_what_systemd_hands_over_is_unchecked_in_an_exec_reload(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """systemd 257 shows a process of ExecReload= no credentials, and tells it $MAINPID."""
+    """systemd 257 gives the credentials to no process of ExecReload=, and gives it $MAINPID."""
     text = "[api]\ntoken_file = 'handed-over'\n"
     monkeypatch.setenv("MAINPID", "1")
     settings = load(home, text, secrets="readable")
@@ -1311,12 +1317,12 @@ def test_what_systemd_hands_over_is_unchecked_in_an_exec_reload(home: Path, monk
     assert settings.warnings == (f"api.token_file: {unseen}",)
     absolute = text.replace("handed-over", f"{home}/handed-over")
     with pytest.raises(ConfigError, match="No such file"):
-        load(home, absolute, secrets="readable")  # no credential has a path of its own
+        load(home, absolute, secrets="readable")  # a credential is never named by an absolute path
     with pytest.raises(ConfigError, match="No such file"):
-        load(home, text)  # the daemon's own reading
+        load(home, text)  # the daemon's own reading is strict
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(home))
     with pytest.raises(ConfigError, match="No such file"):
-        load(home, text, secrets="readable")  # a process that is shown the credentials
+        load(home, text, secrets="readable")  # so is a process that gets the credentials
 
 
 def test_administration_needs_no_secret_of_the_daemons(home: Path) -> None:
@@ -1344,8 +1350,8 @@ def test_no_repr_shows_a_secret(home: Path) -> None:
         f"url = 'https://user:{MARK}@127.0.0.1/x?key={MARK}'",
         f"url = 'ftp://{MARK}@op.example/x?key={MARK}'",
         f"url = 'https://user:{MARK}@op.example:99999/'",
-        f"url = 'https://user:{MARK}/more@op.example/'",  # Python's own error quotes what it takes for the port
-        f"url = 'https://user:{MARK}@op℀.example/'",  # and here the whole of it
+        f"url = 'https://user:{MARK}/more@op.example/'",  # Python's own error message quotes what it takes for the port
+        f"url = 'https://user:{MARK}@op℀.example/'",  # here Python's error message quotes all of it
         f"url = 'https://user:{MARK}@op.example/a b?{MARK}'",
         f"url = 'https:/user:{MARK}@op.example/'",
         f"url = '//user:{MARK}@op.example/?{MARK}'",
@@ -1375,7 +1381,7 @@ def test_no_error_shows_a_secret(home: Path, keys: str) -> None:
     assert MARK not in f"{caught.value} {caught.value!r} {caught.value.findings}"
 
 
-# -- whatever the file holds
+# -- random files
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 PLAUSIBLE = st.sampled_from(  # split: a list of them would be formatted one a line
@@ -1419,7 +1425,9 @@ FITTING: Mapping[str, st.SearchStrategy[Any]] = {
 
 
 def tables_like(struct: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
-    """Tables that fit `struct` but for a key or two, so that the rules between keys and tables are reached as well."""
+    """Tables that fit `struct` except for a key or two, so that the rules between keys and tables are reached as
+    well.
+    """
     names = [field.name for field in msgspec.structs.fields(struct)]
     fitting = st.fixed_dictionaries({name: FITTING[name] for name in names if name in FITTING})
     spoilt = st.dictionaries(st.sampled_from(names) | TEXT, PLAUSIBLE | VALUE, max_size=2)
@@ -1494,7 +1502,7 @@ MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQglWunmZRccmIG4VDL
 CBPlM5kp/HMRDeRyDItEdNxhFXihRANCAAQuYJzj+HIsikqWr0vTpI29HA970oBh
 U+/uI0T1dBnGF1j4NlnOoUOewddIffv7rcMxoifX3tgq0n4ZmaNLUtWl
 -----END PRIVATE KEY-----
-"""  # of nothing but this test's certificate
+"""  # a key made for this test alone
 LOCKED_KEY = """\
 -----BEGIN EC PRIVATE KEY-----
 Proc-Type: 4,ENCRYPTED

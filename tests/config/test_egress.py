@@ -1,4 +1,6 @@
-"""The egress guard: each block that leads inside or nowhere is refused, its neighbours are not, on every Python."""
+"""The egress rules: every block of addresses that is private or special is refused, and its neighbours are not, on
+every Python.
+"""
 
 import ipaddress
 
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 from lmdaemon.config.egress import CARRIERS, SPECIAL, private_address
 
-# The first and the last address of each row of IANA's special-purpose registries, within another row or not, and of
-# what is refused beside them
+# The first and last address of each row of IANA's special-purpose registries (even if the row lies within another one),
+# and of the other blocks that are refused
 INSIDE = [
     ("this network", "0.0.0.0", "0.255.255.255"),
     ("private use", "10.0.0.0", "10.255.255.255"),
@@ -71,7 +73,7 @@ INSIDE = [
     ("multicast", "ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
     ("not given out", "::2", "1fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
     ("not given out", "4000::", "fbff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
-    # IPv4 addresses of the inside in IPv6 addresses
+    # IPv6 addresses that contain a private IPv4 address
     ("mapped", "::ffff:127.0.0.1", "::ffff:168.63.129.16"),
     ("compatible", "::127.0.0.1", "::8.8.8.8"),
     ("translated by SIIT", "::ffff:0:127.0.0.1", "::ffff:0:8.8.8.8"),
@@ -144,7 +146,7 @@ def _normal(row: tuple[str, str, str]) -> tuple[str, str]:
     "name", ["localhost", "LOCALHOST.", "op.localhost", "127.1", "2130706433", "0x7f000001", "0X7F.1"]
 )
 def test_what_the_resolver_takes_for_an_address_is_refused(name: str) -> None:
-    """Names and numbers alike."""
+    """These are names and numbers that the resolver reads as addresses."""
     assert private_address(name)
 
 
@@ -155,7 +157,9 @@ def test_names_are_judged_when_they_are_resolved(name: str) -> None:
 
 @given(st.ip_addresses())
 def test_what_this_python_calls_not_global_is_refused(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
-    """The list is not allowed to know less than any Python; 6to4 and NAT64 addresses it judges by what they carry."""
+    """Every address that any Python counts as not global must be refused. Addresses of 6to4 and NAT64 are judged by the
+    IPv4 address in them instead.
+    """
     carried = any(address in ipaddress.ip_network(block) for block in CARRIERS)
     if not address.is_global and not carried:
         assert private_address(str(address))

@@ -1,4 +1,4 @@
-"""What a command needs of a broken file is read; the rest of the errors are told and do not keep it from its work."""
+"""Commands with a broken file: they read what they need of it, warn of the other errors, and do their work."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_errors_in_other_tables_are_told_and_harmless(tmp_path: Path, broken: st
     ],
 )
 def test_errors_in_the_tables_that_are_needed_are_refused(tmp_path: Path, text: str) -> None:
-    """Nothing is guessed: a table that may stand there in another form is not taken for one left out."""
+    """An error may hide a table that is there in another form, so such a file is not read as one without the table."""
     assert refused(tmp_path, text)
 
 

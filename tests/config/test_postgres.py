@@ -1,4 +1,6 @@
-"""`[database] url`: a database on PostgreSQL in place of the file, its rules, and where its password may stand."""
+"""`[database] url`: a PostgreSQL database instead of the file, the rules for the URL, and where its password may
+stand.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def load(home: Path, text: str) -> Settings:
 
 
 def finding(home: Path, text: str) -> str:
-    """The one thing that is wrong with the file."""
+    """The only error of the file."""
     with pytest.raises(ConfigError) as caught:
         load(home, text)
     (found,) = caught.value.findings

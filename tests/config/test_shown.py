@@ -1,4 +1,4 @@
-"""Settings as they are shown: what the file would have to say, with every secret left out."""
+"""The settings as they are shown: as lines of a configuration file, without any secret."""
 
 import tomllib
 from pathlib import Path

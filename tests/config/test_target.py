@@ -1,4 +1,6 @@
-"""A URL leaves as it is written, which a raw socket sees, or is refused where it is written."""
+"""An operator's URL is either sent exactly as it is written, as a raw socket sees it, or refused when the file is
+read.
+"""
 
 import asyncio
 import base64
@@ -39,7 +41,7 @@ AS_WRITTEN = [
 
 @contextlib.asynccontextmanager
 async def raw_operator(received: list[bytes]) -> AsyncIterator[int]:
-    """An operator that keeps the head of each request as it came. Yields its port."""
+    """An operator that keeps the head of each request unchanged. Yields its port."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         received.append(await reader.readuntil(b"\r\n\r\n"))
@@ -52,7 +54,7 @@ async def raw_operator(received: list[bytes]) -> AsyncIterator[int]:
 
 
 async def head_of(tmp_path: Path, path: str, *, user_info: str = "", host: str = "127.0.0.1") -> list[str]:
-    """The lines of the request's head, as its configuration and the daemon's own sender make it."""
+    """The lines of a request's head, sent by the daemon's own sender to an operator with this URL."""
     received: list[bytes] = []
     async with raw_operator(received) as port:
         toml = operator_table("acme", f"http://{user_info}{host}:{port}{path}")
@@ -95,7 +97,7 @@ def test_whatever_is_written_is_what_aiohttp_is_given(written: str) -> None:
     ],
 )
 async def test_user_info_is_sent_as_utf_8(tmp_path: Path, user_info: str, credentials: str) -> None:
-    """RFC 7617, section 2.1; curl and browsers do the same."""
+    """As in RFC 7617, section 2.1, and as curl and browsers do."""
     value = base64.b64encode(credentials.encode()).decode()
     assert f"Authorization: Basic {value}" in await head_of(tmp_path, "/", user_info=user_info + "@")
 

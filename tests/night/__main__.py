@@ -1,4 +1,6 @@
-"""`make night SITUATION=slow`: plays a situation on this machine and hands over a shell, to answer it from."""
+"""`make night SITUATION=slow`: plays a situation on this machine and opens a shell in which to find out what is
+wrong.
+"""
 
 import os
 import subprocess
@@ -9,7 +11,7 @@ from situations import SITUATIONS
 
 
 def main(name: str = "", *commands: str) -> int:
-    """Without a name, prints the situations. With commands, runs those instead of a shell."""
+    """Without a name, prints the situations. With commands, runs them instead of a shell."""
     if name not in SITUATIONS:
         print("make night SITUATION=…, one of:\n")
         for other, situation in SITUATIONS.items():

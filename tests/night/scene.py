@@ -1,4 +1,4 @@
-"""A scene of the night: a daemon, operators and game servers as processes of their own, in a directory of their own."""
+"""The scene of a situation: a daemon, operators and game servers as processes, with a directory of their own."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CALLS_AT_ONCE = 10_000  # sessions in one bulk call
 
 
 def set_back(ago_s: float) -> None:
-    """The process's wall clock is from now on so many seconds behind."""
+    """From now on, this process's wall clock is `ago_s` seconds behind."""
     ago_ns = int(ago_s * 1e9)
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() - ago_s
@@ -31,11 +31,11 @@ def set_back(ago_s: float) -> None:
 
 
 class CannotBePlayedError(Exception):
-    """This user or machine cannot play a situation; the text says why."""
+    """This user or this machine cannot play a situation; the text says why."""
 
 
 class Asked(NamedTuple):
-    """A command line and what it said."""
+    """A command line and its result."""
 
     command: str
     code: int
@@ -44,12 +44,12 @@ class Asked(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All that somebody at a terminal sees."""
+        """Everything that a person at a terminal sees."""
         return self.output + self.messages
 
 
 class Scene:
-    """One daemon with the operators that it speaks to. It can be stopped and started, also in the past."""
+    """One daemon with its operators. It can be stopped and started, also with a wall clock in the past."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._stack = stack
@@ -68,12 +68,12 @@ class Scene:
     # -- setting it up
 
     def settings(self, toml: str) -> None:
-        """Adds to the daemon's configuration."""
+        """Adds TOML to the daemon's configuration."""
         with self.daemon.config.open("a") as file:
             file.write(toml)
 
     def operator(self, name: str, script: str = "", *, tls: bool = False, **keys: Any) -> "Peer":
-        """An operator that answers by a script, and its table in the configuration."""
+        """Starts an operator that answers by a script, and adds its table to the configuration."""
         self.peers[name] = peer = Peer(self.directory / name, script, tls=tls)
         self._stack.callback(peer.stop)
         table = {"provider_id": name, "notify": True, "url": peer.url, "allow_private_network": True, "endpoint": ""}
@@ -83,7 +83,7 @@ class Scene:
         return peer
 
     def disk(self, options: str) -> Path:
-        """A small disk for the database. Raises CannotBePlayedError without the right to mount one."""
+        """Mounts a small disk for the database. Raises CannotBePlayedError if this user may not mount."""
         directory = self.directory / "disk"
         directory.mkdir()
         done = subprocess.run(
@@ -92,12 +92,12 @@ class Scene:
         if done.returncode:
             raise CannotBePlayedError(f"nothing can be mounted here: {done.stderr.strip()}")
         self._stack.callback(subprocess.run, ["umount", "--lazy", directory], check=True)
-        self._stack.callback(self._end)  # before that
+        self._stack.callback(self._end)  # called before the unmounting
         self.settings('[database]\npath = "disk/lmdaemon.sqlite3"\n')
         return directory
 
     def start(self, ago_s: float = 0) -> None:
-        """Starts the daemon, its wall clock so much behind, and waits until it serves."""
+        """Starts the daemon with a wall clock that is `ago_s` seconds behind, and waits until it serves."""
         self.daemon.first = partial(set_back, ago_s) if ago_s else None
         self.daemon.start()
 
@@ -113,7 +113,7 @@ class Scene:
             self.call("POST", f"v1/operators/{operator}/sessions", {"sessions": body})
 
     def touches(self, operator: str, sessions: Sequence[str], request_id: str = "gs-1") -> None:
-        """One bulk touch; its `X-Request-Id` names the game server."""
+        """Makes one bulk touch, with an `X-Request-Id` that names the game server."""
         path = f"v1/operators/{operator}/sessions/touch"
         status, answer = self.status_of("POST", path, {"sessionIds": list(sessions)}, {"X-Request-Id": request_id})
         assert status == 200, answer
@@ -123,12 +123,12 @@ class Scene:
             self.call("POST", f"v1/operators/{operator}/sessions/{session}/close")
 
     def plays(self, operator: str, sessions: Sequence[str], player: str = "p-1") -> None:
-        """Sessions that are opened and closed."""
+        """Opens sessions and closes them."""
         self.opens(operator, sessions, player)
         self.closes(operator, sessions)
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """A call of the private API, which must succeed."""
+        """Makes a call of the private API, which must succeed."""
         status, answer = self.status_of(method, path, body)
         assert status < 300, answer
         return answer
@@ -136,7 +136,7 @@ class Scene:
     def status_of(
         self, method: str, path: str, body: object = None, more: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
-        """A call of the private API, with these headers more: status and answer."""
+        """Makes a call of the private API with additional headers. Returns status and answer."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._secret}", **(more or {})}
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(f"{self.daemon.api}/{path}", data, headers, method=method)
@@ -150,7 +150,7 @@ class Scene:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a shell in which `lmdaemon` asks this daemon and `journalctl` shows its log."""
+        """The environment of a shell in which `lmdaemon` talks to this daemon and `journalctl` shows its log."""
         tools = self.directory / "bin"
         if not tools.exists():
             tools.mkdir()
@@ -163,9 +163,10 @@ class Scene:
         return os.environ | ours | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
 
     def asks(self, command: str) -> Asked:
-        """A command line, as it would be typed into a shell in the daemon's directory."""
+        """Runs a command line as if it were typed into a shell in the daemon's directory."""
         if command.startswith("lmdaemon ") and "|" not in command:
-            few = partial(forked.put, "lmdaemon.workbench.sizing", "BULK", 200)  # sessions, when it measures a size
+            # How many sessions `lmdaemon size` opens
+            few = partial(forked.put, "lmdaemon.workbench.sizing", "BULK", 200)
             done = forked.run(shlex.split(command)[1:], self.directory, self.environment, within_s=300, first=few)
             return Asked(command, done.returncode, done.stdout, done.stderr)
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
@@ -178,28 +179,28 @@ class Scene:
         return wait_for(condition, otherwise=self.daemon.log.read_text)
 
     def until_logged(self, event: str) -> dict[str, Any]:
-        """The first line of the log with this event, once it is there."""
+        """Waits until the log has a line with this event. Returns the first such line."""
         found: dict[str, Any] = self.until(lambda: self.daemon.events(event))[0]
         return found
 
     def until_settled(self, operator: str) -> None:
-        """Until nothing is pending for an operator."""
+        """Waits until no delivery is pending for an operator."""
         self.until(lambda: not self.of(operator)["pending"])
 
     def of(self, operator: str) -> dict[str, Any]:
-        """What the API says of an operator."""
+        """The entry of an operator in the API's list."""
         found: list[dict[str, Any]] = self.call("GET", "v1/operators")["items"]
         return next(one for one in found if one["operator"] == operator)
 
     def check(self, name: str) -> dict[str, Any]:
-        """A check of the health."""
+        """One check of `/health`."""
         _, health = self.status_of("GET", "health")
         found: dict[str, Any] = health["checks"][name][0]
         return found
 
 
 class Peer:
-    """An operator, as `lmdaemon simulate operator` plays it."""
+    """An operator, played by `lmdaemon simulate operator`."""
 
     def __init__(self, directory: Path, script: str, *, tls: bool) -> None:
         directory.mkdir()
@@ -222,13 +223,13 @@ class Peer:
 
     @property
     def notices(self) -> int:
-        """How many have come to an operator without TLS."""
+        """How many notices an operator without TLS has received."""
         with urllib.request.urlopen(self.url.removesuffix("V4/SessionExpired"), timeout=60) as answer:
             found: int = json.loads(answer.read())["counts"]["notices"]
         return found
 
     def stop(self) -> None:
-        """Nobody listens at its address any more."""
+        """Stops the operator, so that nobody listens at its address."""
         if self._popen is not None:
             self._popen.kill()
             self._popen.wait()
@@ -237,6 +238,6 @@ class Peer:
 
 @contextmanager
 def scene() -> Iterator[Scene]:
-    """A scene whose processes end, and whose files go, with it."""
+    """A scene. At its end, its processes are ended and its files deleted."""
     with tempfile.TemporaryDirectory(prefix="lmdaemon-night-") as directory, ExitStack() as stack:
         yield Scene(Path(directory), stack)

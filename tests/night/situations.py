@@ -1,6 +1,7 @@
-"""The fifteen situations of a night on call: how each comes about, what is heard of it, and what to ask then.
+"""The fifteen situations of a night on call: how each is brought about, what the person on call hears, and which
+commands to use.
 
-Each is played on a scene by real processes. docs/operating.md has the same questions with their commands.
+Each is played by real processes in a scene. docs/operating.md has the same situations with their commands.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ HOUR_S, DAY_S = 3600, 86_400
 
 
 class Situation(NamedTuple):
-    """What is heard, how it is played, and what to ask: command lines, with the {names} that `play` returns."""
+    """What the person on call hears, the function that brings it about, and the command lines to use. The {names} in
+    them are the keys that `play` returns.
+    """
 
     heard: str
     play: Callable[[Scene], dict[str, str]]
@@ -69,7 +72,9 @@ def _code_7(scene: Scene) -> dict[str, str]:
 
 
 def _slow(scene: Scene) -> dict[str, str]:
-    """What waits was left by a run that ended a minute ago, so it has waited for long already."""
+    """The deliveries that wait are from a run that ended a minute ago, so they have waited long enough for a
+    warning.
+    """
     elm = scene.operator("elm", "hang", concurrency=1, timeout="30s")
     scene.start(ago_s=60)
     scene.plays("elm", _sessions(60))
@@ -82,7 +87,7 @@ def _slow(scene: Scene) -> dict[str, str]:
 
 
 def _held(scene: Scene) -> dict[str, str]:
-    """A week ago, in a run whose log nobody has any more."""
+    """The hold was set a week ago, in a run whose log is gone."""
     scene.operator("gum")
     scene.start(ago_s=7 * DAY_S)
     scene.call("POST", "v1/operators/gum/hold", {"note": "they move their database"})
@@ -111,7 +116,7 @@ def _touches_stopped(scene: Scene) -> dict[str, str]:
 
 
 def _cut_off(scene: Scene) -> dict[str, str]:
-    """The game server's heartbeats for s-123 go to another operator."""
+    """The game server sends the heartbeats of s-123 to the wrong operator."""
     scene.settings('[sessions]\nrestart_grace = "0s"\n')
     scene.operator("acme", idle_timeout="2s")
     scene.operator("birch")
@@ -134,7 +139,7 @@ def _disk(scene: Scene) -> dict[str, str]:
     with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while disk_free(disk) > 3 << 19:
             file.write(bytes(1 << 18))
-    scene.opens("acme", ["s-10"])  # it is seen with what is written
+    scene.opens("acme", ["s-10"])  # the disk is looked at when something is written
     scene.until(lambda: scene.check("disk")["status"] == "warn")
     return {}
 
@@ -170,7 +175,7 @@ def _typo(scene: Scene) -> dict[str, str]:
 
 
 def _upgrade(scene: Scene) -> dict[str, str]:
-    """A newer version has run on the file for an hour, and is to be rolled back."""
+    """A newer version has used the file for an hour, and is to be rolled back."""
     scene.operator("acme")
     scene.start()
     scene.opens("acme", ["s-1"])
@@ -209,7 +214,7 @@ def _auditor(scene: Scene) -> dict[str, str]:
 
 
 def _never_or_twice(scene: Scene) -> dict[str, str]:
-    """The first attempt is cut by a kill after the operator has it; the second is answered."""
+    """The daemon is killed after the operator has received the first attempt. The second attempt is answered."""
     acme = scene.operator("acme", "hang", timeout="60s")
     scene.start()
     scene.plays("acme", ["s-9"], "p-77")
@@ -223,7 +228,7 @@ def _never_or_twice(scene: Scene) -> dict[str, str]:
 
 
 def _again(scene: Scene) -> dict[str, str]:
-    """Notices that died three days ago, which nobody wants, and some that died since yesterday 18:00."""
+    """Some notices died three days ago and are not wanted any more. Others died since yesterday, 18:00, and are."""
     acme = scene.operator("acme", "error 120")
     since = datetime.now(UTC).replace(hour=18, minute=0, second=0, microsecond=0) - timedelta(days=1)
     ago_s = (datetime.now(UTC) - since).total_seconds()

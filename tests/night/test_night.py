@@ -1,5 +1,5 @@
-"""A night on call: in each situation, two documented commands say who, what, since when, why, what happens by itself
-and what can be done.
+"""A night on call: in each situation, two documented commands tell who is concerned, what is wrong, since when, why,
+what happens by itself and what can be done.
 """
 
 import os
@@ -20,7 +20,7 @@ TIME = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z"
 
 AT = f"(at {TIME}|now)"
 
-# What the commands must say, in this order, as regular expressions
+# For each situation, regular expressions that the commands' output must match in this order
 SAID: dict[str, list[str]] = {
     "refuses": [
         "operators +warn +broken=acme\n",
@@ -69,7 +69,7 @@ SAID: dict[str, list[str]] = {
         "held until somebody releases it; its deliveries do not age",
         "lmdaemon release gum",
         "\nheld +no\n",
-        "pending +[0-3]\n",  # they go at once
+        "pending +[0-3]\n",  # some may be delivered already
     ],
     "disk": [
         "disk +warn +freeBytes=1.\\d+ MB sizeBytes=16.8 MB\n",
@@ -133,7 +133,7 @@ SAID: dict[str, list[str]] = {
 
 
 def play(played: Scene, name: str) -> list[Asked]:
-    """The answers to what is asked in a situation."""
+    """Plays a situation and runs its commands. Returns their results."""
     try:
         names = SITUATIONS[name].play(played)
     except CannotBePlayedError as error:
@@ -141,7 +141,7 @@ def play(played: Scene, name: str) -> list[Asked]:
     return [played.asks(command.format(**names)) for command in SITUATIONS[name].asks]
 
 
-# -- what comes of it, by itself or by hand
+# -- how a situation ends, by itself or by hand
 
 
 def _released(played: Scene) -> None:
@@ -153,7 +153,7 @@ def _released(played: Scene) -> None:
 
 def _sent_again(played: Scene) -> None:
     played.until_settled("acme")
-    assert played.of("acme")["dead"] == 4  # what died before
+    assert played.of("acme")["dead"] == 4  # the deliveries that died three days ago
 
 
 def _given_room(played: Scene) -> None:
@@ -201,7 +201,7 @@ def documented() -> dict[str, list[str]]:
 
 
 def fits(command: str, pattern: str) -> bool:
-    """Whether a command is the documented one, with something in the places that are in capitals."""
+    """Whether a command equals the documented one; words in capitals stand for any word."""
     words, expected = shlex.split(command), shlex.split(pattern)
     return len(words) >= len(expected) and all(
         one == other or re.fullmatch("[A-Z]+", other) for one, other in zip(words, expected, strict=False)
@@ -217,7 +217,7 @@ def test_the_runbook_has_the_commands_of_each_situation() -> None:
 
 
 def test_make_night_lists_the_situations_and_hands_over_a_shell() -> None:
-    """With commands in place of the shell."""
+    """With commands instead of the shell."""
     words = [sys.executable, str(Path(__file__).parent)]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
     options["env"] = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'helpers'}{os.pathsep}{ROOT}"}

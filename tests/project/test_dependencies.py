@@ -1,8 +1,8 @@
-"""What the daemon relies on inside its libraries, beyond what they document. An upgrade that takes one of these away
-fails here, with the sentence that says what was relied upon and where to look.
+"""Internals of libraries on which the daemon relies beyond their documentation. If an upgrade removes one, a test here
+fails with a sentence that says what the daemon relied on.
 
-RELIED has every private name that a class of ours uses of the class of a library that it extends; the first test finds
-them in the code, so that none is used without its sentence.
+RELIED has a sentence for every private name that a class of lmdaemon uses of the library class that it extends. The
+first test finds these names in the code, so that none is used without a sentence.
 """
 
 import ast
@@ -59,7 +59,7 @@ RELIED = {
     "aiosqlite.Connection._execute": "It runs a function with its arguments on the connection's thread.",
     "prometheus_client.ProcessCollector._boot_time": "It is what reads /proc/stat, which a sandbox may hide.",
 }
-# A name that is imported, and private to its library
+# Private names of libraries that are imported
 IMPORTED = {"aiohttp.web_protocol._ErrInfo": "It stands in a head's place for what is no HTTP, and is answered."}
 
 
@@ -74,7 +74,7 @@ def library_of(thing: Any) -> str:
 
 @functools.cache
 def private_names(cls: type) -> set[str]:
-    """Every name with one underscore before it that a class has, sets or uses in its source."""
+    """Every name with one leading underscore that a class defines, sets or uses in its source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     found |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
@@ -82,13 +82,15 @@ def private_names(cls: type) -> set[str]:
 
 
 def foreign_bases(cls: type) -> list[type]:
-    """The classes of other libraries that it extends, the most basic first."""
+    """The classes of other libraries that a class extends, the most basic class first."""
     bases = [base for base in reversed(cls.__mro__) if base not in (cls, object)]
     return [base for base in bases if library_of(base) not in {"lmdaemon", "msgspec", *sys.stdlib_module_names}]
 
 
 def relied_upon() -> dict[str, type]:
-    """What is used of each library, by its name here; the class that has it."""
+    """The private names that are used of libraries, each as `library.Class.name`, with the class of lmdaemon that uses
+    it.
+    """
     found: dict[str, type] = {}
     for module in modules():
         for cls in vars(module).values():
@@ -105,7 +107,9 @@ def relied_upon() -> dict[str, type]:
 
 
 def test_every_private_name_that_is_relied_upon_has_its_sentence() -> None:
-    """A name that is gone from its library is missing here too: what was relied upon is in its sentence in RELIED."""
+    """A name that its library does not have any more fails here, too; its sentence in RELIED says what it was used
+    for.
+    """
     found = set(relied_upon())
     assert found - RELIED.keys() == set(), "say in RELIED what is relied upon"
     gone = {f"{name}: {RELIED[name]}" for name in RELIED.keys() - found}
@@ -122,7 +126,7 @@ def test_every_private_import_has_its_sentence() -> None:
 
 
 def hold(condition: object, *names: str) -> None:
-    """Fails with the sentences of what was relied upon."""
+    """Fails with the sentences for these names, unless the condition holds."""
     if not condition:
         pytest.fail("\n".join(f"{name}: {(RELIED | IMPORTED)[name]}" for name in names))
 
@@ -131,7 +135,7 @@ def hold(condition: object, *names: str) -> None:
 
 
 class Wire(asyncio.Transport):
-    """A transport that keeps what is written."""
+    """A transport that keeps what is written to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class Wire(asyncio.Transport):
 
 @asynccontextmanager
 async def served(handler: Any) -> AsyncIterator[tuple[Any, Wire]]:
-    """A connection of aiohttp's own, served by this handler, and its transport."""
+    """A connection of aiohttp's own server, served by this handler, and its transport."""
     connection: Any = web.Server(handler)()
     wire = Wire()
     connection.connection_made(wire)
@@ -167,7 +171,7 @@ async def served(handler: Any) -> AsyncIterator[tuple[Any, Wire]]:
 
 
 async def turns() -> None:
-    """Lets everything happen that needs no I/O."""
+    """Runs the event loop long enough for everything that needs no I/O."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -213,7 +217,7 @@ async def test_heads_are_counted_and_kept_as_they_are_parsed() -> None:
 
 
 async def test_the_handler_is_looked_up_for_each_request() -> None:
-    """A handler that takes another's place serves the next request; the timer of an idle connection ends it."""
+    """A replaced handler serves the next request. The timer of an idle connection closes it."""
 
     async def handler(request: web.BaseRequest) -> web.Response:
         raise AssertionError
@@ -245,7 +249,9 @@ async def test_a_request_is_made_of_its_message_by_the_factory() -> None:
 
 
 async def test_what_is_no_http_is_answered_in_its_turn() -> None:
-    """An error put where a head would stand, and the waiting task woken, is answered as a bad request."""
+    """Put where a parsed head would stand, such an error is answered as a bad request once the waiting task is
+    woken.
+    """
 
     async def handler(request: web.BaseRequest) -> web.Response:
         raise AssertionError
@@ -338,7 +344,7 @@ async def test_a_response_has_its_parser_and_what_came_before_it() -> None:
     hold(protocol._connection_lost_called is True, at + "_connection_lost_called")
 
 
-# -- the others
+# -- other libraries
 
 
 async def test_a_function_runs_on_the_thread_of_its_connection() -> None:
@@ -354,7 +360,7 @@ async def test_a_function_runs_on_the_thread_of_its_connection() -> None:
 
 
 def test_the_time_of_boot_is_read_in_one_place() -> None:
-    """With it replaced, nothing is read of /proc/stat, and the other figures of the process are there."""
+    """With that method replaced, /proc/stat is not read, and the other figures of the process are still there."""
 
     class Own(ProcessCollector):
         def _boot_time(self) -> float:

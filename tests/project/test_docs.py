@@ -1,4 +1,4 @@
-"""The documents tell the truth: settings, modules, dialects, limits and version as they are in the code."""
+"""The documents agree with the code in settings, modules, dialects, limits and version."""
 
 import gzip
 import json
@@ -58,12 +58,12 @@ def page(name: str) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of all table rows in a text, heads and rules included."""
+    """The cells of all rows of tables in a text, including the head and the line below it."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
 def settings(table: str) -> dict[str, str]:
-    """Key to default, as the page on the configuration shows them for this table."""
+    """Each key with its default, as the configuration page shows them for this table."""
     section = page("configuration").partition(f"## {table}\n")[2].partition("\n## ")[0]
     return {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section)[2:]}
 
@@ -75,9 +75,10 @@ def test_the_configuration_page_names_every_setting_and_no_other(table: str) -> 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_configuration_page_shows_the_true_defaults(table: str) -> None:
-    """Each key with its default is TOML, and reading it gives what leaving it out gives.
+    """Each key with its default is TOML, and reading it gives the same value as leaving the key out.
 
-    "required" stands where there is no default, and nothing where leaving the key out means "as in another table".
+    Where there is no default, the page says "required". Where leaving the key out means the value of another table, the
+    page's cell is empty.
     """
     findings = Findings()
     tables = Tables(findings)
@@ -98,7 +99,7 @@ def test_the_configuration_page_shows_the_true_defaults(table: str) -> None:
 
 
 def test_the_runbook_of_the_console_is_that_of_the_documents() -> None:
-    """`make runbook` writes it anew."""
+    """`make runbook` renews the console's file."""
     assert json.loads(gzip.decompress(runbook.FILE.read_bytes())) == runbook.entries()
     assert len(runbook.entries()) > 15
 
@@ -152,7 +153,7 @@ def test_the_session_api_page_has_every_problem_with_what_to_do() -> None:
     for code, kind in KINDS.items():
         expected = ", ".join(sorted(statuses.get(code, {str(kind.status)})))
         assert shown[f"`{code}`"] == [expected, kind.meaning, kind.to_do], code
-    assert len(shown) == len(KINDS) + 2  # the head and what is below it
+    assert len(shown) == len(KINDS) + 2  # the table also has a head and a line below it
 
 
 def test_the_limits_page_shows_the_true_limits() -> None:
@@ -213,7 +214,7 @@ def test_architecture_has_a_word_on_every_module() -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors of a document's headings, as GitHub and the site make them."""
+    """The anchors of a document's headings, as GitHub and the documents' site make them."""
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
@@ -229,7 +230,7 @@ def test_links_between_the_documents_lead_somewhere() -> None:
 
 
 def test_the_readme_is_short_and_a_map_of_every_page() -> None:
-    """It is the first five minutes; whatever else there is to say has a page, and the README says on which."""
+    """The README is for the first five minutes. It names the page on which everything else is described."""
     assert len(README.splitlines()) <= 200
     table = README.partition("## The documents")[2].partition("\n## ")[0]
     mapped = [path for cells in rows(table) for path in re.findall(r"^\[[^]]+\]\(docs/([^)#]+)\)", cells[0])]
@@ -237,7 +238,7 @@ def test_the_readme_is_short_and_a_map_of_every_page() -> None:
 
 
 def test_no_change_is_told_twice() -> None:
-    """The list is merged line by line, so that an entry that was moved may come back where it was."""
+    """Merges of the list go line by line, so a bullet that was moved may reappear at its old place."""
     entries = re.findall(r"^- .*?(?=^- |^#|\Z)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE | re.DOTALL)
     told = [" ".join(entry.split()) for entry in entries]
     assert told
@@ -265,7 +266,7 @@ async def test_the_endpoint_of_ones_own_takes_what_the_page_says(tmp_path: Path)
     (tmp_path / "partner.tokens").write_text("agreed-4711\n")
     (tmp_path / "partner.tokens").chmod(0o600)
     config_text = toml[1].replace("0.0.0.0:8080", "127.0.0.1:0") + '[api]\nlisten = "127.0.0.1:0"\n'
-    # The proxy's network is this machine's, here
+    # In this test, the proxy has an address of this machine
     async with serving(tmp_path, config_text.replace("10.0.0.0/8", "127.0.0.0/8")) as daemon:
         for token, address, status, error in (
             ("agreed-4711", "198.51.100.7", 200, 0),

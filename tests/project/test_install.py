@@ -1,6 +1,7 @@
-"""make install and make uninstall, for real, into directories of their own: what lands where, what stays, what goes.
+"""`make install` and `make uninstall`, run for real into directories of their own: which files are put where, what
+stays, what is removed.
 
-What needs a service manager (users, starts, upgrades under load, the Debian package) is in tests/service.
+What needs a service manager (users, starting, upgrades under load, the Debian package) is tested in tests/service.
 """
 
 import os
@@ -16,8 +17,8 @@ import pytest
 from commands import Running, configure, environment
 
 ROOT = Path(__file__).parents[2]
-PYTHON = "/usr/bin/python3"  # what make install takes where nobody names another
-PREFIX = "/srv/lmd"  # not the default: everything has to follow it
+PYTHON = "/usr/bin/python3"  # the default of make install
+PREFIX = "/srv/lmd"  # not the default, so that every path must follow it
 DOC = f"{PREFIX}/share/doc/lmdaemon"
 OLDER = "[server]  # as an older version shipped it\n"
 EDITED = '[server]\nlisten = "127.0.0.1:18080"\n'
@@ -33,7 +34,9 @@ needs_venv = pytest.mark.skipif(not has_venv(PYTHON), reason=f"needs {PYTHON} wi
 
 
 def start(*words: str) -> "subprocess.Popen[str]":
-    """make with these words, told from outside what a shell tells it, not what the tests' own make and Python set."""
+    """Starts make in the environment of a user's shell, without the variables that the make and Python of the tests
+    have set.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON"))}
     command = ["make", "--no-print-directory", "-C", str(ROOT), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept)
@@ -53,8 +56,8 @@ def write(path: Path, text: str, mode: int = 0o644) -> Path:
 
 
 class Trees:
-    """Two machines' file trees after make install, and what it said: a bare one, and one that has an older version,
-    settings of its own and a plug-in.
+    """The file trees of two machines after `make install`, and its output. `bare` had nothing before; `edited` had an
+    older version, edited settings and a plug-in.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +73,7 @@ class Trees:
         write(modules / "gone/__pycache__/gone.cpython-311.pyc", "")
         older = (gone, write(prefix / "bin/lmdaemon", "an older version's"))
         write(prefix / "installed-files", "".join(f"/{path.relative_to(self.edited)}\n" for path in older))
-        # Side by side, for half of it is waiting
+        # At the same time, because half of the time is waiting
         commands = {tree: start("install", f"DESTDIR={tree}", f"PREFIX={PREFIX}") for tree in (self.bare, self.edited)}
         self.said = {}
         for tree, command in commands.items():
@@ -146,7 +149,7 @@ def test_the_default_is_a_directory_of_its_own_below_opt() -> None:
 def test_settings_and_secrets_can_be_read_by_whom_they_are_for(
     trees: Trees,
 ) -> None:
-    """Settings by root and the service's group, secrets by root, the rest by all."""
+    """The settings can be read by root and the service's group, secrets by root alone, and the rest by everybody."""
 
     def mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
@@ -162,7 +165,9 @@ def test_settings_and_secrets_can_be_read_by_whom_they_are_for(
 
 @needs_venv
 def test_no_file_knows_where_it_was_built(trees: Trees) -> None:
-    """Neither DESTDIR nor the source tree nor a build directory: a package of it is the same wherever it was made."""
+    """No file contains DESTDIR, the path of the sources or a build directory. So a package is the same wherever it is
+    built.
+    """
     for path in files(trees.bare):
         if not path.is_symlink():
             content = path.read_bytes()
@@ -179,7 +184,7 @@ def test_it_is_compiled_and_brings_no_installer(trees: Trees) -> None:
     for source in sources:
         minor = site(trees.bare).parent.name.removeprefix("python").replace(".", "")
         compiled = source.parent / "__pycache__" / f"{source.stem}.cpython-{minor}.pyc"
-        # PEP 552: the time of the source, by which Python decides whether to compile it again
+        # PEP 552: the source's time of change, by which Python decides whether to compile it again
         assert int.from_bytes(compiled.read_bytes()[8:12], "little") == int(source.stat().st_mtime), source
         assert f"{PREFIX}/lib/".encode() in compiled.read_bytes(), "a traceback names the installed file"
 
@@ -196,7 +201,7 @@ def test_what_was_installed_runs_and_reads_its_settings(trees: Trees) -> None:
 
 @needs_venv
 def test_every_module_and_data_file_is_installed(trees: Trees) -> None:
-    """By way of a wheel, which has what pyproject.toml says."""
+    """They are installed through a wheel, whose content pyproject.toml describes."""
 
     def inside_of(directory: Path) -> set[str]:
         found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
@@ -207,7 +212,7 @@ def test_every_module_and_data_file_is_installed(trees: Trees) -> None:
 
 @needs_venv
 def test_a_daemon_of_what_was_installed_alone_opens_a_session(trees: Trees, tmp_path: Path) -> None:
-    """With what lmdaemon requires and nothing of the tests, far from the sources."""
+    """It runs with the libraries that lmdaemon requires, without those of the tests, and away from the sources."""
     assert not (site(trees.bare) / "pytest").exists()
     file = configure(tmp_path)
     command = [trees.bare / PREFIX[1:] / "bin/python", "-I", "-m", "lmdaemon", "--config", file]
@@ -228,10 +233,10 @@ def test_a_daemon_of_what_was_installed_alone_opens_a_session(trees: Trees, tmp_
 
 @needs_venv
 def test_the_services_settings_are_the_shipped_ones_and_a_little_more(trees: Trees) -> None:
-    """Its database, and a grace that suits a service."""
+    """They differ in the path of the database and in a restart grace that suits a service."""
     shipped = tomllib.loads((ROOT / "config.toml").read_text())
     installed = tomllib.loads((trees.bare / "etc/lmdaemon/config.toml").read_text())
-    # In a root shell there is no $STATE_DIRECTORY that a relative path could be looked up in.
+    # A root shell has no $STATE_DIRECTORY, in which a relative path would be looked up.
     assert installed["database"].pop("path") == "/var/lib/lmdaemon/lmdaemon.sqlite3"
     assert installed["sessions"].pop("restart_grace") == "60s"
     del shipped["database"]["path"], shipped["sessions"]["restart_grace"]
@@ -254,7 +259,7 @@ def test_edited_settings_are_kept_and_it_is_said_where_the_new_ones_are(trees: T
 
 @needs_venv
 def test_an_upgrade_removes_what_a_version_no_longer_has(trees: Trees) -> None:
-    """And nothing of the administrator's."""
+    """Nothing that the administrator has added is removed."""
     added = f"/{(site(trees.edited) / 'acme_hooks.py').relative_to(trees.edited)}"
     assert inside(trees.edited) == inside(trees.bare) | {added}
     assert not (site(trees.edited) / "gone").exists()
@@ -274,7 +279,7 @@ def test_an_install_that_fails_leaves_the_one_before_as_it_was(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     done = make("install", f"DESTDIR={tmp_path}/tree", f"PREFIX={PREFIX}")
     assert done.returncode != 0
-    assert "setuptools" in done.stderr  # which pip could not get
+    assert "setuptools" in done.stderr  # pip could not get it
     assert seen() == before
 
 

@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, by packages, one home for each library, names that can be read."""
+"""The architecture as a test: which package may import which, one home for each library, and names that can be read."""
 
 import ast
 import functools
@@ -11,7 +11,8 @@ import lmdaemon
 
 ROOT = Path(lmdaemon.__file__).parent
 TESTS = Path(__file__).parents[1]
-# A room is a package, or a module beside them; `ground` are the modules that everybody may use.
+# What each part may import. A part is a package, or a module beside the packages; `ground` stands for the modules that
+# everybody may use.
 GROUND = {
     *(
         "__init__",
@@ -40,8 +41,9 @@ MAY_IMPORT = {
     "store": {"ground"},
     "store.sqlite": {"ground", "store"},
     "store.postgres": {"ground", "store"},
-    "store.open": {"ground", "config", "store", "store.sqlite", "store.postgres"},  # chooses an engine
-    # The doers: none imports another, and none knows an engine.
+    # The only module that chooses an engine
+    "store.open": {"ground", "config", "store", "store.sqlite", "store.postgres"},
+    # The parts that do the work: none imports another, and none knows an engine.
     "delivery": {"ground", "config", "plugins", "masks", "store"},
     "web": {"ground", "config", "plugins", "masks", "shapes", "store"},
     "alarms": {"ground", "store"},
@@ -73,7 +75,8 @@ MAY_IMPORT = {
     },
     "daemon": {"ground", "config", "plugins", "store", "store.open", "status", "parts"},
     "workbench": {"ground", "config", "masks", "delivery"},
-    "trials": {"ground", "config", "delivery", "workbench"},  # the workbench, only when a trial is asked for
+    # It imports the workbench only when a test notice or a check is asked for
+    "trials": {"ground", "config", "delivery", "workbench"},
     "commands": {
         "ground",
         "config",
@@ -87,7 +90,7 @@ MAY_IMPORT = {
         "daemon",
         "workbench",
     },
-    "commands.backup": {"ground", "config", "commands", "store", "store.sqlite"},  # copies the file
+    "commands.backup": {"ground", "config", "commands", "store", "store.sqlite"},  # it copies SQLite's file
     "__main__": {"commands"},
 }
 HOMES = {
@@ -102,7 +105,7 @@ HOMES = {
 
 
 def module_of(source: Path) -> str:
-    """Its dotted name below lmdaemon: `store.sqlite.file`, `store` for the package itself."""
+    """The module's dotted name below lmdaemon: `store.sqlite.file`, or `store` for the package itself."""
     parts = source.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -111,7 +114,9 @@ SOURCES = {module_of(source): source for source in ROOT.rglob("*.py")}
 
 
 def imported(source: Path) -> set[str]:
-    """Dotted names of everything a module imports, also inside functions; of our own, those of modules."""
+    """The dotted names of everything that a module imports, also inside functions. For lmdaemon itself, these are names
+    of modules.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -123,7 +128,9 @@ def imported(source: Path) -> set[str]:
 
 
 def own_or_whole(name: str) -> str:
-    """`lmdaemon.store.rules.decide` is of the module `lmdaemon.store.rules`."""
+    """The module that a name of lmdaemon is in: `lmdaemon.store.rules` for `lmdaemon.store.rules.decide`. Other names
+    are returned unchanged.
+    """
     if name.partition(".")[0] != "lmdaemon":
         return name
     below = name.partition(".")[2]
@@ -134,36 +141,36 @@ def own_or_whole(name: str) -> str:
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """What each module imports."""
+    """Everything that each module imports."""
     return {module: imported(source) for module, source in SOURCES.items()}
 
 
 def own() -> dict[str, set[str]]:
-    """What each module imports of our own."""
+    """The modules of lmdaemon that each module imports."""
     return {
         module: {name.partition(".")[2] for name in names if name.startswith("lmdaemon.")}
         for module, names in imports().items()
     }
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
     if module in GROUND:
         return "ground"
-    rooms = [room for room in MAY_IMPORT if module == room or module.startswith(f"{room}.")]
-    assert rooms, f"{module} has no room: name it here, and in the picture of docs/architecture.md"
-    return max(rooms, key=len)
+    parts = [part for part in MAY_IMPORT if module == part or module.startswith(f"{part}.")]
+    assert parts, f"{module} is in no part: name it here, and in the picture of docs/architecture.md"
+    return max(parts, key=len)
 
 
-def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
-    assert {room_of(module) for module in SOURCES} == MAY_IMPORT.keys()
+def test_every_module_is_in_a_part_and_every_part_is_there() -> None:
+    assert {part_of(module) for module in SOURCES} == MAY_IMPORT.keys()
 
 
-def test_a_module_imports_from_its_own_room_and_those_its_room_may_import() -> None:
+def test_a_module_imports_from_its_own_part_and_those_its_part_may_import() -> None:
     wrong = {
         f"{module} imports {other}"
         for module, others in own().items()
         for other in others
-        if room_of(other) != room_of(module) and room_of(other) not in MAY_IMPORT[room_of(module)]
+        if part_of(other) != part_of(module) and part_of(other) not in MAY_IMPORT[part_of(module)]
     }
     assert wrong == set()
 
@@ -184,7 +191,7 @@ def test_each_library_has_one_home() -> None:
 
 
 def test_names_of_tests_are_under_70_characters() -> None:
-    """What a name has no room for stands in the test's docstring."""
+    """A longer explanation belongs into the test's docstring."""
     sources = list(TESTS.rglob("test_*.py"))
     functions = [node for source in sources for node in ast.walk(ast.parse(source.read_text())) if is_test(node)]
     assert len(functions) > 1000
@@ -196,7 +203,7 @@ def is_test(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def test_the_tests_that_the_reliability_page_names_are_there() -> None:
-    """Each fault names a file below `tests`, and may name a class or how a test begins."""
+    """Each row about a fault names a file below `tests`, and may name a class or the beginning of a test's name."""
     page = (TESTS.parent / "docs" / "reliability.md").read_text()
     named = re.findall(r"`([\w/]+\.py)(?:::(\w+)…?)?`", page)
     assert len(named) > 30

@@ -1,4 +1,4 @@
-"""Alert rules and dashboard fit what the daemon really exports; each alert fires when it should, and only then."""
+"""Alert rules and dashboard use only what the daemon really exports. Each alert fires when it should, and only then."""
 
 import asyncio
 import json
@@ -49,8 +49,8 @@ def promtool(*words: str, text: str | None = None) -> str:
 
 
 async def live(daemon: Serving, silent: asyncio.Event) -> None:
-    """A bit of everything that has a metric with labels: an expiry, a touch, a notice, errors, something pending. The
-    public side speaks TLS.
+    """Causes something for each metric with labels: an expiry, a touch, a notice, errors, a pending delivery. The
+    public listener uses TLS.
     """
     public = daemon.server.replace("http:", "https:")
     session = f"{daemon.api}/v1/operators/acme/sessions/s-1"
@@ -69,7 +69,7 @@ async def live(daemon: Serving, silent: asyncio.Event) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a daemon exports that has done everything."""
+    """The metrics of a daemon that has done everything there are metrics for."""
 
     async def run() -> str:
         silent = asyncio.Event()
@@ -94,7 +94,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def series(exported: str) -> dict[str, set[str]]:
-    """The labels of every series' name."""
+    """The labels of each series, by its name."""
     found: dict[str, set[str]] = {}
     for line in exported.splitlines():
         if not line.startswith("#"):
@@ -108,7 +108,7 @@ def test_every_metric_that_is_declared_has_a_series(exported: str, series: dict[
     assert len(declared) > 40
     for name, kind in declared:
         assert (f"{name}_bucket" if kind == "histogram" else name) in series, name
-    assert not [name for name in series if name.endswith("_created")]  # each would be a second series
+    assert not [name for name in series if name.endswith("_created")]  # each would add a second series
 
 
 @needs_promtool
@@ -123,12 +123,12 @@ def test_the_alert_rules_are_valid() -> None:
 
 @needs_promtool
 def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
-    """Looked at once a minute; by CI as often as Prometheus does."""
+    """The rules are evaluated once a minute, and in CI as often as Prometheus does."""
     promtool("test", "rules", str(CASES if DEEP else looked_at_every("1m", tmp_path, ALERTS)))
 
 
 def looked_at_every(interval: str, directory: Path, alerts: Path) -> Path:
-    """The cases for these alerts, evaluated so often."""
+    """A copy of the cases for this file of alerts, evaluated at this interval."""
     cases = CASES.read_text().replace("../../docs/monitoring/alerts.yml", str(alerts))
     (directory / "cases.yml").write_text(cases.replace("evaluation_interval: 15s", f"evaluation_interval: {interval}"))
     return directory / "cases.yml"
@@ -154,7 +154,7 @@ def test_each_alert_has_a_case_that_fires_and_one_that_must_not() -> None:
 def test_an_alert_that_never_fires_would_be_noticed(tmp_path: Path) -> None:
     dead = [rule | {"expr": f"({rule['expr']}) > +Inf"} for rule in RULES]
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump({"groups": [{"name": "dead", "rules": dead}]}))
-    # What never fires need not be looked at often
+    # These rules never fire, so evaluating them seldom is enough
     with pytest.raises(AssertionError) as failed:
         promtool("test", "rules", str(looked_at_every("10m", tmp_path, tmp_path / "alerts.yml")))
     assert {rule["alert"] for rule in RULES if rule["alert"] in str(failed.value)} == {rule["alert"] for rule in RULES}
@@ -169,11 +169,11 @@ def test_each_alert_says_how_urgent_it_is_and_where_its_entry_is() -> None:
         assert rule["alert"] in headings
 
 
-# -- names and labels of what is asked for
+# -- names and labels in the queries
 
 
 def dashboard_queries() -> Iterator[tuple[str, str]]:
-    """Every query of the dashboard with its legend."""
+    """Every query of the dashboard, with its legend."""
     dashboard = json.loads(DASHBOARD.read_text())
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):

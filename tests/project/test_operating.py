@@ -1,4 +1,4 @@
-"""The runbook has an entry for whatever may call somebody, and for nothing else."""
+"""The runbook has an entry for each alert, health check and log event that may call a person, and for nothing else."""
 
 import ast
 import functools
@@ -19,13 +19,14 @@ from lmdaemon.log import LIMITS
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "docs" / "operating.md").read_text()
 ALERTS = yaml.safe_load((ROOT / "docs" / "monitoring" / "alerts.yml").read_text())
-CALLING = {"warning": "warning", "error": "error", "exception": "error"}  # by method, the level of what calls somebody
+# By method of Log, the level of a line that may call a person
+CALLING = {"warning": "warning", "error": "error", "exception": "error"}
 LEVELS = {"info": "info"} | CALLING
-LOGS = {"log", "events"}  # what a module calls its Log
+LOGS = {"log", "events"}  # the variables that hold a module's Log
 
 
 def section(title: str) -> dict[str, str]:
-    """The entries of a section by heading."""
+    """The entries of a section, by their headings."""
     body = re.split(r"^## ", RUNBOOK.partition(f"\n## {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     parts = re.split(r"^### (.*)\n", body, flags=re.MULTILINE)[1:]
     assert len(set(parts[::2])) == len(parts[::2])
@@ -34,7 +35,7 @@ def section(title: str) -> dict[str, str]:
 
 @functools.cache
 def trees() -> dict[str, ast.Module]:
-    """Every module of lmdaemon by its path."""
+    """The syntax tree of every module of lmdaemon, by its path."""
     return {str(path): ast.parse(path.read_text()) for path in sorted(Path(lmdaemon.__file__).parent.rglob("*.py"))}
 
 
@@ -54,7 +55,7 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
 def test_every_event_has_its_name_written_out() -> None:
     for module, call, _ in calls():
         event = call.args[0]
-        if isinstance(event, ast.Name):  # one of two names, chosen on the line above
+        if isinstance(event, ast.Name):  # one of two names; the line above chooses it
             continue
         assert isinstance(event, ast.Constant), f"{module}:{call.lineno}"
         assert re.fullmatch(r"[a-z]+\.[a-z_0-9]+", event.value), f"{module}:{call.lineno}: {event.value}"
@@ -82,7 +83,9 @@ def test_each_event_from_info_upwards_has_an_entry_with_its_level() -> None:
 
 
 def facts_of(module: str, call: ast.Call) -> set[str]:
-    """Names of the facts that a call logs; those in a dictionary are looked up where it is made."""
+    """The names of the facts that a call logs. For a dictionary of facts, they are the keys that its function puts into
+    it.
+    """
     tree = trees()[module]
     inside = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and call.lineno in lines_of(node)]
     found: set[str] = set()
@@ -91,7 +94,7 @@ def facts_of(module: str, call: ast.Call) -> set[str]:
             found.add(keyword.arg)
             continue
         assert isinstance(keyword.value, ast.Name), f"{module}:{call.lineno}: give the dictionary a name"
-        # The innermost function first; a parameter is a dictionary that another function of the module has made.
+        # Innermost function first. If the dictionary is a parameter, another function of the module has made it.
         for scope in [*reversed(inside), tree]:
             if names := keys_put_into(keyword.value.id, scope):
                 found |= names
@@ -104,7 +107,7 @@ def lines_of(node: ast.stmt) -> range:
 
 
 def keys_put_into(name: str, scope: ast.AST) -> set[str]:
-    """The keys of the dictionary of this name, by what is assigned to it and its items."""
+    """The keys of the dictionary of this name, found from what is assigned to it and to its items."""
     keys: set[str] = set()
     for node in ast.walk(scope):
         if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -119,7 +122,7 @@ def keys_put_into(name: str, scope: ast.AST) -> set[str]:
 
 
 def names_of(module: str, call: ast.Call) -> list[str]:
-    """The event that a call logs, or both where a line above chooses between two."""
+    """The event that a call logs, or both events if a line above chooses between two."""
     if isinstance(call.args[0], ast.Constant):
         return [call.args[0].value]
     chosen = ast.unparse(call.args[0])
@@ -136,7 +139,9 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def facts_by_event() -> dict[str, list[set[str]]]:
-    """The facts of each call that logs an event, by event. At level debug nothing is limited and nobody is called."""
+    """For each event, the names of the facts of each call that logs it. Lines of level debug are left out: they are not
+    limited and call nobody.
+    """
     found: dict[str, list[set[str]]] = {}
     for module, call, method in calls():
         if method != "debug":
@@ -146,7 +151,7 @@ def facts_by_event() -> dict[str, list[set[str]]]:
 
 
 def test_each_limit_is_of_an_event_and_of_facts_that_it_has() -> None:
-    """Lines that are told apart by a fact that they do not have are all of one kind, and hide one another."""
+    """If a limit told lines apart by a fact that they do not have, all of them would count as repeats of one line."""
     events = facts_by_event()
     wrong = {event: "nowhere logged" for event in LIMITS if event not in events}
     wrong |= {
@@ -169,7 +174,7 @@ def test_the_runbook_looks_at_facts_that_the_event_has() -> None:
             assert named <= facts, event
 
 
-NO_FACTS = {"df", "dmesg", "listen", "timeout"}  # commands to look with, keys of the configuration to look at
+NO_FACTS = {"df", "dmesg", "listen", "timeout"}  # not facts, but commands for looking and keys of the configuration
 
 
 def test_each_alert_has_an_entry() -> None:

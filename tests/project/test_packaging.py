@@ -1,4 +1,4 @@
-"""constraints.txt has everything that is installed to test the daemon."""
+"""constraints.txt pins everything that is installed for the tests of the daemon."""
 
 import os
 import tomllib
@@ -20,7 +20,7 @@ TESTED = (
     "workbench",
     "test",
     "lint",
-)  # extras, beside what lmdaemon always needs
+)  # extras whose requirements are pinned, besides what lmdaemon always needs
 
 
 def pinned() -> dict[str, str]:
@@ -29,7 +29,7 @@ def pinned() -> dict[str, str]:
 
 
 def installed(names: set[str]) -> dict[str, str]:
-    """The distributions that are needed for these, as far as they are installed; their versions."""
+    """The installed distributions that these need, directly or not, with their versions."""
     found: dict[str, str] = {}
     todo = [Requirement(name) for name in names]
     while todo:
@@ -63,6 +63,6 @@ def test_everything_that_is_required_is_pinned_to_a_version_that_fits() -> None:
 
 @pytest.mark.skipif("NEWEST" in os.environ, reason="runs with newer versions, as was asked for")
 def test_what_runs_these_tests_is_what_is_pinned() -> None:
-    """Also what the requirements require: a version that nobody has pinned is one that nobody chose."""
+    """This includes what the requirements themselves require: a version that is not pinned could change at any time."""
     found, pins = installed({str(one) for one in requirements()}), pinned()
     assert {name: pins.get(name) for name in found} == found

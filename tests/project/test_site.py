@@ -1,7 +1,8 @@
-"""The documents as a site: it builds without a warning, loads nothing from elsewhere, a broken link stops the build.
+"""The documents as a site: it builds without a warning, loads nothing from other sites, and a broken link stops the
+build.
 
-`make docs-test` runs these tests. The generator is installed once, as for `make docs`; where it cannot be had, the
-tests are skipped and say so.
+`make docs-test` runs these tests. The generator is installed once, as for `make docs`. If it cannot be installed, the
+tests are skipped with the reason.
 """
 
 import re
@@ -54,7 +55,7 @@ def build(generator: Path, source: Path, site: Path) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def site(generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site of these documents."""
+    """The site made of these documents."""
     site = tmp_path_factory.mktemp("built") / "site"
     done = build(generator, ROOT, site)
     assert done.returncode == 0, done.stderr
@@ -62,7 +63,7 @@ def site(generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Loaded(HTMLParser):
-    """Collects what a browser loads to show a page."""
+    """Collects the URLs that a browser loads to show a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +81,9 @@ def test_every_document_is_a_page_of_the_site(site: Path) -> None:
 
 
 def test_a_page_loads_nothing_from_elsewhere(site: Path) -> None:
-    """Scripts, styles, fonts and pictures are the site's own, so that reading it tells nobody and needs no network."""
+    """Scripts, styles, fonts and pictures are part of the site. So reading it needs no network and is visible to no
+    other site.
+    """
     loaded = 0
     for page in site.rglob("*.html"):
         parser = Loaded()
@@ -93,7 +96,9 @@ def test_a_page_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_links_that_lead_nowhere_stop_the_build(generator: Path, tmp_path: Path) -> None:
-    """A page, an anchor of another page and of its own, a file and a picture that do not exist are each named."""
+    """A page, an anchor of another page, an anchor of the same page, a file and a picture that do not exist are each
+    named.
+    """
     source = tmp_path / "source"
     for name in SOURCES:
         (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""`lmdaemon check`: our own endpoint passes, one that is wrong in one thing fails in that alone, none can hurt it."""
+"""`lmdaemon check`: the daemon's own endpoint passes, an endpoint with one mistake fails in that check alone, and no
+endpoint can harm the command.
+"""
 
 import asyncio
 import json
@@ -207,7 +209,7 @@ def test_only_and_skip_take_ids_and_groups() -> None:
 
 
 async def test_a_run_keeps_its_pace_and_its_bound_of_requests() -> None:
-    """As the endpoint sees them: ten at once are followed by a pause, so that the average holds."""
+    """Measured at the endpoint. Ten requests at once are followed by a pause, so that the average rate is kept."""
     arrived: list[float] = []
 
     class Counting(Endpoint):
@@ -222,7 +224,7 @@ async def test_a_run_keeps_its_pace_and_its_bound_of_requests() -> None:
     assert arrived[-1] - arrived[0] >= (report.requests - RACE) / 40 - 0.1
 
 
-# -- our own endpoint
+# -- the daemon's own endpoint
 
 OWN = """
 [server]
@@ -264,7 +266,7 @@ def secret(file: Path, text: str) -> Path:
 async def test_our_own_endpoint_passes_every_check_in_every_dialect(tmp_path: Path) -> None:
     secret(tmp_path / "token", TOKEN)
     secret(tmp_path / "hash-key", HASH_KEY)
-    patient = QUICK._replace(patience_s=20)  # the endpoint gives a body ten seconds
+    patient = QUICK._replace(patience_s=20)  # longer than the ten seconds that the endpoint waits for a body
     async with serving(tmp_path, OWN) as daemon:
 
         async def one(dialect: str) -> Report:
@@ -342,7 +344,7 @@ async def test_a_certificate_that_fits_no_name_fails_tls_and_skips_the_rest(tmp_
         report = await Runner(operator, limits=QUICK).run()
     assert set(verdicts(report, "fail")) == {"connection.tls", "answer.valid"}
     assert "certificate" in verdicts(report, "fail")["connection.tls"]
-    assert endpoint.seen == 0 or not endpoint.bodies  # no token went to whoever could not prove its name
+    assert endpoint.seen == 0 or not endpoint.bodies  # no token was sent to a server that could not prove its name
 
 
 # -- hostile targets
@@ -403,7 +405,7 @@ async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 async def closes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """After what came first, with a FIN."""
+    """Closes with a FIN after what was sent before."""
 
 
 PLAYS = {"says_nothing": says_nothing, "is_no_http": is_no_http, "closes": closes}
@@ -468,7 +470,7 @@ async def test_a_hostile_target_gets_few_requests_and_a_report(play: Play) -> No
         report = await Runner(operator, limits=QUICK).run()
     assert report.counts["fail"] >= 1
     assert not report.is_good
-    assert report.requests <= 5  # an endpoint that takes no notice is asked nothing else
+    assert report.requests <= 5  # an endpoint that refuses valid notices gets no further requests
     assert not [text for text in verdicts(report, "skipped").values() if "itself failed" in text]
     assert len(json.dumps(report.as_json())) < 300_000
 
@@ -493,7 +495,7 @@ async def test_a_target_that_falls_silent_is_left_alone() -> None:
 
 
 async def test_a_repeat_that_fails_otherwise_is_reported_by_its_own_check() -> None:
-    """The plain repeat is refused; ten at once bring the endpoint down, which is another cause."""
+    """The plain repeat is refused. Ten repeats at once crash the endpoint, which is another fault."""
 
     class Fragile(Endpoint):
         under_way = 0
@@ -515,7 +517,7 @@ async def test_a_repeat_that_fails_otherwise_is_reported_by_its_own_check() -> N
     assert skipped == {"idempotence.attempt", "idempotence.rewritten", "idempotence.later"}
 
 
-# -- as a function
+# -- check_operator, for other programs
 
 
 async def test_an_operator_is_checked_as_data_with_progress() -> None:

@@ -1,4 +1,4 @@
-"""The examples of docs/examples that are endpoints, as they are run: they pass `check`."""
+"""The endpoints in docs/examples, run as their users run them, pass `lmdaemon check`."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 @contextmanager
 def process(*words: object, cwd: Path, port: int, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server that serves at this port, ended with all its children."""
+    """A server process on this port. It and all its children are ended with the context."""
     with (cwd / "server.log").open("ab") as log:
         started = subprocess.Popen(
             list(map(str, words)),
@@ -60,7 +60,8 @@ async def test_the_endpoint_in_python_passes_every_check(tmp_path: Path) -> None
     with process(sys.executable, EXAMPLES / "endpoint.py", port, "token", cwd=tmp_path, port=port):
         report = await checked(port)
     assert found(report, "fail") == {}
-    assert set(found(report, "warn")) <= {"strictness.slow-body"}  # which the proxy before it cuts off
+    # Nginx, in front of the endpoint, cuts a slow body off
+    assert set(found(report, "warn")) <= {"strictness.slow-body"}
 
 
 @pytest.mark.skipif(not (shutil.which("php") and shutil.which("nginx")), reason="needs php-cli and nginx")
@@ -84,7 +85,7 @@ async def test_the_endpoint_in_php_behind_nginx_passes_every_check(tmp_path: Pat
 
 
 def test_the_endpoints_stay_short() -> None:
-    """About forty lines: empty ones, comments and lone braces are not counted."""
+    """About forty lines. Empty lines, comments and single braces do not count."""
     for name in ("endpoint.py", "endpoint.php"):
         lines = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
         code = [line for line in lines if line.strip("{}") and not line.startswith(("//", "#", '"""', "<?php"))]
@@ -92,7 +93,9 @@ def test_the_endpoints_stay_short() -> None:
 
 
 def demonstration(directory: Path, **sizes: str) -> "subprocess.Popen[str]":
-    """Begins it, in a process group of its own and without a limit on how late a busy machine may be."""
+    """Starts the demonstration in a process group of its own, without a limit of lateness that a busy machine could
+    miss.
+    """
     server, api, operator = map(str, free_ports(3))
     return subprocess.Popen(
         ["sh", EXAMPLES / "demo.sh"],
@@ -131,7 +134,7 @@ def test_the_demonstration_ends_at_ctrl_c_with_what_was_seen(tmp_path: Path) -> 
     assert demo.returncode == 1
     assert "Verdict, of what was seen so far: every promise was kept" in said
     assert said.endswith("Verdict: as expected\n")
-    with pytest.raises(ProcessLookupError):  # nobody of it is left
+    with pytest.raises(ProcessLookupError):  # no process of the demonstration is left
         os.killpg(demo.pid, 0)
 
 

@@ -1,4 +1,4 @@
-"""What came back, in an integrator's words; and that the daemon knows nothing of the workbench."""
+"""What was answered, in an integrator's words. And the daemon does not import the workbench."""
 
 import subprocess
 import sys

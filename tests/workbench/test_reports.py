@@ -1,4 +1,4 @@
-"""Reports for other programs and for tickets: valid, complete, and harmless whatever was answered."""
+"""Reports for other programs and for tickets: valid, complete, and harmless whatever the endpoint answered."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +16,7 @@ NASTY = "</pre><script>alert(1)</script>]]>&\x00\x1b[2J\ud800"
 
 
 class Nasty(Endpoint):
-    """Refuses a GET with a page that would run in a report, and hides control characters in a body."""
+    """Answers a GET with a page that would run in an HTML report, and puts control characters into a body."""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if request.method == "GET":
@@ -30,7 +30,7 @@ async def report_of(endpoint: Endpoint) -> Report:
 
 
 async def test_the_junit_file_is_valid_and_counts_every_check_once() -> None:
-    import xmlschema  # a second that no other test needs
+    import xmlschema  # imported here, because it takes a second and no other test needs it
 
     report = await report_of(Nasty())
     text = reports.junit(report)

@@ -1,4 +1,6 @@
-"""The language of a simulated operator: text and TOML mean the same, chance can be had again, errors tell the place."""
+"""The script of a simulated operator: text and TOML mean the same, random answers can be repeated, and errors name
+their place.
+"""
 
 import re
 from pathlib import Path

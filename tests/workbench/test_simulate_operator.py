@@ -1,4 +1,6 @@
-"""The simulated operator before a real daemon and a real sender: it does what the script says, and judges rightly."""
+"""The simulated operator with a real daemon and a real sender: it does what its script says, and judges the sender
+correctly.
+"""
 
 import asyncio
 import json
@@ -35,7 +37,7 @@ from lmdaemon.workbench.stage import Stage
 
 @dataclass
 class Played:
-    """A stage that serves, and a clock for it that is moved by hand."""
+    """A running stage, and a clock for it that the test moves."""
 
     stage: Stage
     journal: Journal
@@ -65,7 +67,7 @@ async def playing(
 
 
 async def attempt(operator: Operator, webhook_id: str, body: bytes, sender: Sender | None = None) -> str:
-    """One attempt as the daemon makes it: the verdict, and the word for a failure."""
+    """Makes one attempt as the daemon does. Returns the verdict and the cause of a failure."""
     own = sender or Sender(Clock())
     try:
         status, headers, answer, complete = await own.post(operator, webhook_id, body)
@@ -145,7 +147,7 @@ async def test_what_a_sender_must_never_do_is_told_with_evidence() -> None:
         notices = Notices(right, run="t")
         first, other = notices.fields(), notices.fields()
         await attempt(right, "msg_1", notices.body(first))
-        played.now_s += 3  # the schedule says 5 s, 20 % of it either way
+        played.now_s += 3  # the schedule says 5 s ±20 %
         await attempt(right, "msg_1", notices.body(first))
         assert played.journal.tally["too_soon"] == 1
         played.now_s += 100
@@ -218,7 +220,9 @@ async def test_sessions_that_were_never_taken_are_named_at_the_end() -> None:
 
 
 async def test_the_daemon_does_nothing_that_a_simulated_operator_finds_wrong(tmp_path: Path) -> None:
-    """Thirty sessions, an operator that fails in many ways, and every end arrives once, in time, with its bytes."""
+    """Thirty sessions and an operator that fails in many ways. Every end arrives once, in time, and always with the
+    same bytes.
+    """
     (tmp_path / "signing").write_text(SIGNING_SECRET)
     (tmp_path / "signing").chmod(0o600)
     script = "20%: reset; 20%: status 503; 10%: error 100; 10%: html; 5%: truncate 9; session s-7, attempt 1: garbage"

@@ -1,4 +1,4 @@
-"""The simulated provider: a daemon and an endpoint that are right pass, and each broken promise is found."""
+"""The simulated provider: a correct daemon and a correct endpoint pass, and each broken promise is found."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ class Liar:
     async def __call__(self, method: str, *path: str, body: Any = None) -> tuple[int, Any]:
         await asyncio.sleep(0)
         session, verb = path[4], path[-1]
-        now = datetime.now(UTC) + timedelta(hours=1)  # whose clock differs from ours
+        now = datetime.now(UTC) + timedelta(hours=1)  # the daemon's clock differs from the provider's
         if method == "PUT":
             if self.fault == "failed":
                 return 503, None
@@ -152,7 +152,7 @@ async def test_an_interrupted_game_still_has_a_report() -> None:
     assert (await task)["counts"]["interrupted"] == 1
 
 
-# -- against an endpoint
+# -- playing a provider against an endpoint
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,9 @@ async def test_the_command_plays_game_servers_against_the_running_daemon(tmp_pat
 
 
 async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: Path) -> None:
-    """Two kills while players play, under an operator that fails often: nothing is early, lost or doubled."""
+    """The daemon is killed twice while the players play, and its operator fails often. No end is early, lost or
+    doubled.
+    """
     async with simulated_operator("20%: error 100; 10%: reset; 5%: truncate 9", seed=5) as peer:
         toml = '[sessions]\nrestart_grace = "500ms"\n'
         toml += operator_table("acme", peer.url, schedule=["100ms"] * 40, concurrency=8)

@@ -1,4 +1,4 @@
-"""The files of docs/vectors hold for the real code, and for libraries that are not ours."""
+"""The files in docs/vectors agree with the daemon's code and with independent libraries."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def read(name: str) -> Any:
 
 
 async def answered(tmp_path: Path, document: Any, entries: list[Any]) -> list[dict[str, int]]:
-    """What a whole daemon with an operator for each dialect answers to each."""
+    """What a whole daemon with an operator for each dialect answers to each request."""
     for name in ("token", "hashKey"):
         (tmp_path / name).write_text(document[name])
         (tmp_path / name).chmod(0o600)
@@ -46,7 +46,9 @@ async def answered(tmp_path: Path, document: Any, entries: list[Any]) -> list[di
 
 @pytest.mark.parametrize("name", ["notices", "refusals"])
 async def test_a_daemon_answers_every_request_as_the_file_says(tmp_path: Path, name: str) -> None:
-    """A session with another player is another matter: each player's bodies go to a daemon of their own."""
+    """One daemon would refuse a notice for a session of another player. So each player's requests go to a daemon of
+    their own.
+    """
     document = read(name)
     seen = 0
     for number, player in enumerate({entry.get("playerId") for entry in document[name]}):

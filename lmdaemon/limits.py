@@ -1,6 +1,38 @@
-"""Limits of the listeners and of event streams that are no settings: numbers, bytes, and spans in seconds."""
+"""Limits of the store, the listeners and event streams that are no settings: numbers, bytes, and spans in seconds."""
 
 from typing import NamedTuple
+
+from lmdaemon.clock import STALL_S
+
+
+class StoreLimits(NamedTuple):
+    """What one store is opened with; tests give it others."""
+
+    # The writer's queue
+    queue_max: int = 20_000  # most operations that wait; more are refused with a StoreError
+    queue_rows: int = 200_000  # most rows that waiting operations name in all; bounds the memory of the queue
+    # A transaction that takes longer stops the service clock, because no touch can be acknowledged meanwhile
+    hung_s: float = STALL_S
+
+    # Reads
+    reads_max: int = 1000  # most reads by the daemon itself that may wait for their turn
+    looks_max: int = 100  # most reads for people that may wait for their turn
+    look_s: float = 2.0  # the longest time that a read for people may take, its wait included
+
+    # Dead deliveries that are counted, discarded or made due again
+    dead_max: int = 100_000  # by one call
+    dead_rows: int = 500  # by one operation
+
+    # The SQLite file
+    busy_timeout_s: float = 2.0  # how long to wait for a lock of another program, such as an administrator's shell
+    checkpoint_s: float = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
+    wal_max: int = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
+    idle_s: float = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
+
+    @property
+    def large_wal(self) -> int:
+        """Bytes; a larger WAL means that a long read transaction keeps it from starting over."""
+        return 2 * self.wal_max
 
 
 class Limits(NamedTuple):
@@ -24,6 +56,8 @@ class Limits(NamedTuple):
     gather_s: float = 0.1  # for which events are gathered, to be sent together
     gathered_max: int = 500  # events that are sent without waiting for more
     figures_every_s: float = 1.0
+
+    store: StoreLimits = StoreLimits()
 
 
 LIMITS = Limits()

@@ -59,7 +59,7 @@ class Parts:
 
         `name` is the daemon's, by which others on the database know it. Raises ConfigError (plug-ins), DatabaseError.
         """
-        self.store: Store = await open_store(settings, self._clock, name)
+        self.store: Store = await open_store(settings, self._clock, name, self._limits.store)
         stack.push_async_callback(self.store.close)
         self._clock = self.store.clock
         self.store.service_clock.freeze("starting")  # plug-ins may take long to start, and no touch arrives meanwhile

@@ -12,9 +12,6 @@ import msgspec
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.model import Delivery, DeliveryState, Gate, Member, Session
 
-READS_MAX = 1000  # most reads of the daemon itself that may wait for their turn
-LOOKS_MAX = 100  # most reads for people that may wait for their turn
-LOOK_S = 2.0  # the longest time that a read for people may take, its wait included
 BATCH_ROWS = 10_000  # most rows that the operations of one batch name in all
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text; bounds an answer, and the memory that slow clients take
 AGING_ROWS = 50  # deliveries of an operator that `Store.aging_shown` looks at

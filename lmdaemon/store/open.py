@@ -9,13 +9,14 @@ from pathlib import Path
 from lmdaemon.clock import Clock
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Postgres, Settings
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import Archive, Moved, Store
 from lmdaemon.store.sqlite.file import COMPANIONS, real_path
 
 __all__ = ["COMPANIONS", "import_file", "migrate", "name_of", "open_archive", "open_store", "real_path"]
 
 
-async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
+async def open_store(settings: Settings, clock: Clock, name: str, limits: StoreLimits) -> Store:
     """Opens the database as the last run left it. Raises DatabaseError, and ConfigError if the database's own settings
     could lose what was acknowledged.
 
@@ -26,7 +27,9 @@ async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
     if asked is None:
         from lmdaemon.store.sqlite.store import Store as SQLiteStore
 
-        return await SQLiteStore.open(settings.database, clock, name=name, count_downtime=settings.count_downtime)
+        return await SQLiteStore.open(
+            settings.database, clock, name=name, count_downtime=settings.count_downtime, limits=limits
+        )
     from lmdaemon.store.postgres.migrations import UnsafeSettingError
     from lmdaemon.store.postgres.store import Store as PostgresStore
 
@@ -39,6 +42,7 @@ async def open_store(settings: Settings, clock: Clock, name: str) -> Store:
             may_migrate=asked.migrate,
             count_downtime=settings.count_downtime,
             restart_grace_ms=int(settings.restart_grace_s * 1000),
+            limits=limits,
         )
     except UnsafeSettingError as error:
         raise ConfigError([f"database.url: {error}"]) from error

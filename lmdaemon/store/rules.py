@@ -48,7 +48,6 @@ from lmdaemon.store.contract import (
 )
 
 PRUNE_ROWS = 500
-RETRY_ROWS = 500
 REVISIT_MS = 3_600_000  # a due session whose operator is not configured is looked at again after this time
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 

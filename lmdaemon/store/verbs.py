@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import StoreLimits
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
     Closing,
@@ -35,10 +36,7 @@ from lmdaemon.store.contract import (
     Touching,
 )
 from lmdaemon.store.projection import Projection
-from lmdaemon.store.rules import RETRY_ROWS
 from lmdaemon.store.writer import Writer
-
-DEAD_MAX = 100_000  # dead deliveries that one call counts, discards or makes due again
 
 
 class DiedRow(NamedTuple):
@@ -60,8 +58,9 @@ class Died(NamedTuple):
 class Verbs(Projection):
     """The verbs, described in `lmdaemon.store.contract`. Nothing is written unless `run` is running."""
 
-    def __init__(self, clock: Clock, name: str) -> None:
+    def __init__(self, clock: Clock, name: str, limits: StoreLimits) -> None:
         super().__init__(clock, name)
+        self._limits = limits
         self._writer: Writer[Any]  # the engine's
 
     @abstractmethod
@@ -72,13 +71,13 @@ class Verbs(Projection):
         """
 
     async def _all_died(self, operator: str, dead: Dead) -> AsyncIterator[list[DiedRow]]:
-        """All dead deliveries that are chosen, DEAD_MAX at most. They are read in steps, so that other operations are
+        """All dead deliveries that are chosen, `dead_max` at most. They are read in steps, so that other operations are
         not delayed.
         """
-        left: int = DEAD_MAX
+        left: int = self._limits.dead_max
         after: tuple[int, int] | None = (dead.since_at, 0)
         while after is not None and left > 0:
-            found = await self._died(operator, dead, after, min(RETRY_ROWS, left))
+            found = await self._died(operator, dead, after, min(self._limits.dead_rows, left))
             yield found.rows
             left -= len(found.rows)
             after = found.after
@@ -132,7 +131,7 @@ class Verbs(Projection):
         return await self._writer.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
-        retried, left = 0, DEAD_MAX if most is None else most
+        retried, left = 0, self._limits.dead_max if most is None else most
         async for rows in self._all_died(operator, dead):
             ids = [row.id for row in rows if row.can_be_sent][:left]
             if ids:

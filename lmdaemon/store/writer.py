@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
-from lmdaemon.clock import STALL_S
+from lmdaemon.limits import StoreLimits
 from lmdaemon.log import Log, place
 from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 
@@ -21,11 +21,7 @@ JOIN_MAX = 50  # a batch of fewer operations lets others join it. Larger ones wo
 # turns of the event loop that a small batch waits for others: clients that were just answered send again, and what they
 # have sent has to be read
 JOIN_TURNS = 4
-QUEUE_MAX = 20_000  # most operations that wait; more are refused with a StoreError
-QUEUE_ROWS = 200_000  # most rows that waiting operations name in all; bounds the memory of the queue
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
-# A transaction that takes longer stops the service clock, because no touch can be acknowledged meanwhile
-HUNG_S = STALL_S
 PROBE_S = 1.0  # between attempts to write during an outage
 
 log = Log("store")
@@ -97,9 +93,10 @@ class Writer(Generic[Work]):
     `refused` counts refused operations by reason; reads that are refused are counted in it as well.
     """
 
-    def __init__(self, owner: Owner[Work], engine: Engine[Work]) -> None:
+    def __init__(self, owner: Owner[Work], engine: Engine[Work], limits: StoreLimits) -> None:
         self._owner = owner
         self._engine = engine
+        self._queue_max, self._queue_rows_max, self._hung_s = limits.queue_max, limits.queue_rows, limits.hung_s
         self._queue: deque[_Queued] = deque()
         self._queued_rows = 0
         self._wake = asyncio.Event()
@@ -130,7 +127,7 @@ class Writer(Generic[Work]):
         if self._closing:
             self.refused["stopping"] += 1
             answer.set_exception(StoreError("the store is closed"))
-        elif len(self._queue) >= QUEUE_MAX or self._queued_rows >= QUEUE_ROWS:
+        elif len(self._queue) >= self._queue_max or self._queued_rows >= self._queue_rows_max:
             self.refused["queue_full"] += 1
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             answer.set_exception(StoreError("too many operations are waiting"))
@@ -208,7 +205,7 @@ class Writer(Generic[Work]):
         await self._engine.check()  # on the event loop, which has the interpreter's lock already
         work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = time.monotonic()
-        hung = loop.call_later(HUNG_S, self._look_if_hung, self.writing_since)
+        hung = loop.call_later(self._hung_s, self._look_if_hung, self.writing_since)
         try:
             results = await self._engine.commit(work)
             self._owner.measured(len(batch), time.monotonic() - self.writing_since)
@@ -253,7 +250,7 @@ class Writer(Generic[Work]):
         if self.writing_since != since:
             return
         if self._is_available:
-            log.error("store.hanging", waited_s=HUNG_S, waiting=len(self._queue), database=self._engine.database)
+            log.error("store.hanging", waited_s=self._hung_s, waiting=len(self._queue), database=self._engine.database)
         self._set_available(False)
 
     def _failed(self, batch: list[_Queued], error: Exception) -> None:

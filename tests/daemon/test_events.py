@@ -10,8 +10,8 @@ from clocks import HandClock
 from processes import FORKED, process, wait_for
 from support import LISTEN, Event, Serving, bench, hear, operator_table, scripted_operator, serving
 
+from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.retry import BREAKER_OPENS_AT
-from lmdaemon.store import writer
 from lmdaemon.store.contract import StoreError
 
 OPERATORS = """
@@ -84,14 +84,10 @@ async def test_a_call_without_a_token_is_told_without_what_it_tried(tmp_path: Pa
     assert "gu-3ss" not in str(told.facts)
 
 
-async def test_what_is_refused_for_want_of_room_is_told(
-    tmp_path: Path, settings: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with serving(tmp_path, settings) as d:
+async def test_what_is_refused_for_want_of_room_is_told(tmp_path: Path, settings: str) -> None:
+    async with serving(tmp_path, settings, limits=Limits(store=StoreLimits(queue_max=0))) as d:
         with hear() as events:
-            monkeypatch.setattr(writer, "QUEUE_MAX", 0)
             assert await notify(d, V4_01) == 503
-            monkeypatch.setattr(writer, "QUEUE_MAX", 20_000)
             d.sites["server"].most = 0
             host, port = d.server.removeprefix("http://").split(":")
 

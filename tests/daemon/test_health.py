@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import resource
 import sqlite3
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import aiohttp
 import pytest
 from clocks import HandClock
 from documented import complaints
+from faults import no_room
 from support import LISTEN, Commits, Serving, hear, load, open_store, serving, until
 
 from lmdaemon import health, retry
@@ -21,11 +20,10 @@ from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import TICK_S
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
+from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.model import Gate, Member
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import NewDelivery, Opening, StoreError
-from lmdaemon.store.sqlite import thread
-from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.version import __version__
 
@@ -89,6 +87,15 @@ def locked(path: Path) -> Iterator[None]:
     """Another process holds a lock on the database, as an administrator's sqlite3 might."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Somebody else is in the middle of a query."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM session").fetchall()
         yield
 
 
@@ -195,9 +202,8 @@ async def test_daemons_that_cannot_be_asked_for_are_a_warning(checked: Health, m
 # -- the store
 
 
-async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.05)
-    async with serving(tmp_path, CONFIG) as daemon:
+async def test_a_store_that_cannot_write_fails_until_it_can(tmp_path: Path) -> None:
+    async with serving(tmp_path, CONFIG, limits=Limits(store=StoreLimits(busy_timeout_s=0.05))) as daemon:
 
         async def failing() -> bool:
             return (await get(daemon, daemon.server))[0] == 503
@@ -229,17 +235,6 @@ async def check_refusals(daemon: Serving) -> None:
         assert answer.status == 503
         assert int(answer.headers["Retry-After"]) > 0
         assert (await answer.json())["error"] == 100
-
-
-@contextlib.contextmanager
-def no_room(path: Path) -> Iterator[None]:
-    """A disk that is full: no file of this process may grow beyond the present size of the write-ahead log."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 async def test_a_disk_without_room_fails_and_is_no_reason_to_be_restarted(
@@ -480,20 +475,17 @@ async def test_a_writer_that_hangs_is_told_and_asked_no_more_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "ANSWER_WITHIN_S", 0.2)
-    hold = threading.Event()
-
-    async with serving(tmp_path, CONFIG) as daemon:
+    limits = Limits(store=StoreLimits(busy_timeout_s=60))
+    async with serving(tmp_path, CONFIG, limits=limits) as daemon:
         store = daemon.store
-        monkeypatch.setattr(disk.Disk, "_start_wal_over", lambda *arguments: hold.wait(20))
-        monkeypatch.setattr(disk, "WAL_MAX", -1)
-        writing = asyncio.ensure_future(store.probe())
-        await until(lambda: store.writing_since)
-        for _ in range(3):
-            status, report = await get(daemon, daemon.api)
-            assert (status, report["checks"]["store"][0]["status"]) == (503, "fail")
-        assert report["checks"]["store"][0]["waiting"] <= 2
-        assert await metric(daemon, "lmdaemon_store_transaction_seconds") > 0.1
-        hold.set()
+        with locked(tmp_path / "lmdaemon.sqlite3"):
+            writing = asyncio.ensure_future(store.probe())
+            await until(lambda: store.writing_since)
+            for _ in range(3):
+                status, report = await get(daemon, daemon.api)
+                assert (status, report["checks"]["store"][0]["status"]) == (503, "fail")
+            assert report["checks"]["store"][0]["waiting"] <= 2
+            assert await metric(daemon, "lmdaemon_store_transaction_seconds") > 0.1
         await writing
 
         async def passing() -> bool:
@@ -631,11 +623,12 @@ async def test_a_backlog_that_grows_old_is_told(tmp_path: Path, clock: HandClock
         assert await metric(daemon, name) > OLD_BACKLOG_S
 
 
-async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdaemon.store.sqlite.store.LARGE_WAL", 100)
-    async with serving(tmp_path, CONFIG) as daemon:
-        await end_session(daemon.store)
-        await daemon.store.probe()
-        report = (await get(daemon, daemon.api))[1]
-        assert (report["status"], report["checks"]["store"][0]["status"]) == ("warn", "warn")
-        assert await metric(daemon, "lmdaemon_store_wal_bytes") > 100
+async def test_a_wal_that_cannot_start_over_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "lmdaemon.sqlite3"
+    async with serving(tmp_path, CONFIG, limits=Limits(store=StoreLimits(wal_max=50))) as daemon:
+        with reading(path):
+            await end_session(daemon.store)
+            await daemon.store.probe()
+            report = (await get(daemon, daemon.api))[1]
+            assert (report["status"], report["checks"]["store"][0]["status"]) == ("warn", "warn")
+            assert await metric(daemon, "lmdaemon_store_wal_bytes") > 100

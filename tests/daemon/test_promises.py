@@ -38,6 +38,7 @@ from lmdaemon.config.settings import Operator, Settings
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Unreachable
 from lmdaemon.delivery.sinks import sinks_of
+from lmdaemon.limits import StoreLimits
 from lmdaemon.model import Delivery, SessionEnded
 from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.store import rules
@@ -499,7 +500,9 @@ class Promises(RuleBasedStateMachine):
     def begin(self, grace_s: int, *, count: bool) -> None:
         path = self.root / str(self.lives) / "lm.sqlite3"
         self.grace_ms = grace_s * 1000
-        self.db: Store = self.loop.run_until_complete(Store.open(path, self.clock, count_downtime=count))
+        self.db: Store = self.loop.run_until_complete(
+            Store.open(path, self.clock, count_downtime=count, limits=StoreLimits(busy_timeout_s=0))
+        )
         self.peer = Peer(self)
         self.sweeper = Sweeper(self.db, self.clock, grace_s)
         self.dispatcher = Dispatcher(self.db, self.clock, self.peer, Random(self.lives))  # type: ignore[arg-type]
@@ -1003,7 +1006,6 @@ class Promises(RuleBasedStateMachine):
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread.Thread, "run", run_at_once)
-    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.0)
     monkeypatch.setattr(rules, "REVISIT_MS", REVISIT_MS)
 
 

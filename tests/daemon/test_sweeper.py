@@ -11,7 +11,7 @@ from support import Commits, live, open_store, until
 
 from lmdaemon.clock import TICK_S
 from lmdaemon.model import Session
-from lmdaemon.store.contract import Opening, StoreObserver, Touched
+from lmdaemon.store.contract import SWEEP_ROWS, Opening, StoreObserver, Touched
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import QUIET_AFTER_STALL_S, Sweeper
 
@@ -139,11 +139,7 @@ async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
     running.cancel()
 
 
-async def test_everything_due_goes_in_bounded_batches(
-    db: Store, clock: HandClock, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lmdaemon.store.rules.SWEEP_ROWS", 3)
-    monkeypatch.setattr("lmdaemon.sweeper.SWEEP_ROWS", 3)
+async def test_everything_due_goes_in_bounded_batches(db: Store, clock: HandClock, sweeper: Sweeper) -> None:
     ended: list[int] = []
 
     class Ends(StoreObserver):
@@ -151,10 +147,10 @@ async def test_everything_due_goes_in_bounded_batches(
             ended.append(len(sessions))
 
     db.observe(Ends())
-    await asyncio.gather(*(open_session(db, str(number)) for number in range(8)))
+    await asyncio.gather(*(open_session(db, str(number)) for number in range(2 * SWEEP_ROWS + 2)))
     live(clock, db, 10.1)
     await sweeper.once()
-    assert ended == [3, 3, 2]
+    assert ended == [SWEEP_ROWS, SWEEP_ROWS, 2]
 
 
 async def test_nothing_ends_for_inactivity_during_the_restart_grace(db: Store, clock: HandClock) -> None:

@@ -34,8 +34,8 @@ from chance import FULL
 from processes import AS_USERS_DO, Process, wait_for
 
 from lmdaemon.clock import STALL_S
+from lmdaemon.limits import LIMITS
 from lmdaemon.store.sqlite.file import DISK_PAGE_BYTES
-from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S
 
 TOML = """
 [database]
@@ -619,7 +619,13 @@ WAL_MAX = 300_000
 WITH_A_SMALL_WAL = (
     sys.executable,
     "-c",
-    f"import lmdaemon.store.sqlite.writer as d; d.WAL_MAX={WAL_MAX}; from lmdaemon.__main__ import main; exit(main())",
+    f"""
+from functools import partial
+from lmdaemon import daemon
+from lmdaemon.__main__ import main
+from lmdaemon.limits import Limits, StoreLimits
+daemon.Daemon = partial(daemon.Daemon, limits=Limits(store=StoreLimits(wal_max={WAL_MAX})))
+exit(main())""",
 )
 
 
@@ -660,7 +666,7 @@ def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured
                 ledger.must("touch", "player")
             took_s = time.monotonic() - began
             # A busy time-out for every second commit is as slow as a busy machine may be taken to be
-            assert took_s < touches * BUSY_TIMEOUT_S / 2
+            assert took_s < touches * LIMITS.store.busy_timeout_s / 2
 
         def shrunk() -> bool:
             ledger.must("touch", "player")

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 from clocks import HandClock
+from faults import unreachable
 from support import LISTEN, Serving, load, operator_table, scrape, scripted_operator, serving, until
 
 from lmdaemon.delivery.lanes import Lane
+from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.metrics import Metrics, _Process
 from lmdaemon.model import HTTP_SINK, Gate
-from lmdaemon.store import writer
 from lmdaemon.store.contract import Opening, StoreError
-from lmdaemon.store.sqlite import file, reads
-from lmdaemon.store.sqlite import writer as disk
 
 ACME = """
 [operators.acme]
@@ -189,23 +188,21 @@ def test_a_sink_that_leaves_the_file_takes_its_series_along() -> None:
     assert b"plugin:x" not in metrics.text()
 
 
-async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(tmp_path, ACME) as d:
+async def test_refusals_are_counted_by_their_reason(tmp_path: Path) -> None:
+    limits = Limits(store=StoreLimits(queue_max=0, looks_max=0, reads_max=1))
+    async with serving(tmp_path, ACME, limits=limits) as d:
         store = d.store
-        monkeypatch.setattr(writer, "QUEUE_MAX", 0)
+        before = await scrape(d)
         assert await notify(d) == 503
         assert await call(d, "PUT", "/v1/operators/acme/sessions/s", json=SESSION) == 503
-        monkeypatch.setattr(writer, "QUEUE_MAX", 20_000)
-        monkeypatch.setattr(reads, "LOOKS_MAX", 0)
         assert await call(d, "GET", "/v1/operators/acme/sessions/s") == 503
-        monkeypatch.setattr(reads, "READS_MAX", 0)
-        with pytest.raises(StoreError):
-            await store.oldest_pending(["acme"])
-        monkeypatch.setattr(reads, "READS_MAX", 1000)
+        read = [store.oldest_pending(["acme"]) for _ in range(2)]
+        assert [type(result) for result in await asyncio.gather(*read, return_exceptions=True)] == [dict, StoreError]
         with pytest.raises(StoreError):
             await store.db.reads.read(lambda sql: sql.execute("SELECT * FROM nothing"))
         after = await scrape(d)
-    assert after['lmdaemon_store_refused_operations_total{reason="queue_full"}'] == 2
+    queue_full = 'lmdaemon_store_refused_operations_total{reason="queue_full"}'
+    assert after[queue_full] - before[queue_full] == 2
     assert after['lmdaemon_store_refused_operations_total{reason="readers_full"}'] == 2
     assert after['lmdaemon_store_refused_operations_total{reason="reading_failed"}'] == 1
     assert after['lmdaemon_store_refused_operations_total{reason="writing_failed"}'] == 0
@@ -213,15 +210,9 @@ async def test_refusals_are_counted_by_their_reason(tmp_path: Path, monkeypatch:
     assert after['lmdaemon_api_errors_total{status="503"}'] == 2
 
 
-async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(tmp_path: Path) -> None:
     async with serving(tmp_path, ACME) as d:
-        with monkeypatch.context() as patch:
-            patch.setattr(file.Files, "check", full)
+        with unreachable(tmp_path):
             assert await notify(d) == 503
             failing = await scrape(d)
         assert failing["lmdaemon_store_writable"] == 0
@@ -233,12 +224,10 @@ async def test_a_disk_that_refuses_shows_in_the_counters_and_in_the_clock(
         assert works["lmdaemon_store_writable"] == 1
 
 
-async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_batches_and_commits_are_measured_and_the_files_have_their_sizes(tmp_path: Path) -> None:
     # No checkpoint in this test: it would make the file grow between the scrape and the look at its size
-    monkeypatch.setattr(disk, "CHECKPOINT_S", 3600)
-    async with serving(tmp_path, ACME) as d:
+    limits = Limits(store=StoreLimits(checkpoint_s=3600))
+    async with serving(tmp_path, ACME, limits=limits) as d:
         store = d.store
         before = await scrape(d)
         opened = [store.open_session(Opening("acme", f"s{n}", "p", "t", None, 60_000, 0)) for n in range(30)]

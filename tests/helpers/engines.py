@@ -18,6 +18,7 @@ from clocks import HandClock
 from support import open_store
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store.contract import Archive, Store
 from lmdaemon.store.postgres.paces import Paces
 from lmdaemon.store.postgres.store import Store as PostgresStore
@@ -35,7 +36,9 @@ class Engine(ABC):
     """One database, empty at first. Several stores can be opened on it one after the other."""
 
     @abstractmethod
-    def open(self, clock: Clock, *, count_downtime: bool = False) -> AbstractAsyncContextManager[Store]:
+    def open(
+        self, clock: Clock, *, count_downtime: bool = False, limits: StoreLimits = LIMITS.store
+    ) -> AbstractAsyncContextManager[Store]:
         """A store on this database with its writer running, closed in good order at the end."""
 
     @abstractmethod
@@ -70,8 +73,10 @@ class SqliteEngine(Engine):
         self.path = directory / "test.sqlite3"
 
     @contextlib.asynccontextmanager
-    async def open(self, clock: Clock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
-        async with open_store(self.path, clock, count_downtime=count_downtime) as store:
+    async def open(
+        self, clock: Clock, *, count_downtime: bool = False, limits: StoreLimits = LIMITS.store
+    ) -> AsyncIterator[Any]:
+        async with open_store(self.path, clock, count_downtime=count_downtime, limits=limits) as store:
             yield store
 
     def kill(self) -> None:
@@ -151,10 +156,14 @@ class PostgresEngine(Engine):
         return f"postgresql://{found['user']}@{found['host']}:{found['port']}/{found['dbname']}"
 
     @contextlib.asynccontextmanager
-    async def open(self, clock: Clock, *, count_downtime: bool = False, paces: Paces = NEVER) -> AsyncIterator[Any]:
+    async def open(
+        self, clock: Clock, *, count_downtime: bool = False, limits: StoreLimits = LIMITS.store, paces: Paces = NEVER
+    ) -> AsyncIterator[Any]:
         if isinstance(clock, HandClock):
             self.follow(clock)
-        store = await PostgresStore.open(self.url, clock, name=own_name(), count_downtime=count_downtime, paces=paces)
+        store = await PostgresStore.open(
+            self.url, clock, name=own_name(), count_downtime=count_downtime, limits=limits, paces=paces
+        )
         writer = asyncio.create_task(store.run())
         try:
             await store.probe()  # joins

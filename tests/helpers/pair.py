@@ -12,6 +12,7 @@ from clocks import HandClock
 from engines import PostgresEngine
 from support import until
 
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.model import Delivery, Gate
 from lmdaemon.store.contract import (
     Claim,
@@ -35,12 +36,17 @@ class PairEngine(PostgresEngine):
     """A database with two daemons, of which each owns half of the operators."""
 
     @contextlib.asynccontextmanager
-    async def open(self, clock: HandClock, *, count_downtime: bool = False) -> AsyncIterator[Any]:
+    async def open(
+        self, clock: HandClock, *, count_downtime: bool = False, limits: StoreLimits = LIMITS.store
+    ) -> AsyncIterator[Any]:
         with self._connection() as sql:
             sql.execute(f"ALTER TABLE lmdaemon.member ALTER COLUMN id RESTART WITH {FIRST_MEMBER}")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(members, "WATCH_S", 0.01)
-            async with super().open(clock, count_downtime=count_downtime) as one, super().open(clock) as other:
+            async with (
+                super().open(clock, count_downtime=count_downtime, limits=limits) as one,
+                super().open(clock, limits=limits) as other,
+            ):
                 yield Pair(clock, one, other)
 
     async def step_wall(self, clock: HandClock, store: Any, seconds: float) -> None:

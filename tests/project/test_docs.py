@@ -28,9 +28,8 @@ from lmdaemon.config.settings import (
 from lmdaemon.config.tables import Tables
 from lmdaemon.delivery import answers, resolver, sender
 from lmdaemon.limits import LIMITS
-from lmdaemon.store import contract, rules, verbs, writer
-from lmdaemon.store.sqlite import pages, reads, store
-from lmdaemon.store.sqlite import writer as disk
+from lmdaemon.store import contract, rules, writer
+from lmdaemon.store.sqlite import pages
 from lmdaemon.web import bodies, connection, endpoint, handshakes, listener, recent
 from lmdaemon.web import requests as http
 from lmdaemon.web.problems import KINDS
@@ -175,22 +174,22 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"has not arrived whole has {LIMITS.heard_within_s:g} s",
         f"waits {listener.KEEPALIVE_S:g} s for its next request",
         f"{LIMITS.connections_max} to each listener",
-        f"{shapes.PAGE_DEFAULT} rows by default {shapes.PAGE_MAX} or {pages.PAGE_BYTES // 1024**2} MiB at most",
+        f"{shapes.PAGE_DEFAULT} rows by default {shapes.PAGE_MAX} or {contract.PAGE_BYTES // 1024**2} MiB at most",
         f"{pages.PLAYER_ROWS} of a player's sessions are looked at",
         f"a handshake has {handshakes.HANDSHAKE_TIMEOUT_S:g} s and counts as a connection",
         f"orderly end has {handshakes.GOODBYE_TIMEOUT_S:g} s",
         f"1 s to {shapes.IDLE_MAX_S // 86400} days",
-        f"{writer.QUEUE_MAX} then 503; up to {writer.BATCH_MAX} in one transaction",
-        f"{writer.QUEUE_ROWS} then 503; up to {contract.BATCH_ROWS} in one transaction",
-        f"readers waiting for the disk | {reads.READS_MAX} then 503",
-        f"one at a time; {reads.LOOKS_MAX} may wait; {reads.LOOK_S:g} s for each with its wait; then 503",
+        f"{LIMITS.store.queue_max} then 503; up to {writer.BATCH_MAX} in one transaction",
+        f"{LIMITS.store.queue_rows} then 503; up to {contract.BATCH_ROWS} in one transaction",
+        f"readers waiting for the disk | {LIMITS.store.reads_max} then 503",
+        f"one at a time; {LIMITS.store.looks_max} may wait; {LIMITS.store.look_s:g} s for each with its wait; then 503",
         f"| {sender.ANSWER_MAX // 1024} KiB of the body are read of a head of at most {answers.HEAD_MAX // 1024} KiB",
         f"and {answers.HEADERS_MAX} headers; {answers.WIRE_MAX // 1024**2} MiB to carry the body",
         f"(1xx) | {answers.INTERIM_MAX} then",
         f"{resolver.LOOKUPS_MAX} each on a thread of its own",
-        f"ten a second for an operator {verbs.DEAD_MAX} in one call",
-        f"{disk.WAL_MAX // 1024**2} MiB and one transaction",
-        f"warns at {store.LARGE_WAL // 1024**2} MiB",
+        f"ten a second for an operator {LIMITS.store.dead_max} in one call",
+        f"{LIMITS.store.wal_max // 1024**2} MiB and one transaction",
+        f"warns at {LIMITS.store.large_wal // 1024**2} MiB",
         f"{contract.SWEEP_ROWS} sessions in one operation",
         f"the latest {rules.HISTORY_MAX}",
         f"{rules.PRUNE_ROWS} sessions in one operation",

@@ -16,6 +16,7 @@ from operations import BODY
 from pair import PairEngine
 from postgres import NoServerError, server
 
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store.contract import NewDelivery, Store
 from lmdaemon.store.postgres.migrations import migrate
 
@@ -78,9 +79,14 @@ def engine(sqlite_engine: SqliteEngine) -> Engine:
 
 
 @pytest.fixture
-async def db(engine: Engine, clock: HandClock) -> AsyncIterator[Store]:
+def limits() -> StoreLimits:
+    return LIMITS.store
+
+
+@pytest.fixture
+async def db(engine: Engine, clock: HandClock, limits: StoreLimits) -> AsyncIterator[Store]:
     """A store with the operators acme and other. Every end has one delivery, by HTTP."""
-    async with engine.open(clock) as opened:
+    async with engine.open(clock, limits=limits) as opened:
         opened.configure(frozenset({"acme", "other"}), lambda session: [NewDelivery("http", BODY)])
         # Ends nothing; but with several daemons, the store takes both operators by this
         await opened.end_due(idle=True)

@@ -29,8 +29,8 @@ from support import (
     until,
 )
 
-from lmdaemon.store import verbs
-from lmdaemon.store.sqlite import pages, reads
+from lmdaemon.limits import LIMITS, Limits, StoreLimits
+from lmdaemon.store.sqlite import pages
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FINAL = {"error": 120, "description": "no"}
@@ -46,9 +46,17 @@ async def wallet() -> AsyncIterator[ScriptedOperator]:
         yield operator
 
 
+PATIENT = Limits(store=StoreLimits(look_s=60))
+
+
 @pytest.fixture
-async def api(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
-    async with serving(tmp_path, CONFIG.format(url=wallet.url), clock) as daemon:
+def limits() -> Limits:
+    return LIMITS
+
+
+@pytest.fixture
+async def api(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator, limits: Limits) -> AsyncIterator[Caller]:
+    async with serving(tmp_path, CONFIG.format(url=wallet.url), clock, limits) as daemon:
         yield Caller(daemon)
 
 
@@ -612,13 +620,16 @@ async def test_a_filter_that_is_none_answers_400(api: Caller, target: str) -> No
 
 
 @pytest.fixture
-async def delivered_everywhere(tmp_path: Path, clock: HandClock, wallet: ScriptedOperator) -> AsyncIterator[Caller]:
+async def delivered_everywhere(
+    tmp_path: Path, clock: HandClock, wallet: ScriptedOperator, limits: Limits
+) -> AsyncIterator[Caller]:
     """Two operators, each with a URL and a plug-in, and deliveries in every state."""
     second = CONFIG.format(url=wallet.url).replace(
         "[operators.bravo]",
         '[operators.bravo]\nnotify = true\nurl = "' + wallet.url + '"\nallow_private_network = true\nconcurrency = 1',
     )
-    async with serving(tmp_path, second + '[plugins.hook]\nuse = "tests.web.test_api:ignore"\n', clock) as daemon:
+    plugin = '[plugins.hook]\nuse = "tests.web.test_api:ignore"\n'
+    async with serving(tmp_path, second + plugin, clock, limits) as daemon:
         api = Caller(daemon)
         for operator in ("acme", "bravo"):
             for number in range(12):
@@ -702,10 +713,10 @@ def endless(sql: sqlite3.Connection, *_: object) -> None:
     sql.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n").fetchone()
 
 
+@pytest.mark.parametrize("limits", [PATIENT])
 async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
     api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "LOOK_S", 60.0)
     with monkeypatch.context() as slow:
         slow.setattr(pages, "newest_deliveries", endless)
         async with contextlib.AsyncExitStack() as stack:
@@ -723,10 +734,10 @@ async def test_what_people_read_delays_no_delivery_and_ends_when_they_leave(
     assert len((await api("GET", "/v1/deliveries", 200))["items"]) == 1
 
 
+@pytest.mark.parametrize("limits", [Limits(store=StoreLimits(look_s=0.05))])
 async def test_what_people_read_answers_503_when_it_takes_too_long(
     api: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "LOOK_S", 0.05)
     monkeypatch.setattr(pages, "session_page", endless)
     problem = await api("GET", ACME + "/sessions", 503)
     assert problem["detail"] == "reading took longer than 0.05 s"
@@ -881,11 +892,8 @@ async def test_retrying_one_by_one_keeps_to_ten_a_second_too(api: Caller, wallet
     assert due == [100, 200]
 
 
-async def test_one_call_retries_as_many_as_it_may_and_no_more(
-    api: Caller, wallet: ScriptedOperator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verbs, "DEAD_MAX", 5)
-    monkeypatch.setattr(verbs, "RETRY_ROWS", 2)
+@pytest.mark.parametrize("limits", [Limits(store=StoreLimits(dead_max=5, dead_rows=2))])
+async def test_one_call_retries_as_many_as_it_may_and_no_more(api: Caller, wallet: ScriptedOperator) -> None:
     await dead_deliveries(api, wallet, *(f"s{number}" for number in range(6)))
     await api("POST", ACME + "/hold", 200)
     for count in (5, 1, 0):
@@ -907,11 +915,9 @@ async def test_retrying_since_a_time_leaves_what_died_before_it(
         assert await api("POST", ACME + "/deliveries/retry", 202, json={"since": since}) == {"retried": count}
 
 
-async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(
-    delivered_everywhere: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limits", [PATIENT])
+async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(delivered_everywhere: Caller) -> None:
     api = delivered_everywhere
-    monkeypatch.setattr(reads, "LOOK_S", 60.0)
     store = api.daemon.store
     busy = asyncio.ensure_future(store.db.reads.look(endless))
     first = asyncio.ensure_future(api("POST", ACME + "/deliveries/retry", 202))

@@ -37,7 +37,7 @@ from wires import (
     write_secrets,
 )
 
-from lmdaemon.store.sqlite import thread
+from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.web import requests as http
 
 EVERY = pytest.mark.parametrize("name", WIRES)
@@ -50,9 +50,7 @@ def secrets(tmp_path: Path) -> None:
     write_secrets(tmp_path)
 
 
-@pytest.fixture
-def short_busy_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread, "BUSY_TIMEOUT_S", 0.05)
+IMPATIENT = Limits(store=StoreLimits(busy_timeout_s=0.05))
 
 
 def write_lock(directory: Path) -> closing[sqlite3.Connection]:
@@ -218,9 +216,9 @@ class TestDialects:
 
     @EVERY
     async def test_what_cannot_be_stored_is_answered_503_with_the_code_for_retry(
-        self, tmp_path: Path, name: str, short_busy_timeout: None
+        self, tmp_path: Path, name: str
     ) -> None:
-        async with serving(tmp_path, operator(name)) as s:
+        async with serving(tmp_path, operator(name), limits=IMPATIENT) as s:
             with write_lock(tmp_path):
                 answer = await notify(s, WIRES[name])
                 assert (answer.status, answer.error) == (503, WIRES[name].codes["retry"])
@@ -256,9 +254,9 @@ class TestSharedPaths:
     @pytest.mark.parametrize("name", ["v4", "v4.01"])
     @pytest.mark.parametrize("order", [("v4", "v4.01"), ("v4.01", "v4")])
     async def test_a_notice_that_cannot_be_stored_gets_its_own_dialects_code(
-        self, tmp_path: Path, order: tuple[str, str], name: str, short_busy_timeout: None
+        self, tmp_path: Path, order: tuple[str, str], name: str
     ) -> None:
-        async with serving(tmp_path, operator(*order)) as s:
+        async with serving(tmp_path, operator(*order), limits=IMPATIENT) as s:
             with write_lock(tmp_path):
                 answer = await notify(s, WIRES[name])
                 assert (answer.status, answer.error) == (503, WIRES[name].codes["retry"])
@@ -543,10 +541,8 @@ class TestStatuses:
             async with s.client.post(s.server + "/health") as response:
                 assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
-    async def test_the_public_health_fails_while_nothing_can_be_stored(
-        self, tmp_path: Path, short_busy_timeout: None
-    ) -> None:
-        async with serving(tmp_path, operator()) as s:
+    async def test_the_public_health_fails_while_nothing_can_be_stored(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, operator(), limits=IMPATIENT) as s:
             with write_lock(tmp_path):
                 assert (await notify(s)).status == 503
                 async with s.client.get(s.server + "/health") as response:

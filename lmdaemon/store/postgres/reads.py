@@ -8,8 +8,9 @@ from typing import Any
 
 import psycopg
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.log import Log
-from lmdaemon.store.contract import LOOK_S, LOOKS_MAX, READS_MAX, StoreError
+from lmdaemon.store.contract import StoreError
 from lmdaemon.store.postgres.errors import meaning, said
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Result, Thread
 
@@ -22,8 +23,9 @@ log = Log("store")
 class Reads:
     """The two connections for reads. `refused` counts refused reads by reason."""
 
-    def __init__(self, database: Database, refused: dict[str, int]) -> None:
+    def __init__(self, database: Database, refused: dict[str, int], limits: StoreLimits) -> None:
         self._database = database
+        self._limits = limits
         self._refused = refused
         self._reader, self._looker = Thread(database), Thread(database)
         self._turn = asyncio.Lock()
@@ -38,7 +40,7 @@ class Reads:
         """Runs `function(connection, *arguments)` for the daemon itself, on a connection of its own, so that it does
         not wait for reads for people. Raises StoreError.
         """
-        if self._reading >= READS_MAX:
+        if self._reading >= self._limits.reads_max:
             raise self._too_many_readers(self._reading)
         self._reading += 1
         try:
@@ -49,19 +51,19 @@ class Reads:
             self._reading -= 1
 
     async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for LOOK_S at
-        most. If the call is cancelled, the read is ended. Raises StoreError.
+        """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for `look_s`
+        at most. If the call is cancelled, the read is ended. Raises StoreError.
         """
-        if self._looking >= LOOKS_MAX:
+        if self._looking >= self._limits.looks_max:
             raise self._too_many_readers(self._looking)
         self._looking += 1
         try:
-            async with asyncio.timeout(LOOK_S), self._turn:
-                return await self._twice(self._looker, LOOK_S, _in_one_transaction, function, *arguments)
+            async with asyncio.timeout(self._limits.look_s), self._turn:
+                return await self._twice(self._looker, self._limits.look_s, _in_one_transaction, function, *arguments)
         except (TimeoutError, NoAnswerError):
             self._refused["reading_too_slow"] += 1
             log.warning("store.overloaded", reason="reading_too_slow", waiting=self._looking)
-            raise StoreError(f"reading took longer than {LOOK_S:g} s") from None
+            raise StoreError(f"reading took longer than {self._limits.look_s:g} s") from None
         except psycopg.Error as error:
             raise self._reading_failed(error) from error
         finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.model import Member
 from lmdaemon.store.contract import Probe, Pruned, StoreError, Sweep, Swept, Wish
 from lmdaemon.store.postgres import members
@@ -58,11 +59,12 @@ class Shared(Verbs):
         found: Found,
         restart_grace_ms: int,
         paces: Paces,
+        limits: StoreLimits,
     ) -> None:
         """`thread` is the writer's connection, and `found` is what it has read of the tables before this daemon joins.
         If no other daemon is there when it joins, nothing ends for inactivity for `restart_grace_ms`.
         """
-        super().__init__(clock, name)
+        super().__init__(clock, name, limits)
         self.load(found.loaded)
         self._thread = thread
         self.strained: str | None = None
@@ -73,8 +75,8 @@ class Shared(Verbs):
         keeper = Keeper(self, clock, self.membership, foreign, self._signals, restart_grace_ms)
         keeper.load(found)
         self._server = Server(database, thread, keeper)
-        self._writer: Writer[Batch] = Writer(keeper, self._server)
-        self._reads = Reads(database, self._writer.refused)
+        self._writer: Writer[Batch] = Writer(keeper, self._server, limits)
+        self._reads = Reads(database, self._writer.refused, limits)
         self._hints = Hints(database, name, self._reads, self._signals, paces)
         self._beats = Beats(self, self.membership.company, self._writer, self._hints, self._signals, paces)
         self._asking = Asking(self, self._reads, self._signals)

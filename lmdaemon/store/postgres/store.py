@@ -11,6 +11,7 @@ from typing import Self
 import psycopg
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.model import Delivery, Session
 from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Room
 from lmdaemon.store.postgres import members, pages
@@ -88,6 +89,7 @@ class Store(Shared):
         count_downtime: bool = False,
         restart_grace_ms: int = 0,
         paces: Paces = PACES,
+        limits: StoreLimits = LIMITS.store,
     ) -> Self:
         """Connects, brings the schema to the newest version if `may_migrate`, and reads clock, figures and gates as the
         last transaction left them. The daemon joins the others on the database with its first batch. Raises
@@ -120,7 +122,7 @@ class Store(Shared):
         except BaseException:
             thread.close()
             raise
-        store = cls(wall, name, database, thread, found._replace(loaded=loaded), restart_grace_ms, paces)
+        store = cls(wall, name, database, thread, found._replace(loaded=loaded), restart_grace_ms, paces, limits)
         store.engine = MappingProxyType({"postgresql": version})
         store.joined_others = joins_others
         return store

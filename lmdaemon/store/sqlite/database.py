@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 from urllib.parse import quote
 
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store.contract import DatabaseError, Room, StoreError
 from lmdaemon.store.sqlite import file
 from lmdaemon.store.sqlite.reads import Reads
@@ -33,6 +34,7 @@ class Database(Generic[_Work]):
         disk: Disk,
         readers: tuple[Thread, Thread],
         lock: int,
+        limits: StoreLimits,
     ) -> None:
         self._files = files
         # The last connection to be closed copies the WAL into the file and removes it. This one can only read, so while
@@ -40,8 +42,8 @@ class Database(Generic[_Work]):
         self._keeper = keeper
         self.disk = disk
         self._lock = lock
-        self.writer = Writer(owner, disk)
-        self.reads = Reads(*readers, self.writer.refused, disk.database)
+        self.writer = Writer(owner, disk, limits)
+        self.reads = Reads(*readers, self.writer.refused, disk.database, limits)
 
     @classmethod
     async def open(
@@ -50,6 +52,7 @@ class Database(Generic[_Work]):
         owner: Owner[_Work],
         migrations: Sequence[str] | None = None,
         setup: Sequence[str] = (),
+        limits: StoreLimits = LIMITS.store,
     ) -> Self:
         """Opens, creates (mode 0600) or upgrades the file. Raises DatabaseError, which names the file, if that fails.
 
@@ -58,18 +61,19 @@ class Database(Generic[_Work]):
         file.check_rights(path)
         path = file.real_path(path)
         lock = file.lock_file(path)
+        wait_s = limits.busy_timeout_s
         try:
             file.look_beside(path, lock)
             file.create(path)
             async with AsyncExitStack() as stack:
-                keeper = await connect(f"file://{quote(os.fsencode(path.absolute()))}?mode=ro", stack)
+                keeper = await connect(f"file://{quote(os.fsencode(path.absolute()))}?mode=ro", stack, wait_s)
                 await keeper.run(execute, "SELECT count(*) FROM sqlite_schema")
-                writer = await connect(path, stack)
+                writer = await connect(path, stack, wait_s)
                 await writer.run(file.migrate, path, migrations or file.MIGRATIONS)
                 for statement in setup:
                     await writer.run(execute, statement)
-                readers = (await connect_to_read(path, stack), await connect_to_read(path, stack))
-                checkpointer = await connect(path, stack)
+                readers = (await connect_to_read(path, stack, wait_s), await connect_to_read(path, stack, wait_s))
+                checkpointer = await connect(path, stack, wait_s)
                 await checkpointer.run(execute, "PRAGMA busy_timeout = 0")  # it never waits
                 files = file.Files(path)
                 stack.pop_all()  # opened: from here on `close` closes them
@@ -80,7 +84,7 @@ class Database(Generic[_Work]):
             os.close(lock)
             raise
         file.mark(lock, files.in_use)
-        return cls(owner, files, keeper, Disk(files, writer, checkpointer), readers, lock)
+        return cls(owner, files, keeper, Disk(files, writer, checkpointer, limits), readers, lock, limits)
 
     async def accept(self) -> None:
         """Is called when the start has read the file without errors. From now on, closing removes the WAL."""

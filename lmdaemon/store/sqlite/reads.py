@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.log import Log
-from lmdaemon.store.contract import LOOK_S, LOOKS_MAX, READS_MAX, StoreError
+from lmdaemon.store.contract import StoreError
 from lmdaemon.store.sqlite.thread import Result, Thread
 
 INTERRUPT_EVERY_S = 0.05  # between interrupts of a read that nobody waits for any more
@@ -21,9 +22,12 @@ class Reads:
     `refused` counts refused reads by reason; `database` is the file, for log lines.
     """
 
-    def __init__(self, reader: Thread, looker: Thread, refused: dict[str, int], database: str) -> None:
+    def __init__(
+        self, reader: Thread, looker: Thread, refused: dict[str, int], database: str, limits: StoreLimits
+    ) -> None:
         self._reader = reader
-        self.desk = _Desk(looker)
+        self.desk = _Desk(looker, limits.look_s)
+        self._limits = limits
         self._refused = refused
         self._database = database
         self._reading = 0
@@ -38,7 +42,7 @@ class Reads:
 
         Raises StoreError.
         """
-        if self._reading >= READS_MAX:
+        if self._reading >= self._limits.reads_max:
             raise self._too_many_readers(self._reading)
         self._reading += 1
         try:
@@ -49,18 +53,18 @@ class Reads:
             self._reading -= 1
 
     async def look(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for LOOK_S.
+        """Runs `function(connection, *arguments)` in a read transaction, for people: one at a time, each for `look_s`.
 
         If the call is cancelled, the read is interrupted. Raises StoreError.
         """
-        if self.desk.waiting >= LOOKS_MAX:
+        if self.desk.waiting >= self._limits.looks_max:
             raise self._too_many_readers(self.desk.waiting)
         try:
             return await self.desk.read(function, *arguments)
         except TimeoutError:
             self._refused["reading_too_slow"] += 1
             log.warning("store.overloaded", reason="reading_too_slow", waiting=self.desk.waiting)
-            raise StoreError(f"reading took longer than {LOOK_S:g} s") from None
+            raise StoreError(f"reading took longer than {self._limits.look_s:g} s") from None
         except sqlite3.Error as error:
             raise self._reading_failed(error) from error
 
@@ -80,16 +84,17 @@ class _Desk:
     caller was cancelled.
     """
 
-    def __init__(self, thread: Thread) -> None:
+    def __init__(self, thread: Thread, look_s: float) -> None:
         self._thread = thread
+        self._look_s = look_s
         self._turn = asyncio.Lock()
         self.waiting = 0  # reads, the running one included
 
     async def read(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs one read when its turn comes. Raises sqlite3.Error, and TimeoutError after LOOK_S."""
+        """Runs one read when its turn comes. Raises sqlite3.Error, and TimeoutError after `look_s`."""
         self.waiting += 1
         try:
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(self._look_s):
                 await self._turn.acquire()
                 reading = asyncio.ensure_future(self._thread.run(_in_one_transaction, function, *arguments))
                 reading.add_done_callback(lambda _: self._turn.release())

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Figures, Operation, Page, Room, StoreError
@@ -21,10 +22,8 @@ from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
 from lmdaemon.store.sqlite.database import Database
 from lmdaemon.store.sqlite.rows import DELIVERY, as_rows, fetch, scalar, session_by_key, to_json
-from lmdaemon.store.sqlite.writer import WAL_MAX
 from lmdaemon.store.verbs import Died, Verbs
 
-LARGE_WAL = 2 * WAL_MAX  # bytes; a larger WAL means that a long read transaction keeps it from starting over
 LANES_AT_ONCE = 32  # lanes read by one statement
 
 log = Log("store")
@@ -70,21 +69,29 @@ class Store(Verbs):
 
     engine: Mapping[str, str] = MappingProxyType({"sqlite": sqlite3.sqlite_version})
 
-    def __init__(self, clock: Clock, name: str) -> None:
+    def __init__(self, clock: Clock, name: str, limits: StoreLimits) -> None:
         """Use `open` instead."""
-        super().__init__(clock, name)
+        super().__init__(clock, name, limits)
         self._expect_known = False  # whether the last batch was to add sessions that were known
         self.db: Database[Batch]  # the parts that write and read the file
 
     @classmethod
-    async def open(cls, path: Path, clock: Clock, *, name: str = "", count_downtime: bool = False) -> Self:
+    async def open(
+        cls,
+        path: Path,
+        clock: Clock,
+        *,
+        name: str = "",
+        count_downtime: bool = False,
+        limits: StoreLimits = LIMITS.store,
+    ) -> Self:
         """Opens the file and reads clock, figures and gates as the last run left them. Raises DatabaseError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
         clock.
         """
-        store = cls(clock, name)
-        store.db = await Database.open(path, store, setup=SET_UP)
+        store = cls(clock, name, limits)
+        store.db = await Database.open(path, store, setup=SET_UP, limits=limits)
         store._writer = store.db.writer
         try:
             found = await store.db.reads.read(_load)
@@ -117,7 +124,8 @@ class Store(Verbs):
 
     @property
     def strained(self) -> str | None:
-        return "the WAL cannot start over: somebody keeps reading" if self.wal_bytes > LARGE_WAL else None
+        is_large = self.wal_bytes > self._limits.large_wal
+        return "the WAL cannot start over: somebody keeps reading" if is_large else None
 
     @property
     def file_bytes(self) -> int:

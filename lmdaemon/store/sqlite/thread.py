@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
-BUSY_TIMEOUT_S = 2.0  # how long to wait for a lock of another program, such as an administrator's sqlite3 shell
-
 Result = TypeVar("Result")
 
 
@@ -29,12 +27,14 @@ class Thread(aiosqlite.Connection):
         self._conn.interrupt()
 
 
-async def connect(path: Path | str, stack: AsyncExitStack) -> Thread:
-    """Opens a connection on a thread of its own, which `stack` closes. A string is a URI."""
+async def connect(path: Path | str, stack: AsyncExitStack, busy_timeout_s: float) -> Thread:
+    """Opens a connection on a thread of its own, which `stack` closes. A string is a URI. Its statements wait for locks
+    of other connections for `busy_timeout_s`.
+    """
 
     def connect() -> sqlite3.Connection:
         is_uri = isinstance(path, str)
-        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S, uri=is_uri)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=busy_timeout_s, uri=is_uri)
         connection.execute("PRAGMA wal_autocheckpoint = 0")  # checkpoints are made by `writer`
         return connection
 
@@ -44,9 +44,9 @@ async def connect(path: Path | str, stack: AsyncExitStack) -> Thread:
     return opened
 
 
-async def connect_to_read(path: Path, stack: AsyncExitStack) -> Thread:
+async def connect_to_read(path: Path, stack: AsyncExitStack, busy_timeout_s: float) -> Thread:
     """Opens a connection that can only read."""
-    reader = await connect(path, stack)
+    reader = await connect(path, stack, busy_timeout_s)
     await reader.run(execute, "PRAGMA query_only = ON")
     await reader.run(execute, "SELECT count(*) FROM sqlite_schema")  # creates the WAL if there is none
     return reader

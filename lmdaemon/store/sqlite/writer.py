@@ -9,14 +9,12 @@ import time
 from contextlib import suppress
 from typing import Any, Protocol
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.sqlite.file import Files
-from lmdaemon.store.sqlite.thread import BUSY_TIMEOUT_S, Thread, execute
+from lmdaemon.store.sqlite.thread import Thread, execute
 
-CHECKPOINT_S = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
-WAL_MAX = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
 ROOM_EVERY_S = 0.1  # how often the free space is looked at, unless it is short
 ROOM_BYTES = 1024 * 1024  # free space in which a batch fits: 300 operations, most of which write a page or two
-IDLE_S = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
 # SQLite's result codes when the disk is at fault and not the operation. Source: sqlite.org/rescode.html
 _OUTAGES = {
@@ -47,8 +45,10 @@ class Work(Protocol):
 class Disk:
     """The writing connection and the one for checkpoints: the engine of `store.writer`."""
 
-    def __init__(self, files: Files, writer: Thread, checkpointer: Thread) -> None:
+    def __init__(self, files: Files, writer: Thread, checkpointer: Thread, limits: StoreLimits) -> None:
         self._files = files
+        self._limits = limits
+        self._wal_full = limits.wal_max * 3 // 4  # bytes from which the WAL is to start over
         self._writer = writer
         self._checkpointer = checkpointer
         self._blocked_until = 0.0  # monotonic time before which no attempt is made to have the WAL start over
@@ -79,7 +79,7 @@ class Disk:
         """Commits a batch on the connection's thread."""
         if connection.in_transaction:  # left by a rollback that the disk refused
             connection.execute("ROLLBACK")
-        if self._files.wal_bytes > max(WAL_MAX * 3 // 4, self._wal_kept):
+        if self._files.wal_bytes > max(self._wal_full, self._wal_kept):
             self._start_wal_over(connection)
         is_stored = False
         try:
@@ -111,20 +111,20 @@ class Disk:
             await self._writer.run(execute, "PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def checkpoint_for_ever(self, committed_something: asyncio.Event) -> None:
-        """Copies commits from the WAL into the file, while the writer goes on, at most once in CHECKPOINT_S.
+        """Copies commits from the WAL into the file, while the writer goes on, at most once in `checkpoint_s`.
 
         Inside a commit, it would delay the callers of that commit. Failures are ignored: the writer sees the same disk
         and reports them.
         """
         while True:
             await committed_something.wait()
-            await asyncio.sleep(CHECKPOINT_S)
+            await asyncio.sleep(self._limits.checkpoint_s)
             committed_something.clear()
             with suppress(sqlite3.Error):
                 await self._checkpointer.run(execute, "PRAGMA wal_checkpoint(PASSIVE)")
 
     async def empty_wal_when_idle(self, changed: asyncio.Event) -> None:
-        """Empties the WAL whenever nothing has changed for IDLE_S, because deleted data, such as tokens, is still in
+        """Empties the WAL whenever nothing has changed for `idle_s`, because deleted data, such as tokens, is still in
         it.
 
         It waits for no reader or writer and delays none. If one is in the way, it tries again later.
@@ -132,7 +132,7 @@ class Disk:
         while True:
             await changed.wait()
             changed.clear()
-            await asyncio.sleep(IDLE_S)
+            await asyncio.sleep(self._limits.idle_s)
             if not changed.is_set() and not await self._wal_emptied():
                 changed.set()
 
@@ -145,21 +145,21 @@ class Disk:
         """Has the WAL start over between two batches; under constant load it never would by itself.
 
         The file keeps its size, because overwriting takes less time than growing. Each time it may still grow by one
-        transaction; beyond WAL_MAX it is emptied. Little is left to copy by then, because `checkpoint_for_ever` has
+        transaction; beyond `wal_max` it is emptied. Little is left to copy by then, because `checkpoint_for_ever` has
         copied the rest. A reader that is in the way, such as a long query in an administrator's shell, is not waited
         for.
         """
         if time.monotonic() < self._blocked_until:
             return
         size = self._files.wal_bytes
-        how = "TRUNCATE" if size > WAL_MAX else "RESTART"
+        how = "TRUNCATE" if size > self._limits.wal_max else "RESTART"
         connection.execute("PRAGMA busy_timeout = 0")
         try:
             (blocked, _, _) = connection.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
         finally:
-            connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+            connection.execute(f"PRAGMA busy_timeout = {int(self._limits.busy_timeout_s * 1000)}")
         if blocked:
-            self._blocked_until = time.monotonic() + CHECKPOINT_S
+            self._blocked_until = time.monotonic() + self._limits.checkpoint_s
         else:
             self._wal_kept = size if how == "RESTART" else 0
 

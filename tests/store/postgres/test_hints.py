@@ -8,6 +8,7 @@ import pytest
 from engines import PostgresEngine
 from support import until
 
+from lmdaemon.limits import LIMITS
 from lmdaemon.store.postgres.hints import Hints
 from lmdaemon.store.postgres.paces import PACES
 from lmdaemon.store.postgres.reads import Reads
@@ -28,7 +29,7 @@ async def mine(postgres_engine: PostgresEngine) -> AsyncIterator[Listener]:
         listener.hinted += 1
 
     database, signals = Database(postgres_engine.url, None, "mine"), Signals()
-    reads = Reads(database, {})
+    reads = Reads(database, {}, LIMITS.store)
     listener = Listener(Hints(database, "mine", reads, signals, PACES))
     listening = asyncio.create_task(listener.hints.listen_for_ever(note))
     await signals.hint.wait()

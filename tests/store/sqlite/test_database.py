@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from faults import unreachable
 from support import hear, until
 
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store import writer
-from lmdaemon.store.contract import DatabaseError, Operation, StoreError
-from lmdaemon.store.sqlite import file, reads, thread
+from lmdaemon.store.contract import BATCH_ROWS, DatabaseError, Operation, StoreError
+from lmdaemon.store.sqlite import file, thread
 from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.database import Database
 
@@ -95,13 +97,19 @@ async def open_notes(path: Path, migrations: Sequence[str] = NOTES) -> Database[
     return await Database.open(path, Owner(), migrations)
 
 
-def told_by(db: Database[Work]) -> Owner:
-    return cast("Owner", db.writer._owner)
+@pytest.fixture
+def limits() -> StoreLimits:
+    return LIMITS.store
 
 
 @pytest.fixture
-async def db(tmp_path: Path):
-    opened = await open_notes(tmp_path / "notes.sqlite3", NOTES)
+def owner() -> Owner:
+    return Owner()
+
+
+@pytest.fixture
+async def db(tmp_path: Path, owner: Owner, limits: StoreLimits):
+    opened = await Database.open(tmp_path / "notes.sqlite3", owner, NOTES, limits=limits)
     await opened.accept()
     yield opened
     await opened.close()
@@ -112,12 +120,17 @@ def notes(path: Path) -> list[str]:
         return [row[0] for row in sql.execute("SELECT text FROM note ORDER BY rowid")]
 
 
-async def stored(db: Database[Work], text: str) -> None:
-    """Writes one note and returns when it is acknowledged."""
-    queued = asyncio.ensure_future(db.writer.write(insert(text)))
+async def done(db: Database[Work], operation: Do) -> None:
+    """One operation, written and acknowledged."""
+    queued = asyncio.ensure_future(db.writer.write(operation))
     await asyncio.sleep(0)
     await db.writer.write_batch()
     await queued
+
+
+async def stored(db: Database[Work], text: str) -> None:
+    """One note, written and acknowledged."""
+    await done(db, insert(text))
 
 
 async def test_the_file_and_its_companions_are_readable_by_their_owner_alone(db: Database[Work]) -> None:
@@ -236,9 +249,9 @@ async def test_a_small_batch_lets_the_next_join_and_a_large_one_does_not(
     running.cancel()
 
 
-async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work]) -> None:
+async def test_a_waiter_is_answered_only_after_the_commit(db: Database[Work], owner: Owner) -> None:
     seen: list[list[str]] = []
-    told_by(db).on_commit = lambda: seen.append(notes(db.path))
+    owner.on_commit = lambda: seen.append(notes(db.path))
     queued = asyncio.ensure_future(db.writer.write(insert("x")))
     await asyncio.sleep(0)
     assert not queued.done()
@@ -267,8 +280,8 @@ async def test_one_broken_operation_fails_alone(db: Database[Work]) -> None:
     assert notes(db.path) == ["a", "b"]
 
 
-async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Work]) -> None:
-    told = told_by(db).availability
+async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Database[Work], owner: Owner) -> None:
+    told = owner.availability
     blocker = sqlite3.connect(db.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     running = asyncio.create_task(db.writer.run())
@@ -287,8 +300,8 @@ async def test_an_outage_refuses_says_so_once_and_work_resumes_by_itself(db: Dat
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "QUEUE_MAX", 2)
+@pytest.mark.parametrize("limits", [StoreLimits(queue_max=2)])
+async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work]) -> None:
     waiting = [asyncio.ensure_future(db.writer.write(insert(str(number)))) for number in range(3)]
     await asyncio.sleep(0)
     await db.writer.write_batch()
@@ -297,8 +310,8 @@ async def test_a_full_queue_refuses_instead_of_growing(db: Database[Work], monke
     assert isinstance(results[2], StoreError)
 
 
-async def test_so_many_readers_wait_and_no_more(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads, "READS_MAX", 2)
+@pytest.mark.parametrize("limits", [StoreLimits(reads_max=2)])
+async def test_so_many_readers_wait_and_no_more(db: Database[Work]) -> None:
     go_on = threading.Event()
     reading = [asyncio.ensure_future(db.reads.read(lambda sql: go_on.wait(20))) for _ in range(2)]
     await asyncio.sleep(0)
@@ -309,11 +322,10 @@ async def test_so_many_readers_wait_and_no_more(db: Database[Work], monkeypatch:
     assert await db.reads.read(lambda sql: True)
 
 
-async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", [StoreLimits(queue_rows=BATCH_ROWS * 5 // 2)])
+async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work]) -> None:
     """So a thousand bulk touches do not become one transaction of ten million rows, and do not fill the memory."""
-    monkeypatch.setattr(writer, "BATCH_ROWS", 100)
-    monkeypatch.setattr(writer, "QUEUE_ROWS", 250)
-    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number), rows=50))) for number in range(6)]
+    waiting = [asyncio.ensure_future(db.writer.write(insert(str(number), rows=BATCH_ROWS // 2))) for number in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):
         await waiting[5]
@@ -321,14 +333,10 @@ async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work], m
         await db.writer.write_batch()
         assert len(notes(db.path)) == stored
     assert await asyncio.gather(*waiting[:5]) == [2, 2, 2, 2, 1]
-    # A single operation is written whatever its size
-    queued = asyncio.ensure_future(db.writer.write(insert("again", rows=250)))
-    await asyncio.sleep(0)
-    await db.writer.write_batch()
-    assert await queued == 1
+    await done(db, insert("again", rows=BATCH_ROWS * 5 // 2))  # a single operation is written whatever its size
 
 
-async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work]) -> None:
+async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work], owner: Owner) -> None:
     """The operation would fail again at every try. If it counted as an outage, service time would stop for all again
     and again.
     """
@@ -336,7 +344,7 @@ async def test_an_operation_that_sqlite_refuses_is_no_outage(db: Database[Work])
     def poison(sql: sqlite3.Connection) -> None:
         sql.execute("SELECT json_each.value FROM json_each('no json')").fetchall()
 
-    told = told_by(db).availability
+    told = owner.availability
     waiting = [asyncio.ensure_future(db.writer.write(one)) for one in (insert("x"), Do(poison), insert("x"))]
     await asyncio.sleep(0)
     await db.writer.write_batch()
@@ -356,12 +364,9 @@ async def test_a_rollback_that_failed_is_made_up_for(db: Database[Work]) -> None
     assert notes(db.path) == ["whole"]
 
 
-async def test_a_file_system_that_refuses_to_look_is_an_outage(
-    db: Database[Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(db._files, "check", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-        with pytest.raises(StoreError, match="Input/output error"):
+async def test_a_file_system_that_refuses_to_look_is_an_outage(tmp_path: Path, db: Database[Work]) -> None:
+    with unreachable(tmp_path):
+        with pytest.raises(StoreError, match="Too many levels of symbolic links"):
             await stored(db, "x")
         assert db.writer.failure is not None
     await stored(db, "y")
@@ -369,22 +374,20 @@ async def test_a_file_system_that_refuses_to_look_is_an_outage(
 
 
 async def test_a_writer_stopped_among_single_operations_answers_all_who_wait(db: Database[Work]) -> None:
-    waiting = [asyncio.ensure_future(db.writer.write(insert_unless_bad(value))) for value in ("bad", "a", "b")]
-    await asyncio.sleep(0)
-    write, started = db.writer._write, asyncio.Event()
+    started, go_on = threading.Event(), threading.Event()
 
-    async def slow(batch: Any) -> Any:
-        if len(batch) == 1:
-            started.set()
-            await asyncio.Event().wait()
-        return await write(batch)
+    def slow(sql: sqlite3.Connection) -> None:
+        started.set()
+        go_on.wait(20)
 
-    db.writer._write = slow  # type: ignore[method-assign]
+    operations = (insert_unless_bad("bad"), Do(slow), insert("b"))
+    waiting = [asyncio.ensure_future(db.writer.write(one)) for one in operations]
     writing = asyncio.create_task(db.writer.write_batch())
-    await started.wait()
+    await until(started.is_set)  # the first one ended the batch of all three
     writing.cancel()
     results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert {type(result) for result in results} == {StoreError}
+    go_on.set()
+    assert [type(result) for result in results] == [ValueError, StoreError, StoreError]
 
 
 @pytest.mark.parametrize("name", ["link.sqlite3", "a b?c#d%41ü.sqlite3", "two slashes"])
@@ -411,9 +414,9 @@ async def test_a_file_that_is_gone_after_a_crash_is_told(tmp_path: Path) -> None
     assert "store.file_missing" in [event.name for event in events]
 
 
-async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "HUNG_S", 0.01)
-    told = told_by(db).availability
+@pytest.mark.parametrize("limits", [StoreLimits(hung_s=0.01)])
+async def test_a_write_that_hangs_is_told_while_it_hangs(db: Database[Work], owner: Owner) -> None:
+    told = owner.availability
     hold = threading.Event()
 
     queued = asyncio.ensure_future(db.writer.write(Do(lambda sql: hold.wait(10))))
@@ -470,20 +473,32 @@ async def test_a_wal_that_is_missing_after_a_crash_is_told(tmp_path: Path, in_or
     assert ("store.wal_missing" in [event.name for event in events]) is not in_order
 
 
-async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", [StoreLimits(wal_max=100_000, checkpoint_s=3600)])
+async def test_a_long_reader_does_not_hold_up_the_writer(db: Database[Work]) -> None:
     """As when an administrator's shell is in the middle of a query: the write-ahead log grows, and no write waits for
     the shell.
     """
-    monkeypatch.setattr(disk, "WAL_MAX", 100_000)
+    statements: list[str] = []
+    await done(db, Do(lambda sql: sql.set_trace_callback(statements.append)))
     await stored(db, "x" * 200_000)
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM note").fetchone()
         began = time.monotonic()
+        for text in "yz":
+            await stored(db, text)
+        assert time.monotonic() - began < LIMITS.store.busy_timeout_s
+    tries = [statement for statement in statements if "wal_checkpoint" in statement]
+    assert len(tries) == 1  # the copying is not tried again at every batch
+
+
+@pytest.mark.parametrize("limits", [StoreLimits(wal_max=100_000, checkpoint_s=0)])
+async def test_a_wal_that_a_reader_has_kept_is_emptied_when_he_has_gone(db: Database[Work]) -> None:
+    await stored(db, "x" * 200_000)
+    with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM note").fetchone()
         await stored(db, "y")
-        assert time.monotonic() - began < thread.BUSY_TIMEOUT_S
-        assert db.disk._blocked_until > began  # the copying is not tried again at every batch
-    db.disk._blocked_until = 0.0
     await stored(db, "w")
     assert db.wal_bytes > 100_000  # the size that was found last
     await stored(db, "w")
@@ -507,8 +522,8 @@ async def test_reading_cannot_write(db: Database[Work]) -> None:
         await db.reads.read(lambda sql: sql.execute("INSERT INTO note VALUES ('x')"))
 
 
-async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "WAL_MAX", 100_000)
+@pytest.mark.parametrize("limits", [StoreLimits(wal_max=100_000)])
+async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work]) -> None:
     wal = Path(f"{db.path}-wal")
     largest = 0
     for _ in range(100):
@@ -518,11 +533,9 @@ async def test_the_wal_is_bounded_under_unbroken_load(db: Database[Work], monkey
     assert len(notes(db.path)) == 100
 
 
-async def test_a_full_wal_is_written_over_and_keeps_its_size(
-    db: Database[Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limits", [StoreLimits(wal_max=1_000_000)])
+async def test_a_full_wal_is_written_over_and_keeps_its_size(db: Database[Work]) -> None:
     """Making a file longer costs more at each commit than overwriting it."""
-    monkeypatch.setattr(disk, "WAL_MAX", 1_000_000)
     wal = Path(f"{db.path}-wal")
     sizes = []
     for number in range(200):
@@ -533,10 +546,8 @@ async def test_a_full_wal_is_written_over_and_keeps_its_size(
     assert len(notes(db.path)) == 200
 
 
-async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
-    db: Database[Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "CHECKPOINT_S", 0.01)
+@pytest.mark.parametrize("limits", [StoreLimits(checkpoint_s=0.01)])
+async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(db: Database[Work]) -> None:
     running = [
         asyncio.create_task(db.writer.run()),
         asyncio.create_task(db.disk.checkpoint_for_ever(db.writer.committed_something)),
@@ -550,10 +561,12 @@ async def test_what_was_committed_is_copied_into_the_file_beside_the_writer(
     await asyncio.gather(*running, return_exceptions=True)
 
 
+SOON_IDLE = StoreLimits(idle_s=0.02)
+
+
 @pytest.fixture
-async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
+async def idling(db: Database[Work]):
     """A database that counts as idle after a short time, with its loops running."""
-    monkeypatch.setattr(disk, "IDLE_S", 0.02)
     running = [
         asyncio.create_task(db.writer.run()),
         asyncio.create_task(db.disk.empty_wal_when_idle(db.writer.changed)),
@@ -564,6 +577,7 @@ async def idling(db: Database[Work], monkeypatch: pytest.MonkeyPatch):
     await asyncio.gather(*running, return_exceptions=True)
 
 
+@pytest.mark.parametrize("limits", [SOON_IDLE])
 async def test_an_idle_wal_is_emptied(idling: Database[Work]) -> None:
     wal = Path(f"{idling.path}-wal")
     for text in ("first", "second"):
@@ -572,6 +586,7 @@ async def test_an_idle_wal_is_emptied(idling: Database[Work]) -> None:
     assert notes(idling.path) == ["first", "second"]
 
 
+@pytest.mark.parametrize("limits", [SOON_IDLE])
 async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
     idling: Database[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,10 +615,7 @@ async def test_a_reader_keeps_the_wal_and_nobody_from_writing(
 async def test_what_changes_nothing_does_not_count_as_work(db: Database[Work]) -> None:
     """For example, a monitor that asks for `/health` every second makes the daemon write its clock each time."""
 
-    asked = db.writer.write(Do(lambda sql: None, size=0))
-    await asyncio.sleep(0)
-    await db.writer.write_batch()
-    await asked
+    await done(db, Do(lambda sql: None, size=0))
     assert not db.writer.changed.is_set()
     await stored(db, "x")
     assert db.writer.changed.is_set()
@@ -626,7 +638,7 @@ async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[W
 
 
 async def test_on_a_full_disk_a_small_write_that_fits_is_no_recovery(
-    db: Database[Work], monkeypatch: pytest.MonkeyPatch
+    db: Database[Work], owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The small probe write of `/health` fits on the disk, but a session does not. Otherwise the daemon would switch
     between failing and recovered.
@@ -639,12 +651,6 @@ async def test_on_a_full_disk_a_small_write_that_fits_is_no_recovery(
             f_bavail=free // real.f_frsize, f_frsize=real.f_frsize, f_blocks=real.f_blocks, f_bfree=real.f_bfree
         )
 
-    async def write(operation: Do) -> None:
-        queued = asyncio.ensure_future(db.writer.write(operation))
-        await asyncio.sleep(0)
-        await db.writer.write_batch()
-        await queued
-
     def full(sql: sqlite3.Connection) -> None:
         raise OSError(28, "No space left on device")
 
@@ -654,17 +660,17 @@ async def test_on_a_full_disk_a_small_write_that_fits_is_no_recovery(
     monkeypatch.setattr(file.os, "statvfs", statvfs)
     with hear() as events:
         with pytest.raises(StoreError):
-            await write(Do(full))
-        await write(Do(nothing, size=0))
+            await done(db, Do(full))
+        await done(db, Do(nothing, size=0))
         assert db.writer.failure is not None
         free = disk.ROOM_BYTES + real.f_frsize
-        await write(Do(nothing, size=0))
+        await done(db, Do(nothing, size=0))
         assert db.writer.failure is None
         free = 0
         with pytest.raises(StoreError):
-            await write(Do(full))
-        await write(insert("fits"))
+            await done(db, Do(full))
+        await done(db, insert("fits"))
         assert db.writer.failure is None
     assert [event.name for event in events] == ["store.failing", "store.recovered"] * 2
-    assert told_by(db).availability == [False, True] * 2
+    assert owner.availability == [False, True] * 2
     assert notes(db.path) == ["fits"]

@@ -11,10 +11,10 @@ from operations import attempt, found, notice, opening
 from support import hear, until
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import StoreLimits
 from lmdaemon.model import Gate
 from lmdaemon.store.contract import Claim, NewDelivery, Settlement, StoreError
 from lmdaemon.store.sqlite import batch as batches
-from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.store.sqlite.file import MIGRATIONS, migrate
 from lmdaemon.store.sqlite.store import Store
 
@@ -80,11 +80,9 @@ class TestOneWay:
         assert db.live == 300 + more
 
 
-async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(
-    db: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limits", [StoreLimits(idle_s=0.05)])
+async def test_a_delivered_token_is_in_no_file_once_the_daemon_is_idle(db: Store) -> None:
     """The token is neither in the file (free pages included) nor in the write-ahead log nor in the log's index."""
-    monkeypatch.setattr(disk, "IDLE_S", 0.05)
     tokens = ["fSYFZMScpZ01FhR26r59GexREh1xHgEY", "large-" * 600]
     db.sinks_of = lambda session: [NewDelivery("http", f"body with {session.token}".encode())]
     for number, token in enumerate(tokens):

@@ -1,0 +1,30 @@
+"""Faults of the disk, made by real causes."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def unreachable(directory: Path) -> Iterator[None]:
+    """The kernel refuses every path below the directory with an error (ELOOP); what is open already stays open."""
+    away = directory.rename(directory.with_name(f"{directory.name} away"))
+    directory.symlink_to(directory)
+    try:
+        yield
+    finally:
+        directory.unlink()
+        away.rename(directory)
+
+
+@contextlib.contextmanager
+def no_room(database: Path) -> Iterator[None]:
+    """A disk that is full: no file of this process may grow beyond the present size of the write-ahead log."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wal = database.with_name(f"{database.name}-wal")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (wal.stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,4 +1,4 @@
-"""What the daemons on one database say of themselves, compared: whose settings differ, and whose clock is slowest.
+"""Compares what the daemons on one database tell of themselves: whose settings differ, and whose clock is slowest.
 
 No I/O. Daemons of another version may know other settings, so only those of one version are compared.
 """
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from lmdaemon.model import Member
 
-SLOW_MS = 1400  # so far behind, a clock lacks two beats and all ends wait for it; at 1500 the others stand still
+# a service clock so far behind has missed two beats, and all ends wait for it; at 1500 the other clocks stop, too
+SLOW_MS = 1400
 
 
 def disagreement(members: Sequence[Member]) -> str | None:
-    """Which daemons have other settings of operators than the one that asks; None where all agree."""
+    """Names the daemons whose settings of operators differ from this daemon's; None if all agree."""
     own = next((one for one in members if one.is_self), None)
     if own is None:
         return None

@@ -1,6 +1,8 @@
-"""What looks like game servers that cannot reach the daemon: many sessions that end at once, touches that stop.
+"""Notices what looks as if game servers could not reach the daemon: many sessions that end at once, and touches that
+stop.
 
-Both are noticed for each operator, because one operator of many disappears in a sum; the ends also for all together.
+Both are watched for each operator, because in the sum of all a single operator would not be noticed. Ends are watched
+for all operators together, too.
 """
 
 from collections import Counter, deque
@@ -11,24 +13,26 @@ from lmdaemon.log import Log
 from lmdaemon.store import silence
 from lmdaemon.store.contract import Figures
 
-# More ends than MASS_SHARE of the sessions, and than so many, within MASS_S are an alarm: that so many players leave at
-# once is less likely than that game servers cannot reach the daemon.
+# An alarm is raised if more than MASS_SHARE of the sessions, and more than this number, end within MASS_S. That so many
+# players leave at once is less likely than that game servers cannot reach the daemon.
 MASS_SESSIONS = 1000
 MASS_SESSIONS_OF_OPERATOR = 100
 MASS_SHARE = 0.2
 MASS_S = 10.0
-MASS_SHOWN_S = 600.0  # how long /health shows it
-SLOT_S = 0.1  # ends within it are counted together, which bounds the memory
+MASS_SHOWN_S = 600.0  # how long /health shows an alarm
+SLOT_S = 0.1  # ends within this time are counted as one entry, which bounds the memory
 
 log = Log("sweeper")
 
 
 class Burst:
-    """Counts the ends of one population of sessions within MASS_S. All times are seconds of the monotonic clock."""
+    """Counts ends within MASS_S: of all sessions, or of one operator's. All times are seconds of the monotonic
+    clock.
+    """
 
     def __init__(self, more_than: int) -> None:
         self._more_than = more_than
-        self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the slots within MASS_S
+        self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the entries within MASS_S
         self._raised_at = float("-inf")
         self.began_at = float("-inf")  # when the alarm that is shown was first raised
         self.ended = 0  # ended within MASS_S, when the alarm was last raised
@@ -43,9 +47,7 @@ class Burst:
         return not self.active(now) and (not self._lately or now - self._lately[-1][0] > MASS_S)
 
     def note(self, now: float, ended: int, live: int) -> bool:
-        """Counts sessions that have just ended; `live` is how many there are now. Returns whether that began an
-        alarm.
-        """
+        """Counts sessions that have just ended; `live` is how many are left. Returns whether an alarm begins."""
         if self._lately and now - self._lately[-1][0] < SLOT_S:
             slot, before = self._lately.pop()
             self._lately.append((slot, before + ended))
@@ -56,14 +58,14 @@ class Burst:
         ended = sum(one for _, one in self._lately)
         if ended <= self._more_than or ended <= (live + ended) * MASS_SHARE:
             return False
-        begins = now - self._raised_at > MASS_S  # told once, however long it goes on
+        begins = now - self._raised_at > MASS_S  # an alarm is logged once, however long it goes on
         self.began_at = now if begins else self.began_at
         self._raised_at, self.ended, self.of = now, ended, live + ended
         return begins
 
 
 class Mass(NamedTuple):
-    """So many sessions ended at once, of how many, beginning so many seconds ago."""
+    """Sessions that ended at once: how many, of how many that were live, and how long ago that began."""
 
     ended: int
     of: int
@@ -76,20 +78,20 @@ class ExpiryAlarm:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._all = Burst(MASS_SESSIONS)
-        self._operators: dict[str, Burst] = {}  # of which sessions have ended lately
+        self._operators: dict[str, Burst] = {}  # by name, those whose sessions have ended lately
 
     @property
     def active(self) -> bool:
-        """Whether that of all sessions was raised within MASS_SHOWN_S."""
+        """Whether the alarm of all operators together was raised within MASS_SHOWN_S."""
         return self._all.active(self._monotonic())
 
     @property
     def mass(self) -> Mass:
-        """How many of all sessions had ended within MASS_S, when it was last raised."""
+        """The ends of all operators together, when their alarm was last raised."""
         return self._told(self._all, self._monotonic())
 
     def of_operators(self) -> dict[str, Mass]:
-        """The operators for which it was raised within MASS_SHOWN_S."""
+        """The operators whose alarm was raised within MASS_SHOWN_S."""
         now = self._monotonic()
         return {name: self._told(one, now) for name, one in self._operators.copy().items() if one.active(now)}
 
@@ -98,8 +100,8 @@ class ExpiryAlarm:
         return Mass(burst.ended, burst.of, now - burst.began_at)
 
     def note(self, ended: Mapping[str, int], live_of: Callable[[str], int], live: int) -> None:
-        """Counts sessions, by operator, that have just ended by themselves. `live` are left, `live_of` each
-        operator.
+        """Counts sessions, by operator, that have just ended by inactivity or maximum lifetime. `live` sessions are
+        left, and `live_of(name)` of one operator.
         """
         now = self._monotonic()
         for name in [name for name, one in self._operators.items() if name not in ended and one.over(now)]:

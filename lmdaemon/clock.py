@@ -24,7 +24,7 @@ class Clock:
         return time.monotonic()
 
     def elapsed(self) -> float:
-        """The same, but on Linux it goes on while the machine is suspended."""
+        """As `monotonic`, but on Linux it goes on while the machine is suspended."""
         return time.clock_gettime(_ELAPSED)
 
 
@@ -44,7 +44,8 @@ class ServiceClock:
         self._ms = float(service_ms)
         self._read_at = clock.monotonic()
         self.frozen: set[str] = set()  # the reasons, of FREEZES, for which it is stopped now
-        self.limit_ms: int | None = None  # it waits here for other daemons on the same database
+        # the clock goes no further, until other daemons on the same database have come far enough
+        self.limit_ms: int | None = None
         self.stalled_s = 0.0  # sum of all gaps that were not counted
 
     def now_ms(self) -> int:
@@ -65,7 +66,7 @@ class ServiceClock:
         return int(self._ms)
 
     def advance_to(self, at_least_ms: int) -> None:
-        """Goes on from there, if it has not come so far by itself."""
+        """Sets the clock to `at_least_ms`, unless it is further already."""
         self._ms = max(self._ms, at_least_ms)
 
     def freeze(self, reason: str) -> None:

@@ -27,7 +27,7 @@ from lmdaemon.store.open import name_of
 from lmdaemon.version import __version__
 
 START_S = 60.0  # time that systemd is asked for at a start, besides upgrade and plug-ins
-UPGRADE_BYTES_S = 10e6  # bytes a second that a slow disk upgrades
+UPGRADE_BYTES_S = 10e6  # bytes of the database that are upgraded in a second on a slow disk
 CLOSING_S = 15.0  # time that systemd is asked for at a stop, for the last commit and for copying the WAL into the file
 
 events = log.Log("daemon")
@@ -165,7 +165,8 @@ class Daemon:
         parts.events.stop()
         events.info("daemon.stopping", in_flight=parts.dispatcher.in_flight, within_s=within_s)
         stays = {"writer"}
-        if await self._others_hear():  # and so that they need not wait, its clock goes on and it ends what is due
+        # the others hear touches: this clock goes on, and due sessions end, so that they need not wait
+        if await self._others_hear():
             stays.add("sweeper")
         else:  # from here on no touch can be received, so no idle time passes and nothing ends
             parts.store.service_clock.freeze("stopping")
@@ -211,6 +212,6 @@ def _plugins_s(settings: Settings) -> float:
 def _start_limit_s(settings: Settings) -> float:
     """How long a start may take (s), considering that an upgrade may have to rewrite the whole database."""
     size = 0
-    with suppress(OSError):  # there is none yet; other errors are reported when it is opened
+    with suppress(OSError):  # there is no database yet; other errors are reported when it is opened
         size = settings.database.stat().st_size
     return START_S + size / UPGRADE_BYTES_S + _plugins_s(settings)

@@ -33,7 +33,8 @@ class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
         super().__init__(description)
         self.meaning = meaning
         self.description = description
-        self.dialect: Dialect | None = None  # the dialect whose codes answer it; None where the body did not tell
+        # the dialect whose codes the answer uses; None if the body did not show which one it is
+        self.dialect: Dialect | None = None
 
 
 class CannotEncode(Exception):  # noqa: N818
@@ -284,7 +285,9 @@ def not_utf8(body: bytes) -> str:
 
 
 def unreadable(body: bytes) -> str:
-    """A reason, not visible in an answer as it is shown, why it cannot be read as JSON; empty where there is none."""
+    """Why a body cannot be read as JSON, if the reason is one that its text as shown to people does not tell; else
+    empty.
+    """
     return "compressed with gzip" if body.startswith(b"\x1f\x8b") else not_utf8(body)
 
 
@@ -303,7 +306,8 @@ def json_object(body: bytes) -> Mapping[str, Any]:
     return found
 
 
-# orjson writes a number beyond 2^53 with 16 digits or an exponent. A text may match too, so a match is only a hint.
+# orjson writes a number beyond 2^53 with 16 digits or an exponent. A text may match too, so a match alone proves
+# nothing.
 _PERHAPS_ROUNDED = re.compile(rb"[0-9]{16}|[0-9]e")
 
 
@@ -325,7 +329,8 @@ def _has_rounded(value: object) -> bool:
 
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
     where = f"line {error.lineno} column {error.colno}"
-    # orjson counts characters of the decoded text; a body that is not UTF-8 never gets that far.
+    # orjson counts characters of the decoded text. A body that is not UTF-8 cannot be decoded, so it is treated before
+    # that
     if otherwise := not_utf8(body):
         return f"malformed JSON at {where}: {otherwise}"
     text = body.decode()
@@ -336,7 +341,9 @@ def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
 
 
 def _refuse_contradicting_keys(body: bytes) -> None:
-    """A key that stands twice with equal values passes (the page's table lists sessionId twice); otherwise refuse."""
+    """Refuses a key that stands twice with different values. With equal values it passes, because the protocol's
+    published table lists sessionId twice.
+    """
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -368,7 +375,7 @@ def _form_fields(body: bytes) -> Mapping[str, Any]:
     return fields
 
 
-# In the order in which they are looked at; characters.
+# The most characters of each value. Values are checked in this order.
 _LONGEST: Mapping[Meaning, int] = {
     "provider": ID_MAX,
     "session": ID_MAX,
@@ -465,7 +472,9 @@ def _plain(value: object) -> str:
 
 
 def breaks_hash(text: str) -> bool:
-    """Whether a name or value has `&` or `=`, by which the hash joins fields, so that it could pass for several."""
+    """Whether a name or value contains `&` or `=`. The hash joins fields with these, so such a value could pass for
+    several fields.
+    """
     return "&" in text or "=" in text
 
 

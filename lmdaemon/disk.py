@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 from lmdaemon.store.contract import Room, Store, StoreObserver
 
-LOW_SHARE = 0.15  # less free space than this is a warning,
-LOW_DAYS = 3.0  # and so is a disk that will be full within so many days
+LOW_SHARE = 0.15  # a smaller share of free space is a warning
+LOW_DAYS = 3.0  # a disk that will be full within so many days is a warning, too
 EVERY_S = 600.0  # between two samples of the growth
 SAMPLES = 145  # a day
-KNOWN_AFTER_S = 3600.0  # the growth of a shorter time says little about a day
+KNOWN_AFTER_S = 3600.0  # the growth is told after this time: that of a shorter one says little about a day
 DAY_S = 86_400.0
 
 
 class Outlook(NamedTuple):
-    """The room, how much less it gets a day (bytes; None: not known yet), and in how many days it will be used up."""
+    """The space of the file system, by how many bytes the free space shrinks in a day (None: not known yet), and in how
+    many days it will be used up (None: not known, or it does not shrink).
+    """
 
     room: Room
     growth: float | None
@@ -46,7 +48,7 @@ class DiskWatch(StoreObserver):
             self._samples.append((now, room.free))
 
     def outlook(self) -> Outlook | None:
-        """What is to be expected; None where the disk is another machine's, or nothing has been written yet."""
+        """How the free space develops; None if the disk is another machine's, or nothing has been written yet."""
         room, now = self._store.room, self._monotonic()
         if room is None:
             return None

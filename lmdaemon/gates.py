@@ -1,4 +1,5 @@
-"""What people are told of an operator's gate: since when, why and until when it is kept back; its changes in the log.
+"""Says of an operator's gate, for people, since when, why and until when it keeps deliveries back; and logs its
+changes.
 
 Everything is worked out from the stored gate, so it is the same after a restart, in the API, the health and the log.
 """
@@ -11,7 +12,7 @@ from lmdaemon import retry
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, rfc3339
 
-URLS_MAX = 20  # that are remembered for an operator
+URLS_MAX = 20  # most URLs that are remembered for an operator
 _DAY_MS = 86_400_000
 
 log = Log("delivery")
@@ -38,7 +39,7 @@ def outlook(gate: Gate, now_at: int, *, pending: int, dies_at: int | None = None
 
 
 def because(gate: Gate, now_at: int) -> str | None:
-    """What keeps it back, since when and why, in a sentence's length; None where nothing does."""
+    """What keeps the operator's deliveries back, since when and why, as a part of a sentence; None if nothing does."""
     if gate.held_at is not None:
         by = f" by {gate.held_by}" if gate.held_by else ""
         note = f" ({gate.held_note})" if gate.held_note else ""
@@ -53,15 +54,15 @@ def because(gate: Gate, now_at: int) -> str | None:
 
 
 def failure(gate: Gate) -> str:
-    """`: reason (detail)` of the last failure; nothing where none is known."""
+    """`: reason (detail)` of the last failure; empty if none is known."""
     if gate.failed_reason is None:
         return ""
     return f": {gate.failed_reason}" + (f" ({gate.failed_detail})" if gate.failed_detail else "")
 
 
 def mismatch(gate: Gate) -> str | None:
-    """Says that every answer since some time has been the same refusal, where there was none for a day before: then not
-    the operator is down, but one of the two sides has changed what it expects. None where it is not so.
+    """A sentence if every answer since some time was the same refusal, and the day before there was none: then the
+    operator is not down, but one of the two sides has changed what it expects. None otherwise.
     """
     since, reason = gate.failing_since_at, gate.failed_reason or ""
     if since is None or gate.failures < retry.BREAKER_OPENS_AT or gate.alike_since_at != since:
@@ -77,7 +78,9 @@ def mismatch(gate: Gate) -> str | None:
 
 
 def with_url(gate: Gate, url: str, since_at: int) -> Gate:
-    """The gate, sent to at this URL since then; the same gate if it was already."""
+    """The gate with a note that `url` is used since `since_at` (wall ms); the same gate if that URL was the last one
+    noted.
+    """
     known: list[list[Any]] = json.loads(gate.urls or "[]")
     if known and known[-1][1] == url:
         return gate
@@ -85,7 +88,9 @@ def with_url(gate: Gate, url: str, since_at: int) -> Gate:
 
 
 def url_at(gate: Gate, at: int) -> str | None:
-    """Where an attempt that began then was sent, without user info and query; None where it is not known."""
+    """The URL to which an attempt that began at `at` (wall ms) was sent, without user info and query; None if it is not
+    known.
+    """
     known: list[list[Any]] = json.loads(gate.urls or "[]")
     return next((url for since_at, url in reversed(known) if since_at <= at), None)
 
@@ -102,8 +107,9 @@ def log_change(
     by: str | None = None,
     request_id: str | None = None,
 ) -> None:
-    """Logs what has changed of what keeps an operator back, not each attempt under it. `cause`: `answer`, `by_hand`, or
-    `time`; `pending`: how many deliveries wait; `by` and `request_id`: of the call that did it.
+    """Logs what begins or ends by the change of a gate: a hold, an open breaker, a Retry-After. It is not called for
+    what each attempt changes otherwise. `cause`: `answer`, `by_hand`, or `time`; `pending`: how many deliveries wait;
+    `by` and `request_id`: of the call that made the change.
     """
     if gate == before:
         return
@@ -149,5 +155,5 @@ def _since_s(at: int | None, now_at: int) -> float | None:
 
 
 def _time(at: int | None) -> str:
-    """To the second, UTC; `?` for what is not known."""
+    """A wall time (ms) to the second, UTC; `?` if it is None."""
     return "?" if at is None else f"{rfc3339(at)[:19]}Z"

@@ -1,5 +1,5 @@
 """Judges the daemon's health for `/health` and the watchdog: store, loops, listeners, deliveries, operators, reload,
-and how it gets on with other daemons on its database.
+and the other daemons on its database.
 
 It reads figures kept in memory and single rows found by an index; it must never scan a table. It also writes one small
 row, at most once a second, because only a write shows that the disk is full.
@@ -27,7 +27,7 @@ ASK_EVERY_S = 1.0
 ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery that is pending for longer is a warning
 
-TOLD_MAX = 10  # operators of which it is told in words
+TOLD_MAX = 10  # most operators that an output describes
 
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
@@ -37,7 +37,7 @@ Check = dict[str, Any]
 class _Question(Generic[_Answer]):
     """A question to the store that is asked once at a time and at most once in ASK_EVERY_S, however many callers wait.
 
-    So a disk that hangs does not gather questions. No answer within ANSWER_WITHIN_S is an error for every caller.
+    So questions do not pile up while a disk hangs. No answer within ANSWER_WITHIN_S is an error for every caller.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Health:
     """The state of one daemon.
 
     `settings` returns those in force, `reload_error` what was wrong with the last reload, or None. `deaf` has the
-    listeners that cannot accept connections, with the reason.
+    listeners that cannot accept connections, each with the reason. `behind` returns the lanes that do not keep up, in
+    words.
     """
 
     def __init__(
@@ -151,7 +152,9 @@ class Health:
         return {name: pulse.late_s for name, pulse in self._pulses.items()}
 
     async def look_for_daemons(self) -> Sequence[Member]:
-        """The daemons on the database, which `members` then has. They may be a second old. Raises StoreError."""
+        """Reads which daemons are on the database, and keeps that in `members`. The answer may be a second old. Raises
+        StoreError.
+        """
         self.members = await self._daemons.answer()
         return self.members
 
@@ -210,7 +213,7 @@ class Health:
         return f"{rfc3339(at)[:19]}Z"
 
     def _check_disk(self) -> Check:
-        """Warns of a disk that will soon be full; without figures where it is another machine's."""
+        """Warns of a disk that will soon be full; there are no figures if it is another machine's."""
         outlook = self._disk.outlook()
         if outlook is None:
             return {"status": "pass"}
@@ -290,7 +293,7 @@ class Health:
         return check | {"output": "; ".join(said)} if said else check
 
     def _told_of(self, operators: Mapping[str, Gate], now_at: int) -> Iterator[str]:
-        """In words, of those that are held or broken: since when, why, and what will happen."""
+        """A sentence for each operator that is kept back, TOLD_MAX at most: since when, why, and what will happen."""
         kept_back = ((name, gate, gates.because(gate, now_at)) for name, gate in operators.items())
         for name, gate, because in islice((one for one in kept_back if one[2] is not None), TOLD_MAX):
             outlook = gates.outlook(gate, now_at, pending=self._store.figures_of(name).pending)

@@ -30,7 +30,8 @@ PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 WINDOW_S = 60.0
 KINDS_MAX = 1000  # kinds of lines that are counted at the same time; bounds the memory
-STRAGGLERS_S = 1.0  # after a window the timer waits so long for the next line of its kind, which would have the count
+# after a window the timer waits this much longer, because the next line of its kind would write the count itself
+STRAGGLERS_S = 1.0
 
 
 class Limit(NamedTuple):
@@ -59,7 +60,8 @@ LIMITS = {
     "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
-    "operator.mass_expired": Limit(100),  # with 1,000 operators these have one cause; /health and /metrics have all
+    # if 1,000 operators have one, it has one cause; /health and /metrics name all of them
+    "operator.mass_expired": Limit(100),
     "operator.touches_stopped": Limit(100),
     "operator.ends_wait": Limit(100),
     "operator.ends_go_on": Limit(100),
@@ -296,7 +298,7 @@ def _facts(record: logging.LogRecord) -> list[tuple[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    """A fraction to one decimal, below 1 to two significant digits: more only looks exact."""
+    """A fraction with one decimal, or below 1 with two significant digits: more digits would only look exact."""
     if not isinstance(value, float) or not value or not math.isfinite(value):
         return value
     return round(value, max(1, 1 - math.floor(math.log10(abs(value)))))

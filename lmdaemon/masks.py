@@ -129,7 +129,7 @@ def _masked(text: str, places: Iterable[tuple[int, int]]) -> str:
 
 
 def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
-    """Hides the secrets of a notice that was sent, and those it was made with.
+    """The mask for the secrets of a notice that was sent, and those it was made with.
 
     That is its token and hash, the operator's hash key and signing keys, and the secret parts of its URL.
     """
@@ -139,7 +139,7 @@ def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
 
 
 def secrets_of(operator: Operator) -> list[str | None]:
-    """What every request to the operator is made with."""
+    """The secrets with which every request to the operator is made."""
     keys = (base64.b64encode(key).decode() for key in operator.signing_keys)
     return [operator.hash_key, *keys, *_of_url(operator)]
 
@@ -187,7 +187,7 @@ class _Reading(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """A text without that in which notations differ: backslashes, upper and lower case, + for a space.
+    """A text without the differences between notations: without backslashes, in lower case, with a space for each `+`.
 
     For each of its characters, positions in the original text: `begins`, where the backslashes before it begin; `ends`,
     where it ends; `beyond`, where the backslashes after it end.

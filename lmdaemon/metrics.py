@@ -1,4 +1,5 @@
-"""Prometheus metrics: counters raised where things happen, gauges read at a scrape; the one user of its library.
+"""Prometheus metrics: counters that the daemon's parts raise, and gauges that are read at a scrape. Only this module
+uses the Prometheus library.
 
 Names follow the Prometheus conventions: base units, `_total`, and bounded labels (operators, sinks, reasons and codes
 are few; players and sessions must never be a label). The counters of an operator or sink end when it is removed from
@@ -74,7 +75,8 @@ class _Process(ProcessCollector):
 
 
 class _Counter(Collector):
-    """A counter that is a plain number by label values until a scrape: the library's own costs a microsecond a touch.
+    """A counter that is a plain number by label values until a scrape: the library's own counter would cost a
+    microsecond for each touch.
 
     To bound the number of series, label values are counted only if the first `bounded` of them are known (`know`). A
     call may name an operator that a reload has removed since the call began.
@@ -94,7 +96,7 @@ class _Counter(Collector):
             self._values[labels] = amount
 
     def values(self) -> Iterable[tuple[Any, int]]:
-        """All of them by their labels."""
+        """The value for each combination of label values."""
         return self._values.items()
 
     def know(self, known: Iterable[tuple[str, ...]], endings: Iterable[tuple[str, ...]] = ()) -> None:
@@ -122,7 +124,7 @@ class Metrics:
     """All metrics of one daemon, in a registry of its own: two daemons in one process (in tests) share no figures."""
 
     def __init__(self, engine: Mapping[str, str] = MappingProxyType({})) -> None:
-        """`engine`: name and version of what the store runs on."""
+        """`engine`: name and version of the store's database engine."""
         self._registry = registry = CollectorRegistry()
         _Process(registry=registry)
         versions = {"version": __version__, "python": platform.python_version(), **engine}

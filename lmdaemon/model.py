@@ -188,10 +188,10 @@ class Gate:
     finished holds, which no delivery's age includes. `paced_until_at` is when the last delivery retried by hand is due.
 
     For people: `held_by` and `held_note` tell who holds it and why; at `held_until_at` it is released by itself.
-    `paused_at` is when the Retry-After came, `opened_at` when the breaker opened. `failed_at` and the two beside it are
-    of the last failure, also when it is over. Since `alike_since_at` all attempts have failed for that same reason;
-    `failed_before_at` is the last failure before `failing_since_at`. `urls` are those that were sent to and since when,
-    as JSON (see `gates.url_at`).
+    `paused_at` is when the Retry-After came, `opened_at` when the breaker opened. `failed_at`, `failed_reason` and
+    `failed_detail` describe the last failure and stay after a success. Since `alike_since_at` all attempts have failed
+    for that same reason; `failed_before_at` is the last failure before `failing_since_at`. `urls` are the URLs that
+    were used, and since when, as JSON (see `gates.url_at`).
     """
 
     held_at: int | None = None
@@ -267,7 +267,7 @@ def in_bytes(number: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A span in its greatest unit that is not below two: `7 d`, `90 min`, `1.5 s`."""
+    """A span in the largest unit of which it has at least two: `7 d`, `90 min`, `1.5 s`."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

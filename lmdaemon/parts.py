@@ -151,7 +151,9 @@ class Parts:
             self.introduce()
 
     def introduce(self) -> None:
-        """Tells the other daemons on the database where the private side listens, and what to compare settings by."""
+        """Tells the other daemons on the database where the private side listens, and the digest by which they compare
+        settings.
+        """
         at = self.listeners.addresses["api"]
         address = address_text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
         self.store.introduce(address, digest(self.settings))
@@ -193,7 +195,7 @@ class Parts:
 
 
 def _open_underway(stack: AsyncExitStack, settings: Settings) -> Underway:
-    """The file beside the database that attempts are noted in; in PostgreSQL there is none."""
+    """The file beside the database in which attempts are noted; with PostgreSQL there is none."""
     database = settings.database
     path = database.with_name(f"{database.name}-attempts") if settings.postgres is None else None
     try:

@@ -155,7 +155,7 @@ def load(settings: Plugin, freed: Callable[[], None] = _to_nobody) -> LoadedPlug
         return LoadedPlugin(settings, target, freed)
     make: Callable[[dict[str, Any]], Any] = target
     try:
-        hook = make(deepcopy(dict(settings.options)))  # a copy, for a reload compares the options with the file's
+        hook = make(deepcopy(dict(settings.options)))  # a copy, because a reload compares the options with the file's
     except KeyboardInterrupt:
         raise
     except BaseException as error:

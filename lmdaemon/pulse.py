@@ -13,7 +13,7 @@ LATE_S = 5.0  # a loop that is later than this, or works longer on one step, is 
 
 
 class WakeObserver(Protocol):
-    """Told how late a loop was woken, each time when it was due."""
+    """Is told how late a loop runs, each time it wakes up."""
 
     def awoke(self, late_s: float) -> None:
         """The event loop ran it this many seconds after it was due."""
@@ -29,7 +29,7 @@ class Pulse:
         self._observer = observer
 
     def working(self) -> None:
-        """A step begins."""
+        """Notes that a step begins."""
         now = self._monotonic()
         if self._asleep and self._until is not None and self._observer is not None:
             self._observer.awoke(max(0.0, now - self._until))
@@ -37,12 +37,14 @@ class Pulse:
         self._until = now
 
     def sleeping(self, wait_s: float | None) -> None:
-        """A step is over; the next begins in `wait_s` seconds (None: not by itself), or when the loop is woken."""
+        """Notes that a step is over; the next begins in `wait_s` seconds (None: not by itself), or when the loop is
+        woken.
+        """
         self._asleep = True
         self._until = None if wait_s is None else self._monotonic() + wait_s
 
     def woken(self) -> None:
-        """The loop was woken and is due now."""
+        """Notes that the loop was woken and is due now."""
         if self._until is None or self._until > self._monotonic():
             self._until = self._monotonic()
 
@@ -58,14 +60,16 @@ class Pulse:
 
 
 class Rounds:
-    """Calls `once` for ever: after the seconds that it returned (None: no time limit), or when `wake` was called."""
+    """Calls `once` for ever: each time after the seconds that it returned (None: no time limit), or when `wake` was
+    called.
+    """
 
     def __init__(self, pulse: Pulse) -> None:
         self._pulse = pulse
         self._alarm = asyncio.Event()
 
     def wake(self) -> None:
-        """The next round begins at once."""
+        """Has the next round begin at once."""
         if not self._alarm.is_set():
             self._pulse.woken()
             self._alarm.set()

@@ -61,9 +61,9 @@ class Readings:
         ]
 
     def _of_operators(self) -> Iterator[Reading]:
-        """Readings of the operators in the file, and of removed ones while any of their sessions or deliveries
-        remain. Of several daemons on one database, the one that owns an operator has its readings, so that sums are
-        true and alerts come once.
+        """Readings of the configured operators, and of removed ones while any of their sessions or deliveries remain.
+        Of several daemons on one database, only the owner of an operator has its readings, so that sums are true and
+        alerts come once.
         """
         now_at = self._clock.wall_ms()
         waiting = [name for name, one in self._store.figures.copy().items() if one.live or one.pending or one.dead]

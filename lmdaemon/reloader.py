@@ -18,7 +18,7 @@ class Reloader:
     """Keeps the settings in force and the plug-ins made from them. A reload that fails changes nothing; keys that need
     a restart keep their values.
 
-    `take_over` is called when they were replaced; `freed` as in LoadedPlugin.
+    `take_over` is called when the settings were replaced; `freed` as in LoadedPlugin.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Reloader:
     ) -> None:
         self.settings = settings
         self._clock = clock
-        self._started_with = settings  # what needs a restart stays as it is here (NEEDS_RESTART)
+        self._started_with = settings  # keys that need a restart (NEEDS_RESTART) keep the values that they have here
         self.plugins: Mapping[str, LoadedPlugin] = {}
         self.error: str | None = None  # why and when the last reload failed, a line for each finding
         self._take_over = take_over

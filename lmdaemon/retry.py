@@ -157,7 +157,7 @@ def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, pro
 
 
 def _failed(gate: Gate, outcome: Outcome, now_at: int) -> Gate:
-    """The gate with what is told of this failure."""
+    """The gate with the facts of this failure."""
     is_first, is_alike = gate.failing_since_at is None, gate.failed_reason == outcome.reason
     return replace(
         gate,
@@ -196,10 +196,10 @@ def hold(
     note: str | None = None,
     until_at: int | None = None,
 ) -> Gate:
-    """The gate, held from now on until somebody releases it, or until then (wall ms).
+    """The gate, held from now on until somebody releases it, or until `until_at` (wall ms).
 
-    One that is held already keeps its start, its reason and who it was; a note or an end that is given takes the place
-    of what it had.
+    A gate that is held already keeps its start, its reason and who held it; a note or an end that is given replaces the
+    one that it had.
     """
     if gate.held_at is None:
         return replace(gate, held_at=now_at, held_reason=reason, held_by=by, held_note=note, held_until_at=until_at)
@@ -211,7 +211,9 @@ def hold(
 
 
 def release(gate: Gate, now_at: int) -> Gate:
-    """The gate without hold, breaker and Retry-After. The time on hold is added to what no delivery's age includes."""
+    """The gate without hold, breaker and Retry-After. The time on hold is added to `held_total_ms`, which no delivery's
+    age includes.
+    """
     return replace(
         _closed(_not_held(gate, now_at)), failing_since_at=None, alike_since_at=None, not_before_at=0, paused_at=None
     )
@@ -231,7 +233,7 @@ def _not_held(gate: Gate, now_at: int) -> Gate:
 
 def settled_by_time(gate: Gate, now_at: int, *, is_waiting: bool) -> Gate:
     """What time does to a gate: a hold whose end has come is over, and a breaker closes after its pause if nothing is
-    waiting (`is_waiting`), for then no probe will find out. `failing_since_at` stays: nothing has succeeded.
+    waiting (not `is_waiting`), because then no probe would close it. `failing_since_at` stays: nothing has succeeded.
     """
     if gate.held_until_at is not None and gate.held_until_at <= now_at:
         gate = _not_held(gate, now_at)

@@ -1,4 +1,5 @@
-"""With whose rights commands run by root open files: the directory owner's, unless root alone controls the way there.
+"""The rights with which commands that root runs open files: those of the directory's owner, unless only root can change
+the path to it.
 
 Whoever owns a directory can replace a file by a link at any moment, also between two calls. If root followed it, a file
 of root's would be overwritten or given away. Open file descriptors do not help, because SQLite opens several files of a
@@ -22,7 +23,7 @@ _LINKS_MAX = 40  # as the kernel has it (path_resolution(7))
 
 
 class UnsafeError(Exception):
-    """With no user's rights is it safe to go on. The text says why, and what would help."""
+    """There is no user with whose rights it would be safe to go on. The text says why, and what would help."""
 
 
 class Rights(NamedTuple):

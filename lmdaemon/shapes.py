@@ -135,7 +135,7 @@ class BulkTouch(Request):
 
 
 class Hold(Request):
-    """Why sending is to stop, and for how long: until it is released, without `forSeconds`."""
+    """Why sending is to stop, and for how long; without `forSeconds`, until it is released."""
 
     note: (
         Annotated[
@@ -157,7 +157,9 @@ class Hold(Request):
 
 
 class DeadOnes(Request):
-    """Which dead deliveries of an operator are meant: all that are not discarded, or those that fit all of these."""
+    """Which dead deliveries of an operator are meant: all that are not discarded, or those of them that match every
+    given member.
+    """
 
     since: (
         Annotated[Time, Meta(description="Those that died then or later; a time ahead is refused (400).")] | UnsetType
@@ -221,7 +223,7 @@ class PageQuery(Request):
         Meta(
             ge=1,
             le=PAGE_MAX,
-            description="How many at most; a page also ends at 1 MiB, or when enough was looked at for one.",
+            description="How many at most; a page also ends at 1 MiB, or when it has looked at as many rows as it may.",
         ),
     ] = PAGE_DEFAULT
     after: Annotated[Cursor, Meta(description="The `next` of the page before, until that is null.")] | UnsetType = UNSET
@@ -294,7 +296,7 @@ class Session(Answer):
 
 
 class OpenedSession(Session):
-    """What an opening is answered with."""
+    """The answer to an opening: the session, and whether the call changed anything."""
 
     changed: Annotated[
         bool, Meta(description="False: it was open already. The call counted as a touch and changed nothing else.")
@@ -546,7 +548,7 @@ class SettingChange(Answer):
     key: Annotated[str, Meta(description="Its place in the file.", examples=["operators.acme.idle_timeout"])]
     old: Annotated[str | None, Meta(description="In force now, as TOML; null where it is not in the file.")]
     new: Annotated[str | None, Meta(description="As the file has it now.")]
-    content: Annotated[bool, Meta(description="What changed is the content of the file or variable that it names.")]
+    content: Annotated[bool, Meta(description="True: the content of the file or variable that it names has changed.")]
     needs_restart: Annotated[bool, Meta(description="A reload changes nothing of it.")]
 
 
@@ -635,7 +637,7 @@ class CheckedExchange(Answer):
 
 
 class CheckResult(Answer):
-    """What a check came to."""
+    """The result of a check."""
 
     id: Annotated[str, Meta(examples=["answer.valid"])]
     title: str
@@ -662,7 +664,7 @@ class CheckReport(Answer):
 
     url: str
     dialect: str
-    run: Annotated[str, Meta(description="Stands in all made-up ids of the run.")]
+    run: Annotated[str, Meta(description="A part of all made-up ids of the run.")]
     started_at: Time
     duration_ms: Count
     requests: Count
@@ -676,7 +678,7 @@ class CheckReport(Answer):
 
 
 class Counted(Answer):
-    """What has happened since the event before; in a snapshot nothing."""
+    """What has happened since the event before. In a snapshot all counts are 0."""
 
     touches: Count
     ends: Count
@@ -718,7 +720,7 @@ class DeliveryEvent(Answer):
     sink: Sink
     state: StateOfDelivery
     attempts: Count
-    due_at: Annotated[Time | None, Meta(description="When it is due again, if it is.")]
+    due_at: Annotated[Time | None, Meta(description="When it is due again; null if it is settled.")]
     duration_ms: Annotated[Count | None, Meta(description="Null where nothing was sent: it was too old.")]
     status: int | None
     code: float | None
@@ -754,7 +756,9 @@ class Span(Answer):
 
 
 class RecentFigures(Answer):
-    """The last hour: by second, and by minute. Only of the operators that count most, where there are many."""
+    """The last minute by second, and the last hour by minute. If there are many operators, only those with the highest
+    counts.
+    """
 
     at: Time
     spans: list[Span]
@@ -805,7 +809,7 @@ class StoreCheck(Check):
 
 
 class DiskCheck(Check):
-    """How much room the database's file system has; nothing of that where it is another machine's."""
+    """How much space the database's file system has; without these figures if it is another machine's."""
 
     freeBytes: NotRequired[Count]
     sizeBytes: NotRequired[Annotated[Count, Meta(description="Used and free together.")]]

@@ -15,17 +15,19 @@ from lmdaemon.model import Session
 from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
-QUIET_AFTER_STALL_S = 1.0  # after a stall nothing ends for so long: touches that could not arrive come first
+# after a stall nothing ends for so long, so that touches that could not arrive meanwhile are heard first
+QUIET_AFTER_STALL_S = 1.0
 LOOP_TURNS = (
     8  # turns of the event loop from a waiting client to its queued touch: accept, connect, read, parse, handle, queue
 )
-PERSIST_S = 10.0  # how often the service clock is stored; a crash loses as much, so that sessions end that much later
+# how often the service clock is stored. A crash loses the time since then, and sessions end that much later
+PERSIST_S = 10.0
 RETRY_S = 1.0  # pause while the store refuses
 log = Log("sweeper")
 
 
 class Sweeper(StoreObserver):
-    """`once` does all that is due now and says how long to sleep; `run` is `once` for ever."""
+    """Ends sessions. `once` does all that is due now and returns how long to sleep; `run` is `once` for ever."""
 
     def __init__(
         self, store: Store, clock: Clock, restart_grace_s: float, observer: WakeObserver | None = None
@@ -57,7 +59,9 @@ class Sweeper(StoreObserver):
         self._foreign = {name for name in idle_s if not self._store.owns(name)}
 
     def ownership_changed(self, operator: str) -> None:
-        """What is told of an operator's touches and ends is told by the daemon that owns it (StoreObserver)."""
+        """Begins or ceases to log the operator's touches and ends, which the daemon that owns it does
+        (StoreObserver).
+        """
         if operator not in self._idle_ms or self._store.owns(operator):
             self._foreign.discard(operator)
             self.wake()
@@ -123,7 +127,7 @@ class Sweeper(StoreObserver):
     async def once(self) -> float | None:
         """Ends everything that is due now, SWEEP_ROWS at a time.
 
-        Returns the seconds to sleep, or None for until a session is opened. Raises StoreError.
+        Returns the seconds to sleep; None: until it is woken. Raises StoreError.
         """
         crowd = False
         while True:
@@ -147,7 +151,9 @@ class Sweeper(StoreObserver):
         return swept.looked_at >= SWEEP_ROWS
 
     def _look_for_silence(self) -> None:
-        """At most once a second: with 1,000 operators it takes a third of a millisecond."""
+        """Looks for operators whose touches have stopped, at most once a second: with 1,000 operators it takes a third
+        of a millisecond.
+        """
         now = self._clock.monotonic()
         if now - self._looked >= TICK_S:
             self._looked = now
@@ -159,7 +165,7 @@ class Sweeper(StoreObserver):
             self._look_who_waits(now_ms)
 
     def _look_who_waits(self, now_ms: int) -> None:
-        """Logs of which operators the ends for inactivity wait now, and of which no longer."""
+        """Logs for which operators the ends for inactivity have begun to wait, and for which they go on."""
         for name in (self._store.pausing - self._foreign) | self.waiting.keys():
             until_ms, live = self._store.waits_until_ms(name), self._store.figures_of(name).live
             if until_ms is not None and name not in self.waiting:
@@ -171,10 +177,10 @@ class Sweeper(StoreObserver):
 
     @property
     def _persist_after_s(self) -> float:
-        """How long after the last time the service clock is stored again: as long as the run was by then, PERSIST_S at
-        most.
+        """After how many seconds the service clock is stored again: as many as the run had lasted when it was last
+        stored, PERSIST_S at most.
 
-        A crash so loses at most half of the run, and sessions grow older even in a daemon that crashes again and again.
+        So a crash loses at most half of the run, and sessions grow older even in a daemon that crashes again and again.
         """
         return min(PERSIST_S, max(TICK_S, self._persisted - self._started))
 

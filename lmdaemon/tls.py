@@ -72,7 +72,8 @@ class Profile:
 
 
 def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """For connections to others. It trusts `ca_file`, or the system's CAs where that is None, and shows `cert_file`.
+    """A context for connections to others. It trusts `ca_file`, or the system's CAs if that is None, and shows
+    `cert_file`.
 
     Raises OSError (ssl.SSLError is one).
     """
@@ -83,7 +84,7 @@ def client_context(ca_file: Path | None, cert_file: Path | None, key_file: Path 
 
 
 def pinned_context(certificate: bytes, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """For connections to one server, of which only this certificate (DER) is trusted.
+    """A context for connections to one server, of which only this certificate (DER) is trusted.
 
     Its names and dates are not checked: an administrator must reach a daemon whose certificate has expired. Raises
     OSError (ssl.SSLError is one).
@@ -98,7 +99,7 @@ def pinned_context(certificate: bytes, cert_file: Path | None, key_file: Path | 
 
 
 def server_context(cert_file: Path, key_file: Path | None, client_ca_file: Path | None = None) -> ssl.SSLContext:
-    """For a listener. With `client_ca_file` every client must show a certificate of that CA.
+    """A context for a listener. With `client_ca_file` every client must show a certificate of that CA.
 
     Raises OSError (ssl.SSLError is one).
     """
@@ -288,7 +289,7 @@ def _walk(der: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(der):
         tag, size, at = der[at], int.from_bytes(der[at + 1 : at + 2]), at + 2
-        if size > 0x80:  # the long form: it is the number of the bytes that have the size
+        if size > 0x80:  # the long form: the low bits are the number of bytes that hold the size
             size, at = int.from_bytes(der[at : at + size - 0x80]), at + size - 0x80
         if at + size > len(der):
             raise ValueError("a certificate ends before its end")

@@ -1,8 +1,8 @@
-"""Test notices and checks of an operator's endpoint for the private side: the workbench, beside the daemon's work.
+"""Runs test notices and checks of operators' endpoints that the private side asks for, with the workbench.
 
-Each runs on a thread with an event loop of its own, because reading what a hostile operator answers, and masking it,
-takes time that nobody else may lose. It uses the operator's settings in force, egress rules included. It must never
-touch the store, a gate or a lane: a trial changes nothing of what the daemon has to deliver.
+Each trial runs on a thread with an event loop of its own, because reading and masking what a hostile operator answers
+takes time that the daemon's event loop must not lose. It uses the operator's settings in force, egress rules included.
+It must never touch the store, a gate or a lane: a trial changes nothing of what the daemon has to deliver.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Trials:
         self._stopped = False
 
     def obstacle(self, operator: Operator) -> str:
-        """Why none can begin now, in words; empty if one can."""
+        """Why no trial of the operator can begin now, in words; empty if one can."""
         if self._stopped:
             return "the daemon is stopping"
         if operator.name in self._running:
@@ -37,8 +37,8 @@ class Trials:
         return ""
 
     async def send(self, operator: Operator, session_id: str | None, player_id: str | None) -> Mapping[str, Any]:
-        """Sends one notice and returns both sides of it, masked. Nobody may have an `obstacle`, and the operator needs
-        a URL. Raises CannotEncode.
+        """Sends one notice and returns its request and its answer, masked. There must be no `obstacle`, and the
+        operator needs a URL. Raises CannotEncode.
         """
 
         async def work() -> Mapping[str, Any]:
@@ -50,8 +50,8 @@ class Trials:
         return await self._begin(operator, work)
 
     async def check(self, operator: Operator, on_progress: Callable[[Any], None]) -> Mapping[str, Any]:
-        """Runs all checks and returns the report. `on_progress` is called in the daemon's event loop. Nobody may have
-        an `obstacle`. When the caller is cancelled, or the daemon stops, the run ends early. Raises ValueError if the
+        """Runs all checks and returns the report. `on_progress` is called in the daemon's event loop. There must be no
+        `obstacle`. When the caller is cancelled, or the daemon stops, the run ends early. Raises ValueError if the
         operator cannot be checked.
         """
         loop = asyncio.get_running_loop()
@@ -80,7 +80,7 @@ class Trials:
             raise
 
     async def stop(self) -> None:
-        """Lets none begin, ends checks early, and waits until none runs: for an operator's time-out at most."""
+        """Lets no trial begin, ends checks early, and waits until no trial runs: for an operator's time-out at most."""
         self._stopped = True
         for trial in self._running.values():
             trial.end_early()
@@ -103,7 +103,7 @@ class _Trial:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end_early(self) -> None:
-        """Cancels the work if it may be; it then returns what it has."""
+        """Cancels the work if it may end early; it then returns what it has."""
         self._is_unwanted = self._may_end_early
         if self._is_unwanted and self._own is not None:
             with suppress(RuntimeError):  # it has ended meanwhile
@@ -120,7 +120,8 @@ class _Trial:
             result = asyncio.run(self._whole())
         except Exception as one:  # whoever waits for the result gets it
             error = one
-        except asyncio.CancelledError:  # or the daemon's stop would wait for ever
+        # not raised here, because the future would never be done and the daemon's stop would wait for ever
+        except asyncio.CancelledError:
             error = RuntimeError("interrupted without a result")
         with suppress(RuntimeError):  # the daemon's loop is closed: nobody waits
             self._daemon.call_soon_threadsafe(self._tell, result, error)
@@ -137,4 +138,4 @@ class _Trial:
             self.ended.set_result(result)
         else:
             self.ended.set_exception(error)
-            self.ended.exception()  # noted as seen: the one who waits may have gone
+            self.ended.exception()  # marks the exception as retrieved, because the caller may have been cancelled

@@ -32,7 +32,7 @@ READING: Mapping[str, Any] = {
 WIRE_MAX = 1024 * 1024  # bytes after the head, with chunk sizes, extensions and trailers
 
 _HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
-_HEAD_END_MAX = 5
+_HEAD_END_MAX = 5  # most bytes that it matches
 _LENGTH = re.compile(rb"\ncontent-length: *([0-9]{1,6})\r?\n", re.IGNORECASE)
 
 
@@ -78,7 +78,8 @@ class AnswerProtocol(ResponseHandler):
         self._begin()
         if self._tail:
             self._tail = b""
-            self.set_exception(AnswerError("unsolicited_answer"))  # not closed, for sending would hide this cause
+            # the connection is not closed here, because sending on a closed one would hide this cause
+            self.set_exception(AnswerError("unsolicited_answer"))
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
@@ -171,11 +172,12 @@ class AnswerProtocol(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Called by the event loop when the connection has ended."""
         super().connection_lost(exc)
-        self._body = None  # which knows this protocol: a circle would wait for the garbage collector
+        # the body refers to this protocol; such a cycle of references would wait for the garbage collector
+        self._body = None
 
     @property
     def _is_going(self) -> bool:
-        """The connection is lost, and connection_lost was not called yet."""
+        """Whether the connection is lost and `connection_lost` was not called yet."""
         return not self._connection_lost_called and self.transport is not None and self.transport.is_closing()
 
     def _fail(self, error: AnswerError) -> None:

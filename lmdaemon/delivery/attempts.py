@@ -46,7 +46,7 @@ class Attempts:
 
     @staticmethod
     def too_old(lane: Lane, row: Delivery) -> Settlement:
-        """Gives a delivery up that is older than `max_age`; logs it."""
+        """The settlement that gives up a delivery older than `max_age`; logs it."""
         detail = f"the last attempt: {row.last_error}" if row.last_error else "never tried"
         _log_dead(lane, row, row.attempts, "max_age", detail)
         return Settlement(row._replace(last_error="max_age"), "dead", 0, row.step)

@@ -1,9 +1,10 @@
 """Delivers ends: reads due rows, sends them, judges the answers and stores the results. The table is the queue.
 
-A lane is one operator and sink. It has its own slots and schedule and, for a URL, its own gate (hold, Retry-After,
-breaker), so that no lane delays another. Of several daemons on one database, the one that owns the operator delivers;
-the others have its lanes, too, and start nothing in them. This module must never hold more rows of a lane than three
-times its slots (under way, read ahead, not stored yet), and never send inside a transaction.
+A lane is one operator and sink. It has its own slots (places for attempts under way), its own schedule and, for a URL,
+its own gate (hold, Retry-After, breaker), so that no lane delays another. Of several daemons on one database, the one
+that owns the operator delivers; the others have its lanes, too, and start nothing in them. This module must never hold
+more rows of a lane than three times its slots (under way, read ahead, not stored yet), and never send inside a
+transaction.
 """
 
 import asyncio
@@ -27,8 +28,9 @@ from lmdaemon.plugins import LoadedPlugin
 from lmdaemon.pulse import Pulse, Rounds
 from lmdaemon.store.contract import Claim, Store, StoreError, StoreObserver
 
-DRAIN_EXTRA_S = 5.0
-ASK_EXTRA_S = 5.0  # for a probe by another daemon to begin, and for its answer to arrive
+DRAIN_EXTRA_S = 5.0  # how much longer than the longest time-out a stop waits for attempts
+# besides the time-out: for another daemon to begin the probe that it was asked for, and for its answer to arrive
+ASK_EXTRA_S = 5.0
 
 log = Log("delivery")
 
@@ -53,12 +55,12 @@ class Dispatcher(StoreObserver):
         self._timed_gates = TimedGates(store, clock)
         self._agenda = Agenda()
         self.lanes = LaneSet(store, clock, self._agenda)
-        self._answers: set[asyncio.Task[None]] = set()  # to other daemons
+        self._answers: set[asyncio.Task[None]] = set()  # tasks that answer other daemons
         self._crash: BaseException | None = None
         self._running = False
         self.pulse = Pulse(clock.monotonic, observer)
         self._rounds = Rounds(self.pulse)
-        self._store_failure: str | None = None  # the last one that was logged
+        self._store_failure: str | None = None  # the error of the store that was logged last
         store.observe(self)
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
@@ -75,7 +77,9 @@ class Dispatcher(StoreObserver):
         self._let_go(operator)
 
     def _let_go(self, operator: str) -> None:
-        """Hands the operator over to the daemon that owns it from now on, once nothing of it is under way here."""
+        """Lets another daemon have the operator, if this one owns it no longer and none of its attempts is under
+        way.
+        """
         if not self._store.owns(operator) and not self.lanes.is_under_way(operator):
             self._store.let_go(operator)
 
@@ -114,7 +118,7 @@ class Dispatcher(StoreObserver):
         self.wake()
 
     def read_again(self) -> None:
-        """Reads all due times again (StoreObserver): deliveries may have been made without our knowing."""
+        """Reads all due times again (StoreObserver): the table may have deliveries that this daemon was not told of."""
         self.wall_clock_set_back()
 
     def attempt_ended(self, lane: Lane, row: Delivery) -> None:
@@ -224,7 +228,7 @@ class Dispatcher(StoreObserver):
     @staticmethod
     def _claim(lane: Lane) -> Claim:
         # Rows in flight or read ahead are still pending in the table, so they are left out. One row more than wanted is
-        # read, for when it is due.
+        # read, because its due time tells when to read again.
         taken = [*lane.in_flight, *(row.id for row in lane.ahead)]
         return Claim(lane.operator.name, lane.sink, taken, lane.wanted + 1)
 
@@ -244,9 +248,9 @@ class Dispatcher(StoreObserver):
 
     async def probe(self, operator: str) -> str | None:
         """Attempts the earliest pending delivery to the operator's URL now, whatever keeps it back, and stores the
-        result. Returns its public id; None when there is none that is not under way already. Raises StoreError.
+        result. Returns its public id; None if no delivery is pending but those under way. Raises StoreError.
 
-        For an operator that another daemon owns, that one does it.
+        If another daemon owns the operator, that daemon makes the attempt.
         """
         lane = self.lanes.get(operator, HTTP_SINK)
         if lane is None:
@@ -265,7 +269,8 @@ class Dispatcher(StoreObserver):
         if not lane.ahead:
             return None
         row = lane.ahead.popleft()
-        await asyncio.shield(self._attempts.start(lane, row, probe=True))  # whoever asked may leave
+        # the attempt goes on if the caller is cancelled
+        await asyncio.shield(self._attempts.start(lane, row, probe=True))
         return row.webhook_id
 
     def probe_asked(self, number: int, operator: str) -> None:
@@ -275,7 +280,7 @@ class Dispatcher(StoreObserver):
         task.add_done_callback(self._answers.discard)
 
     async def _answer_probe(self, number: int, operator: str) -> None:
-        with suppress(StoreError):  # whoever asked is told that nobody answers
+        with suppress(StoreError):  # the daemon that has asked gets no answer, and tells its caller so
             lane = self.lanes.get(operator, HTTP_SINK)
             found = await self.probe(operator) if lane is not None and lane.is_owned else None
             await self._store.answer_probe(number, found or "")
@@ -283,7 +288,7 @@ class Dispatcher(StoreObserver):
     # -- attempts under way
 
     def under_way_since(self, delivery: int) -> int | None:
-        """When the attempt of a delivery began that is under way (wall ms); None without one."""
+        """When the attempt of a delivery that is under way began (wall ms); None if no attempt is."""
         return self._underway.since.get(delivery)
 
     @property

@@ -12,15 +12,17 @@ from lmdaemon.store.contract import Store
 
 
 class LaneSet:
-    """The lanes by operator and sink, and what is told of them. Those to look at are put on the agenda."""
+    """The lanes by operator and sink, and what `/metrics` and `/health` tell of them. Lanes that must be looked at are
+    put on the agenda.
+    """
 
     def __init__(self, store: Store, clock: Clock, agenda: Agenda) -> None:
         self._store = store
         self._clock = clock
         self._agenda = agenda
         self._lanes: dict[tuple[str, str], Lane] = {}
-        self._sinks: set[str] = set()  # all that there ever were
-        self._in_flight: dict[tuple[str, str], set[int]] = {}
+        self._sinks: set[str] = set()  # all since the start, also those that were removed
+        self._in_flight: dict[tuple[str, str], set[int]] = {}  # ids of deliveries, also of lanes that were removed
 
     def get(self, operator: str, sink: str) -> Lane | None:
         """The lane as it is now: a reload replaces lanes."""
@@ -108,8 +110,8 @@ class LaneSet:
 
     @property
     def behind(self) -> dict[tuple[str, str], str]:
-        """Lanes (operator, sink) whose deliveries wait for nothing but a slot for long, with the rates at which
-        deliveries come and go.
+        """Lanes (operator, sink) whose deliveries have waited for long for a slot and for nothing else, each with the
+        rates at which deliveries are added and finished, in words.
         """
         now_at, now_s = self._clock.wall_ms(), self._clock.monotonic()
         found = {}

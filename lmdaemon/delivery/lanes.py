@@ -14,7 +14,7 @@ from lmdaemon.log import safe_url
 from lmdaemon.model import Delivery, Gate
 from lmdaemon.plugins import LoadedPlugin
 
-LOOK_AGAIN_MS = 60_000
+LOOK_AGAIN_MS = 60_000  # how often a lane's next due time is read from the table, in case that one was missed
 
 
 class Lane:
@@ -28,10 +28,10 @@ class Lane:
         self.sink = sink
         self.policy = policy
         self.plugin = plugin
-        self.is_owned = True  # by this daemon, which alone delivers then
-        self.term = 0  # how often that has changed
+        self.is_owned = True  # whether this daemon owns the operator: only then it delivers
+        self.term = 0  # how often `is_owned` has changed
         self.next_due_at: int | None = 0  # 0: to be read from the table
-        self.reading_from_at: int | None = None  # `next_due_at` before it was to be read again, until that is done
+        self.reading_from_at: int | None = None  # what `next_due_at` was, while it is read again
         self.look_again_at = 0  # wall ms after which `next_due_at` is read from the table again
         self.in_flight: set[int] = set()  # ids of deliveries, until their results are stored
         self.delivered = 0  # those in flight that succeeded and are not stored yet: they occupy no slot
@@ -39,13 +39,13 @@ class Lane:
         self.closing = 0  # answers that hold or delay the operator (410, Retry-After) and are not stored yet
         self.url = safe_url(operator.url) if plugin is None else None  # as it may be shown
         self.url_since_at = 0  # wall ms
-        self.is_url_noted = False  # in the gate
+        self.is_url_noted = False  # whether the gate has noted `url`
         self.pace = Pace()
         self.failed = 0  # failed attempts in a row
 
     def own(self, is_owned: bool) -> bool:
-        """This daemon delivers from now on, or no longer. Returns whether that is new. What another daemon has done in
-        between is read from the table; attempts under way end by themselves.
+        """Notes whether this daemon owns the operator. Returns whether that has changed. What another daemon has done
+        in between is read from the table; attempts under way end by themselves.
         """
         if is_owned == self.is_owned:
             return False
@@ -62,12 +62,14 @@ class Lane:
             self.next_due_at, self.look_again_at = 0, now_at + LOOK_AGAIN_MS
 
     def begin_reading(self) -> None:
-        """Rows that are committed from here on are noted by `note_due`, the others found by whoever reads."""
+        """Is called before due rows are read. Rows that are committed from now on are noted by `note_due`; the read
+        finds all others.
+        """
         self.reading_from_at = self.next_due_at or self.reading_from_at
         self.next_due_at = None
 
     def end_reading(self) -> None:
-        """What was found is in `ahead` and noted."""
+        """Is called after due rows were read: they are in `ahead`, and `note_due` has the due time of the next one."""
         self.reading_from_at = None
 
     def note_due(self, due_at: int) -> None:
@@ -88,7 +90,9 @@ class Lane:
 
     @property
     def slots(self) -> int:
-        """The number of free slots. As many successes as there are slots may wait to be stored besides."""
+        """The number of free slots. Successes that are not stored yet occupy none, as long as they are no more than the
+        slots. A call of a plug-in that ignores its cancellation occupies one.
+        """
         most = self.policy.concurrency
         stray = self.plugin.stray if self.plugin is not None else 0
         return max(0, most + min(most, self.delivered) - len(self.in_flight) - stray)
@@ -149,7 +153,9 @@ class Lane:
 
 
 class Agenda:
-    """Which lanes to look at now and which later, so that a round costs what has changed and not what is configured."""
+    """Which lanes to look at now and which later. So the cost of a round depends on the lanes that have changed, and
+    not on all that are configured.
+    """
 
     def __init__(self) -> None:
         self._now: dict[Lane, None] = {}

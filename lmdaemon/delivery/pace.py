@@ -4,18 +4,18 @@ from collections import deque
 from statistics import median
 from typing import NamedTuple
 
-WINDOW_S = 60.0
-ATTEMPTS_MAX = 512  # looked at; of a fast lane they are of less than a minute
-ATTEMPTS_MIN = 3  # before anything is said
-BEHIND_S = 30.0  # for which a delivery waited for nothing but a slot
-LOOK_EVERY_S = 5.0
+WINDOW_S = 60.0  # the time whose attempts count for rates
+ATTEMPTS_MAX = 512  # most attempts that are kept; those of a fast lane are of less than a minute
+ATTEMPTS_MIN = 3  # with fewer attempts no rates are told
+BEHIND_S = 30.0  # a lane is behind when a delivery has waited for so long for a slot and for nothing else
+LOOK_EVERY_S = 5.0  # between two judgements of a lane
 
 
 class _Ended(NamedTuple):
     at_s: float  # monotonic
     took_s: float
     is_settled: bool
-    pending: int  # deliveries that wait for the operator, after it
+    pending: int  # pending deliveries of the operator when the attempt had ended
 
 
 class Pace:
@@ -27,7 +27,7 @@ class Pace:
         self.is_behind = False
 
     def note(self, now_s: float, took_s: float, pending: int, *, is_settled: bool) -> bool:
-        """An attempt has ended. Returns whether it is time to look whether the lane keeps up."""
+        """Notes that an attempt has ended. Returns whether it is time to judge whether the lane keeps up."""
         self._ended.append(_Ended(now_s, took_s, is_settled, pending))
         if now_s - self._looked_at_s < LOOK_EVERY_S:
             return False
@@ -35,13 +35,15 @@ class Pace:
         return True
 
     def turned(self, overdue_s: float) -> bool:
-        """Whether the lane has fallen behind or caught up since the last look. `overdue_s`: see Lane.overdue_s."""
+        """Judges the lane. Returns whether it has fallen behind or caught up since the last time. `overdue_s`: see
+        Lane.overdue_s.
+        """
         was_behind = self.is_behind
         self.is_behind = overdue_s > (1.0 if was_behind else BEHIND_S)
         return self.is_behind != was_behind
 
     def said(self, now_s: float, concurrency: int) -> str:
-        """What comes and goes, and when nothing will wait any more, in words."""
+        """In words: how many deliveries a second are added and finished, and when none will wait any more."""
         lately = [one for one in self._ended if now_s - one.at_s <= WINDOW_S]
         if len(lately) < ATTEMPTS_MIN or lately[-1].at_s <= lately[0].at_s:
             return "too few attempts to tell how fast"

@@ -9,7 +9,7 @@ from typing import Any
 from lmdaemon.delivery.sender import ANSWER_MAX
 from lmdaemon.dialects import Dialect, not_utf8, without_mark
 
-QUOTED_MAX = 80  # characters of a description that are repeated
+QUOTED_MAX = 80  # most characters of the answer's own texts that are quoted
 MEANINGS = {
     "bad_parameters": "bad parameters",
     "bad_token": "bad or expired token",
@@ -22,8 +22,8 @@ MEANINGS = {
 
 
 def of_body(body: bytes, dialect: Dialect, *, complete: bool = True, quoted_max: int = QUOTED_MAX) -> str:
-    """As far as it decides whether a notice was taken. `complete` is False when there was more than what was read;
-    `quoted_max` are the characters of a description that are repeated.
+    """Says what is in the body, as far as it decides whether the notice was accepted. `complete` is False if the body
+    was longer than what was read. Of a description, `quoted_max` characters are quoted.
     """
     if not complete:
         return f"the body is longer than {ANSWER_MAX // 1024} KiB"
@@ -94,7 +94,7 @@ def _number(text: str) -> bool:
 
 
 def meaning_of(code: float, dialect: Dialect) -> str:
-    """What the dialect means by a code; nothing where the code is none of its own."""
+    """What the dialect means by a code; empty if it is none of the dialect's codes."""
     for meaning, said in MEANINGS.items():
         if dialect.codes.of(meaning) == code:
             return said

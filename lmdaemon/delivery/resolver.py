@@ -53,7 +53,7 @@ class Resolver(AbstractResolver):
         Resolver.running -= 1
 
     async def close(self) -> None:
-        """Nothing is kept open."""
+        """Does nothing, because nothing is kept open."""
 
 
 def _addresses(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:

@@ -12,13 +12,13 @@ from lmdaemon.log import Log
 from lmdaemon.model import Delivery
 from lmdaemon.store.contract import Settled, Settlement, Store, StoreError
 
-STORE_RETRY_S = 1.0
+STORE_RETRY_S = 1.0  # before the store is tried again after it has refused
 
 log = Log("delivery")
 
 
 class Owner(Protocol):
-    """Who begins attempts. Everything is called on the event loop."""
+    """What begins attempts: the dispatcher. Everything is called on the event loop."""
 
     def slot_freed(self, operator: str, sink: str) -> None:
         """Another attempt of the lane may begin."""
@@ -32,7 +32,7 @@ class Owner(Protocol):
         """A row that was in flight is due again at this wall time (ms)."""
 
     def crashed(self, error: Exception) -> None:
-        """An attempt raised what none may raise: a bug."""
+        """An attempt has raised an exception that no attempt may raise, which is a bug."""
 
 
 class RunningAttempts:
@@ -99,7 +99,8 @@ class RunningAttempts:
             lane.in_flight.discard(row.id)
             lane.closing -= closing
             self._owner.attempt_ended(lane, row)
-        # A round between the commit and this line may have left out the row, because it was still in flight
+        # A round between the commit and this line may have left out the row, because it was still in flight. So its due
+        # time is noted again.
         if due_at is not None:
             self._owner.delivery_due(row.operator, row.sink, due_at)
 
@@ -132,7 +133,7 @@ class RunningAttempts:
                 return settled
 
     def _note_pace(self, lane: Lane, settlement: Settlement) -> None:
-        """Tells when a lane falls behind with nothing but its slots keeping it back, and when it has caught up."""
+        """Logs when a lane falls behind because it has too few slots, and when it has caught up."""
         name, now_s = lane.operator.name, self._clock.monotonic()
         pending, took_s = self._store.figures_of(name).pending, (settlement.attempt or {}).get("durationMs", 0) / 1000
         if not lane.pace.note(now_s, took_s, pending, is_settled=settlement.state != "pending"):

@@ -32,7 +32,7 @@ ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
 # Servers close idle connections after 5 s (Node), 15 s or more. If one does so while a request is sent, the attempt has
 # failed, because a POST is not repeated blindly (aiohttp#7363). So the daemon closes idle connections first.
 KEEPALIVE_S = 4.0
-# What asyncio and the system say, as `_in_words` says it
+# What `_in_words` changes in the texts of asyncio and the system
 _CONNECT = re.compile(r"\[Errno (\d+)\] Connect call failed \('([^']*)', (\d+)[^)]*\)")
 _NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
@@ -94,7 +94,7 @@ class Sender:
     async def post(
         self, operator: Operator, webhook_id: str, body: bytes, reached: Callable[[str], None] | None = None
     ) -> tuple[int, Mapping[str, str], bytes, bool]:
-        """Makes one attempt at the operator's URL. `reached` is called with the address it is sent to.
+        """Makes one attempt at the operator's URL. `reached` is called with the address of the connection.
 
         Returns status, headers, at most ANSWER_MAX bytes of the body, and whether these are all of it. Raises
         Unreachable.
@@ -108,7 +108,7 @@ class Sender:
             raise _unreachable(error) from error
 
     def _exchange(self, operator: Operator) -> Exchange:
-        """What posts to the operator's URL. Raises Unreachable."""
+        """The Exchange for the operator's URL, a new one after a reload. Raises Unreachable."""
         known, exchange = self._exchanges.get(operator.name, (None, None))
         if known is operator and exchange is not None:
             return exchange

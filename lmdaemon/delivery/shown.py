@@ -38,15 +38,16 @@ class Request(NamedTuple):
 
 
 def request_of(operator: Operator, row: Delivery, at_s: float) -> Request | None:
-    """How a delivery is sent to its operator's URL, with the settings in force and signed at `at_s` (wall time).
+    """The request with which a delivery is sent to its operator's URL, with the settings in force and signed at `at_s`
+    (wall time).
 
-    None where nothing is sent by HTTP: for a plug-in, without a URL, or where the dialect lacks a fact.
+    None if nothing is sent by HTTP: for a plug-in, without a URL, or if a value is missing that the dialect must send.
     """
     if row.sink != HTTP_SINK or operator.target is None or row.body_digest is None:
         return None
     mask = masks.Mask((row.token, *masks.secrets_of(operator)))
     headers = own_headers(operator, row.body) | request_headers(operator, row.webhook_id, row.body, at_s)
-    if not row.body:  # it was delivered: how long the body was is gone with it
+    if not row.body:  # the body was deleted when it was delivered, so its length is not known
         del headers["Content-Length"]
     return Request(
         shown_url(operator.url),
@@ -64,8 +65,8 @@ def own_headers(operator: Operator, body: bytes) -> dict[str, str]:
 def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
     """The body as sent, in which only ids can be read: those fields of the operator's dialect that hold no secret.
 
-    By field, because a short token may also be part of an id; and only what is known, because a delivery may be older
-    than the dialect in force.
+    It is masked field by field, because a short token may also be a part of an id. Only fields that the dialect names
+    are shown, because a delivery may be older than the dialect in force.
     """
     open_to_all = {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
     is_json = body.startswith(b"{")
@@ -78,14 +79,14 @@ def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
 
 def shown_header(name: str, value: str, mask: Callable[[str], str]) -> str:
     """The value of a header that was sent, with secrets masked."""
-    if name == "Authorization":  # also where user and password are too short to be told from other text
+    if name == "Authorization":  # masked whole, because `mask` does not find a user or password that is very short
         return f"Basic {MASK}"
     return value if name == "Host" else mask(value)
 
 
 def shown_url(url: str) -> str:
-    """Without user info and fragment, the query's values masked: its names tell an integrator enough. Also a path
-    alone, as a Location may be.
+    """The URL without user info and fragment, with the values in its query masked; their names tell an integrator
+    enough. `url` may also be a path alone, as in a Location header.
     """
     path = url.partition("#")[0].partition("?")[0]
     shown = path if path.startswith("/") and not path.startswith("//") else safe_url(url)

@@ -1,4 +1,6 @@
-"""What time alone changes of an operator's gate: a hold that is over, a breaker for which nothing waits, a new URL."""
+"""Changes of an operator's gate for which no answer is needed: a hold whose time is over, a breaker for which nothing
+waits, and a new URL.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from lmdaemon.store.contract import Store
 
 
 class TimedGates:
-    """Stores these changes."""
+    """Finds and stores these changes."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store

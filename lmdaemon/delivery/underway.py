@@ -1,9 +1,10 @@
-"""Which attempts are under way, in a file that outlives a kill: what was begun and has no result is told after it.
+"""Notes which attempts are under way, in a file that survives a kill of the daemon. The next run adds those that have
+no result to the histories of their deliveries.
 
-A commit before each attempt would cost as much as the attempt. So an attempt is noted in a mapped file: a kill of the
-process leaves what was written there, only a crash of the machine may not. The file has as many places as attempts can
-be noted at once; those beyond them are delivered, but not noted. The space is taken when the file is made, because
-writing to a page for which the disk has no room would end the process.
+A commit before each attempt would cost as much as the attempt. So an attempt is noted in a mapped file: what was
+written there survives a kill of the process, though not always a crash of the machine. The file has a fixed number of
+places; attempts beyond that number are made, but not noted. The space is taken when the file is made, because writing
+to a page for which the disk has no room would end the process.
 """
 
 import json
@@ -18,9 +19,9 @@ from lmdaemon.log import Log
 from lmdaemon.model import Delivery
 from lmdaemon.store.contract import Settlement, Store
 
-PLACES = 8192  # 320 KiB
+PLACES = 8192  # most attempts that can be noted at the same time: 320 KiB
 _PLACE = struct.Struct("<qq20s4x")  # the delivery's number (0: free), when the attempt began (wall ms), its nonce
-_HEAD = struct.Struct("<8sq16x")  # what the file is, and 1 while a daemon uses it
+_HEAD = struct.Struct("<8sq16x")  # what marks the file as lmdaemon's, and 1 while a daemon uses it
 _MAGIC = b"lmdattmp"
 INTERRUPTED = "the daemon ended before it had the answer; the operator may have received this"
 
@@ -39,10 +40,11 @@ class Underway:
     """The open file. Without a path nothing is noted. Raises OSError when the file cannot be made or used."""
 
     def __init__(self, path: Path | None) -> None:
-        self.crashed = False  # whether the run before was not closed
-        self.lost: list[Attempt] = []  # of earlier runs, until `forget` is called for them
+        self.crashed = False  # whether the previous run did not end in order
+        # attempts of earlier runs that have no result, until they are added to the histories
+        self.lost: list[Attempt] = []
         self._map: mmap.mmap | None = None
-        self._places: dict[int, int] = {}  # by delivery
+        self._places: dict[int, int] = {}  # the delivery's place in the file
         self._free: list[int] = []
         self.since: dict[int, int] = {}  # when attempts under way began (wall ms), by delivery
         if path is not None:
@@ -79,7 +81,7 @@ class Underway:
                 self._free.append(place)
 
     def begin(self, delivery: Delivery, at: int) -> None:
-        """An attempt begins at that wall time (ms)."""
+        """Notes that an attempt begins at the wall time `at` (ms)."""
         self.since[delivery.id] = at
         if self._free and self._map is not None and delivery.id not in self._places:
             place = self._places[delivery.id] = self._free.pop()
@@ -87,19 +89,19 @@ class Underway:
             _PLACE.pack_into(self._map, offset, delivery.id, at, delivery.nonce.encode())
 
     def end(self, delivery: int) -> None:
-        """Its result is stored, or nothing was sent."""
+        """Notes that the attempt's result is stored, or that nothing was sent."""
         self.since.pop(delivery, None)
         self.forget(delivery)
 
     def forget(self, delivery: int) -> None:
-        """What an earlier run had under way was told."""
+        """Frees the place of a delivery whose attempt need not be noted any longer."""
         place = self._places.pop(delivery, None)
         if place is not None and self._map is not None:
             _PLACE.pack_into(self._map, _HEAD.size + place * _PLACE.size, 0, 0, b"")
             self._free.append(place)
 
     def close(self) -> None:
-        """The run has ended in order. What is still noted is told by the next one."""
+        """Notes that the run ends in order. Attempts that are still noted are left for the next run."""
         if self._map is not None:
             _HEAD.pack_into(self._map, 0, _MAGIC, 0)
             self._map.close()
@@ -107,7 +109,9 @@ class Underway:
 
 
 async def tell_interrupted(store: Store, underway: Underway) -> None:
-    """Adds to the histories what an earlier run had begun and has no result for. Raises StoreError."""
+    """Adds the attempts of an earlier run that have no result to the histories of their deliveries. Raises
+    StoreError.
+    """
     told = 0
     for one in underway.lost[:]:
         found = await store.delivery(one.webhook_id)

@@ -130,8 +130,8 @@ class Administration:
         *,
         changed: bool = False,
     ) -> shapes.ChangedOperator:
-        """Changes the gate of an operator and logs the change. `changed` says that the call has changed something else
-        already.
+        """Changes the gate of an operator and logs the change. `changed` says that the call has already changed
+        something besides the gate.
         """
         before, (by, asking) = self._store.gate(operator.name), asker
 
@@ -169,7 +169,7 @@ class Administration:
     # -- the daemon itself
 
     async def show_config(self, asked: Asked[shapes.NoQuery]) -> shapes.Configuration:
-        """The settings in force, and what a reload would change."""
+        """GET /v1/config."""
         async with self._reading:  # one call at a time, because reading a file with 1,000 operators takes 0.2 s
             return await asyncio.to_thread(self._configuration)
 
@@ -216,7 +216,7 @@ class Administration:
                 name: age_s for name, age_s in (await health.oldest_pending_s()).items() if self._store.owns(name)
             }
             await health.look_for_daemons()
-        except StoreError:  # the other metrics can still be shown, also the one that says that storing fails
+        except StoreError:  # the other metrics can still be shown, including the one that says that storing fails
             oldest = {}
         body = await self._context.metrics.scrape(oldest)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})

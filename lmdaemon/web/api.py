@@ -66,7 +66,7 @@ class Api:
         # aiohttp's own pattern for a part of a path does not match { and }, which an id may have
         routes = [(call, call.path.replace("{sessionId}", "{sessionId:[^/]+}")) for call in CALLS]
         routes += [(call, HEALTH + "/") for call in CALLS if call.path == HEALTH]
-        # These paths match that of touchSessions, which is therefore added before them: a session may be called "touch"
+        # A session may have the id "touch", so the path of touchSessions also serves the calls for one session
         routes[1:1] = [(call, SESSIONS + "/touch") for call in CALLS if call.path == SESSION]
         for call, path in routes:
             handler = call.served_by(self._parts[call.part], self._context)
@@ -109,7 +109,7 @@ class Api:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Bearer token first, then the handler; every error becomes a problem document."""
+        """Checks the bearer token, then calls the handler. Every error becomes a problem document."""
         headers = {}
         try:
             tokens = self._context.settings.api_tokens
@@ -142,7 +142,7 @@ class Api:
         return problem.answer(headers)
 
     def _check_rights(self, request: web.Request, token: ApiToken | None) -> None:
-        """Raises Problem if the token does not allow the request. Without a token (None), none is configured."""
+        """Raises Problem if the token does not allow the request. `token` is None if no token is configured."""
         changes = request.method not in ("GET", "HEAD")
         if token is None:
             self._check_browser(request, changes=changes)
@@ -152,10 +152,10 @@ class Api:
     def _check_browser(self, request: web.Request, *, changes: bool) -> None:
         """Refuses requests that a web page could have caused, where no token is configured; raises Problem.
 
-        Any web page can make a browser on this machine send requests to loopback. A change has the page's own address
-        in its Origin header. The page cannot read the answer to a GET, unless its host name resolves to this machine
-        (DNS rebinding); then that name is in the Host header. No browser can reach a unix socket, and none sends a
-        request without Host.
+        Any web page can make a browser on this machine send requests to loopback. If such a request changes something,
+        its Origin header has the page's own address. A page cannot read the answer to a GET, unless its host name
+        resolves to this machine (DNS rebinding); then that name is in the Host header. No browser can reach a unix
+        socket, and none sends a request without Host.
         """
         listen, host, origin = (
             self._context.settings.api.listen,

@@ -50,7 +50,7 @@ def of_body(kind: type[Request], body: bytes) -> Request:
 
 
 def _whole(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """For JSON Schema, 90.0 is an integer too."""
+    """The fields, with 90 instead of 90.0: JSON Schema counts such a number as an integer, and msgspec does not."""
     return {name: int(one) if type(one) is float and one.is_integer() else one for name, one in fields.items()}
 
 
@@ -153,7 +153,7 @@ def takes_long(kind: type[Request]) -> bool:
 
 
 def _openings(body: bytes) -> list[OpeningOfMany]:
-    """The sessions of a bulk opening, read one by one as a single opening is, so that the same rules hold."""
+    """The sessions of a bulk opening. Each is read as the body of a single opening, so that the same rules hold."""
     try:
         fields = json_object(body)
     except BadNotice as error:
@@ -178,8 +178,8 @@ def _openings(body: bytes) -> list[OpeningOfMany]:
 def session_ids(body: bytes) -> list[str]:
     """The ids in the body of a bulk touch. Raises ValueError with place and rule.
 
-    It is read directly into a list of texts, so that reading stops at anything else. A million objects, or checks of
-    each of their keys, would take a second.
+    The body is read directly into a list of texts, so that reading stops at the first member of another type. To read a
+    million objects, or to check each of their keys, would take a second.
     """
     body = without_mark(body)
     # Each text has two quotes that are not escaped. A body with more quotes than allowed is refused unread, because
@@ -212,6 +212,8 @@ def _decoded(body: bytes) -> list[str]:
 
 
 def _refuse_contradiction(body: bytes, ids: list[str]) -> None:
-    """If the key stands several times, all its values must be equal. The reader has kept only the last one."""
+    """Refuses a body that has the key `sessionIds` several times with different values. `ids` is the last value, the
+    only one that the decoder has kept.
+    """
     if any(value != ids for _, value in json.loads(body, object_pairs_hook=list)):
         raise ValueError("field 'sessionIds' stands twice with different values")

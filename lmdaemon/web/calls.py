@@ -83,11 +83,11 @@ class Trials(Protocol):
         """The reason, in words, why no trial of this operator can begin now; empty if one can."""
 
     async def send(self, operator: Operator, session_id: str | None, player_id: str | None) -> Mapping[str, Any]:
-        """Sends one test notice; returns the members of TestResult. Raises CannotEncode."""
+        """Sends one test notice; returns the members of shapes.TestResult. Raises CannotEncode."""
 
     async def check(self, operator: Operator, on_progress: Callable[[Any], None]) -> Mapping[str, Any]:
-        """Runs the checks and calls `on_progress` for each; returns the members of CheckReport. When it is cancelled it
-        returns early.
+        """Runs the checks and calls `on_progress` for each; returns the members of shapes.CheckReport. If it is
+        cancelled, it returns the results so far.
         """
 
 
@@ -104,14 +104,14 @@ class Context:
     under_way_since: Callable[[int], int | None]
     # Tries an operator's next delivery and returns its id; None: there is no delivery to try
     probe: Callable[[str], Awaitable[str | None]]
-    # The request of a delivery, as it would be signed at a time (s)
+    # The request of a delivery, as it would be signed at a time (seconds since 1970)
     request_of: Callable[[Operator, Delivery, float], ShownRequest | None]
     trials: Trials
     recent: Recent
     events: Events
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
-    # Who is closing which session, by operator and session id. The end is logged after the commit, by code that does
-    # not know the request
+    # Who is closing which session, by operator and session id. The log line of the end is written after the commit, by
+    # code that does not know the request and finds here who asked for it
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
     settings: Settings = field(init=False)
 

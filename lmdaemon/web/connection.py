@@ -38,7 +38,7 @@ log = Log("http")
 
 
 class Host(Protocol):
-    """What a connection needs of its listener, a `Site`, where each of these is described."""
+    """What a connection uses of its listener. `listener.Site` implements it and describes the attributes."""
 
     listener: str
     bounds: Bounds
@@ -55,13 +55,14 @@ class Host(Protocol):
         """A connection is closed; `address` is the one it was counted under."""
 
     def note_cut(self, reason: str, address: str | None) -> None:
-        """A connection is cut by this side, for one of CUTS."""
+        """The daemon cuts a connection; `reason` is one of `listener.CUTS`."""
 
 
 class Arrival:
-    """Where the bytes that have arrived stand: in a head, in a body, or at the end of a request.
+    """Knows where the bytes received last have ended: in a head (request line and headers), in a body, or at the end
+    of a request.
 
-    aiohttp does not tell where in the received bytes a request ends, so they are counted.
+    aiohttp does not tell where in the received bytes a request ends, so bytes are counted.
     """
 
     __slots__ = ("_head_size", "_in_body", "_left", "body", "fed", "head_since")
@@ -70,22 +71,22 @@ class Arrival:
         self.body: StreamReader = EMPTY_PAYLOAD  # of the latest request
         self.fed = 0  # bytes since the end of the last request
         self.head_since: float | None = None  # when the present head began (the loop's time); None: no head has begun
-        self._head_size = 0  # of `fed`, the bytes of the head
+        self._head_size = 0  # how many of the `fed` bytes belong to the head
         self._in_body = False  # whether more of the body is to come
         self._left = 0  # upper bound: bytes after the end of a request that may belong to the next head
 
     def note_whole(self, body: StreamReader) -> None:
-        """A whole request has arrived, after the end of another, and nothing behind it."""
+        """Notes that exactly one whole request has arrived. The request before it had ended, and no bytes follow."""
         self.body, self.head_since, self._left, self._in_body = body, None, 0, False
 
     @property
     def head_too_long(self) -> bool:
-        """Whether a head is not complete with HEAD_MAX bytes."""
+        """Whether more than HEAD_MAX bytes have arrived of a head that is not complete yet."""
         return not self._in_body and self.fed > HEAD_MAX
 
     @property
     def unfinished(self) -> bool:
-        """Whether a request is incomplete: the first has not come yet, or one has begun."""
+        """Whether a request is incomplete. The first of a connection counts as begun when the connection opens."""
         return self.head_since is not None or not self.body.is_eof()
 
     @property
@@ -94,16 +95,16 @@ class Arrival:
         return 0 if self.head_since is None else self._left + self.fed
 
     def end_heads(self, body: StreamReader, data: bytes) -> None:
-        """One or more heads are complete, and `body` belongs to the last. Data and its absence are as in `follow`."""
+        """Notes that one or more heads are complete; `body` belongs to the last of them. `data` is as in `follow`."""
         self.body = body
         if data:
             self._head_size = self.fed - len(data) + data.find(HEAD_END) + len(HEAD_END)
             self.head_since = None
 
     def follow(self, heads: int, data: bytes, now: float) -> None:
-        """Notes what comes after `heads` complete heads, or after more of a head or a body.
+        """Notes where `data`, the bytes received last, have ended. `heads` is how many heads they have completed.
 
-        `data` is counted in `fed` already. Without data, the parser went on with bytes that it had held back.
+        `fed` counts them already. Empty `data` means that the parser went on with bytes that it had held back.
         """
         if not data:
             self._follow_held_back(heads)
@@ -111,7 +112,7 @@ class Arrival:
         was_in_body, self._in_body = self._in_body, not self.body.is_eof()
         if self._in_body:
             return
-        if data.endswith(HEAD_END) or self.fed == self._head_size + self.body.total_bytes:  # nothing is behind it
+        if data.endswith(HEAD_END) or self.fed == self._head_size + self.body.total_bytes:  # no bytes follow
             self.fed = self._left = 0
             self.head_since = None
         elif self.head_since is None:
@@ -121,28 +122,32 @@ class Arrival:
 
     def _follow_held_back(self, heads: int) -> None:
         if not heads and self._in_body != self.body.is_eof():
-            return  # it found no end
+            return  # the parser has found neither the end of a head nor that of the body
         self._in_body = not self.body.is_eof()
         # Only the parser knows where in those bytes the latest request began, so bytes are counted from here on
         self.fed, self._left, self._head_size = (self.body.total_bytes if self._in_body else 0), 0, 0
 
 
 class _Taking:
-    """Whether a client takes its answers: at least TAKEN_MIN bytes in a time while some wait for it."""
+    """Judges whether a client takes its answers. While answers wait, it must take at least TAKEN_MIN bytes in each
+    span of time that `too_slow` is given.
+    """
 
     __slots__ = ("_since", "_untaken")
 
     def __init__(self) -> None:
-        self._untaken = 0  # bytes of answers that it had not taken yet at that moment
-        # When it last took at least TAKEN_MIN bytes (the loop's time); None: no answers wait
+        # When the client last took at least TAKEN_MIN bytes (the loop's time); None: no answers wait
         self._since: float | None = None
+        self._untaken = 0  # bytes of answers that the client had not taken yet at `_since`
 
     def begin_again(self) -> None:
         """Forgets what was seen so far."""
         self._since = None
 
     def too_slow(self, transport: Any, now: float, within_s: float) -> bool:
-        """Looks at what waits in the transport now; returns whether the client has taken too little for that long."""
+        """Looks at what waits in the transport now. Returns whether the client has taken too little for more than
+        `within_s`.
+        """
         waiting = transport.get_write_buffer_size()
         if not waiting:
             self._since = None
@@ -155,11 +160,11 @@ class _Taking:
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's connection, with what it lacks.
+    """aiohttp's connection, with the limits that aiohttp's own lacks.
 
     It limits the time and the size of every head, the memory that it holds, and the time in which a client takes
-    nothing of its answers. Its answer to malformed HTTP does not repeat what was sent. Its end at a stop cuts off no
-    request.
+    nothing of its answers. Its answer to malformed HTTP does not repeat what was sent. When the daemon stops, it still
+    answers all requests that have arrived whole.
     """
 
     __slots__ = (
@@ -182,11 +187,11 @@ class Connection(web.RequestHandler):
         self._address = address
         self._wire: Any = None  # the transport; aiohttp drops its reference when closing begins, which may take long
         self._answered = 0
-        self._refused = False  # bytes that still come are dropped
+        self._refused = False  # whether bytes that arrive from now on are dropped
         self._account = Account(site.bounds)
         self._arrival = Arrival()
         self._taking = _Taking()
-        self._lost: asyncio.Future[None] | None = None  # set while it lingers
+        self._lost: asyncio.Future[None] | None = None  # made by `_linger`; done when the connection is lost
         self.made = False  # whether it has, or had, a transport
         self.reader: asyncio.Task[Any] | None = None  # a handler that is cancelled when the client leaves
 
@@ -238,9 +243,9 @@ class Connection(web.RequestHandler):
         self._follow(heads, data)
 
     def _follow(self, heads: int, data: bytes) -> None:
-        """Finds out what the bytes were: the ends of `heads` heads, or more of a head or of a body.
+        """Finds out where the bytes in `data` have ended. `heads` is how many heads they have completed.
 
-        Without data, the parser went on with bytes that it had held back, because nobody read the body before them.
+        Empty `data` means that the parser went on with bytes that it had held back until the body before them was read.
         """
         arrival = self._arrival
         arrival.fed += len(data)
@@ -284,7 +289,9 @@ class Connection(web.RequestHandler):
 
     @property
     def _received(self) -> int:
-        """The bytes received for requests whose handler does not run yet; a running handler keeps its request."""
+        """The bytes received for requests whose handler does not run yet. A cut does not free those of the request
+        whose handler runs, because the handler keeps them.
+        """
         held = self._account.held
         if not self._request_in_progress or not self._arrival.body.is_eof():
             return held
@@ -313,9 +320,9 @@ class Connection(web.RequestHandler):
             self.cut("reader")
 
     def cut(self, reason: str) -> None:
-        """Ends the connection and frees its memory at once, without waiting until the loop reports its end.
+        """Ends the connection and frees its memory at once, without waiting until the loop reports the end.
 
-        For lack of memory, a client that is not being answered is told to come back (503).
+        If the reason is lack of memory, a client that is not being answered gets a 503, so that it tries again.
         """
         self._refused = True
         self._site.note_cut(reason, self._address)
@@ -337,12 +344,12 @@ class Connection(web.RequestHandler):
 
     @property
     def arriving(self) -> bool:
-        """Whether a request is incomplete: the first has not come yet, or one has begun."""
+        """Whether a request is incomplete. The first counts as begun when the connection opens."""
         return self._arrival.unfinished
 
     @property
     def unheard(self) -> bool:
-        """Whether the client has no answer yet to a request, or is sending one."""
+        """Whether the client waits for an answer, or has not finished sending a request."""
         return self._request_count > self._answered or self.arriving
 
     @property
@@ -351,14 +358,14 @@ class Connection(web.RequestHandler):
         return self._request_in_progress or bool(self._messages) or self._wire.get_write_buffer_size() > 0
 
     def finish(self) -> None:
-        """Ends the connection when all complete requests are answered; an incomplete one is cut."""
+        """Ends the connection: at once if a request is incomplete or none is left to answer, else after all answers."""
         arrival = self._arrival
         if not arrival.body.is_eof() or (arrival.head_since is not None and not self._request_in_progress):
             self.cut("stop")
         elif self._request_in_progress or self._messages:
             self.close()
         else:
-            self.force_close()  # aiohttp's close() leaves an idle one open
+            self.force_close()  # aiohttp's close() leaves an idle connection open
 
     # -- what it answers
 
@@ -376,7 +383,7 @@ class Connection(web.RequestHandler):
         if account.held:
             kept = self._arrival.of_next_head
             waiting = len(self._messages)
-            # Frees the bytes of this request; several requests in a row are taken for equally long
+            # Frees the bytes of this request. If other requests wait, all are assumed to be equally long
             account.free(max(0, account.held - kept) // (waiting + 1) if waiting or kept else account.held)
         if self._refused and not self._messages:
             await self._linger()
@@ -413,7 +420,9 @@ class Connection(web.RequestHandler):
 
 @contextmanager
 def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
-    """Cancels the handler if its client leaves meanwhile. For handlers that change nothing and may take long."""
+    """Cancels the handler if its client leaves while the block runs. For handlers that change nothing and may take
+    long.
+    """
     connection = cast(Connection, request.protocol)  # a Site makes no other connections
     connection.reader = asyncio.current_task()
     try:

@@ -141,7 +141,7 @@ class Deliveries:
         )
 
     def _dead(self, given: shapes.DeadOnes) -> Dead:
-        """Raises Problem."""
+        """The filter for dead deliveries that the request asks for. Raises Problem."""
         since_at = self._at("since", given.since) or 0
         if since_at > self._context.clock.wall_ms():
             raise invalid(f"since: must not lie ahead (got {given.since!r})")

@@ -113,7 +113,7 @@ def _attempt(stored: dict[str, Any], url: str | None) -> shapes.Attempt:
     unknown = {"answer": None} if stored["error"] is not None else {}
     sent = {} if url is None else {"url": url, "address": stored.get("address")}
     attempt = msgspec.convert(unknown | stored | sent | {"at": rfc3339(stored["at"])}, shapes.Attempt)
-    attempt.code = stored["code"]  # 120 and not 120.0
+    attempt.code = stored["code"]  # a whole number is to be shown as 120; msgspec has made 120.0 of it
     return attempt
 
 

@@ -1,8 +1,7 @@
 """The public side: `POST …/SessionExpired` for every operator, and the bare `/health`.
 
-It parses and authenticates a notice, asks the plug-ins, records it, and answers after the commit; docs/endpoint.md has
-the statuses and codes. It must never answer success before the commit, and an unknown path must get the same answer as
-a hidden one.
+It parses and authenticates a notice, asks the plug-ins, records the notice, and answers after the commit;
+docs/endpoint.md has the statuses and codes. It must never answer success before the commit.
 """
 
 import hmac
@@ -45,9 +44,9 @@ from lmdaemon.web.requests import (
 )
 
 BODY_MAX = 16 * 1024
-RETRY_AFTER_S = "5"  # while the daemon cannot store
+RETRY_AFTER_S = "5"  # seconds until a client should try again, while the daemon cannot store
 SEEN_MAX = 100  # characters of a header in a log line
-UNRECORDED = {
+UNRECORDED = {  # results of Store.record for a notice that was not recorded, and the description that is answered
     "bad_token": "the token is not the session's",
     "unknown_session": "the session is not known here",
     "player_mismatch": "the session belongs to another player",
@@ -59,10 +58,9 @@ log = Log("endpoint")
 
 
 class Route:
-    """One path: its operators by provider id, and its dialects by content.
+    """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
-    `codes_of` is the dialect whose codes are answered when the dialect of a body cannot be found out: the first
-    accepted one.
+    `codes_of` is the first accepted dialect. Its codes are answered when the dialect of a body cannot be found out.
     """
 
     def __init__(self) -> None:
@@ -92,8 +90,8 @@ class Route:
 class Refused(Exception):  # noqa: N818
     """A request that is refused before it is parsed.
 
-    `dialect` is the one whose codes are answered, where it is known. `seen` is for the log line, which is not written
-    if it is `logged` already.
+    `dialect` is the one whose codes are answered, if it is known. `seen` are facts for the log line. With `logged`, the
+    log line has been written already.
     """
 
     def __init__(
@@ -125,7 +123,7 @@ class NoticeObserver(Protocol):
         """A request whose body was not parsed was answered with this status."""
 
     def over_quota(self, operator: str) -> None:
-        """A notice of an unknown session was refused for `unknown_per_minute`."""
+        """A notice of an unknown session was refused, because the operator's `unknown_per_minute` is used up."""
 
 
 class Endpoint:
@@ -143,7 +141,7 @@ class Endpoint:
         self._plugins: list[LoadedPlugin] = []
         self._quotas: dict[str, PerMinute] = {}  # for notices of unknown sessions, by operator
         self._secret_names: frozenset[str] = frozenset()  # the names of token and hash in the dialects, casefolded
-        self._spellings: set[tuple[str, str]] = set()
+        self._spellings: set[tuple[str, str]] = set()  # operators and the misspelled provider ids that were logged
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -194,14 +192,14 @@ class Endpoint:
                 "content_encoding": seen.get("content_encoding"),
                 "request_id": request_id(request),
             }
-            if route is None:  # not logged, because scanners guess paths all the time, with anything in them
+            if route is None:  # no warning and no path: scanners guess paths all the time, and put anything into them
                 log.debug("notice.not_taken", **why)
             elif not refused.logged:
                 log.warning("notice.not_taken", path=path, **why)
             self._observer.not_taken(refused.status)
             response = _response(answer(code, refused.description), refused.status, refused.headers)
             if refused.status == 408:
-                response.force_close()  # what is left of the body would be read as the next request
+                response.force_close()  # otherwise the rest of the body would be read as the next request
             return response
 
     def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, web.StreamResponse] | None:
@@ -362,7 +360,7 @@ async def _ask_for_body(request: web.BaseRequest) -> None:
         return
     if (request.content_length or 0) <= BODY_MAX:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # nothing of the answer itself has been sent
+        request.writer.output_size = 0  # else aiohttp would take the 100 for a part of the answer
 
 
 async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:

@@ -1,4 +1,4 @@
-"""Server-sent events for clients that watch the daemon. Without such a client nothing is made or kept.
+"""Server-sent events for clients that watch the daemon. Without such a client no event is made or kept.
 
 Events are gathered for 0.1 s and sent together, because waking every listener for each event would cost more than
 everything else. Each listener has a queue of at most 2,000 events; one that reads too slowly is dropped, so that it
@@ -34,7 +34,7 @@ class Listener:
         self.dropped = False
         self._abort = abort
         self._queue: deque[bytes] = deque()
-        self._waiting = 0  # events in it
+        self._waiting = 0  # events in the queue
         self._filled = asyncio.Event()
         self._closed = False
 
@@ -76,7 +76,7 @@ class Listener:
 
 
 class _State(NamedTuple):
-    """The state of an operator, of which changes are sent."""
+    """The state of an operator. It is compared with the state that was sent last, and sent if it has changed."""
 
     live: int
     pending: int
@@ -86,6 +86,8 @@ class _State(NamedTuple):
 
     @property
     def kept_back(self) -> tuple[object, ...]:
+        """What keeps deliveries waiting. A change of it is sent at once; all other changes wait for the next figures.
+        """
         gate = self.gate
         return gate.held_at, gate.held_reason, self.breaker, gate.not_before_at, gate.probe_at if gate.pause_ms else 0
 
@@ -127,8 +129,9 @@ class Events(StoreObserver):
         return self._stopped or len(self._listeners) >= self._limits.listeners_max
 
     def listen(self, operator: str | None, abort: Callable[[], None]) -> Listener:
-        """Adds a listener. Its first event is a snapshot. The first listener starts the figures. `abort` closes the
-        connection of a listener that is too slow.
+        """Adds a listener. The first event that it gets is a snapshot of all figures. With the first listener, the task
+        starts that sends figures every second. `abort` is called to close the connection of a listener that is too
+        slow.
         """
         listener = Listener(operator, abort, self._limits.waiting_max)
         self._send()  # sends first what was gathered, which is older than the snapshot of the new listener
@@ -142,12 +145,12 @@ class Events(StoreObserver):
         return listener
 
     def leave(self, listener: Listener) -> None:
-        """Removes a client; with the last one the figures stop."""
+        """Removes a listener. With the last one, the task that sends figures every second stops."""
         self._listeners.discard(listener)
         if listener.dropped:
             log.warning("events.listener_dropped", operator=listener.operator, waiting=self._limits.waiting_max)
         if not self._listeners and self._ticking is not None:
-            self._send()  # to nobody, and so forgets it
+            self._send()  # nobody listens, so this only drops the events that were gathered
             self._ticking.cancel()
             self._ticking = None
 
@@ -170,7 +173,7 @@ class Events(StoreObserver):
         for listener in self._listeners:
             listener.close()
 
-    # -- what is heard
+    # -- what store and dispatcher report
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
         """Sends events for ended sessions (StoreObserver)."""
@@ -195,7 +198,7 @@ class Events(StoreObserver):
             name = "delivery.retry" if settlement.state == "pending" else "delivery.settled"
             self._tell(name, settlement.delivery.operator, _delivery(settlement, settled.due_at))
 
-    # -- what is told
+    # -- what is sent
 
     def _tell(self, name: str, operator: str, document: shapes.Answer) -> None:
         if not any(listener.wants(operator) for listener in self._listeners):
@@ -207,7 +210,7 @@ class Events(StoreObserver):
             self._sending = asyncio.get_running_loop().call_later(self._limits.gather_s, self._send)
 
     def _send(self) -> None:
-        """Passes on what was gathered."""
+        """Queues the gathered events for their listeners."""
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
@@ -229,7 +232,7 @@ class Events(StoreObserver):
             self.tell_figures()
 
     def tell_figures(self) -> None:
-        """Sends the figures that have changed since the last time; a client of one operator gets only that one's."""
+        """Sends the figures that have changed since the last call. A listener to one operator gets only its figures."""
         self._send()
         counts = self._since.take()
         items = {}

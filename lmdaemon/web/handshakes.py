@@ -40,7 +40,7 @@ REASONS = (*dict.fromkeys(_WORDS.values()), "refused_by_peer", "closed", "timeou
 def options(context: ssl.SSLContext | None, accepted: socket.socket) -> dict[str, Any]:
     """Arguments for `connect_accepted_socket`; with a context it speaks TLS.
 
-    Must be called in the connection's own task.
+    Must be called in the connection's own task, because it sets a context variable that `lmdaemon.tls` reads there.
     """
     if context is None:
         return {}

@@ -80,7 +80,10 @@ async def _unused(_: web.BaseRequest) -> web.StreamResponse:
 
 
 class _Body:
-    """A body that has arrived. (aiohttp's stream would resume reading from the connection, which was never paused.)"""
+    """A body that has arrived, with the methods of aiohttp's stream that `read_body` uses.
+
+    aiohttp's own stream would resume reading from the connection when it is read; here, reading was never paused.
+    """
 
     __slots__ = ("_bytes",)
 
@@ -106,7 +109,7 @@ class PlainRequest:
 
     def __init__(self, connection: "HotConnection", make: Any, message: Any, stream: Any, body: bytes) -> None:
         self._connection = connection
-        self._make = make  # makes aiohttp's request; the connection forgets it when it is lost
+        self._make = make  # makes aiohttp's request; kept here, because a lost connection drops its own reference
         self._message = message
         self._stream = stream
         self._full: web.BaseRequest | None = None
@@ -157,12 +160,12 @@ class HotConnection(Connection):
     _stream: Any
 
     def data_received(self, data: bytes) -> None:
-        """Takes what has come: a plain request is answered at once, everything else goes to aiohttp."""
+        """Starts to serve a plain request, and passes everything else on to aiohttp."""
         waiter, parser = self._waiter, self._parser
         if (
             waiter is None  # a request is under way
-            or self._account.held  # a part of one has come
-            or self._paused  # its client does not take its answers
+            or self._account.held  # a part of a request has arrived before
+            or self._paused  # the client does not take its answers
             or self._upgraded
             or waiter.done()
             or len(data) >= HELD_MIN

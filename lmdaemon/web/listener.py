@@ -1,6 +1,7 @@
 """The two listeners: each serves connections on its socket, and limits their number.
 
-No client, and neither listener, may take what the others need: connections, file descriptors, memory.
+No client may use up the connections, file descriptors and memory that other clients need, and neither listener those
+that the other one needs.
 """
 
 import asyncio
@@ -32,11 +33,10 @@ log = Log("http")
 
 
 def connections_max(files: int, attempts: int, most: int) -> int:
-    """The most connections of each listener, `most` at most, for a limit of open files and a number of simultaneous
-    attempts.
+    """How many connections each of the two listeners may have: `most`, or fewer if the limit of open files is low.
 
-    Attempts to deliver get at most half of the files. The two listeners get the same number, so that neither takes what
-    the other needs.
+    `files` is that limit, and `attempts` the number of simultaneous attempts to deliver, for which at most half of the
+    files are set aside.
     """
     left = files - FILES_OWN - min(attempts, files // 2)
     return max(1, min(most, left // 2))
@@ -46,7 +46,7 @@ class Site(web.BaseSite):
     """One listener: accepts at most `most` connections on a socket, whose requests a runner handles.
 
     `malformed` makes the answer to malformed HTTP from the reason; `listener` is its name in the configuration and the
-    log. With `tls` it speaks TLS; it may be replaced, for new connections.
+    log. With `tls` it speaks TLS; if `tls` is replaced, the new one is for new connections.
     """
 
     __slots__ = (
@@ -107,7 +107,8 @@ class Site(web.BaseSite):
         self.share = SHARES[listener]
         self.trusted_proxies: Sequence[Network] = ()
         self.keepalive_s = KEEPALIVE_S
-        self.knows: Callable[[Any], bool] = lambda head: False  # whether a head shows that its sender is known
+        # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
+        self.knows: Callable[[Any], bool] = lambda head: False
         # Begins to handle a request that needs no task of its own; None for other requests
         self.direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None] = lambda request: None
         self.stop_within_s = 10.0  # how long a stop waits for answers
@@ -128,10 +129,11 @@ class Site(web.BaseSite):
         self._acceptor.start()
 
     async def stop(self) -> None:
-        """Stops accepting, and waits for requests of clients that were accepted, who cannot know that it stops: 1 s for
-        clients that have no answer yet or are in the middle of a request, 50 ms for everyone else.
+        """Stops accepting, and ends all connections once their requests are answered.
 
-        Requests that have arrived whole are then answered, within `stop_within_s`.
+        Clients cannot know of the stop, so they may still be sending requests. All of them have 50 ms for that. While
+        a client has no answer yet or is in the middle of a request, the wait goes on, for 1 s in all. Requests that
+        have arrived whole by then are answered. What is not answered `stop_within_s` after the call is cut.
         """
         until, limits = asyncio.get_running_loop().time() + self.stop_within_s, self.bounds.limits
         self.closing = True
@@ -217,14 +219,14 @@ class Site(web.BaseSite):
                 del self._by_address[address]
 
     def made(self, connection: Connection) -> None:
-        """A connection has got its transport."""
+        """Notes a connection that has opened."""
         self._open.add(connection)
         self.bounds.open.add(connection)
         if self._patrol is None:
             self._patrol = asyncio.get_running_loop().call_later(self.bounds.limits.patrol_s, self._look_round)
 
     def lost(self, connection: Connection, address: str | None) -> None:
-        """A connection has ended."""
+        """Notes a connection that has ended; `address` is the one that it was counted under."""
         self._open.discard(connection)
         self.bounds.open.discard(connection)
         self._leave(address)

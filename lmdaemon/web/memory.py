@@ -47,8 +47,8 @@ class Memory:
 class Bounds:
     """The limits of connections, and the memory that both listeners share.
 
-    `strangers` counts bytes that have arrived and are not authenticated; `known` those that are, and the bytes of
-    answers that clients have not taken yet.
+    `strangers` counts the bytes of requests that are not authenticated (yet). `known` counts those of authenticated
+    requests, and the bytes of answers that clients have not taken yet.
     """
 
     def __init__(self, limits: Limits = LIMITS) -> None:
@@ -74,7 +74,7 @@ class Account:
         self.held = 0  # bytes received and not answered yet
 
     def take(self, size: int) -> None:
-        """Counts bytes that have arrived. This may cut connections, also the one whose account this is."""
+        """Counts bytes that have arrived. This may cut connections, including the one whose account this is."""
         self.held += size
         memory = self._memory
         memory.used += size
@@ -82,7 +82,7 @@ class Account:
             memory.make_room()
 
     def free(self, size: int) -> None:
-        """Counts bytes that have arrived and are no longer held."""
+        """Counts bytes as no longer held: their request was answered, or its connection was cut or lost."""
         self._memory.used -= size
         self.held -= size
         if not self.held:
@@ -97,13 +97,13 @@ class Account:
             known.take(self.held)
 
     def set_unsent(self, size: int) -> None:
-        """Counts so many bytes of answers that wait in the transport, instead of those counted before."""
+        """Sets how many bytes of answers wait in the transport."""
         known = self._bounds.known
         known.used -= self._unsent
         self._unsent = size
         known.take(size)
 
     def of(self, memory: Memory, received: int) -> int:
-        """The bytes counted in `memory`, of `received` bytes and the answers that wait."""
+        """How many bytes this connection has in `memory`, if it holds `received` bytes of requests."""
         counted = received if memory is self._memory else 0
         return counted + self._unsent if memory is self._bounds.known else counted

@@ -33,10 +33,10 @@ _DESCRIPTION = """\
 SessionExpired as a daemon: the private session API for game servers and administrators, and the public endpoints that \
 receive notices.
 
-Every 2xx means that it is on disk. Every error of the private side is a problem document (RFC 9457). A method that a \
-path does not list is answered with 405 and an `Allow` header that names those it has, but HEAD, which every path has \
-that has GET; an `Expect` other than `100-continue` is answered with 417. Times are RFC 3339 in UTC. An answer may get \
-further members in a later version; a request must not have any that is not listed."""
+Every 2xx means that the change is on disk. Every error of the private side is a problem document (RFC 9457). Every \
+path that has GET has HEAD, too. Any other method that a path does not list is answered with 405 and an `Allow` header \
+that names the path's methods; an `Expect` other than `100-continue` is answered with 417. Times are RFC 3339 in UTC. \
+An answer may get further members in a later version; a request must not have any that is not listed."""
 
 Json = dict[str, Any]
 
@@ -77,7 +77,7 @@ def document(settings: Settings) -> Json:
     }
 
 
-# -- where and by whom
+# -- servers and security
 
 _LISTENERS = {"api": "The private side.", "server": "The public side."}
 _SECURITY_SCHEMES = {
@@ -86,7 +86,7 @@ _SECURITY_SCHEMES = {
         "scheme": "bearer",
         "description": "A token of `token_file`, or of `read_token_file` for what changes nothing.",
     },
-    "clientCertificate": {"type": "mutualTLS", "description": "Of the CA in the listener's `client_ca_file`."},
+    "clientCertificate": {"type": "mutualTLS", "description": "From the CA in the listener's `client_ca_file`."},
 }
 
 
@@ -96,7 +96,7 @@ def _server(settings: Settings, listener: str) -> Json:
     scheme = "https" if listener in settings.tls else "http"
     if listen.unix:
         return {"url": f"{scheme}://localhost", "description": f"{description} Over the unix socket {listen.unix}."}
-    if listen.host in ("0.0.0.0", "::"):  # noqa: S104 - everywhere: the reader knows by which name
+    if listen.host in ("0.0.0.0", "::"):  # noqa: S104 - all addresses; the reader fills in one
         host = {"default": "localhost", "description": "Any name or address of the daemon's machine."}
         url = f"{scheme}://{{host}}:{listen.port}"
         return {"url": url, "description": description, "variables": {"host": host}}
@@ -154,7 +154,8 @@ def _operation(call: Call) -> Json:
 
 
 def _problems(codes: Iterable[tuple[str, int]]) -> Json:
-    """The responses of these problems by status, each with what its codes mean and what a client does then."""
+    """The responses of these problems by status. Each description has the meaning of its codes and what a client does.
+    """
     by_status: dict[str, list[str]] = {}
     for code, status in codes:
         _, meaning, to_do = KINDS[code]
@@ -250,7 +251,7 @@ def _notice_call(name: str, operators: Sequence[Operator], notices: Mapping[str,
         },
         "responses": {
             "200": {
-                "description": "Taken, or refused: `error` tells",
+                "description": "Taken if `error` is 0, else refused",
                 "content": _content("application/json", shapes.NoticeAnswer),
             }
         }
@@ -323,8 +324,8 @@ _REFUSALS = {
     408: ("NoticeTooSlow", "The body came too slowly or broke off"),
     413: ("NoticeTooLarge", "The body is longer than 16 KiB"),
     415: ("NoticeUnreadable", "No dialect of this path has this Content-Type, or the body is compressed"),
-    500: ("NoticeFailed", "A bug; to be repeated"),
-    503: ("NoticeNotStored", "It could not be stored, and was not; to be repeated"),
+    500: ("NoticeFailed", "A bug; the notice should be sent again"),
+    503: ("NoticeNotStored", "The notice could not be stored; it should be sent again"),
 }
 _HEADERS: Mapping[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
@@ -340,7 +341,7 @@ _ANSWERED |= {kind for call in CALLS for kind in call.events.values()}
 
 
 def schemas() -> Json:
-    """Every named type, its members in the order in which they are written there."""
+    """Every named type. Its members are in the order in which `shapes` has them."""
     named: Json = {}
     kinds = sorted(_TAKEN | _ANSWERED | {shapes.Problem, shapes.NoticeAnswer}, key=lambda kind: kind.__name__)
     for name, schema in msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)[1].items():

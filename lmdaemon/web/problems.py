@@ -121,5 +121,5 @@ def unknown_session() -> Problem:
 
 
 def ended(session: shapes.Session | None, status: int) -> Problem:
-    """The session has ended; 409 or 410, as the call says."""
+    """409 to an opening, 410 to a touch: the session has ended."""
     return Problem("ended", "the session has ended", session, status=status)

@@ -80,7 +80,10 @@ def together(counts: Mapping[str, Counts]) -> Counts:
 
 
 class Ring:
-    """Counts of the last SLOTS steps. Each slot knows the step it was last used for, so none has to be emptied."""
+    """Counts of the last SLOTS steps. A step is a second or a minute.
+
+    Each slot notes the step for which it was last used; a slot of an older step counts as empty.
+    """
 
     def __init__(self) -> None:
         self._steps = array("q", [-1]) * SLOTS
@@ -104,7 +107,9 @@ class Ring:
 
 
 class Recent(StoreObserver):
-    """The rings of all operators kept, updated by the first commit of each second."""
+    """The figures of the last hour: rings for all operators together, and for each operator that is kept. The first
+    commit of each second updates them.
+    """
 
     def __init__(self, totals: Totals, service_ms: Callable[[], float], clock: Clock) -> None:
         self._since = Since(totals, service_ms)
@@ -131,8 +136,8 @@ class Recent(StoreObserver):
             self.look()
 
     def look(self) -> None:
-        """Adds what was counted since the last call. It belongs to the second of that call, because nothing was
-        committed later.
+        """Adds what was counted since the last call. It belongs to the second of that call, because the first commit in
+        any later second calls this again.
         """
         second, self._second = self._second, self._now()
         counts = self._since.take()
@@ -149,7 +154,9 @@ class Recent(StoreObserver):
             ring.add(second // step_s, counts)
 
     def _make_room(self, counts: Mapping[str, Counts], *, new_minute: bool) -> None:
-        """Adds rings for new operators while there is room. Once a minute the busiest operators get the room."""
+        """Adds rings for new operators while fewer than OPERATORS_MAX are kept. Once a minute, the busiest operators
+        take the places of others.
+        """
         new = [name for name in counts if name not in self._kept]
         if len(self._kept) + len(new) > OPERATORS_MAX:
             if not new_minute:

@@ -179,7 +179,7 @@ def _address(text: str) -> Address | None:
 
 
 class Head(Protocol):
-    """The attributes that are used of both a request and a parsed head."""
+    """What `bearer` reads: the headers of a request, or of a head whose body has not arrived yet."""
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -15,9 +15,9 @@ DELIVERY = "/v1/deliveries/{id}"
 HEALTH = "/health"
 
 TAGS = {
-    "sessions": "Opened, touched and closed by game servers.",
-    "deliveries": "One for each end of a session and sink of its operator.",
-    "operators": "Those in the configuration, and what holds them back.",
+    "sessions": "Sessions, which game servers open, touch and close.",
+    "deliveries": "When a session ends, each sink of its operator (its URL, or a plug-in) gets one delivery.",
+    "operators": "The operators in the configuration, and what holds their deliveries back.",
     "daemon": "The daemon itself.",
     "notices": "The public side: SessionExpired as received.",
 }
@@ -29,7 +29,8 @@ TOUCH = Call(
     name="touchSession",
     tag="sessions",
     summary="Note activity of a session",
-    description="It counts from when the request arrived. Every third of the idle time is often enough.",
+    description="The activity counts from the moment at which the request arrived. One touch in every third of the "
+    "idle time is often enough.",
     answers={204: ("Noted", None)},
     problems=("invalid", "unknown-session", ("ended", 410), "cannot-store"),
 )
@@ -54,8 +55,9 @@ CALLS = (
         name="openSessions",
         tag="sessions",
         summary="Open many sessions",
-        description=f"For what is being played after a restore. At most {BULK_BODY_MAX} bytes. If one of them breaks a "
-        "rule, none is opened. It can be repeated: those that are open already are touched.",
+        description="For the sessions that are being played when a database has been restored from a backup. At most "
+        f"{BULK_BODY_MAX} bytes. If one of the sessions breaks a rule, none is opened. The call can be repeated: "
+        "sessions that are open already are touched.",
         takes=shapes.BulkOpen,
         answers={200: ("How many were opened, and which could not be", shapes.BulkOpened)},
         problems=("cannot-store",),
@@ -67,8 +69,8 @@ CALLS = (
         name="findSessions",
         tag="sessions",
         summary="Find sessions of all operators",
-        description="By the session's id, by the player's, or by both. A page, newest first; also those of operators "
-        "that have left the configuration.",
+        description="By the session's id, by the player's, or by both. A page, newest first. Sessions of operators "
+        "that have left the configuration are found, too.",
         takes=shapes.FindQuery,
         answers={200: ("A page", shapes.SessionPage)},
         problems=("cannot-store",),
@@ -80,11 +82,11 @@ CALLS = (
         name="openSession",
         tag="sessions",
         summary="Open a session",
-        description="It can be repeated after a lost answer. `.` and `..` are refused as ids: clients resolve "
-        "them as parts of the path.",
+        description="The call can be repeated after a lost answer. `.` and `..` are refused as ids, because clients "
+        "resolve them as parts of the path.",
         takes=shapes.Opening,
         answers={
-            200: ("Open already, with the same playerId and token: it counts as a touch", shapes.OpenedSession),
+            200: ("Open already, with the same playerId and token; the call counts as a touch", shapes.OpenedSession),
             201: ("Opened", shapes.OpenedSession),
         },
         problems=("differs", "ended", "cannot-store"),
@@ -108,7 +110,8 @@ CALLS = (
         name="closeSession",
         tag="sessions",
         summary="Close a session, because its game was closed",
-        description="The first end counts: a session that had ended before is answered as it is.",
+        description="Only the first end counts. For a session that had ended before, the call changes nothing and "
+        "returns the session.",
         answers={200: ("The session, also when it had ended before", shapes.Session)},
         problems=("invalid", "unknown-session", "cannot-store"),
     ),
@@ -144,7 +147,7 @@ CALLS = (
         name="getDelivery",
         tag="deliveries",
         summary="Show a delivery with its attempts and its request",
-        description="`history` has what each attempt met with, `request` what is sent, with secrets masked.",
+        description="`history` has the result of each attempt, `request` what is sent, with secrets masked.",
         answers={200: ("The delivery", shapes.DeliveryWithRequest)},
         problems=("unknown-delivery", "cannot-store"),
     ),
@@ -155,7 +158,7 @@ CALLS = (
         name="retryDelivery",
         tag="deliveries",
         summary="Make a dead delivery due again",
-        description="One that is not dead stays as it is, and so does one that can never be sent because a fact that "
+        description="Refused for a delivery that is not dead, and for one that can never be sent because a fact that "
         "its dialect needs is not known.",
         answers={202: ("The delivery as it is now", shapes.Delivery)},
         problems=("unknown-delivery", "not-dead", "cannot-be-sent", "cannot-store"),
@@ -179,8 +182,8 @@ CALLS = (
         name="discardDelivery",
         tag="deliveries",
         summary="Discard a dead delivery that nobody wants any more",
-        description="It stays, with the note, until it is pruned, but no longer counts as dead. Retrying it takes it "
-        "back. One that is discarded already keeps its note.",
+        description="The delivery is kept, with the note, until it is pruned, but no longer counts as dead. A retry "
+        "takes the discarding back. A delivery that is discarded already keeps its first note.",
         takes=shapes.Discard,
         answers={200: ("The delivery as it is now", shapes.Delivery)},
         problems=("unknown-delivery", "not-dead", "cannot-store"),
@@ -192,7 +195,7 @@ CALLS = (
         name="discardDeliveries",
         tag="deliveries",
         summary="Discard dead deliveries of an operator that nobody wants any more",
-        description="They stay, with the note, until they are pruned, but no longer count as dead.",
+        description="The deliveries are kept, with the note, until they are pruned, but no longer count as dead.",
         takes=shapes.DiscardDead,
         answers={200: ("How many", shapes.DiscardedDeliveries)},
         problems=("cannot-store",),
@@ -204,7 +207,7 @@ CALLS = (
         name="listOperators",
         tag="operators",
         summary="List the configured operators",
-        description="With what waits for each of them, and what holds it back.",
+        description="For each operator: how many deliveries wait, and what holds them back.",
         takes=shapes.NoQuery,
         answers={200: ("All of them", shapes.OperatorList)},
         problems=("cannot-store",),
@@ -216,8 +219,9 @@ CALLS = (
         name="holdOperator",
         tag="operators",
         summary="Stop sending to an operator",
-        description="Ends are still recorded, and their deliveries wait. The time held does not count as their age. "
-        "One that is held already stays so; a note or an end that is given takes the place of what it had.",
+        description="Ends are still recorded, and their deliveries wait. The time of the hold does not count towards "
+        "their maximum age. An operator that is held already stays held; a note or an end of the hold that is given "
+        "replaces the former one.",
         takes=shapes.Hold,
         answers={200: ("The operator, held", shapes.ChangedOperator)},
         problems=("cannot-store",),
@@ -229,9 +233,9 @@ CALLS = (
         name="releaseOperator",
         tag="operators",
         summary="Resume sending to an operator",
-        description="Whatever keeps it back is over: a hold, its breaker, a Retry-After. What is due is sent at once, "
-        "as much as `concurrency` allows; to try one first, probe it. Ends for inactivity that wait because "
-        "its touches have stopped go on, within a minute.",
+        description="Ends whatever keeps the operator back: a hold, its breaker, a Retry-After. Deliveries that are "
+        "due are sent at once, as many as `concurrency` allows; to try one first, use probeOperator. If ends for "
+        "inactivity wait because the operator's touches have stopped, they go on within a minute.",
         answers={200: ("The operator, released", shapes.ChangedOperator)},
         problems=("cannot-store",),
     ),
@@ -242,8 +246,8 @@ CALLS = (
         name="probeOperator",
         tag="operators",
         summary="Try the next delivery to an operator now",
-        description="One attempt, whatever keeps the operator back, and its result. Success closes the breaker; a hold "
-        "and a Retry-After stay.",
+        description="Makes one attempt, whatever keeps the operator back, and returns its result. A success closes the "
+        "breaker; a hold and a Retry-After stay.",
         answers={200: ("The delivery, with the attempt as the last of its history", shapes.DeliveryWithHistory)},
         problems=("cannot-store", "nothing-to-send"),
     ),
@@ -254,9 +258,9 @@ CALLS = (
         name="sendTestNotice",
         tag="operators",
         summary="Send a test notice to an operator",
-        description="One notice with made-up ids, or those given, sent as a delivery would be, whatever keeps the "
-        "operator back; its code may act on it. It is no delivery: nothing is stored, and nothing changes. One at a "
-        "time for each operator.",
+        description="Sends one notice with the ids given, or with made-up ones, as a delivery would be sent, whatever "
+        "keeps the operator back. The operator's code may act on it. The notice is no delivery: the daemon stores and "
+        "changes nothing. One at a time for each operator.",
         takes=shapes.TestNotice,
         answers={200: ("What was sent and answered, and what a delivery would have come to", shapes.TestResult)},
         problems=("busy", "no-url", "cannot-be-sent"),
@@ -268,9 +272,9 @@ CALLS = (
         name="checkOperator",
         tag="operators",
         summary="Run the checks against an operator's endpoint",
-        description="Server-sent events: `check.progress` when each check begins and ends, at the end `check.report`. "
-        "About 40 checks with made-up ids, at most 120 requests, 5 a second, for half a minute or more. It ends early "
-        "when the client leaves or the daemon stops. One at a time for each operator.",
+        description="Server-sent events: `check.progress` when a check begins and when it ends, and `check.report` "
+        "after the last. About 40 checks with made-up ids, at most 120 requests, 5 a second, for half a minute or "
+        "more. The run ends early if the client leaves or the daemon stops. One at a time for each operator.",
         answers={200: ("The stream", str)},
         problems=("busy", "no-url", "cannot-be-sent"),
         media="text/event-stream",
@@ -283,9 +287,10 @@ CALLS = (
         name="streamEvents",
         tag="daemon",
         summary="Hear what happens, as it happens",
-        description="Server-sent events, until one side leaves; `event:` names the type of what stands in `data:` "
-        "(`x-events`). The first is `figures` with all operators, then `figures` come once a second. What happened "
-        "while nobody listened is not told. Who does not take 2,000 events is dropped; 32 may listen.",
+        description="Server-sent events, until one side closes the connection. `event:` names the type of the document "
+        "in `data:`; `x-events` has the types. The first event is `figures` with all operators; after that, `figures` "
+        "come once a second. Events from before the connection are not sent. A client is disconnected when 2,000 "
+        "events wait for it; at most 32 clients may listen.",
         takes=shapes.EventQuery,
         answers={200: ("The stream", str)},
         problems=("unknown-operator", "too-many-listeners"),
@@ -305,7 +310,8 @@ CALLS = (
         name="getFigures",
         tag="daemon",
         summary="Show the last hour in figures",
-        description="Kept in memory, so they begin with the daemon. The 60 seconds and the 60 minutes up to now.",
+        description="The last 60 seconds and the last 60 minutes. The figures are kept in memory, so they begin when "
+        "the daemon starts.",
         takes=shapes.NoQuery,
         answers={200: ("The figures", shapes.RecentFigures)},
     ),
@@ -327,7 +333,7 @@ CALLS = (
         name="getToken",
         tag="daemon",
         summary="Show what the token given may do",
-        description="So that a client need not offer what would be refused.",
+        description="With the answer, a client can offer only what the token allows.",
         takes=shapes.NoQuery,
         answers={200: ("Its name and rights", shapes.TokenRights)},
     ),
@@ -338,7 +344,7 @@ CALLS = (
         name="getConfig",
         tag="daemon",
         summary="Show the settings in force",
-        description="And what a reload would change, for which the file is read again. Plug-ins are not tried.",
+        description="Also shows what a reload would change; for that, the file is read again. Plug-ins are not loaded.",
         takes=shapes.NoQuery,
         answers={200: ("The settings", shapes.Configuration)},
     ),
@@ -349,8 +355,8 @@ CALLS = (
         name="getHealth",
         tag="daemon",
         summary="Show the state of the daemon",
-        description="In public, or without the token, `status` alone.",
-        answers={200: ("It passes, or warns", shapes.Health), 503: ("It fails", shapes.Health)},
+        description="On the public listener, or without a token, the answer has `status` alone.",
+        answers={200: ("The status is pass or warn", shapes.Health), 503: ("The status is fail", shapes.Health)},
         media="application/health+json",
     ),
     Call(

@@ -55,7 +55,7 @@ class Sessions:
         return ready_answer(document, 201 if changed else 200)
 
     async def open_many(self, asked: Asked[shapes.BulkOpen]) -> shapes.BulkOpened:
-        """Opens many sessions in one call. An opening that is refused changes nothing of the others."""
+        """POST /v1/operators/{operator}/sessions. One session that differs or has ended does not affect the others."""
         operator, openings = asked.operator, []
         for at, given in enumerate(asked.given.sessions):
             try:
@@ -108,8 +108,8 @@ class Sessions:
         return ready_answer(shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended))
 
     def _log_refused(self, asked: Asked[Any], code: str, session_ids: Sequence[str]) -> None:
-        """Logs touched ids that are unknown or have ended: a game goes on after its end, or its server names the wrong
-        operator.
+        """Logs touches of sessions that are unknown or have ended. The cause is a game that goes on after its session's
+        end, or a game server that names the wrong operator.
         """
         if session_ids:
             facts = {"operator": asked.operator.name, "code": code, "session": ", ".join(session_ids[:3])}
@@ -149,7 +149,7 @@ class Sessions:
         return page_answer(await shown(asked.request, reading), self._context.session)
 
     async def find(self, asked: Asked[shapes.FindQuery]) -> web.Response:
-        """A page of sessions of all operators, by their id or their player's."""
+        """GET /v1/sessions."""
         query = asked.given
         if query.session_id is UNSET and query.player_id is UNSET:
             raise invalid("sessionId, playerId: one of them is required")

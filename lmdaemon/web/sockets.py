@@ -18,7 +18,7 @@ from lmdaemon.log import Log
 BACKLOG = 512  # connections that the kernel keeps until they are accepted
 ACCEPTS_AT_ONCE = 64  # connections accepted in one turn of the event loop
 ACCEPT_AGAIN_S = 0.1  # wait after accepting has failed
-ACCEPTING_S = 1.0  # how long accepting has to work again before idle time passes, so that waiting touches come first
+ACCEPTING_S = 1.0  # how long accepting must work again before the service clock goes on: waiting touches come first
 
 # Errors of a connection that ended before it was accepted; accepting can go on. Source: accept(2), "Error handling"
 _NOT_OURS = {
@@ -42,7 +42,7 @@ log = Log("http")
 class Hearing:
     """The listeners that cannot accept connections now, with the reason (`deaf`).
 
-    While there is one, touches may not get through, so the service clock is stopped.
+    While there is such a listener, touches may not arrive, so the service clock is stopped and no session gets idle.
     """
 
     def __init__(self, clock: ServiceClock) -> None:
@@ -92,7 +92,7 @@ class Acceptor:
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
 
     def close(self) -> None:
-        """Stops accepting and closes the socket. One that systemd has handed over stays open in systemd."""
+        """Stops accepting and closes the socket. A socket that systemd has handed over stays open in systemd."""
         if self._socket.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
@@ -117,7 +117,9 @@ class Acceptor:
         return None
 
     def _fail(self, error: OSError) -> None:
-        """Stops watching the socket for ACCEPT_AGAIN_S; meanwhile it would wake the loop at each turn."""
+        """Stops watching the socket for ACCEPT_AGAIN_S: a connection that cannot be accepted would wake the loop at
+        each turn.
+        """
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket)
         if self._timer is not None:
@@ -128,7 +130,7 @@ class Acceptor:
 
     def _try_again(self) -> None:
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
-        self._accept()  # without a free descriptor this fails even if no client waits, so success proves something
+        self._accept()  # accept() fails without a free descriptor, even if no client waits; success shows there is one
 
 
 def turn_away(accepted: socket.socket, peer: object = None) -> None:
@@ -161,7 +163,9 @@ def _resolved(listen: Listen) -> Any:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A bound socket. A unix socket gets mode 0660 and replaces a dead one. Raises OSError, which names the address."""
+    """A bound socket. A unix socket gets mode 0660 and replaces a socket file that nobody serves. Raises OSError, which
+    names the address.
+    """
     if listen.unix:
         return _bind_unix(listen)
     family, kind, protocol, _, address = _resolved(listen)

@@ -68,7 +68,7 @@ class Trying:
                 report = msgspec.convert(run.result(), shapes.CheckReport)
                 await response.write(event("check.report", report))
         except ConnectionError:
-            pass  # it has gone
+            pass  # the client has gone
         finally:
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
@@ -92,7 +92,7 @@ class Trying:
         )
 
     def _check(self, operator: Operator) -> None:
-        """Whether a trial of this operator can begin now. Raises Problem."""
+        """Raises Problem if no trial of this operator can begin now."""
         if operator.target is None:
             raise Problem("no-url", "no url is configured for this operator")
         if "hash" in operator.sends.required and operator.hash_key is None:

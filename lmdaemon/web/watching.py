@@ -39,7 +39,7 @@ class Watching:
                 async for chunk in listener.chunks():
                     await response.write(chunk)
         except ConnectionError:
-            pass  # it has gone, or was too slow
+            pass  # the client has gone, or was disconnected because it was too slow
         finally:
             self._events.leave(listener)
         return response

@@ -86,7 +86,7 @@ class _State(NamedTuple):
 
     @property
     def kept_back(self) -> tuple[object, ...]:
-        """What keeps deliveries waiting. A change of it is sent at once; all other changes wait for the next figures."""
+        """What keeps deliveries waiting. A change of it is sent at once; other changes wait for the next figures."""
         gate = self.gate
         return gate.held_at, gate.held_reason, self.breaker, gate.not_before_at, gate.probe_at if gate.pause_ms else 0
 

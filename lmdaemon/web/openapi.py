@@ -154,7 +154,7 @@ def _operation(call: Call) -> Json:
 
 
 def _problems(codes: Iterable[tuple[str, int]]) -> Json:
-    """The responses of these problems by status. Each description has the meaning of its codes and what a client does."""
+    """The responses of these problems by status. Each description says what its codes mean and what a client does."""
     by_status: dict[str, list[str]] = {}
     for code, status in codes:
         _, meaning, to_do = KINDS[code]

@@ -110,10 +110,10 @@ class OwnServer:
         if done.returncode:
             raise NoServerError(f"{program}: {done.stdout}{done.stderr}")
 
-    def start(self) -> None:
-        settings = [
-            f"-c {one}" for one in (*SETTINGS, f"port={self.port}", f"unix_socket_directories={self.directory}")
-        ]
+    def start(self, *more: str) -> None:
+        """`more` settings come after its own."""
+        own = (f"port={self.port}", f"unix_socket_directories={self.directory}")
+        settings = [f"-c {one}" for one in (*SETTINGS, *own, *more)]
         self._run("pg_ctl", "-w", "-l", str(self.directory / "log"), "-o", " ".join(settings), "start")
 
     def stop(self, how: str = "fast") -> None:

@@ -9,11 +9,11 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.members import refuse_old
+from lmdaemon.store.postgres.strains import UNSAFE, unsafe_commit
 from lmdaemon.store.postgres.thread import SERVER_SETTINGS, Connection, Database
 from lmdaemon.store.postgres.versions import MIGRATIONS, OLDEST, current_of
 
 SERVER_MIN = 140000  # PostgreSQL 14
-UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit may be lost after it was acknowledged
 
 TRIES = 5  # to upgrade the schema while others read and write
 AGAIN_S = 0.5  # before the upgrade is tried again
@@ -53,10 +53,7 @@ def check_server(sql: Connection, title: str) -> None:
     if version < SERVER_MIN:
         raise DatabaseError(f"{title}: is PostgreSQL {version // 10000}; 14 or newer is needed")
     if synchronous_commit in UNSAFE:
-        raise UnsafeSettingError(
-            f"its synchronous_commit is {synchronous_commit!r}, so that a crash could lose what was acknowledged; "
-            "it must be on, remote_write or remote_apply"
-        )
+        raise UnsafeSettingError(f"its {unsafe_commit(synchronous_commit)}")
     if read_only:
         raise DatabaseError(f"{title}: is read-only: a standby, or set so")
 

@@ -30,7 +30,7 @@ from lmdaemon.store.postgres.membership import Membership
 from lmdaemon.store.postgres.paces import Paces
 from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.signals import Signals
-from lmdaemon.store.postgres.strains import Strains
+from lmdaemon.store.postgres.strains import Strains, unsafe_settings
 from lmdaemon.store.postgres.tables import Found, shown, who_is_there
 from lmdaemon.store.postgres.thread import Database, NoAnswerError, Thread
 from lmdaemon.store.postgres.wall import ServerClock
@@ -40,6 +40,7 @@ from lmdaemon.store.writer import Writer
 
 LEAVE_S = 3.0  # the longest time that leaving the database may take at a stop
 STRAINS_S = 60.0  # between two searches for what strains the server
+ASK_S = 2.5  # how long the writer's connection may take to say how it is set, after what it is doing
 RELEASE_S = 5.0  # how long an operator's owner may take to answer that its ends wait no longer
 # pauses in which others may hear past a deadline; after the last one the sweep is given up for now
 WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)
@@ -68,6 +69,7 @@ class Shared(Verbs):
         self.load(found.loaded)
         self._thread = thread
         self.strained: str | None = None
+        self._strains = Strains()
         self._signals = Signals()
         introduction = Introduction(name, self._since_at)
         self.membership = Membership(self, clock, self._signals, introduction)
@@ -104,11 +106,17 @@ class Shared(Verbs):
                 await self._writer.write(Probe())  # the first transaction joins the daemons on the database
 
     async def _look_for_strains_for_ever(self) -> None:
-        strains = Strains()
         while True:
-            with suppress(StoreError):
-                self.strained = await self._reads.read(strains.look, self._clock.monotonic())
+            await self.look_for_strains()
             await asyncio.sleep(STRAINS_S)
+
+    async def look_for_strains(self) -> None:
+        """Finds out what endangers the promises (`strained`). What cannot be asked now stays as it was."""
+        with suppress(StoreError, psycopg.Error, NoAnswerError):
+            # Of the writer's connection, whose settings count: another one may be older and have others
+            found = await self._thread.run(unsafe_settings, within_s=ASK_S)
+            strain = await self._reads.read(self._strains.look, self._clock.monotonic())
+            self.strained = "; ".join([*found, *([strain] if strain else [])]) or None
 
     async def close(self) -> None:
         """Leaves the database in order, so that the others need not wait until they find this daemon gone."""

@@ -1,5 +1,5 @@
-"""Finds conditions of the server that endanger the daemons' promises: a failover that could lose commits, and an old
-snapshot that prevents vacuum from removing the dead rows that touches leave.
+"""Finds conditions of the server that endanger the daemons' promises: settings with which a crash could lose commits, a
+failover that could, and an old snapshot that prevents vacuum from removing the dead rows that touches leave.
 """
 
 from typing import NamedTuple
@@ -8,6 +8,10 @@ from lmdaemon.store.postgres.thread import Connection
 
 OLD_S = 300.0  # the age of a snapshot that is too old; every touch since then has left a dead row
 
+UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit may be lost after it was acknowledged
+
+# Settings without which a commit may not outlive a crash, as the connection has them that asks.
+DURABILITY = "SELECT current_setting('synchronous_commit'), current_setting('fsync')"
 # Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
 REPLICAS = """
 SELECT (SELECT count(*) FROM pg_stat_replication) > 0 AND current_setting('synchronous_standby_names') = ''"""
@@ -35,9 +39,29 @@ class Held(NamedTuple):
     holder: str
 
 
+def unsafe_settings(sql: Connection) -> list[str]:
+    """What is wrong, in words, with the settings of the writing connection `sql`. A start refuses such a
+    `synchronous_commit`; here it was changed later, by a reload of the server or for the role before a connection was
+    made anew.
+    """
+    synchronous_commit, fsync = sql.execute(DURABILITY).fetchone() or ("", "")
+    found = []
+    if synchronous_commit in UNSAFE:
+        found.append(unsafe_commit(synchronous_commit))
+    if fsync == "off":
+        found.append("fsync is off, so that a crash of the server's machine could lose what was acknowledged")
+    return found
+
+
+def unsafe_commit(value: str) -> str:
+    """What is wrong with this value of synchronous_commit, in words."""
+    could_lose = f"synchronous_commit is {value!r}, so that a crash could lose what was acknowledged"
+    return f"{could_lose}; it must be on, remote_write or remote_apply"
+
+
 class Strains:
-    """Looks for both conditions. The age of a snapshot counts from the first look that has seen it, because the server
-    does not tell every role when a snapshot was taken.
+    """Looks for replicas and snapshots. The age of a snapshot counts from the first look that has seen it, because the
+    server does not tell every role when a snapshot was taken.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from lmdaemon.store.contract import DatabaseError, Store, StoreError
 from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.migrations import UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
-from lmdaemon.store.postgres.strains import OLD_S, Strains
+from lmdaemon.store.postgres.strains import OLD_S, Strains, unsafe_settings
 from lmdaemon.store.postgres.versions import MIGRATIONS
 from lmdaemon.sweeper import Sweeper
 
@@ -181,6 +181,52 @@ async def test_a_server_that_crashes_loses_nothing_and_work_resumes_by_itself(cl
             assert await db.record(notice("s1")) == "ended"
 
 
+async def test_a_commit_setting_that_became_unsafe_is_warned_of(clock: HandClock) -> None:
+    """By a reload of the server at once, for the role only when the writer's connection is made anew. It counts how
+    that connection is set: others may be older.
+    """
+    with own_server() as own, closing(PostgresEngine(own.url)) as engine:
+
+        async def told(db: PostgresStore) -> str:
+            await db.look_for_strains()
+            return db.strained or ""
+
+        async def set_to(db: PostgresStore, value: str, *, unsafe: bool) -> None:
+            execute(engine, f"ALTER SYSTEM SET synchronous_commit = {value}")
+            execute(engine, "SELECT pg_reload_conf()")
+            async with asyncio.timeout(20):  # every process of the server reads its files anew in its own time
+                while (f"synchronous_commit is '{value}'" in await told(db)) is not unsafe:
+                    await asyncio.sleep(0.02)
+
+        async with engine.open(clock) as db:
+            await db.open_session(opening("s"))
+            assert "synchronous_commit" not in await told(db)
+            await set_to(db, "off", unsafe=True)
+            await set_to(db, "remote_write", unsafe=False)
+            await set_to(db, "local", unsafe=True)
+            await set_to(db, "on", unsafe=False)
+            execute(engine, "ALTER ROLE postgres SET synchronous_commit = off")
+            assert "synchronous_commit" not in await told(db)
+            await asyncio.to_thread(own.stop)
+            await asyncio.to_thread(own.start)
+            async with asyncio.timeout(20):
+                while "synchronous_commit is 'off'" not in await told(db):
+                    await asyncio.sleep(0.05)
+
+
+def test_a_server_that_does_not_sync_is_warned_of() -> None:
+    """Nothing but its file system stands between a commit and a power cut then."""
+    with own_server() as own:
+        with psycopg.connect(own.url, autocommit=True) as sql:
+            assert unsafe_settings(sql) == [
+                "fsync is off, so that a crash of the server's machine could lose what was acknowledged"
+            ]
+        own.stop()
+        own.start("fsync=on")
+        with psycopg.connect(own.url, autocommit=True) as sql:
+            assert unsafe_settings(sql) == []
+
+
 def test_a_failover_that_could_lose_commits_is_warned_of(tmp_path: Path) -> None:
     """The server has a replica, and no commit waits for it. Here pg_receivewal is the replica."""
     with own_server() as own, psycopg.connect(own.url, autocommit=True) as sql:
@@ -236,7 +282,7 @@ class TestDaemon:
                     (delivery,) = (await answer.json())["items"]
                 assert operator.received[0].headers["webhook-id"] == delivery["id"]
                 async with d.client.get(f"{d.api}/health") as answer:
-                    assert (await answer.json())["checks"]["store"][0]["status"] == "pass"
+                    assert (await answer.json())["checks"]["store"][0]["status"] != "fail"
                 async with d.client.get(f"{d.api}/metrics") as answer:
                     assert 'postgresql="' in await answer.text()
             async with serving(tmp_path, toml) as d:  # the sessions are there after a restart

@@ -1,1 +1,3 @@
-"""What lmdaemon costs, each figure beside its floor and its peers of the same run. See docs/performance.md."""
+"""What lmdaemon costs. Each figure is compared with a floor and with peers, all measured in the same run. See
+docs/performance.md.
+"""

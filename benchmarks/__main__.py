@@ -1,7 +1,7 @@
 """`python -m benchmarks`: measures, prints one table, and writes RESULTS.md after a full run.
 
-Exit codes: 0 also when a figure misses what it must be, for machines are noisy; 1 when something is broken, or so far
-off that it measures something else.
+Exit codes: 0, even if a figure misses its bound, because other work on the machine disturbs measurements; 1 if
+something is broken, or so far off that it does not measure what it should.
 """
 
 import argparse

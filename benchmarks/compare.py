@@ -1,4 +1,6 @@
-"""Comparing: a figure, its sides, and the turns they take. Knows nothing of what is measured."""
+"""How a figure is compared: its sides (the daemon, a floor, peers) are measured in turns. This module does not know
+what is measured.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -8,8 +10,8 @@ from typing import Literal
 from benchmarks.peers import Absent
 from benchmarks.processes import BUILD, Python
 
-FEW = 5  # a figure of fewer rounds has long ones: a quick run has one of them
-PEER_ROUNDS = 3  # peers differ by far more than the spread
+FEW = 5  # figures with fewer rounds than this have long rounds, so a quick run has one round of them
+PEER_ROUNDS = 3  # peers differ from the daemon by far more than measurements of one peer vary
 Sample = Mapping[str, float]
 Run = Callable[[int], Sample]  # measures once; the argument is the number of the round
 Side = Callable[["Bench", Python], AbstractContextManager[Run]]
@@ -17,31 +19,31 @@ Side = Callable[["Bench", Python], AbstractContextManager[Run]]
 
 @dataclass(frozen=True)
 class Bench:
-    """How large and how long."""
+    """The sizes and times of a run of the benchmarks."""
 
     live: int = 1_000_000
-    seconds: float = 1.0  # of one slice of load
-    rounds: int = 8  # slices of each side
+    seconds: float = 1.0  # the duration of one slice of load
+    rounds: int = 8  # the number of slices of each side
     quick: bool = False
 
     @property
     def crowd(self) -> int:
-        """Sessions due at once."""
+        """How many sessions are due at once."""
         return self.live // 10
 
     @property
     def notices(self) -> int:
-        """Deliveries in one slice."""
+        """How many deliveries are made in one slice."""
         return 400 if self.quick else 6000
 
     @property
     def ends(self) -> int:
-        """Sessions that end while the daemon is killed."""
+        """How many sessions end while the daemon is killed."""
         return 300 if self.quick else 1000
 
     @property
     def operators(self) -> int:
-        """Configured at the same time."""
+        """How many operators are configured at the same time."""
         return 100 if self.quick else 1000
 
     def titled(self, title: str) -> str:
@@ -51,7 +53,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a value of the samples and what it should be, as a ratio to the floor or as it is."""
+    """One line of the table: a value from the samples and what it should be, as a ratio to the floor or as the value
+    itself.
+    """
 
     value: str
     title: str
@@ -65,8 +69,8 @@ class Row:
         return figure >= bound if self.better == "higher" else figure <= bound
 
     def sane(self, figure: float) -> bool:
-        """Whether the figure still measures what it should, however noisy the machine: a ratio within ten times of what
-        it must be, a value within a hundred times, and nothing lost.
+        """Whether the figure still measures what it should, however disturbed the machine: a ratio within ten times of
+        its bound, a value within a hundred times, and nothing lost.
         """
         slack = 10 if self.of == "ratio" else 100
         return figure >= self.must / slack if self.better == "higher" else figure <= self.must * slack
@@ -86,7 +90,7 @@ class Figure:
 
 @dataclass
 class Result:
-    """The samples of one figure. A ratio is of two slices next to each other."""
+    """The samples of one figure. Each ratio is of two slices that were measured one right after the other."""
 
     figure: Figure
     bench: Bench
@@ -101,7 +105,9 @@ class Result:
 
 
 def measure(figure: Figure, bench: Bench, python: Python, reference: Python | None = None) -> Result:
-    """Daemon, floor and peers in turns, forward and back again. With a reference, that tree's daemon is the floor."""
+    """Measures daemon, floor and peers in turns, in one order and then in the reverse order. With a reference, the
+    daemon of that source tree takes the place of the floor.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
     result = Result(figure, bench)
     sides: list[tuple[Run, list[Sample]]] = []

@@ -1,4 +1,6 @@
-"""Sides of the figures of ends: how fast they are delivered, how late they are, a storm, and what a kill loses."""
+"""The sides of the figures about ends: how fast ends are delivered, how late they are, a storm, and what a kill
+loses.
+"""
 
 import json
 import math
@@ -45,12 +47,12 @@ MANY = [f"w{number}" for number in range(50)]
 IN_FLIGHT = 64
 IDLE_MS = 60_000
 GRACE_S = 1
-DUE = 20_000_000  # numbers of sessions that are made to be due
+DUE = 20_000_000  # the numbers of sessions that are made due begin here
 NEW = 40_000_000
 
 
 class Wallet:
-    """The scripted operator and what has arrived there."""
+    """The scripted operator's process, and the notices that have arrived there."""
 
     def __init__(self, directory: Path) -> None:
         (self.port,) = free_ports(1)
@@ -60,7 +62,7 @@ class Wallet:
         return f"http://127.0.0.1:{self.port}/{path}"
 
     def arrived(self) -> dict[str, float]:
-        """Since the last time it was asked."""
+        """The notices that have arrived since the last call."""
         with urllib.request.urlopen(self.url("arrived"), timeout=30) as answer:
             found: dict[str, float] = json.load(answer)
         return found
@@ -75,13 +77,13 @@ def wallet() -> Iterator[Wallet]:
 
 
 def settings(wallets: list[str], url: Callable[[str], str], hanging: str = "", grace_s: int = GRACE_S) -> str:
-    """Operators that are notified, beside ACME, which is not; one of them may hang."""
+    """The configuration of operators with a URL, one of which may hang, and of ACME, which has none."""
     toml = f'[sessions]\nrestart_grace = "{grace_s}s"\n' + operator(ACME)
     return toml + "".join(operator(name, url("hang" if name == hanging else "ok")) for name in wallets)
 
 
 def make_due(path: Path, owners: list[str], first: int, count: int) -> None:
-    """Sessions that are due as soon as the grace is over, in a file that no daemon has open."""
+    """Adds sessions that are due as soon as the restart grace is over, to a file that no daemon has open."""
     with closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("BEGIN IMMEDIATE")
         sql.execute("UPDATE clock SET service_ms = service_ms + ?", (IDLE_MS,))
@@ -113,7 +115,9 @@ def until(condition: Callable[[], bool], within_s: float, what: str) -> None:
 
 
 def live_of(daemon: Daemon, name: str) -> int:
-    """Read from the file, as below: asking the daemon ten times a second would be a twentieth of its work."""
+    """The number of live sessions, read from the file: asking the daemon ten times a second would be a twentieth of its
+    work.
+    """
     ((live,),) = daemon.rows("SELECT live FROM operator WHERE name = ?", name)
     return int(live)
 
@@ -132,7 +136,9 @@ def percentile(values: list[float], share: float) -> float:
 
 @contextmanager
 def backlog(bench: Bench, python: Python) -> Iterator[Run]:
-    """Operators are held until all their sessions have ended, then released: from there to the last result."""
+    """Operators are held until all their sessions have ended, and then released. Measured is the time from the release
+    to the last result.
+    """
     size = bench.notices
     with wallet() as peers, scratch() as directory:
         daemon = Daemon(directory, python, settings(WALLETS, peers.url))
@@ -158,7 +164,9 @@ def backlog(bench: Bench, python: Python) -> Iterator[Run]:
 
 
 def _gate(daemon: Daemon, verb: str) -> None:
-    """At the same time, or the last operator would wait for a fifth of the whole."""
+    """Calls hold or release for all operators at the same time. One after the other, the last operator would wait for a
+    fifth of the whole measurement.
+    """
     with ThreadPoolExecutor(len(WALLETS)) as pool:
         for called in [pool.submit(daemon.call, "POST", f"/v1/operators/{name}/{verb}") for name in WALLETS]:
             called.result()
@@ -170,7 +178,9 @@ def _last_delivery(daemon: Daemon) -> int:
 
 
 def _delivered(daemon: Daemon, peers: Wallet, last: int, first: int, size: int) -> tuple[float, float]:
-    """When the first end of this round was, and the last result. Raises Broken unless all of them have arrived."""
+    """The times of the first end of this round and of its last result. Raises Broken unless all notices have
+    arrived.
+    """
     ((count, began, ended),) = daemon.rows(
         "SELECT count(*), min(created_at), max(settled_at) FROM delivery WHERE id > ? AND state = 'delivered'", last
     )
@@ -182,7 +192,7 @@ def _delivered(daemon: Daemon, peers: Wallet, last: int, first: int, size: int) 
 
 @contextmanager
 def beside_a_hanging(bench: Bench, python: Python, *, ends_for_it: bool = True) -> Iterator[Run]:
-    """From the first end to the last result in the table, over those operators that answer."""
+    """The time from the first end to the last stored result, over the operators that answer."""
     *healthy, hanging = MANY
     size = bench.notices
     with wallet() as peers, scratch() as directory:
@@ -222,14 +232,16 @@ def bare_client(bench: Bench, python: Python) -> Iterator[Run]:
 
 
 def _steady_opens(port: int, seconds: int, number: int) -> Load:
-    """1,000 a second, of sessions that end as fast as soon as no more are opened."""
+    """Opens 1,000 sessions a second. They end at the same rate, once no more are opened."""
     first = NEW + number * 1_000_000
     return Load("open", port, 50, seconds, WALLETS, first=first, pause_s=0.05, idle_s=seconds + 1)
 
 
 @contextmanager
 def lag(bench: Bench, python: Python) -> Iterator[Run]:
-    """Opened at 1,000 a second and never touched: they end at the same pace. All told by what anybody can see."""
+    """Sessions are opened at 1,000 a second and never touched, so they end at the same rate. All is measured from
+    outside.
+    """
     seconds = 2 if bench.quick else 6
     with wallet() as peers, scratch() as directory, ExitStack() as stack:
         daemon = stack.enter_context(serving(python, directory, bench.live, settings(WALLETS, peers.url)))
@@ -261,8 +273,8 @@ def lag(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def heard(bench: Bench, python: Python, *, listeners: int) -> Iterator[Run]:
-    """What a session costs that is opened, ends and is delivered, 1,000 a second, while so many clients listen to
-    events. The difference to none, times 1,000, is what they take of a core.
+    """The cost of a session that is opened, ends and is delivered, at 1,000 a second, while `listeners` clients listen
+    to events. The difference from the cost without listeners, times 1,000, is the share of a core that they take.
     """
     seconds = 2 if bench.quick else 6
     with wallet() as peers, scratch() as directory, ExitStack() as stack:
@@ -274,7 +286,8 @@ def heard(bench: Bench, python: Python, *, listeners: int) -> Iterator[Run]:
             count = generate(_steady_opens(daemon.api, seconds, number))["answered"]
             until(lambda: settled(daemon, WALLETS), 60, "all have ended and are delivered")
             cpu_s = daemon.cpu_s - before
-            if listeners and taken[0] - events < count * listeners * 200:  # bytes: an end and its result have more
+            # In bytes; an end and its result take more than that
+            if listeners and taken[0] - events < count * listeners * 200:
                 raise Broken("the listeners were not told of everything")
             return {"cpu_us": cpu_s / count * 1e6}
 
@@ -283,7 +296,7 @@ def heard(bench: Bench, python: Python, *, listeners: int) -> Iterator[Run]:
 
 @contextmanager
 def _listening(port: int, clients: int) -> Iterator[list[int]]:
-    """Clients that take every event, on a thread of this process; the list has how many bytes they were sent."""
+    """Clients that read every event, on a thread of this process. The list holds how many bytes they have received."""
     taken, stopping = [0], threading.Event()
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
         for _ in range(clients):
@@ -307,7 +320,7 @@ def _listening(port: int, clients: int) -> Iterator[list[int]]:
 
 @contextmanager
 def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
-    """What timers in memory and aiohttp's client make of the same, on this machine at this time."""
+    """The same load on timers in memory with aiohttp's client, on this machine at this time."""
     seconds = 2 if bench.quick else 6
     (port,) = free_ports(1)
     with wallet() as peers, scratch() as directory:
@@ -335,10 +348,10 @@ def timers_lag(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def storm(bench: Bench, python: Python) -> Iterator[Run]:
-    """A crowd whose deadline is one millisecond, while others touch and ask for health. The crowd's operator is not
-    notified: how fast notices go out is a figure of its own.
+    """A crowd of sessions is due in one millisecond, while other sessions are touched and `/health` is asked. The
+    crowd's operator has no URL, because the speed of deliveries is another figure.
     """
-    crowd, grace_s = bench.crowd, 4  # for the probes to have begun before the storm does
+    crowd, grace_s = bench.crowd, 4  # long enough for the probes to begin before the storm
 
     def run(number: int) -> Sample:
         with scratch() as directory:
@@ -357,7 +370,9 @@ def storm(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def many_operators(bench: Bench, python: Python) -> Iterator[Run]:
-    """Touches of one operator among many, in calm, and while the daemon is scraped and reloaded all the time."""
+    """Touches of one operator among many, first while nothing else happens, and then while the daemon is scraped and
+    reloaded all the time.
+    """
 
     def run(number: int) -> Sample:
         with scratch() as directory:
@@ -437,7 +452,9 @@ def _ended(probe: "subprocess.Popen[bytes]") -> dict[str, Any]:
 
 @contextmanager
 def killed(bench: Bench, python: Python) -> Iterator[Run]:
-    """kill -9 while touches are acknowledged, and again while ends are delivered; then what is missing is counted."""
+    """kill -9 while touches are acknowledged, and again while ends are delivered. Then the missing touches and ends are
+    counted.
+    """
     live = min(bench.live, 100_000)
 
     def run(number: int) -> Sample:
@@ -465,8 +482,8 @@ def _lost_touches(daemon: Daemon, report: dict[str, Any]) -> float:
 
 
 def _lost_ends(bench: Bench, process: Process, load: Load, peers: Wallet) -> Sample:
-    """Opens sessions that end two seconds later, kills what should tell the operator in the middle of it and starts it
-    again. Lost are those of which the operator never hears.
+    """Opens sessions that end two seconds later, kills the process that tells the operator while it does so, and starts
+    it again. Sessions of which the operator never hears count as lost.
     """
     count = bench.ends
     report = generate(load._replace(most=count, first=NEW, idle_s=2, times=True))
@@ -500,13 +517,13 @@ def killed_peer(bench: Bench, python: Python, *, name: str) -> Iterator[Run]:
             with running(process, hangs=True):
                 return _lost_ends(bench, process, Load("open", port, 16, 60, [ACME]), peers)
 
-    peer(python, BUILD, name)  # is it there?
+    peer(python, BUILD, name)  # fails here if the peer is not installed
     yield run
 
 
 @contextmanager
 def killed_listener(bench: Bench, python: Python) -> Iterator[Run]:
-    """Of the Redis peer only the listener is killed: what is published while nobody listens is gone."""
+    """Only the listener of the Redis peer is killed. What Redis publishes while nobody listens is lost."""
     with wallet() as peers, scratch() as directory, redis(directory, 0) as (_, _, redis_port, http_port):
 
         def run(number: int) -> Sample:

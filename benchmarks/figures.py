@@ -1,4 +1,4 @@
-"""The figures: what is measured against what, and what it should be."""
+"""The figures: what is measured, what it is compared with, and what the result should be."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ def _requests(key: str, kind: str, connections: int, *rows: Row, tls: bool = Fal
 
 
 def _at_most(value: str, title: str, unit: str, must: float, goal: float) -> Row:
-    """A value that should be small, by itself."""
+    """A value that should be small, not compared with a floor."""
     return Row(value, title, unit, must, goal, "lower", "value")
 
 

@@ -1,7 +1,8 @@
-"""The floors: what the libraries cost without anything of ours, each as a process of its own.
+"""The floors: what the libraries cost without lmdaemon's code, each as a process.
 
-`handler`: aiohttp that routes, parses and answers a constant. `bare`: the same with a database open, for memory, start
-and idle. `sqlite`: rows of a table touched by key, a batch a transaction. `client`: aiohttp posting to the operator.
+`handler`: aiohttp that routes, parses and answers with a constant. `bare`: the same with an open database, for memory,
+start and idle. `sqlite`: rows of a table updated by key, one batch per transaction. `client`: aiohttp that posts to the
+operator.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks.load import BULK, BULK_BODIES, session_id
 
 SUCCESS = b'{"error":0,"description":"Success"}'
-# An opened session as the API shows it, for a handler that only answers a constant.
+# The answer to an opening as the API shows it, as a constant.
 OPENED = (
     b'{"operator":"acme","sessionId":"9e3779b1-000000000001","playerId":"p1","state":"active","reason":null,'
     b'"openedAt":"2026-01-01T00:00:00.000Z","lastSeenAt":"2026-01-01T00:00:00.000Z",'
@@ -31,7 +32,7 @@ OPENED = (
 
 
 def ready() -> None:
-    """Tells whoever started us, as lmdaemon does: sd_notify(3)."""
+    """Tells the process that started this one that it is ready, as lmdaemon does: sd_notify(3)."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.connect("\0" + address[1:] if address[0] == "@" else address)
@@ -39,7 +40,7 @@ def ready() -> None:
 
 
 def run(main: Any) -> None:
-    """On the loop that the daemon would run on: uvloop where it can be imported."""
+    """Runs a coroutine on the event loop that the daemon would use: uvloop if it can be imported."""
     factory = None
     with suppress(ImportError):
         factory = import_module("uvloop").new_event_loop
@@ -55,7 +56,7 @@ async def until_told() -> None:
 
 
 async def handler(port: int, own: tuple[str, str] | None = None) -> None:
-    """With files of a certificate and its key it speaks TLS, as aiohttp does it."""
+    """Serves over HTTP; with the files of a certificate and its key, over TLS as aiohttp does it."""
     import orjson
     from aiohttp import web
 
@@ -107,7 +108,7 @@ async def bare(port: int, path: str) -> None:
 
 
 def make_table(path: Path, rows: int) -> None:
-    """The smallest table that could hold sessions."""
+    """Makes the smallest table that could hold sessions."""
     with closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("PRAGMA journal_mode = WAL")
         sql.execute("CREATE TABLE session (id TEXT PRIMARY KEY, seen INTEGER) WITHOUT ROWID")
@@ -117,7 +118,7 @@ def make_table(path: Path, rows: int) -> None:
 
 
 def touch_rows(path: str, rows: int, seconds: float, seed: int) -> dict[str, float]:
-    """Batches of BULK random ids, one durable transaction each, for so long."""
+    """For `seconds`, updates batches of BULK random ids, each in one durable transaction."""
     rng = Random(seed)
     sql = sqlite3.connect(path, isolation_level=None)
     sql.execute("PRAGMA synchronous = FULL")
@@ -135,7 +136,7 @@ def touch_rows(path: str, rows: int, seconds: float, seed: int) -> dict[str, flo
 
 
 async def client(port: int, in_flight: int, count: int) -> dict[str, float]:
-    """So many notices from an aiohttp client to the operator, so many at a time."""
+    """Sends `count` notices from an aiohttp client to the operator, `in_flight` at a time."""
     import aiohttp
     import orjson
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.growth`: what a touch, an end, a delivery and a start cost as the tables grow.
 
-Writes docs/growth.csv and docs/growth.svg. CPU time, for it is steadier than rates where other processes run.
+Writes docs/growth.csv and docs/growth.svg. Measures CPU time, which varies less than rates while other processes run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.requests import loaded
 
 SIZES = (10_000, 100_000, 1_000_000)
 ENDED = 10_000_000
-OLD = 100_000_000  # numbers of sessions that ended long ago
+OLD = 100_000_000  # the numbers of sessions that ended long ago begin here
 ROUNDS = 5
 ENDS, DELIVERIES = 20_000, 4_000
 PANELS = (
@@ -52,7 +52,7 @@ def main() -> None:
     samples: list[list[Sample]] = [[] for _ in sizes]
     with ExitStack() as stack:
         sides = [stack.enter_context(costs(Python(), live, ended)) for live, ended in sizes]
-        for number in range(ROUNDS):  # in turns: what else the machine does meets every size
+        for number in range(ROUNDS):  # in turns, so that other work on the machine disturbs every size alike
             for index in range(len(sides))[:: 1 if number % 2 == 0 else -1]:
                 samples[index].append(sides[index](number))
                 print(number, sizes[index], samples[index][-1], flush=True)
@@ -70,7 +70,7 @@ def main() -> None:
 
 @contextmanager
 def costs(python: Python, live: int, ended: int) -> Iterator[Run]:
-    """One file, one daemon after the other on it."""
+    """The costs with one file of this size, on which daemons run one after the other."""
     with wallet() as peers, scratch() as directory:
         daemon = Daemon(directory, python, settings(WALLETS, peers.url, grace_s=0) + operator("crowd"))
         shutil.copyfile(prefilled(python, live), daemon.path)
@@ -94,7 +94,7 @@ def costs(python: Python, live: int, ended: int) -> Iterator[Run]:
 
 
 def _until_settled(daemon: Daemon, owners: list[str], number: int, count: int) -> float:
-    """CPU time (µs) of each of so many sessions that are due when the daemon starts."""
+    """CPU time (µs) per session, for `count` sessions that are due when the daemon starts."""
     make_due(daemon.path, owners, DUE + number * 1_000_000, count)
     with running(daemon):
         before = daemon.cpu_s
@@ -103,7 +103,7 @@ def _until_settled(daemon: Daemon, owners: list[str], number: int, count: int) -
 
 
 def add_ended(path: Path, count: int) -> None:
-    """Copies of a live session that ended one after the other, without deliveries."""
+    """Adds copies of a live session that ended one after the other, without deliveries."""
     with filling(path) as sql:
         row = sql.execute("SELECT * FROM session WHERE reason IS NULL LIMIT 1").fetchone()
         template = dict(zip(columns_of(sql), row, strict=True)) | {"id": None, "reason": "inactivity"}

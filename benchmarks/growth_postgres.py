@@ -1,6 +1,7 @@
 """`python -m benchmarks.growth_postgres`: what a touch, an end and a start cost on PostgreSQL as the table grows.
 
-Also what a vacuum takes, and how much disk a session. Each size is prefilled first, and its server deleted afterwards.
+It also measures how long a vacuum takes, and how much disk space a session takes. Each size is prefilled first, and its
+server is deleted afterwards.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def main() -> None:
 
 
 def costs(kept: Path, live: int) -> Sample:
-    """Of one size, on the prefilled server itself, for a copy of it takes as much disk again."""
+    """The costs with this number of live sessions. They are measured on the prefilled server itself, because a copy
+    would need the same disk space again.
+    """
     with _on(kept) as server:
         return {**_disk(server, live), **_start(server), **_touches(server, live), **_vacuum(server), **_ends(server)}
 
@@ -74,8 +77,8 @@ def _daemon(server: Server) -> Iterator[Daemon]:
 
 
 def _touches(server: Server, live: int) -> Sample:
-    """Of random sessions, first those that wait for each other, then in bulk; the first ones write whole pages into the
-    write-ahead log.
+    """Touches of random sessions, first one per request and then in bulk. The first touches of each kind are not
+    counted, because they write whole pages into the write-ahead log.
     """
     sample: dict[str, float] = {}
     with _daemon(server) as daemon:
@@ -95,7 +98,7 @@ def _touches(server: Server, live: int) -> Sample:
 
 
 def _cpu_s(server: Server) -> float:
-    """Of all processes of the server, those that have ended among them."""
+    """The CPU time (s) of all processes of the server, including those that have ended."""
     postmaster, used = int((server.data / "postmaster.pid").read_text().split()[0]), 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,7 +1,7 @@
-"""The load generator: a process of its own that keeps connections busy with HTTP/1.1 requests and reports as JSON.
+"""The load generator: a process that keeps connections busy with HTTP/1.1 requests and prints a report as JSON.
 
-A plain epoll loop over sockets; of an answer only its end is looked for, so that one request costs a fraction of what
-it costs a bare aiohttp handler. One request at a time on each connection (no pipelining), which is what clients do.
+It is a plain epoll loop over sockets that looks only for the end of each answer. So a request costs it a fraction of
+what it costs a bare aiohttp handler. Each connection sends one request at a time (no pipelining), as clients do.
 """
 
 import json
@@ -18,12 +18,13 @@ from random import Random
 from typing import NamedTuple
 
 BULK = 1000  # ids in one bulk touch
-BULK_BODIES = 100  # made before the time runs, and sent again and again
+BULK_BODIES = 100  # made before the measurement begins, and sent again and again
 
 
 class Load(NamedTuple):
-    """What to send. With `pause_s`, each connection begins a request so often, else as soon as it has the answer. Those
-    already live are numbered below `population`; `first` numbers what is opened or told, so that nothing comes twice.
+    """What to send. With `pause_s`, each connection begins a request at this interval, otherwise as soon as it has its
+    answer. Live sessions have the numbers below `population`. `first` is the first number for sessions that are opened
+    or reported, so that no session comes twice.
     """
 
     kind: str
@@ -35,14 +36,14 @@ class Load(NamedTuple):
     first: int = 0
     pause_s: float = 0.0
     seed: int = 0
-    most: int = 0  # requests altogether; 0: as many as there is time for
+    most: int = 0  # requests altogether; 0: as many as fit into the time
     idle_s: int = 2_592_000
     times: bool = False  # whether to report each request's start (wall ms) and duration (ms)
     tls: bool = False
 
 
 def session_id(number: int) -> str:
-    """An id as long as real ones, in no order that an index could profit from."""
+    """A session id as long as real ones, in an order that does not help an index."""
     return f"{number * 2654435761 % 2**32:08x}-{number:012x}"
 
 
@@ -56,12 +57,12 @@ def _request(method: str, path: str, body: str = "") -> bytes:
 def _of_sessions(
     load: Load, numbers: Iterable[int], method: str, path: str, body: Mapping[str, object] | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """A request for each number, which stands in the place of NUMBER, its session in that of ID, the session's operator
-    in that of OPERATOR. All are of one length, so a request is a ready one filled in: the load must cost little beside
-    what it measures.
+    """Makes a request for each number. NUMBER is replaced by the number, ID by its session, and OPERATOR by the
+    session's operator. All requests have one length, so each is a prepared request filled in: the load must cost little
+    compared with what it measures.
     """
     ready = []
-    for operator in load.operators or [""]:  # a peer has none
+    for operator in load.operators or [""]:  # peers have no operators
         parts = [part.replace("OPERATOR", operator) for part in (path, json.dumps(body) if body else "")]
         filled = _request(method, *(part.replace("ID", session_id(0)).replace("NUMBER", f"{0:012d}") for part in parts))
         ready.append(filled.replace(session_id(0).encode(), b"%(id)b").replace(b"%012d" % 0, b"%(number)b"))
@@ -110,12 +111,12 @@ def _health(load: Load) -> Iterator[tuple[str, bytes]]:
 
 
 def _webdis(load: Load) -> Iterator[tuple[str, bytes]]:
-    """A touch of the Redis peer: the key lives for so long from now on."""
+    """A touch of the Redis peer: the key lives for another `idle_s`."""
     return _of_sessions(load, _at_random(load), "GET", f"/EXPIRE/ID/{load.idle_s}")
 
 
 def _setex(load: Load) -> Iterator[tuple[str, bytes]]:
-    """An opening of the Redis peer."""
+    """An opening at the Redis peer."""
     return _of_sessions(load, count(load.first), "GET", f"/SETEX/ID/{load.idle_s}/acme:pNUMBER")
 
 
@@ -132,14 +133,14 @@ KINDS: dict[str, Callable[[Load], Iterator[tuple[str, bytes]]]] = {
 
 
 def unverified() -> ssl.SSLContext:
-    """For the certificates of the benchmarks, which nobody has issued."""
+    """A TLS context that accepts the self-signed certificates of the benchmarks."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
 class Connection:
-    """One socket and the request that is under way on it."""
+    """One socket, and the request that is under way on it."""
 
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
@@ -156,13 +157,15 @@ class Connection:
     def send(self, name: str, request: bytes) -> None:
         self.name, self.answer, self.began_at, self.began = name, b"", time.time() * 1000, time.perf_counter()
         sent = self.socket.send(request)
-        if sent < len(request):  # a bulk body: the rest goes as the other side reads
+        if sent < len(request):  # a bulk body: the rest is sent as the server reads
             self.socket.settimeout(20)
             self.socket.sendall(request[sent:])
             self.socket.setblocking(False)
 
     def receive(self) -> bool:
-        """Takes what has come. Whether the answer is complete; raises ConnectionError when the other side has gone."""
+        """Reads what has come. Returns whether the answer is complete. Raises ConnectionError if the server has
+        gone.
+        """
         part = self.socket.recv(65536)
         if not part:
             raise ConnectionResetError("closed by the server")
@@ -175,16 +178,18 @@ class Connection:
 
     @property
     def succeeded(self) -> bool:
-        return self.answer[9:10] == b"2" and not self.answer.endswith(b":0}")  # webdis answers 0 for a key that is gone
+        # Webdis answers 0 for a key that has expired
+        return self.answer[9:10] == b"2" and not self.answer.endswith(b":0}")
 
 
 class Run:
-    """All connections until the time is over; then each finishes what is under way."""
+    """Keeps all connections busy until the time is over. Then each finishes the request that is under way."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
         requests = KINDS[load.kind](load)
-        self.requests = chain([next(requests)], requests)  # what takes long is made before the time runs
+        # The first request is made before the measurement begins, because making it takes long
+        self.requests = chain([next(requests)], requests)
         self.sent = 0
         self.failed = 0
         self.lost = 0  # connections that broke
@@ -285,8 +290,8 @@ class Run:
 
 
 def as_from_elsewhere() -> None:
-    """A client on another machine takes no core from a server that has more answers to send. SCHED_BATCH: whoever is
-    woken does not preempt. Source: sched(7).
+    """Makes this process give way, as a client on another machine would: it takes no core from a server that has more
+    answers to send. With SCHED_BATCH, a process that wakes up does not preempt others. Source: sched(7).
     """
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 

@@ -1,7 +1,7 @@
-"""What somebody would use instead, each as a small server of its own with the session API's PUT and touch.
+"""The peers: what could be used instead of lmdaemon, each as a small server with the session API's PUT and touch.
 
 `timers`: `loop.call_later` for each session, in memory. `scheduler`: APScheduler 3 with a job for each session in
-SQLite. `listener`: hears of Redis keys that expired and posts the notice; Redis and webdis themselves are Debian's.
+SQLite. `listener`: hears of Redis keys that expire and posts the notice; Redis and webdis themselves are Debian's.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from benchmarks.floors import OPENED, run, until_told
 from benchmarks.load import session_id
 from benchmarks.processes import Process, Python, free_ports, python_process
 
-IDLE_S = 2_592_000  # of what is live from the start
-Ended = Any  # called with a session id when it has been idle for too long
+IDLE_S = 2_592_000  # the idle time of sessions that are live from the start
+Ended = Any  # called with the id of a session that has been idle for too long
 
 
 class Absent(Exception):  # noqa: N818
-    """A peer is not installed: the text says which."""
+    """A peer is not installed; the text says which."""
 
 
 async def _post(http: Any, url: str, name: str) -> None:
@@ -84,7 +84,7 @@ async def timers(port: int, url: str, live: int) -> None:
 
 
 async def end_job(url: str, name: str) -> None:
-    """What APScheduler runs; it is found by its name in the stored job."""
+    """The function that APScheduler runs. The stored job finds it by its name."""
     import aiohttp
 
     async with aiohttp.ClientSession() as http:
@@ -95,7 +95,7 @@ async def scheduler(port: int, url: str, live: int, path: str) -> None:
     from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
     from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-    # A job that comes late is run all the same: the default would drop it.
+    # A job that comes late is still run; by default APScheduler would drop it.
     defaults = {"misfire_grace_time": None}
     jobs = AsyncIOScheduler(jobstores={"default": SQLAlchemyJobStore(f"sqlite:///{path}")}, job_defaults=defaults)
     known: dict[str, float] = {}
@@ -151,7 +151,9 @@ async def listener(port: int, url: str) -> None:
 
 @contextmanager
 def redis(directory: Path, live: int) -> Iterator[tuple[Process, Process, int, int]]:
-    """Redis with so many keys, each command on disk before its answer; webdis in front; their ports."""
+    """Runs Redis with `live` keys, which writes each command to disk before its answer, and webdis in front of it.
+    Yields both processes and their ports.
+    """
     programs = {name: shutil.which(name) for name in ("redis-server", "webdis")}
     if missing := [name for name, path in programs.items() if path is None]:
         raise Absent(", ".join(missing))
@@ -190,7 +192,7 @@ def redis(directory: Path, live: int) -> Iterator[tuple[Process, Process, int, i
 
 
 def _fill(port: int, live: int) -> None:
-    """Writes keys in one go. The answers are read to the last."""
+    """Writes all keys in one go, and reads all answers."""
     import socket
 
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -204,7 +206,7 @@ def _fill(port: int, live: int) -> None:
 
 
 def peer(python: Python, directory: Path, name: str, **arguments: Any) -> Process:
-    """`timers`, `scheduler` or `listener`, not started yet."""
+    """The process of `timers`, `scheduler` or `listener`, not started yet."""
     if name == "scheduler" and not (find_spec("apscheduler") and find_spec("sqlalchemy")):
         raise Absent("apscheduler")
     return python_process(python, directory, "benchmarks.peers", name, **arguments)

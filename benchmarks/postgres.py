@@ -1,7 +1,7 @@
-"""A PostgreSQL server of the benchmarks' own, and the sides of the figures of daemons that share one.
+"""A PostgreSQL server for the benchmarks, and the sides of the figures about daemons that share one.
 
-The server lies on the disk that the tree is on, syncs every commit, and is set as docs/scaling.md has it. Its
-statements are counted by pg_stat_statements, which PostgreSQL brings along.
+The server's data are on the disk of the source tree, and every commit is synced. Its settings are those of
+docs/scaling.md. pg_stat_statements, which is part of PostgreSQL, counts the statements.
 """
 
 import hashlib
@@ -41,19 +41,19 @@ from benchmarks.requests import loaded
 
 BINARIES = Path("/usr/lib/postgresql")
 SETTINGS = (
-    "shared_buffers=2GB",  # the live sessions with their indexes
-    "max_wal_size=8GB",  # or touches would make checkpoints follow each other
+    "shared_buffers=2GB",  # enough for the live sessions with their indexes
+    "max_wal_size=8GB",  # less would make touches cause one checkpoint after the other
     "shared_preload_libraries=pg_stat_statements",
 )
 DAEMONS = 3
 ENDS_A_SECOND = 300
 LAG_OPENERS = 50  # connections of each daemon that open sessions
-JOINED_S = 6.0  # for daemons that come one after the other to have divided the operators between them
+JOINED_S = 6.0  # how long (s) daemons that start one after the other take to share the operators out
 CALM_S = 4.0
-RAW_BATCH = 300  # ids touched in one statement of the floor
-RAW_ENDS = 100  # sessions ended in one statement of the floor
+RAW_BATCH = 300  # ids touched by one statement of the floor
+RAW_ENDS = 100  # sessions ended by one statement of the floor
 
-# SQL for the id of a session, the same one that `load.session_id` makes in Python.
+# SQL for the id of a session, equal to what `load.session_id` makes in Python.
 SESSION_ID = "lpad(to_hex(mod(n * 2654435761, 4294967296)), 8, '0') || '-' || lpad(to_hex(n), 12, '0')"
 UNIQUE = """
 SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
@@ -61,7 +61,9 @@ WHERE contype = 'u' AND conrelid = 'lmdaemon.session'::regclass"""
 
 
 class Server:
-    """A server over all its lives, in a directory of its own. Raises Absent where there is none."""
+    """A server that can be started several times, in a directory of its own. Raises Absent if PostgreSQL is not
+    installed.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -73,25 +75,26 @@ class Server:
         if not found:
             raise Absent("PostgreSQL (apt install postgresql)")
         self._binaries = found[-1].parent
-        self._as: list[str] = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # not as root
+        # PostgreSQL refuses to run as root
+        self._as: list[str] = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
 
     @property
     def data(self) -> Path:
         return self.directory / "data"
 
     def make(self) -> None:
-        """A new one, without anything in it."""
+        """Makes a new, empty server."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.own()
         self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C")
 
     def copy(self, made: Path) -> None:
-        """What another one has left in its directory."""
+        """Copies the data of a stopped server."""
         subprocess.run(["cp", "--archive", "--reflink=auto", str(made), str(self.data)], check=True)
         self.own()
 
     def own(self) -> None:
-        """Gives the directory to the user as whom the server runs."""
+        """Gives the directory to the user that the server runs as."""
         if self._as:
             shutil.chown(self.directory, "postgres", "postgres")
 
@@ -124,7 +127,7 @@ class Server:
         return found
 
     def daemon(self, directory: Path, python: Python, toml: str = "") -> Daemon:
-        """One that uses it, not started yet."""
+        """A daemon that uses this server, not started yet."""
         return Daemon(directory, python, f'[database]\nurl = "{self.url}"\n' + (toml or operator(ACME)))
 
 
@@ -133,7 +136,7 @@ class Server:
 
 @cache
 def prefilled(python: Python, live: int) -> Path:
-    """The data of a stopped server with so many live sessions of ACME, kept for the next run; made as
+    """The data of a stopped server with `live` sessions of ACME. They are kept for the next run, and made as
     `processes.prefilled` makes a file.
     """
     schema = "".join(path.read_text() for path in sorted((python.tree / "lmdaemon/store/postgres").glob("*.sql")))
@@ -160,7 +163,7 @@ def prefilled(python: Python, live: int) -> Path:
 
 
 def _multiply(sql: Any, live: int) -> None:
-    """Copies of the one session that there is. Indexes are made anew afterwards, each in one go."""
+    """Copies the only session. The indexes are dropped first and made anew afterwards, each in one go."""
     sql.execute("SET maintenance_work_mem = '1GB'")
     constraints = sql.execute(UNIQUE).fetchall()
     for name, _ in constraints:
@@ -179,7 +182,9 @@ def _multiply(sql: Any, live: int) -> None:
 
 
 def add_sessions(sql: Any, name: str, first: int, count: int, own: dict[str, str]) -> None:
-    """Copies of the first live session, each with values of its own: SQL of its number `n`."""
+    """Adds copies of the first live session. `own` has the columns whose values differ, as SQL expressions of the
+    number `n`.
+    """
     columns = [row[0] for row in sql.execute("SELECT * FROM lmdaemon.session LIMIT 0").description]
     (last,) = sql.execute("SELECT max(id) FROM lmdaemon.session").fetchone()
     values = {
@@ -196,7 +201,7 @@ def add_sessions(sql: Any, name: str, first: int, count: int, own: dict[str, str
         "generate_series(%s::bigint, %s) AS n",
         (first, first + count - 1),
     )
-    # Daemons take the numbers of new sessions in blocks from here
+    # Daemons reserve the numbers of new sessions in blocks that begin here
     sql.execute("SELECT setval('lmdaemon.session_block', %s)", (last + count,))
     sql.execute(
         "INSERT INTO lmdaemon.figure (operator, member, live) VALUES (%s, 0, %s) "
@@ -206,7 +211,9 @@ def add_sessions(sql: Any, name: str, first: int, count: int, own: dict[str, str
 
 
 def make_due(server: Server, names: Sequence[str], first: int, count: int) -> None:
-    """Sessions of these operators that are due when the grace of the next start is over; no daemon is there."""
+    """Adds sessions of these operators that are due when the restart grace of the next start is over. No daemon may
+    run.
+    """
     with server.connected() as sql:
         sql.execute("UPDATE lmdaemon.clock SET service_ms = service_ms + %s", (IDLE_MS,))
         (service_ms,) = sql.execute("SELECT service_ms FROM lmdaemon.clock").fetchone()
@@ -218,7 +225,7 @@ def make_due(server: Server, names: Sequence[str], first: int, count: int) -> No
 
 @contextmanager
 def copied(bench: Bench, python: Python, live: int | None = None) -> Iterator[Server]:
-    """A server with so many live sessions, that runs."""
+    """A running server with `live` live sessions."""
     with scratch() as directory:
         server = Server(directory / "server")
         server.directory.mkdir()
@@ -229,7 +236,7 @@ def copied(bench: Bench, python: Python, live: int | None = None) -> Iterator[Se
 
 @contextmanager
 def together(server: Server, python: Python, toml: str) -> Iterator[list[Daemon]]:
-    """Several daemons that have divided the operators between them."""
+    """Several daemons that have shared the operators out."""
     with ExitStack() as stack:
         daemons = []
         for _ in range(DAEMONS):
@@ -296,7 +303,7 @@ def held(server: Server, python: Python) -> str:
 
 
 def hurry(server: Server, python: Python, toml: str, size: int) -> Sample:
-    """A daemon that is started while so many sessions are due, until all have ended."""
+    """Starts a daemon while `size` sessions are due, and measures until all have ended."""
     with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
         before = daemon.cpu_s
         until(lambda: _waiting(server, WALLETS, "live") == 0, 120, "all have ended")
@@ -319,7 +326,7 @@ def _waiting(server: Server, names: Sequence[str], *columns: str) -> int:
 
 @contextmanager
 def raw_ends(bench: Bench, python: Python) -> Iterator[Run]:
-    """The same rows, written by one statement for every hundred, one after the other."""
+    """The floor: the same rows, written by one statement for every hundred sessions, one statement after the other."""
     with copied(bench, python) as server:
 
         def run(number: int) -> Sample:
@@ -334,7 +341,7 @@ def raw_ends(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def lag(bench: Bench, python: Python) -> Iterator[Run]:
-    """Sessions that are opened through all daemons, never touched, and end at the pace at which they were opened."""
+    """Sessions are opened through all daemons and never touched, so they end at the rate at which they were opened."""
     seconds = 2 if bench.quick else 8
     with ExitStack() as stack:
         peers, server = stack.enter_context(wallet()), stack.enter_context(copied(bench, python))
@@ -370,7 +377,7 @@ def _ended_late(server: Server, daemons: Sequence[Daemon], seconds: int, number:
 
 @contextmanager
 def idle(bench: Bench, python: Python) -> Iterator[Run]:
-    """Statements that daemons send in which nothing happens, with so many live sessions and with none."""
+    """The number of statements that daemons send while nothing happens, with live sessions and without."""
 
     def run(number: int) -> Sample:
         return {
@@ -378,12 +385,12 @@ def idle(bench: Bench, python: Python) -> Iterator[Run]:
             "empty": _statements(bench, python, 0, 5.0 if bench.quick else 40.0),
         }
 
-    Server(BUILD)  # is it there?
+    Server(BUILD)  # fails here if PostgreSQL is not installed
     yield run
 
 
 def _statements(bench: Bench, python: Python, live: int, seconds: float) -> float:
-    """A second, of all daemons."""
+    """The number of statements of all daemons per second."""
     with ExitStack() as stack:
         server = stack.enter_context(copied(bench, python, live))
         stack.enter_context(together(server, python, settings(WALLETS, _nowhere)))

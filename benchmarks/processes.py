@@ -1,4 +1,6 @@
-"""Processes under measurement: a tree's daemon as users run it, floors, peers; and what the kernel counts of them."""
+"""The processes that are measured: the daemon of a source tree as users run it, floors and peers; and what the kernel
+counts for them.
+"""
 
 import contextlib
 import hashlib
@@ -23,14 +25,14 @@ from benchmarks.load import Load, session_id, unverified
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "bench"
-IDLE_MS = 2_592_000_000  # 30 days: what is prefilled stays live
-ACME = "acme"  # whose sessions are prefilled
+IDLE_MS = 2_592_000_000  # 30 days: prefilled sessions stay live
+ACME = "acme"  # the operator of the prefilled sessions
 DUE_SPREAD_MS = 1_000_000_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Broken(Exception):  # noqa: N818
-    """Something that was to be measured does not work: the text says what."""
+    """Something that should be measured does not work; the text says what."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -43,7 +45,9 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Python:
-    """Which code, on which loop: the tree whose `lmdaemon` is imported, and whether uvloop may be."""
+    """Which code on which event loop: the source tree from which `lmdaemon` is imported, and whether uvloop may be
+    used.
+    """
 
     tree: Path = ROOT
     uvloop: bool = False
@@ -56,7 +60,7 @@ class Python:
 
 
 def _without_uvloop() -> Path:
-    """A directory whose `uvloop` cannot be imported, so that one environment serves both loops."""
+    """A directory in which `uvloop` cannot be imported, so that one installation serves both loops."""
     directory = BUILD / "without_uvloop"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "uvloop.py").write_text('raise ImportError("switched off by the benchmark")\n')
@@ -73,7 +77,7 @@ class Usage:
 
 
 class Process:
-    """A child that says READY as sd_notify(3) does, or is told to be ready otherwise."""
+    """A child process that reports READY as sd_notify(3) does, or whose readiness is found out in another way."""
 
     def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
         self.command = command
@@ -98,7 +102,7 @@ class Process:
             self.ready_s = time.perf_counter() - began
 
     def start_until_connected(self, port: int, within_s: float = 20.0) -> None:
-        """For one that does not speak sd_notify."""
+        """Starts a process that does not use sd_notify, and waits until its port accepts connections."""
         self._spawn(self.environment)
         deadline = time.monotonic() + within_s
         while True:
@@ -129,7 +133,7 @@ class Process:
 
     @property
     def cpu_s(self) -> float:
-        """User and system time of all its threads, from the process's CPU clock: clock_getcpuclockid(3)."""
+        """User and system time (s) of all its threads, from the process's CPU clock: clock_getcpuclockid(3)."""
         return time.clock_gettime((~self.popen.pid << 3) | 2)
 
     @property
@@ -137,7 +141,7 @@ class Process:
         return int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]) * PAGE / 2**20
 
     def usage(self) -> Usage:
-        """CPU time and context switches, of all threads."""
+        """CPU time and context switches of all threads."""
         switches = 0
         for task in Path(f"/proc/{self.popen.pid}/task").iterdir():
             with contextlib.suppress(OSError):
@@ -148,7 +152,9 @@ class Process:
 
 @contextlib.contextmanager
 def running(process: Process, *, hangs: bool = False) -> Iterator[Process]:
-    """Started here and stopped at the end; killed if what it has under way would be waited for."""
+    """Starts a process, and stops it at the end. With `hangs` it is killed, because it would wait for requests that
+    hang.
+    """
     process.start()
     try:
         yield process
@@ -157,7 +163,7 @@ def running(process: Process, *, hangs: bool = False) -> Iterator[Process]:
 
 
 class Daemon(Process):
-    """`python -m lmdaemon --config FILE serve` of one tree, over all its lives."""
+    """`python -m lmdaemon --config FILE serve` of one source tree. It can be started several times."""
 
     def __init__(self, directory: Path, python: Python, toml: str = "", *, tls: bool = False) -> None:
         self.server, self.api = free_ports(2)
@@ -186,7 +192,7 @@ class Daemon(Process):
         return json.loads(text) if text else None
 
     def text(self, path: str) -> str:
-        """What is answered to a GET, as it is."""
+        """The answer to a GET, unchanged."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.api}{path}", timeout=30) as answer:
             return str(answer.read(), "utf-8")
 
@@ -194,7 +200,7 @@ class Daemon(Process):
         return {one["operator"]: one for one in self.call("GET", "/v1/operators")["items"]}
 
     def rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        """What is in the file, read through a connection of its own."""
+        """Reads rows from the SQLite file, over a separate connection."""
         with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=30)) as sql:
             return sql.execute(statement, arguments).fetchall()
 
@@ -206,7 +212,7 @@ def operator(name: str, url: str = "", extra: str = "") -> str:
 
 
 def certificate(directory: Path) -> tuple[str, str]:
-    """Files of a certificate that signs itself, with a key as most servers have today, and of that key."""
+    """Makes a self-signed certificate, with the kind of key that most servers use today. Returns the files of both."""
     cert, key = str(directory / "own.crt"), str(directory / "own.key")
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     new += ["-days", "2", "-subj", "/CN=127.0.0.1", "-out", cert, "-keyout", key]
@@ -218,13 +224,13 @@ def certificate(directory: Path) -> tuple[str, str]:
 
 
 def python_process(python: Python, directory: Path, module: str, name: str, **arguments: Any) -> Process:
-    """A floor or a peer of ours, not started yet."""
+    """The process of a floor or peer written in Python, not started yet."""
     command = [sys.executable, "-m", module, name, json.dumps(arguments)]
     return Process(command, directory, python.environment())
 
 
 def report_of(python: Python, module: str, *arguments: str) -> dict[str, Any]:
-    """Runs a process that prints one JSON report."""
+    """Runs a process that prints one JSON report, and returns the report."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=BUILD,
@@ -239,7 +245,7 @@ def report_of(python: Python, module: str, *arguments: str) -> dict[str, Any]:
 
 
 def generate(load: Load) -> dict[str, Any]:
-    """Runs the load generator and returns its report. Raises Broken when a request failed."""
+    """Runs the load generator and returns its report. Raises Broken if a request failed."""
     report = report_of(Python(), "benchmarks.load", json.dumps(load._asdict()))
     if report["failed"] or report["lost"] or not report["answered"]:
         raise Broken(f"{load.kind}: {report['failed']} failed, {report['lost']} lost: {report['first_failure']}")
@@ -251,7 +257,7 @@ def generate(load: Load) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory on the disk that the tree is on, removed at the end."""
+    """A directory on the disk of the source tree. It is removed at the end."""
     directory = BUILD / f"run-{os.getpid()}-{time.monotonic_ns()}"
     directory.mkdir(parents=True)
     try:
@@ -262,10 +268,10 @@ def scratch() -> Iterator[Path]:
 
 @cache
 def prefilled(python: Python, live: int) -> Path:
-    """A database file of this tree's schema with so many live sessions of ACME, kept for the next run.
+    """A database file with this source tree's schema and `live` sessions of ACME. It is kept for the next run.
 
-    The daemon itself makes the file and opens one session; the others are copies of its row with ids of their own, so
-    that the row is what this tree writes, whatever its columns are.
+    The daemon itself makes the file and opens one session. The others are copies of its row with ids of their own. So
+    the rows are as this source tree writes them, whatever their columns are.
     """
     with scratch() as directory:
         daemon = Daemon(directory, python)
@@ -282,13 +288,15 @@ def prefilled(python: Python, live: int) -> Path:
 
 
 def columns_of(sql: sqlite3.Connection) -> list[str]:
-    """Those of the session table."""
+    """The columns of the session table."""
     return [row[1] for row in sql.execute("PRAGMA table_info(session)")]
 
 
 @contextlib.contextmanager
 def filling(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that adds millions of rows: its indexes are made anew afterwards, each in one go."""
+    """A connection for adding millions of rows. The indexes are dropped first and made anew afterwards, each in
+    one go.
+    """
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("PRAGMA synchronous = OFF")
         sql.execute("PRAGMA cache_size = -1048576")
@@ -304,7 +312,7 @@ def filling(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def add_sessions(sql: sqlite3.Connection, template: dict[str, Any], own: Iterable[dict[str, Any]]) -> None:
-    """Copies of one row, each with values of its own."""
+    """Adds copies of one row. Each copy has values of its own in some columns."""
     columns = columns_of(sql)
     rows = (tuple((template | values)[column] for column in columns) for values in own)
     sql.executemany(f"INSERT INTO session VALUES ({', '.join('?' * len(columns))})", rows)
@@ -314,8 +322,8 @@ def _multiply(path: Path, live: int) -> None:
     with filling(path) as sql:
         (row,) = sql.execute("SELECT * FROM session").fetchall()
         template = dict(zip(columns_of(sql), row, strict=True)) | {"id": None}
-        # In the order of the ids, so that the index is filled from one side; what is touched is drawn at random anyway.
-        # Due never later than the true deadline, as a touch would have left it.
+        # Sorted by id, so that the index is filled from one side; touches are drawn at random anyway. `due_ms` is at
+        # the true deadline or before it, as a touch would have left it.
         own = (
             {
                 "session_id": name,
@@ -329,7 +337,7 @@ def _multiply(path: Path, live: int) -> None:
 
 
 def check_live(daemon: Daemon, live: int) -> None:
-    """Proves through the API that what was prefilled is live. Raises Broken."""
+    """Checks through the API that the prefilled sessions are live. Raises Broken."""
     names = [session_id(number) for number in range(0, live, max(1, live // 1000))]
     touched = daemon.call("POST", f"/v1/operators/{ACME}/sessions/touch", {"sessionIds": names})
     known = daemon.operators()[ACME]["live"]
@@ -340,7 +348,7 @@ def check_live(daemon: Daemon, live: int) -> None:
 
 @contextlib.contextmanager
 def serving(python: Python, directory: Path, live: int = 0, toml: str = "", *, tls: bool = False) -> Iterator[Daemon]:
-    """A daemon that serves so many live sessions."""
+    """A running daemon with `live` live sessions."""
     daemon = Daemon(directory, python, toml, tls=tls)
     if live:
         shutil.copyfile(prefilled(python, live), daemon.path)

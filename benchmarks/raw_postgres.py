@@ -1,4 +1,4 @@
-"""The floors on PostgreSQL: what its statements cost by themselves, on the same tables, over one connection."""
+"""The floors on PostgreSQL: the daemon's statements alone, on the same tables, over one connection."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ import psycopg
 
 from benchmarks.load import session_id
 
-BATCH, BATCHES = 300, 100  # ids in one statement of touches; batches made before the time runs
-ENDED = 100  # in one statement of ends
+# Ids in one statement of touches; how many such batches are made before the measurement begins
+BATCH, BATCHES = 300, 100
+ENDED = 100  # sessions in one statement of ends
 
 TOUCH = """
 UPDATE lmdaemon.session SET seen_ms = %s, seen_at = %s WHERE operator = 'acme' AND session_id = ANY (%s)"""
@@ -27,7 +28,7 @@ BODY = (
 
 
 def touches(url: str, rows: int, seconds: float, seed: int) -> dict[str, float]:
-    """Batches of random ids, one autocommit statement each, for so long."""
+    """For `seconds`, touches batches of random ids, each by one statement with its own commit."""
     rng = Random(seed)
     batches = [[session_id(number) for number in rng.sample(range(rows), BATCH)] for _ in range(BATCHES)]
     with psycopg.connect(url, autocommit=True, prepare_threshold=0) as sql:
@@ -40,7 +41,7 @@ def touches(url: str, rows: int, seconds: float, seed: int) -> dict[str, float]:
 
 
 def ends(url: str, rows: int, seconds: float, seed: int) -> dict[str, float]:
-    """Ends the latest sessions, so many in all, with a delivery each."""
+    """Ends the latest `rows` sessions, with a delivery for each."""
     with psycopg.connect(url, autocommit=True, prepare_threshold=0) as sql:
         found = sql.execute("SELECT id FROM lmdaemon.session ORDER BY id DESC LIMIT %s", (rows,)).fetchall()
         ids = sorted(one[0] for one in found)

@@ -1,4 +1,6 @@
-"""Sides of the figures of requests: a server, a load, and what it costs. Each is one slice a round."""
+"""The sides of the figures about requests: a server, a load, and what each request costs. Each side runs one slice per
+round.
+"""
 
 import json
 from collections.abc import Iterator
@@ -23,12 +25,12 @@ from benchmarks.processes import (
     serving,
 )
 
-JOBS, JOBS_QUICK = 2000, 200  # live in the APScheduler peer
-NEW = 10_000_000  # numbers of sessions that are opened or told: beyond those that are prefilled
+JOBS, JOBS_QUICK = 2000, 200  # live sessions in the APScheduler peer
+NEW = 10_000_000  # the numbers of sessions that are opened or reported begin here, beyond the prefilled ones
 
 
 def loaded(process: Process, load: Load, times: int = 1) -> Sample:
-    """What a process does under a load: a rate and its CPU time for each of what was asked for."""
+    """What a process does under a load: the rate, and the CPU time per request or id."""
     before = process.cpu_s
     report = generate(load)
     cpu_s = process.cpu_s - before
@@ -101,7 +103,7 @@ def timers(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def scheduler(bench: Bench, python: Python) -> Iterator[Run]:
-    """With so few jobs because each is a transaction of its own to add."""
+    """It has only a few jobs, because adding each one is a transaction."""
     (port,) = free_ports(1)
     few = replace(bench, live=JOBS_QUICK if bench.quick else JOBS)
     with scratch() as directory:
@@ -113,7 +115,7 @@ def scheduler(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def webdis(bench: Bench, python: Python) -> Iterator[Run]:
-    """Touches as Redis keys that live on; CPU time is Redis' and webdis' together."""
+    """Touches that prolong the lives of Redis keys. The CPU time is that of Redis and webdis together."""
     with scratch() as directory, redis(directory, bench.live) as (server, web, _, port):
 
         def run(number: int) -> Sample:

@@ -1,4 +1,4 @@
-"""Sides of the figures of a process that is not asked for anything: memory, start, idleness."""
+"""The sides of the figures about a process that gets no requests: memory, start, idleness."""
 
 import shutil
 import time
@@ -25,8 +25,8 @@ from benchmarks.processes import (
 )
 
 SETTLE_S = 1.0
-CALM_S = 16.0  # by then the grace is over, and the clock is kept every ten seconds instead of after 1, 2, 4, 8
-STARTS = 2  # in one round
+CALM_S = 16.0  # after this time (s) the restart grace is over, and the clock is stored only every ten seconds
+STARTS = 2  # starts per round
 
 
 def _bare(python: Python, directory: Path) -> Process:
@@ -41,7 +41,7 @@ def _bare(python: Python, directory: Path) -> Process:
 
 @contextmanager
 def memory(bench: Bench, python: Python) -> Iterator[Run]:
-    """Nothing live, and so many live after a second of touches."""
+    """Memory with nothing live, and with live sessions after a second of touches."""
 
     def run(number: int) -> Sample:
         with scratch() as directory, serving(python, directory) as daemon:
@@ -86,7 +86,7 @@ def redis_memory(bench: Bench, python: Python) -> Iterator[Run]:
             return {"live_mib": server.rss_mib + web.rss_mib}
 
     with scratch() as directory, redis(directory, 0):
-        pass  # is it there?
+        pass  # fails here if Redis is not installed
     yield run
 
 
@@ -119,7 +119,7 @@ def _starts(process: Process) -> float:
         process.start()
         took.append(process.ready_s)
         process.stop()
-    return min(took)  # what another process takes is not the start's
+    return min(took)  # the shortest, because time that other processes take does not belong to the start
 
 
 # -- idleness
@@ -127,7 +127,9 @@ def _starts(process: Process) -> float:
 
 @contextmanager
 def idle(bench: Bench, python: Python) -> Iterator[Run]:
-    """Three daemons at the same time: nothing live, so many live, and a backlog whose operator hangs."""
+    """Three daemons at the same time: one with nothing live, one with live sessions, and one with a backlog whose
+    operator hangs.
+    """
     seconds = 5.0 if bench.quick else 30.0
 
     def run(number: int) -> Sample:

@@ -1,4 +1,4 @@
-"""The table: medians, spreads and verdicts of the results, as Markdown that also reads well on a terminal."""
+"""The table of results: medians, spreads and verdicts, as Markdown that can also be read on a terminal."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ AGAINST = ("figure", "this tree", "the other", "ratio", "spread", "CPU of one", 
 
 
 def figure_of(result: Result, row: Row) -> float | None:
-    """What the row is judged by; None when it was not measured."""
+    """The value by which the row is judged, or None if it was not measured."""
     values = _judged(result, row)
     return median(values) if values else None
 
@@ -54,7 +54,7 @@ def _must(row: Row, judged: float) -> str:
 
 
 def against(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """Two trees: their ratio says it all."""
+    """The lines for a comparison of two source trees, with the ratio between them."""
     return [_against(result, row) for result in results for row in result.figure.rows]
 
 
@@ -72,7 +72,7 @@ def _against(result: Result, row: Row) -> tuple[str, ...]:
 
 
 def _cpu(result: Result, row: Row) -> str:
-    """CPU time of one request, and its ratio: steadier than rates where other processes run."""
+    """The CPU time of one request and its ratio to the floor. It varies less than rates while other processes run."""
     used = [sample["cpu_us"] for sample in result.daemon if "cpu_us" in sample]
     if row.value != "rate" or not used:
         return ""
@@ -90,7 +90,7 @@ def _amount(samples: Sequence[Sample], row: Row) -> str:
 
 
 def shown(value: float) -> str:
-    """Three digits, thousands apart."""
+    """The number with three digits, or with commas between thousands."""
     if abs(value) >= 100:
         return f"{round(value):,}"
     return f"{value:.3g}"
@@ -107,7 +107,7 @@ def markdown(lines: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> 
 
 
 def machine(*, uvloop: bool) -> str:
-    """Where it was measured."""
+    """The machine and the versions with which it was measured."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("aiohttp", "aiosqlite", "orjson"))
     loop = f"uvloop {importlib.metadata.version('uvloop')}" if uvloop else "asyncio's loop"
     df = ["df", "--output=source,fstype", str(BUILD)]
@@ -125,8 +125,8 @@ SPIN = (
 
 
 def speed_of_two() -> float:
-    """How fast each of two busy processes is beside the other, to one alone. A client by itself keeps one core busy,
-    lmdaemon and its disk and its peer two: where this is far below 1, ratios are lower too.
+    """The speed of each of two busy processes at the same time, compared with one alone. A client keeps one core busy,
+    and lmdaemon with its disk and its peer keeps two busy. If this speed is far below 1, the ratios are lower, too.
     """
 
     def spin(count: int) -> float:

@@ -1,8 +1,9 @@
-"""A scripted operator, as lean as the load generator: answers notices with success, or never, and notes their arrival.
+"""A scripted operator that costs as little as the load generator: it answers notices with success, or never, and notes
+when they arrive.
 
-POST /ok is answered, POST /hang is not. GET /arrived tells when each session's first notice came (wall ms), and
-forgets it. It is not the workbench's simulated operator, which looks at each notice and would cost more than what is
-measured.
+POST /ok is answered, POST /hang is not. GET /arrived returns when each session's first notice came (wall ms), and
+forgets those times. The workbench's simulated operator is not used here, because it reads each notice and would cost
+more than what is measured.
 """
 
 import asyncio
@@ -24,10 +25,10 @@ arrived: dict[str, float] = {}
 
 
 class Conversation(asyncio.Protocol):
-    """One connection; requests come one at a time."""
+    """One connection. Requests on it come one at a time."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: Any = transport  # uvloop's is no asyncio.Transport
+        self._transport: Any = transport  # uvloop's transport is no asyncio.Transport
         self._received = b""
 
     def data_received(self, data: bytes) -> None:

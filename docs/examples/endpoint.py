@@ -27,7 +27,8 @@ def decide(body: bytes) -> tuple[int, str]:
         return 7, "Bad parameters"
     if provider.lower() != PROVIDER or not hmac.compare_digest(token.encode(), TOKEN):
         return 7, "Bad provider or token"
-    with sqlite3.connect("ended.sqlite3") as db:  # a repeat, at the same moment too, finds the row and does nothing
+    # A repeated notice finds the row and changes nothing, even at the same moment
+    with sqlite3.connect("ended.sqlite3") as db:
         db.execute("CREATE TABLE IF NOT EXISTS ended (session TEXT PRIMARY KEY, player TEXT)")
         db.execute("INSERT INTO ended VALUES (?, ?) ON CONFLICT DO NOTHING", (session, player))
         known = db.execute("SELECT player FROM ended WHERE session = ?", (session,)).fetchone()
@@ -35,7 +36,7 @@ def decide(body: bytes) -> tuple[int, str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version, timeout, wbufsize = "HTTP/1.1", 75, -1  # keep-alive; an answer goes out in one piece
+    protocol_version, timeout, wbufsize = "HTTP/1.1", 75, -1  # keep-alive; each answer is sent in one piece
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -55,5 +56,5 @@ class Handler(BaseHTTPRequestHandler):
         self.send_error(405)
 
 
-ThreadingHTTPServer.request_queue_size = 128  # connections that wait to be accepted, after an outage
+ThreadingHTTPServer.request_queue_size = 128  # how many connections may wait to be accepted, as after an outage
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -1,7 +1,8 @@
-"""A game server's side of the session API: sessions are opened, kept alive and closed, whatever happens to the daemon.
+"""A game server's side of the session API: it opens sessions, keeps them alive and closes them, whatever happens to the
+daemon.
 
-It needs nothing but Python. Copy it, or write the same in your language: `_call` is the part that survives a restart, a
-full disk and a cut network, `heartbeat` the one that survives a restore.
+It needs only Python. Copy it, or write the same in your language. `_call` is the part that survives a restart, a full
+disk and a cut network; `heartbeat` is the part that survives a restore.
 """
 
 import http.client
@@ -18,11 +19,12 @@ MANY = 10_000  # sessions in one call
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 ANSWER_WITHIN_S = 30.0
 _DICE = random.SystemRandom()
-TRY_AGAIN = {408, 500, 502, 503, 504}  # nothing was stored, or it is not known; every call can be repeated
+# Nothing was stored, or it is not known; so repeat the call, which is always safe
+TRY_AGAIN = {408, 500, 502, 503, 504}
 
 
 class RefusedError(Exception):
-    """The daemon refuses the call and would refuse it again. `code` says why."""
+    """The daemon refuses the call, and would refuse it again. `code` says why."""
 
     def __init__(self, problem: dict[str, Any]) -> None:
         super().__init__(problem.get("detail", ""))
@@ -30,8 +32,10 @@ class RefusedError(Exception):
 
 
 class Sessions:
-    """The sessions that are being played at one operator. `ended(session_id)` is called for one that has ended by
-    itself: stop the game; a player who goes on needs a session with a new id.
+    """The sessions that are being played at one operator.
+
+    `ended(session_id)` is called for a session that has ended by itself. Stop its game then; a player who goes on
+    playing needs a session with a new id.
     """
 
     def __init__(
@@ -51,16 +55,19 @@ class Sessions:
             self._headers["Authorization"] = f"Bearer {api_token}"
         self._idle_s = idle_s
         self._sleep = sleep
-        self.playing: dict[str, dict[str, Any]] = {}  # what each was opened with, to open it again after a restore
+        # What each session was opened with, to open it again after a restore
+        self.playing: dict[str, dict[str, Any]] = {}
 
     def open(self, session_id: str, player_id: str, token: str) -> None:
-        """Raises RefusedError: `ended` and `differs` ask for a new id, everything else for a look at the program."""
+        """Opens a session. Raises RefusedError: with the codes `ended` and `differs`, choose a new id; any other code
+        is an error in your program.
+        """
         opening = {"playerId": player_id, "token": token, "idleTimeoutSeconds": self._idle_s}
         self._call("PUT", f"{self._path}/{quote(session_id, safe='')}", opening)
         self.playing[session_id] = opening
 
     def close(self, session_id: str) -> None:
-        """The game was closed. Raises RefusedError, but not for a session that is gone."""
+        """Closes a session whose game was closed. Raises RefusedError, but not for a session that is unknown."""
         try:
             self._call("POST", f"{self._path}/{quote(session_id, safe='')}/close")
         except RefusedError as refused:
@@ -69,13 +76,17 @@ class Sessions:
         self.playing.pop(session_id, None)
 
     def run(self) -> None:
-        """Keeps them alive: every third of the idle time, jittered, so that two in a row may be lost."""
+        """Keeps the sessions alive: a heartbeat every third of the idle time or a little sooner, so that two in a row
+        may be lost.
+        """
         while True:
             self._sleep(self._idle_s / 3 * _DICE.uniform(0.8, 1.0))
             self.heartbeat()
 
     def heartbeat(self) -> None:
-        """One call for all of them. What the daemon does not know (it was restored) is opened again."""
+        """Touches all sessions in one call. Sessions that the daemon does not know, because it was restored, are opened
+        again.
+        """
         for some in _chunks(list(self.playing)):
             answer = self._call("POST", f"{self._path}/touch", {"sessionIds": some})
             gone = answer["ended"]
@@ -88,7 +99,7 @@ class Sessions:
                     self._ended(session_id)
 
     def _call(self, method: str, url: str, body: object = None) -> Any:
-        """Asks until there is an answer: while the daemon is away no session grows older. Raises RefusedError."""
+        """Repeats a call until it is answered. While the daemon is away, no session gets older. Raises RefusedError."""
         content = None if body is None else json.dumps(body).encode()
         wait_s = FIRST_WAIT_S
         while True:
@@ -105,13 +116,13 @@ class Sessions:
             except (
                 OSError,
                 http.client.HTTPException,
-            ):  # it restarts, or the network is cut
+            ):  # the daemon restarts, or the network is cut
                 self._sleep(wait_s * _DICE.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
 
 
 def _problem(error: urllib.error.HTTPError) -> dict[str, Any]:
-    """What went wrong (RFC 9457); something else between us and the daemon may answer otherwise."""
+    """The daemon's problem document (RFC 9457). A proxy between may answer with something else."""
     try:
         found = json.loads(error.read())
     except ValueError:

@@ -19,7 +19,8 @@ class ReleaseLock:
     """Posts each end to `url`, which must answer 2xx within `timeout` seconds, or the daemon tries again later."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._url: str = options["url"]  # a KeyError here stops the start and names the option
+        # A missing url (KeyError) stops the start of the daemon, with a message that names the option
+        self._url: str = options["url"]
         self._timeout = aiohttp.ClientTimeout(total=options.get("timeout", 5))
         self._client: aiohttp.ClientSession
 
@@ -30,7 +31,8 @@ class ReleaseLock:
         await self._client.close()
 
     async def session_ended(self, event: SessionEnded) -> None:
-        # At least once: the same event.id may come again, after a restart too, so the lobby must know it by its key.
+        # The same event (event.id) may be delivered again, also after a restart, so the lobby must recognise it by this
+        # key.
         headers = {"Idempotency-Key": event.id}
         lock = {
             "playerId": event.player_id,
@@ -40,4 +42,5 @@ class ReleaseLock:
         }
         async with self._client.post(self._url, json=lock, headers=headers, allow_redirects=False) as response:
             if not 200 <= response.status < 300:
-                raise RuntimeError(f"the lobby answered {response.status}")  # any exception means: try again later
+                # Any exception makes the daemon try again later
+                raise RuntimeError(f"the lobby answered {response.status}")

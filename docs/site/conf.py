@@ -1,8 +1,8 @@
 """How Sphinx makes a site of the README, the changelog and these pages (`make docs`).
 
-The pages are plain Markdown that is complete without the site. The README's table of documents is the site's
-navigation, so that a page is added in one place. A link or an anchor that leads nowhere is a warning, and `make docs`
-fails on any.
+The pages are plain Markdown that is complete without the site. The site's navigation is the README's table of
+documents, so that a new page is listed in one place. A link or an anchor that leads nowhere is a warning, and any
+warning makes `make docs` fail.
 """
 
 import re
@@ -20,12 +20,12 @@ include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "docs/vectors/*.md
 exclude_patterns = [".*", "build", "dist"]
 nitpicky = True
 
-myst_heading_anchors = 4  # levels of headings that can be linked to, by the names that GitHub gives them
+myst_heading_anchors = 4  # headings down to this level can be linked to, by the anchors that GitHub gives them
 
-html_theme = "furo"  # with the system's own fonts: the site loads nothing from elsewhere
+html_theme = "furo"  # it uses the system's own fonts, so the site loads nothing from other sites
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_extra_path = ["extra"]  # index.html, which leads to the README
+html_extra_path = ["extra"]  # contains index.html, which leads to the README
 html_title = project
 html_copy_source = False
 html_show_sphinx = False
@@ -36,7 +36,9 @@ pygments_dark_style = "github-dark"
 
 
 def _add_navigation(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Appends to the README what Sphinx needs for the sidebar: the pages that its table links to, in that order."""
+    """Appends a list of pages to the README, for Sphinx's sidebar: the pages that its table links to, in their
+    order.
+    """
     if docname == root_doc:
         pages = re.findall(r"^\| \[[^]]+\]\(([\w/.-]+)\.md\)", source[0], re.MULTILINE)
         source[0] += "\n".join(["", "```{toctree}", ":hidden:", *pages, "benchmarks/RESULTS", "```", ""])

@@ -1,4 +1,4 @@
-"""Several daemons as processes on one PostgreSQL, as their clients see them: any of those that live may be asked."""
+"""Several daemon processes on one PostgreSQL database, used as clients use them: any daemon that runs may be asked."""
 
 import contextlib
 import json
@@ -28,8 +28,8 @@ format = "json"
 
 
 class Cluster:
-    """Named daemons, each behind a proxy of its own to the database; they know where its standby is, if it has one.
-    Whoever asks for `api` or `server` gets another daemon each time.
+    """Named daemons, each of which reaches the database through a proxy of its own, and knows the database's standby if
+    there is one. The properties `api` and `server` name another daemon at each use.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Cluster:
             self.daemons[name] = Process(directory / name, toml, environment)
 
     def start(self, *names: str) -> None:
-        """Starts these, or all, and waits until they serve."""
+        """Starts these daemons, or all of them, and waits until they serve."""
         for name in names or self.daemons:
             self.daemons[name].spawn()
         for name in names or self.daemons:
@@ -66,7 +66,7 @@ class Cluster:
                 daemon.kill()
             self.proxies[name].__exit__()
 
-    # -- as a client sees it
+    # -- used by a client
 
     def any(self) -> Process:
         return self._random.choice(list(self.daemons.values()))
@@ -83,29 +83,33 @@ class Cluster:
         return self.any().call(method, url, body)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The lines of all logs with this event."""
+        """The lines of all daemons' logs with this event."""
         return [line for daemon in self.daemons.values() for line in daemon.events(name)]
 
-    # -- what is in the database, and what they say of each other
+    # -- rows in the database, and what the daemons say of each other
 
     def rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        if statement.startswith("PRAGMA"):  # of a file
+        if statement.startswith("PRAGMA"):  # SQLite's check of its file, which has no meaning here
             return [("ok",)]
         with psycopg.connect(self.database.url, autocommit=True, options="-c search_path=lmdaemon") as sql:
             return sql.execute(statement, arguments).fetchall()  # type: ignore[arg-type]
 
     def members(self, asked: str) -> dict[str, dict[str, Any]]:
-        """What one daemon says of all that are there, by their names in the test; of others by their own."""
+        """The list of daemons that one of them returns, by their names in this test. A daemon that is not in the test
+        has the name that it has itself.
+        """
         status, found = self.daemons[asked].call("GET", f"{self.daemons[asked].api}/v1/daemons")
         names = {daemon.api.removeprefix("http://"): name for name, daemon in self.daemons.items()}
         return {names.get(one["address"], one["name"]): one for one in found["items"]} if status == 200 else {}
 
     def owner(self, operator: str, asked: str) -> str:
-        """Which daemon owns an operator, as one of them says."""
+        """The name of the daemon that owns an operator, as asked of one daemon."""
         return next(name for name, one in self.members(asked).items() if operator in one["operators"])
 
     def wait_for(self, *names: str, within_s: float = 60.0) -> None:
-        """Until each of these sees these and no other, and each operator is owned by one of them."""
+        """Waits until each of these daemons sees these daemons and no other, and each operator is owned by one of
+        them.
+        """
 
         def agreed() -> bool:
             seen = [self.members(asked) for asked in names]
@@ -124,7 +128,7 @@ def cluster(
     environment: Mapping[str, str] = MappingProxyType({}),
     standby: OwnServer | None = None,
 ) -> Iterator[Cluster]:
-    """Daemons that serve, and know each other."""
+    """Starts daemons and waits until they serve and see each other."""
     made = Cluster(database, directory, operators, names, environment, standby)
     try:
         made.start()

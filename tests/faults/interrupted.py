@@ -1,8 +1,10 @@
-"""lmdaemon, killed (SIGKILL) when it comes to a line: `KILL_AT=store/writer.py:210 python interrupted.py … serve`.
+"""Runs lmdaemon and kills it (SIGKILL) when it reaches a line: `KILL_AT=store/writer.py:210 python interrupted.py …
+serve`.
 
-Points are the lines before and after each await, each SQL statement, and each request or answer that is sent: between
-the queue and the commit, and between the claim and the settled row. In between nothing changes that outlives the
-process. With `REACHED=FILE` it runs on and writes down which of them it reaches.
+These lines are the ones before and after each await, each SQL statement, and each request or answer that is sent: all
+steps between the queue and the commit, and between the claim of a delivery and its settled row. Between two such steps,
+nothing changes that would still exist after the kill. With `REACHED=FILE`, lmdaemon runs on and writes down which of
+the lines it reaches.
 """
 
 import ast
@@ -27,7 +29,7 @@ from lmdaemon.store.sqlite import writer as disk
 from lmdaemon.web import endpoint, hot, sessions
 
 WATCHED = [
-    # A request, into the queue and back
+    # A request: into the queue of the writer, and back
     hot.HotConnection._go_on,
     hot.HotConnection._answer,
     endpoint.Endpoint._receive,
@@ -56,7 +58,7 @@ WATCHED = [
     # The end of a session
     sweeper.Sweeper.once,
     sweeper.Sweeper._end_some,
-    # From the claim to the settled row
+    # A delivery: from the claim to the settled row
     delivery.Dispatcher.delivery_due,
     delivery.Dispatcher.once,
     delivery.Dispatcher._start,
@@ -87,7 +89,7 @@ reached: set[str] = set()
 
 
 def steps(path: str) -> set[int]:
-    """Lines with an await, an SQL statement, or a request or answer that is sent."""
+    """The lines with an await, an SQL statement, or a request or answer that is sent."""
     found: set[int] = set()
     for node in ast.walk(ast.parse(Path(path).read_text())):
         function = node.func if isinstance(node, ast.Call) else None
@@ -106,12 +108,12 @@ def on_call(frame: FrameType, event: str, argument: Any) -> Any:
 
 
 class Follow:
-    """Follows one run of a function from line to line."""
+    """Follows one call of a function from line to line."""
 
     def __init__(self, frame: FrameType) -> None:
         self.steps = STEPS[frame.f_code.co_filename]
         self.name = "/".join(Path(frame.f_code.co_filename).parts[-2:])
-        self.last = frame.f_lineno  # where a coroutine was resumed
+        self.last = frame.f_lineno  # the line at which a coroutine was resumed
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
@@ -130,7 +132,7 @@ def come_to(point: str) -> None:
             file.write(point + "\n")
 
 
-importlib.import_module("lmdaemon.daemon")  # before it is traced, which takes time
+importlib.import_module("lmdaemon.daemon")  # imported before tracing begins, because tracing makes the import slow
 threading.settrace(on_call)
 sys.settrace(on_call)
 sys.exit(main())

@@ -1,5 +1,5 @@
-"""lmdaemon, killed (SIGKILL) when it comes to a statement for PostgreSQL: `KILL_AT=7 python killed.py … import FILE`
-before the seventh.
+"""Runs lmdaemon and kills it (SIGKILL) before one of its statements for PostgreSQL: `KILL_AT=7 python killed.py …
+import FILE` kills it before the seventh.
 """
 
 import os

@@ -1,5 +1,6 @@
-"""lmdaemon as a later version of it: with one migration more, MORE, after which no program may use the database that
-knows fewer than OLDEST. `MORE=SQL [OLDEST=NUMBER] python newer.py --config FILE serve`.
+"""Runs lmdaemon as if it were a later version, with one more migration, MORE. If OLDEST is given, programs that know
+fewer migrations than OLDEST may not use the database afterwards. `MORE=SQL [OLDEST=NUMBER] python newer.py --config
+FILE serve`.
 """
 
 import os

@@ -1,8 +1,9 @@
 """Operators that misbehave, on real sockets of this machine, in a thread beside the test.
 
-A behaviour is what happens once a request was read, as a list of steps: bytes are sent, a number is a pause in seconds,
-HANG, CLOSE and RESET are what they say. After the last step the next request on the connection is read. The workbench's
-simulated operator plays what an operator does; this one plays bytes, down to a handshake that never begins.
+A behaviour is a list of steps that follow when a request has been read: bytes are sent, a number is a pause in seconds,
+HANG, CLOSE and RESET are what their names say. After the last step, the next request on the connection is read. The
+workbench's simulated operator plays whole answers; these operators play single bytes, and even a TLS handshake that
+never begins.
 """
 
 import asyncio
@@ -17,7 +18,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-HANG, CLOSE, RESET = "hang", "close", "reset"  # until the other side goes; with a FIN; with a RST
+# HANG lasts until the client goes away; CLOSE sends a FIN; RESET sends a RST
+HANG, CLOSE, RESET = "hang", "close", "reset"
 Step = bytes | float | str
 Steps = Iterable[Step] | Callable[[], Iterable[Step]]
 Door = Literal["plain", "mute", "full", "tls", "tls-untrusted", "tls-other-name"]
@@ -46,7 +48,7 @@ def _header(head: bytes, name: bytes) -> str:
 
 
 class Operator:
-    """One server with one behaviour. `open` counts the connections under way, `played` the requests done with."""
+    """One server with one behaviour. `open` counts its open connections, `played` the requests that it has finished."""
 
     def __init__(self, steps: Steps, door: Door = "plain") -> None:
         self.steps = steps
@@ -69,7 +71,7 @@ class Operator:
         self.url = f"{scheme}://127.0.0.1:{address[1]}"
         if self.door == "full":
             listening.listen(0)
-            for _ in range(4):  # one is queued, the others and all that come later get no answer to their SYN
+            for _ in range(4):  # one connection is queued; the others, and all later ones, get no answer to their SYN
                 waiting = self._stack.enter_context(socket.socket())
                 waiting.setblocking(False)
                 waiting.connect_ex(address)
@@ -95,7 +97,7 @@ class Operator:
         self._tasks.add(task)
         self.connections += 1
         self.open += 1
-        # Cancelled by `stop` alone; asyncio would report it as an error of this callback.
+        # A cancellation comes only from `stop`. asyncio would report it as an error in this callback.
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, ssl.SSLError):
             try:
                 if self.door == "mute":
@@ -120,8 +122,9 @@ class Operator:
         if isinstance(step, bytes):
             writer.write(step)
             await writer.drain()
-            await asyncio.sleep(0)  # `drain` alone lets nobody else in while the buffer has room
-            if writer.transport.is_closing() or reader.at_eof() or reader.exception():  # nor does it tell, over TLS
+            await asyncio.sleep(0)  # while the buffer has space, `drain` alone lets no other task run
+            # Over TLS, `drain` does not report that the client is gone
+            if writer.transport.is_closing() or reader.at_eof() or reader.exception():
                 raise ConnectionAbortedError
         elif isinstance(step, float):
             await asyncio.sleep(step)
@@ -139,7 +142,7 @@ class Operator:
 
 
 class Operators:
-    """The thread that the servers live in."""
+    """The thread in which the servers run."""
 
     def __init__(self, certificates: Path | None = None) -> None:
         self._certificates = certificates
@@ -167,14 +170,14 @@ class Operators:
     def __exit__(self, *_: object) -> None:
         for operator in list(self._all):
             self.close(operator)
-        self.do(asyncio.sleep(0.05))  # transports report that they are closed a turn or two later
+        self.do(asyncio.sleep(0.05))  # transports report one or two turns of the loop later that they are closed
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
 
 def make_certificates(directory: Path) -> None:
-    """One self-signed certificate with its key for each TLS door."""
+    """Makes a self-signed certificate with its key for each TLS behaviour ("door")."""
     for door, name in (("tls", "IP:127.0.0.1"), ("tls-untrusted", "IP:127.0.0.1"), ("tls-other-name", "DNS:x.example")):
         file = directory / f"{door}.pem"
         command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={door}"
@@ -184,7 +187,7 @@ def make_certificates(directory: Path) -> None:
 
 
 def endless(*parts: bytes) -> Callable[[], Iterator[Step]]:
-    """The first parts once, the last one for ever."""
+    """Sends the first parts once, and the last part for ever."""
 
     def steps() -> Iterator[Step]:
         yield from parts[:-1]
@@ -195,7 +198,7 @@ def endless(*parts: bytes) -> Callable[[], Iterator[Step]]:
 
 
 def dripping(at_once: bytes, slowly: bytes) -> Callable[[], Iterator[Step]]:
-    """One byte a second."""
+    """Sends `at_once` at once, and then one byte of `slowly` per second."""
 
     def steps() -> Iterator[Step]:
         yield at_once

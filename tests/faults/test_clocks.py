@@ -1,4 +1,4 @@
-"""Clocks: what is no idleness ends no session, and no session lives for ever for it."""
+"""Clocks: time that is not idle time ends no session, and no session lives for ever because of it."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from witness import OPERATOR, Witness, check, settled
 from lmdaemon.sweeper import PERSIST_S
 
 SESSIONS = 20
-IDLE_S = 15  # more than a busy machine takes between two touches
+IDLE_S = 15  # longer than a busy machine takes between two touches
 TOML = """
 [delivery]
 schedule = ["200ms", "200ms", "200ms", "200ms", "200ms", "200ms"]
@@ -38,7 +38,9 @@ async def watched(
     downtime: str = "pause",
     environment: dict[str, str] | None = None,
 ) -> AsyncIterator[tuple[Process, Witness]]:
-    """A daemon whose every acknowledgement is kept; at the end all of them are compared with what became of them."""
+    """A daemon, and a witness that keeps every acknowledgement. At the end, the acknowledgements are compared with what
+    became of the sessions.
+    """
     async with simulated_operator() as acme, aiohttp.ClientSession() as client:
         toml = TOML.format(grace=grace, downtime=downtime) + OPERATOR.format(name="acme", url=acme.url)
         daemon = Process(directory, toml)
@@ -67,9 +69,9 @@ async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
 ) -> None:
     stop_s = 60 if FULL else 8
     async with watched(tmp_path) as (daemon, witness):
-        await open_all(witness, 6)  # shorter than the stop, and longer than a busy machine takes for the calls
+        await open_all(witness, 6)  # shorter than the stop, but longer than a busy machine takes for these calls
         daemon.popen.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(stop_s)  # the fault itself
+        await asyncio.sleep(stop_s)  # the stop is the fault to be tested
         daemon.popen.send_signal(signal.SIGCONT)
         assert await touch_all(witness) == {204}
         # A busy machine may add stalls of its own
@@ -81,26 +83,26 @@ async def test_time_in_which_the_daemon_is_stopped_ends_no_session(
 async def test_a_long_downtime_is_idleness_only_where_the_configuration_says_so(
     tmp_path: Path, downtime: str, measured: Callable[..., None]
 ) -> None:
-    # Where it counts, the grace is all there is to save one in
+    # If the downtime counts, a session can be saved only during the restart grace
     async with watched(tmp_path, grace={"pause": "2s", "count": "8s"}[downtime], downtime=downtime) as (
         daemon,
         witness,
     ):
         await open_all(witness, 600)
         daemon.kill()
-        with contextlib.closing(sqlite3.connect(daemon.path)) as sql, sql:  # the last sign of life was a day ago
+        with contextlib.closing(sqlite3.connect(daemon.path)) as sql, sql:  # as if the daemon had last run a day ago
             sql.execute("UPDATE clock SET wall_at = wall_at - 86400000")
         await asyncio.to_thread(daemon.start)
-        # Within the grace everybody is alive, and one can be saved
+        # During the restart grace all sessions are alive, and one of them is saved
         assert {row[0] for row in daemon.rows("SELECT reason FROM session")} == {None}
         assert await witness.touch("acme", "s0") == 204
         if downtime == "count":
             await until(lambda: daemon.rows("SELECT count(*) FROM session WHERE reason IS NULL") == [(1,)], 60)
             for known in witness.sessions.values():
-                known.idle_ms = 0  # a day has passed that the witness did not see
+                known.idle_ms = 0  # a day has passed that the witness has not seen
             assert await witness.touch("acme", "s0") == 204
         else:
-            await asyncio.sleep(3)  # past the grace
+            await asyncio.sleep(3)  # longer than the restart grace
             assert await touch_all(witness) == {204}
         for number in range(SESSIONS):
             await witness.close("acme", f"s{number}")
@@ -118,7 +120,7 @@ async def test_a_crash_loop_ends_nobody_early_and_keeps_nobody_alive_for_ever(
         while start < starts or (ended_after is None and start < 10 * starts):
             start += 1
             served_ms = daemon.rows("SELECT service_ms FROM clock")[0][0]
-            # Sooner than the clock is kept in a long run: crashes may come as often as that
+            # A long run stores its clock every PERSIST_S, a short run sooner, because crashes may come this often
             kept = lambda ms=served_ms: daemon.rows("SELECT service_ms FROM clock")[0][0] > ms  # noqa: E731
             await until(kept, 0.9 * PERSIST_S)
             assert await witness.touch("acme", "touched") == 204
@@ -152,18 +154,18 @@ async def test_a_wall_clock_that_is_set_ends_no_session_and_delays_no_notice(
             witness = Witness(daemon, client)
             await open_all(witness, IDLE_S)
             for number, step in enumerate(steps):
-                acme.play("error 100")  # so that a retry, kept as a wall time, is under way when the clock is set
+                acme.play("error 100")  # the delivery waits for a retry, at a stored wall time, when the clock is set
                 await witness.open("acme", f"closed{number}", 60)
                 await witness.close("acme", f"closed{number}")
                 await until(lambda n=number: f"closed{n}" in acme.journal.sessions, 40)
                 offset.write_text(step)
                 acme.play("ok")
-                for _ in range(6):  # the file is looked at once a second
+                for _ in range(6):  # the process reads the file with the offset once a second
                     touched = time.monotonic()
                     assert await touch_all(witness) == {204}
                     await asyncio.sleep(0.3)
                 await until(lambda n=number: acme.journal.sessions[f"closed{n}"].accepted, 40)
-            await settled(daemon, until)  # nobody touches any more, and all of them end
+            await settled(daemon, until)  # all sessions end, because no more touches come
             assert time.monotonic() - touched >= IDLE_S
             assert await asyncio.to_thread(daemon.stop) == 0
         finally:

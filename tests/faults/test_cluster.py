@@ -1,5 +1,5 @@
-"""Three daemons on one PostgreSQL, each killed, stopped, cut off and asked to leave, and the server with them: nothing
-that was acknowledged is lost, each session ends once and never early, and each operator is told once.
+"""Three daemons on one PostgreSQL database. Each is killed, stopped, cut off and asked to leave, and so is the server.
+Nothing acknowledged is lost, each session ends once and never early, and each operator is told once.
 """
 
 import asyncio
@@ -28,8 +28,9 @@ from simulated import Simulated, simulated_operator
 from support import until
 from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
-TAKEOVER_S = 20.0  # in which the operators of a daemon that was killed go on, as is promised
-IN_FLIGHT = 4  # concurrency of a lane
+# The promised time, in seconds, after which the operators of a killed daemon are served by another one
+TAKEOVER_S = 20.0
+IN_FLIGHT = 4  # the concurrency of a lane
 MOODS = {"calm": "ok", "moody": "10%: error 100", "ill": "30%: error 100", "slow": "delay 50ms"}
 
 
@@ -42,11 +43,11 @@ database = pytest.fixture(_served, scope="module", name="database")
 own_database = pytest.fixture(_served, name="own_database")
 
 
-# -- an operator's server that counts
+# -- an operator's server that counts requests
 
 
 class Counting(ThreadingHTTPServer):
-    """Answers after `takes_s`, and remembers how many requests it had at a time, and the session of each."""
+    """Answers after `takes_s` seconds. Notes how many requests it had at the same time, and the session of each."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Counted)
@@ -111,7 +112,7 @@ def wallet() -> Iterator[Counting]:
 
 @pytest.fixture(scope="module")
 def lobby() -> Iterator[Counting]:
-    """What the plug-in of delta calls."""
+    """The server that delta's plug-in calls."""
     with Counting() as opened:
         yield opened
         opened.shutdown()
@@ -121,7 +122,7 @@ def lobby() -> Iterator[Counting]:
 def lasting(
     database: OwnServer, wallet: Counting, lobby: Counting, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """Three daemons that outlive the tests of this file."""
+    """Three daemons that all tests of this file use."""
     directory = tmp_path_factory.mktemp("lasting")
     (directory / "told_lobby.py").write_text(HOOK)
     toml = "".join(OPERATOR.format(name=name, url=wallet.url) + "concurrency = 2\n" for name in NAMES)
@@ -133,7 +134,7 @@ def lasting(
 
 @pytest.fixture
 def c(lasting: Cluster) -> Iterator[Cluster]:
-    """The same, whole at the beginning and made so at the end."""
+    """The three daemons. All of them run at the beginning of a test, and are made to run again at its end."""
     lasting.wait_for(*lasting.daemons)
     yield lasting
     for name, daemon in lasting.daemons.items():
@@ -144,14 +145,14 @@ def c(lasting: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def counting(wallet: Counting) -> Counting:
-    """The operators' server, that has received nothing yet."""
+    """The operators' server, with nothing received yet."""
     wallet.takes_s, wallet.answer, wallet.most = 0.0, b'{"error":0}', 0
     wallet.sessions.clear()
     return wallet
 
 
 def opened(one: Any, operator: str, session: str, idle_s: int = 600) -> str:
-    """Opens a session through a daemon, and returns its URL there."""
+    """Opens a session through a daemon. Returns the session's URL at that daemon."""
     url = f"{one.api}/v1/operators/{operator}/sessions/{session}"
     body = {"playerId": "p", "token": "tok-3n", "idleTimeoutSeconds": idle_s}
     assert one.call("PUT", url, body)[0] == 201
@@ -162,13 +163,13 @@ def ended(one: Any, operator: str, session: str) -> None:
     assert one.call("POST", opened(one, operator, session) + "/close")[0] == 200
 
 
-# -- what is asked of any daemon
+# -- requests that any daemon takes
 
 
 def test_what_is_asked_of_one_daemon_binds_at_the_owner(
     c: Cluster, counting: Counting, measured: Callable[..., None]
 ) -> None:
-    """Hold, release, retry and probe, each at a daemon that does not own the operator."""
+    """Hold, release, retry and probe are each sent to a daemon that does not own the operator."""
     owner = c.owner("acme", "a")
     one, two = (daemon for name, daemon in c.daemons.items() if name != owner)
     acme = "/v1/operators/acme"
@@ -182,7 +183,7 @@ def test_what_is_asked_of_one_daemon_binds_at_the_owner(
     wait_for(held_at_owner, 10)
     bound_s = time.monotonic() - began_s
     ended(two, "acme", "s1")
-    time.sleep(1)  # in which it would have been sent
+    time.sleep(1)  # without the hold, it would be sent in this time
     assert counting.sessions == []
     status, probed = two.call("POST", f"{two.api}{acme}/probe")
     assert (status, probed["state"], counting.sessions) == (200, "delivered", ["s1"])
@@ -200,7 +201,9 @@ def test_what_is_asked_of_one_daemon_binds_at_the_owner(
 
 
 def test_each_daemon_tells_of_all_of_them(c: Cluster, counting: Counting) -> None:
-    """In `/health`, `lmdaemon status` and the metrics, of which those of an operator come from its owner alone."""
+    """They tell it in `/health`, in `lmdaemon status` and in the metrics. An operator's metrics come from its owner
+    alone.
+    """
     opened(c.any(), "acme", "told")
 
     def is_told() -> bool:
@@ -232,7 +235,7 @@ def all_of(c: Cluster) -> list[Process]:
 
 
 def figures(daemon: Process) -> dict[str, float]:
-    """`/metrics`: the values by series."""
+    """Reads `/metrics`: values by series."""
     with urllib.request.urlopen(f"{daemon.api}/metrics", timeout=20) as answer:
         lines = answer.read().decode().splitlines()
     return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
@@ -241,7 +244,7 @@ def figures(daemon: Process) -> dict[str, float]:
 def test_concurrency_is_that_of_the_operator_however_many_daemons(
     c: Cluster, counting: Counting, lobby: Counting
 ) -> None:
-    """Of its URL, and of a plug-in that listens to it."""
+    """This holds for the operator's URL and for a plug-in that listens to it."""
     counting.takes_s = lobby.takes_s = 0.1
     lobby.sessions.clear()
     lobby.most = 0
@@ -255,11 +258,13 @@ def test_concurrency_is_that_of_the_operator_however_many_daemons(
     lobby.takes_s = 0.0
 
 
-# -- a daemon that goes
+# -- a daemon that goes away
 
 
 def test_a_daemon_that_leaves_makes_nobody_wait_and_repeats_nothing(c: Cluster, counting: Counting) -> None:
-    """While it waits for the answer to its last attempt, sessions of all operators end; then others deliver."""
+    """While the daemon waits for the answer to its last attempt, sessions of all operators end. After that, the others
+    deliver.
+    """
     leaving = c.owner("acme", "a")
     other = next(daemon for name, daemon in c.daemons.items() if name != leaving)
     counting.takes_s = 4.0
@@ -278,8 +283,9 @@ def test_a_daemon_that_leaves_makes_nobody_wait_and_repeats_nothing(c: Cluster, 
 async def test_operators_of_daemons_that_are_lost_go_on_at_the_one_left(
     c: Cluster, counting: Counting, measured: Callable[..., None]
 ) -> None:
-    """One is killed and one is stopped. The third answers all the while, ends and delivers. The one that wakes up does
-    nothing on the strength of what it knew, and joins again; what waited in its sockets is done if it still can be.
+    """One daemon is killed and one is stopped. The third answers all the time, ends sessions and delivers. When the
+    stopped one wakes up, it does nothing by its old knowledge and joins again. The requests that waited in its sockets
+    are carried out if they still can be.
     """
     killed = c.owner("acme", "a")
     stopped, left = (name for name in c.daemons if name != killed)
@@ -299,7 +305,7 @@ async def test_operators_of_daemons_that_are_lost_go_on_at_the_one_left(
     expected = sorted(["closed", *(f"idle-{name}" for name in NAMES)])
     while sorted(counting.sessions) != expected:
         assert (await asyncio.to_thread(other.call, "POST", f"{touched}/touch"))[0] == 204
-        assert time.monotonic() - began_s < 3 * TAKEOVER_S  # of a machine that does nothing else, TAKEOVER_S
+        assert time.monotonic() - began_s < 3 * TAKEOVER_S  # TAKEOVER_S is for a machine that does nothing else
         await asyncio.sleep(0.05)
     measured(takeover_s=round(time.monotonic() - began_s, 1))
     c.daemons[stopped].popen.send_signal(signal.SIGCONT)
@@ -312,7 +318,7 @@ async def test_operators_of_daemons_that_are_lost_go_on_at_the_one_left(
 
 
 async def test_a_touch_in_the_hands_of_a_stopped_daemon_wins(c: Cluster, counting: Counting) -> None:
-    """Stopped for 3 s, less than it takes to be expelled: the touch that waits there is in time."""
+    """The stop lasts 3 s, and a daemon is expelled after 5 s. So the touch that waits there is in time."""
     owner = c.owner("acme", "a")
     stopped = next(daemon for name, daemon in c.daemons.items() if name != owner)
     opened(c.daemons[owner], "acme", "held", idle_s=1)
@@ -328,7 +334,7 @@ async def test_a_touch_in_the_hands_of_a_stopped_daemon_wins(c: Cluster, countin
     assert c.rows(f"{of_it} AND reason = 'inactivity'") == [(seen_ms,)]
 
 
-# -- a load balancer in front
+# -- behind a load balancer
 
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -340,7 +346,9 @@ BALANCERS = {
 
 @contextlib.contextmanager
 def balancer(kind: str, c: Cluster, directory: Path) -> Iterator[tuple[str, str]]:
-    """The example's configuration with the addresses of these daemons. Yields where it listens for both sides."""
+    """Runs a load balancer with the example's configuration and the addresses of these daemons. Yields its addresses
+    for the public and the private side.
+    """
     if shutil.which(kind) is None:
         pytest.skip(f"{kind} is not installed")
     file, command = BALANCERS[kind]
@@ -349,7 +357,8 @@ def balancer(kind: str, c: Cluster, directory: Path) -> Iterator[tuple[str, str]
     for number, daemon in enumerate(c.daemons.values(), 11):
         text = text.replace(f"192.0.2.{number}:8080", daemon.server.removeprefix("http://"))
         text = text.replace(f"192.0.2.{number}:8081", daemon.api.removeprefix("http://"))
-    text = text.replace("12s", "3s")  # for an answer: the database is there all the while
+    # The time-out for an answer can be short, because the database is there all the time
+    text = text.replace("12s", "3s")
     text = text.replace("127.0.0.1:8080", f"127.0.0.1:{public}").replace("127.0.0.1:8081", f"127.0.0.1:{private}")
     assert "192.0.2." not in text
     (directory / file).write_text(text)
@@ -373,7 +382,7 @@ def _listens(port: int) -> bool:
 def test_behind_a_balancer_no_call_fails_while_daemons_do(
     kind: str, c: Cluster, counting: Counting, tmp_path: Path
 ) -> None:
-    """One daemon is stopped, for longer than it takes to be expelled if there is time for that, and one is killed."""
+    """One daemon is stopped (in the full run, for longer than it takes to be expelled), and one is killed."""
     with balancer(kind, c, tmp_path) as (public, private):
         one, two, three = c.daemons.values()
         began_s, number = time.monotonic(), 0
@@ -392,11 +401,13 @@ def test_behind_a_balancer_no_call_fails_while_daemons_do(
         wait_for(lambda: set(counting.sessions) == {f"{kind}-{one}" for one in range(1, number + 1)}, 60)
 
 
-# -- everything at random
+# -- random faults
 
 
 class Faults:
-    """What befalls the daemons and their database. Each returns once it is over, with all daemons running."""
+    """Faults of the daemons and of their database. Each method causes one, and returns once it is over and all daemons
+    run.
+    """
 
     def __init__(self, c: Cluster, rng: Random) -> None:
         self._c = c
@@ -482,7 +493,7 @@ async def wallets(rng: Random) -> AsyncIterator[dict[str, Simulated]]:
 async def test_faults_at_random_under_load_lose_and_double_nothing(
     own_database: OwnServer, tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """Game servers ask whichever daemon they come to, and another one when that does not answer."""
+    """Game servers use any daemon, and another one if it does not answer."""
     clients, rounds, kinds = (60, 20, len(KINDS)) if FULL else (24, 1, 5)
     async with wallets(rng) as simulated:
         toml = "".join(OPERATOR.format(name=name, url=one.url) for name, one in simulated.items())

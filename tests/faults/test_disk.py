@@ -1,7 +1,7 @@
-"""Every way a disk fails, caused for real under the running daemon and at its start.
+"""Every way in which a disk can fail, caused for real while the daemon runs and at its start.
 
-strace injects into the running process what no file system can be asked for: errors, hangs, and a kill inside the
-commit. `Ledger` keeps what was acknowledged, and looks for all of it after every recovery.
+strace injects into the running process the faults that no file system can be asked for: errors, hangs, and a kill
+inside the commit. `Ledger` keeps what was acknowledged, and looks for all of it after every recovery.
 """
 
 import contextlib
@@ -51,34 +51,38 @@ timeout = "120s"  # an attempt under way outlasts every fault
 concurrency = 1
 schedule = ["1s", "1s", "1s", "1s", "1s", "1s", "1s", "1s"]
 """
-LONG_S = 600  # an idle time that no test outlives
-SLEEPS_S = 3  # idle time of the session that must outlive a fault; longer than a busy machine takes to cause one
-LASTS_S = SLEEPS_S + 0.2  # how long a fault is kept up
-# RLIMIT_FSIZE is for every regular file, and the log is to be kept
+LONG_S = 600  # an idle time, in seconds, longer than any test
+# The idle time of the session that must outlive a fault; longer than a busy machine takes to cause a fault
+SLEEPS_S = 3
+LASTS_S = SLEEPS_S + 0.2  # how long a fault lasts
+# The limit RLIMIT_FSIZE applies to every regular file, also to the log. So the log is written through a pipe
 LOG_THROUGH_A_PIPE = ("bash", "-c", 'exec "$0" "$@" 2> >(exec cat >&2)', *AS_USERS_DO)
 
 
-# -- peers and witnesses
+# -- the operator, and a client that keeps acknowledgements
 
 
 @dataclass
 class Wallet:
-    """The operator's server, on threads of its own. Answers success, but only while `answers` is set: a moment that no
-    script of the simulated operator knows beforehand.
+    """The operator's server, on threads of its own. It answers with success while `answers` is set, and waits
+    otherwise. (A script of the simulated operator would have to know these moments beforehand.)
     """
 
     url: str = ""
-    bodies: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))  # by webhook-id, one an attempt
+    # For each webhook-id, the body of each attempt
+    bodies: dict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
     answers: threading.Event = field(default_factory=threading.Event)
 
     @property
     def attempts(self) -> Counter[str]:
-        """Attempts by session."""
+        """The number of attempts for each session."""
         return Counter(json.loads(body)["sessionId"] for bodies in list(self.bodies.values()) for body in [*bodies])
 
     @property
     def ids(self) -> Counter[str]:
-        """Different deliveries by session: more than one would be an end twice."""
+        """The number of different deliveries for each session. More than one would mean that the session ended
+        twice.
+        """
         return Counter(json.loads(bodies[0])["sessionId"] for bodies in list(self.bodies.values()))
 
 
@@ -118,7 +122,7 @@ class Answer:
 
 
 class Daemon(Process):
-    """A daemon whose database has a directory of its own, which can be a disk of its own."""
+    """A daemon whose database is in a directory of its own, on which a disk can be mounted."""
 
     @property
     def path(self) -> Path:
@@ -140,18 +144,18 @@ class Daemon(Process):
 
     @property
     def health(self) -> list[tuple[int, str]]:
-        """What both sides say, asked at once."""
+        """The answers of both listeners, requested at the same time."""
         with ThreadPoolExecutor() as pool:
             answers = pool.map(lambda side: self.ask("GET", f"{side}/health"), (self.server, self.api))
             return [(answer.status, answer.body["status"]) for answer in answers]
 
     def ended_ms(self, session: str) -> int | None:
-        """When the end was known to be on disk; the row has when its transaction began."""
+        """The time at which the end was known to be on disk. The row has the time at which its transaction began."""
         times = [event["time"] for event in self.events("session.ended") if event["session"] == session]
         return int(datetime.fromisoformat(times[0]).timestamp() * 1000) if times else None
 
     def refuses_to_start(self) -> None:
-        """Exit code 1, and the message names the file."""
+        """Starts the daemon, which must end with exit code 1 and a message that names the file."""
         written = self.log.read_text() if self.log.exists() else ""
         self.spawn()
         try:
@@ -166,7 +170,7 @@ SICK, WELL = [(503, "fail")] * 2, [(200, "pass")] * 2
 
 @contextlib.contextmanager
 def daemon_on(tmp_path: Path, url: str = "http://127.0.0.1:1/", **options: Any) -> Iterator[Daemon]:
-    """A daemon that serves; killed at the end if it still runs."""
+    """A running daemon that serves. It is killed at the end if it still runs."""
     (tmp_path / "disk").mkdir(exist_ok=True)
     daemon = Daemon(tmp_path, TOML.format(url=url), **options)
     daemon.spawn()
@@ -178,13 +182,13 @@ def daemon_on(tmp_path: Path, url: str = "http://127.0.0.1:1/", **options: Any) 
 
 
 class Ledger:
-    """Does what clients do, and keeps what was acknowledged. Used by many threads at once."""
+    """Calls the daemon as clients do, and keeps what was acknowledged. Many threads may use it at once."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.opened: set[str] = set()
         self.ended: set[str] = set()
-        self.touched_at: dict[str, int] = {}  # wall time before the request, so never later than the touch
+        self.touched_at: dict[str, int] = {}  # wall time before the request, so it is never later than the touch
         self.refused = 0
 
     @property
@@ -220,7 +224,7 @@ class Ledger:
         assert answer.status in (200, 201, 204), (verb, name, answer)
 
     def check(self) -> None:
-        """Everything acknowledged is in the file, every end has its one delivery, counts are those of the rows."""
+        """Everything acknowledged is in the file, every end has exactly one delivery, and the counts equal the rows."""
         found = self.daemon.rows(
             "SELECT session_id, reason, seen_at, count(d.id) "
             "FROM session s LEFT JOIN delivery d ON d.session = s.id GROUP BY s.id"
@@ -236,7 +240,7 @@ class Ledger:
             " pending - (SELECT count(*) FROM delivery WHERE state = 'pending'),"
             " dead - (SELECT count(*) FROM delivery WHERE state = 'dead') FROM operator"
         )
-        assert wrong in ([], [(0, 0, 0)])  # no row before anything was opened
+        assert wrong in ([], [(0, 0, 0)])  # no row before the first session is opened
 
     def settled(self) -> bool:
         return not self.daemon.rows("SELECT id FROM delivery WHERE state = 'pending'")
@@ -249,10 +253,10 @@ class Ledger:
 def strace(
     daemon: Daemon, *injections: str, only: Path | None = None, calls: str = "", log: Path | str = os.devnull
 ) -> Iterator[subprocess.Popen[str]]:
-    """The running process under strace with these faults injected, on one file or all; leaving lifts them. `calls` are
-    written to the log besides, with the files' names.
+    """Runs strace on the process, with these faults injected on one file or on all. They end with the context. The
+    system calls `calls` are written to the log as well, with the names of their files.
 
-    Skips where there is no strace (a Debian package) or no permission to trace.
+    Skips the test where strace is missing (it is a Debian package) or may not trace.
     """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
@@ -266,7 +270,7 @@ def strace(
         if tracer.poll() is not None and daemon.popen.poll() is None:
             assert tracer.stderr is not None
             pytest.skip(f"strace cannot attach: {tracer.stderr.read().strip()}")
-        with contextlib.suppress(OSError):  # a thread may end meanwhile
+        with contextlib.suppress(OSError):  # a thread may end in the meantime
             statuses = [task.read_text() for task in Path(f"/proc/{daemon.popen.pid}/task").glob("*/status")]
             return all(f"TracerPid:\t{tracer.pid}\n" in status for status in statuses)
         return daemon.popen.poll() is not None
@@ -276,7 +280,7 @@ def strace(
         yield tracer
     finally:
         tracer.terminate()
-        with tracer:  # waits, and closes the pipe
+        with tracer:  # waits for strace to end, and closes the pipe
             pass
 
 
@@ -286,18 +290,20 @@ def injected(*injections: str) -> Callable[[Daemon], AbstractContextManager[Any]
 
 @contextlib.contextmanager
 def file_size_limit(daemon: Daemon) -> Iterator[None]:
-    """Within the first frame of the WAL, so that the first write is cut short and the next ones fail."""
+    """Limits the size of files to less than the first frame of the write-ahead log. So the first write is cut short,
+    and the next ones fail.
+    """
     pid = daemon.popen.pid
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, hard))
     yield
-    with contextlib.suppress(ProcessLookupError):  # it was killed under the limit
+    with contextlib.suppress(ProcessLookupError):  # the process was killed under the limit
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @contextlib.contextmanager
 def elsewhere(path: Path, statement: str) -> Iterator[sqlite3.Connection]:
-    """Another process's connection with a transaction open."""
+    """A connection of another process, with an open transaction."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=20)) as connection:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         for part in statement.split(";"):
@@ -314,13 +320,16 @@ def locked(daemon: Daemon) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def full_disk(daemon: Daemon) -> Iterator[None]:
-    """A reader is in the way, so that the WAL has to grow: what it has already would do for a while."""
+    """Fills the disk. A reader with an open transaction forces the write-ahead log to grow; otherwise its present size
+    would be enough for a while.
+    """
     ballast = daemon.path.with_name("ballast")
     with elsewhere(daemon.path, READING):
         with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
-        # What the WAL has left may do for less than others need: a touch of nobody writes the clock, one page.
+        # The end of the write-ahead log may still have space for a small write: a touch of an unknown session writes
+        # only the clock, one page. It is used up here.
         while daemon.ask("POST", f"{daemon.api}/v1/operators/acme/sessions/nobody/touch").status != 503:
             pass
         yield
@@ -329,7 +338,7 @@ def full_disk(daemon: Daemon) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mounted(directory: Path, options: str = "size=16m,mode=700") -> Iterator[None]:
-    """A tmpfs of its own at this directory; skips without the right to mount."""
+    """Mounts a tmpfs on this directory. Skips the test where this user may not mount."""
     directory.mkdir(exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], capture_output=True, text=True)
     if done.returncode:
@@ -342,7 +351,7 @@ def mounted(directory: Path, options: str = "size=16m,mode=700") -> Iterator[Non
 
 @dataclass
 class Fault:
-    """Something that comes and goes: `cause` is in force inside its context."""
+    """A fault that begins and ends: it is in force inside the context that `cause` returns."""
 
     cause: Callable[[Daemon], AbstractContextManager[Any]]
     mount: bool = False
@@ -355,7 +364,7 @@ FAULTS = {
     "sync fails": Fault(injected("fdatasync,fsync:error=EIO")),
     "locked by another process": Fault(locked),
 }
-if FULL:  # much the same as others
+if FULL:  # these are similar to others, so they only run in the full suite
     FAULTS["remounted read-only"] = Fault(injected("pwrite64,ftruncate:error=EROFS"))
     FAULTS["no space for a write"] = Fault(injected("pwrite64:error=ENOSPC"))
     FAULTS["write fails"] = Fault(injected("pwrite64:error=EIO"))
@@ -363,7 +372,7 @@ if FULL:  # much the same as others
 
 
 def until_refused(ledger: Ledger, verb: str, name: str, **more: Any) -> Answer:
-    """Asks until the fault bites; what is acknowledged before that is kept."""
+    """Repeats a call until it is refused because of the fault. Calls that are acknowledged before are kept."""
     for _ in range(5000):
         answer = ledger.do(verb, name, **more)
         if answer.status == 503:
@@ -376,7 +385,7 @@ def until_refused(ledger: Ledger, verb: str, name: str, **more: Any) -> Answer:
 def test_a_fault_that_passes_loses_nothing_and_work_resumes(
     fault: Fault, tmp_path: Path, wallet: Wallet, measured: Callable[..., None]
 ) -> None:
-    """By itself; what comes meanwhile is refused."""
+    """Work resumes by itself. Requests during the fault are refused."""
     with ExitStack() as stack:
         if fault.mount:
             stack.enter_context(mounted(tmp_path / "disk"))
@@ -390,7 +399,7 @@ def test_a_fault_that_passes_loses_nothing_and_work_resumes(
         ledger.must("open", "in-flight")
         ledger.must("close", "in-flight")
         wait_for(lambda: wallet.attempts["in-flight"])  # its answer comes during the fault
-        ledger.must("notice", "waiting")  # behind it: one attempt at a time
+        ledger.must("notice", "waiting")  # it waits for the delivery before it, because the operator's concurrency is 1
         ledger.must("open", "sleeper", SLEEPS_S)
 
         with fault.cause(daemon):
@@ -409,10 +418,10 @@ def test_a_fault_that_passes_loses_nothing_and_work_resumes(
                 assert ledger.do("touch", "sleeper").status == 503
             lasted_ms = int((time.monotonic() - began) * 1000)
             reasons = [event["reason"] for event in daemon.events("store.failing")]
-            assert sorted(set(reasons)) == sorted(reasons) != []  # once, not at every attempt
+            assert sorted(set(reasons)) == sorted(reasons) != []  # each reason is logged once, not at every try
         lifted = time.monotonic()
 
-        wait_for(lambda: wallet.attempts["waiting"])  # nobody asks for anything meanwhile
+        wait_for(lambda: wallet.attempts["waiting"])  # work resumes although no request comes
         resumed_s = time.monotonic() - lifted
         ledger.must("touch", "player")
         ledger.must("notice", "during")
@@ -420,13 +429,13 @@ def test_a_fault_that_passes_loses_nothing_and_work_resumes(
         ended_ms = wait_for(lambda: daemon.ended_ms("sleeper"))
         wait_for(ledger.settled)
         ((seen_ms,),) = daemon.rows("SELECT seen_at FROM session WHERE session_id = 'sleeper'")
-        # Service time stood still; times are whole milliseconds
+        # Service time stood still during the fault; times are whole milliseconds
         assert ended_ms - seen_ms >= SLEEPS_S * 1000 + lasted_ms - 5
         assert wallet.attempts == dict.fromkeys(("before", "in-flight", "waiting", "during", "sleeper"), 1)
         assert (len(daemon.events("store.failing")), len(daemon.events("store.recovered"))) == (len(reasons), 1)
         ledger.check()
 
-        with fault.cause(daemon):  # and the same with a power cut in the middle of it
+        with fault.cause(daemon):  # the same fault again, with a kill during it
             ledger.refused = 0
             until_refused(ledger, "open", "player")
             daemon.kill()
@@ -438,7 +447,7 @@ def test_a_fault_that_passes_loses_nothing_and_work_resumes(
 
 
 def test_reads_that_fail_are_refused_and_resume_by_themselves(tmp_path: Path, wallet: Wallet) -> None:
-    """What is in a connection's cache may still be answered; what is not, never with anything but "later"."""
+    """An answer from a connection's cache is allowed. Anything else is answered with 503 ("try later")."""
     with daemon_on(tmp_path, wallet.url) as daemon:
         ledger = Ledger(daemon)
         session = f"{daemon.api}/v1/operators/acme/sessions/player"
@@ -446,7 +455,7 @@ def test_reads_that_fail_are_refused_and_resume_by_themselves(tmp_path: Path, wa
         with strace(daemon, "pread64:error=EIO"):
 
             def refused() -> Answer | None:
-                ledger.do("touch", "player")  # a commit: what the reading connection has is of yesterday
+                ledger.do("touch", "player")  # this commit makes the cache of the reading connection out of date
                 answer = daemon.ask("GET", session)
                 assert answer.status in (200, 503)
                 return answer if answer.status == 503 else None
@@ -454,9 +463,9 @@ def test_reads_that_fail_are_refused_and_resume_by_themselves(tmp_path: Path, wa
             answer = wait_for(refused)
             assert int(answer.headers["Retry-After"]) > 0
             assert answer.headers["Content-Type"].startswith("application/problem+json")
-            ledger.do("notice", "told")  # its delivery cannot be looked up
+            ledger.do("notice", "told")  # its delivery cannot be read during the fault
             wait_for(lambda: daemon.health == SICK)
-            time.sleep(2.5)  # the fault itself, through several attempts
+            time.sleep(2.5)  # the fault lasts this long, through several tries
             assert len(daemon.events("delivery.waiting_for_store")) <= 1
         wait_for(lambda: daemon.ask("GET", session).status == 200)
         ledger.must("notice", "told")
@@ -467,11 +476,13 @@ def test_reads_that_fail_are_refused_and_resume_by_themselves(tmp_path: Path, wa
 
 # -- a disk that hangs
 
-HANGS = "fdatasync,fsync:delay_enter=300000000"  # microseconds: far longer than it is kept up
+HANGS = "fdatasync,fsync:delay_enter=300000000"  # in microseconds, far longer than the hang lasts
 
 
 def until_hanging(ledger: Ledger, pool: ThreadPoolExecutor, name: str) -> "Future[Answer]":
-    """A touch whose own commit hangs. Returns it when `/health` has answered that it fails."""
+    """Sends touches until the commit of one hangs, and returns that touch. By then, `/health` has answered that it
+    fails.
+    """
     for _ in range(100):
         touch = pool.submit(ledger.do, "touch", name)
         wait_for(lambda touch=touch: touch.done() or ledger.daemon.health == SICK)
@@ -483,14 +494,14 @@ def until_hanging(ledger: Ledger, pool: ThreadPoolExecutor, name: str) -> "Futur
 def test_a_disk_that_hangs_acknowledges_nothing_and_costs_no_idle_time(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
-    """It fails health, too, and withholds the watchdog."""
+    """`/health` fails during the hang, and the watchdog of systemd gets no sign of life."""
     with ExitStack() as stack:
         manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.bind(str(tmp_path / "notify"))
         manager.setblocking(False)
 
         def told() -> list[list[str]]:
-            """What the service manager has been told since this was asked last."""
+            """What the daemon has told the service manager since the last call."""
             heard = []
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -527,8 +538,8 @@ def test_a_disk_that_hangs_acknowledges_nothing_and_costs_no_idle_time(
         wait_for(fed)
         assert [len(daemon.events(f"watchdog.{event}")) for event in ("withheld", "resumed")] == [1, 1]
         ledger.check()
-        # Between the beginning of the touch's commit and its end nobody could touch: the idle time is left, but for
-        # what passes until it shows that the commit hangs, and on a busy machine until that is noticed.
+        # Nobody could touch between the beginning and the end of the hanging commit. So the idle time is left, except
+        # for the time until the hang shows, and on a busy machine until it is noticed.
         ended_ms = wait_for(lambda: daemon.ended_ms("sleeper"))
         left_s = (ended_ms - over_ms) / 1000
         assert left_s >= idle_s - 2 * STALL_S
@@ -539,7 +550,7 @@ def test_a_disk_that_hangs_acknowledges_nothing_and_costs_no_idle_time(
 
 
 def work(ledger: Ledger, worker: int, life: int) -> None:
-    """What a client does, until the daemon is gone."""
+    """Makes calls as a client does, until the daemon is gone."""
     with contextlib.suppress(OSError):
         for number in itertools.count():
             name = f"{life}-{worker}-{number}"
@@ -552,7 +563,7 @@ def work(ledger: Ledger, worker: int, life: int) -> None:
 def test_killed_inside_a_commit_or_a_checkpoint_it_has_lost_nothing(
     tmp_path: Path, wallet: Wallet, measured: Callable[..., None]
 ) -> None:
-    """At any write."""
+    """The kill comes at one of the writes and syncs of the log and of the file."""
     kills = 40 if FULL else 10
     with daemon_on(tmp_path, wallet.url) as daemon, ThreadPoolExecutor() as pool:
         ledger = Ledger(daemon)
@@ -580,9 +591,9 @@ def test_killed_inside_a_commit_or_a_checkpoint_it_has_lost_nothing(
 def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
-    """A power cut loses what was written and not synced. So each answer has a write to the WAL, and after that a sync
-    of it that has succeeded, between the answer before it and itself. The daemon also writes of its own accord, its
-    clock for one, so a later write may wait for its sync while an answer is sent.
+    """A power cut loses what was written but not synced. So between each answer and the one before it, there must be a
+    write to the write-ahead log, and then a successful sync of it. The daemon also writes for itself, as for its clock.
+    So a later write may wait for its sync while an answer is sent.
     """
     log = tmp_path / "calls"
     with daemon_on(tmp_path) as daemon:
@@ -593,7 +604,7 @@ def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed(
                 ledger.must("touch", f"s{number}")
                 ledger.must(("close", "notice")[number % 2], f"s{number}")
         written = confirmed = False
-        syncing: set[str] = set()  # threads whose sync began after the write, and is unfinished
+        syncing: set[str] = set()  # threads whose sync began after the write and has not finished
         answers = 0
         for line in log.read_text().splitlines():
             thread = line.split()[0]
@@ -613,7 +624,7 @@ def test_every_acknowledgement_is_sent_after_the_disk_has_confirmed(
         measured(answers=answers, sent_before_the_sync=0)
 
 
-# -- a reader in the way
+# -- a reader that keeps the log from starting over
 
 WAL_MAX = 300_000
 WITH_A_SMALL_WAL = (
@@ -632,7 +643,7 @@ exit(main())""",
 def test_killed_while_a_full_wal_is_written_over_it_has_lost_nothing(
     tmp_path: Path, measured: Callable[..., None]
 ) -> None:
-    """What is behind the last commit then is not empty: it has the commits of the round before."""
+    """In such a log, the frames after the last commit are not empty: they have commits of the round before."""
     kills = 20 if FULL else 5
     starts_over = 0
     with daemon_on(tmp_path, command=WITH_A_SMALL_WAL) as daemon, ThreadPoolExecutor() as pool:
@@ -641,7 +652,7 @@ def test_killed_while_a_full_wal_is_written_over_it_has_lost_nothing(
             with strace(daemon, f"pwrite64:signal=SIGKILL:when={300 + 41 * life}", only=daemon.wal):
                 wait([pool.submit(work, ledger, worker, life) for worker in range(3)])
                 assert daemon.popen.wait(60) == -signal.SIGKILL
-            # How often this WAL has started over. Source: sqlite.org/fileformat2.html, "WAL Header Format"
+            # How often the log has started over. Source: sqlite.org/fileformat2.html, "WAL Header Format"
             starts_over += int.from_bytes(daemon.wal.read_bytes()[12:16], "big")
             daemon.start()
             ledger.check()
@@ -651,7 +662,7 @@ def test_killed_while_a_full_wal_is_written_over_it_has_lost_nothing(
 
 
 def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured: Callable[..., None]) -> None:
-    """As by `backup` of a large file, or an administrator's sqlite3 left open."""
+    """The reader may be a `backup` of a large file, or an administrator's sqlite3 that was left open."""
     with daemon_on(tmp_path, command=WITH_A_SMALL_WAL) as daemon:
         ledger = Ledger(daemon)
         ledger.must("open", "player")
@@ -665,7 +676,8 @@ def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured
             for _ in range(touches):
                 ledger.must("touch", "player")
             took_s = time.monotonic() - began
-            # A busy time-out for every second commit is as slow as a busy machine may be taken to be
+            # A writer that the reader held up would wait for a whole busy time-out at each commit. Even a busy machine
+            # needs less than half of that
             assert took_s < touches * LIMITS.store.busy_timeout_s / 2
 
         def shrunk() -> bool:
@@ -677,11 +689,11 @@ def test_a_long_read_of_another_process_slows_no_writer(tmp_path: Path, measured
         measured(commits=touches, took_s=round(took_s, 2))
 
 
-# -- files that are lost while they are in use
+# -- files that are lost while they are used
 
 
 def until_gone(ledger: Ledger) -> int:
-    """Works until the daemon is gone; its exit code."""
+    """Sends touches until the daemon is gone. Returns its exit code."""
 
     def gone() -> bool:
         with contextlib.suppress(OSError):
@@ -693,7 +705,7 @@ def until_gone(ledger: Ledger) -> int:
 
 
 def test_a_wal_unlinked_under_the_running_daemon_is_noticed(tmp_path: Path) -> None:
-    """Nothing that was acknowledged is lost."""
+    """Nothing acknowledged is lost."""
     with daemon_on(tmp_path) as daemon:
         ledger = Ledger(daemon)
         ledger.must("open", "player")
@@ -708,7 +720,9 @@ def test_a_wal_unlinked_under_the_running_daemon_is_noticed(tmp_path: Path) -> N
 
 
 def test_a_database_replaced_under_the_running_daemon_is_left_alone(tmp_path: Path, good: bytes) -> None:
-    """Whoever moves a backup over the file of a running daemon has it used from the next start on, as it is."""
+    """If a backup is moved over the file of a running daemon, the daemon ends without touching it. The next start uses
+    the backup as it is.
+    """
     with daemon_on(tmp_path) as daemon:
         ledger = Ledger(daemon)
         ledger.must("open", "player")
@@ -728,7 +742,8 @@ def test_a_wal_removed_after_a_crash_is_reported_and_the_daemon_starts(tmp_path:
         ledger.must("open", "other")
         daemon.kill()
         daemon.start()
-        assert daemon.events("store.wal_missing") == []  # a clean end, and a crash that left it
+        # Not after a clean end, and not after a crash that left the log
+        assert daemon.events("store.wal_missing") == []
         daemon.kill()
         daemon.wal.unlink()
         daemon.start()
@@ -741,7 +756,7 @@ def test_a_wal_removed_after_a_crash_is_reported_and_the_daemon_starts(tmp_path:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A whole database as a daemon leaves it when it stops: some hundred sessions, half of them ended."""
+    """A whole database as a daemon leaves it when it stops: 200 sessions, half of them ended."""
     with daemon_on(tmp_path_factory.mktemp("good")) as daemon, ThreadPoolExecutor(8) as pool:
         ledger = Ledger(daemon)
         wait([pool.submit(ledger.do, ("open", "notice")[n % 2], f"s-{n}") for n in range(200)])
@@ -755,11 +770,12 @@ def damaged_at(place: int, length: int = 100) -> Callable[[bytes], bytes]:
 
 
 def damaged_root(table: str) -> Callable[[bytes], bytes]:
-    """A page in the middle that every start has to read."""
+    """Damages a page in the middle of the file that every start reads."""
 
     def damage(good: bytes) -> bytes:
         with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-            connection.deserialize(good[:18] + b"\x01\x01" + good[20:])  # as not in WAL mode, which memory has not
+            # Marks the file as not in WAL mode, because a database in memory cannot use that mode
+            connection.deserialize(good[:18] + b"\x01\x01" + good[20:])
             (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
         return damaged_at((page - 1) * DISK_PAGE_BYTES, DISK_PAGE_BYTES)(good)
 
@@ -798,7 +814,7 @@ def test_a_damaged_file_is_left_as_it_is_together_with_the_wal_of_a_crash(tmp_pa
         daemon.start()
         Ledger(daemon).must("open", "player")
         daemon.kill()
-        # A page that every start reads and no commit has written, so that the WAL does not hide the damage
+        # This page is read at every start and was written by no commit, so the log does not hide the damage
         daemon.path.write_bytes(damaged_root("session_lifetime")(daemon.path.read_bytes()))
         before = daemon.path.read_bytes(), daemon.wal.read_bytes()
         daemon.refuses_to_start()
@@ -806,12 +822,12 @@ def test_a_damaged_file_is_left_as_it_is_together_with_the_wal_of_a_crash(tmp_pa
 
 
 def test_a_file_damaged_in_use_is_never_the_source_of_a_success(tmp_path: Path, good: bytes) -> None:
-    """Nothing is acknowledged on the strength of a damaged page."""
+    """No answer that depends on a damaged page is a success."""
     with daemon_on(tmp_path) as daemon:
         assert daemon.stop() == 0
         daemon.path.write_bytes(good)
         daemon.start()
-        with daemon.path.open("r+b") as file:  # all but the first page, which is read at every transaction
+        with daemon.path.open("r+b") as file:  # the first page stays whole, because every transaction reads it
             file.seek(DISK_PAGE_BYTES)
             file.write(b"\xa5" * (len(good) - DISK_PAGE_BYTES))
         sessions = f"{daemon.api}/v1/operators/acme/sessions"
@@ -833,7 +849,7 @@ def test_without_permission_the_file_is_named_and_left_as_it_is(
     place: str, mode: int, tmp_path: Path, good: bytes
 ) -> None:
     prefix: tuple[str, ...] = ()
-    if os.geteuid() == 0:  # root may read and write everything, until it gives that up
+    if os.geteuid() == 0:  # root may read and write every file until it gives that right up
         closed = tmp_path / "closed"
         closed.touch(0)
         works = shutil.which("setpriv") and not subprocess.run([*BARE, "true"], capture_output=True).returncode
@@ -874,8 +890,8 @@ def test_a_full_disk_at_start_is_named_and_left_as_it_is(tmp_path: Path, good: b
 
 @pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
 def test_a_start_on_a_full_disk_says_so_wherever_it_runs_out_of_room(tmp_path: Path, good: bytes, new: bool) -> None:
-    """From no room at all to almost enough: for the lock, the database, its -shm (SQLite says "disk I/O error" then),
-    its log, the first tables.
+    """The free space goes from nothing to almost enough. It runs out for the lock, the database, its -shm (SQLite then
+    says "disk I/O error"), its log, or the first tables.
     """
     said = set()
     for pages in (0, 1, 2, 3, 5, 8, 11, 12, 13, 14) if new else (0, 1, 3, 6):

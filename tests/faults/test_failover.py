@@ -1,4 +1,6 @@
-"""The primary of three daemons is lost under load, and its standby takes over: nothing acknowledged is lost."""
+"""Three daemons lose the primary of their PostgreSQL under load, and its standby takes over. Nothing acknowledged is
+lost.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from support import until
 from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
 SESSIONS = "SELECT id, reason FROM lmdaemon.session ORDER BY id"
-IN_FLIGHT = 4  # concurrency of a lane
+IN_FLIGHT = 4  # the concurrency of a lane
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def standby(primary: OwnServer) -> Iterator[OwnServer]:
 
 
 def confirmed_by_standby(primary: OwnServer) -> None:
-    """From now on a commit of the primary waits for the standby."""
+    """Makes every commit of the primary wait for the standby."""
     with psycopg.connect(primary.url, autocommit=True) as sql:
         sql.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
         sql.execute("SELECT pg_reload_conf()")
@@ -42,7 +44,7 @@ def confirmed_by_standby(primary: OwnServer) -> None:
 
 
 def strains(c: Cluster, name: str) -> str:
-    """What the check `store` of a daemon's `/health` says."""
+    """What the check `store` says in a daemon's `/health`."""
     return str(c.daemons[name].call("GET", f"{c.daemons[name].api}/health")[1]["checks"]["store"][0].get("output", ""))
 
 
@@ -57,9 +59,9 @@ async def test_a_standby_takes_over_under_load_and_nothing_is_lost(
     measured: Callable[..., None],
     is_silent: bool,
 ) -> None:
-    """kill -9 of the primary, whose machine refuses connections afterwards, or does not answer at all. The daemons find
-    the standby by themselves, and one that starts then does. Should the old primary come back as one, it acknowledges
-    nothing, for no standby confirms its commits.
+    """The primary is killed. Afterwards its machine refuses connections, or does not answer at all. The running daemons
+    find the standby by themselves, and so does a daemon that starts then. If the old primary comes back as a primary,
+    it acknowledges nothing, because no standby confirms its commits.
     """
     async with simulated_operator() as calm, simulated_operator("10%: error 100", seed=7) as moody:
         wallets = {"calm": calm, "moody": moody}
@@ -106,14 +108,14 @@ async def test_a_standby_takes_over_under_load_and_nothing_is_lost(
 
 
 def assert_nothing_is_acknowledged_by(old: OwnServer, c: Cluster) -> None:
-    """The old primary comes back as a primary by mistake; a daemon that starts on it acknowledges nothing."""
+    """The old primary comes back as a primary by mistake. A daemon that starts on it acknowledges nothing."""
     for proxy in c.proxies.values():
         proxy.mode = "pass"
     old.start()
     with psycopg.connect(old.url, autocommit=True) as sql:
         before = sql.execute(SESSIONS).fetchall()
         assert c.daemons["a"].stop() == 0
-        c.daemons["a"].spawn()  # it is asked first, and takes writes
+        c.daemons["a"].spawn()  # it tries the old primary first, which accepts writes
         assert c.daemons["a"].popen.wait(60) == 1
         (told,) = c.daemons["a"].events("daemon.failed")
         assert "no answer within" in told["reason"]
@@ -127,5 +129,5 @@ def assert_nothing_is_acknowledged_by(old: OwnServer, c: Cluster) -> None:
 
 
 def so_far(witness: Witness) -> int:
-    """Answers that have acknowledged something."""
+    """The number of answers that acknowledged something."""
     return sum(times for (_, status), times in witness.answers.items() if status < 300)

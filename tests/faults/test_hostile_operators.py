@@ -1,4 +1,6 @@
-"""Operators that hang, flood, lie and break off, against the daemon as a process: none delays another."""
+"""Operators that hang, flood, lie and break off connections, with the daemon as a process. None of them delays
+another.
+"""
 
 import contextlib
 import gzip
@@ -33,7 +35,7 @@ from operators import (
 )
 from processes import Process, process, wait_for
 
-TWINS = 32 if FULL else 6  # deliveries that hang for as long as the good operator is served
+TWINS = 32 if FULL else 6  # deliveries that hang while the good operator is served
 GOOD = 50 if FULL else 8
 MEMORY_KIB = 64 * 1024
 GIB = 2**30
@@ -43,16 +45,16 @@ NO_GRACE = '[sessions]\nrestart_grace = "0s"\n'
 
 @dataclass(frozen=True)
 class Row:
-    """What an operator does, and what the contract makes of it. `error` and `status` are those of every attempt."""
+    """One hostile operator, and what the daemon must make of it. `error` and `status` are those of every attempt."""
 
     name: str
     steps: Steps
     error: str | None
     status: int | None = None
     state: str = "dead"
-    attempts: int = 2  # the schedule below has one wait
+    attempts: int = 2  # the schedule of these operators has one wait
     door: Door = "plain"
-    waits_s: float | None = None  # what Retry-After makes the whole operator wait
+    waits_s: float | None = None  # how long Retry-After makes the whole operator wait
 
     @property
     def hangs(self) -> bool:
@@ -78,7 +80,9 @@ def chunked(*chunks: bytes) -> bytes:
 
 
 def gzip_bomb() -> bytes:
-    """10 MiB of zeros in 10 KiB, so that the limit on what is read does not hide an unpacking."""
+    """An answer of 10 MiB of zeros, compressed to 10 KiB. If it were unpacked, the limit on what is read would not hide
+    that.
+    """
     return answer(gzip.compress(bytes(10 * 2**20)), "200 OK", "Content-Encoding: gzip")
 
 
@@ -97,7 +101,8 @@ def in_half_an_hour() -> str:
     return format_datetime(datetime.now(UTC) + timedelta(seconds=1800), usegmt=True)
 
 
-INSIDE = "http://inside/latest/meta-data/iam/"  # stands for the trap's address, which stands for 169.254.169.254
+# Replaced by the address of the trap, a server that stands for 169.254.169.254
+INSIDE = "http://inside/latest/meta-data/iam/"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 HALF = OK % 100 + b'{"error": 0'
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -202,7 +207,7 @@ def operator_toml(name: str, url: str, **options: object) -> str:
 
 
 def notify(daemon: Process, operator: str, sessions: Iterable[object]) -> None:
-    """Ends these sessions: each is one delivery to the operator's URL."""
+    """Ends these sessions by notices. Each end is one delivery to the operator's URL."""
     for session in sessions:
         notice = {"providerId": operator, "sessionId": f"{session}", "externalPlayerId": "p", "token": "t"}
         assert daemon.call("POST", f"{daemon.server}/V4/SessionExpired", notice)[1]["error"] == 0
@@ -219,7 +224,7 @@ def all_delivered(daemon: Process, operator: str) -> Callable[[], bool]:
 
 
 def forget_peak(daemon: Process) -> int:
-    """Resident memory now, in KiB; `peak` is the highest since."""
+    """Resets the peak of resident memory. Returns the present value in KiB; `peak` is the highest since."""
     Path(f"/proc/{daemon.popen.pid}/clear_refs").write_text("5")
     return daemon.memory_kib
 
@@ -234,7 +239,7 @@ def open_files(daemon: Process) -> int:
 
 @dataclass
 class Field:
-    """One daemon with every hostile operator of the table, twice, and a good one."""
+    """One daemon with each hostile operator of the table, twice, and with a good one."""
 
     daemon: Process
     operators: Operators
@@ -274,7 +279,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iter
         for number, row in enumerate(ROWS):
             options = tls_options(row, certificates)
             url = hostile[row.name].url
-            # An answer that is awaited gets all the time a busy machine needs; one that never comes gets little.
+            # If an answer is expected, a busy machine gets all the time it needs. If none ever comes, the time-out is
+            # short.
             timeout = "250ms" if row.hangs else "30s"
             toml += operator_toml(f"row{number}", url + "/row", timeout=timeout, schedule=["25ms"], **options)
             options |= {"timeout": "60s", "schedule": ["1h"]}
@@ -287,7 +293,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iter
 
 @pytest.fixture
 def arena(shared: Field) -> Field:
-    """A daemon that a row has brought down does not fail the rows after it."""
+    """The daemon with its operators. If a test has brought it down, it is started again, so that the next test does not
+    fail, too.
+    """
     if shared.daemon.popen.poll() is not None:
         shared.daemon.start()
     return shared
@@ -301,7 +309,9 @@ def one_delivery(daemon: Process, operator: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: quote(row.name))
 def test_a_hostile_operator_harms_its_own_delivery_alone(row: Row, arena: Field, measured: Callable[..., None]) -> None:
-    """Its own delivery ends as the contract says, a good operator gets all of its own meanwhile, memory stays."""
+    """The hostile operator's own delivery ends as the table says. Meanwhile the good operator gets all its deliveries,
+    and memory does not grow.
+    """
     daemon, hostile, number = arena.daemon, arena.hostile[row.name], ROWS.index(row)
     memory = forget_peak(daemon)
     twin, mine = f"twin{number}", f"row{number}"
@@ -312,7 +322,7 @@ def test_a_hostile_operator_harms_its_own_delivery_alone(row: Row, arena: Field,
     notify(daemon, "good", [f"{number}-{session}" for session in range(GOOD)])
 
     wait_for(all_delivered(daemon, "good"))
-    if row.hangs:  # nobody waited for these
+    if row.hangs:  # the good operator's deliveries did not wait for these
         assert {(one["state"], one["attempts"]) for one in deliveries(daemon, twin)} == {("pending", 0)}
     assert daemon.call("GET", daemon.server + "/health")[1]["status"] in ("pass", "warn")
 
@@ -333,7 +343,7 @@ def test_a_hostile_operator_harms_its_own_delivery_alone(row: Row, arena: Field,
     grown = peak(daemon) - memory
     measured(peak_grown_kib=grown)
     assert grown < MEMORY_KIB
-    arena.operators.close(hostile)  # whatever still hangs there, hangs no longer
+    arena.operators.close(hostile)  # ends what still hangs at this operator
 
 
 def check_gate(daemon: Process, operator: str, row: Row, found: dict[str, Any]) -> None:
@@ -346,11 +356,14 @@ def check_gate(daemon: Process, operator: str, row: Row, found: dict[str, Any]) 
         return
     asked_at = datetime.fromisoformat(found["history"][-1]["at"])
     waits_s = (datetime.fromisoformat(gate["notBefore"]) - asked_at).total_seconds()
-    assert row.waits_s <= waits_s <= min(row.waits_s * 1.3, 3600) + 30  # jitter goes upward; 30 s for a busy machine
+    # Jitter only lengthens the wait; 30 s are for a busy machine
+    assert row.waits_s <= waits_s <= min(row.waits_s * 1.3, 3600) + 30
 
 
 def test_a_flood_of_interim_answers_delays_nobody_else(tmp_path: Path, measured: Callable[..., None]) -> None:
-    """HTTP sets no limit to 1xx answers. Fifty deliveries in turn take less than the time-out of one that hangs."""
+    """HTTP allows any number of 1xx answers. Fifty deliveries one after the other take less than the time-out of a
+    hanging one.
+    """
     with Operators() as operators:
         good, still, flood = (operators.open(steps) for steps in ([SUCCESS], [HANG], endless(CONTINUE * 1000)))
         toml = operator_toml("good", good.url, timeout="60s")
@@ -372,7 +385,7 @@ def test_a_flood_of_interim_answers_delays_nobody_else(tmp_path: Path, measured:
 
 
 def scripted(*answers: Steps) -> Callable[[], Iterable[Step]]:
-    """One list of steps for each request, the last one for all that follow."""
+    """The first list of steps is for the first request, and so on. The last list is for all further requests."""
     left = list(answers)
 
     def steps() -> Iterable[Step]:
@@ -392,7 +405,7 @@ def one_operator(directory: Path, *answers: Steps) -> Iterator[tuple[Process, Op
 
 
 def settled(daemon: Process, session: str) -> dict[str, Any]:
-    """The delivery of this session, once it is settled."""
+    """Waits until the delivery of this session is settled, and returns it."""
     url = f"{daemon.api}/v1/operators/acme/sessions/{session}"
 
     def delivery() -> dict[str, Any] | None:
@@ -427,7 +440,9 @@ def test_a_kept_connection_that_the_operator_closes_is_not_used_again(tmp_path: 
 
 
 def test_an_answer_that_came_before_its_request_settles_nothing(tmp_path: Path) -> None:
-    """A proxy that answers twice: the second answer waits on the kept connection for the next request."""
+    """As from a proxy that answers twice: the second answer waits on the kept connection when the next request is
+    sent.
+    """
     with one_operator(tmp_path, [SUCCESS, 0.2, SUCCESS], [says("7")]) as (daemon, operator):
         notify(daemon, "acme", ["one"])
         assert settled(daemon, "one")["state"] == "delivered"
@@ -440,12 +455,13 @@ def test_an_answer_that_came_before_its_request_settles_nothing(tmp_path: Path) 
 def test_twenty_hostile_operators_at_once_harm_no_other(
     tmp_path: Path, certificates: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """And SIGTERM ends in time."""
+    """The daemon also stops in time at SIGTERM."""
     good_ones, each = [f"good{number}" for number in range(5)], 200 if FULL else 50
     rows = HANGING + rng.sample(ANSWERING, 20 - len(HANGING))
     with Operators(certificates) as operators:
         trap, good, late = (operators.open(steps) for steps in ([SUCCESS], [SUCCESS], [HANG]))
-        # The good one shares its thread with all that the bad ones send: a busy machine may need several attempts
+        # The good operator's thread also serves the bad ones and all that they send. So on a busy machine, it may need
+        # several attempts
         toml = operator_toml("late", late.url, timeout="5s")
         for name in good_ones:
             toml += operator_toml(name, f"{good.url}/{name}", timeout="5s", schedule=["1s"] * 50)
@@ -468,7 +484,7 @@ def test_twenty_hostile_operators_at_once_harm_no_other(
             notify(daemon, "late", ["s"])
             wait_for(lambda: late.open)
             began = time.monotonic()
-            assert daemon.stop(within_s=5 + 5 + 10) == 0  # longest time-out, 5 s, and 10 s for a busy machine
+            assert daemon.stop(within_s=5 + 5 + 10) == 0  # the longest time-out, 5 s, and 10 s for a busy machine
             [stopping] = daemon.events("daemon.stopping")
             assert stopping["in_flight"] >= 1
             measured(peak_grown_kib=grown, seconds_to_stop=round(time.monotonic() - began, 2))
@@ -501,7 +517,7 @@ def test_two_hundred_hostile_attempts_leave_no_open_files(
                 for name in names:
                     daemon.call("POST", f"{daemon.api}/v1/operators/{name}/hold")
                     notify(daemon, name, [f"{number}-{session}" for session in range(10)])
-                for name in names:  # all ten at once, before the breaker hears of the first failure
+                for name in names:  # releases all ten at once, before the first failure opens the breaker
                     daemon.call("POST", f"{daemon.api}/v1/operators/{name}/release")
                     most = max(most, open_files(daemon))
                 wait_for(tried)
@@ -509,4 +525,4 @@ def test_two_hundred_hostile_attempts_leave_no_open_files(
                     lambda: open_files(daemon) <= before + 4, otherwise=lambda: f"{open_files(daemon)} of {before}"
                 )
             measured(before=before, most=most, after=open_files(daemon))
-            assert most > before + 20  # they were seen
+            assert most > before + 20  # the connections were counted while they were open

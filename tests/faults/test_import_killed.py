@@ -1,4 +1,6 @@
-"""`lmdaemon import`, killed at any of its statements, again and again: the same command goes on and doubles nothing."""
+"""`lmdaemon import`, killed at any of its statements, several times. The same command continues the import and doubles
+nothing.
+"""
 
 import asyncio
 import os
@@ -22,7 +24,7 @@ from postgres import OwnServer, own_server
 from lmdaemon.store.contract import NewDelivery
 from lmdaemon.store.postgres.importing import ROWS
 
-STATEMENTS = 34  # of an import of this file
+STATEMENTS = 34  # how many statements an import of this file takes
 KILLED = Path(__file__).parent / "killed.py"
 
 
@@ -33,7 +35,7 @@ def server() -> Iterator[OwnServer]:
 
 
 async def fill(file: SqliteEngine, clock: HandClock) -> None:
-    """Sessions for three steps of an import, deliveries for two."""
+    """Makes a file whose import takes three steps for sessions and two for deliveries."""
     async with file.open(clock) as db:
         db.configured, db.sinks_of = frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)]
         names = [f"s{number}" for number in range(2 * ROWS + 100)]
@@ -59,7 +61,7 @@ async def test_an_import_killed_at_any_statement_is_finished_by_the_next(
         with psycopg.connect(server.url, autocommit=True) as sql:
             sql.execute(f"CREATE DATABASE {database}")
         ended = [moved(place) for place in rng.sample(range(1, STATEMENTS), 3)]
-        assert set(ended) <= {0, -signal.SIGKILL}  # 0: it had fewer left to do
+        assert set(ended) <= {0, -signal.SIGKILL}  # exit code 0: the import had fewer statements left to do
         kills += ended.count(-signal.SIGKILL)
         assert moved(0) == 0
         with closing(PostgresEngine(url)) as engine:

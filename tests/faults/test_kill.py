@@ -1,4 +1,6 @@
-"""kill -9: at every line between queue and commit and between claim and settled row, and at random under load."""
+"""kill -9 at every line between queue and commit and between claim and settled row, and at random moments under
+load.
+"""
 
 import asyncio
 import contextlib
@@ -33,15 +35,17 @@ schedule = ["100ms", "200ms", "300ms"{more}]
 [plugins.hook]
 use = "told_hook:told"
 [log]
-level = "debug"  # every line: an end that is told twice would show
-""".format(more=', "500ms"' * 40)  # so many that none of thousands is refused by chance until it is dead
-IN_FLIGHT = 4  # concurrency of a lane
-LEFT_S = 10  # idle time of a session that is meant to be ended, for when the kill comes before that
+level = "debug"  # every line, so that an end that is logged twice would show
+""".format(more=', "500ms"' * 40)  # so many waits that none of thousands of deliveries fails often enough to be dead
+IN_FLIGHT = 4  # the concurrency of a lane
+LEFT_S = 10  # idle time (s) of a session that a call should end, in case the kill comes before that call
 MOODS = {"calm": "ok", "moody": "10%: error 100", "ill": "30%: error 100"}
 
 
 async def work(witness: Witness, life: int) -> None:
-    """One of everything: a session that is left alone, one that is touched and closed, a notice, a notice that ends."""
+    """Makes each kind of call: a session that is left alone, one that is touched and closed, a notice about an unknown
+    session, and a notice that ends a session.
+    """
     await witness.open("acme", f"left-{life}", 1)
     await witness.open("acme", f"refused-{life}", LEFT_S)
     await witness.touch("acme", f"refused-{life}")
@@ -55,7 +59,7 @@ async def work(witness: Witness, life: int) -> None:
 async def test_killed_at_any_line_it_loses_nothing_and_ends_nothing_twice(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """What was acknowledged before the kill is there after it, and each session has ended once."""
+    """What was acknowledged before the kill is still there, and each session has ended exactly once."""
     (tmp_path / "told_hook.py").write_text(HOOK)
     async with (
         simulated_operator("30%: error 100", seed=rng.randrange(1000)) as acme,
@@ -93,7 +97,9 @@ async def test_killed_at_any_line_it_loses_nothing_and_ends_nothing_twice(
 
 
 async def lived(daemon: Process, witness: Witness, life: int) -> bool:
-    """One life that should end by itself; whether it did. A line that is not reached this time ends it all the same."""
+    """Runs the daemon once. It should be killed at its line. If it does not reach the line, it is killed when its work
+    is done. Returns whether it reached the line.
+    """
 
     def serves_or_dead() -> bool:
         if daemon.popen.poll() is not None:
@@ -116,7 +122,9 @@ async def lived(daemon: Process, witness: Witness, life: int) -> bool:
 
 
 def has_done_all(daemon: Process) -> bool:
-    """Whether it has ended and delivered all that this life could bring about; what waits for LEFT_S may wait."""
+    """Whether the daemon has ended and delivered everything that this run can cause. Sessions that wait for LEFT_S may
+    still be live.
+    """
     left = "SELECT 1 FROM session WHERE reason IS NULL AND idle_ms = 1000 UNION ALL "
     return not daemon.rows(left + "SELECT 1 FROM delivery WHERE state = 'pending'")
 

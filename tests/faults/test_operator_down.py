@@ -1,5 +1,5 @@
-"""An operator is down for days (the clock is moved by hand): what is tried when, what is held, what comes back how
-fast, and a restart in the middle of each.
+"""An operator is down for days, with a clock moved by hand: which attempts are made when, when the operator is held,
+and how fast its deliveries follow afterwards. The daemon is restarted in the middle of each phase.
 """
 
 import contextlib
@@ -21,18 +21,21 @@ from lmdaemon.store.contract import RETRY_SPACING_MS, Dead
 HOUR = 3600.0
 SCHEDULE = ["5s", "30s", "2m", "10m", "30m", "2h", "5h", "10h", "10h"]
 SESSIONS = 40
-PILE = 400  # more than are tried in a day: some have always had no turn yet, and are due
+PILE = 400  # more deliveries than are tried in a day, so that some have never been tried and are due
 
 
 class Outage:
-    """An operator's server that is down or up, a daemon that is restarted again and again, the time of each request."""
+    """An operator's server that is down or up, a daemon that is restarted again and again, and the time of each
+    request.
+    """
 
     def __init__(self, directory: Path, clock: HandClock, rng: Random) -> None:
         self.directory = directory
         self.clock = clock
         self.rng = rng
         self.down = True
-        self.requests: list[tuple[float, str, bytes, bool]] = []  # seconds, id, body, answered with success
+        # Time in seconds, id, body, whether it was answered with success
+        self.requests: list[tuple[float, str, bytes, bool]] = []
         self.restarts = 0
         self._until_restart_s = 0.0
         self._stack = contextlib.AsyncExitStack()
@@ -45,7 +48,7 @@ class Outage:
         return web.json_response({"error": 100 if self.down else 0}, status=503 if self.down else 200)
 
     async def restart(self) -> None:
-        """The process ends and another takes over the file."""
+        """Closes the store and dispatcher and makes new ones on the same file, as a restart does."""
         await self._stack.aclose()
         self._stack = contextlib.AsyncExitStack()
         self.bench = await self._stack.enter_async_context(bench(self.directory, self.clock, self.toml))
@@ -56,7 +59,7 @@ class Outage:
         await self._stack.aclose()
 
     async def live(self, seconds: float) -> None:
-        """So much time passes, with a restart now and then."""
+        """Lets time pass, with a restart now and then."""
         left_s = seconds
         while left_s > 0:
             wait_s = await self.bench.round()
@@ -100,7 +103,7 @@ async def outage(directory: Path, clock: HandClock, rng: Random) -> AsyncIterato
 
 
 def check_identity(requests: list[tuple[float, str, bytes, bool]]) -> None:
-    """Each delivery was sent with one body, and nothing again after its success."""
+    """Each delivery was sent with one and the same body, and never again after its success."""
     bodies: dict[str, set[bytes]] = defaultdict(set)
     done: set[str] = set()
     for _, webhook_id, body, answered in requests:
@@ -119,7 +122,8 @@ async def test_a_day_down_is_probed_gently_and_then_everything_arrives(
         began = clock.mono
         await o.live(24 * HOUR)
         tried = [at - began for at, *_ in o.requests]
-        # Five in a row open the breaker, up to four were on their way then; afterwards one at a time
+        # Five failures in a row open the breaker. Up to four further attempts were under way then; after that, one is
+        # made at a time
         assert len([at for at in tried if at < 5]) <= 9
         steady = [at for at in tried if at > HOUR]
         gaps = [later - earlier for earlier, later in pairwise(steady)]
@@ -132,8 +136,8 @@ async def test_a_day_down_is_probed_gently_and_then_everything_arrives(
         await o.live(600)
         first = next(at for at, _, _, answered in o.requests if answered)
         assert first - came_back <= 300.1
-        assert (await o.states())["delivered"] >= PILE - len(tried)  # those that had had no turn yet
-        await o.live(12 * HOUR)  # the others wait for their own
+        assert (await o.states())["delivered"] >= PILE - len(tried)  # those that had never been tried
+        await o.live(12 * HOUR)  # the others wait as long as their schedule says
         assert await o.states() == {"delivered": PILE}
         check_identity(o.requests)
         measured(restarts=o.restarts, requests_in_24h=len(tried), back_after_s=round(first - came_back), lost=0)
@@ -153,26 +157,26 @@ async def test_five_days_of_failure_hold_it_and_a_release_brings_all_back(
         assert 5 <= held_after_days < 5.2
         before = await o.states()
         assert before.get("delivered", 0) == 0
-        assert before["dead"] > 0  # older than max_age
+        assert before["dead"] > 0  # these were older than max_age
         assert sum(before.values()) == day * SESSIONS
 
-        # On hold: nothing is sent, ends are recorded, nothing ages
+        # While the operator is held: nothing is sent, ends are recorded, and no delivery grows older
         silent = len(o.requests)
         await o.end(*(f"held-{number}" for number in range(SESSIONS)))
         await o.live(10 * 24 * HOUR)
         assert len(o.requests) == silent
         assert await o.states() == before | {"pending": before["pending"] + SESSIONS}
 
-        # Released: what was pending arrives; what had died does when it is asked for, ten a second
+        # After the release, pending deliveries arrive. Dead ones arrive when they are retried, ten a second
         o.down = False
         await o.bench.db.set_gate("acme", lambda gate: retry.release(gate, clock.wall_ms()))
         await o.live(13 * HOUR)
         came = await o.states()
-        assert came.keys() == {"delivered", "dead"}  # dead: some more grew too old before their next turn came
+        assert came.keys() == {"delivered", "dead"}  # some more became too old before they were tried again
         assert came["delivered"] >= SESSIONS
         again = len(o.requests)
         assert await o.bench.db.retry_dead("acme", Dead()) == came["dead"]
-        await o.restart()  # the pace outlives it
+        await o.restart()  # the restart keeps the pace of retries
         await o.live(60)
         assert await o.states() == {"delivered": (day + 1) * SESSIONS}
         replayed = sorted(at for at, *_ in o.since(again))
@@ -196,7 +200,7 @@ async def test_a_restart_forgets_neither_breaker_nor_hold_nor_retry_after(
         await o.end(*(f"s{number}" for number in range(SESSIONS)))
         await o.live(HOUR)
         tried = len(o.requests)
-        for _ in range(20):  # each would knock anew if it had forgotten
+        for _ in range(20):  # a daemon that had forgotten the breaker would try again after each restart
             await o.restart()
             await o.bench.round()
         assert len(o.requests) <= tried + 1

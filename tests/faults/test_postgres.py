@@ -1,4 +1,4 @@
-"""A daemon process on a PostgreSQL database: killed, stopped, expelled, and its server crashed, under load."""
+"""A daemon process on a PostgreSQL database under load: killed, stopped and expelled, and its server crashed."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ from lmdaemon.workbench.journal import missed
 
 
 class Load:
-    """Game servers that open sessions and close every other one, and remember what was acknowledged."""
+    """Game servers that open sessions and close every second one, and note what was acknowledged."""
 
     def __init__(self, daemon: Process) -> None:
         self.daemon = daemon
@@ -39,7 +39,7 @@ class Load:
         while not self._stopping.wait(0.001):
             number += 1
             name = f"p{player}-{number}"
-            with suppress(OSError):  # nobody there: nothing was acknowledged
+            with suppress(OSError):  # nobody answers, so nothing was acknowledged
                 status, _ = self.daemon.call("PUT", f"{base}/{name}", {"playerId": "p", "token": "tok-3n"})
                 assert status in (201, 503)
                 self.refused += status == 503
@@ -78,7 +78,7 @@ def rows(server: OwnServer, statement: str) -> list[tuple[Any, ...]]:
 
 
 def assert_nothing_lost(server: OwnServer, wallet: Simulated, load: Load) -> None:
-    """What was acknowledged is there; each end is one end with one delivery, and its notice has one id."""
+    """What was acknowledged is stored. Each ended session has one delivery, and its notice has one id."""
     wait_for(lambda: not rows(server, "SELECT 1 FROM lmdaemon.delivery WHERE state = 'pending' LIMIT 1"))
     assert len(load.opened) > 50
     reasons = dict(rows(server, "SELECT session_id, reason FROM lmdaemon.session"))
@@ -134,7 +134,7 @@ def test_crashes_of_the_server_under_load_lose_nothing(server: OwnServer, wallet
 def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
     server: OwnServer, wallet: Simulated, tmp_path: Path
 ) -> None:
-    """SIGSTOP is what a suspended machine is to the others."""
+    """To the other daemons, SIGSTOP looks like a machine that is suspended."""
     first, second = (daemon_on(server, wallet, tmp_path / name) for name in "ab")
     first.start()
     load = Load(first)
@@ -155,7 +155,7 @@ def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
 
 
 def no_room(server: OwnServer) -> Path:
-    """Takes what is left of the server's disk. Returns the file to delete."""
+    """Fills the server's disk. Returns the file that must be deleted to free it."""
     ballast = server.directory / "data" / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -167,8 +167,9 @@ def no_room(server: OwnServer) -> Path:
 
 
 def test_a_full_disk_of_the_server_refuses_and_loses_nothing(wallet: Simulated, tmp_path: Path) -> None:
-    """First there is no room for new rows: 503, though small writes still fit, and the reason is named. Then there is
-    none for the write-ahead log, so that the server ends itself. Each time work goes on once there is room.
+    """First there is no space for new rows. They are answered with 503 and the reason is named, although small writes
+    still fit. Then there is no space for the write-ahead log, and the server ends itself. Each time, work goes on once
+    there is space again.
     """
     with own_server(disk_mib=160) as server:
         daemon = daemon_on(server, wallet, tmp_path / "a")
@@ -183,7 +184,7 @@ def test_a_full_disk_of_the_server_refuses_and_loses_nothing(wallet: Simulated, 
             assert (status, "No space left on device" in health["checks"]["store"][0]["output"]) == (503, True)
             refused = load.refused
             wait_for(lambda: load.refused > refused + 100)
-            time.sleep(2 * PROBE_S)  # in which small writes would have been tried
+            time.sleep(2 * PROBE_S)  # in this time the daemon has tried small writes
             assert daemon.events("store.recovered") == []
             ballast.unlink()
             wait_for(lambda: daemon.events("store.recovered"))
@@ -192,7 +193,7 @@ def test_a_full_disk_of_the_server_refuses_and_loses_nothing(wallet: Simulated, 
 
             ballast = no_room(server)
             with suppress(psycopg.Error), psycopg.connect(server.url, autocommit=True) as sql:
-                while True:  # begins one file of the log after the other, until there is no room for the next
+                while True:  # begins new files of the log until there is no space for another
                     sql.execute("SELECT pg_logical_emit_message(false, '', 'x'), pg_switch_wal()")
             wait_for(server.is_down)
             ballast.unlink()

@@ -1,4 +1,4 @@
-"""Three daemons on one PostgreSQL that are restarted one after the other, as for an upgrade."""
+"""Three daemons on one PostgreSQL database are restarted one after the other, as for an upgrade."""
 
 import signal
 import threading
@@ -19,7 +19,9 @@ IDLE_S = 4
 
 @contextmanager
 def touching(c: Cluster, urls: list[str]) -> Iterator[list[int]]:
-    """A game server that touches these sessions through whichever daemon answers. The answers that are none of 204."""
+    """A game server that touches these sessions through any daemon that answers. Yields a list of the answers other
+    than 204 and 503.
+    """
     over, refused = threading.Event(), list[int]()
 
     def touch() -> None:
@@ -29,7 +31,7 @@ def touching(c: Cluster, urls: list[str]) -> Iterator[list[int]]:
                     try:
                         status, _ = daemon.call("POST", f"{daemon.api}{path}/touch")
                     except OSError:
-                        continue  # it is down, so the next one is asked
+                        continue  # this daemon is down, so the next one is asked
                     if status == 503:
                         continue
                     if status != 204:
@@ -46,7 +48,7 @@ def touching(c: Cluster, urls: list[str]) -> Iterator[list[int]]:
 
 
 def test_a_rolling_restart_ends_nobody_early_and_leaves_nobody(tmp_path: Path) -> None:
-    """And each end is told once."""
+    """Each end is sent once."""
     with simulated_beside() as operator, own_server() as database:
         toml = "".join(OPERATOR.format(name=name, url=operator.url) for name in NAMES)
         with cluster(database, tmp_path, toml) as c:

@@ -1,5 +1,5 @@
-"""A storm: as many sessions due at one instant as a crowd that lost its connection. It ends in small steps, and nobody
-else waits for it.
+"""Many sessions are due at one instant, as when a crowd of players has lost its connection. They end in small steps,
+and no other request waits for them.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from lmdaemon.store.contract import SWEEP_ROWS, Opening
 
 CROWD = '[operators.crowd]\nprovider_id = "crowd"\nendpoint = ""\n'
 OTHERS = 200
-GRACE_S = 8  # for the sessions of the others, and for a while that is calm
+GRACE_S = 8  # time (s) to open the sessions of the others, and to measure for a while before the storm
 
 
 async def gather_crowd(path: Path, size: int) -> None:
-    """So many sessions in the file, all of them due at the same millisecond."""
+    """Adds `size` sessions to the file, all of them due at the same millisecond."""
     async with open_store(path, Clock()) as store:
         for first in range(0, size, 5000):
             names = range(first, min(first + 5000, size))
@@ -39,7 +39,9 @@ async def gather_crowd(path: Path, size: int) -> None:
 
 
 async def timed(call: Callable[[], Awaitable[int]], pause_s: float, over: asyncio.Event) -> list[tuple[float, float]]:
-    """When each call began and how long it took, in seconds, until it is over. Each must be answered with success."""
+    """Repeats a call until `over` is set. Returns when each call began and how long it took, in seconds. Each must be
+    answered with success.
+    """
     took = []
     while not over.is_set():
         began = time.monotonic()
@@ -52,7 +54,7 @@ async def timed(call: Callable[[], Awaitable[int]], pause_s: float, over: asynci
 async def test_a_crowd_that_is_due_at_once_ends_in_small_steps(
     tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """While everybody else is served."""
+    """Meanwhile all other requests are served."""
     size = 100_000 if FULL else 20_000
     await gather_crowd(tmp_path / "lmdaemon.sqlite3", size)
     async with simulated_operator() as acme, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
@@ -88,7 +90,7 @@ async def test_a_crowd_that_is_due_at_once_ends_in_small_steps(
                 touches = [group.create_task(timed(touch, 0.02, over)) for _ in range(8)]
                 notices = [group.create_task(timed(notice, 0.05, over)) for _ in range(2)]
                 healths = [group.create_task(timed(health, 0.03, over))]
-                assert await asked() == size  # within the grace
+                assert await asked() == size  # during the restart grace
                 await until(lambda: _below(asked, size), 60)
                 began = time.monotonic()
                 await until(lambda: _below(asked, 1), 120)

@@ -1,4 +1,6 @@
-"""Touch against deadline, thousands of times: whoever was in time stays, whoever is told 410 is gone."""
+"""Touches close to the deadline, thousands of times: a touch in time keeps its session, and one that is answered 410
+does not.
+"""
 
 import asyncio
 import time
@@ -14,15 +16,17 @@ from support import until
 from witness import OPERATOR, Witness, check, settled
 
 IDLE_S = 1
-AROUND_S = 0.06  # touches come up to twice so long before and once so long after the deadline, and some much earlier
+AROUND_S = 0.06  # touches come up to twice as long before the deadline, or once as long after it, and some much earlier
 AT_ONCE = 250
 
 
 async def meet(witness: Witness, session_id: str, rng: Random) -> tuple[int, bool]:
-    """Opens a session and touches it about when it is due. The status, and whether it was answered in time."""
+    """Opens a session and touches it about when it is due. Returns the status, and whether the answer came before the
+    deadline.
+    """
     began = time.monotonic()
     assert await witness.open("acme", session_id, IDLE_S) == 201
-    opened = time.monotonic()  # its deadline is at the earliest IDLE_S after `began`, as a rule IDLE_S after `opened`
+    opened = time.monotonic()  # the deadline is at the earliest IDLE_S after `began`, and usually IDLE_S after `opened`
     earliest = rng.choice((-2, -2, -10))
     await asyncio.sleep(opened + IDLE_S + rng.uniform(earliest, 1) * AROUND_S - time.monotonic())
     status = await witness.touch("acme", session_id)
@@ -48,5 +52,6 @@ async def test_an_acknowledged_touch_keeps_the_session_a_refused_one_never(
             assert gone > rounds
             await settled(daemon, until)
             assert await asyncio.to_thread(daemon.stop) == 0
-            check(witness, {"acme": acme}, sinks=1, may_repeat=0)  # none early, none touched after its end
+            # No end was early, and no session was touched after its end
+            check(witness, {"acme": acme}, sinks=1, may_repeat=0)
     measured(sessions=kept + gone, kept=kept, ended=gone, wrong=0)

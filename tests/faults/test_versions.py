@@ -1,5 +1,5 @@
-"""Daemons of two versions on one database: side by side through a migration, and kept apart by one that older programs
-cannot live with.
+"""Daemons of two versions on one database: they run side by side through a migration, and a migration that older
+programs cannot use keeps the older ones out.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from lmdaemon.store.postgres.versions import MIGRATIONS
 
 NEWER = (sys.executable, str(Path(__file__).parent / "newer.py"))
 KNOWN = len(MIGRATIONS)
-# A change of the schema that older versions can live with: they need not know of it.
+# A change of the schema that older versions need not know of, so that they can still use the database.
 ADDS = """
 ALTER TABLE session ADD COLUMN of_the_next text; ALTER TABLE member ADD COLUMN of_the_next bigint NOT NULL DEFAULT 0;
 CREATE TABLE of_the_next (x int); CREATE INDEX session_of_the_next ON session (of_the_next)"""
@@ -43,8 +43,8 @@ def database() -> Iterator[OwnServer]:
 async def test_one_after_the_other_is_upgraded_under_load(
     database: OwnServer, tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
-    """The first of the new version adds to the schema; those of the old one go on, and can be started again. Nothing is
-    sent twice, and no daemon is expelled.
+    """The first daemon of the new version adds to the schema. Daemons of the old version go on, and can be restarted.
+    No notice is sent twice, and no daemon is expelled.
     """
     async with simulated_operator() as calm, simulated_operator("10%: error 100", seed=3) as moody:
         wallets = {"calm": calm, "moody": moody}
@@ -70,7 +70,7 @@ async def test_one_after_the_other_is_upgraded_under_load(
                         await again(name)
                         if number == 0:
                             assert c.rows(VERSION)[0][0] == KNOWN + 1
-                            await again("b")  # of the old version still
+                            await again("b")  # of the old version
                     over.set()
                 await asyncio.to_thread(c.wait_for, *c.daemons)
                 await settled(c, until)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ async def test_one_after_the_other_is_upgraded_under_load(
 
 
 def of_version(directory: Path, database: OwnServer, *, newer: bool) -> Process:
-    """A daemon of the next version, which older ones cannot live with, or of this one."""
+    """A daemon of this version, or one of the next version, whose schema older ones cannot use."""
     directory.mkdir()
     more = {"MORE": "CREATE TABLE of_the_next (x int)", "OLDEST": str(KNOWN + 1)}
     toml = f'[database]\nurl = "{database.url}"\n[log]\nformat = "json"\n{OPERATOR.format(name="acme", url="http://127.0.0.1:9")}'
@@ -90,13 +90,15 @@ def of_version(directory: Path, database: OwnServer, *, newer: bool) -> Process:
 
 
 def failed(daemon: Process) -> str:
-    """Why a daemon has ended with exit code 1."""
+    """The reason for which a daemon has ended with exit code 1."""
     assert daemon.popen.wait(60) == 1
     return str(daemon.events("daemon.failed")[-1]["reason"])
 
 
 def test_a_migration_that_excludes_older_daemons_keeps_them_out(database: OwnServer, tmp_path: Path) -> None:
-    """It is refused while one is there. One that is suspended meanwhile does not join again, nor does one start."""
+    """The migration is refused while an older daemon runs. An older daemon that was suspended during it does not join
+    again, and none can start.
+    """
     older, newer = (of_version(tmp_path / name, database, newer=name == "newer") for name in ("older", "newer"))
     older.start()
     url = f"{older.api}/v1/operators/acme/sessions/s"
@@ -119,7 +121,7 @@ def test_a_migration_that_excludes_older_daemons_keeps_them_out(database: OwnSer
 
 
 def test_a_migration_that_is_killed_halfway_is_done_by_the_next(database: OwnServer, tmp_path: Path) -> None:
-    """By two at the same moment: one does it, the other waits and finds it done."""
+    """Two programs migrate at the same moment. One of them does it, and the other waits and finds it done."""
     config = tmp_path / "config.toml"
     config.write_text(f'[database]\nurl = "{database.url}"\n')
 

@@ -1,4 +1,4 @@
-"""What the outside knows: peers that remember every acknowledgement and every notice, to compare them with the file."""
+"""Clients and operators that keep every acknowledgement and every notice, to compare them with what is stored."""
 
 import asyncio
 import json
@@ -16,7 +16,8 @@ from simulated import Simulated
 from lmdaemon.workbench.journal import missed
 
 TOKEN = "tok-3n"
-# A daemon knows the time of a PostgreSQL server only from its answers, which take this long (ms) at most on one machine
+# A daemon learns the time of a PostgreSQL server only from the server's answers. On one machine an answer takes at most
+# this long (ms)
 ANSWER_MS = 50
 
 OPERATOR = """
@@ -35,27 +36,28 @@ def now_at() -> int:
 
 @dataclass
 class Acknowledged:
-    """What was answered for one session, each with the wall time (ms) before its request was sent."""
+    """Everything that was answered for one session, with the wall time (ms) before each request was sent."""
 
     opened: bool = False
     idle_ms: int = 0
     heard_at: int = 0
-    end: tuple[str, Any] | None = None  # reason, endedAt (None where the answer does not tell it)
-    calls: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # what, URL, sent at, answered at, status
+    end: tuple[str, Any] | None = None  # reason, endedAt (None if the answer does not contain it)
+    # For each call: what, URL, sent at, answered at, status
+    calls: list[tuple[str, str, int, int, int]] = field(default_factory=list)
 
 
 class Witness:
-    """A game server and a provider in one: calls the daemon, and keeps what was acknowledged."""
+    """A game server and a provider in one. It calls the daemon and keeps what was acknowledged."""
 
     def __init__(self, daemon: Process, client: aiohttp.ClientSession) -> None:
         self.daemon = daemon
         self.client = client
         self.sessions: dict[tuple[str, str], Acknowledged] = defaultdict(Acknowledged)
         self.answers: Counter[tuple[str, int]] = Counter()
-        self.gone = 0  # calls that got no answer, for the daemon was killed
+        self.gone = 0  # calls without an answer, because the daemon was killed
 
     async def _call(self, known: Acknowledged, what: str, method: str, url: str, body: Any = None) -> tuple[int, Any]:
-        """Status and JSON; 0 when the connection broke."""
+        """Status and JSON body; status 0 if the connection broke."""
         sent_at, status = now_at(), 0
         try:
             async with self.client.request(method, url, json=body) as answer:
@@ -123,7 +125,7 @@ class Witness:
 
 
 async def game_server(witness: Witness, name: str, operators: list[str], rng: Random, over: asyncio.Event) -> None:
-    """Plays one session after the other, as game servers do, and goes on where a daemon was killed."""
+    """Plays one session after the other as a game server does, and goes on after a daemon was killed."""
     number = 0
     while not over.is_set():
         operator, session_id = rng.choice(operators), f"{name}-{number}"
@@ -131,7 +133,8 @@ async def game_server(witness: Witness, name: str, operators: list[str], rng: Ra
         if rng.random() < 0.2:
             await asked(lambda o=operator, s=session_id: witness.notice(o, s), rng)
             continue
-        idle_s = rng.choice((1, 2))  # the same when it is asked again: opening it once more would not change it
+        # One value for all repetitions of the opening, because a repetition would not change it
+        idle_s = rng.choice((1, 2))
         await asked(lambda o=operator, s=session_id, i=idle_s: witness.open(o, s, i), rng)
         for _ in range(rng.randrange(5)):
             await asyncio.sleep(rng.random() * 0.6)
@@ -144,7 +147,7 @@ async def game_server(witness: Witness, name: str, operators: list[str], rng: Ra
 
 
 async def asked(call: Callable[[], Awaitable[int]], rng: Random) -> None:
-    """Until it is answered: a caller without an answer asks again."""
+    """Repeats a call until it is answered, as a caller without an answer does."""
     while await call() in (0, 503):
         await asyncio.sleep(0.05 + rng.random() * 0.1)
 
@@ -152,10 +155,11 @@ async def asked(call: Callable[[], Awaitable[int]], rng: Random) -> None:
 def check(
     witness: Witness, wallets: dict[str, Simulated], sinks: int, may_repeat: int, within_ms: int = 0
 ) -> dict[str, int]:
-    """Compares what was acknowledged with what is in the file and what has arrived, once nothing is live or pending.
+    """Compares what was acknowledged with what is stored and with what the operators received, once nothing is live or
+    pending.
 
-    `within_ms` is how far the clock of what is stored may be behind the witness's. Returns figures: sessions, notices
-    that arrived, repeats.
+    `within_ms`: how far the clock of the stored times may be behind the witness's clock. Returns figures: sessions,
+    notices that arrived, repeats.
     """
     daemon = witness.daemon
     assert daemon.rows("PRAGMA integrity_check") == [("ok",)]
@@ -172,7 +176,7 @@ def check(
         deliveries[session].append((sink, state, webhook_id, attempts))
     for key, known in witness.sessions.items():
         if not (known.opened or known.end):
-            continue  # nothing about it was ever acknowledged
+            continue  # nothing about this session was acknowledged
         assert key in rows, f"{key} was acknowledged and is lost"
         _, reason, seen_at, ended_at = rows[key]
         said = f"{key}: {known}, {rows[key]}"
@@ -196,7 +200,7 @@ def check(
         assert told.accepted >= 1, f"{session_id} was not accepted by its operator"
         arrived += told.attempts
         repeats += told.accepted - 1
-    for one in wallets.values():  # no other body, no second id
+    for one in wallets.values():  # each notice came with one body and one id
         assert missed(one.journal.tally, {}) == [], one.journal.evidence
     strangers = {
         session_id
@@ -206,14 +210,14 @@ def check(
     }
     assert not strangers, "ends that nobody made"
     assert repeats <= may_repeat, f"{repeats} repeats, at most {may_repeat} were in flight"
-    # The line that counts the suppressed ones names no session
+    # A line that counts suppressed lines names no session
     told = Counter((one["operator"], one["session"]) for one in daemon.events("session.ended") if "session" in one)
     assert not [key for key, times in told.items() if times > 1], "an end was told twice"
     return {"sessions": len(rows), "arrived": arrived, "repeats": repeats}
 
 
 async def settled(daemon: Process, until: Callable[..., Any], within_s: float = 60.0) -> None:
-    """Until nothing is live and nothing is pending."""
+    """Waits until no session is live and no delivery is pending."""
 
     def quiet() -> bool:
         _, answer = daemon.call("GET", daemon.api + "/v1/operators")

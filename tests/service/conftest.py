@@ -1,4 +1,6 @@
-"""One booted rig of each Debian for all tests of the service; where none can run, they are skipped with the reason."""
+"""One booted machine ("rig") of each Debian release for all tests of the service. Where none can run, the tests are
+skipped with the reason.
+"""
 
 import contextlib
 import os
@@ -9,13 +11,15 @@ import pytest
 from installed import Service
 from rig import Rig, Unavailable
 
-# Debian 12 (systemd 252, Python 3.11) and 13 (257, 3.13); SUITE= names one of them, or others
+# Debian 12 (systemd 252, Python 3.11) and 13 (257, 3.13); the variable SUITE names others, or one of them
 SUITES = (os.environ.get("SUITE") or "bookworm trixie").split()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _ends_in_order() -> None:
-    """Tests ended from outside, as by timeout(1), leave no directories and control groups of a rig behind."""
+    """Turns SIGTERM, as from timeout(1), into an orderly end, so that a rig leaves no directories and control groups
+    behind.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -26,7 +30,7 @@ def suite(request: pytest.FixtureRequest) -> str:
 
 @contextlib.contextmanager
 def booted_rig(suite: str) -> Iterator[Rig]:
-    """A freshly booted systemd; what is done to it stays for the tests that follow."""
+    """A freshly booted systemd. What a test changes in it stays for the tests that follow."""
     with contextlib.ExitStack() as stack:
         try:
             rig = stack.enter_context(Rig(suite))
@@ -50,7 +54,7 @@ def bare(suite: str) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def installed(booted: Rig) -> Service:
-    """lmdaemon installed as an administrator does it, enabled and started."""
+    """lmdaemon installed as an administrator installs it, enabled and started."""
     service = Service(booted)
     service.install()
     return service
@@ -58,6 +62,6 @@ def installed(booted: Rig) -> Service:
 
 @pytest.fixture
 def service(installed: Service) -> Service:
-    """It serves, as it was shipped and configured, whatever the test before has done to it."""
+    """The service, running as it was installed, whatever the test before has done to it."""
     installed.restore()
     return installed

@@ -1,4 +1,4 @@
-"""lmdaemon inside a rig: installed, asked over HTTP, its journal read, and put right again after a test."""
+"""lmdaemon inside a rig: installs it, calls it over HTTP, reads its journal, and restores it after a test."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ UNIT = "lmdaemon.service"
 PUBLIC, PRIVATE = "http://127.0.0.1:8080", "http://127.0.0.1:8081"
 PLUGINS = "/usr/local/lib/lmdaemon"
 WALLET = "/run/wallet"
-WITHIN_S = 60.0  # for what takes a second on a machine with nothing else to do
+WITHIN_S = 60.0  # for what takes a second on a machine that does nothing else
 
 TOML = """
 [sessions]
@@ -49,7 +49,7 @@ use = "hook:Hook"
 operators = ["hooked"]
 timeout = "20s"
 """
-# A plug-in that is slow to start, or blocks the loop or runs a shell at the next end, where a file asks for it.
+# A plug-in that is slow to start, or at the next end blocks the loop or runs a shell, if a file asks for that.
 HOOK = """
 import asyncio, pathlib, subprocess, time
 
@@ -105,7 +105,9 @@ class Service:
         wait_for(rig.path(f"{WALLET}/ready").exists, WITHIN_S)
 
     def restore(self) -> None:
-        """As installed: files, drop-ins and flags of a test gone, both units running, the journal read up to now."""
+        """Restores the state after the installation: a test's files, drop-ins and flags are removed, both units run,
+        and the journal counts as read.
+        """
         rig = self.rig
         for flag in ("down", "slow"):
             rig.path(f"{WALLET}/{flag}").unlink(missing_ok=True)
@@ -145,24 +147,24 @@ class Service:
         return self.systemctl("is-active", UNIT, "lmdaemon.socket", check=False).split() == ["active", "active"]
 
     def drop_in(self, text: str, unit: str = UNIT, name: str = "test.conf") -> None:
-        """Until the next test; not in force before the unit is restarted."""
+        """Writes a drop-in that stays until the next test. It has no effect before the unit is restarted."""
         self.rig.write(f"/run/systemd/system/{unit}.d/{name}", text)
         self.systemctl("daemon-reload")
 
     def configure(self, old: str, new: str) -> None:
-        """Changes the file; nobody has read it yet."""
+        """Changes the configuration file. The daemon does not read it yet."""
         text = self.rig.path(CONFIG).read_text()
         assert text.count(old) == 1
         self.rig.write(CONFIG, text.replace(old, new))
 
     def journal(self) -> list[dict[str, Any]]:
-        """What the unit has said in this test, as journald has it."""
+        """The unit's entries in the journal since the test began."""
         since = [f"--after-cursor={self._cursor}"] if self._cursor else []
         said = self.rig.run("journalctl", "--unit", UNIT, "--output=json", *since).stdout
         return [json.loads(line) for line in said.splitlines()]
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Events of this name that the daemon has logged in this test, with their PRIORITY."""
+        """The daemon's events of this name since the test began, each with its PRIORITY."""
         found = []
         for entry in self.journal():
             message = entry["MESSAGE"]
@@ -173,7 +175,7 @@ class Service:
         return found
 
     def event(self, name: str) -> dict[str, Any]:
-        """The first of them; waits for it."""
+        """Waits for an event of this name. Returns the first one."""
         found: dict[str, Any] = wait_for(lambda: self.events(name), WITHIN_S, lambda: f"no {name}: {self.said()}")[0]
         return found
 
@@ -181,13 +183,13 @@ class Service:
         return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
 
     def says(self, text: str) -> None:
-        """It is in the journal, sooner or later: journald may be behind those who write to it."""
+        """Waits until the text is in the journal. journald may be behind the processes that write to it."""
         wait_for(lambda: text in self.said(), WITHIN_S, lambda: f"no {text!r}: {self.said()}")
 
     # -- the daemon
 
     def call(self, method: str, url: str, body: object = None, *options: str) -> tuple[int, Any]:
-        """Status and document; status 0 when there was no answer."""
+        """Makes a request. Returns status and JSON document; the status is 0 if there was no answer."""
         command = [
             "curl",
             "--silent",
@@ -217,7 +219,7 @@ class Service:
 
     @contextmanager
     def restarts_by_itself(self) -> Iterator[None]:
-        """Waits, at the end, for another process that serves."""
+        """Waits, at the end of the context, until another process serves."""
         before = self.pid
         yield
         wait_for(lambda: self.pid not in (0, before), WITHIN_S, self.said)
@@ -237,7 +239,7 @@ class Service:
         return dict(found)
 
     def delivered(self, session: str, operator: str = "acme") -> dict[str, Any]:
-        """The session's one delivery; waits until it is delivered."""
+        """Waits until the session's only delivery is delivered, and returns it."""
 
         def settled() -> Any:
             (delivery,) = self.session(session, operator)["deliveries"] or [{"state": None}]
@@ -247,7 +249,7 @@ class Service:
         return found
 
     def received(self, session: str) -> list[dict[str, Any]]:
-        """What the wallet has got of a session."""
+        """The notices of a session that the wallet has received."""
         path = self.rig.path(f"{WALLET}/received")
         lines = path.read_text().splitlines() if path.exists() else []
         return [notice for notice in map(json.loads, lines) if notice["session"] == session]

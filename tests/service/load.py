@@ -1,6 +1,6 @@
-"""Clients that open sessions, each with a connection of its own, while a file is there. `load.py API FILE`
+"""Clients that open sessions while a file exists, each on a connection of its own. `load.py API FILE`
 
-Prints what was acknowledged and what was not. A slow answer is none that failed.
+Prints which openings were acknowledged and which failed. A slow answer does not count as failed.
 """
 
 import itertools

@@ -1,7 +1,8 @@
-"""A throwaway machine with a real systemd as PID 1: a Debian base, an overlay over it in memory, systemd-nspawn.
+"""A throwaway machine ("rig") with a real systemd as PID 1: a Debian base, an overlay over it in memory, and
+systemd-nspawn.
 
-The base is built once with debootstrap, in $LMDAEMON_RIG or /var/cache/lmdaemon-rig. Every mount lives in the rig's own
-mount namespace and every process in its PID namespace, so nothing of it outlives it, however the tests end. Needs root,
+The base is built once with debootstrap, in $LMDAEMON_RIG or /var/cache/lmdaemon-rig. Every mount is in the rig's own
+mount namespace and every process in its PID namespace. So nothing of a rig remains, however the tests end. Needs root,
 and Debian's packages debootstrap and systemd-container.
 """
 
@@ -25,13 +26,13 @@ PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv,make,procps,ca-certif
 NEEDS = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container", "nsenter": "util-linux"}
 BOOT_WITHIN_S = 120.0
 BASE_WITHIN_S = 1800.0
-# IPAddressDeny= is a BPF program, and nothing without these.
+# IPAddressDeny= is a BPF program, and has no effect without these capabilities.
 FOR_BPF = ("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_SYS_ADMIN,CAP_PERFMON", "--system-call-filter=bpf")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OF_NETWORK = re.compile(r"(https?|ftp|all|no)_proxy|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
 
-# What mounts is the process that becomes the rig. Its overlay's upper side is in memory: an overlay needs there a file
-# system that a container's own root often is not.
+# The process that becomes the rig mounts the overlay. The overlay's upper directory is in memory, because the root file
+# system of a container often cannot be one.
 MOUNT = """
 mount -t tmpfs -o mode=755 rig "$1"
 mkdir "$1/upper" "$1/work" "$1/root"
@@ -44,11 +45,13 @@ exec "$@"
 
 
 class Unavailable(Exception):  # noqa: N818 - a reason to skip
-    """Why no rig can run on this machine."""
+    """The reason why no rig can run on this machine."""
 
 
 class Rig:
-    """`with Rig() as rig:` boots. Raises Unavailable, and then nothing of ours is in it yet that could be at fault."""
+    """A booted machine: `with Rig(suite) as rig:`. Raises Unavailable if it does not boot; since nothing of lmdaemon is
+    in it yet, lmdaemon cannot be the cause.
+    """
 
     def __init__(self, suite: str) -> None:
         self.suite = suite
@@ -68,11 +71,13 @@ class Rig:
 
     @property
     def root(self) -> Path:
-        """The rig's file tree, as seen from here."""
+        """The rig's file tree, as a path on this machine."""
         return Path(f"/proc/{self._leader}/root")
 
     def path(self, inside: str) -> Path:
-        """`path("/etc/hosts")`: a file inside, as seen from here. Absolute links inside lead astray."""
+        """A file inside the rig as a path on this machine: `path("/etc/hosts")`. Absolute symbolic links inside lead to
+        the wrong place.
+        """
         return self.root / inside.lstrip("/")
 
     def write(self, inside: str, text: str, mode: int = 0o644) -> None:
@@ -90,8 +95,8 @@ class Rig:
         timeout: float = 300,
         **options: Any,
     ) -> "subprocess.CompletedProcess[str]":
-        """Runs a command inside as root. `network`: with this machine's network, instead of the rig's own, which has
-        nothing but a loopback. A command that fails shows what it said, unless `check` is false.
+        """Runs a command inside as root. With `network` it uses this machine's network, instead of the rig's own, which
+        is only a loopback. A command that fails raises an error with its output, unless `check` is false.
         """
         namespaces = ["-m", "-u", "-i", "-p", *(() if network else ("-n",))]
         variables = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8"} | (_of_network() if network else {})
@@ -105,7 +110,7 @@ class Rig:
         return done
 
     def copy(self, source: Path, inside: str) -> None:
-        """Copies a source tree as a clone would have it: what git knows, as it is on disk."""
+        """Copies a source tree as a clone would have it: the files that git knows, with their present content."""
         listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=source,
                                 capture_output=True, text=True, check=True).stdout  # fmt: skip
         for name in filter(None, listed.split("\0")):
@@ -124,8 +129,8 @@ class Rig:
         nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--directory", f"{directory}/root"]
         nspawn += ["--machine=rig", "--boot", "--private-network", "--link-journal=no"]
         nspawn += ["--resolv-conf=off", "--timezone=off", *FOR_BPF, *(f"--bind-ro={path}" for path in binds)]
-        # Its own session: a Ctrl-C is the tests' to handle. pdeathsig: it ends with the tests, also with killed ones.
-        # A PID namespace around nspawn's own: the kernel ends all that is in it when its first process ends.
+        # A session of its own, so that Ctrl-C reaches only the tests. With pdeathsig, it ends with the tests, even if
+        # they are killed. A PID namespace around nspawn: the kernel ends all its processes when its first process ends.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child",
                    "--mount-proc", "sh", "-euc", MOUNT, "rig"]  # fmt: skip
         command += [directory, str(below), " ".join(map(str, groups)), *nspawn]
@@ -155,7 +160,7 @@ class Rig:
         return False
 
     def _end(self, nspawn: "subprocess.Popen[bytes]") -> None:
-        """Kills PID 1, and all in its PID namespace with it; nspawn then ends by itself."""
+        """Kills PID 1 and with it everything in its PID namespace. nspawn then ends by itself."""
         if nspawn.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._leader or nspawn.pid, signal.SIGKILL)
@@ -171,7 +176,7 @@ def _children(pid: int) -> list[int]:
 
 
 def base(suite: str) -> Path:
-    """A Debian with what a rig needs, built once and never changed afterwards. Raises Unavailable."""
+    """A Debian system with what a rig needs. It is built once and never changed afterwards. Raises Unavailable."""
     _check()
     cache = Path(os.environ.get("LMDAEMON_RIG") or "/var/cache/lmdaemon-rig")
     done = cache / f"{suite}-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]}"
@@ -207,13 +212,16 @@ def _debootstrap(suite: str, target: Path) -> None:
         last = log.read_text().strip().rpartition("\n")[2]
         raise Unavailable(f"debootstrap failed, see {log}: {last}")
     shutil.rmtree(target / "var/cache/apt/archives", ignore_errors=True)
-    (target / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")  # minbase has none
+    # Debootstrap's variant "minbase" has none
+    (target / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
     (target / "etc/hostname").write_text("rig\n")
     (target / "etc/machine-id").write_text("")
 
 
 def _mirror() -> list[str]:
-    """Where this machine gets its Debian packages from; empty where it is no Debian: debootstrap has a default."""
+    """The server from which this machine gets its Debian packages. Empty if the machine is no Debian; debootstrap then
+    uses its default.
+    """
     if shutil.which("apt-get") is None:
         return []
     listing = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(SUITE)", "Origin: Debian", "Created-By: Packages"]
@@ -223,7 +231,9 @@ def _mirror() -> list[str]:
 
 
 def _pip_settings() -> tuple[str, list[str]]:
-    """This machine's pip settings as one pip.conf for the rig, and the paths they name, to be seen in there too."""
+    """This machine's pip settings as one pip.conf for the rig, and the paths that they name, which must be visible in
+    the rig.
+    """
     said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
     tables: dict[str, list[str]] = {}
     paths: set[str] = set()
@@ -235,7 +245,7 @@ def _pip_settings() -> tuple[str, list[str]]:
         for word in value.split():
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.exists():
-                # The pages of an index name files beside it
+                # The pages of a package index name files in other directories beside it
                 paths.add(str(path.parent if word.startswith("file://") else path))
     sections = (f"[{section}]\n" + "\n".join(dict.fromkeys(lines)) for section, lines in tables.items())
     return "\n".join(sections) + "\n", sorted(paths - {"/"})
@@ -247,10 +257,12 @@ def _of_network() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cgroups(name: str) -> Iterator[list[Path]]:
-    """A control group of its own in every hierarchy that systemd could take: two rigs must not share one."""
+    """Makes a control group for the rig in every hierarchy that systemd may use, because two rigs must not share
+    one.
+    """
     places = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
     groups = [Path(place) / name for place in places if Path(place, "cgroup.procs").exists()]
-    with contextlib.suppress(OSError):  # read-only: then nspawn says so
+    with contextlib.suppress(OSError):  # if it is read-only, nspawn reports it
         for group in groups:
             group.mkdir()
     try:
@@ -264,7 +276,7 @@ def _cgroups(name: str) -> Iterator[list[Path]]:
 
 
 def _retry(remove: Callable[[], None]) -> None:
-    """A group is busy until the last of its processes has been reaped."""
+    """Repeats the removal, because a group is busy until the last of its processes is reaped."""
     for _ in range(100):
         try:
             return remove()

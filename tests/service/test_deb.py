@@ -1,6 +1,6 @@
 """The Debian package on a machine of its own: built there, installed, upgraded under load, removed, purged.
 
-And make install on the same machine before it, since the two must not meet.
+Before that, `make install` on the same machine, because the two must not disturb each other.
 """
 
 import json
@@ -34,7 +34,9 @@ def machine(bare: Rig) -> Service:
 
 @pytest.fixture(scope="module")
 def packages(machine: Service) -> tuple[str, str]:
-    """This version's package and a higher one's, whose shipped settings differ; built in the rig, by its own Python."""
+    """The package of this version and one of a higher version with other default settings, built in the rig with its
+    own Python.
+    """
     first = build(machine)
     version = machine.rig.path(f"{SOURCE}/lmdaemon/version.py")
     version.write_text(version.read_text().replace(__version__, NEXT))
@@ -49,7 +51,7 @@ def build(machine: Service) -> str:
 
 
 def dpkg(machine: Service, *words: str) -> str:
-    """Nobody answers a prompt: there is no terminal, and an end of input fails it."""
+    """Runs dpkg. There is no terminal to answer questions at, so a question makes it fail."""
     done = machine.rig.run("dpkg", *words, environment={"DEBIAN_FRONTEND": "noninteractive"}, timeout=600)
     return done.stdout + done.stderr
 
@@ -59,7 +61,7 @@ def states(machine: Service) -> list[str]:
 
 
 def below(machine: Service, *places: str) -> list[str]:
-    """Files of ours in these places, which need not exist."""
+    """Files of lmdaemon in these places, some of which may not exist."""
     said = machine.rig.run("find", *places, "-path", "*lmdaemon*", "!", "-type", "d", check=False).stdout
     return sorted(said.splitlines())
 
@@ -148,7 +150,7 @@ def test_a_fresh_package_serves_and_delivers_and_answers_to_root(machine: Servic
     machine.open("s-1", "demo")
     machine.close("s-1", "demo")
     machine.delivered("s-1", "demo")
-    # In a root shell, anywhere: it finds settings, daemon and database.
+    # In a root shell, in any directory: the command finds settings, daemon and database.
     assert "demo" in machine.rig.run("lmdaemon", "status").stdout
     assert "integrity ok" in machine.rig.run("lmdaemon", "backup", "/root/copy.sqlite3").stdout
     assert stat.S_IMODE(machine.rig.path("/root/copy.sqlite3").stat().st_mode) == 0o600
@@ -158,7 +160,7 @@ def test_a_fresh_package_serves_and_delivers_and_answers_to_root(machine: Servic
 def test_an_upgrade_under_load_refuses_nobody_and_keeps_all(
     machine: Service, packages: tuple[str, str], measured: Callable[..., None]
 ) -> None:
-    """Sessions and edited settings."""
+    """Kept are sessions and edited settings."""
     rig = machine.rig
     edited = rig.path(CONFIG).read_text() + OURS
     rig.path(CONFIG).write_text(edited)
@@ -171,7 +173,8 @@ def test_an_upgrade_under_load_refuses_nobody_and_keeps_all(
         load = pool.submit(rig.run, "python3", "/run/load.py", PRIVATE, "/run/load-on", timeout=900)
         try:
             wait_for(lambda: machine.call("GET", f"{PRIVATE}/v1/operators/acme/sessions/load-0-50")[0] == 200, WITHIN_S)
-            # What unattended-upgrades and the like tell dpkg, whenever both sides have changed a settings file
+            # The options that unattended-upgrades and similar programs give dpkg for a settings file that both sides
+            # have changed
             dpkg(machine, "--force-confdef", "--force-confold", "--install", packages[1])
             machine.wait_until_serving()
         finally:

@@ -1,4 +1,4 @@
-"""The service's life on a real systemd: enabled, asked, reloaded, killed, stuck, restarted, stopped."""
+"""The life of the service on a real systemd: enabled, called, reloaded, killed, stuck, restarted, stopped."""
 
 import json
 import time
@@ -44,7 +44,7 @@ def test_a_reload_takes_the_file_over_and_names_what_changed(service: Service) -
 
 
 def test_a_reload_of_a_broken_file_fails_and_the_daemon_serves_on(service: Service) -> None:
-    """With the old one."""
+    """The daemon goes on with the old settings."""
     before = service.pid
     service.configure('restart_grace = "0s"', "restart_grace = 5")
     failed = service.rig.run("systemctl", "reload", UNIT, check=False)
@@ -53,7 +53,8 @@ def test_a_reload_of_a_broken_file_fails_and_the_daemon_serves_on(service: Servi
     finding = wait_for(lambda: [e for e in service.journal() if "sessions.restart_grace" in e["MESSAGE"]], WITHIN_S)[0]
     assert finding["MESSAGE"].startswith(f"{CONFIG}: sessions.restart_grace: must be a duration")
     assert finding["PRIORITY"] == "3"
-    assert service.events("config.reload_failed") == []  # the daemon has not even seen it
+    # `check-config` has failed before the daemon was asked to reload
+    assert service.events("config.reload_failed") == []
     service.configure("restart_grace = 5", 'restart_grace = "0s"')
     service.systemctl("reload", UNIT)
     assert service.event("config.reloaded")["changed"] == "nothing"
@@ -109,7 +110,7 @@ def test_a_stopped_process_is_restarted_by_the_watchdog(service: Service) -> Non
 
 
 def test_a_blocked_loop_is_restarted_with_its_stack_in_the_journal(service: Service) -> None:
-    """Nothing is lost."""
+    """Nothing acknowledged is lost."""
     watched(service)
     service.rig.path("/run/lmdaemon/block").touch()
     service.open("blocked", "hooked")
@@ -128,17 +129,17 @@ def test_a_write_that_hangs_gets_the_daemon_restarted(service: Service) -> None:
     with service.restarts_by_itself():
         service.systemctl("reset-failed", "hang", check=False)
         service.rig.run("systemd-run", "--quiet", "--unit=hang", *strace, "-p", str(service.pid))
-        # Not answered any more, so the client gives up; what it has asked for hangs on
+        # The request is not answered any more, so the client gives up; the commit goes on hanging
         url = f"{PRIVATE}/v1/operators/acme/sessions/never-acknowledged"
         wait_for(lambda: service.call("PUT", url, {"playerId": "p", "token": "t"}, "-m", "1")[0] == 0, WITHIN_S)
         service.says("Watchdog timeout")
-        service.systemctl("kill", "--signal=KILL", "hang")  # a tracer keeps the dead as zombies
+        service.systemctl("kill", "--signal=KILL", "hang")  # a tracer keeps the ended process as a zombie
     assert "writer" in service.event("watchdog.withheld")["stuck"].split(",")
     assert service.session("before-the-hang")["state"] == "active"
 
 
 def watched(service: Service) -> None:
-    """With a short patience of the watchdog's, which a busy machine must not try either."""
+    """Gives the watchdog a short time-out, but one that a busy machine can still keep."""
     service.drop_in("[Service]\nWatchdogSec=4\nTimeoutAbortSec=4\n")
     service.restart()
 
@@ -157,7 +158,7 @@ def test_stopped_it_ends_well_and_stays_so(service: Service) -> None:
 def test_a_broken_file_at_the_start_is_waited_for_and_so_are_clients(service: Service) -> None:
     service.configure('restart_grace = "0s"', "restart_grace = 5")
     service.rig.run("systemctl", "restart", UNIT, check=False)
-    wait_for(lambda: int(service.show("NRestarts")) >= 6, WITHIN_S)  # systemd's own limit is 5
+    wait_for(lambda: int(service.show("NRestarts")) >= 6, WITHIN_S)  # systemd's default limit is 5 starts
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(service.call, "GET", f"{PUBLIC}/health")
         wait_for(lambda: int(service.show("NRestarts")) >= 7, WITHIN_S)
@@ -189,7 +190,8 @@ def test_restarts_under_load_refuse_nobody_and_lose_nothing_acknowledged(service
 
 
 def test_a_start_and_a_stop_that_take_long_with_reason_get_the_time(service: Service) -> None:
-    # On a busy machine an interpreter alone takes seconds, until it can ask for more time
+    # On a busy machine, starting the interpreter alone takes seconds, and only after that can the daemon ask for more
+    # time
     service.drop_in("[Service]\nTimeoutStartSec=10\nTimeoutStopSec=4\n")
     service.rig.write("/run/lmdaemon/slow-start", "12")
     service.restart()
@@ -200,7 +202,7 @@ def test_a_start_and_a_stop_that_take_long_with_reason_get_the_time(service: Ser
     wait_for(lambda: service.received("stopped-in-flight"), WITHIN_S)
     service.systemctl("stop", "--no-block", "lmdaemon.socket")
     service.event("daemon.stopping")
-    time.sleep(7)  # longer than the unit allows; whoever is late here is late in the daemon's favour
+    time.sleep(7)  # longer than the unit allows; a slow machine only makes this wait longer, which does no harm
     service.wallet()
     wait_for(lambda: service.show("ActiveState") != "deactivating", WITHIN_S)
     assert (service.show("ActiveState"), service.show("Result")) == ("inactive", "success")

@@ -1,4 +1,4 @@
-"""TLS of the daemon's own in the sandbox: its files, a key as a credential, a port below 1024, and renewal."""
+"""The daemon's own TLS inside the sandbox: its files, a key as a credential, a port below 1024, and renewal."""
 
 import pytest
 from installed import UNIT, Service
@@ -10,7 +10,7 @@ TLS = f'[server]\ntls_cert_file = "{FILES}/own.pem"\ntls_key_file = "{{key}}"\n[
 
 
 def renew(service: Service, key: str) -> None:
-    """A new certificate for localhost, with a new key."""
+    """Writes a new certificate for localhost, with a new key."""
     service.rig.run("install", "-d", "-m", "750", "-g", "lmdaemon", FILES)
     new = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "100", "-subj", "/CN=localhost")
     service.rig.run(*new, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", f"{FILES}/own.pem")
@@ -19,7 +19,7 @@ def renew(service: Service, key: str) -> None:
 
 
 def answers(service: Service, port: int) -> bool:
-    """Whether the daemon shows the certificate that lies there now."""
+    """Whether the daemon shows the certificate that is in the file now."""
     url = f"https://localhost:{port}/health"
     return service.call("GET", url, None, "--cacert", f"{FILES}/own.pem")[0] == 200
 
@@ -58,5 +58,5 @@ def test_a_key_as_a_credential_and_port_443_through_the_socket(service: Service)
 
 @pytest.fixture(autouse=True)
 def _none_is_left(service: Service) -> None:
-    """The certificates of a test before are gone."""
+    """Removes the certificates of the test before."""
     service.rig.run("rm", "-rf", FILES, KEY)

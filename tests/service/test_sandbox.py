@@ -1,4 +1,6 @@
-"""The sandbox: how little it leaves open, why, and that everything works in it; the same for the confined one."""
+"""The sandbox: how little it permits, why, and that everything works in it. The same for the stricter drop-in
+`confined.conf`.
+"""
 
 import re
 import subprocess
@@ -69,7 +71,7 @@ def test_a_backup_works_in_it_and_beside_it(sandboxed: Service) -> None:
     sandboxed.rig.run(
         "/opt/lmdaemon/bin/lmdaemon", "backup", beside, environment={"STATE_DIRECTORY": "/var/lib/lmdaemon"}
     )
-    # As another unit in the very same sandbox
+    # A second unit with exactly the same sandbox
     backup = ["/opt/lmdaemon/bin/python", "-I", "-m", "lmdaemon", "--config", CONFIG, "backup", inside]
     unit = f"{sandboxed.systemctl('cat', UNIT)}\n[Service]\nType=oneshot\nRestart=no\nExecReload=\nExecStart=\n"
     unit += f"ExecStart={' '.join(backup)}\n[Unit]\nWants=\nPartOf=\n[Install]\nAlso=\n"
@@ -81,7 +83,7 @@ def test_a_backup_works_in_it_and_beside_it(sandboxed: Service) -> None:
         assert path.stat().st_mode & 0o777 == 0o600
         assert name in sandboxed.rig.run("python3", "-c", ASK, copy).stdout.split()
     assert sandboxed.rig.path(f"{DATABASE}-wal").owner() == sandboxed.rig.path(DATABASE).owner()
-    sandboxed.open(f"{name}-after")  # the daemon can write on
+    sandboxed.open(f"{name}-after")  # the daemon can still write
 
 
 ASK = """
@@ -107,7 +109,7 @@ def test_confined_it_sees_nothing_but_what_is_named(service: Service) -> None:
     look = "cd $0 && ls -d * usr/* usr/bin/* var/* var/lib/*"
     seen = set(service.rig.run("sh", "-c", look, f"/proc/{service.pid}/root").stdout.split())
     mounted = {"bin", "dev", "etc", "lib", "lib64", "opt", "proc", "root", "run", "sys", "tmp", "usr", "var"}
-    # bin is a link to usr/bin, which systemd itself makes at a reload
+    # bin is a link to usr/bin, which systemd makes by itself at a reload
     under = {"usr/bin", "usr/lib", "usr/lib64", "usr/local", "usr/share", "usr/bin/python3", "usr/bin/kill"}
     assert seen - mounted - under == {"var/lib", "var/tmp", "var/lib/lmdaemon"}
     assert service.rig.run("ls", "/srv").stdout.split() == ["not-for-it"]
@@ -133,7 +135,7 @@ def test_credentials_are_for_the_daemon_alone_and_change_at_a_restart(service: S
     service.restart()
     assert (asked_with("first-token-7"), asked_with("other")) == (200, 401)
     rig.write("/etc/lmdaemon/credentials/api.tokens", "second-token-8\n", 0o600)
-    service.systemctl("reload", UNIT)  # check-config may not read credentials, and does not need to
+    service.systemctl("reload", UNIT)  # check-config cannot read credentials, and does not need them
     service.event("config.reloaded")
     service.restart()
     assert (asked_with("first-token-7"), asked_with("second-token-8")) == (401, 200)
@@ -141,7 +143,7 @@ def test_credentials_are_for_the_daemon_alone_and_change_at_a_restart(service: S
     assert rig.run("systemctl", "reload", UNIT, check=False).returncode != 0
     service.configure("restart_grace = 5", 'restart_grace = "0s"')
     service.configure('token_file = "api.tokens"', 'token_file = "misspelt"')
-    service.systemctl("reload", UNIT)  # only the daemon can know
+    service.systemctl("reload", UNIT)  # only the daemon can find this error
     assert "api.token_file: cannot be read" in service.event("config.reload_failed")["finding"]
     assert asked_with("second-token-8") == 200
     assert "token-" not in service.said()

@@ -1,4 +1,4 @@
-"""The socket unit: what an administrator meets who changes an address, and the two ways out."""
+"""The socket unit: what happens when an administrator changes an address, and two ways to do it right."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +11,17 @@ MOVED = "http://127.0.0.1:8090"
 
 def test_a_client_that_comes_before_the_daemon_is_answered_by_it(service: Service) -> None:
     service.systemctl("stop", UNIT)
-    assert service.call("GET", f"{PUBLIC}/health") == (200, {"status": "pass"})  # it has started it
+    assert service.call("GET", f"{PUBLIC}/health") == (200, {"status": "pass"})  # the request has started the daemon
 
 
 def test_restarts_in_a_row_never_close_its_addresses_for_good(service: Service) -> None:
-    for _ in range(7):  # systemd's own limit is 5 in 10 seconds
+    for _ in range(7):  # systemd's default limit is 5 in 10 seconds
         service.systemctl("restart", "lmdaemon.socket")
     service.wait_until_serving()
 
 
 def test_an_address_changed_in_one_place_is_told_and_nobody_hangs(service: Service) -> None:
-    """In one place alone, of the two that name it."""
+    """The address stands in the configuration and in the socket unit, and only one of them is changed."""
     moved(service)
     service.systemctl("restart", UNIT)
     wait_for(lambda: service.call("GET", f"{MOVED}/health")[0] == 200, WITHIN_S)
@@ -31,7 +31,7 @@ def test_an_address_changed_in_one_place_is_told_and_nobody_hangs(service: Servi
     began = time.monotonic()
     assert service.call("GET", f"{PUBLIC}/health", None, "--max-time", "30")[0] == 503
     assert time.monotonic() - began < 30
-    # The way out that it names
+    # What the warning advises
     service.drop_in(
         "[Socket]\nListenStream=\nListenStream=127.0.0.1:8090\nListenStream=127.0.0.1:8081\n", "lmdaemon.socket"
     )
@@ -41,7 +41,7 @@ def test_an_address_changed_in_one_place_is_told_and_nobody_hangs(service: Servi
     assert service.call("GET", f"{PUBLIC}/health")[0] == 0
     assert len(service.events("socket.unused")) == 1
     service.systemctl("stop", UNIT)
-    assert service.call("GET", f"{MOVED}/health")[0] == 200  # held open by systemd
+    assert service.call("GET", f"{MOVED}/health")[0] == 200  # systemd keeps the socket open
 
 
 def test_without_the_socket_the_daemon_opens_its_addresses_itself(service: Service) -> None:
@@ -59,13 +59,13 @@ def test_without_the_socket_the_daemon_opens_its_addresses_itself(service: Servi
 
 
 def test_ready_means_that_both_sides_serve(service: Service) -> None:
-    """Without the socket, so that nothing but the daemon can answer."""
+    """The socket unit is off, so that only the daemon can answer."""
     service.systemctl("mask", "--now", "lmdaemon.socket")
     try:
         service.rig.write("/run/lmdaemon/slow-start", "5")
 
         def starting() -> str | None:
-            """What it is while it says so, both of one moment."""
+            """The unit's state while its status text says that it starts, both read at the same moment."""
             shown = service.systemctl("show", "--property=ActiveState,StatusText", UNIT)
             return shown if "StatusText=Starting." in shown else None
 

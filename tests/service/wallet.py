@@ -1,7 +1,8 @@
-"""An operator inside the rig: its wallet over HTTP and HTTPS, and the name server that knows it. `wallet.py DIRECTORY`
+"""An operator inside the rig: its wallet over HTTP and HTTPS, and the name server that knows its name. `wallet.py
+DIRECTORY`
 
-Each notice is a line of DIRECTORY/received. While DIRECTORY/down is there it answers 503, while DIRECTORY/slow is there
-it does not answer. It runs on the rig's own Python, so that it is there before the package is installed and after.
+Each notice becomes a line of DIRECTORY/received. While DIRECTORY/down exists, it answers 503; while DIRECTORY/slow
+exists, it does not answer. It runs on the rig's own Python, so that it works without lmdaemon being installed.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 HERE = Path(sys.argv[1])
-A_RECORD = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\x7f\x00\x00\x01"  # the name asked for is 127.0.0.1
+# The answer: the name has the address 127.0.0.1
+A_RECORD = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\x7f\x00\x00\x01"
 lock = threading.Lock()
 
 
@@ -46,14 +48,14 @@ def name_server() -> None:
         server.bind(("127.0.0.1", 53))
         while True:
             query, client = server.recvfrom(512)
-            end = query.index(b"\0", 12) + 5  # of the question: name, type, class
+            end = query.index(b"\0", 12) + 5  # the end of the question: name, type, class
             is_a = query[end - 4 : end - 2] == b"\0\1"
             head = query[:2] + b"\x85\x80\0\1" + (b"\0\1" if is_a else b"\0\0") + b"\0\0\0\0"
             server.sendto(head + query[12:end] + (A_RECORD if is_a else b""), client)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    def handle_error(self, *_: object) -> None:  # a daemon that is killed breaks off
+    def handle_error(self, *_: object) -> None:  # connections break off when a daemon is killed
         pass
 
 

@@ -610,7 +610,7 @@ class Store(Protocol):
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends sessions past their maximum lifetime and, if `idle`, those idle for too long at the time of the call.
 
-        The oldest come first, at most SWEEP_ROWS of either kind. `crowd` is described at `Sweep`.
+        Each operator's oldest come first, at most SWEEP_ROWS of either kind in all. `crowd` is described at `Sweep`.
         """
 
     async def settle(self, settlement: Settlement) -> Settled:

@@ -110,8 +110,8 @@ class Facts:
     asked: Mapping[str, set[str]] = field(default_factory=dict)  # session ids by operator, as in Questions
     sessions: Iterable[Session] = ()
     pending: frozenset[int] = frozenset()  # the deliveries in `Questions.results` that are pending
-    outlived: Sequence[Session] = ()  # past their maximum lifetime, the longest first
-    due: Sequence[Session] = ()  # the earliest due first
+    outlived: Sequence[Session] = ()  # past their maximum lifetime, the longest of each operator first
+    due: Sequence[Session] = ()  # the earliest due of each operator first
     dead: dict[int, str] = field(default_factory=dict)  # row number → sink of deliveries to retry that can be sent
     deliveries: Mapping[str, Delivery | None] = field(default_factory=dict)  # by public id
     to_discard: Mapping[int, str] = field(default_factory=dict)  # row number → operator of dead ones to be discarded

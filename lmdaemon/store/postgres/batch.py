@@ -81,19 +81,20 @@ SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s A
 PENDING_OF = f"""
 SELECT d.id FROM {given("id", "attempts")} AS result JOIN lmdaemon.delivery d USING (id)
 WHERE d.state = 'pending' AND d.attempts <= result.attempts"""
-# Active sessions of some operators that may be idle for too long, the earliest due first.
+# Active sessions of some operators that may be idle for too long, the earliest due of each. No operator is looked at
+# after enough were found: the first one is the one that has waited the longest.
 DUE = f"""
 SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
-    SELECT {SESSION}, due_ms FROM lmdaemon.session
+    SELECT {SESSION} FROM lmdaemon.session
     WHERE operator = its.name AND reason IS NULL AND due_ms <= %s ORDER BY due_ms LIMIT %s) AS due
-ORDER BY due_ms LIMIT %s"""
-# Active sessions of some operators past their lifetime, the longest first.
+LIMIT %s"""
+# Active sessions of some operators past their lifetime, likewise.
 DUE_LIFETIME = f"""
 SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
     SELECT {SESSION} FROM lmdaemon.session
     WHERE operator = its.name AND reason IS NULL AND lifetime_at IS NOT NULL AND lifetime_at <= %s
     ORDER BY lifetime_at LIMIT %s) AS outlived
-ORDER BY lifetime_at LIMIT %s"""
+LIMIT %s"""
 # How far the slowest of the other daemons has heard, and before which time nothing ends for inactivity.
 SLOWEST = """
 SELECT (SELECT min(heard_ms) FROM lmdaemon.member WHERE id <> %s), hold_until_ms FROM lmdaemon.clock"""
@@ -182,14 +183,15 @@ FROM {given(*Session._fields)} AS new, stamp"""
 # Ends sessions that are active. For inactivity a session ends only if it was not touched after the facts were read, if
 # every daemon has heard past its deadline, and if `hold_until_ms` is over.
 END = _count(
-    """UPDATE lmdaemon.session SET reason = ended.reason, ended_at = %s, extra = coalesce(ended.extra, session.extra),
-                          token = ended.token, ended_request = ended.request
-       FROM ended JOIN locked USING (id) WHERE session.id = ended.id""",
+    """UPDATE lmdaemon.session SET reason = locked.reason, ended_at = %s,
+                          extra = coalesce(locked.extra, session.extra), token = locked.token,
+                          ended_request = locked.request
+       FROM locked WHERE session.id = locked.id""",
     rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms", "request")},
          heard AS MATERIALIZED (
              SELECT (SELECT min(heard_ms) FROM lmdaemon.member) AS ms, hold_until_ms FROM lmdaemon.clock),
          locked AS MATERIALIZED (
-             SELECT s.id FROM heard, lmdaemon.session s JOIN ended USING (id)
+             SELECT ended.* FROM heard, lmdaemon.session s JOIN ended USING (id)
              WHERE s.reason IS NULL AND (ended.seen_ms IS NULL OR (
                  s.seen_ms <= ended.seen_ms AND s.seen_ms + s.idle_ms <= heard.ms AND hold_until_ms <= heard.ms))
              ORDER BY s.id FOR UPDATE OF s),""",
@@ -197,8 +199,8 @@ END = _count(
 # Moves `due_ms` to the true deadlines of sessions that were touched.
 MOVE_DUE = f"""
 WITH moved AS MATERIALIZED {given("id", "due_ms")},
-locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN moved USING (id) ORDER BY s.id FOR UPDATE OF s)
-UPDATE lmdaemon.session SET due_ms = moved.due_ms FROM moved JOIN locked USING (id) WHERE session.id = moved.id"""
+locked AS MATERIALIZED (SELECT moved.* FROM lmdaemon.session s JOIN moved USING (id) ORDER BY s.id FOR UPDATE OF s)
+UPDATE lmdaemon.session SET due_ms = locked.due_ms FROM locked WHERE session.id = locked.id"""
 # Puts off the end of sessions past their lifetime whose operator is not configured.
 MOVE_LIFETIME = MOVE_DUE.replace("due_ms", "lifetime_at")
 # Adds deliveries.
@@ -208,41 +210,41 @@ SELECT {", ".join(NEW_DELIVERY[:-1])}, convert_to(body, 'UTF8') FROM {given(*NEW
 # Stores results of attempts, a failure only if no other daemon has attempted the delivery since. A delivered one needs
 # its body no longer.
 SETTLE = _count(
-    f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = result.{n}" for n in RESULT[1:] if n != "attempts")},
-               attempts = greatest(delivery.attempts, result.attempts),
-               body = CASE WHEN result.state = 'delivered' THEN ''::bytea ELSE body END
-        FROM result JOIN locked USING (id) WHERE delivery.id = result.id""",
+    f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = locked.{n}" for n in RESULT[1:] if n != "attempts")},
+               attempts = greatest(delivery.attempts, locked.attempts),
+               body = CASE WHEN locked.state = 'delivered' THEN ''::bytea ELSE body END
+        FROM locked WHERE delivery.id = locked.id""",
     rows=f"""result AS MATERIALIZED {given(*RESULT)},
          locked AS MATERIALIZED (
-             SELECT d.id FROM lmdaemon.delivery d JOIN result USING (id)
+             SELECT result.* FROM lmdaemon.delivery d JOIN result USING (id)
              WHERE d.state = 'pending' AND (d.attempts <= result.attempts OR result.state = 'delivered')
              ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Replaces tokens by their digests where no delivery needs the token any more.
 FORGET_TOKENS = f"""
 WITH digest AS MATERIALIZED {given("id", "token")},
-locked AS MATERIALIZED (SELECT s.id FROM lmdaemon.session s JOIN digest USING (id) ORDER BY s.id FOR UPDATE OF s)
-UPDATE lmdaemon.session SET token = digest.token FROM digest JOIN locked USING (id)
-WHERE session.id = digest.id
+locked AS MATERIALIZED (SELECT digest.* FROM lmdaemon.session s JOIN digest USING (id) ORDER BY s.id FOR UPDATE OF s)
+UPDATE lmdaemon.session SET token = locked.token FROM locked
+WHERE session.id = locked.id
       AND NOT EXISTS (SELECT 1 FROM lmdaemon.delivery WHERE delivery.session = session.id AND {MAY_BE_SENT})"""
 # Makes dead deliveries due again.
 REVIVE = _count(
-    """UPDATE lmdaemon.delivery SET state = 'pending', due_at = again.due_at, settled_at = NULL, step = 0,
-                           aged_from_at = again.aged_from_at, held_base_ms = again.held_base_ms,
+    """UPDATE lmdaemon.delivery SET state = 'pending', due_at = locked.due_at, settled_at = NULL, step = 0,
+                           aged_from_at = locked.aged_from_at, held_base_ms = locked.held_base_ms,
                            discarded = NULL
-       FROM again JOIN locked USING (id) WHERE delivery.id = again.id""",
+       FROM locked WHERE delivery.id = locked.id""",
     rows=f"""again AS MATERIALIZED {given("id", "due_at", "aged_from_at", "held_base_ms")},
          locked AS MATERIALIZED (
-             SELECT d.id FROM lmdaemon.delivery d JOIN again USING (id)
+             SELECT again.* FROM lmdaemon.delivery d JOIN again USING (id)
              WHERE d.state = 'dead' ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Marks dead deliveries as wanted by nobody.
 DISCARD = _count(
-    """UPDATE lmdaemon.delivery SET discarded = unwanted.discarded
-       FROM unwanted JOIN locked USING (id) WHERE delivery.id = unwanted.id""",
+    """UPDATE lmdaemon.delivery SET discarded = locked.discarded
+       FROM locked WHERE delivery.id = locked.id""",
     rows=f"""unwanted AS MATERIALIZED {given("id", "discarded")},
          locked AS MATERIALIZED (
-             SELECT d.id FROM lmdaemon.delivery d JOIN unwanted USING (id)
+             SELECT unwanted.* FROM lmdaemon.delivery d JOIN unwanted USING (id)
              WHERE d.state = 'dead' AND d.discarded IS NULL ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Deletes the deliveries of pruned sessions. One that is pending again stays, and keeps its session from being deleted.
@@ -299,8 +301,19 @@ class Due(NamedTuple):
         return list(dict.fromkeys((*self.idle, *self.aged)))
 
 
-def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Facts:
-    """Reads the facts for a batch."""
+class Slowest(NamedTuple):
+    """How far the slowest of the other daemons has heard (None: there are no others), and before which service time
+    nothing ends for inactivity.
+    """
+
+    heard_ms: int | None = None
+    hold_until_ms: int = 0
+
+
+def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due, member: int) -> tuple[Facts, Slowest]:
+    """Reads the facts for a batch, and for its sweeps how far the others have heard; `member` is this daemon's row.
+    What is due may be so only by this daemon's clock.
+    """
     facts = Facts(asked=asked.sessions)
     limit = asked.sweeps * SWEEP_ROWS
     idle = [] if asked.due_ms is None else list(due.idle)
@@ -311,6 +324,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Fac
         **({"pending": (PENDING_OF, (to_json(asked.results),))} if asked.results else {}),
         **({"outlived": (DUE_LIFETIME, (list(due.aged), wall_at, limit, limit))} if due.aged and limit else {}),
         **({"due": (DUE, (idle, asked.due_ms, limit, limit))} if idle else {}),
+        **({"slowest": (SLOWEST, (member,))} if asked.due_ms is not None else {}),
         **({"dead": (DEAD, (list(retry.deliveries), retry.operator))} if retry else {}),
         **({"to_discard": (TO_DISCARD, (asked.discard,))} if asked.discard else {}),
         **({"deliveries": (DELIVERIES_BY_ID, (list(named),))} if named else {}),
@@ -333,7 +347,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due) -> Fac
         facts.old = [(number, ended_at) for number, ended_at in found["old"]]
         ids = [number for number, _ in facts.old]
         facts.old_deliveries = [OldDelivery(*row) for row in sql.execute(OLD_DELIVERIES, (ids,))]
-    return facts
+    return facts, Slowest(*found["slowest"][0]) if found.get("slowest") else Slowest()
 
 
 def delivery_of(row: Sequence[Any]) -> Delivery:
@@ -419,11 +433,7 @@ class Batch:
         decided = self._decided
         for _ in range(TRIES):
             if decided is None:
-                self.looked_up = True
-                operations = self._not_ahead(sql, place)
-                self._refresh_gates(sql, {one.operator for one in operations if type(one) is GateChange})
-                facts = read_facts(sql, questions(operations), self._world.wall_at, self._present.due)
-                decided = decide(operations, facts, self._world)
+                decided = self._decided_on_facts(sql, place)
             try:
                 self._apply(sql, decided, place)
             except psycopg.Error as error:
@@ -453,15 +463,20 @@ class Batch:
         self._present, self._world, self.versions = present, present.world, present.versions
         self._decided = None
 
-    def _not_ahead(self, sql: Connection, place: Place) -> Sequence[Any]:
+    def _decided_on_facts(self, sql: Connection, place: Place) -> Changes:
+        self.looked_up = True
+        self._refresh_gates(sql, {one.operator for one in self.operations if type(one) is GateChange})
+        asked = questions(self.operations)
+        facts, slowest = read_facts(sql, asked, self._world.wall_at, self._present.due, place.member)
+        return decide(self._not_ahead(slowest), facts, self._world)
+
+    def _not_ahead(self, slowest: Slowest) -> Sequence[Any]:
         """The operations; sweeps among them are limited to how far the slowest daemon has heard."""
-        if not any(type(one) is Sweep and one.as_of_ms is not None for one in self.operations):
-            return self.operations
-        slowest_ms, hold_until_ms = sql.execute(SLOWEST, (place.member,), prepare=True).fetchone() or (None, 0)
-        limit_ms = self._world.service_ms if slowest_ms is None else min(self._world.service_ms, slowest_ms)
+        own_ms = self._world.service_ms
+        limit_ms = own_ms if slowest.heard_ms is None else min(own_ms, slowest.heard_ms)
 
         def limited(as_of_ms: int) -> int | None:
-            return min(as_of_ms, limit_ms) if limit_ms >= hold_until_ms else None
+            return min(as_of_ms, limit_ms) if limit_ms >= slowest.hold_until_ms else None
 
         return [
             Sweep(limited(one.as_of_ms), one.crowd) if type(one) is Sweep and one.as_of_ms is not None else one

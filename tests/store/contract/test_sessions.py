@@ -149,6 +149,18 @@ class TestExpiry:
         assert await db.end_due(idle=True) == (1, 1)
         assert db.next_due_ms is None
 
+    async def test_an_operators_crowd_lets_the_end_of_another_in(self, db: Store, clock: HandClock) -> None:
+        """The one is due after the first of the crowd and before the last."""
+        await asyncio.gather(*(db.open_session(opening(f"early-{n:03}")) for n in range(contract.SWEEP_ROWS)))
+        live(clock, db, 1)
+        await db.open_session(opening("one", operator="other"))
+        live(clock, db, 1)
+        await asyncio.gather(*(db.open_session(opening(f"late-{n:03}")) for n in range(contract.SWEEP_ROWS)))
+        live(clock, db, 11)
+        for _ in range(2):
+            assert (await db.end_due(idle=True)).ended >= contract.SWEEP_ROWS
+        assert (await found(db, "one", "other")).reason == "inactivity"
+
     async def test_sessions_of_an_unconfigured_operator_wait_and_do_not_block(
         self, db: Store, clock: HandClock
     ) -> None:

@@ -14,7 +14,7 @@ from engines import PostgresEngine
 from operations import IDLE_MS, opening
 
 from lmdaemon.store.postgres import archive, batch, pages, store, tables
-from lmdaemon.store.postgres.batch import read_facts
+from lmdaemon.store.postgres.batch import Slowest, read_facts
 from lmdaemon.store.postgres.migrations import migrate
 from lmdaemon.store.postgres.thread import Connection, Database
 from lmdaemon.store.rules import Facts
@@ -150,13 +150,13 @@ async def test_after_a_flush_that_failed_every_statement_works(
     """
     touched = []
 
-    def read_and_be_overtaken(sql: Connection, *arguments: Any) -> Facts:
-        facts = read_facts(sql, *arguments)
+    def read_and_be_overtaken(sql: Connection, *arguments: Any) -> tuple[Facts, Slowest]:
+        facts, slowest = read_facts(sql, *arguments)
         if facts.due and not touched:
             tables.next_deadlines(sql, ["acme"])  # it is not prepared yet, as at a start
             with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
                 touched.append(sql.execute("UPDATE lmdaemon.session SET seen_ms = seen_ms + 100000").rowcount)
-        return facts
+        return facts, slowest
 
     monkeypatch.setattr(batch, "read_facts", read_and_be_overtaken)
     async with postgres_engine.open(clock) as db:

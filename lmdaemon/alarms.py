@@ -117,7 +117,9 @@ class ExpiryAlarm:
 
 
 class Silent(NamedTuple):
-    """An operator whose touches have stopped: the service time of the latest (ms), the sessions live when noticed."""
+    """An operator whose touches have stopped: the service time (ms) of the latest touch, and how many sessions were
+    live when that was noticed.
+    """
 
     touched_ms: int
     live: int
@@ -132,7 +134,9 @@ class TouchAlarm:
     def look(
         self, now_ms: int, touched_ms: Mapping[str, int], idle_ms: Mapping[str, int], figures: Mapping[str, Figures]
     ) -> None:
-        """Compares the latest touches (service time) with the idle times, both by operator, and logs what is new."""
+        """Compares the latest touches (service time) with the idle times, both by operator. Logs for which operators
+        touches have stopped or come again.
+        """
         for name, own_idle_ms in idle_ms.items():
             touched, its = touched_ms.get(name), figures.get(name)
             if touched is None or its is None:

@@ -65,8 +65,8 @@ class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """One published shape of the method. `fields` maps meaning to wire name; `required` lists meanings; `extra` says
-    whether fields that it does not know are accepted.
+    """One published form of SessionExpired. `fields` maps meaning to wire name; `required` lists meanings; `extra` says
+    whether fields that the dialect does not know are accepted.
     """
 
     name: str
@@ -285,8 +285,8 @@ def not_utf8(body: bytes) -> str:
 
 
 def unreadable(body: bytes) -> str:
-    """Why a body cannot be read as JSON, if the reason is one that its text as shown to people does not tell; else
-    empty.
+    """Why a body cannot be read as JSON, if people cannot see the reason in its text: it is compressed, or not UTF-8.
+    Else empty.
     """
     return "compressed with gzip" if body.startswith(b"\x1f\x8b") else not_utf8(body)
 
@@ -329,8 +329,7 @@ def _has_rounded(value: object) -> bool:
 
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
     where = f"line {error.lineno} column {error.colno}"
-    # orjson counts characters of the decoded text. A body that is not UTF-8 cannot be decoded, so it is treated before
-    # that
+    # orjson's position counts characters of the decoded text; a body that is not UTF-8 cannot be decoded
     if otherwise := not_utf8(body):
         return f"malformed JSON at {where}: {otherwise}"
     text = body.decode()

@@ -107,9 +107,9 @@ def log_change(
     by: str | None = None,
     request_id: str | None = None,
 ) -> None:
-    """Logs what begins or ends by the change of a gate: a hold, an open breaker, a Retry-After. It is not called for
-    what each attempt changes otherwise. `cause`: `answer`, `by_hand`, or `time`; `pending`: how many deliveries wait;
-    `by` and `request_id`: of the call that made the change.
+    """Logs what begins or ends by the change of a gate: a hold, an open breaker, a Retry-After. Other changes are not
+    logged. `cause`: `answer`, `by_hand`, or `time`; `pending`: how many deliveries wait; `by` and `request_id`: of the
+    call that made the change.
     """
     if gate == before:
         return

@@ -106,8 +106,8 @@ class Health:
     def stuck(self) -> list[str]:
         """The loops that do not run when they should, and "writer" for a write that hangs.
 
-        The watchdog is fed while this is empty. A disk that refuses writes is not in it, because a restart would not
-        help.
+        The watchdog is fed while this list is empty. A disk that refuses writes is not in the list, because a restart
+        would not help.
         """
         loops = [name for name, pulse in self._pulses.items() if pulse.stuck]
         return loops if self.writing_s <= LATE_S else [*loops, "writer"]

@@ -6,7 +6,7 @@ from lmdaemon.clock import STALL_S
 
 
 class StoreLimits(NamedTuple):
-    """What one store is opened with; tests give it others."""
+    """The limits with which a store is opened; tests open stores with others."""
 
     # The writer's queue
     queue_max: int = 20_000  # most operations that wait; more are refused with a StoreError
@@ -24,7 +24,8 @@ class StoreLimits(NamedTuple):
     dead_rows: int = 500  # by one operation
 
     # The SQLite file
-    busy_timeout_s: float = 2.0  # how long to wait for a lock of another program, such as an administrator's shell
+    # how long a statement waits for a lock of another program, such as an administrator's shell
+    busy_timeout_s: float = 2.0
     checkpoint_s: float = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
     wal_max: int = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
     idle_s: float = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
@@ -42,7 +43,7 @@ class Limits(NamedTuple):
     connections_max: int = 2000  # of one listener, where the limit of open files allows it
     head_s: float = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
     write_s: float = 30.0  # how long a client may leave its answers unread
-    patrol_s: float = 2.0  # how often connections are checked for these two
+    patrol_s: float = 2.0  # between two checks of `head_s` and `write_s`
     # At a stop, `heard_within_s` is how long a request that has arrived in part may take to arrive whole. `heard_s` is
     # how long every client may at least still ask something, because it cannot know that the daemon stops.
     heard_within_s: float = 1.0

@@ -37,7 +37,7 @@ STRAGGLERS_S = 1.0
 class Limit(NamedTuple):
     """At most `lines` of a kind are written in WINDOW_S.
 
-    Lines of one event are of a kind if the facts `same` are equal.
+    Two lines of one event are of the same kind if they have the same values of the facts named in `same`.
     """
 
     lines: int
@@ -60,7 +60,7 @@ LIMITS = {
     "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
-    # if 1,000 operators have one, it has one cause; /health and /metrics name all of them
+    # if this happens to 1,000 operators, it has one cause; /health and /metrics name all of them
     "operator.mass_expired": Limit(100),
     "operator.touches_stopped": Limit(100),
     "operator.ends_wait": Limit(100),
@@ -311,7 +311,7 @@ def writable(text: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.15g}"  # without a decimal that is zero
+        return f"{value:.15g}"  # 3.0 is written as 3
     text = str(value)
     # Quoted where it could be read as more than one fact. Escaped where a character could break the line (U+2028) or
     # could not be written (a lone surrogate).

@@ -67,8 +67,9 @@ class Mask:
     def _looked_for(self) -> Mapping[str, bool]:
         """Each secret as `_folded` changes it, and whether backslashes right after it are a part of it.
 
-        A secret that itself looks escaped is also searched for unescaped, because unescaping the text changes it as
-        well. But not if the result is shorter than four characters, for that would be found everywhere.
+        A secret that itself looks escaped is also searched for unescaped, because unescaping the text changes the
+        secret in it as well. But not if the result is shorter than four characters, because that would be found
+        everywhere.
         """
         found: dict[str, bool] = {}
         for secret in self._secrets:

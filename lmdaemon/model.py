@@ -172,7 +172,7 @@ class Delivery(NamedTuple):
 
     @property
     def webhook_id(self) -> str:
-        """The public id of the delivery. The row number in it makes an index superfluous.
+        """The public id of the delivery. It contains the row number, so the delivery is found without another index.
 
         The random `nonce` keeps it unique, also after an older database was restored and row numbers are used again.
         """

@@ -16,7 +16,7 @@ class WakeObserver(Protocol):
     """Is told how late a loop runs, each time it wakes up."""
 
     def awoke(self, late_s: float) -> None:
-        """The event loop ran it this many seconds after it was due."""
+        """A loop was run this many seconds after it was due."""
 
 
 class Pulse:

@@ -63,8 +63,8 @@ def for_database(path: Path) -> Rights:
 def for_result(path: Path, database: Rights) -> Rights:
     """The rights with which to write a result (a backup, an export) beside `path`.
 
-    They are root's own or those with which the database was read (`database`), and no third user's, who could read the
-    result. Raises UnsafeError.
+    They are root's own or those with which the database was read (`database`), and never those of a third user, who
+    could then read the result. Raises UnsafeError.
     """
     if os.geteuid():
         return own()
@@ -112,7 +112,7 @@ def acting_with(rights: Rights) -> Iterator[None]:
 def check_link(link: Path) -> None:
     """Raises UnsafeError for a link that another user has made in a directory that others can write to.
 
-    It is the rule of the kernel's fs.protected_symlinks, here also for links that are read and not followed.
+    This is the rule of the kernel's fs.protected_symlinks, applied here also to links that are read and not followed.
     """
     directory, found = link.parent.stat(), link.lstat()
     if stat.S_ISLNK(found.st_mode) and _is_shared(directory) and found.st_uid not in (os.geteuid(), directory.st_uid):
@@ -148,7 +148,8 @@ def _is_shared(directory: os.stat_result) -> bool:
 def _walk(path: Path) -> _Place:
     """Follows the path as the kernel does, as long as every directory is root's. Raises UnsafeError.
 
-    What it returns stays true, because only root can change those directories; after `open_way` others can.
+    What it returns stays true, because only root can change those directories. Only what comes after `open_way` can be
+    changed by others.
     """
     here = Path("/")
     parts = deque(path.absolute().parts[1:])

@@ -1,4 +1,4 @@
-"""Tells the service manager that the daemon is ready, how it is, and that it is alive."""
+"""Tells the service manager that the daemon is ready, in which state it is, and that it is alive."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -17,9 +17,9 @@ from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
 # after a stall nothing ends for so long, so that touches that could not arrive meanwhile are heard first
 QUIET_AFTER_STALL_S = 1.0
-LOOP_TURNS = (
-    8  # turns of the event loop from a waiting client to its queued touch: accept, connect, read, parse, handle, queue
-)
+# Turns of the event loop that a touch takes from a client that waits to connect to the queue: accept, connect, read,
+# parse, handle, queue
+LOOP_TURNS = 8
 # how often the service clock is stored. A crash loses the time since then, and sessions end that much later
 PERSIST_S = 10.0
 RETRY_S = 1.0  # pause while the store refuses
@@ -70,15 +70,15 @@ class Sweeper(StoreObserver):
             self.waiting.pop(operator, None)
 
     def deadline_nearer(self) -> None:
-        """A deadline is earlier than all others (StoreObserver)."""
+        """Wakes the sweeper: a deadline may be earlier than the one that it waits for (StoreObserver)."""
         self.wake()
 
     def read_again(self) -> None:
-        """The next deadline may be another one (StoreObserver)."""
+        """Wakes the sweeper: the next deadline may have changed (StoreObserver)."""
         self.wake()
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
-        """Counts those that ended by themselves (StoreObserver)."""
+        """Counts the sessions that ended by inactivity or maximum lifetime, for the alarm (StoreObserver)."""
         ended = Counter(one.operator for one in sessions if one.reason in ("inactivity", "max_lifetime"))
         if ended:
             self.alarm.note(ended, lambda name: self._store.figures_of(name).live, self._own_live)
@@ -89,7 +89,7 @@ class Sweeper(StoreObserver):
         return self._store.live - sum(self._store.figures_of(name).live for name in self._foreign)
 
     def wake(self) -> None:
-        """Looks again at once, because a deadline may be earlier than the one that is waited for."""
+        """Has the next round begin at once, because a deadline may be earlier than the one that is waited for."""
         self._rounds.wake()
 
     @property

@@ -1,8 +1,8 @@
 """TLS for listeners and for connections to others: contexts, and what is read out of certificates.
 
-The same files verify alike on every Python. By default 3.13 is stricter than 3.11 (keyUsage, Authority Key Identifier)
-and takes an intermediate for a trust anchor, which 3.11 does not. This module must never ask for a password on the
-terminal, or put the content of a file into an error.
+The same certificates are accepted on every Python. By default 3.13 is stricter than 3.11 (keyUsage, Authority Key
+Identifier) and takes an intermediate for a trust anchor, which 3.11 does not. This module must never ask for a password
+on the terminal, or put the content of a file into an error.
 """
 
 import base64
@@ -125,7 +125,8 @@ def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
 
 
 def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
-    context.load_cert_chain(cert_file, key_file, password="")  # without any, OpenSSL would ask on the terminal
+    # without a password, OpenSSL would ask for one on the terminal
+    context.load_cert_chain(cert_file, key_file, password="")
 
 
 # The socket of the connection whose handshake begins, in the context of the code that begins it
@@ -139,12 +140,14 @@ class ServerContext(ssl.SSLContext):
     client that shows no certificate, for example, would see nothing but a closed connection.
     """
 
-    def __init__(self, protocol: int) -> None:  # SSLContext has taken it already, in __new__
+    def __init__(self, protocol: int) -> None:  # SSLContext.__new__ has taken `protocol` already
         super().__init__()
         self.sslobject_class = _Handshake
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **options: Any) -> ssl.SSLObject:
-        """As the parent's; it also gives the handshake the buffer with its alerts, and the socket to send them to."""
+        """As SSLContext.wrap_bio; also gives the handshake the buffer with its alerts, and the socket to send them
+        to.
+        """
         wrapped = super().wrap_bio(incoming, outgoing, *args, **options)
         if isinstance(wrapped, _Handshake):
             wrapped.alerts, wrapped.peer = outgoing, handshaking.get(None)

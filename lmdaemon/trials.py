@@ -106,11 +106,11 @@ class _Trial:
         """Cancels the work if it may end early; it then returns what it has."""
         self._is_unwanted = self._may_end_early
         if self._is_unwanted and self._own is not None:
-            with suppress(RuntimeError):  # it has ended meanwhile
+            with suppress(RuntimeError):  # the trial has ended meanwhile
                 self._own.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        task, self._task = self._task, None  # once: the second time would interrupt its clearing up
+        task, self._task = self._task, None  # only once, because a second cancellation would interrupt its clearing up
         if task is not None:
             task.cancel()
 
@@ -118,9 +118,10 @@ class _Trial:
         result, error = None, None
         try:
             result = asyncio.run(self._whole())
-        except Exception as one:  # whoever waits for the result gets it
+        except Exception as one:  # it is passed on to the caller, like a result
             error = one
-        # not raised here, because the future would never be done and the daemon's stop would wait for ever
+        # replaced by an error that is passed on: the future would never be done otherwise, and the daemon's stop would
+        # wait for ever
         except asyncio.CancelledError:
             error = RuntimeError("interrupted without a result")
         with suppress(RuntimeError):  # the daemon's loop is closed: nobody waits

@@ -32,12 +32,12 @@ READING: Mapping[str, Any] = {
 WIRE_MAX = 1024 * 1024  # bytes after the head, with chunk sizes, extensions and trailers
 
 _HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
-_HEAD_END_MAX = 5  # most bytes that it matches
+_HEAD_END_MAX = 5  # most bytes that _HEAD_END matches
 _LENGTH = re.compile(rb"\ncontent-length: *([0-9]{1,6})\r?\n", re.IGNORECASE)
 
 
 class AnswerError(aiohttp.ClientError):
-    """What came is not one whole answer to the request. `detail` quotes nothing that the peer has sent."""
+    """What the operator has sent is not one whole answer to the request. `detail` quotes nothing of it."""
 
     def __init__(self, cause: Cause, detail: str = "") -> None:
         super().__init__(cause)
@@ -64,8 +64,9 @@ class AnswerProtocol(ResponseHandler):
 
     def _begin(self) -> None:
         self._interim = 0
-        self._body: StreamReader | None = None  # the final answer's, once its head is complete
-        self._left: int | None = None  # bytes of the body that are still to come, where the head tells its length
+        self._body: StreamReader | None = None  # the body of the final answer, once the head of that answer is complete
+        # bytes of the body that are still to come; None if the head does not tell its length
+        self._left: int | None = None
         self._on_wire = 0  # bytes received after the head
         self._begin_head()
 

@@ -23,7 +23,7 @@ log = Log("delivery")
 
 
 class AttemptObserver(WakeObserver, Protocol):
-    """Is called for each wake-up of the loop and for every attempt."""
+    """Is called for each wake-up of the dispatcher's loop and for every attempt."""
 
     def attempted(self, operator: str, sink: str, verdict: retry.Verdict, took_s: float) -> None:
         """An attempt has ended after `took_s` seconds."""

@@ -68,10 +68,12 @@ class Dispatcher(StoreObserver):
         self.lanes.configure(settings, plugins)
         self._rounds.wake()
 
-    # -- what happens elsewhere
+    # -- called by the store and by attempts
 
     def ownership_changed(self, operator: str) -> None:
-        """Takes up the operator's lanes, or starts nothing in them any more (StoreObserver)."""
+        """Begins to deliver for the operator if this daemon owns it now; otherwise starts no more attempts for it
+        (StoreObserver).
+        """
         self.lanes.own(operator)
         self._rounds.wake()
         self._let_go(operator)
@@ -84,13 +86,13 @@ class Dispatcher(StoreObserver):
             self._store.let_go(operator)
 
     def wake(self) -> None:
-        """Looks at all lanes: in any of them something may be due or a slot may be free."""
+        """Has the next round look at all lanes: in any of them a row may be due or a slot may be free."""
         for lane in self.lanes:
             self._agenda.now(lane)
         self._rounds.wake()
 
     def slot_freed(self, operator: str, sink: str) -> None:
-        """Starts the lane's next attempts that were read ahead, and looks at it in the next round."""
+        """Starts attempts for rows of the lane that were read ahead, and has the next round look at the lane."""
         lane = self.lanes.get(operator, sink)  # looked up again, because a reload may have replaced it
         if lane is None or not lane.is_owned:
             return
@@ -100,7 +102,7 @@ class Dispatcher(StoreObserver):
         self._rounds.wake()
 
     def gate_changed(self, operator: str) -> None:
-        """Looks at the operator's lane for its URL (StoreObserver)."""
+        """Starts what the changed gate allows in the lane of the operator's URL (StoreObserver)."""
         self.slot_freed(operator, HTTP_SINK)
 
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
@@ -112,17 +114,21 @@ class Dispatcher(StoreObserver):
             self._rounds.wake()
 
     def wall_clock_set_back(self) -> None:
-        """Reads all due times again (StoreObserver)."""
+        """Has all due times read again, because the store has moved them with the wall clock (StoreObserver)."""
         for lane in self.lanes:
             lane.look_again_at = 0
         self.wake()
 
     def read_again(self) -> None:
-        """Reads all due times again (StoreObserver): the table may have deliveries that this daemon was not told of."""
+        """Has all due times read again (StoreObserver): the table may have deliveries that this daemon was not
+        told of.
+        """
         self.wall_clock_set_back()
 
     def attempt_ended(self, lane: Lane, row: Delivery) -> None:
-        """Looks at the lane, and hands the operator over if another daemon waits for that."""
+        """Starts the lane's next attempts. Lets another daemon have the operator if that one waits for this attempt to
+        end.
+        """
         self.slot_freed(row.operator, row.sink)
         if not lane.is_owned or self.lanes.get(row.operator, row.sink) is not lane:
             self._let_go(row.operator)

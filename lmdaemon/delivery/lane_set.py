@@ -25,7 +25,7 @@ class LaneSet:
         self._in_flight: dict[tuple[str, str], set[int]] = {}  # ids of deliveries, also of lanes that were removed
 
     def get(self, operator: str, sink: str) -> Lane | None:
-        """The lane as it is now: a reload replaces lanes."""
+        """The present lane of an operator and sink. A reload may replace it."""
         return self._lanes.get((operator, sink))
 
     def __iter__(self) -> Iterator[Lane]:
@@ -74,7 +74,9 @@ class LaneSet:
         return lane
 
     def own(self, operator: str) -> None:
-        """Takes up the operator's lanes, or drops them, when the daemon that owns it has changed."""
+        """Is called when the operator's owner has changed. Puts its lanes on the agenda if this daemon is the owner,
+        else removes them.
+        """
         is_owned = self._store.owns(operator)
         for sink in self._sinks:
             lane = self._lanes.get((operator, sink))

@@ -14,7 +14,7 @@ from lmdaemon.log import safe_url
 from lmdaemon.model import Delivery, Gate
 from lmdaemon.plugins import LoadedPlugin
 
-LOOK_AGAIN_MS = 60_000  # how often a lane's next due time is read from the table, in case that one was missed
+LOOK_AGAIN_MS = 60_000  # how often a lane's next due time is read from the table, in case that a due row was missed
 
 
 class Lane:
@@ -168,7 +168,7 @@ class Agenda:
         self._now[lane] = None
 
     def plan(self, lane: Lane, at: int | None) -> None:
-        """Plans the lane for a wall time (ms), instead of an earlier plan; None: for no time."""
+        """Plans the lane for a wall time (ms), which replaces an earlier plan; None: without a new one."""
         if at is None:
             self._planned.pop(lane, None)
         elif self._planned.get(lane) != at:

@@ -4,7 +4,7 @@ from collections import deque
 from statistics import median
 from typing import NamedTuple
 
-WINDOW_S = 60.0  # the time whose attempts count for rates
+WINDOW_S = 60.0  # rates are worked out from the attempts of this time
 ATTEMPTS_MAX = 512  # most attempts that are kept; those of a fast lane are of less than a minute
 ATTEMPTS_MIN = 3  # with fewer attempts no rates are told
 BEHIND_S = 30.0  # a lane is behind when a delivery has waited for so long for a slot and for nothing else

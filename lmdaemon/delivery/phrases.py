@@ -1,6 +1,6 @@
-"""Says in words what stands in the body of an answer: `the body is HTML`, `there is "Error", but no "error"`.
+"""Says in words what is in the body of an answer: `the body is HTML`, `there is "Error", but no "error"`.
 
-Pure. What it quotes of an answer is not masked: whoever shows or keeps it masks it.
+Pure. What it quotes of an answer is not masked: code that shows or keeps its result must mask it.
 """
 
 import json
@@ -23,7 +23,7 @@ MEANINGS = {
 
 def of_body(body: bytes, dialect: Dialect, *, complete: bool = True, quoted_max: int = QUOTED_MAX) -> str:
     """Says what is in the body, as far as it decides whether the notice was accepted. `complete` is False if the body
-    was longer than what was read. Of a description, `quoted_max` characters are quoted.
+    was longer than what was read. Of the answer's `description`, at most `quoted_max` characters are quoted.
     """
     if not complete:
         return f"the body is longer than {ANSWER_MAX // 1024} KiB"

@@ -107,8 +107,8 @@ class RunningAttempts:
     async def _record(self, lane: Lane, settlement: Settlement) -> Settled:
         """Stores a result.
 
-        A success frees its slot before that, so that the next attempt need not wait for the disk. A failure keeps its
-        slot until it is stored, because it may close the gate.
+        A success frees its slot before it is stored, so that the next attempt need not wait for the disk. A failure
+        keeps its slot until it is stored, because it may close the gate.
         """
         if settlement.state != "delivered":
             return await self._settle(lane, settlement)

@@ -16,7 +16,7 @@ from lmdaemon.log import safe_url
 from lmdaemon.masks import MASK, query_of
 from lmdaemon.model import HTTP_SINK, Delivery
 
-_READABLE = ("provider", "session", "player", "request")  # meanings of fields
+_READABLE = ("provider", "session", "player", "request")  # the meanings of fields that stay readable
 _BY_CURL = ("Host", "Accept", "Content-Length")  # headers that curl sends by itself
 
 
@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
     @property
     def curl(self) -> str:
-        """The same as a command for a shell; the masks are to be filled in by hand."""
+        """The request as a command for a shell; the masks in it must be replaced by hand."""
         words = ["curl", self.url]
         for name, value in self.headers.items():
             if name not in _BY_CURL:

@@ -31,7 +31,7 @@ class TimedGates:
     def _is_changed_by_time(self, lane: Lane, now_at: int) -> bool:
         gate = self._store.gate(lane.operator.name)
         if gate.held_until_at is None and gate.failures < retry.BREAKER_OPENS_AT:
-            return False  # the usual case, asked at every round
+            return False  # the usual case; checked first, because this is asked in every round
         is_waiting = self._store.figures_of(lane.operator.name).pending > 0
         return retry.settled_by_time(gate, now_at, is_waiting=is_waiting) is not gate
 

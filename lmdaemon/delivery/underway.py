@@ -37,7 +37,9 @@ class Attempt(NamedTuple):
 
 
 class Underway:
-    """The open file. Without a path nothing is noted. Raises OSError when the file cannot be made or used."""
+    """The open file of attempts. Without a path nothing is noted. Raises OSError when the file cannot be made or
+    used.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.crashed = False  # whether the previous run did not end in order

@@ -454,8 +454,9 @@ class Store(Protocol):
     # Kept in memory, as of the last commit
     service_clock: ServiceClock
     figures: dict[str, Figures]
-    next_due_ms: int | None  # the next deadline may be later, never earlier
-    next_lifetime_at: int | None
+    # service time of the next deadline for inactivity; the true one may be later, never earlier
+    next_due_ms: int | None
+    next_lifetime_at: int | None  # wall time of the next end of a maximum lifetime; the true one is not earlier
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
     pausing: frozenset[str]  # as given to `configure`
     expulsions: int  # daemons on the database that this one has expelled, since the start
@@ -622,26 +623,25 @@ class Store(Protocol):
     async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
         """Makes dead deliveries due again, RETRY_SPACING_MS apart, those that died first before others.
 
-        Returns how many there were, `most` at most. It takes several transactions; if one fails, a repeated call
+        Returns how many became due, `most` at most. It takes several transactions; if one fails, a repeated call
         retries the rest.
         """
 
     async def discard(self, operator: str, dead: Dead, by: str | None, note: str) -> int:
         """Marks dead deliveries as wanted by nobody: they no longer count as dead.
 
-        Returns how many there were. It takes several transactions; if one fails, a repeated call discards the rest.
+        Returns how many were marked. It takes several transactions; if one fails, a repeated call discards the rest.
         """
 
     async def discard_one(self, webhook_id: str, by: str | None, note: str) -> Delivery | None:
-        """Discards a dead delivery and returns it as it was before; None: unknown. Others are not changed."""
+        """Discards a delivery if it is dead, and returns it as it was before; None: unknown."""
 
     async def find_dead(self, operator: str, dead: Dead) -> FoundDead:
         """Counts dead deliveries, at most as many as one call of `retry_dead` would retry."""
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
-        """Makes a dead delivery due again, also a discarded one, and returns it as it was before; None: unknown.
-
-        Others are not changed.
+        """Makes a delivery due again if it is dead, also a discarded one, and returns it as it was before; None:
+        unknown.
         """
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:

@@ -59,7 +59,7 @@ class Projection:
 
     @property
     def clock(self) -> Clock:
-        """The clock that wall times go by (Store.clock)."""
+        """The daemon's clocks (Store.clock)."""
         return self._clock
 
     def configure(
@@ -75,7 +75,7 @@ class Projection:
         self.daemon_grace_ms = daemon_grace_ms
 
     def introduce(self, address: str, digest: str) -> None:
-        """Takes what other daemons are shown of this one (Store.introduce)."""
+        """Keeps what other daemons are shown of this one (Store.introduce)."""
         self._address, self._digest = address, digest
 
     @property
@@ -171,7 +171,7 @@ class Projection:
             self.note_touch(operator, changes.seen_ms)
 
     def note_touch(self, operator: str, at_ms: int) -> None:
-        """A session of the operator was touched at this service time."""
+        """Notes that a session of the operator was touched at this service time."""
         before_ms, pause = self.touched_ms.get(operator, 0), self._pauses.get(operator)
         if pause is not None:
             after = silence.touched(pause, before_ms, at_ms, self.grace_ms)

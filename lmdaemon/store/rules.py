@@ -70,7 +70,7 @@ class World(NamedTuple):
     configured: frozenset[str] = frozenset()  # operators whose sinks are known
     sinks_of: SinksOf = lambda session: ()
     pausing: frozenset[str] = frozenset()  # operators whose ends for inactivity wait while their touches have stopped
-    grace_ms: int = 0  # for how much longer these ends wait when touches have come again
+    grace_ms: int = 0  # for how long these ends wait after touches have come again
     pauses: Mapping[str, silence.Pause] = MappingProxyType({})
     touched_ms: Mapping[str, int] = MappingProxyType({})  # service time of the latest touch, by operator
     figures: Mapping[str, Figures] = MappingProxyType({})
@@ -169,15 +169,14 @@ class Changes:
     # id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity: a later one
     # prevents the end), id of the HTTP request
     ended: list[tuple[Any, ...]] = field(default_factory=list)
-    moved_due: list[tuple[int, int]] = field(default_factory=list)  # id, due_ms
-    moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # id, lifetime_at
+    moved_due: list[tuple[int, int]] = field(default_factory=list)  # (session, new due_ms)
+    moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # (session, new lifetime_at)
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
     results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
     digests: list[tuple[int, str]] = field(default_factory=list)  # session, and the salted hash that replaces its token
-    revived: list[tuple[int, int, int, int]] = field(
-        default_factory=list
-    )  # delivery, due_at, aged_from_at, held_base_ms
-    discarded: list[tuple[int, str]] = field(default_factory=list)  # id, JSON
+    # Dead deliveries that become due again: id, due_at, aged_from_at, held_base_ms
+    revived: list[tuple[int, int, int, int]] = field(default_factory=list)
+    discarded: list[tuple[int, str]] = field(default_factory=list)  # delivery, and by whom, when and why, as JSON
     pruned: list[int] = field(default_factory=list)  # sessions to delete, with their deliveries
     figures: dict[str, Figures] = field(default_factory=dict)  # by operator, to be added to the stored ones
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -193,7 +192,7 @@ class Changes:
     next_lifetime_at: int | None = None
     swept: bool = False  # there was a sweep: the engine reads the next deadlines of the whole table instead
     last_session: int = 0
-    met_known: bool = False  # a session that was to be added was known
+    met_known: bool = False  # a session that was to be added was known already
 
     @property
     def seen_ms(self) -> int:
@@ -286,7 +285,8 @@ class _Sessions:
         self._now = changes.world.wall_at
         self._last_session = changes.world.last_session
         self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, after the operations so far
-        self._added: dict[tuple[str, str], None] = {}  # operator and session id, in their order
+        # operator and session id of new sessions, in the order in which they are added
+        self._added: dict[tuple[str, str], None] = {}
         if facts is not None:
             for operator in facts.asked:
                 self._known[operator] = {}
@@ -491,9 +491,8 @@ class _Sweeps:
         self._changes = changes
         self._world = changes.world
         self._sessions = sessions
-        self._outlived: Sequence[Session] = (
-            () if facts is None else facts.outlived
-        )  # those that no sweep of this batch has looked at
+        # Those that no sweep of this batch has looked at
+        self._outlived: Sequence[Session] = () if facts is None else facts.outlived
         self._due: Sequence[Session] = () if facts is None else facts.due
 
     def end_due(self, sweeps: Iterable[Sweep]) -> None:
@@ -528,9 +527,7 @@ class _Sweeps:
                 continue  # ended by an operation before, in this batch
             if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
                 self._changes.moved_due.append((session.id, session.deadline_ms))
-            elif (
-                session.operator not in self._world.configured
-            ):  # if it ended now, no notice would be sent, because its sinks are unknown
+            elif session.operator not in self._world.configured:  # its sinks are unknown: no notice would be sent
                 self._changes.moved_due.append((session.id, as_of_ms + REVISIT_MS))
             elif (until_ms := self._waits_until(session, as_of_ms)) is not None:
                 again_ms = silence.look_again_ms(as_of_ms, until_ms, session.idle_ms, self._world.grace_ms)
@@ -754,7 +751,7 @@ def _touched(touching: Touching, decided: _Decided, active: Iterable[str], ended
 
 
 def _attempts(settlement: Settlement) -> int:
-    """The number of attempts, this one included."""
+    """The number of attempts at the delivery, including this one if it counts."""
     return settlement.delivery.attempts + bool(settlement.attempt and settlement.spent)
 
 

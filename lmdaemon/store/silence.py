@@ -20,7 +20,8 @@ LOOK_AGAIN_MAX_MS = 60_000
 class Pause(NamedTuple):
     """The ends for inactivity of an operator wait since `since_ms`.
 
-    A gap between two touches of `silent_ms` is a silence; `resumed_ms` is when touches came again after the latest one.
+    A gap of `silent_ms` between two touches is a silence. `resumed_ms` is when touches came again after the latest
+    silence, None: not yet. `released`: somebody has ended the wait by hand.
     """
 
     since_ms: int

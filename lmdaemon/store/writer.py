@@ -18,8 +18,8 @@ from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
 JOIN_MAX = 50  # a batch of fewer operations lets others join it. Larger ones would only keep the writer idle
-# turns of the event loop that a small batch waits for others: clients that were just answered send again, and what they
-# have sent has to be read
+# turns of the event loop that a small batch waits for more operations: in that time, requests of clients that were just
+# answered can arrive and be read
 JOIN_TURNS = 4
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
 PROBE_S = 1.0  # between attempts to write during an outage
@@ -109,9 +109,8 @@ class Writer(Generic[Work]):
         self.writing_since: float | None = None  # monotonic time at which the current transaction began
         self.commits = 0
         self.committed_something = asyncio.Event()  # set by each commit; the waiting task clears it
-        self.changed = (
-            asyncio.Event()
-        )  # set by each commit that changes more than the clock; the waiting task clears it
+        # Set by each commit that changes more than the clock; the waiting task clears it
+        self.changed = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -200,7 +199,7 @@ class Writer(Generic[Work]):
         return batch
 
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
-        """One transaction. Raises what the engine raises."""
+        """Writes one transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
         await self._engine.check()  # on the event loop, which has the interpreter's lock already
         work = self._owner.begin([queued.operation for queued in batch])

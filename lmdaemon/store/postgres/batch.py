@@ -135,7 +135,7 @@ WITH next (name, due_ms, lifetime_at) AS MATERIALIZED ({NEXT}),
 told AS (UPDATE lmdaemon.member SET next_due_ms = least(%s::bigint, (SELECT min(due_ms) FROM next)) WHERE id = %s)
 SELECT * FROM next"""
 
-# -- apply
+# -- the changes, in the order in which they are written
 
 # The fence: stores what the daemon tells the others, and reads what they have told. It fails if the daemon's row is
 # gone or has another number. Only the daemon itself updates its row, so only daemons that want to delete the row wait
@@ -155,8 +155,9 @@ STAMP = f"""stamp AS MATERIALIZED (
         FROM lmdaemon.member WHERE id <> me
         UNION ALL SELECT service_ms FROM lmdaemon.clock) AS known
     GROUP BY heard)"""
-# Touches the sessions that are active. Returns their operators and ids as JSON if some of those given were not active,
-# else NULL. ARRAY(SELECT …) hides from PostgreSQL's planner how many ids come: it then expects ten and uses the index.
+# Touches the sessions that are active. Returns NULL if all given sessions were touched, else the operators and ids of
+# those that were, as JSON. ARRAY(SELECT …) hides from PostgreSQL's planner how many ids come: it then expects ten and
+# uses the index.
 TOUCH = f"""
 WITH {STAMP},
 found AS MATERIALIZED (
@@ -574,7 +575,7 @@ class Batch:
                 yield NEXT, (due.operators,)
 
     def _figures(self, changes: Changes) -> list[tuple[Any, ...]]:
-        """Rows as in FIGURE, after their operators."""
+        """Rows for the table `figure`: an operator, then the columns of FIGURE."""
         opened = Counter(row[1] for row in changes.sessions)  # [1]: operator
         made = {operator for operator, _ in changes.due}
         touched = {}

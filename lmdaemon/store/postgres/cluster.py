@@ -40,7 +40,7 @@ def followed_ms(own_ms: int, others: Collection[Heard], told_ms: int) -> int:
 
 def limit_ms(others: Collection[Heard], told_ms: int) -> int:
     """The furthest that this daemon's clock may go: AHEAD_MS beyond the slowest of the others and of what this daemon
-    has told of itself (`told_ms`). That counts because the others work out from it how far this daemon may have come.
+    has told of itself (`told_ms`). The others work out from `told_ms` how far this daemon may have come.
     """
     return min(told_ms, *(one.heard_ms for one in others)) + AHEAD_MS
 

@@ -40,7 +40,7 @@ class Deadlines:
 
     @property
     def earliest(self) -> tuple[int | None, int | None]:
-        """The next deadlines of all operators."""
+        """The next deadline for inactivity (service ms) and the next one for age (wall ms), of all these operators."""
         due = [due_ms for due_ms, _ in self._next.values() if due_ms is not None]
         aged = [lifetime_at for _, lifetime_at in self._next.values() if lifetime_at is not None]
         return min(due, default=None), min(aged, default=None)

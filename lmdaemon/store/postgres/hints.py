@@ -1,8 +1,8 @@
 """Hints: by NOTIFY, a daemon tells the others on its database that there is something to look at.
 
-Nothing depends on hints: without one, a daemon looks a little later. They are sent after a commit and never in one,
-because a transaction that notifies waits for every other one that does. Behind PgBouncer in transaction mode none
-arrive; then `works` is False, and the daemons look often instead.
+Nothing depends on hints: without one, a daemon looks a little later. A hint is sent after a commit and never inside a
+transaction, because a transaction that notifies waits for every other one that does. Behind PgBouncer in transaction
+mode no hint arrives; then `works` is False, and the daemons look often instead.
 """
 
 import asyncio
@@ -21,9 +21,8 @@ ANSWER_S = 5.0  # how long connecting, or that test, may take besides
 AGAIN_S = 5.0  # before a lost connection is replaced
 SEND_AGAIN_S = 1.0  # before a hint that could not be sent is sent again
 SEND_MIN_S = 0.05  # between two hints
-IDLE_S = (
-    30.0  # between two beats, or two looks (see Paces), while nothing is live or pending and hints are known to work
-)
+# Between two beats, or two looks (see Paces), while nothing is live or pending and hints are known to work
+IDLE_S = 30.0
 
 LISTEN = "LISTEN lmdaemon"
 IS_ALIVE = "SELECT 1"
@@ -89,7 +88,7 @@ class Hints:
         return True
 
     def close(self) -> None:
-        """Ends the wait."""
+        """Ends the wait for hints, and closes the connection."""
         self._thread.close()
 
 

@@ -33,7 +33,7 @@ log = Log("daemon")
 
 
 class Keeper:
-    """Keeps in memory what the tables say, for the writer. Everything is called on the event loop, unless it says
+    """Keeps in memory what the tables say, for the writer. Everything is called on the event loop, unless a method says
     otherwise.
     """
 
@@ -52,9 +52,9 @@ class Keeper:
         self._foreign = foreign
         self._signals = signals
         self._restart_grace_ms = restart_grace_ms
-        self._expect_known = False  # whether the last batch was to add sessions that were known
+        self._expect_known = False  # whether the last batch was to add sessions that were known already
         self._block_ends = 0
-        self._told_touches = float("-inf")  # monotonic seconds
+        self._told_touches = float("-inf")  # when the others were last told of touches (monotonic s)
 
     # -- joining, and reading the tables again
 

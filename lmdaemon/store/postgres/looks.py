@@ -74,7 +74,7 @@ class Looks:
             except StoreError:
                 self._signals.look.set()
                 await asyncio.sleep(AGAIN_S)
-            await asyncio.sleep(self._paces.look_s / 2)  # between two looks, also if hints come
+            await asyncio.sleep(self._paces.look_s / 2)  # at least so long between two looks, also if hints come
 
     def _look_after_s(self) -> float | None:
         """Seconds after which to look if no hint comes; None: only when a hint comes."""

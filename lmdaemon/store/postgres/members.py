@@ -43,7 +43,7 @@ RETURNING id, heard_ms, batch"""
 LOOK = f"SELECT {NOW}, {OTHERS}"
 # Tells the others where this daemon listens, and the digest of its settings.
 INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
-# Everything that is shown of the daemons.
+# Everything that people are shown of the daemons.
 SHOWN = """
 SELECT id, name, program, address, since_at, wall_at, heard_ms, digest FROM lmdaemon.member ORDER BY since_at, id"""
 
@@ -114,7 +114,7 @@ class Introduction(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A daemon's row on the database."""
+    """A daemon's row: its number, its daemon's name, and the number of its last transaction."""
 
     id: int
     name: str
@@ -122,7 +122,7 @@ class Row(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What is shown of a daemon."""
+    """What people are shown of a daemon."""
 
     id: int
     name: str

@@ -22,10 +22,11 @@ AGAIN_S = 0.5  # before the upgrade is tried again
 SETTINGS = """
 SELECT current_setting('server_version_num')::int, current_setting('synchronous_commit'),
        pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'"""
-# An advisory lock, so that programs that start at the same time upgrade one after the other. There may be no row yet
-# that they could lock.
+# An advisory lock, so that programs that start at the same time upgrade one after the other. It is no lock of a row,
+# because the tables may not exist yet.
 ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('lmdaemon.migrate'))"
-# An index of a large table may take minutes, and so may one that is made by another program at the same time.
+# Removes the time limits: making an index of a large table may take minutes, and so may waiting for another program
+# that makes one.
 TAKE_YOUR_TIME = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 # The longest wait for the lock of a table: programs that write into the table have to wait behind this one.
 LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"

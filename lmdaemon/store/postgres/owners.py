@@ -1,11 +1,11 @@
 """Which daemon owns which operator: the table `owner` has a row for each operator. And what this daemon knows of these
 rows.
 
-A free operator is taken by the daemon that comes first for it (`first_for`) among those that are there. If another
-daemon owns it, that daemon asks the owner for it, and the owner hands it over when none of its deliveries is under way
-any more. Nobody takes an operator from a daemon that is there. Only the owner itself gives it up, or a daemon that
-expels the owner, and that also deletes the owner's row of `member`, without which the owner can commit nothing. So the
-row of `member` is the fence, and a transaction need not look at the rows of `owner`.
+One of the daemons that are there comes first for an operator (`first_for`). It takes the operator if the operator is
+free. If not, it asks the owner, which hands the operator over when none of its deliveries is under way any more. Nobody
+takes an operator from a daemon that is there: an owner gives its operators up itself, or it is expelled. A daemon that
+expels it also deletes its row of `member`, without which it can commit nothing. So the row of `member` is the fence,
+and a transaction need not look at the rows of `owner`.
 """
 
 from collections.abc import Collection, Iterable

@@ -205,8 +205,8 @@ _PARTS = {
     "figures": (ADD_FIGURES,),
     "gates": (PUT_GATES,),
 }
-# Views by the parts they write; a batch takes the first that has all it needs. A statement takes 2 µs also where
-# there is nothing for it to write, so the usual batches have a view without the statements that they do not need.
+# The parts that each view's trigger writes. A batch uses the first view that has all the parts it needs. A statement
+# takes 2 µs even if it has nothing to write, so the usual batches have views whose triggers leave out other statements.
 _VIEWS = {
     "touches": ("touched",),
     "arrivals": ("touched", "sessions", "deliveries", "figures"),
@@ -274,7 +274,8 @@ class Written:
                 states = fetch(sql, STATES, operator, to_json(list(session_ids)))
                 active[operator] = {session_id for session_id, is_active in states if is_active}
                 ended[operator] = {session_id for session_id, is_active in states if not is_active}
-        except Exception as error:  # also MemoryError: the batch may be committed by now
+        # every error, also MemoryError, is caught, because the batch may be committed by now
+        except Exception as error:
             for place, _, _ in self.changes.touchings:
                 self.changes.answers[place] = StoreError(f"reading failed: {error}")
             return

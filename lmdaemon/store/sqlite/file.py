@@ -51,7 +51,7 @@ class Files:
 
     @property
     def in_use(self) -> bytes:
-        """The content of the lock file while they are open."""
+        """The content of the lock file while database and WAL are open."""
         return IN_USE + b" %d %d\n" % tuple(inode for _, inode in self._opened.values())
 
     @staticmethod
@@ -99,9 +99,8 @@ def lock_file(path: Path) -> int:
         what = "is a link" if error.errno == errno.ELOOP else cause(error, path)
         raise DatabaseError(f"{path}: cannot be opened: {what} ({name})") from error
     found = os.fstat(lock)
-    if (
-        not stat.S_ISREG(found.st_mode) or found.st_nlink != 1
-    ):  # the lock file is written to, so it must not be a link to another file
+    # The lock file is written to, so it must not be a link to another file
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         os.close(lock)
         raise DatabaseError(f"{path}: cannot be opened: must be a plain file with one name ({name})")
     try:
@@ -139,8 +138,9 @@ def mark(lock: int, content: bytes) -> None:
 def look_beside(path: Path, lock: int) -> None:
     """Raises DatabaseError if the WAL of another database is beside this one, or a restore has not finished.
 
-    SQLite would use that WAL: it would mix the two or, if the database is missing, delete the WAL, without an error.
-    Also logs an error when a daemon was killed and its WAL is missing, because the WAL had committed rows in it.
+    SQLite would use that WAL: without an error it would mix the content of both databases or, if this database is
+    missing, delete the WAL. Also logs an error when a daemon was killed and its WAL is missing, because the WAL had
+    committed rows in it.
     """
     left, wal = os.pread(lock, 100, 0), Path(f"{path}-wal")
     if left.startswith(RESTORING):

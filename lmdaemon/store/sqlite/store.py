@@ -72,7 +72,7 @@ class Store(Verbs):
     def __init__(self, clock: Clock, name: str, limits: StoreLimits) -> None:
         """Use `open` instead."""
         super().__init__(clock, name, limits)
-        self._expect_known = False  # whether the last batch was to add sessions that were known
+        self._expect_known = False  # whether the last batch was to add sessions that were known already
         self.db: Database[Batch]  # the parts that write and read the file
 
     @classmethod

@@ -75,6 +75,7 @@ class World(NamedTuple):
     touched_ms: Mapping[str, int] = MappingProxyType({})  # service time of the latest touch, by operator
     figures: Mapping[str, Figures] = MappingProxyType({})
     elsewhere: Callable[[str], bool] = lambda operator: False  # whether another daemon owns the operator
+    moves_waits: Callable[[str], bool] = lambda operator: True  # whether this daemon moves the operator's waits
 
 
 @dataclass(slots=True, kw_only=True)
@@ -630,9 +631,8 @@ class _Deliveries:
         moment. The engine moves the due times of deliveries in the same transaction.
         """
         for operator in self._world.gates:
-            if self._world.elsewhere(operator):  # the daemon that owns the operator moves its waits
-                continue
-            self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
+            if self._world.moves_waits(operator):  # of several daemons one, or they would be moved by each
+                self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
 
     def retry_dead(self, retries: Iterable[RetryDead]) -> None:
         sinks = self._looked_up.dead

@@ -266,11 +266,10 @@ PUT_GATES = _count(
         WHERE operator.version = excluded.version - 1""",
     rows="",
 )
-# When the wall clock was set back: moves stored waits back by as much, except those of operators that other daemons
-# own.
+# When the wall clock was set back: moves stored waits back by as much, those of some operators or of all others.
 SET_BACK = """
 UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
-WHERE state = 'pending' AND due_at > %s AND operator <> ALL (%s)"""
+WHERE state = 'pending' AND due_at > %s AND (operator = ANY (%s)) <> %s"""
 
 
 def to_json(value: Any) -> str:
@@ -379,6 +378,13 @@ class Place(NamedTuple):
     batch: int
 
 
+class Moved(NamedTuple):
+    """Some operators, or with `others` all but these."""
+
+    operators: list[str]
+    others: bool
+
+
 class Present(NamedTuple):
     """What the daemon has in memory when a batch begins: `versions` are the numbers of the last changes of the gates in
     `world`; the rest is about its operators and the other daemons.
@@ -391,7 +397,7 @@ class Present(NamedTuple):
     begun_s: float = 0.0  # when this was taken from memory (elapsed s)
     known_at: int = 0  # the latest time of the server (wall ms) that it knows of
     has_company: bool = False  # whether other daemons are there
-    elsewhere: Sequence[str] = ()  # operators of other daemons
+    moved: Moved = Moved([], others=True)  # whose waits are moved if the wall clock was set back
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched
 
 
@@ -533,7 +539,7 @@ class Batch:
         known = (present.known_at, present.next_due_ms)
         yield FENCE, (world.service_ms, world.wall_at, *known, me, place.batch, me)
         if world.set_back_ms:
-            yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at, list(present.elsewhere))
+            yield SET_BACK, (world.set_back_ms, world.wall_at, world.wall_at, *present.moved)
         if changes.touched:
             ids = [session_id for session_ids in changes.touched.values() for session_id in session_ids]
             operators = [operator for operator, session_ids in changes.touched.items() for _ in session_ids]

@@ -9,7 +9,7 @@ from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.store.contract import Operation, Sweep
 from lmdaemon.store.postgres import members
-from lmdaemon.store.postgres.batch import Batch, Place, Present
+from lmdaemon.store.postgres.batch import Batch, Moved, Place, Present
 from lmdaemon.store.postgres.foreign import Foreign
 from lmdaemon.store.postgres.membership import Membership
 from lmdaemon.store.postgres.owners import CLAIM, OWNERS, Owners
@@ -138,7 +138,7 @@ class Keeper:
 
     def _present(self, operations: Sequence[Operation[Any]]) -> Present:
         projection, company, owners = self._projection, self._membership.company, self._membership.owners
-        world = projection.world()._replace(elsewhere=owners.is_elsewhere)
+        world = projection.world()._replace(elsewhere=owners.is_elsewhere, moves_waits=self._membership.moves_waits)
         present = Present(
             world,
             self._foreign.versions,
@@ -152,7 +152,10 @@ class Keeper:
             present = present._replace(due=self._membership.deadlines.due(as_of_ms, world.wall_at))
         if company.others:
             tells = self._clock.monotonic() - self._told_touches >= TELL_TOUCHES_S
-            present = present._replace(has_company=True, tells_touches=tells, elsewhere=owners.elsewhere)
+            present = present._replace(has_company=True, tells_touches=tells)
+        if world.set_back_ms:
+            of_others = self._membership.is_first
+            present = present._replace(moved=Moved(owners.elsewhere if of_others else owners.mine, others=of_others))
         return present
 
     def committed(self, work: Batch) -> None:

@@ -59,7 +59,18 @@ class Membership:
         """Whether nobody can have expelled this daemon: its row has not stood still for long enough."""
         return self._clock.elapsed() - self.proven_s < SURE_S
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this daemon joined before all others that are there. It does what only one of them may do."""
+        return not any(member < self.owners.me for member in self.company.others)
+
     # -- operators
+
+    def moves_waits(self, operator: str) -> bool:
+        """Whether this daemon moves the operator's stored waits when the wall clock was set back: the owner does, and
+        the first daemon where nobody owns the operator.
+        """
+        return self.owners.has(operator) or (self.is_first and not self.owners.is_elsewhere(operator))
 
     @property
     def has_claimed(self) -> bool:

@@ -237,7 +237,4 @@ class Shared(Verbs):
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """As `Store.prune`. Of several daemons only the one that joined first prunes."""
-        membership = self.membership
-        if any(member < membership.owners.me for member in membership.company.others):
-            return Pruned(0, None)
-        return await super().prune(before_at, after)
+        return await super().prune(before_at, after) if self.membership.is_first else Pruned(0, None)

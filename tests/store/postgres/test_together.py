@@ -6,6 +6,7 @@ Each daemon has a clock that the test moves. A daemon whose clock is not moved i
 
 import asyncio
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -364,6 +365,33 @@ class TestWallTime:
         ((delivery,),) = await other.store.claimable([Claim(name, "http", [], 1)])
         assert delivery.due_at - other.store.clock.wall_ms() == 300_000
         assert other.store.clock.wall_ms() == server.wall_ms()
+
+    async def test_a_server_clock_that_is_set_back_moves_each_wait_once(self, together: Cluster) -> None:
+        """Also of an operator that nobody owns, because it has left the settings: not once by each daemon."""
+        server = together.set_up_server_clock()
+        one, other = await together.pair()
+        names = {"of the first": one_of(one), "of the other": one_of(other), "of nobody": sorted(one.mine)[1]}
+        due_at, until_at = server.wall_ms() + 7_200_000, server.wall_ms() + 10_000_000
+        for name in names.values():
+            await one.store.open_session(opening(operator=name))
+            await one.store.end(name, "s")
+            found = await one.store.session(name, "s")
+            assert found is not None
+            by = one if name in one.mine else other
+            await by.store.settle(Settlement(found[1][0], "pending", 7_200_000, 1, attempt(status=500)))
+            await one.store.set_gate(name, lambda gate: dataclasses.replace(gate, not_before_at=until_at))
+        for daemon in (one, other):
+            daemon.store.configure(OPERATORS - {names["of nobody"]}, lambda session: [])
+        await until(lambda: not (one.store.owns(names["of nobody"]) or other.store.owns(names["of nobody"])))
+        for daemon in (one, other):
+            await daemon.store.look()
+        server.step_wall(-3600)
+        for daemon in (one, other, one, other):
+            await daemon.store.probe()  # which learns of it with its first transaction, and moves waits with the next
+        rows = {row["operator"]: row["due_at"] for row in together.engine.rows("delivery")}
+        assert {what: rows[name] for what, name in names.items()} == dict.fromkeys(names, due_at - 3_600_000)
+        gates = {row["name"]: row["not_before_at"] for row in together.engine.rows("operator")}
+        assert {what: gates[name] for what, name in names.items()} == dict.fromkeys(names, until_at - 3_600_000)
 
     async def test_an_export_waits_for_the_daemon_that_is_furthest_behind(self, together: Cluster) -> None:
         """Ends that the slower daemon has dated may not be stored yet."""

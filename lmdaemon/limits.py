@@ -30,6 +30,15 @@ class StoreLimits(NamedTuple):
     wal_max: int = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
     idle_s: float = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
+    # The PostgreSQL database
+    # How long a transaction may take, and how long it may take besides to find out what became of it. The callers get
+    # their error when the next attempt has failed as well, which is within 10 s.
+    write_s: float = 2.5
+    # A daemon without a transaction for this long counts as gone, by the clock of the daemon that watches it. It is the
+    # same for all daemons on a database.
+    lease_s: float = 5.0
+    watch_s: float = 0.25  # between two looks at the other daemons' rows, at a start
+
     @property
     def large_wal(self) -> int:
         """Bytes; a larger WAL means that a long read transaction keeps it from starting over."""

@@ -22,7 +22,7 @@ from simulated import simulated_operator
 from support import until
 from witness import ANSWER_MS, OPERATOR, Witness, check, game_server, settled
 
-from lmdaemon.store.postgres.cluster import LEASE_S
+from lmdaemon.limits import LIMITS
 from lmdaemon.store.postgres.versions import MIGRATIONS
 
 NEWER = (sys.executable, str(Path(__file__).parent / "newer.py"))
@@ -126,7 +126,7 @@ def test_a_migration_that_is_killed_halfway_is_done_by_the_next(database: OwnSer
     config.write_text(f'[database]\nurl = "{database.url}"\n')
 
     def migrating(*command: str) -> "subprocess.Popen[str]":
-        more = f"CREATE TABLE of_the_next (x int); SELECT pg_sleep({LEASE_S / 2})"
+        more = f"CREATE TABLE of_the_next (x int); SELECT pg_sleep({LIMITS.store.lease_s / 2})"
         environment = os.environ | {"MORE": more}
         started = [*command, "--config", str(config), "migrate"]
         return subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, text=True)

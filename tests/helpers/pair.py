@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-import pytest
 from clocks import HandClock
 from engines import PostgresEngine
 from support import until
@@ -25,7 +24,6 @@ from lmdaemon.store.contract import (
     StoreObserver,
     Swept,
 )
-from lmdaemon.store.postgres import members
 from lmdaemon.store.postgres.store import Store
 
 FIRST_MEMBER = 2  # with members 2 and 3, each of the two daemons owns one of the tests' operators
@@ -41,13 +39,12 @@ class PairEngine(PostgresEngine):
     ) -> AsyncIterator[Any]:
         with self._connection() as sql:
             sql.execute(f"ALTER TABLE lmdaemon.member ALTER COLUMN id RESTART WITH {FIRST_MEMBER}")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(members, "WATCH_S", 0.01)
-            async with (
-                super().open(clock, count_downtime=count_downtime, limits=limits) as one,
-                super().open(clock, limits=limits) as other,
-            ):
-                yield Pair(clock, one, other)
+        limits = limits._replace(watch_s=0.01)
+        async with (
+            super().open(clock, count_downtime=count_downtime, limits=limits) as one,
+            super().open(clock, limits=limits) as other,
+        ):
+            yield Pair(clock, one, other)
 
     async def step_wall(self, clock: HandClock, store: Any, seconds: float) -> None:
         """Sets the server's clock and waits until both daemons have noticed."""

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import Literal
 
-Mode = Literal["pass", "cut requests", "cut answers", "swallow"]
+Mode = Literal["pass", "cut requests", "cut answers", "swallow", "swallow answers"]
 
 
 class Proxy:
@@ -15,7 +15,7 @@ class Proxy:
 
     `mode` chooses what happens to data that arrive from now on: they are passed on; the connection is cut before a
     request is passed on, or instead of its answer; or everything is swallowed without a word, new connections included,
-    as if the server's machine were gone.
+    as if the server's machine were gone; or, from the next answer on, everything is.
     """
 
     def __init__(self, server_port: int) -> None:
@@ -62,6 +62,8 @@ class Proxy:
             self.cuts += 1
             self.mode = "pass"
             return False
+        if self.mode == "swallow answers" and not from_client:
+            self.mode = "swallow"
         if self.delay_s:
             time.sleep(self.delay_s)
         if self.mode != "swallow":

@@ -14,7 +14,6 @@ A simulation in the tests checks these rules.
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-LEASE_S = 5.0  # a daemon without a transaction for this long counts as gone, by the clock of the daemon that watches it
 AHEAD_MS = 1500  # how far a daemon's clock may run ahead of the slowest
 
 
@@ -74,14 +73,15 @@ def hold_until_ms(members: Collection[Heard], grace_ms: int) -> int:
 
 
 class Watch:
-    """Finds daemons that are gone: their rows have not changed for LEASE_S by the clock of the daemon that watches, and
+    """Finds daemons that are gone: their rows have not changed for a lease by the clock of the daemon that watches, and
     it has looked at them often enough all that time.
     """
 
-    def __init__(self, gap_s: float = 1.0) -> None:
-        """If more than `gap_s` seconds lie between two looks, the watch begins anew: the database could not be reached,
-        or the watching daemon was stopped itself.
+    def __init__(self, lease_s: float, gap_s: float = 1.0) -> None:
+        """`lease_s` is the lease in seconds. If more than `gap_s` seconds lie between two looks, the watch begins anew:
+        the database could not be reached, or the watching daemon was stopped itself.
         """
+        self._lease_s = lease_s
         self._gap_s = gap_s
         # by daemon: the number of its last transaction, and since when that is the last one
         self._seen: dict[int, tuple[int, float]] = {}
@@ -105,4 +105,4 @@ class Watch:
             for member, batch in batches.items()
         }
         self._longest_s = max((now_s - since_s for _, since_s in self._seen.values()), default=0.0)
-        return {member for member, (_, since_s) in self._seen.items() if now_s - since_s >= LEASE_S}
+        return {member for member, (_, since_s) in self._seen.items() if now_s - since_s >= self._lease_s}

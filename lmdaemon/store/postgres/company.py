@@ -51,13 +51,15 @@ def seen(at: int, others: Any, hold_until_ms: int) -> Seen:
 class Company:
     """The other daemons, as of the latest look at them."""
 
-    def __init__(self, clock: ServiceClock) -> None:
+    def __init__(self, clock: ServiceClock, lease_s: float) -> None:
+        """Without a transaction for `lease_s`, another daemon counts as gone."""
         self._clock = clock
+        self._lease_s = lease_s
         self.others: dict[int, Other] = {}
         self.hold_until_ms = 0
         self.told_ms = 0  # how far this daemon has heard, by its last transaction
         self.known_at = 0  # when the others were last read, by the server's clock (wall ms)
-        self._watch = Watch(GAP_S)
+        self._watch = Watch(self._lease_s, GAP_S)
         self.gone: dict[int, int] = {}  # daemons to be expelled, each with the number of its last transaction
 
     def begin(self, at_least_ms: int, found: Seen) -> None:
@@ -78,7 +80,7 @@ class Company:
         before = self.others.keys()
         self.known_at, self.others, self.hold_until_ms = found.at, found.others, found.hold_until_ms
         if not watch:
-            self._watch = Watch(GAP_S)
+            self._watch = Watch(self._lease_s, GAP_S)
         batches = {member: one.batch for member, one in self.others.items()}
         self.gone = {member: batches[member] for member in self._watch.gone(batches, now_s)}
         # read before it follows the others: the time since its last reading has passed in their clocks, too

@@ -10,7 +10,6 @@ from lmdaemon.store.contract import Probe, StoreError
 from lmdaemon.store.postgres import tables
 from lmdaemon.store.postgres.asking import Asking
 from lmdaemon.store.postgres.batch import Batch
-from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.foreign import Foreign
 from lmdaemon.store.postgres.hints import Hints
 from lmdaemon.store.postgres.membership import Membership
@@ -186,7 +185,7 @@ class Looks:
             name = await self._reads.read(tables.expel, member, gone, batch, grace_ms)
             if name is not None:
                 self._projection.expulsions += 1
-                log.warning("daemon.expelled", name=name, silent_s=LEASE_S, grace_s=grace_ms / 1000)
+                log.warning("daemon.expelled", name=name, silent_s=self._membership.lease_s, grace_s=grace_ms / 1000)
             self._signals.look.set()
             self._signals.hint.set()
 

@@ -1,7 +1,7 @@
 """The daemons that use a database: joining, leaving, being expelled. A daemon is a row of the table `member`. Each of
 its transactions updates that row, and cannot commit without it.
 
-If a row does not change for LEASE_S while others watch it, as after a kill, one of them expels its daemon: it deletes
+If a row does not change for `lease_s` while others watch it, as after a kill, one of them expels its daemon: it deletes
 the row. If that daemon runs on after all, it can write nothing until it has joined again, with a new row.
 """
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import psycopg
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres import versions
 from lmdaemon.store.postgres.cluster import Watch
@@ -20,8 +21,6 @@ from lmdaemon.store.postgres.hints import send
 from lmdaemon.store.postgres.owners import FREE
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.version import __version__
-
-WATCH_S = 0.25  # between two looks at the other daemons' rows, at a start
 
 # Every daemon that uses the database, and its last transaction.
 MEMBERS = "SELECT id, name, batch FROM lmdaemon.member ORDER BY id"
@@ -159,14 +158,14 @@ def _importing(title: str) -> DatabaseError:
     return DatabaseError(f"{title}: an import has not finished; run `lmdaemon import` again")
 
 
-def make_room(sql: Connection, title: str) -> bool:
+def make_room(sql: Connection, title: str, limits: StoreLimits) -> bool:
     """At a start: waits until it is known whether any daemon of those in the table lives; if none does, deletes their
     rows. Returns whether one lives. Raises DatabaseError while an import has not finished.
     """
     if sql.execute(IS_IMPORTING).fetchone():
         raise _importing(title)
     while True:
-        gone, living = outlived(sql)
+        gone, living = outlived(sql, limits)
         if living is not None:
             return True
         if not gone:
@@ -177,20 +176,20 @@ def make_room(sql: Connection, title: str) -> bool:
                 drop(sql, member.id, member.batch)
 
 
-def refuse_old(sql: Connection, title: str) -> None:
+def refuse_old(sql: Connection, title: str, limits: StoreLimits) -> None:
     """Is called before a change of the schema that older programs cannot live with. Raises DatabaseError while a daemon
     uses the database.
     """
-    _, living = outlived(sql)
+    _, living = outlived(sql, limits)
     if living is not None:
         raise DatabaseError(f"{title}: is in use by an older lmdaemon ({living}); stop it first")
 
 
-def outlived(sql: Connection) -> tuple[list[Row], str | None]:
-    """Watches the rows of all daemons. If none changes for LEASE_S, returns the rows and None. As soon as one has
+def outlived(sql: Connection, limits: StoreLimits) -> tuple[list[Row], str | None]:
+    """Watches the rows of all daemons. If none changes for `lease_s`, returns the rows and None. As soon as one has
     changed, returns no rows and the name of its daemon.
     """
-    watch, first = Watch(), dict[int, Row]()
+    watch, first = Watch(limits.lease_s), dict[int, Row]()
     while now := {one.id: one for one in _members(sql)}:
         if now.keys() - first.keys():
             send(sql, "")  # a daemon that has nothing to do answers this hint with a transaction, which changes its row
@@ -199,7 +198,7 @@ def outlived(sql: Connection) -> tuple[list[Row], str | None]:
                 return [], member.name
         if watch.gone({one.id: one.batch for one in now.values()}, time.monotonic()) == now.keys():
             break
-        time.sleep(WATCH_S)
+        time.sleep(limits.watch_s)
     return list(now.values()), None
 
 

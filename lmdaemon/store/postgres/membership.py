@@ -5,7 +5,6 @@ of those ends. It does no I/O.
 from collections.abc import Sequence
 
 from lmdaemon.log import Log
-from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.company import Company, Seen
 from lmdaemon.store.postgres.deadlines import Deadlines
 from lmdaemon.store.postgres.members import Introduction
@@ -14,7 +13,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 
-SURE_S = LEASE_S - 0.5  # for this long after a transaction, no other daemon can take this one to be gone
+SURE_S = 0.5  # so long before the end of its lease, a daemon is still sure that no other can take it to be gone
 TOLD_MAX = 10  # most operators that a line of the log names
 
 log = Log("daemon")
@@ -24,12 +23,18 @@ class Membership:
     """What a daemon knows of the others, and of what it owns among them."""
 
     def __init__(
-        self, projection: Projection, clock: ServerClock, signals: Signals, introduction: Introduction
+        self,
+        projection: Projection,
+        clock: ServerClock,
+        signals: Signals,
+        introduction: Introduction,
+        lease_s: float,
     ) -> None:
+        self.lease_s = lease_s
         self._projection = projection
         self._clock = clock
         self._signals = signals
-        self.company = Company(projection.service_clock)
+        self.company = Company(projection.service_clock, lease_s)
         self.owners = Owners()
         self.deadlines = Deadlines()
         self.introduction = introduction
@@ -57,7 +62,7 @@ class Membership:
     @property
     def is_sure(self) -> bool:
         """Whether nobody can have expelled this daemon: its row has not stood still for long enough."""
-        return self._clock.elapsed() - self.proven_s < SURE_S
+        return self._clock.elapsed() - self.proven_s < self.lease_s - SURE_S
 
     @property
     def is_first(self) -> bool:

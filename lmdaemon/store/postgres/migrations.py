@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import psycopg
 
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.log import Log
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
@@ -59,7 +60,14 @@ def check_server(sql: Connection, title: str) -> None:
         raise DatabaseError(f"{title}: is read-only: a standby, or set so")
 
 
-def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS, *, allowed: bool = True) -> list[int]:
+def migrate(
+    sql: Connection,
+    title: str,
+    migrations: Sequence[str] = MIGRATIONS,
+    *,
+    allowed: bool = True,
+    limits: StoreLimits = LIMITS.store,
+) -> list[int]:
     """Brings the schema to the newest version, in one transaction. Returns the versions that were added. Raises
     DatabaseError before it changes anything, also where there is something to do and it is not `allowed`.
     """
@@ -68,7 +76,7 @@ def migrate(sql: Connection, title: str, migrations: Sequence[str] = MIGRATIONS,
         if current == len(migrations):
             return []
         if 0 < current < OLDEST:
-            refuse_old(sql, title)
+            refuse_old(sql, title, limits)
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, for database.migrate is false")

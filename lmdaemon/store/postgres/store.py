@@ -16,7 +16,6 @@ from lmdaemon.model import Delivery, Session
 from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Room
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, SESSION, delivery_of, to_json
-from lmdaemon.store.postgres.cluster import LEASE_S
 from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.migrations import check_server, migrate
 from lmdaemon.store.postgres.paces import PACES, Paces
@@ -27,7 +26,7 @@ from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.verbs import Died
 
 OPEN_S = 60.0  # the longest time that a step of opening may take, such as a migration
-JOIN_S = LEASE_S + 10.0  # the longest time to find out whether the daemons in the table live, which takes LEASE_S
+JOIN_S = 10.0  # the longest time to find out whether the daemons in the table live, besides their lease
 
 # One session by its key.
 SESSION_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = %s"
@@ -102,8 +101,9 @@ class Store(Shared):
         database = Database(url, password, name)
         thread, wall = Thread(database, prepares=False), ServerClock(clock)
         try:
-            version = await thread.run(_prepare, database.title, may_migrate, within_s=OPEN_S)
-            joins_others = await thread.run(members.make_room, database.title, within_s=JOIN_S)
+            version = await thread.run(_prepare, database.title, may_migrate, limits, within_s=OPEN_S)
+            within_s = limits.lease_s + JOIN_S
+            joins_others = await thread.run(members.make_room, database.title, limits, within_s=within_s)
             asked_s = wall.elapsed()
             found = await thread.run(read, 0, within_s=OPEN_S)
             wall.told(found.at, asked_s)
@@ -197,10 +197,10 @@ class Store(Shared):
         return await self._reads.look(pages.died, operator, dead, after, limit)
 
 
-def _prepare(sql: Connection, title: str, may_migrate: bool) -> str:
+def _prepare(sql: Connection, title: str, may_migrate: bool, limits: StoreLimits) -> str:
     """Checks the server and brings its schema to the newest version. Returns the server's version."""
     check_server(sql, title)
-    migrate(sql, title, allowed=may_migrate)
+    migrate(sql, title, allowed=may_migrate, limits=limits)
     return sql.info.parameter_status("server_version") or ""
 
 

@@ -19,10 +19,6 @@ from lmdaemon.store.postgres.keeper import Keeper
 from lmdaemon.store.postgres.tables import Found, read
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
-# How long a transaction may take, and how long it may take besides to find out what became of it. The callers get their
-# error when the next attempt has failed as well, which is within 10 s.
-WRITE_S = 2.5
-
 # The number of the daemon's last transaction. The row is updated, and not only read, so that this waits for a
 # transaction that is being committed. Where a standby has to confirm commits, it has then confirmed that one, too.
 LAST_BATCH = "UPDATE lmdaemon.member SET batch = batch WHERE id = %s RETURNING batch"
@@ -48,8 +44,10 @@ class Server:
     the keeper.
     """
 
-    def __init__(self, database: Database, thread: Thread, keeper: Keeper) -> None:
+    def __init__(self, database: Database, thread: Thread, keeper: Keeper, write_s: float) -> None:
+        """A transaction may take `write_s`, and twice that if its outcome has to be found out."""
         self._thread = thread
+        self._write_s = write_s
         self._place: Place | None = None  # None: this daemon has not joined, or was expelled
         self._keeper = keeper
         self._is_unsure = False  # whether it is unknown what became of the last transaction
@@ -145,7 +143,7 @@ class Server:
         fault.
         """
         try:
-            return await self._thread.run(function, *arguments, within_s=WRITE_S)
+            return await self._thread.run(function, *arguments, within_s=self._write_s)
         except asyncio.CancelledError:
             self._is_unsure = True  # the thread goes on, so it may be committed
             raise

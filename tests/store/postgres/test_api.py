@@ -10,7 +10,7 @@ import pytest
 from engines import PostgresEngine
 from support import Received, ScriptedOperator, Serving, operator_table, scripted_operator, serving, until
 
-from lmdaemon.store.postgres import members
+from lmdaemon.limits import Limits, StoreLimits
 
 PLAYER = {"playerId": "p", "token": "tok-3n"}
 NOTICE = {"providerId": "acme", "sessionId": "{s}", "externalPlayerId": "p", "token": "tok-3n"}
@@ -84,8 +84,8 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture
-async def pair(postgres_engine: PostgresEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    monkeypatch.setattr(members, "WATCH_S", 0.02)
+async def pair(postgres_engine: PostgresEngine, tmp_path: Path) -> AsyncIterator[Pair]:
+    limits = Limits(store=StoreLimits(watch_s=0.02))
     async with AsyncExitStack() as stack:
         operator = await stack.enter_async_context(scripted_operator())
         toml = f'[database]\nurl = "{postgres_engine.as_url}"\n'
@@ -93,7 +93,7 @@ async def pair(postgres_engine: PostgresEngine, tmp_path: Path, monkeypatch: pyt
         daemons = []
         for name in ("one", "two"):
             (tmp_path / name).mkdir()
-            daemons.append(await stack.enter_async_context(serving(tmp_path / name, toml)))
+            daemons.append(await stack.enter_async_context(serving(tmp_path / name, toml, limits=limits)))
 
         async def settled() -> bool:
             known = [len(await one.store.daemons()) for one in daemons]

@@ -17,7 +17,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from lmdaemon.store.postgres import cluster
+from lmdaemon.limits import LIMITS
 from lmdaemon.store.postgres.batch import STAMP
 from lmdaemon.store.postgres.cluster import (
     AHEAD_MS,
@@ -32,6 +32,7 @@ from lmdaemon.store.postgres.cluster import (
 from lmdaemon.store.postgres.company import NOW
 
 IDLE_MS, GRACE_MS, STEP_MS = 2500, 3000, 10
+LEASE_S = LIMITS.store.lease_s
 MUTANTS = ("no stamp rule", "own clock alone", "no fence")
 
 
@@ -71,7 +72,7 @@ class Daemon:
     stalled_until: int = 0
     joined_at: int = 0
     told_ms: int = 0
-    watch: Watch = field(default_factory=lambda: Watch(gap_s=1.5))
+    watch: Watch = field(default_factory=lambda: Watch(LEASE_S, gap_s=1.5))
 
 
 class Simulation:
@@ -213,7 +214,7 @@ class Simulation:
         """
         furthest = max(self.kept_ms, int(daemon.clock_ms), *(row.heard_ms for row in self.rows.values()))
         daemon.clock_ms, daemon.told_ms, daemon.member = furthest, furthest, self.join(furthest)
-        daemon.watch, daemon.known_at, daemon.read_at = Watch(gap_s=1.5), self.database_at, self.at
+        daemon.watch, daemon.known_at, daemon.read_at = Watch(LEASE_S, gap_s=1.5), self.database_at, self.at
         daemon.joined_at = self.at
         daemon.others = dict(self.rows)
         daemon.others.pop(daemon.member)
@@ -387,9 +388,9 @@ class TestRules:
         assert not may_end(7_000, 2_000, members, hold_until_ms(members, 1_000))
 
     def test_who_stands_still_is_gone_after_the_lease_if_somebody_looked(self) -> None:
-        watch = Watch()
+        watch = Watch(LEASE_S)
         for second in range(5):
             assert watch.gone({1: second, 2: 7}, second) == set()
-        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S) == {2}
+        assert watch.gone({1: 9, 2: 7}, LEASE_S) == {2}
         # The watcher itself was away, so it starts to watch anew
-        assert watch.gone({1: 9, 2: 7}, cluster.LEASE_S + 60) == set()
+        assert watch.gone({1: 9, 2: 7}, LEASE_S + 60) == set()

@@ -11,9 +11,11 @@ from engines import PostgresEngine
 from operations import BODY, attempt, counted, notice, one_delivery, opening
 from proxy import Mode, Proxy
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
-from lmdaemon.store.postgres import hints, looks, writer
+from lmdaemon.store.postgres import hints, looks
 
+IMPATIENT = StoreLimits(write_s=1.0)
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
 
 
@@ -23,12 +25,12 @@ async def nothing(*_: object) -> None:
 
 @pytest.fixture
 async def db(
-    proxied: tuple[PostgresEngine, Proxy], clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    proxied: tuple[PostgresEngine, Proxy], clock: HandClock, limits: StoreLimits, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
     """A store without beats, looks and hints, so that only the test's own transactions can be lost."""
     monkeypatch.setattr(looks.Looks, "run", nothing)
     monkeypatch.setattr(hints.Hints, "listen_for_ever", nothing)
-    async with proxied[0].open(clock) as opened:
+    async with proxied[0].open(clock, limits=limits) as opened:
         opened.configure(frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)])
         await opened.end_due(idle=True)  # takes the operator
         yield opened
@@ -91,13 +93,13 @@ class TestCut:
         assert await db.touch("acme", ["a", "over", "none"]) == (1, ["none"], ["over"])
 
 
+@pytest.mark.parametrize("limits", [IMPATIENT])
 async def test_everything_swallowed_is_refused_in_time_and_resumes_by_itself(
-    db: Store, proxy: Proxy, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    db: Store, proxy: Proxy, clock: HandClock
 ) -> None:
     """There is neither an answer nor a reset, as with a broken middlebox. The service clock stands still in the
     meantime.
     """
-    monkeypatch.setattr(writer, "WRITE_S", 0.2)
     await db.open_session(opening())
     proxy.mode = "swallow"
     with pytest.raises(StoreError, match="no answer within"):
@@ -112,25 +114,16 @@ async def test_everything_swallowed_is_refused_in_time_and_resumes_by_itself(
     assert await db.touch("acme", ["s"]) == (1, [], [])
 
 
+@pytest.mark.parametrize("limits", [IMPATIENT])
 async def test_what_was_committed_behind_a_refusal_is_known_afterwards(
-    db: Store, proxy: Proxy, postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch
+    db: Store, proxy: Proxy, postgres_engine: PostgresEngine
 ) -> None:
     """The commit's answer is lost, and so is the question whether it was stored. So the caller is refused. Later the
     store reads the tables again.
     """
-    monkeypatch.setattr(writer, "WRITE_S", 0.2)
-
-    def lose_all(self: Proxy, source: object, target: object, *, from_client: bool) -> bool:
-        if from_client:
-            return passed_on(self, source, target, from_client=from_client)
-        self.mode = "swallow"
-        return True
-
-    passed_on = Proxy._pass_on
-    with monkeypatch.context() as patch:
-        patch.setattr(Proxy, "_pass_on", lose_all)
-        with pytest.raises(StoreError):
-            await db.open_session(opening())
+    proxy.mode = "swallow answers"
+    with pytest.raises(StoreError):
+        await db.open_session(opening())
     proxy.mode = "pass"
     assert counts(postgres_engine)[0] == 1
     async with asyncio.timeout(20):

@@ -18,8 +18,9 @@ from processes import wait_for
 from proxy import Proxy
 from support import ScriptedOperator, operator_table, scripted_operator, serving, until
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import DatabaseError, Store, StoreError
-from lmdaemon.store.postgres import cluster, members
+from lmdaemon.store.postgres import members
 from lmdaemon.store.postgres.migrations import UnsafeSettingError, migrate
 from lmdaemon.store.postgres.store import Store as PostgresStore
 from lmdaemon.store.postgres.strains import OLD_S, Strains, unsafe_settings
@@ -103,12 +104,10 @@ def test_two_who_set_up_a_database_at_once_set_it_up_once(postgres_engine: Postg
 class TestOneDaemon:
     """Programs that use the database one after the other."""
 
-    @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(members, "WATCH_S", 0.02)
+    SOON = StoreLimits(watch_s=0.02)
 
     async def test_a_program_that_knows_nothing_of_others_keeps_the_schema_as_it_is(
-        self, postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+        self, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         execute(postgres_engine, "DROP SCHEMA lmdaemon CASCADE")
         with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
@@ -119,11 +118,11 @@ class TestOneDaemon:
         )
         moving = asyncio.create_task(self.move(postgres_engine))
         with pytest.raises(DatabaseError, match=r"is in use by an older lmdaemon \(old:1-a\)"):
-            await PostgresStore.open(postgres_engine.url, clock, name=own_name())
+            await PostgresStore.open(postgres_engine.url, clock, name=own_name(), limits=self.SOON)
         moving.cancel()
         assert execute(postgres_engine, "SELECT current FROM lmdaemon.version") == [(4,)]
-        monkeypatch.setattr(cluster, "LEASE_S", 0.1)  # the other program counts as gone after this time
-        async with postgres_engine.open(clock):
+        soon_gone = self.SOON._replace(lease_s=0.1)  # the other program counts as gone after this time
+        async with postgres_engine.open(clock, limits=soon_gone):
             assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
 
     async def move(self, engine: PostgresEngine) -> None:
@@ -133,8 +132,8 @@ class TestOneDaemon:
 
     async def test_one_that_has_left_leaves_no_wait(self, postgres_engine: PostgresEngine, clock: HandClock) -> None:
         for _ in range(3):
-            async with asyncio.timeout(cluster.LEASE_S):
-                async with postgres_engine.open(clock):
+            async with asyncio.timeout(self.SOON.lease_s):
+                async with postgres_engine.open(clock, limits=self.SOON):
                     assert len(execute(postgres_engine, "SELECT name FROM lmdaemon.member")) == 1
         assert execute(postgres_engine, "SELECT name FROM lmdaemon.member") == []
 

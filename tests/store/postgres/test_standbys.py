@@ -13,8 +13,8 @@ from operations import opening
 from postgres import OwnServer, own_server
 from support import until
 
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import Opened, Store, StoreError
-from lmdaemon.store.postgres import writer
 
 # Ends the waiting of all commits that wait for a standby.
 WAITING = """
@@ -29,12 +29,11 @@ def server() -> Iterator[OwnServer]:
 
 @pytest.mark.parametrize("what", ["pg_cancel_backend", "pg_terminate_backend"])
 async def test_a_commit_whose_wait_for_a_standby_was_ended_is_not_acknowledged(
-    server: OwnServer, clock: HandClock, monkeypatch: pytest.MonkeyPatch, what: str
+    server: OwnServer, clock: HandClock, what: str
 ) -> None:
     """The server has committed the transaction by itself and says so, but a failover would lose it. The outcome is
     found out once a standby is there.
     """
-    monkeypatch.setattr(writer, "WRITE_S", 2.0)
 
     def standbys(names: str) -> None:
         sql.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")  # type: ignore[arg-type]
@@ -44,7 +43,7 @@ async def test_a_commit_whose_wait_for_a_standby_was_ended_is_not_acknowledged(
         psycopg.connect(server.url, autocommit=True, options="-c synchronous_commit=local") as sql,
         closing(PostgresEngine(server.url)) as engine,
     ):
-        async with engine.open(clock) as db:
+        async with engine.open(clock, limits=StoreLimits(write_s=2.0)) as db:
             standbys("one_that_is_away")
             name, opened = await one_that_hangs(db, what)
             assert await until(lambda: sql.execute(WAITING.format(what=what)).fetchall())  # type: ignore[arg-type]

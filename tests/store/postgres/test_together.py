@@ -21,8 +21,8 @@ from operations import BODY, attempt, counted, notice, opening
 from support import until
 
 from lmdaemon import retry
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store.contract import Claim, Dead, Figures, NewDelivery, Settlement, StoreError, StoreObserver
-from lmdaemon.store.postgres import cluster, members
 from lmdaemon.store.postgres.store import Store
 
 OPERATORS = frozenset(f"o{number}" for number in range(8))
@@ -87,10 +87,10 @@ class Cluster:
         self.server: HandClock | None = None  # the server's clock, if the test moves it
         self.daemons: list[Daemon] = []
 
-    async def start(self, operators: frozenset[str] = OPERATORS) -> Daemon:
+    async def start(self, operators: frozenset[str] = OPERATORS, limits: StoreLimits = LIMITS.store) -> Daemon:
         clock = HandClock()
         clock.mono += 17 * len(self.daemons)  # the clocks of two machines differ
-        store = await Store.open(self.engine.url, clock, name=own_name(), paces=SOON)
+        store = await Store.open(self.engine.url, clock, name=own_name(), paces=SOON, limits=limits)
         store.configure(operators, lambda session: [NewDelivery("http", BODY)], daemon_grace_ms=GRACE_MS)
         daemon = Daemon(store, clock)
         self._stack.push_async_callback(daemon.leave)
@@ -417,7 +417,7 @@ class TestPutOut:
     """A daemon whose row stands still for 5 s is expelled. It joins again by itself."""
 
     async def watch(self, watcher: Daemon, together: Cluster) -> None:
-        for _ in range(round(cluster.LEASE_S / 0.25) + 2):
+        for _ in range(round(LIMITS.store.lease_s / 0.25) + 2):
             await together.pass_time(0.25)
             await watcher.store.look()
 
@@ -491,7 +491,7 @@ class TestPutOut:
         await one.stop()
         one.running = asyncio.create_task(one.store._writer.run())
         await one.store.probe()
-        one.clock.advance(cluster.LEASE_S - 0.6)
+        one.clock.advance(LIMITS.store.lease_s - 0.6)
         assert one.store.is_sure
         one.clock.advance(0.2)
         assert not one.store.is_sure
@@ -501,7 +501,7 @@ class TestPutOut:
         await other.store.open_session(opening(operator="o0"))
         await self.watch(other, together)
         await until(lambda: other.mine == OPERATORS)
-        one.clock.advance(cluster.LEASE_S)
+        one.clock.advance(LIMITS.store.lease_s)
         assert one.mine
         assert not one.store.is_sure
         one.running = asyncio.create_task(one.store._writer.run())
@@ -559,7 +559,7 @@ class TestPutOut:
         with together.engine.outage():
             await until(lambda: one.store.failure and other.store.failure, within_s=20)
             await other.stop()  # its next try to write comes later than the first daemon's
-            for _ in range(round(cluster.LEASE_S / 0.5) + 2):
+            for _ in range(round(LIMITS.store.lease_s / 0.5) + 2):
                 one.clock.advance(0.5)
                 with contextlib.suppress(StoreError):
                     await one.store.look()
@@ -569,16 +569,14 @@ class TestPutOut:
         assert one.store.expulsions == 0
         assert len(await one.store.daemons()) == 2
 
-    async def test_all_of_them_gone_is_as_a_restart(self, together: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_all_of_them_gone_is_as_a_restart(self, together: Cluster) -> None:
         one, other = await together.pair()
         await one.store.open_session(opening(operator="o0"))
         await together.pass_time(2)
         await one.store.probe()
         for daemon in (one, other):
             await daemon.stop()
-        monkeypatch.setattr(cluster, "LEASE_S", 0.3)
-        monkeypatch.setattr(members, "WATCH_S", 0.05)
-        last = await together.start()
+        last = await together.start(limits=StoreLimits(lease_s=0.3, watch_s=0.05))
         assert not last.store.joined_others
         assert last.mine == OPERATORS
         assert last.store.hold_until_ms <= last.store.service_clock.now_ms()  # no pause besides the restart grace
@@ -693,10 +691,7 @@ class TestAtTheSameTime:
 class TestStarts:
     """At a start: which daemons are there already, and whether a restart grace is needed."""
 
-    @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cluster, "LEASE_S", 1.0)
-        monkeypatch.setattr(members, "WATCH_S", 0.02)
+    LIMITS = StoreLimits(lease_s=1.0, watch_s=0.02)
 
     async def crashed(self, together: Cluster, *names: str) -> None:
         """Adds rows of daemons that were killed. These rows stand still."""
@@ -723,13 +718,15 @@ class TestStarts:
             await store.close()
 
     async def open(self, together: Cluster, **options: Any) -> Store:
-        return await Store.open(together.engine.url, HandClock(), name=own_name(), restart_grace_ms=60_000, **options)
+        return await Store.open(
+            together.engine.url, HandClock(), name=own_name(), restart_grace_ms=60_000, limits=self.LIMITS, **options
+        )
 
     async def test_one_that_joins_while_others_wait_is_not_taken_for_gone(self, together: Cluster) -> None:
         """It has nothing to do. So it makes no transaction for longer than the others watch the rows of the last
         run.
         """
-        first = await Store.open(together.engine.url, HandClock(), name=own_name())
+        first = await Store.open(together.engine.url, HandClock(), name=own_name(), limits=self.LIMITS)
         await self.crashed(together, "x")
         second = asyncio.create_task(self.open(together))
         await until(lambda: connections(together.engine) > 1)
@@ -745,7 +742,7 @@ class TestStarts:
 
     async def test_one_that_joins_when_the_others_have_just_left_gives_the_grace(self, together: Cluster) -> None:
         """Between the end of the others and its joining, no daemon could hear touches."""
-        one = await together.start()
+        one = await together.start(limits=self.LIMITS)
         await one.store.open_session(opening(operator="o0"))
         await together.pass_time(2)
         store = await self.open(together)
@@ -762,7 +759,7 @@ class TestStarts:
         stopped = await self.open(together)
         running = asyncio.create_task(stopped.run())
         await stopped.probe()
-        other = await together.start()
+        other = await together.start(limits=self.LIMITS)
         await other.store.open_session(opening(operator="o0"))
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -787,7 +784,7 @@ class TestStarts:
         is added.
         """
         server = together.set_up_server_clock()
-        last = await together.start()
+        last = await together.start(limits=self.LIMITS)
         await last.store.open_session(opening(idle_ms=10**9))
         await together.pass_time(2)
         kept_ms = last.store.service_clock.now_ms()
@@ -810,7 +807,7 @@ class TestStarts:
         """Three daemons are restarted in turn. Each leaves in good order and comes back, and the daemons that run own
         all operators throughout.
         """
-        daemons = [await together.start() for _ in range(3)]
+        daemons = [await together.start(limits=self.LIMITS) for _ in range(3)]
         await until(lambda: shared_out(daemons))
         await daemons[0].store.open_session(opening(operator="o0"))
         await together.pass_time(2)
@@ -819,7 +816,7 @@ class TestStarts:
             await left.leave()
             together.daemons.remove(left)
             await together.pass_time(1)
-            daemons.append(await together.start())
+            daemons.append(await together.start(limits=self.LIMITS))
             assert daemons[-1].store.joined_others
             await until(lambda: shared_out(daemons))
         assert [daemon.store.hold_until_ms for daemon in daemons] == [0, 0, 0]

@@ -514,7 +514,7 @@ def encode(
     if "hash" in dialect.fields and hash_key is not None:
         for name, value in fields.items():
             if breaks_hash(value or ""):
-                text = f"dialect {dialect.name} hashes {name!r}, which must have no & and no = then"
+                text = f"dialect {dialect.name} hashes {name!r}, so it must have no & and no ="
                 raise CannotEncode("ambiguous_hash", text)
         name = dialect.fields["hash"]
         fields[name] = hash_of(fields.items(), name, hash_key)

@@ -49,7 +49,7 @@ def because(gate: Gate, now_at: int) -> str | None:
         since = _time(gate.opened_at or gate.failing_since_at)
         return f"breaker {state} since {since}: {mismatch(gate) or failed}"
     if gate.not_before_at > now_at:
-        return f"it asked at {_time(gate.paused_at)} not to be sent to before {_time(gate.not_before_at)}"
+        return f"a Retry-After of {_time(gate.paused_at)} asks for no attempt before {_time(gate.not_before_at)}"
     return None
 
 

@@ -143,7 +143,7 @@ class Metrics:
         self._touches = counter("touches_total", "Sessions touched.", "operator")
         self._ends = counter("sessions_ended_total", "Sessions ended.", "operator", "reason")
         self._notices = counter(
-            "notices_total", "Notices answered by code; no operator where none was told.", "operator", "dialect", "code"
+            "notices_total", "Notices answered, by code; no operator if none was named.", "operator", "dialect", "code"
         )
         self._not_taken = counter(
             "notices_not_taken_total", "Requests to the endpoint that never became a notice.", "status", bounded=0

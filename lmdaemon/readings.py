@@ -135,9 +135,9 @@ class Readings:
             for name, site in self._sites.items()
             for limit, count in site.turned_away.copy().items()
         }
-        yield by_label("loop_late_seconds", "Time since the loop should have come round.", "loop", self._health.late_s)
-        yield by_label("service_clock_frozen", "1 while no idleness passes, for this reason.", "reason", frozen)
-        yield plain("stalled_seconds_total", "Time in stalls, which counts as no idleness.", self._sweeper.lost_s)
+        yield by_label("loop_late_seconds", "Time since the loop should have run.", "loop", self._health.late_s)
+        yield by_label("service_clock_frozen", "1 while the clock stands still for this reason.", "reason", frozen)
+        yield plain("stalled_seconds_total", "Time in stalls, not counted as service time.", self._sweeper.lost_s)
         yield plain(
             "expiry_hold_seconds",
             "For how long nothing ends for inactivity yet: the grace after a start, or a pause after a stall.",
@@ -155,7 +155,7 @@ class Readings:
         yield "lmdaemon_http_connections_refused_total", beyond, ("listener", "limit"), turned
         yield "lmdaemon_http_connections_cut_total", "Connections cut.", ("listener", "reason"), cut
         held = {"strangers": self._bounds.strangers.used, "known": self._bounds.known.used}
-        yield by_label("http_held_bytes", "Received and not answered, or answered and not taken.", "by", held)
+        yield by_label("http_held_bytes", "Bytes received and not answered, or answered and not taken.", "by", held)
         yield by_label("http_accepting", "0 while a listener cannot accept connections.", "listener", accepting)
 
     def _of_certificates(self) -> Iterator[Reading]:
@@ -177,7 +177,7 @@ class Readings:
             for reason, count in self._sites[name].handshakes_failed.copy().items()
         }
         labels = ("listener", "reason")
-        yield "lmdaemon_tls_handshakes_failed_total", "Connections on which no TLS came about.", labels, failed
+        yield "lmdaemon_tls_handshakes_failed_total", "Connections whose TLS handshake failed.", labels, failed
 
     def _of_daemons(self) -> Iterator[Reading]:
         """Readings of the daemons on the database, this one among them."""
@@ -187,7 +187,7 @@ class Readings:
         yield plain("daemons", "Daemons on the database.", len(members))
         expelled = "Silent daemons that this one has expelled."
         yield plain("daemons_expelled_total", expelled, self._store.expulsions)
-        yield plain("operators_owned", "Operators whose sessions this daemon ends and delivers.", owned)
+        yield plain("operators_owned", "Operators for which this daemon ends sessions and delivers.", owned)
         yield plain(
             "service_clock_behind_seconds",
             "How far its service clock is behind the furthest of all daemons; ends wait for the slowest.",
@@ -195,7 +195,7 @@ class Readings:
             behind_ms / 1000 if self._store.live else 0.0,
         )
         yield plain(
-            "daemons_disagree", "1 while other daemons have other settings.", float(bool(disagreement(members)))
+            "daemons_disagree", "1 while daemons differ in settings of operators.", float(bool(disagreement(members)))
         )
 
     def _of_the_store(self) -> Iterator[Reading]:
@@ -214,7 +214,7 @@ class Readings:
             yield plain("disk_free_bytes", "Free space on the database's file system.", outlook.room.free)
             yield plain("disk_size_bytes", "Used and free space on it together.", outlook.room.size)
             growth = outlook.growth or 0.0
-            yield plain("disk_growth_bytes_per_day", "Less free space a day, as of the last day; 0: unknown.", growth)
+            yield plain("disk_growth_bytes_per_day", "By how much free space shrinks a day; 0: unknown.", growth)
         yield by_label(
             "store_refused_operations_total",
             "Operations refused: the caller was told to retry.",

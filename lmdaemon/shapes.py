@@ -144,7 +144,7 @@ class Hold(Request):
                 min_length=1,
                 max_length=NOTE_MAX,
                 pattern=PLAIN,
-                description="For whoever finds it held.",
+                description="Shown to people who find the operator held.",
                 examples=["they move their database"],
             ),
         ]
@@ -253,7 +253,7 @@ class DeliveryQuery(PageQuery):
 
     operator: Annotated[Id, Meta(description="Only those of this operator, configured or not.")] | UnsetType = UNSET
     sink: (
-        Annotated[Sink, Meta(description="Only those for `http`, or a plug-in that is configured or has any.")]
+        Annotated[Sink, Meta(description="Only those for `http` or for this plug-in, configured or with deliveries.")]
         | UnsetType
     ) = UNSET
     state: Annotated[StateOfDelivery, Meta(description="Only those in this state.")] | UnsetType = UNSET
@@ -421,7 +421,7 @@ class DeliveryWithRequest(DeliveryWithHistory):
 
     request: Annotated[
         SentRequest | None,
-        Meta(description="Null where nothing is sent: for a plug-in, or without a URL or a fact that must be sent."),
+        Meta(description="Null if nothing is sent: for a plug-in, or without a URL or a value that must be sent."),
     ]
 
 
@@ -449,7 +449,7 @@ class FoundDead(Answer):
     """What a dry run has found: how many dead deliveries, and how many of them can be sent."""
 
     found: Count
-    can_be_sent: Annotated[Count, Meta(description="The others lack a fact that the dialect needs.")]
+    can_be_sent: Annotated[Count, Meta(description="The others lack a value that the dialect must send.")]
     oldest_settled_at: Annotated[Time | None, Meta(description="When the first of them died.")]
     reasons: Annotated[dict[str, Count], Meta(description="How many by `lastError`.")]
     seconds: Annotated[Seconds, Meta(description="How long it takes to send them, ten a second, once they are due.")]
@@ -581,8 +581,8 @@ class Daemon(Answer):
     since: Annotated[Time, Meta(description="When it was started.")]
     last_heard_at: Annotated[Time, Meta(description="When it was last known to be alive.")]
     service_lag_ms: Annotated[Count, Meta(description="By how much its service clock is behind the furthest.")]
-    operators: Annotated[list[OperatorName], Meta(description="Those whose sessions it ends and delivers.")]
-    self: Annotated[bool, Meta(description="Whether it is the one that was asked.")]
+    operators: Annotated[list[OperatorName], Meta(description="For which it ends sessions and delivers.")]
+    self: Annotated[bool, Meta(description="Whether it is the one that answers.")]
 
 
 class DaemonList(Answer):
@@ -774,7 +774,7 @@ class Problem(Answer):
     code: Annotated[
         str,
         Meta(
-            description="The last part of `type`: what to decide by. Each call says which it may answer with.",
+            description="The last part of `type`, by which programs decide. Each call lists its codes.",
             extra_json_schema={"pattern": "^[a-z]+(-[a-z]+)*$"},
             examples=["unknown-session"],
         ),
@@ -813,8 +813,8 @@ class DiskCheck(Check):
 
     freeBytes: NotRequired[Count]
     sizeBytes: NotRequired[Annotated[Count, Meta(description="Used and free together.")]]
-    growthBytesPerDay: NotRequired[Annotated[int | None, Meta(description="Less free space a day, of the last day.")]]
-    daysLeft: NotRequired[Annotated[float | None, Meta(description="Until it is used up, if that goes on.")]]
+    growthBytesPerDay: NotRequired[Annotated[int | None, Meta(description="By how much free space shrinks a day.")]]
+    daysLeft: NotRequired[Annotated[float | None, Meta(description="Until no space is free, at this rate.")]]
 
 
 class LoopCheck(Check):

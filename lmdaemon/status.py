@@ -37,7 +37,7 @@ class Status:
         while True:
             stuck = self._health.stuck
             if stuck and not before:
-                events.error("watchdog.withheld", stuck=",".join(stuck), note="systemd restarts us if that lasts")
+                events.error("watchdog.withheld", stuck=",".join(stuck), note="systemd restarts the daemon if it lasts")
             elif before and not stuck:
                 events.info("watchdog.resumed")
             before = stuck
@@ -50,7 +50,7 @@ class Status:
         pending, dead = sum(one.pending for one in figures), sum(one.dead for one in figures)
         said = [f"Stuck: {', '.join(stuck)}."] if stuck else ["Serving."]
         if self._store.failure:
-            said = [f"Refusing, for nothing can be stored: {self._store.failure}."]
+            said = [f"Refusing, because nothing can be stored: {self._store.failure}."]
         live, waiting = count(self._store.live, "session"), count(pending, "delivery", "deliveries")
         said.append(f"{live} live, {waiting} pending, {dead} dead.")
         if self._reload_error():

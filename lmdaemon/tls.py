@@ -246,7 +246,8 @@ def out_of_order(chain: Sequence[Certificate]) -> str | None:
     """A sentence for a chain in which a certificate is not followed by its issuer's (RFC 5246, section 7.4.2)."""
     for one, other in pairwise(chain):
         if one.issuer != other.subject:
-            return f"has {other.name} behind {one.name}, which it did not issue: not all will trust that"
+            order = f"has {other.name} after {one.name}, which {other.name} has not issued"
+            return f"{order}: some clients will not trust that"
     return None
 
 

@@ -56,7 +56,8 @@ class Pace:
             drained = f"drained in {_span((last.pending) / (gone - come))}"
         else:
             drained = f"never drained at this rate, concurrency {concurrency} is the limit"
-        return f"{come:.2g} a second come and {gone:.2g} go (p50 {p50_s:.2g} s), {last.pending} wait: {drained}"
+        rates = f"{come:.2g} deliveries a second are added and {gone:.2g} finished (p50 {p50_s:.2g} s)"
+        return f"{rates}, {last.pending} wait: {drained}"
 
 
 def _span(seconds: float) -> str:

@@ -15,25 +15,24 @@ def test_what_comes_faster_than_it_goes_is_never_drained() -> None:
     pace = Pace()
     for second in range(0, 61, 5):
         pace.note(float(second), 9.0, 100 + 8 * second, is_settled=True)
-    said = pace.said(60.0, 4)
-    assert (
-        said
-        == "8.2 a second come and 0.2 go (p50 9 s), 580 wait: never drained at this rate, concurrency 4 is the limit"
-    )
+    rates, outlook = pace.said(60.0, 4).split(": ")
+    assert rates == "8.2 deliveries a second are added and 0.2 finished (p50 9 s), 580 wait"
+    assert outlook == "never drained at this rate, concurrency 4 is the limit"
 
 
 def test_what_goes_faster_than_it_comes_is_drained_in_a_time() -> None:
     pace = Pace()
     for second in range(0, 61, 5):
         pace.note(float(second), 0.5, 900 - second, is_settled=True)
-    assert pace.said(60.0, 4) == "0 a second come and 0.2 go (p50 0.5 s), 840 wait: drained in 70 min"
+    rates = "0 deliveries a second are added and 0.2 finished (p50 0.5 s), 840 wait"
+    assert pace.said(60.0, 4) == f"{rates}: drained in 70 min"
 
 
 def test_failures_leave_what_waits_where_it_is() -> None:
     pace = Pace()
     for second in range(0, 61, 5):
         pace.note(float(second), 1.0, 10, is_settled=False)
-    assert "0 a second come and 0 go" in pace.said(60.0, 4)
+    assert "0 deliveries a second are added and 0 finished" in pace.said(60.0, 4)
 
 
 def test_a_lane_is_behind_from_half_a_minute_until_nothing_waits() -> None:

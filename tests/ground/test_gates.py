@@ -49,7 +49,7 @@ PAUSED = after(Gate(), Outcome("retry", "status_503", 503, retry_after_s=3600.0)
         ),
         (
             PAUSED,
-            "it asked at 2026-09-21T14:13:20Z not to be sent to before 2026-09-21T15:13:20Z",
+            "a Retry-After of 2026-09-21T14:13:20Z asks for no attempt before 2026-09-21T15:13:20Z",
             "sent again at 2026-09-21T15:13:20Z; the first notice dies at 2026-09-22T14:13:20Z",
         ),
     ],

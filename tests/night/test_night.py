@@ -51,7 +51,7 @@ SAID: dict[str, list[str]] = {
     ],
     "slow": [
         r"elm \(http\) falls behind: the first has waited for a slot for [\d.]+ (s|min), ",
-        r"0 a second come and \d(\.\d)? go \(p50 0\.\d+ s\), \d+ wait: drained in \d+ s\n",
+        r"0 deliveries a second are added and \d(\.\d)? finished \(p50 0\.\d+ s\), \d+ wait: drained in \d+ s\n",
         "by hand: raise the concurrency",
         "operators.elm.concurrency = 1\n",
     ],

@@ -453,7 +453,7 @@ class Batch:
             else:
                 self.changes = decided
                 return decided.answers
-        raise psycopg.errors.SerializationFailure("somebody else keeps changing the same rows")
+        raise psycopg.errors.SerializationFailure("other daemons or programs keep changing the same rows")
 
     @property
     def begun_s(self) -> float:

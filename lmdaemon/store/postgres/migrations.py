@@ -57,7 +57,7 @@ def check_server(sql: Connection, title: str) -> None:
     if synchronous_commit in UNSAFE:
         raise UnsafeSettingError(f"its {unsafe_commit(synchronous_commit)}")
     if read_only:
-        raise DatabaseError(f"{title}: is read-only: a standby, or set so")
+        raise DatabaseError(f"{title}: is read-only: it is a standby, or default_transaction_read_only is on")
 
 
 def migrate(
@@ -79,7 +79,7 @@ def migrate(
             refuse_old(sql, title, limits)
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
-            raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, for database.migrate is false")
+            raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, because database.migrate is false")
         current = _upgrade_when_free(sql, title, migrations)
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error

@@ -85,4 +85,4 @@ class Strains:
         if oldest is None or now_s - since_s < OLD_S:
             return None
         held = f"{oldest.holder}, for {(now_s - since_s) / 60:.0f} min"
-        return f"an old snapshot keeps vacuum back, and the tables grow: {held}"
+        return f"an old snapshot keeps vacuum from removing dead rows, and the tables grow: {held}"

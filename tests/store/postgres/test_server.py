@@ -252,7 +252,7 @@ def test_a_snapshot_that_is_held_for_long_is_warned_of(postgres_engine: Postgres
             assert strains.look(sql, OLD_S - 1) is None
             told = strains.look(sql, OLD_S)
             assert told is not None
-            assert "an old snapshot keeps vacuum back, and the tables grow" in told
+            assert "an old snapshot keeps vacuum from removing dead rows, and the tables grow" in told
             assert f"report, process {holder.info.backend_pid}, for 5 min" in told
         assert strains.look(sql, OLD_S + 1) is None
 

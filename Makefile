@@ -1,46 +1,48 @@
-# make run     serve with the shipped config.toml       make test   run the tests; PYTHON=python3.13 takes another one,
-#              WORKERS=1 so many at a time (twice as many as cores, for many wait); DEEP=1 tries each property with four
-#              times as many examples, as CI does once
-# make test-newest   the same tests with the newest version of everything, where make uses those of constraints.txt;
-#              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints writes that file anew
-# make check   what CI runs: ruff, mypy --strict, tests, the documents as a site, generated clients, the fault suite in its
-#              short form, and the service on a systemd
-# make docs    the documents as a site, in build/docs/site; fails where a link leads nowhere (docs-test: and tries that)
-# make clients generates clients from the OpenAPI document and uses them; its tools come from PyPI and npm
+# make run     serve with the shipped config.toml
+# make test    run the tests. PYTHON=python3.13 chooses the Python, WORKERS=1 the number of tests at a time (default:
+#              twice the number of cores, because many tests wait); DEEP=1 tries each property with four times as many
+#              examples, as CI does once
+# make test-newest   the same tests with the newest version of each library, instead of those in constraints.txt;
+#              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints: renew constraints.txt
+# make check   what CI runs: ruff, mypy --strict, tests, the documents' site, generated clients, the short form of the
+#              fault suite, and the service on a systemd
+# make docs    the documents as a site, in build/docs/site; fails if a link leads nowhere. docs-test: test that it does
+# make clients generate clients from the OpenAPI document and use them; the generators come from PyPI and npm
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
-# make service-test   the service on a real systemd, of Debian 12 and of 13; SUITE=trixie takes one of them. It needs root,
-#              debootstrap, systemd-container, and says so where they are missing
-# make fuzz    the parsers, guided by coverage, for SECONDS=60
-# make bench   what it costs, beside floors and peers (docs/performance.md); ONLY=touch,bulk for some figures,
-#              AGAINST=DIR for another checkout in the floors' place; bench-quick: small and short; bench-growth: as the
-#              tables grow
-# make demo    a daemon, an operator that goes down and comes back, and 200 players, on this machine
-# make night SITUATION=slow   plays a situation of a night on call and hands over a shell (docs/operating.md, "The night's
-#              questions"); without one, lists them
-# make manual  write docs/check.md anew from the checks; make screenshots: the pictures of docs/console.md
-# make clean   remove what these made
-# make install, make uninstall   the service, for systemd, below PREFIX=/opt/lmdaemon; DESTDIR=, BINDIR=, PYTHON=, EXTRAS=
+# make service-test   the service on a real systemd, of Debian 12 and of 13; SUITE=trixie chooses one. Needs root,
+#              debootstrap and systemd-container; without them the tests are skipped with the reason
+# make fuzz    coverage-guided fuzzing of the parsers, for SECONDS=60
+# make bench   what lmdaemon costs, compared with floors and peers (docs/performance.md). ONLY=touch,bulk: some figures;
+#              AGAINST=DIR: compare with another checkout instead of the floors. bench-quick: few and short
+#              measurements; bench-growth: costs as the tables grow
+# make demo    a daemon, an operator that goes down and comes back, and 200 made-up players, on this machine
+# make night SITUATION=slow   play a situation of a night on call and open a shell in it (docs/operating.md, "The
+#              night's questions"). Without SITUATION: list them
+# make manual  renew docs/check.md from the checks; make runbook: the console's runbook from docs/operating.md;
+#              make screenshots: the pictures of docs/console.md
+# make clean   remove what these commands made
+# make install, make uninstall   the service for systemd, in PREFIX=/opt/lmdaemon; also DESTDIR, BINDIR, PYTHON, EXTRAS
 # make deb     the same as a Debian package, in dist/
 
 PYTHON ?= python3
-# Each Python that is named has an environment of its own, so that none runs what was installed for another.
+# Each PYTHON that is named gets a virtual environment of its own, because packages are installed for one Python.
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 BIN := $(VENV)/bin
 BENCH_VENV := build/bench/venv$(VENV:.venv%=%)
 NEWEST_VENV := build/newest/venv$(VENV:.venv%=%)
-# What was tested, so that a version of tomorrow changes nothing here; `make test-newest` is about that one.
+# Installs the versions with which everything was tested, so that a new release of a library changes nothing here.
 PIP = python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DOCS_VENV := build/docs/venv$(VENV:.venv%=%)
 PREFIX ?= /opt/lmdaemon
 BINDIR ?= /usr/local/bin
-# A service needs an interpreter that its user can read; the first on root's own path may be root's own.
+# The service's user must be able to read the Python. The first Python on root's path may be readable for root alone.
 SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
-# Tests side by side, their files in memory where there is room: syncing them to a disk takes longer than all the rest.
-# What a disk does to the daemon is the fault suite's matter, on a real one.
+# Tests run side by side. Their files are in memory if that is large enough, because syncing them to a disk takes longer
+# than everything else. How the daemon copes with disks is tested by the fault suite, on a real disk.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 2)
 PARALLEL = --numprocesses=$(WORKERS)
-# Bytecode is kept, or each worker would compile every test anew, and each daemon itself.
+# Bytecode is kept. Otherwise each worker would compile every test again, and each daemon its own modules.
 unexport PYTHONDONTWRITEBYTECODE
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
@@ -66,7 +68,7 @@ docs: $(DOCS_VENV)/.ready
 docs-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m site tests/project/test_site.py $(ARGS)
 
-# Made anew each time; what is newer than constraints.txt is shown before the tests run.
+# The environment is made anew each time. Versions that differ from constraints.txt are shown before the tests run.
 test-newest:
 	rm -rf $(NEWEST_VENV)
 	$(PYTHON) -m venv $(NEWEST_VENV)
@@ -74,18 +76,18 @@ test-newest:
 	-$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | diff --suppress-common-lines constraints.txt - | grep '^>'
 	$(IN_MEMORY) NEWEST=1 $(NEWEST_VENV)/bin/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
 
-# The runbook that the console shows, after a change to docs/operating.md.
+# Renews the runbook that the console shows, after a change of docs/operating.md.
 runbook:
 	$(PYTHON) tests/helpers/runbook.py
 
-# The pictures of docs/console.md, in a browser (chromium): the same pages that the tests look at.
+# Makes the pictures of docs/console.md in a browser (chromium), from the pages that the tests use.
 SHOWN = overview operator delivery-dark dialog operator-400
 screenshots: $(VENV)/.test
 	rm -rf build/pictures && mkdir -p build/pictures docs/console
 	PICTURES=$(CURDIR)/build/pictures $(BIN)/python -m pytest -q tests/web/test_console_pictures.py -k never_seen
 	for name in $(SHOWN); do cp build/pictures/$$name.png docs/console/; done
 
-# constraints.txt of today, to be committed when everything was tested with it.
+# Renews constraints.txt with today's versions. Commit it once everything was tested with them.
 constraints:
 	rm -rf build/constraints
 	$(PYTHON) -m venv build/constraints
@@ -100,7 +102,7 @@ clients: $(VENV)/.test
 faults: $(VENV)/.test
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/daemon/test_promises.py tests/web/test_doors.py $(ARGS)
 
-# Two at a time: most of them wait. `faults` runs alone, for its figures.
+# Two tests at a time, because most of them wait. `make faults` runs one at a time, because it measures.
 faults-short: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=2 tests/faults $(ARGS)
 
@@ -147,7 +149,8 @@ deb:
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# A stamp file each, so that a second `make run` starts at once and a changed pyproject.toml installs again.
+# A stamp file marks each finished installation. So a second `make run` starts at once, and after a change of
+# pyproject.toml everything is installed again.
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmdaemon needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -164,13 +167,13 @@ $(DOCS_VENV)/.ready: pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
-# Of its own, so that what is only measured is in nobody's way.
+# The benchmarks' environment, apart from the others because its packages are only there to be measured.
 $(BENCH_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/$(PIP) --editable '.[fast,bench]'
 	touch $@
 
-# Redis and webdis, of Debian, where they can be had; RUNLEVEL keeps them from being started as services.
+# Debian's Redis and webdis, if they can be installed. RUNLEVEL keeps them from being started as services.
 build/bench/.peers:
 	mkdir -p build/bench
 	-test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || command -v webdis >/dev/null || { apt-get update -qq && \

@@ -1,13 +1,13 @@
 #!/bin/sh
-# install.sh install | uninstall: what `make install` and `make uninstall` do. The package of `make deb` is made of the
-# same tree, so that nothing about the layout stands twice.
+# install.sh install | uninstall: what `make install` and `make uninstall` do. `make deb` makes its package from the
+# tree that this script installs, so that the layout is described only here.
 #
-# From the environment: PREFIX, a directory of its own for the virtual environment; DESTDIR, where the tree is put
-# instead of /: then nothing outside it is touched, and no user made; BINDIR, where the command is linked; PYTHON;
-# EXTRAS, such as "fast"; SOURCE_DATE_EPOCH, the time of every file.
+# From the environment: PREFIX, a directory for the virtual environment alone; DESTDIR, a directory that is used instead
+# of / (then nothing outside it is changed, and no user is made); BINDIR, the directory for a link to the command;
+# PYTHON; EXTRAS, such as "fast"; SOURCE_DATE_EPOCH, the time that every file gets.
 #
-# Every file put down is listed in PREFIX/installed-files. An upgrade removes what the new list has no more, uninstall
-# what the list has: what an administrator added beside it stays.
+# Every installed file is listed in PREFIX/installed-files. An upgrade removes files that are only in the old list, and
+# `uninstall` removes the files in the list. Files that an administrator added stay.
 set -eu
 cd "$(dirname "$0")/.."
 umask 022
@@ -17,16 +17,16 @@ DESTDIR=${DESTDIR:-}
 BINDIR=${BINDIR:-/usr/local/bin}
 PYTHON=${PYTHON:-/usr/bin/python3}
 EXTRAS=${EXTRAS:-}
-# The program looks for these two by name, so they are no settings of the installation.
+# The program finds these two by their names, so they cannot be chosen.
 CONFIG=/etc/lmdaemon
 STATE=/var/lib/lmdaemon
-# For plug-ins: Python's isolated mode, which the service runs in, ignores PYTHONPATH.
+# The directory for plug-ins. The service runs in Python's isolated mode, which ignores PYTHONPATH.
 PLUGINS=/usr/local/lib/lmdaemon
 UNITS=/usr/lib/systemd/system
 SYSUSERS=/usr/lib/sysusers.d
 
 DOC=$PREFIX/share/doc/lmdaemon
-# Where shells and man look for what belongs to a command in BINDIR; zsh keeps what packages bring apart.
+# Where man and shells look for page and completions of a command in BINDIR. zsh has another directory for packages.
 case $BINDIR in
     */bin) SHARE=${BINDIR%/bin}/share ;;
     *) SHARE=$PREFIX/share ;;
@@ -40,7 +40,7 @@ die() { printf 'make %s: %s\n' "$ACTION" "$*" >&2; exit 1; }
 is_real() { [ -z "$DESTDIR" ]; }
 has_systemd() { is_real && [ -d /run/systemd/system ]; }
 
-# -- checks: before anything is touched
+# -- checks, before anything is changed
 
 check_target() {
     case $PREFIX$BINDIR$DESTDIR in *[!A-Za-z0-9/._+~-]*) die "PREFIX, BINDIR, DESTDIR: letters, digits and /._+~- only" ;; esac
@@ -49,7 +49,7 @@ check_target() {
         [ "$(id -u)" = 0 ] || die "needs root, or a DESTDIR to put the tree into"
         ! dpkg-query -W -f '${db:Status-Abbrev}' lmdaemon 2>/dev/null | grep -q '^.i' ||
             die "lmdaemon is installed as a Debian package: upgrade with dpkg or apt, or remove it first"
-        # Whoever owns one of them could put a link in a file's place, and root would write to what it leads to.
+        # Another owner of one of these could replace a file by a link, and root would write to the file it leads to.
         for place in "$PREFIX" "$CONFIG"; do
             [ ! -e "$place" ] || [ "$(stat -Lc %u "$place")" = 0 ] || die "$place: must be root's own directory"
         done
@@ -77,11 +77,13 @@ check_python() {
 
 build_venv() {
     venv=$work/venv
-    # What runs once need not be compiled, and the environment is below. "No" is how pip wants to be told so.
+    # The tools run only once, so they are not compiled; the environment is compiled below. (To pip, the value "no" of
+    # this variable means: do not compile.)
     export PIP_NO_COMPILE=no
     "$PYTHON" -m venv "$work/pip"
     pip="$work/pip/bin/python -m pip --disable-pip-version-check -qq"
-    # From a copy: a build in the tree would leave root's files there, and take up what an older one left.
+    # Built from a copy: a build in the source tree would leave files of root's there, and would use leftovers of an
+    # older build.
     mkdir "$work/source"
     cp -R pyproject.toml README.md lmdaemon "$work/source"
     $pip wheel --no-deps --wheel-dir "$work/own" "$work/source"
@@ -90,10 +92,10 @@ build_venv() {
         "$(echo "$work"/own/*.whl)${EXTRAS:+[$EXTRAS]}"
     find "$venv/bin" -mindepth 1 ! -name 'python*' ! -name lmdaemon -delete
     rm -rf "$venv/include" "$venv/lib64"
-    # Nothing that depends on where it was built: no path of the wheel, and no checksum of scripts as pip wrote them.
+    # Remove what depends on the place of the build: the path of the wheel, and checksums of the scripts that pip wrote.
     rm "$venv"/lib/python3*/site-packages/lmdaemon-*.dist-info/direct_url.json
     sed -i '\|^\.\./\.\./\.\./bin/|d; \|/direct_url.json,|d' "$venv"/lib/python3*/site-packages/*.dist-info/RECORD
-    # Isolated, as the service is: the same modules for both, wherever root stands.
+    # In isolated mode, as the service is: both import the same modules, whatever root's current directory is.
     sed -i "1s|.*|#!$PREFIX/bin/python -I|" "$venv/bin/lmdaemon"
     sed -i "s|$venv|$PREFIX|" "$venv/pyvenv.cfg"
     site=$(echo "$venv"/lib/python3*/site-packages)
@@ -104,11 +106,11 @@ build_venv() {
     "$venv/bin/python" -I -m compileall -q --invalidation-mode timestamp -s "$venv" -p "$PREFIX" "$venv/lib"
 }
 
-# The manual page and the completions, all made of the command line's own parser.
+# The manual page and the completions are all made from the parser of the command line.
 build_manual() {
     mkdir "$work/manual"
     $pip install --target "$work/tools" --constraint constraints.txt argparse-manpage shtab
-    # The tools beside the environment, which stays as it was made
+    # The tools are in another directory, so that the environment is not changed
     run() { PYTHONPATH=$work/tools PYTHONDONTWRITEBYTECODE=1 "$work/venv/bin/python" "$@"; }
     run -c 'from argparse_manpage.cli import main; main()' --module lmdaemon.commands.completion --function whole --prog lmdaemon \
         --project-name lmdaemon --manual-title lmdaemon --format single-commands-section \
@@ -119,11 +121,11 @@ build_manual() {
     done
 }
 
-# -- putting files down
+# -- installing files
 
 list() { printf '%s\n' "$1" >>"$work/list"; }
 
-# put MODE FILE TARGET: by a rename, since a running daemon or a reader may have the old one open.
+# put MODE FILE TARGET: installs a file by a rename, because a running daemon may have the old file open.
 put() {
     mkdir -p "$DESTDIR$(dirname "$3")"
     install -m "$1" "$2" "$DESTDIR$3.new"
@@ -139,7 +141,7 @@ install_venv() {
     (cd "$work/venv" && find . ! -type d | sed "s|^\.|$PREFIX|") >>"$work/list"
 }
 
-# Drop-ins are there to be taken or left: they go beside the documents.
+# Drop-ins are optional, so they are put beside the documents.
 install_units() {
     for unit in systemd/*.service systemd/*.socket systemd/*.conf; do
         case $unit in
@@ -171,8 +173,9 @@ install_command() {
     list "$BINDIR/lmdaemon"
 }
 
-# A root shell has no $STATE_DIRECTORY: with the path in full, `lmdaemon backup` finds the service's database from there.
-# And a service starts with the grace that suits one; the shipped file has a short one for the first try.
+# The service's config.toml has the database's absolute path, because a root shell has no $STATE_DIRECTORY and
+# `lmdaemon backup` must find the database from there. It has the default restart_grace; the shipped file has a short
+# one for a first try.
 service_config() {
     sed -e "s|^path = \"lmdaemon.sqlite3\"|path = \"$STATE/lmdaemon.sqlite3\"\n                         |" \
         -e '/^restart_grace = /{
@@ -183,7 +186,7 @@ service_config() {
         -e '/^ *# a first try need not wait$/d' config.toml
 }
 
-# A configuration that nobody has changed follows the version; a changed one is its owner's.
+# A configuration that nobody has changed is replaced by this version's. A changed one is kept.
 install_config() {
     mkdir -p "$DESTDIR$CONFIG"
     [ -d "$DESTDIR$CONFIG/credentials" ] || install -d -m 700 "$DESTDIR$CONFIG/credentials"
@@ -192,7 +195,7 @@ install_config() {
         put 640 "$work/config.toml" "$CONFIG/config.toml"
         give_to_group "$CONFIG/config.toml"
     elif cmp -s "$DESTDIR$CONFIG/config.toml" "$DESTDIR$DOC/config.toml"; then
-        cat "$work/config.toml" >"$DESTDIR$CONFIG/config.toml" # keeps owner and mode
+        cat "$work/config.toml" >"$DESTDIR$CONFIG/config.toml" # not by a rename, which would change owner and mode
     elif ! cmp -s "$work/config.toml" "$DESTDIR$CONFIG/config.toml"; then
         say "$CONFIG/config.toml: kept as you have it; this version's is $DOC/config.toml"
     fi
@@ -207,7 +210,7 @@ make_user() {
     systemd-sysusers lmdaemon.conf
 }
 
-# remove_files LIST: the files, then what compiled files they leave, then directories that are empty.
+# remove_files LIST: removes the files in the list, then their compiled files, then directories that are empty.
 remove_files() {
     while read -r file; do rm -f "$DESTDIR$file"; done <"$1"
     [ -d "$HERE" ] || return 0

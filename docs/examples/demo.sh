@@ -1,7 +1,7 @@
 #!/bin/sh
-# Everything at once on this machine, with made-up players (make demo): a daemon, an operator that goes down for ten
-# seconds and comes back, and game servers with 200 players. At the end each side says what it makes of the other. On a
-# terminal it then waits, so that you can look around in the console. Ctrl-C ends it sooner, with what was seen so far.
+# A demonstration on this machine (make demo): a daemon, an operator that goes down for ten seconds and comes back, and
+# game servers with 200 made-up players. At the end each side judges what it saw of the other. On a terminal the script
+# then waits, so that you can look around in the console. Ctrl-C ends it sooner, with a report of what was seen so far.
 #   LMDAEMON=command  DEMO=directory  PLAYERS=200  DURATION=30s  DOWN=10s  LATE=1s (how late an end may be)
 #   PORT, API_PORT and OPERATOR_PORT, 18080 to 18082
 set -eu
@@ -29,7 +29,7 @@ trap 'kill $children 2>/dev/null || :; wait' EXIT
 trap 'exit 1' TERM
 broken=0
 interrupted=no
-trap 'interrupted=yes broken=1' INT # Ctrl-C reaches everybody; each ends by itself and reports
+trap 'interrupted=yes broken=1' INT # Ctrl-C also reaches all child processes; each ends by itself and reports
 $lmdaemon simulate operator --listen "127.0.0.1:$operator" --script "count 100: down ${DOWN:-10s}; 2%: status 503" \
     --schedule 1s,2s,4s,4s,4s,4s,4s,4s --journal "$demo/journal.jsonl" >"$demo/operator.txt" 2>&1 &
 children=$!

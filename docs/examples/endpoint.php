@@ -1,6 +1,6 @@
 <?php
-// An operator's SessionExpired endpoint (v4), whole. Put nginx (nginx.conf beside it) or another TLS proxy before it.
-// TOKEN_FILE has the token agreed upon; ENDED_DIR is a directory of its own, a file for each session that has ended.
+// A complete SessionExpired endpoint of an operator (v4). Put nginx (see nginx.conf) or another TLS proxy in front.
+// TOKEN_FILE has the agreed token. ENDED_DIR is a directory for this script alone: one file for each ended session.
 
 const PROVIDER = 'luckymonaco', FIELDS = ['providerId', 'sessionId', 'externalPlayerId', 'token'];
 
@@ -32,7 +32,7 @@ $token = trim(file_get_contents(getenv('TOKEN_FILE')));
 if (strtolower($notice['providerId']) !== PROVIDER || !hash_equals($token, $notice['token'])) {
     answer(7, 'Bad provider or token');
 }
-// Written whole and then linked: of ten at the same moment one creates the file, and all of them read it.
+// The file is written whole and then linked. Of ten equal notices at the same moment, one creates it and all read it.
 $file = getenv('ENDED_DIR') . '/' . hash('sha256', $notice['sessionId']);
 $mine = tempnam(getenv('ENDED_DIR'), 'new');
 file_put_contents($mine, $notice['externalPlayerId']);

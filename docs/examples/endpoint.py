@@ -1,4 +1,4 @@
-"""An operator's SessionExpired endpoint (v4), whole: python endpoint.py PORT TOKEN_FILE. Put a TLS proxy before it."""
+"""An operator's whole SessionExpired endpoint (v4): python endpoint.py PORT TOKEN_FILE. Put a TLS proxy in front."""
 
 import hmac
 import json

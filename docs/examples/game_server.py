@@ -19,7 +19,7 @@ MANY = 10_000  # sessions in one call
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 ANSWER_WITHIN_S = 30.0
 _DICE = random.SystemRandom()
-# Nothing was stored, or it is not known; so repeat the call, which is always safe
+# Nothing was stored, or it is not known whether. Every call can be repeated.
 TRY_AGAIN = {408, 500, 502, 503, 504}
 
 

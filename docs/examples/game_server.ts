@@ -7,7 +7,8 @@
  *     curl -o openapi.json http://127.0.0.1:8081/openapi.json
  *     npx openapi-typescript openapi.json -o lmdaemon.d.ts
  *
- * `ask` is the part that survives a restart, a full disk and a cut network, `heartbeat` the one that survives a restore.
+ * `ask` is the part that survives a restart, a full disk and a cut network; `heartbeat` is the part that survives a
+ * restore.
  */
 import createClient, { type Client } from "openapi-fetch";
 import type { components, paths } from "./lmdaemon.js";
@@ -23,12 +24,12 @@ const ANSWER_WITHIN_MS = 30_000;
 // Nothing was stored, or it is not known what was. Every call can be repeated.
 const TRY_AGAIN = new Set([408, 500, 502, 503, 504]);
 
-/** The daemon refuses the call and would refuse it again. `code` says why. */
+/** The daemon refuses the call, and would refuse it again. `code` says why. */
 export class Refused extends Error {
   readonly code: string;
 
   constructor(problem: unknown, status: number) {
-    // RFC 9457; something else between us and the daemon may answer otherwise
+    // A problem document (RFC 9457). A proxy between may answer with something else
     const { code, detail } = (problem ?? {}) as Partial<components["schemas"]["Problem"]>;
     super(detail ?? `status ${status}`);
     this.code = code ?? "";
@@ -36,11 +37,11 @@ export class Refused extends Error {
 }
 
 /**
- * The sessions that are being played at one operator. `ended(sessionId)` is called for one that has ended by itself: stop
- * the game; a player who goes on needs a session with a new id.
+ * The sessions that are being played at one operator. `ended(sessionId)` is called for a session that has ended by
+ * itself. Stop its game then; a player who goes on playing needs a session with a new id.
  */
 export class Sessions {
-  readonly playing = new Map<string, Opening>(); // what each was opened with, to open it again after a restore
+  readonly playing = new Map<string, Opening>(); // what each session was opened with, to open it again after a restore
   private readonly client: Client<paths>;
   private readonly idleS: number;
   private readonly sleep: Sleep;
@@ -60,7 +61,10 @@ export class Sessions {
     });
   }
 
-  /** Throws Refused: `ended` and `differs` ask for a new id, everything else for a look at the program. */
+  /**
+   * Opens a session. Throws Refused: with the codes `ended` and `differs`, choose a new id; any other code is an error
+   * in your program.
+   */
   async open(sessionId: string, playerId: string, token: string): Promise<void> {
     const opening = { playerId, token, idleTimeoutSeconds: this.idleS };
     const params = { path: { operator: this.operator, sessionId } };
@@ -70,7 +74,7 @@ export class Sessions {
     this.playing.set(sessionId, opening);
   }
 
-  /** The game was closed. Throws Refused, but not for a session that is gone. */
+  /** Closes a session whose game was closed. Throws Refused, but not for a session that is unknown. */
   async close(sessionId: string): Promise<void> {
     const params = { path: { operator: this.operator, sessionId } };
     try {
@@ -81,7 +85,7 @@ export class Sessions {
     this.playing.delete(sessionId);
   }
 
-  /** Keeps them alive: every third of the idle time, jittered, so that two in a row may be lost. */
+  /** Keeps the sessions alive: a heartbeat every third of the idle time or a little sooner, so that two may be lost. */
   async run(): Promise<never> {
     for (;;) {
       await this.sleep((this.idleS / 3) * between(0.8, 1));
@@ -89,7 +93,7 @@ export class Sessions {
     }
   }
 
-  /** One call for all of them. What the daemon does not know (it was restored) is opened again. */
+  /** Touches all sessions in one call. Sessions that the daemon does not know (it was restored) are opened again. */
   async heartbeat(): Promise<void> {
     const params = { path: { operator: this.operator } };
     const all = [...this.playing.keys()];
@@ -113,10 +117,10 @@ export class Sessions {
     }
   }
 
-  /** Asks until there is an answer: while the daemon is away no session grows older. Throws Refused. */
+  /** Repeats a call until it is answered. While the daemon is away, no session gets older. Throws Refused. */
   private async ask<T>(call: () => Promise<Answered<T>>): Promise<T> {
     for (let waitS = FIRST_WAIT_S; ; waitS = Math.min(waitS * 2, LONGEST_WAIT_S)) {
-      // No answer: it restarts, or the network is cut.
+      // No answer: the daemon restarts, or the network is cut.
       const { data, error, response } = await call().catch((): Partial<Answered<T>> => ({}));
       if (response?.ok) return data as T;
       if (response && !TRY_AGAIN.has(response.status)) throw new Refused(error, response.status);

@@ -4,8 +4,8 @@
     use = "release_lock:ReleaseLock"
     options = { url = "https://lobby.internal/api/locks/release", timeout = 5 }
 
-The end of a session never ends money: late results, cancels and refunds for it stay valid. Release locks and seats
-here, and settle, cancel or refuse no bet because of it.
+The end of a session says nothing about money: late results, cancels and refunds for it stay valid. Release locks and
+seats here, but settle, cancel or refuse no bet because of it.
 """
 
 from typing import Any
@@ -31,8 +31,7 @@ class ReleaseLock:
         await self._client.close()
 
     async def session_ended(self, event: SessionEnded) -> None:
-        # The same event (event.id) may be delivered again, also after a restart, so the lobby must recognise it by this
-        # key.
+        # The same event may be delivered again, also after a restart. The lobby must recognise it by this key.
         headers = {"Idempotency-Key": event.id}
         lock = {
             "playerId": event.player_id,

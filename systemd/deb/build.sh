@@ -1,8 +1,8 @@
 #!/bin/sh
 # Makes dist/lmdaemon_VERSION_ARCH.deb of the tree that `make install` puts down, with dpkg-deb alone.
 #
-# From the environment: PYTHON, which must be Debian's; EXTRAS; SOURCE_DATE_EPOCH (default: the last commit's), the time
-# of every file, so that the same tree and wheels give the same bytes.
+# From the environment: PYTHON, which must be Debian's; EXTRAS; SOURCE_DATE_EPOCH, the time that every file gets, so
+# that the same sources and wheels give the same bytes (default: the time of the last commit).
 set -eu
 cd "$(dirname "$0")/../.."
 umask 022
@@ -12,7 +12,7 @@ die() { printf 'make deb: %s\n' "$*" >&2; exit 1; }
 
 command -v dpkg-deb >/dev/null || die "needs dpkg-deb: this is for Debian and what is made of it"
 python=$("$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.executable))') || die "needs Python: apt install python3 python3-venv"
-# The package brings no interpreter; it names the one of the distribution that it is to be installed on.
+# The package contains no Python. It depends on the Python of the distribution that it is built on.
 dpkg-query -S "$python" >/dev/null 2>&1 || die "PYTHON: must be Debian's own, which the package depends on (got $python)"
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lmdaemon/version.py | sed -E 's/\.?(dev|a|b|rc)/~\1/')-1
@@ -40,7 +40,7 @@ maintainer=$(sed -n 's/^Maintainer: //p' systemd/deb/control)
 gzip -9nc CHANGELOG.md >"$root/usr/share/doc/lmdaemon/changelog.gz"
 chmod 644 "$root"/usr/share/doc/lmdaemon/*
 
-# A socket before the service that it starts.
+# The socket comes before the service that it starts.
 units=$(cd "$root/usr/lib/systemd/system" && ls lmdaemon.socket lmdaemon.service 2>/dev/null | sort -r | xargs)
 mkdir "$root/DEBIAN"
 size=$(du -k -s --apparent-size --exclude=DEBIAN "$root" | cut -f1)

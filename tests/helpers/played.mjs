@@ -1,5 +1,5 @@
-// Plays the game server of docs/examples/game_server.ts, compiled, as it is told: a JSON line for each call, and one for
-// each answer. In a wait it says how long it would wait, and goes on at the next line.
+// Runs the compiled game server of docs/examples/game_server.ts. It reads each call as a JSON line, and writes each
+// answer as one. Instead of waiting, it writes how long it would wait, and goes on when the next line comes.
 import { createInterface } from "node:readline";
 import { LONGEST_WAIT_S, Refused, Sessions } from "./game_server.js";
 

@@ -163,9 +163,9 @@ _SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|se
 def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
     """The fields that the dialect does not know, in the order received, as long as they fit into EXTRA_MAX bytes.
 
-    They stay in the database for months and go to plug-ins. So nothing is kept whose name looks like a secret's or is
-    one of `secret_names` (casefolded), at any depth, and no number that was rounded when it was read. Raises BadNotice
-    for a field that is nested too deeply.
+    These fields stay in the database for months and go to plug-ins. So nothing is kept whose name looks like a secret's
+    or is one of `secret_names` (casefolded), at any depth, and no number that was rounded when it was read. Raises
+    BadNotice for a field that is nested too deeply.
     """
     unknown = parsed.received.keys() - parsed.dialect.fields.values()
     if not unknown:  # the usual case
@@ -177,7 +177,7 @@ def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
         if name not in unknown:
             continue
         field = {name: value}
-        _written(field)  # refuses deep nesting, which the recursion of the next line could not take
+        _written(field)  # refuses deep nesting, on which the recursion in the next line would fail
         shown = _without_secrets(field, secret_names)
         part = _written(shown)[1:-1]
         fits = bool(shown) and len(part) <= room and not rounded(shown, part)

@@ -25,7 +25,7 @@ class Outlook(NamedTuple):
 
     @property
     def low(self) -> bool:
-        """Whether it is time to make room."""
+        """Whether too little space is free, or will be soon."""
         days_left = self.days_left
         return self.room.free < self.room.size * LOW_SHARE or (days_left is not None and days_left < LOW_DAYS)
 

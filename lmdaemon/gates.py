@@ -1,7 +1,8 @@
 """Says of an operator's gate, for people, since when, why and until when it keeps deliveries back; and logs its
 changes.
 
-Everything is worked out from the stored gate, so it is the same after a restart, in the API, the health and the log.
+What is said is worked out from the stored gate. So it is the same after a restart, and in the API, in `/health` and in
+the log.
 """
 
 import json

@@ -27,7 +27,7 @@ ASK_EVERY_S = 1.0
 ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery that is pending for longer is a warning
 
-TOLD_MAX = 10  # most operators that an output describes
+TOLD_MAX = 10  # most operators that the text of one check describes
 
 _ORDER = ("pass", "warn", "fail")
 _Answer = TypeVar("_Answer")
@@ -100,7 +100,7 @@ class Health:
         self._probe = _Question("a write", store.probe, clock.monotonic)
         self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
         self._daemons = _Question("a reading", store.daemons, clock.monotonic)
-        self.members: Sequence[Member] = ()  # the daemons on the database, when they were last asked for
+        self.members: Sequence[Member] = ()  # the daemons on the database, as they were last read
 
     @property
     def stuck(self) -> list[str]:
@@ -152,7 +152,7 @@ class Health:
         return {name: pulse.late_s for name, pulse in self._pulses.items()}
 
     async def look_for_daemons(self) -> Sequence[Member]:
-        """Reads which daemons are on the database, and keeps that in `members`. The answer may be a second old. Raises
+        """Reads which daemons are on the database, and keeps them in `members`. The answer may be a second old. Raises
         StoreError.
         """
         self.members = await self._daemons.answer()
@@ -213,7 +213,7 @@ class Health:
         return f"{rfc3339(at)[:19]}Z"
 
     def _check_disk(self) -> Check:
-        """Warns of a disk that will soon be full; there are no figures if it is another machine's."""
+        """Warns of a disk that will soon be full; there are no figures if the disk is another machine's."""
         outlook = self._disk.outlook()
         if outlook is None:
             return {"status": "pass"}

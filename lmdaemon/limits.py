@@ -20,8 +20,8 @@ class StoreLimits(NamedTuple):
     look_s: float = 2.0  # the longest time that a read for people may take, its wait included
 
     # Dead deliveries that are counted, discarded or made due again
-    dead_max: int = 100_000  # by one call
-    dead_rows: int = 500  # by one operation
+    dead_max: int = 100_000  # most that one call counts, discards or makes due
+    dead_rows: int = 500  # most that one operation discards or makes due
 
     # The SQLite file
     # how long a statement waits for a lock of another program, such as an administrator's shell
@@ -49,7 +49,7 @@ class Limits(NamedTuple):
     """The limits with which a daemon is made; tests make daemons with others."""
 
     # A listener's connections
-    connections_max: int = 2000  # of one listener, where the limit of open files allows it
+    connections_max: int = 2000  # most connections of one listener, if the limit of open files allows so many
     head_s: float = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
     write_s: float = 30.0  # how long a client may leave its answers unread
     patrol_s: float = 2.0  # between two checks of `head_s` and `write_s`

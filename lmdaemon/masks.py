@@ -21,7 +21,7 @@ SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
 _LOOKED_AT = 8192  # bytes at the beginning of an answer that are searched for secrets to show SHOWN_MAX characters
 _SPELLING_MAX = 100  # characters that one character may become when it is escaped several times over
 _NOTATIONS_MAX = 4  # levels of escaping that are undone, one within the other
-_PART_MIN = 8  # so many characters in a row of a secret are hidden even where the rest of it is missing
+_PART_MIN = 8  # so many characters in a row of a secret are hidden even if the rest of the secret is missing
 _LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # characters that no notation escapes
 # A signature of Standard Webhooks (256 bits in base64) after `_folded` has put it into lower case
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
@@ -50,7 +50,8 @@ class Mask:
     def text_of(self, body: bytes, *, complete: bool) -> str:
         """The text of an answer, masked. `complete` is False for a body that was cut off.
 
-        Its last characters are then left out, because they could be the beginning of a secret that is not recognised.
+        The last characters of such a text are left out, because they could be the beginning of a secret that is not
+        recognised.
         """
         text = without_mark(body).decode(encoding_of(body), "replace")
         found, parts = self._found(text)
@@ -87,7 +88,7 @@ class Mask:
             folded = _folded(reading)
             rest = folded.text  # the whole secrets are blanked out in it, so that only parts are found there
             for secret, with_backslashes in self._looked_for.items():
-                if not secret:  # it consists of backslashes
+                if not secret:  # the secret consists of backslashes
                     found += (reading.span(*run.span()) for run in re.finditer(r"\\+", reading.text))
                     continue
                 at = folded.text.find(secret)

@@ -234,7 +234,7 @@ class Metrics:
         """Registers readings for every scrape. `read` is called on a thread and must not do I/O."""
         self._registry.register(_Readings(read))
 
-    # -- what happens
+    # -- called by the daemon's parts when something has happened
 
     def opened(self, operator: str, sessions: int = 1) -> None:
         """Sessions were opened."""

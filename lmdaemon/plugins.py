@@ -49,16 +49,16 @@ class LoadedPlugin:
 
     @property
     def name(self) -> str:
-        """NAME of its table in the configuration."""
+        """The NAME of the plug-in's table `[plugins.NAME]`."""
         return self.settings.name
 
     @property
     def checks(self) -> bool:
-        """Whether it has the hook `check`."""
+        """Whether the plug-in has the hook `check`."""
         return self._check is not None
 
     async def start(self) -> None:
-        """Calls its hook `start`, if it has one. Raises ConfigError."""
+        """Calls the plug-in's hook `start`, if there is one. Raises ConfigError."""
         start = getattr(self._hook, "start", None)
         if start is None:
             return
@@ -69,7 +69,7 @@ class LoadedPlugin:
             raise ConfigError([f"plugins.{self.name}: start() failed: {error}{where}"]) from error
 
     async def stop(self) -> None:
-        """Calls its hook `stop`, if it has one. A failure is logged."""
+        """Calls the plug-in's hook `stop`, if there is one. A failure is logged."""
         stop = getattr(self._hook, "stop", None)
         if stop is None:
             return
@@ -79,11 +79,11 @@ class LoadedPlugin:
             log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
 
     async def session_ended(self, event: SessionEnded) -> None:
-        """Calls its hook `session_ended`. Raises PluginFailed."""
+        """Calls the plug-in's hook `session_ended`. Raises PluginFailed."""
         await self._contained(partial(self._session_ended, event))
 
     async def check(self, notice: Notice) -> None:
-        """Calls its hook `check` with a notice that is not accepted yet.
+        """Calls the plug-in's hook `check` with a notice that is not accepted yet.
 
         Raises Refuse, if the hook does, or PluginFailed.
         """

@@ -1,7 +1,7 @@
 """Shows whether a loop of the daemon runs when it should; `/health` and the watchdog read it.
 
-Each loop has one `Pulse`, to which it alone writes: when it begins to work, and until when it sleeps. `Rounds` is a
-loop that sleeps for as long as its last round returned, or until it is woken.
+Each loop has one `Pulse`. Only the loop itself writes to it: when it begins to work, and until when it sleeps. `Rounds`
+is a loop that sleeps for as long as its last round returned, or until it is woken.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class Pulse:
 
     def __init__(self, monotonic: Callable[[], float], observer: WakeObserver | None = None) -> None:
         self._monotonic = monotonic
-        self._until: float | None = None  # None: it sleeps until it is woken, or has not begun
+        self._until: float | None = None  # None: the loop sleeps until it is woken, or has not begun
         self._asleep = False
         self._observer = observer
 
@@ -55,7 +55,7 @@ class Pulse:
 
     @property
     def stuck(self) -> bool:
-        """Whether it is later than LATE_S."""
+        """Whether the loop is later than LATE_S."""
         return self.late_s > LATE_S
 
 

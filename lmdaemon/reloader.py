@@ -26,7 +26,8 @@ class Reloader:
     ) -> None:
         self.settings = settings
         self._clock = clock
-        self._started_with = settings  # keys that need a restart (NEEDS_RESTART) keep the values that they have here
+        # the settings of the start, whose values stay in force for keys that need a restart (NEEDS_RESTART)
+        self._started_with = settings
         self.plugins: Mapping[str, LoadedPlugin] = {}
         self.error: str | None = None  # why and when the last reload failed, a line for each finding
         self._take_over = take_over

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lmdaemon.trust import user_name
 
-_LINKS_MAX = 40  # as the kernel has it (path_resolution(7))
+_LINKS_MAX = 40  # most links that are followed, as in the kernel (path_resolution(7))
 
 
 class UnsafeError(Exception):

@@ -783,7 +783,7 @@ class Problem(Answer):
 
 
 class NoticeAnswer(Answer):
-    """The answer to a notice: 0 in `error` if it was taken."""
+    """The answer to a notice: `error` is 0 if the notice was accepted."""
 
     error: int
     description: Annotated[str, Meta(examples=["Success"])]
@@ -809,7 +809,7 @@ class StoreCheck(Check):
 
 
 class DiskCheck(Check):
-    """How much space the database's file system has; without these figures if it is another machine's."""
+    """How much space the database's file system has; without these figures if the disk is another machine's."""
 
     freeBytes: NotRequired[Count]
     sizeBytes: NotRequired[Annotated[Count, Meta(description="Used and free together.")]]

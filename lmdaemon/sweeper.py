@@ -143,7 +143,9 @@ class Sweeper(StoreObserver):
         return self._next_wait_s()
 
     async def _end_some(self, *, crowd: bool) -> bool:
-        """Ends one batch, after requests that have already arrived were queued. Returns whether there is more."""
+        """Ends one batch of due sessions, after requests that have already arrived were queued. Returns whether more
+        are due.
+        """
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
         swept = await self._store.end_due(idle=self.hold_s == 0, crowd=crowd)

@@ -7,7 +7,7 @@ import codecs
 import re
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, because it begins with the mark of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # tried before UTF-16, because this mark begins with the one of UTF-16
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),

@@ -198,7 +198,7 @@ def said(error: OSError) -> str:
     if damaged(error):
         return "it is damaged"
     name = str(getattr(error, "reason", None) or "").replace("_", " ").lower()
-    more = getattr(error, "verify_message", None)  # of a certificate that was refused
+    more = getattr(error, "verify_message", None)  # why a certificate was refused
     return (f"{name}: {more}" if more else name) or error.strerror or str(error)
 
 
@@ -273,7 +273,7 @@ _ENCODINGS = {0x1E: "utf-16-be", 0x1C: "utf-32-be"}  # BMPString, UniversalStrin
 
 
 def _read(der: bytes) -> Certificate:
-    """One certificate, from DER. Raises ValueError."""
+    """Reads one certificate from DER. Raises ValueError."""
     (_, certificate), *_ = _parts(der)
     (_, content), *_ = _parts(certificate)
     fields = [part for part in _parts(content) if part[0] != _VERSION]

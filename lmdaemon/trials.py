@@ -103,7 +103,7 @@ class _Trial:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end_early(self) -> None:
-        """Cancels the work if it may end early; it then returns what it has."""
+        """Cancels the work if it may end early; the work then returns what it has found so far."""
         self._is_unwanted = self._may_end_early
         if self._is_unwanted and self._own is not None:
             with suppress(RuntimeError):  # the trial has ended meanwhile
@@ -118,7 +118,7 @@ class _Trial:
         result, error = None, None
         try:
             result = asyncio.run(self._whole())
-        except Exception as one:  # it is passed on to the caller, like a result
+        except Exception as one:  # the error is passed on to the caller, as a result would be
             error = one
         # replaced by an error that is passed on: the future would never be done otherwise, and the daemon's stop would
         # wait for ever

@@ -53,7 +53,7 @@ class AnswerProtocol(ResponseHandler):
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         super().__init__(loop)
-        self.address = ""  # of the peer: `203.0.113.7:443`, `[2001:db8::7]:443`
+        self.address = ""  # the peer's: `203.0.113.7:443`, `[2001:db8::7]:443`
         self._begin()
 
     def connection_made(self, transport: BaseTransport) -> None:
@@ -212,7 +212,7 @@ class Answer(aiohttp.ClientResponse):
     """An answer that belongs to its request."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        """As aiohttp's; also raises AnswerError."""
+        """As aiohttp.ClientResponse.start; also raises AnswerError."""
         protocol: Any = connection.protocol
         if protocol.should_close:
             # Bytes came before the request. Otherwise a server that answers twice would settle the next delivery.

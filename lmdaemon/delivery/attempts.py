@@ -57,7 +57,7 @@ class Attempts:
         Raises StoreError when the session for a plug-in could not be read: then nothing was tried.
         """
         began = self._clock.monotonic()
-        addresses: list[str] = []  # of the connection, once there is one
+        addresses: list[str] = []  # the address of the connection, once there is a connection
         try:
             outcome = await (self._post(lane, row, addresses) if lane.plugin is None else self._call(lane, row))
         except StoreError:

@@ -1,4 +1,4 @@
-"""The lanes that there are: made from the settings, and owned by this daemon or by another one on the database."""
+"""The lanes that exist: made from the settings, and owned by this daemon or by another one on the database."""
 
 from collections.abc import Iterator, Mapping
 

@@ -60,7 +60,8 @@ class Sender:
         self._keepalive_s = keepalive_s
         self._traces = list(traces)
         self._clients: dict[bool, aiohttp.ClientSession] = {}
-        self._exchanges: dict[str, tuple[Operator, Exchange]] = {}  # by operator's name; made again after a reload
+        # by the operator's name; each is made again after a reload
+        self._exchanges: dict[str, tuple[Operator, Exchange]] = {}
 
     async def close(self) -> None:
         """Closes all connections."""

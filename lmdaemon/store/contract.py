@@ -289,7 +289,7 @@ class Probe(Operation[None], frozen=True):
         return 0
 
 
-# -- what people read
+# -- what is read for people
 
 _Row = TypeVar("_Row", Session, Delivery)
 
@@ -603,7 +603,9 @@ class Store(Protocol):
         """Records activity in sessions of one operator. An id that is given twice counts once."""
 
     async def end(self, operator: str, session_id: str, request_id: str | None = None) -> Session | None:
-        """Ends a session because its game was closed, and returns it, also if it had ended before; None: unknown."""
+        """Ends a session because its game was closed. Returns the session, also if it had ended before; None:
+        unknown.
+        """
 
     async def record(self, recording: Recording) -> Recorded:
         """Records a notice. The first one ends the session; a repeat changes nothing and is answered as such."""

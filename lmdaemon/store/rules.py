@@ -526,7 +526,7 @@ class _Sweeps:
         for session in map(self._sessions.current, due):
             if session.reason is not None:
                 continue  # ended by an operation before, in this batch
-            if session.deadline_ms > as_of_ms:  # it was touched: this is its true deadline
+            if session.deadline_ms > as_of_ms:  # the session was touched: `deadline_ms` is its true deadline
                 self._changes.moved_due.append((session.id, session.deadline_ms))
             elif session.operator not in self._world.configured:  # its sinks are unknown: no notice would be sent
                 self._changes.moved_due.append((session.id, as_of_ms + REVISIT_MS))
@@ -631,7 +631,7 @@ class _Deliveries:
         moment. The engine moves the due times of deliveries in the same transaction.
         """
         for operator in self._world.gates:
-            if self._world.moves_waits(operator):  # of several daemons one, or they would be moved by each
+            if self._world.moves_waits(operator):  # only one of several daemons moves them
                 self._alter(operator, partial(_gate_set_back, now_at=self._now, by_ms=self._world.set_back_ms))
 
     def retry_dead(self, retries: Iterable[RetryDead]) -> None:
@@ -733,11 +733,13 @@ _OF_DELIVERIES: Mapping[type, Callable[[_Deliveries, Any], None]] = {
 }
 
 
-# -- pieces
+# -- helpers
 
 
 def _touched(touching: Touching, decided: _Decided, active: Iterable[str], ended: Iterable[str]) -> Touched:
-    """The answer of a touch, by the states that were decided and, for other ids, those that the table has."""
+    """The answer of a touch. Ids in `decided` have the states that are given there. Other ids are in `active`, in
+    `ended`, or unknown.
+    """
     session_ids = dict.fromkeys(touching.session_ids)
     if not decided and session_ids.keys() <= set(active):  # the usual case
         return Touched(len(session_ids), [], [])

@@ -201,7 +201,9 @@ class Writer(Generic[Work]):
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
         """Writes one transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
-        await self._engine.check()  # on the event loop, which has the interpreter's lock already
+        # called on the event loop and not on the engine's thread, because the event loop has the interpreter's lock
+        # already
+        await self._engine.check()
         work = self._owner.begin([queued.operation for queued in batch])
         self.writing_since = time.monotonic()
         hung = loop.call_later(self._hung_s, self._look_if_hung, self.writing_since)

@@ -87,7 +87,7 @@ def open_archive(url: str, password: str | None) -> Iterator[Archive]:
     database = Database(url, password, "export")
     try:
         with database.connect(prepares=True) as sql:
-            with suppress(psycopg.Error):  # which refuses it if it is a standby
+            with suppress(psycopg.Error):  # a standby sends no hints
                 # daemons that have nothing to do answer this hint with a transaction, which moves `committed_at` on
                 send(sql, "")
             yield Archive(sql)

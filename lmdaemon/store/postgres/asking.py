@@ -93,14 +93,14 @@ class Asking:
 
 
 def ask(sql: Connection, operator: str, what: Wish) -> int:
-    """Returns the number of the question."""
+    """Adds a question, and returns its number."""
     row = sql.execute(ASK, (operator, what)).fetchone()
     assert row is not None  # noqa: S101 - for the type checker: it returns a row or raises
     return int(row[0])
 
 
 def answer_to(sql: Connection, number: int) -> str | None:
-    """The answer; None while there is none."""
+    """The answer to a question; None while there is no answer."""
     row = sql.execute(ANSWER_TO, (number,)).fetchone()
     return None if row is None else row[0]
 

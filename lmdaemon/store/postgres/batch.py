@@ -128,8 +128,8 @@ SELECT its.name,
        (SELECT lifetime_at FROM lmdaemon.session
         WHERE operator = its.name AND reason IS NULL AND lifetime_at IS NOT NULL ORDER BY lifetime_at LIMIT 1)
 FROM unnest(%s::text[]) AS its (name)"""
-# The same, and tells the other daemons the next deadline of all operators of this daemon: the earliest of these and of
-# the rest.
+# The next deadlines of some operators. Also tells the other daemons the next deadline of all operators of this daemon:
+# the earliest of these and of the rest.
 NEXT_TOLD = f"""
 WITH next (name, due_ms, lifetime_at) AS MATERIALIZED ({NEXT}),
 told AS (UPDATE lmdaemon.member SET next_due_ms = least(%s::bigint, (SELECT min(due_ms) FROM next)) WHERE id = %s)
@@ -172,8 +172,8 @@ touched AS (
     WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
-# Checks that sessions are active which answers have called active: as many as given. They have just been touched, and
-# so locked, so they stay active.
+# Checks that these sessions, which answers have called active, are active. This transaction has just touched them,
+# which locks them, so they stay active.
 STILL_ACTIVE = "SELECT 1 / (count(*) = %s)::int FROM lmdaemon.session WHERE id = ANY (%s) AND reason IS NULL"
 # Adds sessions.
 ADD_SESSIONS = f"""
@@ -379,7 +379,7 @@ class Place(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Some operators, or with `others` all but these."""
+    """Operators: those named, or with `others` all but those named."""
 
     operators: list[str]
     others: bool
@@ -462,7 +462,7 @@ class Batch:
 
     @property
     def tells_touches(self) -> bool:
-        """Whether it has told the others when operators were touched."""
+        """Whether the batch tells the others when operators were touched."""
         return self._present.tells_touches
 
     def renew(self, present: "Present") -> None:

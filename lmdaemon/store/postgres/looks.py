@@ -104,7 +104,7 @@ class Looks:
             asked_s = self._projection.clock.elapsed()
             found = await self._reads.read(tables.look, member)
             if member != self._server.member:
-                return  # it was expelled and has joined again meanwhile, which has read everything
+                return  # this daemon was expelled and has joined again meanwhile, which has read everything
             self._foreign.take_parts(found.parts)
             self._membership.learn(found.seen, asked_s)
             if self._membership.company.still_s > STILL_S:

@@ -68,7 +68,8 @@ WITH here AS (SELECT 1 FROM lmdaemon.member WHERE id = %s FOR KEY SHARE) SELECT 
 HOLD = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT max(heard_ms) FROM lmdaemon.member) + %s)"""
-# The same when the daemon of this name joins and no other is there: until it joined, nobody could hear touches.
+# Lets nothing end for inactivity for so long (ms) if no other daemon is there when the one of this name joins: until
+# then nobody could hear touches.
 HOLD_ALONE = """
 UPDATE lmdaemon.clock
 SET hold_until_ms = greatest(hold_until_ms, (SELECT heard_ms FROM lmdaemon.member WHERE name = %s) + %s)

@@ -25,9 +25,9 @@ _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in 
 
 # Ids of active sessions of an operator, newest first.
 ACTIVE = "SELECT id FROM lmdaemon.session WHERE operator = %s AND reason IS NULL AND id < %s ORDER BY id DESC LIMIT %s"
-# The same for ended sessions.
+# Ids of ended sessions of an operator, newest first.
 ENDED = ACTIVE.replace("IS NULL", "IS NOT NULL")
-# The same for sessions of a player, in any state.
+# Ids of sessions of a player with an operator, in any state, newest first.
 OF_PLAYER = (
     "SELECT id FROM lmdaemon.session WHERE operator = %s AND player_id = %s AND id < %s ORDER BY id DESC LIMIT %s"
 )
@@ -52,7 +52,8 @@ SESSIONS = f"SELECT {_SESSION} FROM lmdaemon.session WHERE id = ANY (%s) ORDER B
 
 # Ids of all deliveries, newest first.
 ALL = "SELECT id FROM lmdaemon.delivery WHERE id < %s ORDER BY id DESC LIMIT %s"
-# The same for some operators, sinks and states: one index lookup for each lane, and one for each of its rows.
+# Ids of deliveries of some operators, sinks and states, newest first: one index lookup for each lane, and one for each
+# of its rows.
 OF_LANES = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)

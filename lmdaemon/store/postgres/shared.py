@@ -111,9 +111,12 @@ class Shared(Verbs):
             await asyncio.sleep(STRAINS_S)
 
     async def look_for_strains(self) -> None:
-        """Finds out what endangers the promises (`strained`). What cannot be asked now stays as it was."""
+        """Finds out what endangers the daemon's promises, and keeps it in `strained`. If the server does not answer,
+        `strained` stays as it was.
+        """
         with suppress(StoreError, psycopg.Error, NoAnswerError):
-            # Of the writer's connection, whose settings count: another one may be older and have others
+            # Asked on the writer's connection, because its settings count; a connection made at another time may have
+            # others
             found = await self._thread.run(unsafe_settings, within_s=ASK_S)
             strain = await self._reads.read(self._strains.look, self._clock.monotonic())
             self.strained = "; ".join([*found, *([strain] if strain else [])]) or None

@@ -107,7 +107,7 @@ class Look(NamedTuple):
     parts: dict[str, Part]
 
 
-# -- on a connection's thread
+# -- functions that must run on a connection's thread
 
 
 def read(sql: Connection, member: int, joined: Joined | None = None) -> Found:

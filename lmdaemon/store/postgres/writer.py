@@ -82,7 +82,7 @@ class Server:
             await self._run(_find_room)
         except OutageError as error:
             if isinstance(error.__cause__, psycopg.errors.DiskFull):
-                raise OutageError(full) from error  # the same words each time, so that the log has them once
+                raise OutageError(full) from error  # the same text each time, so that it is logged once
             raise
         self._full = None
 
@@ -179,4 +179,4 @@ def _find_room(sql: Connection) -> None:
         with sql.transaction(force_rollback=True):
             sql.execute(TAKE_ROOM)
     except psycopg.errors.InsufficientPrivilege:
-        pass  # temporary tables are forbidden, so it cannot be found out
+        pass  # temporary tables are forbidden, so whether there is room cannot be found out

@@ -74,7 +74,7 @@ class Database(Generic[_Work]):
                     await writer.run(execute, statement)
                 readers = (await connect_to_read(path, stack, wait_s), await connect_to_read(path, stack, wait_s))
                 checkpointer = await connect(path, stack, wait_s)
-                await checkpointer.run(execute, "PRAGMA busy_timeout = 0")  # it never waits
+                await checkpointer.run(execute, "PRAGMA busy_timeout = 0")  # checkpoints never wait for a lock
                 files = file.Files(path)
                 stack.pop_all()  # opened: from here on `close` closes them
         except (sqlite3.Error, OSError) as error:

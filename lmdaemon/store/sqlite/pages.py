@@ -37,9 +37,9 @@ _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in 
 _ACTIVE = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND reason IS NULL AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
-# The same for ended sessions.
+# Ids of ended sessions of an operator, newest first.
 _ENDED = _ACTIVE.replace("IS NULL", "IS NOT NULL")
-# The same for sessions of a player, in any state.
+# Ids of sessions of a player with an operator, in any state, newest first.
 _OF_PLAYER = """
 SELECT json_group_array(id) FROM (SELECT id FROM session WHERE operator = ? AND player_id = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""
@@ -58,7 +58,7 @@ _SESSIONS = f"SELECT {as_rows(_SESSION)} FROM session WHERE id IN (SELECT value 
 # Ids of all deliveries, newest first.
 _ALL = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE id < ? ORDER BY id DESC LIMIT ?)"""
-# The same for one operator and sink in one state.
+# Ids of deliveries of one operator and sink in one state, newest first.
 _OF_LANE = """
 SELECT json_group_array(id) FROM (SELECT id FROM delivery WHERE operator = ? AND sink = ? AND state = ? AND id < ?
                                   ORDER BY id DESC LIMIT ?)"""

@@ -15,7 +15,7 @@ TlsFiles = tuple[Pem | None, Pem | None, Pem | None]  # CAs to trust, the daemon
 
 
 class Certificates:
-    """Reads these files. `pems` has every file that was read, by key path."""
+    """Reads and checks files of certificates and private keys. `pems` has every file that was read, by key path."""
 
     def __init__(self, files: SecretFiles, findings: Findings) -> None:
         self._files = files
@@ -24,9 +24,10 @@ class Certificates:
         self.pems: dict[str, Pem] = {}
 
     def certificates(self, name: str, at: str, *, latest: bool = False) -> Pem | None:
-        """Reads a file of certificates; None if it cannot be used, which is recorded.
+        """Reads a file of certificates. If it cannot be used, records an error and returns None.
 
-        With `latest`, only the certificate that expires last is noted, for a file in which one that is valid suffices.
+        `latest` is for a file of CAs, in which one valid certificate suffices: only the one that expires last is kept,
+        so that no warning is given about the others.
         """
         content = self._files.read(name, at) if name else None
         if content is None:
@@ -36,7 +37,7 @@ class Certificates:
             self._findings.error(at, f"must hold a certificate in PEM form ({path})")
             return None
         found: list[Certificate] = []
-        with suppress(ValueError):  # OpenSSL reports later what is wrong with it
+        with suppress(ValueError):  # what is wrong with the certificate is reported later, when OpenSSL loads the file
             found = tls.certificates(content)
         if latest:
             found = sorted(found, key=lambda one: one.not_after)[-1:]
@@ -44,7 +45,7 @@ class Certificates:
         return pem
 
     def private_key(self, name: str, at: str) -> Pem | None:
-        """A file with a private key, read; None if it cannot be used, which is recorded."""
+        """Reads a file with a private key. If it cannot be used, records an error and returns None."""
         content = self._files.read(name, at, secret=True) if name else None
         if content is None:
             return None
@@ -68,15 +69,16 @@ class Certificates:
         )
 
     def profile(self, table: OperatorTable, files: TlsFiles, at: str, *, used: bool) -> Profile:
-        """The TLS profile of these files, after OpenSSL has accepted them. Loading the system's CAs takes 20 ms; it is
-        left out unless the profile will be `used`.
+        """The TLS profile of these files. If the operator names any, or if the profile will be `used`, OpenSSL loads
+        them first, and what it refuses is recorded as an error. Otherwise nothing is loaded, because loading the
+        system's CAs takes 20 ms.
         """
         profile = self._profiles.setdefault(files, Profile(*files))
         ca, cert, key = files
         named = (table.ca_file, table.client_cert_file, table.client_key_file)
         whole = [bool(name) for name in named] == [file is not None for file in files] and bool(cert) == bool(key)
         if whole and (used or any(named)):
-            # Loaded by itself first, because OpenSSL's error does not say which file it is about
+            # The CA is loaded alone first, because OpenSSL's error does not say which file it is about
             if ca is not None and cert is not None:
                 alone: TlsFiles = (ca, None, None)
                 self._check_usable(self._profiles.setdefault(alone, Profile(*alone)), f"{at}.ca_file")
@@ -87,7 +89,7 @@ class Certificates:
     def _check_usable(self, profile: Profile, at: str, cert: Pem | None = None) -> None:
         try:
             _ = profile.context
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # ssl.SSLError is an OSError
             self._findings.error(at if cert is None else _blamed(error, cert, at), tls.unusable(error))
 
     # -- of listeners
@@ -117,7 +119,7 @@ class Certificates:
             context = tls.server_context(cert.path, key.path, ca and ca.path)
             if not cert.certificates:
                 self._findings.error(at, f"has a certificate that cannot be read ({cert.path})")
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # ssl.SSLError is an OSError
             upside_down = "; it begins with an issuer's: the server's own must come first"
             hint = upside_down if tls.starts_with_issuer(cert.certificates) else ""
             if ca is not None and not tls.readable(ca.path):
@@ -131,8 +133,8 @@ class Certificates:
 
 
 def _blamed(error: OSError, cert: Pem, at: str) -> str:
-    """The setting that an error about a certificate and its private key belongs to: the key's if a file is damaged and
-    it is not the certificate's, else the certificate's.
+    """The key path to name in an error about a certificate and its private key: that of the private key if a file is
+    damaged and the certificate can be read, else that of the certificate (`at`).
     """
     is_key = tls.damaged(error) and tls.readable(cert.path)
     return at.removesuffix("cert_file") + "key_file" if is_key else at

@@ -1,8 +1,9 @@
 """The addresses to which a request to an operator must not go: this machine's, those of its network, and special ones.
 
-Literal addresses in a URL are checked, and each address that a name leads to. The list is made by hand, because what
-Python calls global differs between 3.11.2 and 3.13. It cannot contain public addresses that lead to the inside: a NAT64
-prefix of the local network (RFC 6052, section 2.2), or a public address of this machine or of a proxy.
+Literal addresses in a URL are checked, and each address to which a name resolves. The list is made by hand, because
+Python 3.11.2 and 3.13 differ in which addresses they call global. It cannot know public addresses that lead into the
+local network: a NAT64 prefix of that network (RFC 6052, section 2.2), or a public address of this machine or of a
+proxy.
 """
 
 import ipaddress

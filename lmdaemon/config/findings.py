@@ -36,7 +36,7 @@ class Findings:
         self.warn(key, f"unchecked: {why}")
 
     def about(self, tables: Iterable[str]) -> list[str]:
-        """The errors that stand in these tables of the file."""
+        """The errors that are about these tables of the file."""
         places = tuple(f"{table}{end}" for table in tables for end in ":.[")
         return [error for error in self.errors if error.startswith(places)]
 
@@ -58,9 +58,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, dict | list):  # what is in it may be a secret
+    if isinstance(value, dict | list):  # its members may be secrets
         return "a table" if isinstance(value, dict) else "a list"
-    if isinstance(value, int) and value.bit_length() > 64:  # repr refuses the longest
+    if isinstance(value, int) and value.bit_length() > 64:  # repr refuses very long ones
         return "a number of more than 64 bits"
     text = repr(safe_url(value) if isinstance(value, str) and "://" in value else value)
     return text if len(text) <= 120 else text[:117] + "..."

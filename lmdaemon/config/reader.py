@@ -69,13 +69,13 @@ def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: N
 def load(path: Path, *, found: bool = False, secrets: Secrets = "required", needs: Needs = None) -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
-    A file that was found in a default place, and not named by the user, is refused when somebody else may have written
-    it. `secrets` says what a missing secret is: an error ("required"); an error unless the daemon may see it where this
-    process does not ("readable", for check-config); or a warning, for administration, which needs none of the
-    operators' ("optional").
+    With `found`, the file was found in a default place and not named by the user; it is refused when somebody else may
+    have written it. `secrets` says how a missing secret is treated: as an error ("required"); as an error unless the
+    daemon may be able to read it where this process cannot ("readable", for check-config); or as a warning
+    ("optional", for commands that need no operator's secrets).
 
-    With `needs`, errors in other tables than these are no reason to raise: they are `unusable` in the settings, and
-    the keys that they are about stand at their defaults.
+    `needs` are the tables that the caller needs. Errors in other tables are then not raised but listed in
+    `Settings.unusable`, and the keys that they are about have their defaults.
     """
     reader = Reader(path, found=found, secrets=secrets, needs=needs)
     text = _text(path, found=found)
@@ -96,8 +96,9 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
 
 
 def _salvaged(text: str, needs: Sequence[str]) -> dict[str, Any] | None:
-    """The needed tables of a file with a syntax error elsewhere, each read from its header to the next one. None when
-    one of them cannot be read by itself, or when its name also stands elsewhere at the beginning of a line.
+    """The needed tables of a file that has a syntax error elsewhere. Each table is read from its header to the next
+    header. None if a needed table cannot be read by itself, or if its name also stands elsewhere at the beginning of a
+    line.
     """
     parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
     wanted = [part for part in parts if (head := _HEAD.match(part)) and head[1] in needs]
@@ -144,7 +145,7 @@ class Reader:
         self._certificates = Certificates(self._files, self.findings)
 
     def settings(self, raw: dict[str, Any]) -> Settings | None:
-        """The checked settings, or None when there are errors in what is needed."""
+        """The checked settings; None if there are errors in the tables that are needed (without `needs`: in any)."""
         findings = self.findings
         for name in raw:
             if name not in TABLES:
@@ -217,7 +218,7 @@ class Reader:
     # -- dialects
 
     def _dialects(self, raw: object) -> dict[str, Dialect | None]:
-        """Every dialect by name. One with errors is None, and rules between dialects leave it out."""
+        """Every dialect by name. A dialect with errors is None, and no rule between dialects is checked for it."""
         known: dict[str, Dialect | None] = dict(SHIPPED)
         for name, table in self._tables.named(raw, "dialects"):
             at = f"dialects.{name}"

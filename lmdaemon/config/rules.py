@@ -30,7 +30,7 @@ from lmdaemon.log import NOT_A_URL, safe_url
 from lmdaemon.model import id_problem
 from lmdaemon.retry import FINAL_CODES
 
-KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connection for a minute to ten
+KEEPALIVE_MIN_S, KEEPALIVE_MAX_S = 1.0, 3600.0  # proxies keep an idle connection open for one to ten minutes
 KEEP_ENDED_ADVISED_S = 7 * 86400.0
 UNKNOWN_PER_MINUTE_MAX = 1_000_000
 HASHED_RULE = "must have no & and no =, which separate the fields that are hashed"
@@ -52,7 +52,9 @@ def check_server(findings: Findings, table: ServerTable) -> None:
 
 
 def check_database(findings: Findings, table: DatabaseTable, written: object) -> None:
-    """Checks [database]. `written` is the table as it is in the file, because a default does not contradict `url`."""
+    """Checks [database]. `written` is the table as it is in the file: only a `path` that is written there contradicts
+    `url`, and the default does not.
+    """
     if not table.path or "\0" in table.path:
         findings.error("database.path", "must name a file", table.path)
     if table.keep_ended <= 0:
@@ -82,7 +84,7 @@ def check_database_url(findings: Findings, url: str) -> None:
     if find_spec("psycopg") is None:
         findings.error(at, "needs psycopg, which is not installed: pip install 'lmdaemon[postgres]'")
     elif findings.sound("database", "url"):
-        import psycopg  # only here: it takes longer to import than all of the configuration
+        import psycopg  # only here, because the import takes longer than reading the whole configuration
 
         try:
             psycopg.conninfo.conninfo_to_dict(url)
@@ -190,7 +192,7 @@ def checked_target(findings: Findings, table: OperatorTable, at: str) -> Target 
             findings.error(f"{at}.url", "is required when notify = true")
         return None
     shown: object = safe_url(table.url)
-    if shown == NOT_A_URL:  # it cannot be shown, because it is unknown which part is a password
+    if shown == NOT_A_URL:  # the value is not shown, because it is unknown which part of it is a password
         shown = ABSENT
     try:
         found = target.read(table.url)

@@ -1,6 +1,6 @@
 """Reads the secrets that the configuration names, from files, systemd's credentials and the environment.
 
-No secret is ever part of a finding; its source is.
+An error or warning about a secret names the file or variable, and never contains the secret.
 """
 
 import os
@@ -24,9 +24,9 @@ TOKEN_ADVISED = 16  # characters
 class SecretFiles:
     """Reads the files and variables that one configuration file names.
 
-    `secrets` says what a missing one is: an error ("required"); an error unless the daemon may see it where this
-    process does not ("readable"); or a warning ("optional"). `digests` has what was read, by key path; `handed_over`
-    the keys whose files lie in $CREDENTIALS_DIRECTORY.
+    `secrets` says how a missing one is treated: as an error ("required"); as an error unless the daemon may be able to
+    read it where this process cannot ("readable"); or as a warning ("optional"). `digests` has a digest of each secret
+    that was read, by key path; `handed_over` has the keys whose files are in $CREDENTIALS_DIRECTORY.
     """
 
     def __init__(self, file: Path, secrets: Secrets, findings: Findings) -> None:
@@ -39,7 +39,9 @@ class SecretFiles:
     # -- files
 
     def beside(self, name: str) -> Path:
-        """A named file: absolute, in $CREDENTIALS_DIRECTORY, or beside the configuration file."""
+        """The path of a file that the configuration names. A relative name is looked up in $CREDENTIALS_DIRECTORY, then
+        beside the configuration file.
+        """
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         if credentials and not Path(name).is_absolute():
             handed_over = Path(credentials) / name
@@ -48,7 +50,7 @@ class SecretFiles:
         return self._directory / name
 
     def read(self, name: str, at: str, *, secret: bool = False) -> bytes | None:
-        """A named file's content; None when it cannot be read, which is recorded."""
+        """The content of a file that the configuration names. If it cannot be read, records that and returns None."""
         path = self.beside(name)
         try:
             content = path.read_bytes()
@@ -106,8 +108,8 @@ class SecretFiles:
     # -- several secrets, one a line
 
     def _lines(self, table: msgspec.Struct, key: str, at: str) -> list[tuple[int, str]]:
-        """Several secrets, one a line, with their line numbers; several are used during a rotation. Blank lines and
-        comments (#) are skipped.
+        """The secrets of a file with one secret a line, with their line numbers. During a rotation, a file has several.
+        Blank lines and comments (#) are skipped.
         """
         value = self.secret(table, key, at)
         lines = textfile.entries(value) if value else []
@@ -132,8 +134,8 @@ class SecretFiles:
             return ()
 
     def api_tokens(self, table: ApiTable) -> tuple[ApiToken, ...]:
-        """The API tokens. Each line of the files is `token` or `name:token`; the name is for the log. Tokens that may
-        change something come first.
+        """The API tokens. Each line of the files is `token` or `name:token`; the name is for the log. The tokens of
+        `token_file`, which may change something, come first.
         """
         found: dict[bytes, ApiToken] = {}
         for key, may_change in (("token", True), ("read_token", False)):
@@ -159,8 +161,8 @@ class SecretFiles:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file exists, as far as this user can see; if the directory cannot be searched it counts as existing,
-    and reading it reports the error.
+    """Whether the file exists. If this user may not search the directory, the file counts as existing; reading it then
+    reports the error.
     """
     try:
         return path.exists()
@@ -169,11 +171,10 @@ def exists(path: Path) -> bool:
 
 
 def _may_be_handed_over(name: str) -> bool:
-    """Whether this process is an ExecReload= of the service, to which systemd does not show credentials that the daemon
-    has.
+    """Whether this process is an ExecReload= command of the service, which may not see credentials that the daemon has.
 
-    systemd 252 shows ExecReload= a credentials directory that it cannot enter, 257 shows none (systemd/systemd#35227).
-    Such a process has $MAINPID (systemd.exec(5)).
+    To such a command systemd 257 shows no credentials directory, and 252 one that cannot be entered
+    (systemd/systemd#35227). It can be recognised by $MAINPID (systemd.exec(5)).
     """
     return not Path(name).is_absolute() and "MAINPID" in os.environ and "CREDENTIALS_DIRECTORY" not in os.environ
 

@@ -132,7 +132,7 @@ class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tls(msgspec.Struct, frozen=True):
-    """The TLS settings of a listener, from its files as they were when they were read."""
+    """The TLS settings of a listener, made of its files. A file that changes later has no effect until a reload."""
 
     cert: Pem  # its own certificate first
     context: ssl.SSLContext | None  # None if a file could not be read, as when a command is run by another user
@@ -296,7 +296,7 @@ def flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
 
 
 def taken_over(new: Settings, started: Settings) -> Settings:
-    """What is in force after a reload: `new`, with what needs a restart as it was at the start."""
+    """The settings in force after a reload: `new`, but keys that need a restart have the values of the start."""
     tables, secrets = dict(new.tables), dict(new.secrets)
     for key in NEEDS_RESTART:
         name, _, field = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Settings as they may be shown to anybody who may ask: by key of the file, as TOML, without a secret."""
+"""Settings as they may be shown to everybody who may call the API: by key of the file, as TOML, without a secret."""
 
 import hashlib
 import json
@@ -21,8 +21,9 @@ from lmdaemon.config.values import Duration, Listen, spell
 from lmdaemon.log import safe_url
 
 MASKED = '"…"'
+# Tables and keys that must have the same values for all daemons on one database
 _ALIKE = {"operators", "dialects", "plugins", "delivery", "sessions", "database.keep_ended"}
-_ELSEWHERE = ("_file", "_env")
+_ELSEWHERE = ("_file", "_env")  # ends of keys that name a file or variable, which may differ between machines
 _MASKED_KEYS = {"options"}  # the options of a plug-in: only the plug-in knows whether they contain a secret
 
 
@@ -36,7 +37,7 @@ class Difference(NamedTuple):
 
 
 def in_force(settings: Settings) -> dict[str, str]:
-    """Every key with its value, inherited ones included. Of secrets the file or variable is shown, not the content."""
+    """Every key with its value, inherited values included. A secret is shown as the name of its file or variable."""
     return dict(_in_force(settings))
 
 
@@ -87,7 +88,7 @@ def differences(old: Settings, new: Settings) -> list[Difference]:
     found = []
     for key in changes(old, new):
         was, will_be = before.get(key), after.get(key)
-        if was is None or will_be is None:  # a whole table
+        if was is None or will_be is None:  # a whole table was added or removed
             there = ["{ … }" if key in settings.tables else None for settings in (old, new)]
             found.append(Difference(key, there[0], there[1], content=False))
             continue

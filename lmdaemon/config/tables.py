@@ -31,16 +31,17 @@ class Tables:
         self.read: dict[str, msgspec.Struct] = {}
 
     def table(self, kind: type[_T], raw: object, at: str) -> _T | None:
-        """One table of the file into its struct; None when it is no table."""
+        """Reads one table of the file into its struct and notes it in `read`. None if it is no table."""
         table = self.struct(kind, raw, at)
         if table is not None:
             self.read[at] = table
         return table
 
     def struct(self, kind: type[_T], raw: object, at: str) -> _T | None:
-        """A table, or one within it, into its struct; None when it is no table. An error is recorded for a key that
-        does not fit, and its default is used (for a required key an empty value), so that the rules between keys can
-        still be checked.
+        """Reads a table, or a table within one, into its struct. None if it is no table.
+
+        If a value does not fit its key, an error is recorded, and the default is used instead (for a required key an
+        empty value), so that the rules between keys can still be checked.
         """
         error = self._findings.error
         if not isinstance(raw, dict):
@@ -65,7 +66,7 @@ class Tables:
         return kind(**found)
 
     def value(self, kind: Any, value: object, at: str) -> Any:
-        """One value into its type; records an error and returns None when it does not fit."""
+        """Converts one value to its type. If it does not fit, records an error and returns None."""
         error = self._findings.error
         options = get_args(kind)
         if get_origin(kind) in (UnionType, Union) and type(None) in options:
@@ -94,7 +95,9 @@ class Tables:
             return error(at, rule, value)
 
     def named(self, raw: object, at: str) -> Iterable[tuple[str, object]]:
-        """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` whose names can stand in a URL and a log."""
+        """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` with their names. Records an error for a name
+        that breaks NAME_RULE; names stand in URLs and in the log.
+        """
         if not isinstance(raw, dict):
             self._findings.error(at, "must be a table")
             return

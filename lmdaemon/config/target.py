@@ -1,7 +1,8 @@
-"""Reads an operator's URL once, when it is configured, into what is sent at each attempt.
+"""Reads an operator's URL once, when the configuration is read, and makes of it what each attempt needs.
 
-Path and query are requested byte for byte as they are written, because they may be signed. A URL that cannot be sent so
-is an error here, instead of a failure of every attempt. Errors must never repeat the URL; the caller shows it masked.
+Path and query are requested byte for byte as they are written, because they may be signed. A URL that cannot be sent
+like this is an error in the configuration, instead of a failure of every attempt. Errors must never repeat the URL; the
+caller shows it masked.
 """
 
 import base64
@@ -30,8 +31,9 @@ _LABELS = re.compile(r"(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")  
 class Target(NamedTuple):
     """What an attempt needs of a URL.
 
-    `url` has path and query as one, as they are written, and no user info, which is `authorization`: the header's
-    value. `private` says that the host is a private address, as far as that is known without a DNS lookup.
+    `url` has path and query as they are written, both as its path. It has no user info; `authorization` is the value of
+    the header that is made of it. `private` says that the host is a private address, as far as that is known without a
+    DNS lookup.
     """
 
     url: URL
@@ -62,7 +64,7 @@ def read(text: str) -> Target:
     if safe_url(text) == NOT_A_URL:
         raise ValueError(USER_INFO_RULE)
     return Target(
-        # "?" and all that follows as part of the path: yarl would drop a query that is empty
+        # The query is passed as a part of the path, because yarl would drop the "?" before an empty query
         server.with_path(requested or "/", encoded=True),
         _authorization(user_info),
         private_address(server.raw_host or ""),
@@ -70,13 +72,13 @@ def read(text: str) -> Target:
 
 
 def _server(scheme: str, place: str) -> URL:
-    """Host and port; an international name in the form that DNS has. Raises ValueError."""
+    """Scheme, host and port as a URL; an international name is encoded as in DNS. Raises ValueError."""
     match = _HOST.fullmatch(place)
     if match is None:
         raise ValueError(HOST_RULE)
     try:
         url = URL(f"{scheme}://{place}/")
-    except ValueError:  # its text is dropped, because it may quote the URL
+    except ValueError:  # the text of the error is dropped, because it may quote the URL
         raise ValueError(HOST_RULE) from None
     host = url.raw_host or ""
     if url.port == 0 or not (":" in host or _LABELS.fullmatch(host)):
@@ -85,7 +87,7 @@ def _server(scheme: str, place: str) -> URL:
 
 
 def _authorization(user_info: str) -> str | None:
-    """The value of the Authorization header, from the user info in UTF-8 (RFC 7617); None without.
+    """The value of the Authorization header for this user info, in UTF-8 (RFC 7617); None if it is empty.
 
     Raises ValueError.
     """

@@ -77,8 +77,8 @@ DAEMON_SHAPE = {"name": str, "operators": [str], "serviceLagMs": int}
 CHANGED_SHAPE = OPERATOR_SHAPE | {"changed": bool}
 
 FOR_EVER = 2**63
-# Lists are sorted by the time at which their items began, unless the wall clock was set back: it is assumed that this
-# was by less than
+# Lists are sorted by the time at which their items began, except where the wall clock was set back. It is assumed that
+# it was never set back by more than this
 SET_BACK_MAX_MS = 24 * 3600 * 1000
 
 WATCH_S = 2
@@ -110,7 +110,7 @@ def asking(*arguments: Argument) -> Callable[[Ask], Command]:
 
 @asking(
     argument(
-        "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="again every so many seconds (default 2)"
+        "--watch", type=count, nargs="?", const=WATCH_S, metavar="S", help="print again every S seconds (default 2)"
     ),
     OF_OPERATOR,
     argument("--check", action="store_true", help="exit code by health: 0 pass, 3 warn, 4 fail; 1 unreachable"),
@@ -169,7 +169,7 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
 
 
 def _only(name: str, operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """This one of all operators. Raises Failed."""
+    """A list with the operator of this name alone. Raises Failed if there is none."""
     found = [one for one in operators if one["operator"] == name]
     if not found:
         raise Failed(unknown(name, [one["operator"] for one in operators]))
@@ -184,8 +184,8 @@ def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:
 
 @asking(OF_OPERATOR, JSON)
 async def events(client: Client, args: argparse.Namespace) -> int:
-    """Prints events until it is interrupted. When the daemon stops it waits until it is back; it must be there at the
-    beginning.
+    """Prints events until it is interrupted. If the daemon stops later, waits until it is back; at the beginning, the
+    daemon must be running.
     """
     heard, waits_s = False, AGAIN_FIRST_S
     await _tell_unknown(client, args)
@@ -216,7 +216,7 @@ def _print_event(name: str, data: dict[str, Any], args: argparse.Namespace) -> N
 
 @asking(argument("id", type=filled, metavar="ID", help="of a session or a player"), *ROWS)
 async def find(client: Client, args: argparse.Namespace) -> int:
-    """Prints the sessions with this id, then those of the player with this id. Exit code 1: there are none."""
+    """Prints the sessions with this id, then those of the player with this id. Exit code 1 if there are none."""
     found = False
 
     async def pages() -> AsyncIterator[list[Any]]:
@@ -326,7 +326,7 @@ async def list_deliveries(client: Client, args: argparse.Namespace) -> int:
 
 
 async def _tell_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Says so where --operator names one that is not configured."""
+    """Warns if --operator names an operator that is not configured."""
     if args.operator is not None:
         items = (await client.call("GET", "v1", "operators", shape={"items": [OPERATOR_SHAPE]}))["items"]
         tell_unknown(args.operator, [one["operator"] for one in items])
@@ -335,7 +335,7 @@ async def _tell_unknown(client: Client, args: argparse.Namespace) -> None:
 async def _of_period(
     client: Client, args: argparse.Namespace, member: str, *path: str, **query: object
 ) -> AsyncIterator[list[Any]]:
-    """Pages of items whose time in this member is within --since and --until. Raises Failed and Usage."""
+    """Pages of items whose time is within --since and --until; `member` has that time. Raises Failed and Usage."""
     since_at, until_at = times.period(args)
     wanted = _wanted(args)
     if since_at is None and until_at is None:
@@ -365,7 +365,7 @@ async def show_delivery(client: Client, args: argparse.Namespace) -> int:
 
 def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
     """A delivery for people: the state says whether and why it was discarded, and the request is a command line."""
-    if "request" in delivery:  # as a line to copy
+    if "request" in delivery:  # shown as a curl command that can be copied
         delivery = delivery | {"request": delivery["request"] and delivery["request"]["curl"]}
     discarded = delivery.get("discarded")
     if not discarded:
@@ -379,8 +379,14 @@ def in_words(delivery: dict[str, Any]) -> dict[str, Any]:
 
 @asking(
     OPERATOR,
-    argument("--note", type=filled, metavar="TEXT", help="why, for whoever finds it held"),
-    argument("--for", dest="seconds", type=seconds, metavar="TIME", help='released by itself then, as in "2h"'),
+    argument("--note", type=filled, metavar="TEXT", help="why, for others who find the operator held"),
+    argument(
+        "--for",
+        dest="seconds",
+        type=seconds,
+        metavar="TIME",
+        help='end the hold by itself after this time, such as "2h"',
+    ),
     JSON,
 )
 async def hold(client: Client, args: argparse.Namespace) -> int:
@@ -390,7 +396,7 @@ async def hold(client: Client, args: argparse.Namespace) -> int:
     return _changed(
         args,
         await client.call("POST", "v1", "operators", args.operator, "hold", shape=CHANGED_SHAPE, body=body),
-        "was held already, and stays so",
+        "was held already, and stays held",
     )
 
 

@@ -1,4 +1,4 @@
-"""Decorators with which a command's module declares the options and positional arguments of each command.
+"""Decorators with which a command's module declares the options and positional arguments of each command. For example:
 
 @command(OPERATOR, argument("--state", choices=("active", "ended")), JSON)
 def list_sessions(args: argparse.Namespace) -> int: ...
@@ -48,7 +48,9 @@ def argument(*names: str, **options: Any) -> Argument:
 
 
 def text(value: str) -> str:
-    """Text that is sent to the daemon or an operator. It must be valid UTF-8; a command line may have any bytes."""
+    """Text that is sent to the daemon or an operator. It must be valid UTF-8, although a command line may have any
+    bytes.
+    """
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -60,7 +62,9 @@ def text(value: str) -> str:
 
 
 def filled(value: str) -> str:
-    """A text that is not empty: an empty one, of a variable that is not set, would mean all there are."""
+    """A text that is not empty. An empty one, as from a shell variable that is not set, would choose all operators or
+    sessions.
+    """
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
     return text(value)
@@ -142,8 +146,8 @@ ROWS = (
     argument("--all", action="store_true", help="all of them"),
     JSON,
 )
-_ASKED = "to show where api.client_ca_file asks for it"
+_ASKED = "for a daemon whose api.client_ca_file asks for one"
 CLIENT_CERTIFICATE = (
     argument("--client-cert", type=file, metavar="FILE", help=f"certificate {_ASKED}"),
-    argument("--client-key", type=file, metavar="FILE", help="its key, where that is another file"),
+    argument("--client-key", type=file, metavar="FILE", help="its key, if that is in another file"),
 )

@@ -110,8 +110,8 @@ def copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
                 with progress("copying", "B", _size(sql)) as tell:
                     sql.set_progress_handler(_Flush(handle, tell), LOOK_EVERY)
                     # One read transaction, during which the daemon goes on writing. A copy page by page (SQLite's
-                    # backup API) would start again at each of its commits. All of its files have been opened by the
-                    # check.
+                    # backup API) would start again at each of the daemon's commits. The check has opened all files of
+                    # the source, so its rights are not needed any more.
                     with acting_with(writing):
                         # A file's name can be any bytes; SQLite expects text
                         sql.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(copy),))
@@ -255,7 +255,7 @@ def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
 
 
 def _contents(copy: Path) -> dict[str, Any]:
-    """The time and the figures with which a restored database would begin."""
+    """The time of the last write to the copy, and its numbers of live sessions and pending deliveries."""
     with closing(open_beside(copy)) as sql:
         (wall_at,) = sql.execute("SELECT wall_at FROM clock").fetchone()
         live, pending = sql.execute("SELECT coalesce(sum(live), 0), coalesce(sum(pending), 0) FROM operator").fetchone()

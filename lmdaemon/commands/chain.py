@@ -1,8 +1,9 @@
 """The chain of an export, and `lmdaemon sessions verify`, which checks it.
 
 Each row ends with `chain`: the SHA-256 (hex) of the chain of the row before it, as text, followed by the bytes of the
-row without its own `chain` and line break. So no row can be changed, moved, added or left out before the last one
-without the chain breaking there; the digest of the whole file, in `FILE.sha256`, covers the end.
+row without its own `chain` and line break. If a row is changed, moved, added or left out, the chain breaks at that row
+or at the next. Rows that are missing at the end break no chain; the digest of the whole file, in `FILE.sha256`, shows
+that.
 """
 
 import argparse
@@ -22,14 +23,14 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Chain:
-    """Chains rows one after the other. `last` is that of the latest row, `rows` how many there were."""
+    """Chains rows one after the other. `last` is the chain of the latest row, `rows` how many there were."""
 
     def __init__(self) -> None:
         self.last = ""
         self.rows = 0
 
     def add(self, row: bytes) -> str:
-        """The chain of the next row, given without its line break."""
+        """The chain of the next row. `row` is given without its line break."""
         self.last = hashlib.sha256(self.last.encode() + row).hexdigest()
         self.rows += 1
         return self.last
@@ -89,7 +90,7 @@ def _hashed(rows: Iterable[bytes], whole: "hashlib._Hash") -> Iterator[bytes]:
 
 
 def _broken_at(rows: Iterable[bytes], chain: Chain) -> int | None:
-    """The number of the first line that does not fit, None where all do. All rows are read in any case."""
+    """The number of the first line whose chain does not fit; None if all fit. All rows are read in any case."""
     pattern, broken_at = _IN_JSON, None
     for number, row in enumerate(rows, 1):
         text = row.rstrip(b"\r\n")
@@ -106,7 +107,7 @@ def _broken_at(rows: Iterable[bytes], chain: Chain) -> int | None:
 
 
 def _known_digest(target: Path) -> str | None:
-    """What stands in the file beside it. Raises Failed."""
+    """The digest in `FILE.sha256` beside the export; None if there is no such file. Raises Failed."""
     beside = target.with_name(target.name + SUFFIX)
     if not beside.exists():
         return None

@@ -34,20 +34,20 @@ _SESSIONS = (
 
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="check as the daemon would send to this operator"),
-    argument("--url", metavar="URL", help="check this instead; private addresses are allowed, you chose it"),
+    argument("--url", metavar="URL", help="check this URL instead; private addresses are allowed"),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
     *RECIPIENT,
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
     argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
     argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
-    argument("--burst", action="store_true", help="not 5 requests a second but as fast as it goes, 50 at once"),
+    argument("--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 a second"),
     argument("--junit", type=file, metavar="FILE", help="write a JUnit report"),
     argument("--html", type=file, metavar="FILE", help="write a report as one HTML page"),
     JSON,
 )
 def check(args: argparse.Namespace) -> int:
-    """Tries an operator's endpoint and reports what it gets wrong. Exit code 0 only where nothing fails."""
+    """Tries an operator's endpoint and reports what it gets wrong. Exit code 0 only if nothing fails."""
     operator = recipient(args, "check")
     if "hash" in operator.sends.required and operator.hash_key is None:
         raise Usage(f"check: dialect {operator.sends.name} needs --hash-key-file")
@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> int:
     token = player_token(args)
     for option, path in (("--junit", args.junit), ("--html", args.html)):
         if path:
-            _must_be_writable(path, option)  # known now, and not after all requests
+            _must_be_writable(path, option)  # checked before any request, because the file is written after the last
     progress = _Progress(len(checks), shown=sys.stderr.isatty(), results=not args.json)
     runner = Runner(
         operator,

@@ -1,7 +1,7 @@
 """The command line: argv → one command; exit codes.
 
-The commands talk to the running daemon over the private API, except those that work without one. A token is never taken
-from the command line, which everybody on the machine can read, and never printed.
+Most commands talk to the running daemon over its private API; some need no daemon. A token is never taken from the
+command line, which everybody on the machine can read, and never printed.
 
 `COMMANDS` says in which module each command is. The module, which declares the command's arguments, is imported only
 when the command is used. `version`, the list of commands and errors about unknown commands import none.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failed as error:
         say(f"lmdaemon: {error}")
         return FAILED
-    # The reader of the output has closed the pipe, or the user has pressed Ctrl-C
+    # BrokenPipeError: the reader of the output has closed the pipe. KeyboardInterrupt: the user has pressed Ctrl-C
     except (BrokenPipeError, KeyboardInterrupt):
         return FAILED
     return code

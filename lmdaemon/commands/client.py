@@ -20,7 +20,7 @@ from lmdaemon.commands.shared import Failed, Usage, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.config.values import Listen
 
-ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds: beyond this the daemon hangs
+ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds; a daemon that takes longer than this hangs
 PAGE_MAX = 1000  # rows in one answer of the private API
 
 SILENT_MAX_S = 15.0  # the longest silence of an event stream, which sends figures every second
@@ -85,7 +85,9 @@ class _Unix(_Checked, aiohttp.UnixConnector):
 
 
 def _trusted(settings: Settings) -> frozenset[int]:
-    """The users whose listener is trusted: root, the caller, the owners of configuration and database directory."""
+    """The users whose listener is trusted: root, the caller, and the owners of the configuration file and of the
+    database's directory.
+    """
     owners = {0, os.geteuid()}
     for path in (settings.file, settings.database.parent):
         with suppress(OSError):
@@ -106,7 +108,7 @@ class Client:
         self._base = _base_url(settings.api.listen, "http" if self._tls is None else "https")
         self._unix = settings.api.listen.unix
         self._token = settings.api_tokens[0].secret.decode() if settings.api_tokens else None
-        # Where this user cannot read the daemon's token file, a refusal (401) should say why
+        # Added to the message of a refusal (401): this user may not be able to read the daemon's token file
         self._hints = [warning for warning in settings.warnings if warning.startswith("api.token_")]
         self._trusted = _trusted(settings)
         self._session: aiohttp.ClientSession
@@ -125,7 +127,7 @@ class Client:
     def _check_peer(self, transport: asyncio.BaseTransport) -> None:
         """Raises Failed, before anything is sent, when the listener belongs to a user who is not trusted.
 
-        Over TLS the certificate has proven who it is.
+        Over TLS nothing is checked here, because the certificate has already proven who listens.
         """
         if transport.get_extra_info("ssl_object") is not None:
             return
@@ -137,7 +139,7 @@ class Client:
             ours = ", ".join(sorted(map(trust.user_name, self._trusted)))
             raise Failed(
                 f"what listens at {self._address} belongs to {trust.user_name(owner)}, and nothing was sent to it: "
-                f"trusted are root, you, and whose the configuration and the database's directory are ({ours})"
+                f"trusted are root, you, and the owners of the configuration and of the database's directory ({ours})"
             )
 
     async def call(
@@ -212,18 +214,18 @@ class Client:
         except TimeoutError:
             raise Unreachable(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
         except aiohttp.ClientConnectorCertificateError as error:
-            why = "shows another certificate than api.tls_cert_file has: reload it, or name its own --config"
+            why = "shows another certificate than api.tls_cert_file has: reload the daemon, or name its --config"
             raise Failed(f"what answers at {self._address} {why}") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             if refusal := _tls_refusal(error):
                 raise Failed(f"no TLS with the daemon at {self._address}: {refusal}") from error
             if self._shows_certificate and not isinstance(error, aiohttp.ClientConnectorError):
-                why = "it may not take --client-cert, as tls.handshake_failed in its log would say"
+                why = "perhaps it refuses --client-cert; then its log has tls.handshake_failed"
                 raise Failed(f"the daemon at {self._address} has closed the connection: {why}") from error
             cause = getattr(error, "os_error", error)
             number = getattr(cause, "errno", None) or 0  # negative for errors of name resolution
             why = os.strerror(number) if number > 0 else reason(cause)
-            where = "the last lines of its log say why it ended, as journalctl -u lmdaemon -n 20"
+            where = "the last lines of its log say why it ended, such as journalctl -u lmdaemon -n 20"
             raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why}); {where}") from error
         except aiohttp.ClientError as error:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error

@@ -19,7 +19,7 @@ ADMINISTRATION = ("api", "database")  # tables that say where the daemon listens
 
 
 def configured(args: argparse.Namespace, *needs: str) -> Settings:
-    """The settings of the file that `args` names. Raises ConfigError when these tables cannot be used."""
+    """The settings of the file that `args` names. Raises ConfigError if a table in `needs` cannot be used."""
     settings = reader.of_command(args.config, secrets="optional", needs=needs)
     for finding in settings.unusable[:TOLD_MAX]:
         say(f"{settings.file}: warning: {finding}", "WARNING")
@@ -30,14 +30,15 @@ def configured(args: argparse.Namespace, *needs: str) -> Settings:
 
 
 def tell_unknown(operator: str | None, known: Iterable[str]) -> None:
-    """Says on stderr that no such operator is configured, where a result is empty because a name may be misspelt.
+    """Warns on stderr if no such operator is configured. For results that are empty, perhaps because of a misspelt
+    name.
 
-    It is no error: rows of an operator that has left the file are kept.
+    It is no error, because rows of an operator that has left the file are kept.
     """
     if operator is not None and operator not in (names := set(known)):
         say(f"lmdaemon: {unknown(operator, names)}", "WARNING")
 
 
 def unknown(operator: str, known: Iterable[str]) -> str:
-    """That there is none of this name, with the one that was probably meant."""
+    """The message that no operator has this name, with the name that was probably meant."""
     return f"no operator of this name is configured (got {operator!r}){suggestion(operator, known)}"

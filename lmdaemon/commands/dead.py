@@ -1,4 +1,4 @@
-"""`lmdaemon deliveries retry` and `discard`: what is to become of dead deliveries."""
+"""`lmdaemon deliveries retry` and `discard`: make dead deliveries due again, or mark them as wanted by nobody."""
 
 import argparse
 import asyncio
@@ -13,7 +13,7 @@ from lmdaemon.commands.progress import progress
 from lmdaemon.commands.shared import STOPPED, Usage, cell, say, show
 from lmdaemon.model import rfc3339
 
-STEP = 50  # deliveries made due in one step with --follow; so many are still sent after an interruption
+STEP = 50  # deliveries made due in one step with --follow; at most so many are still sent after an interruption
 
 _FILTERS = ("since", "until", "ended_since", "ended_until")
 _FOUND = {"found": int, "canBeSent": int, "oldestSettledAt": (str, type(None)), "reasons": {}, "seconds": (int, float)}
@@ -49,8 +49,8 @@ async def retry(client: Client, args: argparse.Namespace) -> int:
 
 
 async def _follow(client: Client, args: argparse.Namespace, which: dict[str, Any]) -> int:
-    """Retries STEP deliveries at a time, and waits after each step for as long as their sending is spread out. Those
-    that die after the start are left alone, unless `--until` is later.
+    """Retries STEP deliveries at a time. After each step it waits for the time over which the daemon spreads the
+    sending of these. Deliveries that become dead after the start stay dead, unless `--until` is later than the start.
     """
     path = ("v1", "operators", args.operator, "deliveries", "retry")
     which.setdefault("until", rfc3339(Clock().wall_ms() + 1))
@@ -88,8 +88,8 @@ def _which(args: argparse.Namespace, verb: str) -> dict[str, Any]:
     filtered = args.reason or args.dry_run or any(getattr(args, name) for name in _FILTERS)
     if bool(args.delivery) == bool(args.operator) or (filtered and not args.operator):
         raise Usage(
-            f"deliveries {verb}: give either the ID of a delivery or --operator; --since, --until, --reason and "
-            "the others that choose, and --dry-run, only with --operator"
+            f"deliveries {verb}: give either the ID of a delivery or --operator; --since, --until, --reason, the "
+            "other filters and --dry-run go only with --operator"
         )
     now_at = Clock().wall_ms()
     options = {name: "--" + name.replace("_", "-") for name in _FILTERS}

@@ -1,7 +1,7 @@
 """`lmdaemon sessions export`: ended sessions with their deliveries and attempts, for an archive.
 
-It reads the database file itself, page by page, and never writes to it. So the daemon spends no time on it, and need
-not run. Tokens and bodies are not exported.
+It reads the database itself, page by page, and never writes to it. The daemon spends no time on an export, and need not
+run. Tokens and bodies are not exported.
 """
 
 import argparse
@@ -44,7 +44,8 @@ from lmdaemon.store.contract import Archive, DatabaseError, Wanted
 from lmdaemon.store.open import open_archive, real_path
 from lmdaemon.web.documents import archived, to_json
 
-# An end has the time at which its transaction began; only on a hanging disk does a transaction take longer than this
+# An end gets the time at which its transaction began, so transactions under way may still add ends of the period. They
+# are waited for this long; only on a hanging disk does a transaction take longer
 SETTLED_S = 2.0
 POLL_S = 0.05
 
@@ -74,16 +75,17 @@ CSV_COLUMNS = {
 }
 _OF_SESSION, _OF_DELIVERY = [*CSV_COLUMNS.values()][:9], [*CSV_COLUMNS.values()][9:]
 
-# A place where a spreadsheet may begin a cell, if what follows could begin a formula. That may be one of = + - @, also
-# in the full-width and small forms of Unicode, which Excel treats alike, and also after blanks, which some programs
-# remove; or a quote, since a program that splits here would read a quoted formula. The end of the text counts as such a
-# quote: the cell's own closing quote follows it.
+# Matches each place where a spreadsheet may begin a cell, if what follows could begin a formula. These can begin one:
+# - one of = + - @, also in Unicode's full-width and small forms, which Excel treats alike. Blanks before them are
+#   skipped, because some programs remove them;
+# - a quote, because a program that begins a cell there would read what is quoted as a formula. The end of the text
+#   counts as a quote, because the closing quote of the CSV cell follows it.
 _FORMULA = re.compile(r"""(^(?!\Z)|[;\t\r\n])(?=\s*(?:['"=+\-@＝＋－＠﹦﹢﹣﹫\t\r\n]|\Z))""")
 
 
 @dataclass
 class Told:
-    """Counts of what has been written so far."""
+    """What has been written so far: counts, the chain of the rows, and the digest. `tell` shows the progress."""
 
     sessions: int = 0
     deliveries: int = 0
@@ -124,9 +126,9 @@ def export(args: argparse.Namespace) -> int:
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
-                # All files of the database are open by now, so its rights are not needed any more
                 # Progress is not shown on a terminal that also shows the rows
                 shown = args.output is not None or not sys.stdout.isatty()
+                # All files of the database are open by now, so the rights for it are not needed any more
                 with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:
                     wanted = Wanted(args.operator, args.player, args.session)
 
@@ -166,7 +168,7 @@ def archived_sessions(
 ) -> Iterator[list[ArchivedSession]]:
     """Pages of documents, in the order in which the sessions ended.
 
-    Sessions that end meanwhile do so after `until_at`.
+    Sessions that end during the export end after `until_at`, so they are not part of it.
     """
     after: tuple[int, int] | None = (since_at, 0)
     while after is not None:
@@ -228,7 +230,7 @@ def cell(value: object) -> object:
     return value
 
 
-# -- where to
+# -- output
 
 
 def _write(args: argparse.Namespace, live: set[Inode], chunks: Callable[[], Iterable[bytes]], told: Told) -> None:

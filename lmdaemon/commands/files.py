@@ -83,11 +83,11 @@ def check_target(live: set[Inode], target: Path, *, force: bool) -> None:
 
 @contextmanager
 def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
-    """An empty file for what the target will hold, and a descriptor of it. It is deleted at the end unless it was
-    renamed.
+    """An empty file for the content that the target will get, and a descriptor of it. The file is deleted at the end
+    unless it was renamed.
 
-    It is in a new directory of mode 0700 beside the target. SQLite looks for a journal beside each file that it opens,
-    and in a directory like /tmp anybody could have put one there. Raises Failed.
+    It is in a new directory of mode 0700 beside the target, because SQLite looks for a journal beside each file that it
+    opens, and in a directory like /tmp anybody could have put one there. Raises Failed.
     """
     os.umask(0o077)
     try:
@@ -96,7 +96,7 @@ def file_beside(target: Path) -> Iterator[tuple[Path, int]]:
         raise Failed(f"{target}: cannot be written: {reason(error)}") from error
     file = directory / "copy"
     handle = -1
-    # SIGTERM, as systemd sends it, acts like Ctrl-C, so that what was begun is removed
+    # SIGTERM, as systemd sends it, acts like Ctrl-C, so that the directory is removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -15,7 +15,7 @@ from lmdaemon.store.contract import DatabaseError
 
 @command(argument("file", type=file, metavar="FILE", help="the SQLite file of a stopped daemon"), JSON)
 def import_file(args: argparse.Namespace) -> int:
-    """Moves sessions, deliveries, holds and idleness. After an interruption, the same again goes on."""
+    """Moves sessions, deliveries, holds and idleness. After an interruption, the same command goes on with the rest."""
     settings = configured(args, "database")
     if settings.postgres is None:
         raise Usage("import: database.url must name the database to move the file into")
@@ -40,6 +40,6 @@ def import_file(args: argparse.Namespace) -> int:
 
 
 def _show(done: int, of: int) -> None:
-    """Progress, on a terminal alone."""
+    """Shows the progress, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{done} of {of} rows", end="", file=sys.stderr, flush=True)

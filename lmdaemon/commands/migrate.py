@@ -13,7 +13,7 @@ from lmdaemon.store.contract import DatabaseError
 
 @command(JSON)
 def migrate(args: argparse.Namespace) -> int:
-    """Adds what the schema lacks. Repeatable; a daemon of the version before may run meanwhile."""
+    """Adds what the schema lacks. It can be repeated, and daemons of the version before may go on running."""
     settings = configured(args, "database")
     if settings.postgres is None:
         raise Usage("migrate: the database is a file (database.path), which the daemon upgrades when it starts")

@@ -10,14 +10,15 @@ from lmdaemon.model import in_bytes, in_time
 
 _ASIDE = ("status", "time", "output", "observedUnit")  # members of a check that are not printed as figures
 _INDENT = " " * 22
-TOLD_MAX = 3  # operators of which a check has a line with a command
-# What can be done where a check does not pass; of those about deliveries and expiry, `_by_hand` knows more
+TOLD_MAX = 3  # operators for which a check prints a line with a command
+# What can be done about a check that does not pass, by its name. `_by_hand` adds the checks `deliveries` and `expiry`
 _BY_HAND = {
-    "store": "make room on its disk, or mend it: writes go on by themselves within a second, and clients ask again",
+    "store": "make room on its disk, or mend it: within a second after that writes go on by themselves, and clients "
+    "ask again",
     "sweeper": "LmdaemonLoopStuck in docs/operating.md",
     "dispatcher": "LmdaemonLoopStuck in docs/operating.md",
-    "daemons": "see which one it is in the table of daemons; where their files differ, make them alike and reload",
-    "disk": "make room, or lower database.keep_ended and reload; lmdaemon size tells what it takes",
+    "daemons": "the table of daemons shows which one it is; if their files differ, make them alike and reload",
+    "disk": "make room, or lower database.keep_ended and reload; lmdaemon size tells how much room it takes",
     "listeners": "LmdaemonCannotAccept in docs/operating.md",
     "config": "lmdaemon check-config; mend the file and reload",
     "certificates": "renew it, put it in its place and reload",
@@ -25,9 +26,10 @@ _BY_HAND = {
 
 
 def of_health(health: Mapping[str, Any], *, is_each_told: bool = True) -> Iterator[str]:
-    """A line for each check with its figures; below one that does not pass, what is wrong and what can be done.
+    """A line for each check with its figures; below a check that does not pass, what is wrong and what can be done.
 
-    `is_each_told`: `of_operator` follows for each operator, so that the check of operators need not repeat it.
+    `is_each_told` says that the caller prints `of_operator` for each operator as well; then the text of the check
+    `operators` is left out.
     """
     checks = [(name, check) for name, found in health.get("checks", {}).items() for check in found]
     width = max((len(name) for name, _ in checks), default=0)
@@ -50,19 +52,19 @@ def _by_hand(name: str, check: Mapping[str, Any]) -> Iterator[str]:
         operators = [*check.get("massExpired", ()), *check.get("touchesStopped", ())]
         for operator in dict.fromkeys(operators[:TOLD_MAX]):
             listed = f"lmdaemon sessions list {cell(operator)} --state ended --since '1h ago'"
-            yield f"{listed}; do its game servers get here?"
+            yield f"{listed}; do its game servers reach the daemon?"
     if name == "deliveries" and check.get("output"):
-        yield "raise the concurrency of who falls behind, once it agrees, and reload"
+        yield "raise the concurrency of the operator that falls behind, if it agrees, and reload"
 
 
 def row_of(operator: Mapping[str, Any]) -> dict[str, Any]:
-    """An operator as it stands in the table: with the age of its oldest delivery rounded."""
+    """An operator as a row of the table, in which the age of its oldest delivery is rounded."""
     oldest_s = operator.get("oldestPendingSeconds")
     return {**operator, "oldestPendingSeconds": None if oldest_s is None else in_time(oldest_s)}
 
 
 def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps an operator back, and its dead deliveries; nothing where neither is."""
+    """Lines about what keeps an operator back and about its dead deliveries; none if it has neither."""
     name = cell(operator["operator"])
     kept_back, dead = operator.get("keptBack"), operator.get("dead")
     if kept_back:

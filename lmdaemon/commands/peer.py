@@ -1,7 +1,7 @@
-"""Which user listens at the other end of a connection on this machine.
+"""Finds out which user listens at the other end of a connection on this machine.
 
-While the daemon is down, any user may listen at its address and wait for a token. Only Linux says which user a listener
-belongs to.
+While the daemon is down, any user can listen at its address and wait for a command that sends a token. Only Linux tells
+which user a listener belongs to.
 """
 
 import ipaddress

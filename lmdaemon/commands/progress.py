@@ -13,7 +13,7 @@ Tell = Callable[[int], None]
 
 @contextmanager
 def progress(what: str, unit: str, total: int | None = None, *, shown: bool = True) -> Iterator[Tell]:
-    """A context that gives a function to be called with how much is done so far, in `unit`. At the end the line is
+    """A context with a function that is to be called with the amount done so far, in `unit`. At the end the line is
     removed.
     """
     if not shown or not sys.stderr.isatty():

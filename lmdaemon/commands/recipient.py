@@ -25,7 +25,9 @@ RECIPIENT = (
         metavar="NAME",
         help=f"{', '.join(SHIPPED)}, or one of the configuration (default: the operator's, or v4)",
     ),
-    argument("--provider-id", metavar="ID", help="instead of the operator's (without one: luckymonaco)"),
+    argument(
+        "--provider-id", metavar="ID", help="instead of the operator's (default without an operator: luckymonaco)"
+    ),
     argument("--ca-file", type=file, metavar="FILE", help="certificates of a private CA"),
     argument("--hash-key-file", type=file, metavar="FILE", help="file with the hash key, if any"),
     argument("--signing-secret-file", type=file, metavar="FILE", help="file with whsec_ secrets, if any"),
@@ -118,10 +120,10 @@ def _configured(settings: Settings, name: str, command: str) -> Operator:
 
 
 def _trusting(ca: Pem, operator: Operator) -> Profile:
-    """The operator's certificates with this CA. Raises Usage."""
+    """The operator's client certificate together with this CA. Raises Usage."""
     profile = Profile(ca, operator.client_cert_file, operator.client_key_file)
     try:
-        profile.context  # noqa: B018 - read now, so that what is wrong with the file is told
+        profile.context  # noqa: B018 - loads the file now, so that an error in it is reported
     except OSError as error:
         raise Usage(f"--ca-file: {ca.path} cannot be used: {reason(error)}") from None
     return profile

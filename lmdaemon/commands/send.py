@@ -1,7 +1,7 @@
 """`lmdaemon send`: sends one SessionExpired to an operator or a URL, with the same code as the daemon.
 
-It prints request and answer, which are often pasted into tickets. So every secret in them is masked, also if the answer
-repeats it.
+It prints request and answer, which people often paste into tickets. Every secret in them is therefore masked, also
+where the answer repeats it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lmdaemon.workbench import trial
 
 @command(
     argument("operator", nargs="?", metavar="OPERATOR", help="send as the daemon would to this operator"),
-    argument("--url", metavar="URL", help="send here instead; private addresses are allowed, you chose it"),
+    argument("--url", metavar="URL", help="send to this URL instead; private addresses are allowed"),
     argument(
         "--yes", action="store_true", help="confirm that the operator's code may act on it (not needed on loopback)"
     ),

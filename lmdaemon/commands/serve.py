@@ -32,8 +32,8 @@ STOPPED_WITHIN_S = 1.0  # the longest time from a signal during the start to the
 ABANDON_AFTER_S = 1.0  # how long a plug-in's hook that ignores its cancellation is waited for at the end
 
 # The garbage collector runs each time when the number of objects has grown by this many. Almost all objects of a
-# request are freed without it. With Python's default of 700 it would run for objects that are in use, at 16 % of a
-# touch's CPU time.
+# request are freed without the collector. With Python's default of 700 it would find only objects that are still in
+# use, and would take 16 % of a touch's CPU time.
 GARBAGE = 10_000
 
 # Python's switch interval: how long the event loop may keep the interpreter's lock from the writer's thread, which
@@ -46,7 +46,7 @@ def serve(args: argparse.Namespace) -> int:
     """Runs the daemon until it is stopped or fails, and returns the exit code."""
     sys.setswitchinterval(SWITCH_S)
     _raise_file_limit()
-    # Until _keep_what_is_made: a start creates almost no garbage, and without the collector it takes a sixth less time
+    # Off until _keep_what_is_made. A start creates almost no garbage, and takes a sixth less time without the collector
     gc.disable()
     try:
         settings = reader.of_command(args.config)
@@ -73,7 +73,8 @@ def _raise_file_limit() -> None:
 def _keep_what_is_made() -> None:
     """Excludes the daemon's own 45,000 objects from garbage collection, and turns the collector on.
 
-    They exist until the end. Each full collection over them took 30 to 60 ms, during which nothing else ran.
+    These objects exist until the daemon ends. A full collection that examines them takes 30 to 60 ms, during which
+    nothing else runs.
     """
     gc.freeze()
     gc.set_threshold(GARBAGE)
@@ -89,14 +90,14 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     _take_signals(daemon, runner.get_loop())
     try:
         runner.run(daemon.run())
-    except ConfigError as error:  # found while a plug-in was loaded; it lacks the file's name
+    except ConfigError as error:  # raised while a plug-in was loaded; its findings do not name the file
         for finding in error.findings:
             say(f"{settings.file}: {finding}")
         return MISCONFIGURED
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=reason(error))
         return FAILED
-    except Exception as error:  # an ExceptionGroup when a loop has failed; the service manager starts the daemon again
+    except Exception as error:  # an ExceptionGroup if a loop has failed; the service manager starts the daemon again
         lost = _database_lost(error)
         if lost is None:
             Log("daemon").exception("daemon.crashed")
@@ -107,10 +108,10 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
 
 
 def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
-    """Handles signals while the daemon starts; once it serves, it handles them itself.
+    """Handles signals while the daemon starts. Once it serves, the daemon has handlers of its own.
 
     A stop has STOPPED_WITHIN_S to close what was opened. Then the process exits, whatever it is doing (a migration, a
-    plug-in that blocks). Nothing was acknowledged yet, and the next start finds what a kill would have left.
+    plug-in that blocks). That is safe: nothing was acknowledged yet, and the next start recovers as after a kill.
     """
 
     def stop(*_: object) -> None:

@@ -1,5 +1,5 @@
-"""`lmdaemon config`: the settings in force, and what a reload would change. Both come from the running daemon, or from
-the file if none runs.
+"""`lmdaemon config`: the settings in force, and what a reload would change. Both come from the running daemon. If none
+runs, the settings of the file are shown.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def _of_file(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(shown: dict[str, Any]) -> None:
-    """The settings, a line each; then what a reload would change."""
+    """Prints the settings, a line each; then what a reload would change."""
     elsewhere = set(shown["inherited"])
     for key, value in shown["settings"].items():
         print(line(f"{key} = {value}") + ("  # inherited" if key in elsewhere else ""))

@@ -48,7 +48,7 @@ def print_json(document: object) -> None:
 
 
 def line(text: str) -> str:
-    """Text as one line for a terminal. Characters that are not printable are escaped, so that none controls it."""
+    """Text as one line for a terminal. Characters that are not printable are escaped, so that none has an effect."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

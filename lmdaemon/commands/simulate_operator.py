@@ -36,10 +36,12 @@ PORT_MAX = 65535
     argument("--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090"),
     argument("--dialect", choices=tuple(SHIPPED), default="v4", help="what is expected (default v4)"),
     argument("--script", metavar="FILE|TEXT", help="what to answer; a file that ends with .toml, or the text itself"),
-    argument("--seed", type=seed, metavar="N", help="for chances in the script (default: the file's, or 0)"),
+    argument("--seed", type=seed, metavar="N", help="for the script's random choices (default: the file's, or 0)"),
     argument("--journal", type=file, metavar="FILE", help="write a JSON line for each notice"),
     argument("--expect", type=file, metavar="FILE", help="TOML of counts; exit code 1 when one is missed"),
-    argument("--schedule", metavar="SPANS", help='waits that a sender must keep, such as "5s,30s,2m" (default: ours)'),
+    argument(
+        "--schedule", metavar="SPANS", help='waits that a sender must keep, such as "5s,30s,2m" (default: lmdaemon\'s)'
+    ),
     argument("--signing-secret-file", type=file, metavar="FILE", help="whsec_ secrets: signatures are verified"),
     argument("--hash-key-file", type=file, metavar="FILE", help="hash key of the dialect: hashes are verified"),
     argument("--tls-ca", type=file, metavar="FILE", help="serve https; the made-up CA's certificate is written here"),

@@ -55,7 +55,8 @@ RATE_MAX = 10_000
     argument(
         "--away",
         metavar="SPAN",
-        help="the daemon may be away for so long at a time: calls are repeated, no end is late for it (default: never)",
+        help="the daemon may be away for so long at a time: calls are repeated, and it may end sessions later by that "
+        "(default: never)",
     ),
     argument("--player", metavar="ID", help="a test player that the endpoint knows (default: made up)"),
     *PLAYER_TOKEN,
@@ -69,7 +70,7 @@ RATE_MAX = 10_000
     JSON,
 )
 def provider(args: argparse.Namespace) -> int:
-    """Plays players before the daemon or before an endpoint, and judges what answers."""
+    """Plays game servers against the daemon, or a provider against an endpoint, and judges what the other side does."""
     if bool(args.operator) == bool(args.url):
         raise Usage("simulate provider: give either an operator of the running daemon, or --url of an endpoint")
     _need_histogram()
@@ -144,7 +145,7 @@ async def _before_daemon(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _idle_s(text: str) -> int:
-    """The idle time in the API's unit, whole seconds. A number without a unit is taken as such. Raises Usage."""
+    """The idle time in the API's unit, whole seconds. A number without a unit means seconds. Raises Usage."""
     span_s = checked_span(f"{text}s" if text.isascii() and text.isdigit() else text, "--idle")
     if span_s != int(span_s):
         raise Usage(f"--idle: must be whole seconds (got {text!r})")

@@ -26,8 +26,10 @@ FIGURES_SHAPE = {"spans": [{"stepSeconds": int, "series": [{"operator": (str, ty
 
 @command(
     argument("--sessions", type=count, required=True, metavar="N", help="sessions that are live at the same time"),
-    argument("--heartbeat", type=seconds, required=True, metavar="TIME", help="between two touches of one, as in 30s"),
-    argument("--length", type=seconds, default=1200, metavar="TIME", help="of a session (default 20m)"),
+    argument(
+        "--heartbeat", type=seconds, required=True, metavar="TIME", help="between two touches of a session, as in 30s"
+    ),
+    argument("--length", type=seconds, default=1200, metavar="TIME", help="how long a session lasts (default 20m)"),
     argument("--keep-ended", type=seconds, metavar="TIME", help="default: as in the configuration"),
     argument("--measure", type=seconds, default=40, metavar="TIME", help="how long to measure touches (default 40s)"),
     argument("--directory", type=file, metavar="DIR", help="on the disk to judge (default: the database's)"),
@@ -83,7 +85,7 @@ def needed(costs: Costs, sessions: int, heartbeat_s: int, length_s: int, keep_s:
 
 
 def sentences(found: Mapping[str, Any], sessions: int, heartbeat_s: int, keep_s: int, directory: Path) -> list[str]:
-    """The same as sentences for people."""
+    """The result of `needed` as sentences for people."""
     core, kept, days = found["core"], found["keptBytes"] + found["liveBytes"], keep_s / DAY_S
     each = found["microseconds"]
     said = [

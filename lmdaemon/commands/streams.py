@@ -17,9 +17,9 @@ def prepare() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file to be opened would get its number, and what is printed to the stream
+        except OSError:  # closed: the next file to be opened would get this number, and everything that is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - a number, open to the end
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - stays open to the end
     sys.stdout = _text(_Output(1, "w", closefd=False), sys.stdout)
     sys.stderr = _text(_Messages(2, "w", closefd=False), sys.stderr, line_buffering=True)
 

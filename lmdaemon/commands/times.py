@@ -30,7 +30,7 @@ def until(what: str) -> tuple[tuple[str, ...], dict[str, object]]:
 
 
 def period(args: argparse.Namespace) -> tuple[int | None, int | None]:
-    """What --since and --until mean, as wall times (ms), None where not given. A time in words is printed as it was
+    """The times of --since and --until as wall times (ms); None if not given. Of a time in words, prints how it was
     understood. Raises Usage.
     """
     now_at = Clock().wall_ms()
@@ -56,7 +56,7 @@ def read(text: str | None, option: str, now_at: int) -> int | None:
 
 
 def _in_words(text: str, now: datetime) -> datetime | None:
-    """`now` has the zone of the machine. None: in no known form."""
+    """The time that the text means; None if it has no known form. `now` has the machine's time zone."""
     try:
         if text == "now":
             return now

@@ -1,4 +1,4 @@
-// Actions: each asks first, shows the same as a command, and says what happened.
+// Actions. Each asks first, shows the command that does the same, and says what happened.
 
 import { Gone, Problem, call } from "./api.js";
 import { command, count, faint, h, replace, span } from "./dom.js";
@@ -164,7 +164,7 @@ export const discardAll = (one) => dead("Discard all dead", one, (operator, foun
   };
 });
 
-// A change of each of some dead deliveries; `ids` is a set, in which those stay that were refused.
+// Changes dead deliveries one by one; in the set `ids` stay those that were refused.
 const some = (ids, what, name, off, told, text, note) => action(name, () => ({
   title: `${name.split(" ")[0]} ${count(ids.size)} dead ${ids.size === 1 ? "delivery" : "deliveries"}?`, label: `${name.split(" ")[0]} ${count(ids.size)}`,
   text, fields: note && label("Why", note),

@@ -1,6 +1,6 @@
-// The private API, beside this page: addresses are relative, so that the path prefix of a proxy stays.
+// The private API. Its addresses are relative, so that a proxy's path prefix is kept.
 
-const KEY = "lmdaemon.token"; // of sessionStorage: it ends with the tab, and other tabs do not see it
+const KEY = "lmdaemon.token"; // in sessionStorage, which only this tab sees until it is closed
 
 export class Problem extends Error {
   constructor(status, code, detail) {
@@ -56,7 +56,7 @@ export async function open(method, path, signal) {
   return answer.body;
 }
 
-// Until it ends or breaks off.
+// Calls take(name, data) for each event until the stream ends or breaks off.
 export async function read(body, take) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

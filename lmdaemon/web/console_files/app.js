@@ -5,8 +5,8 @@ import { Gone, Problem, get, open, read, token } from "./api.js";
 import { count, h, replace, time } from "./dom.js";
 import { STILL, VIEWS, note } from "./views.js";
 
-const AGAIN_MS = 2000; // until the daemon is asked again that did not answer
-const REFRESH_MS = 10000; // of a view of which nothing is heard
+const AGAIN_MS = 2000; // until a daemon that did not answer is asked again
+const REFRESH_MS = 10000; // of a view without events
 const SILENT_MS = 10000; // figures come every second: a stream that says nothing for so long is dead
 const NAV = { overview: "Overview", sessions: "Sessions", deliveries: "Deliveries", events: "Events", runbook: "Runbook" };
 const UNDER = { operator: "overview", session: "sessions", delivery: "deliveries" };
@@ -43,7 +43,7 @@ function found() {
   notice("gone");
 }
 
-// Draws the view of the address; one at a time, and once more if it was wanted meanwhile.
+// Draws the view of the address. A call during another makes it draw once more after.
 async function draw() {
   if (signedOut) return;
   if (busy) return void (wanted = true);
@@ -96,7 +96,7 @@ function refresh() {
   if (!document.hidden && !STILL.has(route().name)) draw();
 }
 
-// Hears events for as long as the page is open; the daemon may go and come back.
+// Reads events while the page is open, also after the daemon was away.
 async function hear() {
   while (!signedOut) {
     const silence = new AbortController();
@@ -108,7 +108,7 @@ async function hear() {
         notice("deaf");
         found();
         if (name === "figures") {
-          if (data.snapshot && heard) refresh(); // it was away: what happened meanwhile is not told
+          if (data.snapshot && heard) refresh(); // the stream broke: events are missing
           heard = true;
           document.getElementById("now").textContent = `${count(data.live)} live, ${count(data.pending)} pending, ${count(data.dead)} dead`;
         } else refreshSoon();

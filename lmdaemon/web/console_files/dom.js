@@ -19,7 +19,7 @@ function add(to, children) {
   }
 }
 
-// Puts new children in the place of the old ones; the one with the same data-key keeps the focus.
+// Replaces the children. Focus goes to the new child with the data-key of the focused one.
 export function replace(place, ...children) {
   const key = place.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
   place.replaceChildren();
@@ -41,7 +41,7 @@ export function time(text) {
   return h("time", { datetime: text, title: `${utc}, here ${at.toLocaleString()}` }, shown);
 }
 
-// Words of the daemon, with the times in them as all others are shown.
+// A text of the daemon, in which times are shown as everywhere.
 export const prose = (text) => text.split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/).map((piece, at) => (at % 2 ? when(piece) : piece));
 
 // A wall time, and how far from now it is.

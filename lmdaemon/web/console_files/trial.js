@@ -1,9 +1,9 @@
-// Test notices and checks of an operator's endpoint: what came of the last one, until the page is loaded anew.
+// Test notices and checks of an operator's endpoint. The last result is kept until the page is reloaded.
 
 import { open, read } from "./api.js";
 import { count, faint, h, replace } from "./dom.js";
 
-const latest = new Map(); // by operator: an element, which a check goes on changing
+const latest = new Map(); // by operator: the element with the result; a running check changes it
 const VERDICT = { pass: "good", delivered: "good", warn: "warn", skipped: "faint" };
 const verdict = (word) => h("span", { class: "state " + (VERDICT[word] ?? "bad") }, word);
 

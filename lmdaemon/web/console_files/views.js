@@ -46,7 +46,7 @@ let shownAt = 0;
 async function overview(place, parts, asked) {
   heading(place, "Overview");
   for (const name of ["health", "back", "operators", "charts", "daemons"]) part(place, name);
-  const health = await get("health"); // which is told also where the store answers nothing
+  const health = await get("health"); // answers even if the store does not
   const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
   const wrong = checks.filter(([, check]) => check.status !== "pass");
   put(place, "health",
@@ -214,7 +214,7 @@ function deliveryTable(items, box) {
     }), "No deliveries.");
 }
 
-let chosen = { ids: new Set() }; // of one operator and sink
+let chosen = { ids: new Set() }; // ids ticked in the list of one operator and sink
 
 async function deliveries(place, parts, asked) {
   heading(place, "Deliveries");
@@ -343,4 +343,4 @@ async function runbook(place, [name]) {
 }
 
 export const VIEWS = { overview, operator, sessions, session, deliveries, delivery, events, runbook };
-export const STILL = new Set(["runbook", "events"]); // which need no refreshing
+export const STILL = new Set(["runbook", "events"]); // never refreshed

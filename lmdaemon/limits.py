@@ -38,6 +38,10 @@ class StoreLimits(NamedTuple):
     # same for all daemons on a database.
     lease_s: float = 5.0
     watch_s: float = 0.25  # between two looks at the other daemons' rows, at a start
+    # Most sessions of either kind that a sweep looks at when many are due. A touch waits for it, about 15 ms; smaller
+    # ones would each need a commit of their own.
+    crowd_rows: int = 200
+    told_s: float = 0.02  # the latest time after its commit at which the ends of such a sweep are counted and delivered
 
     @property
     def large_wal(self) -> int:

@@ -234,6 +234,11 @@ class Projection:
 
     def absorb(self, changes: Changes) -> None:
         """Takes over the changes of a committed batch, and calls the observers."""
+        self.take_over(changes)
+        self.tell_of_ends(changes)
+
+    def take_over(self, changes: Changes) -> None:
+        """Takes over the changes of a committed batch. Calls the observers, but not about ends and deliveries."""
         was_live = self.live > 0
         self.last_session = changes.last_session
         self._committed_at = (changes.world.wall_at, self._clock.monotonic())
@@ -253,6 +258,9 @@ class Projection:
             for operator in changes.gates:
                 observer.gate_changed(operator)
         self._absorb_deadlines(changes, was_live=was_live)
+
+    def tell_of_ends(self, changes: Changes) -> None:
+        """Calls the observers about the ends and the deliveries of a batch that was taken over."""
         for observer in self.observers:
             if changes.ends:
                 observer.sessions_ended(changes.ends)

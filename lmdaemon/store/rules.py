@@ -23,7 +23,6 @@ from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
 from lmdaemon.store import silence
 from lmdaemon.store.contract import (
     RETRY_SPACING_MS,
-    SWEEP_ROWS,
     Closing,
     Discard,
     Figures,
@@ -86,8 +85,8 @@ class Questions:
     # (delivery, attempts) of each result: is the delivery pending, with no more attempts than that? A success counts in
     # any case (ANY); a failure does not count if another daemon has attempted the delivery since.
     results: list[tuple[int, int]] = field(default_factory=list)
-    sweeps: int = 0  # number of sweeps. For each: which SWEEP_ROWS sessions are past their maximum lifetime?
-    due_ms: int | None = None  # and which SWEEP_ROWS sessions are due at this service time?
+    due_rows: int = 0  # as many sessions as all sweeps look at: which are past their maximum lifetime?
+    due_ms: int | None = None  # and which, as many at most, are due at this service time?
     retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
     deliveries: list[str] = field(default_factory=list)  # public ids: which of them are known, and can they be sent?
     discard: list[int] = field(default_factory=list)  # deliveries: which of them are dead and not discarded?
@@ -140,7 +139,7 @@ def questions(batch: Iterable[Any]) -> Questions:
             case Settlement():
                 asked.results.append((one.delivery.id, ANY if one.state == "delivered" else _attempts(one)))
             case Sweep():
-                asked.sweeps += 1
+                asked.due_rows += one.most
                 if one.as_of_ms is not None:
                     asked.due_ms = max(one.as_of_ms, asked.due_ms or 0)
             case RetryDead():
@@ -499,15 +498,15 @@ class _Sweeps:
     def end_due(self, sweeps: Iterable[Sweep]) -> None:
         self._changes.swept = True
         for sweep in sweeps:
-            ended, looked_at = self._end_outlived()
+            ended, looked_at = self._end_outlived(sweep.most)
             if sweep.as_of_ms is not None:
-                idle, due = self._end_idle(sweep.as_of_ms)
+                idle, due = self._end_idle(sweep.as_of_ms, sweep.most)
                 ended, looked_at = ended + idle, max(looked_at, due)
             self._changes.answers.append(Swept(ended, looked_at))
 
-    def _end_outlived(self) -> tuple[int, int]:
+    def _end_outlived(self, most: int) -> tuple[int, int]:
         """Ends sessions past their maximum lifetime. Returns how many ended, and how many were looked at."""
-        outlived, self._outlived = self._outlived[:SWEEP_ROWS], self._outlived[SWEEP_ROWS:]
+        outlived, self._outlived = self._outlived[:most], self._outlived[most:]
         ended = 0
         for session in map(self._sessions.current, outlived):
             if session.reason is not None:
@@ -519,9 +518,9 @@ class _Sweeps:
                 ended += 1
         return ended, len(outlived)
 
-    def _end_idle(self, as_of_ms: int) -> tuple[int, int]:
+    def _end_idle(self, as_of_ms: int, most: int) -> tuple[int, int]:
         """Ends sessions whose idle time is over. Returns how many ended, and how many were looked at."""
-        due, self._due = self._due[:SWEEP_ROWS], self._due[SWEEP_ROWS:]
+        due, self._due = self._due[:most], self._due[most:]
         ended = 0
         for session in map(self._sessions.current, due):
             if session.reason is not None:

@@ -191,6 +191,7 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"{LIMITS.store.wal_max // 1024**2} MiB and one transaction",
         f"warns at {LIMITS.store.large_wal // 1024**2} MiB",
         f"{contract.SWEEP_ROWS} sessions in one operation",
+        f"on PostgreSQL {LIMITS.store.crowd_rows} while",
         f"the latest {rules.HISTORY_MAX}",
         f"{rules.PRUNE_ROWS} sessions in one operation",
     ):

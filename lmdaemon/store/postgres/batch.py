@@ -9,7 +9,7 @@ JSON text.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import orjson
 import psycopg
 
 from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session
-from lmdaemon.store.contract import SWEEP_ROWS, Figures, GateChange, Opening, Recording, StoreError, Sweep
+from lmdaemon.store.contract import Figures, GateChange, Opening, Recording, StoreError, Sweep
 from lmdaemon.store.postgres.cluster import AHEAD_MS
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.errors import meaning
@@ -39,7 +39,7 @@ from lmdaemon.store.rules import (
 )
 
 DECIDED_ON_LOOP_MAX = 300  # most operations decided on the event loop: 2 ms, or 20 ms for the largest notices
-# most operators whose due sessions one sweep reads: it reads SWEEP_ROWS of each, and keeps SWEEP_ROWS of all
+# most operators whose due sessions one sweep reads; it reads no more of them than it needs
 OPERATORS_AT_ONCE = 16
 TRIES = 10  # to write a batch: another daemon may change what it was decided on, or lock the same rows in another order
 
@@ -315,7 +315,7 @@ def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due, member
     What is due may be so only by this daemon's clock.
     """
     facts = Facts(asked=asked.sessions)
-    limit = asked.sweeps * SWEEP_ROWS
+    limit = asked.due_rows
     idle = [] if asked.due_ms is None else list(due.idle)
     retry, pruning = asked.retry, asked.pruning
     named = {number: name for name in asked.deliveries if (number := number_of(name)) is not None}
@@ -407,8 +407,17 @@ _NONE = Figures()
 class Batch:
     """One batch. If it needs no facts, it is decided when it is made, on the event loop."""
 
-    def __init__(self, operations: Sequence[Any], present: "Present", *, expect_known: bool) -> None:
+    def __init__(
+        self,
+        operations: Sequence[Any],
+        present: "Present",
+        *,
+        expect_known: bool,
+        when_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """`when_sent` is called on the connection's thread whenever the statements were sent and the server is busy."""
         self.operations = operations
+        self._when_sent = when_sent
         self._present = present
         self._world = present.world
         self.versions = present.versions
@@ -486,7 +495,9 @@ class Batch:
             return min(as_of_ms, limit_ms) if limit_ms >= slowest.hold_until_ms else None
 
         return [
-            Sweep(limited(one.as_of_ms), one.crowd) if type(one) is Sweep and one.as_of_ms is not None else one
+            Sweep(limited(one.as_of_ms), one.crowd, one.most)
+            if isinstance(one, Sweep) and one.as_of_ms is not None
+            else one
             for one in self.operations
         ]
 
@@ -513,6 +524,8 @@ class Batch:
             with sql.pipeline():
                 for statement, arguments in self._statements(changes, place):
                     sent.append(sql.execute(statement, arguments, prepare=True))
+                if self._when_sent is not None:
+                    self._when_sent()
         except psycopg.Error as error:
             _forget_prepared(sql)
             fence = sent[0].pgresult if sent else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmdaemon.log import Log
 from lmdaemon.model import Session
-from lmdaemon.store.contract import Operation, Sweep
+from lmdaemon.store.contract import SWEEP_ROWS, Operation, Sweep
 from lmdaemon.store.postgres import members
 from lmdaemon.store.postgres.batch import Batch, Moved, Place, Present
 from lmdaemon.store.postgres.foreign import Foreign
@@ -15,6 +15,7 @@ from lmdaemon.store.postgres.membership import Membership
 from lmdaemon.store.postgres.owners import CLAIM, OWNERS, Owners
 from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.tables import NEXT_BLOCK, Found, read
+from lmdaemon.store.postgres.telling import Telling
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
@@ -44,6 +45,7 @@ class Keeper:
         membership: Membership,
         foreign: Foreign,
         signals: Signals,
+        telling: Telling,
         restart_grace_ms: int,
     ) -> None:
         self._projection = projection
@@ -51,6 +53,7 @@ class Keeper:
         self._membership = membership
         self._foreign = foreign
         self._signals = signals
+        self._telling = telling
         self._restart_grace_ms = restart_grace_ms
         self._expect_known = False  # whether the last batch was to add sessions that were known already
         self._block_ends = 0
@@ -130,7 +133,8 @@ class Keeper:
 
     def begin(self, operations: Sequence[Operation[Any]]) -> Batch:
         """Makes a batch of the operations, with what is in memory to decide it on."""
-        return Batch(operations, self._present(operations), expect_known=self._expect_known)
+        present, when_sent = self._present(operations), self._telling.when_sent()
+        return Batch(operations, present, expect_known=self._expect_known, when_sent=when_sent)
 
     def renew(self, work: Batch) -> None:
         """Has a batch decided again, on what is in memory now."""
@@ -176,7 +180,12 @@ class Keeper:
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
         was_idle = projection.is_idle
-        projection.absorb(changes)
+        projection.take_over(changes)
+        self._telling.now()
+        if _is_followed(work):
+            self._telling.put_off(changes)
+        else:
+            projection.tell_of_ends(changes)
         is_idle = projection.is_idle
         if was_idle != is_idle:
             self._signals.beat.set()
@@ -208,3 +217,11 @@ class Keeper:
     def measured(self, operations: int, took_s: float) -> None:
         """Is called with the duration of each transaction, in seconds."""
         self._projection.measured(operations, took_s)
+
+
+def _is_followed(work: Batch) -> bool:
+    """Whether it is a sweep of a crowd, and the next one follows at once."""
+    return any(
+        isinstance(one, Sweep) and one.crowd and answer.looked_at >= SWEEP_ROWS
+        for one, answer in zip(work.operations, work.changes.answers, strict=True)
+    )

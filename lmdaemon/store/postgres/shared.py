@@ -16,7 +16,7 @@ import psycopg
 
 from lmdaemon.limits import StoreLimits
 from lmdaemon.model import Member
-from lmdaemon.store.contract import Probe, Pruned, StoreError, Sweep, Swept, Wish
+from lmdaemon.store.contract import SWEEP_ROWS, Probe, Pruned, StoreError, Sweep, Swept, Wish
 from lmdaemon.store.postgres import members
 from lmdaemon.store.postgres.asking import Asking
 from lmdaemon.store.postgres.batch import Batch
@@ -32,6 +32,7 @@ from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.strains import Strains, unsafe_settings
 from lmdaemon.store.postgres.tables import Found, shown, who_is_there
+from lmdaemon.store.postgres.telling import Telling
 from lmdaemon.store.postgres.thread import Database, NoAnswerError, Thread
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.postgres.writer import Server
@@ -69,12 +70,14 @@ class Shared(Verbs):
         self.load(found.loaded)
         self._thread = thread
         self.strained: str | None = None
+        self._crowd_rows = limits.crowd_rows
         self._strains = Strains()
         self._signals = Signals()
         introduction = Introduction(name, self._since_at)
         self.membership = Membership(self, clock, self._signals, introduction, limits.lease_s)
         self._foreign = foreign = Foreign(self)
-        keeper = Keeper(self, clock, self.membership, foreign, self._signals, restart_grace_ms)
+        self._telling = Telling(self.tell_of_ends, limits.told_s)
+        keeper = Keeper(self, clock, self.membership, foreign, self._signals, self._telling, restart_grace_ms)
         keeper.load(found)
         self._server = Server(database, thread, keeper, limits.write_s)
         self._writer: Writer[Batch] = Writer(keeper, self._server, limits)
@@ -124,6 +127,7 @@ class Shared(Verbs):
     async def close(self) -> None:
         """Leaves the database in order, so that the others need not wait until they find this daemon gone."""
         self._writer.stop_taking(StoreError("the store is closed"))
+        self._telling.now()
         if self._server.member is not None:
             with suppress(psycopg.Error, NoAnswerError):
                 await self._thread.run(members.leave, self._server.member, within_s=LEAVE_S)
@@ -215,7 +219,7 @@ class Shared(Verbs):
         is_aged = self.next_lifetime_at is not None and self.next_lifetime_at <= self._clock.wall_ms()
         if idle and as_of_ms is None and not is_aged:
             return Swept(0, 0)
-        return await self._writer.write(Sweep(as_of_ms, crowd))
+        return await self._writer.write(Sweep(as_of_ms, crowd, self._crowd_rows if crowd else SWEEP_ROWS))
 
     async def _heard_by_all(self) -> int | None:
         """The service time up to which every daemon has heard; None if nothing may end for inactivity now.

@@ -11,7 +11,7 @@ from dataclasses import astuple, fields
 from typing import Any
 
 from lmdaemon.model import Gate, Session
-from lmdaemon.store.contract import SWEEP_ROWS, Opening, Recording, StoreError
+from lmdaemon.store.contract import Opening, Recording, StoreError
 from lmdaemon.store.rules import (
     NEW_DELIVERY,
     PRUNE_ROWS,
@@ -95,8 +95,8 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
         ]
     if asked.results:
         facts.pending = frozenset(fetch(sql, PENDING_OF, to_json([number for number, _ in asked.results])))
-    if asked.sweeps:
-        limit = asked.sweeps * SWEEP_ROWS
+    if asked.due_rows:
+        limit = asked.due_rows
         facts.outlived = fetch_sessions(sql, DUE_LIFETIME, wall_at, limit)
         if asked.due_ms is not None:
             facts.due = fetch_sessions(sql, DUE, asked.due_ms, limit)

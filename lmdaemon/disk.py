@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lmdaemon.limits import LIMITS
 from lmdaemon.store.contract import Room, Store, StoreObserver
 
-LOW_SHARE = 0.15  # a smaller share of free space is a warning
 LOW_DAYS = 3.0  # a disk that will be full within so many days is a warning, too
 EVERY_S = 600.0  # between two samples of the growth
 SAMPLES = 145  # samples that are kept: those of a day
@@ -15,29 +15,26 @@ DAY_S = 86_400.0
 
 
 class Outlook(NamedTuple):
-    """The space of the file system, by how many bytes the free space shrinks in a day (None: not known yet), and in how
+    """The space of the file system, by how many bytes the free space shrinks in a day (None: not known yet), in how
     many days it will be used up (None: not known, or it does not shrink).
     """
 
     room: Room
     growth: float | None
     days_left: float | None
-
-    @property
-    def low(self) -> bool:
-        """Whether too little space is free, or will be soon."""
-        days_left = self.days_left
-        return self.room.free < self.room.size * LOW_SHARE or (days_left is not None and days_left < LOW_DAYS)
+    low: bool  # whether too little space is free, or will be soon
 
 
 class DiskWatch(StoreObserver):
     """Keeps the free space of the last day. What other programs write counts too: they fill the same disk.
 
-    Nothing is sampled while nothing is committed. `monotonic` is the clock's.
+    Nothing is sampled while nothing is committed. `monotonic` is the clock's. A share of free space below `low_share`
+    is low, however fast it shrinks.
     """
 
-    def __init__(self, store: Store, monotonic: Callable[[], float]) -> None:
+    def __init__(self, store: Store, monotonic: Callable[[], float], low_share: float = LIMITS.low_share) -> None:
         self._store = store
+        self._low_share = low_share
         self._monotonic = monotonic
         self._samples: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # (time, free bytes)
 
@@ -52,9 +49,11 @@ class DiskWatch(StoreObserver):
         room, now = self._store.room, self._monotonic()
         if room is None:
             return None
+        is_small = room.free < room.size * self._low_share
         lately = [one for one in self._samples.copy() if now - one[0] <= DAY_S]
         if not lately or now - lately[0][0] < KNOWN_AFTER_S:
-            return Outlook(room, None, None)
+            return Outlook(room, None, None, is_small)
         since, free = lately[0]
         growth = (free - room.free) * DAY_S / (now - since)
-        return Outlook(room, growth, room.free / growth if growth > 0 else None)
+        days_left = room.free / growth if growth > 0 else None
+        return Outlook(room, growth, days_left, is_small or (days_left is not None and days_left < LOW_DAYS))

@@ -18,13 +18,13 @@ from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.disk import DiskWatch
+from lmdaemon.limits import LIMITS
 from lmdaemon.model import Gate, Member, in_bytes, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
 from lmdaemon.store.contract import Store, StoreError
 from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0
-ANSWER_WITHIN_S = 2.0
 OLD_BACKLOG_S = 900.0  # a delivery that is pending for longer is a warning
 
 TOLD_MAX = 10  # most operators that the text of one check describes
@@ -37,13 +37,18 @@ Check = dict[str, Any]
 class _Question(Generic[_Answer]):
     """A question to the store that is asked once at a time and at most once in ASK_EVERY_S, however many callers wait.
 
-    So questions do not pile up while a disk hangs. No answer within ANSWER_WITHIN_S is an error for every caller.
+    So questions do not pile up while a disk hangs. No answer within `within_s` is an error for every caller.
     """
 
     def __init__(
-        self, what: str, ask: Callable[[], Coroutine[Any, Any, _Answer]], monotonic: Callable[[], float]
+        self,
+        what: str,
+        ask: Callable[[], Coroutine[Any, Any, _Answer]],
+        monotonic: Callable[[], float],
+        within_s: float = LIMITS.answer_within_s,
     ) -> None:
         self._what = what
+        self._within_s = within_s
         self._ask = ask
         self._monotonic = monotonic
         self._task: asyncio.Task[_Answer] | None = None
@@ -59,10 +64,10 @@ class _Question(Generic[_Answer]):
             task = self._task = asyncio.create_task(self._ask())
             # Marks an exception as seen: the next caller asks again, so nobody may be there to look at it
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        left_s = max(0.0, self._asked_loop + ANSWER_WITHIN_S - loop.time())
+        left_s = max(0.0, self._asked_loop + self._within_s - loop.time())
         done, _ = await asyncio.wait({task}, timeout=left_s)
         if not done:
-            raise StoreError(f"{self._what} took longer than {ANSWER_WITHIN_S:g} s")
+            raise StoreError(f"{self._what} took longer than {self._within_s:g} s")
         return task.result()
 
 
@@ -71,7 +76,7 @@ class Health:
 
     `settings` returns those in force, `reload_error` what was wrong with the last reload, or None. `deaf` has the
     listeners that cannot accept connections, each with the reason. `behind` returns the lanes that do not keep up, in
-    words.
+    words. The store counts as failing if it does not answer within `answer_within_s`.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class Health:
         deaf: Mapping[str, str],
         disk: DiskWatch,
         behind: Callable[[], Mapping[tuple[str, str], str]] = dict,
+        *,
+        answer_within_s: float = LIMITS.answer_within_s,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -97,9 +104,9 @@ class Health:
         self._deaf = deaf
         self._disk = disk
         self._behind = behind
-        self._probe = _Question("a write", store.probe, clock.monotonic)
-        self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic)
-        self._daemons = _Question("a reading", store.daemons, clock.monotonic)
+        self._probe = _Question("a write", store.probe, clock.monotonic, answer_within_s)
+        self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic, answer_within_s)
+        self._daemons = _Question("a reading", store.daemons, clock.monotonic, answer_within_s)
         self.members: Sequence[Member] = ()  # the daemons on the database, as they were last read
 
     @property

@@ -1,4 +1,4 @@
-"""Limits of the store, the listeners and event streams that are no settings: numbers, bytes, and spans in seconds."""
+"""Limits of the daemon's parts that are no settings: numbers, bytes, and spans in seconds."""
 
 from typing import NamedTuple
 
@@ -57,6 +57,8 @@ class Limits(NamedTuple):
     head_s: float = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
     write_s: float = 30.0  # how long a client may leave its answers unread
     patrol_s: float = 2.0  # between two checks of `head_s` and `write_s`
+    body_s: float = 10.0  # from the head to the end of the body
+    handshake_s: float = 10.0  # for a TLS handshake
     # At a stop, `heard_within_s` is how long a request that has arrived in part may take to arrive whole. `heard_s` is
     # how long every client may at least still ask something, because it cannot know that the daemon stops.
     heard_within_s: float = 1.0
@@ -70,6 +72,13 @@ class Limits(NamedTuple):
     gather_s: float = 0.1  # events are gathered for this long, and sent together
     gathered_max: int = 500  # when so many events are gathered, they are sent at once
     figures_every_s: float = 1.0  # between two `figures` events
+
+    # Figures of the last hour
+    charted_max: int = 100  # operators that have figures of their own; those of all together are always kept
+
+    # Health
+    answer_within_s: float = 2.0  # for the store, whenever it is asked
+    low_share: float = 0.15  # a smaller share of free space on the disk is a warning
 
     store: StoreLimits = StoreLimits()
 

@@ -67,7 +67,7 @@ class Parts:
         stack.push_async_callback(self.sender.close)
         self.metrics = Metrics(self.store.engine)
         totals = self.metrics.totals
-        self.recent = Recent(totals, self.store.service_clock.now_ms, self._clock)
+        self.recent = Recent(totals, self.store.service_clock.now_ms, self._clock, self._limits.charted_max)
         self.events = Events(self.store, self._clock, totals, lambda: self.settings.operators, self._limits)
         for observer in (self.recent, self.events):
             self.store.observe(observer)
@@ -78,7 +78,7 @@ class Parts:
         self.reloader = Reloader(settings, self._clock, self._take_over, self.dispatcher.wake)
         await self.reloader.start_plugins()
         stack.push_async_callback(self.reloader.stop_plugins)
-        self.disk = DiskWatch(self.store, self._clock.monotonic)
+        self.disk = DiskWatch(self.store, self._clock.monotonic, self._limits.low_share)
         self.store.observe(self.disk)
         self.hearing = Hearing(self.store.service_clock)
         self.bounds = Bounds(self._limits)
@@ -96,9 +96,10 @@ class Parts:
             self.hearing.deaf,
             self.disk,
             lambda: self.dispatcher.lanes.behind,
+            answer_within_s=self._limits.answer_within_s,
         )
         self.trials = Trials()
-        self.endpoint = Endpoint(self.store, self._clock, self.health.status, self.metrics)
+        self.endpoint = Endpoint(self.store, self._clock, self.health.status, self.metrics, self._limits.body_s)
         self.api = Api(
             Context(
                 store=self.store,
@@ -113,6 +114,7 @@ class Parts:
                 recent=self.recent,
                 events=self.events,
                 read_again=self.reloader.read_again,
+                body_s=self._limits.body_s,
                 closing=self._closing,
             )
         )

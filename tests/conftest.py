@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from ways import WAYS, on_the
 from xdist.scheduler import LoadScopeScheduling
 
-from lmdaemon import disk, log
+from lmdaemon import log
 
 _MEASURED = "measured"  # the key of a test's figures in its report
 # No test fails because an example was slow: a busy machine may stand still for a second.
@@ -127,14 +127,6 @@ def places(task: "asyncio.Task[Any]") -> Iterator[str]:
         if frame is not None:
             yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
         waits = getattr(waits, "cr_await", None) or getattr(waits, "gi_yieldfrom", None)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _roomy() -> None:
-    """Makes daemons accept any free disk space. The disk of this machine may be nearly full, and `/health` would report
-    it.
-    """
-    disk.LOW_SHARE = 0.0
 
 
 def _uvloop() -> asyncio.AbstractEventLoop:

@@ -5,6 +5,7 @@ answers and settings, but not what a call does.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote
 
@@ -110,6 +111,7 @@ class Context:
     recent: Recent
     events: Events
     read_again: Callable[[], Settings]  # the file as it is now; raises ConfigError
+    body_s: float  # within which the body of a request has to arrive
     # Who is closing which session, by operator and session id. The log line of the end is written after the commit, by
     # code that does not know the request and finds here who asked for it
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
@@ -213,6 +215,7 @@ class Call:
         handler = self.handler.__get__(part)
         status = next(iter(self.answers))
         of_operator, of_session, takes = "{operator}" in self.path, "{sessionId}" in self.path, self.takes
+        read = partial(_body, within_s=context.body_s) if self.has_body else _query
 
         async def handle(request: web.Request) -> web.StreamResponse:
             asked: Asked[Any] = Asked(request)
@@ -221,7 +224,7 @@ class Call:
             if of_session:
                 asked.session_id = session_id_of(request)
             if takes is not None:
-                asked.given = await (_body if self.has_body else _query)(request, takes)
+                asked.given = await read(request, takes)
             answer = await handler(asked)
             return answer if isinstance(answer, (Ready, web.StreamResponse)) else json_answer(answer, status)
 
@@ -257,7 +260,7 @@ async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Req
         raise invalid(str(error)) from error
 
 
-async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Request:
+async def _body(request: web.Request, kind: type[shapes.Request], *, within_s: float) -> shapes.Request:
     """The body, which must have Content-Type JSON unless it is empty and no field is required. Raises Problem."""
     codings = request.headers.getall("Content-Encoding", ())
     if codings and not uncoded(codings):
@@ -266,7 +269,7 @@ async def _body(request: web.Request, kind: type[shapes.Request]) -> shapes.Requ
         raise Problem("unsupported-media-type", detail)
     limit = bodies.longest(kind)
     try:
-        body = await read_body(request, limit)
+        body = await read_body(request, limit, within_s)
     except BodyTooLarge:
         raise Problem("too-large", f"the body must be at most {limit} bytes") from None
     except BodyTooSlow:

@@ -19,7 +19,6 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from lmdaemon.log import Log
-from lmdaemon.web import requests as http
 from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
 from lmdaemon.web.requests import Ready
 from lmdaemon.web.sockets import TURNED_AWAY
@@ -179,7 +178,7 @@ class Connection(web.RequestHandler):
             "max_line_size": LINE_MAX,
             "max_headers": HEADERS_MAX,
             "max_field_size": FIELD_MAX,
-            "lingering_time": http.BODY_TIMEOUT_S,  # for the rest of a body that no handler has read
+            "lingering_time": site.bounds.limits.body_s,  # for the rest of a body that no handler has read
             "auto_decompress": False,  # compressed bodies are refused by their header and must not be unpacked before
         }
         super().__init__(server, loop=asyncio.get_running_loop(), **options)

@@ -130,12 +130,19 @@ class Endpoint:
     """The public side; `handle` is its request handler. `health()` returns the status for the bare `/health`."""
 
     def __init__(
-        self, store: Store, clock: Clock, health: Callable[[], Awaitable[str]], observer: NoticeObserver
+        self,
+        store: Store,
+        clock: Clock,
+        health: Callable[[], Awaitable[str]],
+        observer: NoticeObserver,
+        body_s: float,
     ) -> None:
+        """The body of a notice may take `body_s` to arrive."""
         self._store = store
         self._clock = clock
         self._health = health
         self._observer = observer
+        self._body_s = body_s
         self._routes: dict[str, Route] = {}
         self._settings: Settings
         self._plugins: list[LoadedPlugin] = []
@@ -232,7 +239,7 @@ class Endpoint:
         try:
             if "Expect" in request.headers:
                 await _ask_for_body(request)
-            body = await read_body(request, BODY_MAX)
+            body = await read_body(request, BODY_MAX, self._body_s)
         except BodyTooLarge:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
         except BodyTooSlow:

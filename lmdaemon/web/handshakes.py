@@ -11,7 +11,6 @@ from typing import Any
 from lmdaemon import tls
 from lmdaemon.log import Log
 
-HANDSHAKE_TIMEOUT_S = 10.0
 GOODBYE_TIMEOUT_S = 1.0  # how long to wait for the peer's close_notify, which most peers do not send
 # asyncio allocates this many bytes for each TLS connection, even an idle one; uvloop does not. With Python's 256 KiB,
 # 2,000 connections would take 512 MiB. A TLS record has 16 KiB at most (RFC 8446, section 5.1).
@@ -37,15 +36,15 @@ _WORDS = {
 REASONS = (*dict.fromkeys(_WORDS.values()), "refused_by_peer", "closed", "timeout", "other")
 
 
-def options(context: ssl.SSLContext | None, accepted: socket.socket) -> dict[str, Any]:
-    """Arguments for `connect_accepted_socket`; with a context it speaks TLS.
+def options(context: ssl.SSLContext | None, accepted: socket.socket, handshake_s: float) -> dict[str, Any]:
+    """Arguments for `connect_accepted_socket`. With a context it speaks TLS, and a handshake may take `handshake_s`.
 
     Must be called in the connection's own task, because it sets a context variable that `lmdaemon.tls` reads there.
     """
     if context is None:
         return {}
     tls.handshaking.set(accepted)
-    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S, "ssl_shutdown_timeout": GOODBYE_TIMEOUT_S}
+    return {"ssl": context, "ssl_handshake_timeout": handshake_s, "ssl_shutdown_timeout": GOODBYE_TIMEOUT_S}
 
 
 def tell(error: OSError, listener: str, peer: str | None) -> str:

@@ -197,7 +197,7 @@ class Site(web.BaseSite):
         connection, context = self._connection(server, self, address), self.tls
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection, accepted, **handshakes.options(context, accepted)
+                lambda: connection, accepted, **handshakes.options(context, accepted, self.bounds.limits.handshake_s)
             )
         except OSError as error:  # the handshake failed, or the client has gone
             if context is None:

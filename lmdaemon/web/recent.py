@@ -1,7 +1,7 @@
 """The figures of the last hour, in memory: touches, ends, deliveries and lag, by second and by minute.
 
 They are differences of the counters in `metrics`, which are read once in each second in which something was committed,
-and not at all otherwise. They are kept for all operators together and for the OPERATORS_MAX busiest ones, so that they
+and not at all otherwise. They are kept for all operators together and for the `charted_max` busiest ones, so that they
 take less than 1 MiB in any case.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from lmdaemon.clock import Clock
+from lmdaemon.limits import LIMITS
 from lmdaemon.model import Session
 from lmdaemon.store.contract import StoreObserver
 
 SLOTS = 60
 STEPS_S = (1, 60)
-OPERATORS_MAX = 100
 
 
 class Counts(NamedTuple):
@@ -111,9 +111,16 @@ class Recent(StoreObserver):
     commit of each second updates them.
     """
 
-    def __init__(self, totals: Totals, service_ms: Callable[[], float], clock: Clock) -> None:
+    def __init__(
+        self,
+        totals: Totals,
+        service_ms: Callable[[], float],
+        clock: Clock,
+        charted_max: int = LIMITS.charted_max,
+    ) -> None:
         self._since = Since(totals, service_ms)
         self._totals = totals
+        self._charted_max = charted_max
         self._clock = clock
         self._second = self._now()
         self._all = self._rings()
@@ -154,16 +161,16 @@ class Recent(StoreObserver):
             ring.add(second // step_s, counts)
 
     def _make_room(self, counts: Mapping[str, Counts], *, new_minute: bool) -> None:
-        """Adds rings for new operators while fewer than OPERATORS_MAX are kept. Once a minute, the busiest operators
+        """Adds rings for new operators while fewer than `charted_max` are kept. Once a minute, the busiest operators
         take the places of others.
         """
         new = [name for name in counts if name not in self._kept]
-        if len(self._kept) + len(new) > OPERATORS_MAX:
+        if len(self._kept) + len(new) > self._charted_max:
             if not new_minute:
-                new = new[: OPERATORS_MAX - len(self._kept)]
+                new = new[: self._charted_max - len(self._kept)]
             else:
                 totals = self._totals()
-                most = set(heapq.nlargest(OPERATORS_MAX, totals, key=lambda name: sum(totals[name])))
+                most = set(heapq.nlargest(self._charted_max, totals, key=lambda name: sum(totals[name])))
                 self._kept = {name: rings for name, rings in self._kept.items() if name in most}
                 new = [name for name in new if name in most]
         self._kept |= {name: self._rings() for name in new}

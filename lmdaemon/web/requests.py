@@ -19,8 +19,6 @@ from aiohttp import HttpVersion11, web
 from lmdaemon.config.settings import ApiToken
 from lmdaemon.config.values import Network
 
-BODY_TIMEOUT_S = 10.0  # from the headers to the end of the body
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 Handler = Callable[[Any], Awaitable[web.StreamResponse]]
@@ -32,7 +30,7 @@ class BodyTooLarge(Exception):  # noqa: N818 - a verdict on a request
 
 
 class BodyTooSlow(Exception):  # noqa: N818
-    """The body did not arrive within BODY_TIMEOUT_S, or broke off."""
+    """The body did not arrive in time, or broke off."""
 
 
 class Ready(web.StreamResponse):
@@ -90,8 +88,8 @@ def _date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-async def read_body(request: web.BaseRequest, limit: int) -> bytes:
-    """The body, if it has `limit` bytes at most, with or without Content-Length.
+async def read_body(request: web.BaseRequest, limit: int, within_s: float) -> bytes:
+    """The body, if it has `limit` bytes at most and arrives within `within_s`, with or without Content-Length.
 
     Raises BodyTooLarge and BodyTooSlow.
     """
@@ -104,7 +102,7 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
         raise BodyTooLarge(limit)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             while part := await request.content.readany():
                 size += len(part)
                 if size > limit:

@@ -48,11 +48,9 @@ def test_nothing_is_known_of_another_machines_disk(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize(("free", "low"), [(15 * GB, False), (15 * GB - 1, True)])
-def test_less_than_15_percent_is_low(disk: Disk, monkeypatch: pytest.MonkeyPatch, free: int, low: bool) -> None:
-    monkeypatch.setattr("lmdaemon.disk.LOW_SHARE", 0.15)
+def test_less_than_15_percent_is_low(disk: Disk, free: int, low: bool) -> None:
     disk.store.room = Room(free, 100 * GB)
-    assert disk.outlook() == (disk.store.room, None, None)
-    assert disk.outlook().low is low
+    assert disk.outlook() == (disk.store.room, None, None, low)
 
 
 def test_three_days_are_low_whatever_is_free(disk: Disk) -> None:
@@ -81,7 +79,7 @@ def test_only_the_last_day_counts_and_freed_space_is_no_growth(disk: Disk) -> No
     disk.passes(0.2, 80 * GB)
     disk.passes(10, 40 * GB)
     disk.passes(DAY_S / 3600, 41 * GB)
-    growth, days_left = disk.outlook()[1:]
+    _, growth, days_left, _ = disk.outlook()
     assert growth == pytest.approx(-1 * GB, rel=0.02)
     assert days_left is None
     assert len(disk.watch._samples) <= 145

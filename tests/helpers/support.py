@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -92,10 +92,13 @@ async def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
             await asyncio.sleep(0.005)
 
 
+_Store = TypeVar("_Store", bound=Store)
+
+
 @contextlib.asynccontextmanager
-async def open_store(path: Path, clock: Clock, **options: Any) -> AsyncIterator[Store]:
+async def open_store(path: Path, clock: Clock, *, kind: type[_Store] = Store, **options: Any) -> AsyncIterator[_Store]:
     """A store on a real file with its writer running. Every operator counts as configured; no session has a sink."""
-    store = await Store.open(path, clock, **options)
+    store = await kind.open(path, clock, **options)
     writer = asyncio.create_task(store.run())
     try:
         yield store
@@ -242,8 +245,11 @@ async def serving(
     directory: Path, toml: str = "", clock: Clock | None = None, limits: Limits = LIMITS
 ) -> AsyncIterator[Serving]:
     """A whole daemon on real sockets with free ports. `toml` is added to a configuration with free ports, or is the
-    whole configuration if it has a `[server]` table.
+    whole configuration if it has a `[server]` table. The disk of this machine may be nearly full, which `/health`
+    reports only if `limits` say so.
     """
+    if limits.low_share == LIMITS.low_share:
+        limits = limits._replace(low_share=0.0)
     text = toml if "[server]" in toml else LISTEN + toml
     daemon = Daemon(load(directory / "config.toml", text), clock=clock, rng=Random(1), limits=limits)
     running = asyncio.create_task(daemon.run())

@@ -31,7 +31,6 @@ from lmdaemon.limits import LIMITS
 from lmdaemon.store import contract, rules, writer
 from lmdaemon.store.sqlite import pages
 from lmdaemon.web import bodies, connection, endpoint, handshakes, listener, recent
-from lmdaemon.web import requests as http
 from lmdaemon.web.problems import KINDS
 from lmdaemon.web.routes import CALLS
 
@@ -163,11 +162,11 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"bulk opening {bodies.BULK_IDS_MAX} sessions and {shapes.BULK_BODY_MAX // 1024**2} MiB",
         f"attributes {shapes.ATTRIBUTES_MAX // 1024} KiB",
         f"{LIMITS.listeners_max} then 503; one for which {LIMITS.waiting_max} events wait is cut off",
-        f"{recent.SLOTS} seconds and {recent.SLOTS} minutes of the {recent.OPERATORS_MAX} operators that count most",
+        f"{recent.SLOTS} seconds and {recent.SLOTS} minutes of the {LIMITS.charted_max} operators that count most",
         f"{connection.LINE_MAX // 1024} KiB; {connection.HEADERS_MAX} of at most 8190 bytes",
         f"bytes; {connection.HEAD_MAX // 1024} KiB altogether",
         f"each head has {LIMITS.head_s:g} s",
-        f"a body has {http.BODY_TIMEOUT_S:g} s",
+        f"a body has {LIMITS.body_s:g} s",
         f"less than {connection.TAKEN_MIN // 1024} KiB of waiting answers in {LIMITS.write_s:g} s",
         f"{LIMITS.strangers_max // 1024**2} MiB for what has arrived",
         f"{LIMITS.known_max // 1024**2} MiB for what is",
@@ -176,7 +175,7 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"{LIMITS.connections_max} to each listener",
         f"{shapes.PAGE_DEFAULT} rows by default {shapes.PAGE_MAX} or {contract.PAGE_BYTES // 1024**2} MiB at most",
         f"{pages.PLAYER_ROWS} of a player's sessions are looked at",
-        f"a handshake has {handshakes.HANDSHAKE_TIMEOUT_S:g} s and counts as a connection",
+        f"a handshake has {LIMITS.handshake_s:g} s and counts as a connection",
         f"orderly end has {handshakes.GOODBYE_TIMEOUT_S:g} s",
         f"1 s to {shapes.IDLE_MAX_S // 86400} days",
         f"{LIMITS.store.queue_max} then 503; up to {writer.BATCH_MAX} in one transaction",

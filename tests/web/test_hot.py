@@ -25,9 +25,9 @@ from support import RawConnection, Serving, hear, raw_connection, scrape, servin
 from ways import WAYS, on_the
 from wires import FORM, JSON, WIRES, operator, query, write_secrets
 
+from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.web import connection as connections
 from lmdaemon.web import hot
-from lmdaemon.web import requests as http
 from lmdaemon.web.hot import HotConnection
 from lmdaemon.web.requests import Ready
 
@@ -299,7 +299,7 @@ class Tried:
 
 
 @contextlib.asynccontextmanager
-async def trying(way: str, directory: Path, database: str = "") -> AsyncIterator[Tried]:
+async def trying(way: str, directory: Path, database: str = "", limits: Limits = LIMITS) -> AsyncIterator[Tried]:
     directory.mkdir()
     write_secrets(directory)
     for name, token in (("api.tokens", TOKEN), ("api.read", READ_TOKEN)):
@@ -307,7 +307,7 @@ async def trying(way: str, directory: Path, database: str = "") -> AsyncIterator
         (directory / name).chmod(0o600)
     seen = Seen()
     with on_the(way), seen.watching(HotConnection if way == "hot" else connections.Connection):
-        async with serving(directory, CONFIG + database, HandClock()) as daemon:
+        async with serving(directory, CONFIG + database, HandClock(), limits) as daemon:
             daemon.client.headers["Authorization"] = f"Bearer {TOKEN}"
             yield Tried(daemon, seen)
 
@@ -342,17 +342,16 @@ def database_for(way: str, url: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("engine", ["sqlite", "postgres"])
 async def test_every_case_is_answered_logged_and_counted_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, engine: str
+    tmp_path: Path, request: pytest.FixtureRequest, engine: str
 ) -> None:
     """Answers are equal byte for byte, on both databases. Where `hot` is in use, it serves all requests that it may
     serve.
     """
     url = request.getfixturevalue("postgres") if engine == "postgres" else ""
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
     found: dict[str, Any] = {}
     for way in WAYS:
         with hear() as events, database_for(way, url) if url else contextlib.nullcontext("") as database:
-            async with trying(way, tmp_path / way, database) as tried:
+            async with trying(way, tmp_path / way, database, Limits(body_s=0.2)) as tried:
                 events.clear()
                 answers, plain, lines = {}, {}, {}
                 for case in CASES:

@@ -20,7 +20,7 @@ from support import serving
 from lmdaemon.config import values
 from lmdaemon.config.settings import ApiToken
 from lmdaemon.config.values import Listen, Network
-from lmdaemon.web import requests as http
+from lmdaemon.limits import LIMITS
 from lmdaemon.web.requests import (
     BodyTooLarge,
     BodyTooSlow,
@@ -141,12 +141,17 @@ async def test_a_touch_without_content_is_answered_alike_by_every_way(tmp_path: 
 
 
 @pytest.fixture
-async def reader() -> AsyncIterator[RawTestServer]:
+def body_s() -> float:
+    return LIMITS.body_s
+
+
+@pytest.fixture
+async def reader(body_s: float) -> AsyncIterator[RawTestServer]:
     """A server that reads bodies of at most LIMIT bytes and notes how each reading ended."""
 
     async def handle(request: web.BaseRequest) -> web.Response:
         try:
-            return web.Response(body=await read_body(request, LIMIT))
+            return web.Response(body=await read_body(request, LIMIT, body_s))
         except (BodyTooLarge, BodyTooSlow) as error:
             outcomes.append(type(error))
             return web.Response(text=type(error).__name__)
@@ -189,8 +194,8 @@ async def begin_body(reader: RawTestServer) -> tuple[asyncio.StreamReader, async
     return streams
 
 
-async def test_a_body_that_does_not_come_is_given_up(reader: RawTestServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize("body_s", [0.05])
+async def test_a_body_that_does_not_come_is_given_up(reader: RawTestServer) -> None:
     answer, request = await begin_body(reader)
     async with asyncio.timeout(10):
         assert await answer.readuntil(b"BodyTooSlow")
@@ -198,10 +203,8 @@ async def test_a_body_that_does_not_come_is_given_up(reader: RawTestServer, monk
     await request.wait_closed()
 
 
-async def test_a_body_that_drips_is_given_up_all_the_same(
-    reader: RawTestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.1)
+@pytest.mark.parametrize("body_s", [0.1])
+async def test_a_body_that_drips_is_given_up_all_the_same(reader: RawTestServer) -> None:
     answer, request = await asyncio.open_connection(reader.host, reader.port)
     request.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 

@@ -172,11 +172,9 @@ async def test_who_only_looks_whether_somebody_listens_is_no_warning(tmp_path: P
 
 
 @SIDES
-async def test_a_handshake_that_hangs_is_cut(
-    tmp_path: Path, ca: Files, monkeypatch: pytest.MonkeyPatch, side: str
-) -> None:
-    monkeypatch.setattr(handshakes, "HANDSHAKE_TIMEOUT_S", 0.2)
-    async with serving_tls(tmp_path, make(tmp_path, "own", ca)) as daemon:
+async def test_a_handshake_that_hangs_is_cut(tmp_path: Path, ca: Files, side: str) -> None:
+    own, limits = make(tmp_path, "own", ca), Limits(handshake_s=0.2)
+    async with serving_tls(tmp_path, own, limits=limits) as daemon:
         with hear() as events:
             async with connected(getattr(daemon, side), None) as peer:
                 await peer.send(bytes.fromhex("16030100c8"))

@@ -18,7 +18,7 @@ from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.model import ID_MAX
 from lmdaemon.web import events, recent
 from lmdaemon.web.events import Listener
-from lmdaemon.web.recent import OPERATORS_MAX, Counts, Recent
+from lmdaemon.web.recent import Counts, Recent
 from lmdaemon.web.routes import CALLS
 
 SCHEMAS = {name: kind.__name__ for call in CALLS for name, kind in call.events.items()}
@@ -300,8 +300,8 @@ async def test_figures_show_what_happened_by_second_and_by_minute(tmp_path: Path
 Totals = dict[str, tuple[int, int, int, int]]
 
 
-def recent_of(totals: Totals, clock: HandClock) -> Recent:
-    return Recent(totals.copy, lambda: 0.0, clock)
+def recent_of(totals: Totals, clock: HandClock, charted_max: int = LIMITS.charted_max) -> Recent:
+    return Recent(totals.copy, lambda: 0.0, clock, charted_max)
 
 
 def test_the_hour_of_a_thousand_operators_takes_less_than_a_mebibyte() -> None:
@@ -320,17 +320,16 @@ def test_the_hour_of_a_thousand_operators_takes_less_than_a_mebibyte() -> None:
     finally:
         tracemalloc.stop()
     _, series = kept.series()
-    assert len(series) == OPERATORS_MAX + 1
+    assert len(series) == LIMITS.charted_max + 1
     # Kept are the counters' values at the last look, once, and the figures of the last hour: 1,000 tuples
     assert after - before < 1024 * 1024
     assert sum(series[None][0][0]) == 59 * 1000 * 1000  # of all operators; the last second has just begun
 
 
-def test_those_that_count_most_are_kept_from_the_next_minute_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "OPERATORS_MAX", 2)
+def test_those_that_count_most_are_kept_from_the_next_minute_on() -> None:
     clock = HandClock()
     totals: Totals = dict.fromkeys("abc", (0, 0, 0, 0))
-    kept = recent_of(totals, clock)
+    kept = recent_of(totals, clock, 2)
     totals |= {"a": (1, 0, 0, 0), "b": (2, 0, 0, 0)}
     clock.advance(1)
     kept.committed(1, 0.0)

@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode
 
@@ -64,7 +65,7 @@ class Codes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.bad_parameters if code is None else code
 
 
-class Dialect(msgspec.Struct, frozen=True):
+class Dialect(msgspec.Struct, frozen=True, dict=True):
     """One published form of SessionExpired. `fields` maps meaning to wire name; `required` lists meanings; `extra` says
     whether fields that the dialect does not know are accepted.
     """
@@ -82,10 +83,26 @@ class Dialect(msgspec.Struct, frozen=True):
         """The Content-Type header of what is sent."""
         return "application/json" if self.content == "json" else "application/x-www-form-urlencoded"
 
-    @property
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The wire names of all its fields."""
+        return frozenset(self.fields.values())
+
+    @cached_property
     def required_names(self) -> frozenset[str]:
         """The wire names of the required fields, by which a body's dialect is recognised."""
         return frozenset(self.fields[meaning] for meaning in self.required)
+
+    @cached_property
+    def reads(self) -> tuple[tuple[Meaning, str, int, bool], ...]:
+        """For each field, in the order in which they are read: its meaning, its wire name, the characters that a value
+        may have, and whether it is required.
+        """
+        return tuple(
+            (meaning, self.fields[meaning], longest, meaning in self.required)
+            for meaning, longest in _LONGEST.items()
+            if meaning in self.fields
+        )
 
     def same_wire(self, other: "Dialect") -> bool:
         """Whether both read every body alike, so that telling them apart does not matter (v4.01, v4.02, v1)."""
@@ -157,6 +174,7 @@ class Extra(NamedTuple):
     left_out: int
 
 
+_NO_EXTRA = Extra({}, None, 0)
 _SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|secret|sign|token")
 
 
@@ -167,9 +185,9 @@ def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
     or is one of `secret_names` (casefolded), at any depth, and no number that was rounded when it was read. Raises
     BadNotice for a field that is nested too deeply.
     """
-    unknown = parsed.received.keys() - parsed.dialect.fields.values()
+    unknown = parsed.received.keys() - parsed.dialect.names
     if not unknown:  # the usual case
-        return Extra({}, None, 0)
+        return _NO_EXTRA
     kept: dict[str, Any] = {}
     parts: list[bytes] = []
     left_out, room = 0, EXTRA_MAX - len("{}")
@@ -386,29 +404,32 @@ _LONGEST: Mapping[Meaning, int] = {
 
 
 def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
-    for meaning in dialect.required:
-        if dialect.fields[meaning] not in received:
-            _refuse(f"field {dialect.fields[meaning]!r} is missing")
-    if not dialect.extra and (unknown := received.keys() - dialect.fields.values()):
+    if not dialect.required_names <= received.keys():
+        missing = next(name for meaning in dialect.required if (name := dialect.fields[meaning]) not in received)
+        _refuse(f"field {missing!r} is missing")
+    if not dialect.extra and (unknown := received.keys() - dialect.names):
         _refuse(f"field {min(unknown)[:ID_MAX]!r} is not known in dialect {dialect.name}")
     if "hash" in dialect.fields:
         _check_borders(received, dialect.fields["hash"])
 
-    facts: dict[str, str] = {}
-    for meaning, longest in _LONGEST.items():
-        name = dialect.fields.get(meaning)
-        value = None if name is None else received.get(name)
-        if meaning in dialect.required or value not in (None, ""):  # an optional one that is null or empty is absent
-            facts[meaning] = _text(name or "", value, longest)
+    facts: dict[Meaning, str] = {}
+    for meaning, name, longest, is_required in dialect.reads:
+        value = received.get(name)
+        if is_required or (value is not None and value != ""):  # an optional one that is null or empty is absent
+            if type(value) is str and 0 < len(value) <= longest and value.isprintable():  # the usual case
+                facts[meaning] = value
+            else:
+                facts[meaning] = _text(name, value, longest)
+    fact = facts.get
     return Parsed(
-        dialect=dialect,
-        provider_id=facts.get("provider", ""),
-        session_id=facts.get("session", ""),
-        player_id=facts.get("player", ""),
-        token=facts.get("token"),
-        request=facts.get("request"),
-        hash=facts.get("hash"),
-        received=received,
+        dialect,
+        fact("provider", ""),
+        fact("session", ""),
+        fact("player", ""),
+        fact("token"),
+        fact("request"),
+        fact("hash"),
+        received,
     )
 
 

@@ -128,8 +128,23 @@ class Repeats:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
+        # Events without `same` of which no more lines are written in this window; asked first, for it costs little
+        self._full: dict[str, _Kind] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.suppressed = 0  # lines, altogether
+
+    def suppresses(self, event: str) -> bool:
+        """Whether `admit` is known to write no line of this event now. Counts the line if so."""
+        kind = self._full.get(event)
+        if kind is None or self._monotonic() >= kind.until:
+            return False
+        kind.suppressed += 1
+        self.suppressed += 1
+        return True
+
+    def admit_all(self) -> None:
+        """Has `admit` asked for every line again, because the level has changed: at `debug` all lines are written."""
+        self._full.clear()
 
     def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> bool:
         """Whether the line is to be written. Writes how many of its kind were suppressed in the window before it."""
@@ -146,6 +161,7 @@ class Repeats:
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
             return True
         if now >= kind.until:
+            self._full.pop(event, None)
             kind.tell(event)
             kind.until, kind.lines, kind.suppressed = now + WINDOW_S, 1, 0
             return True
@@ -154,6 +170,8 @@ class Repeats:
             return True
         kind.suppressed += 1
         self.suppressed += 1
+        if not limit.same:
+            self._full[event] = kind
         if kind.suppressed == 1:
             self._arm(kind.until - now + STRAGGLERS_S)
         return False
@@ -164,6 +182,7 @@ class Repeats:
         for key, kind in list(self._kinds.items()):
             if everything or now >= kind.until:
                 del self._kinds[key]
+                self._full.pop(key[0], None)
                 kind.tell(key[0])
 
     def _arm(self, wait_s: float) -> None:
@@ -216,6 +235,8 @@ class Log:
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
         if level >= logging.WARNING:
             happened["warning" if level == logging.WARNING else "error"] += 1
+        if repeats.suppresses(event):
+            return
         if not self._logger.isEnabledFor(level):
             return
         limit = LIMITS.get(event)
@@ -330,6 +351,7 @@ def setup(level: str, form: str, stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(level.upper())
+    repeats.admit_all()
 
 
 def is_journal(stream: TextIO) -> bool:

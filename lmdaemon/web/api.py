@@ -22,7 +22,7 @@ from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
 from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.problems import Problem, invalid
-from lmdaemon.web.requests import Handler, Head, bearer, request_id
+from lmdaemon.web.requests import Handler, Head, Reply, bearer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
@@ -81,7 +81,7 @@ class Api:
         `otherwise`.
         """
 
-        def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
+        def handle(request: web.Request) -> Awaitable[Any]:
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would answer 417 before the token is checked
                 return self._guarded(request, _unexpected)
@@ -89,7 +89,7 @@ class Api:
 
         return handle
 
-    def direct(self, request: web.Request) -> Coroutine[Any, Any, web.StreamResponse] | None:
+    def direct(self, request: web.Request) -> Coroutine[Any, Any, Reply] | None:
         """Begins to handle a request if it is a frequent call, which needs no task of its own; None for all others."""
         found = _DIRECT.fullmatch(request.rel_url.raw_path)
         if found is None:
@@ -108,7 +108,7 @@ class Api:
         return not tokens or bearer(head, tokens) is not None
 
     @web.middleware
-    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _guarded(self, request: web.Request, handler: Handler) -> Any:
         """Checks the bearer token, then calls the handler. Every error becomes a problem document."""
         headers = {}
         try:

@@ -24,7 +24,7 @@ from lmdaemon.web.documents import delivery_document, session_document, to_json
 from lmdaemon.web.events import Events
 from lmdaemon.web.problems import KINDS, Problem, invalid
 from lmdaemon.web.recent import Recent
-from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, bearer, decode_segment, read_body, request_id
+from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, Reply, bearer, decode_segment, read_body, request_id
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
 STREAM_HEADERS = {
@@ -157,7 +157,7 @@ class Asked(Generic[_Given]):
         self.request = request
 
 
-Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | web.StreamResponse]]
+Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | Reply]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,14 +210,14 @@ class Call:
             codes |= {"too-slow", "too-large", "unsupported-media-type"}
         return [(code, special.get(code, kind.status)) for code, kind in KINDS.items() if code in codes]
 
-    def served_by(self, part: object, context: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def served_by(self, part: object, context: Context) -> Callable[[Any], Awaitable[Any]]:
         """Returns the handler for aiohttp: it reads the request, calls the handler on `part`, and writes the answer."""
         handler = self.handler.__get__(part)
         status = next(iter(self.answers))
         of_operator, of_session, takes = "{operator}" in self.path, "{sessionId}" in self.path, self.takes
         read = partial(_body, within_s=context.body_s) if self.has_body else _query
 
-        async def handle(request: web.Request) -> web.StreamResponse:
+        async def handle(request: web.Request) -> Reply:
             asked: Asked[Any] = Asked(request)
             if of_operator:
                 asked.operator = context.operator(request)

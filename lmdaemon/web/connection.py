@@ -20,7 +20,7 @@ from aiohttp.web_protocol import _ErrInfo
 
 from lmdaemon.log import Log
 from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
-from lmdaemon.web.requests import Ready
+from lmdaemon.web.requests import Ready, Reply
 from lmdaemon.web.sockets import TURNED_AWAY
 
 TAKEN_MIN = 4096  # a client that takes fewer bytes than this in `Limits.write_s` is cut
@@ -44,7 +44,7 @@ class Host(Protocol):
     closing: bool
     keepalive_s: float
     knows: Callable[[Any], bool]
-    direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None]
+    direct: Callable[[Any], Coroutine[Any, Any, Reply] | None]
     malformed: Callable[[str], web.Response]
 
     def made(self, connection: "Connection") -> None:
@@ -369,11 +369,11 @@ class Connection(web.RequestHandler):
     # -- what it answers
 
     async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+        self, request: web.BaseRequest, resp: Reply, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Called by aiohttp to send an answer."""
         if isinstance(resp, Ready):
-            resp = resp.ordinary() if self._site.closing else resp.to(request)
+            resp = resp.ordinary()
         if self._site.closing:
             resp.force_close()  # "Connection: close" tells the client not to send another request on it
         done = await super().finish_response(request, resp, start_time)

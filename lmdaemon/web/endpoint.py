@@ -37,6 +37,7 @@ from lmdaemon.web.requests import (
     BodyTooLarge,
     BodyTooSlow,
     Ready,
+    Reply,
     allowed,
     client_address,
     read_body,
@@ -61,6 +62,7 @@ class Route:
     """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
     `codes_of` is the first accepted dialect. Its codes are answered when the dialect of a body cannot be found out.
+    `only` is the name of the operator, if the path has only one.
     """
 
     def __init__(self) -> None:
@@ -68,18 +70,14 @@ class Route:
         self.dialects: dict[str, list[Dialect]] = {}
         self.codes_of = SHIPPED["v4"]
         self.looks_at_addresses = False  # whether an operator has `allow_from`
-
-    @property
-    def only(self) -> str | None:
-        """The name of the operator, if the path has only one."""
-        names = [operator.name for operator in self.operators.values()]
-        return names[0] if len(names) == 1 else None
+        self.only: str | None = None
 
     def add(self, operator: Operator) -> None:
         """Serves one more operator at this path."""
         if not self.operators:
             self.codes_of = operator.receives[0]
         self.operators[operator.provider_id.casefold()] = operator
+        self.only = operator.name if len(self.operators) == 1 else None
         self.looks_at_addresses |= bool(operator.allow_from)
         for dialect in operator.receives:
             known = self.dialects.setdefault(dialect.content, [])
@@ -173,10 +171,12 @@ class Endpoint:
         quota.limit = operator.unknown_per_minute
         return quota
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> Any:
         """Answers any request to the public listener."""
         path = endpoint_key(request.rel_url.raw_path)
-        route = self._routes.get(path)
+        return await self._answer(request, path, self._routes.get(path))
+
+    async def _answer(self, request: web.BaseRequest, path: str, route: Route | None) -> Reply:
         try:
             if path == "/health":
                 return await self._answer_health(request)
@@ -209,11 +209,13 @@ class Endpoint:
                 response.force_close()  # otherwise the rest of the body would be read as the next request
             return response
 
-    def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, web.StreamResponse] | None:
+    def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, Reply] | None:
         """Begins to handle a notice without a task of its own; None if a plug-in must be asked, which needs a task."""
-        if request.method != "POST" or self._plugins or endpoint_key(request.rel_url.raw_path) not in self._routes:
+        if request.method != "POST" or self._plugins:
             return None
-        return self.handle(request)
+        path = endpoint_key(request.rel_url.raw_path)
+        route = self._routes.get(path)
+        return None if route is None else self._answer(request, path, route)
 
     async def _answer_health(self, request: web.BaseRequest) -> web.Response:
         if request.method not in ("GET", "HEAD"):
@@ -222,7 +224,7 @@ class Endpoint:
         body = orjson.dumps({"status": status})
         return web.Response(body=body, status=503 if status == "fail" else 200, content_type="application/health+json")
 
-    async def _receive(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
+    async def _receive(self, request: web.BaseRequest, route: Route) -> Reply:
         if request.method != "POST":
             raise Refused(405, "Method not allowed", headers={"Allow": "POST"})
         address = None
@@ -253,7 +255,7 @@ class Endpoint:
             facts |= {"session": parsed.session_id, "request": parsed.request}
             operator = _operator(route, parsed)
             facts["operator"] = operator.name
-            if not allowed(address, operator.allow_from):
+            if operator.allow_from and not allowed(address, operator.allow_from):
                 raise _not_allowed(address, dialect)
             await self._record(operator, parsed, facts)
         except BadNotice as refusal:
@@ -274,12 +276,13 @@ class Endpoint:
 
     async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
         """Authenticates one notice, has the plug-ins check it, and records it. Raises BadNotice and StoreError."""
-        self._note_spelling(operator, parsed.provider_id)
+        if parsed.provider_id != operator.provider_id:
+            self._note_spelling(operator, parsed.provider_id)
         extra = extra_of(parsed, self._secret_names)
         if "hash" in parsed.dialect.fields:
             check_hash(parsed, operator.hash_key or "")
         _check_token(operator, parsed)
-        plugins = [plugin for plugin in self._plugins if plugin.settings.listens_to(operator.name)]
+        plugins = self._plugins and [one for one in self._plugins if one.settings.listens_to(operator.name)]
         quota = self._quotas.get(operator.name)
         if plugins or quota is not None:
             known = await self._store.session(operator.name, parsed.session_id)
@@ -308,7 +311,7 @@ class Endpoint:
 
     def _note_spelling(self, operator: Operator, provider_id: str) -> None:
         key = (operator.name, provider_id)
-        if provider_id != operator.provider_id and key not in self._spellings and len(self._spellings) < 1000:
+        if key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
             log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
 

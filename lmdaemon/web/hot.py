@@ -21,7 +21,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from lmdaemon.log import Log, place
 from lmdaemon.web.connection import HEAD_END, Connection
 from lmdaemon.web.memory import HELD_MIN
-from lmdaemon.web.requests import Ready
+from lmdaemon.web.requests import Ready, Reply
 
 # The private parts of aiohttp's connection, and what the parser must make of _TRIAL.
 _CONNECTION = (
@@ -154,7 +154,7 @@ class HotConnection(Connection):
 
     __slots__ = ("_call", "_idle", "_message", "_stream")
 
-    _call: Coroutine[Any, Any, web.StreamResponse]
+    _call: Coroutine[Any, Any, Reply]
     _idle: "asyncio.Future[None]"
     _message: Any
     _stream: Any
@@ -238,7 +238,7 @@ class HotConnection(Connection):
                 awaited._asyncio_future_blocking = False
                 awaited.add_done_callback(self._go_on)
 
-    def _answer(self, answer: web.StreamResponse) -> None:
+    def _answer(self, answer: Reply) -> None:
         transport = self.transport
         if transport is None or transport.is_closing():
             self._end()
@@ -268,11 +268,11 @@ class HotConnection(Connection):
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
-    def _hand_over(self, answer: web.StreamResponse | Exception) -> None:
+    def _hand_over(self, answer: Reply | Exception) -> None:
         """Passes the request to aiohttp, with a handler that has this result."""
         handler = self._request_handler
 
-        async def known(_: web.BaseRequest) -> web.StreamResponse:
+        async def known(_: web.BaseRequest) -> Any:
             self._request_handler = handler
             if isinstance(answer, Exception):
                 raise answer

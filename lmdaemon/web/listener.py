@@ -21,7 +21,7 @@ from lmdaemon.log import Log
 from lmdaemon.web import handshakes
 from lmdaemon.web.connection import Connection
 from lmdaemon.web.memory import Bounds
-from lmdaemon.web.requests import inside
+from lmdaemon.web.requests import Reply, inside
 from lmdaemon.web.sockets import Acceptor, Hearing, turn_away
 
 KEEPALIVE_S = 75.0  # how long a connection may wait for its next request
@@ -110,7 +110,7 @@ class Site(web.BaseSite):
         # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
         self.knows: Callable[[Any], bool] = lambda head: False
         # Begins to handle a request that needs no task of its own; None for other requests
-        self.direct: Callable[[Any], Coroutine[Any, Any, web.StreamResponse] | None] = lambda request: None
+        self.direct: Callable[[Any], Coroutine[Any, Any, Reply] | None] = lambda request: None
         self.stop_within_s = 10.0  # how long a stop waits for answers
         self.connections = 0  # open now, those in their TLS handshake included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)

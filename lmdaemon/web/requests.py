@@ -11,17 +11,21 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from lmdaemon.config.settings import ApiToken
 from lmdaemon.config.values import Network
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
-Handler = Callable[[Any], Awaitable[web.StreamResponse]]
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+# It returns a Reply. (What is given to aiohttp must seem to return its responses: `Connection` turns a Ready into one.)
+Handler = Callable[[Any], Awaitable[Any]]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -33,54 +37,38 @@ class BodyTooSlow(Exception):  # noqa: N818
     """The body did not arrive in time, or broke off."""
 
 
-class Ready(web.StreamResponse):
-    """An answer that never changes, kept as bytes. One object answers all requests.
+class Ready:
+    """An answer as bytes, for a frequent call; one that never changes can answer any number of requests.
 
     A Response of aiohttp can be sent only once, and making one is a large part of the cost of a touch.
     """
 
-    def __init__(self, status: int, body: bytes = b"", content_type: str = "") -> None:
-        super().__init__(status=status)
-        self._content = body
-        self._kind = content_type
-        self._whole = b""
-        self._second = 0
+    __slots__ = ("_second", "_whole", "body", "content_type", "status")
 
-    def to(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Itself, if the connection stays open; else, and for HTTP/1.0 and HEAD, an ordinary Response."""
-        if request.keep_alive and request.version == HttpVersion11 and request.method != "HEAD":
-            return self
-        return self.ordinary()
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "") -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self._second = 0
+        self._whole = b""
 
     def ordinary(self) -> web.Response:
         """The same answer as aiohttp's Response."""
-        return web.Response(body=self._content or None, status=self.status, content_type=self._kind or None)
-
-    @property
-    def keep_alive(self) -> bool:
-        """Always true: it is sent only on connections that stay open."""
-        return True
+        return web.Response(body=self.body or None, status=self.status, content_type=self.content_type or None)
 
     @property
     def whole(self) -> bytes:
         """The bytes to send now, for HTTP/1.1 on a connection that stays open. Only the date in them changes."""
         second = int(time.time())
         if second != self._second:
-            self._whole, self._second = self._rendered(second), second
+            body, kind = self.body, self.content_type
+            entity = f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n" if body else ""
+            head = f"HTTP/1.1 {self.status} {_REASONS[self.status]}\r\n{entity}Date: {_date(second)}\r\n\r\n"
+            self._whole, self._second = head.encode() + body, second
         return self._whole
 
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Called by aiohttp: sends the whole answer."""
-        await request.writer.write(self.whole)
 
-    def _rendered(self, second: int) -> bytes:
-        head = [f"HTTP/1.1 {self.status} {self.reason}", f"Date: {_date(second)}"]
-        if self._content:
-            head += [f"Content-Type: {self._kind}", f"Content-Length: {len(self._content)}"]
-        return "\r\n".join([*head, "", ""]).encode() + self._content
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Called by aiohttp after `prepare`: nothing is left to send."""
+Reply = web.StreamResponse | Ready
 
 
 @lru_cache(maxsize=1)
@@ -117,8 +105,8 @@ def request_id(request: web.BaseRequest) -> str | None:
     """The X-Request-Id that a proxy or a client has set, so that the request can be found in its logs; None if it is
     missing, too long, or has other characters than _REQUEST_ID allows.
     """
-    given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else None
+    given = request.headers.get("X-Request-Id")
+    return given if given and _REQUEST_ID.fullmatch(given) else None
 
 
 def decode_segment(raw: str) -> str:
@@ -189,6 +177,8 @@ def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:
 
     All tokens are compared, each in constant time.
     """
+    if not tokens:
+        return None
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     given = text.strip().encode("utf-8", "surrogateescape")
     found = None

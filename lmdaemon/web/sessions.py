@@ -17,7 +17,7 @@ from lmdaemon.store.contract import Opening
 from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
 from lmdaemon.web.documents import opened_document, with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
-from lmdaemon.web.requests import Ready, request_id
+from lmdaemon.web.requests import Ready, Reply, request_id
 
 OPENED_AT_ONCE = 250  # sessions of a bulk opening handled in one turn of the event loop, which takes a few milliseconds
 
@@ -34,7 +34,7 @@ class Sessions:
         self._store = context.store
         self._metrics = context.metrics
 
-    async def open(self, asked: Asked[shapes.Opening]) -> web.StreamResponse:
+    async def open(self, asked: Asked[shapes.Opening]) -> Reply:
         """PUT /v1/operators/{operator}/sessions/{sessionId}."""
         operator = asked.operator
         opened = await self._store.open_session(_opening(asked, asked.session_id, asked.given))
@@ -84,7 +84,7 @@ class Sessions:
         self._metrics.touched(operator.name, answer.open)
         return answer
 
-    async def touch(self, asked: Asked[None]) -> web.StreamResponse:
+    async def touch(self, asked: Asked[None]) -> Reply:
         """POST …/sessions/{sessionId}/touch."""
         operator, session_id = asked.operator.name, asked.session_id
         touched = await self._store.touch(operator, [session_id])
@@ -98,7 +98,7 @@ class Sessions:
         self._metrics.touched(operator, 1)
         return _NO_CONTENT
 
-    async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> web.StreamResponse:
+    async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> Reply:
         """POST /v1/operators/{operator}/sessions/touch."""
         operator = asked.operator.name
         touched = await self._store.touch(operator, asked.given.session_ids)

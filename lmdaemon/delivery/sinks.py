@@ -23,8 +23,10 @@ def sinks_of(settings: Settings, session: Session) -> list[NewDelivery]:
     if operator is None:
         return []
     found = [_to_url(operator, session)] if operator.notify else []
-    plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
-    return found + [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
+    if settings.plugins:
+        plugins = (plugin for plugin in settings.plugins.values() if plugin.listens_to(operator.name))
+        found += [NewDelivery(PLUGIN_PREFIX + plugin.name, b"") for plugin in plugins]
+    return found
 
 
 def _to_url(operator: Operator, session: Session) -> NewDelivery:

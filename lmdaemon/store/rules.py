@@ -776,7 +776,7 @@ def _tokens_kept(
     tokens: Sequence[str | None], sinks: Sequence[Sequence[NewDelivery]], random: RandomHex
 ) -> list[str | None]:
     """What is kept of the tokens of ended sessions: the token if it still has to be sent, else only its salted hash."""
-    unneeded = [all(one.impossible for one in its) for its in sinks]
+    unneeded = [not its or all(one.impossible for one in its) for its in sinks]
     salts = iter(random(8, sum(unneeded)))
     return [
         digest(token, next(salts)) if token and never else token for token, never in zip(tokens, unneeded, strict=True)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from lmdaemon.limits import StoreLimits
 from lmdaemon.log import Log, place
@@ -79,12 +79,9 @@ class Engine(Protocol[_TheirWork]):
         """Is called last, after a DatabaseError, to save what can be saved."""
 
 
-class _Queued(NamedTuple):
-    """An operation in the queue, the number of rows it names, and the future for its answer."""
-
-    operation: Operation[Any]
-    rows: int
-    answer: asyncio.Future[Any]
+# An operation in the queue, the number of rows it names, and the future for its answer. (To make a NamedTuple costs a
+# call.)
+_Queued = tuple[Operation[Any], int, "asyncio.Future[Any]"]
 
 
 class Writer(Generic[Work]):
@@ -131,7 +128,7 @@ class Writer(Generic[Work]):
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
             answer.set_exception(StoreError("too many operations are waiting"))
         else:
-            self._queue.append(_Queued(operation, rows := operation.rows, answer))
+            self._queue.append((operation, rows := operation.rows, answer))
             self._queued_rows += rows
             self._wake.set()
         return answer
@@ -190,11 +187,16 @@ class Writer(Generic[Work]):
             self._answered(work, batch, results)
 
     def _next_batch(self) -> list[_Queued]:
-        batch: list[_Queued] = []
-        queue, rows = self._queue, 0
-        while queue and len(batch) < BATCH_MAX and (not batch or rows + queue[0].rows <= BATCH_ROWS):
-            batch.append(operation := queue.popleft())
-            rows += operation.rows
+        queue = self._queue
+        if len(queue) <= BATCH_MAX and self._queued_rows <= BATCH_ROWS:  # the usual case: all that is queued
+            batch = list(queue)
+            queue.clear()
+            self._queued_rows = 0
+            return batch
+        batch, rows = [], 0
+        while queue and len(batch) < BATCH_MAX and (not batch or rows + queue[0][1] <= BATCH_ROWS):
+            batch.append(queued := queue.popleft())
+            rows += queued[1]
         self._queued_rows -= rows
         return batch
 
@@ -204,7 +206,7 @@ class Writer(Generic[Work]):
         # called on the event loop and not on the engine's thread, because the event loop has the interpreter's lock
         # already
         await self._engine.check()
-        work = self._owner.begin([queued.operation for queued in batch])
+        work = self._owner.begin([operation for operation, _, _ in batch])
         self.writing_since = time.monotonic()
         hung = loop.call_later(self._hung_s, self._look_if_hung, self.writing_since)
         try:
@@ -218,7 +220,7 @@ class Writer(Generic[Work]):
     def _answered(self, work: Work, batch: list[_Queued], results: list[Any]) -> None:
         self.commits += 1
         self.committed_something.set()
-        if any(operation.rows for operation in batch):
+        if any(rows for _, rows, _ in batch):
             self.changed.set()
         if not self._is_available and self._works_again(batch):
             log.info("store.recovered", after=self.failure or "a write that hung")
@@ -229,19 +231,19 @@ class Writer(Generic[Work]):
         if untold:
             self.refused["reading_failed"] += len(untold)
             log.error("store.reading_failed", reason=str(untold[0]), database=self._engine.database)
-        for operation, result in zip(batch, results, strict=True):
-            if operation.answer.done():
+        for (_, _, answer), result in zip(batch, results, strict=True):
+            if answer.done():
                 continue
-            if isinstance(result, StoreError):
-                operation.answer.set_exception(result)
+            if untold and isinstance(result, StoreError):
+                answer.set_exception(result)
             else:
-                operation.answer.set_result(result)
+                answer.set_result(result)
 
     def _works_again(self, batch: list[_Queued]) -> bool:
         """Whether a commit after a failure shows that writes work. On a full disk a small commit, such as a probe's,
         may fit while others do not.
         """
-        return self.failure is None or self._engine.has_room() or any(operation.rows for operation in batch)
+        return self.failure is None or self._engine.has_room() or any(rows for _, rows, _ in batch)
 
     def _look_if_hung(self, since: float) -> None:
         # In the next turn of the loop: if the loop itself was late, the result may have arrived by now
@@ -281,21 +283,21 @@ class Writer(Generic[Work]):
         fails.
         """
         if len(batch) == 1:
-            facts = {"operation": type(batch[0].operation).__name__, "error": type(error).__name__}
+            facts = {"operation": type(batch[0][0]).__name__, "error": type(error).__name__}
             log.error("store.operation_failed", **facts, where=place(error))
             return self._refuse(batch, error)
-        for operation in batch:
+        for queued in batch:
             try:
-                work, results = await self._write([operation])
+                work, results = await self._write([queued])
             except DatabaseError as lost:
                 await self._give_up(batch, lost)
             except Exception as broken:
                 if self._engine.is_outage(broken):
-                    self._failed([operation], broken)
+                    self._failed([queued], broken)
                 else:
-                    await self._one_by_one([operation], broken)
+                    await self._one_by_one([queued], broken)
             else:
-                self._answered(work, [operation], results)
+                self._answered(work, [queued], results)
         return None
 
     async def _give_up(self, batch: list[_Queued], lost: DatabaseError) -> NoReturn:
@@ -312,6 +314,6 @@ class Writer(Generic[Work]):
 
     @staticmethod
     def _refuse(batch: list[_Queued], error: Exception) -> None:
-        for operation in batch:
-            if not operation.answer.done():
-                operation.answer.set_exception(error)
+        for _, _, answer in batch:
+            if not answer.done():
+                answer.set_exception(error)

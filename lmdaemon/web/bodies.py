@@ -43,7 +43,7 @@ def of_body(kind: type[Request], body: bytes) -> Request:
     if kind is BulkOpen:
         return BulkOpen(sessions=_openings(body))
     try:
-        fields = json_object(body) if without_mark(body) or required(kind) else {}
+        fields = json_object(body) if required(kind) or without_mark(body) else {}
     except BadNotice as error:
         raise ValueError(error.description) from error
     return _read(kind, _whole(fields), fields, "field")

@@ -35,6 +35,7 @@ def opened_document(
 
 
 def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | None, **more: object) -> _Shown:
+    opened_at = rfc3339(session.opened_at)
     return kind(
         **more,
         operator=session.operator,
@@ -42,10 +43,10 @@ def _session(kind: Callable[..., _Shown], session: Session, expires_at: int | No
         player_id=session.player_id,
         state="active" if session.reason is None else "ended",
         reason=session.reason,
-        opened_at=rfc3339(session.opened_at),
-        last_seen_at=rfc3339(session.seen_at),
+        opened_at=opened_at,
+        last_seen_at=opened_at if session.seen_at == session.opened_at else rfc3339(session.seen_at),
         expires_at=rfc3339(expires_at),
-        ended_at=rfc3339(session.ended_at),
+        ended_at=None if session.ended_at is None else rfc3339(session.ended_at),
         idle_timeout_seconds=session.idle_ms // 1000 if session.idle_ms % 1000 == 0 else session.idle_ms / 1000,
         opened_request_id=session.opened_request,
         closed_request_id=session.ended_request,

@@ -464,6 +464,17 @@ def test_debug_writes_every_line(lines: Lines) -> None:
     assert len(stream.getvalue().splitlines()) == 5
 
 
+def test_a_change_to_debug_writes_what_was_suppressed_from_now_on(lines: Lines) -> None:
+    most = log.LIMITS["session.ended"].lines
+    for number in range(most + 5):
+        Log("test").info("session.ended", session=str(number))
+    stream = io.StringIO()
+    log.setup("debug", "json", stream)
+    Log("test").info("session.ended", session="seen")
+    (line,) = map(orjson.loads, stream.getvalue().splitlines())
+    assert line["session"] == "seen"
+
+
 def test_however_many_kinds_there_are_memory_is_bounded(clock: HandClock, lines: Lines) -> None:
     for number in range(log.KINDS_MAX + 5000):
         retry_failed(str(number))

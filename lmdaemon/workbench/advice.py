@@ -1,4 +1,4 @@
-"""What to do when a valid notice was not accepted. Without that, most other checks cannot be made. Pure."""
+"""What to do when a valid notice was not accepted, which most other checks need. Pure."""
 
 import json
 from urllib.parse import parse_qsl
@@ -12,7 +12,7 @@ _SUCCESS = 'Answer {"error": 0, "description": "Success"}, as application/json, 
 _UNANSWERED = {
     "connect": "Start the server, or correct host and port of the URL; a firewall may be in the way.",
     "dns": "Correct the host name in the URL, or its DNS records.",
-    "timeout": "Store the notice, answer, and do the slow work afterwards. To wait longer, here and now: --timeout.",
+    "timeout": "Store the notice, answer, and do the slow work afterwards. To wait longer in a run: --timeout.",
     "private_address": "If that is meant: `allow_private_network` of the operator, or the target named by --url.",
     "connection_lost": "The server closed the connection: look into its log for what it raised. If the port speaks "
     "TLS, the URL must begin with https://.",
@@ -63,14 +63,14 @@ def _of_code(one: Exchange, operator: Operator) -> str:
             "but the hash, decoded, sorted by name. If that is what you do, another key was given by --hash-key-file."
         )
     return (
-        "It refuses what it does not know. Give it what it does: a test player of its own (--player, --token-file), "
-        "open sessions of that player (--session-file), the provider's id "
+        "The endpoint refuses values that it does not know. Give values that it knows: a test player of its own "
+        "(--player, --token-file), open sessions of that player (--session-file), the provider's id "
         f"instead of {operator.provider_id} (--provider-id), "
-        f"or the dialect of the page that it was written to instead of {operator.sends.name} (--dialect)."
+        f"or the dialect that it was written for instead of {operator.sends.name} (--dialect)."
     )
 
 
 def _hashed(body: bytes, dialect: Dialect) -> str:
-    """What the hash of this notice was made of, but for the key."""
+    """The text of which the hash of this notice was made, without the key."""
     fields = dict(parse_qsl(body.decode())) if dialect.content == "form" else json.loads(body)
     return "&".join(f"{name}={value}" for name, value in sorted(fields.items()) if name != dialect.fields["hash"])

@@ -8,8 +8,8 @@ from lmdaemon.workbench.script import TLS_FAULTS
 
 
 def contexts(ca_file: Path, host: str) -> dict[str, ssl.SSLContext]:
-    """TLS contexts by the fault that they cause; the one without a fault under "". Writes the CA's certificate to
-    `ca_file`. Raises ImportError and OSError.
+    """TLS contexts by the fault that they cause; the context without a fault is under "". Writes the CA's certificate
+    to `ca_file`. Raises ImportError and OSError.
     """
     import trustme
 

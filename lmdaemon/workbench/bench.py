@@ -15,8 +15,8 @@ from lmdaemon.workbench.wire import Wire
 
 Struct = TypeVar("Struct", Operator, Policy)
 Verdict = Literal["pass", "warn", "fail", "skipped"]
-# When a check runs. `late` ones need time to have passed, or disturb other checks; a `summary` judges the answers that
-# all others got.
+# When a check runs. A `late` check needs some time to have passed since the first ones, or disturbs other checks; a
+# `summary` judges the answers that all other checks got.
 Turn = Literal["first", "usual", "late", "summary"]
 
 
@@ -140,7 +140,9 @@ class Bench:
         return self._first
 
     async def accepted(self) -> Told:
-        """The first valid notice. Raises Skip unless it was accepted: an endpoint that takes none tells nothing."""
+        """The first valid notice. Raises Skip if it was not accepted: if an endpoint refuses every notice, its refusals
+        of bad ones prove nothing.
+        """
         told = await self.first()
         if not told.exchange.accepted:
             raise Skip("the valid notice of answer.valid was not accepted, so this says nothing yet")
@@ -173,8 +175,8 @@ def accepted(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Find
 
 
 def refused(bench: Bench, cases: Sequence[tuple[str, Exchange]], *meanings: str) -> Finding:
-    """Each case must be refused with the code of one of the meanings. Another code of the dialect's own is a warning;
-    one that says "please retry" is a failure, for the same notice would come again for days.
+    """Each case must be refused with the code of one of the meanings. Another code of the dialect is a warning. The
+    code for "please retry" is a failure, because a sender would repeat the same notice for days.
     """
     codes = {bench.dialect.codes.of(meaning) for meaning in meanings}
     wanted = " or ".join(explain.named(code, bench.dialect) for code in sorted(codes))

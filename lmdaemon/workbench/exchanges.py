@@ -73,7 +73,7 @@ class Exchange(NamedTuple):
 
 
 def shown(exchange: Exchange, mask: Mask, body: str | None = None) -> dict[str, Any]:
-    """Both sides as JSON for a report; `body` is the request's if the caller has masked it already."""
+    """Both sides as JSON for a report; `body` is the request's body if the caller has masked it already."""
     asked = exchange.asked
     return {
         "request": {

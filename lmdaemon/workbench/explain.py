@@ -1,6 +1,6 @@
 """Says in an integrator's words what an answer is: `200, but the body is HTML`, `there is "Error", but no "error"`.
 
-Pure. What it quotes of an answer is short and not masked: whoever shows it masks it.
+Pure. What it quotes of an answer is short and not masked; the caller must mask it before it is shown.
 """
 
 from lmdaemon.causes import Cause

@@ -22,7 +22,7 @@ class Times:
         self._histogram: Any = HdrHistogram(1, LONGEST_MS * 1000, 3)
 
     def add(self, span_s: float) -> None:
-        """Counts a span of time (s); a longer one than LONGEST_MS as that."""
+        """Counts a span of time (s). A span longer than LONGEST_MS counts as LONGEST_MS."""
         self._histogram.record_value(min(max(1, round(span_s * 1e6)), LONGEST_MS * 1000))
 
     def shown(self) -> dict[str, float]:
@@ -36,7 +36,7 @@ class Times:
 
 @dataclass
 class Figures:
-    """`broken` says which promise and how often, `evidence` the first cases of each."""
+    """What was measured. `broken` says how often each promise was broken; `evidence` has the first cases of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class Figures:
         self.times[name].add(span_s)
 
     def broke(self, promise: str, what: str) -> None:
-        """Notes that a promise was broken, and by what; of many cases the first ones are kept."""
+        """Notes that a promise was broken. `what` describes the case; the first EVIDENCE_MAX cases are kept."""
         self.broken[promise] += 1
         if self.broken[promise] <= EVIDENCE_MAX:
             self.evidence.append(f"{promise}: {what}")

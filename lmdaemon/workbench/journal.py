@@ -47,8 +47,8 @@ class Notice(NamedTuple):
 
 @dataclass
 class Told:
-    """All attempts with one webhook-id, or without one all attempts for one session. `digest` is the SHA-256 of the
-    first body.
+    """All attempts with one webhook-id; of notices without a webhook-id, all attempts for one session. `digest` is the
+    SHA-256 of the first body.
     """
 
     webhook_id: str
@@ -71,8 +71,11 @@ class Arrival(NamedTuple):
 
 @dataclass
 class Journal:
-    """`schedule` are the waits in seconds before each repeat, `keys` the signing secrets, `hash_key` that of a dialect
-    with a hash; without them, signatures and hashes are not looked at. `file` gets a JSON line a notice.
+    """The notices of one run, and what was wrong with them.
+
+    `schedule` are the waits in seconds before each repeat, `keys` the signing secrets, `hash_key` the key of a dialect
+    with a hash. Without `keys`, signatures are not verified; without `hash_key`, hashes are not. `file` gets a JSON
+    line for each notice.
     """
 
     dialect: Dialect
@@ -86,7 +89,7 @@ class Journal:
     _deliveries: dict[str, Told] = field(default_factory=dict)
 
     def arrived(self, notice: Notice) -> Arrival:
-        """Looks at one notice; it must be answered with `answered` afterwards."""
+        """Judges and counts one notice. `answered` must be called for it afterwards."""
         faults = list(self._signature_faults(notice))
         try:
             parsed = parse(notice.body, self._content(notice), [self.dialect])

@@ -109,7 +109,7 @@ class Notices:
         return self.written(self.hashed(fields, key=key))
 
     def hashed(self, fields: Mapping[str, Any], *, key: str | None = None) -> Fields:
-        """Fields by wire name with the hash that fits, made with `key` instead of the operator's where one is given."""
+        """The fields, by their names on the wire, with a correct hash; `key` replaces the operator's key."""
         if not self.is_hashed:
             return dict(fields)
         name = self.dialect.fields["hash"]
@@ -118,7 +118,7 @@ class Notices:
         return {name: digest} | {other: value for other, value in fields.items() if other != name}
 
     def written(self, fields: Mapping[str, Any]) -> bytes:
-        """The given fields as bytes, as JSON or as a form, whichever the dialect has."""
+        """The given fields as bytes: JSON or a form, as the dialect has it."""
         if self.dialect.content == "json":
             return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         return urlencode(fields).encode()
@@ -158,7 +158,7 @@ class Notices:
         return request_headers(self.operator, webhook_id or self.webhook_id(), body, now_s)
 
     def mask(self) -> Mask:
-        """What masks, in a text, the secrets of all notices sent so far."""
+        """A mask for the secrets of all notices sent so far."""
         return Mask((self.token, *self._hashes, *secrets_of(self.operator)))
 
 

@@ -1,7 +1,8 @@
 """Plays game servers against a running daemon: players open, touch, close or abandon sessions, and every end is judged.
 
-Ids begin with `lmsim-`. Times that the daemon reports are compared with the times of its acknowledgements here. Its
-clock is read at each opening, so the two clocks need not agree.
+Ids begin with `lmsim-`. The time at which a session ended, as the daemon reports it, is compared with the times at
+which the daemon's acknowledgements arrived here. Each opening shows how far the daemon's clock is off from this
+machine's, so the two clocks need not agree.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ PROMISES = {
 }
 WATCH_EVERY_S = 0.2
 REPEAT_EVERY_S = 0.2
-NOT_NOW = (0, 503)  # no answer, or one that asks to come again
+NOT_NOW = (0, 503)  # statuses of a call that is to be repeated: no answer, or a 503
 SINKS_PENDING = "pending"
 _ROUNDING_S = 0.002  # the daemon reports times in milliseconds
 
@@ -32,8 +33,10 @@ Call = Callable[..., Awaitable[tuple[int, Any]]]
 
 
 class Load(NamedTuple):
-    """Spans in seconds; `abandon` is the part of sessions that nobody closes. The daemon may be away for `away_s` at
-    a time, 0 for never; for `grace_s` after it, it ends nothing for inactivity.
+    """What the players do. Spans are in seconds; `abandon` is the part of sessions that nobody closes.
+
+    `away_s` is how long the daemon may be away at a time (0: it may not). For `grace_s` after each absence, the daemon
+    ends no session for inactivity.
     """
 
     players: int = 200
@@ -68,7 +71,7 @@ class Away:
         self._since: float | None = None
 
     def note(self, sent: float, now: float, *, answered: bool) -> None:
-        """A call that was sent at `sent` was answered, or given up, at `now` (s)."""
+        """Notes a call that was sent at `sent` and was answered, or given up, at `now` (s)."""
         if not answered:
             self._since = sent if self._since is None else self._since
         elif self._since is not None:
@@ -109,7 +112,9 @@ class Players:
         self.sessions: dict[str, Session] = {}
 
     async def run(self) -> dict[str, Any]:
-        """Plays, waits for every end, and returns the report; when it is cancelled, that of what was seen so far."""
+        """Plays, waits for every end, and returns the report. If it is cancelled, returns a report of what was seen so
+        far.
+        """
         began = self._clock()
         try:
             await self._play(began)
@@ -135,7 +140,7 @@ class Players:
             await asyncio.sleep(min(1.0, self._load.span_s - passed))
 
     async def _player(self, number: int, began: float) -> None:
-        rng = Random(f"{self._seed} {number}")  # noqa: S311 - chance that can be had again
+        rng = Random(f"{self._seed} {number}")  # noqa: S311 - must be repeatable, not secret
         until = began + self._load.span_s
         # Players begin at different moments
         await asyncio.sleep(rng.uniform(0, min(self._load.heartbeat_s, self._load.span_s)))
@@ -197,8 +202,10 @@ class Players:
     async def _asked(
         self, name: str, method: str, session: str, *verb: str, body: object = None
     ) -> tuple[int, tuple[float, float]]:
-        """The status, and two moments between which the daemon must have received the call. While it may be away, a
-        call is repeated, as game servers do; an opening may then have come with the first attempt.
+        """The status, and two moments between which the daemon must have received the call.
+
+        If the daemon may be away, a call is repeated until it is answered, as game servers do. Already the first
+        attempt may have opened a session, so for an opening the first moment is when that was sent.
         """
         path = ("v1", "operators", self._operator, "sessions", session, *verb)
         first = self._clock()
@@ -240,7 +247,7 @@ class Players:
                 await asyncio.sleep(WATCH_EVERY_S)
 
     async def _look(self, session: Session) -> bool:
-        """Whether nothing more will happen to the session."""
+        """Reads the session and judges its end. Returns whether nothing more will happen to it."""
         sent = self._clock()
         status, found = await self._call("GET", "v1", "operators", self._operator, "sessions", session.id, body=None)
         if self._load.away_s:
@@ -263,7 +270,8 @@ class Players:
             return
         if session.closed:
             return  # it was due before the close arrived, so this is no fault
-        # The daemon's clock at the opening: it showed `openedAt` at a moment between these two
+        # When it ended by this machine's clock: at the opening, the daemon's clock showed `openedAt` at some moment
+        # within `opened_between`, so the end was between `earliest` and `latest`
         opened_at, ended_at = _seconds(found["openedAt"]), _seconds(found["endedAt"])
         earliest = session.opened_between[0] + (ended_at - opened_at)
         latest = session.opened_between[1] + (ended_at - opened_at)

@@ -1,4 +1,6 @@
-"""A report as text, JUnit XML and HTML. Answers are text by others, so they are escaped in every format."""
+"""A report as text, JUnit XML and HTML. Answers are text that others have written, so they are escaped in every
+format.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -161,7 +163,7 @@ def html(report: Report) -> str:
 
 
 def _html_lists(report: Report) -> Iterator[str]:
-    """What failed and what was warned of, each leading to its place."""
+    """Links to the checks that failed, and to those that warn."""
     for verdict in ("fail", "warn"):
         ids = [escape(result.check.id) for result in report.results if result.verdict == verdict]
         if ids:
@@ -170,7 +172,7 @@ def _html_lists(report: Report) -> Iterator[str]:
 
 
 def _marked(text: str) -> str:
-    """Text for HTML; what stands between backticks is code."""
+    """Text as HTML, in which text between backticks is marked as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""Runs checks against one target, within bounds of traffic and time, and hands back a report, whatever happens."""
+"""Runs checks against one target, within bounds of traffic and time, and returns a report, whatever the target does."""
 
 import asyncio
 import time
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All findings in the order of the documents. `stopped` says why not everything was tried; empty if it was."""
+    """All findings in the order of docs/check.md. `stopped` says why some were not tried; else empty."""
 
     url: str
     dialect: str
@@ -103,8 +103,8 @@ def chosen(only: Collection[str], skip: Collection[str]) -> tuple[Check, ...]:
 
 
 class Progress(NamedTuple):
-    """How far a run has come. `check` is the id of the check under way, empty between two; `result` is the one that has
-    just ended, as in the report.
+    """How far a run has come. `check` is the id of the check under way, empty between two checks; `result` is the
+    result of the check that has just ended, as in the report.
     """
 
     done: int
@@ -132,10 +132,10 @@ async def check_operator(
 ) -> dict[str, Any]:
     """Runs every check against an operator of the configuration and returns the report as `check --json` prints it.
 
-    `player` and `token` are a test player's; made up without them. `on_progress` is called in the event loop at the
-    beginning and at the end of each check. Run it in a task of its own: when that is cancelled, it returns the report
-    of what was found so far, with `stopped` set. Takes about half a minute, and RUN_MAX_S at most. Raises ValueError
-    when the operator has an `obstacle`.
+    `player` and `token` are a test player's; values that are not given are made up. `on_progress` is called in the
+    event loop at the beginning and at the end of each check. Run it in a task of its own: if that task is cancelled, it
+    returns the report of what was found so far, with `stopped` set. Takes about half a minute, and RUN_MAX_S at most.
+    Raises ValueError if the operator has an `obstacle`.
     """
     problem = obstacle(operator)
     if problem:
@@ -155,8 +155,8 @@ async def check_operator(
 
 
 class Runner:
-    """One run. `sessions` has open sessions that the endpoint knows; without them ids are made up. `on_begin` is told
-    of each check that is begun, `on_result` of each that has ended.
+    """One run. `sessions` has open sessions that the endpoint knows; without them ids are made up. `on_begin` is called
+    with each check that begins, `on_result` with the result of each that has ended.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Runner:
         self._stopped = ""
 
     async def run(self) -> Report:
-        """Runs the checks and returns the report. Nothing that the target does makes it raise. When it is cancelled it
+        """Runs the checks and returns the report. It raises nothing, whatever the target does. If it is cancelled, it
         returns the report of what was found so far.
         """
         started_at, began = datetime.now(UTC), time.monotonic()

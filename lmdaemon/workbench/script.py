@@ -65,8 +65,8 @@ class Span(NamedTuple):
 
 @dataclass
 class Rule:
-    """`steps` has the answers and how many notices each is given to. When all of these have come, the rule is used
-    up.
+    """One rule. `steps` has its answers, and to how many notices each is given. After that many notices, the rule is
+    used up; `taken` is how many it has answered.
     """
 
     steps: Sequence[tuple[Answer, int]]
@@ -78,7 +78,7 @@ class Rule:
 
     @property
     def knows_no_session(self) -> bool:
-        """Whether the rule is for every request, whatever its session, attempt and chance."""
+        """Whether the rule has no condition on session, attempt or chance."""
         return self.session is None and self.attempt is None and self.chance is None
 
     def current(self) -> Answer | None:
@@ -91,7 +91,9 @@ class Rule:
         return None
 
     def fits(self, session: str, attempt: int, count: int, rng: Random) -> bool:
-        """Whether the rule is for this request: the attempt of this session, and the number of the request in all."""
+        """Whether the conditions are met. `attempt` is the number of the attempt for this session, `count` the number
+        of the request in the run.
+        """
         if self.session is not None and not fnmatchcase(session, self.session):
             return False
         if self.attempt is not None and attempt not in self.attempt:
@@ -111,7 +113,7 @@ class Script:
     _rng: Random = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._rng = Random(self.seed)  # noqa: S311 - chance that can be had again
+        self._rng = Random(self.seed)  # noqa: S311 - must be repeatable, not secret
 
     def next(self, session: str, attempt: int) -> Answer:
         """The answer for one notice; `attempt` counts from 1."""
@@ -126,8 +128,8 @@ class Script:
         return OK
 
     def next_handshake(self) -> str:
-        """How to spoil a TLS handshake that begins; empty: not at all. The notice is not known then, so only
-        `count` can be a condition.
+        """The fault for the TLS handshake that begins now, one of TLS_FAULTS; empty for none. No notice is known
+        during a handshake, so only `count` can be a condition.
         """
         for rule in self.rules:
             answer = rule.current()
@@ -141,7 +143,7 @@ class Script:
 
     @property
     def needs_tls(self) -> bool:
-        """Whether an answer of the script is given over TLS."""
+        """Whether the script spoils TLS handshakes, for which the server must speak TLS."""
         return any(answer.kind == "tls" for rule in self.rules for answer, _ in rule.steps)
 
 

@@ -221,7 +221,7 @@ class _Daemon:
         return spent_s / max(calls, 1)
 
     async def spent(self, work: Coroutine[Any, Any, None]) -> float:
-        """A context that measures the CPU seconds that the daemon spends in it."""
+        """Awaits `work`; returns the CPU seconds that the daemon has spent meanwhile."""
         before = (await self.metrics())["process_cpu_seconds_total"]
         await work
         return (await self.metrics())["process_cpu_seconds_total"] - before

@@ -22,8 +22,8 @@ _HTML = "<!doctype html><html><body><h1>500 Internal Server Error</h1></body></h
 
 
 class Stage:
-    """Serves until it is closed. `tell` is called with a line for each notice. `contexts` has TLS contexts by the fault
-    that they cause; the one without a fault under "".
+    """The server. `tell` is called with a line for each notice. `contexts` has TLS contexts by the fault that they
+    cause; the context without a fault is under "".
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Stage:
         self._tell(f"a handshake: tls {fault}")
         if fault == "refuse":
             return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
-        assert self._contexts is not None  # noqa: S101 - it is one of theirs that calls
+        assert self._contexts is not None  # noqa: S101 - only a context of these has this callback
         connection.context = self._contexts[fault]
         return None
 

@@ -1,7 +1,8 @@
 """Plays a provider against an endpoint: good, repeated, racing and malformed notices at a steady rate.
 
-Notices are sent at their rate whether or not answers come, and times count from the moment when a notice was due. So
-the delays that a stalled endpoint causes to later notices are measured too (no coordinated omission).
+Notices are sent at their rate whether or not answers come, and the time of an answer counts from the moment at which
+its notice was due. The delays that a stalled endpoint causes to later notices are therefore measured, too (no
+coordinated omission).
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from lmdaemon.workbench.wire import Wire
 PROMISES = {
     "refused": "a good notice was answered, but not with success",
     "repeat_refused": "a repeat of a notice that was accepted was not answered with success",
-    "race_lost": "of several alike at the same moment not all were answered with success",
+    "race_lost": "of several equal notices at the same time, not all were answered with success",
     "taken": "a malformed notice was answered with success",
     "faulted": "a malformed notice was answered with a 5xx, or with a code that asks to try again",
     "unanswered": "no whole answer came in time",
@@ -54,7 +55,7 @@ class Storm:
     ) -> None:
         self._operator = operator
         self._mix = mix
-        self._rng = Random(seed)  # noqa: S311 - chance that can be had again
+        self._rng = Random(seed)  # noqa: S311 - must be repeatable, not secret
         self._notices = Notices(operator, run=run_id(), prefix="lmsim", token=token, player=player)
         self._clock = Clock()
         self._wire = Wire(operator, self._clock, per_second=None)
@@ -63,7 +64,7 @@ class Storm:
         self.figures = Figures()
 
     async def run(self) -> dict[str, Any]:
-        """Sends, and returns the report. When it is cancelled, the report of what was seen so far."""
+        """Sends the notices and returns the report. If it is cancelled, returns a report of what was seen so far."""
         began = time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
         try:

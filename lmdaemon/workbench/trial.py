@@ -1,5 +1,5 @@
-"""Sends one test notice to an operator, with the daemon's own sender. Request and answer are shown, and often pasted
-into tickets. So every secret in them is masked, also if the answer repeats it.
+"""Sends one test notice to an operator, with the daemon's own sender. Request and answer are shown, and people often
+paste them into tickets. Every secret in them is therefore masked, also where the answer repeats it.
 """
 
 import time
@@ -17,7 +17,7 @@ from lmdaemon.retry import Outcome, judge
 from lmdaemon.workbench import explain
 from lmdaemon.workbench.exchanges import Answer, Asked, Exchange, shown
 
-MADE_UP = "lmdaemon-test"  # made-up ids begin with this, so that whoever finds one knows where it came from
+MADE_UP = "lmdaemon-test"  # made-up ids begin with this, so that people who find one know where it came from
 
 
 class Sent(NamedTuple):

@@ -19,7 +19,7 @@ REQUESTS_MAX = 120  # most requests in a run
 PER_SECOND = 5.0  # on average; ten at once are followed by a pause of two seconds
 SILENT_MAX = 3  # requests in a row without an answer, after which nothing more is sent
 _FOREVER_S = 1e9
-_SILENT = ("timeout", "connect", "dns", "tls", "private_address")
+_SILENT = ("timeout", "connect", "dns", "tls", "private_address")  # causes that count as no answer
 
 
 class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for the reason given
@@ -27,7 +27,7 @@ class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for th
 
 
 class Wire:
-    """Sends to the operator's URL. `per_second` is None for no pace. Every exchange is kept in `exchanges`."""
+    """Sends to the operator's URL, `per_second` requests a second (None: no limit). `exchanges` keeps all exchanges."""
 
     def __init__(self, operator: Operator, clock: Clock, *, per_second: float | None = PER_SECOND) -> None:
         self.operator = operator

@@ -19,6 +19,6 @@ BY_HAND = (
     "A session that had already ended in another way (logout, a time-out of your own) is answered with success.",
     'An internal fault of yours (database down, a bug) is answered with "please retry", never with "do not retry".',
     "Only addresses of the provider may call the endpoint, if addresses are what proves the sender.",
-    "No token stands in your log, nor in that of the proxy before it.",
-    "Whoever is on call knows what to do when the provider reports that the endpoint fails.",
+    "No token is in your log, nor in the log of the proxy before the endpoint.",
+    "The person on call knows what to do when the provider reports that the endpoint fails.",
 )

@@ -38,7 +38,7 @@ def _answers(bench: Bench) -> Iterator[tuple[Exchange, Answer]]:
 
 
 def _is_blamed(finding: Finding) -> bool:
-    """Whether it failed, or was skipped for an answer that another check reports."""
+    """Whether the check failed, or was skipped because another check has reported the same answer."""
     return finding.verdict == "fail" or (finding.verdict == "skipped" and bool(finding.evidence))
 
 
@@ -81,7 +81,7 @@ async def content_type(bench: Bench) -> Finding:
 async def description(bench: Bench) -> Finding:
     """`description` is a text.
 
-    The page defines it, and it is what a person reads when a notice fails.
+    The provider's page defines it, and it is what a person reads when a notice fails.
     """
     for one, answer in _some(bench):
         found = _object(answer).get("description")
@@ -94,7 +94,7 @@ async def description(bench: Bench) -> Finding:
 async def error_number(bench: Bench) -> Finding:
     """`error` is written as a whole number.
 
-    The page says number; senders that are strict do not take "0" or 0.0.
+    The provider's page says number; strict senders do not take "0" or 0.0.
     """
     for one, answer in _some(bench):
         found = _object(answer).get("error")
@@ -106,7 +106,8 @@ async def error_number(bench: Bench) -> Finding:
 async def codes(bench: Bench) -> Finding:
     """Every `error` is a code of the dialect.
 
-    A sender knows what to do only with the codes on the page; any other is repeated for days.
+    A sender knows what to do only with the codes on the provider's page; after any other it repeats the notice for
+    days.
     """
     unknown: dict[float, Exchange] = {}
     for one, _ in _some(bench):
@@ -121,7 +122,8 @@ async def codes(bench: Bench) -> Finding:
 async def refusal_status(bench: Bench) -> Finding:
     """A refusal has HTTP 200 too; its reason is in `error`.
 
-    The status tells of transport, the code of the notice; proxies replace the body of a 4xx or 5xx.
+    The status says whether the request arrived, `error` what became of the notice; proxies replace the body of a 4xx or
+    5xx.
     """
     refusals = [one for one, answer in _some(bench) if one.code != 0]
     if not refusals:

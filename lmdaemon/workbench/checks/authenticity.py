@@ -1,5 +1,5 @@
-"""Checks of what proves the sender: signatures, hash, token, credentials, certificates. Those that are not configured
-are skipped.
+"""Checks of what proves who the sender is: signatures, hash, token, credentials, certificates. A check of something
+that is not configured is skipped.
 """
 
 from typing import Any
@@ -121,7 +121,7 @@ async def hash_case(bench: Bench) -> Finding:
 
 
 async def hash_whole(bench: Bench) -> Finding:
-    """A parameter that is not on the page is part of the hash too.
+    """A parameter that is not on the provider's page is part of the hash, too.
 
     The hash covers every parameter received; a fixed list of names breaks with the first new one.
     """

@@ -9,7 +9,7 @@ RESERVED = 2  # requests that are left for the checks after the burst
 
 
 async def burst(bench: Bench) -> Finding:
-    """Fifty at once are taken, or told to come later.
+    """Fifty notices at once are accepted, or asked to come later.
 
     After an outage, all notices that waited come within seconds.
     """
@@ -37,7 +37,7 @@ async def burst(bench: Bench) -> Finding:
 
 
 async def recovered(bench: Bench) -> Finding:
-    """After the burst a notice is taken as before.
+    """After the burst a notice is accepted as before.
 
     A pool of connections that a burst has used up may stay empty until somebody restarts the server.
     """

@@ -58,7 +58,7 @@ async def resolves(bench: Bench) -> Finding:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 _, writer = await asyncio.open_connection(address, _port(bench))
             writer.close()
-        except OSError as error:  # TimeoutError is one
+        except OSError as error:  # TimeoutError is an OSError
             failed.append(f"{address}: {error.strerror or 'no connection in time'}")
     if failed:
         return Finding("fail", f"of {len(addresses)} addresses {len(failed)} take no connection: {'; '.join(failed)}")
@@ -84,7 +84,7 @@ async def public(bench: Bench) -> Finding:
 
 
 async def _handshake(bench: Bench, context: ssl.SSLContext) -> tuple[str, dict[str, object]]:
-    """The protocol version and the verified certificate. Raises OSError; ssl.SSLError is one."""
+    """The protocol version and the verified certificate. Raises OSError, of which ssl.SSLError is a subclass."""
     addresses = await _addresses(bench)
     if not bench.operator.allow_private_network and any(map(private_address, addresses)):
         raise Skip("the address is private")
@@ -166,7 +166,7 @@ async def old_tls(bench: Bench) -> Finding:
         raise Skip("no TLS")
     context = _unverified()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the deprecated version is what is tried
+        warnings.simplefilter("ignore", DeprecationWarning)  # the deprecated versions are tried on purpose
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -273,7 +273,7 @@ async def speed(bench: Bench) -> Finding:
 
 
 def _by_time(some: Iterable[Exchange]) -> list[Exchange]:
-    """Those that were answered, the slowest last."""
+    """The exchanges that were answered, the slowest last."""
     return sorted((one for one in some if one.answer is not None), key=lambda one: one.duration_ms)
 
 

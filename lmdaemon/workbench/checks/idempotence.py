@@ -9,7 +9,9 @@ RACE = 10
 
 
 def _again(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Finding:
-    """As `accepted`, but skipped when it fails just as the plain repeat did: one cause is reported once."""
+    """As `accepted`; but a failure that is the same as that of idempotence.repeat becomes skipped, so that one cause is
+    reported once.
+    """
     finding, plain = accepted(bench, *exchanges, told=told), bench.found.get("idempotence.repeat")
     if finding.verdict == "fail" and plain is not None and (plain.verdict, plain.text) == ("fail", finding.text):
         return Finding("skipped", "it fails as idempotence.repeat does", finding.evidence)
@@ -46,7 +48,7 @@ async def rewritten(bench: Bench) -> Finding:
 
 
 async def race(bench: Bench) -> Finding:
-    """Ten of the same at the same moment are all answered with success.
+    """Ten equal notices at the same moment are all answered with success.
 
     Attempts of two senders can overlap; when two threads insert the same row, the second often fails with a 500.
     """
@@ -107,7 +109,7 @@ CHECKS = (
     ),
     Check(
         "idempotence.unknown",
-        "Answer success, there being nothing to end, or the code for an unknown session.",
+        "Answer success, because there is nothing to end, or the code for an unknown session.",
         unknown,
     ),
     Check(

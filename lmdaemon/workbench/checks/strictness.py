@@ -135,9 +135,9 @@ async def provider_case(bench: Bench) -> Finding:
 
 
 async def extra_fields(bench: Bench) -> Finding:
-    """Fields that are not on the page are ignored.
+    """Fields that are not on the provider's page are ignored.
 
-    The page changed fifteen times in fourteen months; the next version must not break you.
+    The page changed fifteen times in fourteen months; the next version must not break your endpoint.
     """
     if not bench.dialect.extra:
         raise Skip(f"dialect {bench.dialect.name} takes no other fields")
@@ -196,7 +196,7 @@ async def charset(bench: Bench) -> Finding:
 async def content_type(bench: Bench) -> Finding:
     """Another Content-Type is refused.
 
-    text/plain is what a web page elsewhere can make a browser send without asking.
+    Any web page can make a browser send text/plain to your endpoint without asking it first.
     """
     await bench.accepted()
     body = bench.notices.body(bench.notices.fields())
@@ -245,7 +245,7 @@ async def large_body(bench: Bench) -> Finding:
 
 
 async def slow_body(bench: Bench) -> Finding:
-    """A body that comes byte by byte holds up nobody, and is cut off.
+    """A body that comes byte by byte delays no other request, and is cut off.
 
     A few such connections are enough to block a server that handles one connection at a time.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lmdaemon.model import Member
 
-# a service clock so far behind has missed two beats, and all ends wait for it; at 1500 the other clocks stop, too
+# A service clock so far behind has missed two beats, and all ends wait for it; at 1500 the other clocks stop, too
 SLOW_MS = 1400
 
 

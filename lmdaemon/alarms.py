@@ -35,7 +35,7 @@ class Burst:
         self._lately: deque[tuple[float, int]] = deque()  # (time, number ended) of the entries within MASS_S
         self._raised_at = float("-inf")
         self.began_at = float("-inf")  # when the alarm that is shown was first raised
-        self.ended = 0  # ended within MASS_S, when the alarm was last raised
+        self.ended = 0  # sessions that had ended within MASS_S when the alarm was last raised
         self.of = 0  # sessions that were live before these ended
 
     def active(self, now: float) -> bool:
@@ -129,7 +129,7 @@ class TouchAlarm:
     """Notices when the touches of an operator stop while many of its sessions are live."""
 
     def __init__(self) -> None:
-        self.silent: dict[str, Silent] = {}  # by operator, at the last look
+        self.silent: dict[str, Silent] = {}  # the operators whose touches had stopped at the last look
 
     def look(
         self, now_ms: int, touched_ms: Mapping[str, int], idle_ms: Mapping[str, int], figures: Mapping[str, Figures]

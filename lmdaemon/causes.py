@@ -32,7 +32,7 @@ Cause = Literal[
     "missing_hash",
     "ambiguous_hash",
     "session_gone",
-    # The daemon itself
+    # The daemon itself is the cause
     "internal_error",
     "interrupted",
 ]

@@ -44,7 +44,7 @@ class ServiceClock:
         self._ms = float(service_ms)
         self._read_at = clock.monotonic()
         self.frozen: set[str] = set()  # those of FREEZES for which the clock is stopped now
-        # the clock goes no further, until other daemons on the same database have come far enough
+        # The clock stops at this time until other daemons on the database have come far enough; None: it does not stop
         self.limit_ms: int | None = None
         self.stalled_s = 0.0  # sum of all gaps that were not counted
 

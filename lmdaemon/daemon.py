@@ -165,7 +165,7 @@ class Daemon:
         parts.events.stop()
         events.info("daemon.stopping", in_flight=parts.dispatcher.in_flight, within_s=within_s)
         stays = {"writer"}
-        # the others hear touches: this clock goes on, and due sessions end, so that they need not wait
+        # The others hear touches: this clock goes on, and due sessions end, so that they need not wait
         if await self._others_hear():
             stays.add("sweeper")
         else:  # from here on no touch can be received, so no idle time passes and nothing ends

@@ -34,7 +34,7 @@ class BadNotice(Exception):  # noqa: N818 - house name, see docs/architecture.md
         super().__init__(description)
         self.meaning = meaning
         self.description = description
-        # the dialect whose codes the answer uses; None if the body did not show which one it is
+        # The dialect whose codes the answer uses; None if the body did not show which one it is
         self.dialect: Dialect | None = None
 
 
@@ -578,5 +578,6 @@ def answered_code(body: bytes) -> int | float | None:
     if isinstance(error, bool) or not isinstance(error, int | float):
         return None
     number = float(error)
-    # 120.0 becomes 120. Not beyond 2^53, where a float is not an exact integer, and SQLite takes none beyond 2^63.
+    # 120.0 becomes 120. A number beyond 2^53 stays a float: such a float is not an exact integer, and SQLite stores no
+    # integer beyond 2^63.
     return int(number) if number.is_integer() and abs(number) < 2**53 else number

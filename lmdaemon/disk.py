@@ -10,7 +10,8 @@ from lmdaemon.store.contract import Room, Store, StoreObserver
 LOW_DAYS = 3.0  # a disk that will be full within so many days is a warning, too
 EVERY_S = 600.0  # between two samples of the growth
 SAMPLES = 145  # samples that are kept: those of a day
-KNOWN_AFTER_S = 3600.0  # the growth is told after this time: that of a shorter one says little about a day
+# Growth is told only after this time, because the growth of a shorter one says little about a day
+KNOWN_AFTER_S = 3600.0
 DAY_S = 86_400.0
 
 

@@ -24,13 +24,14 @@ class StoreLimits(NamedTuple):
     dead_rows: int = 500  # most that one operation discards or makes due
 
     # The SQLite file
-    # how long a statement waits for a lock of another program, such as an administrator's shell
-    busy_timeout_s: float = 2.0
-    checkpoint_s: float = 1.0  # how often commits are copied from the WAL into the file, on a connection of its own
+    busy_timeout_s: float = 2.0  # how long a statement waits for a lock of another program, such as a shell
+    # Between two copies of commits from the WAL into the file, which a connection of its own makes
+    checkpoint_s: float = 1.0
     wal_max: int = 64 * 1024 * 1024  # bytes; beyond this the writer itself empties the WAL between two batches
     idle_s: float = 5.0  # time without a change after which the WAL is emptied; it may take twice as long
 
     # The PostgreSQL database
+
     # How long a transaction may take, and how long it may take besides to find out what became of it. The callers get
     # their error when the next attempt has failed as well, which is within 10 s.
     write_s: float = 2.5
@@ -45,7 +46,7 @@ class StoreLimits(NamedTuple):
 
     @property
     def large_wal(self) -> int:
-        """Bytes; a larger WAL means that a long read transaction keeps it from starting over."""
+        """A size (bytes): a WAL that is larger than this is kept from starting over by a long read transaction."""
         return 2 * self.wal_max
 
 
@@ -54,7 +55,8 @@ class Limits(NamedTuple):
 
     # A listener's connections
     connections_max: int = 2000  # most connections of one listener, if the limit of open files allows so many
-    head_s: float = 10.0  # from the connect, or from the first byte of a later head, to the end of the head
+    # The longest time for a request's head: from the connect, or from its first byte if it is a later request
+    head_s: float = 10.0
     write_s: float = 30.0  # how long a client may leave its answers unread
     patrol_s: float = 2.0  # between two checks of `head_s` and `write_s`
     body_s: float = 10.0  # from the head to the end of the body
@@ -63,12 +65,13 @@ class Limits(NamedTuple):
     # how long every client may at least still ask something, because it cannot know that the daemon stops.
     heard_within_s: float = 1.0
     heard_s: float = 0.05
-    strangers_max: int = 6 * 1024**2  # bytes that have arrived on both listeners and are not authenticated yet
-    known_max: int = 32 * 1024**2  # bytes that have arrived and are authenticated, and of answers not taken yet
+    strangers_max: int = 6 * 1024**2  # most bytes of requests that are not authenticated yet, on both listeners
+    # Most bytes of authenticated requests, and of answers that clients have not taken yet
+    known_max: int = 32 * 1024**2
 
     # Event streams
-    listeners_max: int = 32  # clients that listen to events
-    waiting_max: int = 2000  # events that wait for one client
+    listeners_max: int = 32  # most clients that listen to events
+    waiting_max: int = 2000  # most events that wait for one client
     gather_s: float = 0.1  # events are gathered for this long, and sent together
     gathered_max: int = 500  # when so many events are gathered, they are sent at once
     figures_every_s: float = 1.0  # between two `figures` events

@@ -113,7 +113,7 @@ def _connection_type() -> type[Connection]:
     """The class that serves connections: the fast one of `web.hot`, if that module exists."""
     try:
         from lmdaemon.web import hot
-    except ImportError:  # without it everything works as well, only slower
+    except ImportError:  # without `web.hot` everything works as well, only slower
         return Connection
     return hot.connection_type()
 

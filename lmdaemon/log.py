@@ -30,7 +30,7 @@ PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 WINDOW_S = 60.0
 KINDS_MAX = 1000  # kinds of lines that are counted at the same time; bounds the memory
-# after a window the timer waits this much longer, because the next line of its kind would write the count itself
+# After a window the timer waits this much longer, because the next line of its kind would write the count itself
 STRAGGLERS_S = 1.0
 
 
@@ -60,7 +60,7 @@ LIMITS = {
     "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
-    # if this happens to 1,000 operators, it has one cause; /health and /metrics name all of them
+    # If this happens to 1,000 operators, it has one cause; /health and /metrics name all of them
     "operator.mass_expired": Limit(100),
     "operator.touches_stopped": Limit(100),
     "operator.ends_wait": Limit(100),
@@ -131,7 +131,7 @@ class Repeats:
         # Events without `same` of which no more lines are written in this window; asked first, for it costs little
         self._full: dict[str, _Kind] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
-        self.suppressed = 0  # lines, altogether
+        self.suppressed = 0  # number of suppressed lines of all kinds
 
     def suppresses(self, event: str) -> bool:
         """Whether `admit` is known to write no line of this event now. Counts the line if so."""
@@ -157,7 +157,8 @@ class Repeats:
                 key = (event,)
                 kind = self._kinds.get(key)
         if kind is None:
-            same = dict(zip(limit.same, key[1:], strict=False))  # empty where there are too many kinds
+            # Empty if there are too many kinds; then all lines of this event are counted together
+            same = dict(zip(limit.same, key[1:], strict=False))
             self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
             return True
         if now >= kind.until:
@@ -381,6 +382,6 @@ def safe_url(url: str) -> str:
         whole = parts.netloc and parts.port != -1 and not stray_at(url)
     except ValueError:
         whole = False
-    if not whole:  # where the user info ends is unknown
+    if not whole:  # it is unknown where the user info ends, so no part of the text is safe
         return NOT_A_URL
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

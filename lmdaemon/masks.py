@@ -248,7 +248,7 @@ def _meaning(escaped: str) -> Iterator[tuple[str, int]]:
         characters = html.unescape(escaped)
         if len(characters) == 1:
             yield characters, len(escaped)
-        else:  # no entity, or one for several characters, which no secret has
+        else:  # not an entity of HTML, or one for several characters, which no secret has
             yield from ((character, 1) for character in escaped)
 
 

@@ -126,7 +126,7 @@ class Session(NamedTuple):
     lifetime_at: int | None
     ended_at: int | None
     reason: Reason | None
-    opened_request: str | None = None  # the X-Request-Id of the call that opened it, and of the one that closed it
+    opened_request: str | None = None  # the X-Request-Id of the call that opened the session; below: that closed it
     ended_request: str | None = None
 
     def __repr__(self) -> str:
@@ -163,7 +163,7 @@ class Delivery(NamedTuple):
     last_code: int | float | None
     last_error: str | None
     body_digest: str | None  # SHA-256 in hex; None where nothing is sent as bytes
-    discarded: str | None  # JSON object: at, by, note; None unless it is dead and nobody wants it
+    discarded: str | None  # JSON object: at, by, note; None unless the delivery was discarded
     history: str
     body: bytes
 
@@ -274,6 +274,6 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-@lru_cache(256)  # many documents are made in the same second: a quarter of the time without the cache
+@lru_cache(256)  # many documents are made in the same second: with the cache they take a quarter of the time
 def _second(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat().removesuffix("+00:00")

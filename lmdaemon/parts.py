@@ -149,7 +149,7 @@ class Parts:
         self.metrics.configure(operators, self.dispatcher.lanes.attempting, get_args(Reason))
         self.events.configured()
         self.listeners.configure(self.settings, self.dispatcher.lanes.attempts_max, self.drain_s)
-        if "api" in self.listeners.addresses:  # at a reload
+        if "api" in self.listeners.addresses:  # the listeners are open already: this is a reload
             self.introduce()
 
     def introduce(self) -> None:

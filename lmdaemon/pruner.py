@@ -8,7 +8,7 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import Store, StoreError
 
 EVERY_MAX_S = 3600.0
-EVERY_MIN_S = 1.0  # because each pruning is at least one commit
+EVERY_MIN_S = 1.0  # the least time between two prunings, because each is at least one commit
 PAUSE_S = 0.05  # between two batches, so that pruning a million rows delays nothing else
 
 log = Log("store")

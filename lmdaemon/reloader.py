@@ -26,7 +26,7 @@ class Reloader:
     ) -> None:
         self.settings = settings
         self._clock = clock
-        # the settings of the start, whose values stay in force for keys that need a restart (NEEDS_RESTART)
+        # The settings of the start, whose values stay in force for keys that need a restart (NEEDS_RESTART)
         self._started_with = settings
         self.plugins: Mapping[str, LoadedPlugin] = {}
         self.error: str | None = None  # why and when the last reload failed, a line for each finding
@@ -64,7 +64,7 @@ class Reloader:
         return True
 
     def _note_failure(self, error: ConfigError) -> None:
-        file = f"{self.settings.file}: "  # findings about plug-ins come without it
+        file = f"{self.settings.file}: "  # findings about plug-ins do not begin with the name of the file
         findings = [file + finding.removeprefix(file) for finding in error.findings]
         refused = f"refused at {rfc3339(self._clock.wall_ms())[:19]}Z: the settings from before are in force"
         self.error = log.writable("\n".join([*findings, refused]))

@@ -20,7 +20,7 @@ RETRY_AFTER_MAX_S = 3600.0  # an operator may delay its notices, but not stop th
 FINAL_CODES = frozenset({120, 999})  # "internal error, do not retry" in the shipped dialects
 BREAKER_OPENS_AT = 5  # failures in a row
 PROBE_PAUSE_MAX_S = 300.0
-HOLD_AFTER_S = 5 * 86400.0  # nothing but failures for this long
+HOLD_AFTER_S = 5 * 86400.0  # an operator is held after nothing but failures for this long
 
 Verdict = Literal["delivered", "final", "retry", "hold"]
 

@@ -20,7 +20,7 @@ IDLE_MAX_S = 30 * 86400
 HOLD_MAX_S = 30 * 86400
 NOTE_MAX = 256  # characters
 PAGE_DEFAULT, PAGE_MAX = 100, 1000
-CURSOR_MAX = 18  # digits
+CURSOR_MAX = 18  # most digits of a cursor
 
 # The pattern of an id: no control characters (C0, DEL, C1). Lone surrogates need no mention, because JSON is UTF-8 and
 # cannot have them.
@@ -267,7 +267,7 @@ class Answer(msgspec.Struct, rename="camel", kw_only=True):
 
 
 class BulkTouched(Answer):
-    """How many sessions were touched, and which could not be."""
+    """How many sessions were touched, and which ids are unknown or have ended."""
 
     touched: Count
     unknown: list[SessionId]

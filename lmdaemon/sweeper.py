@@ -15,12 +15,12 @@ from lmdaemon.model import Session
 from lmdaemon.pulse import Pulse, Rounds, WakeObserver
 from lmdaemon.store.contract import SWEEP_ROWS, Store, StoreError, StoreObserver
 
-# after a stall nothing ends for so long, so that touches that could not arrive meanwhile are heard first
+# After a stall nothing ends for so long, so that touches that could not arrive meanwhile are heard first
 QUIET_AFTER_STALL_S = 1.0
 # Turns of the event loop that a touch takes from a client that waits to connect to the queue: accept, connect, read,
 # parse, handle, queue
 LOOP_TURNS = 8
-# how often the service clock is stored. A crash loses the time since then, and sessions end that much later
+# How often the service clock is stored. A crash loses the time since then, and sessions end that much later
 PERSIST_S = 10.0
 RETRY_S = 1.0  # pause while the store refuses
 log = Log("sweeper")

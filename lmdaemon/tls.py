@@ -125,7 +125,7 @@ def _alike(context: ssl.SSLContext) -> ssl.SSLContext:
 
 
 def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
-    # without a password, OpenSSL would ask for one on the terminal
+    # Without a password, OpenSSL would ask for one on the terminal
     context.load_cert_chain(cert_file, key_file, password="")
 
 

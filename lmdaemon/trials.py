@@ -120,7 +120,7 @@ class _Trial:
             result = asyncio.run(self._whole())
         except Exception as one:  # the error is passed on to the caller, as a result would be
             error = one
-        # replaced by an error that is passed on: the future would never be done otherwise, and the daemon's stop would
+        # Replaced by an error that is passed on: the future would never be done otherwise, and the daemon's stop would
         # wait for ever
         except asyncio.CancelledError:
             error = RuntimeError("interrupted without a result")

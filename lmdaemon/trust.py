@@ -24,7 +24,7 @@ def read(path: Path) -> bytes:
     """The content of the file; links are followed. Raises UntrustedError and OSError."""
     real = Path(os.path.realpath(path))
     with ExitStack() as stack:
-        # the directory of the link, and that of the file to which it leads
+        # The directory of the link, and that of the file to which it leads
         for directory in (path.parent, real.parent):
             handle = os.open(directory, _DIRECTORY)
             stack.callback(os.close, handle)

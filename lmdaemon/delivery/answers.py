@@ -19,7 +19,7 @@ from aiohttp.streams import StreamReader
 from lmdaemon.causes import Cause
 
 HEAD_MAX = 64 * 1024  # bytes of an answer's status line and headers
-HEADERS_MAX = 1000  # each is a Python object, so their number costs the event loop more than their bytes
+HEADERS_MAX = 1000  # most headers: each is a Python object, so their number costs the event loop more than their bytes
 INTERIM_MAX = 15  # most interim (1xx) responses before the final one; HTTP has no limit. Source: RFC 9110 §15.2
 # How every answer is read: a compressed one as it is, within the bounds, and never unpacked.
 READING: Mapping[str, Any] = {
@@ -65,7 +65,7 @@ class AnswerProtocol(ResponseHandler):
     def _begin(self) -> None:
         self._interim = 0
         self._body: StreamReader | None = None  # the body of the final answer, once the head of that answer is complete
-        # bytes of the body that are still to come; None if the head does not tell its length
+        # Bytes of the body that are still to come; None if the head does not tell its length
         self._left: int | None = None
         self._on_wire = 0  # bytes received after the head
         self._begin_head()
@@ -79,7 +79,7 @@ class AnswerProtocol(ResponseHandler):
         self._begin()
         if self._tail:
             self._tail = b""
-            # the connection is not closed here, because sending on a closed one would hide this cause
+            # The connection is not closed here, because sending on a closed one would hide this cause
             self.set_exception(AnswerError("unsolicited_answer"))
         super().set_response_params(**params)
 
@@ -103,7 +103,7 @@ class AnswerProtocol(ResponseHandler):
         self._head_lines += data.count(b"\n", 0, end)
         if self._head_size > HEAD_MAX:
             self._fail(AnswerError("headers_too_large", f"more than {HEAD_MAX} bytes"))
-        elif self._head_lines > HEADERS_MAX + 2:  # the status line and the empty line
+        elif self._head_lines > HEADERS_MAX + 2:  # 2: the status line and the empty line
             self._fail(AnswerError("headers_too_large", f"more than {HEADERS_MAX} headers"))
         else:
             length = _LENGTH.search(data, 0, end)
@@ -173,7 +173,7 @@ class AnswerProtocol(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Called by the event loop when the connection has ended."""
         super().connection_lost(exc)
-        # the body refers to this protocol; such a cycle of references would wait for the garbage collector
+        # The body refers to this protocol; such a cycle of references would wait for the garbage collector
         self._body = None
 
     @property

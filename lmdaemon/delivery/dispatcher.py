@@ -29,7 +29,7 @@ from lmdaemon.pulse import Pulse, Rounds
 from lmdaemon.store.contract import Claim, Store, StoreError, StoreObserver
 
 DRAIN_EXTRA_S = 5.0  # how much longer than the longest time-out a stop waits for attempts
-# besides the time-out: for another daemon to begin the probe that it was asked for, and for its answer to arrive
+# Besides the time-out: for another daemon to begin the probe that it was asked for, and for its answer to arrive
 ASK_EXTRA_S = 5.0
 
 log = Log("delivery")
@@ -275,7 +275,7 @@ class Dispatcher(StoreObserver):
         if not lane.ahead:
             return None
         row = lane.ahead.popleft()
-        # the attempt goes on if the caller is cancelled
+        # The attempt goes on if the caller is cancelled
         await asyncio.shield(self._attempts.start(lane, row, probe=True))
         return row.webhook_id
 

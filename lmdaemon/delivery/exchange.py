@@ -16,7 +16,8 @@ from yarl import URL
 
 from lmdaemon.delivery.answers import READING, AnswerError
 
-_UNLIMITED = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None)  # the caller has its own deadline
+# No limits here, because the caller has its own deadline
+_UNLIMITED = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None)
 
 
 class Exchange:
@@ -51,7 +52,7 @@ class Exchange:
             if reached is not None:
                 reached(protocol.address)
             transport = protocol.transport
-            if not transport.is_closing():  # otherwise `read` raises the reason
+            if not transport.is_closing():  # if it is closing, `read` raises the reason
                 transport.write(head.encode() + body)
             message, content = await protocol.read()
             while 100 <= message.code < 200 and message.code != 101:

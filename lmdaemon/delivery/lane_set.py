@@ -21,7 +21,7 @@ class LaneSet:
         self._clock = clock
         self._agenda = agenda
         self._lanes: dict[tuple[str, str], Lane] = {}
-        self._sinks: set[str] = set()  # all since the start, also those that were removed
+        self._sinks: set[str] = set()  # all sinks since the start, also those that were removed
         self._in_flight: dict[tuple[str, str], set[int]] = {}  # ids of deliveries, also of lanes that were removed
 
     def get(self, operator: str, sink: str) -> Lane | None:
@@ -60,7 +60,7 @@ class LaneSet:
         lane = self._lanes.get(key)
         if lane is None:
             lane = Lane(operator, sink, policy, plugin)
-            # A lane that was removed while attempts were under way may come back: they still count
+            # A lane that was removed while attempts were under way may come back: these attempts still count
             lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
             self._agenda.now(lane)
         elif lane.policy != policy or lane.plugin is not plugin:

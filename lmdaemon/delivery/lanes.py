@@ -134,7 +134,7 @@ class Lane:
             due_at = self._due_at or self.reading_from_at
         except IndexError:
             return 0.0
-        if not due_at or opens_at is None:  # 0: to be read from the table, for the first time
+        if not due_at or opens_at is None:  # 0: `next_due_at` was not read from the table yet
             return 0.0
         return max(0, now_at - max(due_at, opens_at)) / 1000
 

@@ -12,7 +12,7 @@ LOOK_EVERY_S = 5.0  # between two judgements of a lane
 
 
 class _Ended(NamedTuple):
-    at_s: float  # monotonic
+    at_s: float  # monotonic time
     took_s: float
     is_settled: bool
     pending: int  # pending deliveries of the operator when the attempt had ended

@@ -32,7 +32,7 @@ ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
 # Servers close idle connections after 5 s (Node), 15 s or more. If one does so while a request is sent, the attempt has
 # failed, because a POST is not repeated blindly (aiohttp#7363). So the daemon closes idle connections first.
 KEEPALIVE_S = 4.0
-# What `_in_words` changes in the texts of asyncio and the system
+# Parts of texts of asyncio and the system, which `_in_words` replaces or removes
 _CONNECT = re.compile(r"\[Errno (\d+)\] Connect call failed \('([^']*)', (\d+)[^)]*\)")
 _NUMBER = re.compile(r"\[Errno -?\d+\] ")
 
@@ -60,7 +60,7 @@ class Sender:
         self._keepalive_s = keepalive_s
         self._traces = list(traces)
         self._clients: dict[bool, aiohttp.ClientSession] = {}
-        # by the operator's name; each is made again after a reload
+        # By the operator's name; each is made again after a reload
         self._exchanges: dict[str, tuple[Operator, Exchange]] = {}
 
     async def close(self) -> None:

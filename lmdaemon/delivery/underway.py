@@ -43,7 +43,7 @@ class Underway:
 
     def __init__(self, path: Path | None) -> None:
         self.crashed = False  # whether the previous run did not end in order
-        # attempts of earlier runs that have no result, until they are added to the histories
+        # Attempts of earlier runs that have no result, until they are added to the histories
         self.lost: list[Attempt] = []
         self._map: mmap.mmap | None = None
         self._places: dict[int, int] = {}  # the delivery's place in the file

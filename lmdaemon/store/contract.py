@@ -83,7 +83,7 @@ class Operation(msgspec.Struct, Generic[Answer], frozen=True):
         return 1
 
     def __repr__(self) -> str:
-        return type(self).__name__  # its fields may be secret
+        return type(self).__name__  # without its fields, which may be secret
 
 
 class Opened(NamedTuple):
@@ -104,7 +104,7 @@ class Opening(Operation[Opened], frozen=True):
     token: str | None
     attributes: str | None
     idle_ms: int
-    lifetime_ms: int  # 0: none
+    lifetime_ms: int  # 0: no maximum lifetime
     request_id: str | None = None  # the id of the HTTP request, for finding it in logs
 
 
@@ -251,7 +251,7 @@ class RetryDead(Alone[int], frozen=True):
     """Make dead deliveries due again, spaced out: a step of `Store.retry_dead`."""
 
     operator: str
-    deliveries: Sequence[int]  # row numbers
+    deliveries: Sequence[int]  # row numbers of deliveries
 
 
 class RetryOne(Alone[Delivery | None], frozen=True):
@@ -263,7 +263,7 @@ class RetryOne(Alone[Delivery | None], frozen=True):
 class Discard(Alone[int], frozen=True):
     """Discard dead deliveries: a step of `Store.discard`."""
 
-    deliveries: Sequence[int]  # row numbers
+    deliveries: Sequence[int]  # row numbers of deliveries
     by: str | None
     note: str
 
@@ -456,13 +456,14 @@ class Store(Protocol):
     # Kept in memory, as of the last commit
     service_clock: ServiceClock
     figures: dict[str, Figures]
-    # service time of the next deadline for inactivity; the true one may be later, never earlier
+    # Service time of the next deadline for inactivity; the true one may be later, never earlier
     next_due_ms: int | None
-    next_lifetime_at: int | None  # wall time of the next end of a maximum lifetime; the true one is not earlier
+    # Wall time of the next end by maximum lifetime; the true one may be later, never earlier
+    next_lifetime_at: int | None
     touched_ms: dict[str, int]  # service time of the latest touch of each operator since the start
     pausing: frozenset[str]  # as given to `configure`
     expulsions: int  # daemons on the database that this one has expelled, since the start
-    # whether others used the database at the start. If so, they heard touches all the while, and no restart grace
+    # Whether others used the database at the start. If so, they heard touches all the while, and no restart grace
     # applies
     joined_others: bool
 

@@ -36,7 +36,7 @@ class Projection:
 
     def __init__(self, clock: Clock, name: str = "") -> None:
         self._clock = clock
-        self._name = name  # the daemon's
+        self._name = name  # the daemon's name
         self._since_at = clock.wall_ms()
         self._address = self._digest = ""
         self.service_clock = ServiceClock(clock, 0)

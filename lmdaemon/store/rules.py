@@ -85,12 +85,13 @@ class Questions:
     # (delivery, attempts) of each result: is the delivery pending, with no more attempts than that? A success counts in
     # any case (ANY); a failure does not count if another daemon has attempted the delivery since.
     results: list[tuple[int, int]] = field(default_factory=list)
-    due_rows: int = 0  # as many sessions as all sweeps look at: which are past their maximum lifetime?
-    due_ms: int | None = None  # and which, as many at most, are due at this service time?
-    retry: RetryDead | None = None  # which of its deliveries are dead and can be sent?
-    deliveries: list[str] = field(default_factory=list)  # public ids: which of them are known, and can they be sent?
-    discard: list[int] = field(default_factory=list)  # deliveries: which of them are dead and not discarded?
-    pruning: Pruning | None = None  # which sessions are old enough, and what deliveries do they have?
+    due_rows: int = 0  # as many as all sweeps look at together: which sessions are past their maximum lifetime?
+    due_ms: int | None = None  # as many at most: which sessions are due at this service time?
+    retry: RetryDead | None = None  # which of the deliveries to retry are dead and can be sent?
+    # Public ids of deliveries: which are known, and can they be sent?
+    deliveries: list[str] = field(default_factory=list)
+    discard: list[int] = field(default_factory=list)  # row numbers of deliveries: which are dead and not discarded?
+    pruning: Pruning | None = None  # which sessions are old enough to be pruned, and what deliveries do they have?
 
 
 class OldDelivery(NamedTuple):
@@ -161,18 +162,18 @@ class Changes:
     """What a batch changes: rows for an engine, answers for the callers, and events for after the commit."""
 
     world: World
-    # Rows
-    touched: dict[str, dict[str, None]] = field(default_factory=dict)  # session ids by operator
-    # row numbers of touched sessions that answers have called active
+    # Rows for the tables
+    touched: dict[str, dict[str, None]] = field(default_factory=dict)  # ids of touched sessions, by operator
+    # Row numbers of touched sessions that answers have called active
     active: dict[int, None] = field(default_factory=dict)
-    sessions: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in Session
-    # id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity: a later one
-    # prevents the end), id of the HTTP request
+    sessions: list[tuple[Any, ...]] = field(default_factory=list)  # new ones, with the fields of Session
+    # Sessions that end: id, reason, extra (None: unchanged), token, the last touch that was known (only for inactivity:
+    # a later one prevents the end), id of the HTTP request
     ended: list[tuple[Any, ...]] = field(default_factory=list)
     moved_due: list[tuple[int, int]] = field(default_factory=list)  # (session, new due_ms)
     moved_lifetime: list[tuple[int, int]] = field(default_factory=list)  # (session, new lifetime_at)
-    deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # to add, as in NEW_DELIVERY
-    results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # as in RESULT, by the delivery's number
+    deliveries: list[tuple[Any, ...]] = field(default_factory=list)  # new ones, with the columns of NEW_DELIVERY
+    results: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # with the columns of RESULT, by delivery
     digests: list[tuple[int, str]] = field(default_factory=list)  # session, and the salted hash that replaces its token
     # Dead deliveries that become due again: id, due_at, aged_from_at, held_base_ms
     revived: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -190,7 +191,7 @@ class Changes:
     due: dict[tuple[str, str], int] = field(default_factory=dict)  # earliest due time by operator and sink
     next_due_ms: int | None = None
     next_lifetime_at: int | None = None
-    swept: bool = False  # there was a sweep: the engine reads the next deadlines of the whole table instead
+    swept: bool = False  # whether there was a sweep: then the engine sets both deadlines above from the whole table
     last_session: int = 0
     met_known: bool = False  # a session that was to be added was known already
 
@@ -284,8 +285,9 @@ class _Sessions:
         self._changes = changes
         self._now = changes.world.wall_at
         self._last_session = changes.world.last_session
-        self._known: dict[str, dict[str, Session]] = {}  # by operator and session id, after the operations so far
-        # operator and session id of new sessions, in the order in which they are added
+        # Sessions by operator and id, as the operations so far have left them
+        self._known: dict[str, dict[str, Session]] = {}
+        # Operator and session id of new sessions, in the order in which they are added
         self._added: dict[tuple[str, str], None] = {}
         if facts is not None:
             for operator in facts.asked:
@@ -331,7 +333,7 @@ class _Sessions:
         """Records activity in an active session."""
         seen = session._replace(seen_ms=self._changes.seen_ms, seen_at=self._now)
         self._put(seen)
-        if not self._is_new(session):  # a row that this batch adds gets the time when it is added
+        if not self._is_new(session):  # a session that this batch adds gets the time of its touch when its row is added
             self._changes.touched.setdefault(session.operator, {})[session.session_id] = None
             self._changes.active[session.id] = None
         return seen
@@ -418,7 +420,7 @@ class _Sessions:
         if refusal is None and not new.accept_unknown:
             refusal = "unknown_session"
         if refusal is not None:
-            if self._facts is None:  # without facts it was assumed to be unknown, which may be wrong
+            if self._facts is None:  # without facts the session was assumed to be unknown, which may be wrong
                 raise FactsNeeded
             return refusal
         self._changes.ends.append(self._add(self._new(new, extra=new.extra, reason="reported")))
@@ -432,7 +434,7 @@ class _Sessions:
             return "player_mismatch"
         if session.reason is not None:
             return "repeated"
-        # A token given at opening stays; where there was none, the notice's is taken
+        # A token given at opening stays. If there was none, the token of the notice is taken
         self.end_one(session, "reported", token=None if session.token else new.token, extra=new.extra)
         return "ended"
 
@@ -491,7 +493,7 @@ class _Sweeps:
         self._changes = changes
         self._world = changes.world
         self._sessions = sessions
-        # Those that no sweep of this batch has looked at
+        # Both: sessions of the facts that no sweep of this batch has looked at yet
         self._outlived: Sequence[Session] = () if facts is None else facts.outlived
         self._due: Sequence[Session] = () if facts is None else facts.due
 
@@ -510,7 +512,7 @@ class _Sweeps:
         ended = 0
         for session in map(self._sessions.current, outlived):
             if session.reason is not None:
-                continue  # ended by an operation before, in this batch
+                continue  # an earlier operation of this batch has ended it
             if session.operator not in self._world.configured:
                 self._changes.moved_lifetime.append((session.id, self._world.wall_at + REVISIT_MS))
             else:
@@ -524,7 +526,7 @@ class _Sweeps:
         ended = 0
         for session in map(self._sessions.current, due):
             if session.reason is not None:
-                continue  # ended by an operation before, in this batch
+                continue  # an earlier operation of this batch has ended it
             if session.deadline_ms > as_of_ms:  # the session was touched: `deadline_ms` is its true deadline
                 self._changes.moved_due.append((session.id, session.deadline_ms))
             elif session.operator not in self._world.configured:  # its sinks are unknown: no notice would be sent

@@ -8,7 +8,8 @@ waits for touches, but the restart grace applies.
 from typing import NamedTuple
 
 MANY_SESSIONS = 100  # with fewer live sessions a silence is no sign of a fault: all their players may have left
-# of the idle time. If each session is touched three times in its idle time, each has then missed at least one touch
+# A silence lasts for this share of the idle time at least. If each session is touched three times in its idle time,
+# each has then missed at least one touch
 SILENT_SHARE = 0.5
 PAUSE_MAX_MS = 600_000  # ends wait no longer than this
 # A session whose end waits is looked at again after `grace_ms`, within these bounds: often enough that it does not end

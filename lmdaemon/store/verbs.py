@@ -61,7 +61,7 @@ class Verbs(Projection):
     def __init__(self, clock: Clock, name: str, limits: StoreLimits) -> None:
         super().__init__(clock, name)
         self._limits = limits
-        self._writer: Writer[Any]  # the engine's
+        self._writer: Writer[Any]  # set by the engine's store
 
     @abstractmethod
     async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:

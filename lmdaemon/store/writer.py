@@ -17,8 +17,8 @@ from lmdaemon.log import Log, place
 from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
-JOIN_MAX = 50  # a batch of fewer operations lets others join it. Larger ones would only keep the writer idle
-# turns of the event loop that a small batch waits for more operations: in that time, requests of clients that were just
+JOIN_MAX = 50  # a batch of fewer operations waits for others. For a larger one, waiting would only keep the writer idle
+# Turns of the event loop that a small batch waits for more operations: in that time, requests of clients that were just
 # answered can arrive and be read
 JOIN_TURNS = 4
 REFUSALS = ("queue_full", "readers_full", "reading_too_slow", "writing_failed", "reading_failed", "stopping")
@@ -203,7 +203,7 @@ class Writer(Generic[Work]):
     async def _write(self, batch: list[_Queued]) -> tuple[Work, list[Any]]:
         """Writes one transaction. Raises what the engine raises."""
         loop = asyncio.get_running_loop()
-        # called on the event loop and not on the engine's thread, because the event loop has the interpreter's lock
+        # Called on the event loop and not on the engine's thread, because the event loop has the interpreter's lock
         # already
         await self._engine.check()
         work = self._owner.begin([operation for operation, _, _ in batch])
@@ -246,7 +246,7 @@ class Writer(Generic[Work]):
         return self.failure is None or self._engine.has_room() or any(rows for _, rows, _ in batch)
 
     def _look_if_hung(self, since: float) -> None:
-        # In the next turn of the loop: if the loop itself was late, the result may have arrived by now
+        # Checked in the next turn of the loop: if the loop itself was late, the result may have arrived by now
         asyncio.get_running_loop().call_soon(self._hung, since)
 
     def _hung(self, since: float) -> None:
@@ -258,7 +258,7 @@ class Writer(Generic[Work]):
 
     def _failed(self, batch: list[_Queued], error: Exception) -> None:
         failure = str(error)
-        # It failed twice in a row; operations that wait would fail in the same way, so they are refused now
+        # Writing failed twice in a row; operations that wait would fail in the same way, so they are refused now
         if self.failure is not None:
             self._refuse(list(self._queue), StoreError(f"writing failed: {error}"))
             self.refused["writing_failed"] += len(self._queue)

@@ -19,7 +19,8 @@ EXPORT_ROWS = 500  # sessions in one read
 ENDED_BEFORE = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE ended_at IS NOT NULL AND ended_at < %s AND (ended_at, id) > (%s, %s) ORDER BY ended_at, id LIMIT %s"""
-# The same for a player or a session id, of any operator. The `+ 0` makes PostgreSQL use the index of that id.
+# Ended sessions of a player or with a session id, of any operator, in the same order. The `+ 0` makes PostgreSQL use
+# the index of that id.
 _ENDED_OF_FEW = f"""
 SELECT {SESSION} FROM lmdaemon.session
 WHERE operator IN (SELECT operator FROM lmdaemon.figure) AND {{column}} = %s AND player_id = coalesce(%s, player_id)
@@ -88,7 +89,7 @@ def open_archive(url: str, password: str | None) -> Iterator[Archive]:
     try:
         with database.connect(prepares=True) as sql:
             with suppress(psycopg.Error):  # a standby sends no hints
-                # daemons that have nothing to do answer this hint with a transaction, which moves `committed_at` on
+                # Daemons that have nothing to do answer this hint with a transaction, which moves `committed_at` on
                 send(sql, "")
             yield Archive(sql)
     except psycopg.Error as error:

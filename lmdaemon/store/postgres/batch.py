@@ -39,12 +39,13 @@ from lmdaemon.store.rules import (
 )
 
 DECIDED_ON_LOOP_MAX = 300  # most operations decided on the event loop: 2 ms, or 20 ms for the largest notices
-# most operators whose due sessions one sweep reads; it reads no more of them than it needs
+# Most operators whose due sessions one sweep reads; of their sessions it reads no more than it looks at
 OPERATORS_AT_ONCE = 16
-TRIES = 10  # to write a batch: another daemon may change what it was decided on, or lock the same rows in another order
+# Times that a batch is tried: another daemon may change what it was decided on, or lock the same rows in another order
+TRIES = 10
 
 GATE = tuple(field.name for field in fields(Gate))
-FIGURE = ("live", "pending", "dead", "opened", "made", "touched_ms")  # columns of `figure`
+FIGURE = ("live", "pending", "dead", "opened", "made", "touched_ms")  # columns of the table `figure`
 SESSION = ", ".join(Session._fields)
 DELIVERY = ", ".join(f"s.{name}" if name in ("session_id", "token") else f"d.{name}" for name in Delivery._fields)
 
@@ -81,14 +82,15 @@ SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s A
 PENDING_OF = f"""
 SELECT d.id FROM {given("id", "attempts")} AS result JOIN lmdaemon.delivery d USING (id)
 WHERE d.state = 'pending' AND d.attempts <= result.attempts"""
-# Active sessions of some operators that may be idle for too long, the earliest due of each. No operator is looked at
-# after enough were found: the first one is the one that has waited the longest.
+# Active sessions of some operators that may be idle for too long, the earliest due of each operator. The operators come
+# in the order in which they have waited, the longest first; when enough sessions are found, further operators are not
+# looked at.
 DUE = f"""
 SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
     SELECT {SESSION} FROM lmdaemon.session
     WHERE operator = its.name AND reason IS NULL AND due_ms <= %s ORDER BY due_ms LIMIT %s) AS due
 LIMIT %s"""
-# Active sessions of some operators past their lifetime, likewise.
+# Active sessions of some operators past their lifetime, read in the same way.
 DUE_LIFETIME = f"""
 SELECT {SESSION} FROM unnest(%s::text[]) AS its (name), LATERAL (
     SELECT {SESSION} FROM lmdaemon.session
@@ -266,7 +268,7 @@ PUT_GATES = _count(
         WHERE operator.version = excluded.version - 1""",
     rows="",
 )
-# When the wall clock was set back: moves stored waits back by as much, those of some operators or of all others.
+# When the wall clock was set back: moves stored waits back by as much, those of the named operators or of all others.
 SET_BACK = """
 UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
 WHERE state = 'pending' AND due_at > %s AND (operator = ANY (%s)) <> %s"""
@@ -393,11 +395,11 @@ class Present(NamedTuple):
     world: World
     versions: dict[str, int]
     due: Due = Due((), (), None)
-    next_due_ms: int | None = None  # next deadline for inactivity of its operators
+    next_due_ms: int | None = None  # next deadline for inactivity of this daemon's operators
     begun_s: float = 0.0  # when this was taken from memory (elapsed s)
-    known_at: int = 0  # the latest time of the server (wall ms) that it knows of
-    has_company: bool = False  # whether other daemons are there
-    moved: Moved = Moved([], others=True)  # whose waits are moved if the wall clock was set back
+    known_at: int = 0  # the latest time of the server (wall ms) that this daemon knows of
+    has_company: bool = False  # whether other daemons use the database
+    moved: Moved = Moved([], others=True)  # the operators whose stored waits are moved if the wall clock was set back
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched
 
 
@@ -422,9 +424,9 @@ class Batch:
         self._world = present.world
         self.versions = present.versions
         self.changes: Changes
-        self.seen: Seen | None = None  # what its fence has read of the other daemons
+        self.seen: Seen | None = None  # what the fence of the batch has read of the other daemons
         self.next: list[tuple[str, int | None, int | None]] = []  # the next deadlines of the operators that were swept
-        self.looked_up = False  # whether facts were read for it
+        self.looked_up = False  # whether facts were read for the batch
         self._decided = None if self._is_looked_up(expect_known=expect_known) else self._decided_at_once()
 
     def _is_looked_up(self, *, expect_known: bool) -> bool:
@@ -518,7 +520,7 @@ class Batch:
         self._world = self._world._replace(gates=gates)
 
     def _apply(self, sql: Connection, changes: Changes, place: Place) -> None:
-        self.changes = changes  # also for `resolved`, if the answer is lost
+        self.changes = changes  # set before the answer comes, because `resolved` needs it if the answer is lost
         sent: list[psycopg.Cursor[Any]] = []
         try:
             with sql.pipeline():
@@ -595,7 +597,7 @@ class Batch:
 
     def _figures(self, changes: Changes) -> list[tuple[Any, ...]]:
         """Rows for the table `figure`: an operator, then the columns of FIGURE."""
-        opened = Counter(row[1] for row in changes.sessions)  # [1]: operator
+        opened = Counter(row[1] for row in changes.sessions)  # row[1] is the operator
         made = {operator for operator, _ in changes.due}
         touched = {}
         if self._present.tells_touches:

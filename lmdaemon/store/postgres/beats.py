@@ -58,7 +58,7 @@ class Beats:
                 async with asyncio.timeout_at(beat_at + BEAT_AFTER_S):
                     await self._signals.beat.wait()
                 continue
-            # the beat is for a deadline of another daemon's operator. While the deadline stays, its owner is not ready:
+            # The beat is for a deadline of another daemon's operator. While the deadline stays, its owner is not ready:
             # beat less often
             if beat_at < regular_at:
                 soon_s = min(soon_s * 2, self._paces.beat_s)

@@ -83,7 +83,7 @@ class Watch:
         """
         self._lease_s = lease_s
         self._gap_s = gap_s
-        # by daemon: the number of its last transaction, and since when that is the last one
+        # By daemon: the number of its last transaction, and since when that is the last one
         self._seen: dict[int, tuple[int, float]] = {}
         self._looked_at = float("-inf")
         self._longest_s = 0.0

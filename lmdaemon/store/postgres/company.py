@@ -12,7 +12,7 @@ from lmdaemon.clock import ServiceClock
 from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
 
 GAP_S = 1.5  # after a longer time between two looks, the watch for rows that stand still begins anew
-# what was read is ignored if it is older than the latest by less than this. If by more, the server's clock was set back
+# What was read is ignored if it is older than the latest by less than this. If by more, the server's clock was set back
 LATE_MS = 5000
 
 # The time of the server's clock, in wall ms.
@@ -83,7 +83,7 @@ class Company:
             self._watch = Watch(self._lease_s, GAP_S)
         batches = {member: one.batch for member, one in self.others.items()}
         self.gone = {member: batches[member] for member in self._watch.gone(batches, now_s)}
-        # read before it follows the others: the time since its last reading has passed in their clocks, too
+        # Read before this clock follows the others: the time since its last reading has passed in their clocks, too
         own_ms = self._clock.now_ms()
         heard = self.heard
         self._clock.limit_ms = limit_ms(heard, self.told_ms) if heard else None

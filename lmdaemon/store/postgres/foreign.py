@@ -17,7 +17,7 @@ class Foreign:
         self._projection = projection
         self._parts: dict[str, Part] = {}
         self.versions: dict[str, int] = {}  # numbers of the last changes of the gates in memory
-        # operators of which others have opened sessions whose deadlines were not read yet
+        # Operators of which others have opened sessions whose deadlines were not read yet
         self.opened: set[str] = set()
         self.made: set[str] = set()  # operators of which others have made deliveries whose due times were not read yet
         self.waits: dict[str, int] = {}  # until when (service ms) ends of operators wait, as their owners have told

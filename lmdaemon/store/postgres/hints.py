@@ -17,7 +17,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.thread import Connection, Database, NoAnswerError, Thread
 
 WAIT_S = 30.0  # how long to wait for a hint; after that, the connection is tested
-ANSWER_S = 5.0  # how long connecting, or that test, may take besides
+ANSWER_S = 5.0  # how long connecting may take, or that test
 AGAIN_S = 5.0  # before a lost connection is replaced
 SEND_AGAIN_S = 1.0  # before a hint that could not be sent is sent again
 SEND_MIN_S = 0.05  # between two hints
@@ -61,7 +61,8 @@ class Hints:
                 names = await self._thread.run(_wait, within_s=WAIT_S + ANSWER_S)
                 if names:
                     is_first, self.works = not self.works, True
-                    # the first may be its own: others may have sent theirs before it listened
+                    # The first hint may be this daemon's own: others may have sent theirs before this connection
+                    # listened
                     if is_first or names != {self._name}:
                         hinted()
             except (psycopg.Error, NoAnswerError):

@@ -23,13 +23,13 @@ _STORED = tuple(name for name in Delivery._fields if name not in ("session_id", 
 
 # What has been moved into the database so far.
 IMPORTED = "SELECT source, finished_at FROM lmdaemon.imported"
-# Whether there is anything in the database.
+# Whether the database has any sessions, figures or gates.
 IS_USED = """
 SELECT EXISTS (SELECT 1 FROM lmdaemon.session) OR EXISTS (SELECT 1 FROM lmdaemon.figure)
        OR EXISTS (SELECT 1 FROM lmdaemon.operator)"""
 # Notes that an import has begun: from now on no daemon can join.
 BEGIN = "INSERT INTO lmdaemon.imported (source) VALUES (%s)"
-# The progress of an earlier run.
+# How far an earlier run has come: the greatest ids that were moved.
 REACHED = (
     "SELECT coalesce((SELECT max(id) FROM lmdaemon.session), 0), coalesce((SELECT max(id) FROM lmdaemon.delivery), 0)"
 )
@@ -52,7 +52,7 @@ SELECT name, 0, live, pending, dead FROM {given("name", "live", "pending", "dead
 ON CONFLICT (operator, member) DO NOTHING"""
 # Sets the service clock to that of the file, so that idle times continue.
 PUT_CLOCK = "UPDATE lmdaemon.clock SET service_ms = %s, wall_at = %s"
-# New sessions and deliveries get greater numbers than those that were moved.
+# Gives new sessions and deliveries greater numbers than those that were moved.
 NUMBER_ON = """
 SELECT setval('lmdaemon.session_block', greatest(1, (SELECT max(id) FROM lmdaemon.session))),
        setval(pg_get_serial_sequence('lmdaemon.delivery', 'id'),

@@ -22,7 +22,7 @@ from lmdaemon.store.projection import Projection
 from lmdaemon.store.rules import least
 from lmdaemon.store.writer import BATCH_MAX
 
-READING_S = 5.0  # reading the tables takes no longer, so what was read is no older than this
+READING_S = 5.0  # the longest time that reading the tables takes: what was read is no older than this
 TELL_TOUCHES_S = 1.0  # how often the others are told when operators were touched
 BLOCK = 10_000  # session numbers taken at a time, as many as in schema.sql; more than a batch can use
 
@@ -169,7 +169,7 @@ class Keeper:
             self._expect_known = changes.met_known
         self._foreign.committed(work)
         if changes.pauses:
-            self._signals.look.set()  # a look tells the others
+            self._signals.look.set()  # the next look tells the other daemons
         if changes.sessions:
             self._note_opened(work)
         for deadline in work.next:

@@ -22,7 +22,7 @@ from lmdaemon.store.writer import Writer
 
 LOOK_HINTED_S = 1.5  # between two looks while hints arrive
 AGAIN_S = 1.0  # before a look that has failed is repeated
-# a daemon without a transaction for so long gets a hint, so that it beats: others watch whether it is there
+# A daemon without a transaction for so long gets a hint, so that it beats: others watch whether it is there
 STILL_S = 1.5
 
 log = Log("daemon")
@@ -73,7 +73,7 @@ class Looks:
             except StoreError:
                 self._signals.look.set()
                 await asyncio.sleep(AGAIN_S)
-            await asyncio.sleep(self._paces.look_s / 2)  # at least so long between two looks, also if hints come
+            await asyncio.sleep(self._paces.look_s / 2)  # the least time between two looks, also if hints come
 
     def _look_after_s(self) -> float | None:
         """Seconds after which to look if no hint comes; None: only when a hint comes."""

@@ -38,7 +38,7 @@ WHERE NOT EXISTS (SELECT 1 FROM lmdaemon.imported WHERE finished_at IS NULL)
       AND (SELECT oldest FROM lmdaemon.version) <= %s
 ON CONFLICT (name) DO UPDATE SET heard_ms = greatest(member.heard_ms, excluded.heard_ms), known_at = excluded.known_at
 RETURNING id, heard_ms, batch"""
-# The other daemons.
+# The server's time, and the other daemons.
 LOOK = f"SELECT {NOW}, {OTHERS}"
 # Tells the others where this daemon listens, and the digest of its settings.
 INTRODUCE = "UPDATE lmdaemon.member SET address = %s, digest = %s WHERE id = %s"
@@ -172,7 +172,7 @@ def make_room(sql: Connection, title: str, limits: StoreLimits) -> bool:
         if not gone:
             return False
         for member in gone:
-            # the daemon has written after all, or another one that starts has deleted the row
+            # The daemon has written after all, or another one that starts has deleted the row
             with suppress(psycopg.errors.DivisionByZero):
                 drop(sql, member.id, member.batch)
 

@@ -13,7 +13,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.wall import ServerClock
 from lmdaemon.store.projection import Projection
 
-SURE_S = 0.5  # so long before the end of its lease, a daemon is still sure that no other can take it to be gone
+SURE_S = 0.5  # until so long before the end of its lease, a daemon is sure that no other can take it to be gone
 TOLD_MAX = 10  # most operators that a line of the log names
 
 log = Log("daemon")
@@ -41,7 +41,7 @@ class Membership:
         self.introduced: Introduction | None = None  # what this daemon's row says of it
         self.proven_s = float("-inf")  # when its last transaction began (elapsed s): then its row was there
         self.epochs = 0  # sum of the column `epoch` of all owners: it tells whether any owner has changed
-        # the operators of the settings when it was last worked out which ones to take
+        # The operators of the settings when it was last worked out which ones to take
         self._claimed_for: frozenset[str] | None = None
 
     def learn(self, found: Seen, asked_s: float) -> None:

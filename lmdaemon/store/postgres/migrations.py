@@ -16,7 +16,7 @@ from lmdaemon.store.postgres.versions import MIGRATIONS, OLDEST, current_of
 
 SERVER_MIN = 140000  # PostgreSQL 14
 
-TRIES = 5  # to upgrade the schema while others read and write
+TRIES = 5  # times that the upgrade is tried while others read and write
 AGAIN_S = 0.5  # before the upgrade is tried again
 
 # Settings of the server that are checked.
@@ -31,7 +31,7 @@ ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('lmdaemon.migrate'))"
 TAKE_YOUR_TIME = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 # The longest wait for the lock of a table: programs that write into the table have to wait behind this one.
 LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"
-# Makes daemons that write wait until the upgrade is committed. Daemons lock these two before any other table. A script
+# Makes daemons that write wait until the upgrade is committed. Daemons lock these two tables before any other. A script
 # that had locked another table first could wait for a daemon that waits for the script.
 KEEP_OUT = "SELECT 1 FROM version FOR UPDATE; LOCK TABLE member IN EXCLUSIVE MODE"
 # Stores the new version. The row is updated and not replaced, because other programs may be waiting for its lock.

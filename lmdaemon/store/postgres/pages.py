@@ -18,7 +18,7 @@ BEYOND = 2**63 - 1  # every id is below it
 
 _Row = TypeVar("_Row", Session, Delivery)
 
-# The columns of a delivery in a list, with nothing of its body, its history and the session's token.
+# The columns of a delivery in a list, with empty values for its body, its history and the session's token.
 _HIDDEN = {"session_id": "s.session_id", "token": "NULL", "history": "'[]'", "body": "''::bytea"}
 _LISTED = ", ".join(_HIDDEN.get(name, f"d.{name}") for name in Delivery._fields)
 _SESSION = ", ".join("NULL" if name in ("token", "extra") else name for name in Session._fields)
@@ -176,7 +176,7 @@ def died(sql: Connection, operator: str, dead: Dead, after: tuple[int, int], lim
     return Died(found, (found[-1].settled_at, found[-1].id) if len(found) == limit else None)
 
 
-# -- ids first, then their rows
+# -- a page is read in two steps: its ids first, then their rows
 
 
 def _ids(sql: Connection, statement: str, *arguments: Any) -> list[int]:

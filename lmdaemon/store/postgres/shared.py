@@ -41,9 +41,9 @@ from lmdaemon.store.writer import Writer
 
 LEAVE_S = 3.0  # the longest time that leaving the database may take at a stop
 STRAINS_S = 60.0  # between two searches for what strains the server
-ASK_S = 2.5  # how long the writer's connection may take to say how it is set, after what it is doing
+ASK_S = 2.5  # how long the writer's connection may take to tell its settings, besides the job that it is doing
 RELEASE_S = 5.0  # how long an operator's owner may take to answer that its ends wait no longer
-# pauses in which others may hear past a deadline; after the last one the sweep is given up for now
+# Pauses in which others may hear past a deadline; after the last one the sweep is given up for now
 WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)
 
 
@@ -178,7 +178,7 @@ class Shared(Verbs):
 
     async def release_ends(self, operator: str) -> bool:
         if operator not in self.pausing or self.owns(operator):
-            self._signals.look.set()  # a look tells the others
+            self._signals.look.set()  # the next look tells the other daemons
             return self.let_ends_go_on(operator)
         await self.look()
         if self.waits_until_ms(operator) is None:

@@ -49,7 +49,7 @@ SELECT name, (SELECT min(aged_from_at - held_base_ms)
               FROM (SELECT aged_from_at, held_base_ms FROM lmdaemon.delivery
                     WHERE operator = name AND sink = 'http' AND state = 'pending' ORDER BY id LIMIT %s) AS first)
 FROM json_array_elements_text(%s::json) AS name"""
-# When the oldest pending delivery of each operator was made: the oldest for each of its sinks is one step in the index.
+# When the oldest pending delivery of each operator was made. It takes one step in the index for each of its sinks.
 OLDEST_PENDING = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)

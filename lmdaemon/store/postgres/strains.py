@@ -10,7 +10,7 @@ OLD_S = 300.0  # the age of a snapshot that is too old; every touch since then h
 
 UNSAFE = ("off", "local")  # values of synchronous_commit with which a commit may be lost after it was acknowledged
 
-# Settings without which a commit may not outlive a crash, as the connection has them that asks.
+# Settings that decide whether a commit is safe from a crash, as they are on the connection that asks.
 DURABILITY = "SELECT current_setting('synchronous_commit'), current_setting('fsync')"
 # Whether a failover could lose commits: replicas are attached, and none has to confirm a commit.
 REPLICAS = """
@@ -65,7 +65,7 @@ class Strains:
     """
 
     def __init__(self) -> None:
-        self._since_s: dict[Held, float] = {}  # monotonic
+        self._since_s: dict[Held, float] = {}  # since when each snapshot has been seen (monotonic s)
 
     def look(self, sql: Connection, now_s: float) -> str | None:
         """The present conditions, in words; None if there are none."""

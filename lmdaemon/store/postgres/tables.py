@@ -84,13 +84,13 @@ NO_PART = Part()
 class Found(NamedTuple):
     """What was read of the tables; `joined` if this daemon has joined just before."""
 
-    at: int  # by the server's clock (wall ms)
+    at: int  # when the tables were read, by the server's clock (wall ms)
     loaded: Loaded
     joined: Joined | None
     parts: dict[str, Part]
     owners: list[tuple[str, int, int | None, int]]
     versions: dict[str, int]
-    # next deadlines of this daemon's operators; of all operators if it has not joined yet
+    # Next deadlines of this daemon's operators; of all operators if it has not joined yet
     next: list[tuple[str, int | None, int | None]]
 
 

@@ -23,7 +23,7 @@ SERVER_SETTINGS = {
     "statement_timeout": "5s",
     "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "5s",
-    "idle_session_timeout": "0",  # a daemon with nothing to do keeps its connections
+    "idle_session_timeout": "0",  # no limit, because a daemon with nothing to do keeps its connections
     "default_transaction_isolation": "read committed",
     "jit": "off",
 }

@@ -17,7 +17,8 @@ class ServerClock(Clock):
 
     def __init__(self, machine: Clock) -> None:
         self._machine = machine
-        self._known: tuple[float, float] | None = None  # the server's wall time (ms), and when that was (elapsed s)
+        # The server's wall time (ms) at a time of `elapsed` (s); None before the first exchange
+        self._known: tuple[float, float] | None = None
 
     def monotonic(self) -> float:
         """Monotonic time of this machine (Clock)."""

@@ -131,7 +131,7 @@ class Server:
             return work.resolved(sql) if row[0] == place.batch else work.run(sql, place)
 
         answers = await self._run(resolve)
-        if answers is None:  # it was expelled
+        if answers is None:  # the daemon was expelled
             self._place = None
             await self._join()
             self._keeper.renew(work)
@@ -145,7 +145,7 @@ class Server:
         try:
             return await self._thread.run(function, *arguments, within_s=self._write_s)
         except asyncio.CancelledError:
-            self._is_unsure = True  # the thread goes on, so it may be committed
+            self._is_unsure = True  # the thread goes on, so the batch may be committed
             raise
         except (NoAnswerError, FencedOffError) as error:
             self._is_unsure = True

@@ -115,7 +115,7 @@ def read_facts(sql: sqlite3.Connection, asked: Questions, wall_at: int) -> Facts
     return facts
 
 
-# -- the changes, as one row for a view, whose trigger runs the statements that it needs, in this order
+# -- the changes: they are written as one row for a view, and the view's trigger runs these statements, in this order
 
 # Sets the time of the last touch of touched sessions that are active.
 TOUCH = """
@@ -234,7 +234,7 @@ SET_UP = (
         for name, parts in _VIEWS.items()
     ),
 )
-# The parts that a statement can write, and the statement.
+# For each view: the parts that it can write, and the statement that writes them.
 _WRITE = tuple(
     (frozenset(parts), parts, f"INSERT INTO {name} VALUES ({', '.join('?' * (len(_COLUMNS) + len(parts)))})")
     for name, parts in _VIEWS.items()
@@ -274,7 +274,7 @@ class Written:
                 states = fetch(sql, STATES, operator, to_json(list(session_ids)))
                 active[operator] = {session_id for session_id, is_active in states if is_active}
                 ended[operator] = {session_id for session_id, is_active in states if not is_active}
-        # every error, also MemoryError, is caught, because the batch may be committed by now
+        # Every error, also MemoryError, is caught, because the batch may be committed by now
         except Exception as error:
             for place, _, _ in self.changes.touchings:
                 self.changes.answers[place] = StoreError(f"reading failed: {error}")

@@ -179,7 +179,7 @@ def died(sql: sqlite3.Connection, operator: str, dead: Dead, after: tuple[int, i
     return Died(found, (found[-1].settled_at, found[-1].id) if len(found) == limit else None)
 
 
-# -- ids first, then their rows
+# -- a page is read in two steps: its ids first, then their rows
 
 
 def _first(parts: Sequence[Iterator[int]], count: int) -> list[int]:

@@ -48,8 +48,7 @@ def _lanes(count: int) -> str:
 # All deliveries of a session, oldest first.
 _DELIVERIES_OF = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
-# When the oldest pending delivery of an operator was created: the oldest for each of its sinks is one step in the
-# index.
+# When the oldest pending delivery of an operator was created. It takes one step in the index for each of its sinks.
 _OLDEST_PENDING = """
 WITH RECURSIVE its(sink) AS (
     SELECT (SELECT sink FROM delivery WHERE operator = :operator ORDER BY sink LIMIT 1)
@@ -254,5 +253,5 @@ def _clock(sql: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _claimed(row: list[Any]) -> Delivery:
-    row[-1] = row[-1].encode()  # the body
+    row[-1] = row[-1].encode()  # the last column is the body, which was read as text
     return Delivery(*row)

@@ -35,7 +35,8 @@ async def connect(path: Path | str, stack: AsyncExitStack, busy_timeout_s: float
     def connect() -> sqlite3.Connection:
         is_uri = isinstance(path, str)
         connection = sqlite3.connect(path, isolation_level=None, timeout=busy_timeout_s, uri=is_uri)
-        connection.execute("PRAGMA wal_autocheckpoint = 0")  # checkpoints are made by `writer`
+        # SQLite makes no checkpoints by itself; `writer` makes them
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
         return connection
 
     opened = Thread(connect, 64)

@@ -48,7 +48,7 @@ class Disk:
     def __init__(self, files: Files, writer: Thread, checkpointer: Thread, limits: StoreLimits) -> None:
         self._files = files
         self._limits = limits
-        self._wal_full = limits.wal_max * 3 // 4  # bytes from which the WAL is to start over
+        self._wal_full = limits.wal_max * 3 // 4  # size (bytes) from which on the WAL is made to start over
         self._writer = writer
         self._checkpointer = checkpointer
         self._blocked_until = 0.0  # monotonic time before which no attempt is made to have the WAL start over
@@ -77,7 +77,7 @@ class Disk:
 
     def _commit(self, connection: sqlite3.Connection, work: Work) -> list[Any]:
         """Commits a batch on the connection's thread."""
-        if connection.in_transaction:  # left by a rollback that the disk refused
+        if connection.in_transaction:  # the transaction was left open by a rollback that the disk refused
             connection.execute("ROLLBACK")
         if self._files.wal_bytes > max(self._wal_full, self._wal_kept):
             self._start_wal_over(connection)

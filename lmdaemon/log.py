@@ -125,8 +125,15 @@ class Repeats:
     daemon is not woken.
     """
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        monotonic: Callable[[], float] = time.monotonic,
+        window_s: float = WINDOW_S,
+        stragglers_s: float = STRAGGLERS_S,
+    ) -> None:
         self._monotonic = monotonic
+        self._window_s = window_s
+        self._stragglers_s = stragglers_s
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
         # Events without `same` of which no more lines are written in this window; asked first, for it costs little
         self._full: dict[str, _Kind] = {}
@@ -159,12 +166,12 @@ class Repeats:
         if kind is None:
             # Empty if there are too many kinds; then all lines of this event are counted together
             same = dict(zip(limit.same, key[1:], strict=False))
-            self._kinds[key] = _Kind(logger, level, same, now + WINDOW_S)
+            self._kinds[key] = _Kind(logger, level, same, now + self._window_s)
             return True
         if now >= kind.until:
             self._full.pop(event, None)
             kind.tell(event)
-            kind.until, kind.lines, kind.suppressed = now + WINDOW_S, 1, 0
+            kind.until, kind.lines, kind.suppressed = now + self._window_s, 1, 0
             return True
         if kind.lines < limit.lines:
             kind.lines += 1
@@ -174,7 +181,7 @@ class Repeats:
         if not limit.same:
             self._full[event] = kind
         if kind.suppressed == 1:
-            self._arm(kind.until - now + STRAGGLERS_S)
+            self._arm(kind.until - now + self._stragglers_s)
         return False
 
     def flush(self, *, everything: bool = False) -> None:
@@ -200,7 +207,7 @@ class Repeats:
         self.flush()
         ends = [kind.until for kind in self._kinds.values() if kind.suppressed]
         if ends:
-            self._arm(min(ends) - self._monotonic() + STRAGGLERS_S)
+            self._arm(min(ends) - self._monotonic() + self._stragglers_s)
 
 
 repeats = Repeats()

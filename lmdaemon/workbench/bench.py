@@ -76,11 +76,14 @@ class Told(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """`patience_s`: how long a slow body is sent; `lull_s`: the wait before a notice is repeated as a later attempt."""
+    """`patience_s`: how long a slow body is sent; `lull_s`: the wait before a notice is repeated as a later attempt;
+    `connect_s`: the longest time for a lookup, a connect or a handshake.
+    """
 
     burst: bool = False
     patience_s: float = 15.0
     lull_s: float = 1.1
+    connect_s: float = 5.0
 
 
 class Bench:

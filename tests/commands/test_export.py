@@ -44,7 +44,7 @@ from support import open_store, scripted_operator
 from lmdaemon.commands import export
 from lmdaemon.model import rfc3339
 from lmdaemon.store.contract import NewDelivery, Opening, Wanted
-from lmdaemon.store.sqlite.archive import Archive
+from lmdaemon.store.sqlite.archive import EXPORT_ROWS, Archive
 
 LONG_AGO = 1_700_000_000_000
 # Without the wait for commits that are still under way, because no daemon commits to these files any more
@@ -148,19 +148,19 @@ async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_pat
                 assert found == [session for whose, session, _ in ends if operator in (None, whose)]
 
 
-async def test_between_two_pages_the_log_can_start_over(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_between_two_pages_the_log_can_start_over(tmp_path: Path, clock: Any) -> None:
     """A read transaction over a whole export would make the daemon's write-ahead log grow without limit."""
-    database = archive / "lmdaemon.sqlite3"
+    await ended_sessions(tmp_path, clock, [("acme", str(number), number) for number in range(2 * EXPORT_ROWS + 1)])
+    database = tmp_path / "lmdaemon.sqlite3"
     with (
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader,
         contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer,
     ):
-        monkeypatch.setattr(Archive.ended, "__defaults__", (2,))
         pages = export.archived_sessions(Archive(reader), Wanted(), 0, LONG_AGO + 10**6)
-        assert len(next(pages)) == 2
+        assert len(next(pages)) == EXPORT_ROWS
         writer.execute("UPDATE clock SET wall_at = wall_at + 1")
         assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
-        assert [len(page) for page in pages] == [2, 1]
+        assert [len(page) for page in pages] == [EXPORT_ROWS, 1]
 
 
 def test_exports_of_consecutive_periods_hold_every_session_once(

@@ -15,8 +15,7 @@ URL = "postgresql://lm@db1.example:5432,db2.example/lmdaemon?target_session_attr
 
 
 @pytest.fixture(autouse=True)
-def _a_version_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "find_spec", lambda name: name)
+def _password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASSWORD", PASSWORD)
 
 

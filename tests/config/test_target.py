@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from clocks import HandClock
+from faults import look_up_by
 from hypothesis import given
 from hypothesis import strategies as st
 from support import load, operator_table
@@ -135,7 +136,7 @@ async def test_the_host_is_sent_as_it_stands_in_dns(tmp_path: Path, monkeypatch:
         asked.append(host)
         return real("127.0.0.1", *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    look_up_by(monkeypatch, getaddrinfo)
     head = await head_of(tmp_path, "/", host="bücher.example")
     (named,) = (line for line in head if line.startswith("Host: "))
     assert named.startswith("Host: xn--bcher-kva.example:")

@@ -15,11 +15,16 @@ from lmdaemon import metrics, reloader
 from lmdaemon.config import reader
 from lmdaemon.web import administration, openapi
 
-OPERATORS = "".join(
-    f'[operators.op{number}]\nprovider_id = "p{number}"\nendpoint = "/e/{number}"\nnotify = true\n'
-    f'url = "http://127.0.0.1:1/{number}"\nallow_private_network = true\n'
-    for number in range(5)
-)
+
+def operators(many: int) -> str:
+    return "".join(
+        f'[operators.op{number}]\nprovider_id = "p{number}"\nendpoint = "/e/{number}"\nnotify = true\n'
+        f'url = "http://127.0.0.1:1/{number}"\nallow_private_network = true\n'
+        for number in range(many)
+    )
+
+
+OPERATORS = operators(5)
 
 
 def threads_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
@@ -96,7 +101,7 @@ async def test_counters_of_operators_that_stay_go_on_and_new_ones_begin_at_zero(
 
 
 async def test_all_operators_are_listed_in_bounded_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(administration, "OPERATORS_AT_ONCE", 2)
+    many = 2 * administration.OPERATORS_AT_ONCE + 1
     turns: list[float] = []
     sleep = administration.asyncio.sleep
 
@@ -104,10 +109,10 @@ async def test_all_operators_are_listed_in_bounded_turns(tmp_path: Path, monkeyp
         turns.append(delay)
         return await sleep(delay, *rest)
 
-    async with serving(tmp_path, OPERATORS) as d:
+    async with serving(tmp_path, operators(many)) as d:
         monkeypatch.setattr(administration.asyncio, "sleep", noting)
         async with d.client.get(d.api + "/v1/operators") as response:
             items = (await response.json())["items"]
         monkeypatch.undo()
-    assert [item["operator"] for item in items] == [f"op{number}" for number in range(5)]
+    assert [item["operator"] for item in items] == [f"op{number}" for number in range(many)]
     assert turns.count(0) >= 2

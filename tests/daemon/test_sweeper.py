@@ -117,18 +117,18 @@ async def test_an_open_wakes_a_sleeping_sweeper_and_the_end_comes_by_itself(
         running.cancel()
 
 
-async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(
-    db: Store, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_first_session_after_a_quiet_time_sets_the_clock_going(db: Store, clock: HandClock) -> None:
     """The new deadline is later than the last one, and a later deadline wakes nobody. But the sweeper must wake up,
     because until then nobody reads the clock.
     """
     live_in_rounds = []
 
-    async def once() -> None:
-        live_in_rounds.append(db.live)
+    class Counting(Sweeper):
+        async def once(self) -> float | None:
+            live_in_rounds.append(db.live)
+            return None
 
-    monkeypatch.setattr(sweeper, "once", once)
+    sweeper = Counting(db, clock, 0.0)
     running = asyncio.create_task(sweeper.run())
     await open_session(db, "first", idle_s=1)
     await db.end("acme", "first")

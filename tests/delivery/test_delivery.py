@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from clocks import HandClock
+from faults import look_up_by
 from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
@@ -26,9 +27,9 @@ from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_o
 from lmdaemon import retry
 from lmdaemon.config import target
 from lmdaemon.config.settings import Operator, Settings
-from lmdaemon.delivery import lanes, resolver
+from lmdaemon.delivery import lanes
 from lmdaemon.delivery.attempts import Attempts
-from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.delivery.resolver import LOOKUPS_MAX, Resolver
 from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.delivery.sinks import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
@@ -873,11 +874,8 @@ class TestStopping:
                 row = await b.row()
                 assert (row.state, row.attempts) == ("pending", 0)
 
-    async def test_a_result_is_kept_until_the_store_takes_it(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_result_is_kept_until_the_store_takes_it(self, tmp_path: Path, clock: HandClock) -> None:
         """The disk fails between the answer and storing it. The row stays in flight and is not sent again."""
-        monkeypatch.setattr("lmdaemon.delivery.running.STORE_RETRY_S", 0.01)
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end()
@@ -954,7 +952,7 @@ class TestEgress:
     ) -> None:
         """One private address among a name's addresses is enough for a refusal."""
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 9)) for host in ("93.184.216.34", "127.0.0.1")]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        look_up_by(monkeypatch, lambda *_, **__: found)
         toml = operator_table("acme", "https://wallet.example/", allow_private_network=False)
         sender = Sender(clock)
         operator = load(tmp_path / "config.toml", toml).operators["acme"]
@@ -996,7 +994,7 @@ class TestALookup:
                 raise socket.gaierror(socket.EAI_AGAIN, "no answer")
             return real("127.0.0.1", *rest, **named)
 
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        look_up_by(monkeypatch, getaddrinfo)
         names = [f"dead{number}" for number in range(40)]
         toml = "".join(operator_table(name, f"http://{name}.example/", timeout="1s") for name in names)
         async with scripted_operator() as operator:
@@ -1032,11 +1030,10 @@ class TestALookup:
         """At most LOOKUPS_MAX lookups run at once. When one ends, another may begin."""
         go_on = threading.Event()
         found = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: go_on.wait(20) and found)
-        monkeypatch.setattr(resolver, "LOOKUPS_MAX", 2)
+        look_up_by(monkeypatch, lambda *_, **__: go_on.wait(20) and found)
         look_up = Resolver(guarded=False).resolve
-        hanging = [asyncio.ensure_future(look_up("localhost", 80)) for _ in range(2)]
-        await until(lambda: Resolver.running == 2)
+        hanging = [asyncio.ensure_future(look_up("localhost", 80)) for _ in range(LOOKUPS_MAX)]
+        await until(lambda: Resolver.running == LOOKUPS_MAX)
         with pytest.raises(OSError, match="lookups"):
             await look_up("localhost", 80)
         go_on.set()

@@ -422,9 +422,7 @@ def test_what_was_suppressed_is_told_also_when_no_more_comes(clock: HandClock, l
 async def test_a_timer_tells_it_and_none_runs_while_nothing_is_suppressed(
     monkeypatch: pytest.MonkeyPatch, lines: Lines
 ) -> None:
-    monkeypatch.setattr(log, "repeats", log.Repeats())
-    monkeypatch.setattr(log, "WINDOW_S", 0.5)
-    monkeypatch.setattr(log, "STRAGGLERS_S", 0.01)
+    monkeypatch.setattr(log, "repeats", log.Repeats(window_s=0.5, stragglers_s=0.01))
     loop = asyncio.get_running_loop()
     retry_failed()
     assert log.repeats._timer is None

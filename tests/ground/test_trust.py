@@ -118,9 +118,9 @@ def test_what_is_exchanged_after_the_look_is_not_read(here: Path, monkeypatch: p
             (here / "config.toml").write_text("[log]\nlevel = 'error'\n")
         return real_open(path, flags, *args, **options)
 
-    monkeypatch.setattr(os, "open", exchanged)
-    assert trust.read(Path("config.toml")) == b"[log]\nlevel = 'debug'\n"
-    monkeypatch.setattr(os, "open", real_open)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", exchanged)
+        assert trust.read(Path("config.toml")) == b"[log]\nlevel = 'debug'\n"
     (here / "config.toml").unlink()
     (here / "config.toml").symlink_to("/dev/null")
     # No link is resolved: as if the link had been made after links were resolved

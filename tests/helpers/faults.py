@@ -1,9 +1,13 @@
-"""Faults of the disk, made by real causes."""
+"""Faults of the disk, made by real causes, and a system whose lookups answer as a test says."""
 
 import contextlib
 import resource
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 @contextlib.contextmanager
@@ -28,3 +32,8 @@ def no_room(database: Path) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def look_up_by(patch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any]) -> None:
+    """From now on the system asks this function for the addresses of names, and no server of the network's."""
+    patch.setattr(socket, "getaddrinfo", getaddrinfo)

@@ -321,14 +321,13 @@ async def test_our_own_endpoint_over_mutual_tls_leaves_nothing_to_be_warned_of(t
         ("closes", "the server closed the connection during the handshake"),
     ],
 )
-async def test_a_handshake_that_comes_to_nothing_is_explained(
-    play: str, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lmdaemon.workbench.checks.connection.CONNECT_WITHIN_S", 0.2)
+async def test_a_handshake_that_comes_to_nothing_is_explained(play: str, told: str) -> None:
     async with playing(PLAYS[play]) as url:
         operator = to(url.replace("http://", "https://"))
         operator = changed(operator, policy=changed(operator.policy, timeout_s=0.3))
-        report = await Runner(operator, checks=chosen(["connection.tls"], []), limits=QUICK).run()
+        report = await Runner(
+            operator, checks=chosen(["connection.tls"], []), limits=QUICK._replace(connect_s=0.2)
+        ).run()
     failed = verdicts(report, "fail")
     assert failed.keys() == {"connection.tls", "answer.valid"}
     assert told in failed["connection.tls"]

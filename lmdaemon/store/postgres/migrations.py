@@ -11,13 +11,12 @@ from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.errors import said
 from lmdaemon.store.postgres.members import refuse_old
 from lmdaemon.store.postgres.strains import UNSAFE, unsafe_commit
-from lmdaemon.store.postgres.thread import SERVER_SETTINGS, Connection, Database
+from lmdaemon.store.postgres.thread import Connection, Database, in_ms
 from lmdaemon.store.postgres.versions import MIGRATIONS, OLDEST, current_of
 
 SERVER_MIN = 140000  # PostgreSQL 14
 
 TRIES = 5  # times that the upgrade is tried while others read and write
-AGAIN_S = 0.5  # before the upgrade is tried again
 
 # Settings of the server that are checked.
 SETTINGS = """
@@ -80,7 +79,7 @@ def migrate(
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, because database.migrate is false")
-        current = _upgrade_when_free(sql, title, migrations)
+        current = _upgrade_when_free(sql, title, migrations, limits)
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error
     added = list(range(current + 1, len(migrations) + 1))
@@ -90,21 +89,21 @@ def migrate(
     return added
 
 
-def _upgrade_when_free(sql: Connection, title: str, migrations: Sequence[str]) -> int:
+def _upgrade_when_free(sql: Connection, title: str, migrations: Sequence[str], limits: StoreLimits) -> int:
     """Repeats the upgrade while somebody else has locked what it needs. Returns the version that there was."""
     for _ in range(TRIES - 1):
         try:
-            return _upgrade(sql, title, migrations)
+            return _upgrade(sql, title, migrations, limits.lock_s)
         except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
-            time.sleep(AGAIN_S)
-    return _upgrade(sql, title, migrations)
+            time.sleep(limits.upgrade_again_s)
+    return _upgrade(sql, title, migrations, limits.lock_s)
 
 
-def _upgrade(sql: Connection, title: str, migrations: Sequence[str]) -> int:
+def _upgrade(sql: Connection, title: str, migrations: Sequence[str], lock_s: float) -> int:
     with sql.transaction():
         sql.execute(TAKE_YOUR_TIME)
         sql.execute(ONE_AT_A_TIME)
-        sql.execute(LOCK_TIMEOUT, (SERVER_SETTINGS["lock_timeout"],))
+        sql.execute(LOCK_TIMEOUT, (in_ms(lock_s),))
         sql.execute(CREATE)
         current = current_of(sql, title, len(migrations))
         if current < len(migrations):  # nobody else has done it meanwhile

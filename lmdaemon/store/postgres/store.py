@@ -98,7 +98,7 @@ class Store(Shared):
         clock. Whenever this daemon joins and no other is there, nothing ends for inactivity for `restart_grace_ms`,
         also in daemons that join later.
         """
-        database = Database(url, password, name)
+        database = Database(url, password, name, limits)
         thread, wall = Thread(database, prepares=False), ServerClock(clock)
         try:
             version = await thread.run(_prepare, database.title, may_migrate, limits, within_s=OPEN_S)

@@ -14,14 +14,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 
+from lmdaemon.limits import LIMITS, StoreLimits
+
 CONNECT_S = 3  # seconds to connect to one host
 CUT_S = 0.3  # how long a wait may take to end after its socket was shut down
-# Settings of each connection, whatever the role or the database is set to: time limits, and what the statements rely
-# on. Behind PgBouncer in transaction mode they have to be set for the role. The daemon's own time limit (`Thread.run`)
-# ends what none of these can end, such as a wait for a proxy that forwards nothing.
+# Settings of each connection, whatever the role or the database is set to: time limits (StoreLimits has two more), and
+# what the statements rely on. Behind PgBouncer in transaction mode they have to be set for the role. The daemon's own
+# time limit (`Thread.run`) ends what none of these can end, such as a wait for a proxy that forwards nothing.
 SERVER_SETTINGS = {
-    "statement_timeout": "5s",
-    "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "5s",
     "idle_session_timeout": "0",  # no limit, because a daemon with nothing to do keeps its connections
     "default_transaction_isolation": "read committed",
@@ -55,6 +55,11 @@ class NoAnswerError(Exception):
     """The database has not answered in time, and may have done what it was asked for."""
 
 
+def in_ms(span_s: float) -> str:
+    """A span as the value of a setting of the server."""
+    return f"{span_s * 1000:.0f}ms"
+
+
 def title_of(url: str) -> str:
     """The database in words, without user and parameters: hosts, or the service, and its name."""
     found = psycopg.conninfo.conninfo_to_dict(url)
@@ -65,10 +70,12 @@ def title_of(url: str) -> str:
 class Database:
     """Where to connect to. `url` is a libpq URL without a password. `title` names it in log lines and errors."""
 
-    def __init__(self, url: str, password: str | None, name: str) -> None:
+    def __init__(self, url: str, password: str | None, name: str, limits: StoreLimits = LIMITS.store) -> None:
         self._url = url
         self._secret: Mapping[str, Any] = {"password": password} if password else {}
         self._name = name
+        waits = {"statement_timeout": in_ms(limits.statement_s), "lock_timeout": in_ms(limits.lock_s)}
+        self._settings = SERVER_SETTINGS | waits | PLANS
         self.title = title_of(url)
         self._is_pooled = False  # PgBouncer in transaction mode takes no options and forgets prepared statements
 
@@ -78,7 +85,7 @@ class Database:
         statements to prepare.
         """
         if not self._is_pooled:
-            settings = ((name, value.replace(" ", "\\ ")) for name, value in (SERVER_SETTINGS | PLANS).items())
+            settings = ((name, value.replace(" ", "\\ ")) for name, value in self._settings.items())
             options = " ".join(f"-c {name}={value}" for name, value in settings)
             try:
                 connection = self._connect(options=options, **({} if prepares else {"prepare_threshold": NEVER}))

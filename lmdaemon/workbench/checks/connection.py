@@ -17,7 +17,6 @@ from lmdaemon.tls import EXPIRES_SOON
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
 from lmdaemon.workbench.exchanges import Exchange
 
-CONNECT_WITHIN_S = 5.0
 ADDRESSES_MAX = 8
 SLOW_MS = 1000
 
@@ -25,10 +24,10 @@ SLOW_MS = 1000
 async def _addresses(bench: Bench) -> list[str]:
     """All addresses that the name resolves to, or the literal address itself. Raises OSError."""
     try:
-        async with asyncio.timeout(CONNECT_WITHIN_S):
+        async with asyncio.timeout(bench.limits.connect_s):
             found = await Resolver(guarded=False).resolve(bench.host, _port(bench), socket.AF_UNSPEC)
     except TimeoutError:
-        raise OSError(None, f"no answer within {CONNECT_WITHIN_S:g} s") from None
+        raise OSError(None, f"no answer within {bench.limits.connect_s:g} s") from None
     return list(dict.fromkeys(one["host"] for one in found))
 
 
@@ -55,7 +54,7 @@ async def resolves(bench: Bench) -> Finding:
         if private_address(address) and not bench.operator.allow_private_network:
             continue  # connection.public reports it
         try:
-            async with asyncio.timeout(CONNECT_WITHIN_S):
+            async with asyncio.timeout(bench.limits.connect_s):
                 _, writer = await asyncio.open_connection(address, _port(bench))
             writer.close()
         except OSError as error:  # TimeoutError is an OSError
@@ -88,7 +87,7 @@ async def _handshake(bench: Bench, context: ssl.SSLContext) -> tuple[str, dict[s
     addresses = await _addresses(bench)
     if not bench.operator.allow_private_network and any(map(private_address, addresses)):
         raise Skip("the address is private")
-    async with asyncio.timeout(CONNECT_WITHIN_S):
+    async with asyncio.timeout(bench.limits.connect_s):
         _, writer = await asyncio.open_connection(
             addresses[0], _port(bench), ssl=context, server_hostname=bench.host.rstrip(".")
         )
@@ -111,7 +110,7 @@ async def tls(bench: Bench) -> Finding:
         except ssl.SSLCertVerificationError as error:
             return Finding("fail", f"the certificate is not accepted: {error.verify_message}")
         except OSError as error:
-            return Finding("fail", f"no TLS connection: {_why_no_tls(error)}")
+            return Finding("fail", f"no TLS connection: {_why_no_tls(error, bench.limits.connect_s)}")
         return Finding("pass", version)
     try:
         addresses = await _addresses(bench)
@@ -124,9 +123,9 @@ async def tls(bench: Bench) -> Finding:
     return Finding("fail", "plain HTTP: whoever listens on the way reads the players' tokens, and may answer instead")
 
 
-def _why_no_tls(error: OSError) -> str:
+def _why_no_tls(error: OSError, within_s: float) -> str:
     if isinstance(error, TimeoutError):
-        return f"the handshake was not over within {CONNECT_WITHIN_S:g} s"
+        return f"the handshake was not over within {within_s:g} s"
     if isinstance(error, ConnectionError) and not error.strerror:
         return "the server closed the connection during the handshake"
     return str(getattr(error, "reason", None) or error.strerror or error)

@@ -7,7 +7,7 @@ import pytest
 from engines import PostgresEngine
 from processes import wait_for
 
-from lmdaemon.store.postgres import migrations, thread
+from lmdaemon.limits import StoreLimits
 from lmdaemon.store.postgres.migrations import migrate
 from lmdaemon.store.postgres.thread import Database
 from lmdaemon.store.postgres.versions import MIGRATIONS
@@ -19,13 +19,12 @@ IS_SLEEPING = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()
 VERSION = "SELECT current, to_regclass('lmdaemon.of_the_next') IS NOT NULL FROM lmdaemon.version"
 
 
+SHORT = StoreLimits(statement_s=0.3, lock_s=0.3, upgrade_again_s=0.05)
+
+
 @pytest.fixture
-def old(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> PostgresEngine:
-    """A database without the last migration. Statements and waits for locks end after 0.3 s."""
-    shorter = thread.SERVER_SETTINGS | {"statement_timeout": "300ms", "lock_timeout": "300ms"}
-    monkeypatch.setattr(thread, "SERVER_SETTINGS", shorter)
-    monkeypatch.setattr(migrations, "SERVER_SETTINGS", shorter)
-    monkeypatch.setattr(migrations, "AGAIN_S", 0.05)
+def old(postgres_engine: PostgresEngine) -> PostgresEngine:
+    """A database without the last migration."""
     with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
         sql.execute("DROP SCHEMA lmdaemon CASCADE")
         migrate(sql, "it", MIGRATIONS[:-1])
@@ -33,11 +32,13 @@ def old(postgres_engine: PostgresEngine, monkeypatch: pytest.MonkeyPatch) -> Pos
 
 
 def begun(engine: PostgresEngine, *more: str) -> "Future[list[int]]":
-    """Migrates to the newest version and by further migrations, on a thread of its own."""
+    """Migrates to the newest version and by further migrations, on a thread of its own. Statements and waits for locks
+    end after 0.3 s.
+    """
 
     def run() -> list[int]:
-        with Database(engine.url, None, "migrate").connect(prepares=True) as sql:
-            return migrate(sql, "it", (*MIGRATIONS, *more))
+        with Database(engine.url, None, "migrate", SHORT).connect(prepares=True) as sql:
+            return migrate(sql, "it", (*MIGRATIONS, *more), limits=SHORT)
 
     return POOL.submit(run)
 

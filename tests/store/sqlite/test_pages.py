@@ -125,27 +125,34 @@ async def test_a_page_takes_work_for_its_rows_however_many_there_are(full: Store
         assert steps[0] * 100 < 50_000
 
 
+OF_ONE_PLAYER = 24_000
+# As many sessions of one player, all of which have ended.
+ONE_PLAYERS = f"""
+WITH RECURSIVE n(i) AS (SELECT {MANY + 1} UNION ALL SELECT i + 1 FROM n LIMIT {OF_ONE_PLAYER})
+INSERT INTO session
+    (id, operator, session_id, player_id, idle_ms, opened_at, seen_ms, seen_at, due_ms, ended_at, reason)
+SELECT i, 'acme', i, 'many', 1000, i, 0, i, 1000, i, 'closed' FROM n"""
+
+
 @pytest.mark.parametrize("state", ["active", "ended"])
-async def test_a_player_with_many_sessions_is_looked_through_page_by_page(
-    full: Store, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_player_with_many_sessions_is_looked_through_page_by_page(full: Store, state: str) -> None:
     """A page ends after a number of rows was looked at. Following `next` gives every session, and none twice."""
-    monkeypatch.setattr(pages, "PLAYER_ROWS", 200)
-    monkeypatch.setattr(pages, "PLAYER_BLOCK", 100)
+    with contextlib.closing(sqlite3.connect(full.path, isolation_level=None)) as sql:
+        sql.execute(ONE_PLAYERS)
     found: list[int] = []
     after, sizes = None, []
     while True:
-        page = await full.sessions("acme", state=state, player_id="p1", limit=150, after=after)
+        page = await full.sessions("acme", state=state, player_id="many", limit=1500, after=after)
         found += [session.id for session in page.rows]
         sizes.append(len(page.rows))
         if page.next is None:
             break
         after = page.next
-    assert found == [i for i in range(MANY, 0, -1) if i % 2 and i % 5 == 1 and bool(i % 4) == (state == "ended")]
-    assert max(sizes) <= 150
-    if state == "active":  # no active session belongs to acme, which has the odd numbers
-        assert set(sizes) == {0}
-        assert len(sizes) == 1 + MANY // 10 // 200
+    if state == "active":
+        assert sizes == [0] * (1 + OF_ONE_PLAYER // pages.PLAYER_ROWS)
+    else:
+        assert found == list(range(MANY + OF_ONE_PLAYER, MANY, -1))
+        assert max(sizes) <= 1500
 
 
 async def test_a_page_is_read_up_to_its_bytes(db: Store) -> None:

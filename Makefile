@@ -1,11 +1,14 @@
 # make run     serve with the shipped config.toml
 # make test    run the tests. PYTHON=python3.13 chooses the Python, WORKERS=1 the number of tests at a time (default:
 #              twice the number of cores, because many tests wait); DEEP=1 tries each property with four times as many
-#              examples, as CI does once
+#              examples, as CI does once. What needs other people's programs has targets of its own:
+# make console-test   test the console in a real browser (chromium)
+# make install-test   test make install and make uninstall, with packages from PyPI
+# make fuzz-api       send a daemon what a fuzzer makes of its OpenAPI document
 # make test-newest   the same tests with the newest version of each library, instead of those in constraints.txt;
 #              `NEWEST=1 bash .ci/run` does it too, as its last step. make constraints: renew constraints.txt
-# make check   what CI runs: ruff, mypy --strict, tests, the documents' site, generated clients, the short form of the
-#              fault suite, and the service on a systemd
+# make check   what CI runs: ruff, mypy --strict, all these tests, the documents' site, generated clients, the short
+#              form of the fault suite, and the service on a systemd
 # make docs    the documents as a site, in build/docs/site; fails if a link leads nowhere. docs-test: test that it does
 # make clients generate clients from the OpenAPI document and use them; the generators come from PyPI and npm
 # make faults  the whole fault suite: kills, clocks, hostile operators, disks, storms (docs/reliability.md)
@@ -46,8 +49,8 @@ PARALLEL = --numprocesses=$(WORKERS)
 unexport PYTHONDONTWRITEBYTECODE
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo night test test-newest runbook screenshots constraints docs docs-test clients faults faults-short service-test fuzz bench bench-quick \
-	bench-growth check lint types manual install uninstall deb clean
+.PHONY: run demo night test console-test install-test fuzz-api test-newest runbook screenshots constraints docs docs-test \
+	clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -62,6 +65,15 @@ night: $(VENV)/.test
 test: $(VENV)/.test
 	$(IN_MEMORY) $(BIN)/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
 
+console-test: $(VENV)/.test
+	$(IN_MEMORY) $(BIN)/python -m pytest -m browser $(PARALLEL) tests/web/test_console*.py $(ARGS)
+
+install-test: $(VENV)/.test
+	$(IN_MEMORY) $(BIN)/python -m pytest -m install tests/project/test_install.py $(ARGS)
+
+fuzz-api: $(VENV)/.test
+	$(IN_MEMORY) $(BIN)/python -m pytest -m fuzzer tests/web/test_openapi.py $(ARGS)
+
 docs: $(DOCS_VENV)/.ready
 	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -c docs/site -d build/docs/cache . build/docs/site
 
@@ -74,7 +86,8 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[fast,test]'
 	-$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | diff --suppress-common-lines constraints.txt - | grep '^>'
-	$(IN_MEMORY) NEWEST=1 $(NEWEST_VENV)/bin/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
+	$(IN_MEMORY) NEWEST=1 $(NEWEST_VENV)/bin/python -m pytest -m 'not clients and not install and not site' $(PARALLEL) \
+	  --ignore=tests/faults --ignore=tests/service $(ARGS)
 
 # Renews the runbook that the console shows, after a change of docs/operating.md.
 runbook:
@@ -84,7 +97,7 @@ runbook:
 SHOWN = overview operator delivery-dark dialog operator-400
 screenshots: $(VENV)/.test
 	rm -rf build/pictures && mkdir -p build/pictures docs/console
-	PICTURES=$(CURDIR)/build/pictures $(BIN)/python -m pytest -q tests/web/test_console_pictures.py -k never_seen
+	PICTURES=$(CURDIR)/build/pictures $(BIN)/python -m pytest -q -m browser tests/web/test_console_pictures.py -k never_seen
 	for name in $(SHOWN); do cp build/pictures/$$name.png docs/console/; done
 
 # Renews constraints.txt with today's versions. Commit it once everything was tested with them.
@@ -126,8 +139,9 @@ bench-growth: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/$(PIP) --editable '.[plot]'
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
-# The last two wait for other processes most of the time, so they run side by side.
-check: lint types test docs-test clients
+# The last five wait for other programs most of the time, so they run two at a time.
+check: lint types test console-test fuzz-api
+	$(MAKE) --jobs=2 --output-sync=target docs-test clients install-test
 	$(MAKE) --jobs=2 --output-sync=target faults-short service-test
 
 lint: $(VENV)/.test

@@ -5,9 +5,9 @@ Playwright is imported inside the functions, because the import takes half a sec
 
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TOKEN, READ_TOKEN = "a-token-that-may-change", "a-token-that-may-read"
 # chromium-headless-shell takes half the time
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+Function = TypeVar("Function", bound=Callable[..., Any])
 ATTACK = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -92,4 +93,10 @@ async def down(tmp_path: Path) -> AsyncIterator[Serving]:
             yield d
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium-headless-shell)")
+_needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium-headless-shell)")
+
+
+def in_chromium(test: Function) -> Function:
+    """Marks a test of `make console-test`. It is skipped where there is no chromium."""
+    marked: Function = pytest.mark.browser(_needs_chromium(test))
+    return marked

@@ -2,6 +2,7 @@
 stays, what is removed.
 
 What needs a service manager (users, starting, upgrades under load, the Debian package) is tested in tests/service.
+`make install-test` runs these tests.
 """
 
 import os
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from commands import Running, configure, environment
+
+# pip builds and installs the program twice, which takes minutes on a busy machine
+pytestmark = [pytest.mark.install, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"  # the default of make install

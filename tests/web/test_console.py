@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from browsing import ATTACK, READ_TOKEN, TOKEN, bearer, browser, down, end, expect, needs_chromium, sign_in, with_tokens
+from browsing import ATTACK, READ_TOKEN, TOKEN, bearer, browser, down, end, expect, in_chromium, sign_in, with_tokens
 from documented import complaints
 from endpoints import Endpoint, served
 from support import LISTEN, operator_table, scripted_operator, serving, until
@@ -90,7 +90,7 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
 # -- the page
 
 
-@needs_chromium
+@in_chromium
 async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: Path) -> None:
     """A second tab is updated, too."""
     async with down(tmp_path) as d, browser() as page:
@@ -126,7 +126,7 @@ async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: 
         assert d.store.gate("acme").held_at is None
 
 
-@needs_chromium
+@in_chromium
 async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> None:
     """The dialog says how many, and shows the same as a command."""
     async with scripted_operator(*[{"error": 999, "description": "never"}] * 6) as wallet:
@@ -156,7 +156,7 @@ async def test_dead_deliveries_are_retried_selected_and_all(tmp_path: Path) -> N
             await until(lambda: d.store.figures_of("acme").dead == 0)
 
 
-@needs_chromium
+@in_chromium
 async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) -> None:
     """A selection lasts over several pages, the dialog asks for a note, and discarded deliveries no longer count as
     dead.
@@ -193,7 +193,7 @@ async def test_dead_deliveries_are_discarded_selected_and_all(tmp_path: Path) ->
             assert '"anna"' in str(page_of_dead.rows[0].discarded)
 
 
-@needs_chromium
+@in_chromium
 async def test_an_operator_is_tried_by_a_notice_and_by_the_checks(tmp_path: Path) -> None:
     """Trying works while the operator is held, because it is no delivery. The results stay while the user looks at
     other views.
@@ -232,7 +232,7 @@ async def test_an_operator_is_tried_by_a_notice_and_by_the_checks(tmp_path: Path
             assert d.store.figures_of("acme").pending == 0
 
 
-@needs_chromium
+@in_chromium
 async def test_of_a_thousand_operators_fifty_are_shown_those_in_trouble_first(tmp_path: Path) -> None:
     toml = "".join(f'[operators.op{one:04}]\nprovider_id = "p{one}"\nendpoint = ""\n' for one in range(1000))
     async with serving(tmp_path, toml) as d, browser() as page:
@@ -249,7 +249,7 @@ async def test_of_a_thousand_operators_fifty_are_shown_those_in_trouble_first(tm
         await expect(rows).to_have_count(1)
 
 
-@needs_chromium
+@in_chromium
 async def test_markup_in_ids_and_answers_stays_text_in_every_view(tmp_path: Path) -> None:
     async with down(tmp_path) as d, browser() as page:
         await sign_in(page, d.api + "/console/")
@@ -273,7 +273,7 @@ async def test_markup_in_ids_and_answers_stays_text_in_every_view(tmp_path: Path
         assert await page.title() != "1"
 
 
-@needs_chromium
+@in_chromium
 async def test_a_token_that_may_only_read_sees_why_nothing_can_be_changed(tmp_path: Path) -> None:
     async with down(tmp_path) as d, browser() as page:
         await page.goto(d.api + "/console/")
@@ -287,7 +287,7 @@ async def test_a_token_that_may_only_read_sees_why_nothing_can_be_changed(tmp_pa
             await expect(page.get_by_role("button", name=name)).to_be_disabled()
 
 
-@needs_chromium
+@in_chromium
 async def test_the_page_behind_a_prefix_tells_that_the_daemon_has_gone(tmp_path: Path) -> None:
     async with serving(tmp_path, operator_table("acme", "http://127.0.0.1:1/")) as d, browser() as page:
         is_there = True
@@ -334,7 +334,7 @@ async def violations(page: "Page", **wanted: Any) -> list[tuple[str, list[str]]]
     return [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]]
 
 
-@needs_chromium
+@in_chromium
 async def test_axe_finds_nothing_in_any_view(tmp_path: Path) -> None:
     """Checked are the rules of WCAG A and AA. The dark scheme differs only in colours, so it is checked for contrast
     only.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from browsing import ATTACK, TOKEN, bearer, browser, down, expect, needs_chromium, sign_in, with_tokens
+from browsing import ATTACK, TOKEN, bearer, browser, down, expect, in_chromium, sign_in, with_tokens
 from caller import EVERY_CALL
 from chance import DEEP
 from support import LISTEN, operator_table, serving, until
@@ -44,7 +44,7 @@ async def evil_site(target: str) -> AsyncIterator[str]:
         yield str(server.make_url("/"))
 
 
-@needs_chromium
+@in_chromium
 @pytest.mark.parametrize("tokens", [False, True])
 async def test_a_page_of_another_site_changes_nothing(tmp_path: Path, *, tokens: bool) -> None:
     """The page is open beside the console, in the same browser. With a token, and without one on a loopback address."""
@@ -98,7 +98,7 @@ async def test_no_get_changes_anything(tmp_path: Path) -> None:
         assert tables() == before
 
 
-@needs_chromium
+@in_chromium
 @pytest.mark.timeout(900)
 async def test_a_thousand_operators_and_many_deliveries_stay_light(tmp_path: Path) -> None:
     """However many there are, the page draws and requests a limited amount. While sessions end, it refreshes at most
@@ -145,7 +145,7 @@ def path_of(request: "Request") -> str:
 WIDTHS = (640, 400, 320)
 
 
-@needs_chromium
+@in_chromium
 async def test_no_view_has_to_be_scrolled_sideways_when_it_is_small(tmp_path: Path) -> None:
     async with down(tmp_path) as d, browser() as page:
         await sign_in(page, d.api + "/console/")

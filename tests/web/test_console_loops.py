@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from browsing import TOKEN, browser, end, expect, needs_chromium, sign_in, with_tokens
+from browsing import TOKEN, browser, end, expect, in_chromium, sign_in, with_tokens
 from certificates import make
 from processes import free_ports
 from support import LISTEN, operator_table, scripted_operator, serving
 
 
-@needs_chromium
+@in_chromium
 async def test_over_https_the_page_works_and_leaves_no_cookie(tmp_path: Path) -> None:
     """The token is kept in the tab alone, where no page of another site can make the browser send it."""
     make(tmp_path, "own", make(tmp_path, "ca", authority=True))
@@ -32,7 +32,7 @@ async def test_over_https_the_page_works_and_leaves_no_cookie(tmp_path: Path) ->
             assert await page.evaluate("sessionStorage.length") == 0
 
 
-@needs_chromium
+@in_chromium
 async def test_an_open_page_outlives_a_restart_of_the_daemon(tmp_path: Path) -> None:
     """The page says since when the daemon has been unreachable, keeps what it showed, and then shows what has happened
     in the meantime.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browsing import TOKEN, bearer, browser, end, expect, needs_chromium, sign_in, with_tokens
+from browsing import TOKEN, bearer, browser, end, expect, in_chromium, sign_in, with_tokens
 from chance import DEEP
 from support import Serving, operator_table, scripted_operator, serving, until
 
@@ -25,7 +25,7 @@ AGO_MS = 42 * 60_000
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 LONGEST = 860  # the height of the pictures, in pixels
 
-# Colour scheme and width. All show the same texts, so one is enough for `make test`
+# Colour scheme and width. All show the same texts, so one is enough on a developer's machine
 SHOWN = [("light", 800), ("dark", 800), ("light", 400)][: None if DEEP or "PICTURES" in os.environ else 1]
 
 
@@ -91,7 +91,7 @@ async def picture(page: "Page", name: str, *, whole: bool = True) -> None:
         await page.screenshot(path=f"{directory}/{name}.png", full_page=whole, **({"clip": clip} if whole else {}))
 
 
-@needs_chromium
+@in_chromium
 @pytest.mark.parametrize(("scheme", "width"), SHOWN)
 async def test_who_has_never_seen_the_page_can_tell_what_is_wrong(tmp_path: Path, scheme: str, width: int) -> None:
     """What is wrong, since when, what happens by itself and what can be done stands on the first page or one link from

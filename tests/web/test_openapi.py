@@ -164,6 +164,7 @@ async def fuzz(daemon: Serving, base: str, directory: Path, *arguments: str) -> 
     return found
 
 
+@pytest.mark.fuzzer
 async def test_the_daemon_answers_as_documented_and_refuses_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -272,6 +272,14 @@ PUT_GATES = _count(
 SET_BACK = """
 UPDATE lmdaemon.delivery SET due_at = greatest(due_at - %s, %s)
 WHERE state = 'pending' AND due_at > %s AND (operator = ANY (%s)) <> %s"""
+# Ends the connections of daemons that have sent a part of a batch and nothing more for half a second: their processes
+# were stopped, or their machines are gone, and the server keeps the rows locked while it waits for the rest. What was
+# sent is undone. One that goes on finds that out, as after any lost connection, and sends the batch again.
+CUT_OFF_HALFWAY = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+      AND application_name LIKE 'lmdaemon %' AND state = 'active' AND wait_event = 'ClientRead'
+      AND state_change < clock_timestamp() - interval '0.5 s'"""
 
 
 def to_json(value: Any) -> str:
@@ -448,12 +456,17 @@ class Batch:
         """Commits the batch and returns an answer for each operation. Raises psycopg.Error, and FencedOffError; then
         nothing is stored, unless the connection was lost.
         """
-        decided = self._decided
+        decided, has_waited = self._decided, False
         for _ in range(TRIES):
             if decided is None:
                 decided = self._decided_on_facts(sql, place)
             try:
                 self._apply(sql, decided, place)
+            except psycopg.errors.LockNotAvailable:
+                if has_waited:
+                    raise
+                has_waited = True
+                sql.execute(CUT_OFF_HALFWAY)
             except psycopg.Error as error:
                 found = meaning(error)
                 if found == "conflict":

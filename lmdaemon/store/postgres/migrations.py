@@ -16,7 +16,7 @@ from lmdaemon.store.postgres.versions import MIGRATIONS, OLDEST, current_of
 
 SERVER_MIN = 140000  # PostgreSQL 14
 
-TRIES = 5  # times that the upgrade is tried while others read and write
+TRIES = 8  # times that the upgrade is tried while others read and write
 
 # Settings of the server that are checked.
 SETTINGS = """

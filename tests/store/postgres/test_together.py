@@ -619,6 +619,30 @@ class TestAtTheSameTime:
         assert [one.reason for one in (first, b, second, a)] == ["closed"] * 4
         assert [daemon.store.failure for daemon in (one, other)] == [None, None]
 
+    async def test_half_of_a_batch_of_a_stopped_daemon_keeps_nobody_waiting(self, together: Cluster) -> None:
+        """A process that is stopped while it sends a batch leaves rows locked, and the server waits for the rest. Here
+        a connection that has the name of a daemon's sends such a half.
+        """
+        one, other = await together.pair()
+        await one.store.open_session(opening("a"))
+        url = psycopg.conninfo.make_conninfo(together.engine.url, application_name="lmdaemon stopped:1-2")
+        with (
+            contextlib.closing(psycopg.connect(url)) as half,
+            psycopg.connect(together.engine.url, autocommit=True) as sql,
+        ):
+            half.pgconn.enter_pipeline_mode()
+            half.pgconn.send_query_params(b"UPDATE lmdaemon.session SET seen_at = 0", [])
+            while half.pgconn.flush():
+                pass
+            state = "SELECT state, wait_event FROM pg_stat_activity WHERE pid = %s"
+            await until(lambda: sql.execute(state, (half.info.backend_pid,)).fetchone() == ("active", "ClientRead"))
+            touched = await asyncio.gather(*(daemon.store.touch("acme", ["a"]) for daemon in (one, other)))
+            assert [one.touched for one in touched] == [1, 1]
+            assert [daemon.store.failure for daemon in (one, other)] == [None, None]
+        found = await one.store.session("acme", "a")
+        assert found is not None
+        assert found[0].seen_at > 0  # what the half had changed is undone
+
     async def test_figures_are_true_though_another_one_commits_while_they_are_read(self, together: Cluster) -> None:
         """A third connection stops the joining daemon in the middle of its reading."""
         one = await together.start()

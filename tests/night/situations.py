@@ -82,7 +82,7 @@ def _slow(scene: Scene) -> dict[str, str]:
     elm.play("delay 200ms")
     scene.start()
     scene.until_logged("delivery.behind")
-    scene.until(lambda: "go (p50" in scene.check("deliveries").get("output", ""))
+    scene.until(lambda: "finished (p50" in scene.check("deliveries").get("output", ""))
     return {}
 
 

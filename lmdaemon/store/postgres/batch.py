@@ -405,7 +405,7 @@ class Present(NamedTuple):
     due: Due = Due((), (), None)
     next_due_ms: int | None = None  # next deadline for inactivity of this daemon's operators
     begun_s: float = 0.0  # when this was taken from memory (elapsed s)
-    known_at: int = 0  # the latest time of the server (wall ms) that this daemon knows of
+    known_at: int = 0  # the latest time of the server (wall ms) that has surely passed
     has_company: bool = False  # whether other daemons use the database
     moved: Moved = Moved([], others=True)  # the operators whose stored waits are moved if the wall clock was set back
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched

@@ -13,7 +13,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.projection import Projection
 from lmdaemon.store.writer import Writer
 
-BEAT_MIN_S = 0.02  # between two beats, when deadlines follow each other closely
+BEAT_MIN_S = 0.01  # between two beats, when deadlines follow each other closely
 BEAT_AFTER_S = 0.002  # added to the time of a beat, so that the deadline for which it is made is certainly over
 
 

@@ -15,11 +15,12 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 AHEAD_MS = 1500  # how far a daemon's clock may run ahead of the slowest
+SURELY_MS = 900  # of each second: the database's clock may be slowed down to be set right
 
 
 class Heard(NamedTuple):
     """What a daemon's row says: its service time when its last batch began, and the latest time of the database (wall
-    ms) that it knew of then.
+    ms) that had surely passed by then.
     """
 
     heard_ms: int
@@ -57,6 +58,13 @@ def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_a
         passed_ms = database_at - one.known_at if database_at >= one.known_at else AHEAD_MS
         furthest = max(furthest, one.heard_ms + min(passed_ms, AHEAD_MS))
     return max(arrival_ms, min(furthest, own_ms + AHEAD_MS))
+
+
+def passed_at(known_at: int, since_s: float) -> int:
+    """The latest time of the database (wall ms) that has surely passed `since_s` seconds, by this daemon's clock, after
+    it has learned of the time `known_at`.
+    """
+    return known_at + int(max(0.0, since_s) * SURELY_MS)
 
 
 def may_end(seen_ms: int, idle_ms: int, members: Collection[Heard], hold_until_ms: int) -> bool:

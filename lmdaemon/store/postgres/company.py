@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from lmdaemon.clock import ServiceClock
-from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms
+from lmdaemon.store.postgres.cluster import Heard, Watch, followed_ms, limit_ms, passed_at
 
 GAP_S = 1.5  # after a longer time between two looks, the watch for rows that stand still begins anew
 # What was read is ignored if it is older than the latest by less than this. If by more, the server's clock was set back
@@ -59,6 +59,7 @@ class Company:
         self.hold_until_ms = 0
         self.told_ms = 0  # how far this daemon has heard, by its last transaction
         self.known_at = 0  # when the others were last read, by the server's clock (wall ms)
+        self._learned_s: float | None = None  # when that was learned (monotonic s); None: at a time that is not known
         self._watch = Watch(self._lease_s, GAP_S)
         self.gone: dict[int, int] = {}  # daemons to be expelled, each with the number of its last transaction
 
@@ -69,6 +70,7 @@ class Company:
         self._clock.advance_to(at_least_ms)
         self.known_at, self.told_ms = 0, at_least_ms
         self.learn(found, 0.0, watch=False)
+        self._learned_s = None
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
         """Takes over what was read. Returns whether a daemon has come or gone. With `watch` it notes whose row stands
@@ -79,6 +81,7 @@ class Company:
             return False
         before = self.others.keys()
         self.known_at, self.others, self.hold_until_ms = found.at, found.others, found.hold_until_ms
+        self._learned_s = now_s
         if not watch:
             self._watch = Watch(self._lease_s, GAP_S)
         batches = {member: one.batch for member, one in self.others.items()}
@@ -89,6 +92,10 @@ class Company:
         self._clock.limit_ms = limit_ms(heard, self.told_ms) if heard else None
         self._clock.advance_to(followed_ms(own_ms, heard, self.told_ms))
         return before != self.others.keys()
+
+    def passed_at(self, now_s: float) -> int:
+        """A time of the server (wall ms) that has passed at the monotonic time `now_s`."""
+        return self.known_at if self._learned_s is None else passed_at(self.known_at, now_s - self._learned_s)
 
     @property
     def still_s(self) -> float:

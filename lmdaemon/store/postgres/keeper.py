@@ -142,13 +142,14 @@ class Keeper:
 
     def _present(self, operations: Sequence[Operation[Any]]) -> Present:
         projection, company, owners = self._projection, self._membership.company, self._membership.owners
+        passed_at = company.passed_at(self._clock.monotonic())  # before the service clock is read
         world = projection.world()._replace(elsewhere=owners.is_elsewhere, moves_waits=self._membership.moves_waits)
         present = Present(
             world,
             self._foreign.versions,
             next_due_ms=projection.next_due_ms,
             begun_s=self._clock.elapsed(),
-            known_at=company.known_at,
+            known_at=passed_at,
         )
         sweeps = [one for one in operations if isinstance(one, Sweep)]
         if sweeps:

@@ -43,8 +43,9 @@ LEAVE_S = 3.0  # the longest time that leaving the database may take at a stop
 STRAINS_S = 60.0  # between two searches for what strains the server
 ASK_S = 2.5  # how long the writer's connection may take to tell its settings, besides the job that it is doing
 RELEASE_S = 5.0  # how long an operator's owner may take to answer that its ends wait no longer
-# Pauses in which others may hear past a deadline; after the last one the sweep is given up for now
-WAITS_S = (0.004, 0.008, 0.015, 0.03, 0.06, 0.12)
+# Pauses before the others' rows are read again, in which they may hear past a deadline. At first none, because what is
+# known of them is as old as the last transaction; after the last one the sweep is given up for now.
+WAITS_S = (0.0, 0.004, 0.004, 0.004, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08)
 
 
 class Shared(Verbs):

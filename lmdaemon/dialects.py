@@ -85,7 +85,7 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The wire names of all its fields."""
+        """The wire names of all fields."""
         return frozenset(self.fields.values())
 
     @cached_property
@@ -95,8 +95,8 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def reads(self) -> tuple[tuple[Meaning, str, int, bool], ...]:
-        """For each field, in the order in which they are read: its meaning, its wire name, the characters that a value
-        may have, and whether it is required.
+        """For each field, in the order of reading: its meaning, its wire name, the most characters of its value, and
+        whether it is required.
         """
         return tuple(
             (meaning, self.fields[meaning], longest, meaning in self.required)
@@ -415,7 +415,8 @@ def _read(received: Mapping[str, Any], dialect: Dialect) -> Parsed:
     facts: dict[Meaning, str] = {}
     for meaning, name, longest, is_required in dialect.reads:
         value = received.get(name)
-        if is_required or (value is not None and value != ""):  # an optional one that is null or empty is absent
+        # An optional field that is null or empty counts as absent
+        if is_required or (value is not None and value != ""):
             if type(value) is str and 0 < len(value) <= longest and value.isprintable():  # the usual case
                 facts[meaning] = value
             else:

@@ -29,8 +29,8 @@ class Outlook(NamedTuple):
 class DiskWatch(StoreObserver):
     """Keeps the free space of the last day. What other programs write counts too: they fill the same disk.
 
-    Nothing is sampled while nothing is committed. `monotonic` is the clock's. A share of free space below `low_share`
-    is low, however fast it shrinks.
+    Nothing is sampled while nothing is committed. `monotonic` is the clock's. If the free share is smaller than
+    `low_share`, the space counts as low, however slowly it shrinks.
     """
 
     def __init__(self, store: Store, monotonic: Callable[[], float], low_share: float = LIMITS.low_share) -> None:

@@ -42,10 +42,10 @@ class StoreLimits(NamedTuple):
     statement_s: float = 5.0  # after which the server ends a statement
     lock_s: float = 1.0  # after which the server ends a wait for a lock; a transaction waits twice, within `write_s`
     upgrade_again_s: float = 0.5  # before an upgrade of the schema that found something locked is tried again
-    # Most sessions of either kind that a sweep looks at when many are due. A touch waits for it, about 15 ms; smaller
-    # ones would each need a commit of their own.
+    # Most sessions past their idle time, and as many past their lifetime, that a sweep looks at when many are due. A
+    # touch waits for such a sweep, about 15 ms; smaller ones would each need a commit of their own.
     crowd_rows: int = 200
-    told_s: float = 0.02  # the latest time after its commit at which the ends of such a sweep are counted and delivered
+    told_s: float = 0.02  # the latest time after the commit of such a sweep at which its ends are counted and delivered
 
     @property
     def large_wal(self) -> int:
@@ -62,8 +62,8 @@ class Limits(NamedTuple):
     head_s: float = 10.0
     write_s: float = 30.0  # how long a client may leave its answers unread
     patrol_s: float = 2.0  # between two checks of `head_s` and `write_s`
-    body_s: float = 10.0  # from the head to the end of the body
-    handshake_s: float = 10.0  # for a TLS handshake
+    body_s: float = 10.0  # the longest time from the end of the head to the end of the body
+    handshake_s: float = 10.0  # the longest time for a TLS handshake
     # At a stop, `heard_within_s` is how long a request that has arrived in part may take to arrive whole. `heard_s` is
     # how long every client may at least still ask something, because it cannot know that the daemon stops.
     heard_within_s: float = 1.0
@@ -80,10 +80,10 @@ class Limits(NamedTuple):
     figures_every_s: float = 1.0  # between two `figures` events
 
     # Figures of the last hour
-    charted_max: int = 100  # operators that have figures of their own; those of all together are always kept
+    charted_max: int = 100  # most operators that have figures of their own; the figures of all together are always kept
 
     # Health
-    answer_within_s: float = 2.0  # for the store, whenever it is asked
+    answer_within_s: float = 2.0  # how long the store may take to answer
     low_share: float = 0.15  # a smaller share of free space on the disk is a warning
 
     store: StoreLimits = StoreLimits()

@@ -135,13 +135,14 @@ class Repeats:
         self._window_s = window_s
         self._stragglers_s = stragglers_s
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
-        # Events without `same` of which no more lines are written in this window; asked first, for it costs little
+        # Events without `same` of which no more lines are written in this window. They are looked up first, because
+        # that costs little
         self._full: dict[str, _Kind] = {}
         self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.suppressed = 0  # number of suppressed lines of all kinds
 
     def suppresses(self, event: str) -> bool:
-        """Whether `admit` is known to write no line of this event now. Counts the line if so."""
+        """Whether it is known that `admit` would refuse a line of this event now. If so, counts the line."""
         kind = self._full.get(event)
         if kind is None or self._monotonic() >= kind.until:
             return False
@@ -150,7 +151,7 @@ class Repeats:
         return True
 
     def admit_all(self) -> None:
-        """Has `admit` asked for every line again, because the level has changed: at `debug` all lines are written."""
+        """Has `admit` asked for every line again: the level has changed, and at `debug` all lines are written."""
         self._full.clear()
 
     def admit(self, logger: logging.Logger, level: int, event: str, facts: dict[str, Any], limit: Limit) -> bool:

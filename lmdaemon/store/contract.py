@@ -167,8 +167,8 @@ class Sweep(Operation[Swept], frozen=True):
 
     A session ends for inactivity if its idle time was over at the service time `as_of_ms`; None: no session ends for
     inactivity. `crowd` says that so many sessions are due that many sweeps follow each other. Each of them then has a
-    batch of its own, so that operations queued before it need not wait for it. It looks at `most` sessions of either
-    kind at most.
+    batch of its own, so that operations queued before it need not wait for it. A sweep looks at `most` sessions past
+    their idle time, and at as many past their maximum lifetime.
     """
 
     as_of_ms: int | None
@@ -616,8 +616,8 @@ class Store(Protocol):
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends sessions past their maximum lifetime and, if `idle`, those idle for too long at the time of the call.
 
-        Each operator's oldest come first. It looks at SWEEP_ROWS of either kind at most, in a crowd at more if the
-        engine does. `crowd` is described at `Sweep`.
+        Each operator's oldest come first. At most SWEEP_ROWS of either kind are looked at; with `crowd` (see `Sweep`)
+        an engine may look at more.
         """
 
     async def settle(self, settlement: Settlement) -> Settled:

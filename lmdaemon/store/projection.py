@@ -238,7 +238,9 @@ class Projection:
         self.tell_of_ends(changes)
 
     def take_over(self, changes: Changes) -> None:
-        """Takes over the changes of a committed batch. Calls the observers, but not about ends and deliveries."""
+        """Takes over the changes of a committed batch. Calls the observers for all of them except ends and
+        deliveries.
+        """
         was_live = self.live > 0
         self.last_session = changes.last_session
         self._committed_at = (changes.world.wall_at, self._clock.monotonic())
@@ -260,7 +262,7 @@ class Projection:
         self._absorb_deadlines(changes, was_live=was_live)
 
     def tell_of_ends(self, changes: Changes) -> None:
-        """Calls the observers about the ends and the deliveries of a batch that was taken over."""
+        """Calls the observers for the ends and the deliveries of a batch that was taken over."""
         for observer in self.observers:
             if changes.ends:
                 observer.sessions_ended(changes.ends)

@@ -79,8 +79,8 @@ class Engine(Protocol[_TheirWork]):
         """Is called last, after a DatabaseError, to save what can be saved."""
 
 
-# An operation in the queue, the number of rows it names, and the future for its answer. (To make a NamedTuple costs a
-# call.)
+# An operation in the queue, the number of rows it names, and the future for its answer. It is no NamedTuple, because
+# making one costs a call.
 _Queued = tuple[Operation[Any], int, "asyncio.Future[Any]"]
 
 

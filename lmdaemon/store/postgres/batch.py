@@ -321,8 +321,8 @@ class Slowest(NamedTuple):
 
 
 def read_facts(sql: Connection, asked: Questions, wall_at: int, due: Due, member: int) -> tuple[Facts, Slowest]:
-    """Reads the facts for a batch, and for its sweeps how far the others have heard; `member` is this daemon's row.
-    What is due may be so only by this daemon's clock.
+    """Reads the facts for a batch and, for its sweeps, how far the other daemons have heard. `member` is this daemon's
+    row. A session among the facts may be due by this daemon's clock alone.
     """
     facts = Facts(asked=asked.sessions)
     limit = asked.due_rows

@@ -221,7 +221,7 @@ class Keeper:
 
 
 def _is_followed(work: Batch) -> bool:
-    """Whether it is a sweep of a crowd, and the next one follows at once."""
+    """Whether the batch is one of many sweeps that follow each other (`Sweep.crowd`), and not the last of them."""
     return any(
         isinstance(one, Sweep) and one.crowd and answer.looked_at >= SWEEP_ROWS
         for one, answer in zip(work.operations, work.changes.answers, strict=True)

@@ -1,4 +1,4 @@
-"""`python -m lmdaemon` and the `lmdaemon` command."""
+"""The entry point of `python -m lmdaemon` and of the `lmdaemon` command."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The three times of the daemon: wall time for people, monotonic time for waits, service time for idleness.
 
-Whatever needs a time is given a `Clock`, which the tests replace by one moved by hand. `ServiceClock` is why no session
-ends early: it must never run while the daemon cannot receive touches.
+Code that needs a time is given a `Clock`; the tests give it one that they move by hand. Because of `ServiceClock` no
+session ends early: it must never run while the daemon cannot receive touches.
 """
 
 import time

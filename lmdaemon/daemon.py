@@ -165,7 +165,8 @@ class Daemon:
         parts.events.stop()
         events.info("daemon.stopping", in_flight=parts.dispatcher.in_flight, within_s=within_s)
         stays = {"writer"}
-        # The others hear touches: this clock goes on, and due sessions end, so that they need not wait
+        # Other daemons still hear touches. So that they need not wait for this one, its clock goes on, and it ends due
+        # sessions
         if await self._others_hear():
             stays.add("sweeper")
         else:  # from here on no touch can be received, so no idle time passes and nothing ends
@@ -182,7 +183,7 @@ class Daemon:
         loops["writer"].cancel()
 
     async def _others_hear(self) -> bool:
-        """Whether touches are received by another daemon on the database when this one stops."""
+        """Whether another daemon on the database hears touches when this one stops."""
         try:
             return len(await self._parts.health.look_for_daemons()) > 1
         except StoreError:

@@ -105,7 +105,9 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
         )
 
     def same_wire(self, other: "Dialect") -> bool:
-        """Whether both read every body alike, so that telling them apart does not matter (v4.01, v4.02, v1)."""
+        """Whether this dialect and the other one read every body alike, so that telling them apart does not matter
+        (v4.01, v4.02, v1).
+        """
         return (self.fields, set(self.required), self.content, self.codes, self.extra) == (
             other.fields,
             set(other.required),
@@ -267,7 +269,7 @@ def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
 
 
 def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
-    """The accepted dialect of whose required names `received` has the most; the first of them on a tie."""
+    """The accepted dialect of whose required names the fewest are missing in `received`; the first of them on a tie."""
     if len(accepted) == 1:
         return accepted[0]
 

@@ -49,7 +49,8 @@ class Listeners:
         attempts_max: int,
         drain_s: float,
     ) -> None:
-        """Begins to serve on sockets that systemd has handed over, or else on new ones. The rest is as for `configure`.
+        """Begins to serve on sockets that systemd has handed over, or else on new ones. The other arguments are as for
+        `configure`.
 
         Raises ConfigError or OSError.
         """
@@ -105,7 +106,7 @@ class Listeners:
             site.keepalive_s = settings.server.keepalive
 
     async def close(self) -> None:
-        """Stops accepting, has what was asked answered within `drain_s`, and closes the connections."""
+        """Stops accepting, lets requests that have arrived be answered within `drain_s`, and closes the connections."""
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
 
 
@@ -137,7 +138,7 @@ def _turn_away(stack: AsyncExitStack, needless: socket.socket) -> None:
 def _check_reach(assigned: Mapping[str, socket.socket], wanted: Mapping[str, Listen]) -> None:
     """Raises ConfigError if a handed-over socket is reachable by other machines though `listen` is a loopback address.
 
-    The configuration was not checked by the rules for addresses that other machines can reach.
+    For such a `listen` the configuration was not checked by the rules for addresses that other machines can reach.
     """
     for name, handed_over in assigned.items():
         at = systemd.address_of(handed_over)

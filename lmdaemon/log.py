@@ -256,7 +256,7 @@ class Log:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-11-24 03:05:01.123Z info session.ended operator=acme reason=inactivity`"""
+    """Lines like `2026-11-24 03:05:01.123Z info session.ended operator=acme reason=inactivity`."""
 
     def __init__(self, *, journal: bool = False) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Hides the secrets of a notice in what is shown: in an operator's answer, and in what `lmdaemon send` prints.
 
-An operator may send back what it received, escaped in any way. No part of a secret may remain readable. And it must not
-take long: a hostile operator chooses the text, and may have chosen the token, to keep the event loop busy.
+An operator may send back what it received, escaped in any way. No part of a secret may remain readable. And masking
+must not take long: a hostile operator chooses the text, and may have chosen the token, to keep the event loop busy.
 """
 
 import base64

@@ -103,7 +103,7 @@ class _Counter(Collector):
     def know(self, known: Iterable[tuple[str, ...]], endings: Iterable[tuple[str, ...]] = ()) -> None:
         """Counts these label values from now on and forgets all others.
 
-        New ones begin at 0 together with each of `endings`, the values of the remaining labels.
+        For each new one, counters begin at 0: one for each of `endings`, the values of the remaining labels.
         """
         before, self._known = self._known, frozenset(known)
         if before - self._known:
@@ -273,7 +273,7 @@ class Metrics:
             durations.observe(took_s)
 
     def awoke(self, late_s: float) -> None:
-        """The event loop ran something that was due, this late."""
+        """The event loop ran something `late_s` seconds after it was due."""
         self._turn_lag.observe(late_s)
 
     def committed(self, operations: int, took_s: float) -> None:

@@ -82,7 +82,7 @@ class Notice:
 class SessionEnded:
     """The end of a session, as a plug-in's `session_ended(event)` gets it: at least once, always with the same `id`.
 
-    The end of a session never ends money: late results, cancels and refunds for it stay valid, so release locks and
+    The end of a session settles no money: late results, cancels and refunds for it stay valid, so release locks and
     seats here, not bets. `token` is a secret (None where none is known) and stays out of the repr. Times are aware
     datetimes in UTC; `reason` is "inactivity", "max_lifetime", "closed" or "reported" (the peer said so).
     """
@@ -250,7 +250,7 @@ def rfc3339(at_ms: int) -> str: ...
 @overload
 def rfc3339(at_ms: int | None) -> str | None: ...
 def rfc3339(at_ms: int | None) -> str | None:
-    """RFC 3339 in UTC with milliseconds, or None."""
+    """A wall time (ms) as text in RFC 3339, in UTC with milliseconds; None stays None."""
     if at_ms is None:
         return None
     seconds, ms = divmod(at_ms, 1000)

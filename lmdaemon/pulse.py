@@ -20,7 +20,9 @@ class WakeObserver(Protocol):
 
 
 class Pulse:
-    """Until when a loop sleeps, or since when it works. `monotonic` is the clock's; all times are its seconds."""
+    """Until when a loop sleeps, or since when it works. `monotonic` is the clock's; all times are seconds of that
+    clock.
+    """
 
     def __init__(self, monotonic: Callable[[], float], observer: WakeObserver | None = None) -> None:
         self._monotonic = monotonic

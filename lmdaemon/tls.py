@@ -129,7 +129,7 @@ def _load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) 
     context.load_cert_chain(cert_file, key_file, password="")
 
 
-# The socket of the connection whose handshake begins, in the context of the code that begins it
+# The socket of a connection. It is set by the code that begins the handshake, for `ServerContext.wrap_bio`
 handshaking: ContextVar[socket.socket] = ContextVar("handshaking")
 
 

@@ -20,7 +20,7 @@ _Found = TypeVar("_Found")
 
 
 class Trials:
-    """One trial at a time for each operator, and AT_ONCE_MAX of all."""
+    """Runs trials: one at a time for each operator, and AT_ONCE_MAX at a time of all."""
 
     def __init__(self) -> None:
         self._running: dict[str, _Trial] = {}

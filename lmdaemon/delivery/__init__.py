@@ -1,1 +1,1 @@
-"""From a stored end to the operator's URL and the plug-ins."""
+"""Delivers the stored ends of sessions to operators' URLs and to plug-ins."""

@@ -1,4 +1,4 @@
-"""The daemon's end of a connection to an operator: one answer for each request, within bounds.
+"""The daemon's side of a connection to an operator: one answer for each request, within bounds.
 
 aiohttp parses; this module decides where an answer begins and ends. Bytes that come before a request or after an answer
 must never settle a delivery. An answer that arrived whole must not be lost because of bytes that came with it.
@@ -96,7 +96,8 @@ class AnswerProtocol(ResponseHandler):
     def _head_received(self, data: bytes) -> bytes:
         """Parses the bytes that belong to the head, and returns the rest.
 
-        A body that ends with the segment is parsed in the same call: two calls would cost a tenth of a delivery.
+        A body that ends with the segment is parsed in the same call: a second call would take a tenth of the time of a
+        delivery.
         """
         end, is_whole = self._head_end(data)
         self._head_size += end
@@ -193,7 +194,7 @@ class AnswerProtocol(ResponseHandler):
 
 
 def _told(exc: BaseException, cause: BaseException | None, *, in_body: bool) -> BaseException:
-    """The exception that the sender gets."""
+    """Returns the exception that the sender gets for one of aiohttp's."""
     if isinstance(cause, ssl.SSLError):
         # With TLS 1.3 a server refuses a client's certificate after the handshake. Source: RFC 8446 §4.4.2.4, §6.2
         return AnswerError("tls", str(cause))
@@ -209,7 +210,7 @@ def _complaint(error: BaseException | None) -> str:
 
 
 class Answer(aiohttp.ClientResponse):
-    """An answer that belongs to its request."""
+    """aiohttp's answer, refused if bytes came before its request."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """As aiohttp.ClientResponse.start; also raises AnswerError."""

@@ -159,7 +159,9 @@ def _log_recovery(lane: Lane) -> None:
 
 
 def entry(outcome: retry.Outcome, began_at: int) -> dict[str, Any]:
-    """The entry for the history. A failed attempt has the beginning of the answer in it, or None without an answer."""
+    """The entry of an attempt for the history. The entry of a failed one has the beginning of the answer; None if there
+    was no answer.
+    """
     attempt = {
         "at": began_at,
         "durationMs": outcome.duration_ms,

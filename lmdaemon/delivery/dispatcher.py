@@ -163,7 +163,7 @@ class Dispatcher(StoreObserver):
         return wait_s
 
     async def once(self) -> float | None:
-        """Starts an attempt for every due row that has a free slot, and reads further rows ahead.
+        """Starts an attempt for every due row for which a slot is free, and reads further rows ahead.
 
         Returns the seconds to sleep; None: until it is woken. Raises StoreError.
         """
@@ -190,7 +190,9 @@ class Dispatcher(StoreObserver):
         return None if next_at is None else max(0.0, (next_at - self._clock.wall_ms()) / 1000)
 
     async def _read(self, ready: Sequence[Lane], now_at: int) -> None:
-        """Reads as many due rows as each lane wants, and starts those that have a slot. Raises StoreError."""
+        """Reads as many due rows as each lane wants, and starts attempts for those for which a slot is free. Raises
+        StoreError.
+        """
         if not ready:
             return
         claims, terms = [self._claim(lane) for lane in ready], [lane.term for lane in ready]
@@ -254,7 +256,8 @@ class Dispatcher(StoreObserver):
 
     async def probe(self, operator: str) -> str | None:
         """Attempts the earliest pending delivery to the operator's URL now, whatever keeps it back, and stores the
-        result. Returns its public id; None if no delivery is pending but those under way. Raises StoreError.
+        result. Returns its public id; None if every pending delivery is under way already, or none is pending. Raises
+        StoreError.
 
         If another daemon owns the operator, that daemon makes the attempt.
         """

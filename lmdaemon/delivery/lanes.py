@@ -139,7 +139,9 @@ class Lane:
         return max(0, now_at - max(due_at, opens_at)) / 1000
 
     def ready_at(self, gate: Gate) -> int | None:
-        """Wall time (ms) from which an attempt can begin; None while only an event can make one possible."""
+        """Wall time (ms) from which an attempt can begin; None if none can begin before something else happens, such as
+        a release.
+        """
         opens_at = retry.opens_at(gate) if self.gated else 0
         if self._due_at is None or opens_at is None:
             return None

@@ -1,4 +1,6 @@
-"""Whether a lane keeps up: how many deliveries come and go a second, and how long an answer takes. No I/O, no clock."""
+"""Whether a lane keeps up: how many deliveries are added and finished a second, and how long an answer takes. No I/O,
+no clock.
+"""
 
 from collections import deque
 from statistics import median

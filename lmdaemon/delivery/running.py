@@ -1,4 +1,4 @@
-"""Attempts under way: each from taking a slot to storing its result."""
+"""Runs attempts, each from taking a slot to storing its result."""
 
 import asyncio
 from typing import Protocol
@@ -69,7 +69,7 @@ class RunningAttempts:
     async def _deliver(self, lane: Lane, row: Delivery, *, probe: bool) -> None:
         """Delivers one row, from taking a slot to storing the result.
 
-        After an answer that holds or delays the operator, no attempt of the lane begins until it is stored.
+        After an answer that holds or delays the operator, no attempt of the lane begins until the result is stored.
         """
         closing = False
         try:

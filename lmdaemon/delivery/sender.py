@@ -155,7 +155,7 @@ class Sender:
 
 @cache
 def _deadline(timeout_s: float) -> aiohttp.ClientTimeout:
-    """One deadline for the whole attempt.
+    """One deadline for the whole attempt, to the millisecond.
 
     By default aiohttp rounds times of 5 s and more up to the next full second.
     """

@@ -63,10 +63,11 @@ def own_headers(operator: Operator, body: bytes) -> dict[str, str]:
 
 
 def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
-    """The body as sent, in which only ids can be read: those fields of the operator's dialect that hold no secret.
+    """The body as sent, in which only ids can be read: the values of those fields of the operator's dialect that hold
+    no secret.
 
-    It is masked field by field, because a short token may also be a part of an id. Only fields that the dialect names
-    are shown, because a delivery may be older than the dialect in force.
+    It is masked field by field, because a short token may also be a part of an id. The value of a field that the
+    dialect does not name is masked, too: a delivery may be older than the dialect in force.
     """
     open_to_all = {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
     is_json = body.startswith(b"{")

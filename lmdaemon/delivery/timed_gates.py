@@ -14,7 +14,7 @@ from lmdaemon.store.contract import Store
 
 
 class TimedGates:
-    """Finds and stores these changes."""
+    """Finds and stores the changes of gates for which no answer is needed."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store

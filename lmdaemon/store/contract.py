@@ -142,7 +142,8 @@ Recorded = Literal["ended", "repeated", "unknown_session", "player_mismatch", "b
 class Recording(Operation[Recorded], frozen=True):
     """Record a notice: `Store.record`.
 
-    With `compare_token` its token must be the session's own. Without `accept_unknown` an unknown session is refused.
+    With `compare_token` the notice's token must be the one of the session. Without `accept_unknown` a notice of an
+    unknown session is refused.
     """
 
     operator: str
@@ -346,7 +347,7 @@ class Archive(Protocol):
         """
 
     def now_at(self) -> int:
-        """Wall time by the clock that ends are dated with."""
+        """The present wall time, by the clock with which ends are dated."""
 
 
 class Whole(Protocol):
@@ -368,10 +369,12 @@ class Whole(Protocol):
         """The counts and the gate of each operator."""
 
     def sessions(self, after: int, rows: int) -> list[tuple[Session, int]]:
-        """Sessions with their `due_ms`, in the order of their ids, beginning after this one."""
+        """Sessions with their `due_ms`, in the order of their ids, beginning after the id `after`."""
 
     def deliveries(self, after: int, rows: int) -> list[Delivery]:
-        """Deliveries in the order of their ids, beginning after this one, without the tokens of their sessions."""
+        """Deliveries in the order of their ids, beginning after the id `after`, without the tokens of their
+        sessions.
+        """
 
 
 class Moved(NamedTuple):

@@ -163,8 +163,8 @@ class Projection:
         return waited
 
     def _note_touches(self, changes: Changes) -> None:
-        """Notes the time of the latest touch of each operator, and ends its pause if touches have come again for long
-        enough.
+        """Notes the time of the latest touch of each operator, and ends the operator's pause (`silence.Pause`) if
+        touches have come again for long enough.
         """
         self._pauses.update(changes.pauses)
         for operator in changes.touched:

@@ -759,7 +759,7 @@ def _attempts(settlement: Settlement) -> int:
 
 
 def _result(settlement: Settlement, due_at: int, now_at: int) -> tuple[Any, ...]:
-    """A row as in RESULT."""
+    """The values of the columns RESULT for a result."""
     delivery, attempt = settlement.delivery, settlement.attempt or {}
     history = orjson.loads(delivery.history)
     if attempt:

@@ -119,8 +119,8 @@ class Verbs(Projection):
         return await self._writer.write(recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
-        # The service time is read when the sweep is queued, not when it is written: touches that came before a
-        # session's deadline stand in front of any sweep that could end the session, however slow the engine is.
+        # The service time is read when the sweep is queued, not when it is written. So touches that came before a
+        # session's deadline are in the queue before any sweep that could end the session, however slow the engine is.
         as_of_ms = self.service_clock.now_ms() if idle else None
         return await self._writer.write(Sweep(as_of_ms, crowd))
 

@@ -49,7 +49,7 @@ _TheirWork = TypeVar("_TheirWork", contravariant=True)
 
 
 class Engine(Protocol[_TheirWork]):
-    """A database engine, as the writer needs it."""
+    """What the writer needs of a database engine."""
 
     @property
     def database(self) -> str:
@@ -115,7 +115,7 @@ class Writer(Generic[Work]):
         return len(self._queue)
 
     def write(self, operation: Operation[Answer]) -> asyncio.Future[Answer]:
-        """Queues one operation. The future is done when it is committed; it raises StoreError.
+        """Queues one operation. The future is done when the operation is committed; it raises StoreError if that fails.
 
         Cancelling the future does not cancel the operation.
         """

@@ -111,5 +111,5 @@ def forget(sql: Connection, number: int) -> None:
 
 
 def answer(sql: Connection, number: int, text: str) -> None:
-    """Answers a question."""
+    """Stores the answer to a question."""
     sql.execute(ANSWER, (text, number))

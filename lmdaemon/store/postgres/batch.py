@@ -396,8 +396,8 @@ class Moved(NamedTuple):
 
 
 class Present(NamedTuple):
-    """What the daemon has in memory when a batch begins: `versions` are the numbers of the last changes of the gates in
-    `world`; the rest is about its operators and the other daemons.
+    """What the daemon has in memory when a batch begins. `versions` are the numbers of the last changes of the gates in
+    `world`. The other fields are about this daemon's operators and the other daemons.
     """
 
     world: World
@@ -561,7 +561,7 @@ class Batch:
         return changes.swept and bool(self._present.due.operators)
 
     def _statements(self, changes: Changes, place: Place) -> Iterable[tuple[str, tuple[Any, ...]]]:
-        """What is written, in its order: the fence first."""
+        """The statements that write the changes, with their arguments, in their order: the fence first."""
         world = changes.world
         present, me = self._present, place.member
         known = (present.known_at, present.next_due_ms)

@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
 
 def seen(at: int, others: Any, hold_until_ms: int) -> Seen:
-    """What was read, made from the columns NOW and OTHERS of a row."""
+    """Makes a Seen of the columns NOW and OTHERS of a row."""
     found = orjson.loads(others) if isinstance(others, str | bytes) else others
     return Seen(at, {one[0]: Other(*one[1:]) for one in found or ()}, hold_until_ms)
 
@@ -74,8 +74,8 @@ class Company:
 
     def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
         """Takes over what was read. Returns whether a daemon has come or gone. With `watch` it notes whose row stands
-        still, at the monotonic time `now_s`; without, rows need not change, because no session is live and no delivery
-        pending.
+        still, at the monotonic time `now_s`. Without it, rows need not change, because no session is live and no
+        delivery pending.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False
@@ -99,7 +99,7 @@ class Company:
 
     @property
     def still_s(self) -> float:
-        """The longest time (s) for which the row of any of them has stood still."""
+        """The longest time (s) for which the row of another daemon has stood still."""
         return self._watch.still_s
 
     @property

@@ -23,7 +23,7 @@ class Foreign:
         self.waits: dict[str, int] = {}  # until when (service ms) ends of operators wait, as their owners have told
 
     def load(self, found: Found) -> None:
-        """Begins with what was read from the tables. The totals in it are in the projection already."""
+        """Begins with what was read from the tables. The projection has the totals already."""
         self.versions, self._parts = found.versions, found.parts
 
     def take_parts(self, parts: dict[str, Part]) -> None:

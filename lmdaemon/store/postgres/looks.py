@@ -87,7 +87,7 @@ class Looks:
 
     def hinted(self) -> None:
         """Is called when a hint has come: there is something to look at. Another daemon may also have begun to watch
-        whether this one is there, so it proves that with a transaction if it has nothing else to do.
+        whether this one is there. If this daemon has nothing else to do, it proves that with a transaction.
         """
         self._signals.look.set()
         if self._projection.is_idle:
@@ -148,7 +148,7 @@ class Looks:
 
     async def _tell_waits(self, member: int, told: dict[str, int]) -> None:
         """Tells the others until when ends of this daemon's operators wait, if the table says something else. `told` is
-        what it says, of all operators.
+        what the table says, for all operators.
         """
         projection, has = self._projection, self._membership.owners.has
         mine = {one: projection.waits_until_ms(one) for one in {*projection.pausing, *told} if has(one)}

@@ -45,9 +45,7 @@ class Membership:
         self._claimed_for: frozenset[str] | None = None
 
     def learn(self, found: Seen, asked_s: float) -> None:
-        """Takes over who is there and how far each of them has heard. The server has told it after `asked_s`
-        (elapsed).
-        """
+        """Takes over who is there and how far each of them has heard. The server was asked at `asked_s` (elapsed)."""
         self._clock.told(found.at, asked_s)
         due_ms = self.company.next_due_ms
         # While this daemon can store nothing, as in an outage of the database, the others may not be able to either,
@@ -66,14 +64,14 @@ class Membership:
 
     @property
     def is_first(self) -> bool:
-        """Whether this daemon joined before all others that are there. It does what only one of them may do."""
+        """Whether this daemon joined before all others that are there. The first daemon does what only one may do."""
         return not any(member < self.owners.me for member in self.company.others)
 
     # -- operators
 
     def moves_waits(self, operator: str) -> bool:
-        """Whether this daemon moves the operator's stored waits when the wall clock was set back: the owner does, and
-        the first daemon where nobody owns the operator.
+        """Whether this daemon moves the operator's stored waits when the wall clock was set back. The owner moves them;
+        if nobody owns the operator, the first daemon.
         """
         return self.owners.has(operator) or (self.is_first and not self.owners.is_elsewhere(operator))
 

@@ -106,7 +106,7 @@ def _upgrade(sql: Connection, title: str, migrations: Sequence[str], lock_s: flo
         sql.execute(LOCK_TIMEOUT, (in_ms(lock_s),))
         sql.execute(CREATE)
         current = current_of(sql, title, len(migrations))
-        if current < len(migrations):  # nobody else has done it meanwhile
+        if current < len(migrations):  # no other program has upgraded it meanwhile
             sql.execute("SET LOCAL search_path TO lmdaemon")
             if current:
                 sql.execute(KEEP_OUT)

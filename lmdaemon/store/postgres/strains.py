@@ -60,15 +60,15 @@ def unsafe_commit(value: str) -> str:
 
 
 class Strains:
-    """Looks for replicas and snapshots. The age of a snapshot counts from the first look that has seen it, because the
-    server does not tell every role when a snapshot was taken.
+    """Looks for a failover that could lose commits, and for old snapshots. The age of a snapshot counts from the first
+    look that has seen it, because the server does not tell every role when a snapshot was taken.
     """
 
     def __init__(self) -> None:
         self._since_s: dict[Held, float] = {}  # since when each snapshot has been seen (monotonic s)
 
     def look(self, sql: Connection, now_s: float) -> str | None:
-        """The present conditions, in words; None if there are none."""
+        """What was found, in words; None if nothing was."""
         replicas = sql.execute(REPLICAS).fetchone()
         snapshots = [Held(xmin, holder) for xmin, holder, _ in sql.execute(SNAPSHOTS)]
         found = []

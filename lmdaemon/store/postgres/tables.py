@@ -176,7 +176,7 @@ def earliest(sql: Connection, operators: list[str]) -> list[tuple[Any, ...]]:
 
 
 def fulfil(sql: Connection, member: int, wishes: Wishes) -> None:
-    """Takes, asks for and hands over operators."""
+    """Does what `wishes` says: takes, asks for and hands over operators."""
     if wishes.claim:
         sql.execute(CLAIM, (member, wishes.claim))
     if wishes.want:
@@ -201,7 +201,9 @@ def introduce(sql: Connection, member: int, who: Introduction) -> None:
 
 
 def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
-    """Expels a daemon and returns its name. None: it has written again meanwhile, or another daemon has expelled it."""
+    """Expels a daemon and returns its name. None if that daemon has written again meanwhile, or was expelled by another
+    one.
+    """
     name = dict(names(sql)).get(member)
     try:
         members.expel(sql, me, member, batch, grace_ms)

@@ -56,7 +56,7 @@ class Server:
 
     @property
     def member(self) -> int | None:
-        """This daemon's row."""
+        """The number of this daemon's row; None without one."""
         return None if self._place is None else self._place.member
 
     async def check(self) -> None:
@@ -107,7 +107,9 @@ class Server:
             self._keeper.take_over(found)
 
     async def commit(self, work: Batch) -> list[Any]:
-        """Commits a batch; as `store.writer.Engine.commit`. After an outage it finds out whether it was committed."""
+        """Commits a batch; as `store.writer.Engine.commit`. If the connection was lost, it finds out whether the batch
+        was committed.
+        """
         assert self._place is not None  # noqa: S101 - for the type checker: `check` has been called
         try:
             answers = await self._run(work.run, self._place)

@@ -16,8 +16,8 @@ EXPORT_ROWS = 500  # sessions in one read
 
 
 def _ended_of(column: str) -> str:
-    """As ENDED_BEFORE, but only sessions with a given id in this column. The `+` makes SQLite use the index of that
-    column.
+    """A statement like ENDED_BEFORE, but only for sessions with a given id in this column. The `+` makes SQLite use the
+    index of that column.
     """
     return f"""
 SELECT {as_rows("id, ended_at")}
@@ -47,7 +47,7 @@ class Archive:
     def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
         """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id).
 
-        It is one short read transaction; a longer one would keep the WAL from starting over.
+        A page is read in one short transaction; a longer one would keep the WAL from starting over.
         """
         sql = self._sql
         sql.execute("BEGIN")

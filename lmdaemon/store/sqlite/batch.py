@@ -221,7 +221,9 @@ def _columns(parts: Sequence[str]) -> str:
 
 
 def _writes(parts: Sequence[str]) -> str:
-    """The statements of a trigger: those of the given parts, in the order of _PARTS, then that of the clock."""
+    """The statements of a trigger: those of the given parts, in the order of _PARTS, then the one that stores the
+    clocks.
+    """
     its = [statement.replace("?", f"NEW.{part}") for part in parts for statement in _PARTS[part]]
     return "; ".join([*its, PUT_CLOCK])
 

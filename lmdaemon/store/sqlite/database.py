@@ -117,7 +117,7 @@ class Database(Generic[_Work]):
 
     @property
     def room(self) -> Room | None:
-        """The room on the file system at the last transaction."""
+        """The space on the file system at the last transaction."""
         return self._files.room
 
     @property

@@ -59,7 +59,7 @@ class Files:
         return found.st_dev, found.st_ino
 
     def check(self) -> None:
-        """Checks that both are still there, and reads their sizes. Raises FileLostError."""
+        """Checks that both files are still there, and reads their sizes. Raises FileLostError."""
         sizes = []
         for file, opened in self._opened.items():
             try:
@@ -206,9 +206,9 @@ def open_beside(path: Path, how: str = "mode=ro") -> sqlite3.Connection:
 
 
 def cause(error: Exception, *paths: Path) -> str:
-    """The words of SQLite or the system for an error. A full disk of one of the paths is named as such.
+    """The words of SQLite or the system for an error. If the disk of one of the paths is full, they say so.
 
-    SQLite does not always say so: where there is no room for a -shm file, it says "disk I/O error".
+    SQLite alone does not always say so: if there is no room for a -shm file, it says "disk I/O error".
     """
     text = getattr(error, "strerror", None) or str(error)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -28,8 +28,8 @@ class Thread(aiosqlite.Connection):
 
 
 async def connect(path: Path | str, stack: AsyncExitStack, busy_timeout_s: float) -> Thread:
-    """Opens a connection on a thread of its own, which `stack` closes. A string is a URI. Its statements wait for locks
-    of other connections for `busy_timeout_s`.
+    """Opens a connection on a thread of its own, which `stack` closes. `path` may be a URI, as a string. Statements
+    wait for locks of other connections for `busy_timeout_s`.
     """
 
     def connect() -> sqlite3.Connection:

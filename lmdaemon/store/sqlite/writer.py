@@ -105,7 +105,7 @@ class Disk:
         return isinstance(error, OSError | MemoryError)
 
     async def give_up(self) -> None:
-        """Copies the WAL into the file: if it was only unlinked, it is still open and complete."""
+        """Copies the WAL into the file: a WAL that was only unlinked is still open and complete."""
         self.lost = True
         with suppress(sqlite3.Error):
             await self._writer.run(execute, "PRAGMA wal_checkpoint(TRUNCATE)")
@@ -113,8 +113,8 @@ class Disk:
     async def checkpoint_for_ever(self, committed_something: asyncio.Event) -> None:
         """Copies commits from the WAL into the file, while the writer goes on, at most once in `checkpoint_s`.
 
-        Inside a commit, it would delay the callers of that commit. Failures are ignored: the writer sees the same disk
-        and reports them.
+        Copying inside a commit would delay the callers of that commit. Failures are ignored: the writer sees the same
+        disk and reports them.
         """
         while True:
             await committed_something.wait()

@@ -97,7 +97,7 @@ class Source(NamedTuple):
 def copied(source: Source, target: Path, *, known: int) -> Iterator[Path]:
     """A checked and synced copy beside the target, mode 0600. It is deleted at the end unless it was renamed.
 
-    The source is opened and closed with its own rights, everything else is done with the present ones. Raises Failed
+    The source is opened and closed with its own rights, everything else is done with the caller's. Raises Failed
     for errors of SQLite and of the system, also inside the context, for a file that is no database of lmdaemon, and for
     one of a version beyond `known`.
     """
@@ -135,7 +135,7 @@ def _check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> None:
 class _Flush:
     """Syncs the copy as it grows. If it were synced only at the end, the daemon's own syncs would have to wait for it.
 
-    SQLite calls it every LOOK_EVERY instructions; 0 tells it to go on.
+    SQLite calls this object every LOOK_EVERY instructions. The result 0 tells SQLite to go on.
     """
 
     def __init__(self, handle: int, tell: Tell) -> None:

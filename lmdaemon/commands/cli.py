@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    """One command. Raises Failed."""
+    """Runs one command and returns the exit code, also for wrong arguments. Raises Failed."""
     try:
         args = parser().parse_args(argv)
     except SystemExit as told:  # raised by argparse for --help and for wrong arguments

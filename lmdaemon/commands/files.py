@@ -32,7 +32,9 @@ def check_source(settings: Settings) -> None:
 
 
 def hint(settings: Settings) -> str:
-    """The end of a message about a missing database: what to try where its path is relative; else empty."""
+    """The end of a message about a missing database: where a relative path is looked up. Empty if that is not the
+    cause.
+    """
     if settings.database.is_relative_to(settings.file.parent) and not os.environ.get("STATE_DIRECTORY"):
         return "; a relative database.path is looked up in $STATE_DIRECTORY, which the service has and you have not"
     return ""

@@ -197,7 +197,7 @@ def _checked(path: Path, *, found: bool) -> Settings:
     settings = reader.load(path, found=found, secrets="readable")
     findings: list[str] = []
 
-    async def examine() -> None:  # in a running loop, as in the daemon: a module may ask for it when it is imported
+    async def examine() -> None:  # a plug-in may need a running event loop when it is imported; the daemon has one
         for plugin in settings.plugins.values():
             try:
                 plugins.examine(plugin)

@@ -31,7 +31,7 @@ from lmdaemon.workbench.figures import Times
 from lmdaemon.workbench.players import Load
 from lmdaemon.workbench.storm import Mix
 
-# More than one process can play; a mistyped number would use up the memory
+# Without these limits a mistyped number would use up the memory. For more players, run several processes
 PLAYERS_MAX = 100_000
 RATE_MAX = 10_000
 

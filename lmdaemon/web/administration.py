@@ -160,7 +160,7 @@ class Administration:
         webhook_id = await self._context.probe(operator.name)
         delivery = None if webhook_id is None else await self._store.delivery(webhook_id)
         if delivery is None:
-            raise Problem("nothing-to-send", "nothing waits for its URL that is not under way already")
+            raise Problem("nothing-to-send", "no delivery to the operator's URL waits, except those under way already")
         log.info(
             "operator.probed", operator=operator.name, id=webhook_id, state=delivery.state, by=by, request_id=asking
         )
@@ -199,7 +199,7 @@ class Administration:
     async def show_token(self, asked: Asked[shapes.NoQuery]) -> shapes.TokenRights:
         """GET /v1/token."""
         token = bearer(asked.request, self._context.settings.api_tokens)
-        if token is None:  # no token is configured, so whoever reaches the listener may do everything
+        if token is None:  # no token is configured, so everybody who can reach the listener may do everything
             return shapes.TokenRights(name=None, may_change=True)
         return shapes.TokenRights(name=token.name or None, may_change=token.may_change)
 

@@ -143,8 +143,8 @@ class Context:
 
 
 class Asked(Generic[_Given]):
-    """A request as its handler gets it: the operator and the id of the session in its path, and what was given in its
-    body or query, as far as the call has them.
+    """A request as its handler gets it. `operator` and `session_id` are from the path, `given` is the body or the
+    query. An attribute that the call does not have is not set.
     """
 
     __slots__ = ("given", "operator", "request", "session_id")

@@ -29,7 +29,9 @@ HEADERS_MAX = 64
 FIELD_MAX = 8190  # bytes of a header's name, and of its value
 HEAD_MAX = 32 * 1024  # bytes of a whole head
 HEAD_END = b"\r\n\r\n"
-LINGER_S = 1.0  # how long bytes after a refused request are read and dropped; a reset would destroy the answer
+# How long bytes after a refused request are read and dropped before the connection is closed. Closing with unread bytes
+# would send a reset, and the client would lose the answer
+LINGER_S = 1.0
 
 _feed = web.RequestHandler.data_received
 
@@ -195,7 +197,7 @@ class Connection(web.RequestHandler):
         self.reader: asyncio.Task[Any] | None = None  # a handler that is cancelled when the client leaves
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop."""
+        """Called by the event loop when the connection is open."""
         self.made = True
         self._wire = transport
         self._arrival.head_since = self._loop.time()
@@ -203,7 +205,7 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Called by the event loop."""
+        """Called by the event loop when the connection is closed. Frees what the connection holds."""
         account = self._account
         account.set_unsent(0)
         if self._task_handler is None:
@@ -217,7 +219,7 @@ class Connection(web.RequestHandler):
             self.reader.cancel()
         super().connection_lost(exc)
 
-    # -- what arrives
+    # -- bytes that arrive
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop. Counts what has arrived, and has aiohttp parse it."""
@@ -280,7 +282,7 @@ class Connection(web.RequestHandler):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # -- what it holds
+    # -- memory
 
     def holds(self, memory: Memory) -> int:
         """The bytes of `memory` that cutting this connection would free."""
@@ -308,7 +310,7 @@ class Connection(web.RequestHandler):
         self._taking.begin_again()  # new answers will be written, so what was unread before says nothing any more
         super().resume_writing()
 
-    # -- how long it takes
+    # -- time limits and the end
 
     def look(self, now: float) -> None:
         """Cuts the connection if a head takes too long, or its client has taken too little for too long."""
@@ -366,7 +368,7 @@ class Connection(web.RequestHandler):
         else:
             self.force_close()  # aiohttp's close() leaves an idle connection open
 
-    # -- what it answers
+    # -- answers
 
     async def finish_response(
         self, request: web.BaseRequest, resp: Reply, start_time: float | None
@@ -422,7 +424,7 @@ def until_client_leaves(request: web.BaseRequest) -> Iterator[None]:
     """Cancels the handler if its client leaves while the block runs. For handlers that change nothing and may take
     long.
     """
-    connection = cast(Connection, request.protocol)  # a Site makes no other connections
+    connection = cast(Connection, request.protocol)  # all connections of a Site are of this class
     connection.reader = asyncio.current_task()
     try:
         yield

@@ -18,7 +18,7 @@ log = Log("api")
 
 
 class Deliveries:
-    """Handlers of these calls."""
+    """The handlers of the calls about deliveries."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

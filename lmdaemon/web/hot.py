@@ -23,7 +23,7 @@ from lmdaemon.web.connection import HEAD_END, Connection
 from lmdaemon.web.memory import HELD_MIN
 from lmdaemon.web.requests import Ready, Reply
 
-# The private parts of aiohttp's connection, and what the parser must make of _TRIAL.
+# The private attributes of aiohttp's connection that this module uses, and what the parser must make of _TRIAL.
 _CONNECTION = (
     *("_close", "_force_close", "_handler_waiter", "_keepalive_handle", "_keepalive_timeout", "_loop", "_manager"),
     *("_messages", "_next_keepalive_close_time", "_parser", "_paused", "_process_keepalive", "_request_count"),

@@ -278,10 +278,10 @@ class _BaseRequest(web.BaseRequest):
 def public_request(
     message: RawRequestMessage, payload: Any, protocol: Any, writer: Any, task: "asyncio.Task[None]"
 ) -> web.BaseRequest:
-    """Makes the requests of a web.Server."""
+    """Makes a request of the public side; passed to its web.Server."""
     return _BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
 
 
 def private_request(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
-    """The function that makes the requests of a web.Application, from aiohttp's own."""
+    """Makes the requests of the private side; `make` is aiohttp's own function for a web.Application."""
     return partial(make, _cls=_Request)

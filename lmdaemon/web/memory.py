@@ -11,10 +11,10 @@ class Holder(Protocol):
     """A connection that can be cut to free what it holds."""
 
     def holds(self, memory: "Memory") -> int:
-        """The bytes of `memory` that would be free if it were cut."""
+        """The bytes of `memory` that would be free if the connection were cut."""
 
     def cut(self, reason: str) -> None:
-        """Ends it and frees its bytes."""
+        """Ends the connection and frees its bytes."""
 
 
 class Memory:

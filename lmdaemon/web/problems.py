@@ -30,7 +30,9 @@ KINDS = {
     "invalid": Kind(400, "Something in the request breaks its rule; `detail` has place, rule and value.", _MISTAKE),
     "unauthorized": Kind(401, "No valid bearer token was given, and one is configured.", "Give the token."),
     "read-only": Kind(403, "The token may only read.", "Use a token of `token_file`."),
-    "cross-origin": Kind(403, "A change with another Origin, and no token is configured.", "Configure a token."),
+    "cross-origin": Kind(
+        403, "A change with the Origin of another address, and no token is configured.", "Configure a token."
+    ),
     "unknown-path": Kind(404, "Nothing is served there.", _MISTAKE),
     "unknown-operator": Kind(
         404, "No operator of this name is configured.", "Compare the name with the configuration; do not open again."
@@ -50,16 +52,20 @@ KINDS = {
     ),
     "ended": Kind(
         409,
-        "The session has ended, and comes along in `session`. 409 to an opening, 410 to a touch.",
+        "The session has ended; `session` shows it. 409 to an opening, 410 to a touch.",
         "Stop playing under this id. A player who goes on needs a session with a new id.",
     ),
     "busy": Kind(
-        409, "Another call of this kind is under way, for this operator or for too many.", "Wait for that one."
+        409,
+        "Another call of this kind is under way for this operator, or for too many operators.",
+        "Wait until it has ended.",
     ),
     "not-dead": Kind(409, "Only a dead delivery can be retried; `detail` has its state.", "Nothing."),
     "cannot-be-sent": Kind(409, "A fact that the dialect must send is not known.", "Nothing: it can never be sent."),
     "no-url": Kind(409, "The operator has no URL to send to.", "Configure `url`."),
-    "nothing-to-send": Kind(409, "No delivery to its URL waits that is not under way already.", "Nothing."),
+    "nothing-to-send": Kind(
+        409, "No delivery to the operator's URL waits, except those under way already.", "Nothing."
+    ),
     "too-large": Kind(413, "The body is too long.", "Send less at once."),
     "unsupported-media-type": Kind(415, "The body is not application/json, or is compressed.", _MISTAKE),
     "expectation-failed": Kind(417, "An `Expect` other than `100-continue`.", _MISTAKE),
@@ -70,7 +76,9 @@ KINDS = {
     ),
     "internal-error": Kind(500, "A bug; the log has its traceback.", "Try again, with growing waits. Report it."),
     "too-many-listeners": Kind(
-        503, "As many listen to events as may, or the daemon is stopping.", "Try again after `Retry-After` seconds."
+        503,
+        "Too many clients listen to events already, or the daemon is stopping.",
+        "Try again after `Retry-After` seconds.",
     ),
     "cannot-store": Kind(
         503,

@@ -22,7 +22,7 @@ STEPS_S = (1, 60)
 class Counts(NamedTuple):
     """Counts of one operator or of all: touches, ends, attempts that succeeded and that failed.
 
-    `lag_ms` is how long after its deadline the latest of the ends for inactivity was committed.
+    `lag_ms` is the longest time from a session's deadline to the commit of its end, among the ends for inactivity.
     """
 
     touches: int = 0

@@ -27,7 +27,7 @@ log = Log("api")
 
 
 class Sessions:
-    """Handlers of these calls."""
+    """The handlers of the calls about sessions."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

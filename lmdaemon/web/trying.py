@@ -22,7 +22,7 @@ log = Log("api")
 
 
 class Trying:
-    """Handlers of these calls."""
+    """The handlers of the calls that try an endpoint."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

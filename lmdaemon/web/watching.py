@@ -11,7 +11,7 @@ from lmdaemon.web.recent import STEPS_S, Counts
 
 
 class Watching:
-    """Handlers of these calls."""
+    """The handlers of the calls for watching the daemon."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -25,7 +25,7 @@ class Watching:
         if request.method == "HEAD":
             return web.Response(headers=STREAM_HEADERS)
         if self._events.full:
-            raise Problem("too-many-listeners", "as many listen as may, or the daemon is stopping")
+            raise Problem("too-many-listeners", "too many clients listen already, or the daemon is stopping")
         response = web.StreamResponse(headers=STREAM_HEADERS)
 
         def abort() -> None:

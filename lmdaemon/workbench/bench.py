@@ -87,7 +87,7 @@ class Limits(NamedTuple):
 
 
 class Bench:
-    """`found` are the findings so far by check, `by_check` the exchanges each has made."""
+    """What a check uses. `found` are the findings so far, by check; `by_check` the exchanges that each has made."""
 
     def __init__(self, operator: Operator, notices: Notices, wire: Wire, clock: Clock, limits: Limits) -> None:
         self.operator = operator
@@ -97,7 +97,7 @@ class Bench:
         self.clock = clock
         self.limits = limits
         self.found: dict[str, Finding] = {}
-        self.untried: set[str] = set()  # checks that the run's limits of requests and time have ended early
+        self.untried: set[str] = set()  # checks that could not send all that they wanted
         self.by_check: dict[str, list[Exchange]] = {}
         self._first: Told | None = None
 

@@ -1,5 +1,5 @@
-"""Records what a simulated operator received, and judges signatures, bodies, times and duplicates. A verdict is a word
-of `FAULTS`, or empty. Secrets are masked in the journal file.
+"""Records what a simulated operator received, and judges signatures, bodies, times and duplicates. What is wrong with a
+notice is a list of words of `FAULTS`. Secrets are masked in the journal file.
 """
 
 import base64
@@ -19,7 +19,7 @@ from lmdaemon.masks import MASK
 from lmdaemon.retry import JITTER, RETRY_AFTER_MAX_S
 from lmdaemon.workbench.script import EVER, Answer, ScriptError, Span
 
-CLOCK_OFF_S = 300  # Standard Webhooks: five minutes either way
+CLOCK_OFF_S = 300  # how far a signature's time may be off, in both directions (Standard Webhooks: five minutes)
 EVIDENCE_MAX = 100  # faults that are reported one by one; all are counted
 EARLY_S = 0.05  # how much shorter a wait may look because of clock and network
 

@@ -1,5 +1,5 @@
 """Makes the notices that `check` and `simulate provider` send, valid and invalid, in any dialect. Ids begin with
-`lmcheck-` or `lmsim-`, so that whoever finds one in a database or a log knows where it came from.
+`lmcheck-` or `lmsim-`, so that people who find one in a database or a log know where it came from.
 """
 
 import json

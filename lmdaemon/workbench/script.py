@@ -38,14 +38,14 @@ class Answer(NamedTuple):
 
     @property
     def accepts(self) -> bool:
-        """Whether it reports success. A sender may still count it as a failure, for example after its own time-out."""
+        """Whether the answer reports success. A sender may count it as a failure all the same, as after a time-out."""
         if self.kind in ("body", "json"):
             return answered_code(self.body) == 0
         return self.kind in ("ok", "interim", "drip") or (self.kind == "error" and self.number == 0)
 
     @property
     def body(self) -> bytes:
-        """The text of `body`, a whole body, or of `json`, the value of `error`."""
+        """The body of an answer of kind `body` or `json`. `text` is the whole body; for `json` only the `error`."""
         text = self.text if self.kind == "body" else f'{{"error":{self.text},"description":"Simulated"}}'
         return text.encode()
 
@@ -82,7 +82,7 @@ class Rule:
         return self.session is None and self.attempt is None and self.chance is None
 
     def current(self) -> Answer | None:
-        """The present answer; None when the rule is used up."""
+        """The answer for the next notice; None if the rule is used up."""
         before = 0
         for answer, times in self.steps:
             before += times

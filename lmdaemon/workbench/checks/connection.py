@@ -159,7 +159,7 @@ def _unverified() -> ssl.SSLContext:
 async def old_tls(bench: Bench) -> Finding:
     """TLS 1.0 and 1.1 are refused.
 
-    They are broken and forbidden (RFC 8996); auditors ask for it.
+    They are broken and forbidden (RFC 8996); auditors ask whether they are refused.
     """
     if not bench.is_https:
         raise Skip("no TLS")

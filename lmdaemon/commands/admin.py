@@ -414,7 +414,7 @@ def _changed(args: argparse.Namespace, operator: dict[str, Any], otherwise: str)
     """Prints an operator; as text, without members that do not apply to it. Says so if nothing has changed."""
     facts = _flat(operator)
     code = show(args, facts if args.json else {name: value for name, value in facts.items() if value is not None})
-    sys.stdout.flush()  # if the result cannot be written, only that error is reported
+    sys.stdout.flush()  # raises before the warning is printed, if the result cannot be written
     if not operator["changed"]:
         say(f"{args.operator} {otherwise}: nothing has changed", "WARNING")
     return code

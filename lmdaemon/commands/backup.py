@@ -52,7 +52,9 @@ FLUSH_BYTES = 4 * 1024 * 1024
 
 
 def _check_is_file(settings: Settings, command: str, how: str) -> None:
-    """Raises Usage for a database on PostgreSQL, which has its own tools for this."""
+    """Raises Usage if the database is on PostgreSQL, because backup and restore are for files only. `how` names the
+    tools of PostgreSQL that do the same.
+    """
     if settings.postgres is not None:
         raise Usage(f"{command}: the database is on PostgreSQL (database.url): {how} the copy; see docs/scaling.md")
 
@@ -241,7 +243,7 @@ def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
 
 
 def _put_in_place(copy: Path, database: Path, lock: int) -> dict[str, Any]:
-    """Moves the old files away and puts the copy in their place. Returns what the copy has in it, for the output."""
+    """Moves the old files away and puts the copy in their place. Returns the facts that are printed about the copy."""
     found: dict[str, Any] = {"bytes": copy.stat().st_size, **_contents(copy)}
     # The daemon refuses to start while the lock file has this mark, so that no half-moved set of files is opened.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})

@@ -173,7 +173,9 @@ class _Leaf(argparse.ArgumentParser):
 
 
 def parser(*, whole: bool = False) -> argparse.ArgumentParser:
-    """The parser of the command line. With `whole`, every command's arguments are declared, which imports them all."""
+    """The parser of the command line. With `whole`, the arguments of all commands are declared, so that all their
+    modules are imported.
+    """
     top = argparse.ArgumentParser(
         "lmdaemon",
         description="SessionExpired as a daemon: sessions, their expiry, and its delivery.",

@@ -98,7 +98,7 @@ def _trusted(settings: Settings) -> frozenset[int]:
 class Client:
     """The private API of the running daemon, at the address in the configuration. Raises Failed and Usage.
 
-    `cert` and `key` are for a daemon that asks its clients for a certificate.
+    `cert` and `key` are the client certificate and its key, for a daemon that asks for one.
     """
 
     def __init__(self, settings: Settings, cert: Path | None = None, key: Path | None = None) -> None:
@@ -161,7 +161,8 @@ class Client:
         return self._answer(content, status, kind, shape)
 
     async def status_and_answer(self, method: str, *path: str, body: object = None) -> tuple[int, Any]:
-        """Makes one call and returns the status and the answer's JSON, whatever they are; None where it is no JSON.
+        """Makes one call and returns the status and the answer's JSON, whatever they are. An answer without JSON is
+        None.
 
         Raises Failed.
         """
@@ -250,7 +251,7 @@ class Client:
 
     def _url(self, path: Sequence[str], query: Mapping[str, object]) -> Any:
         given = {name: value for name, value in query.items() if value is not None}
-        # Encoded here and not again by yarl: an id may have a slash in it, or be "..", which a URL would resolve
+        # Encoded here, and not by yarl: yarl would take a slash in an id, or the id "..", for parts of the path
         parameters = urlencode(given)
         return URL(f"{self._base}/{'/'.join(quote(part, safe='') for part in path)}?{parameters}", encoded=True)
 

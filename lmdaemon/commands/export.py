@@ -92,7 +92,7 @@ class Told:
     pending: int = 0
     tell: Tell = lambda _: None
     chain: Chain = field(default_factory=Chain)
-    digest: str | None = None  # of the whole file
+    digest: str | None = None  # SHA-256 of the whole file, in hex
 
 
 @command(

@@ -1,5 +1,5 @@
 """The text of `lmdaemon status` about health and operators: what is wrong, since when, why, what happens by itself and
-what can be done by hand. Pure; docs/operating.md has more of each check under its name.
+what can be done by hand. Pure. docs/operating.md says more about each check, under the name of the check.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from lmdaemon.model import in_bytes, in_time
 
 _ASIDE = ("status", "time", "output", "observedUnit")  # members of a check that are not printed as figures
 _INDENT = " " * 22
-TOLD_MAX = 3  # operators for which a check prints a line with a command
+TOLD_MAX = 3  # a check prints a line with a command for at most so many operators
 # What can be done about a check that does not pass, by its name. `_by_hand` adds the checks `deliveries` and `expiry`
 _BY_HAND = {
     "store": "make room on its disk, or mend it: within a second after that writes go on by themselves, and clients "

@@ -130,7 +130,7 @@ def _trusting(ca: Pem, operator: Operator) -> Profile:
 
 
 def signing_keys(path: Path) -> tuple[bytes, ...]:
-    """The secrets of a file, one a line. Raises Usage."""
+    """The signing secrets in a file, one a line. Raises Usage."""
     lines = secret_file(path, "--signing-secret-file").splitlines()
     try:
         return tuple(whsec(line.strip()) for line in lines if line.strip())
@@ -148,7 +148,7 @@ def _checked_url(text: str) -> Target:
 
 
 def checked_id(text: str, option: str) -> str:
-    """The text, if it is an id. Raises Usage, which names the option."""
+    """The text, if it is an id. Raises Usage with a text that names the option."""
     problem = id_problem(text)
     if problem:
         raise Usage(f"{option}: {problem}")

@@ -195,7 +195,7 @@ def player_token(args: argparse.Namespace) -> str | None:
 
 
 def secret_file(file: Path, option: str) -> str:
-    """The content of a file without the line break at its end. Raises Usage, which names the option."""
+    """The content of a file without the line break at its end. Raises Usage with a text that names the option."""
     try:
         content = file.read_bytes()
     except OSError as error:

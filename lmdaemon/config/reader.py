@@ -61,7 +61,7 @@ def find(explicit: Path | None) -> tuple[Path, bool]:
 
 
 def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: Needs = None) -> Settings:
-    """The settings for a command that was given `--config`, or None. Raises ConfigError with every finding."""
+    """The settings for a command. `explicit` is the file of its --config. Raises ConfigError with every finding."""
     path, found = find(explicit)
     return load(path, found=found, secrets=secrets, needs=needs)
 

@@ -18,7 +18,7 @@ from lmdaemon.config.values import NAME, NAME_RULE, whsec
 from lmdaemon.model import id_problem
 
 Secrets = Literal["required", "readable", "optional"]
-TOKEN_ADVISED = 16  # characters
+TOKEN_ADVISED = 16  # characters; a shorter token is accepted with a warning
 
 
 class SecretFiles:

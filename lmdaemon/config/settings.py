@@ -134,12 +134,12 @@ class DialectTable(msgspec.Struct, frozen=True, kw_only=True):
 class Tls(msgspec.Struct, frozen=True):
     """The TLS settings of a listener, made of its files. A file that changes later has no effect until a reload."""
 
-    cert: Pem  # its own certificate first
+    cert: Pem  # the listener's own certificate first, then those of its issuers
     context: ssl.SSLContext | None  # None if a file could not be read, as when a command is run by another user
 
 
 class Postgres(msgspec.Struct, frozen=True):
-    """A database on PostgreSQL. Its password is in no text of this struct."""
+    """A database on PostgreSQL. The struct's repr does not show it, so that no password gets into a log."""
 
     url: str  # without a password
     password: str | None  # None: libpq looks in its own places, such as PGPASSFILE, or needs none
@@ -209,7 +209,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     use: str
-    operators: tuple[str, ...] | None  # None: all
+    operators: tuple[str, ...] | None  # None: all operators
     policy: Policy
     options: Mapping[str, Any]
 
@@ -287,7 +287,7 @@ def by_key(settings: Settings) -> dict[str, Any]:
 
 
 def flat(table: msgspec.Struct, at: str) -> Iterator[tuple[str, Any]]:
-    """The keys of a table with their values, by their place in the file."""
+    """The values of a table by key path, such as `api.listen`."""
     for name, value in msgspec.structs.asdict(table).items():
         if isinstance(value, Codes):  # a table within it
             yield from flat(value, f"{at}.{name}")

@@ -72,7 +72,7 @@ def digest(settings: Settings) -> str:
 
 
 def inherited(settings: Settings) -> list[str]:
-    """The keys of `in_force` that stand in no operator's table, but in [sessions] or [delivery]."""
+    """The operators' keys of which `in_force` shows a value inherited from [sessions] or [delivery]."""
     return [
         key
         for name, table in settings.tables.items()

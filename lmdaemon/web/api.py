@@ -90,7 +90,9 @@ class Api:
         return handle
 
     def direct(self, request: web.Request) -> Coroutine[Any, Any, Reply] | None:
-        """Begins to handle a request if it is a frequent call, which needs no task of its own; None for all others."""
+        """Begins to handle a frequent call and returns its coroutine, which needs no task of its own. Returns None for
+        all other requests.
+        """
         found = _DIRECT.fullmatch(request.rel_url.raw_path)
         if found is None:
             return None

@@ -170,7 +170,7 @@ class Call:
     calls that take the id of the first item of a page; `events` are the events of a stream.
     """
 
-    handler: Handler  # a method of a part of the API
+    handler: Handler  # a method of one of the classes of handlers, such as `Sessions.open`
     method: str
     path: str
     name: str

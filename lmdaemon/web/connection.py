@@ -307,7 +307,7 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         """Called by the event loop when the client has taken most of its answers."""
         self._account.set_unsent(0)
-        self._taking.begin_again()  # new answers will be written, so what was unread before says nothing any more
+        self._taking.begin_again()  # what was unread before is not compared with the new answers that come now
         super().resume_writing()
 
     # -- time limits and the end

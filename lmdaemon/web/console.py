@@ -43,7 +43,7 @@ class Console:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._files: dict[str, tuple[bytes, str]] = {}
-        self._packed: dict[str, bytes] = {}  # files that the package has compressed, as they are there (gzip)
+        self._packed: dict[str, bytes] = {}  # the gzip bytes of files that are compressed in the package
         for file in resources.files("lmdaemon.web").joinpath("console_files").iterdir():
             name, body = file.name.removesuffix(".gz"), file.read_bytes()
             if name != file.name:

@@ -1,5 +1,5 @@
-"""Makes JSON documents of sessions and deliveries, for the API and for the export. Pure. No token and no body may get
-into one.
+"""Makes JSON documents of sessions and deliveries, for the API and for the export. Pure. No document may contain a
+token or the body of a notice.
 """
 
 import re

@@ -187,7 +187,7 @@ class HotConnection(Connection):
         try:
             super().data_received(data)
         finally:
-            if self._parser is stand_in:  # the connection was not cut, which removes the parser
+            if self._parser is stand_in:  # a connection that was cut meanwhile has no parser
                 self._parser = parser
 
     def _takes(self, parsed: tuple[Any, Any], data: bytes, waiter: "asyncio.Future[None]") -> bool:

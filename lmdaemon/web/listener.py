@@ -109,7 +109,7 @@ class Site(web.BaseSite):
         self.keepalive_s = KEEPALIVE_S
         # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
         self.knows: Callable[[Any], bool] = lambda head: False
-        # Begins to handle a request that needs no task of its own; None for other requests
+        # Begins to handle a request that needs no task of its own, and returns the coroutine; None for other requests
         self.direct: Callable[[Any], Coroutine[Any, Any, Reply] | None] = lambda request: None
         self.stop_within_s = 10.0  # how long a stop waits for answers
         self.connections = 0  # open now, those in their TLS handshake included

@@ -271,7 +271,7 @@ def _dialects(operators: Iterable[Operator]) -> dict[str, Dialect]:
 
 
 def _unlike(keys: Iterable[str], prefix: str, empty: str) -> dict[str, str]:
-    """For each key (a path, or the name of a dialect) a name that can be used in code; equal ones get a number."""
+    """For each key (a path, or the name of a dialect) a name that can be used in code; equal names get a number."""
     names: dict[str, str] = {}
     for key in keys:
         words = re.findall("[A-Za-z0-9]+", key.replace("sessionexpired", "SessionExpired"))

@@ -90,7 +90,7 @@ KINDS = {
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word
     """An answer that is an error: a code of KINDS, a detail for people, and the session that it is about. `status`
-    overrides that of the kind.
+    is used instead of the status of the code's kind.
     """
 
     def __init__(

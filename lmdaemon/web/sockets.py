@@ -18,7 +18,9 @@ from lmdaemon.log import Log
 BACKLOG = 512  # connections that the kernel keeps until they are accepted
 ACCEPTS_AT_ONCE = 64  # connections accepted in one turn of the event loop
 ACCEPT_AGAIN_S = 0.1  # wait after accepting has failed
-ACCEPTING_S = 1.0  # how long accepting must work again before the service clock goes on: waiting touches come first
+# How long accepting must work again before the service clock goes on, so that touches that wait in the kernel are taken
+# before sessions can end
+ACCEPTING_S = 1.0
 
 # Errors of a connection that ended before it was accepted; accepting can go on. Source: accept(2), "Error handling"
 _NOT_OURS = {

@@ -1,4 +1,4 @@
-"""What to do when a valid notice was not accepted, which most other checks need. Pure."""
+"""Advice for an endpoint that did not accept a valid notice, without which most other checks say nothing. Pure."""
 
 import json
 from urllib.parse import parse_qsl

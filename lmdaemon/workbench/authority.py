@@ -1,4 +1,6 @@
-"""Certificates for a simulated operator, of a made-up CA. trustme makes them: the extra `workbench` brings it."""
+"""Certificates for a simulated operator, of a made-up CA. The library trustme makes them; the extra `workbench`
+installs it.
+"""
 
 import ssl
 from datetime import UTC, datetime, timedelta

@@ -1,6 +1,6 @@
 """The measurements of a simulated provider: counts, broken promises with evidence, and percentiles of times.
 
-Percentiles are HdrHistogram's, of the extra `workbench`, to three digits.
+Percentiles have three significant digits. The library HdrHistogram computes them; the extra `workbench` installs it.
 """
 
 from collections import Counter
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-EVIDENCE_MAX = 20  # most cases that are kept of each kind; all are counted
+EVIDENCE_MAX = 20  # cases whose description is kept, for each promise; further ones are only counted
 LONGEST_MS = 3_600_000
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 

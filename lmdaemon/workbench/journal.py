@@ -85,7 +85,7 @@ class Journal:
     file: TextIO | None = None
     tally: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
-    sessions: dict[str, Told] = field(default_factory=dict)  # each with the attempts of its first webhook-id
+    sessions: dict[str, Told] = field(default_factory=dict)  # by session id: the attempts with its first webhook-id
     _deliveries: dict[str, Told] = field(default_factory=dict)
 
     def arrived(self, notice: Notice) -> Arrival:

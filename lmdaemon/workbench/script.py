@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     span_s: float = 0.0
     text: str = ""
     retry_after: str = ""
-    after_s: float = 0.0  # how long to wait first
+    after_s: float = 0.0  # how long to wait before the answer
 
     @property
     def accepts(self) -> bool:
@@ -151,7 +151,7 @@ class Script:
 
 
 def read_text(text: str, seed: int = 0) -> Script:
-    """Rules separated by line breaks or semicolons; what follows a # is a comment. Raises ScriptError."""
+    """A script as text: rules separated by line breaks or semicolons, and comments after a #. Raises ScriptError."""
     rules = []
     for number, line in enumerate(_lines(text), 1):
         conditions, answers = _split(line)
@@ -163,7 +163,9 @@ def read_text(text: str, seed: int = 0) -> Script:
 
 
 def read_toml(text: str, seed: int | None = None) -> Script:
-    """`seed`, and `[[rule]]` tables of session, attempt, count, chance and answer. Raises ScriptError."""
+    """A script in TOML: `seed`, and `[[rule]]` tables of session, attempt, count, chance and answer. Raises
+    ScriptError.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

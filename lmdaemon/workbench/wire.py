@@ -15,8 +15,8 @@ from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.workbench.exchanges import Answer, Asked, Exchange
 
-REQUESTS_MAX = 120  # most requests in a run
-PER_SECOND = 5.0  # on average; ten at once are followed by a pause of two seconds
+REQUESTS_MAX = 120  # requests in a run
+PER_SECOND = 5.0  # requests a second, on average: after ten at once, no request is sent for two seconds
 SILENT_MAX = 3  # requests in a row without an answer, after which nothing more is sent
 _FOREVER_S = 1e9
 _SILENT = ("timeout", "connect", "dns", "tls", "private_address")  # causes that count as no answer

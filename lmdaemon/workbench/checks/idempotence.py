@@ -9,8 +9,8 @@ RACE = 10
 
 
 def _again(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Finding:
-    """As `accepted`; but a failure that is the same as that of idempotence.repeat becomes skipped, so that one cause is
-    reported once.
+    """As `accepted`. But if the check fails with the same text as idempotence.repeat did, the verdict is `skipped`, so
+    that one cause is reported once.
     """
     finding, plain = accepted(bench, *exchanges, told=told), bench.found.get("idempotence.repeat")
     if finding.verdict == "fail" and plain is not None and (plain.verdict, plain.text) == ("fail", finding.text):

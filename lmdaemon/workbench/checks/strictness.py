@@ -119,7 +119,7 @@ async def other_provider(bench: Bench) -> Finding:
 
 
 async def provider_case(bench: Bench) -> Finding:
-    """The provider's id is taken in upper and lower case.
+    """The provider's id is accepted in upper and lower case.
 
     The provider's own pages write it in more than one way.
     """
@@ -152,7 +152,7 @@ async def extra_fields(bench: Bench) -> Finding:
 
 
 async def long_ids(bench: Bench) -> Finding:
-    """A session id of 256 characters is taken.
+    """A session id of 256 characters is accepted.
 
     Ids are opaque; a column that is too short truncates or fails.
     """
@@ -183,7 +183,7 @@ async def hostile_ids(bench: Bench) -> Finding:
 
 
 async def charset(bench: Bench) -> Finding:
-    """A Content-Type with a charset is taken.
+    """A Content-Type with a charset is accepted.
 
     Many HTTP clients add `; charset=UTF-8` by themselves.
     """

@@ -62,7 +62,7 @@ class _Question(Generic[_Answer]):
         if task is None or (task.done() and now - self._asked >= ASK_EVERY_S):
             self._asked, self._asked_loop = now, loop.time()
             task = self._task = asyncio.create_task(self._ask())
-            # Marks an exception as seen: the next caller asks again, so nobody may be there to look at it
+            # Marks an exception as seen, because perhaps no caller is left to look at it. The next caller asks again
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
         left_s = max(0.0, self._asked_loop + self._within_s - loop.time())
         done, _ = await asyncio.wait({task}, timeout=left_s)

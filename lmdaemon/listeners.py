@@ -21,7 +21,7 @@ from lmdaemon.web.listener import Site, connections_max, private_request, public
 from lmdaemon.web.memory import Bounds
 from lmdaemon.web.sockets import Acceptor, Hearing, address_of, bind, turn_away
 
-CUT_S = 0.5  # how long a handler may go on whose connection was cut at a stop; aiohttp waits twice for so long
+CUT_S = 0.5  # how long handlers may go on after a stop has cut their connections; aiohttp waits this long two times
 
 events = log.Log("daemon")
 

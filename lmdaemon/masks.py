@@ -86,7 +86,7 @@ class Mask:
         parts: list[tuple[int, int]] = []
         for reading in _readings(text):
             folded = _folded(reading)
-            rest = folded.text  # the whole secrets are blanked out in it, so that only parts are found there
+            rest = folded.text  # whole secrets are overwritten in this text below, so that only parts are found in it
             for secret, with_backslashes in self._looked_for.items():
                 if not secret:  # the secret consists of backslashes
                     found += (reading.span(*run.span()) for run in re.finditer(r"\\+", reading.text))

@@ -126,8 +126,8 @@ class Session(NamedTuple):
     lifetime_at: int | None
     ended_at: int | None
     reason: Reason | None
-    opened_request: str | None = None  # the X-Request-Id of the call that opened the session; below: that closed it
-    ended_request: str | None = None
+    opened_request: str | None = None  # the X-Request-Id of the call that opened the session
+    ended_request: str | None = None  # the X-Request-Id of the call that closed it
 
     def __repr__(self) -> str:
         return _shown(self, "token", "extra")

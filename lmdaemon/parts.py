@@ -226,7 +226,7 @@ class _Recorder(StoreObserver):
     def __init__(self, store: Store, metrics: Metrics, closing: Mapping[tuple[str, str], Asker]) -> None:
         self._store = store
         self._metrics = metrics
-        self._closing = closing  # who is closing which session, by operator and id
+        self._closing = closing  # who is closing a session just now, by its operator and id
 
     def sessions_ended(self, sessions: Sequence[Session]) -> None:
         """Counts and logs ends (StoreObserver)."""

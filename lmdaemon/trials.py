@@ -110,7 +110,7 @@ class _Trial:
                 self._own.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        task, self._task = self._task, None  # only once, because a second cancellation would interrupt its clearing up
+        task, self._task = self._task, None  # once at most: a second one would interrupt the task's cleaning up
         if task is not None:
             task.cancel()
 

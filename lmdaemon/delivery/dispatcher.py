@@ -154,7 +154,7 @@ class Dispatcher(StoreObserver):
             wait_s = await self.once()
             self._store_failure = None
         except StoreError as error:
-            if str(error) != self._store_failure:  # the first failure and each change are logged, not every attempt
+            if str(error) != self._store_failure:  # logged once, and again if the text changes; not in every round
                 self._store_failure = str(error)
                 log.warning("delivery.waiting_for_store", reason=self._store_failure)
             wait_s = STORE_RETRY_S

@@ -85,8 +85,8 @@ class Questions:
     # (delivery, attempts) of each result: is the delivery pending, with no more attempts than that? A success counts in
     # any case (ANY); a failure does not count if another daemon has attempted the delivery since.
     results: list[tuple[int, int]] = field(default_factory=list)
-    due_rows: int = 0  # as many as all sweeps look at together: which sessions are past their maximum lifetime?
-    due_ms: int | None = None  # as many at most: which sessions are due at this service time?
+    due_rows: int = 0  # which sessions are past their maximum lifetime? So many at most
+    due_ms: int | None = None  # which sessions are due at this service time? `due_rows` at most
     retry: RetryDead | None = None  # which of the deliveries to retry are dead and can be sent?
     # Public ids of deliveries: which are known, and can they be sent?
     deliveries: list[str] = field(default_factory=list)

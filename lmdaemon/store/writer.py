@@ -266,7 +266,7 @@ class Writer(Generic[Work]):
             self._queued_rows = 0
         if self.failing_since is None:
             self.failing_since = time.monotonic()
-        if failure != self.failure:  # the first failure and each change are logged, not every attempt
+        if failure != self.failure:  # logged once, and again if the text changes; not at every attempt
             log.error("store.failing", reason=failure, refused=len(batch), database=self._engine.database)
         self._set_available(False)
         self.failure = failure

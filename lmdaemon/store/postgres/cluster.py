@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 AHEAD_MS = 1500  # how far a daemon's clock may run ahead of the slowest
-SURELY_MS = 900  # of each second: the database's clock may be slowed down to be set right
+SURELY_MS = 900  # how much of a second surely passes by the database's clock, which may be slowed down to be set right
 
 
 class Heard(NamedTuple):
@@ -51,7 +51,8 @@ def stamp_ms(arrival_ms: int, own_ms: int, others: Collection[Heard], database_a
     much as the database's clock has. Nor is it below `kept_ms`, the furthest clock of the daemons that are gone,
     because others may have followed that one.
 
-    If the database's clock was set back by less than that time, the stamp is too low by as much, AHEAD_MS at most.
+    If the database's clock was set back since that transaction, but by less than the time that has passed, the stamp is
+    too low by as much, AHEAD_MS at most.
     """
     furthest = max(arrival_ms, kept_ms)
     for one in others:

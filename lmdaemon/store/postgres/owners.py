@@ -142,8 +142,8 @@ class Owners:
             self.is_settled = False
 
     def wishes(self, configured: Collection[str], members: Collection[int], now_s: float) -> Wishes:
-        """What to do now about the rows. `configured` are the operators of the settings, `members` the daemons that are
-        there.
+        """What this daemon has to change now in the rows of `owner`. `configured` are the operators of the settings,
+        `members` the daemons that are there.
         """
         found = Wishes([], [], [])
         free: dict[str, float] = {}

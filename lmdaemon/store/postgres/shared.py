@@ -42,7 +42,7 @@ from lmdaemon.store.writer import Writer
 LEAVE_S = 3.0  # the longest time that leaving the database may take at a stop
 STRAINS_S = 60.0  # between two searches for what strains the server
 ASK_S = 2.5  # how long the writer's connection may take to tell its settings, besides the job that it is doing
-RELEASE_S = 5.0  # how long an operator's owner may take to answer that its ends wait no longer
+RELEASE_S = 5.0  # how long the daemon that owns an operator may take to answer that the ends wait no longer
 # Pauses before the others' rows are read again, in which they may hear past a deadline. At first none, because what is
 # known of them is as old as the last transaction; after the last one the sweep is given up for now.
 WAITS_S = (0.0, 0.004, 0.004, 0.004, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08)

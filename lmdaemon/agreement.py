@@ -23,7 +23,7 @@ def disagreement(members: Sequence[Member]) -> str | None:
 
 
 def slowest(members: Sequence[Member]) -> Member | None:
-    """The daemon whose service clock is furthest behind: no session ends for inactivity before its clock is past the
-    deadline. None where only one daemon is there.
+    """The daemon whose service clock is furthest behind: no session ends for inactivity before that clock is past the
+    session's deadline. None where only one daemon is there.
     """
     return max(members, key=lambda one: one.lag_ms) if len(members) > 1 else None

@@ -269,7 +269,9 @@ def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
 
 
 def recognise(received: Mapping[str, Any], accepted: Sequence[Dialect]) -> Dialect:
-    """The accepted dialect of whose required names the fewest are missing in `received`; the first of them on a tie."""
+    """The accepted dialect with the fewest required names that are missing in `received`; the first of them on a
+    tie.
+    """
     if len(accepted) == 1:
         return accepted[0]
 

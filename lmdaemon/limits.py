@@ -40,7 +40,7 @@ class StoreLimits(NamedTuple):
     lease_s: float = 5.0
     watch_s: float = 0.25  # between two looks at the other daemons' rows, at a start
     statement_s: float = 5.0  # after which the server ends a statement
-    lock_s: float = 1.0  # after which the server ends a wait for a lock; a transaction waits twice, within `write_s`
+    lock_s: float = 1.0  # after which the server ends a wait for a lock; a batch waits twice at most, within `write_s`
     upgrade_again_s: float = 0.5  # before an upgrade of the schema that found something locked is tried again
     # Most sessions past their idle time, and as many past their lifetime, that a sweep looks at when many are due. A
     # touch waits for such a sweep, about 15 ms; smaller ones would each need a commit of their own.

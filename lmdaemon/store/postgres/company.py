@@ -94,7 +94,7 @@ class Company:
         return before != self.others.keys()
 
     def passed_at(self, now_s: float) -> int:
-        """A time of the server (wall ms) that has passed at the monotonic time `now_s`."""
+        """The latest time of the server (wall ms) that has surely passed at the monotonic time `now_s`."""
         return self.known_at if self._learned_s is None else passed_at(self.known_at, now_s - self._learned_s)
 
     @property

@@ -43,7 +43,7 @@ LATERAL (SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s
                AND d.id NOT IN (SELECT one::bigint FROM json_array_elements_text(lane.taken) AS one)
          ORDER BY d.due_at LIMIT lane.most) AS found
 ORDER BY lane.place, found.due_at"""
-# For each operator: from when the age of the oldest delivery that waits for its URL is counted.
+# For each operator: the time from which the age of the oldest delivery that waits for the operator's URL is counted.
 AGING = """
 SELECT name, (SELECT min(aged_from_at - held_base_ms)
               FROM (SELECT aged_from_at, held_base_ms FROM lmdaemon.delivery

@@ -188,7 +188,7 @@ def readable(certificates_file: Path) -> bool:
     """Whether OpenSSL can read the certificates in a file."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificates_file)
-    except OSError:  # ssl.SSLError is one
+    except OSError:  # ssl.SSLError is an OSError
         return False
     return True
 

@@ -38,7 +38,7 @@ def command(*arguments: Argument) -> Callable[[Run], Command]:
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """One option or positional argument. A value is text that can be sent on as UTF-8, unless it has another type."""
+    """One option or positional argument, as `add_argument` takes it. Without `type`, its value must be UTF-8 text."""
     if "action" not in options:
         options.setdefault("type", text)
     return names, options

@@ -17,7 +17,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENING = "0A"  # TCP_LISTEN of the kernel's tcp_states.h
 _EVERY = (ipaddress.IPv4Address("0.0.0.0"), ipaddress.IPv6Address("::"))  # noqa: S104 - searched for, not bound to
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of whoever called listen(): unix(7)
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process that called listen(): unix(7)
 
 
 class NobodyError(Exception):

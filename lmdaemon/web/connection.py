@@ -50,13 +50,13 @@ class Host(Protocol):
     malformed: Callable[[str], web.Response]
 
     def made(self, connection: "Connection") -> None:
-        """A connection is open."""
+        """Notes a connection that has opened."""
 
     def lost(self, connection: "Connection", address: str | None) -> None:
-        """A connection is closed; `address` is the one it was counted under."""
+        """Notes a connection that is closed; `address` is the one that it was counted under."""
 
     def note_cut(self, reason: str, address: str | None) -> None:
-        """The daemon cuts a connection; `reason` is one of `listener.CUTS`."""
+        """Notes a connection that the daemon cuts; `reason` is one of `listener.CUTS`."""
 
 
 class Arrival:

@@ -234,7 +234,7 @@ class HotConnection(Connection):
             if awaited is None:  # asyncio.sleep(0)
                 self._loop.call_soon(self._go_on)
             else:
-                # Asyncio's protocol between a task and the future that it awaits
+                # A task of asyncio does these two things with a future that it awaits
                 awaited._asyncio_future_blocking = False
                 awaited.add_done_callback(self._go_on)
 

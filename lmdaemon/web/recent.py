@@ -56,7 +56,7 @@ class Since(StoreObserver):
                     self._lag_ms[one.operator] = lag_ms
 
     def take(self) -> dict[str, Counts]:
-        """The counts by operator, without operators for which nothing was counted."""
+        """What was counted since the previous call, by operator. Operators with nothing new are left out."""
         totals, lag_ms, none = self._totals(), self._lag_ms, (0, 0, 0, 0)
         found = {}
         for operator, counts in totals.items():

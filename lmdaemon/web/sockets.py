@@ -132,7 +132,7 @@ class Acceptor:
 
     def _try_again(self) -> None:
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
-        self._accept()  # accept() fails without a free descriptor, even if no client waits; success shows there is one
+        self._accept()  # fails without a free descriptor even if no client waits, so success shows that one is free
 
 
 def turn_away(accepted: socket.socket, peer: object = None) -> None:

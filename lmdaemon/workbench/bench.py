@@ -97,7 +97,7 @@ class Bench:
         self.clock = clock
         self.limits = limits
         self.found: dict[str, Finding] = {}
-        self.untried: set[str] = set()  # checks that could not send all that they wanted
+        self.untried: set[str] = set()  # checks that ended early because no more requests could be sent
         self.by_check: dict[str, list[Exchange]] = {}
         self._first: Told | None = None
 

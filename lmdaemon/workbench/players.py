@@ -227,7 +227,7 @@ class Players:
     # -- the ends
 
     async def _watch(self) -> None:
-        """Asks for every session until all have ended and been delivered, or their time for it is over."""
+        """Reads every session again and again, until all have ended and been delivered, or are overdue."""
         last = max((one.touched_between[1] for one in self.sessions.values()), default=0.0)
         in_time_by = last + self._load.idle_s + self._load.late_s + 5.0
         waiting = dict(self.sessions)

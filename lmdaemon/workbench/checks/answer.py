@@ -13,7 +13,7 @@ from lmdaemon.workbench.exchanges import Answer, Exchange
 
 CLOCK_OFF_S = 30
 TOKEN_MIN = 6
-# Checks whose requests may be refused before the body is parsed; other rules hold for these answers
+# Checks whose requests may be refused before the body is parsed. The checks here do not judge their answers
 _BEFORE_PARSING = (
     "connection.plain-http",
     "strictness.content-type",

@@ -196,7 +196,7 @@ async def client_certificate(bench: Bench) -> Finding:
 async def anything(bench: Bench) -> Finding:
     """Something proves the sender.
 
-    Whoever finds the URL can end players' sessions; a URL is no secret.
+    Otherwise everybody who finds the URL can end players' sessions; a URL is no secret.
     """
     tried = {name: bench.found[name].verdict for name in PROOFS if name in bench.found}
     proven = [name.partition(".")[2] for name, verdict in tried.items() if verdict == "pass"]

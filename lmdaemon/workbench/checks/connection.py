@@ -1,4 +1,4 @@
-"""Checks of name, addresses, TLS, and how connections are kept open."""
+"""Checks of the endpoint's name, addresses and TLS, and of how it keeps connections open."""
 
 import asyncio
 import math
@@ -52,7 +52,7 @@ async def resolves(bench: Bench) -> Finding:
     failed = []
     for address in addresses[:ADDRESSES_MAX]:
         if private_address(address) and not bench.operator.allow_private_network:
-            continue  # connection.public reports it
+            continue  # the check connection.public reports such an address
         try:
             async with asyncio.timeout(bench.limits.connect_s):
                 _, writer = await asyncio.open_connection(address, _port(bench))

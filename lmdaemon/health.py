@@ -34,7 +34,7 @@ _Answer = TypeVar("_Answer")
 Check = dict[str, Any]
 
 
-class _Question(Generic[_Answer]):
+class Question(Generic[_Answer]):
     """A question to the store that is asked once at a time and at most once in ASK_EVERY_S, however many callers wait.
 
     So questions do not pile up while a disk hangs. No answer within `within_s` is an error for every caller.
@@ -104,9 +104,9 @@ class Health:
         self._deaf = deaf
         self._disk = disk
         self._behind = behind
-        self._probe = _Question("a write", store.probe, clock.monotonic, answer_within_s)
-        self._oldest = _Question("a reading", self._oldest_pending, clock.monotonic, answer_within_s)
-        self._daemons = _Question("a reading", store.daemons, clock.monotonic, answer_within_s)
+        self._probe = Question("a write", store.probe, clock.monotonic, answer_within_s)
+        self._oldest = Question("a reading", self._oldest_pending, clock.monotonic, answer_within_s)
+        self._daemons = Question("a reading", store.daemons, clock.monotonic, answer_within_s)
         self.members: Sequence[Member] = ()  # the daemons on the database, as they were last read
 
     @property

@@ -23,7 +23,7 @@ class Trials:
     """Runs trials: one at a time for each operator, and AT_ONCE_MAX at a time of all."""
 
     def __init__(self) -> None:
-        self._running: dict[str, _Trial] = {}
+        self._running: dict[str, Trial] = {}
         self._stopped = False
 
     def obstacle(self, operator: Operator) -> str:
@@ -69,7 +69,7 @@ class Trials:
     async def _begin(
         self, operator: Operator, work: Callable[[], Coroutine[Any, Any, _Found]], *, may_end_early: bool = False
     ) -> _Found:
-        trial = _Trial(work, may_end_early=may_end_early)
+        trial = Trial(work, may_end_early=may_end_early)
         self._running[operator.name] = trial
         trial.ended.add_done_callback(lambda _: self._running.pop(operator.name))
         trial.start(f"trial {operator.name}")
@@ -87,7 +87,7 @@ class Trials:
         await asyncio.gather(*(trial.ended for trial in self._running.values()), return_exceptions=True)
 
 
-class _Trial:
+class Trial:
     """Work on a thread of its own. `ended` is its result, a future of the daemon's event loop."""
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]], *, may_end_early: bool) -> None:
@@ -100,6 +100,7 @@ class _Trial:
         self._is_unwanted = False
 
     def start(self, name: str) -> None:
+        """Begins the work, on a thread of this name."""
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end_early(self) -> None:

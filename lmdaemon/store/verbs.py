@@ -61,7 +61,7 @@ class Verbs(Projection):
     def __init__(self, clock: Clock, name: str, limits: StoreLimits) -> None:
         super().__init__(clock, name)
         self._limits = limits
-        self._writer: Writer[Any]  # set by the engine's store
+        self.writer: Writer[Any]  # set by the engine's store
 
     @abstractmethod
     async def _died(self, operator: str, dead: Dead, after: tuple[int, int], limit: int) -> Died:
@@ -88,54 +88,54 @@ class Verbs(Projection):
 
     @property
     def failure(self) -> str | None:
-        return self._writer.failure
+        return self.writer.failure
 
     @property
     def failing_since(self) -> float | None:
-        return self._writer.failing_since
+        return self.writer.failing_since
 
     @property
     def writing_since(self) -> float | None:
-        return self._writer.writing_since
+        return self.writer.writing_since
 
     @property
     def waiting(self) -> int:
-        return self._writer.waiting
+        return self.writer.waiting
 
     @property
     def refused(self) -> Mapping[str, int]:
-        return self._writer.refused
+        return self.writer.refused
 
     async def open_session(self, opening: Opening) -> Opened:
-        return await self._writer.write(opening)
+        return await self.writer.write(opening)
 
     async def touch(self, operator: str, session_ids: Sequence[str]) -> Touched:
-        return await self._writer.write(Touching(operator, session_ids))
+        return await self.writer.write(Touching(operator, session_ids))
 
     async def end(self, operator: str, session_id: str, request_id: str | None = None) -> Session | None:
-        return await self._writer.write(Closing(operator, session_id, request_id))
+        return await self.writer.write(Closing(operator, session_id, request_id))
 
     async def record(self, recording: Recording) -> Recorded:
-        return await self._writer.write(recording)
+        return await self.writer.write(recording)
 
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         # The service time is read when the sweep is queued, not when it is written. So touches that came before a
         # session's deadline are in the queue before any sweep that could end the session, however slow the engine is.
         as_of_ms = self.service_clock.now_ms() if idle else None
-        return await self._writer.write(Sweep(as_of_ms, crowd))
+        return await self.writer.write(Sweep(as_of_ms, crowd))
 
     async def settle(self, settlement: Settlement) -> Settled:
-        return await self._writer.write(settlement)
+        return await self.writer.write(settlement)
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
-        return await self._writer.write(GateChange(operator, change))
+        return await self.writer.write(GateChange(operator, change))
 
     async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
         retried, left = 0, self._limits.dead_max if most is None else most
         async for rows in self._all_died(operator, dead):
             ids = [row.id for row in rows if row.can_be_sent][:left]
             if ids:
-                retried += await self._writer.write(RetryDead(operator, ids))
+                retried += await self.writer.write(RetryDead(operator, ids))
                 left -= len(ids)
             if left <= 0:
                 break
@@ -145,13 +145,13 @@ class Verbs(Projection):
         discarded = 0
         async for rows in self._all_died(operator, dead):
             if rows:
-                discarded += await self._writer.write(Discard([row.id for row in rows], by, note))
+                discarded += await self.writer.write(Discard([row.id for row in rows], by, note))
         return discarded
 
     async def discard_one(self, webhook_id: str, by: str | None, note: str) -> Delivery | None:
         before = await self.delivery(webhook_id)
         if before is not None and before.state == "dead" and before.discarded is None:
-            await self._writer.write(Discard([before.id], by, note))
+            await self.writer.write(Discard([before.id], by, note))
         return before
 
     async def find_dead(self, operator: str, dead: Dead) -> FoundDead:
@@ -166,14 +166,14 @@ class Verbs(Projection):
         return FoundDead(count, can_be_sent, oldest_at, dict(causes.most_common()))
 
     async def retry_one(self, webhook_id: str) -> Delivery | None:
-        return await self._writer.write(RetryOne(webhook_id))
+        return await self.writer.write(RetryOne(webhook_id))
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
-        return await self._writer.write(Pruning(before_at, after))
+        return await self.writer.write(Pruning(before_at, after))
 
     async def probe(self) -> None:
         try:
-            await self._writer.write(Probe())
+            await self.writer.write(Probe())
         except StoreError:
             raise
         except Exception as error:  # an error of the engine that is not an outage

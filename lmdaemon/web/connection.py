@@ -349,9 +349,14 @@ class Connection(web.RequestHandler):
         return self._arrival.unfinished
 
     @property
+    def unanswered(self) -> int:
+        """The number of requests whose head has arrived and that are not answered yet."""
+        return self._request_count - self._answered
+
+    @property
     def unheard(self) -> bool:
         """Whether the client waits for an answer, or has not finished sending a request."""
-        return self._request_count > self._answered or self.arriving
+        return self.unanswered > 0 or self.arriving
 
     @property
     def unfinished(self) -> bool:

@@ -307,9 +307,9 @@ def _answer(words: Sequence[str]) -> Answer:
         return (_answer(rest) if rest else OK)._replace(after_s=after_s)
     if kind.endswith("%") or kind in ("session", "attempt", "count"):
         raise ValueError(f"a condition ends with a colon and a space, as in '5%: hang' (got {kind!r})")
-    if kind not in _KINDS:
-        raise ValueError(f"must be one of {', '.join(('delay', *_KINDS))} (got {kind!r})")
-    reads: Callable[[str, list[str]], tuple[Answer, list[str]]] = _KINDS[kind]
+    if kind not in KINDS:
+        raise ValueError(f"must be one of {', '.join(('delay', *KINDS))} (got {kind!r})")
+    reads: Callable[[str, list[str]], tuple[Answer, list[str]]] = KINDS[kind]
     answer, left = reads(kind, rest)
     if left:
         raise ValueError(f"{kind}: {' '.join(left)!r} is too much")
@@ -388,7 +388,7 @@ def _tls(kind: str, words: list[str]) -> tuple[Answer, list[str]]:
     return Answer(kind, text=words.pop(0)), words
 
 
-_KINDS: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     "ok": _plain,
     "error": _error,
     "status": _status,

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from clocks import HandClock
 from documented import complaints
-from faults import no_room
+from faults import locked, no_room
 from support import LISTEN, Commits, Serving, hear, load, open_store, serving, until
 
 from lmdaemon import health, retry
@@ -99,14 +99,6 @@ async def check(checked: Health, name: str) -> dict[str, Any]:
 async def end_session(store: Store, session_id: str = "s1") -> None:
     await store.open_session(Opening("acme", session_id, "p", "t", None, 1000, 0))
     await store.end("acme", session_id)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Another process holds a lock on the database, as an administrator's sqlite3 might."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        yield
 
 
 @contextlib.contextmanager
@@ -510,7 +502,7 @@ async def test_who_asks_is_answered_though_the_next_question_comes_at_once(clock
         asked.append(asyncio.get_running_loop().create_future())
         return await asked[-1]
 
-    question = health._Question("it", ask, clock.monotonic)
+    question = health.Question("it", ask, clock.monotonic)
     first = asyncio.create_task(question.answer())
     await until(lambda: asked)
     clock.advance(ASK_EVERY_S)

@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clocks import HandClock
+from faults import locked
 from support import Commits, live, open_store, until
 
 from lmdaemon.clock import TICK_S
+from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.model import Session
 from lmdaemon.store.contract import SWEEP_ROWS, Opening, StoreObserver, Touched
 from lmdaemon.store.sqlite.store import Store
@@ -19,8 +20,13 @@ GRACE_S = 60.0
 
 
 @pytest.fixture
-async def db(tmp_path: Path, clock: HandClock) -> AsyncIterator[Store]:
-    async with open_store(tmp_path / "test.sqlite3", clock) as opened:
+def limits() -> StoreLimits:
+    return LIMITS.store
+
+
+@pytest.fixture
+async def db(tmp_path: Path, clock: HandClock, limits: StoreLimits) -> AsyncIterator[Store]:
+    async with open_store(tmp_path / "test.sqlite3", clock, limits=limits) as opened:
         opened.configured = frozenset({"acme"})
         yield opened
 
@@ -74,26 +80,19 @@ async def test_ticks_do_not_write(db: Store, clock: HandClock, sweeper: Sweeper)
     assert written == [1, 2, 4, 8, 16, 26, 36, 46]
 
 
+@pytest.mark.parametrize("limits", [StoreLimits(busy_timeout_s=60, hung_s=60)])
 async def test_a_touch_that_was_queued_before_its_deadline_wins(db: Store, clock: HandClock) -> None:
     """However long the disk takes, such a touch is stored before the end is decided."""
     await open_session(db, idle_s=10)
     live(clock, db, 9.9)
-    entered, hold, written = asyncio.Event(), asyncio.Event(), db.db.writer._write
-
-    async def slow(batch: Any) -> Any:
-        entered.set()
-        await hold.wait()
-        return await written(batch)
-
-    db.db.writer._write = slow  # type: ignore[method-assign]
-    first = asyncio.create_task(db.probe())
-    await entered.wait()
-    swept = asyncio.create_task(db.end_due(idle=True))  # perhaps because another session is due
-    await until(lambda: db.waiting)
-    touched = asyncio.create_task(db.touch("acme", ["s"]))
-    await until(lambda: db.waiting == 2)
-    live(clock, db, 1.0)
-    hold.set()
+    with locked(db.path):
+        first = asyncio.create_task(db.probe())
+        await until(lambda: db.writing_since)
+        swept = asyncio.create_task(db.end_due(idle=True))  # perhaps because another session is due
+        await until(lambda: db.waiting)
+        touched = asyncio.create_task(db.touch("acme", ["s"]))
+        await until(lambda: db.waiting == 2)
+        live(clock, db, 1.0)
     await asyncio.gather(first, swept)
     assert (await touched).touched == 1
     assert await reason(db) is None

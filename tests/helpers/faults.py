@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ def unreachable(directory: Path) -> Iterator[None]:
     finally:
         directory.unlink()
         away.rename(directory)
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Another program holds the database's lock, as an administrator's sqlite3 might: nothing can be written."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from chance import FULL, examples
 from clocks import HandClock
 from engines import PostgresEngine
+from faults import locked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from postgres import NoServerError, server
@@ -25,7 +26,7 @@ from support import RawConnection, Serving, hear, raw_connection, scrape, servin
 from ways import WAYS, on_the
 from wires import FORM, JSON, WIRES, operator, query, write_secrets
 
-from lmdaemon.limits import LIMITS, Limits
+from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.web import connection as connections
 from lmdaemon.web import hot
 from lmdaemon.web.hot import HotConnection
@@ -248,8 +249,7 @@ class Seen:
 
 def is_waiting(connection: Any) -> bool:
     """Whether the connection waits for its client: all requests that have come whole are answered."""
-    answered: bool = connection._answered >= connection._request_count
-    return answered or not connection._arrival.body.is_eof()
+    return not connection.unanswered or not connection._arrival.body.is_eof()
 
 
 @dataclass
@@ -261,7 +261,7 @@ class Tried:
 
     @property
     def connections(self) -> list[Any]:
-        return [one for site in self.daemon.sites.values() for one in site._open]
+        return list(self.daemon.bounds.open)
 
     async def answers(self, case: Case) -> bytes:
         """All bytes that are answered on a connection, without dates. The last request of the case closes the
@@ -273,7 +273,7 @@ class Tried:
                 for piece in case.pieces:
                     await self.send(peer, piece)
                     await until(lambda: all(map(is_waiting, self.connections)))
-                await until(lambda: all(one._answered >= one._request_count for one in self.connections))
+                await until(lambda: not any(one.unanswered for one in self.connections))
                 await peer.send(NOBODY)
             with contextlib.suppress(ConnectionError):
                 while part := await peer.reader.read(65536):
@@ -298,8 +298,11 @@ class Tried:
         await until(lambda: self.seen.arrived >= expected or not self.connections)
 
 
+PATIENT = Limits(store=StoreLimits(busy_timeout_s=60, hung_s=60))  # with a database that is locked
+
+
 @contextlib.asynccontextmanager
-async def trying(way: str, directory: Path, database: str = "", limits: Limits = LIMITS) -> AsyncIterator[Tried]:
+async def trying(way: str, directory: Path, database: str = "", limits: Limits = PATIENT) -> AsyncIterator[Tried]:
     directory.mkdir()
     write_secrets(directory)
     for name, token in (("api.tokens", TOKEN), ("api.read", READ_TOKEN)):
@@ -351,7 +354,7 @@ async def test_every_case_is_answered_logged_and_counted_alike(
     found: dict[str, Any] = {}
     for way in WAYS:
         with hear() as events, database_for(way, url) if url else contextlib.nullcontext("") as database:
-            async with trying(way, tmp_path / way, database, Limits(body_s=0.2)) as tried:
+            async with trying(way, tmp_path / way, database, PATIENT._replace(body_s=0.2)) as tried:
                 events.clear()
                 answers, plain, lines = {}, {}, {}
                 for case in CASES:
@@ -378,31 +381,18 @@ OPEN, TOUCH = api("PUT", "acme/sessions/s", PLAYER), api("POST", "acme/sessions/
 EACH_WAY = pytest.mark.parametrize("on", WAYS)
 
 
-@contextlib.contextmanager
-def commits_held(tried: Tried) -> Iterator[asyncio.Event]:
-    """A context in which nothing is committed until the event is set."""
-    store: Any = tried.daemon.store
-    writer, go = store._writer, asyncio.Event()
-    write = writer._write
-
-    async def held(batch: Any) -> Any:
-        await go.wait()
-        return await write(batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_write", held)
-        yield go
-
-
 @contextlib.asynccontextmanager
-async def under_way(tried: Tried, piece: bytes) -> AsyncIterator[tuple[RawConnection, asyncio.Event]]:
-    """A connection on which these bytes were sent and whose request waits for its commit until the event is set."""
-    with commits_held(tried) as go:
+async def under_way(tried: Tried, piece: bytes) -> AsyncIterator[tuple[RawConnection, Callable[[], None]]]:
+    """A connection on which these bytes were sent and whose request waits for its commit until the function is
+    called.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(tried.daemon.store.path))
         async with tried.connected(tried.daemon.api) as peer:
             await tried.send(peer, piece)
-            await until(lambda: tried.connections[0]._request_in_progress)
-            yield peer, go
-            go.set()
+            await until(lambda: any(one.unanswered for one in tried.connections))
+            yield peer, held.close
+            held.close()
 
 
 async def nothing_is_held(tried: Tried) -> None:
@@ -421,14 +411,14 @@ async def opened(tried: Tried) -> None:
 async def test_what_arrives_meanwhile_is_answered_after_it_in_order(tmp_path: Path, on: str) -> None:
     async with trying(on, tmp_path / "d") as tried:
         await opened(tried)
-        async with under_way(tried, TOUCH) as (peer, go):
+        async with under_way(tried, TOUCH) as (peer, commit):
             for later in (
                 NOBODY.replace(b"Connection: close\r\n", b""),
                 api("POST", "acme/sessions/none/touch"),
                 TOUCH,
             ):
                 await tried.send(peer, later)
-            go.set()
+            commit()
             assert [(await peer.answer()).status for _ in range(4)] == [204, 401, 404, 204]
             await peer.send(TOUCH)
             assert (await peer.answer()).status == 204
@@ -440,14 +430,14 @@ async def test_what_arrives_meanwhile_is_answered_after_it_in_order(tmp_path: Pa
 @pytest.mark.parametrize("by", ["its client", "us"])
 async def test_what_was_begun_is_stored_when_the_connection_is_lost(tmp_path: Path, on: str, by: str) -> None:
     async with trying(on, tmp_path / "d") as tried:
-        async with under_way(tried, OPEN) as (peer, go):
+        async with under_way(tried, OPEN) as (peer, commit):
             if by == "us":
                 tried.connections[0].cut("stop")
             else:
                 peer.writer.transport.abort()
             await until(lambda: not tried.connections)
             assert tried.daemon.store.live == 0
-            go.set()
+            commit()
             await until(lambda: tried.daemon.store.live == 1)
         await nothing_is_held(tried)
     assert tried.seen.plain == (on == "hot")
@@ -457,10 +447,10 @@ async def test_what_was_begun_is_stored_when_the_connection_is_lost(tmp_path: Pa
 async def test_a_client_that_has_nothing_more_to_say_is_treated_alike(tmp_path: Path, on: str) -> None:
     """A client that closes its side before the answer gets none. What it asked for is stored."""
     async with trying(on, tmp_path / "d") as tried:
-        async with under_way(tried, OPEN) as (peer, go):
+        async with under_way(tried, OPEN) as (peer, commit):
             peer.writer.write_eof()
             await until(lambda: not tried.connections)
-            go.set()
+            commit()
             assert await peer.rest() == b""
             await until(lambda: tried.daemon.store.live == 1)
         await nothing_is_held(tried)
@@ -470,10 +460,10 @@ async def test_a_client_that_has_nothing_more_to_say_is_treated_alike(tmp_path: 
 async def test_at_a_stop_what_is_under_way_is_answered_and_the_client_told(tmp_path: Path, on: str) -> None:
     async with trying(on, tmp_path / "d") as tried:
         await opened(tried)
-        async with under_way(tried, TOUCH) as (peer, go), raw_connection(tried.daemon.api) as idle:
+        async with under_way(tried, TOUCH) as (peer, commit), raw_connection(tried.daemon.api) as idle:
             tried.daemon.daemon.stop()
             await until(lambda: all(site.closing for site in tried.daemon.sites.values()))
-            go.set()
+            commit()
             answer = await peer.answer()
             assert (answer.status, answer.headers["connection"]) == (204, "close")
             assert await peer.rest() == await idle.rest() == b""
@@ -485,11 +475,11 @@ async def test_a_connection_is_kept_as_long_as_after_any_other_request(tmp_path:
     async with trying(on, tmp_path / "d") as tried:
         await opened(tried)
         tried.daemon.sites["api"].keepalive_s = 0.3
-        async with under_way(tried, TOUCH) as (peer, go):
+        async with under_way(tried, TOUCH) as (peer, commit):
             (connection,) = tried.connections
             # The time has passed, and the connection was not closed
             await until(lambda: connection._keepalive_handle is None)
-            go.set()
+            commit()
             assert (await peer.answer()).status == 204
             assert await peer.rest() == b""  # closed in the meantime, because no further request came
         await nothing_is_held(tried)
@@ -585,7 +575,7 @@ async def is_served(directory: Path) -> tuple[type, list[Any]]:
         async with serving(directory, operator()) as daemon, raw_connection(daemon.api) as peer:
             await peer.send(request("GET", "/health"))
             assert (await peer.answer()).status == 200
-            kind = type(next(iter(daemon.sites["api"]._open)))
+            kind = type(next(iter(daemon.bounds.open)))
     return kind, [event.facts["reason"] for event in events if event.name == "http.slower"]
 
 

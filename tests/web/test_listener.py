@@ -443,8 +443,8 @@ async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
         with socket.create_connection((host, int(port))) as peer:
             if kept:
                 peer.sendall(ASK)
-                site = daemon.sites["api"]
-                await until(lambda: any(one._answered for one in site._open))
+                connections = daemon.bounds.open
+                await until(lambda: connections and not any(one.unheard for one in connections))
             peer.sendall(b"POST /v1/operators/acme/sessions/s/touch HTTP/1.1\r\nHost: localhost\r\n\r\n")
             for _ in range(LOOP_TURNS):
                 await asyncio.sleep(0)
@@ -524,7 +524,8 @@ async def test_who_has_begun_to_ask_may_end_it_when_the_daemon_stops(
         if first.startswith(ASK):
             assert (await peer.answer()).status == 200
         site = daemon.sites[side]
-        await until(lambda: site._open and all(one.arriving for one in site._open))
+        connections = daemon.bounds.open
+        await until(lambda: connections and all(one.arriving for one in connections))
         daemon.daemon.stop()
         await until(lambda: site.closing)
         await peer.send(rest)

@@ -271,7 +271,7 @@ async def test_a_check_that_is_ended_at_once_has_begun_and_gives_what_it_has() -
         return "all"
 
     for number in range(300):
-        one = trials._Trial(work, may_end_early=True)
+        one = trials.Trial(work, may_end_early=True)
         one.start("trial")
         for _ in range(number % 20):
             await asyncio.sleep(0)
@@ -283,7 +283,7 @@ async def test_work_that_is_interrupted_without_a_result_ends_all_the_same() -> 
     async def work() -> None:
         raise asyncio.CancelledError
 
-    one = trials._Trial(work, may_end_early=True)
+    one = trials.Trial(work, may_end_early=True)
     one.start("trial")
     with pytest.raises(RuntimeError, match="interrupted without a result"):
         await one.ended

@@ -130,7 +130,7 @@ def test_a_bad_toml_script_is_told_so(toml: str, complaint: str) -> None:
 
 def test_the_manual_has_every_answer_and_examples_that_can_be_read() -> None:
     table = re.findall(r"^\| `([a-z-]+)", WORKBENCH.partition("### Answers")[2].partition("\n#")[0], re.MULTILINE)
-    assert set(table) == {"delay", *script._KINDS}
+    assert set(table) == {"delay", *script.KINDS}
     examples = re.findall(r"```text\n(.*?)```", WORKBENCH, re.DOTALL)
     assert examples
     for example in examples:

@@ -81,17 +81,17 @@ class Shared(Verbs):
         keeper = Keeper(self, clock, self.membership, foreign, self._signals, self._telling, restart_grace_ms)
         keeper.load(found)
         self._server = Server(database, thread, keeper, limits.write_s)
-        self._writer: Writer[Batch] = Writer(keeper, self._server, limits)
-        self._reads = Reads(database, self._writer.refused, limits)
+        self.writer: Writer[Batch] = Writer(keeper, self._server, limits)
+        self._reads = Reads(database, self.writer.refused, limits)
         self._hints = Hints(database, name, self._reads, self._signals, paces)
-        self._beats = Beats(self, self.membership.company, self._writer, self._hints, self._signals, paces)
+        self._beats = Beats(self, self.membership.company, self.writer, self._hints, self._signals, paces)
         self._asking = Asking(self, self._reads, self._signals)
         self._looks = Looks(
             self,
             self.membership,
             foreign,
             self._asking,
-            writer=self._writer,
+            writer=self.writer,
             server=self._server,
             reads=self._reads,
             hints=self._hints,
@@ -103,11 +103,11 @@ class Shared(Verbs):
         """Runs the writer, and the loops that concern the other daemons, for ever."""
         async with asyncio.TaskGroup() as group:
             loops = (self._beats.run, self._looks.run, self._hints.send_for_ever, self._look_for_strains_for_ever)
-            for loop in (self._writer.run, *loops):
+            for loop in (self.writer.run, *loops):
                 group.create_task(loop())
             group.create_task(self._hints.listen_for_ever(self._looks.hinted))
             with suppress(StoreError):
-                await self._writer.write(Probe())  # the first transaction joins the daemons on the database
+                await self.writer.write(Probe())  # the first transaction joins the daemons on the database
 
     async def _look_for_strains_for_ever(self) -> None:
         while True:
@@ -127,7 +127,7 @@ class Shared(Verbs):
 
     async def close(self) -> None:
         """Leaves the database in order, so that the others need not wait until they find this daemon gone."""
-        self._writer.stop_taking(StoreError("the store is closed"))
+        self.writer.stop_taking(StoreError("the store is closed"))
         self._telling.now()
         if self._server.member is not None:
             with suppress(psycopg.Error, NoAnswerError):
@@ -220,7 +220,7 @@ class Shared(Verbs):
         is_aged = self.next_lifetime_at is not None and self.next_lifetime_at <= self._clock.wall_ms()
         if idle and as_of_ms is None and not is_aged:
             return Swept(0, 0)
-        return await self._writer.write(Sweep(as_of_ms, crowd, self._crowd_rows if crowd else SWEEP_ROWS))
+        return await self.writer.write(Sweep(as_of_ms, crowd, self._crowd_rows if crowd else SWEEP_ROWS))
 
     async def _heard_by_all(self) -> int | None:
         """The service time up to which every daemon has heard; None if nothing may end for inactivity now.

@@ -91,7 +91,7 @@ class Store(Verbs):
         """
         store = cls(clock, name, limits)
         store.db = await Database.open(path, store, setup=SET_UP, limits=limits)
-        store._writer = store.db.writer
+        store.writer = store.db.writer
         try:
             found = await store.db.reads.read(_load)
             if count_downtime and found.committed_at:

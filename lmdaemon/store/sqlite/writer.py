@@ -133,10 +133,11 @@ class Disk:
             await changed.wait()
             changed.clear()
             await asyncio.sleep(self._limits.idle_s)
-            if not changed.is_set() and not await self._wal_emptied():
+            if not changed.is_set() and not await self.empty_wal():
                 changed.set()
 
-    async def _wal_emptied(self) -> bool:
+    async def empty_wal(self) -> bool:
+        """Empties the WAL unless a reader or writer is in the way, and returns whether it has."""
         with suppress(sqlite3.Error):
             return await self._checkpointer.run(emptied_wal)
         return False

@@ -181,7 +181,7 @@ async def same_health(pair: Pair) -> None:
             reports.append({name: check[0]["status"] for name, check in (await told.json())["checks"].items()})
         async with daemon.client.get(daemon.api + "/v1/daemons") as told:
             rows = (await told.json())["items"]
-            assert [row["name"] for row in rows if row["self"]] == [daemon.store._name]
+            assert [row["name"] for row in rows if row["self"]] == [daemon.store.membership.introduction.name]
             daemons.append([(row["name"], row["version"], row["address"], row["operators"]) for row in rows])
     assert reports[0] == reports[1]
     assert daemons[0] == daemons[1]

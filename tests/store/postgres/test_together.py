@@ -260,7 +260,7 @@ class TestServiceTime:
         await one.store.probe()
         await one.store.open_session(opening())
         latest_at = server.wall_ms()
-        other.running = asyncio.create_task(other.store._writer.run())
+        other.running = asyncio.create_task(other.store.writer.run())
         assert (await other.store.touch("acme", ["s"])).touched == 1
         found = await other.store.session("acme", "s")
         assert found is not None
@@ -489,7 +489,7 @@ class TestPutOut:
         """No other daemon expels it within 5 s of its last transaction. After that, only a new transaction can tell."""
         one, other = await together.pair()
         await one.stop()
-        one.running = asyncio.create_task(one.store._writer.run())
+        one.running = asyncio.create_task(one.store.writer.run())
         await one.store.probe()
         one.clock.advance(LIMITS.store.lease_s - 0.6)
         assert one.store.is_sure
@@ -504,7 +504,7 @@ class TestPutOut:
         one.clock.advance(LIMITS.store.lease_s)
         assert one.mine
         assert not one.store.is_sure
-        one.running = asyncio.create_task(one.store._writer.run())
+        one.running = asyncio.create_task(one.store.writer.run())
         await one.store.probe()
         assert one.store.is_sure
         assert not one.mine
@@ -897,7 +897,7 @@ class TestLooks:
         for daemon in (one, other):
             await daemon.stop()
         for daemon in (one, other):  # these daemons write by themselves, but look only when the test says so
-            daemon.running = asyncio.create_task(daemon.store._writer.run())
+            daemon.running = asyncio.create_task(daemon.store.writer.run())
         await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
         await other.store.set_gate("o0", lambda gate: retry.release(gate, 2))
         held = await one.store.set_gate("o0", lambda gate: retry.hold(gate, 3, "by_hand"))
@@ -913,14 +913,14 @@ class TestLooks:
         url = together.engine.url
         with psycopg.connect(url) as another, psycopg.connect(url, autocommit=True) as sql:
             another.execute("SELECT 1 FROM lmdaemon.member FOR UPDATE")
-            one.running = asyncio.create_task(one.store._writer.run())
+            one.running = asyncio.create_task(one.store.writer.run())
             probe = asyncio.create_task(one.store.probe())
             await until(lambda: sql.execute(waiting).fetchall())
             await one.stop()
             with pytest.raises(StoreError, match="stopping"):
                 await probe
         for daemon in (one, other):  # these daemons write by themselves, but look only when the test says so
-            daemon.running = asyncio.create_task(daemon.store._writer.run())
+            daemon.running = asyncio.create_task(daemon.store.writer.run())
         await one.store.set_gate("o0", lambda gate: retry.hold(gate, 1, "by_hand"))
         await other.store.look()
         assert other.store.gate("o0").held_at == 1

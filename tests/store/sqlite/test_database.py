@@ -631,9 +631,9 @@ async def test_a_writer_is_not_locked_out_while_the_wal_is_copied(db: Database[W
     with contextlib.closing(sqlite3.connect(db.path, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO note VALUES ('y')")
-        assert not await db.disk._wal_emptied()  # the emptying fails at once and does not wait for the writer
+        assert not await db.disk.empty_wal()  # the emptying fails at once and does not wait for the writer
         writer.execute("COMMIT")
-    assert await db.disk._wal_emptied()
+    assert await db.disk.empty_wal()
     assert statements == ["PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)"] * 2
 
 

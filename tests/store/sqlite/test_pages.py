@@ -67,7 +67,7 @@ async def db(tmp_path: Path, clock: HandClock, limits: StoreLimits) -> AsyncIter
 
 async def on_desk(db: Store, function: Callable[..., Any], *arguments: Any) -> Any:
     """Runs a function on the connection for people's reads."""
-    return await db.db.reads.desk._thread.run(function, *arguments)
+    return await db.db.reads.look(function, *arguments)
 
 
 def everything_asked(db: Store) -> list[Callable[[], Any]]:

@@ -80,7 +80,7 @@ SAID: dict[str, list[str]] = {
     "disk-full": [
         "status: fail",
         f"database or disk is full, since {TIME}\n",
-        "by hand: make room on its disk, .* go on by themselves within a second, and clients ask again",
+        "by hand: make room on its disk, .* go on by themselves, and clients ask again",
     ],
     "typo": [
         "config +warn\n",

@@ -306,7 +306,9 @@ class Dispatcher(StoreObserver):
         return len(self._attempts)
 
     async def drain(self, within_s: float) -> None:
-        """Waits for attempts in flight, for `within_s` at most. The others are cancelled and sent again later."""
+        """Waits for attempts in flight, for `within_s` at most. Those that have not ended by then are cancelled and
+        sent again later.
+        """
         for answer in self._answers:
             answer.cancel()
         await self._attempts.drain(within_s)

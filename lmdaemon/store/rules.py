@@ -360,7 +360,7 @@ class _Sessions:
         lifetime_ms: int = 0,
         reason: Reason | None = None,
     ) -> Session:
-        """A row for a session that begins now, and ends now if there is a reason."""
+        """A row for a session that begins now. If a reason is given, the session also ends now, for this reason."""
         return Session(
             id=self._last_session + 1,
             operator=new.operator,

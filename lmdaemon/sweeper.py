@@ -125,7 +125,7 @@ class Sweeper(StoreObserver):
             return RETRY_S
 
     async def once(self) -> float | None:
-        """Ends everything that is due now, SWEEP_ROWS at a time.
+        """Ends everything that is due now, in batches.
 
         Returns the seconds to sleep; None: until it is woken. Raises StoreError.
         """
@@ -144,7 +144,7 @@ class Sweeper(StoreObserver):
 
     async def _end_some(self, *, crowd: bool) -> bool:
         """Ends one batch of due sessions, after requests that have already arrived were queued. Returns whether more
-        are due.
+        may be due.
         """
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)

@@ -148,7 +148,9 @@ class RunningAttempts:
                 log.info("delivery.caught_up", **facts)
 
     async def drain(self, within_s: float) -> None:
-        """Waits for attempts in flight, for `within_s` at most. The others are cancelled and sent again later."""
+        """Waits for attempts in flight, for `within_s` at most. Those that have not ended by then are cancelled and
+        sent again later.
+        """
         if not self._tasks:
             return
         log.info("delivery.draining", in_flight=len(self._tasks))

@@ -16,7 +16,8 @@ BATCH_ROWS = 10_000  # most rows that the operations of one batch name in all
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text; bounds an answer, and the memory that slow clients take
 AGING_ROWS = 50  # deliveries of an operator that `Store.aging_shown` looks at
 RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
-SWEEP_ROWS = 100  # most sessions looked at in one sweep operation: about 3 ms of the writer's time
+# Most sessions past their idle time, and as many past their lifetime, that a sweep looks at: 3 ms of the writer's time
+SWEEP_ROWS = 100
 
 
 class StoreError(Exception):
@@ -157,7 +158,9 @@ class Recording(Operation[Recorded], frozen=True):
 
 
 class Swept(NamedTuple):
-    """How many sessions a sweep has ended and looked at. If it looked at SWEEP_ROWS, more may be due."""
+    """How many sessions a sweep has ended. `looked_at` is how many it has looked at of those past their idle time, or
+    of those past their maximum lifetime, whichever is more. With SWEEP_ROWS or more of them, more may be due.
+    """
 
     ended: int
     looked_at: int
@@ -619,8 +622,8 @@ class Store(Protocol):
     async def end_due(self, *, idle: bool, crowd: bool = False) -> Swept:
         """Ends sessions past their maximum lifetime and, if `idle`, those idle for too long at the time of the call.
 
-        Each operator's oldest come first. At most SWEEP_ROWS of either kind are looked at; with `crowd` (see `Sweep`)
-        an engine may look at more.
+        Each operator's oldest come first. At most SWEEP_ROWS of each kind are looked at; with `crowd` (see `Sweep`) an
+        engine may look at more.
         """
 
     async def settle(self, settlement: Settlement) -> Settled:
@@ -672,7 +675,7 @@ class Store(Protocol):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         """The wall time at which each operator's oldest pending delivery was created; None: nothing is pending."""
 
-    # Reading, for people: bounded in rows, bytes and time; without tokens and bodies
+    # Reading, for people: bounded in rows, bytes and time. Only `delivery` has a body and the session's token
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         """One session with its deliveries; None: unknown."""
 

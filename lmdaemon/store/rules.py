@@ -82,8 +82,9 @@ class Questions:
     """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
     sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: which are known?
-    # (delivery, attempts) of each result: is the delivery pending, with no more attempts than that? A success counts in
-    # any case (ANY); a failure does not count if another daemon has attempted the delivery since.
+    # (delivery, attempts) of each result, its own attempt included: is the delivery pending, with no more attempts than
+    # that? With more, another daemon has gone on with it, and a failure does not count any more. A success always
+    # counts (ANY).
     results: list[tuple[int, int]] = field(default_factory=list)
     due_rows: int = 0  # which sessions are past their maximum lifetime? So many at most
     due_ms: int | None = None  # which sessions are due at this service time? `due_rows` at most

@@ -78,7 +78,7 @@ def _count(statement: str, rows: str) -> str:
 
 # Sessions of one operator by their ids.
 SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
-# Which of these deliveries are pending, and have not been attempted more often than the result says.
+# Which of these deliveries are pending and have no more attempts than the result says.
 PENDING_OF = f"""
 SELECT d.id FROM {given("id", "attempts")} AS result JOIN lmdaemon.delivery d USING (id)
 WHERE d.state = 'pending' AND d.attempts <= result.attempts"""
@@ -210,8 +210,8 @@ MOVE_LIFETIME = MOVE_DUE.replace("due_ms", "lifetime_at")
 ADD_DELIVERIES = f"""
 INSERT INTO lmdaemon.delivery ({", ".join(NEW_DELIVERY)})
 SELECT {", ".join(NEW_DELIVERY[:-1])}, convert_to(body, 'UTF8') FROM {given(*NEW_DELIVERY)} AS new"""
-# Stores results of attempts, a failure only if no other daemon has attempted the delivery since. A delivered one needs
-# its body no longer.
+# Stores results of attempts; a failure only if the delivery has no more attempts than the result says, because
+# otherwise another daemon has gone on with it. A delivered one needs its body no longer.
 SETTLE = _count(
     f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = locked.{n}" for n in RESULT[1:] if n != "attempts")},
                attempts = greatest(delivery.attempts, locked.attempts),

@@ -1,4 +1,4 @@
-"""Reads for people: single sessions and deliveries and pages of them, without tokens and bodies.
+"""Reads for people: single sessions and deliveries, and pages of them. Only `one_delivery` reads a body and a token.
 
 Each statement goes through an index and reads a bounded number of rows, however many rows match.
 """

@@ -156,7 +156,7 @@ class Store(Shared):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._reads.read(_oldest_pending, list(operators))
 
-    # -- reading, for people: without tokens and bodies
+    # -- reading, for people
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         return await self._reads.look(pages.one_session, operator, session_id)

@@ -172,7 +172,7 @@ class Store(Verbs):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self.db.reads.read(_oldest_pending, list(operators))
 
-    # -- reading, for people: without tokens and bodies
+    # -- reading, for people
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
         return await self.db.reads.look(pages.one_session, operator, session_id)

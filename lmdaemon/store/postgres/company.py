@@ -72,10 +72,10 @@ class Company:
         self.learn(found, 0.0, watch=False)
         self._learned_s = None
 
-    def learn(self, found: Seen, now_s: float, *, watch: bool) -> bool:
+    def learn(self, found: Seen, now_s: float, *, watch: bool, follow: bool = True) -> bool:
         """Takes over what was read. Returns whether a daemon has come or gone. With `watch` it notes whose row stands
         still, at the monotonic time `now_s`. Without it, rows need not change, because no session is live and no
-        delivery pending.
+        delivery pending. Without `follow` this daemon's clock stays where it is, and the others' clocks wait for it.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False
@@ -90,7 +90,8 @@ class Company:
         own_ms = self._clock.now_ms()
         heard = self.heard
         self._clock.limit_ms = limit_ms(heard, self.told_ms) if heard else None
-        self._clock.advance_to(followed_ms(own_ms, heard, self.told_ms))
+        if follow:
+            self._clock.advance_to(followed_ms(own_ms, heard, self.told_ms))
         return before != self.others.keys()
 
     def passed_at(self, now_s: float) -> int:

@@ -107,6 +107,9 @@ class Looks:
                 return  # this daemon was expelled and has joined again meanwhile, which has read everything
             self._foreign.take_parts(found.parts)
             self._membership.learn(found.seen, asked_s)
+            if self._membership.must_make_way:
+                await self._reads.read(tables.hold, self._projection.daemon_grace_ms)
+                self._membership.has_made_way = True
             if self._membership.company.still_s > STILL_S:
                 self._signals.hint.set()  # the daemon whose row stands still may not know that it has to beat
             if was_idle != self._projection.is_idle:

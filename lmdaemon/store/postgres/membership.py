@@ -40,6 +40,8 @@ class Membership:
         self.introduction = introduction
         self.introduced: Introduction | None = None  # what this daemon's row says of it
         self.proven_s = float("-inf")  # when its last transaction began (elapsed s): then its row was there
+        self._deaf_since_s: float | None = None  # since when it cannot accept connections (monotonic s)
+        self.has_made_way = False  # whether its clients were given time to reach others since then
         self.epochs = 0  # sum of the column `epoch` of all owners: it tells whether any owner has changed
         # The operators of the settings when it was last worked out which ones to take
         self._claimed_for: frozenset[str] | None = None
@@ -51,11 +53,29 @@ class Membership:
         # While this daemon can store nothing, as in an outage of the database, the others may not be able to either,
         # and a row that stands still proves nothing
         watch = not self._projection.is_idle and "store" not in self._projection.service_clock.frozen
-        if self.company.learn(found, self._clock.monotonic(), watch=watch):
+        now_s = self._clock.monotonic()
+        self._note_whether_deaf(now_s)
+        follow = self._deaf_since_s is None or self.has_made_way
+        if self.company.learn(found, now_s, watch=watch, follow=follow):
             self.owners.is_settled = False
             self._signals.look.set()
         if self.company.next_due_ms != due_ms:
             self._signals.beat.set()
+
+    def _note_whether_deaf(self, now_s: float) -> None:
+        if "listening" not in self._projection.service_clock.frozen:
+            self._deaf_since_s, self.has_made_way = None, False
+        elif self._deaf_since_s is None:
+            self._deaf_since_s = now_s
+
+    @property
+    def must_make_way(self) -> bool:
+        """Whether this daemon has been unable to accept connections for so long that it would have been expelled had it
+        been silent. The others no longer wait for its clock then, once its clients are given time to reach them.
+        """
+        if self._deaf_since_s is None or self.has_made_way:
+            return False
+        return self._clock.monotonic() - self._deaf_since_s >= self.lease_s
 
     @property
     def is_sure(self) -> bool:

@@ -200,6 +200,11 @@ def introduce(sql: Connection, member: int, who: Introduction) -> None:
     sql.execute(members.INTRODUCE, (who.address, who.digest, member))
 
 
+def hold(sql: Connection, grace_ms: int) -> None:
+    """Nothing ends for inactivity for so long from now on."""
+    sql.execute(members.HOLD, (grace_ms,))
+
+
 def expel(sql: Connection, me: int, member: int, batch: int, grace_ms: int) -> str | None:
     """Expels a daemon and returns its name. None if that daemon has written again meanwhile, or was expelled by another
     one.

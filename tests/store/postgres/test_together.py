@@ -23,6 +23,7 @@ from support import until
 from lmdaemon import retry
 from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.store.contract import Claim, Dead, Figures, NewDelivery, Settlement, StoreError, StoreObserver
+from lmdaemon.store.postgres.cluster import AHEAD_MS
 from lmdaemon.store.postgres.store import Store
 
 OPERATORS = frozenset(f"o{number}" for number in range(8))
@@ -287,6 +288,30 @@ class TestServiceTime:
         assert other.store.service_clock.now_ms() < 100
         await other.go_on()
         await until(lambda: other.store.service_clock.now_ms() > 1100)
+
+    async def test_one_that_cannot_accept_connections_is_not_waited_for_for_long(self, together: Cluster) -> None:
+        """For the lease its clock stands still, and so do all. Then its clients have the grace to reach another one."""
+        one, other = await together.pair()
+        for daemon in (one, other):
+            await daemon.store.open_session(opening(operator=one_of(daemon), idle_ms=3000))
+        other.store.service_clock.freeze("listening")
+        await together.pass_time(4.5)
+        for daemon in (one, other):
+            await daemon.store.look()
+        assert one.store.service_clock.now_ms() - other.store.service_clock.now_ms() == AHEAD_MS
+        assert [await ended(daemon) for daemon in (one, other)] == [0, 0]
+        await together.pass_time(1.5)
+        for daemon in (other, one):
+            await daemon.store.look()
+        assert one.store.hold_until_ms >= GRACE_MS
+        await together.pass_time(GRACE_MS / 1000 - 1)
+        assert [await ended(daemon) for daemon in (one, other)] == [0, 0]
+        await together.pass_time(5)
+        await until(lambda: ended(one))
+        await until(lambda: ended(other))
+        other.store.service_clock.thaw("listening")
+        await together.pass_time(1)
+        assert not other.store.membership.has_made_way  # the next time, the others wait for it again
 
     async def test_one_that_joins_takes_up_the_time_and_imposes_no_pause(self, together: Cluster) -> None:
         one = await together.start()

@@ -64,11 +64,6 @@ def secrets(tmp_path: Path) -> None:
     write_secrets(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def short_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "CANCEL_S", 0.05)
-
-
 def module(name: str) -> Any:
     return sys.modules[name]
 

@@ -592,18 +592,20 @@ async def test_without_it_everything_is_served(tmp_path: Path) -> None:
         assert await is_served(tmp_path) == (connections.Connection, [])
 
 
-@pytest.mark.parametrize("lack", ["an attribute", "the parser in C", "a method", "a meaning"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("_CONNECTION", (*hot._CONNECTION, "_gone"), id="an attribute is missing"),
+        pytest.param("HttpRequestParser", hot.HttpRequestParserPy, id="the parser in C is missing"),
+        pytest.param("_MESSAGE", hot._MESSAGE | {"gone": 1}, id="a field is missing"),
+        pytest.param("_MESSAGE", hot._MESSAGE | {"method": "PUT"}, id="a field means something else"),
+    ],
+)
 async def test_it_stands_aside_where_aiohttp_is_not_as_expected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    if lack == "an attribute":
-        monkeypatch.setattr(hot, "_CONNECTION", (*hot._CONNECTION, "_gone"))
-    elif lack == "the parser in C":
-        monkeypatch.setattr(hot, "HttpRequestParser", hot.HttpRequestParserPy)
-    elif lack == "a method":
-        monkeypatch.setattr(hot, "_MESSAGE", hot._MESSAGE | {"gone": 1})
-    else:
-        monkeypatch.setattr(hot, "_MESSAGE", hot._MESSAGE | {"method": "PUT"})
+    """`hot` then needs what this aiohttp does not have."""
+    monkeypatch.setattr(hot, name, value)
     kind, reasons = await is_served(tmp_path)
     assert kind is connections.Connection
     assert len(reasons) == 1

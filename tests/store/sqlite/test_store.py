@@ -24,11 +24,8 @@ class TestOneWay:
     rows it needs.
     """
 
-    async def test_touches_of_active_sessions_are_not_looked_at_again(
-        self, db: Store, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_touches_of_active_sessions_are_not_looked_at_again(self, db: Store) -> None:
         await asyncio.gather(*(db.open_session(opening(name)) for name in "abc"), db.record(notice("over")))
-        monkeypatch.setattr(batches.Written, "_look_closer", fail_with(AssertionError("looked at again")))
         statements = await trace(db)
         one, many = await asyncio.gather(db.touch("acme", ["a"]), db.touch("acme", ["b", "c", "b"]))
         assert (one, many) == ((1, [], []), (2, [], []))

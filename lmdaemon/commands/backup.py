@@ -195,7 +195,7 @@ def restore(args: argparse.Namespace) -> int:
         print(f"{database}: restored from {args.file}, {found['bytes']} bytes, integrity ok")
         as_of = f"as of {found['asOf']}" if found["asOf"] else "never written to"
         print(f"{as_of}, sessions live: {found['live']}, deliveries pending: {found['pending']}")
-        print('what has happened since is not in it: docs/operating.md, "What is different after a restore"')
+        print('what has happened since then is missing: docs/operating.md, "What is different after a restore"')
         if found["replaced"]:
             print(f"what was there before: {found['replaced']}")
     return STOPPED
@@ -237,7 +237,8 @@ def _how_to_read(source: Path, live: set[Inode], *, shared: bool) -> str:
     # by root
     if shared:
         raise Failed(
-            f"{source}: {wal.name} is beside it, where others can make files: copy both to a directory of root's"
+            f"{source}: {wal.name} is beside it, where others can make files: "
+            "copy both to a directory that only root can change"
         )
     return "mode=ro"
 

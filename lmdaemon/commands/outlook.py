@@ -71,9 +71,9 @@ def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {cell(kept_back)}"
         yield f"  by itself: {cell(operator.get('outlook'))}"
         yield f"  by hand:   lmdaemon probe {name} (its next notice, now)"
-        yield f"             lmdaemon release {name} (what was not tried yet at once, the rest on its schedule)"
+        yield f"             lmdaemon release {name} (sends at once what was not tried yet, the rest on its schedule)"
     if dead:
-        yield f"{name}: {dead} dead, which nobody sends again by itself"
+        yield f"{name}: {dead} dead, which are sent again only by hand"
         chosen = f"--operator {name}"
         yield f"  which:     lmdaemon deliveries list {chosen} --state dead"
         again, never = (

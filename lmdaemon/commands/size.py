@@ -106,9 +106,9 @@ def sentences(found: Mapping[str, Any], sessions: int, heartbeat_s: int, keep_s:
     ]
     if kept > found["freeBytes"]:
         fitting_days = max(0.0, (found["freeBytes"] - found["liveBytes"]) / kept * days)
-        said.append(f"Its disk does not carry it: keep_ended would have to be below {fitting_days:.1f} days.")
+        said.append(f"The disk is too small for this: keep_ended would have to be below {fitting_days:.1f} days.")
     else:
-        said.append("Its disk carries it.")
+        said.append("The disk is large enough for this.")
     if now := found.get("now"):
         said.append(
             f"The running daemon had {now['endsPerHour']:,} ends in the last hour: at that rate keep_ended = "
@@ -119,10 +119,10 @@ def sentences(found: Mapping[str, Any], sessions: int, heartbeat_s: int, keep_s:
 
 def _verdict(core: Mapping[str, float]) -> str:
     if core["single"] <= FITS_BELOW:
-        return "This machine's processor carries it."
+        return "This machine's processor is fast enough."
     if core["bulk"] <= FITS_BELOW:
-        return "This machine's processor carries it if game servers use the bulk touch."
-    return "This machine's processor does not carry it: touch less often, or use a faster one."
+        return "This machine's processor is fast enough if game servers use the bulk touch."
+    return "This machine's processor is too slow: touch less often, or use a faster one."
 
 
 def _percent(share: float) -> str:

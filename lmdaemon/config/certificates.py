@@ -120,7 +120,7 @@ class Certificates:
             if not cert.certificates:
                 self._findings.error(at, f"has a certificate that cannot be read ({cert.path})")
         except OSError as error:  # ssl.SSLError is an OSError
-            upside_down = "; it begins with an issuer's: the server's own must come first"
+            upside_down = "; it begins with an issuer's certificate: the server's own must come first"
             hint = upside_down if tls.starts_with_issuer(cert.certificates) else ""
             if ca is not None and not tls.readable(ca.path):
                 self._findings.error(at.replace("tls_cert", "client_ca"), tls.unusable(error))

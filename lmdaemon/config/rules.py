@@ -76,7 +76,7 @@ def check_database_url(findings: Findings, url: str) -> None:
     at = "database.url"
     match = _DATABASE_URL.fullmatch(url)
     if match is None or not url.isprintable():
-        findings.error(at, "must be a URL such as postgresql://user@host/name, with what is special percent-escaped")
+        findings.error(at, "must be a URL such as postgresql://user@host/name, with special characters percent-escaped")
         return
     secret = {"password", "sslpassword"} & {name.lower() for name, _ in parse_qsl(match["query"] or "", True)}
     if ":" in (match["user"] or "") or secret:

@@ -19,7 +19,7 @@ SHAPE_RULE = "must be a URL such as https://wallet.example/V4/SessionExpired"
 USER_INFO_RULE = "must have %2F, %3F, %23, %40, %5B and %5D for /?#@[] in user info, and %40 for any @ behind the host"
 CHARACTERS_RULE = 'must not have spaces, control characters, \\, ", < or >'
 ASCII_RULE = "must have percent-escapes for what is not ASCII in path and query, as its server expects them"
-FRAGMENT_RULE = "must not have a #, for what is behind it is never sent; %23 stands for the character"
+FRAGMENT_RULE = "must not have a #, because what follows it is never sent; %23 stands for the character"
 HOST_RULE = "must have a host name, or an address without a zone, and a port from 1 to 65535 if any"
 CREDENTIALS_RULE = "must have user and password in UTF-8 without control characters, and no %3A in the user (RFC 7617)"
 

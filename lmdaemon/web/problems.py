@@ -33,9 +33,11 @@ KINDS = {
     "cross-origin": Kind(
         403, "A change with the Origin of another address, and no token is configured.", "Configure a token."
     ),
-    "unknown-path": Kind(404, "Nothing is served there.", _MISTAKE),
+    "unknown-path": Kind(404, "Nothing is served at this path.", _MISTAKE),
     "unknown-operator": Kind(
-        404, "No operator of this name is configured.", "Compare the name with the configuration; do not open again."
+        404,
+        "No operator of this name is configured.",
+        "Compare the name with the configuration; do not open the session again.",
     ),
     "unknown-session": Kind(
         404,
@@ -82,7 +84,7 @@ KINDS = {
     ),
     "cannot-store": Kind(
         503,
-        "Nothing can be stored or read now, and nothing was. No session grows older meanwhile.",
+        "Nothing can be stored or read now, and this call has stored nothing. No session gets idle meanwhile.",
         "Try again after `Retry-After` seconds, until it succeeds.",
     ),
 }

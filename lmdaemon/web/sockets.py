@@ -54,7 +54,7 @@ class Hearing:
     def lost(self, listener: str, reason: str) -> None:
         """A listener cannot accept connections."""
         if listener not in self.deaf:
-            log.error("http.cannot_accept", listener=listener, reason=reason, note="no idleness passes meanwhile")
+            log.error("http.cannot_accept", listener=listener, reason=reason, note="sessions do not get idle meanwhile")
         self.deaf[listener] = reason
         self._clock.freeze("listening")
 

@@ -32,13 +32,13 @@ def of_valid(one: Exchange, operator: Operator) -> str:
 
 def _of_tls(detail: str) -> str:
     if "WRONG_VERSION" in detail or "HTTP_REQUEST" in detail:
-        return "The port speaks no TLS: write http:// if that is meant, or give the port that does."
+        return "The port speaks no TLS: write http:// if that is meant, or give the port that speaks TLS."
     return "See connection.tls. The certificate of a private CA is named by --ca-file, or by `ca_file` of the operator."
 
 
 def _of_status(answer: Answer, operator: Operator) -> str:
     if answer.status == 401:
-        return "Write user and password into the URL, https://USER:PASSWORD@HOST/PATH, as the provider will have it."
+        return "Write user and password into the URL as the provider will: https://USER:PASSWORD@HOST/PATH."
     if answer.status == 403:
         return (
             "Something before the endpoint refuses the request: a firewall, a proxy, a list of addresses, a CSRF guard."
@@ -46,9 +46,9 @@ def _of_status(answer: Answer, operator: Operator) -> str:
     if answer.status in (404, 405):
         return "The server knows no POST at this path: compare it with your route; a trailing slash counts."
     if answer.status == 415:
-        return f"Take the Content-Type of the dialect, {operator.sends.content_type}."
+        return f"Accept the Content-Type of the dialect, {operator.sends.content_type}."
     if answer.status >= 500:
-        return "Look into the server's log for what it raised, or why the proxy before it reaches nobody."
+        return "Look into the server's log for what it raised, or find out why the proxy before it does not reach it."
     return ""
 
 
@@ -59,8 +59,8 @@ def _of_code(one: Exchange, operator: Operator) -> str:
         return "Look into the server's log for what went wrong inside."
     if explain.meaning_of(one.code, operator.sends) == "bad hash":
         return (
-            f"Hashed was {_hashed(one.asked.body, operator.sends)!r} followed by the key, as MD5 in hex: every field "
-            "but the hash, decoded, sorted by name. If that is what you do, another key was given by --hash-key-file."
+            f"The hash is MD5 in hex of {_hashed(one.asked.body, operator.sends)!r} followed by the key: every field "
+            "but the hash, decoded, sorted by name. If you hash the same, the key of --hash-key-file is not yours."
         )
     return (
         "The endpoint refuses values that it does not know. Give values that it knows: a test player of its own "

@@ -148,7 +148,7 @@ class Bench:
         """
         told = await self.first()
         if not told.exchange.accepted:
-            raise Skip("the valid notice of answer.valid was not accepted, so this says nothing yet")
+            raise Skip("the valid notice of answer.valid was not accepted, so this check would prove nothing")
         return told
 
     def said(self, exchange: Exchange) -> str:

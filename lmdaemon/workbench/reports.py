@@ -74,7 +74,7 @@ def summary_lines(report: Report) -> Iterator[str]:
     if report.stopped:
         yield f"NOT EVERYTHING WAS TRIED: {report.stopped}"
     elif named:
-        yield f"After a change, these alone: --only {','.join(named)}"
+        yield f"To run only these again: --only {','.join(named)}"
 
 
 def junit(report: Report) -> str:

@@ -51,13 +51,13 @@ def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:
         "acme: breaker open since …",
         "  by itself: tried again at …",
         "  by hand:   lmdaemon probe acme (its next notice, now)",
-        "             lmdaemon release acme (what was not tried yet at once, the rest on its schedule)",
+        "             lmdaemon release acme (sends at once what was not tried yet, the rest on its schedule)",
     ]
 
 
 def test_dead_deliveries_have_the_commands_for_them() -> None:
     said = [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 7})]
-    assert said[0] == "acme: 7 dead, which nobody sends again by itself"
+    assert said[0] == "acme: 7 dead, which are sent again only by hand"
     assert "lmdaemon deliveries retry --operator acme --dry-run" in said[2]
     assert [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 0})] == []
 

@@ -37,20 +37,20 @@ def test_what_so_many_sessions_take_follows_from_the_costs() -> None:
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
-        ({"touch_s": 40e-6}, "This machine's processor carries it."),
-        ({}, "This machine's processor carries it if game servers use the bulk touch."),
-        ({"bulk_touch_s": 70e-6}, "This machine's processor does not carry it"),
+        ({"touch_s": 40e-6}, "This machine's processor is fast enough."),
+        ({}, "This machine's processor is fast enough if game servers use the bulk touch."),
+        ({"bulk_touch_s": 70e-6}, "This machine's processor is too slow"),
     ],
 )
 def test_the_verdict_leaves_room_for_peaks(changed: dict[str, float], verdict: str) -> None:
     said = size.sentences(of_300k(**changed) | {"freeBytes": 2e12}, 300_000, 30, 90 * 86_400, Path("/disk"))
     assert said[-2].startswith(verdict)
-    assert said[-1] == "Its disk carries it."
+    assert said[-1] == "The disk is large enough for this."
 
 
 def test_a_disk_that_is_too_small_is_said_with_the_days_that_fit() -> None:
     said = size.sentences(of_300k() | {"freeBytes": 113e9 + 90e6}, 300_000, 30, 90 * 86_400, Path("/disk"))
-    assert said[-1] == "Its disk does not carry it: keep_ended would have to be below 9.0 days."
+    assert said[-1] == "The disk is too small for this: keep_ended would have to be below 9.0 days."
 
 
 def test_it_is_measured_beside_the_database_and_leaves_nothing(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_urls_as_libpq_reads_them_are_taken(tmp_path: Path, url: str) -> None:
     assert load(tmp_path, f'[database]\nurl = "{url}"\n').postgres is not None
 
 
-SHAPE = "must be a URL such as postgresql://user@host/name, with what is special percent-escaped"
+SHAPE = "must be a URL such as postgresql://user@host/name, with special characters percent-escaped"
 NO_PASSWORD = "must not hold a password: name its file in password_file, or a variable in password_env"
 
 

@@ -119,7 +119,7 @@ SAID: dict[str, list[str]] = {
         r'"daemon.failed".*lmdaemon.sqlite3: was written by a newer lmdaemon \(schema \d+; this one knows \d+\)',
         "restored from before.sqlite3, .* integrity ok",
         f"as of {TIME}, sessions live: 1, ",
-        "what has happened since is not in it: docs/operating.md",
+        "what has happened since then is missing: docs/operating.md",
         "what was there before: .*before-restore",
     ],
     "capacity": [

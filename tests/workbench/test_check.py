@@ -579,7 +579,7 @@ async def test_check_prints_what_is_wrong_why_and_what_was_seen(tmp_path: Path) 
     assert " 1 fail, " in lines[-3]
     assert lines[-2:] == [
         "fail: strictness.hostile-ids",
-        "After a change, these alone: --only strictness.hostile-ids",
+        "To run only these again: --only strictness.hostile-ids",
     ]
 
 

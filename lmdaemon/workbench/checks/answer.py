@@ -148,7 +148,7 @@ async def framing(bench: Bench) -> Finding:
         has_length = "Content-Length" in answer.headers or "Transfer-Encoding" in answer.headers
         if not has_length:
             return Finding("warn", "neither Content-Length nor chunks: the answer ends with the connection", (one,))
-    return Finding("pass", "the length is told, nothing is compressed")
+    return Finding("pass", "the length is given, nothing is compressed")
 
 
 async def no_echo(bench: Bench) -> Finding:

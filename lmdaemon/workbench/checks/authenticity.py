@@ -129,7 +129,7 @@ async def hash_whole(bench: Bench) -> Finding:
     await bench.accepted()
     fields = bench.notices.fields() | {"aNewField": "1", "zLast": ""}
     one = await bench.post(bench.notices.body(fields))
-    return accepted(bench, one, told="a further parameter is hashed along")
+    return accepted(bench, one, told="a further parameter is part of the hash")
 
 
 def _need_hash(bench: Bench) -> None:
@@ -247,7 +247,7 @@ CHECKS = (
     ),
     Check(
         "authenticity.token",
-        "Compare it with the one of the session, or the one agreed upon, in constant time.",
+        "Compare the token with that of the session, or with the one agreed upon, in constant time.",
         token,
     ),
     Check(

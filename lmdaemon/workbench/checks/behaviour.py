@@ -50,7 +50,7 @@ async def recovered(bench: Bench) -> Finding:
 CHECKS = (
     Check(
         "behaviour.burst",
-        "Take them, or answer 429 or 503 with Retry-After; do not let connections hang.",
+        "Accept the notices, or answer 429 or 503 with Retry-After; do not let connections hang.",
         burst,
         "late",
     ),

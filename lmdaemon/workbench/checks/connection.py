@@ -279,7 +279,7 @@ def _by_time(some: Iterable[Exchange]) -> list[Exchange]:
 CHECKS = (
     Check(
         "connection.resolves",
-        "Correct the DNS records (A and AAAA), or let the server listen on all of them; open the firewall.",
+        "Correct the DNS records (A and AAAA), or let the server listen on all these addresses; open the firewall.",
         resolves,
     ),
     Check(
@@ -294,7 +294,7 @@ CHECKS = (
     ),
     Check(
         "connection.certificate-age",
-        "Renew it, and have the renewal watched.",
+        "Renew the certificate, and monitor its renewal.",
         certificate_age,
     ),
     Check(

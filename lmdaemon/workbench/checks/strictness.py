@@ -322,7 +322,7 @@ CHECKS = (
     ),
     Check(
         "strictness.other-player",
-        "Keep the player with the session and compare.",
+        "Store the player with the session, and compare.",
         other_player,
     ),
     Check(

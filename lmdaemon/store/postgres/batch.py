@@ -502,7 +502,9 @@ class Batch:
         return decide(self._not_ahead(slowest), facts, self._world)
 
     def _not_ahead(self, slowest: Slowest) -> Sequence[Any]:
-        """The operations; sweeps among them are limited to how far the slowest daemon has heard."""
+        """The operations. Sweeps among them are limited to how far the slowest daemon has heard, and end nothing for
+        inactivity before `hold_until_ms`.
+        """
         own_ms = self._world.service_ms
         limit_ms = own_ms if slowest.heard_ms is None else min(own_ms, slowest.heard_ms)
 

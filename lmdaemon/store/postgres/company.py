@@ -74,8 +74,9 @@ class Company:
 
     def learn(self, found: Seen, now_s: float, *, watch: bool, follow: bool = True) -> bool:
         """Takes over what was read. Returns whether a daemon has come or gone. With `watch` it notes whose row stands
-        still, at the monotonic time `now_s`. Without it, rows need not change, because no session is live and no
-        delivery pending. Without `follow` this daemon's clock stays where it is, and the others' clocks wait for it.
+        still, at the monotonic time `now_s`. Without it, a row that stands still proves nothing: nothing is live or
+        pending, or this daemon can store nothing itself. Without `follow` this daemon's clock stays where it is, and
+        the others' clocks wait for it.
         """
         if self.known_at - LATE_MS < found.at < self.known_at:
             return False

@@ -40,8 +40,8 @@ class Membership:
         self.introduction = introduction
         self.introduced: Introduction | None = None  # what this daemon's row says of it
         self.proven_s = float("-inf")  # when its last transaction began (elapsed s): then its row was there
-        self._deaf_since_s: float | None = None  # since when it cannot accept connections (monotonic s)
-        self.has_made_way = False  # whether its clients were given time to reach others since then
+        self._deaf_since_s: float | None = None  # since when this daemon cannot accept connections (monotonic s)
+        self.has_made_way = False  # whether clients were given time to reach other daemons since then
         self.epochs = 0  # sum of the column `epoch` of all owners: it tells whether any owner has changed
         # The operators of the settings when it was last worked out which ones to take
         self._claimed_for: frozenset[str] | None = None
@@ -70,8 +70,8 @@ class Membership:
 
     @property
     def must_make_way(self) -> bool:
-        """Whether this daemon has been unable to accept connections for so long that it would have been expelled had it
-        been silent. The others no longer wait for its clock then, once its clients are given time to reach them.
+        """Whether this daemon has been unable to accept connections for so long that, had it been silent, it would have
+        been expelled. Once its clients have been given time to reach other daemons, these no longer wait for its clock.
         """
         if self._deaf_since_s is None or self.has_made_way:
             return False

@@ -201,7 +201,7 @@ def introduce(sql: Connection, member: int, who: Introduction) -> None:
 
 
 def hold(sql: Connection, grace_ms: int) -> None:
-    """Nothing ends for inactivity for so long from now on."""
+    """Lets nothing end for inactivity for `grace_ms` from now on."""
     sql.execute(members.HOLD, (grace_ms,))
 
 

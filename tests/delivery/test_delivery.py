@@ -34,7 +34,7 @@ from lmdaemon.delivery.sender import Sender, Unreachable, request_headers
 from lmdaemon.delivery.sinks import compose, sinks_of
 from lmdaemon.dialects import CannotEncode
 from lmdaemon.model import Session, rfc3339
-from lmdaemon.store.contract import Dead, Opening, StoreObserver
+from lmdaemon.store.contract import Dead, Opening, Settlement, StoreObserver
 from lmdaemon.store.sqlite import store
 
 SCHEDULE = ["5s", "30s", "2m", "10m"]
@@ -545,7 +545,7 @@ class TestIsolation:
                 running.cancel()
 
     async def test_a_row_settled_while_the_next_claim_is_read_is_not_sent_again(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, clock: HandClock
     ) -> None:
         """The claim reads the first row while it is pending. Then the row is settled, and only then the claim
         returns.
@@ -562,17 +562,14 @@ class TestIsolation:
                 await b.dispatcher.once()
                 await operator.wait_for(1)
                 await b.end("second")
-                read = b.db.claimable
 
-                async def read_then_settle(lanes: Any) -> Any:
-                    found = await read(lanes)
+                async def first_is_settled() -> None:
                     answer_first.set()
                     await until(lambda: b.db.figures["acme"].pending == 1 and not b.dispatcher.in_flight)
-                    return found
 
-                monkeypatch.setattr(b.db, "claimable", read_then_settle)
+                b.db.after_reading = first_is_settled
                 await b.dispatcher.once()
-                monkeypatch.undo()
+                b.db.after_reading = None
                 await b.round()
                 sent = [json.loads(received.body)["sessionId"] for received in operator.received]
                 assert sent == ["first", "second"]
@@ -653,17 +650,14 @@ async def some_turns() -> None:
 
 
 class Late:
-    """Replaces a verb of the store with one that waits until the test lets it go on, as on a slow disk."""
+    """Waits until the test lets it go on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, db: store.Store, verb: str) -> None:
-        self._verb = getattr(db, verb)
+    def __init__(self) -> None:
         self.called, self.go_on = asyncio.Event(), asyncio.Event()
-        monkeypatch.setattr(db, verb, self)
 
-    async def __call__(self, argument: Any) -> Any:
+    async def __call__(self, *_: Any) -> None:
         self.called.set()
         await self.go_on.wait()
-        return await self._verb(argument)
 
 
 class TestReadingAhead:
@@ -674,7 +668,7 @@ class TestReadingAhead:
     OK: ClassVar = {"error": 0}
 
     async def test_an_attempt_is_followed_by_the_next_while_the_table_is_being_read(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, clock: HandClock
     ) -> None:
         told = OneAtATime(*[self.OK] * 4)
         async with scripted_operator(*told.script) as operator:
@@ -683,7 +677,7 @@ class TestReadingAhead:
                     await b.end(str(number))
                 async with dispatching(b):
                     await operator.wait_for(2)
-                    reading = Late(monkeypatch, b.db, "claimable")
+                    b.db.before_reading = reading = Late()
                     told.answer()
                     await reading.called.wait()
                     told.answer()
@@ -697,7 +691,7 @@ class TestReadingAhead:
                     assert sorted(sent) == [str(number) for number in range(9)]
 
     async def test_a_success_leaves_its_slot_before_it_is_stored_but_not_for_ever(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, clock: HandClock
     ) -> None:
         """On a slow disk, at most twice the concurrency of attempts have no stored result. A kill would repeat
         those.
@@ -706,7 +700,7 @@ class TestReadingAhead:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
                 for number in range(9):
                     await b.end(str(number))
-                storing = Late(monkeypatch, b.db, "settle")
+                b.db.before_storing = storing = Late()
                 async with dispatching(b):
                     await operator.wait_for(4)
                     await until(lambda: b.dispatcher.lanes.attempting == {("acme", "http"): 0})
@@ -716,14 +710,12 @@ class TestReadingAhead:
                     await until(lambda: b.db.figures["acme"].pending == 0)
                     assert len(operator.received) == 9
 
-    async def test_a_failure_keeps_its_slot_until_it_is_stored(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_failure_keeps_its_slot_until_it_is_stored(self, tmp_path: Path, clock: HandClock) -> None:
         async with scripted_operator(web.Response(status=500)) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
                 await b.end("first")
                 await b.end("second")
-                storing = Late(monkeypatch, b.db, "settle")
+                b.db.before_storing = storing = Late()
                 async with dispatching(b):
                     await storing.called.wait()
                     await some_turns()
@@ -786,12 +778,12 @@ class TestReadingAhead:
                 assert b.db.figures["acme"].pending == 1
 
     async def test_what_was_being_read_when_its_operator_left_the_file_is_not_sent(
-        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, clock: HandClock
     ) -> None:
         async with scripted_operator() as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
                 await b.end()
-                reading = Late(monkeypatch, b.db, "claimable")
+                b.db.before_reading = reading = Late()
                 async with dispatching(b):
                     await reading.called.wait()
                     b.dispatcher.configure(load(tmp_path / "empty.toml", LISTEN), {})
@@ -1090,20 +1082,13 @@ async def test_a_clock_set_back_between_answer_and_commit_delays_nothing(tmp_pat
     """
     async with scripted_operator(web.Response(status=500)) as operator:
         async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:
-            settle, asked, hold = b.db.settle, asyncio.Event(), asyncio.Event()
-
-            async def slow(settlement: Any) -> Any:
-                asked.set()
-                await hold.wait()
-                return await settle(settlement)
-
-            b.db.settle = slow  # type: ignore[method-assign]
+            b.db.before_storing = storing = Late()
             await b.end()
             await b.dispatcher.once()
-            await asked.wait()
+            await storing.called.wait()
             clock.step_wall(-3600)
             await b.dispatcher.once()
-            hold.set()
+            storing.go_on.set()
             await b.round()
             clock.advance(6)  # the first wait of the schedule
             await b.round()
@@ -1201,25 +1186,20 @@ async def test_slots_that_come_free_while_rows_are_read_forget_no_row(tmp_path: 
             await operator.wait_for(4)
             release[0].set()
             await until(lambda: b.dispatcher.in_flight == 3)
-            claimable = b.db.claimable
 
-            async def slowly(claims: Any) -> Any:
-                found = await claimable(claims)
+            async def all_are_answered() -> None:
                 for one in release:
                     one.set()
                 await until(lambda: b.dispatcher.in_flight == 0)
-                return found
 
-            b.db.claimable = slowly  # type: ignore[method-assign]
+            b.db.after_reading = all_are_answered
             await b.dispatcher.once()
-            b.db.claimable = claimable  # type: ignore[method-assign]
+            b.db.after_reading = None
             await b.round()
             assert {(await b.row(str(number))).state for number in range(12)} == {"delivered"}
 
 
-async def test_nothing_begins_until_what_keeps_the_operator_back_is_stored(
-    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_begins_until_what_keeps_the_operator_back_is_stored(tmp_path: Path, clock: HandClock) -> None:
     """The operator has two slots. A success frees its slot while the other answer, which has a Retry-After, is not
     stored yet.
     """
@@ -1228,14 +1208,13 @@ async def test_nothing_begins_until_what_keeps_the_operator_back_is_stored(
         async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=2)) as b:
             for name in ("a", "b", "c"):
                 await b.end(name)
-            stored, settle = asyncio.Event(), b.db.settle
+            stored = asyncio.Event()
 
-            async def late(settlement: Any) -> Any:
+            async def failures_wait(settlement: Settlement) -> None:
                 if settlement.state == "pending":
                     await stored.wait()
-                return await settle(settlement)
 
-            monkeypatch.setattr(b.db, "settle", late)
+            b.db.before_storing = failures_wait
             await b.dispatcher.once()
             await until(lambda: len(operator.received) == 2 and b.dispatcher.in_flight == 1)
             await b.dispatcher.once()

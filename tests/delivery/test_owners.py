@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 from clocks import HandClock
-from support import LISTEN, ScriptedOperator, load, open_store, operator_table, scripted_operator
+from support import LISTEN, ScriptedOperator, SlowStore, load, open_store, operator_table, scripted_operator
 
 from lmdaemon import retry
 from lmdaemon.config.settings import Settings
 from lmdaemon.delivery.dispatcher import Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
-from lmdaemon.store.contract import Claim, Opening
+from lmdaemon.store.contract import Opening
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.sweeper import Sweeper
 
@@ -65,7 +65,7 @@ class Seen:
 class Daemons:
     """Two dispatchers on one store, as of two daemons."""
 
-    def __init__(self, store: Store, settings: Settings, senders: list[Sender], clock: HandClock) -> None:
+    def __init__(self, store: SlowStore, settings: Settings, senders: list[Sender], clock: HandClock) -> None:
         self.store = store
         self.seen = [Seen(store, {"acme"}), Seen(store, set())]
         self.both = [
@@ -98,7 +98,7 @@ class Daemons:
 @contextlib.asynccontextmanager
 async def daemons(tmp_path: Path, clock: HandClock, operator: ScriptedOperator) -> AsyncIterator[Daemons]:
     settings = load(tmp_path / "config.toml", LISTEN + operator_table("acme", operator.url, concurrency=1))
-    async with open_store(tmp_path / "test.sqlite3", clock) as store:
+    async with open_store(tmp_path / "test.sqlite3", clock, kind=SlowStore) as store:
         store.configure(frozenset({"acme"}), partial(sinks_of, settings))
         senders = [Sender(clock), Sender(clock)]
         both = Daemons(store, settings, senders, clock)
@@ -226,24 +226,19 @@ async def test_an_operator_is_let_go_when_nothing_is_under_way(tmp_path: Path, c
         assert both.store.figures_of("acme").pending == 0
 
 
-async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(
-    tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(tmp_path: Path, clock: HandClock) -> None:
     """While a daemon reads rows, the operator goes to another daemon, which may deliver them, and comes back."""
     async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
-        claimable = both.store.claimable
 
-        async def late(lanes: list[Claim]) -> Any:
-            monkeypatch.setattr(both.store, "claimable", claimable)
-            found = await claimable(lanes)
+        async def the_other_delivers() -> None:
+            both.store.after_reading = None
             both.hand_over(1)
             await both.both[1].once()
             await both.both[1].drain(10)
             both.hand_over(0)
-            return found
 
         await both.end("s")
-        monkeypatch.setattr(both.store, "claimable", late)
+        both.store.after_reading = the_other_delivers
         await both.rounds()
         assert len(operator.received) == 1
 

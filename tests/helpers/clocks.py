@@ -11,6 +11,7 @@ class HandClock(Clock):
     def __init__(self) -> None:
         self.wall = 1_790_000_000_000
         self.mono = 1000.0
+        self.suspended_s = 0.0
         self.follow: list[Callable[[float], None]] = []  # called with the wall time (ms) whenever it has moved
 
     def wall_ms(self) -> int:
@@ -20,7 +21,11 @@ class HandClock(Clock):
         return self.mono
 
     def elapsed(self) -> float:
-        return self.mono
+        return self.mono + self.suspended_s
+
+    def suspend(self, seconds: float) -> None:
+        """The machine is suspended for so long: the monotonic clock stands still, and this wall clock with it."""
+        self.suspended_s += seconds
 
     def advance(self, seconds: float) -> None:
         """Moves both clocks forward, as passing time does."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.sinks import sinks_of
 from lmdaemon.limits import LIMITS, Limits
 from lmdaemon.model import Delivery
-from lmdaemon.store.contract import Opening, StoreObserver
+from lmdaemon.store.contract import Claim, Opening, Settled, Settlement, StoreObserver
 from lmdaemon.store.sqlite.store import Store
 
 SUCCESS = {"error": 0, "description": "Success"}
@@ -108,6 +108,29 @@ async def open_store(path: Path, clock: Clock, *, kind: type[_Store] = Store, **
         await store.close()
 
 
+class SlowStore(Store):
+    """A store on a slow disk. What a test sets here is awaited before rows to be delivered are read, after they were
+    read, and before a result is stored.
+    """
+
+    before_reading: Callable[[], Awaitable[object]] | None = None
+    after_reading: Callable[[], Awaitable[object]] | None = None
+    before_storing: Callable[[Settlement], Awaitable[object]] | None = None
+
+    async def claimable(self, lanes: Sequence[Claim]) -> list[list[Delivery]]:
+        if self.before_reading is not None:
+            await self.before_reading()
+        found = await super().claimable(lanes)
+        if self.after_reading is not None:
+            await self.after_reading()
+        return found
+
+    async def settle(self, settlement: Settlement) -> Settled:
+        if self.before_storing is not None:
+            await self.before_storing(settlement)
+        return await super().settle(settlement)
+
+
 class Commits(StoreObserver):
     """Counts the transactions that a store commits from now on."""
 
@@ -136,7 +159,7 @@ def operator_table(name: str, url: str, **keys: Any) -> str:
 class Bench:
     """A store, a dispatcher and a clock moved by hand."""
 
-    db: Store
+    db: SlowStore
     clock: Any
     dispatcher: Dispatcher
     settings: Settings
@@ -168,7 +191,7 @@ class Bench:
 @contextlib.asynccontextmanager
 async def bench(tmp_path: Path, clock: Any, toml: str) -> AsyncIterator[Bench]:
     settings = load(tmp_path / "config.toml", LISTEN + toml)
-    async with open_store(tmp_path / "test.sqlite3", clock) as db:
+    async with open_store(tmp_path / "test.sqlite3", clock, kind=SlowStore) as db:
         sender = Sender(clock)
         dispatcher = Dispatcher(db, clock, sender, Random(7))
         loaded = {name: plugins.load(plugin, dispatcher.wake) for name, plugin in settings.plugins.items()}

@@ -126,7 +126,7 @@ def export(args: argparse.Namespace) -> int:
                 _wait_until_committed(archive, until_at)
                 write = _as_csv if args.format == "csv" else _as_json_lines
                 live = set() if settings.postgres else files_of(real_path(settings.database.absolute()))
-                # Progress is not shown on a terminal that also shows the rows
+                # Progress is not shown if the rows go to the terminal, because the two would mix
                 shown = args.output is not None or not sys.stdout.isatty()
                 # All files of the database are open by now, so the rights for it are not needed any more
                 with acting_with(ours), progress("exporting", " sessions", shown=shown) as told.tell:

@@ -70,7 +70,7 @@ def duration(text: object) -> Duration:
 
 
 def spell(span: Duration) -> str:
-    """A duration as the file has it, in the largest unit that fits."""
+    """A duration as it is written in the file, such as "15m", in the largest unit that gives a whole number."""
     thousandths = round(span * 1000)
     for unit, length in reversed(_UNITS.items()):
         count, rest = divmod(thousandths, round(length * 1000))

@@ -1,5 +1,5 @@
-"""A call of the private API: a row of the table in `routes`, and what a handler gets of a request. It knows requests,
-answers and settings, but not what a call does.
+"""What all calls of the private API have in common: `Call`, a row of the table in `routes`; `Asked`, what a handler
+gets of a request; and `Context`, what all handlers share. What a single call does is not here but in its handler.
 """
 
 import asyncio

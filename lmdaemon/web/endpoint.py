@@ -365,7 +365,9 @@ def _notice(operator: Operator, parsed: Parsed, extra: Mapping[str, Any]) -> Not
 
 
 async def _ask_for_body(request: web.BaseRequest) -> None:
-    """Answers 100 to a client that waits for it, which aiohttp does for applications only. Source: RFC 9110 §10.1.1."""
+    """Answers 100 to a client that waits for it; aiohttp does that only for a web.Application. Source: RFC 9110
+    §10.1.1.
+    """
     if request.version < HttpVersion11 or request.headers.get("Expect", "").lower() != "100-continue":
         return
     if (request.content_length or 0) <= BODY_MAX:

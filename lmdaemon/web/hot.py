@@ -231,7 +231,7 @@ class HotConnection(Connection):
             self._end()
             raise
         else:
-            if awaited is None:  # asyncio.sleep(0)
+            if awaited is None:  # the handler has called asyncio.sleep(0)
                 self._loop.call_soon(self._go_on)
             else:
                 # A task of asyncio does these two things with a future that it awaits

@@ -283,5 +283,5 @@ def public_request(
 
 
 def private_request(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
-    """Makes the requests of the private side; `make` is aiohttp's own function for a web.Application."""
+    """Returns the function that makes the requests of the private side, from aiohttp's own for a web.Application."""
     return partial(make, _cls=_Request)

@@ -24,7 +24,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
-# It returns a Reply. (What is given to aiohttp must seem to return its responses: `Connection` turns a Ready into one.)
+# A handler returns a Reply. Its type is Any, because aiohttp's types demand a response; `Connection` makes one of a
+# Ready
 Handler = Callable[[Any], Awaitable[Any]]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

@@ -142,7 +142,7 @@ class Players:
     async def _player(self, number: int, began: float) -> None:
         rng = Random(f"{self._seed} {number}")  # noqa: S311 - must be repeatable, not secret
         until = began + self._load.span_s
-        # Players begin at different moments
+        # Waits for a random time, so that the players begin at different moments
         await asyncio.sleep(rng.uniform(0, min(self._load.heartbeat_s, self._load.span_s)))
         game = 0
         while self._clock() < until:

@@ -324,7 +324,7 @@ def _span(text: str, what: str) -> float:
 
 
 def _header(text: str, what: str) -> str:
-    """A value that a header can have."""
+    """The text, if it can be the value of a header. Raises ValueError."""
     if re.search(r"[\x00-\x1f\x7f]", text):
         raise ValueError(f"{what} must have no control characters (got {text!r})")
     return text

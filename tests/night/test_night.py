@@ -127,7 +127,7 @@ SAID: dict[str, list[str]] = {
         "CPU, of one core: ",
         "after 90 days of keep_ended",
         "This machine's processor ",
-        "Its disk ",
+        "The disk is ",
     ],
 }
 

@@ -1,1 +1,1 @@
-"""The command line: one module a command."""
+"""The command line: `cli` reads it and runs one command; the other modules have the commands and what they share."""

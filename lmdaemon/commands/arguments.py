@@ -85,7 +85,7 @@ def count(value: str) -> int:
 
 
 def count_to(most: int) -> Callable[[str], int]:
-    """A positive number up to this one, for argparse."""
+    """A type of argument for argparse: a positive number of at most `most`."""
 
     def read(value: str) -> int:
         if (found := count(value)) > most:

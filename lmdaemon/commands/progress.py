@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-if sys.stderr.isatty():  # only then is tqdm imported, which takes time
+if sys.stderr.isatty():  # otherwise tqdm is not needed, and its import takes time
     # Imported now, because a command may give up root's rights later, and the package may be readable only by root
     from tqdm import tqdm
 

@@ -48,7 +48,7 @@ SPECIAL: Mapping[str, str] = {
     "224.0.0.0/4": "multicast",
     "ff00::/8": "multicast",
     "fec0::/10": "site local (RFC 3879)",
-    # In no registry
+    # In none of IANA's registries
     "168.63.129.16/32": "the host agent of Azure, with secrets of its machines",
 }
 # Blocks whose addresses contain the IPv4 address that they lead to, and the number of bits after it.

@@ -72,7 +72,7 @@ def digest(settings: Settings) -> str:
 
 
 def inherited(settings: Settings) -> list[str]:
-    """The operators' keys of which `in_force` shows a value inherited from [sessions] or [delivery]."""
+    """The key paths of operators whose values are inherited from [sessions] or [delivery]."""
     return [
         key
         for name, table in settings.tables.items()

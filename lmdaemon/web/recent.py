@@ -176,9 +176,10 @@ class Recent(StoreObserver):
         self._kept |= {name: self._rings() for name in new}
 
     def series(self) -> tuple[int, dict[str | None, list[list[list[int]]]]]:
-        """The monotonic second of the last slot, and the figures by operator (None: of all together).
+        """The monotonic second of the last slot, and the figures by operator (None: of all operators together).
 
-        The figures are, for each of STEPS_S, one list of SLOTS numbers for each count.
+        The figures of an operator are a list for each step length in STEPS_S. It has a list for each field of `Counts`,
+        with a number for each of the last SLOTS steps.
         """
         self.look()
         rings: list[tuple[str | None, tuple[Ring, ...]]] = [(None, self._all), *self._kept.items()]

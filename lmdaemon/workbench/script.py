@@ -264,8 +264,8 @@ def _chance(text: str) -> float:
 
 
 def _steps(text: str) -> list[tuple[Answer, int]]:
-    """Each answer and how many notices it is given to: N for `xN`, otherwise one; the last one is given to all that
-    follow.
+    """The answers in their order, each with the number of notices that get it: N if `xN` stands after it, otherwise 1.
+    The last answer without `xN` is given to all further notices.
     """
     try:
         words = shlex.split(text)

@@ -103,7 +103,7 @@ def timers(bench: Bench, python: Python) -> Iterator[Run]:
 
 @contextmanager
 def scheduler(bench: Bench, python: Python) -> Iterator[Run]:
-    """It has only a few jobs, because adding each one is a transaction."""
+    """APScheduler with only a few jobs, because adding each job is a transaction."""
     (port,) = free_ports(1)
     few = replace(bench, live=JOBS_QUICK if bench.quick else JOBS)
     with scratch() as directory:

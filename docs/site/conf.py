@@ -22,7 +22,7 @@ nitpicky = True
 
 myst_heading_anchors = 4  # headings down to this level can be linked to, by the anchors that GitHub gives them
 
-html_theme = "furo"  # it uses the system's own fonts, so the site loads nothing from other sites
+html_theme = "furo"  # furo uses the system's own fonts, so the site loads nothing from other sites
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["extra"]  # contains index.html, which leads to the README

@@ -452,7 +452,7 @@ def test_a_restore_cut_short_keeps_the_daemon_from_starting(stopped: Path) -> No
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_what_root_does_beside_the_services_user_never_locks_it_out() -> None:
     user = 12345
-    with tempfile.TemporaryDirectory() as name:  # that user cannot enter pytest's directories
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's directories, which user 12345 cannot enter
         directory, state = Path(name), Path(name) / "state"
         directory.chmod(0o755)
         state.mkdir(mode=0o700)

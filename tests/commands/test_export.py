@@ -135,7 +135,7 @@ async def test_an_export_is_what_ended_from_since_on_and_before_until(
 
 
 async def test_sessions_that_ended_in_one_millisecond_are_each_read_once(tmp_path: Path, clock: Any) -> None:
-    """This holds wherever a page ends."""
+    """Each session is read once wherever a page ends."""
     ends = [("acme" if number % 3 else "other", f"s{number}", number // 4) for number in range(50)]
     await ended_sessions(tmp_path, clock, ends)
     with contextlib.closing(sqlite3.connect(tmp_path / "lmdaemon.sqlite3", isolation_level=None)) as sql:
@@ -314,7 +314,7 @@ def test_a_text_that_a_spreadsheet_would_run_is_guarded(text: str, cell: str) ->
 
 @given(strategies.lists(strategies.text("=+-@＝＠;\t\r\n'\", ab"), min_size=1, max_size=4))
 def test_no_cell_is_a_formula_and_every_text_comes_back(texts: list[str]) -> None:
-    """This holds whatever character a spreadsheet takes as the separator of cells."""
+    """No cell is a formula whatever character the spreadsheet takes as the separator of cells."""
     written = io.StringIO(newline="")
     csv.writer(written).writerow(["acme", *map(export.cell, texts)])
     for separator in (",", ";", "\t"):

@@ -157,7 +157,7 @@ def beside(line: str) -> str:
         try:
             tomllib.loads(line[:at])
         except tomllib.TOMLDecodeError:
-            continue  # this # is inside the value
+            continue  # the # is inside the value
         return line[at:].strip("# ")
     return ""
 
@@ -862,8 +862,8 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "dialects.x.fields",
         "dialects.x.codes.retry",
         "operators.a.provider_id",
-        "operators.a.url",  # it is not https
-        "operators.a.url",  # it is a loopback address
+        "operators.a.url",  # the URL is not https
+        "operators.a.url",  # the URL has a loopback address
         "operators.a.hash_key_file",
         "operators.a.endpoint",
         "operators.b.dialect",
@@ -1142,7 +1142,9 @@ def test_certificate_that_tls_cannot_use_is_an_error(home: Path, keys: str, find
 def test_certificate_that_is_not_valid_or_ends_soon_is_warned_about(
     home: Path, begins: timedelta, ends: timedelta, warned: str | None
 ) -> None:
-    """It is a warning, because one operator's certificate must not keep the daemon from starting for all others."""
+    """The finding is a warning, because one operator's certificate must not keep the daemon from starting for all
+    others.
+    """
     one = make(home, "one", begins=begins, ends=ends)
     for keys, at in (
         ("ca_file = 'one.crt'", "ca_file"),
@@ -1322,7 +1324,7 @@ def test_what_systemd_hands_over_is_unchecked_in_an_exec_reload(home: Path, monk
         load(home, text)  # the daemon's own reading is strict
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(home))
     with pytest.raises(ConfigError, match="No such file"):
-        load(home, text, secrets="readable")  # so is a process that gets the credentials
+        load(home, text, secrets="readable")  # strict, too: a process that gets the credentials
 
 
 def test_administration_needs_no_secret_of_the_daemons(home: Path) -> None:

@@ -146,7 +146,7 @@ def _normal(row: tuple[str, str, str]) -> tuple[str, str]:
     "name", ["localhost", "LOCALHOST.", "op.localhost", "127.1", "2130706433", "0x7f000001", "0X7F.1"]
 )
 def test_what_the_resolver_takes_for_an_address_is_refused(name: str) -> None:
-    """These are names and numbers that the resolver reads as addresses."""
+    """Tested are names and numbers that the resolver reads as addresses."""
     assert private_address(name)
 
 

@@ -131,7 +131,7 @@ class TestReload:
             assert not [one for one in facts if "secret" in str(one)]
 
     async def test_what_needs_a_restart_is_said_at_every_reload(self, tmp_path: Path) -> None:
-        """It is said until the file is again as it was at the start."""
+        """Each reload says so until the file is again as it was at the start."""
         toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             named = []

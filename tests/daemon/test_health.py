@@ -1,4 +1,4 @@
-"""`/health`: each check fails or warns when what it watches is caused for real."""
+"""`/health`: each check fails or warns when a test really causes the fault that the check looks for."""
 
 import asyncio
 import contextlib

@@ -381,7 +381,7 @@ class TestContained:
         assert (module(name).LOG, loaded.stray) == (["cleaned up"], 0)
 
     async def test_a_hook_that_ignores_its_cancellation_is_left_behind(self, written: Callable[[str], str]) -> None:
-        """It is counted as `stray` until it ends."""
+        """The hook is counted as `stray` until it ends."""
         name = written(STUBBORN)
         freed: list[int] = []
         loaded = plugins.load(settings(f"{name}:hook", timeout_s=0.02), lambda: freed.append(loaded.stray))
@@ -484,7 +484,7 @@ class TestDelivery:
     async def test_a_failure_of_any_kind_is_retried_with_the_same_event(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
-        """It is retried until it is delivered."""
+        """The call is repeated with the same event until it succeeds."""
         failures = [*RAISED, "Refuse('final')"]
         name = written(
             f"FAILURES = [lambda: {', lambda: '.join(failures)}]\n"

@@ -658,7 +658,7 @@ class Promises(RuleBasedStateMachine):
         for webhook_id, row in seen.deliveries.items():
             known = self.seen.get(webhook_id, row)
             assert (row.operator, row.session_id, row.sink) == (known.operator, known.session_id, known.sink)
-            if row.state == "delivered":  # so the player's token in its body is not needed any more
+            if row.state == "delivered":  # so the body, which has the player's token, is not needed any more
                 assert row.body == b""
             elif row.sink == "http":
                 assert self.bodies.setdefault(webhook_id, row.body) == row.body
@@ -771,7 +771,7 @@ class Promises(RuleBasedStateMachine):
     @rule(seconds=st.integers(-7200, 7200))
     def set_wall(self, seconds: int) -> None:
         self.clock.step_wall(seconds)
-        self.rests.clear()  # these moments were of the former wall time
+        self.rests.clear()  # the moments in `rests` were of the former wall time
 
     @rule()
     def wake(self) -> None:
@@ -797,7 +797,8 @@ class Promises(RuleBasedStateMachine):
             self.states[operator] = state
             self.configure()
             for (name, _), one in self.known.items():
-                # Its sessions are looked at again after REVISIT_MS, if the sweeper has looked in the meantime
+                # The operator's sessions are looked at again after REVISIT_MS, if the sweeper has looked in the
+                # meantime
                 if name == operator:
                     one.not_late_before = self.sure + REVISIT_MS + LATE_MS
                     one.orphaned |= state == "gone"

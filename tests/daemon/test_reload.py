@@ -82,8 +82,8 @@ def test_the_keys_that_need_a_restart_are_keys() -> None:
 
 
 async def test_what_needs_a_restart_is_in_force_as_it_was_at_the_start(tmp_path: Path) -> None:
-    """This stays so however often the file is read again. The command `config` still shows what a restart would
-    change.
+    """The settings of the start stay in force however often the file is read again. The command `config` still shows
+    what a restart would change.
     """
     async with serving(tmp_path, TOML) as d:
         text = TOML.replace('[api]\nlisten = "127.0.0.1:0"', '[api]\nlisten = "127.0.0.9:9"')

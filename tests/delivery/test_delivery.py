@@ -796,7 +796,7 @@ class TestReadingAhead:
     async def test_what_was_read_ahead_is_not_sent_for_an_operator_that_left(
         self, tmp_path: Path, clock: HandClock
     ) -> None:
-        """It is not sent once the operator has left the file."""
+        """A delivery that was read ahead is not sent once its operator has left the file."""
         told = OneAtATime(self.OK)
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url, concurrency=1)) as b:
@@ -819,7 +819,7 @@ class TestStopping:
     async def test_a_bug_ends_the_dispatcher_loudly(
         self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, left: bool
     ) -> None:
-        """This is so for an operator that has left the file in the meantime, too."""
+        """The dispatcher also ends if the operator has left the file in the meantime."""
         told = OneAtATime({"error": 0})
         async with scripted_operator(*told.script) as operator:
             async with bench(tmp_path, clock, operator_table("acme", operator.url)) as b:

@@ -202,7 +202,7 @@ async def test_one_that_was_expelled_unawares_starts_nothing(tmp_path: Path, clo
 
 
 async def test_an_operator_is_let_go_when_nothing_is_under_way(tmp_path: Path, clock: HandClock) -> None:
-    """So a daemon that takes the operator over repeats no attempt that is under way, and the concurrency is kept."""
+    """A daemon that takes the operator over repeats no attempt that is under way, and never exceeds the concurrency."""
     answered = asyncio.Event()
 
     async def slow(_: web.Request) -> dict[str, int]:
@@ -262,7 +262,7 @@ async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClo
 
 
 async def test_a_probe_asked_of_any_daemon_is_made_by_the_owner(tmp_path: Path, clock: HandClock) -> None:
-    """This is so while the operator is held, too."""
+    """The owner makes the probe even while the operator is held."""
     async with scripted_operator() as operator, daemons(tmp_path, clock, operator) as both:
         await both.end("s")
         await both.store.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))

@@ -201,8 +201,8 @@ def test_what_is_asked_of_one_daemon_binds_at_the_owner(
 
 
 def test_each_daemon_tells_of_all_of_them(c: Cluster, counting: Counting) -> None:
-    """They tell it in `/health`, in `lmdaemon status` and in the metrics. An operator's metrics come from its owner
-    alone.
+    """Each daemon tells of all daemons in `/health`, in `lmdaemon status` and in the metrics. An operator's metrics
+    come from its owner alone.
     """
     opened(c.any(), "acme", "told")
 
@@ -244,7 +244,7 @@ def figures(daemon: Process) -> dict[str, float]:
 def test_concurrency_is_that_of_the_operator_however_many_daemons(
     c: Cluster, counting: Counting, lobby: Counting
 ) -> None:
-    """This holds for the operator's URL and for a plug-in that listens to it."""
+    """Tried are the operator's URL and a plug-in that listens to the operator."""
     counting.takes_s = lobby.takes_s = 0.1
     lobby.sessions.clear()
     lobby.most = 0

@@ -364,7 +364,7 @@ FAULTS = {
     "sync fails": Fault(injected("fdatasync,fsync:error=EIO")),
     "locked by another process": Fault(locked),
 }
-if FULL:  # these are similar to others, so they only run in the full suite
+if FULL:  # the following faults are similar to others, so they only run in the full suite
     FAULTS["remounted read-only"] = Fault(injected("pwrite64,ftruncate:error=EROFS"))
     FAULTS["no space for a write"] = Fault(injected("pwrite64:error=ENOSPC"))
     FAULTS["write fails"] = Fault(injected("pwrite64:error=EIO"))
@@ -398,8 +398,9 @@ def test_a_fault_that_passes_loses_nothing_and_work_resumes(
         wallet.answers.clear()
         ledger.must("open", "in-flight")
         ledger.must("close", "in-flight")
-        wait_for(lambda: wallet.attempts["in-flight"])  # its answer comes during the fault
-        ledger.must("notice", "waiting")  # it waits for the delivery before it, because the operator's concurrency is 1
+        wait_for(lambda: wallet.attempts["in-flight"])  # the operator's answer comes during the fault
+        # This delivery waits for the one before, because the operator's concurrency is 1
+        ledger.must("notice", "waiting")
         ledger.must("open", "sleeper", SLEEPS_S)
 
         with fault.cause(daemon):
@@ -463,7 +464,7 @@ def test_reads_that_fail_are_refused_and_resume_by_themselves(tmp_path: Path, wa
             answer = wait_for(refused)
             assert int(answer.headers["Retry-After"]) > 0
             assert answer.headers["Content-Type"].startswith("application/problem+json")
-            ledger.do("notice", "told")  # its delivery cannot be read during the fault
+            ledger.do("notice", "told")  # the delivery of this session cannot be read during the fault
             wait_for(lambda: daemon.health == SICK)
             time.sleep(2.5)  # the fault lasts this long, through several tries
             assert len(daemon.events("delivery.waiting_for_store")) <= 1

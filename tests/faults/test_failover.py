@@ -115,7 +115,7 @@ def assert_nothing_is_acknowledged_by(old: OwnServer, c: Cluster) -> None:
     with psycopg.connect(old.url, autocommit=True) as sql:
         before = sql.execute(SESSIONS).fetchall()
         assert c.daemons["a"].stop() == 0
-        c.daemons["a"].spawn()  # it tries the old primary first, which accepts writes
+        c.daemons["a"].spawn()  # the daemon tries the old primary first, which accepts writes
         assert c.daemons["a"].popen.wait(60) == 1
         (told,) = c.daemons["a"].events("daemon.failed")
         assert "no answer within" in told["reason"]

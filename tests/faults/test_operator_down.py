@@ -136,7 +136,7 @@ async def test_a_day_down_is_probed_gently_and_then_everything_arrives(
         await o.live(600)
         first = next(at for at, _, _, answered in o.requests if answered)
         assert first - came_back <= 300.1
-        assert (await o.states())["delivered"] >= PILE - len(tried)  # those that had never been tried
+        assert (await o.states())["delivered"] >= PILE - len(tried)  # the deliveries that had never been tried
         await o.live(12 * HOUR)  # the others wait as long as their schedule says
         assert await o.states() == {"delivered": PILE}
         check_identity(o.requests)
@@ -157,7 +157,7 @@ async def test_five_days_of_failure_hold_it_and_a_release_brings_all_back(
         assert 5 <= held_after_days < 5.2
         before = await o.states()
         assert before.get("delivered", 0) == 0
-        assert before["dead"] > 0  # these were older than max_age
+        assert before["dead"] > 0  # the dead deliveries were older than max_age
         assert sum(before.values()) == day * SESSIONS
 
         # While the operator is held: nothing is sent, ends are recorded, and no delivery grows older

@@ -149,7 +149,8 @@ def test_one_that_was_stopped_and_replaced_ends_and_sends_nothing_more(
         assert second.call("POST", f"{base}/{name}/close")[0] == 200
         load.closed.add(name)
     first.popen.send_signal(signal.SIGCONT)
-    wait_for(lambda: len(rows(server, "SELECT name FROM lmdaemon.member")) == 2)  # it has joined again by itself
+    # The daemon that was stopped has joined again by itself
+    wait_for(lambda: len(rows(server, "SELECT name FROM lmdaemon.member")) == 2)
     assert_nothing_lost(server, wallet, load)
     assert [first.stop(), second.stop()] == [0, 0]
 

@@ -167,7 +167,7 @@ class OwnServer:
 
     def __exit__(self, *_: object) -> None:
         try:
-            with suppress(NoServerError):  # it may be stopped already
+            with suppress(NoServerError):  # the server may be stopped already
                 self.stop("immediate")
         finally:
             if self._has_disk:

@@ -134,7 +134,7 @@ def wait_for(condition: Callable[[], Any], within_s: float = 40.0, otherwise: Ca
     return result
 
 
-# one abstract socket for each port given out, whose name reserves the port until the tests end
+# For each port given out, an abstract socket whose name reserves the port until the tests end
 _OURS: list[socket.socket] = []
 
 

@@ -217,7 +217,8 @@ class Serving:
     client: aiohttp.ClientSession
     running: "asyncio.Task[None]"
 
-    # Its internal parts, for what cannot be seen or caused from outside. Tests use them through these properties only.
+    # The daemon's internal parts, for what cannot be seen or caused from outside. Tests use them through these
+    # properties only.
 
     @property
     def parts(self) -> Any:

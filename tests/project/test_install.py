@@ -205,7 +205,7 @@ def test_what_was_installed_runs_and_reads_its_settings(trees: Trees) -> None:
 
 @needs_venv
 def test_every_module_and_data_file_is_installed(trees: Trees) -> None:
-    """They are installed through a wheel, whose content pyproject.toml describes."""
+    """Files are installed through a wheel, whose content pyproject.toml describes."""
 
     def inside_of(directory: Path) -> set[str]:
         found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
@@ -216,7 +216,9 @@ def test_every_module_and_data_file_is_installed(trees: Trees) -> None:
 
 @needs_venv
 def test_a_daemon_of_what_was_installed_alone_opens_a_session(trees: Trees, tmp_path: Path) -> None:
-    """It runs with the libraries that lmdaemon requires, without those of the tests, and away from the sources."""
+    """The daemon runs with the libraries that lmdaemon requires, without those of the tests, and away from the
+    sources.
+    """
     assert not (site(trees.bare) / "pytest").exists()
     file = configure(tmp_path)
     command = [trees.bare / PREFIX[1:] / "bin/python", "-I", "-m", "lmdaemon", "--config", file]
@@ -237,7 +239,7 @@ def test_a_daemon_of_what_was_installed_alone_opens_a_session(trees: Trees, tmp_
 
 @needs_venv
 def test_the_services_settings_are_the_shipped_ones_and_a_little_more(trees: Trees) -> None:
-    """They differ in the path of the database and in a restart grace that suits a service."""
+    """The service's settings differ in the path of the database, and in a restart grace that suits a service."""
     shipped = tomllib.loads((ROOT / "config.toml").read_text())
     installed = tomllib.loads((trees.bare / "etc/lmdaemon/config.toml").read_text())
     # A root shell has no $STATE_DIRECTORY, in which a relative path would be looked up.

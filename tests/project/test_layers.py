@@ -75,7 +75,7 @@ MAY_IMPORT = {
     },
     "daemon": {"ground", "config", "plugins", "store", "store.open", "status", "parts"},
     "workbench": {"ground", "config", "masks", "delivery"},
-    # It imports the workbench only when a test notice or a check is asked for
+    # `trials` imports the workbench only when a test notice or a check is asked for
     "trials": {"ground", "config", "delivery", "workbench"},
     "commands": {
         "ground",
@@ -90,7 +90,7 @@ MAY_IMPORT = {
         "daemon",
         "workbench",
     },
-    "commands.backup": {"ground", "config", "commands", "store", "store.sqlite"},  # it copies SQLite's file
+    "commands.backup": {"ground", "config", "commands", "store", "store.sqlite"},  # `backup` copies SQLite's file
     "__main__": {"commands"},
 }
 HOMES = {

@@ -63,6 +63,6 @@ def test_everything_that_is_required_is_pinned_to_a_version_that_fits() -> None:
 
 @pytest.mark.skipif("NEWEST" in os.environ, reason="runs with newer versions, as was asked for")
 def test_what_runs_these_tests_is_what_is_pinned() -> None:
-    """This includes what the requirements themselves require: a version that is not pinned could change at any time."""
+    """Requirements of the requirements are pinned, too: a version that is not pinned could change at any time."""
     found, pins = installed({str(one) for one in requirements()}), pinned()
     assert {name: pins.get(name) for name in found} == found

@@ -251,7 +251,7 @@ class TestAnOperatorWhoseTouchesHaveStopped:
     def test_an_idle_session_waits_and_the_pause_begins(self) -> None:
         changes = swept(PAUSING)
         assert changes.answers == [(0, 1)]
-        # One idle time later: the earliest moment at which it could end if it were touched now
+        # One idle time later: the earliest moment at which the session could end if it were touched now
         assert changes.moved_due == [(1, 101_000)]
         assert changes.pauses == {"acme": silence.Pause(100_000, 500)}
         assert changes.ends == []

@@ -841,7 +841,7 @@ async def test_retrying_what_can_never_be_sent_answers_409(tmp_path: Path, walle
     toml = CONFIG.format(url=wallet.url).replace("[operators.acme]", '[operators.acme]\naccept = ["v4.01"]')
     async with serving(tmp_path, toml) as daemon:
         api = Caller(daemon)
-        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # it has no token
+        notice = {"providerId": "luckymonaco", "sessionId": "s1", "userId": "p1", "uuid": "u"}  # without a token
         async with daemon.client.post(daemon.server + "/V4/SessionExpired", json=notice) as answer:
             assert (await answer.json())["error"] == 0
         delivery = await api.delivery_of()
@@ -1145,7 +1145,7 @@ async def test_a_broken_operator_shows_its_breaker_and_when_it_may_be_sent_to(
     await until(opened)
     shown = await api.operator()
     assert 100_000 <= millis(shown["notBefore"]) - millis("2026-09-21T14:13:20.000Z") <= 120_000
-    dies = "the first notice dies at 2026-09-24T14:13:20Z"  # its session ended 72 h before that
+    dies = "the first notice dies at 2026-09-24T14:13:20Z"  # the session ended 72 h before that
     assert shown["outlook"] == f"tried again at {shown['notBefore'][:19]}Z; {dies}"
     assert shown["breakerSince"] == shown["failingSince"] == shown["pausedSince"] == "2026-09-21T14:13:20.000Z"
     clock.advance(60)

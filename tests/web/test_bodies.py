@@ -62,7 +62,7 @@ def test_what_is_no_list_of_ids_is_refused_with_its_place(body: bytes, problem: 
 
 @pytest.mark.parametrize("id_text", ['"a"', r'"\""', r'"\\"', r'"a\\\""'])
 def test_ten_thousand_ids_are_read_and_one_more_is_not(id_text: str) -> None:
-    """This holds in whatever way the ids are escaped."""
+    """The limit is the same in whatever way the ids are escaped."""
 
     def body(count: int) -> bytes:
         return f'{{"sessionIds":[{",".join([id_text] * count)}]}}'.encode()

@@ -82,7 +82,7 @@ def test_the_files_are_small_and_come_from_nowhere_else() -> None:
     texts = {name: (gzip.decompress(body) if name.endswith(".gz") else body).decode() for name, body in bodies.items()}
     for name, text in texts.items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", text), name
-        if name not in ("dom.js", "icon.svg"):  # these contain names of XML namespaces, which look like URLs
+        if name not in ("dom.js", "icon.svg"):  # these two files contain names of XML namespaces, which look like URLs
             assert not re.search(r"https?://", text), name
         assert not re.search(r'(?:href|src|fetch\(|from )\s*=?\s*"/', text), f"{name}: an absolute path"
 

@@ -927,7 +927,7 @@ class TestOneEnd:
         monkeypatch.syspath_prepend(tmp_path)
         toml = operator() + '[plugins.x]\nuse = "hook_repeat:hook"\n'
         answers = []
-        for _ in range(2):  # also after a restart
+        for _ in range(2):  # the second time after a restart
             async with serving(tmp_path, toml) as s:
                 answers += [await notify(s) for _ in range(3)]
                 await until(lambda: s.store.figures["acme"].pending == 0)

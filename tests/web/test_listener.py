@@ -288,7 +288,7 @@ async def test_each_head_has_to_come_in_time(tmp_path: Path, name: str, joined: 
 
 
 async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) -> None:
-    """This holds on the public listener, and for connections that come after a reload."""
+    """Tested are the public listener, and connections that come after a reload."""
     toml = LISTEN.replace("[api]", 'keepalive = "{}"\n[api]') + CONFIG
     async with serving(tmp_path, toml.format("1h")) as daemon, raw_connection(daemon.api) as private:
         async with raw_connection(daemon.server) as long:

@@ -167,7 +167,7 @@ def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop:
 
 
 def test_who_does_not_come_to_an_end_does_not_hold_a_stop_up(tmp_path: Path, loop: dict[str, str]) -> None:
-    """Such clients sent half a request (the first or a later one; a part of the head or of the body), or nothing, or do
+    """The clients sent half a request (the first or a later one; a part of the head or of the body), or nothing, or do
     not read their answers.
     """
     toml = NO_GRACE + 'notify = true\nurl = "http://127.0.0.1:1/"\nallow_private_network = true\ntimeout = "1s"\n'

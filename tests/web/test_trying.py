@@ -261,7 +261,7 @@ async def test_a_stop_of_the_daemon_ends_the_checks_with_what_they_found(tmp_pat
 
 
 async def test_a_check_that_is_ended_at_once_has_begun_and_gives_what_it_has() -> None:
-    """This holds at whatever point its thread is."""
+    """The check can be ended at whatever point its thread is."""
 
     async def work() -> str:
         try:

@@ -126,7 +126,9 @@ async def test_who_listens_to_one_operator_hears_of_no_other(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_who_listens_to_an_unknown_operator_is_refused(tmp_path: Path, method: str) -> None:
-    """Also where it is known to another letter: a stream in which nothing ever happens would hide the mistake."""
+    """An operator's name in other upper and lower case is unknown, too. A stream in which nothing ever happens would
+    hide such a mistake.
+    """
     async with serving(tmp_path, OPERATORS) as d:
         for name in ("nobody", "Acme", "acme ", "a" * 300):
             async with d.client.request(method, d.api + "/v1/events", params={"operator": name}) as refused:
@@ -165,7 +167,7 @@ async def test_one_listener_too_many_is_told_to_come_back(tmp_path: Path) -> Non
 async def test_a_listener_that_takes_nothing_is_dropped_and_delays_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection is cut as soon as its queue is full. The other listener gets every event."""
+    """The connection of that listener is cut as soon as its queue is full. The other listener gets every event."""
     async with serving(tmp_path, OPERATORS, limits=Limits(waiting_max=20)) as d, listening(d) as quick:
         async with raw_connection(d.api) as slow:
             await slow.send(b"GET /v1/events?operator=acme HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -28,9 +28,7 @@ class TestArchive:
     async def test_what_is_wanted_comes_once_in_the_order_of_its_ends(
         self, db: Store, engine: Engine, clock: HandClock, wanted: Wanted, expected: list[int]
     ) -> None:
-        """This holds with a single page, and with pages that end before, among and after sessions that ended at the
-        same time.
-        """
+        """Tried are a single page, and pages that end before, among and after sessions that ended at the same time."""
         first_at = clock.wall_ms()
         for operator, session, player in ENDS:
             await db.open_session(opening(session, operator=operator, player_id=player))

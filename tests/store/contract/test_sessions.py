@@ -218,7 +218,7 @@ class TestOneEnd:
         await db.end("acme", "s")
         (delivery,) = (await db.deliveries(operator=None, sink=None, state="dead", limit=9, after=None)).rows
         assert (delivery.last_error, delivery.settled_at) == ("must send 'token'", delivery.created_at)
-        assert await db.retry_dead("acme", Dead()) == 0  # it cannot be sent, so a retry cannot help
+        assert await db.retry_dead("acme", Dead()) == 0  # the delivery cannot be sent, so a retry cannot help
         again = await db.retry_one(delivery.webhook_id)
         assert again is not None
         after = await db.delivery(delivery.webhook_id)

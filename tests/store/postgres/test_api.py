@@ -176,7 +176,7 @@ async def look(pair: Pair) -> None:
 async def same_health(pair: Pair) -> None:
     reports, daemons = [], []
     for daemon in pair[:2]:
-        await daemon.store.look_for_strains()  # as it would within a minute
+        await daemon.store.look_for_strains()  # each daemon does this once a minute
         async with daemon.client.get(daemon.api + "/health") as told:
             reports.append({name: check[0]["status"] for name, check in (await told.json())["checks"].items()})
         async with daemon.client.get(daemon.api + "/v1/daemons") as told:

@@ -99,6 +99,6 @@ async def test_ends_that_wait_are_released_at_any_daemon(pair: Pair) -> None:
 
 
 async def test_a_release_waits_for_no_owner_if_no_ends_wait(pair: Pair) -> None:
-    """The owner may be gone. A question would find no answer, and fail."""
+    """The owner may be gone, so it must not be asked: in this test, a question would find no answer, and fail."""
     pair.owner_runs.cancel()
     assert not await pair.other.release_ends("acme")

@@ -241,7 +241,7 @@ class Simulation:
         deadline_at = session.touched_at + IDLE_MS
         for other in self.daemons:
             if other.member in self.rows:
-                # Touches that it had when it was expelled count only if they are stored in time
+                # Touches that a daemon had when it was expelled count only if they are stored in time
                 in_hand = list(other.socket)
                 if other.batch and not other.batch.answer and other is not daemon:
                     in_hand += [(one, at) for one, at, _ in other.batch.touches]
@@ -401,8 +401,10 @@ class TestRules:
         [
             (Heard(4_000, 900), 1_000, 5_000),  # the other clock is behind, so the touch counts from its arrival
             (Heard(5_000, 900), 1_000, 5_100),  # the other clock may have run on for 100 ms
-            (Heard(5_000, 900), 9_000, 6_500),  # but not for longer than it may be ahead
-            (Heard(5_000, 900), 800, 6_500),  # the database's clock was set back, so the time since is unknown
+            # The other clock may have run on, but not for longer than it may be ahead
+            (Heard(5_000, 900), 9_000, 6_500),
+            # The database's clock was set back, so nobody knows for how long the other clock has run on
+            (Heard(5_000, 900), 800, 6_500),
         ],
     )
     def test_a_stamp_is_below_no_clock(self, other: Heard, database_at: int, stamp: int) -> None:

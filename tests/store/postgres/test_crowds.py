@@ -35,7 +35,7 @@ class Told(StoreObserver):
 
 
 async def crowd(db: Store, clock: HandClock, size: int) -> tuple[list[str], Told]:
-    """So many sessions that are due, one millisecond after the other, and an observer."""
+    """Sessions that are due one millisecond after the other, `size` of them, and an observer."""
     db.configure(frozenset({"acme"}), lambda session: [NewDelivery("http", BODY)])
     names = [f"{number:04}" for number in range(size)]
     await asyncio.gather(*(db.open_session(opening(name, idle_ms=IDLE_MS + place)) for place, name in enumerate(names)))

@@ -96,7 +96,9 @@ async def test_an_interrupted_import_goes_on_where_it_was(
 async def test_a_file_that_was_moved_serves_no_daemon_any_more(
     filled: SqliteEngine, postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
-    """Otherwise the pending deliveries would be sent by two daemons, one with the file and one with the database."""
+    """If a daemon could still use the file, the pending deliveries would be sent twice: from the file and from the
+    database.
+    """
     move(filled.path, postgres_engine)
     with pytest.raises(DatabaseError, match="was moved into a PostgreSQL database"):
         async with filled.open(clock):

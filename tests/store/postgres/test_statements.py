@@ -153,7 +153,8 @@ async def test_after_a_flush_that_failed_every_statement_works(
     def read_and_be_overtaken(sql: Connection, *arguments: Any) -> tuple[Facts, Slowest]:
         facts, slowest = read_facts(sql, *arguments)
         if facts.due and not touched:
-            tables.next_deadlines(sql, ["acme"])  # it is not prepared yet, as at a start
+            # The statement for the next deadlines is not prepared yet, as at a start
+            tables.next_deadlines(sql, ["acme"])
             with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
                 touched.append(sql.execute("UPDATE lmdaemon.session SET seen_ms = seen_ms + 100000").rowcount)
         return facts, slowest

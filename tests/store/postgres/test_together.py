@@ -186,7 +186,7 @@ class TestOwners:
         await until(lambda: other.mine == moving)
 
     async def test_an_operator_that_one_daemon_alone_knows_stays_there(self, together: Cluster) -> None:
-        """This happens while settings are changed on one machine after the other."""
+        """While settings are changed on one machine after the other, only one daemon may know a new operator."""
         one = await together.start()
         other = await together.start(frozenset({"o0"}))
         for _ in range(20):
@@ -392,7 +392,9 @@ class TestWallTime:
         assert other.store.clock.wall_ms() == server.wall_ms()
 
     async def test_a_server_clock_that_is_set_back_moves_each_wait_once(self, together: Cluster) -> None:
-        """Also of an operator that nobody owns, because it has left the settings: not once by each daemon."""
+        """Each wait is moved once, not once by each daemon. One of the operators is owned by nobody, because it has
+        left the settings.
+        """
         server = together.set_up_server_clock()
         one, other = await together.pair()
         names = {"of the first": one_of(one), "of the other": one_of(other), "of nobody": sorted(one.mine)[1]}
@@ -412,7 +414,8 @@ class TestWallTime:
             await daemon.store.look()
         server.step_wall(-3600)
         for daemon in (one, other, one, other):
-            await daemon.store.probe()  # which learns of it with its first transaction, and moves waits with the next
+            # A daemon learns the new time with its first transaction, and moves waits with the next
+            await daemon.store.probe()
         rows = {row["operator"]: row["due_at"] for row in together.engine.rows("delivery")}
         assert {what: rows[name] for what, name in names.items()} == dict.fromkeys(names, due_at - 3_600_000)
         gates = {row["name"]: row["not_before_at"] for row in together.engine.rows("operator")}
@@ -495,7 +498,9 @@ class TestPutOut:
         await until(lambda: settled(one, other))
 
     async def test_one_that_was_stopped_halfway_through_a_batch_is_expelled_too(self, together: Cluster) -> None:
-        """Its open transaction locks its own row and a session. A third daemon can still start in the meantime."""
+        """The open transaction of the stopped daemon locks its own row and a session. A third daemon can still start in
+        the meantime.
+        """
         one, other = await together.pair()
         await other.store.open_session(opening(operator=one_of(other)))
         await until(lambda: one.store.live == 1)
@@ -583,7 +588,7 @@ class TestPutOut:
         await one.store.open_session(opening(operator="o0"))
         with together.engine.outage():
             await until(lambda: one.store.failure and other.store.failure, within_s=20)
-            await other.stop()  # its next try to write comes later than the first daemon's
+            await other.stop()  # the second daemon tries to write later than the first one does
             for _ in range(round(LIMITS.store.lease_s / 0.5) + 2):
                 one.clock.advance(0.5)
                 with contextlib.suppress(StoreError):
@@ -772,8 +777,8 @@ class TestStarts:
         )
 
     async def test_one_that_joins_while_others_wait_is_not_taken_for_gone(self, together: Cluster) -> None:
-        """It has nothing to do. So it makes no transaction for longer than the others watch the rows of the last
-        run.
+        """The daemon that joins has nothing to do. So it makes no transaction for longer than the others watch the rows
+        of the last run.
         """
         first = await Store.open(together.engine.url, HandClock(), name=own_name(), limits=self.LIMITS)
         await self.crashed(together, "x")
@@ -804,7 +809,7 @@ class TestStarts:
         await store.close()
 
     async def test_one_that_wakes_up_when_all_others_have_gone_gives_the_grace(self, together: Cluster) -> None:
-        """It was expelled while it was stopped, and the other daemons have left since."""
+        """The daemon was expelled while it was stopped, and the other daemons have left since."""
         stopped = await self.open(together)
         running = asyncio.create_task(stopped.run())
         await stopped.probe()
@@ -829,8 +834,8 @@ class TestStarts:
     async def test_after_a_crash_of_the_last_one_idleness_goes_on_where_it_was(
         self, together: Cluster, days: int, counts: bool
     ) -> None:
-        """It does not matter how long ago the crash was. With `downtime = "count"`, the time since the last transaction
-        is added.
+        """How long ago the crash was does not matter. With `downtime = "count"`, the time since the last transaction is
+        added.
         """
         server = together.set_up_server_clock()
         last = await together.start(limits=self.LIMITS)

@@ -324,7 +324,7 @@ async def test_so_many_readers_wait_and_no_more(db: Database[Work]) -> None:
 
 @pytest.mark.parametrize("limits", [StoreLimits(queue_rows=BATCH_ROWS * 5 // 2)])
 async def test_many_rows_of_few_operations_are_bounded_too(db: Database[Work]) -> None:
-    """So a thousand bulk touches do not become one transaction of ten million rows, and do not fill the memory."""
+    """A thousand bulk touches do not become one transaction of ten million rows, and do not fill the memory."""
     waiting = [asyncio.ensure_future(db.writer.write(insert(str(number), rows=BATCH_ROWS // 2))) for number in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="too many"):

@@ -276,8 +276,8 @@ class Projection:
         before = (self.next_due_ms, self.next_lifetime_at)
         self.next_due_ms = least(self.next_due_ms, changes.next_due_ms)
         self.next_lifetime_at = least(self.next_lifetime_at, changes.next_lifetime_at)
-        # Also when the first session is opened: while none was live, the sweeper slept and nobody has read the service
-        # clock
+        # Observers are also told when the first session is opened: while no session was live, the sweeper slept and
+        # nobody has read the service clock
         if before != (self.next_due_ms, self.next_lifetime_at) or (self.live and not was_live):
             for observer in self.observers:
                 observer.deadline_nearer()

@@ -170,7 +170,7 @@ class Head(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its headers, by name without regard to case."""
+        """The headers of the request, by name without regard to case."""
 
 
 def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:

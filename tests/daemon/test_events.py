@@ -219,7 +219,7 @@ async def test_a_plug_in_that_works_again_is_told(
 
 
 def altogether(lines: list[dict[str, Any]]) -> int:
-    """The number of events: those that were logged each, and those that the line at the daemon's stop has counted."""
+    """The number of events: logged ones, and suppressed ones, which the line at the daemon's stop counts."""
     return sum(line.get("suppressed", 1) for line in lines)
 
 

@@ -55,7 +55,7 @@ async def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     yield write
     for name in names:
         if name in sys.modules:
-            # Otherwise hooks that ignore their cancellation keep the loop running
+            # Hooks that ignore their cancellation would keep the loop running
             sys.modules.pop(name).__dict__.get("RELEASE", asyncio.Event()).set()
 
 

@@ -312,9 +312,7 @@ def live(clock: Any, store: Store, seconds: float) -> None:
 
 @dataclass
 class Event:
-    """One log line of the daemon: its name, its facts, its level, and the traceback, or the message of a line that
-    other code logged.
-    """
+    """One log line of the daemon. The name of a line that other code logged is its message."""
 
     name: str
     facts: dict[str, Any]

@@ -217,7 +217,7 @@ async def test_heads_are_counted_and_kept_as_they_are_parsed() -> None:
 
 
 async def test_the_handler_is_looked_up_for_each_request() -> None:
-    """A replaced handler serves the next request. The timer of an idle connection closes it."""
+    """A replaced handler serves the next request. A connection that stays idle is closed by its timer."""
 
     async def handler(request: web.BaseRequest) -> web.Response:
         raise AssertionError

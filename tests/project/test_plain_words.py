@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import lmdaemon
-
 # What is hard to read, an example of it, and what to write instead
 HARD = (
     (
@@ -22,8 +20,13 @@ HARD = (
     (r"\b(there|it|that|which) being\b", "there being nothing to end", "because"),
     (r"\bwhich is why\b", "the file is small, which is why it is read at once", "two sentences, the reason first"),
     (r"\bof these calls\.$", "Handlers of these calls.", "the noun: which calls"),
+    (r"^(It|They|Its|Their) ", "It is asked again.", "the noun first: the operator is asked again"),
+    (r"^Otherwise ", "Otherwise hooks would keep the loop running", "the case: hooks that are never released would"),
 )
-FILES = sorted(Path(lmdaemon.__file__).parent.rglob("*.py"))
+ROOT = Path(__file__).parents[2]
+FILES = sorted(
+    file for part in ("lmdaemon", "tests", "benchmarks", "docs/examples") for file in (ROOT / part).rglob("*.py")
+)
 
 
 def texts(source: str) -> Iterator[str]:
@@ -55,7 +58,7 @@ def test_a_comment_of_several_lines_is_read_as_one() -> None:
 
 def test_no_comment_is_written_in_these_ways() -> None:
     found = [
-        f"{file.name}: {text!r}; write {instead}"
+        f"{file.relative_to(ROOT)}: {text!r}; write {instead}"
         for file in FILES
         for text in texts(file.read_text())
         for pattern, _, instead in HARD

@@ -148,7 +148,7 @@ async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None
 
 
 async def test_a_touch_moves_no_index_entry(db: Store, postgres_engine: PostgresEngine) -> None:
-    """The updates are heap-only: the deadline in the index stays, and the pages have free space."""
+    """A touch changes no indexed column, and the pages have free space, so nearly all updates are heap-only (HOT)."""
     names = [f"s{number}" for number in range(300)]
     await asyncio.gather(*(db.open_session(opening(name)) for name in names))
     random = Random(1)

@@ -20,7 +20,7 @@ export function say(text, wrong = false) {
 }
 
 export function said(error) {
-  if (error instanceof Gone) return "The daemon does not answer. It is not known whether it did it: look before trying again.";
+  if (error instanceof Gone) return "The daemon does not answer. Perhaps it has done it: check before you try again.";
   return error instanceof Problem ? `Refused (${error.status} ${error.code}): ${error.message}` : String(error);
 }
 
@@ -81,8 +81,8 @@ export const hold = (operator) => action("Hold", () => {
   const until = options([["", "until it is released"], ...Object.entries(HOURS).map(([value, hours]) => [value, "for " + span(hours * 3600)])]);
   return {
     title: `Stop sending to ${operator}?`,
-    text: "Ends are still recorded, and their deliveries wait. The time held does not count as their age.",
-    fields: [label("Why (for whoever finds it held)", note), label("How long", until)],
+    text: "Ends are still recorded; their deliveries wait, and do not age during the hold.",
+    fields: [label("Why (for others who see the hold)", note), label("How long", until)],
     words: () => ["hold", operator, ...option("--note", note), ...option("--for", until)],
     run: async () => {
       const done = await of(operator, "hold", { ...given("note", note), ...(until.value && { forSeconds: HOURS[until.value] * 3600 }) });
@@ -108,7 +108,7 @@ export const probe = ({ operator, pending }) => action("Probe", () => ({
   },
 }), pending ? "" : "Nothing waits for it.");
 
-const ONCE = "Its code may act on it. It is sent whatever keeps the operator back, is no delivery, and changes nothing here.";
+const ONCE = "The operator's code may act on it. It is sent even if deliveries are kept back, and changes nothing here.";
 
 export const sendTest = (operator) => action("Send test notice", () => {
   const [session, player] = [input({ placeholder: "made up" }), input({ placeholder: "made up" })];
@@ -151,7 +151,7 @@ export const retryAll = (one) => dead("Retry all dead", one, (operator, found, w
 }));
 
 const why = () => input({ required: true });
-const STAY = "They stay dead, with this note, and no longer count; retrying one takes it back.";
+const STAY = "They are kept with this note and no longer count as dead; a retry takes that back.";
 
 export const discardAll = (one) => dead("Discard all dead", one, (operator, found, which) => {
   const note = why();

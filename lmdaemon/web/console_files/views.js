@@ -33,7 +33,7 @@ const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.p
 function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefore, keptBack: why, notify }) {
   if (held) return h("span", { class: "warn" }, "held since ", when(heldSince));
   if (why && breaker !== "closed") return h("span", { class: "bad" }, `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
-  if (why) return h("span", { class: "bad" }, "asked to be left alone until ", when(notBefore));
+  if (why) return h("span", { class: "bad" }, "asks for no attempts until ", when(notBefore));
   return notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
 }
 
@@ -133,7 +133,7 @@ async function operator(place, [name]) {
   const series = figures.spans.find((each) => each.stepSeconds === 60).series.find((each) => each.operator === name);
   put(place, "charts", h2("The last hour"), series
     ? h("div", { class: "tiles" }, chart("Ends", series.ends), chart("Delivered", series.delivered), chart("Failed attempts", series.failed, "", "bad"))
-    : faint("No figures of it: nothing happened since the daemon's start, or it is not among the 100 busiest."));
+    : faint("No figures: nothing has happened since the start, or it is not among the 100 busiest operators."));
   const trial = part(place, "trial");
   const came = latestOf(name);
   if (came && trial.firstChild !== came) replace(trial, came);
@@ -270,7 +270,7 @@ async function delivery(place, [id]) {
     table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], ["Reason", "wide"], ["Answer", "wide"], ["Sent to", "wide"]],
       one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
         each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
-  const kept = one.request?.body === null ? "The body is no longer kept, once it was delivered; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
+  const kept = one.request?.body === null ? "After the delivery the body is no longer kept; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
   put(place, "request", h2("Request"),
     one.request ? [h("pre", {}, one.request.curl), faint(kept)] : faint("Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
     asCommand("deliveries", "show", id));

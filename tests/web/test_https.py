@@ -435,7 +435,10 @@ async def test_a_request_over_tls_is_answered_while_the_daemon_stops(tmp_path: P
         ("tls_cert_file = 'own.crt'\ntls_key_file = 'ca.key'", "tls_cert_file: does not fit its key"),
         (
             "tls_cert_file = 'upside-down.crt'\ntls_key_file = 'own.key'",
-            "tls_cert_file: does not fit its key; it begins with an issuer's certificate: the server's own must come",
+            (
+                "tls_cert_file: does not fit its key; it begins with an issuer's certificate: the server's own must "
+                "come first"
+            ),
         ),
         (
             "tls_cert_file = 'own.crt'\ntls_key_file = 'cut.key'",

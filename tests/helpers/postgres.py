@@ -1,7 +1,8 @@
 """A real PostgreSQL server for the tests: the server that POSTGRES_URL names, or one started from Debian's binaries.
 
-POSTGRES_URL is a libpq URL whose role may create databases. A server that the tests start keeps its data in a temporary
-directory and does not sync to disk, because its data need not survive a power cut.
+POSTGRES_URL is a libpq URL whose role may create databases. POSTGRES_BINARIES takes the place of Debian's directory:
+the programs of version N are in its `N/bin`, and the newest version is started. A server that the tests start keeps its
+data in a temporary directory and does not sync to disk, because its data need not survive a power cut.
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ASKED = "POSTGRES_URL"
-BINARIES = Path("/usr/lib/postgresql")
+BINARIES = Path(os.environ.get("POSTGRES_BINARIES", "/usr/lib/postgresql"))
 SETTINGS = (
     "max_wal_size=64MB",
     "fsync=off",

@@ -448,7 +448,7 @@ async def metric(daemon: Serving, name: str) -> float:
 async def test_a_loop_that_hangs_in_its_work_is_told(
     tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch, loop: str, verb: str
 ) -> None:
-    """What the loop awaits never returns, as after a bug or a lost wake-up."""
+    """The call of the store that the loop awaits never returns, as after a bug or a lost wake-up."""
     entered = asyncio.Event()
 
     async def never(*_: Any, **__: Any) -> Any:

@@ -159,7 +159,7 @@ async def test_nothing_ends_for_inactivity_during_the_restart_grace(db: Store, c
     for _ in range(59):
         assert await sweeper.once() is not None
         clock.advance(1)
-    await db.touch("acme", ["s"])  # as a client that came back in time
+    await db.touch("acme", ["s"])  # the client came back before the grace ended
     clock.advance(1.001)
     await sweeper.once()
     assert await reason(db) is None

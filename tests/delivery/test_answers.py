@@ -401,7 +401,9 @@ class TestLimits:
 
     @pytest.mark.parametrize("more", [0, 1])
     def test_the_bytes_behind_the_head(self, run: Any, tmp_path: Path, more: int) -> None:
-        """Chunks may carry extensions (text after the size), which are not read."""
+        """Chunks may carry extensions (text after the size). They mean nothing here, but their bytes count for the
+        limit.
+        """
 
         async def attempts() -> None:
             chunks = chunked(OK)

@@ -31,7 +31,7 @@ def test_the_next_run_finds_what_was_begun_and_not_what_was_ended(tmp_path: Path
     first.begin(row(8), 2000)
     first.end(7)
     assert first.since == {8: 2000}
-    # no close: as after a kill
+    # The first run has not closed its file, as after a kill
     second = Underway(tmp_path / "x")
     assert second.crashed
     assert second.lost == [(8, "msg_8_" + "ab" * 10, 2000)]

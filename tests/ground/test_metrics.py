@@ -127,7 +127,7 @@ def test_the_time_for_which_an_operator_was_kept_back_is_not_overdue(lane: Lane,
     assert lane.overdue_s(Gate(), now_at) == 60
     assert lane.overdue_s(Gate(not_before_at=now_at - 1000), now_at) == 1
     assert lane.overdue_s(Gate(not_before_at=now_at + 1000), now_at) == 0
-    lane.next_due_at = 0  # the lane has not looked yet when its next delivery is due
+    lane.next_due_at = 0  # the lane does not know yet when its next delivery is due
     assert lane.overdue_s(Gate(), now_at) == 0
 
 

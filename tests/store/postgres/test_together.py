@@ -257,7 +257,7 @@ class TestServiceTime:
         server = together.set_up_server_clock()
         one, other = await together.pair()
         await other.stop()
-        server.step_wall(60)  # the other daemon does not learn of this
+        server.step_wall(60)  # the other daemon is stopped and does not learn of this step
         await one.store.probe()
         await one.store.open_session(opening())
         latest_at = server.wall_ms()
@@ -572,7 +572,7 @@ class TestPutOut:
         ]
         assert one.store.gate(theirs).failures == 0
 
-    async def test_nobody_is_expel_after_an_outage_or_a_stall_of_the_watcher(self, together: Cluster) -> None:
+    async def test_nobody_is_expelled_after_an_outage_or_a_stall_of_the_watcher(self, together: Cluster) -> None:
         one, other = await together.pair()
         await one.store.open_session(opening(operator="o0"))
         await other.stop()

@@ -304,23 +304,26 @@ def held(server: Server, python: Python) -> str:
 
 def hurry(server: Server, python: Python, toml: str, size: int) -> Sample:
     """Starts a daemon while `size` sessions are due, and measures until all have ended."""
-    with scratch() as directory, running(daemon := server.daemon(directory, python, toml)):
+    with scratch() as directory, running(daemon := server.daemon(directory, python, toml)), server.connected() as sql:
         before = daemon.cpu_s
-        until(lambda: _waiting(server, WALLETS, "live") == 0, 120, "all have ended")
+        until(lambda: _waiting(sql, WALLETS, "live") == 0, 120, "all have ended")
         cpu_s = daemon.cpu_s - before
-    ((count, began, ended),) = server.rows(
-        "SELECT count(*), min(created_at), max(created_at) FROM (SELECT created_at FROM lmdaemon.delivery "
-        "WHERE state = 'pending' ORDER BY id DESC LIMIT %s) AS made",
+    sweeps = server.rows(
+        "SELECT created_at, count(*) FROM (SELECT created_at FROM lmdaemon.delivery WHERE state = 'pending' "
+        "ORDER BY id DESC LIMIT %s) AS made GROUP BY created_at ORDER BY created_at",
         size,
     )
+    began, ended, count = sweeps[0][0], sweeps[-1][0], sum(made for _, made in sweeps)
     if count != size or ended - began > 100_000:
         raise Broken(f"{count} of {size} ends have made a delivery, within {ended - began} ms")
-    return {"rate": size / max(1, ended - began) * 1000, "cpu_us": cpu_s / size * 1e6}
+    # Deliveries are made when their sweep begins: how long the last sweep took is not known
+    return {"rate": (size - sweeps[-1][1]) / max(1, ended - began) * 1000, "cpu_us": cpu_s / size * 1e6}
 
 
-def _waiting(server: Server, names: Sequence[str], *columns: str) -> int:
+def _waiting(sql: Any, names: Sequence[str], *columns: str) -> int:
+    """How many wait, by the figures. Asked on one connection: each new one would cost the server a process."""
     statement = f"SELECT coalesce(sum({' + '.join(columns)}), 0) FROM lmdaemon.figure WHERE operator = ANY (%s)"
-    ((count,),) = server.rows(statement, list(names))
+    ((count,),) = sql.execute(statement, (list(names),)).fetchall()
     return int(count)
 
 
@@ -359,7 +362,8 @@ def _ended_late(server: Server, daemons: Sequence[Daemon], seconds: int, number:
     ]
     with ThreadPoolExecutor(len(loads)) as pool:
         count = sum(report["answered"] for report in pool.map(generate, loads))
-    until(lambda: _waiting(server, WALLETS, "live", "pending") == 0, 60, "all have ended and are delivered")
+    with server.connected() as sql:
+        until(lambda: _waiting(sql, WALLETS, "live", "pending") == 0, 60, "all have ended and are delivered")
     late = [
         row[0]
         for row in server.rows(

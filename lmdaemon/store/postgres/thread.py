@@ -114,8 +114,9 @@ class Thread:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._connection: Connection | None = None
         self._is_unconfirmed = False  # whether no standby has confirmed a commit of the running job
-        self._lock = threading.Lock()  # protects the two attributes below and the connection's socket
+        self._lock = threading.Lock()  # protects the three attributes below and the connection's socket
         self._running: asyncio.Future[Any] | None = None
+        self._is_cut = False  # the socket was shut down, which a job that had its answer by then has not noticed
         self._dropped: set[asyncio.Future[Any]] = set()  # jobs that must not be begun any more
         self._thread = threading.Thread(target=self._work, name="lmdaemon-postgres", daemon=True)
         self._thread.start()
@@ -164,12 +165,16 @@ class Thread:
         if connection is not None and not connection.closed:
             with suppress(OSError, psycopg.Error):
                 handle = socket.socket(fileno=connection.fileno())
+                self._is_cut = True
                 try:
                     handle.shutdown(socket.SHUT_RDWR)
                 finally:
                     handle.detach()
 
     def _call(self, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+        if self._is_cut:
+            self._is_cut = False
+            self._drop()
         if self._connection is None or self._connection.closed:
             self._connection = self._database.connect(prepares=self._prepares)
             self._connection.add_notice_handler(self._notice)

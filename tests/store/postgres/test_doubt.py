@@ -4,6 +4,7 @@ twice.
 
 import asyncio
 from collections.abc import AsyncIterator
+from threading import Event
 
 import pytest
 from clocks import HandClock
@@ -15,6 +16,7 @@ from support import until
 from lmdaemon.limits import StoreLimits
 from lmdaemon.store.contract import NewDelivery, Settlement, Store, StoreError
 from lmdaemon.store.postgres import hints, looks
+from lmdaemon.store.postgres.thread import Connection, Database, Thread
 
 IMPATIENT = StoreLimits(write_s=1.0)
 CUTS: tuple[Mode, ...] = ("cut requests", "cut answers")
@@ -132,3 +134,24 @@ async def test_what_was_committed_behind_a_refusal_is_known_afterwards(
             await asyncio.sleep(0.05)
     assert db.live == 1
     assert (await db.open_session(opening())).outcome == "open"
+
+
+async def test_after_a_job_that_was_cut_when_it_had_its_answer_the_next_one_works(
+    postgres_engine: PostgresEngine,
+) -> None:
+    """A daemon that stops while it writes would otherwise not leave, and the others would take it for gone."""
+    thread, has_answer, goes_on = Thread(Database(postgres_engine.url, None, "cut")), Event(), Event()
+
+    def asks(sql: Connection) -> None:
+        sql.execute("SELECT 1")
+        has_answer.set()
+        goes_on.wait()
+
+    job = asyncio.ensure_future(thread.run(asks, within_s=60))
+    await asyncio.to_thread(has_answer.wait)
+    job.cancel()
+    await asyncio.gather(job, return_exceptions=True)
+    goes_on.set()
+    found = await thread.run(lambda sql: sql.execute("SELECT 2").fetchone(), within_s=60)
+    thread.close()
+    assert found == (2,)

@@ -67,6 +67,11 @@ def given(*names: str) -> str:
     return f"(SELECT {columns} FROM jsonb_array_elements(%s::jsonb) r)"
 
 
+# Rows are found by their ids first, and their states are checked after that: in a CTE, or behind OFFSET 0. Otherwise
+# PostgreSQL may find them through a partial index, such as that of the pending deliveries, and read all of it. It does
+# so if there were few of them when the table was last analyzed.
+
+
 def _count(statement: str, rows: str) -> str:
     """Completes a statement that must change exactly as many rows as its last parameter says; else nothing of the batch
     is stored.
@@ -80,7 +85,9 @@ def _count(statement: str, rows: str) -> str:
 SESSIONS_BY_KEY = f"SELECT {SESSION} FROM lmdaemon.session WHERE operator = %s AND session_id = ANY (%s)"
 # Which of these deliveries are pending and have no more attempts than the result says.
 PENDING_OF = f"""
-SELECT d.id FROM {given("id", "attempts")} AS result JOIN lmdaemon.delivery d USING (id)
+SELECT d.id
+FROM {given("id", "attempts")} AS result, LATERAL (
+    SELECT id, state, attempts FROM lmdaemon.delivery WHERE id = result.id OFFSET 0) AS d
 WHERE d.state = 'pending' AND d.attempts <= result.attempts"""
 # Active sessions of some operators that may be idle for too long, the earliest due of each operator. The operators come
 # in the order in which they have waited, the longest first; when enough sessions are found, further operators are not
@@ -104,11 +111,14 @@ SELECT (SELECT min(heard_ms) FROM lmdaemon.member WHERE id <> %s), hold_until_ms
 MAY_BE_SENT = "(state = 'pending' OR (state = 'dead' AND (sink <> 'http' OR length(body) > 0)))"
 # Which of these deliveries are dead and may be sent, with their sinks.
 DEAD = (
-    f"SELECT id, sink FROM lmdaemon.delivery WHERE id = ANY (%s) AND operator = %s AND state = 'dead' "
-    f"AND discarded IS NULL AND {MAY_BE_SENT}"
+    "SELECT id, sink FROM (SELECT * FROM lmdaemon.delivery WHERE id = ANY (%s) OFFSET 0) AS one "
+    f"WHERE operator = %s AND state = 'dead' AND discarded IS NULL AND {MAY_BE_SENT}"
 )
 # Which of these deliveries are dead and not discarded, with their operators.
-TO_DISCARD = "SELECT id, operator FROM lmdaemon.delivery WHERE id = ANY (%s) AND state = 'dead' AND discarded IS NULL"
+TO_DISCARD = (
+    "SELECT id, operator FROM (SELECT * FROM lmdaemon.delivery WHERE id = ANY (%s) OFFSET 0) AS one "
+    "WHERE state = 'dead' AND discarded IS NULL"
+)
 # Deliveries by their numbers.
 DELIVERIES_BY_ID = (
     f"SELECT {DELIVERY} FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = ANY (%s)"
@@ -163,20 +173,20 @@ STAMP = f"""stamp AS MATERIALIZED (
 TOUCH = f"""
 WITH {STAMP},
 found AS MATERIALIZED (
-    SELECT s.id, s.operator, s.session_id
+    SELECT s.id, s.operator, s.session_id, s.reason
     FROM unnest(ARRAY(SELECT json_array_elements_text(%s::json)), ARRAY(SELECT json_array_elements_text(%s::json)))
              AS given (operator, session_id)
     JOIN lmdaemon.session s ON s.operator = given.operator AND s.session_id = given.session_id
-    WHERE s.reason IS NULL ORDER BY s.id FOR UPDATE OF s),
+    ORDER BY s.id FOR UPDATE OF s),
 touched AS (
     UPDATE lmdaemon.session SET seen_ms = greatest(session.seen_ms, stamp.ms), seen_at = greatest(session.seen_at, %s)
     FROM found, stamp
-    WHERE session.id = found.id AND session.reason IS NULL RETURNING found.operator, found.session_id)
+    WHERE session.id = found.id AND found.reason IS NULL RETURNING found.operator, found.session_id)
 SELECT CASE WHEN (SELECT count(*) FROM touched) <> %s
        THEN (SELECT coalesce(json_agg(json_build_array(operator, session_id)), '[]') FROM touched) END"""
 # Checks that these sessions, which answers have called active, are active. This transaction has just touched them,
 # which locks them, so they stay active.
-STILL_ACTIVE = "SELECT 1 / (count(*) = %s)::int FROM lmdaemon.session WHERE id = ANY (%s) AND reason IS NULL"
+STILL_ACTIVE = "SELECT 1 / (count(*) FILTER (WHERE reason IS NULL) = %s)::int FROM lmdaemon.session WHERE id = ANY (%s)"
 # Adds sessions.
 ADD_SESSIONS = f"""
 WITH {STAMP}
@@ -189,15 +199,16 @@ END = _count(
     """UPDATE lmdaemon.session SET reason = locked.reason, ended_at = %s,
                           extra = coalesce(locked.extra, session.extra), token = locked.token,
                           ended_request = locked.request
-       FROM locked WHERE session.id = locked.id""",
+       FROM locked, heard
+       WHERE session.id = locked.id AND locked.was IS NULL AND (locked.seen_ms IS NULL OR (
+           locked.touched_ms <= locked.seen_ms AND locked.touched_ms + locked.idle_ms <= heard.ms
+           AND heard.hold_until_ms <= heard.ms))""",
     rows=f"""ended AS MATERIALIZED {given("id", "reason", "extra", "token", "seen_ms", "request")},
          heard AS MATERIALIZED (
              SELECT (SELECT min(heard_ms) FROM lmdaemon.member) AS ms, hold_until_ms FROM lmdaemon.clock),
          locked AS MATERIALIZED (
-             SELECT ended.* FROM heard, lmdaemon.session s JOIN ended USING (id)
-             WHERE s.reason IS NULL AND (ended.seen_ms IS NULL OR (
-                 s.seen_ms <= ended.seen_ms AND s.seen_ms + s.idle_ms <= heard.ms AND hold_until_ms <= heard.ms))
-             ORDER BY s.id FOR UPDATE OF s),""",
+             SELECT ended.*, s.reason AS was, s.seen_ms AS touched_ms, s.idle_ms
+             FROM lmdaemon.session s JOIN ended USING (id) ORDER BY s.id FOR UPDATE OF s),""",
 )
 # Moves `due_ms` to the true deadlines of sessions that were touched.
 MOVE_DUE = f"""
@@ -216,12 +227,13 @@ SETTLE = _count(
     f"""UPDATE lmdaemon.delivery SET {", ".join(f"{n} = locked.{n}" for n in RESULT[1:] if n != "attempts")},
                attempts = greatest(delivery.attempts, locked.attempts),
                body = CASE WHEN locked.state = 'delivered' THEN ''::bytea ELSE body END
-        FROM locked WHERE delivery.id = locked.id""",
+        FROM locked
+        WHERE delivery.id = locked.id AND locked.was = 'pending'
+              AND (locked.made <= locked.attempts OR locked.state = 'delivered')""",
     rows=f"""result AS MATERIALIZED {given(*RESULT)},
          locked AS MATERIALIZED (
-             SELECT result.* FROM lmdaemon.delivery d JOIN result USING (id)
-             WHERE d.state = 'pending' AND (d.attempts <= result.attempts OR result.state = 'delivered')
-             ORDER BY d.id FOR UPDATE OF d),""",
+             SELECT result.*, d.state AS was, d.attempts AS made
+             FROM lmdaemon.delivery d JOIN result USING (id) ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Replaces tokens by their digests where no delivery needs the token any more.
 FORGET_TOKENS = f"""
@@ -229,26 +241,28 @@ WITH digest AS MATERIALIZED {given("id", "token")},
 locked AS MATERIALIZED (SELECT digest.* FROM lmdaemon.session s JOIN digest USING (id) ORDER BY s.id FOR UPDATE OF s)
 UPDATE lmdaemon.session SET token = locked.token FROM locked
 WHERE session.id = locked.id
-      AND NOT EXISTS (SELECT 1 FROM lmdaemon.delivery WHERE delivery.session = session.id AND {MAY_BE_SENT})"""
+      AND NOT EXISTS (
+          SELECT 1 FROM (SELECT * FROM lmdaemon.delivery WHERE delivery.session = session.id OFFSET 0) AS its
+          WHERE {MAY_BE_SENT})"""
 # Makes dead deliveries due again.
 REVIVE = _count(
     """UPDATE lmdaemon.delivery SET state = 'pending', due_at = locked.due_at, settled_at = NULL, step = 0,
                            aged_from_at = locked.aged_from_at, held_base_ms = locked.held_base_ms,
                            discarded = NULL
-       FROM locked WHERE delivery.id = locked.id""",
+       FROM locked WHERE delivery.id = locked.id AND locked.was = 'dead'""",
     rows=f"""again AS MATERIALIZED {given("id", "due_at", "aged_from_at", "held_base_ms")},
          locked AS MATERIALIZED (
-             SELECT again.* FROM lmdaemon.delivery d JOIN again USING (id)
-             WHERE d.state = 'dead' ORDER BY d.id FOR UPDATE OF d),""",
+             SELECT again.*, d.state AS was
+             FROM lmdaemon.delivery d JOIN again USING (id) ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Marks dead deliveries as wanted by nobody.
 DISCARD = _count(
     """UPDATE lmdaemon.delivery SET discarded = locked.discarded
-       FROM locked WHERE delivery.id = locked.id""",
+       FROM locked WHERE delivery.id = locked.id AND locked.was = 'dead' AND locked.known IS NULL""",
     rows=f"""unwanted AS MATERIALIZED {given("id", "discarded")},
          locked AS MATERIALIZED (
-             SELECT unwanted.* FROM lmdaemon.delivery d JOIN unwanted USING (id)
-             WHERE d.state = 'dead' AND d.discarded IS NULL ORDER BY d.id FOR UPDATE OF d),""",
+             SELECT unwanted.*, d.state AS was, d.discarded AS known
+             FROM lmdaemon.delivery d JOIN unwanted USING (id) ORDER BY d.id FOR UPDATE OF d),""",
 )
 # Deletes the deliveries of pruned sessions. One that is pending again stays, and keeps its session from being deleted.
 PRUNE_DELIVERIES = "DELETE FROM lmdaemon.delivery WHERE session = ANY (%s) AND state <> 'pending'"

@@ -18,7 +18,7 @@ import pytest
 from clocks import HandClock
 from engines import SOON, PostgresEngine, own_name
 from operations import BODY, attempt, counted, notice, opening
-from support import until
+from support import live, until
 
 from lmdaemon import retry
 from lmdaemon.limits import LIMITS, StoreLimits
@@ -672,6 +672,22 @@ class TestAtTheSameTime:
         found = await one.store.session("acme", "a")
         assert found is not None
         assert found[0].seen_at > 0  # what the half had changed is undone
+
+    async def test_sessions_are_ended_in_the_order_in_which_others_lock_them(
+        self, postgres_engine: PostgresEngine, clock: HandClock
+    ) -> None:
+        """That is the order of their ids, whichever is due first. Here somebody has locked the one with the least."""
+        async with postgres_engine.open(clock) as db:
+            db.configure(OPERATORS, lambda session: ())
+            await db.open_session(opening("first", operator="o0", idle_ms=2000))
+            await db.open_session(opening("second", operator="o0", idle_ms=1000))
+            live(clock, db, 3)
+            with psycopg.connect(postgres_engine.url) as holder, psycopg.connect(postgres_engine.url) as another:
+                holder.execute("SELECT 1 FROM lmdaemon.session WHERE session_id = 'first' FOR UPDATE")
+                sweep = asyncio.ensure_future(db.end_due(idle=True))
+                await until(lambda: waiting_for_locks(postgres_engine) == 1)
+                another.execute("SELECT 1 FROM lmdaemon.session WHERE session_id = 'second' FOR UPDATE NOWAIT")
+            assert (await sweep).ended == 2
 
     async def test_figures_are_true_though_another_one_commits_while_they_are_read(self, together: Cluster) -> None:
         """A third connection stops the joining daemon in the middle of its reading."""

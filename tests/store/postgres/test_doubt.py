@@ -136,7 +136,7 @@ async def test_what_was_committed_behind_a_refusal_is_known_afterwards(
     assert (await db.open_session(opening())).outcome == "open"
 
 
-async def test_after_a_job_that_was_cut_when_it_had_its_answer_the_next_one_works(
+async def test_the_job_after_one_that_was_cut_with_its_answer_works(
     postgres_engine: PostgresEngine,
 ) -> None:
     """A daemon that stops while it writes would otherwise not leave, and the others would take it for gone."""

@@ -213,9 +213,10 @@ class Metrics:
         return [by_label("deliveries_oldest_pending_seconds", help_text, "operator", self._oldest_pending_s)]
 
     def configure(self, operators: Iterable[str], lanes: Iterable[tuple[str, str]], reasons: Iterable[str]) -> None:
-        """Sets the operators, lanes (operator and sink) and reasons of ends that are counted from now on.
+        """Counts these operators and lanes (operator and sink) from now on, and forgets all others.
 
-        Their counters begin at 0, so that Prometheus sees the first event as an increase.
+        The counters of new ones begin at 0, those of ends at 0 for each of `reasons`, so that Prometheus sees the first
+        event as an increase. Only the counters of notices appear with the first notice.
         """
         names, pairs = [(name,) for name in operators], list(lanes)
         for counter, endings in (

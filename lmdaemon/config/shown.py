@@ -83,7 +83,9 @@ def inherited(settings: Settings) -> list[str]:
 
 
 def differences(old: Settings, new: Settings) -> list[Difference]:
-    """The differences between two readings with both values, in the order in which a reload logs them."""
+    """Each key that differs, with its old and new value as TOML without secrets, in the order in which a reload logs
+    them.
+    """
     before, after = by_key(old), by_key(new)
     found = []
     for key in changes(old, new):

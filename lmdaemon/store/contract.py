@@ -339,7 +339,10 @@ class Archive(Protocol):
     """Ended sessions, read for an export by another process than the daemon. Its verbs raise DatabaseError."""
 
     def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int) -> Ended:
-        """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id)."""
+        """The next sessions that ended before `before_at`, after `after` (ended_at, id), with their deliveries.
+
+        Those that are not `wanted` are left out after reading, so a page may be short or empty before the end.
+        """
 
     def gates(self) -> Mapping[str, Gate]:
         """The gate of each operator."""
@@ -366,7 +369,7 @@ class Whole(Protocol):
         """
 
     def clock(self) -> tuple[int, int]:
-        """The service time, and the wall time of the last transaction."""
+        """The service time and the wall time of the last transaction (ms)."""
 
     def operators(self) -> Mapping[str, tuple[Figures, Gate]]:
         """The counts and the gate of each operator."""

@@ -198,7 +198,8 @@ class Changes:
 
     @property
     def seen_ms(self) -> int:
-        """The service time of a touch: rounded up, so that no session ends a fraction of a millisecond early."""
+        """The service time that touched and new sessions get in this batch. It is rounded up, so that none of them
+        ends a fraction of a millisecond early."""
         return self.world.service_ms + 1
 
     def figures_of(self, operator: str) -> Figures:

@@ -360,7 +360,7 @@ class Connection(web.RequestHandler):
 
     @property
     def unfinished(self) -> bool:
-        """Whether an answer is being made or sent."""
+        """Whether a request waits for its answer, or an answer is being made or sent."""
         return self._request_in_progress or bool(self._messages) or self._wire.get_write_buffer_size() > 0
 
     def finish(self) -> None:

@@ -43,7 +43,8 @@ def connections_max(files: int, attempts: int, most: int) -> int:
 
 
 class Site(web.BaseSite):
-    """One listener: accepts at most `most` connections on a socket, whose requests a runner handles.
+    """One listener: serves at most `most` connections on a socket, and only a share of these from one address. It turns
+    others away with 503, or with TLS without an answer. A runner handles the requests.
 
     `malformed` makes the answer to malformed HTTP from the reason; `listener` is its name in the configuration and the
     log. With `tls` it speaks TLS; if `tls` is replaced, the new one is for new connections.

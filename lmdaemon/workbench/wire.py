@@ -23,7 +23,7 @@ _SILENT = ("timeout", "connect", "dns", "tls", "private_address")  # causes that
 
 
 class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for the reason given
-    """The limits of the run are reached, or the target does not answer."""
+    """No request may be sent any more: all REQUESTS_MAX are used up, or SILENT_MAX in a row had no answer."""
 
 
 class Wire:

@@ -47,7 +47,10 @@ class Archive:
         self._sql = sql
 
     def ended(self, wanted: Wanted, after: tuple[int, int], before_at: int, rows: int = EXPORT_ROWS) -> Ended:
-        """A page of sessions that ended before `before_at`, beginning after `after` (ended_at, id)."""
+        """The next sessions that ended before `before_at`, after `after` (ended_at, id), with their deliveries.
+
+        Those that are not `wanted` are left out after reading, so a page may be short or empty before the end.
+        """
         statement, given = ENDED_BEFORE, tuple[str | None, ...]()
         if wanted.session_id is not None:
             statement, given = ENDED_OF_ID, (wanted.session_id, wanted.player_id)

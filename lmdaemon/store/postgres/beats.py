@@ -13,7 +13,8 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.projection import Projection
 from lmdaemon.store.writer import Writer
 
-BEAT_MIN_S = 0.01  # between two beats, when deadlines follow each other closely
+# From the last transaction to a beat for another daemon's deadline, at first; doubled while that deadline stays the same
+BEAT_MIN_S = 0.01
 BEAT_AFTER_S = 0.002  # added to the time of a beat, so that the deadline for which it is made is certainly over
 
 

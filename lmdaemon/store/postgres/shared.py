@@ -137,7 +137,7 @@ class Shared(Verbs):
         self._thread.close()
 
     async def look(self) -> None:
-        """Looks at once at what the others have done. Raises StoreError."""
+        """Reads at once what the other daemons have done, and does what follows from it. Raises StoreError."""
         await self._looks.look()
 
     # -- what the settings say

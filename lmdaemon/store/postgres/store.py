@@ -198,7 +198,7 @@ class Store(Shared):
 
 
 def _prepare(sql: Connection, title: str, may_migrate: bool, limits: StoreLimits) -> str:
-    """Checks the server and brings its schema to the newest version. Returns the server's version."""
+    """Checks the server, and brings the schema to the newest version. Returns the server's version."""
     check_server(sql, title)
     migrate(sql, title, allowed=may_migrate, limits=limits)
     return sql.info.parameter_status("server_version") or ""

@@ -201,7 +201,9 @@ def introduce(sql: Connection, member: int, who: Introduction) -> None:
 
 
 def hold(sql: Connection, grace_ms: int) -> None:
-    """Lets nothing end for inactivity for `grace_ms` from now on."""
+    """Lets no session on the database end for inactivity for `grace_ms` of service time from now on, so that clients of
+    a daemon that cannot hear them can reach another one.
+    """
     sql.execute(members.HOLD, (grace_ms,))
 
 

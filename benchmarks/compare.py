@@ -28,7 +28,7 @@ class Bench:
 
     @property
     def crowd(self) -> int:
-        """How many sessions are due at once."""
+        """How many sessions are to end in the same millisecond."""
         return self.live // 10
 
     @property

@@ -13,8 +13,8 @@ from lmdaemon.log import Log
 from lmdaemon.store import silence
 from lmdaemon.store.contract import Figures
 
-# An alarm is raised if, within MASS_S, inactivity or the maximum lifetime ends more than MASS_SHARE of the live sessions
-# and more than MASS_SESSIONS; for one operator, of its sessions and more than MASS_SESSIONS_OF_OPERATOR. That so many
+# An alarm is raised if inactivity or the maximum lifetime ends, within MASS_S, more than MASS_SHARE of the live
+# sessions and more than MASS_SESSIONS; for one operator, more than MASS_SESSIONS_OF_OPERATOR of its own. That so many
 # players leave at once is less likely than that game servers cannot reach the daemon.
 MASS_SESSIONS = 1000
 MASS_SESSIONS_OF_OPERATOR = 100

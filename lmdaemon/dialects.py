@@ -90,7 +90,7 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def required_names(self) -> frozenset[str]:
-        """The wire names of the required fields, by which a body's dialect is recognised."""
+        """The wire names of the required fields. A body without one of them is refused."""
         return frozenset(self.fields[meaning] for meaning in self.required)
 
     @cached_property

@@ -37,8 +37,8 @@ class Attempt(NamedTuple):
 
 
 class Underway:
-    """The open file of attempts. Without a path nothing is noted. Raises OSError when the file cannot be made or
-    used.
+    """The attempts under way: in memory and, if there is a path, in a file. Raises OSError when the file cannot be
+    made or used.
     """
 
     def __init__(self, path: Path | None) -> None:

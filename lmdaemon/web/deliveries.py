@@ -38,7 +38,9 @@ class Deliveries:
         return page_answer(await shown(asked.request, reading), self._context.delivery)
 
     async def _sink(self, asked: Asked[shapes.DeliveryQuery]) -> str | None:
-        """A sink that is configured, or that has deliveries. Raises Problem for any other."""
+        """The sink that the query names; None: it names none. Raises Problem for one that is neither `http` nor a
+        plug-in that is configured or has deliveries.
+        """
         sink = asked.given.sink
         if sink is UNSET or sink == HTTP_SINK:
             return sink or None

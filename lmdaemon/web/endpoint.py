@@ -61,7 +61,8 @@ log = Log("endpoint")
 class Route:
     """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
-    `codes_of` is the first accepted dialect. Its codes are answered when the dialect of a body cannot be found out.
+    `codes_of` is the first accepted dialect. Its codes are answered when a request is refused before its body is parsed,
+    or fails.
     `only` is the name of the operator, if the path has only one.
     """
 
@@ -149,7 +150,7 @@ class Endpoint:
         self._spellings: set[tuple[str, str]] = set()  # operators and the misspelled provider ids that were logged
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
-        """Takes over new settings for all requests that come from now on."""
+        """Takes over new settings. A request under way keeps its route and operator; plug-ins and quotas are the new."""
         routes: dict[str, Route] = {}
         for operator in settings.operators.values():
             for path in operator.paths:

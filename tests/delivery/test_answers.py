@@ -112,7 +112,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Attempts:
-    """Makes attempts with the daemon's own sender, as the dispatcher does."""
+    """Makes attempts with the daemon's own sender: as the dispatcher does (`post`), or as the checks do (`ask`)."""
 
     way = "post"
 
@@ -191,8 +191,8 @@ BEHIND: dict[str, tuple[bytes, tuple[str, str]]] = {
 
 
 class TestBytesBehindAnAnswer:
-    """Bytes after an answer close the connection. They change neither the verdict on this answer nor on the next
-    one.
+    """Bytes after an answer close the connection, except an empty line that comes with the last chunk. They change
+    neither the verdict on this answer nor on the next.
     """
 
     @pytest.mark.parametrize(
@@ -297,8 +297,8 @@ def test_what_stands_before_a_request_settles_nothing(run: Any, tmp_path: Path, 
 
 
 async def test_a_delivery_is_sent_byte_for_byte_as_aiohttp_sends_it(tmp_path: Path, monkeypatch: Any) -> None:
-    """Compared are host names in capitals and with an umlaut, user info, a query exactly as configured, and
-    signatures.
+    """Both ways send the same bytes: with capitals or an umlaut in the host name, with user info, with an escaped path
+    and query, and with a signing key.
     """
     (tmp_path / "signing.key").write_text("whsec_" + "A" * 32 + "\n")
     (tmp_path / "signing.key").chmod(0o600)

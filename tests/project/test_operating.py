@@ -83,8 +83,8 @@ def test_each_event_from_info_upwards_has_an_entry_with_its_level() -> None:
 
 
 def facts_of(module: str, call: ast.Call) -> set[str]:
-    """The names of the facts that a call logs. For a dictionary of facts, they are the keys that its function puts into
-    it.
+    """The names of the facts that a call logs. For `**facts`, these are the keys that the function around the
+    call puts into `facts`, or else any function of the module.
     """
     tree = trees()[module]
     inside = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and call.lineno in lines_of(node)]

@@ -1,4 +1,4 @@
-"""The files in docs/vectors agree with the daemon's code and with independent libraries."""
+"""The daemon does what the files in docs/vectors say; independent libraries compute the same hashes and signatures."""
 
 import hashlib
 import json

@@ -13,7 +13,7 @@ from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.projection import Projection
 from lmdaemon.store.writer import Writer
 
-# From the last transaction to a beat for another daemon's deadline, at first; doubled while that deadline stays the same
+# From the last transaction to a beat for another daemon's deadline, at first; doubled while that deadline stays
 BEAT_MIN_S = 0.01
 BEAT_AFTER_S = 0.002  # added to the time of a beat, so that the deadline for which it is made is certainly over
 

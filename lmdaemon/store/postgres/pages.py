@@ -84,7 +84,7 @@ ONE_SESSION = f"SELECT {_SESSION} FROM lmdaemon.session WHERE operator = %s AND 
 ITS_DELIVERIES = f"""
 SELECT {_LISTED}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.session = %s ORDER BY d.id"""
-# One delivery by its number, whole.
+# One delivery by its number, with its body, its history and the token of its session.
 ONE_DELIVERY = f"""
 SELECT {DELIVERY}
 FROM lmdaemon.delivery d JOIN lmdaemon.session s ON s.id = d.session WHERE d.id = %s"""

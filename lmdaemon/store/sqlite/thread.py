@@ -49,7 +49,8 @@ async def connect_to_read(path: Path, stack: AsyncExitStack, busy_timeout_s: flo
     """Opens a connection that can only read."""
     reader = await connect(path, stack, busy_timeout_s)
     await reader.run(execute, "PRAGMA query_only = ON")
-    await reader.run(execute, "SELECT count(*) FROM sqlite_schema")  # creates the WAL if there is none
+    # Creates the WAL if there is none, because `Files` needs it
+    await reader.run(execute, "SELECT count(*) FROM sqlite_schema")
     return reader
 
 

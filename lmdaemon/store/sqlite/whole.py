@@ -40,7 +40,9 @@ _SOURCE = "SELECT (SELECT count(*) FROM session), (SELECT max(id) FROM delivery)
 
 
 class Whole:
-    """An open file, for `open_whole`, which turns what SQLite raises into a DatabaseError."""
+    """An open file that is being imported. Its methods raise sqlite3.Error, of which `open_whole` makes a
+    DatabaseError.
+    """
 
     def __init__(self, sql: sqlite3.Connection) -> None:
         self._sql = sql

@@ -61,9 +61,8 @@ log = Log("endpoint")
 class Route:
     """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
-    `codes_of` is the first accepted dialect. Its codes are answered when a request is refused before its body is parsed,
-    or fails.
-    `only` is the name of the operator, if the path has only one.
+    `codes_of` is the first accepted dialect. Its codes are answered when a request fails, or is refused before its
+    body is parsed. `only` is the name of the operator, if the path has only one.
     """
 
     def __init__(self) -> None:
@@ -150,7 +149,7 @@ class Endpoint:
         self._spellings: set[tuple[str, str]] = set()  # operators and the misspelled provider ids that were logged
 
     def configure(self, settings: Settings, plugins: Mapping[str, LoadedPlugin]) -> None:
-        """Takes over new settings. A request under way keeps its route and operator; plug-ins and quotas are the new."""
+        """Takes over new settings. A request under way keeps its route and operator, with the new plug-ins."""
         routes: dict[str, Route] = {}
         for operator in settings.operators.values():
             for path in operator.paths:

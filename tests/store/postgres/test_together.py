@@ -253,8 +253,8 @@ class TestServiceTime:
         assert await ended(one) == 0
 
     async def test_the_latest_touch_is_shown_whatever_wall_clocks_say(self, together: Cluster) -> None:
-        """The time shown never goes back: not by a touch through a daemon that does not know yet that the server's clock
-        was set ahead.
+        """The time shown never goes back: not by a touch through a daemon that does not know yet that the clock of the
+        server was set ahead.
         """
         server = together.set_up_server_clock()
         one, other = await together.pair()
@@ -652,8 +652,8 @@ class TestAtTheSameTime:
         assert [daemon.store.failure for daemon in (one, other)] == [None, None]
 
     async def test_half_of_a_batch_of_a_stopped_daemon_keeps_nobody_waiting(self, together: Cluster) -> None:
-        """A daemon that is stopped while it sends a batch leaves rows locked. The others end its connection, which undoes
-        what was sent. Here, a connection that is named like a daemon's plays it.
+        """A daemon that is stopped while it sends a batch leaves rows locked. The others end its connection, which
+        undoes what was sent. Here, a connection that is named like a daemon's plays it.
         """
         one, other = await together.pair()
         await one.store.open_session(opening("a"))

@@ -1,7 +1,8 @@
 # make run     serve with the shipped config.toml
 # make test    run the tests. PYTHON=python3.13 chooses the Python, WORKERS=1 the number of tests at a time (default:
-#              twice the number of cores, because many tests wait); DEEP=1 tries each property with four times as many
-#              examples, as CI does once. What needs other people's programs has targets of its own:
+#              three times the number of cores, because many tests wait); DEEP=1 tries each property with four times as many
+#              examples, as CI does once. What takes long has targets of its own:
+# make slow-test      the slowest of the tests
 # make console-test   test the console in a real browser (chromium)
 # make install-test   test make install and make uninstall, with packages from PyPI
 # make fuzz-api       send a daemon what a fuzzer makes of its OpenAPI document
@@ -43,14 +44,15 @@ SERVICE_PYTHON = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON)
 LAYOUT = PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' BINDIR='$(BINDIR)' PYTHON='$(SERVICE_PYTHON)' EXTRAS='$(EXTRAS)'
 # Tests run side by side. Their files are in memory if that is large enough, because syncing them to a disk takes longer
 # than everything else. How the daemon copes with disks is tested by the fault suite, on a real disk.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 2)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(shell expr $(CORES) \* 3)
 PARALLEL = --numprocesses=$(WORKERS)
 # Bytecode is kept. Otherwise each worker would compile every test again, and each daemon its own modules.
 unexport PYTHONDONTWRITEBYTECODE
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo night test console-test install-test fuzz-api test-newest runbook screenshots constraints docs docs-test \
-	clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb clean
+.PHONY: run demo night test slow-test console-test install-test fuzz-api test-newest runbook screenshots constraints docs \
+	docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve
@@ -65,8 +67,13 @@ night: $(VENV)/.test
 test: $(VENV)/.test
 	$(IN_MEMORY) $(BIN)/python -m pytest $(PARALLEL) --ignore=tests/faults --ignore=tests/service $(ARGS)
 
+# Some of these, and those in a browser, keep a core busy each.
+slow-test: $(VENV)/.test
+	$(IN_MEMORY) $(BIN)/python -m pytest -m slow --numprocesses=$(CORES) \
+	  $$(grep -rl --include='test_*.py' 'pytest.mark.slow' tests) $(ARGS)
+
 console-test: $(VENV)/.test
-	$(IN_MEMORY) $(BIN)/python -m pytest -m browser $(PARALLEL) tests/web/test_console*.py $(ARGS)
+	$(IN_MEMORY) $(BIN)/python -m pytest -m browser --numprocesses=$(CORES) tests/web/test_console*.py $(ARGS)
 
 install-test: $(VENV)/.test
 	$(IN_MEMORY) $(BIN)/python -m pytest -m install tests/project/test_install.py $(ARGS)
@@ -140,7 +147,7 @@ bench-growth: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python -m benchmarks.growth $(ARGS)
 
 # The last five wait for other programs most of the time, so they run two at a time.
-check: lint types test console-test fuzz-api
+check: lint types test slow-test console-test fuzz-api
 	$(MAKE) --jobs=2 --output-sync=target docs-test clients install-test
 	$(MAKE) --jobs=2 --output-sync=target faults-short service-test
 

@@ -62,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = {item for item in items if is_left_to_ci(item)}
         config.hook.pytest_deselected(items=[*left])
         items[:] = [item for item in items if item not in left]
+    # The long tests come first, because the workers would wait for one that starts last. Most are in these directories.
+    items.sort(key=lambda item: item.path.parent.name not in ("web", "workbench"))
     for item in items:
         if FULL or item.nodeid.startswith(("tests/faults/", "tests/service/")):
             item.add_marker(pytest.mark.timeout(LONG_S))

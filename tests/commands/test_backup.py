@@ -280,6 +280,7 @@ def test_a_backup_goes_to_the_disk_as_it_grows(tmp_path: Path, monkeypatch: pyte
     assert max(steps) < 3 * backup.FLUSH_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     configure(tmp_path)

@@ -385,6 +385,7 @@ def as_a_shell_starts_it_in_the_background() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
 @pytest.mark.parametrize("use", ["Hangs", "Blocks", "Stubborn"])
@@ -401,6 +402,7 @@ def test_sigterm_while_a_plugin_still_starts_exits_0(
         assert not running.events("daemon.serving") or use == "Stubborn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, as_a_shell_starts_it_in_the_background], ids=["", "in the background"])
 @pytest.mark.parametrize("where", ["lmdaemon.commands.serve", "lmdaemon.config", "lmdaemon.store.sqlite.file"])
 def test_sigterm_during_imports_or_the_opening_exits_0(

@@ -297,6 +297,7 @@ def test_every_file_it_makes_is_its_owners_alone(daemon: Process) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {0o600}
 
 
+@pytest.mark.slow
 def test_a_players_token_leaves_the_file_when_nothing_can_need_it(daemon: Process) -> None:
     """Neither its rows nor any page of the file nor the write-ahead log still holds it. The unused middle of a page is
     left out: where SQLite moves rows between pages, it may leave a piece there (docs/security.md).

@@ -177,6 +177,7 @@ THEN: dict[str, Callable[[Scene], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_two_commands_answer_each_situation(name: str) -> None:
     with scene() as played:
@@ -216,6 +217,7 @@ def test_the_runbook_has_the_commands_of_each_situation() -> None:
         assert all(map(fits, situation.asks, found[name])), name
 
 
+@pytest.mark.slow
 def test_make_night_lists_the_situations_and_hands_over_a_shell() -> None:
     """With commands instead of the shell."""
     words = [sys.executable, str(Path(__file__).parent)]

@@ -121,6 +121,7 @@ def test_the_alert_rules_are_valid() -> None:
     promtool("check", "rules", str(ALERTS))
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     """The rules are evaluated once a minute, and in CI as often as Prometheus does."""
@@ -150,6 +151,7 @@ def test_each_alert_has_a_case_that_fires_and_one_that_must_not() -> None:
     assert silent == names
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_an_alert_that_never_fires_would_be_noticed(tmp_path: Path) -> None:
     dead = [rule | {"expr": f"({rule['expr']}) > +Inf"} for rule in RULES]

@@ -130,6 +130,7 @@ def test_strangers_on_the_public_port_do_not_keep_touches_out(tmp_path: Path, lo
             assert daemon.call("GET", daemon.api + SESSION)[1]["state"] == "active"
 
 
+@pytest.mark.slow
 def test_a_daemon_that_cannot_accept_lets_no_idleness_pass(tmp_path: Path, loop: dict[str, str]) -> None:
     """The daemon reports it in `/health`, `/metrics` and the log, and recovers by itself."""
     with process(tmp_path, NO_GRACE, loop) as daemon, contextlib.ExitStack() as stack:
@@ -243,6 +244,7 @@ def flood(url: str, first: bytes, payload: bytes) -> Iterator[Callable[[], bool]
         yield send
 
 
+@pytest.mark.slow
 @pytest.mark.costly
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_does_not_fill_the_memory_and_honest_senders_are_answered(

@@ -117,6 +117,7 @@ def demonstration(directory: Path, **sizes: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> None:
     with demonstration(tmp_path, PLAYERS="40", DURATION="2s", DOWN="1s") as demo:
         said, _ = demo.communicate(timeout=120)
@@ -126,6 +127,7 @@ def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> Non
     assert said.endswith("Verdict: as expected\n")
 
 
+@pytest.mark.slow
 def test_the_demonstration_ends_at_ctrl_c_with_what_was_seen(tmp_path: Path) -> None:
     with demonstration(tmp_path, PLAYERS="10", DURATION="10m", DOWN="1s") as demo:
         poll(lambda: "attempt 1" in read(tmp_path / "demo" / "operator.txt"))

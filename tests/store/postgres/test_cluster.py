@@ -326,6 +326,7 @@ SEARCH = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_machine_finds_each_rule_that_is_left_out(mutant: str) -> None:
     class Mutant(ClusterMachine):

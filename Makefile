@@ -1,7 +1,7 @@
 # make run     serve with the shipped config.toml
 # make test    run the tests. PYTHON=python3.13 chooses the Python, WORKERS=1 the number of tests at a time (default:
-#              three times the number of cores, because many tests wait); DEEP=1 tries each property with four times as many
-#              examples, as CI does once. What takes long has targets of its own:
+#              three times the number of cores, because many tests wait); DEEP=1 tries each property with four times
+#              as many examples, as CI does once. What takes long has targets of its own:
 # make slow-test      the slowest of the tests
 # make console-test   test the console in a real browser (chromium)
 # make install-test   test make install and make uninstall, with packages from PyPI
@@ -51,8 +51,9 @@ PARALLEL = --numprocesses=$(WORKERS)
 unexport PYTHONDONTWRITEBYTECODE
 IN_MEMORY = $(shell test -w /dev/shm && df -Pk /dev/shm | awk 'NR == 2 && $$4 > 1000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
-.PHONY: run demo night test slow-test console-test install-test fuzz-api test-newest runbook screenshots constraints docs \
-	docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types manual install uninstall deb clean
+.PHONY: run demo night test slow-test console-test install-test fuzz-api test-newest runbook screenshots constraints \
+	docs docs-test clients faults faults-short service-test fuzz bench bench-quick bench-growth check lint types \
+	manual install uninstall deb clean
 
 run: $(VENV)/.run
 	$(BIN)/lmdaemon --config config.toml serve

@@ -16,8 +16,8 @@ from lmdaemon.model import Session
 from lmdaemon.store.contract import SWEEP_ROWS, NewDelivery, Store, StoreObserver
 
 CROWD_ROWS = 150
-# Observers hear of a crowd only when another batch follows or the store is closed
-NEVER = LIMITS.store._replace(crowd_rows=CROWD_ROWS, told_s=3600.0)
+# Observers hear of a crowd only when another batch follows or the store is closed; no wait for a lock ends by itself
+NEVER = LIMITS.store._replace(crowd_rows=CROWD_ROWS, told_s=3600.0, write_s=60.0, statement_s=60.0, lock_s=60.0)
 SOON = LIMITS.store._replace(crowd_rows=CROWD_ROWS)
 
 

@@ -679,7 +679,8 @@ class TestAtTheSameTime:
         self, postgres_engine: PostgresEngine, clock: HandClock
     ) -> None:
         """That is the order of their ids, whichever is due first. Here somebody has locked the one with the least."""
-        async with postgres_engine.open(clock) as db:
+        patient = LIMITS.store._replace(write_s=60.0, statement_s=60.0, lock_s=60.0)
+        async with postgres_engine.open(clock, limits=patient) as db:
             db.configure(OPERATORS, lambda session: ())
             await db.open_session(opening("first", operator="o0", idle_ms=2000))
             await db.open_session(opening("second", operator="o0", idle_ms=1000))

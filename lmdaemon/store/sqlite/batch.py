@@ -8,6 +8,7 @@ the lock anyway, and written as one row for a temporary view, whose trigger does
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
+from functools import cache
 from typing import Any
 
 from lmdaemon.model import Gate, Session
@@ -209,11 +210,22 @@ _PARTS = {
 # takes 2 µs even if it has nothing to write, so the usual batches have views whose triggers leave out other statements.
 _VIEWS = {
     "touches": ("touched",),
-    "arrivals": ("touched", "sessions", "deliveries", "figures"),
     "outcomes": ("results", "digests", "figures", "gates"),
     "sweeps": ("ended", "moved_due", "deliveries", "figures"),
     "batch": tuple(_PARTS),
 }
+
+
+# New sessions are rows of a view of their own, because SQLite takes longer to read them out of JSON than to add them.
+# The batch's touches are in the row before them, and all the rest is in the row after them.
+_ARRIVALS = frozenset(("touched", "sessions", "deliveries", "figures"))
+_NEW = tuple(f"new_{name}" for name in Session._fields)
+_ADD_SESSION = f"""
+INSERT INTO session ({", ".join(Session._fields)}, due_ms)
+VALUES ({", ".join(f"NEW.{name}" for name in _NEW)}, NEW.new_seen_ms + NEW.new_idle_ms)"""
+ARRIVALS_MAX = 304  # most new sessions that are written in this way
+# The statement has rows for a multiple of this many sessions, some of them empty, so that few statements are prepared
+_ARRIVALS_STEP = 8
 
 
 def _columns(parts: Sequence[str]) -> str:
@@ -235,12 +247,29 @@ SET_UP = (
         f"CREATE TEMP TRIGGER write_{name} INSTEAD OF INSERT ON {name} BEGIN {_writes(parts)}; END"
         for name, parts in _VIEWS.items()
     ),
+    f"CREATE TEMP VIEW arrivals AS SELECT {_columns(('touched', 'deliveries', 'figures', *_NEW))}",
+    f"""CREATE TEMP TRIGGER touch_first INSTEAD OF INSERT ON arrivals WHEN NEW.touched IS NOT NULL
+        BEGIN {TOUCH.replace("?", "NEW.touched")}; END""",
+    f"""CREATE TEMP TRIGGER add_session INSTEAD OF INSERT ON arrivals WHEN NEW.new_id IS NOT NULL
+        BEGIN {_ADD_SESSION}; END""",
+    f"""CREATE TEMP TRIGGER write_rest INSTEAD OF INSERT ON arrivals WHEN NEW.figures IS NOT NULL
+        BEGIN {_writes(("deliveries", "figures"))}; END""",
 )
 # For each view: the parts that it can write, and the statement that writes them.
 _WRITE = tuple(
     (frozenset(parts), parts, f"INSERT INTO {name} VALUES ({', '.join('?' * (len(_COLUMNS) + len(parts)))})")
     for name, parts in _VIEWS.items()
 )
+
+
+@cache
+def _write_arrivals(count: int) -> str:
+    """The statement that writes so many new sessions, and what else a batch of arrivals has."""
+    empty = ", ".join(["NULL"] * len(_NEW))
+    touches = f"(?, ?, ?, ?, NULL, NULL, {empty})"
+    session = f"(NULL, NULL, NULL, NULL, NULL, NULL, {', '.join('?' * len(_NEW))})"
+    rest = f"(?, ?, ?, NULL, ?, ?, {empty})"
+    return f"INSERT INTO arrivals VALUES {', '.join([touches, *[session] * count, rest])}"
 
 
 class Written:
@@ -253,9 +282,17 @@ class Written:
         self._rows = sum(map(len, changes.touched.values())) + sum(map(len, rows.values())) + 1
         if changes.touched:
             rows["touched"] = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
-        parts, self._statement = next((parts, text) for written, parts, text in _WRITE if written.issuperset(rows))
         times = (changes.world.service_ms, changes.seen_ms, changes.world.wall_at)
-        self._arguments = (*times, *(to_json(rows[part]) if part in rows else None for part in parts))
+        if 0 < len(changes.sessions) <= ARRIVALS_MAX and rows.keys() <= _ARRIVALS:
+            of_sessions = [value for session in changes.sessions for value in session]
+            unused = -len(changes.sessions) % _ARRIVALS_STEP
+            of_sessions += [None] * (unused * len(_NEW))
+            self._statement = _write_arrivals(len(changes.sessions) + unused)
+            touched, *rest = (to_json(rows[part]) if part in rows else None for part in ("touched", "deliveries"))
+            self._arguments = (*times, touched, *of_sessions, *times, *rest, to_json(rows.get("figures", [])))
+        else:
+            parts, self._statement = next((parts, text) for written, parts, text in _WRITE if written.issuperset(rows))
+            self._arguments = (*times, *(to_json(rows[part]) if part in rows else None for part in parts))
 
     def apply(self, sql: sqlite3.Connection) -> None:
         """Writes everything or nothing. Raises sqlite3.IntegrityError when an assumption of the decision is wrong."""

@@ -33,6 +33,33 @@ class TestBatches:
         assert [one.outcome for one in other] == ["created", "differs"]
         assert db.figures_of("acme").live == 7
 
+    @pytest.mark.parametrize("many", [1, 7, 8, 9, 150, 152, 153])
+    async def test_any_number_of_arrivals_is_stored_with_the_touches_before_them(
+        self, db: Store, clock: HandClock, many: int
+    ) -> None:
+        """Half of the arrivals are openings, the other half are notices of unknown sessions, with a delivery each."""
+        db.sinks_of = lambda session: [NewDelivery("http", session.session_id.encode())]
+        await db.open_session(opening("known", attributes='{"table":"🎲"}'))
+        clock.advance(1)
+        touched, *arrived = await asyncio.gather(
+            db.touch("acme", ["known"]),
+            *(db.open_session(opening(f"o{number}", attributes='{"a":[1,null]}')) for number in range(many)),
+            *(db.record(notice(f"n{number}")) for number in range(many)),
+        )
+        assert touched == (1, [], [])
+        assert [one.outcome for one in arrived[:many]] == ["created"] * many
+        assert arrived[many:] == ["ended"] * many
+        known = await db.session("acme", "known")
+        assert known is not None
+        assert known[0].seen_ms >= 1000
+        for number, one in enumerate(arrived[:many]):
+            stored = await db.session("acme", f"o{number}")
+            assert stored == (one.session, [])
+        stored = await db.session("acme", f"n{many - 1}")
+        assert stored is not None
+        assert (stored[0].reason, stored[1][0].body) == ("reported", f"n{many - 1}".encode())
+        assert (db.live, db.figures_of("acme").pending) == (1 + many, many)
+
     async def test_notices_of_one_batch_are_each_answered_for_themselves(self, db: Store) -> None:
         db.sinks_of = lambda session: [NewDelivery("http", f"{session.session_id} {session.token}".encode())]
         await db.open_session(opening("live"))

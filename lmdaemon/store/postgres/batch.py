@@ -23,6 +23,7 @@ from lmdaemon.store.postgres.cluster import AHEAD_MS
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.errors import meaning
 from lmdaemon.store.postgres.thread import Connection
+from lmdaemon.store.postgres.wall import Asked
 from lmdaemon.store.rules import (
     NEW_DELIVERY,
     PRUNE_ROWS,
@@ -418,7 +419,7 @@ class Present(NamedTuple):
     versions: dict[str, int]
     due: Due = Due((), (), None)
     next_due_ms: int | None = None  # next deadline for inactivity of this daemon's operators
-    begun_s: float = 0.0  # when this was taken from memory (elapsed s)
+    asked: Asked = Asked(0.0, 0)  # when this was taken from memory, before the server is asked
     known_at: int = 0  # the latest time of the server (wall ms) that has surely passed
     has_company: bool = False  # whether other daemons use the database
     moved: Moved = Moved([], others=True)  # the operators whose stored waits are moved if the wall clock was set back
@@ -494,9 +495,9 @@ class Batch:
         raise psycopg.errors.SerializationFailure("other daemons or programs keep changing the same rows")
 
     @property
-    def begun_s(self) -> float:
-        """When the state that the batch was decided on was taken from memory (elapsed s)."""
-        return self._present.begun_s
+    def asked(self) -> Asked:
+        """When the state that the batch was decided on was taken from memory, which is before the server is asked."""
+        return self._present.asked
 
     @property
     def tells_touches(self) -> bool:

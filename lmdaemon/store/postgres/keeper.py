@@ -83,7 +83,8 @@ class Keeper:
 
     def take_over(self, found: Found) -> None:
         """Takes over what was read after joining, or after an outage."""
-        self._clock.told(found.at, self._clock.elapsed() - READING_S)
+        asked = self._clock.ask()
+        self._clock.told(found.at, asked._replace(at_s=asked.at_s - READING_S))
         if found.joined is not None:
             self._note_joining(found.joined)
         self.load(found)
@@ -148,7 +149,7 @@ class Keeper:
             world,
             self._foreign.versions,
             next_due_ms=projection.next_due_ms,
-            begun_s=self._clock.elapsed(),
+            asked=self._clock.ask(),
             known_at=passed_at,
         )
         sweeps = [one for one in operations if isinstance(one, Sweep)]
@@ -177,7 +178,7 @@ class Keeper:
             membership.deadlines.set(*deadline)
         if changes.swept:
             changes.next_due_ms, changes.next_lifetime_at = membership.deadlines.earliest
-        membership.company.told_ms, membership.proven_s = changes.world.service_ms, work.begun_s
+        membership.company.told_ms, membership.proven_s = changes.world.service_ms, work.asked.at_s
         if work.tells_touches and changes.touched:
             self._told_touches = self._clock.monotonic()
         was_idle = projection.is_idle
@@ -192,7 +193,7 @@ class Keeper:
             self._signals.beat.set()
             self._signals.look.set()
         if work.seen is not None:
-            membership.learn(work.seen, work.begun_s)
+            membership.learn(work.seen, work.asked)
         if membership.company.others:
             concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
             if changes.gates or concerns_others or (was_idle and not is_idle):

@@ -101,12 +101,12 @@ class Looks:
                 await self._writer.write(Probe())  # the first transaction joins the daemons on the database
             member, was_idle = self._server.member, self._projection.is_idle
             await self._introduce(member or 0)
-            asked_s = self._projection.clock.elapsed()
+            asked = self._membership.ask()
             found = await self._reads.read(tables.look, member)
             if member != self._server.member:
                 return  # this daemon was expelled and has joined again meanwhile, which has read everything
             self._foreign.take_parts(found.parts)
-            self._membership.learn(found.seen, asked_s)
+            self._membership.learn(found.seen, asked)
             if self._membership.must_make_way:
                 await self._reads.read(tables.hold, self._projection.daemon_grace_ms)
                 self._membership.has_made_way = True

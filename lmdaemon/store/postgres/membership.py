@@ -10,7 +10,7 @@ from lmdaemon.store.postgres.deadlines import Deadlines
 from lmdaemon.store.postgres.members import Introduction
 from lmdaemon.store.postgres.owners import Owners, Wishes
 from lmdaemon.store.postgres.signals import Signals
-from lmdaemon.store.postgres.wall import ServerClock
+from lmdaemon.store.postgres.wall import Asked, ServerClock
 from lmdaemon.store.projection import Projection
 
 SURE_S = 0.5  # until so long before the end of its lease, a daemon is sure that no other can take it to be gone
@@ -46,9 +46,13 @@ class Membership:
         # The operators of the settings when it was last worked out which ones to take
         self._claimed_for: frozenset[str] | None = None
 
-    def learn(self, found: Seen, asked_s: float) -> None:
-        """Takes over who is there and how far each of them has heard. The server was asked at `asked_s` (elapsed)."""
-        self._clock.told(found.at, asked_s)
+    def ask(self) -> Asked:
+        """Is called when the server is asked for what `learn` takes over."""
+        return self._clock.ask()
+
+    def learn(self, found: Seen, asked: Asked) -> None:
+        """Takes over who is there and how far each of them has heard. `asked` is what `ask` returned before."""
+        self._clock.told(found.at, asked)
         due_ms = self.company.next_due_ms
         # While this daemon can store nothing, as in an outage of the database, the others may not be able to either,
         # and a row that stands still proves nothing

@@ -240,8 +240,8 @@ class Shared(Verbs):
                 return None
             await asyncio.sleep(wait_s)
             if company.others:
-                asked_s = self._clock.elapsed()
-                self.membership.learn(await self._reads.read(who_is_there, self._server.member), asked_s)
+                asked = self.membership.ask()
+                self.membership.learn(await self._reads.read(who_is_there, self._server.member), asked)
 
     async def prune(self, before_at: int, after: tuple[int, int]) -> Pruned:
         """As `Store.prune`. Of several daemons only the one that joined first prunes."""

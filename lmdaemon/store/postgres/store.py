@@ -104,9 +104,9 @@ class Store(Shared):
             version = await thread.run(_prepare, database.title, may_migrate, limits, within_s=OPEN_S)
             within_s = limits.lease_s + JOIN_S
             joins_others = await thread.run(members.make_room, database.title, limits, within_s=within_s)
-            asked_s = wall.elapsed()
+            asked = wall.ask()
             found = await thread.run(read, 0, within_s=OPEN_S)
-            wall.told(found.at, asked_s)
+            wall.told(found.at, asked)
             loaded = found.loaded._replace(
                 next_due_ms=min((due_ms for _, due_ms, _ in found.next if due_ms is not None), default=None),
                 next_lifetime_at=min((at for *_, at in found.next if at is not None), default=None),

@@ -2,7 +2,16 @@
 same.
 """
 
+from typing import NamedTuple
+
 from lmdaemon.clock import Clock
+
+
+class Asked(NamedTuple):
+    """When the server was asked (a time of `elapsed`, s), and the number of the question."""
+
+    at_s: float
+    number: int
 
 
 class ServerClock(Clock):
@@ -19,6 +28,8 @@ class ServerClock(Clock):
         self._machine = machine
         # The server's wall time (ms) at a time of `elapsed` (s); None before the first exchange
         self._known: tuple[float, float] | None = None
+        self._questions = 0
+        self._answered = 0  # the number of the latest question that was answered
 
     def monotonic(self) -> float:
         """Monotonic time of this machine (Clock)."""
@@ -32,13 +43,21 @@ class ServerClock(Clock):
         """Milliseconds since the epoch, UTC, by the server's clock."""
         return self._machine.wall_ms() if self._known is None else round(self._at(self._known, self.elapsed()))
 
-    def told(self, at: int, asked_s: float) -> None:
-        """Takes over that the server's clock showed `at` (wall ms) at some moment after `asked_s`, a time of
-        `elapsed`.
+    def ask(self) -> Asked:
+        """Is called when the server is asked something, and its time with it."""
+        self._questions += 1
+        return Asked(self.elapsed(), self._questions)
+
+    def told(self, at: int, asked: Asked) -> None:
+        """Takes over that the server's clock showed `at` (wall ms) at some moment after it was asked. An answer that is
+        overtaken by that to a later question is ignored: the clock may have been set in between.
         """
+        if asked.number < self._answered:
+            return
+        self._answered = asked.number
         now_s = self.elapsed()
         supposed = at if self._known is None else self._at(self._known, now_s)
-        self._known = (min(max(supposed, at), at + (now_s - asked_s) * 1000), now_s)
+        self._known = (min(max(supposed, at), at + (now_s - asked.at_s) * 1000), now_s)
 
     @staticmethod
     def _at(known: tuple[float, float], now_s: float) -> float:

@@ -2,10 +2,12 @@
 
 Each step of a statement, each fetched row and each call of a Python function from SQL releases the interpreter's lock
 and has to wait for it again, behind a busy event loop. So a batch that needs no facts is decided on the loop, which has
-the lock anyway, and written as one row for a temporary view, whose trigger does the rest. Rows are passed as JSON.
+the lock anyway, and written as one row for a temporary view, whose trigger does the rest. Rows of the tables are given
+as JSON in it; new sessions as rows of their own.
 """
 
 import sqlite3
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import cache
@@ -223,9 +225,9 @@ _NEW = tuple(f"new_{name}" for name in Session._fields)
 _ADD_SESSION = f"""
 INSERT INTO session ({", ".join(Session._fields)}, due_ms)
 VALUES ({", ".join(f"NEW.{name}" for name in _NEW)}, NEW.new_seen_ms + NEW.new_idle_ms)"""
-ARRIVALS_MAX = 304  # most new sessions that are written in this way
-# The statement has rows for a multiple of this many sessions, some of them empty, so that few statements are prepared
-_ARRIVALS_STEP = 8
+# The numbers of new sessions for which there is a statement: few, because SQLite keeps 3 MB for all of them. A batch
+# uses the next larger one, whose last rows are then empty. More sessions than the last number are given as JSON.
+_ARRIVALS_OF = (1, 2, 4, *range(8, 129, 8))
 
 
 def _columns(parts: Sequence[str]) -> str:
@@ -283,11 +285,12 @@ class Written:
         if changes.touched:
             rows["touched"] = {operator: list(session_ids) for operator, session_ids in changes.touched.items()}
         times = (changes.world.service_ms, changes.seen_ms, changes.world.wall_at)
-        if 0 < len(changes.sessions) <= ARRIVALS_MAX and rows.keys() <= _ARRIVALS:
+        added = len(changes.sessions)
+        if 0 < added <= _ARRIVALS_OF[-1] and rows.keys() <= _ARRIVALS:
+            count = _ARRIVALS_OF[bisect_left(_ARRIVALS_OF, added)]
+            self._statement = _write_arrivals(count)
             of_sessions = [value for session in changes.sessions for value in session]
-            unused = -len(changes.sessions) % _ARRIVALS_STEP
-            of_sessions += [None] * (unused * len(_NEW))
-            self._statement = _write_arrivals(len(changes.sessions) + unused)
+            of_sessions += [None] * ((count - added) * len(_NEW))
             touched, *rest = (to_json(rows[part]) if part in rows else None for part in ("touched", "deliveries"))
             self._arguments = (*times, touched, *of_sessions, *times, *rest, to_json(rows.get("figures", [])))
         else:

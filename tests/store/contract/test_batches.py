@@ -33,7 +33,7 @@ class TestBatches:
         assert [one.outcome for one in other] == ["created", "differs"]
         assert db.figures_of("acme").live == 7
 
-    @pytest.mark.parametrize("many", [1, 7, 8, 9, 150, 152, 153])
+    @pytest.mark.parametrize("many", [1, 2, 3, 4, 5, 63, 64, 65])
     async def test_any_number_of_arrivals_is_stored_with_the_touches_before_them(
         self, db: Store, clock: HandClock, many: int
     ) -> None:

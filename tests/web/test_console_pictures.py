@@ -16,6 +16,7 @@ from browsing import TOKEN, bearer, browser, end, expect, in_chromium, sign_in, 
 from chance import DEEP
 from support import Serving, operator_table, scripted_operator, serving, until
 
+from lmdaemon import retry
 from lmdaemon.clock import Clock
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ async def evening(directory: Path) -> AsyncIterator[Serving]:
             await until(lambda: d.store.gate("acme").opened_at is not None, 30)
             await until(lambda: d.store.figures_of("charlie").pending == d.store.figures_of("delta").pending == 0, 30)
             clock.behind_ms = 0
+            # The breaker's pause is over by now, and its next probe fails
+            await until(lambda: retry.breaker(d.store.gate("acme"), clock.wall_ms()) == "open", 30)
             yield d
 
 

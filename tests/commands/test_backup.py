@@ -450,6 +450,7 @@ def test_a_restore_cut_short_keeps_the_daemon_from_starting(stopped: Path) -> No
         running.started()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_what_root_does_beside_the_services_user_never_locks_it_out() -> None:
     user = 12345

@@ -102,6 +102,7 @@ def test_a_long_result_that_cannot_be_written_is_one_line(lm: Running) -> None:
     ("words", "code"),
     [("version", 0), ("status", 0), ("hold nobody", 1), ("check-config --config none", 2), ("sessions", 2)],
 )
+@pytest.mark.slow
 def test_messages_that_cannot_be_written_change_no_exit_code(lm: Running, words: str, code: int) -> None:
     assert into(words, lm.directory, err=FULL)[0] == code
     assert into(words, lm.directory, out=FULL, err=FULL)[0] == (code or 1)
@@ -109,6 +110,7 @@ def test_messages_that_cannot_be_written_change_no_exit_code(lm: Running, words:
     assert shell(f"$LM {words} > /dev/full 2>&-", lm.directory).returncode == (code or 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", CLOSED)
 @pytest.mark.parametrize("words", ["version", "status --json", "sessions touch acme s-1", "backup --force copy"])
 def test_a_command_does_its_work_without_standard_streams(lm: Running, words: str, closed: str) -> None:
@@ -136,12 +138,14 @@ def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return f"{directory}{os.pathsep}{ours}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", CLOSED)
 def test_the_daemon_serves_without_standard_streams(tmp_path: Path, loop: str, closed: str) -> None:
     configure(tmp_path)
     serves(tmp_path, loop, CLOSED[closed])
 
 
+@pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("full", ["2> /dev/full", "> /dev/full"])
 def test_the_daemon_serves_with_full_standard_streams(tmp_path: Path, loop: str, full: str) -> None:

@@ -258,6 +258,7 @@ def settled(daemon: Process) -> bool:
     return not daemon.rows("SELECT 1 FROM delivery WHERE state = 'pending'")
 
 
+@pytest.mark.slow
 def test_no_secret_leaves_the_daemon_whatever_happens(daemon: Process) -> None:
     spy = Spy(daemon)
     live(spy)

@@ -306,6 +306,7 @@ def recent_of(totals: Totals, clock: HandClock, charted_max: int = LIMITS.charte
     return Recent(totals.copy, lambda: 0.0, clock, charted_max)
 
 
+@pytest.mark.slow
 def test_the_hour_of_a_thousand_operators_takes_less_than_a_mebibyte() -> None:
     clock = HandClock()
     totals: Totals = {f"operator-{number}": (0, 0, 0, 0) for number in range(1000)}

@@ -223,6 +223,7 @@ async def test_the_command_plays_game_servers_against_the_running_daemon(tmp_pat
     assert " opened" in done.stdout
 
 
+@pytest.mark.slow
 async def test_a_daemon_that_is_killed_meanwhile_keeps_every_promise(tmp_path: Path) -> None:
     """The daemon is killed twice while the players play, and its operator fails often. No end is early, lost or
     doubled.

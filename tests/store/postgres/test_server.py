@@ -147,6 +147,7 @@ async def test_an_operation_that_cannot_be_stored_fails_alone(db: Store) -> None
     assert (db.failure, db.live) == (None, 2)
 
 
+@pytest.mark.slow
 async def test_a_touch_moves_no_index_entry(db: Store, postgres_engine: PostgresEngine) -> None:
     """A touch changes no indexed column, and the pages have free space, so nearly all updates are heap-only (HOT)."""
     names = [f"s{number}" for number in range(300)]

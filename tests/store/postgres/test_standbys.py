@@ -27,6 +27,7 @@ def server() -> Iterator[OwnServer]:
         yield own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["pg_cancel_backend", "pg_terminate_backend"])
 async def test_a_commit_whose_wait_for_a_standby_was_ended_is_not_acknowledged(
     server: OwnServer, clock: HandClock, what: str

@@ -176,7 +176,6 @@ class Extra(NamedTuple):
     left_out: int
 
 
-_NO_EXTRA = Extra({}, None, 0)
 _SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|secret|sign|token")
 
 
@@ -189,7 +188,7 @@ def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
     """
     unknown = parsed.received.keys() - parsed.dialect.names
     if not unknown:  # the usual case
-        return _NO_EXTRA
+        return Extra({}, None, 0)  # a new one, because plug-ins get its fields
     kept: dict[str, Any] = {}
     parts: list[bytes] = []
     left_out, room = 0, EXTRA_MAX - len("{}")

@@ -30,7 +30,9 @@ class Chain:
         self.rows = 0
 
     def add(self, row: bytes) -> str:
-        """The chain of the next row. `row` is given without its line break."""
+        """Adds a row, given without its line break. Returns the row's hash, which is of the hash of the row before it
+        and of its own bytes.
+        """
         self.last = hashlib.sha256(self.last.encode() + row).hexdigest()
         self.rows += 1
         return self.last

@@ -64,7 +64,9 @@ def row_of(operator: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about what keeps an operator back and about its dead deliveries; none if it has neither."""
+    """Lines about why nothing is sent to an operator now (a hold, the breaker, Retry-After), and about its dead
+    deliveries. No lines if neither applies.
+    """
     name = cell(operator["operator"])
     kept_back, dead = operator.get("keptBack"), operator.get("dead")
     if kept_back:

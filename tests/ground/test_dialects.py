@@ -422,6 +422,12 @@ def test_a_number_that_was_rounded_is_not_kept() -> None:
     assert extra(fields).fields == {"exact": 2**64 - 1, "share": 0.1}
 
 
+def test_what_a_plugin_writes_into_one_notice_is_in_no_other() -> None:
+    mine: Any = extra({}).fields
+    mine["written"] = "by a plug-in"
+    assert extra({}) == ({}, None, 0)
+
+
 def test_a_field_deeper_than_can_be_written_is_refused() -> None:
     body = raw_notice(b'"s"')[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}"
     with pytest.raises(BadNotice, match="nested too deeply"):

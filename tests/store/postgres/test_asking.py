@@ -79,7 +79,7 @@ async def test_a_probe_is_made_by_the_owner_and_answered_once(pair: Pair, postgr
 
 
 async def test_an_owner_that_does_not_answer_is_told(pair: Pair, postgres_engine: PostgresEngine) -> None:
-    """The owner passes the question on once, however often it looks for questions."""
+    """The owner finds the question at each look until it is withdrawn, but hands it to its observer only once."""
     pair.at_owner.answers = False
     with pytest.raises(StoreError, match="the daemon that owns acme has not answered within 1 s"):
         await pair.other.ask_owner("acme", "probe", 1)

@@ -361,7 +361,7 @@ async def test_a_daemon_tells_the_time_that_has_passed_since_it_last_heard(
 
 
 class TestStatements:
-    """The SQL statements compute the same as the rules in Python."""
+    """The stamp and the end of a session come out alike in the SQL statements and in the rules written in Python."""
 
     @pytest.mark.parametrize("kept_ms", [0, 6_200])
     @pytest.mark.parametrize("known", [-10_000, 10_000], ids=["long ago", "clock set back"])

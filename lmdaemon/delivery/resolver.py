@@ -15,7 +15,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from lmdaemon.config.egress import private_address
 
-LOOKUPS_MAX = 256  # most lookups at the same time, a thread each
+LOOKUPS_MAX = 256  # most lookups of one resolver at the same time, a thread each
 
 
 class Resolver(AbstractResolver):
@@ -26,18 +26,17 @@ class Resolver(AbstractResolver):
     every connect, because a name may lead elsewhere the next time.
     """
 
-    running = 0  # lookups under way, of all resolvers
-
     def __init__(self, *, guarded: bool) -> None:
+        self.running = 0  # lookups under way
         self._guarded = guarded
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """The addresses of a name. Raises OSError."""
-        if Resolver.running >= LOOKUPS_MAX:
+        if self.running >= LOOKUPS_MAX:
             raise OSError(None, "too many lookups hang")
-        Resolver.running += 1
+        self.running += 1
         try:
             future = _on_a_thread(partial(_addresses, host, port, family), self._ended)
         except RuntimeError as error:  # the system allows no further thread
@@ -48,9 +47,8 @@ class Resolver(AbstractResolver):
             raise OSError(None, "private_address")
         return found
 
-    @staticmethod
-    def _ended() -> None:
-        Resolver.running -= 1
+    def _ended(self) -> None:
+        self.running -= 1
 
     async def close(self) -> None:
         """Does nothing, because nothing is kept open."""

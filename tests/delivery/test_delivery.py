@@ -1000,7 +1000,6 @@ class TestALookup:
                 assert (await b.row("s", "good")).state == "delivered"
                 assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
                 hold.set()
-                await until(lambda: Resolver.running == 0)
 
     async def test_a_name_that_is_not_found_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
         async with bench(tmp_path, clock, operator_table("acme", "http://nobody.invalid/")) as b:
@@ -1011,26 +1010,27 @@ class TestALookup:
     async def test_a_thread_that_cannot_be_had_costs_one_attempt_and_no_later_one(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        resolver = Resolver(guarded=False)
         with monkeypatch.context() as broken:
             broken.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
             with pytest.raises(OSError, match="lookups"):
-                await Resolver(guarded=False).resolve("localhost", 80)
-        assert Resolver.running == 0
-        assert await Resolver(guarded=False).resolve("localhost", 80)
+                await resolver.resolve("localhost", 80)
+        assert resolver.running == 0
+        assert await resolver.resolve("localhost", 80)
 
     async def test_lookups_that_hang_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """At most LOOKUPS_MAX lookups run at once. When one ends, another may begin."""
         go_on = threading.Event()
         found = socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
         look_up_by(monkeypatch, lambda *_, **__: go_on.wait(20) and found)
-        look_up = Resolver(guarded=False).resolve
-        hanging = [asyncio.ensure_future(look_up("localhost", 80)) for _ in range(LOOKUPS_MAX)]
-        await until(lambda: Resolver.running == LOOKUPS_MAX)
+        resolver = Resolver(guarded=False)
+        hanging = [asyncio.ensure_future(resolver.resolve("localhost", 80)) for _ in range(LOOKUPS_MAX)]
+        await until(lambda: resolver.running == LOOKUPS_MAX)
         with pytest.raises(OSError, match="lookups"):
-            await look_up("localhost", 80)
+            await resolver.resolve("localhost", 80)
         go_on.set()
         assert all(await asyncio.gather(*hanging))
-        assert await look_up("localhost", 80)
+        assert await resolver.resolve("localhost", 80)
 
 
 async def test_an_attempt_that_breaks_the_daemons_code_is_a_failed_attempt(

@@ -185,7 +185,7 @@ def test_the_limits_page_shows_the_true_limits() -> None:
         f"| {sender.ANSWER_MAX // 1024} KiB of the body are read of a head of at most {answers.HEAD_MAX // 1024} KiB",
         f"and {answers.HEADERS_MAX} headers; {answers.WIRE_MAX // 1024**2} MiB to carry the body",
         f"(1xx) | {answers.INTERIM_MAX} then",
-        f"{resolver.LOOKUPS_MAX} each on a thread of its own",
+        f"{resolver.LOOKUPS_MAX} each on a thread of its own and as many of operators",
         f"ten a second for an operator {LIMITS.store.dead_max} in one call",
         f"{LIMITS.store.wal_max // 1024**2} MiB and one transaction",
         f"warns at {LIMITS.store.large_wal // 1024**2} MiB",

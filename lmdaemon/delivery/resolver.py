@@ -31,7 +31,7 @@ class Resolver(AbstractResolver):
         self._guarded = guarded
 
     async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         """The addresses of a name. Raises OSError."""
         if self.running >= LOOKUPS_MAX:

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from clocks import HandClock
-from faults import look_up_by
+from faults import look_up_by, not_found
 from processes import free_ports
 from standardwebhooks import Webhook
 from support import LISTEN, Bench, bench, hear, load, operator_table, scripted_operator, until
@@ -1001,7 +1001,10 @@ class TestALookup:
                 assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
                 hold.set()
 
-    async def test_a_name_that_is_not_found_is_a_failed_attempt(self, tmp_path: Path, clock: HandClock) -> None:
+    async def test_a_name_that_is_not_found_is_a_failed_attempt(
+        self, tmp_path: Path, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        look_up_by(monkeypatch, not_found)
         async with bench(tmp_path, clock, operator_table("acme", "http://nobody.invalid/")) as b:
             await b.end()
             await b.round()

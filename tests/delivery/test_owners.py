@@ -245,7 +245,14 @@ async def test_rows_that_were_read_under_an_earlier_term_are_not_sent(tmp_path: 
 
 async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClock) -> None:
     """The new owner sends one probe, after the pause that the failures under the old owner have caused."""
-    async with scripted_operator(*[{"error": 100}] * 5) as operator, daemons(tmp_path, clock, operator) as both:
+    probed = asyncio.Event()
+
+    async def when_probed(_: web.Request) -> dict[str, int]:
+        await probed.wait()
+        return {"error": 0}
+
+    answers = [*[{"error": 100}] * 5, when_probed]
+    async with scripted_operator(*answers) as operator, daemons(tmp_path, clock, operator) as both:
         for number in range(6):
             await both.end(f"s{number}")
         await both.rounds()
@@ -257,6 +264,7 @@ async def test_the_breaker_goes_with_the_operator(tmp_path: Path, clock: HandClo
         clock.advance(5.001)
         await both.both[1].once()
         assert both.both[1].in_flight == 1
+        probed.set()
         await both.rounds()
         assert retry.breaker(both.store.gate("acme"), clock.wall_ms()) == "closed"
 

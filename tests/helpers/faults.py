@@ -6,7 +6,7 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -47,3 +47,15 @@ def no_room(database: Path) -> Iterator[None]:
 def look_up_by(patch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any]) -> None:
     """From now on the system asks this function for the addresses of names, and no server of the network's."""
     patch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def leads_inside(_: object, port: int, *__: Any, **___: Any) -> list[tuple[Any, ...]]:
+    """What a lookup answers for a name that leads to this machine."""
+    return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
+
+
+def not_found(*_: Any, **__: Any) -> NoReturn:
+    """What a lookup answers for a name that does not exist. The machine's own name server may answer otherwise, late or
+    never.
+    """
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

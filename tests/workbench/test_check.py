@@ -16,6 +16,7 @@ from aiohttp import web
 from certificates import make
 from commands import COMMAND, environment, run
 from endpoints import HASH_KEY, PROVIDER, QUICK, TOKEN, UNTIMED, Endpoint, checked, served, to
+from faults import look_up_by, not_found
 from support import serving
 
 from lmdaemon import tls
@@ -432,7 +433,8 @@ async def playing(play: Play) -> AsyncIterator[str]:
         server.close()
 
 
-async def test_nothing_passes_before_an_endpoint_that_is_not_there() -> None:
+async def test_nothing_passes_before_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up_by(monkeypatch, not_found)
     report = await Runner(to("https://nowhere.invalid/V4/SessionExpired"), limits=QUICK).run()
     assert set(verdicts(report, "fail")) == {"connection.resolves", "connection.tls", "answer.valid"}
     assert verdicts(report, "pass", "warn") == {}

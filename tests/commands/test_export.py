@@ -129,7 +129,7 @@ def test_a_line_is_a_session_as_the_api_shows_it(tmp_path: Path) -> None:
 async def test_an_export_is_what_ended_from_since_on_and_before_until(
     archive: Path, options: tuple[str, ...], expected: list[str]
 ) -> None:
-    found = lines(run("sessions", "export", *options, cwd=archive))
+    found = lines(run("sessions", "export", *options, cwd=archive, TZ="UTC"))  # a date alone is a day of the time zone
     assert [session["sessionId"] for session in found] == expected
     assert all("secret" not in json.dumps(session) for session in found)
 

@@ -15,7 +15,6 @@ from clocks import HandClock
 from hypothesis import HealthCheck, settings
 from ways import WAYS, on_the
 from xdist.scheduler import LoadScopeScheduling
-from xdist.workermanage import WorkerController
 
 from lmdaemon import log
 
@@ -50,10 +49,7 @@ SHARING = {
     "tests/faults/test_cluster.py",  # three daemons and their database
     "tests/faults/test_hostile_operators.py",  # one daemon with a hundred operators, whose memory is measured
     "tests/project/test_install.py",  # two installed copies of the program
-    "tests/project/test_layers.py",  # the syntax trees of all modules
     "tests/project/test_monitoring.py",  # a daemon that has exported every kind of metric once
-    "tests/project/test_operating.py",  # the syntax trees of all modules
-    "tests/store/postgres/test_statements.py",  # large tables on PostgreSQL
 }
 
 
@@ -66,18 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = {item for item in items if is_left_to_ci(item)}
         config.hook.pytest_deselected(items=[*left])
         items[:] = [item for item in items if item not in left]
-    # The workers take tests from both ends (FromBothEnds). In the middle are the short ones, because all workers would
-    # wait for a long one that starts last.
-    items.sort(key=place_of)
+    # The long tests come first, because the workers would wait for one that starts last. Most are in these directories.
+    items.sort(key=lambda item: item.path.parent.name not in ("web", "workbench"))
     for item in items:
         if FULL or item.nodeid.startswith(("tests/faults/", "tests/service/")):
             item.add_marker(pytest.mark.timeout(LONG_S))
-
-
-def place_of(item: pytest.Item) -> int:
-    """Where the tests of a directory stand in the order: those that mostly wait come first, the busy ones last."""
-    part = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-    return {"web": 0, "workbench": 0, "commands": 1, "store": 3}.get(part, 2)
 
 
 def is_left_to_ci(item: pytest.Item) -> bool:
@@ -109,27 +98,20 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-class FromBothEnds(LoadScopeScheduling):
+class OneByOne(LoadScopeScheduling):
     """Gives each worker one test at a time. The tests of a file in SHARING stay together, and those files come
-    first. Then every other worker takes tests from the end, so that tests that wait run beside others that are busy.
+    first.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return file if file in SHARING else nodeid
 
-    def _assign_work_unit(self, node: WorkerController) -> None:
-        # A private method of pytest-xdist. If it gets another name, all workers take tests from the front again.
-        first, last = next(iter(self.workqueue)), next(reversed(self.workqueue))
-        if first not in SHARING and self.nodes.index(node) % 2:
-            self.workqueue.move_to_end(last, last=False)
-        super()._assign_work_unit(node)
-
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FromBothEnds:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
     # A scheduler of our own, because the marks of pytest-xdist (xdist_group) do nothing with pytest 9.2
-    return FromBothEnds(config, log)
+    return OneByOne(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -60,7 +60,7 @@ LIMITS = {
     "delivery.attempt_failed": Limit(1, ("operator", "sink", "error", "where")),
     "delivery.recovered": Limit(10, ("operator", "sink")),
     "delivery.waiting_for_store": Limit(1, ("reason",)),
-    # If it happens to 1,000 operators at once, they have one cause. /health and /metrics name all of these operators
+    # What befalls 1,000 operators at once has one cause, so 100 lines are enough. /health and /metrics name them all
     "operator.mass_expired": Limit(100),
     "operator.touches_stopped": Limit(100),
     "operator.ends_wait": Limit(100),

@@ -30,8 +30,8 @@ class Chain:
         self.rows = 0
 
     def add(self, row: bytes) -> str:
-        """Adds a row, given without its line break. Returns the row's hash, which is of the hash of the row before it
-        and of its own bytes.
+        """Adds a row, given without its line break, and returns its hash: SHA-256 of the hash of the row before it,
+        followed by the row.
         """
         self.last = hashlib.sha256(self.last.encode() + row).hexdigest()
         self.rows += 1

@@ -1,6 +1,6 @@
 """Reads the secrets that the configuration names, from files, systemd's credentials and the environment.
 
-An error or warning about a secret names the file or variable, and never contains the secret.
+An error or warning about a secret names its key in the configuration, and never quotes what was read.
 """
 
 import os

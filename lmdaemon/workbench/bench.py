@@ -178,8 +178,9 @@ def accepted(bench: Bench, *exchanges: Exchange, told: str = "accepted") -> Find
 
 
 def refused(bench: Bench, cases: Sequence[tuple[str, Exchange]], *meanings: str) -> Finding:
-    """Each case must be refused with the code of one of the meanings. Another code of the dialect is a warning. The
-    code for "please retry" is a failure, because a sender would repeat the same notice for days.
+    """Each case must be refused. A code that the dialect has for something else than these meanings is a warning; one
+    that it does not have passes. No code, code 0, a status of 500 or more and the code for "please retry" are failures:
+    a sender would repeat the same notice for days.
     """
     codes = {bench.dialect.codes.of(meaning) for meaning in meanings}
     wanted = " or ".join(explain.named(code, bench.dialect) for code in sorted(codes))

@@ -27,7 +27,7 @@ ANSWER_HEADERS = (
 
 
 class Asked(NamedTuple):
-    """A request as it was sent."""
+    """A request that was sent, with its secrets. Headers that the HTTP client adds by itself may be missing."""
 
     method: str
     url: str

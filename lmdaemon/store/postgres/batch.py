@@ -1,11 +1,11 @@
 """Writes a batch into PostgreSQL: reads the facts it needs, and writes its changes as one flush of statements.
 
 What is sent in one flush is one transaction: the server commits it at its end, and rolls all of it back at the first
-error. So no transaction ever waits for this program, which may be stopped at any moment. The first statement is the
-fence: it updates the daemon's own row of `member`, which must be there and have the number of the batch before this
-one. Every other statement checks what the changes were decided on. If that is no longer true, the statement divides by
-zero, and the batch is decided again. Rows are locked in the order of their ids. Each statement gets its rows as one
-JSON text.
+error. So no transaction waits for this program, which may be stopped at any moment, unless only a part of the flush
+has arrived (see CUT_OFF_HALFWAY). The first statement is the fence: it updates the daemon's own row of `member`, which
+must be there and have the number of the batch before this one. Statements whose rows another daemon may have changed
+check what the changes were decided on. If that is no longer true, they divide by zero or violate a constraint, and the
+batch is decided again. Most statements get their rows as one JSON text and lock them in the order of their ids.
 """
 
 from collections import Counter

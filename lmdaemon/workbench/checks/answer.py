@@ -1,4 +1,4 @@
-"""Checks of the content and form of answers. All but `valid` look at all answers of the run."""
+"""Checks of the content and form of answers. `valid` judges the first notice's, the others those of the whole run."""
 
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -13,7 +13,7 @@ from lmdaemon.workbench.exchanges import Answer, Exchange
 
 CLOCK_OFF_S = 30
 TOKEN_MIN = 6
-# Checks whose requests may be refused before the body is parsed. The checks here do not judge their answers
+# Checks whose requests may be refused before the body is parsed. Here only `no_echo` judges their answers
 _BEFORE_PARSING = (
     "connection.plain-http",
     "strictness.content-type",
@@ -27,7 +27,9 @@ _BEFORE_PARSING = (
 
 
 def _answers(bench: Bench) -> Iterator[tuple[Exchange, Answer]]:
-    """The answers of checks that passed, so that a fault that another check has reported is not reported again."""
+    """The answers of the run, but not those of the checks in _BEFORE_PARSING, nor of checks that have reported a
+    failure, so that it is not reported again.
+    """
     for check, exchanges in bench.by_check.items():
         finding = bench.found.get(check)
         if check in _BEFORE_PARSING or (finding is not None and _is_blamed(finding)):

@@ -116,6 +116,7 @@ class Parts:
                 read_again=self.reloader.read_again,
                 body_s=self._limits.body_s,
                 closing=self._closing,
+                settings=self.settings,
             )
         )
         self.listeners = Listeners(self.endpoint, self.api, self.hearing, self.bounds)

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -156,20 +157,25 @@ def _stop_at_once() -> None:
 # -- the parser
 
 
-class _Leaf(argparse.ArgumentParser):
-    """The parser of one command, which imports the command's module when it is about to be used."""
+class _Later(argparse.ArgumentParser):
+    """The parser of one command or group of commands, which is made when it is about to be used. Most never are."""
 
-    run = ""
+    def __init__(self, **options: Any) -> None:
+        self._options: dict[str, Any] | None = options
+        self.fill: Callable[[argparse.ArgumentParser], None]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.complete()
         return super().parse_known_args(args, namespace)
 
     def complete(self) -> None:
-        """Adds the command's own arguments, once."""
-        if self.run:
-            loaded(self.run).declare(self)
-        self.run = ""
+        """Makes the parser and adds its arguments, once."""
+        if self._options is not None:
+            super().__init__(**self._options, allow_abbrev=False)
+            self._options = None
+            # SUPPRESS, because the default of the command's own --config would overwrite a --config before the command
+            _config_option(self, default=argparse.SUPPRESS)
+            self.fill(self)
 
 
 def parser(*, whole: bool = False) -> argparse.ArgumentParser:
@@ -185,22 +191,33 @@ def parser(*, whole: bool = False) -> argparse.ArgumentParser:
     )
     _config_option(top).set_defaults(run=SERVE, json=False)
     top.add_argument("--version", dest="run", action="store_const", const=VERSION, help="print the version")
-    # SUPPRESS, because the default of the command's own --config would overwrite a --config before the command
-    common = _config_option(argparse.ArgumentParser(add_help=False), default=argparse.SUPPRESS)
-    commands = top.add_subparsers(metavar="COMMAND", title="commands", parser_class=_Leaf)
-    groups: dict[str, Callable[..., _Leaf]] = {"": commands.add_parser}
-    for words, (run, help_text) in COMMANDS.items():
-        group, _, verb = words.rpartition(" ")
-        if group not in groups:
-            verbs = [other.split()[1] for other in COMMANDS if other.startswith(f"{group} ")]
-            made = groups[""](group, help=", ".join(verbs), parents=[common], allow_abbrev=False)
-            groups[group] = made.add_subparsers(metavar="VERB", title="verbs", required=True).add_parser
-        leaf = groups[group](verb, help=help_text, description=help_text, parents=[common], allow_abbrev=False)
-        leaf.set_defaults(run=run)
-        leaf.run = run
-        if whole:
-            leaf.complete()
+    _add_commands(top, "", whole=whole)
     return top
+
+
+def _add_commands(parser: argparse.ArgumentParser, group: str, *, whole: bool) -> None:
+    """Adds the commands of a group (of "": the commands of one word, and the groups) to its parser."""
+    kind: dict[str, Any] = {"metavar": "VERB", "title": "verbs", "required": True}
+    added = parser.add_subparsers(**kind if group else {"metavar": "COMMAND", "title": "commands"}, parser_class=_Later)
+    made: dict[str, _Later] = {}
+    for words, (run, help_text) in COMMANDS.items():
+        first, _, verb = words.rpartition(" ")
+        if first == group:
+            made[verb] = added.add_parser(verb, help=help_text, description=help_text)
+            made[verb].fill = partial(_declare, run=run)
+        elif not group and first not in made:
+            verbs = [other.split()[1] for other in COMMANDS if other.startswith(f"{first} ")]
+            made[first] = added.add_parser(first, help=", ".join(verbs))
+            made[first].fill = partial(_add_commands, group=first, whole=whole)
+    if whole:
+        for later in made.values():
+            later.complete()
+
+
+def _declare(parser: argparse.ArgumentParser, run: str) -> None:
+    """Adds the arguments of the command that is named `run`, whose module is imported for that."""
+    parser.set_defaults(run=run)
+    loaded(run).declare(parser)
 
 
 def _config_option(parser: argparse.ArgumentParser, **options: Any) -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@ no clock.
 """
 
 from collections import deque
-from statistics import median
 from typing import NamedTuple
 
 WINDOW_S = 60.0  # rates are worked out from the attempts of this time
@@ -53,7 +52,7 @@ class Pace:
         span_s = last.at_s - first.at_s
         gone = sum(one.is_settled for one in lately[1:]) / span_s
         come = max(0.0, gone + (last.pending - first.pending) / span_s)
-        p50_s = median(one.took_s for one in lately)
+        p50_s = sorted(one.took_s for one in lately)[len(lately) // 2]
         if gone > come:
             drained = f"drained in {_span((last.pending) / (gone - come))}"
         else:

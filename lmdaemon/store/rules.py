@@ -10,13 +10,15 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
+from msgspec import field
 
 from lmdaemon import retry
 from lmdaemon.model import Delivery, DeliveryState, Gate, Reason, Session
@@ -77,8 +79,7 @@ class World(NamedTuple):
     moves_waits: Callable[[str], bool] = lambda operator: True  # whether this daemon moves the operator's waits
 
 
-@dataclass(slots=True, kw_only=True)
-class Questions:
+class Questions(msgspec.Struct, kw_only=True):
     """What an engine has to read from the tables to decide a batch. The answers are `Facts`."""
 
     sessions: dict[str, set[str]] = field(default_factory=dict)  # session ids by operator: which are known?
@@ -105,8 +106,7 @@ class OldDelivery(NamedTuple):
     discarded: str | None
 
 
-@dataclass(slots=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, kw_only=True):
     """The answers to `Questions`. A session id in `asked` that is not in `sessions` is unknown."""
 
     asked: Mapping[str, set[str]] = field(default_factory=dict)  # session ids by operator, as in Questions
@@ -158,8 +158,7 @@ def questions(batch: Iterable[Any]) -> Questions:
 # -- the changes
 
 
-@dataclass(slots=True)
-class Changes:
+class Changes(msgspec.Struct):
     """What a batch changes: rows for an engine, answers for the callers, and events for after the commit."""
 
     world: World

@@ -4,12 +4,13 @@ gets of a request; and `Context`, what all handlers share. What a single call do
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote
 
+import msgspec
 from aiohttp import web
+from msgspec import field
 
 from lmdaemon import shapes
 from lmdaemon.clock import Clock
@@ -92,8 +93,7 @@ class Trials(Protocol):
         """
 
 
-@dataclass(kw_only=True)
-class Context:
+class Context(msgspec.Struct, kw_only=True):
     """What the handlers share. `expires_at` and `probe` are functions of other parts; `settings` are those in force."""
 
     store: Store
@@ -115,7 +115,7 @@ class Context:
     # Who is closing which session, by operator and session id. The log line of the end is written after the commit, by
     # code that does not know the request and finds here who asked for it
     closing: dict[tuple[str, str], Asker] = field(default_factory=dict)
-    settings: Settings = field(init=False)
+    settings: Settings
 
     def operator(self, request: web.Request) -> Operator:
         """The operator in the path. Raises Problem."""
@@ -160,8 +160,7 @@ class Asked(Generic[_Given]):
 Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | Reply]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One row of the table of calls.
 
     `answers` has, by status, its meaning and the type of its body; the first is for what the handler returns, unless it

@@ -7,7 +7,7 @@ anything else than these files.
 """
 
 import gzip
-from importlib import resources
+from pathlib import Path
 
 from aiohttp import web
 
@@ -44,7 +44,7 @@ class Console:
         self._context = context
         self._files: dict[str, tuple[bytes, str]] = {}
         self._packed: dict[str, bytes] = {}  # the gzip bytes of files that are compressed in the package
-        for file in resources.files("lmdaemon.web").joinpath("console_files").iterdir():
+        for file in Path(__file__).with_name("console_files").iterdir():
             name, body = file.name.removesuffix(".gz"), file.read_bytes()
             if name != file.name:
                 self._packed[name], body = body, gzip.decompress(body)

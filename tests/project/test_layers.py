@@ -96,7 +96,7 @@ MAY_IMPORT = {
 HOMES = {
     "aiohttp": {"web", "delivery", "listeners", "commands.client", "workbench"},
     "aiosqlite": {"store.sqlite.thread"},
-    "msgspec": {"config", "store.contract", "dialects", "shapes", "web", "commands.export"},
+    "msgspec": {"config", "store.contract", "store.rules", "dialects", "shapes", "web", "commands.export"},
     "prometheus_client": {"metrics"},
     "psycopg": {"store.postgres", "config.rules"},
     "sqlite3": {"store.sqlite", "commands.backup"},

@@ -1,14 +1,14 @@
 """The versions of the schema, and whether this program may use the one that a database has."""
 
 from collections.abc import Sequence
-from importlib import resources
+from pathlib import Path
 
 from lmdaemon.store.contract import DatabaseError
 from lmdaemon.store.postgres.thread import Connection
 
 # Entry n brings the schema from version n to n + 1. Never edit one that was released: add the next.
 MIGRATIONS: Sequence[str] = tuple(
-    resources.files(__package__).joinpath(script).read_text("utf-8")
+    Path(__file__).with_name(script).read_text("utf-8")
     for script in ("schema.sql", *(f"schema_{version}.sql" for version in range(2, 8)))
 )
 # A program that knows fewer versions than this must not use the schema. The number is raised only by a migration that

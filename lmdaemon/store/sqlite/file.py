@@ -11,7 +11,6 @@ import sqlite3
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 
 from lmdaemon import rights
@@ -254,7 +253,7 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
 
 # Entry n upgrades a file from version n to n + 1. Never edit an entry that was released: add another one.
 MIGRATIONS: Sequence[str] = tuple(
-    resources.files(__package__).joinpath(script).read_text("utf-8")
+    Path(__file__).with_name(script).read_text("utf-8")
     for script in ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")
 )
 

@@ -13,7 +13,7 @@ from lmdaemon import retry
 from lmdaemon.log import Log
 from lmdaemon.model import Gate, rfc3339
 
-URLS_MAX = 20  # most URLs that are remembered for an operator
+URLS_MAX = 20  # how many URLs are remembered for an operator
 _DAY_MS = 86_400_000
 
 log = Log("delivery")

@@ -11,7 +11,6 @@ from typing import get_args
 from lmdaemon import log
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
-from lmdaemon.config.shown import digest
 from lmdaemon.delivery.dispatcher import DRAIN_EXTRA_S, Dispatcher
 from lmdaemon.delivery.sender import Sender
 from lmdaemon.delivery.shown import request_of
@@ -150,20 +149,19 @@ class Parts:
         self.metrics.configure(operators, self.dispatcher.lanes.attempting, get_args(Reason))
         self.events.configured()
         self.listeners.configure(self.settings, self.dispatcher.lanes.attempts_max, self.drain_s)
-        if "api" in self.listeners.addresses:  # the listeners are open already: this is a reload
-            self.introduce()
 
-    def introduce(self) -> None:
+    def introduce(self, digest: str) -> None:
         """Tells the other daemons on the database where the private side listens, and the digest by which they compare
-        settings.
+        settings (config.shown.digest).
         """
         at = self.listeners.addresses["api"]
         address = address_text(at[:2] if isinstance(at, tuple) else os.fsdecode(at))
-        self.store.introduce(address, digest(self.settings))
+        self.store.introduce(address, digest)
 
-    def _take_over(self) -> None:
+    def _take_over(self, digest: str) -> None:
         """Puts a new reading of the configuration into force."""
         self._configure()
+        self.introduce(digest)
         self.metrics.reloaded(self._clock.wall_ms() / 1000)
         self.warn()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from lmdaemon import log, plugins
 from lmdaemon.clock import Clock
-from lmdaemon.config import reader
+from lmdaemon.config import reader, shown
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import NEEDS_RESTART, Plugin, Settings, changes, taken_over
 from lmdaemon.model import rfc3339
@@ -18,11 +18,11 @@ class Reloader:
     """Keeps the settings in force and the plug-ins made from them. A reload that fails changes nothing; keys that need
     a restart keep their values.
 
-    `take_over` is called when the settings were replaced; `freed` as in LoadedPlugin.
+    `take_over` is called with the digest of the settings when they were replaced; `freed` as in LoadedPlugin.
     """
 
     def __init__(
-        self, settings: Settings, clock: Clock, take_over: Callable[[], None], freed: Callable[[], None]
+        self, settings: Settings, clock: Clock, take_over: Callable[[str], None], freed: Callable[[], None]
     ) -> None:
         self.settings = settings
         self._clock = clock
@@ -54,10 +54,11 @@ class Reloader:
                 events.warning("config.needs_restart", key=key)
         in_force = taken_over(new, self._started_with)
         changed = await asyncio.to_thread(lambda: list(changes(self.settings, in_force)))
+        digest = await asyncio.to_thread(shown.digest, in_force)
         gone = [plugin for name, plugin in self.plugins.items() if fresh.get(name) is not plugin]
         self.settings, self.plugins, self.error = in_force, fresh, None
         log.setup(new.log.level, new.log.format)
-        self._take_over()
+        self._take_over(digest)
         await plugins.stop_all(gone)
         note = f"as systemd handed them over at the start: {', '.join(new.handed_over)}" if new.handed_over else None
         events.info("config.reloaded", changed=",".join(changed) or "nothing", note=note)

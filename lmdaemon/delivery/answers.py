@@ -29,7 +29,7 @@ READING: Mapping[str, Any] = {
     "max_headers": HEADERS_MAX,
     "read_until_eof": True,
 }
-WIRE_MAX = 1024 * 1024  # bytes after the head, with chunk sizes, extensions and trailers
+WIRE_MAX = 1024 * 1024  # most bytes that are read after the head, with chunk sizes, extensions and trailers
 
 _HEAD_END = re.compile(rb"[^\r\n]\r?\n\r?\n")
 _HEAD_END_MAX = 5  # most bytes that _HEAD_END matches

@@ -633,7 +633,9 @@ class Store(Protocol):
         """Stores the result of an attempt. If the delivery is settled already, only the operator's gate changes."""
 
     async def set_gate(self, operator: str, change: Callable[[Gate], Gate]) -> Gate:
-        """Changes an operator's gate atomically and returns the new one."""
+        """Changes an operator's gate atomically and returns the new one. `change` has no side effects: if another
+        daemon changes the same gate, it is called again with that one's result.
+        """
 
     async def retry_dead(self, operator: str, dead: Dead, most: int | None = None) -> int:
         """Makes dead deliveries due again, RETRY_SPACING_MS apart, those that died first before others.

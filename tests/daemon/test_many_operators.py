@@ -12,7 +12,7 @@ from clocks import HandClock
 from support import LISTEN, bench, load, serving
 
 from lmdaemon import metrics, reloader
-from lmdaemon.config import reader
+from lmdaemon.config import reader, shown
 from lmdaemon.web import administration, openapi
 
 
@@ -60,12 +60,23 @@ async def test_a_file_is_read_checked_and_compared_beside_the_event_loop(
 ) -> None:
     async with serving(tmp_path, OPERATORS) as d:
         loads, changes = threads_of(monkeypatch, reader, "load"), threads_of(monkeypatch, reloader, "changes")
+        digests = threads_of(monkeypatch, shown, "digest")
         (tmp_path / "config.toml").write_text(LISTEN + OPERATORS.replace('"p3"', '"other"'))
         await d.daemon.reload_once()
         assert d.daemon.settings.operators["op3"].provider_id == "other"
-    assert loads
+        assert len(loads) == len(digests) == 1
     assert changes
-    assert threading.get_ident() not in loads + changes
+    assert threading.get_ident() not in loads + changes + digests
+
+
+async def test_settings_are_digested_beside_the_event_loop_at_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest, by which daemons on one database compare settings, takes 0.1 s with 1,000 operators."""
+    digests = threads_of(monkeypatch, shown, "digest")
+    async with serving(tmp_path, OPERATORS):
+        assert len(digests) == 1
+    assert threading.get_ident() not in digests
 
 
 async def test_a_reload_looks_at_lanes_that_have_changed_alone(tmp_path: Path, clock: HandClock) -> None:

@@ -111,7 +111,7 @@ class Company:
 
     @property
     def slowest_ms(self) -> int | None:
-        """How far the slowest of the others has heard; None without others."""
+        """Up to which service time the slowest of the others has stored what it received; None without others."""
         return min((one.heard_ms for one in self.others.values()), default=None)
 
     @property

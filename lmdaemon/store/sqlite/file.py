@@ -79,7 +79,7 @@ class Files:
 
 
 def real_path(path: Path) -> Path:
-    """The file that a link leads to; SQLite puts the WAL beside that one, so the lock file must be there as well.
+    """The file that a link leads to. SQLite puts the WAL beside that file, so the lock must be there too.
 
     A path that is not a link is returned unchanged, so that messages show it as it was written.
     """

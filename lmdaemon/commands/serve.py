@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdaemon import log
+from lmdaemon import log, tls
 from lmdaemon.commands.arguments import JSON, command
 from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import reader
@@ -83,7 +83,8 @@ def _keep_what_is_made() -> None:
 
 def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     """Runs the daemon to its end, logs why it ended, and returns the exit code."""
-    from lmdaemon.daemon import Daemon
+    with tls.system_certificates_unread():
+        from lmdaemon.daemon import Daemon
     from lmdaemon.store.contract import DatabaseError, StoreError
 
     daemon = Daemon(settings, on_serving=_keep_what_is_made)

@@ -1,7 +1,9 @@
 """TLS: every Python version verifies the same certificates, and certificates are read as OpenSSL reads them."""
 
 import asyncio
+import os
 import re
+import socket
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,6 +37,47 @@ async def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
                 raise ConnectionResetError
         finally:
             writer.close()
+
+
+class TestTheSystemsCertificates:
+    """Contexts that are made while the daemon's modules are imported read them when they are used."""
+
+    @pytest.fixture
+    def system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+        """The only authority that the system trusts."""
+        ca = make(tmp_path, "system", authority=True)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca.cert))
+        monkeypatch.setenv("SSL_CERT_DIR", os.devnull)
+        return ca
+
+    @pytest.fixture
+    def context(self, system: Files) -> ssl.SSLContext:
+        with tls.system_certificates_unread():
+            made = ssl.create_default_context()
+        assert made.cert_store_stats()["x509_ca"] == 0
+        return made
+
+    async def test_they_are_read_at_the_first_connection(
+        self, tmp_path: Path, system: Files, context: ssl.SSLContext
+    ) -> None:
+        leaf = make(tmp_path, "leaf", system)
+        for _ in range(2):
+            await handshake(tls.server_context(leaf.cert, leaf.key), context)
+        assert context.cert_store_stats()["x509_ca"] == 1
+
+    async def test_a_server_of_another_authority_is_refused(self, tmp_path: Path, context: ssl.SSLContext) -> None:
+        leaf = make(tmp_path, "leaf", make(tmp_path, "another", authority=True))
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await handshake(tls.server_context(leaf.cert, leaf.key), context)
+
+    def test_a_plain_socket_reads_them_too(self, context: ssl.SSLContext) -> None:
+        with socket.socket() as plain, context.wrap_socket(plain, server_hostname="localhost"):
+            assert context.cert_store_stats()["x509_ca"] == 1
+
+    def test_contexts_that_are_made_later_read_them_at_once(self, system: Files) -> None:
+        with pytest.raises(ImportError), tls.system_certificates_unread():
+            raise ImportError
+        assert ssl.create_default_context().cert_store_stats()["x509_ca"] == 1
 
 
 class TestVerifying:

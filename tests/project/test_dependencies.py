@@ -12,11 +12,13 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,6 +27,8 @@ import pytest
 from aiohttp import web, web_protocol
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.streams import EMPTY_PAYLOAD
+from certificates import make
+from commands import environment
 from prometheus_client import ProcessCollector
 
 import lmdaemon
@@ -373,3 +377,24 @@ def test_the_time_of_boot_is_read_in_one_place() -> None:
     shown = {metric.name for metric in Own(registry=None).collect()}
     hold("process_start_time_seconds" in shown, "prometheus_client.ProcessCollector._boot_time")
     hold(not list(Hidden(registry=None).collect()), "prometheus_client.ProcessCollector._boot_time")
+
+
+def test_certificates_for_the_contexts_of_aiohttp_are_read_when_used(tmp_path: Path) -> None:
+    """aiohttp makes them by the functions of the ssl module, so that a start need not wait for them
+    (tls.system_certificates_unread).
+    """
+    script = """
+import ssl
+from lmdaemon import tls
+with tls.system_certificates_unread():
+    import aiohttp.connector as library
+contexts = [one for one in vars(library).values() if isinstance(one, ssl.SSLContext)]
+print(*(one.cert_store_stats()["x509"] for one in contexts))
+for one in contexts:
+    one.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="localhost")
+print(*(one.cert_store_stats()["x509"] for one in contexts))
+"""
+    system = environment(SSL_CERT_FILE=str(make(tmp_path, "system", authority=True).cert))
+    done = subprocess.run([sys.executable, "-c", script], env=system, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout == "0 0\n1 1\n"

@@ -197,8 +197,8 @@ def parser(*, whole: bool = False) -> argparse.ArgumentParser:
 
 def _add_commands(parser: argparse.ArgumentParser, group: str, *, whole: bool) -> None:
     """Adds the commands of a group (of "": the commands of one word, and the groups) to its parser."""
-    kind: dict[str, Any] = {"metavar": "VERB", "title": "verbs", "required": True}
-    added = parser.add_subparsers(**kind if group else {"metavar": "COMMAND", "title": "commands"}, parser_class=_Later)
+    metavar, title = ("VERB", "verbs") if group else ("COMMAND", "commands")
+    added = parser.add_subparsers(metavar=metavar, title=title, required=bool(group), parser_class=_Later)
     made: dict[str, _Later] = {}
     for words, (run, help_text) in COMMANDS.items():
         first, _, verb = words.rpartition(" ")

@@ -21,8 +21,8 @@ import pytest
 
 AS_USERS_DO = (sys.executable, "-m", "lmdaemon")
 FORKED: Sequence[str] = ()  # run by a forked process (`helpers.forked`), which saves the imports
-# aiohttp loads all CAs of the machine at every start, which is slow. No test needs them: a test that uses TLS has its
-# CA in a file.
+# A command that calls the daemon loads all CAs of the machine with aiohttp, which is slow. No test needs them: a test
+# that uses TLS has its CA in a file.
 NO_CAS = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
 
 

@@ -494,7 +494,7 @@ async def test_faults_at_random_under_load_lose_and_double_nothing(
     own_database: OwnServer, tmp_path: Path, rng: Random, measured: Callable[..., None]
 ) -> None:
     """Game servers use any daemon, and another one if it does not answer."""
-    clients, rounds, kinds = (60, 32, len(KINDS)) if FULL else (24, 1, 5)
+    clients, rounds, kinds = (60, 34, len(KINDS)) if FULL else (24, 1, 5)
     async with wallets(rng) as simulated:
         toml = "".join(OPERATOR.format(name=name, url=one.url) for name, one in simulated.items())
         with cluster(own_database, tmp_path, toml) as c:

@@ -166,7 +166,9 @@ class Looks:
         if epochs != membership.epochs:
             await self._read_owners()
         configured = self._projection.configured
-        if membership.owners.is_settled and membership.has_claimed:
+        # If this daemon was expelled and has joined again meanwhile, it is not among the daemons that this look has
+        # found: it would wish for nothing, and take itself to be settled
+        if member != (self._server.member or 0) or (membership.owners.is_settled and membership.has_claimed):
             return
         wishes = membership.wishes(member, configured)
         if any(wishes):

@@ -499,6 +499,30 @@ class TestPutOut:
         assert other.store.figures_of(theirs).live == 1
         await until(lambda: settled(one, other))
 
+    async def test_one_that_joins_again_during_a_look_gets_operators(
+        self, together: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the look has read of the daemons is from before, when this one was not among them."""
+        one, other = await together.pair()
+        theirs = one_of(other)
+        await other.store.open_session(opening("live", operator=theirs))
+        await until(lambda: one.store.live == 1)
+        await other.stop()
+        await self.watch(one, together)
+        await until(lambda: one.mine == OPERATORS)
+        looks = other.store._looks
+        find = looks._find_what_others_did
+
+        async def find_and_join_again() -> None:
+            monkeypatch.undo()
+            await find()
+            await other.go_on()
+            assert (await other.store.touch(theirs, ["live"])).touched == 1
+
+        monkeypatch.setattr(looks, "_find_what_others_did", find_and_join_again)
+        await other.store.look()
+        await until(lambda: settled(one, other))
+
     async def test_one_that_was_stopped_halfway_through_a_batch_is_expelled_too(self, together: Cluster) -> None:
         """The open transaction of the stopped daemon locks its own row and a session. A third daemon can still start in
         the meantime.

@@ -606,6 +606,11 @@ class Store(Protocol):
         """Refuses what is queued, and closes the database."""
 
     # Changes
+    def submit(self, operation: Operation[Any], done: Callable[[Any], None]) -> None:
+        """Begins a change without a coroutine. `done` is called once, on the event loop, with the answer or with a
+        StoreError; if the change is refused at once, before this method returns. It must not raise.
+        """
+
     async def open_session(self, opening: Opening) -> Opened:
         """Opens a session. If it is open already with the same player and token, that counts as a touch and changes
         nothing else.

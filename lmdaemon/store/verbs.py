@@ -20,6 +20,7 @@ from lmdaemon.store.contract import (
     GateChange,
     Opened,
     Opening,
+    Operation,
     Probe,
     Pruned,
     Pruning,
@@ -105,6 +106,9 @@ class Verbs(Projection):
     @property
     def refused(self) -> Mapping[str, int]:
         return self.writer.refused
+
+    def submit(self, operation: Operation[Any], done: Callable[[Any], None]) -> None:
+        self.writer.submit(operation, done)
 
     async def open_session(self, opening: Opening) -> Opened:
         return await self.writer.write(opening)

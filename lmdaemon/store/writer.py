@@ -8,8 +8,9 @@ outage is logged once, and one write a second tries whether it is over.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from lmdaemon.limits import StoreLimits
@@ -79,9 +80,11 @@ class Engine(Protocol[_TheirWork]):
         """Is called last, after a DatabaseError, to save what can be saved."""
 
 
-# An operation in the queue, the number of rows it names, and the future for its answer. It is no NamedTuple, because
-# making one costs a call.
-_Queued = tuple[Operation[Any], int, "asyncio.Future[Any]"]
+# Takes the answer to an operation, or the exception that the operation failed with
+Done = Callable[[Any], None]
+# An operation in the queue, the number of rows it names, and who takes its answer. It is no NamedTuple, because making
+# one costs a call.
+_Queued = tuple[Operation[Any], int, Done]
 
 
 class Writer(Generic[Work]):
@@ -120,18 +123,24 @@ class Writer(Generic[Work]):
         Cancelling the future does not cancel the operation.
         """
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.submit(operation, partial(_settle, answer))
+        return answer
+
+    def submit(self, operation: Operation[Any], done: Done) -> None:
+        """Queues one operation. `done` is called once, on the event loop, after the commit or with an exception; if the
+        operation is refused at once, before this method returns. It must not raise.
+        """
         if self._closing:
             self.refused["stopping"] += 1
-            answer.set_exception(StoreError("the store is closed"))
+            done(StoreError("the store is closed"))
         elif len(self._queue) >= self._queue_max or self._queued_rows >= self._queue_rows_max:
             self.refused["queue_full"] += 1
             log.warning("store.overloaded", reason="queue_full", waiting=len(self._queue), ids=self._queued_rows)
-            answer.set_exception(StoreError("too many operations are waiting"))
+            done(StoreError("too many operations are waiting"))
         else:
-            self._queue.append((operation, rows := operation.rows, answer))
+            self._queue.append((operation, rows := operation.rows, done))
             self._queued_rows += rows
             self._wake.set()
-        return answer
 
     async def run(self) -> None:
         """Writes what is queued, for ever. During an outage it tries an empty batch every PROBE_S."""
@@ -158,8 +167,7 @@ class Writer(Generic[Work]):
     def stop_taking(self, error: StoreError) -> None:
         """Refuses what is queued, and everything after it."""
         self._closing = True
-        self._refuse(list(self._queue), error)
-        self._queue.clear()
+        self._refuse(self._queue, error)
 
     async def write_batch(self) -> None:
         """Writes one batch of what is queued, which may be empty, and answers its callers.
@@ -231,13 +239,8 @@ class Writer(Generic[Work]):
         if untold:
             self.refused["reading_failed"] += len(untold)
             log.error("store.reading_failed", reason=str(untold[0]), database=self._engine.database)
-        for (_, _, answer), result in zip(batch, results, strict=True):
-            if answer.done():
-                continue
-            if untold and isinstance(result, StoreError):
-                answer.set_exception(result)
-            else:
-                answer.set_result(result)
+        for (_, _, done), result in zip(batch, results, strict=True):
+            done(result)
 
     def _works_again(self, batch: list[_Queued]) -> bool:
         """Whether a commit after a failure shows that writes work. On a full disk a small commit, such as a probe's,
@@ -260,10 +263,9 @@ class Writer(Generic[Work]):
         failure = str(error)
         # Writing failed twice in a row; operations that wait would fail in the same way, so they are refused now
         if self.failure is not None:
-            self._refuse(list(self._queue), StoreError(f"writing failed: {error}"))
             self.refused["writing_failed"] += len(self._queue)
-            self._queue.clear()
             self._queued_rows = 0
+            self._refuse(self._queue, StoreError(f"writing failed: {error}"))
         if self.failing_since is None:
             self.failing_since = time.monotonic()
         if failure != self.failure:  # logged once, and again if the text changes; not at every attempt
@@ -286,18 +288,18 @@ class Writer(Generic[Work]):
             facts = {"operation": type(batch[0][0]).__name__, "error": type(error).__name__}
             log.error("store.operation_failed", **facts, where=place(error))
             return self._refuse(batch, error)
-        for queued in batch:
+        while batch:
             try:
-                work, results = await self._write([queued])
+                work, results = await self._write(batch[:1])
             except DatabaseError as lost:
                 await self._give_up(batch, lost)
             except Exception as broken:
                 if self._engine.is_outage(broken):
-                    self._failed([queued], broken)
+                    self._failed([batch.pop(0)], broken)
                 else:
-                    await self._one_by_one([queued], broken)
+                    await self._one_by_one([batch.pop(0)], broken)
             else:
-                self._answered(work, [queued], results)
+                self._answered(work, [batch.pop(0)], results)
         return None
 
     async def _give_up(self, batch: list[_Queued], lost: DatabaseError) -> NoReturn:
@@ -313,7 +315,18 @@ class Writer(Generic[Work]):
         raise lost
 
     @staticmethod
-    def _refuse(batch: list[_Queued], error: Exception) -> None:
-        for _, _, answer in batch:
-            if not answer.done():
-                answer.set_exception(error)
+    def _refuse(batch: list[_Queued] | deque[_Queued], error: Exception) -> None:
+        refused = list(batch)
+        batch.clear()  # so that none of them is answered again, whatever happens next
+        for _, _, done in refused:
+            done(error)
+
+
+def _settle(answer: "asyncio.Future[Any]", result: Any) -> None:
+    """Gives a future its result, or the exception that is in the place of a result."""
+    if answer.done():  # its caller was cancelled
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)

@@ -5,24 +5,26 @@ has a listener of its own, for game servers, the commands of `lmdaemon`, and adm
 """
 
 import re
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
 
-from lmdaemon.config.settings import ApiToken, Settings
+from lmdaemon.config.settings import ApiToken, Operator, Settings
 from lmdaemon.config.values import names_itself
 from lmdaemon.log import Log, place, writable
-from lmdaemon.store.contract import StoreError
+from lmdaemon.model import ID_MAX
+from lmdaemon.store.contract import StoreError, Touched, Touching
 from lmdaemon.web import openapi
 from lmdaemon.web.administration import Administration, health_answer
-from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
+from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Asked, Context
+from lmdaemon.web.connection import Begun
 from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
 from lmdaemon.web.problems import Problem, invalid
-from lmdaemon.web.requests import Handler, Head, Reply, bearer, request_id
+from lmdaemon.web.requests import Handler, Head, Ready, Reply, bearer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
@@ -32,6 +34,9 @@ from lmdaemon.web.watching import Watching
 # id, `touch`.
 _DIRECT = re.compile(r"/v1/operators/[\w.-]+/sessions/([^/]+)(/touch)?", re.ASCII)
 
+# A touch of an operator and a session that are written without escapes. Groups: operator, session id
+_TOUCH = re.compile(rf"/v1/operators/([\w.-]+)/sessions/([\w~-][\w.~-]{{0,{ID_MAX - 1}}})/touch", re.ASCII)
+
 log = Log("api")
 
 
@@ -40,8 +45,10 @@ class Api:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.store = context.store
+        self.sessions = Sessions(context)
         parts = (
-            Sessions(self._context),
+            self.sessions,
             Deliveries(self._context),
             Administration(self._context, openapi.document),
             Watching(self._context),
@@ -62,7 +69,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The aiohttp application of the private listener."""
-        app = web.Application(middlewares=[self._guarded])
+        app = web.Application(middlewares=[self.guarded])
         # aiohttp's own pattern for a part of a path does not match { and }, which an id may have
         routes = [(call, call.path.replace("{sessionId}", "{sessionId:[^/]+}")) for call in CALLS]
         routes += [(call, HEALTH + "/") for call in CALLS if call.path == HEALTH]
@@ -84,10 +91,21 @@ class Api:
         def handle(request: web.Request) -> Awaitable[Any]:
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would answer 417 before the token is checked
-                return self._guarded(request, _unexpected)
+                return self.guarded(request, _unexpected)
             return (None if expect else self.direct(request)) or otherwise(request)
 
         return handle
+
+    def begin(self, head: Any, body: bytes) -> Begun | None:
+        """Begins to handle a touch that is allowed, given its head as aiohttp's parser returns it. None for all other
+        requests.
+        """
+        found = None if body or head.method != "POST" else _TOUCH.fullmatch(head.path)
+        if found is None:
+            return None
+        name, session_id = found.groups()
+        operator = self._context.settings.operators.get(name)
+        return _Touch(self, operator, session_id) if operator is not None and self._may_change(head) else None
 
     def direct(self, request: web.Request) -> Coroutine[Any, Any, Reply] | None:
         """Begins to handle a frequent call and returns its coroutine, which needs no task of its own. Returns None for
@@ -102,7 +120,7 @@ class Api:
             handler = self._touch if touch else self._touch_many if session == "touch" else None
         elif request.method == "PUT" and not touch:
             handler = self._open
-        return None if handler is None else self._guarded(request, handler)
+        return None if handler is None else self.guarded(request, handler)
 
     def knows(self, head: Head) -> bool:
         """Whether the head of a request has a valid token. It is asked before the body has arrived."""
@@ -110,7 +128,7 @@ class Api:
         return not tokens or bearer(head, tokens) is not None
 
     @web.middleware
-    async def _guarded(self, request: web.Request, handler: Handler) -> Any:
+    async def guarded(self, request: web.Request, handler: Handler) -> Any:
         """Checks the bearer token, then calls the handler. Every error becomes a problem document."""
         headers = {}
         try:
@@ -143,6 +161,19 @@ class Api:
         self._metrics.api_error(problem.status)
         return problem.answer(headers)
 
+    def _may_change(self, head: Head) -> bool:
+        """Whether a request may change something, without looking at its Origin: False if it has one."""
+        tokens = self._context.settings.api_tokens
+        if tokens:
+            token = bearer(head, tokens)
+            return token is not None and token.may_change
+        return "Origin" not in head.headers and self._is_named(head.headers.get("Host"))
+
+    def _is_named(self, host: str | None) -> bool:
+        """Whether the header Host, if there is one, names this daemon."""
+        listen = self._context.settings.api.listen
+        return host is None or bool(listen.unix) or names_itself(host, listen)
+
     def _check_rights(self, request: web.Request, token: ApiToken | None) -> None:
         """Raises Problem if the token does not allow the request. `token` is None if no token is configured."""
         changes = request.method not in ("GET", "HEAD")
@@ -159,12 +190,8 @@ class Api:
         resolves to this machine (DNS rebinding); then that name is in the Host header. No browser can reach a unix
         socket, and none sends a request without Host.
         """
-        listen, host, origin = (
-            self._context.settings.api.listen,
-            request.headers.get("Host"),
-            request.headers.get("Origin"),
-        )
-        if host is not None and not listen.unix and not names_itself(host, listen):
+        host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        if host is not None and not self._is_named(host):
             rule = "without a token, Host must be localhost, a loopback address or the configured one"
             problem = Problem("misdirected", f"{rule} (got {host[:SEEN_MAX]!r})")
         elif changes and origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
@@ -180,6 +207,36 @@ class Api:
     async def _public_health(self) -> web.Response:
         status = await self._health.status()
         return health_answer(orjson.dumps({"status": status}), status)
+
+
+class _Touch:
+    """A touch that is being stored (`connection.Begun`)."""
+
+    __slots__ = ("_api", "_operator", "_session_id")
+
+    def __init__(self, api: Api, operator: Operator, session_id: str) -> None:
+        self._api = api
+        self._operator = operator
+        self._session_id = session_id
+
+    def store(self, done: Callable[[Any], None]) -> None:
+        self._api.store.submit(Touching(self._operator.name, (self._session_id,)), done)
+
+    def ready(self, result: Touched | Exception) -> Ready | None:
+        if isinstance(result, Touched) and result.touched:
+            return self._api.sessions.touched_one(self._operator.name)
+        return None
+
+    def rest(self, request: web.Request, result: Touched | Exception) -> Coroutine[Any, Any, Reply]:
+        asked: Asked[None] = Asked(request)
+        asked.operator, asked.session_id = self._operator, self._session_id
+
+        async def touch(_: web.Request) -> Reply:
+            if isinstance(result, Exception):
+                raise result
+            return await self._api.sessions.answer_touch(asked, result)
+
+        return self._api.guarded(request, touch)
 
 
 async def _unexpected(_: web.Request) -> NoReturn:

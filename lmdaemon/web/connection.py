@@ -38,6 +38,19 @@ _feed = web.RequestHandler.data_received
 log = Log("http")
 
 
+class Begun(Protocol):
+    """A request of which nothing is left to do but to store one change and to answer."""
+
+    def store(self, done: Callable[[Any], None]) -> None:
+        """Stores the change, and calls `done` with the result, or with the exception, once (as Store.submit)."""
+
+    def ready(self, result: Any) -> Ready | None:
+        """The answer to a result of the usual kind; None for any other result or exception."""
+
+    def rest(self, request: Any, result: Any) -> Coroutine[Any, Any, Reply]:
+        """Finds the answer to any other result, or exception."""
+
+
 class Host(Protocol):
     """What a connection uses of its listener. `listener.Site` implements it and describes the attributes."""
 
@@ -46,6 +59,7 @@ class Host(Protocol):
     closing: bool
     keepalive_s: float
     knows: Callable[[Any], bool]
+    begin: Callable[[Any, bytes], Begun | None]
     direct: Callable[[Any], Coroutine[Any, Any, Reply] | None]
     malformed: Callable[[str], web.Response]
 

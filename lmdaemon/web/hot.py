@@ -19,7 +19,7 @@ from aiohttp.http_writer import StreamWriter
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from lmdaemon.log import Log, place
-from lmdaemon.web.connection import HEAD_END, Connection
+from lmdaemon.web.connection import HEAD_END, Begun, Connection
 from lmdaemon.web.memory import HELD_MIN
 from lmdaemon.web.requests import Ready, Reply
 
@@ -152,9 +152,10 @@ class HotConnection(Connection):
     queued, and the task is not woken until the plain one is answered.
     """
 
-    __slots__ = ("_call", "_idle", "_message", "_stream")
+    __slots__ = ("_begun", "_call", "_idle", "_message", "_stream")
 
-    _call: Coroutine[Any, Any, Reply]
+    _begun: Begun | None
+    _call: Coroutine[Any, Any, Reply] | None
     _idle: "asyncio.Future[None]"
     _message: Any
     _stream: Any
@@ -208,21 +209,46 @@ class HotConnection(Connection):
             or "Expect" in message.headers
         ):
             return False
-        call = self._site.direct(PlainRequest(self, self._request_factory, message, stream, body))
-        if call is None:
-            return False
-        self._message, self._stream, self._call, self._idle = message, stream, call, waiter
+        begun, call = self._site.begin(message, body), None
+        if begun is None:
+            call = self._site.direct(PlainRequest(self, self._request_factory, message, stream, body))
+            if call is None:
+                return False
+        self._message, self._stream, self._idle = message, stream, waiter
         self._request_count += 1
         self._request_in_progress = True
         self._waiter = None
         self._arrival.head_since = None
-        self._go_on()
+        if begun is not None:
+            self._begun = begun
+            begun.store(self._stored)
+        else:
+            self._call = call
+            self._go_on()
         return True
+
+    def _stored(self, result: Any) -> None:
+        """Answers a request whose change was stored, or could not be."""
+        begun = self._begun
+        assert begun is not None  # noqa: S101 - only called while a request is under way
+        try:
+            ready = begun.ready(result)
+            if ready is not None:
+                self._answer(ready)
+                return
+            request = PlainRequest(self, self._request_factory, self._message, self._stream, b"")
+            self._call = begun.rest(request, result)
+        except Exception as error:
+            self._hand_over(error)
+        else:
+            self._go_on()
 
     def _go_on(self, _: object = None) -> None:
         """Runs the handler until it waits for something, as a task would, or until it returns its answer."""
+        call = self._call
+        assert call is not None  # noqa: S101 - only called while a request is under way
         try:
-            awaited = self._call.send(None)
+            awaited = call.send(None)
         except StopIteration as end:
             self._answer(end.value)
         except Exception as error:
@@ -299,5 +325,4 @@ class HotConnection(Connection):
 
     def _forget(self) -> None:
         """Drops references to an answered request, so that an idle connection does not keep it in memory."""
-        self._message = self._stream = None
-        del self._call
+        self._message = self._stream = self._begun = self._call = None

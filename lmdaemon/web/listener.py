@@ -19,7 +19,7 @@ from aiohttp.http import RawRequestMessage
 from lmdaemon.config.values import Network
 from lmdaemon.log import Log
 from lmdaemon.web import handshakes
-from lmdaemon.web.connection import Connection
+from lmdaemon.web.connection import Begun, Connection
 from lmdaemon.web.memory import Bounds
 from lmdaemon.web.requests import Reply, inside
 from lmdaemon.web.sockets import Acceptor, Hearing, turn_away
@@ -58,6 +58,7 @@ class Site(web.BaseSite):
         "_open",
         "_patrol",
         "_socket",
+        "begin",
         "bounds",
         "closing",
         "connections",
@@ -110,6 +111,9 @@ class Site(web.BaseSite):
         self.keepalive_s = KEEPALIVE_S
         # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
         self.knows: Callable[[Any], bool] = lambda head: False
+        # Begins to handle a request, given its head and its body, of which only one change has to be stored before it
+        # can be answered; None for other requests
+        self.begin: Callable[[Any, bytes], Begun | None] = lambda head, body: None
         # Begins to handle a request that needs no task of its own, and returns the coroutine; None for other requests
         self.direct: Callable[[Any], Coroutine[Any, Any, Reply] | None] = lambda request: None
         self.stop_within_s = 10.0  # how long a stop waits for answers

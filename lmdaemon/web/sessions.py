@@ -13,7 +13,7 @@ from lmdaemon.dialects import breaks_hash, rounded
 from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.shapes import ATTRIBUTES_MAX
-from lmdaemon.store.contract import Opening
+from lmdaemon.store.contract import Opening, Touched
 from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
 from lmdaemon.web.documents import opened_document, with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
@@ -86,8 +86,11 @@ class Sessions:
 
     async def touch(self, asked: Asked[None]) -> Reply:
         """POST …/sessions/{sessionId}/touch."""
+        return await self.answer_touch(asked, await self._store.touch(asked.operator.name, [asked.session_id]))
+
+    async def answer_touch(self, asked: Asked[None], touched: Touched) -> Reply:
+        """The answer to a single touch. Raises Problem."""
         operator, session_id = asked.operator.name, asked.session_id
-        touched = await self._store.touch(operator, [session_id])
         if touched.unknown:
             self._log_refused(asked, "unknown-session", [session_id])
             raise unknown_session()
@@ -95,6 +98,10 @@ class Sessions:
             self._log_refused(asked, "ended", [session_id])
             found = await self._store.session(operator, session_id)
             raise ended(None if found is None else self._context.session(found[0]), 410)
+        return self.touched_one(operator)
+
+    def touched_one(self, operator: str) -> Ready:
+        """The answer to a touch of one active session, which is counted."""
         self._metrics.touched(operator, 1)
         return _NO_CONTENT
 

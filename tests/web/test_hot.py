@@ -511,7 +511,8 @@ async def test_a_handler_that_fails_or_takes_turns_is_answered(tmp_path: Path) -
 
     async with trying("hot", tmp_path / "d") as tried:
         for handler, status in ((turns, 204), (fails, 500), (turns, 204)):
-            tried.daemon.sites["api"].direct = handler
+            site = tried.daemon.sites["api"]
+            site.begin, site.direct = lambda head, body: None, handler
             async with tried.connected(tried.daemon.api) as peer:
                 await peer.send(TOUCH)
                 assert (await peer.answer()).status == status

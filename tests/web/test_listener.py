@@ -437,8 +437,8 @@ async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
     """The touch arrives while the loop is busy, and waits in the kernel until the loop's next turn."""
     queued = []
     async with serving(tmp_path, CONFIG) as daemon:
-        touch = daemon.store.touch
-        monkeypatch.setattr(daemon.store, "touch", lambda *ids: (queued.append(ids), touch(*ids))[1])
+        submit = daemon.store.writer.submit
+        monkeypatch.setattr(daemon.store.writer, "submit", lambda *given: (queued.append(given), submit(*given)))
         host, port = daemon.api.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as peer:
             if kept:

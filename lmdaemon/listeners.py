@@ -77,9 +77,7 @@ class Listeners:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
                 runner.server.request_factory = private_request(runner.server.request_factory)
             site = Site(runner, listening, malformed[name], name, self._hearing, self._bounds, connection=connection)
-            if name == "api":
-                site.begin = self._api.begin
-            site.direct = self._api.direct if name == "api" else self._endpoint.direct
+            site.begin = self._api.begin if name == "api" else self._endpoint.begin
             self.sites[name] = site
             self._configure(site, settings, attempts_max, drain_s)
             await site.start()

@@ -5,37 +5,33 @@ has a listener of its own, for game servers, the commands of `lmdaemon`, and adm
 """
 
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
 
-from lmdaemon.config.settings import ApiToken, Operator, Settings
+from lmdaemon.config.settings import ApiToken, Settings
 from lmdaemon.config.values import names_itself
 from lmdaemon.log import Log, place, writable
-from lmdaemon.model import ID_MAX
-from lmdaemon.store.contract import StoreError, Touched, Touching
+from lmdaemon.store.contract import StoreError
 from lmdaemon.web import openapi
 from lmdaemon.web.administration import Administration, health_answer
-from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Asked, Context
+from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
 from lmdaemon.web.connection import Begun
 from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
+from lmdaemon.web.frequent import Frequent
 from lmdaemon.web.problems import Problem, invalid
-from lmdaemon.web.requests import Handler, Head, Ready, Reply, bearer, request_id
+from lmdaemon.web.requests import Handler, Head, Reply, bearer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
 from lmdaemon.web.watching import Watching
 
-# Paths of the frequent calls: opening and touching a session. An operator's name never needs an escape. Groups: session
-# id, `touch`.
-_DIRECT = re.compile(r"/v1/operators/[\w.-]+/sessions/([^/]+)(/touch)?", re.ASCII)
-
-# A touch of an operator and a session that are written without escapes. Groups: operator, session id
-_TOUCH = re.compile(rf"/v1/operators/([\w.-]+)/sessions/([\w~-][\w.~-]{{0,{ID_MAX - 1}}})/touch", re.ASCII)
+# Paths of the frequent calls: opening and touching a session. An operator's name never needs an escape.
+_FREQUENT = re.compile(r"/v1/operators/(?P<operator>[\w.-]+)/sessions/(?P<session>[^/]+)(?P<touch>/touch)?", re.ASCII)
 
 log = Log("api")
 
@@ -45,10 +41,9 @@ class Api:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self.store = context.store
-        self.sessions = Sessions(context)
+        sessions = Sessions(context)
         parts = (
-            self.sessions,
+            sessions,
             Deliveries(self._context),
             Administration(self._context, openapi.document),
             Watching(self._context),
@@ -58,10 +53,8 @@ class Api:
         self._console = Console(context)
         self._health = context.health
         self._metrics = context.metrics
-        served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
-        self._open, self._touch, self._touch_many = (
-            served[name] for name in ("openSession", "touchSession", "touchSessions")
-        )
+        self._frequent = Frequent(sessions, context, self._answered)
+        self._served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -69,7 +62,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The aiohttp application of the private listener."""
-        app = web.Application(middlewares=[self.guarded])
+        app = web.Application(middlewares=[self._guarded])
         # aiohttp's own pattern for a part of a path does not match { and }, which an id may have
         routes = [(call, call.path.replace("{sessionId}", "{sessionId:[^/]+}")) for call in CALLS]
         routes += [(call, HEALTH + "/") for call in CALLS if call.path == HEALTH]
@@ -91,36 +84,24 @@ class Api:
         def handle(request: web.Request) -> Awaitable[Any]:
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would answer 417 before the token is checked
-                return self.guarded(request, _unexpected)
-            return (None if expect else self.direct(request)) or otherwise(request)
+                return self._guarded(request, _unexpected)
+            return (None if expect else self._direct(request)) or otherwise(request)
 
         return handle
 
-    def begin(self, head: Any, body: bytes) -> Begun | None:
-        """Begins to handle a touch that is allowed, given its head as aiohttp's parser returns it. None for all other
+    def begin(self, head: Any, body: bytes, _: Any = None) -> Begun | None:
+        """Begins a frequent call that is allowed, given its head as aiohttp's parser returns it. None for all other
         requests.
         """
-        found = None if body or head.method != "POST" else _TOUCH.fullmatch(head.path)
-        if found is None:
+        call, found = _frequent(head.method, head.url.raw_path)
+        if found is None or not self._may_change(head):
             return None
-        name, session_id = found.groups()
-        operator = self._context.settings.operators.get(name)
-        return _Touch(self, operator, session_id) if operator is not None and self._may_change(head) else None
+        return self._frequent.begin(call, found["operator"], found["session"], head, body)
 
-    def direct(self, request: web.Request) -> Coroutine[Any, Any, Reply] | None:
-        """Begins to handle a frequent call and returns its coroutine, which needs no task of its own. Returns None for
-        all other requests.
-        """
-        found = _DIRECT.fullmatch(request.rel_url.raw_path)
-        if found is None:
-            return None
-        session, touch = found.groups()
-        handler: Handler | None = None
-        if request.method == "POST":
-            handler = self._touch if touch else self._touch_many if session == "touch" else None
-        elif request.method == "PUT" and not touch:
-            handler = self._open
-        return None if handler is None else self.guarded(request, handler)
+    def _direct(self, request: web.Request) -> Awaitable[Reply] | None:
+        """Handles a frequent call; None for all other requests."""
+        call, _ = _frequent(request.method, request.rel_url.raw_path)
+        return self._guarded(request, self._served[call]) if call else None
 
     def knows(self, head: Head) -> bool:
         """Whether the head of a request has a valid token. It is asked before the body has arrived."""
@@ -128,22 +109,28 @@ class Api:
         return not tokens or bearer(head, tokens) is not None
 
     @web.middleware
-    async def guarded(self, request: web.Request, handler: Handler) -> Any:
+    async def _guarded(self, request: web.Request, handler: Handler) -> Any:
         """Checks the bearer token, then calls the handler. Every error becomes a problem document."""
+        return await self._answered(request, getattr(handler, "__name__", ""), self._checked(request, handler))
+
+    async def _checked(self, request: web.Request, handler: Handler) -> Any:
+        tokens = self._context.settings.api_tokens
+        token = bearer(request, tokens) if tokens else None
+        if token is not None or not tokens:
+            self._check_rights(request, token)
+            return await handler(request)
+        if handler == self._console.serve:  # the console's files need no token: nothing secret is in them
+            return await handler(request)
+        if request.path.rstrip("/") == HEALTH and request.method in ("GET", "HEAD"):
+            return await self._public_health()
+        log.warning("api.unauthorized", peer=request.remote or None, request_id=request_id(request))
+        raise Problem("unauthorized", "a valid bearer token is required")
+
+    async def _answered(self, head: Any, call: str, reply: Awaitable[Any]) -> Any:
+        """The reply of a call, or the answer to its error. `head` is aiohttp's request, or its head alone."""
         headers = {}
         try:
-            tokens = self._context.settings.api_tokens
-            token = bearer(request, tokens) if tokens else None
-            if token is not None or not tokens:
-                self._check_rights(request, token)
-                return await handler(request)
-            if handler == self._console.serve:  # the console's files need no token: nothing secret is in them
-                return await handler(request)
-            if request.path.rstrip("/") == HEALTH and request.method in ("GET", "HEAD"):
-                return await self._public_health()
-            headers["WWW-Authenticate"] = "Bearer"
-            log.warning("api.unauthorized", peer=request.remote or None, request_id=request_id(request))
-            problem = Problem("unauthorized", "a valid bearer token is required")
+            return await reply
         except Problem as one:
             problem = one
         except StoreError as error:
@@ -153,10 +140,10 @@ class Api:
             detail = f"{error.method} is not allowed here; {headers['Allow']} is"
             problem = Problem("method-not-allowed", detail)
         except web.HTTPNotFound:
-            problem = Problem("unknown-path", f"nothing is served at {request.path!r}")
+            problem = Problem("unknown-path", f"nothing is served at {head.path!r}")
         except Exception as error:
-            where = {"call": handler.__name__, "error": type(error).__name__, "where": place(error)}
-            log.exception("api.failed", method=request.method, **where, request_id=request_id(request))
+            where = {"call": call, "error": type(error).__name__, "where": place(error)}
+            log.exception("api.failed", method=head.method, **where, request_id=request_id(head))
             problem = Problem("internal-error", "a bug; the log has its traceback")
         self._metrics.api_error(problem.status)
         return problem.answer(headers)
@@ -209,34 +196,19 @@ class Api:
         return health_answer(orjson.dumps({"status": status}), status)
 
 
-class _Touch:
-    """A touch that is being stored (`connection.Begun`)."""
-
-    __slots__ = ("_api", "_operator", "_session_id")
-
-    def __init__(self, api: Api, operator: Operator, session_id: str) -> None:
-        self._api = api
-        self._operator = operator
-        self._session_id = session_id
-
-    def store(self, done: Callable[[Any], None]) -> None:
-        self._api.store.submit(Touching(self._operator.name, (self._session_id,)), done)
-
-    def ready(self, result: Touched | Exception) -> Ready | None:
-        if isinstance(result, Touched) and result.touched:
-            return self._api.sessions.touched_one(self._operator.name)
-        return None
-
-    def rest(self, request: web.Request, result: Touched | Exception) -> Coroutine[Any, Any, Reply]:
-        asked: Asked[None] = Asked(request)
-        asked.operator, asked.session_id = self._operator, self._session_id
-
-        async def touch(_: web.Request) -> Reply:
-            if isinstance(result, Exception):
-                raise result
-            return await self._api.sessions.answer_touch(asked, result)
-
-        return self._api.guarded(request, touch)
+def _frequent(method: str, path: str) -> tuple[str, re.Match[str] | None]:
+    """The name of the call, if it is a frequent one, and what its path has matched."""
+    found = _FREQUENT.fullmatch(path)
+    if found is None:
+        return "", None
+    if method == "POST":
+        if found["touch"]:
+            return "touchSession", found
+        if found["session"] == "touch":
+            return "touchSessions", found
+    elif method == "PUT" and not found["touch"]:
+        return "openSession", found
+    return "", None
 
 
 async def _unexpected(_: web.Request) -> NoReturn:

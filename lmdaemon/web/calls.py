@@ -25,7 +25,17 @@ from lmdaemon.web.documents import delivery_document, session_document, to_json
 from lmdaemon.web.events import Events
 from lmdaemon.web.problems import KINDS, Problem, invalid
 from lmdaemon.web.recent import Recent
-from lmdaemon.web.requests import BodyTooLarge, BodyTooSlow, Ready, Reply, bearer, decode_segment, read_body, request_id
+from lmdaemon.web.requests import (
+    BodyTooLarge,
+    BodyTooSlow,
+    Head,
+    Ready,
+    Reply,
+    bearer,
+    decode_segment,
+    read_body,
+    request_id,
+)
 
 SEEN_MAX = 100  # characters of a header in an answer or a log line
 STREAM_HEADERS = {
@@ -128,7 +138,7 @@ class Context(msgspec.Struct, kw_only=True):
             raise Problem("unknown-operator", f"no operator of this name is configured (got {name[:ID_MAX]!r})")
         return operator
 
-    def asker(self, request: web.Request) -> Asker:
+    def asker(self, request: Head) -> Asker:
         """Who asked for a change, for the log line about it."""
         token = bearer(request, self.settings.api_tokens)
         return Asker(token.name or None if token is not None else None, request_id(request))
@@ -153,8 +163,8 @@ class Asked(Generic[_Given]):
     session_id: str
     given: _Given
 
-    def __init__(self, request: web.Request) -> None:
-        self.request = request
+    def __init__(self, request: Any) -> None:
+        self.request = request  # aiohttp's, or for a call that was begun from its head (`web.begun`) that head
 
 
 Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | Reply]]
@@ -235,7 +245,11 @@ def session_id_of(request: web.Request) -> str:
     """The session id in the path as it was sent, not as aiohttp normalised it:
     /v1/operators/{operator}/sessions/{sessionId}… Raises Problem.
     """
-    raw = request.rel_url.raw_path.split("/")[5]
+    return decoded_id(request.rel_url.raw_path.split("/")[5])
+
+
+def decoded_id(raw: str) -> str:
+    """A session id from one segment of a path. Raises Problem."""
     try:
         session_id = decode_segment(raw)
     except ValueError as error:
@@ -260,12 +274,8 @@ async def _query(request: web.Request, kind: type[shapes.Request]) -> shapes.Req
 
 
 async def _body(request: web.Request, kind: type[shapes.Request], *, within_s: float) -> shapes.Request:
-    """The body, which must have Content-Type JSON unless it is empty and no field is required. Raises Problem."""
-    codings = request.headers.getall("Content-Encoding", ())
-    if codings and not uncoded(codings):
-        seen = ", ".join(codings)[:SEEN_MAX]
-        detail = f"the body must not be compressed (got Content-Encoding {seen!r})"
-        raise Problem("unsupported-media-type", detail)
+    """The body, as `read_given` reads it. Raises Problem."""
+    check_codings(request)
     limit = bodies.longest(kind)
     try:
         body = await read_body(request, limit, within_s)
@@ -273,13 +283,29 @@ async def _body(request: web.Request, kind: type[shapes.Request], *, within_s: f
         raise Problem("too-large", f"the body must be at most {limit} bytes") from None
     except BodyTooSlow:
         raise Problem("too-slow", "the body came too slowly or broke off") from None
+    if bodies.takes_long(kind):
+        return await asyncio.to_thread(read_given, request, kind, body)
+    return read_given(request, kind, body)
+
+
+def check_codings(head: Head) -> None:
+    """Raises Problem for a body that is compressed."""
+    codings = head.headers.getall("Content-Encoding", ())
+    if codings and not uncoded(codings):
+        seen = ", ".join(codings)[:SEEN_MAX]
+        detail = f"the body must not be compressed (got Content-Encoding {seen!r})"
+        raise Problem("unsupported-media-type", detail)
+
+
+def read_given(head: Head, kind: type[shapes.Request], body: bytes) -> shapes.Request:
+    """A body of at most `bodies.longest(kind)` bytes, which must have Content-Type JSON unless it is empty and no field
+    is required. Raises Problem.
+    """
     may_be_empty = not bodies.required(kind)
-    if (body or not may_be_empty) and content_of(seen := request.headers.get("Content-Type", "")) != "json":
+    if (body or not may_be_empty) and content_of(seen := head.headers.get("Content-Type", "")) != "json":
         detail = f"Content-Type must be application/json (got {seen[:SEEN_MAX]!r})"
         raise Problem("unsupported-media-type", detail)
     try:
-        if bodies.takes_long(kind):
-            return await asyncio.to_thread(bodies.of_body, kind, body)
         return bodies.of_body(kind, body)
     except ValueError as error:
         raise invalid(str(error)) from error

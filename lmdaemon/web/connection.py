@@ -47,8 +47,8 @@ class Begun(Protocol):
     def ready(self, result: Any) -> Ready | None:
         """The answer to a result of the usual kind; None for any other result or exception."""
 
-    def rest(self, request: Any, result: Any) -> Coroutine[Any, Any, Reply]:
-        """Finds the answer to any other result, or exception."""
+    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        """Finds the answer to any other result, or exception, and logs and counts what is to be logged and counted."""
 
 
 class Host(Protocol):
@@ -59,8 +59,7 @@ class Host(Protocol):
     closing: bool
     keepalive_s: float
     knows: Callable[[Any], bool]
-    begin: Callable[[Any, bytes], Begun | None]
-    direct: Callable[[Any], Coroutine[Any, Any, Reply] | None]
+    begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None]
     malformed: Callable[[str], web.Response]
 
     def made(self, connection: "Connection") -> None:

@@ -4,9 +4,10 @@ It parses and authenticates a notice, asks the plug-ins, records the notice, and
 docs/endpoint.md has the statuses and codes. It must never answer success before the commit.
 """
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -19,6 +20,7 @@ from lmdaemon.dialects import (
     SUCCESS,
     BadNotice,
     Dialect,
+    Extra,
     Parsed,
     answer,
     check_hash,
@@ -31,11 +33,13 @@ from lmdaemon.log import Log, place
 from lmdaemon.model import Notice, Refuse
 from lmdaemon.plugins import LoadedPlugin, PluginFailed
 from lmdaemon.store.contract import Recording, Store, StoreError
+from lmdaemon.web.connection import Begun
 from lmdaemon.web.quota import PerMinute
 from lmdaemon.web.requests import (
     Address,
     BodyTooLarge,
     BodyTooSlow,
+    Head,
     Ready,
     Reply,
     allowed,
@@ -111,6 +115,18 @@ class Refused(Exception):  # noqa: N818
         self.seen = seen
 
 
+class NotRead(Exception):  # noqa: N818
+    """A notice that cannot be read, or is refused before anything is stored: the dialect whose codes are answered, the
+    refusal, and facts for the log line.
+    """
+
+    def __init__(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> None:
+        super().__init__(refusal.description)
+        self.dialect = dialect
+        self.refusal = refusal
+        self.facts = facts
+
+
 class NoticeObserver(Protocol):
     """Is called for every request to an endpoint."""
 
@@ -174,19 +190,34 @@ class Endpoint:
     async def handle(self, request: web.BaseRequest) -> Any:
         """Answers any request to the public listener."""
         path = endpoint_key(request.rel_url.raw_path)
-        return await self._answer(request, path, self._routes.get(path))
+        route = self._routes.get(path)
+        return await self.answered(request, path, route, self._receive(request, path, route))
 
-    async def _answer(self, request: web.BaseRequest, path: str, route: Route | None) -> Reply:
+    def begin(self, head: Any, body: bytes, transport: asyncio.Transport | None) -> Begun | None:
+        """Begins a notice that can be recorded, given its head as aiohttp's parser returns it. None for a notice that
+        is refused or that a plug-in or a quota may refuse, and for all other requests.
+        """
+        path = endpoint_key(head.url.raw_path)
+        route = None if self._plugins or head.method != "POST" else self._routes.get(path)
+        if route is None:
+            return None
         try:
-            if path == "/health":
-                return await self._answer_health(request)
-            if route is None:
-                raise Refused(404, "Not found")
-            return await self._receive(request, route)
+            address, content = self._admit(head, transport, route)
+            if len(body) > BODY_MAX:
+                return None
+            received = self._read(head, path, route, address, content, body)
+        except (Refused, NotRead):
+            return None
+        return None if received.operator.name in self._quotas else received
+
+    async def answered(self, head: Any, path: str, route: Route | None, reply: Awaitable[Reply]) -> Reply:
+        """The reply to a request, or the answer to its error. `head` is aiohttp's request, or its head alone."""
+        try:
+            return await reply
         except Exception as error:
             refused = error if isinstance(error, Refused) else Refused(500, "Internal error, please retry")
             if refused is not error:
-                facts = {"error": type(error).__name__, "where": place(error), "request_id": request_id(request)}
+                facts = {"error": type(error).__name__, "where": place(error), "request_id": request_id(head)}
                 log.exception("notice.failed", path=path, **facts)
             codes_of = refused.dialect or (SHIPPED["v4"] if route is None else route.codes_of)
             code = codes_of.codes.of("retry" if refused.status >= 500 else "bad_parameters")
@@ -197,7 +228,7 @@ class Endpoint:
                 "address": seen.get("address"),
                 "content_type": seen.get("content_type"),
                 "content_encoding": seen.get("content_encoding"),
-                "request_id": request_id(request),
+                "request_id": request_id(head),
             }
             if route is None:  # no warning and no path: scanners guess paths all the time, and put anything into them
                 log.debug("notice.not_taken", **why)
@@ -209,14 +240,6 @@ class Endpoint:
                 response.force_close()  # otherwise the rest of the body would be read as the next request
             return response
 
-    def direct(self, request: web.BaseRequest) -> Coroutine[Any, Any, Reply] | None:
-        """Begins to handle a notice without a task of its own; None if a plug-in must be asked, which needs a task."""
-        if request.method != "POST" or self._plugins:
-            return None
-        path = endpoint_key(request.rel_url.raw_path)
-        route = self._routes.get(path)
-        return None if route is None else self._answer(request, path, route)
-
     async def _answer_health(self, request: web.BaseRequest) -> web.Response:
         if request.method not in ("GET", "HEAD"):
             return _response(answer(7, "Method not allowed"), 405, {"Allow": "GET, HEAD"})
@@ -224,20 +247,14 @@ class Endpoint:
         body = orjson.dumps({"status": status})
         return web.Response(body=body, status=503 if status == "fail" else 200, content_type="application/health+json")
 
-    async def _receive(self, request: web.BaseRequest, route: Route) -> Reply:
+    async def _receive(self, request: web.BaseRequest, path: str, route: Route | None) -> Reply:
+        if path == "/health":
+            return await self._answer_health(request)
+        if route is None:
+            raise Refused(404, "Not found")
         if request.method != "POST":
             raise Refused(405, "Method not allowed", headers={"Allow": "POST"})
-        address = None
-        if route.looks_at_addresses:
-            address = client_address(request, self._settings.server.trusted_proxies)
-            if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
-                raise _not_allowed(address)
-        content = content_of(content_type := request.headers.get("Content-Type", ""))
-        if content not in route.dialects:
-            raise Refused(415, "Unsupported media type", content_type=content_type[:SEEN_MAX])
-        codings = request.headers.getall("Content-Encoding", ())
-        if codings and not uncoded(codings):
-            raise Refused(415, "Unsupported content encoding", content_encoding=", ".join(codings)[:SEEN_MAX])
+        address, content = self._admit(request, request.transport, route)
         try:
             if "Expect" in request.headers:
                 await _ask_for_body(request)
@@ -246,9 +263,42 @@ class Endpoint:
             raise Refused(413, f"Body too large: at most {BODY_MAX} bytes") from None
         except BodyTooSlow:
             raise Refused(408, "Body too slow or incomplete") from None
+        try:
+            received = self._read(request, path, route, address, content, body)
+        except NotRead as error:
+            return self.refuse(error.dialect, error.refusal, error.facts)
+        result: Any
+        try:
+            await self._check(received)
+            result = await self._store.record(received.recording)
+        except (BadNotice, StoreError) as error:
+            result = error
+        return received.ready(result) or received.refuse(result)
+
+    def _admit(
+        self, head: Head, transport: asyncio.BaseTransport | None, route: Route
+    ) -> tuple[Address | None, Literal["json", "form"]]:
+        """The address that a notice comes from, if it matters, and its content. Raises Refused."""
+        address = None
+        if route.looks_at_addresses:
+            address = client_address(head, transport, self._settings.server.trusted_proxies)
+            if not any(allowed(address, operator.allow_from) for operator in route.operators.values()):
+                raise _not_allowed(address)
+        content = content_of(content_type := head.headers.get("Content-Type", ""))
+        if content is None or content not in route.dialects:
+            raise Refused(415, "Unsupported media type", content_type=content_type[:SEEN_MAX])
+        codings = head.headers.getall("Content-Encoding", ())
+        if codings and not uncoded(codings):
+            raise Refused(415, "Unsupported content encoding", content_encoding=", ".join(codings)[:SEEN_MAX])
+        return address, content
+
+    def _read(
+        self, head: Head, path: str, route: Route, address: Address | None, content: str, body: bytes
+    ) -> "_Received":
+        """Reads and authenticates one notice. Raises Refused, and NotRead for a notice that gets an answer code."""
         # The dialect whose codes are answered if that of the body cannot be found out
         dialect = route.dialects[content][0]
-        facts: dict[str, Any] = {"operator": route.only, "request_id": request_id(request)}
+        facts: dict[str, Any] = {"operator": route.only, "request_id": request_id(head)}
         try:
             parsed = parse(body, content, route.dialects[content])
             dialect = parsed.dialect
@@ -257,63 +307,123 @@ class Endpoint:
             facts["operator"] = operator.name
             if operator.allow_from and not allowed(address, operator.allow_from):
                 raise _not_allowed(address, dialect)
-            await self._record(operator, parsed, facts)
+            if parsed.provider_id != operator.provider_id:
+                self._note_spelling(operator, parsed.provider_id)
+            extra = extra_of(parsed, self._secret_names)
+            if "hash" in dialect.fields:
+                check_hash(parsed, operator.hash_key or "")
+            _check_token(operator, parsed)
         except BadNotice as refusal:
-            return self._refuse(refusal.dialect or dialect, refusal, facts)
-        except StoreError as error:
-            log.warning("notice.not_stored", **facts, reason=str(error))
-            headers = {"Retry-After": RETRY_AFTER_S}
-            raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers, logged=True) from error
-        self._observer.answered(operator.name, dialect.name, 0)
-        return _SUCCESS
+            raise NotRead(refusal.dialect or dialect, refusal, facts) from refusal
+        return _Received(self, head, path, route, operator, parsed, extra, facts)
 
-    def _refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
+    async def _check(self, received: "_Received") -> None:
+        """Has the plug-ins check a notice, and keeps to the quota of its operator. Raises BadNotice and StoreError."""
+        operator, parsed = received.operator, received.parsed
+        plugins = self._plugins and [one for one in self._plugins if one.settings.listens_to(operator.name)]
+        quota = self._quotas.get(operator.name)
+        if not plugins and quota is None:
+            return
+        known = await self._store.session(operator.name, parsed.session_id)
+        # A repeat gets the answer of the first notice, without another check
+        if known is None or known[0].reason is None:
+            await _ask(plugins, _notice(operator, parsed, received.extra.fields))
+        if known is None and quota is not None and not quota.take(self._clock.monotonic()):
+            self._observer.over_quota(operator.name)
+            raise BadNotice("retry", "too many notices of unknown sessions in a minute, please retry later")
+
+    def store(self, recording: Recording, done: Callable[[Any], None]) -> None:
+        """Records a notice, as Store.submit does."""
+        self._store.submit(recording, done)
+
+    def refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
+        """The answer to a notice that is refused with an answer code."""
         code = dialect.codes.of(refusal.meaning)
         why = {"dialect": dialect.name, "code": code, "meaning": refusal.meaning, "reason": refusal.description}
         log.warning("notice.refused", **facts, **why)
         self._observer.answered(facts["operator"] or "", dialect.name, code)
         return _response(answer(code, refusal.description))
 
-    async def _record(self, operator: Operator, parsed: Parsed, facts: Mapping[str, Any]) -> None:
-        """Authenticates one notice, has the plug-ins check it, and records it. Raises BadNotice and StoreError."""
-        if parsed.provider_id != operator.provider_id:
-            self._note_spelling(operator, parsed.provider_id)
-        extra = extra_of(parsed, self._secret_names)
-        if "hash" in parsed.dialect.fields:
-            check_hash(parsed, operator.hash_key or "")
-        _check_token(operator, parsed)
-        plugins = self._plugins and [one for one in self._plugins if one.settings.listens_to(operator.name)]
-        quota = self._quotas.get(operator.name)
-        if plugins or quota is not None:
-            known = await self._store.session(operator.name, parsed.session_id)
-            # A repeat gets the answer of the first notice, without another check
-            if known is None or known[0].reason is None:
-                await _ask(plugins, _notice(operator, parsed, extra.fields))
-            if known is None and quota is not None and not quota.take(self._clock.monotonic()):
-                self._observer.over_quota(operator.name)
-                raise BadNotice("retry", "too many notices of unknown sessions in a minute, please retry later")
-        recorded = await self._store.record(
-            Recording(
-                operator.name,
-                parsed.session_id,
-                parsed.player_id,
-                parsed.token,
-                compare_token=operator.token_check == "session",
-                accept_unknown=operator.accept_unknown,
-                extra=extra.text,
-                idle_ms=int(operator.idle_s * 1000),
-            )
-        )
-        if recorded in UNRECORDED:
-            raise BadNotice(recorded, UNRECORDED[recorded])
-        event = "notice.repeated" if recorded == "repeated" else "notice.recorded"
-        log.info(event, **facts, dialect=parsed.dialect.name, extra_left_out=extra.left_out or None)
+    def recorded(self, dialect: Dialect, operator: str) -> Ready:
+        """The answer to a notice that is recorded."""
+        self._observer.answered(operator, dialect.name, 0)
+        return _SUCCESS
 
     def _note_spelling(self, operator: Operator, provider_id: str) -> None:
         key = (operator.name, provider_id)
         if key not in self._spellings and len(self._spellings) < 1000:
             self._spellings.add(key)
             log.warning("notice.misspelled", operator=operator.name, expected=operator.provider_id, got=provider_id)
+
+
+class _Received:
+    """A notice that was read and authenticated (`connection.Begun`)."""
+
+    __slots__ = ("_endpoint", "_facts", "_head", "_path", "_route", "extra", "operator", "parsed")
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        head: Head,
+        path: str,
+        route: Route,
+        operator: Operator,
+        parsed: Parsed,
+        extra: Extra,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self._endpoint = endpoint
+        self._head = head
+        self._path = path
+        self._route = route
+        self._facts = facts
+        self.operator = operator
+        self.parsed = parsed
+        self.extra = extra
+
+    @property
+    def recording(self) -> Recording:
+        """What is stored."""
+        operator, parsed = self.operator, self.parsed
+        return Recording(
+            operator.name,
+            parsed.session_id,
+            parsed.player_id,
+            parsed.token,
+            compare_token=operator.token_check == "session",
+            accept_unknown=operator.accept_unknown,
+            extra=self.extra.text,
+            idle_ms=int(operator.idle_s * 1000),
+        )
+
+    def store(self, done: Callable[[Any], None]) -> None:
+        self._endpoint.store(self.recording, done)
+
+    def ready(self, result: Any) -> Ready | None:
+        if isinstance(result, Exception) or result in UNRECORDED:
+            return None
+        event = "notice.repeated" if result == "repeated" else "notice.recorded"
+        dialect, facts = self.parsed.dialect, self._facts
+        log.info(event, **facts, dialect=dialect.name, extra_left_out=self.extra.left_out or None)
+        return self._endpoint.recorded(dialect, self.operator.name)
+
+    def refuse(self, result: Any) -> Reply:
+        """The answer to a notice that was not recorded. Raises what is no refusal of the notice."""
+        dialect, facts = self.parsed.dialect, self._facts
+        if isinstance(result, StoreError):
+            log.warning("notice.not_stored", **facts, reason=str(result))
+            headers = {"Retry-After": RETRY_AFTER_S}
+            raise Refused(503, "Cannot be stored now, please retry", dialect, headers=headers, logged=True) from result
+        if isinstance(result, Exception) and not isinstance(result, BadNotice):
+            raise result
+        refusal = result if isinstance(result, BadNotice) else BadNotice(result, UNRECORDED[result])
+        return self._endpoint.refuse(dialect, refusal, facts)
+
+    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        return self._endpoint.answered(self._head, self._path, self._route, self._rest(result))
+
+    async def _rest(self, result: Any) -> Reply:
+        return self.refuse(result)
 
 
 def _bounds_unknown(operator: Operator) -> bool:

@@ -1,8 +1,8 @@
-"""Serves frequent plain requests without most of the framework: no `web.Request`, task or response object is made.
+"""Serves frequent plain requests without most of the framework: no `web.Request`, task, coroutine or response is made.
 
-aiohttp's own parser reads the requests, so it refuses the same ones, and the handlers are the same as for all others. A
-request is plain if it is small and has arrived whole in one piece, on a connection with nothing else under way, for a
-call that `Site.direct` knows. All others, and those that are not answered with a `Ready`, are served by aiohttp.
+aiohttp's own parser reads the requests, so it refuses the same ones. A request is plain if it is small and has arrived
+whole in one piece, on a connection with nothing else under way, and if `Site.begin` finds that one change has to be
+stored and nothing else to be done before the answer. All others are served by aiohttp, and so are unusual results.
 
 This module exists for speed alone (docs/performance.md): without it everything works, only slower. It uses internals of
 aiohttp's connection; `misfit` checks whether they are as expected.
@@ -15,19 +15,18 @@ from typing import Any
 import aiohttp
 from aiohttp import HttpVersion11, web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
-from aiohttp.http_writer import StreamWriter
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from lmdaemon.log import Log, place
 from lmdaemon.web.connection import HEAD_END, Begun, Connection
 from lmdaemon.web.memory import HELD_MIN
-from lmdaemon.web.requests import Ready, Reply
+from lmdaemon.web.requests import Reply
 
 # The private attributes of aiohttp's connection that this module uses, and what the parser must make of _TRIAL.
 _CONNECTION = (
     *("_close", "_force_close", "_handler_waiter", "_keepalive_handle", "_keepalive_timeout", "_loop", "_manager"),
     *("_messages", "_next_keepalive_close_time", "_parser", "_paused", "_process_keepalive", "_request_count"),
-    *("_request_factory", "_request_handler", "_request_in_progress", "_upgraded", "_waiter", "transport"),
+    *("_request_handler", "_request_in_progress", "_upgraded", "_waiter", "transport"),
 )
 _MESSAGE = {"method": "POST", "path": "/x", "should_close": False, "upgrade": False, "chunked": False}
 _TRIAL = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -79,57 +78,6 @@ async def _unused(_: web.BaseRequest) -> web.StreamResponse:
     raise NotImplementedError
 
 
-class _Body:
-    """A body that has arrived, with the methods of aiohttp's stream that `read_body` uses.
-
-    aiohttp's own stream would resume reading from the connection when it is read; here, reading was never paused.
-    """
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self, body: bytes) -> None:
-        self._bytes = body
-
-    def is_eof(self) -> bool:
-        return True
-
-    def read_nowait(self) -> bytes:
-        return self._bytes
-
-
-class PlainRequest:
-    """What the handlers need of a plain request. All other attributes are those of aiohttp's request, which is made
-    when the first of them is read.
-    """
-
-    __slots__ = ("_connection", "_full", "_make", "_message", "_stream", "content", "headers", "method", "rel_url")
-
-    keep_alive = True
-    version = HttpVersion11
-
-    def __init__(self, connection: "HotConnection", make: Any, message: Any, stream: Any, body: bytes) -> None:
-        self._connection = connection
-        self._make = make  # makes aiohttp's request; kept here, because a lost connection drops its own reference
-        self._message = message
-        self._stream = stream
-        self._full: web.BaseRequest | None = None
-        self.content = _Body(body)
-        self.headers = message.headers
-        self.method = message.method
-        self.rel_url = message.url
-
-    @property
-    def transport(self) -> asyncio.Transport | None:
-        """The transport of the connection; None once that is closed."""
-        return self._connection.transport
-
-    def __getattr__(self, name: str) -> Any:
-        if self._full is None:
-            connection, loop = self._connection, asyncio.get_running_loop()
-            self._full = self._make(self._message, self._stream, connection, StreamWriter(connection, loop), None)
-        return getattr(self._full, name)
-
-
 class _Parsed:
     """Takes the parser's place for one call, and returns what the parser has already made of the bytes."""
 
@@ -152,10 +100,9 @@ class HotConnection(Connection):
     queued, and the task is not woken until the plain one is answered.
     """
 
-    __slots__ = ("_begun", "_call", "_idle", "_message", "_stream")
+    __slots__ = ("_begun", "_idle", "_message", "_stream")
 
-    _begun: Begun | None
-    _call: Coroutine[Any, Any, Reply] | None
+    _begun: Begun
     _idle: "asyncio.Future[None]"
     _message: Any
     _stream: Any
@@ -209,74 +156,40 @@ class HotConnection(Connection):
             or "Expect" in message.headers
         ):
             return False
-        begun, call = self._site.begin(message, body), None
+        try:
+            begun = self._site.begin(message, body, self.transport)
+        except Exception:  # the ordinary way fails too, and logs and answers it
+            return False
         if begun is None:
-            call = self._site.direct(PlainRequest(self, self._request_factory, message, stream, body))
-            if call is None:
-                return False
-        self._message, self._stream, self._idle = message, stream, waiter
+            return False
+        self._message, self._stream, self._begun, self._idle = message, stream, begun, waiter
         self._request_count += 1
         self._request_in_progress = True
         self._waiter = None
         self._arrival.head_since = None
-        if begun is not None:
-            self._begun = begun
-            begun.store(self._stored)
-        else:
-            self._call = call
-            self._go_on()
+        begun.store(self._stored)
         return True
 
     def _stored(self, result: Any) -> None:
-        """Answers a request whose change was stored, or could not be."""
-        begun = self._begun
-        assert begun is not None  # noqa: S101 - only called while a request is under way
+        """Answers a request whose change was stored, or could not be. The store calls this, so it must not fail."""
+        begun, transport = self._begun, self.transport
         try:
             ready = begun.ready(result)
-            if ready is not None:
-                self._answer(ready)
-                return
-            request = PlainRequest(self, self._request_factory, self._message, self._stream, b"")
-            self._call = begun.rest(request, result)
-        except Exception as error:
-            self._hand_over(error)
-        else:
-            self._go_on()
-
-    def _go_on(self, _: object = None) -> None:
-        """Runs the handler until it waits for something, as a task would, or until it returns its answer."""
-        call = self._call
-        assert call is not None  # noqa: S101 - only called while a request is under way
-        try:
-            awaited = call.send(None)
-        except StopIteration as end:
-            self._answer(end.value)
-        except Exception as error:
-            self._hand_over(error)
-        except BaseException:
-            self._end()
-            raise
-        else:
-            if awaited is None:  # the handler has called asyncio.sleep(0)
-                self._loop.call_soon(self._go_on)
+            if transport is None or transport.is_closing():
+                if ready is None:
+                    _go_on(begun.rest(result))
+                self._end()
+            elif ready is None or self._close or self._force_close or self._site.closing:
+                self._hand_over(begun.rest(result) if ready is None else _returns(ready))
             else:
-                # A task of asyncio does these two things with a future that it awaits
-                awaited._asyncio_future_blocking = False
-                awaited.add_done_callback(self._go_on)
-
-    def _answer(self, answer: Reply) -> None:
-        transport = self.transport
-        if transport is None or transport.is_closing():
-            self._end()
-        elif type(answer) is not Ready or self._close or self._force_close or self._site.closing:
-            self._hand_over(answer)
-        else:
-            transport.write(answer.whole)
-            self._answered += 1
-            self._count()
-            self._forget()
-            self._request_in_progress = False
-            self._wait_again()
+                transport.write(ready.whole)
+                self._answered += 1
+                self._count()
+                self._forget()
+                self._request_in_progress = False
+                self._wait_again()
+        except Exception as error:
+            self._hand_over(begun.rest(error))
 
     def _count(self) -> None:
         """Sets the connection's state as aiohttp does when it takes a request from its queue."""
@@ -294,19 +207,14 @@ class HotConnection(Connection):
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
-    def _hand_over(self, answer: Reply | Exception) -> None:
-        """Passes the request to aiohttp, with a handler that has this result."""
+    def _hand_over(self, reply: Coroutine[Any, Any, Reply]) -> None:
+        """Passes the request to aiohttp, with a handler that returns this reply."""
         handler = self._request_handler
 
         async def known(_: web.BaseRequest) -> Any:
             self._request_handler = handler
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            return await reply
 
-        if self.transport is None:
-            self._end()
-            return
         self._request_handler = known
         self._messages.appendleft((self._message, self._stream))
         self._forget()
@@ -325,4 +233,19 @@ class HotConnection(Connection):
 
     def _forget(self) -> None:
         """Drops references to an answered request, so that an idle connection does not keep it in memory."""
-        self._message = self._stream = self._begun = self._call = None
+        self._message = self._stream = None
+        del self._begun
+
+
+async def _returns(reply: Reply) -> Reply:
+    return reply
+
+
+_going_on: set[asyncio.Task[Reply]] = set()
+
+
+def _go_on(reply: Coroutine[Any, Any, Reply]) -> None:
+    """Finds the reply to a client that has left, for what is logged and counted with it."""
+    task = asyncio.get_running_loop().create_task(reply)
+    _going_on.add(task)  # the event loop itself keeps no reference to a task
+    task.add_done_callback(_going_on.discard)

@@ -9,7 +9,7 @@ import ipaddress
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from lmdaemon.log import Log
 from lmdaemon.web import handshakes
 from lmdaemon.web.connection import Begun, Connection
 from lmdaemon.web.memory import Bounds
-from lmdaemon.web.requests import Reply, inside
+from lmdaemon.web.requests import inside
 from lmdaemon.web.sockets import Acceptor, Hearing, turn_away
 
 KEEPALIVE_S = 75.0  # how long a connection may wait for its next request
@@ -63,7 +63,6 @@ class Site(web.BaseSite):
         "closing",
         "connections",
         "cuts",
-        "direct",
         "handshakes_failed",
         "keepalive_s",
         "knows",
@@ -111,11 +110,9 @@ class Site(web.BaseSite):
         self.keepalive_s = KEEPALIVE_S
         # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
         self.knows: Callable[[Any], bool] = lambda head: False
-        # Begins to handle a request, given its head and its body, of which only one change has to be stored before it
-        # can be answered; None for other requests
-        self.begin: Callable[[Any, bytes], Begun | None] = lambda head, body: None
-        # Begins to handle a request that needs no task of its own, and returns the coroutine; None for other requests
-        self.direct: Callable[[Any], Coroutine[Any, Any, Reply] | None] = lambda request: None
+        # Begins to handle a request, given its head, its body and its transport, if only one change has to be stored
+        # before it can be answered; None for other requests
+        self.begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None] = lambda *_: None
         self.stop_within_s = 10.0  # how long a stop waits for answers
         self.connections = 0  # open now, those in their TLS handshake included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)

@@ -111,11 +111,11 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
 
     def answer(self, headers: Mapping[str, str] | None = None) -> web.Response:
         """The problem as an HTTP answer."""
-        wait = {"Retry-After": RETRY_AFTER_S} if self.status == 503 else {}
+        own = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": RETRY_AFTER_S}}.get(self.status, {})
         return web.Response(
             body=to_json(self.body),
             status=self.status,
-            headers={**wait, **(headers or {})},
+            headers={**own, **(headers or {})},
             content_type="application/problem+json",
         )
 

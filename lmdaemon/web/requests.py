@@ -8,7 +8,7 @@ import hmac
 import ipaddress
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -69,6 +69,14 @@ class Ready:
         return self._whole
 
 
+class Head(Protocol):
+    """What can be read of a request before its body has arrived."""
+
+    @property
+    def headers(self) -> Any:
+        """The headers: aiohttp's mapping, by name without regard to case, in which a header may stand twice."""
+
+
 Reply = web.StreamResponse | Ready
 
 
@@ -102,7 +110,7 @@ async def read_body(request: web.BaseRequest, limit: int, within_s: float) -> by
     return b"".join(parts)
 
 
-def request_id(request: web.BaseRequest) -> str | None:
+def request_id(request: Head) -> str | None:
     """The X-Request-Id that a proxy or a client has set, so that the request can be found in its logs; None if it is
     missing, too long, or has other characters than _REQUEST_ID allows.
     """
@@ -125,15 +133,17 @@ def decode_segment(raw: str) -> str:
         raise ValueError("must be UTF-8") from None
 
 
-def client_address(request: web.BaseRequest, trusted_proxies: Sequence[Network]) -> Address | None:
+def client_address(
+    head: Head, transport: asyncio.BaseTransport | None, trusted_proxies: Sequence[Network]
+) -> Address | None:
     """Where the request comes from: the peer, or behind trusted proxies the right-most address in X-Forwarded-For that
     is not one of them. A unix socket's peer counts as a trusted proxy if any is configured.
 
     None when it cannot be found out; then no allow list contains it.
     """
-    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+    peer = transport.get_extra_info("peername") if transport is not None else None
     address = _address(peer[0]) if isinstance(peer, tuple) and peer else None
-    hops = [hop.strip() for header in request.headers.getall("X-Forwarded-For", []) for hop in header.split(",")]
+    hops = [hop.strip() for header in head.headers.getall("X-Forwarded-For", []) for hop in header.split(",")]
     if not trusted_proxies or (peer and not inside(address, trusted_proxies)):
         return address
     while hops:
@@ -163,14 +173,6 @@ def _address(text: str) -> Address | None:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
-
-
-class Head(Protocol):
-    """What `bearer` reads: the headers of a request, or of a head whose body has not arrived yet."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The headers of the request, by name without regard to case."""
 
 
 def bearer(request: Head, tokens: Sequence[ApiToken]) -> ApiToken | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
@@ -13,7 +13,7 @@ from lmdaemon.dialects import breaks_hash, rounded
 from lmdaemon.log import Log
 from lmdaemon.model import Session
 from lmdaemon.shapes import ATTRIBUTES_MAX
-from lmdaemon.store.contract import Opening, Touched
+from lmdaemon.store.contract import Opened, Opening, Touched, Touching
 from lmdaemon.web.calls import Asked, Context, page_answer, ready_answer, shown
 from lmdaemon.web.documents import opened_document, with_deliveries
 from lmdaemon.web.problems import Problem, ended, invalid, unknown_session
@@ -36,23 +36,35 @@ class Sessions:
 
     async def open(self, asked: Asked[shapes.Opening]) -> Reply:
         """PUT /v1/operators/{operator}/sessions/{sessionId}."""
+        opened = await self._store.open_session(self.opening(asked))
+        return self.opened(asked, opened) or await self.refuse_opening(asked, opened)
+
+    def opening(self, asked: Asked[shapes.Opening]) -> Opening:
+        """What is stored for an opening. Raises Problem."""
+        return _opening(asked, asked.session_id, asked.given)
+
+    def opened(self, asked: Asked[shapes.Opening], opened: Opened) -> Ready | None:
+        """The answer if the session is open now; None if it differs or has ended."""
         operator = asked.operator
-        opened = await self._store.open_session(_opening(asked, asked.session_id, asked.given))
-        if opened.outcome == "differs":
-            raise Problem("differs", "the session is open with another playerId or token")
-        if opened.outcome == "ended":
-            raise ended(self._context.session(opened.session), 409)
-        if opened.outcome == "created":
+        changed = opened.outcome == "created"
+        if changed:
             self._metrics.opened(operator.name)
             by, asking = self._context.asker(asked.request)
             log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
-        else:
+        elif opened.outcome == "open":
             self._metrics.touched(operator.name, 1)
-        changed = opened.outcome == "created"
+        else:
+            return None
         ignored = [] if changed else _ignored(asked.given, opened.session)
         expires_at = self._context.expires_at(opened.session)
         document = opened_document(opened.session, expires_at, changed=changed, ignored=ignored)
         return ready_answer(document, 201 if changed else 200)
+
+    async def refuse_opening(self, asked: Asked[shapes.Opening], opened: Opened) -> NoReturn:
+        """Raises the Problem of an opening that has found a session that differs or has ended."""
+        if opened.outcome == "differs":
+            raise Problem("differs", "the session is open with another playerId or token")
+        raise ended(self._context.session(opened.session), 409)
 
     async def open_many(self, asked: Asked[shapes.BulkOpen]) -> shapes.BulkOpened:
         """POST /v1/operators/{operator}/sessions. One session that differs or has ended does not affect the others."""
@@ -86,30 +98,41 @@ class Sessions:
 
     async def touch(self, asked: Asked[None]) -> Reply:
         """POST …/sessions/{sessionId}/touch."""
-        return await self.answer_touch(asked, await self._store.touch(asked.operator.name, [asked.session_id]))
+        touched = await self._store.touch(asked.operator.name, [asked.session_id])
+        return self.touched(asked, touched) or await self.refuse_touch(asked, touched)
 
-    async def answer_touch(self, asked: Asked[None], touched: Touched) -> Reply:
-        """The answer to a single touch. Raises Problem."""
+    def touching(self, asked: Asked[None]) -> Touching:
+        """What is stored for a touch."""
+        return Touching(asked.operator.name, (asked.session_id,))
+
+    def touched(self, asked: Asked[None], touched: Touched) -> Ready | None:
+        """The answer if the session is active; None if it is unknown or has ended."""
+        if not touched.touched:
+            return None
+        self._metrics.touched(asked.operator.name, 1)
+        return _NO_CONTENT
+
+    async def refuse_touch(self, asked: Asked[None], touched: Touched) -> NoReturn:
+        """Logs a touch of a session that is unknown or has ended, and raises its Problem."""
         operator, session_id = asked.operator.name, asked.session_id
         if touched.unknown:
             self._log_refused(asked, "unknown-session", [session_id])
             raise unknown_session()
-        if touched.ended:
-            self._log_refused(asked, "ended", [session_id])
-            found = await self._store.session(operator, session_id)
-            raise ended(None if found is None else self._context.session(found[0]), 410)
-        return self.touched_one(operator)
-
-    def touched_one(self, operator: str) -> Ready:
-        """The answer to a touch of one active session, which is counted."""
-        self._metrics.touched(operator, 1)
-        return _NO_CONTENT
+        self._log_refused(asked, "ended", [session_id])
+        found = await self._store.session(operator, session_id)
+        raise ended(None if found is None else self._context.session(found[0]), 410)
 
     async def touch_many(self, asked: Asked[shapes.BulkTouch]) -> Reply:
         """POST /v1/operators/{operator}/sessions/touch."""
-        operator = asked.operator.name
-        touched = await self._store.touch(operator, asked.given.session_ids)
-        self._metrics.touched(operator, touched.touched)
+        return self.touched_many(asked, await self._store.touch(asked.operator.name, asked.given.session_ids))
+
+    def touching_many(self, asked: Asked[shapes.BulkTouch]) -> Touching:
+        """What is stored for touches in bulk."""
+        return Touching(asked.operator.name, asked.given.session_ids)
+
+    def touched_many(self, asked: Asked[shapes.BulkTouch], touched: Touched) -> Ready:
+        """The answer to touches in bulk."""
+        self._metrics.touched(asked.operator.name, touched.touched)
         self._log_refused(asked, "unknown-session", touched.unknown)
         self._log_refused(asked, "ended", touched.ended)
         return ready_answer(shapes.BulkTouched(touched=touched.touched, unknown=touched.unknown, ended=touched.ended))

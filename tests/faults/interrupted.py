@@ -26,18 +26,20 @@ from lmdaemon.store import projection, writer
 from lmdaemon.store.sqlite import batch as batches
 from lmdaemon.store.sqlite import store
 from lmdaemon.store.sqlite import writer as disk
-from lmdaemon.web import endpoint, hot, sessions
+from lmdaemon.web import endpoint, frequent, hot, sessions
 
 WATCHED = [
     # A request: into the queue of the writer, and back
-    hot.HotConnection._go_on,
-    hot.HotConnection._answer,
+    hot.HotConnection._takes,
+    hot.HotConnection._stored,
+    frequent.Frequent.begin,
+    endpoint.Endpoint.begin,
     endpoint.Endpoint._receive,
-    endpoint.Endpoint._record,
+    endpoint.Endpoint._check,
     sessions.Sessions.open,
     sessions.Sessions.touch,
     sessions.Sessions.close,
-    writer.Writer.write,
+    writer.Writer.submit,
     # The writer: from the queue into the file
     writer.Writer.run,
     writer.Writer.write_batch,

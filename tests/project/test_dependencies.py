@@ -43,7 +43,6 @@ RELIED = {
     "aiohttp.RequestHandler._manager": "It is the server, which counts requests.",
     "aiohttp.RequestHandler._next_keepalive_close_time": "It is the loop's time at which an idle connection ends.",
     "aiohttp.RequestHandler._process_keepalive": "It ends the connection if it is still idle at that time.",
-    "aiohttp.RequestHandler._request_factory": "It makes a request of message, body, protocol, writer and task.",
     "aiohttp.RequestHandler._request_handler": "It is awaited with each request, and looked up for each anew.",
     "aiohttp.RequestHandler._force_close": "force_close() sets it, and no further request of the connection is served.",
     "aiohttp.BaseProtocol._loop": "It is the loop that the connection runs in, without a look-up.",
@@ -239,17 +238,6 @@ async def test_the_handler_is_looked_up_for_each_request() -> None:
         connection._process_keepalive()
         await turns()
         hold(wire.closing, at + "_process_keepalive", at + "_next_keepalive_close_time")
-
-
-async def test_a_request_is_made_of_its_message_by_the_factory() -> None:
-    async def handler(request: web.BaseRequest) -> web.Response:
-        return web.Response()
-
-    async with served(handler) as (connection, _):
-        connection.data_received(HEAD % 2)
-        message, body = connection._messages[0]
-        made = connection._request_factory(message, body, connection, None, None)
-        hold(made.path == "/2", "aiohttp.RequestHandler._request_factory")
 
 
 async def test_what_is_no_http_is_answered_in_its_turn() -> None:

@@ -31,6 +31,7 @@ from lmdaemon.web import connection as connections
 from lmdaemon.web import hot
 from lmdaemon.web.hot import HotConnection
 from lmdaemon.web.requests import Ready
+from lmdaemon.web.sessions import Sessions
 
 TOKEN, READ_TOKEN = "api-token-1", "api-token-2"
 CONFIG = (
@@ -95,33 +96,33 @@ API = [
     ("touched with a query", [api("POST", "acme/sessions/s/touch?x=1")], 1),
     ("an id with escapes", [api("PUT", "acme/sessions/a%2Fb%20%C3%BC", PLAYER)], 1),
     ("its touch", [api("POST", "acme/sessions/a%2fb%20%c3%bc/touch")], 1),
-    ("an id with a broken escape", [api("POST", "acme/sessions/a%2/touch")], 1),
-    ("an id that is not UTF-8", [api("POST", "acme/sessions/a%FF/touch")], 1),
-    ("an id that is a dot", [api("PUT", "acme/sessions/%2E", PLAYER)], 1),
-    ("an id that is too long", [api("PUT", "acme/sessions/" + "s" * 300, PLAYER)], 1),
+    ("an id with a broken escape", [api("POST", "acme/sessions/a%2/touch")], 0),
+    ("an id that is not UTF-8", [api("POST", "acme/sessions/a%FF/touch")], 0),
+    ("an id that is a dot", [api("PUT", "acme/sessions/%2E", PLAYER)], 0),
+    ("an id that is too long", [api("PUT", "acme/sessions/" + "s" * 300, PLAYER)], 0),
     ("an id with braces", [api("PUT", "acme/sessions/{s}", PLAYER)], 1),
     ("an id that is a word", [api("PUT", "acme/sessions/touch", PLAYER)], 1),
     ("its touch as well", [api("POST", "acme/sessions/touch/touch")], 1),
     ("an unknown session", [api("POST", "acme/sessions/none/touch")], 1),
-    ("an unknown operator", [api("POST", "nobody/sessions/s/touch")], 1),
+    ("an unknown operator", [api("POST", "nobody/sessions/s/touch")], 0),
     ("an operator with an escape", [api("POST", "ac%6De/sessions/s/touch")], 0),
     ("in bulk", [api("POST", "acme/sessions/touch", {"sessionIds": ["s", "s", "none"]})], 1),
     ("in bulk, nothing", [api("POST", "acme/sessions/touch", {"sessionIds": []})], 1),
-    ("in bulk, no list", [api("POST", "acme/sessions/touch", {"sessionIds": "s"})], 1),
+    ("in bulk, no list", [api("POST", "acme/sessions/touch", {"sessionIds": "s"})], 0),
     ("in bulk, large", [api("POST", "acme/sessions/touch", {"sessionIds": ["s" * 100] * 50})], 0),
-    ("in bulk, no body", [api("POST", "acme/sessions/touch")], 1),
-    ("a field too many", [api("PUT", "acme/sessions/s", PLAYER | {"x": 1})], 1),
-    ("a field of a wrong type", [api("PUT", "acme/sessions/s", PLAYER | {"playerId": 1})], 1),
-    ("a missing field", [api("PUT", "acme/sessions/s", {"token": "t"})], 1),
-    ("no JSON", [api("PUT", "acme/sessions/s", b"{")], 1),
-    ("a list", [api("PUT", "acme/sessions/s", b"[]")], 1),
-    ("no type", [request("PUT", "/v1/operators/acme/sessions/s", f"Authorization: Bearer {TOKEN}", body=b"{}")], 1),
-    ("compressed", [api("PUT", "acme/sessions/s", b"{}", "Content-Encoding: gzip")], 1),
+    ("in bulk, no body", [api("POST", "acme/sessions/touch")], 0),
+    ("a field too many", [api("PUT", "acme/sessions/s", PLAYER | {"x": 1})], 0),
+    ("a field of a wrong type", [api("PUT", "acme/sessions/s", PLAYER | {"playerId": 1})], 0),
+    ("a missing field", [api("PUT", "acme/sessions/s", {"token": "t"})], 0),
+    ("no JSON", [api("PUT", "acme/sessions/s", b"{")], 0),
+    ("a list", [api("PUT", "acme/sessions/s", b"[]")], 0),
+    ("no type", [request("PUT", "/v1/operators/acme/sessions/s", f"Authorization: Bearer {TOKEN}", body=b"{}")], 0),
+    ("compressed", [api("PUT", "acme/sessions/s", b"{}", "Content-Encoding: gzip")], 0),
     ("a coding that is none", [api("PUT", "acme/sessions/s", PLAYER, "Content-Encoding: identity")], 1),
-    ("no token", [api("POST", "acme/sessions/s/touch", token="")], 1),
-    ("a wrong token", [api("POST", "acme/sessions/s/touch", token="x")], 1),
-    ("a token that may read", [api("POST", "acme/sessions/s/touch", token=READ_TOKEN)], 1),
-    ("another scheme", [api("POST", "acme/sessions/s/touch", None, "Authorization: Basic x", token="")], 1),
+    ("no token", [api("POST", "acme/sessions/s/touch", token="")], 0),
+    ("a wrong token", [api("POST", "acme/sessions/s/touch", token="x")], 0),
+    ("a token that may read", [api("POST", "acme/sessions/s/touch", token=READ_TOKEN)], 0),
+    ("another scheme", [api("POST", "acme/sessions/s/touch", None, "Authorization: Basic x", token="")], 0),
     ("another method", [api("DELETE", "acme/sessions/s")], 0),
     ("another method for a touch", [api("GET", "acme/sessions/s/touch")], 0),
     ("another call", [api("POST", "acme/sessions/s/reopen")], 0),
@@ -178,18 +179,18 @@ SERVER = [
     ("v4.02", [notice("/v4/SessionExpired", dialect="v4.02", session="n3")], 1),
     ("v1", [notice("/v1/SessionExpired", dialect="v1", session="n4")], 1),
     ("pragmatic", [notice("/sessionexpired", dialect="pragmatic", session="n5")], 1),
-    ("a wrong hash", [notice("/sessionexpired", dialect="pragmatic", session="n6", hash="0" * 32)], 1),
+    ("a wrong hash", [notice("/sessionexpired", dialect="pragmatic", session="n6", hash="0" * 32)], 0),
     ("another player", [notice(player="q")], 1),
-    ("another provider", [notice(provider="x")], 1),
+    ("another provider", [notice(provider="x")], 0),
     ("misspelled", [notice(provider="LuckyMonaco", session="n7")], 1),
-    ("a missing field", [notice(player=None)], 1),
-    ("an id too long", [notice(session="s" * 300)], 1),
-    ("no JSON", [posted(b"{")], 1),
-    ("no body", [request("POST", "/V4/SessionExpired", f"Content-Type: {JSON}")], 1),
-    ("a key twice", [posted(b'{"providerId":"luckymonaco","providerId":"x"}')], 1),
-    ("another content", [posted(b"{}", content="text/plain")], 1),
-    ("a form where none is read", [posted(b"a=b", content=FORM)], 1),
-    ("compressed", [posted(b"{}", "Content-Encoding: gzip")], 1),
+    ("a missing field", [notice(player=None)], 0),
+    ("an id too long", [notice(session="s" * 300)], 0),
+    ("no JSON", [posted(b"{")], 0),
+    ("no body", [request("POST", "/V4/SessionExpired", f"Content-Type: {JSON}")], 0),
+    ("a key twice", [posted(b'{"providerId":"luckymonaco","providerId":"x"}')], 0),
+    ("another content", [posted(b"{}", content="text/plain")], 0),
+    ("a form where none is read", [posted(b"a=b", content=FORM)], 0),
+    ("compressed", [posted(b"{}", "Content-Encoding: gzip")], 0),
     ("a charset as coding", [notice("/V4/SessionExpired", "Content-Encoding: utf-8", session="n8")], 1),
     ("an id of the request", [notice("/V4/SessionExpired", "X-Request-Id: r-2", session="n9")], 1),
     ("repeated slashes", [notice("//V4//SessionExpired/", session="n10")], 1),
@@ -198,12 +199,12 @@ SERVER = [
     ("another method", [request("GET", "/V4/SessionExpired")], 0),
     ("its health", [request("GET", "/health")], 0),
     ("posted to its health", [request("POST", "/health")], 0),
-    ("from somewhere else", [notice("/closed")], 1),
+    ("from somewhere else", [notice("/closed")], 0),
     ("from where it may", [notice("/closed", BEHIND)], 1),
-    ("through a proxy that is none", [notice("/closed", "X-Forwarded-For: 203.0.113.9, 192.0.2.1")], 1),
-    ("an unknown one", [notice("/few", session="f1")], 1),
-    ("unknown ones too many", [notice("/few", session="f2")], 1),
-    ("the known one again", [notice("/few", session="f1")], 1),
+    ("through a proxy that is none", [notice("/closed", "X-Forwarded-For: 203.0.113.9, 192.0.2.1")], 0),
+    ("an unknown one", [notice("/few", session="f1")], 0),
+    ("unknown ones too many", [notice("/few", session="f2")], 0),
+    ("the known one again", [notice("/few", session="f1")], 0),
     ("what must be known", [notice("/strict", session="x")], 1),
     ("the last one", [notice("/V4/SessionExpired", "Connection: close")], 0),
     ("HTTP/1.0", [notice().replace(b"HTTP/1.1", b"HTTP/1.0")], 0),
@@ -500,23 +501,51 @@ async def test_who_does_not_take_its_answers_is_served_by_the_framework(tmp_path
     assert tried.seen.plain == 2
 
 
-async def test_a_handler_that_fails_or_takes_turns_is_answered(tmp_path: Path) -> None:
-    async def turns(_: Any) -> Ready:
-        await asyncio.sleep(0)
-        return Ready(204)
+@EACH_WAY
+async def test_a_bug_after_the_commit_is_answered_and_logged(
+    tmp_path: Path, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Ready:
+        raise LookupError
 
-    async def fails(_: Any) -> Ready:
-        await asyncio.sleep(0)
+    with monkeypatch.context() as patch, hear() as events:
+        patch.setattr(Sessions, "touched", fails)
+        async with trying(on, tmp_path / "d") as tried:
+            await opened(tried)
+            async with tried.connected(tried.daemon.api) as peer:
+                for _ in range(2):
+                    await peer.send(TOUCH)
+                    assert (await peer.answer()).status == 500
+            await nothing_is_held(tried)
+    facts = [event.facts for event in events if event.name == "api.failed"]
+    assert [(one["call"], one["error"]) for one in facts] == [("touchSession", "LookupError")] * 2
+
+
+async def test_what_cannot_be_begun_is_served_by_the_framework(tmp_path: Path) -> None:
+    def fails(*_: Any) -> None:
         raise LookupError
 
     async with trying("hot", tmp_path / "d") as tried:
-        for handler, status in ((turns, 204), (fails, 500), (turns, 204)):
-            site = tried.daemon.sites["api"]
-            site.begin, site.direct = lambda head, body: None, handler
-            async with tried.connected(tried.daemon.api) as peer:
-                await peer.send(TOUCH)
-                assert (await peer.answer()).status == status
-        await nothing_is_held(tried)
+        await opened(tried)
+        tried.daemon.sites["api"].begin = fails
+        async with tried.connected(tried.daemon.api) as peer:
+            await peer.send(TOUCH)
+            assert (await peer.answer()).status == 204
+    assert tried.seen.plain == 1  # the opening
+
+
+@EACH_WAY
+async def test_a_refusal_is_logged_and_counted_when_its_client_has_left(tmp_path: Path, on: str) -> None:
+    with hear() as events:
+        async with trying(on, tmp_path / "d") as tried:
+            async with under_way(tried, api("POST", "acme/sessions/none/touch")) as (peer, commit):
+                peer.writer.transport.abort()
+                await until(lambda: not tried.connections)
+                commit()
+                await until(lambda: any(event.name == "touch.refused" for event in events))
+            await nothing_is_held(tried)
+            counts = await scrape(tried.daemon)
+    assert counts['lmdaemon_api_errors_total{status="404"}'] == 1
 
 
 # -- in pieces

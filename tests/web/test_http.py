@@ -236,7 +236,7 @@ async def test_the_address_is_the_peers_or_what_a_trusted_proxy_says() -> None:
     trusted: list[Network] = []
 
     async def handle(request: web.BaseRequest) -> web.Response:
-        return web.Response(text=str(client_address(request, trusted)))
+        return web.Response(text=str(client_address(request, request.transport, trusted)))
 
     async with RawTestServer(handle) as server, aiohttp.ClientSession() as client:
         for proxies, forwarded, address in cases:
@@ -250,7 +250,7 @@ async def test_the_peer_of_a_unix_socket_is_a_proxy_where_any_is_trusted(sockets
     trusted: list[Network] = []
 
     async def handle(request: web.BaseRequest) -> web.Response:
-        return web.Response(text=str(client_address(request, trusted)))
+        return web.Response(text=str(client_address(request, request.transport, trusted)))
 
     runner = web.ServerRunner(web.Server(handle))
     await runner.setup()

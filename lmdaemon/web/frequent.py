@@ -1,0 +1,95 @@
+"""Frequent calls of the private API in two halves: what a call stores, and the answer to the store's result.
+
+Nothing else has to be waited for, so `web.hot` needs no coroutine for these calls. Whatever is unusual is left to the
+handlers in `sessions`, which consist of the same halves.
+"""
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple, NoReturn
+
+from lmdaemon import shapes
+from lmdaemon.store.contract import Operation
+from lmdaemon.web import bodies
+from lmdaemon.web.calls import Asked, Context, check_codings, decoded_id, read_given
+from lmdaemon.web.problems import Problem
+from lmdaemon.web.requests import Head, Ready, Reply
+from lmdaemon.web.sessions import Sessions
+
+
+class _Halves(NamedTuple):
+    """Both halves of a call. `takes` is the type of its body."""
+
+    takes: type[shapes.Request] | None
+    of_session: bool  # whether the path has the id of a session
+    operation: Callable[[Asked[Any]], Operation[Any]]  # what is stored; raises Problem
+    ready: Callable[[Asked[Any], Any], Ready | None]  # the answer; None for an unusual result
+    refuse: Callable[[Asked[Any], Any], Awaitable[NoReturn]]  # raises the Problem of an unusual result
+
+
+class Frequent:
+    """Begins the frequent calls. `answered` returns the reply of a call, given its head and its name, also if it
+    fails.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        context: Context,
+        answered: Callable[[Head, str, Awaitable[Reply]], Coroutine[Any, Any, Reply]],
+    ) -> None:
+        self._context = context
+        self.answered = answered
+        self.submit = context.store.submit
+        its = sessions
+        self._calls = {
+            "openSession": _Halves(shapes.Opening, True, its.opening, its.opened, its.refuse_opening),
+            "touchSession": _Halves(None, True, its.touching, its.touched, its.refuse_touch),
+            # No result is unusual: the answer names the sessions that could not be touched
+            "touchSessions": _Halves(shapes.BulkTouch, False, its.touching_many, its.touched_many, its.refuse_touch),
+        }
+
+    def begin(self, call: str, operator: str, session: str, head: Any, body: bytes) -> "_Begun | None":
+        """Begins a call that may be made; None if it will be refused. `session` is the segment of its path."""
+        halves = self._calls[call]
+        asked: Asked[Any] = Asked(head)
+        try:
+            asked.operator = self._context.configured(operator)
+            if halves.of_session:
+                asked.session_id = decoded_id(session)
+            if halves.takes is not None:
+                check_codings(head)
+                if len(body) > bodies.longest(halves.takes):
+                    return None
+                asked.given = read_given(head, halves.takes, body)
+            return _Begun(self, call, halves, asked, halves.operation(asked))
+        except Problem:
+            return None
+
+
+class _Begun:
+    """A call whose change is being stored (`connection.Begun`)."""
+
+    __slots__ = ("_asked", "_call", "_frequent", "_halves", "_operation")
+
+    def __init__(
+        self, frequent: Frequent, call: str, halves: _Halves, asked: Asked[Any], operation: Operation[Any]
+    ) -> None:
+        self._frequent = frequent
+        self._call = call
+        self._halves = halves
+        self._asked = asked
+        self._operation = operation
+
+    def store(self, done: Callable[[Any], None]) -> None:
+        self._frequent.submit(self._operation, done)
+
+    def ready(self, result: Any) -> Ready | None:
+        return None if isinstance(result, Exception) else self._halves.ready(self._asked, result)
+
+    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        return self._frequent.answered(self._asked.request, self._call, self._refused(result))
+
+    async def _refused(self, result: Any) -> Reply:
+        if isinstance(result, Exception):
+            raise result
+        return await self._halves.refuse(self._asked, result)

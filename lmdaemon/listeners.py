@@ -77,7 +77,8 @@ class Listeners:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
                 runner.server.request_factory = private_request(runner.server.request_factory)
             site = Site(runner, listening, malformed[name], name, self._hearing, self._bounds, connection=connection)
-            site.begin = self._api.begin if name == "api" else self._endpoint.begin
+            part = self._api if name == "api" else self._endpoint
+            site.begin, site.submit = part.begin, part.submit
             self.sites[name] = site
             self._configure(site, settings, attempts_max, drain_s)
             await site.start()

@@ -16,8 +16,8 @@ BATCH_ROWS = 10_000  # most rows that the operations of one batch name in all
 PAGE_BYTES = 1024 * 1024  # most bytes of a page's rows as text; bounds an answer, and the memory that slow clients take
 AGING_ROWS = 50  # deliveries of an operator that `Store.aging_shown` looks at
 RETRY_SPACING_MS = 100  # between deliveries retried by hand: at most ten a second for an operator
-# Most sessions past their idle time, and as many past their lifetime, that a sweep looks at: 3 ms of the writer's time
-SWEEP_ROWS = 100
+# Most sessions past their idle time, and as many past their lifetime, that a sweep looks at: 2 ms of the writer's time
+SWEEP_ROWS = 60
 
 
 class StoreError(Exception):
@@ -452,6 +452,9 @@ class StoreObserver:
 # -- the store
 
 
+Submit = Callable[[Operation[Any], Callable[[Any], None]], None]
+
+
 class Store(Protocol):
     """The sessions and deliveries. Endpoint, API, sweeper and dispatcher share nothing else.
 
@@ -606,9 +609,10 @@ class Store(Protocol):
         """Refuses what is queued, and closes the database."""
 
     # Changes
-    def submit(self, operation: Operation[Any], done: Callable[[Any], None]) -> None:
-        """Begins a change without a coroutine. `done` is called once, on the event loop, with the answer or with a
-        StoreError; if the change is refused at once, before this method returns. It must not raise.
+    @property
+    def submit(self) -> Submit:
+        """Begins a change without a coroutine. The function given is called once, on the event loop, with the answer or
+        with an exception; if the change is refused at once, before `submit` returns. It must not raise.
         """
 
     async def open_session(self, opening: Opening) -> Opened:

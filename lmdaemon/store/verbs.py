@@ -20,7 +20,6 @@ from lmdaemon.store.contract import (
     GateChange,
     Opened,
     Opening,
-    Operation,
     Probe,
     Pruned,
     Pruning,
@@ -31,6 +30,7 @@ from lmdaemon.store.contract import (
     Settled,
     Settlement,
     StoreError,
+    Submit,
     Sweep,
     Swept,
     Touched,
@@ -107,8 +107,9 @@ class Verbs(Projection):
     def refused(self) -> Mapping[str, int]:
         return self.writer.refused
 
-    def submit(self, operation: Operation[Any], done: Callable[[Any], None]) -> None:
-        self.writer.submit(operation, done)
+    @property
+    def submit(self) -> Submit:
+        return self.writer.submit
 
     async def open_session(self, opening: Opening) -> Opened:
         return await self.writer.write(opening)

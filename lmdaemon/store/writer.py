@@ -18,7 +18,7 @@ from lmdaemon.log import Log, place
 from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
-JOIN_MAX = 50  # a batch of fewer operations waits for others. For a larger one, waiting would only keep the writer idle
+JOIN_MAX = 64  # a batch of fewer operations waits for others. For a larger one, waiting would only keep the writer idle
 # Turns of the event loop that a small batch waits for more operations: in that time, requests of clients that were just
 # answered can arrive and be read
 JOIN_TURNS = 4

@@ -53,6 +53,7 @@ class Api:
         self._console = Console(context)
         self._health = context.health
         self._metrics = context.metrics
+        self.submit = context.store.submit
         self._frequent = Frequent(sessions, context, self._answered)
         self._served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
 

@@ -19,6 +19,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from lmdaemon.log import Log
+from lmdaemon.store.contract import Operation, Submit
 from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
 from lmdaemon.web.requests import Ready, Reply
 from lmdaemon.web.sockets import TURNED_AWAY
@@ -39,10 +40,11 @@ log = Log("http")
 
 
 class Begun(Protocol):
-    """A request of which nothing is left to do but to store one change and to answer."""
+    """A request for which one change has to be stored, and nothing else to be done before the answer."""
 
-    def store(self, done: Callable[[Any], None]) -> None:
-        """Stores the change, and calls `done` with the result, or with the exception, once (as Store.submit)."""
+    @property
+    def change(self) -> Operation[Any]:
+        """What is to be stored."""
 
     def ready(self, result: Any) -> Ready | None:
         """The answer to a result of the usual kind; None for any other result or exception."""
@@ -60,6 +62,7 @@ class Host(Protocol):
     keepalive_s: float
     knows: Callable[[Any], bool]
     begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None]
+    submit: Submit
     malformed: Callable[[str], web.Response]
 
     def made(self, connection: "Connection") -> None:

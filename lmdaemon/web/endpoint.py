@@ -153,6 +153,7 @@ class Endpoint:
     ) -> None:
         """The body of a notice may take `body_s` to arrive."""
         self._store = store
+        self.submit = store.submit
         self._clock = clock
         self._health = health
         self._observer = observer
@@ -270,7 +271,7 @@ class Endpoint:
         result: Any
         try:
             await self._check(received)
-            result = await self._store.record(received.recording)
+            result = await self._store.record(received.change)
         except (BadNotice, StoreError) as error:
             result = error
         return received.ready(result) or received.refuse(result)
@@ -332,10 +333,6 @@ class Endpoint:
             self._observer.over_quota(operator.name)
             raise BadNotice("retry", "too many notices of unknown sessions in a minute, please retry later")
 
-    def store(self, recording: Recording, done: Callable[[Any], None]) -> None:
-        """Records a notice, as Store.submit does."""
-        self._store.submit(recording, done)
-
     def refuse(self, dialect: Dialect, refusal: BadNotice, facts: Mapping[str, Any]) -> web.Response:
         """The answer to a notice that is refused with an answer code."""
         code = dialect.codes.of(refusal.meaning)
@@ -359,7 +356,7 @@ class Endpoint:
 class _Received:
     """A notice that was read and authenticated (`connection.Begun`)."""
 
-    __slots__ = ("_endpoint", "_facts", "_head", "_path", "_route", "extra", "operator", "parsed")
+    __slots__ = ("_endpoint", "_facts", "_head", "_path", "_route", "change", "extra", "operator", "parsed")
 
     def __init__(
         self,
@@ -380,24 +377,16 @@ class _Received:
         self.operator = operator
         self.parsed = parsed
         self.extra = extra
-
-    @property
-    def recording(self) -> Recording:
-        """What is stored."""
-        operator, parsed = self.operator, self.parsed
-        return Recording(
+        self.change = Recording(
             operator.name,
             parsed.session_id,
             parsed.player_id,
             parsed.token,
             compare_token=operator.token_check == "session",
             accept_unknown=operator.accept_unknown,
-            extra=self.extra.text,
+            extra=extra.text,
             idle_ms=int(operator.idle_s * 1000),
         )
-
-    def store(self, done: Callable[[Any], None]) -> None:
-        self._endpoint.store(self.recording, done)
 
     def ready(self, result: Any) -> Ready | None:
         if isinstance(result, Exception) or result in UNRECORDED:

@@ -21,7 +21,7 @@ class _Halves(NamedTuple):
 
     takes: type[shapes.Request] | None
     of_session: bool  # whether the path has the id of a session
-    operation: Callable[[Asked[Any]], Operation[Any]]  # what is stored; raises Problem
+    change: Callable[[Asked[Any]], Operation[Any]]  # what is stored; raises Problem
     ready: Callable[[Asked[Any], Any], Ready | None]  # the answer; None for an unusual result
     refuse: Callable[[Asked[Any], Any], Awaitable[NoReturn]]  # raises the Problem of an unusual result
 
@@ -39,7 +39,6 @@ class Frequent:
     ) -> None:
         self._context = context
         self.answered = answered
-        self.submit = context.store.submit
         its = sessions
         self._calls = {
             "openSession": _Halves(shapes.Opening, True, its.opening, its.opened, its.refuse_opening),
@@ -61,7 +60,7 @@ class Frequent:
                 if len(body) > bodies.longest(halves.takes):
                     return None
                 asked.given = read_given(head, halves.takes, body)
-            return _Begun(self, call, halves, asked, halves.operation(asked))
+            return _Begun(self, call, halves, asked, halves.change(asked))
         except Problem:
             return None
 
@@ -69,19 +68,16 @@ class Frequent:
 class _Begun:
     """A call whose change is being stored (`connection.Begun`)."""
 
-    __slots__ = ("_asked", "_call", "_frequent", "_halves", "_operation")
+    __slots__ = ("_asked", "_call", "_frequent", "_halves", "change")
 
     def __init__(
-        self, frequent: Frequent, call: str, halves: _Halves, asked: Asked[Any], operation: Operation[Any]
+        self, frequent: Frequent, call: str, halves: _Halves, asked: Asked[Any], change: Operation[Any]
     ) -> None:
         self._frequent = frequent
         self._call = call
         self._halves = halves
         self._asked = asked
-        self._operation = operation
-
-    def store(self, done: Callable[[Any], None]) -> None:
-        self._frequent.submit(self._operation, done)
+        self.change = change
 
     def ready(self, result: Any) -> Ready | None:
         return None if isinstance(result, Exception) else self._halves.ready(self._asked, result)

@@ -167,29 +167,41 @@ class HotConnection(Connection):
         self._request_in_progress = True
         self._waiter = None
         self._arrival.head_since = None
-        begun.store(self._stored)
+        self._site.submit(begun.change, self._stored)
         return True
 
     def _stored(self, result: Any) -> None:
         """Answers a request whose change was stored, or could not be. The store calls this, so it must not fail."""
+        try:
+            self._answer(result)
+        except Exception as error:
+            self.force_close()
+            self._loop.call_exception_handler({"message": "a request cannot be answered", "exception": error})
+
+    def _answer(self, result: Any) -> None:
         begun, transport = self._begun, self.transport
         try:
             ready = begun.ready(result)
-            if transport is None or transport.is_closing():
-                if ready is None:
-                    _go_on(begun.rest(result))
-                self._end()
-            elif ready is None or self._close or self._force_close or self._site.closing:
-                self._hand_over(begun.rest(result) if ready is None else _returns(ready))
-            else:
-                transport.write(ready.whole)
-                self._answered += 1
-                self._count()
-                self._forget()
-                self._request_in_progress = False
-                self._wait_again()
         except Exception as error:
-            self._hand_over(begun.rest(error))
+            ready, result = None, error
+        if transport is None or transport.is_closing():
+            if ready is None:
+                _go_on(begun.rest(result))
+            self._end()
+        elif ready is None or self._close or self._force_close or self._site.closing:
+            self._hand_over(begun.rest(result) if ready is None else _returns(ready))
+        else:
+            transport.write(ready.whole)
+            self._answered += 1
+            self._count()
+            self._forget()
+            self._request_in_progress = False
+            self._waiter = self._idle
+            if self._messages:  # the next request has arrived already
+                self._idle.set_result(None)
+            self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout
+            if self._keepalive_handle is None:
+                self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
     def _count(self) -> None:
         """Sets the connection's state as aiohttp does when it takes a request from its queue."""
@@ -197,15 +209,6 @@ class HotConnection(Connection):
             self._manager.requests_count += 1
         if self._parser is not None:
             self._parser.message_consumed()
-
-    def _wait_again(self) -> None:
-        """Makes the connection ready for the next request, which may have arrived already."""
-        self._waiter = self._idle
-        if self._messages:
-            self._idle.set_result(None)
-        self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
     def _hand_over(self, reply: Coroutine[Any, Any, Reply]) -> None:
         """Passes the request to aiohttp, with a handler that returns this reply."""

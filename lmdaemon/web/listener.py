@@ -18,6 +18,7 @@ from aiohttp.http import RawRequestMessage
 
 from lmdaemon.config.values import Network
 from lmdaemon.log import Log
+from lmdaemon.store.contract import Submit
 from lmdaemon.web import handshakes
 from lmdaemon.web.connection import Begun, Connection
 from lmdaemon.web.memory import Bounds
@@ -71,6 +72,7 @@ class Site(web.BaseSite):
         "most",
         "share",
         "stop_within_s",
+        "submit",
         "tls",
         "trusted_proxies",
         "turned_away",
@@ -113,6 +115,7 @@ class Site(web.BaseSite):
         # Begins to handle a request, given its head, its body and its transport, if only one change has to be stored
         # before it can be answered; None for other requests
         self.begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None] = lambda *_: None
+        self.submit: Submit  # stores such a change; set where `begin` is
         self.stop_within_s = 10.0  # how long a stop waits for answers
         self.connections = 0  # open now, those in their TLS handshake included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)

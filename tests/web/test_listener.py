@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import LISTEN, RawConnection, hear, raw_connection, serving, until
@@ -437,8 +438,14 @@ async def test_a_touch_is_queued_within_the_turns_that_a_sweep_waits(
     """The touch arrives while the loop is busy, and waits in the kernel until the loop's next turn."""
     queued = []
     async with serving(tmp_path, CONFIG) as daemon:
-        submit = daemon.store.writer.submit
-        monkeypatch.setattr(daemon.store.writer, "submit", lambda *given: (queued.append(given), submit(*given)))
+        submit = daemon.store.submit
+
+        def seen(*given: Any) -> None:
+            queued.append(given)
+            submit(*given)
+
+        for part in (daemon.store.writer, daemon.sites["api"]):  # a touch is queued by either of them
+            monkeypatch.setattr(part, "submit", seen)
         host, port = daemon.api.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as peer:
             if kept:

@@ -273,6 +273,9 @@ _ONE_TOUCHED = Touched(1, [], [])
 _NOTHING_DECIDED: _Decided = {}
 
 
+_TOKEN = Session._fields.index("token")
+
+
 class _Sessions:
     """The sessions that a batch concerns, as they are after each of its operations; their changes go into `changes`.
 
@@ -288,8 +291,8 @@ class _Sessions:
         self._last_session = changes.world.last_session
         # Sessions by operator and id, as the operations so far have left them
         self._known: dict[str, dict[str, Session]] = {}
-        # Operator and session id of new sessions, in the order in which they are added
-        self._added: dict[tuple[str, str], None] = {}
+        # New sessions by operator and session id, in the order in which they are added, with what is kept of the token
+        self._added: dict[tuple[str, str], str | None] = {}
         if facts is not None:
             for operator in facts.asked:
                 self._known[operator] = {}
@@ -397,7 +400,7 @@ class _Sessions:
         if self._facts is None and session.session_id in self._changes.touched.get(session.operator, ()):
             raise FactsNeeded
         self._last_session = session.id
-        self._added[session.operator, session.session_id] = None
+        self._added[session.operator, session.session_id] = session.token
         self._put(session)
         return session
 
@@ -468,21 +471,25 @@ class _Sessions:
         return (session.operator, session.session_id) in self._added
 
     def keep_tokens(self, tokens: Sequence[str | None]) -> None:
-        """Replaces the token of each ended session by what is kept of it, and adds to `changes.ended` those sessions
-        whose rows are in the table already.
+        """Takes what is kept of the token of each session that ends. Adds to `changes.ended` those sessions whose rows
+        are in the table already.
         """
         changes = self._changes
         for session, token in zip(changes.ends, tokens, strict=True):
-            if token != session.token:
-                self._put(session._replace(token=token))
-            if not self._is_new(session):
+            key = session.operator, session.session_id
+            if key in self._added:
+                self._added[key] = token
+            else:
                 seen_ms = session.seen_ms if session.reason == "inactivity" else None
                 changes.ended.append((session.id, session.reason, session.extra, token, seen_ms, session.ended_request))
 
     def seal(self) -> None:
         """Adds the rows of new sessions. Nothing may be decided after this."""
         self._changes.last_session = self._last_session
-        self._changes.sessions = [tuple(self._known[operator][session_id]) for operator, session_id in self._added]
+        for (operator, session_id), token in self._added.items():
+            row = self._known[operator][session_id]
+            kept = tuple(row) if token is row.token else (*row[:_TOKEN], token, *row[_TOKEN + 1 :])
+            self._changes.sessions.append(kept)
 
 
 class _Sweeps:

@@ -221,6 +221,12 @@ class Log:
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
 
+    def is_full(self, event: str) -> bool:
+        """Whether a line of this event would only be counted now; if so, counts it. For frequent events, to ask this
+        costs less than to collect the facts of the line.
+        """
+        return repeats.suppresses(event)
+
     def debug(self, event: str, **facts: Any) -> None:
         """An event for `level = "debug"` only."""
         self._emit(logging.DEBUG, event, facts)

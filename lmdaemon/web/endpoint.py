@@ -393,7 +393,8 @@ class _Received:
             return None
         event = "notice.repeated" if result == "repeated" else "notice.recorded"
         dialect, facts = self.parsed.dialect, self._facts
-        log.info(event, **facts, dialect=dialect.name, extra_left_out=self.extra.left_out or None)
+        if not log.is_full(event):
+            log.info(event, **facts, dialect=dialect.name, extra_left_out=self.extra.left_out or None)
         return self._endpoint.recorded(dialect, self.operator.name)
 
     def refuse(self, result: Any) -> Reply:

@@ -62,10 +62,10 @@ class Ready:
         """The bytes to send now, for HTTP/1.1 on a connection that stays open. Only the date in them changes."""
         second = int(time.time())
         if second != self._second:
-            body, kind = self.body, self.content_type
-            entity = f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n" if body else ""
-            head = f"HTTP/1.1 {self.status} {_REASONS[self.status]}\r\n{entity}Date: {_date(second)}\r\n\r\n"
-            self._whole, self._second = head.encode() + body, second
+            body = self.body
+            length = b"%d\r\n" % len(body) if self.content_type else b""
+            self._whole = b"".join((_head(self.status, self.content_type), length, _date(second), body))
+            self._second = second
         return self._whole
 
 
@@ -80,9 +80,17 @@ class Head(Protocol):
 Reply = web.StreamResponse | Ready
 
 
+@lru_cache(maxsize=16)
+def _head(status: int, content_type: str) -> bytes:
+    """The head of an answer without its date; if it has a body, up to the length of that."""
+    entity = f"Content-Type: {content_type}\r\nContent-Length: " if content_type else ""
+    return f"HTTP/1.1 {status} {_REASONS[status]}\r\n{entity}".encode()
+
+
 @lru_cache(maxsize=1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+def _date(second: int) -> bytes:
+    """The end of a head."""
+    return f"Date: {formatdate(second, usegmt=True)}\r\n\r\n".encode()
 
 
 async def read_body(request: web.BaseRequest, limit: int, within_s: float) -> bytes:

@@ -49,8 +49,9 @@ class Sessions:
         changed = opened.outcome == "created"
         if changed:
             self._metrics.opened(operator.name)
-            by, asking = self._context.asker(asked.request)
-            log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
+            if not log.is_full("session.opened"):
+                by, asking = self._context.asker(asked.request)
+                log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
         elif opened.outcome == "open":
             self._metrics.touched(operator.name, 1)
         else:

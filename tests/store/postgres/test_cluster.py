@@ -348,9 +348,9 @@ async def test_a_daemon_tells_the_time_that_has_passed_since_it_last_heard(
     postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
     """A tenth of the time since then is not sure. What is on its way while the clock is moved may make it less sure."""
-    untold = []
+    untold: list[int] = []
     async with postgres_engine.open(clock) as db:
-        for _ in range(5):
+        while not untold or (min(untold) > 41 and len(untold) < 20):
             await db.probe()
             clock.advance(0.4)
             await db.probe()

@@ -221,9 +221,10 @@ class Log:
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
 
-    def is_full(self, event: str) -> bool:
-        """Whether a line of this event would only be counted now; if so, counts it. For frequent events, to ask this
-        costs less than to collect the facts of the line.
+    def suppresses(self, event: str) -> bool:
+        """Whether it is known that a line of this event would not be written now. If so, counts the line, which must
+        not be logged then. Saves the time to collect the facts of frequent events; not for warnings and errors, which
+        `happened` counts too.
         """
         return repeats.suppresses(event)
 

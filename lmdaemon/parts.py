@@ -235,7 +235,7 @@ class _Recorder(StoreObserver):
         for session in sessions:
             if session.reason == "inactivity":
                 self._metrics.lag.observe(max(0, now_ms - session.deadline_ms) / 1000)
-            if events.is_full("session.ended"):
+            if events.suppresses("session.ended"):
                 continue
             facts = {"operator": session.operator, "session": session.session_id, "reason": session.reason}
             by, request_id = NOBODY

@@ -452,7 +452,9 @@ class StoreObserver:
 # -- the store
 
 
-Submit = Callable[[Operation[Any], Callable[[Any], None]], None]
+# Takes the answer to an operation, or the exception that the operation failed with. It must not raise
+Done = Callable[[Any], None]
+Submit = Callable[[Operation[Any], Done], None]  # see `Store.submit`
 
 
 class Store(Protocol):
@@ -611,8 +613,10 @@ class Store(Protocol):
     # Changes
     @property
     def submit(self) -> Submit:
-        """Begins a change without a coroutine. The function given is called once, on the event loop, with the answer or
-        with an exception; if the change is refused at once, before `submit` returns. It must not raise.
+        """Begins a change without a coroutine. `submit(operation, done)` has `done` called once, on the event loop:
+        after the commit, or with an exception. If the change is refused at once, that is before `submit` returns.
+
+        A property, so that whoever keeps it calls the writer's own function.
         """
 
     async def open_session(self, opening: Opening) -> Opened:

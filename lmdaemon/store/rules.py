@@ -272,8 +272,7 @@ _PlacedTouching = tuple[int, Touching, _Decided]
 _ONE_TOUCHED = Touched(1, [], [])
 _NOTHING_DECIDED: _Decided = {}
 
-
-_TOKEN = Session._fields.index("token")
+_TOKEN_AT = Session._fields.index("token")  # its column in the row of a session
 
 
 class _Sessions:
@@ -471,8 +470,8 @@ class _Sessions:
         return (session.operator, session.session_id) in self._added
 
     def keep_tokens(self, tokens: Sequence[str | None]) -> None:
-        """Takes what is kept of the token of each session that ends. Adds to `changes.ended` those sessions whose rows
-        are in the table already.
+        """Notes what is kept of the tokens of ended sessions: `tokens` has that for each of `changes.ends`. Adds to
+        `changes.ended` those sessions whose rows are in the table already.
         """
         changes = self._changes
         for session, token in zip(changes.ends, tokens, strict=True):
@@ -487,9 +486,10 @@ class _Sessions:
         """Adds the rows of new sessions. Nothing may be decided after this."""
         self._changes.last_session = self._last_session
         for (operator, session_id), token in self._added.items():
-            row = self._known[operator][session_id]
-            kept = tuple(row) if token is row.token else (*row[:_TOKEN], token, *row[_TOKEN + 1 :])
-            self._changes.sessions.append(kept)
+            session = self._known[operator][session_id]
+            kept = token is session.token  # the whole token, as always while the session is open
+            row = tuple(session) if kept else (*session[:_TOKEN_AT], token, *session[_TOKEN_AT + 1 :])
+            self._changes.sessions.append(row)
 
 
 class _Sweeps:

@@ -8,14 +8,14 @@ outage is logged once, and one write a second tries whether it is over.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from lmdaemon.limits import StoreLimits
 from lmdaemon.log import Log, place
-from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Operation, StoreError
+from lmdaemon.store.contract import BATCH_ROWS, Answer, DatabaseError, Done, Operation, StoreError
 
 BATCH_MAX = 1000  # most operations in one transaction: bounds how long one commit takes
 JOIN_MAX = 64  # a batch of fewer operations waits for others. For a larger one, waiting would only keep the writer idle
@@ -80,8 +80,6 @@ class Engine(Protocol[_TheirWork]):
         """Is called last, after a DatabaseError, to save what can be saved."""
 
 
-# Takes the answer to an operation, or the exception that the operation failed with
-Done = Callable[[Any], None]
 # An operation in the queue, the number of rows it names, and who takes its answer. It is no NamedTuple, because making
 # one costs a call.
 _Queued = tuple[Operation[Any], int, Done]
@@ -127,9 +125,7 @@ class Writer(Generic[Work]):
         return answer
 
     def submit(self, operation: Operation[Any], done: Done) -> None:
-        """Queues one operation. `done` is called once, on the event loop, after the commit or with an exception; if the
-        operation is refused at once, before this method returns. It must not raise.
-        """
+        """Queues one operation; see `Store.submit`."""
         if self._closing:
             self.refused["stopping"] += 1
             done(StoreError("the store is closed"))

@@ -4,6 +4,7 @@
 has a listener of its own, for game servers, the commands of `lmdaemon`, and administrators.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 import orjson
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 
 from lmdaemon.config.settings import ApiToken, Settings
 from lmdaemon.config.values import names_itself
@@ -44,18 +46,18 @@ class Api:
         sessions = Sessions(context)
         parts = (
             sessions,
-            Deliveries(self._context),
-            Administration(self._context, openapi.document),
-            Watching(self._context),
-            Trying(self._context),
+            Deliveries(context),
+            Administration(context, openapi.document),
+            Watching(context),
+            Trying(context),
         )
-        self._parts = {type(part).__name__: part for part in parts}
+        by_name = {type(part).__name__: part for part in parts}
+        self._served = {call.name: call.served_by(by_name[call.part], context) for call in CALLS}
         self._console = Console(context)
         self._health = context.health
         self._metrics = context.metrics
-        self.submit = context.store.submit
         self._frequent = Frequent(sessions, context, self._answered)
-        self._served = {call.name: call.served_by(self._parts[call.part], self._context) for call in CALLS}
+        self.submit = context.store.submit  # for what `begin` returns
 
     def configure(self, settings: Settings) -> None:
         """Takes over new settings for all requests that come from now on."""
@@ -70,9 +72,8 @@ class Api:
         # A session may have the id "touch", so the path of touchSessions also serves the calls for one session
         routes[1:1] = [(call, SESSIONS + "/touch") for call in CALLS if call.path == SESSION]
         for call, path in routes:
-            handler = call.served_by(self._parts[call.part], self._context)
             add = app.router.add_get if call.method == "GET" else partial(app.router.add_route, call.method)
-            add(path, handler)
+            add(path, self._served[call.name])
         for path in PATHS:
             app.router.add_get(path, self._console.serve)
         return app
@@ -86,22 +87,20 @@ class Api:
             expect = request.headers.get("Expect", "").lower()
             if expect and expect != "100-continue":  # aiohttp would answer 417 before the token is checked
                 return self._guarded(request, _unexpected)
-            return (None if expect else self._direct(request)) or otherwise(request)
+            return (None if expect else self._frequent_call(request)) or otherwise(request)
 
         return handle
 
-    def begin(self, head: Any, body: bytes, _: Any = None) -> Begun | None:
-        """Begins a frequent call that is allowed, given its head as aiohttp's parser returns it. None for all other
-        requests.
-        """
-        call, found = _frequent(head.method, head.url.raw_path)
+    def begin(self, head: RawRequestMessage, body: bytes, _: asyncio.Transport | None) -> Begun | None:
+        """Begins a frequent call that is allowed (`connection.Begin`). None for all other requests."""
+        call, found = _call_at(head.method, head.url.raw_path)
         if found is None or not self._may_change(head):
             return None
         return self._frequent.begin(call, found["operator"], found["session"], head, body)
 
-    def _direct(self, request: web.Request) -> Awaitable[Reply] | None:
-        """Handles a frequent call; None for all other requests."""
-        call, _ = _frequent(request.method, request.rel_url.raw_path)
+    def _frequent_call(self, request: web.Request) -> Awaitable[Reply] | None:
+        """Serves a frequent call; None for all other requests."""
+        call, _ = _call_at(request.method, request.rel_url.raw_path)
         return self._guarded(request, self._served[call]) if call else None
 
     def knows(self, head: Head) -> bool:
@@ -127,7 +126,7 @@ class Api:
         log.warning("api.unauthorized", peer=request.remote or None, request_id=request_id(request))
         raise Problem("unauthorized", "a valid bearer token is required")
 
-    async def _answered(self, head: Any, call: str, reply: Awaitable[Any]) -> Any:
+    async def _answered(self, head: web.Request | RawRequestMessage, call: str, reply: Awaitable[Any]) -> Any:
         """The reply of a call, or the answer to its error. `head` is aiohttp's request, or its head alone."""
         headers = {}
         try:
@@ -150,7 +149,9 @@ class Api:
         return problem.answer(headers)
 
     def _may_change(self, head: Head) -> bool:
-        """Whether a request may change something, without looking at its Origin: False if it has one."""
+        """Whether a request may change something, as `_check_rights` decides. Where no token is configured, False also
+        for a request with an Origin, because it takes more to decide that.
+        """
         tokens = self._context.settings.api_tokens
         if tokens:
             token = bearer(head, tokens)
@@ -197,8 +198,8 @@ class Api:
         return health_answer(orjson.dumps({"status": status}), status)
 
 
-def _frequent(method: str, path: str) -> tuple[str, re.Match[str] | None]:
-    """The name of the call, if it is a frequent one, and what its path has matched."""
+def _call_at(method: str, path: str) -> tuple[str, re.Match[str] | None]:
+    """The name of a frequent call, and what _FREQUENT has found in its path; "" and None for any other call."""
     found = _FREQUENT.fullmatch(path)
     if found is None:
         return "", None

@@ -164,7 +164,7 @@ class Asked(Generic[_Given]):
     given: _Given
 
     def __init__(self, request: Any) -> None:
-        self.request = request  # aiohttp's, or for a call that was begun from its head (`web.begun`) that head
+        self.request = request  # aiohttp's request; or its head alone, in a call that `frequent` has begun
 
 
 Handler = Callable[[Any, Asked[Any]], Awaitable[shapes.Answer | Reply]]

@@ -21,7 +21,7 @@ from aiohttp.web_protocol import _ErrInfo
 from lmdaemon.log import Log
 from lmdaemon.store.contract import Operation, Submit
 from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
-from lmdaemon.web.requests import Ready, Reply
+from lmdaemon.web.requests import Head, Ready, Reply
 from lmdaemon.web.sockets import TURNED_AWAY
 
 TAKEN_MIN = 4096  # a client that takes fewer bytes than this in `Limits.write_s` is cut
@@ -47,10 +47,16 @@ class Begun(Protocol):
         """What is to be stored."""
 
     def ready(self, result: Any) -> Ready | None:
-        """The answer to a result of the usual kind; None for any other result or exception."""
+        """Returns the answer to a usual result of the store, and logs and counts it. Returns None, and does nothing,
+        for any other result, and for an exception in the place of a result.
+        """
 
-    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
-        """Finds the answer to any other result, or exception, and logs and counts what is to be logged and counted."""
+    def answer_unusual(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        """Returns the answer to a result for which `ready` returned None, or to an exception; logs and counts it."""
+
+
+# Begins to handle a request, given its head, its body and the transport of its connection. None: aiohttp's way is taken
+Begin = Callable[[RawRequestMessage, bytes, asyncio.Transport | None], Begun | None]
 
 
 class Host(Protocol):
@@ -60,8 +66,8 @@ class Host(Protocol):
     bounds: Bounds
     closing: bool
     keepalive_s: float
-    knows: Callable[[Any], bool]
-    begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None]
+    knows: Callable[[Head], bool]
+    begin: Begin
     submit: Submit
     malformed: Callable[[str], web.Response]
 

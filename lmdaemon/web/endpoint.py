@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import orjson
 from aiohttp import HttpVersion11, web
+from aiohttp.http import RawRequestMessage
 
 from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Operator, Settings
@@ -153,7 +154,7 @@ class Endpoint:
     ) -> None:
         """The body of a notice may take `body_s` to arrive."""
         self._store = store
-        self.submit = store.submit
+        self.submit = store.submit  # for what `begin` returns
         self._clock = clock
         self._health = health
         self._observer = observer
@@ -194,9 +195,9 @@ class Endpoint:
         route = self._routes.get(path)
         return await self.answered(request, path, route, self._receive(request, path, route))
 
-    def begin(self, head: Any, body: bytes, transport: asyncio.Transport | None) -> Begun | None:
-        """Begins a notice that can be recorded, given its head as aiohttp's parser returns it. None for a notice that
-        is refused or that a plug-in or a quota may refuse, and for all other requests.
+    def begin(self, head: RawRequestMessage, body: bytes, transport: asyncio.Transport | None) -> Begun | None:
+        """Begins a notice that can be recorded (`connection.Begin`). None for a notice that is refused or that a
+        plug-in or a quota may refuse, and for all other requests.
         """
         path = endpoint_key(head.url.raw_path)
         route = None if self._plugins or head.method != "POST" else self._routes.get(path)
@@ -211,7 +212,7 @@ class Endpoint:
             return None
         return None if received.operator.name in self._quotas else received
 
-    async def answered(self, head: Any, path: str, route: Route | None, reply: Awaitable[Reply]) -> Reply:
+    async def answered(self, head: Head, path: str, route: Route | None, reply: Awaitable[Reply]) -> Reply:
         """The reply to a request, or the answer to its error. `head` is aiohttp's request, or its head alone."""
         try:
             return await reply
@@ -393,12 +394,14 @@ class _Received:
             return None
         event = "notice.repeated" if result == "repeated" else "notice.recorded"
         dialect, facts = self.parsed.dialect, self._facts
-        if not log.is_full(event):
+        if not log.suppresses(event):
             log.info(event, **facts, dialect=dialect.name, extra_left_out=self.extra.left_out or None)
         return self._endpoint.recorded(dialect, self.operator.name)
 
     def refuse(self, result: Any) -> Reply:
-        """The answer to a notice that was not recorded. Raises what is no refusal of the notice."""
+        """The answer to a notice that was not recorded. Raises Refused if it could not be stored, and any exception in
+        the place of a result that is neither a BadNotice nor a StoreError.
+        """
         dialect, facts = self.parsed.dialect, self._facts
         if isinstance(result, StoreError):
             log.warning("notice.not_stored", **facts, reason=str(result))
@@ -409,10 +412,11 @@ class _Received:
         refusal = result if isinstance(result, BadNotice) else BadNotice(result, UNRECORDED[result])
         return self._endpoint.refuse(dialect, refusal, facts)
 
-    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
-        return self._endpoint.answered(self._head, self._path, self._route, self._rest(result))
+    def answer_unusual(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        return self._endpoint.answered(self._head, self._path, self._route, self._refuse(result))
 
-    async def _rest(self, result: Any) -> Reply:
+    async def _refuse(self, result: Any) -> Reply:
+        """`refuse` as a coroutine; `Endpoint.answered` answers what it raises."""
         return self.refuse(result)
 
 

@@ -1,18 +1,20 @@
 """Frequent calls of the private API in two halves: what a call stores, and the answer to the store's result.
 
-Nothing else has to be waited for, so `web.hot` needs no coroutine for these calls. Whatever is unusual is left to the
-handlers in `sessions`, which consist of the same halves.
+Between the halves, such a call waits for nothing but the store, so `hot` needs no coroutine for it. The handlers in
+`sessions` consist of the same halves; they serve the calls that are not begun here.
 """
 
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
+
+from aiohttp.http import RawRequestMessage
 
 from lmdaemon import shapes
 from lmdaemon.store.contract import Operation
 from lmdaemon.web import bodies
 from lmdaemon.web.calls import Asked, Context, check_codings, decoded_id, read_given
 from lmdaemon.web.problems import Problem
-from lmdaemon.web.requests import Head, Ready, Reply
+from lmdaemon.web.requests import Ready, Reply
 from lmdaemon.web.sessions import Sessions
 
 
@@ -27,28 +29,31 @@ class _Halves(NamedTuple):
 
 
 class Frequent:
-    """Begins the frequent calls. `answered` returns the reply of a call, given its head and its name, also if it
-    fails.
+    """Begins the frequent calls. `answered(head, call, reply)` returns the awaited reply of the call of this name, or
+    the answer to its error.
     """
 
     def __init__(
         self,
         sessions: Sessions,
         context: Context,
-        answered: Callable[[Head, str, Awaitable[Reply]], Coroutine[Any, Any, Reply]],
+        answered: Callable[[RawRequestMessage, str, Awaitable[Reply]], Coroutine[Any, Any, Reply]],
     ) -> None:
         self._context = context
         self.answered = answered
-        its = sessions
         self._calls = {
-            "openSession": _Halves(shapes.Opening, True, its.opening, its.opened, its.refuse_opening),
-            "touchSession": _Halves(None, True, its.touching, its.touched, its.refuse_touch),
+            "openSession": _Halves(shapes.Opening, True, sessions.opening, sessions.opened, sessions.refuse_opening),
+            "touchSession": _Halves(None, True, sessions.touching, sessions.touched, sessions.refuse_touch),
             # No result is unusual: the answer names the sessions that could not be touched
-            "touchSessions": _Halves(shapes.BulkTouch, False, its.touching_many, its.touched_many, its.refuse_touch),
+            "touchSessions": _Halves(
+                shapes.BulkTouch, False, sessions.touching_many, sessions.touched_many, sessions.refuse_touch
+            ),
         }
 
-    def begin(self, call: str, operator: str, session: str, head: Any, body: bytes) -> "_Begun | None":
-        """Begins a call that may be made; None if it will be refused. `session` is the segment of its path."""
+    def begin(self, call: str, operator: str, session: str, head: RawRequestMessage, body: bytes) -> "_Begun | None":
+        """Begins a call whose token was checked; None if the call is refused. `call` is its name in `routes`, `session`
+        the segment of its path that has the session id.
+        """
         halves = self._calls[call]
         asked: Asked[Any] = Asked(head)
         try:
@@ -66,7 +71,7 @@ class Frequent:
 
 
 class _Begun:
-    """A call whose change is being stored (`connection.Begun`)."""
+    """A call that was begun (`connection.Begun`)."""
 
     __slots__ = ("_asked", "_call", "_frequent", "_halves", "change")
 
@@ -82,10 +87,10 @@ class _Begun:
     def ready(self, result: Any) -> Ready | None:
         return None if isinstance(result, Exception) else self._halves.ready(self._asked, result)
 
-    def rest(self, result: Any) -> Coroutine[Any, Any, Reply]:
-        return self._frequent.answered(self._asked.request, self._call, self._refused(result))
+    def answer_unusual(self, result: Any) -> Coroutine[Any, Any, Reply]:
+        return self._frequent.answered(self._asked.request, self._call, self._refuse(result))
 
-    async def _refused(self, result: Any) -> Reply:
+    async def _refuse(self, result: Any) -> Reply:
         if isinstance(result, Exception):
             raise result
         return await self._halves.refuse(self._asked, result)

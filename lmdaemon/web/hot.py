@@ -14,8 +14,9 @@ from typing import Any
 
 import aiohttp
 from aiohttp import HttpVersion11, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
-from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from lmdaemon.log import Log, place
 from lmdaemon.web.connection import HEAD_END, Begun, Connection
@@ -104,8 +105,8 @@ class HotConnection(Connection):
 
     _begun: Begun
     _idle: "asyncio.Future[None]"
-    _message: Any
-    _stream: Any
+    _message: RawRequestMessage
+    _stream: StreamReader
 
     def data_received(self, data: bytes) -> None:
         """Starts to serve a plain request, and passes everything else on to aiohttp."""
@@ -138,7 +139,9 @@ class HotConnection(Connection):
             if self._parser is stand_in:  # a connection that was cut meanwhile has no parser
                 self._parser = parser
 
-    def _takes(self, parsed: tuple[Any, Any], data: bytes, waiter: "asyncio.Future[None]") -> bool:
+    def _takes(
+        self, parsed: tuple[RawRequestMessage, StreamReader], data: bytes, waiter: "asyncio.Future[None]"
+    ) -> bool:
         """Starts to serve a request if it is plain; returns whether it is."""
         message, stream = parsed
         if stream is EMPTY_PAYLOAD:
@@ -171,7 +174,7 @@ class HotConnection(Connection):
         return True
 
     def _stored(self, result: Any) -> None:
-        """Answers a request whose change was stored, or could not be. The store calls this, so it must not fail."""
+        """Answers a request, given the store's result or an exception. The store calls this, so it must not raise."""
         try:
             self._answer(result)
         except Exception as error:
@@ -186,10 +189,10 @@ class HotConnection(Connection):
             ready, result = None, error
         if transport is None or transport.is_closing():
             if ready is None:
-                _go_on(begun.rest(result))
+                _run_unsent(begun.answer_unusual(result))
             self._end()
         elif ready is None or self._close or self._force_close or self._site.closing:
-            self._hand_over(begun.rest(result) if ready is None else _returns(ready))
+            self._hand_over(begun.answer_unusual(result) if ready is None else _returns(ready))
         else:
             transport.write(ready.whole)
             self._answered += 1
@@ -236,19 +239,18 @@ class HotConnection(Connection):
 
     def _forget(self) -> None:
         """Drops references to an answered request, so that an idle connection does not keep it in memory."""
-        self._message = self._stream = None
-        del self._begun
+        del self._message, self._stream, self._begun
 
 
 async def _returns(reply: Reply) -> Reply:
     return reply
 
 
-_going_on: set[asyncio.Task[Reply]] = set()
+_unsent: set[asyncio.Task[Reply]] = set()
 
 
-def _go_on(reply: Coroutine[Any, Any, Reply]) -> None:
-    """Finds the reply to a client that has left, for what is logged and counted with it."""
+def _run_unsent(reply: Coroutine[Any, Any, Reply]) -> None:
+    """Runs what returns the reply to a client that has left, because it also logs and counts. The reply is dropped."""
     task = asyncio.get_running_loop().create_task(reply)
-    _going_on.add(task)  # the event loop itself keeps no reference to a task
-    task.add_done_callback(_going_on.discard)
+    _unsent.add(task)  # the event loop itself keeps no reference to a task
+    task.add_done_callback(_unsent.discard)

@@ -20,9 +20,9 @@ from lmdaemon.config.values import Network
 from lmdaemon.log import Log
 from lmdaemon.store.contract import Submit
 from lmdaemon.web import handshakes
-from lmdaemon.web.connection import Begun, Connection
+from lmdaemon.web.connection import Begin, Connection
 from lmdaemon.web.memory import Bounds
-from lmdaemon.web.requests import inside
+from lmdaemon.web.requests import Head, inside
 from lmdaemon.web.sockets import Acceptor, Hearing, turn_away
 
 KEEPALIVE_S = 75.0  # how long a connection may wait for its next request
@@ -111,11 +111,9 @@ class Site(web.BaseSite):
         self.trusted_proxies: Sequence[Network] = ()
         self.keepalive_s = KEEPALIVE_S
         # Whether the head of a request has a valid token, so that its bytes count as a known client's (see `memory`)
-        self.knows: Callable[[Any], bool] = lambda head: False
-        # Begins to handle a request, given its head, its body and its transport, if only one change has to be stored
-        # before it can be answered; None for other requests
-        self.begin: Callable[[Any, bytes, asyncio.Transport | None], Begun | None] = lambda *_: None
-        self.submit: Submit  # stores such a change; set where `begin` is
+        self.knows: Callable[[Head], bool] = lambda head: False
+        self.begin: Begin = lambda *_: None  # for requests that `hot` may serve
+        self.submit: Submit  # stores the change of a request that was begun; set together with `begin`
         self.stop_within_s = 10.0  # how long a stop waits for answers
         self.connections = 0  # open now, those in their TLS handshake included
         self.handshakes_failed = dict.fromkeys(handshakes.REASONS, 0)

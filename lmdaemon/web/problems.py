@@ -110,12 +110,12 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         )
 
     def answer(self, headers: Mapping[str, str] | None = None) -> web.Response:
-        """The problem as an HTTP answer."""
-        own = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": RETRY_AFTER_S}}.get(self.status, {})
+        """The problem as an HTTP answer, with the headers of its status and those given."""
+        of_status = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": RETRY_AFTER_S}}.get(self.status, {})
         return web.Response(
             body=to_json(self.body),
             status=self.status,
-            headers={**own, **(headers or {})},
+            headers={**of_status, **(headers or {})},
             content_type="application/problem+json",
         )
 

@@ -41,7 +41,8 @@ class BodyTooSlow(Exception):  # noqa: N818
 class Ready:
     """An answer as bytes, for a frequent call; one that never changes can answer any number of requests.
 
-    A Response of aiohttp can be sent only once, and making one is a large part of the cost of a touch.
+    A Response of aiohttp can be sent only once, and making one is a large part of the cost of a touch. An answer with a
+    body must have a `content_type`.
     """
 
     __slots__ = ("_second", "_whole", "body", "content_type", "status")
@@ -89,7 +90,7 @@ def _head(status: int, content_type: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _date(second: int) -> bytes:
-    """The end of a head."""
+    """The date of an answer, in seconds since 1970, and the end of its head."""
     return f"Date: {formatdate(second, usegmt=True)}\r\n\r\n".encode()
 
 

@@ -44,12 +44,12 @@ class Sessions:
         return _opening(asked, asked.session_id, asked.given)
 
     def opened(self, asked: Asked[shapes.Opening], opened: Opened) -> Ready | None:
-        """The answer if the session is open now; None if it differs or has ended."""
+        """The answer to an opening, which is counted and logged; None if the session differs or has ended."""
         operator = asked.operator
         changed = opened.outcome == "created"
         if changed:
             self._metrics.opened(operator.name)
-            if not log.is_full("session.opened"):
+            if not log.suppresses("session.opened"):
                 by, asking = self._context.asker(asked.request)
                 log.info("session.opened", operator=operator.name, session=asked.session_id, by=by, request_id=asking)
         elif opened.outcome == "open":
@@ -62,7 +62,9 @@ class Sessions:
         return ready_answer(document, 201 if changed else 200)
 
     async def refuse_opening(self, asked: Asked[shapes.Opening], opened: Opened) -> NoReturn:
-        """Raises the Problem of an opening that has found a session that differs or has ended."""
+        """Raises the Problem of an opening that has found a session that differs or has ended. A coroutine only because
+        `refuse_touch` is one, and `frequent` calls both in the same way.
+        """
         if opened.outcome == "differs":
             raise Problem("differs", "the session is open with another playerId or token")
         raise ended(self._context.session(opened.session), 409)
@@ -107,7 +109,7 @@ class Sessions:
         return Touching(asked.operator.name, (asked.session_id,))
 
     def touched(self, asked: Asked[None], touched: Touched) -> Ready | None:
-        """The answer if the session is active; None if it is unknown or has ended."""
+        """The answer to a touch, which is counted; None if the session is unknown or has ended."""
         if not touched.touched:
             return None
         self._metrics.touched(asked.operator.name, 1)
@@ -132,7 +134,7 @@ class Sessions:
         return Touching(asked.operator.name, asked.given.session_ids)
 
     def touched_many(self, asked: Asked[shapes.BulkTouch], touched: Touched) -> Ready:
-        """The answer to touches in bulk."""
+        """The answer to touches in bulk, which are counted; logs those that were refused."""
         self._metrics.touched(asked.operator.name, touched.touched)
         self._log_refused(asked, "unknown-session", touched.unknown)
         self._log_refused(asked, "ended", touched.ended)

@@ -316,10 +316,6 @@ async def trying(way: str, directory: Path, database: str = "", limits: Limits =
             yield Tried(daemon, seen)
 
 
-# Metrics that are measured and differ from run to run
-MEASURED = re.compile(r"process_|python_|lmdaemon_log_|lmdaemon_\w*(seconds|bytes|commit|batch|loop|build)")
-
-
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     try:

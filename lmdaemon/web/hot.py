@@ -21,7 +21,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from lmdaemon.log import Log, place
 from lmdaemon.web.connection import HEAD_END, Begun, Connection
 from lmdaemon.web.memory import HELD_MIN
-from lmdaemon.web.requests import Reply
+from lmdaemon.web.requests import Ready, Reply
 
 # The private attributes of aiohttp's connection that this module uses, and what the parser must make of _TRIAL.
 _CONNECTION = (
@@ -187,12 +187,11 @@ class HotConnection(Connection):
             ready = begun.ready(result)
         except Exception as error:
             ready, result = None, error
+        reply = ready or _started(begun.answer_unusual(result))
         if transport is None or transport.is_closing():
-            if ready is None:
-                _run_unsent(begun.answer_unusual(result))
             self._end()
         elif ready is None or self._close or self._force_close or self._site.closing:
-            self._hand_over(begun.answer_unusual(result) if ready is None else _returns(ready))
+            self._hand_over(reply)
         else:
             transport.write(ready.whole)
             self._answered += 1
@@ -213,13 +212,13 @@ class HotConnection(Connection):
         if self._parser is not None:
             self._parser.message_consumed()
 
-    def _hand_over(self, reply: Coroutine[Any, Any, Reply]) -> None:
+    def _hand_over(self, reply: "Ready | asyncio.Task[Reply]") -> None:
         """Passes the request to aiohttp, with a handler that returns this reply."""
         handler = self._request_handler
 
         async def known(_: web.BaseRequest) -> Any:
             self._request_handler = handler
-            return await reply
+            return reply if isinstance(reply, Ready) else await reply
 
         self._request_handler = known
         self._messages.appendleft((self._message, self._stream))
@@ -242,15 +241,12 @@ class HotConnection(Connection):
         del self._message, self._stream, self._begun
 
 
-async def _returns(reply: Reply) -> Reply:
-    return reply
+_under_way: set[asyncio.Task[Reply]] = set()
 
 
-_unsent: set[asyncio.Task[Reply]] = set()
-
-
-def _run_unsent(reply: Coroutine[Any, Any, Reply]) -> None:
-    """Runs what returns the reply to a client that has left, because it also logs and counts. The reply is dropped."""
+def _started(reply: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
+    """Has a reply be made in a task, so that it is also logged and counted when its client has left."""
     task = asyncio.get_running_loop().create_task(reply)
-    _unsent.add(task)  # the event loop itself keeps no reference to a task
-    task.add_done_callback(_unsent.discard)
+    _under_way.add(task)  # the event loop itself keeps no reference to a task
+    task.add_done_callback(_under_way.discard)
+    return task

@@ -169,6 +169,9 @@ class HotConnection(Connection):
         self._request_count += 1
         self._request_in_progress = True
         self._waiter = None
+        # The parser counts requests that wait, and stops at as many as aiohttp queues. This one is not queued: if it
+        # were counted, aiohttp would not notice that the parser has stopped, and never have it go on
+        self._parser.message_consumed()  # type: ignore[union-attr]
         self._arrival.head_since = None
         self._site.submit(begun.change, self._stored)
         return True
@@ -178,6 +181,8 @@ class HotConnection(Connection):
         try:
             self._answer(result)
         except Exception as error:
+            self._request_in_progress = False
+            self._waiter = self._idle  # so that aiohttp's task ends too
             self.force_close()
             self._loop.call_exception_handler({"message": "a request cannot be answered", "exception": error})
 
@@ -206,11 +211,9 @@ class HotConnection(Connection):
                 self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
     def _count(self) -> None:
-        """Sets the connection's state as aiohttp does when it takes a request from its queue."""
+        """Counts the request, as aiohttp does when it takes one from its queue."""
         if self._manager is not None:
             self._manager.requests_count += 1
-        if self._parser is not None:
-            self._parser.message_consumed()
 
     def _hand_over(self, reply: "Ready | asyncio.Task[Reply]") -> None:
         """Passes the request to aiohttp, with a handler that returns this reply."""

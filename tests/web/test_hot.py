@@ -424,6 +424,19 @@ async def test_what_arrives_meanwhile_is_answered_after_it_in_order(tmp_path: Pa
 
 
 @EACH_WAY
+@pytest.mark.parametrize("count", [31, 32, 33, 70])
+async def test_more_requests_than_aiohttp_queues_are_all_answered(tmp_path: Path, on: str, count: int) -> None:
+    """aiohttp stops to read at 32 requests, and must notice when it can go on."""
+    async with trying(on, tmp_path / "d") as tried:
+        await opened(tried)
+        async with under_way(tried, TOUCH) as (peer, commit):
+            await tried.send(peer, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * count)
+            commit()
+            assert [(await peer.answer()).status for _ in range(count + 1)] == [204, *[401] * count]
+        await nothing_is_held(tried)
+
+
+@EACH_WAY
 @pytest.mark.parametrize("by", ["its client", "us"])
 async def test_what_was_begun_is_stored_when_the_connection_is_lost(tmp_path: Path, on: str, by: str) -> None:
     async with trying(on, tmp_path / "d") as tried:
@@ -515,6 +528,23 @@ async def test_a_bug_after_the_commit_is_answered_and_logged(
             await nothing_is_held(tried)
     facts = [event.facts for event in events if event.name == "api.failed"]
     assert [(one["call"], one["error"]) for one in facts] == [("touchSession", "LookupError")] * 2
+
+
+async def test_if_an_answer_cannot_be_written_only_its_connection_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trying("hot", tmp_path / "d") as tried:
+        await opened(tried)
+        monkeypatch.delattr(Ready, "whole")
+        async with under_way(tried, TOUCH) as (peer, commit):
+            (connection,) = tried.connections
+            task = connection._task_handler
+            await tried.send(peer, NOBODY)  # is held in memory until the connection ends
+            commit()
+            assert await peer.rest() == b""
+            await until(task.done)
+        await nothing_is_held(tried)
+        await tried.daemon.store.probe()  # the store goes on
 
 
 async def test_what_cannot_be_begun_is_served_by_the_framework(tmp_path: Path) -> None:

@@ -560,26 +560,6 @@ async def test_what_cannot_be_begun_is_served_by_the_framework(tmp_path: Path) -
     assert tried.seen.plain == 1  # the opening
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-async def test_a_refusal_is_logged_and_counted_when_its_connection_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is cut in the turn of the event loop between the commit and the answer."""
-    hand_over = HotConnection._hand_over
-
-    def cut_at_once(connection: HotConnection, reply: Any) -> None:
-        hand_over(connection, reply)
-        connection.cut("reader")
-
-    with hear() as events:
-        async with trying("hot", tmp_path / "d") as tried:
-            async with tried.connected(tried.daemon.api) as peer:
-                monkeypatch.setattr(HotConnection, "_hand_over", cut_at_once)
-                await peer.send(api("POST", "acme/sessions/none/touch"))
-                await until(lambda: any(event.name == "touch.refused" for event in events))
-            await nothing_is_held(tried)
-
-
 @EACH_WAY
 async def test_a_refusal_is_logged_and_counted_when_its_client_has_left(tmp_path: Path, on: str) -> None:
     with hear() as events:
@@ -588,6 +568,27 @@ async def test_a_refusal_is_logged_and_counted_when_its_client_has_left(tmp_path
                 peer.writer.transport.abort()
                 await until(lambda: not tried.connections)
                 commit()
+                await until(lambda: any(event.name == "touch.refused" for event in events))
+            await nothing_is_held(tried)
+            counts = await scrape(tried.daemon)
+    assert counts['lmdaemon_api_errors_total{status="404"}'] == 1
+
+
+async def test_a_refusal_is_logged_if_its_connection_is_cut_after_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = HotConnection._stored
+
+    def cut_after(connection: HotConnection, result: Any) -> None:
+        stored(connection, result)
+        connection.cut("memory")
+
+    monkeypatch.setattr(HotConnection, "_stored", cut_after)
+    with hear() as events:
+        async with trying("hot", tmp_path / "d") as tried:
+            async with under_way(tried, api("POST", "acme/sessions/none/touch")) as (peer, commit):
+                commit()
+                assert await peer.rest() == b""
                 await until(lambda: any(event.name == "touch.refused" for event in events))
             await nothing_is_held(tried)
             counts = await scrape(tried.daemon)

@@ -347,8 +347,8 @@ def test_a_slewed_database_clock_does_not_outrun_what_has_passed() -> None:
 async def test_a_daemon_tells_the_time_that_has_passed_since_it_last_heard(
     postgres_engine: PostgresEngine, clock: HandClock
 ) -> None:
-    """A tenth of the time since then is not sure. What is on its way while the clock is moved may make it less sure. All
-    of it is sure if the daemon has a transaction in between, because that hears the server.
+    """A tenth of the time since then is not sure. What is on its way while the clock is moved may make it less sure.
+    All of it is sure if the daemon has a transaction in between, because that hears the server.
     """
     untold: list[int] = []
     async with postgres_engine.open(clock) as db:

@@ -1,10 +1,10 @@
 """Runs lmdaemon and kills it (SIGKILL) when it reaches a line: `KILL_AT=store/writer.py:210 python interrupted.py …
 serve`.
 
-These lines are the ones before and after each await, each SQL statement, and each request or answer that is sent: all
-steps between the queue and the commit, and between the claim of a delivery and its settled row. Between two such steps,
-nothing changes that would still exist after the kill. With `REACHED=FILE`, lmdaemon runs on and writes down which of
-the lines it reaches.
+These lines are the ones before and after each await, each SQL statement, each operation that is queued or answered, and
+each request or answer that is sent: all steps between the queue and the commit, and between the claim of a delivery and
+its settled row. Between two such steps, nothing changes that would still exist after the kill. With `REACHED=FILE`,
+lmdaemon runs on and writes down which of the lines it reaches.
 """
 
 import ast
@@ -32,6 +32,7 @@ WATCHED = [
     # A request: into the queue of the writer, and back
     hot.HotConnection._takes,
     hot.HotConnection._stored,
+    hot.HotConnection._answer,
     frequent.Frequent.begin,
     endpoint.Endpoint.begin,
     endpoint.Endpoint._receive,
@@ -83,7 +84,7 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(constant)
 
 
-CALLS = ("execute", "fetch", "fetch_sessions", "apply", "run", "send", "write")
+CALLS = ("execute", "fetch", "fetch_sessions", "apply", "run", "send", "write", "submit", "append", "done", "_answer")
 CODES = {code for function in WATCHED for code in codes(function.__code__)}
 KILL_AT = os.environ.get("KILL_AT")
 REACHED = os.environ.get("REACHED")
@@ -91,7 +92,9 @@ reached: set[str] = set()
 
 
 def steps(path: str) -> set[int]:
-    """The lines with an await, an SQL statement, or a request or answer that is sent."""
+    """The lines with an await, an SQL statement, an operation that is queued or answered, or a request or answer that is
+    sent.
+    """
     found: set[int] = set()
     for node in ast.walk(ast.parse(Path(path).read_text())):
         function = node.func if isinstance(node, ast.Call) else None

@@ -92,8 +92,8 @@ reached: set[str] = set()
 
 
 def steps(path: str) -> set[int]:
-    """The lines with an await, an SQL statement, an operation that is queued or answered, or a request or answer that is
-    sent.
+    """The lines with an await, an SQL statement, an operation that is queued or answered, or a request or answer that
+    is sent.
     """
     found: set[int] = set()
     for node in ast.walk(ast.parse(Path(path).read_text())):

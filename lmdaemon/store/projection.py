@@ -220,6 +220,7 @@ class Projection:
         return World(
             service_ms=self.service_clock.now_ms(),
             wall_at=self._clock.wall_ms(),
+            monotonic=self._clock.monotonic(),
             set_back_ms=self.set_back_ms,
             last_session=self.last_session,
             gates=self.gates,
@@ -243,7 +244,7 @@ class Projection:
         """
         was_live = self.live > 0
         self.last_session = changes.last_session
-        self._committed_at = (changes.world.wall_at, self._clock.monotonic())
+        self._committed_at = (changes.world.wall_at, changes.world.monotonic)
         if changes.world.set_back_ms:
             log.warning("clock.set_back", by_s=changes.world.set_back_ms / 1000)
             for observer in self.observers:

@@ -65,6 +65,7 @@ class World(NamedTuple):
 
     service_ms: int
     wall_at: int
+    monotonic: float = 0.0  # when both were read
     set_back_ms: int = 0  # how far the wall clock was set back since the last transaction
     last_session: int = 0  # the greatest row number of a session
     gates: Mapping[str, Gate] = MappingProxyType({})

@@ -137,6 +137,18 @@ class TestBatches:
         assert second.due_at == settled.due_at
         assert first.due_at == clock.wall_ms() + 7_000_000
 
+    async def test_a_slow_commit_hides_nothing_of_a_step_of_the_wall_clock(
+        self, engine: Engine, db: Store, clock: HandClock
+    ) -> None:
+        class Slow(contract.StoreObserver):
+            def committed(self, operations: int, took_s: float) -> None:
+                clock.advance(5)
+
+        db.observe(Slow())
+        await db.probe()
+        await engine.step_wall(clock, db, -3600)
+        assert db.set_back_ms == 3_600_000
+
 
 @pytest.mark.parametrize(("crowd", "transactions"), [(True, [1, 1, 1]), (False, [3])])
 async def test_a_sweep_of_a_crowd_makes_nobody_wait_who_came_before_it(

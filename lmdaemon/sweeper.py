@@ -109,8 +109,7 @@ class Sweeper(StoreObserver):
         """Wall time (ms) at which the session will end if it is not touched again; None once it has ended."""
         if session.reason is not None:
             return None
-        deadline_ms = max(session.deadline_ms, self._store.waits_until_ms(session.operator) or 0)
-        left_ms = max(deadline_ms - self._service.now_ms(), int(self.hold_s * 1000), 0)
+        left_ms = max(self._store.ends_at_ms(session) - self._service.now_ms(), int(self.hold_s * 1000), 0)
         idle_at = self._clock.wall_ms() + left_ms
         return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
 

@@ -504,8 +504,10 @@ class Store(Protocol):
         """Takes over new settings, for all batches from the next one on.
 
         Only sessions of `operators` end for inactivity or age. For operators in `pausing`, ends for inactivity wait
-        while no touches come, and for `grace_ms` of service time after touches have come again. If another daemon on
-        the database is lost, the ends of all operators wait for `daemon_grace_ms` of service time.
+        while no touches come, and for `grace_ms` of service time after touches have come again. Older sessions of an
+        operator that was not among `operators` before do not end for inactivity for `grace_ms` either, because their
+        touches were refused. If another daemon on the database is lost, the ends of all operators wait for
+        `daemon_grace_ms` of service time.
         """
 
     def introduce(self, address: str, digest: str) -> None:
@@ -557,6 +559,11 @@ class Store(Protocol):
     def waits_until_ms(self, operator: str) -> int | None:
         """Until when (service time) the operator's ends for inactivity wait because its touches have stopped; None if
         they do not wait.
+        """
+
+    def ends_at_ms(self, session: Session) -> int:
+        """Service time at which the active session ends for inactivity if it is not touched again, as far as its
+        operator is concerned: later than its deadline while the operator's ends wait.
         """
 
     async def release_ends(self, operator: str) -> bool:

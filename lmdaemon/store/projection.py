@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lmdaemon.clock import Clock, ServiceClock
 from lmdaemon.log import Log
-from lmdaemon.model import Gate, Member
+from lmdaemon.model import Gate, Member, Session
 from lmdaemon.store import silence
 from lmdaemon.store.contract import Figures, SinksOf, StoreError, StoreObserver, Wish
 from lmdaemon.store.rules import OPEN_GATE, Changes, World, least
@@ -53,6 +53,8 @@ class Projection:
         self.joined_others = False
         self.expulsions = 0
         self._pauses: dict[str, silence.Pause] = {}
+        self._is_configured = False
+        self._returned_ms: dict[str, int] = {}  # as in World
         self.observers: tuple[StoreObserver, ...] = ()
         self.last_session = 0  # the greatest row number of a session
         self._committed_at = (clock.wall_ms(), clock.monotonic())
@@ -71,6 +73,10 @@ class Projection:
         daemon_grace_ms: int = 0,
     ) -> None:
         """Takes over new settings (Store.configure)."""
+        if self._is_configured:  # not at the start, after which the restart grace applies
+            now_ms = self.service_clock.now_ms()
+            self._returned_ms.update(dict.fromkeys(operators - self.configured, now_ms))
+        self._is_configured = True
         self.configured, self.sinks_of, self.pausing, self.grace_ms = operators, sinks_of, pausing, grace_ms
         self.daemon_grace_ms = daemon_grace_ms
 
@@ -143,6 +149,12 @@ class Projection:
             return None
         now_ms = self.service_clock.now_ms()
         return silence.waits_until(pause, self.touched_ms.get(operator), now_ms, self.grace_ms)
+
+    def ends_at_ms(self, session: Session) -> int:
+        """When the session ends for inactivity if it is not touched again (Store.ends_at_ms)."""
+        operator = session.operator
+        again_ms = silence.may_touch_until(session.seen_ms, self._returned_ms.get(operator), self.grace_ms)
+        return max(session.deadline_ms, again_ms, self.waits_until_ms(operator) or 0)
 
     async def ask_owner(self, operator: str, wish: Wish, within_s: float) -> str:
         """Has the daemon that owns the operator fulfil a wish (Store.ask_owner). Here there is no other daemon."""
@@ -230,6 +242,7 @@ class Projection:
             grace_ms=self.grace_ms,
             pauses=self._pauses,
             touched_ms=self.touched_ms,
+            returned_ms=self._returned_ms,
             figures=self.figures,
         )
 

@@ -1,4 +1,5 @@
-"""When the touches of an operator count as stopped, and how long its ends for inactivity wait then. No SQL, no clock.
+"""When the touches of an operator count as stopped, and how long its ends for inactivity wait then, or after touches
+were refused because the operator was not configured. No SQL, no clock.
 
 `rules` asks this for each session that is due, `alarms` for warnings. Times are service time in milliseconds, so a time
 in which the daemon could not hear touches does not count as silence. Nothing of it is stored: after a restart no end
@@ -66,6 +67,13 @@ def touched(pause: Pause, before_ms: int, now_ms: int, grace_ms: int) -> Pause |
     if pause.resumed_ms is None or now_ms - before_ms >= pause.silent_ms:
         return pause._replace(resumed_ms=now_ms)
     return pause if now_ms < pause.resumed_ms + grace_ms else None
+
+
+def may_touch_until(seen_ms: int, returned_ms: int | None, grace_ms: int) -> int:
+    """Until when a session that was last touched at `seen_ms` does not end, because its operator was not configured
+    until `returned_ms` (None: it was all the time) and touches were refused. 0: it need not wait.
+    """
+    return 0 if returned_ms is None or seen_ms >= returned_ms else returned_ms + grace_ms
 
 
 def look_again_ms(now_ms: int, until_ms: int, idle_ms: int, grace_ms: int) -> int:

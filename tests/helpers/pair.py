@@ -12,7 +12,7 @@ from engines import PostgresEngine
 from support import until
 
 from lmdaemon.limits import LIMITS, StoreLimits
-from lmdaemon.model import Delivery, Gate
+from lmdaemon.model import Delivery, Gate, Session
 from lmdaemon.store.contract import (
     Claim,
     Figures,
@@ -222,6 +222,9 @@ class Pair:
 
     def waits_until_ms(self, operator: str) -> int | None:
         return self._agreed(store.waits_until_ms(operator) for store in self.stores)
+
+    def ends_at_ms(self, session: Session) -> int:
+        return self._agreed(store.ends_at_ms(session) for store in self.stores)
 
     @property
     def next_due_ms(self) -> int | None:

@@ -27,7 +27,7 @@ CREATE TABLE session (
   opened_at   bigint NOT NULL,
   seen_ms     bigint NOT NULL,      -- service time of the last touch: what idleness is measured from; in no index
   seen_at     bigint NOT NULL,      -- the same as wall time, for people
-  due_ms      bigint NOT NULL,      -- never later than seen_ms + idle_ms; a touch leaves it alone, the sweeper moves it
+  due_ms      bigint NOT NULL,      -- when the sweeper looks at it next; a touch leaves it alone
   lifetime_at bigint,               -- wall time of the longest life, or NULL
   ended_at    bigint,
   reason      text CHECK (reason IN ('inactivity', 'max_lifetime', 'closed', 'reported')),

@@ -16,7 +16,7 @@ CREATE TABLE session (
   opened_at   INTEGER NOT NULL,
   seen_ms     INTEGER NOT NULL,     -- service time of the last touch: what idleness is measured from
   seen_at     INTEGER NOT NULL,     -- the same as wall time, for people
-  due_ms      INTEGER NOT NULL,     -- never later than seen_ms + idle_ms; a touch leaves it alone, the sweeper moves it
+  due_ms      INTEGER NOT NULL,     -- when the sweeper looks at it next; a touch leaves it alone
   lifetime_at INTEGER,              -- wall time of the longest life, or NULL
   ended_at    INTEGER,
   reason      TEXT CHECK (reason IN ('inactivity', 'max_lifetime', 'closed', 'reported')),

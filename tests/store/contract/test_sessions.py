@@ -172,6 +172,38 @@ class TestExpiry:
         # The session is looked at again later, or when its operator is configured again
         assert db.next_due_ms is None or db.next_due_ms > db.service_clock.now_ms()
 
+    async def test_a_session_whose_operator_is_configured_again_ends_in_time(self, db: Store, clock: HandClock) -> None:
+        await asyncio.gather(db.open_session(opening("s")), db.open_session(opening("old", lifetime_ms=5000)))
+        db.configure(frozenset({"other"}), lambda session: [])
+        live(clock, db, 11)
+        assert (await db.end_due(idle=True)).ended == 0
+        db.configure(frozenset({"acme", "other"}), lambda session: [])
+        await db.touch("acme", ["s"])
+        live(clock, db, 9.9)
+        await db.end_due(idle=True)
+        assert (await found(db, "s")).reason is None
+        live(clock, db, 0.2)
+        await db.end_due(idle=True)
+        assert (await found(db, "s")).reason == "inactivity"
+        assert (await found(db, "old")).reason == "max_lifetime"
+
+    async def test_an_operator_that_is_configured_again_has_a_grace_for_touches(
+        self, db: Store, clock: HandClock
+    ) -> None:
+        await db.open_session(opening("s"))
+        db.configure(frozenset({"other"}), lambda session: [])
+        live(clock, db, 30)
+        db.configure(frozenset({"acme", "other"}), lambda session: [], grace_ms=2000)
+        await db.open_session(opening("new"))
+        assert db.ends_at_ms(await found(db, "s")) == db.service_clock.now_ms() + 2000
+        new = await found(db, "new")
+        assert db.ends_at_ms(new) == new.deadline_ms
+        live(clock, db, 1.9)
+        assert (await db.end_due(idle=True)).ended == 0
+        live(clock, db, 0.2)
+        assert (await db.end_due(idle=True)).ended == 1
+        assert (await found(db, "new")).reason is None
+
     async def test_a_stalled_daemon_ends_nothing(self, db: Store, clock: HandClock) -> None:
         await db.open_session(opening())
         live(clock, db, 9)

@@ -77,7 +77,6 @@ LIFETIME_MS = {"acme": 0, "beta": 30_000}
 IDLE_MS = (1_000, 4_000, 15_000)
 CONCURRENCY = {("acme", "http"): 2, ("acme", "plugin:hook"): 2, ("beta", "http"): 1}
 TIMEOUT_S = 4.0
-REVISIT_MS = 10_000  # an hour in the daemon; shorter here, so that a test can reach the end of it
 LATE_MS = 50  # promise 5
 TURNS_MAX = 20_000  # turns of the loop at one instant; a backlog takes some hundreds
 # The longest time for which anything may delay a delivery: a Retry-After, then the breaker's longest pauses, then the
@@ -507,6 +506,8 @@ class Promises(RuleBasedStateMachine):
         self.sweeper = Sweeper(self.db, self.clock, grace_s)
         self.dispatcher = Dispatcher(self.db, self.clock, self.peer, Random(self.lives))  # type: ignore[arg-type]
         self.plugins = {name: LoadedPlugin(plugin, self.peer.hook) for name, plugin in base().plugins.items()}
+        self.returned: dict[str, float] = {}  # when operators were configured again in this life
+        self.operators = frozenset(self.settings.operators)
         self.configure()
         self.loops = {
             name: self.loop.create_task(coroutine, name=name)
@@ -525,7 +526,11 @@ class Promises(RuleBasedStateMachine):
         self.closing = False
 
     def configure(self) -> None:
-        self.db.configure(frozenset(self.settings.operators), partial(sinks_of, self.settings))
+        operators = frozenset(self.settings.operators)
+        self.db.configure(operators, partial(sinks_of, self.settings), grace_ms=self.grace_ms)
+        for name in operators - self.operators:
+            self.returned[name] = self.heard
+        self.operators = operators
         self.dispatcher.configure(self.settings, self.plugins)
 
     def finish(self) -> None:
@@ -652,6 +657,9 @@ class Promises(RuleBasedStateMachine):
             return
         assert self.heard - one.heard >= one.idle_ms - 1e-3, f"{key} ended early: {self.heard - one.heard} ms heard"
         assert self.heard - self.started >= self.grace_ms - 1e-3, f"{key} ended during the restart grace"
+        returned = self.returned.get(key[0], 0.0)
+        if one.heard < returned:
+            assert self.heard - returned >= self.grace_ms - 1e-3, f"{key} ended before it could be touched again"
         assert not self.closing, f"{key} ended for inactivity while stopping"
 
     def check_deliveries(self, seen: Seen) -> None:
@@ -797,10 +805,11 @@ class Promises(RuleBasedStateMachine):
             self.states[operator] = state
             self.configure()
             for (name, _), one in self.known.items():
-                # The operator's sessions are looked at again after REVISIT_MS, if the sweeper has looked in the
-                # meantime
+                # If the sweeper has looked at a session in the meantime, it looks again after some time. When the
+                # operator is back, its sessions have a grace
                 if name == operator:
-                    one.not_late_before = self.sure + REVISIT_MS + LATE_MS
+                    revisit_ms = min(max(one.idle_ms, rules.REVISIT_MIN_MS), rules.REVISIT_MAX_MS)
+                    one.not_late_before = self.sure + max(revisit_ms, self.grace_ms) + LATE_MS
                     one.orphaned |= state == "gone"
             self.settled()
 
@@ -989,7 +998,7 @@ class Promises(RuleBasedStateMachine):
                 self.reload(name, ["on"])
             if name in self.held:
                 self.release(name)
-        self.move((max(IDLE_MS) + REVISIT_MS + self.grace_ms) / 1000 + 5)
+        self.move((2 * max(IDLE_MS) + self.grace_ms) / 1000 + 5)
         assert [key for key, one in self.known.items() if one.reason is None] == []
         self.move(LONGEST_WAIT_S)
         self.check_nothing_pends()
@@ -1007,7 +1016,6 @@ class Promises(RuleBasedStateMachine):
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread.Thread, "run", run_at_once)
-    monkeypatch.setattr(rules, "REVISIT_MS", REVISIT_MS)
 
 
 def test_every_promise_is_kept_whatever_happens(simulated: None) -> None:

@@ -22,6 +22,7 @@ from lmdaemon.store.contract import Figures, GateChange, Opening, Recording, Sto
 from lmdaemon.store.postgres.cluster import AHEAD_MS
 from lmdaemon.store.postgres.company import NOW, OTHERS, Seen, seen
 from lmdaemon.store.postgres.errors import meaning
+from lmdaemon.store.postgres.hints import HINT
 from lmdaemon.store.postgres.thread import Connection
 from lmdaemon.store.postgres.wall import Asked
 from lmdaemon.store.rules import (
@@ -424,6 +425,9 @@ class Present(NamedTuple):
     has_company: bool = False  # whether other daemons use the database
     moved: Moved = Moved([], others=True)  # the operators whose stored waits are moved if the wall clock was set back
     tells_touches: bool = False  # whether it is time to tell the others when operators were touched
+    # This daemon's name, to be sent as a hint with the transaction; None: a hint after it is enough. While nothing is
+    # live or pending, the others look seldom: if this daemon were killed before its hint, they would find it gone late
+    hints_as: str | None = None
 
 
 _NONE = Figures()
@@ -615,6 +619,8 @@ class Batch:
         figures = self._figures(changes)
         if figures:
             yield ADD_FIGURES, (me, to_json(figures))
+            if present.hints_as is not None:
+                yield HINT, (present.hints_as,)
         if changes.gates:
             gates = [(name, self.versions.get(name, 0), *astuple(gate)) for name, gate in changes.gates.items()]
             yield PUT_GATES, (to_json(gates), len(gates))

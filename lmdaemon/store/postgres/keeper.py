@@ -158,7 +158,8 @@ class Keeper:
             present = present._replace(due=self._membership.deadlines.due(as_of_ms, world.wall_at))
         if company.others:
             tells = self._clock.monotonic() - self._told_touches >= TELL_TOUCHES_S
-            present = present._replace(has_company=True, tells_touches=tells)
+            hints_as = self._membership.introduction.name if projection.is_idle else None
+            present = present._replace(has_company=True, tells_touches=tells, hints_as=hints_as)
         if world.set_back_ms:
             of_others = self._membership.is_first
             present = present._replace(moved=Moved(owners.elsewhere if of_others else owners.mine, others=of_others))
@@ -196,7 +197,7 @@ class Keeper:
             membership.learn(work.seen, work.asked)
         if membership.company.others:
             concerns_others = any(membership.owners.is_elsewhere(operator) for operator in changes.figures)
-            if changes.gates or concerns_others or (was_idle and not is_idle):
+            if changes.gates or concerns_others:
                 self._signals.hint.set()
 
     def _note_opened(self, work: Batch) -> None:

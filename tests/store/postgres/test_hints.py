@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator
 
 import psycopg
 import pytest
+from clocks import HandClock
 from engines import PostgresEngine
+from operations import opening
 from support import until
 
 from lmdaemon.limits import LIMITS
@@ -14,6 +16,10 @@ from lmdaemon.store.postgres.paces import PACES
 from lmdaemon.store.postgres.reads import Reads
 from lmdaemon.store.postgres.signals import Signals
 from lmdaemon.store.postgres.thread import Database
+
+
+async def never(_: Hints) -> None:
+    """Replaces the loop that sends hints after commits."""
 
 
 class Listener:
@@ -61,3 +67,18 @@ async def test_its_own_hints_are_none(mine: Listener, postgres_engine: PostgresE
     send(postgres_engine, "other")
     await until(lambda: mine.hinted > 1)
     assert mine.hinted == 2
+
+
+async def test_the_first_work_after_a_rest_has_its_hint_in_the_transaction(
+    postgres_engine: PostgresEngine, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is killed right after its commit has told the others, which would otherwise look much later."""
+    monkeypatch.setattr(Hints, "send_for_ever", never)
+    async with postgres_engine.open(clock) as one, postgres_engine.open(clock):
+        await one.look()  # finds the other one
+        with psycopg.connect(postgres_engine.url, autocommit=True) as sql:
+            sql.execute("LISTEN lmdaemon")
+            await one.open_session(opening("first"))
+            assert len(list(sql.notifies(timeout=5, stop_after=1))) == 1
+            await one.open_session(opening("second"))
+            assert list(sql.notifies(timeout=0)) == []

@@ -66,8 +66,8 @@ log = Log("endpoint")
 class Route:
     """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
-    `codes_of` is the first accepted dialect. Its codes are answered when a request fails, or is refused before its
-    body is parsed. `only` is the name of the operator, if the path has only one.
+    `codes_of` is the first dialect. Its codes are answered when a request fails, or is refused before its body is
+    parsed. `only` is the name of the operator, if the path has only one.
     """
 
     def __init__(self) -> None:
@@ -77,14 +77,15 @@ class Route:
         self.looks_at_addresses = False  # whether an operator has `allow_from`
         self.only: str | None = None
 
-    def add(self, operator: Operator) -> None:
-        """Serves one more operator at this path."""
+    def add(self, operator: Operator, path: str) -> None:
+        """Serves one more operator at this path (an `endpoint_key`)."""
+        dialects = _in_order(operator, path)
         if not self.operators:
-            self.codes_of = operator.receives[0]
+            self.codes_of = dialects[0]
         self.operators[operator.provider_id.casefold()] = operator
         self.only = operator.name if len(self.operators) == 1 else None
         self.looks_at_addresses |= bool(operator.allow_from)
-        for dialect in operator.receives:
+        for dialect in dialects:
             known = self.dialects.setdefault(dialect.content, [])
             if dialect not in known:
                 known.append(dialect)
@@ -171,7 +172,8 @@ class Endpoint:
         routes: dict[str, Route] = {}
         for operator in settings.operators.values():
             for path in operator.paths:
-                routes.setdefault(endpoint_key(path), Route()).add(operator)
+                key = endpoint_key(path)
+                routes.setdefault(key, Route()).add(operator, key)
         self._settings, self._routes = settings, routes
         self._plugins = [plugin for plugin in plugins.values() if plugin.checks]
         dialects = {one.name: one for op in settings.operators.values() for one in (op.sends, *op.receives)}
@@ -418,6 +420,16 @@ class _Received:
     async def _refuse(self, result: Any) -> Reply:
         """`refuse` as a coroutine; `Endpoint.answered` answers what it raises."""
         return self.refuse(result)
+
+
+def _in_order(operator: Operator, path: str) -> Sequence[Dialect]:
+    """The dialects that an operator receives at a path: all that it accepts, in its order. If its paths are the default
+    ones, those dialects come first that have this path.
+    """
+    defaults = [endpoint_key(dialect.path) for dialect in operator.receives]
+    if {endpoint_key(one) for one in operator.paths} != set(defaults):
+        return operator.receives
+    return sorted(operator.receives, key=lambda dialect: endpoint_key(dialect.path) != path)
 
 
 def _bounds_unknown(operator: Operator) -> bool:

@@ -24,9 +24,10 @@ from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
 from lmdaemon.web.connection import Begun
 from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
+from lmdaemon.web.documents import to_json
 from lmdaemon.web.frequent import Frequent
 from lmdaemon.web.problems import Problem, invalid
-from lmdaemon.web.requests import Handler, Head, Reply, bearer, request_id
+from lmdaemon.web.requests import Handler, Head, Reply, bearer, busy_answer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
@@ -220,3 +221,8 @@ async def _unexpected(_: web.Request) -> NoReturn:
 def malformed(reason: str) -> web.Response:
     """The answer to malformed HTTP."""
     return invalid(reason).answer()
+
+
+def unavailable(reason: str) -> bytes:
+    """The answer to a client whose request is not read."""
+    return busy_answer(to_json(Problem("cannot-store", reason).body), "application/problem+json")

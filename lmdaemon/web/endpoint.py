@@ -37,6 +37,7 @@ from lmdaemon.store.contract import Recording, Store, StoreError
 from lmdaemon.web.connection import Begun
 from lmdaemon.web.quota import PerMinute
 from lmdaemon.web.requests import (
+    RETRY_AFTER_S,
     Address,
     BodyTooLarge,
     BodyTooSlow,
@@ -44,13 +45,13 @@ from lmdaemon.web.requests import (
     Ready,
     Reply,
     allowed,
+    busy_answer,
     client_address,
     read_body,
     request_id,
 )
 
 BODY_MAX = 16 * 1024
-RETRY_AFTER_S = "5"  # seconds until a client should try again, while the daemon cannot store
 SEEN_MAX = 100  # characters of a header in a log line
 UNRECORDED = {  # results of Store.record for a notice that was not recorded, and the description that is answered
     "bad_token": "the token is not the session's",
@@ -504,7 +505,16 @@ async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
 
 def malformed(reason: str) -> web.Response:
     """The answer to malformed HTTP, for which no path is known."""
-    return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), reason[0].upper() + reason[1:]), 400)
+    return _response(_without_path("bad_parameters", reason), 400)
+
+
+def unavailable(reason: str) -> bytes:
+    """The answer to a client whose request is not read."""
+    return busy_answer(_without_path("retry", f"{reason}, please retry"), "application/json")
+
+
+def _without_path(meaning: str, reason: str) -> bytes:
+    return answer(SHIPPED["v4"].codes.of(meaning), reason[0].upper() + reason[1:])
 
 
 def _response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

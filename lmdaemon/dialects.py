@@ -320,7 +320,7 @@ def json_object(body: bytes) -> Mapping[str, Any]:
     except orjson.JSONDecodeError as error:
         _refuse(_json_complaint(body, error))
     if not isinstance(found, dict):
-        _refuse(f"body must be a JSON object (got {_kind(found)})")
+        _refuse(f"body must be a JSON object (got {kind_of(found)})")
     # With as many colons as keys, no key can stand twice. Only other bodies cost a second, slower reading.
     if body.count(b":") != len(found):
         _refuse_contradicting_keys(body)
@@ -448,7 +448,7 @@ def _text(name: str, value: object, longest: int) -> str:
     if type(value) is int:
         value = str(value)
     if not isinstance(value, str):
-        _refuse(f"field {name!r} must be a string (got {_kind(value)})")
+        _refuse(f"field {name!r} must be a string (got {kind_of(value)})")
     problem = id_problem(value, longest)
     if problem:
         _refuse(f"field {name!r} {problem}")
@@ -464,7 +464,8 @@ _KINDS = {
 }
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """The kind of a JSON value, in words for an error."""
     return "null" if value is None else _KINDS.get(type(value), "a string")
 
 

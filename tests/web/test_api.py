@@ -276,10 +276,40 @@ async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) 
     await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
 
 
-@pytest.mark.parametrize(("given", "shown"), [("60", '"60"'), (True, "true"), (None, "null"), (1.5, "1.5")])
-async def test_an_idle_time_that_is_none_is_shown_as_it_was_written(api: Caller, given: object, shown: str) -> None:
+@pytest.mark.parametrize(("given", "shown"), [("60", "a string"), (True, "true"), (None, "null"), (1.5, "1.5")])
+async def test_an_idle_time_that_is_none_is_shown(api: Caller, given: object, shown: str) -> None:
     problem = await api("PUT", ACME + "/sessions/s1", 400, json=OPENING | {"idleTimeoutSeconds": given})
     assert problem["detail"] == f"idleTimeoutSeconds: must be an integer from 1 to 2592000 (got {shown})"
+
+
+@pytest.mark.parametrize(
+    ("misplaced", "problem"),
+    [
+        ({"playerId": {"token": SECRET}}, "playerId: must be a string (got an object)"),
+        ({"playerId": [SECRET]}, "playerId: must be a string (got an array)"),
+        ({"attributes": SECRET}, "attributes: must be an object (got a string)"),
+        ({"attributes": [SECRET]}, "attributes: must be an object (got an array)"),
+        ({"idleTimeoutSeconds": SECRET}, "idleTimeoutSeconds: must be an integer from 1 to 2592000 (got a string)"),
+        ({"token": {"value": SECRET}}, "token: must be a string"),
+    ],
+)
+async def test_a_token_in_the_wrong_field_is_not_repeated(api: Caller, misplaced: Any, problem: str) -> None:
+    """`Caller` fails the test if an answer has the token in it."""
+    body = OPENING | misplaced
+    with hear() as events:
+        assert (await api("PUT", ACME + "/sessions/s1", 400, json=body))["detail"] == problem
+        bulk = await api("POST", ACME + "/sessions", 400, json={"sessions": [{"sessionId": "s1"} | body]})
+        assert bulk["detail"] == f"sessions[0].{problem}"
+        await api("POST", ACME + "/sessions/touch", 400, json=body)
+        await api("POST", ACME + "/sessions/touch", 400, json={"sessionIds": [body]})
+    assert SECRET not in str(events)
+
+
+async def test_a_deeply_nested_value_of_the_wrong_type_is_refused(api: Caller) -> None:
+    deep = "[" * 300 + "]" * 300
+    headers = {"Content-Type": "application/json"}
+    answer = await api("POST", ACME + "/deliveries/retry", 400, data=f'{{"since":{deep}}}', headers=headers)
+    assert answer["detail"] == "since: must be a string (got an array)"
 
 
 @pytest.mark.parametrize(

@@ -180,11 +180,14 @@ class Api:
         resolves to this machine (DNS rebinding); then that name is in the Host header. No browser can reach a unix
         socket, and none sends a request without Host.
         """
-        host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        host = request.headers.get("Host")
+        origins = request.headers.getall("Origin", ())  # may be several, although no browser sends that
+        own = f"{request.scheme}://{host}".lower() if origins else ""
+        origin = next((one for one in origins if one.lower() != own), None)
         if host is not None and not self._is_named(host):
             rule = "without a token, Host must be localhost, a loopback address or the configured one"
             problem = Problem("misdirected", f"{rule} (got {host[:SEEN_MAX]!r})")
-        elif changes and origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
+        elif changes and origin is not None:
             rule = "a change with an Origin other than this address, as a browser sends it, needs a token"
             problem = Problem("cross-origin", f"{rule} (got {origin[:SEEN_MAX]!r})")
         else:

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from caller import ACME, CONFIG, EVERY_CALL, NO_CALLS, OPENING, SECRET, Caller
 from clocks import HandClock
+from multidict import CIMultiDict
 from support import (
     LISTEN,
     ScriptedOperator,
@@ -1315,6 +1316,15 @@ async def test_a_page_from_elsewhere_can_change_nothing_without_a_token(api: Cal
     assert not (await api("GET", "/v1/operators", 200))["items"][0]["held"]
     told = [event.facts for event in events if event.name == "api.refused"]
     assert (told[0]["status"], told[0]["origin"]) == (403, "https://elsewhere.example")
+
+
+async def test_every_origin_of_a_request_must_be_the_listeners_own(api: Caller) -> None:
+    await api.open()
+    own, other = api.daemon.api, "https://elsewhere.example"
+    for origins in ([own, other], [other, own], [own, own, "null"], [f"{own}, {other}"]):
+        headers = CIMultiDict(("Origin", origin) for origin in origins)
+        assert (await api("POST", ACME + "/sessions/s1/close", 403, headers=headers))["code"] == "cross-origin"
+    await api("POST", ACME + "/sessions/s1/touch", 204, headers=CIMultiDict([("Origin", own)] * 2))
 
 
 async def test_a_page_that_this_address_has_served_may_change_what_it_likes(api: Caller) -> None:

@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
+from encodings.aliases import aliases
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode
@@ -231,10 +232,12 @@ _CONTENTS: Mapping[str, Literal["json", "form"]] = {
     "application/json": "json",
     "application/x-www-form-urlencoded": "form",
 }
-# Names of charsets. Some senders write one into Content-Encoding, where it means nothing.
+# Names of charsets. Some senders write one into Content-Encoding, where it means nothing. Python's table has the names
+# of its own charsets; its codecs that are none (zlib, base64, …) have names in `_codec`, apart from rot_13.
+_CHARSETS = {name for pair in aliases.items() if not pair[1].endswith(("_codec", "rot_13")) for name in pair}
 _CHARSET = (
-    r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}|latin[-_]?[0-9]{1,2}"
-    r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr)"
+    r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}(-[ie])?|latin[-_]?[0-9]{1,2}"
+    r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr|tw)|viscii"
 )
 _UNCODED = re.compile(f"(identity|{_CHARSET})?", re.IGNORECASE)
 
@@ -249,7 +252,12 @@ def content_of(content_type: str) -> Literal["json", "form"] | None:
 
 def uncoded(content_encodings: Iterable[str]) -> bool:
     """Whether a body with these Content-Encoding headers can be read as it is, because none of them compresses."""
-    return all(_UNCODED.fullmatch(one.strip()) for header in content_encodings for one in header.split(","))
+    return all(_packs_nothing(one.strip()) for header in content_encodings for one in header.split(","))
+
+
+def _packs_nothing(coding: str) -> bool:
+    known = coding.lower().removeprefix("x-").replace("-", "_") in _CHARSETS
+    return known or _UNCODED.fullmatch(coding) is not None
 
 
 def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:

@@ -516,6 +516,8 @@ def test_json_and_forms_are_content_whatever_the_parameters_say(header: str, con
         *([], [""], ["identity"], ["Identity"], ["identity, identity"], ["identity", "utf-8"], [" , "]),
         *(["utf-8"], ["UTF8"], ["utf_8"], ["utf-16le"], ["iso-8859-1"], ["ISO8859-15"], ["latin1"], ["us-ascii"]),
         *(["windows-1251"], ["cp1252"], ["KOI8-R"], ["gb2312"], ["GBK"], ["big5"], ["Shift_JIS"], ["euc-kr"]),
+        *(["ISO-2022-JP"], ["macintosh"], ["x-mac-cyrillic"], ["ibm850"], ["tis-620"], ["viscii"], ["big5-hkscs"]),
+        *(["euc-tw"], ["hz-gb-2312"], ["iso-8859-8-i"], ["KS_C_5601-1987"], ["x-sjis"], ["x-euc-jp"], ["windows-874"]),
     ],
 )
 def test_a_content_encoding_that_packs_nothing_is_read(headers: list[str]) -> None:
@@ -527,6 +529,8 @@ def test_a_content_encoding_that_packs_nothing_is_read(headers: list[str]) -> No
     [
         *(["gzip"], ["x-gzip"], ["GZIP"], ["deflate"], ["br"], ["zstd"], ["compress"], ["x-compress"], ["aes128gcm"]),
         *(["identity, gzip"], ["utf-8", "gzip"], ["gzip;q=1"], ["unknown"], ["utf-8x"], ["utf 8"], ["chunked"]),
+        *(["zip"], ["zlib"], ["bz2"], ["x-bzip2"], ["base64"], ["hex"], ["quopri"], ["uu"], ["rot13"], ["rot_13"]),
+        *(["dcb"], ["dcz"], ["exi"], ["pack200-gzip"], ["lzma"], ["xz"], ["x-"], ["mac"], ["macro"], ["base64_codec"]),
     ],
 )
 def test_a_content_encoding_that_packs_or_is_unknown_is_not(headers: list[str]) -> None:

@@ -301,6 +301,9 @@ def encoding_of(body: bytes) -> str:
     return json.detect_encoding(body[:4])
 
 
+_NOT_UTF8 = "not UTF-8"
+
+
 def not_utf8(body: bytes) -> str:
     """The encoding that a text has instead of UTF-8, in words for an error; empty where it is UTF-8."""
     encoding = encoding_of(body)
@@ -309,7 +312,7 @@ def not_utf8(body: bytes) -> str:
     try:
         body.decode()
     except UnicodeDecodeError:
-        return "not UTF-8"
+        return _NOT_UTF8
     return ""
 
 
@@ -357,15 +360,28 @@ def _has_rounded(value: object) -> bool:
 
 
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
-    where = f"line {error.lineno} column {error.colno}"
-    # orjson's position counts characters of the decoded text; a body that is not UTF-8 cannot be decoded
+    where, what = f"line {error.lineno} column {error.colno}", error.msg
+    # orjson's position counts characters of the decoded text, so it gives none for a body that is not UTF-8
     if otherwise := not_utf8(body):
-        return f"malformed JSON at {where}: {otherwise}"
+        return f"malformed JSON at {_undecodable(body) if otherwise == _NOT_UTF8 else where}: {otherwise}"
     text = body.decode()
-    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
-    if "expected ','" in error.msg and after[:1] == '"' and before[-1:] not in ("", ",", "{", "["):
-        return f"malformed JSON at {where}: a comma is missing before this field"
-    return f"malformed JSON at {where}: {error.msg}"
+    before = text[: error.pos].rstrip()
+    if "expected ','" in what and before[-1:] not in ("", ",", "{", "["):
+        # In a string with quotes that are not escaped, a word or a number usually follows directly
+        start, named = (r"\s*[\"\[{]|\s+(-?[0-9]|true|false|null)", "value") if "']'" in what else (r'\s*"', "field")
+        if re.compile(start).match(text, len(before)):
+            what = f"a comma is missing before this {named}"
+    return f"malformed JSON at {where}: {what}"
+
+
+def _undecodable(body: bytes) -> str:
+    """Where the first byte is that is not UTF-8."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        lines = body[: error.start].decode().split("\n")
+        return f"line {len(lines)} column {len(lines[-1]) + 1}"
+    raise AssertionError("the body is not UTF-8")
 
 
 def _refuse_contradicting_keys(body: bytes) -> None:

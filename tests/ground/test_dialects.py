@@ -172,6 +172,18 @@ def test_the_pages_example_without_commas_is_refused_with_the_place() -> None:
         ('{"a":true\n\n"b":1}', "line 3 column 1: a comma is missing before this field"),
         ('{"a":{}"b":1}', "line 1 column 8: a comma is missing before this field"),
         ('{"é":"é💥"  "b":1}', "line 1 column 12: a comma is missing before this field"),
+        ('{"a":[1 2]}', "line 1 column 9: a comma is missing before this value"),
+        ('{"a":["x"\n"y"]}', "line 2 column 1: a comma is missing before this value"),
+        ('{"a":[[1] [2], 3]}', "line 1 column 11: a comma is missing before this value"),
+        ('{"a":[{}{}]}', "line 1 column 9: a comma is missing before this value"),
+        ('{"a":[true -1]}', "line 1 column 12: a comma is missing before this value"),
+        ('{"a":[0.5 null]}', "line 1 column 11: a comma is missing before this value"),
+        ('{"a":1 2}', "line 1 column 8: unexpected character, expected ',' or '}'"),
+        ('{"a":["say "hi""]}', "line 1 column 13: unexpected character, expected ',' or ']'"),
+        ('{"a":["say "1""]}', "line 1 column 13: unexpected character, expected ',' or ']'"),
+        ('{"a":[1 : 2]}', "line 1 column 9: unexpected character, expected ',' or ']'"),
+        ('{"a":[1 x]}', "line 1 column 9: unexpected character, expected ',' or ']'"),
+        ('{"a":[1}', "line 1 column 8: unexpected character, expected ',' or ']'"),
         ('{"a":"say "hi""}', "line 1 column 12: unexpected character, expected ',' or '}'"),
         ('{"a":"x";"b":1}', "line 1 column 9: unexpected character, expected ',' or '}'"),
         ('{"a":1,}', "line 1 column 7: trailing comma is not allowed"),
@@ -204,11 +216,24 @@ def test_what_is_no_strict_json_in_utf_8_is_refused_with_a_position(body: bytes)
 
 
 @pytest.mark.parametrize(
-    ("encoding", "said"),
-    [("utf-16", "UTF-16, not UTF-8"), ("utf-16-be", "UTF-16, not UTF-8"), ("latin-1", "not UTF-8")],
+    ("encoding", "column", "said"),
+    [("utf-16", 1, "UTF-16, not UTF-8"), ("utf-16-be", 1, "UTF-16, not UTF-8"), ("latin-1", 8, "not UTF-8")],
 )
-def test_json_in_another_encoding_is_told_so(encoding: str, said: str) -> None:
-    assert refusal('{"a": "é"}'.encode(encoding)) == f"malformed JSON at line 1 column 1: {said}"
+def test_json_in_another_encoding_is_told_so(encoding: str, column: int, said: str) -> None:
+    assert refusal('{"a": "é"}'.encode(encoding)) == f"malformed JSON at line 1 column {column}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"providerId":"\xe9"}', "line 1 column 16"),
+        ('{"a":"é💥",\n"b":"é'.encode() + b'\xe9"}', "line 2 column 7"),
+        (b"\xef\xbb\xbf\xe9", "line 1 column 1"),
+        (b'{"a":"\xc3"}', "line 1 column 7"),
+    ],
+)
+def test_a_byte_that_is_not_utf_8_is_refused_with_its_position(body: bytes, place: str) -> None:
+    assert refusal(body) == f"malformed JSON at {place}: not UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,12 @@ class Extra(NamedTuple):
     left_out: int
 
 
-_SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|secret|sign|token")
+_SECRET_NAME = re.compile(
+    "auth|bearer|cookie|credential|hash|hmac|jwt|key|passcode|passphrase|passw|pincode|pwd|secret|sign|token"
+)
+# These are parts of harmless words (bypass, spin), so they count only as whole words: of userPass, PINCode or card_pin
+_SECRET_WORDS = {"otp", "pass", "pin", "psk", "pw"}
+_WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
@@ -224,8 +229,13 @@ def _without_secrets(value: Any, secret_names: Container[str]) -> Any:
     return {
         name: _without_secrets(inner, secret_names)
         for name, inner in value.items()
-        if not _SECRET_NAME.search(name.casefold()) and name.casefold() not in secret_names
+        if not _looks_secret(name) and name.casefold() not in secret_names
     }
+
+
+def _looks_secret(name: str) -> bool:
+    found = _SECRET_NAME.search(name.casefold())
+    return found is not None or not _SECRET_WORDS.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
 _CONTENTS: Mapping[str, Literal["json", "form"]] = {

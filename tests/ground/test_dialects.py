@@ -425,6 +425,8 @@ def test_what_still_fits_is_kept_behind_what_did_not() -> None:
     [
         *("token", "accessToken", "HASH", "apiKey", "key", "api_secret", "passwd", "Password", "pwd", "Authorization"),
         *("signature", "sign", "x-hmac", "Cookie", "jwt", "credentials", "oauth", "ToKeN"),
+        *("passphrase", "PassCode", "pass", "PASS", "userPass", "user_pass", "user-pass", "HTTPPass", "pass1", "Pass2"),
+        *("pin", "PIN", "PINCode", "cardPIN", "pincode", "card_pin", "otp", "smsOtp", "bearer", "psk", "wifiPSK", "pw"),
     ],
 )
 def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> None:
@@ -435,6 +437,17 @@ def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> No
     assert found.fields == {"game": "g", "deep": {"list": [1, {"kept": 2}]}, "last": 3}
     assert json.loads(found.text or "") == found.fields
     assert found.left_out == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("spin", "freeSpins", "SPIN", "pinned", "PINNED", "isPinned", "passenger", "bypass", "compass", "passed"),
+        *("pingMs", "opinion", "pinball", "upw", "optIn", "passive", "", "1", "é"),
+    ],
+)
+def test_a_word_with_a_secrets_name_inside_is_harmless(name: str) -> None:
+    assert extra({name: 1}).fields == {name: 1}
 
 
 def test_nothing_is_kept_under_the_names_that_dialects_have_for_secrets() -> None:

@@ -32,6 +32,7 @@ from support import (
 
 from lmdaemon.limits import LIMITS, Limits, StoreLimits
 from lmdaemon.store.sqlite import pages
+from lmdaemon.web.documents import read_time
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FINAL = {"error": 120, "description": "no"}
@@ -959,6 +960,31 @@ async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(d
     busy.cancel()
     assert [await first, await other] == [{"retried": 3}, {"retried": 3}]
     assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
+
+
+@pytest.mark.parametrize(
+    ("leap", "plain"),
+    [
+        ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00Z"),
+        ("2016-12-31t23:59:60.25z", "2017-01-01T00:00:00.25Z"),
+        ("2017-01-01T05:29:60+05:30", "2017-01-01T00:00:00Z"),
+        ("2015-06-30T19:59:60-04:00", "2015-07-01T00:00:00Z"),
+    ],
+)
+def test_a_leap_second_is_the_second_after_it(leap: str, plain: str) -> None:
+    assert read_time(leap) == read_time(plain)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2016-12-31T23:59:61Z", "2016-12-31T23:58:60Z", "2016-12-31T22:59:60Z", "2016-12-30T23:59:60Z"),
+        *("2016-12-31T23:59:60+01:00", "9999-12-31T23:59:60Z"),
+    ],
+)
+def test_a_second_60_elsewhere_than_at_the_end_of_a_month_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="RFC 3339"):
+        read_time(text)
 
 
 async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_everywhere: Caller) -> None:

@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
+from encodings.aliases import aliases
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode
@@ -176,7 +177,12 @@ class Extra(NamedTuple):
     left_out: int
 
 
-_SECRET_NAME = re.compile("auth|cookie|credential|hash|hmac|jwt|key|passw|pwd|secret|sign|token")
+_SECRET_NAME = re.compile(
+    "auth|bearer|cookie|credential|hash|hmac|jwt|key|passcode|passphrase|passw|pincode|pwd|secret|sign|token"
+)
+# These are parts of harmless words (bypass, spin), so they count only as whole words: of userPass, PINCode or card_pin
+_SECRET_WORDS = {"otp", "pass", "pin", "psk", "pw"}
+_WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def extra_of(parsed: Parsed, secret_names: Container[str] = ()) -> Extra:
@@ -223,18 +229,25 @@ def _without_secrets(value: Any, secret_names: Container[str]) -> Any:
     return {
         name: _without_secrets(inner, secret_names)
         for name, inner in value.items()
-        if not _SECRET_NAME.search(name.casefold()) and name.casefold() not in secret_names
+        if not _looks_secret(name) and name.casefold() not in secret_names
     }
+
+
+def _looks_secret(name: str) -> bool:
+    found = _SECRET_NAME.search(name.casefold())
+    return found is not None or not _SECRET_WORDS.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
 _CONTENTS: Mapping[str, Literal["json", "form"]] = {
     "application/json": "json",
     "application/x-www-form-urlencoded": "form",
 }
-# Names of charsets. Some senders write one into Content-Encoding, where it means nothing.
+# Names of charsets. Some senders write one into Content-Encoding, where it means nothing. Python's table has the names
+# of its own charsets; its codecs that are none (zlib, base64, …) have names in `_codec`, apart from rot_13.
+_CHARSETS = {name for pair in aliases.items() if not pair[1].endswith(("_codec", "rot_13")) for name in pair}
 _CHARSET = (
-    r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}|latin[-_]?[0-9]{1,2}"
-    r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr)"
+    r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}(-[ie])?|latin[-_]?[0-9]{1,2}"
+    r"|(windows|cp)[-_]?[0-9]{3,5}|koi8[-_]?[ru]|gb(k|2312|18030)|big5|shift[-_]?jis|euc[-_]?(jp|kr|tw)|viscii"
 )
 _UNCODED = re.compile(f"(identity|{_CHARSET})?", re.IGNORECASE)
 
@@ -249,7 +262,12 @@ def content_of(content_type: str) -> Literal["json", "form"] | None:
 
 def uncoded(content_encodings: Iterable[str]) -> bool:
     """Whether a body with these Content-Encoding headers can be read as it is, because none of them compresses."""
-    return all(_UNCODED.fullmatch(one.strip()) for header in content_encodings for one in header.split(","))
+    return all(_packs_nothing(one.strip()) for header in content_encodings for one in header.split(","))
+
+
+def _packs_nothing(coding: str) -> bool:
+    known = coding.lower().removeprefix("x-").replace("-", "_") in _CHARSETS
+    return known or _UNCODED.fullmatch(coding) is not None
 
 
 def parse(body: bytes, content: str, accepted: Sequence[Dialect]) -> Parsed:
@@ -293,6 +311,9 @@ def encoding_of(body: bytes) -> str:
     return json.detect_encoding(body[:4])
 
 
+_NOT_UTF8 = "not UTF-8"
+
+
 def not_utf8(body: bytes) -> str:
     """The encoding that a text has instead of UTF-8, in words for an error; empty where it is UTF-8."""
     encoding = encoding_of(body)
@@ -301,7 +322,7 @@ def not_utf8(body: bytes) -> str:
     try:
         body.decode()
     except UnicodeDecodeError:
-        return "not UTF-8"
+        return _NOT_UTF8
     return ""
 
 
@@ -320,7 +341,7 @@ def json_object(body: bytes) -> Mapping[str, Any]:
     except orjson.JSONDecodeError as error:
         _refuse(_json_complaint(body, error))
     if not isinstance(found, dict):
-        _refuse(f"body must be a JSON object (got {_kind(found)})")
+        _refuse(f"body must be a JSON object (got {kind_of(found)})")
     # With as many colons as keys, no key can stand twice. Only other bodies cost a second, slower reading.
     if body.count(b":") != len(found):
         _refuse_contradicting_keys(body)
@@ -349,15 +370,28 @@ def _has_rounded(value: object) -> bool:
 
 
 def _json_complaint(body: bytes, error: json.JSONDecodeError) -> str:
-    where = f"line {error.lineno} column {error.colno}"
-    # orjson's position counts characters of the decoded text; a body that is not UTF-8 cannot be decoded
+    where, what = f"line {error.lineno} column {error.colno}", error.msg
+    # orjson's position counts characters of the decoded text, so it gives none for a body that is not UTF-8
     if otherwise := not_utf8(body):
-        return f"malformed JSON at {where}: {otherwise}"
+        return f"malformed JSON at {_undecodable(body) if otherwise == _NOT_UTF8 else where}: {otherwise}"
     text = body.decode()
-    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
-    if "expected ','" in error.msg and after[:1] == '"' and before[-1:] not in ("", ",", "{", "["):
-        return f"malformed JSON at {where}: a comma is missing before this field"
-    return f"malformed JSON at {where}: {error.msg}"
+    before = text[: error.pos].rstrip()
+    if "expected ','" in what and before[-1:] not in ("", ",", "{", "["):
+        # In a string with quotes that are not escaped, a word or a number usually follows directly
+        start, named = (r"\s*[\"\[{]|\s+(-?[0-9]|true|false|null)", "value") if "']'" in what else (r'\s*"', "field")
+        if re.compile(start).match(text, len(before)):
+            what = f"a comma is missing before this {named}"
+    return f"malformed JSON at {where}: {what}"
+
+
+def _undecodable(body: bytes) -> str:
+    """Where the first byte is that is not UTF-8."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        lines = body[: error.start].decode().split("\n")
+        return f"line {len(lines)} column {len(lines[-1]) + 1}"
+    raise AssertionError("the body is not UTF-8")
 
 
 def _refuse_contradicting_keys(body: bytes) -> None:
@@ -448,7 +482,7 @@ def _text(name: str, value: object, longest: int) -> str:
     if type(value) is int:
         value = str(value)
     if not isinstance(value, str):
-        _refuse(f"field {name!r} must be a string (got {_kind(value)})")
+        _refuse(f"field {name!r} must be a string (got {kind_of(value)})")
     problem = id_problem(value, longest)
     if problem:
         _refuse(f"field {name!r} {problem}")
@@ -464,7 +498,8 @@ _KINDS = {
 }
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """The kind of a JSON value, in words for an error."""
     return "null" if value is None else _KINDS.get(type(value), "a string")
 
 

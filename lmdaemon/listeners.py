@@ -66,7 +66,10 @@ class Listeners:
             "server": web.ServerRunner(public, shutdown_timeout=CUT_S),
             "api": web.AppRunner(self._api.application(), shutdown_timeout=CUT_S),
         }
-        malformed = {"server": endpoint.malformed, "api": api.malformed}
+        answers = {
+            "server": (endpoint.malformed, endpoint.unavailable),
+            "api": (api.malformed, api.unavailable),
+        }
         connection = _connection_type()
         for name, runner in runners.items():
             listening = assigned.get(name) or bind(wanted[name])
@@ -76,7 +79,7 @@ class Listeners:
             if name == "api" and runner.server is not None:
                 runner.server.request_handler = self._api.shortcut(runner.server.request_handler)
                 runner.server.request_factory = private_request(runner.server.request_factory)
-            site = Site(runner, listening, malformed[name], name, self._hearing, self._bounds, connection=connection)
+            site = Site(runner, listening, *answers[name], name, self._hearing, self._bounds, connection=connection)
             part = self._api if name == "api" else self._endpoint
             site.begin, site.submit = part.begin, part.submit
             self.sites[name] = site
@@ -131,7 +134,8 @@ def _turn_away(stack: AsyncExitStack, needless: socket.socket) -> None:
         note="systemd hands it over, but no listener of the configuration has this address: clients there get 503. "
         "Make them agree (systemctl edit lmdaemon.socket), then: systemctl restart lmdaemon.socket",
     )
-    acceptor = Acceptor(needless, turn_away)
+    answer = endpoint.unavailable("nothing is served at this address now")
+    acceptor = Acceptor(needless, lambda accepted, _: turn_away(accepted, answer))
     acceptor.start()
     stack.callback(acceptor.close)
 

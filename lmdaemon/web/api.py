@@ -24,9 +24,10 @@ from lmdaemon.web.calls import SEEN_MAX, SESSION, SESSIONS, Context
 from lmdaemon.web.connection import Begun
 from lmdaemon.web.console import PATHS, Console
 from lmdaemon.web.deliveries import Deliveries
+from lmdaemon.web.documents import to_json
 from lmdaemon.web.frequent import Frequent
 from lmdaemon.web.problems import Problem, invalid
-from lmdaemon.web.requests import Handler, Head, Reply, bearer, request_id
+from lmdaemon.web.requests import Handler, Head, Reply, bearer, busy_answer, request_id
 from lmdaemon.web.routes import CALLS, HEALTH
 from lmdaemon.web.sessions import Sessions
 from lmdaemon.web.trying import Trying
@@ -179,11 +180,14 @@ class Api:
         resolves to this machine (DNS rebinding); then that name is in the Host header. No browser can reach a unix
         socket, and none sends a request without Host.
         """
-        host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        host = request.headers.get("Host")
+        origins = request.headers.getall("Origin", ())  # may be several, although no browser sends that
+        own = f"{request.scheme}://{host}".lower() if origins else ""
+        origin = next((one for one in origins if one.lower() != own), None)
         if host is not None and not self._is_named(host):
             rule = "without a token, Host must be localhost, a loopback address or the configured one"
             problem = Problem("misdirected", f"{rule} (got {host[:SEEN_MAX]!r})")
-        elif changes and origin is not None and origin.lower() != f"{request.scheme}://{host}".lower():
+        elif changes and origin is not None:
             rule = "a change with an Origin other than this address, as a browser sends it, needs a token"
             problem = Problem("cross-origin", f"{rule} (got {origin[:SEEN_MAX]!r})")
         else:
@@ -220,3 +224,8 @@ async def _unexpected(_: web.Request) -> NoReturn:
 def malformed(reason: str) -> web.Response:
     """The answer to malformed HTTP."""
     return invalid(reason).answer()
+
+
+def unavailable(reason: str) -> bytes:
+    """The answer to a client whose request is not read."""
+    return busy_answer(to_json(Problem("cannot-store", reason).body), "application/problem+json")

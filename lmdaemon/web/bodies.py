@@ -12,7 +12,7 @@ import msgspec
 import orjson
 from msgspec import inspect
 
-from lmdaemon.dialects import BadNotice, json_object, without_mark
+from lmdaemon.dialects import BadNotice, json_object, kind_of, without_mark
 from lmdaemon.model import ID_MAX, id_problem
 from lmdaemon.shapes import BULK_BODY_MAX, BULK_IDS_MAX, PLAIN, BulkOpen, BulkTouch, OpeningOfMany, Request
 
@@ -126,9 +126,17 @@ class _Members:
             try:
                 msgspec.convert(value, self.all[name])
             except msgspec.ValidationError:
-                got = "" if name in self._secret else f" (got {orjson.dumps(given[name]).decode()[:SHOWN_MAX]})"
+                got = "" if name in self._secret else f" (got {self._shown(given[name])})"
                 return f"{name}: {self._rules[name]}{got}"
         raise AssertionError("each member can be read, all of them cannot")
+
+    def _shown(self, value: Any) -> str:
+        """A value for an error. Of lists, objects and, in a body that may have a secret, texts only the kind is named:
+        a client may have put the secret into the wrong member.
+        """
+        if isinstance(value, list | dict) or (self._secret and isinstance(value, str)):
+            return kind_of(value)
+        return orjson.dumps(value).decode()[:SHOWN_MAX]
 
 
 def _rule(kind: inspect.Type) -> str:

@@ -22,7 +22,6 @@ from lmdaemon.log import Log
 from lmdaemon.store.contract import Operation, Submit
 from lmdaemon.web.memory import HELD_MIN, Account, Bounds, Memory
 from lmdaemon.web.requests import Head, Ready, Reply
-from lmdaemon.web.sockets import TURNED_AWAY
 
 TAKEN_MIN = 4096  # a client that takes fewer bytes than this in `Limits.write_s` is cut
 LINE_MAX = 4096  # bytes of the request line
@@ -70,6 +69,7 @@ class Host(Protocol):
     begin: Begin
     submit: Submit
     malformed: Callable[[str], web.Response]
+    unavailable: Callable[[str], bytes]
 
     def made(self, connection: "Connection") -> None:
         """Notes a connection that has opened."""
@@ -353,7 +353,7 @@ class Connection(web.RequestHandler):
         self._account.set_unsent(0)
         tell = reason == "memory" and not self._request_in_progress
         if tell:
-            self._wire.write(TURNED_AWAY)
+            self._wire.write(self._site.unavailable("too many bytes are waiting here"))
         self.force_close()
         if not tell:
             self._wire.abort()  # close() would wait until the client has taken the rest

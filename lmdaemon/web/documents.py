@@ -4,7 +4,7 @@ token or the body of a notice.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,7 +14,7 @@ from lmdaemon import gates, shapes
 from lmdaemon.model import HTTP_SINK, Delivery, Gate, Session, rfc3339
 from lmdaemon.retry import next_attempt_at
 
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
 to_json = msgspec.json.Encoder().encode
 
@@ -119,10 +119,20 @@ def _attempt(stored: dict[str, Any], url: str | None) -> shapes.Attempt:
 
 
 def read_time(text: str) -> int:
-    """A time as in RFC 3339 as wall milliseconds. Raises ValueError with the rule."""
+    """A time as in RFC 3339 as wall milliseconds. Raises ValueError with the rule.
+
+    A leap second (60, at the end of a month in UTC) is the second after it, as Unix time has none.
+    """
     try:
-        if not _RFC3339.fullmatch(text):
+        found = _RFC3339.fullmatch(text)
+        if found is None:
             raise ValueError
-        return int(datetime.fromisoformat(text.upper()).astimezone(UTC).timestamp() * 1000)
+        is_leap = found[1] == "60"
+        if is_leap:
+            text = f"{text[: found.start(1)]}59{text[found.end(1) :]}"
+        at = datetime.fromisoformat(text.upper()).astimezone(UTC) + timedelta(seconds=is_leap)
+        if is_leap and (at.day, at.hour, at.minute) != (1, 0, 0):
+            raise ValueError
+        return int(at.timestamp() * 1000)
     except (ValueError, OverflowError):
         raise ValueError("must be a time as in RFC 3339, such as 2026-01-31T03:00:00Z") from None

@@ -37,6 +37,7 @@ from lmdaemon.store.contract import Recording, Store, StoreError
 from lmdaemon.web.connection import Begun
 from lmdaemon.web.quota import PerMinute
 from lmdaemon.web.requests import (
+    RETRY_AFTER_S,
     Address,
     BodyTooLarge,
     BodyTooSlow,
@@ -44,13 +45,13 @@ from lmdaemon.web.requests import (
     Ready,
     Reply,
     allowed,
+    busy_answer,
     client_address,
     read_body,
     request_id,
 )
 
 BODY_MAX = 16 * 1024
-RETRY_AFTER_S = "5"  # seconds until a client should try again, while the daemon cannot store
 SEEN_MAX = 100  # characters of a header in a log line
 UNRECORDED = {  # results of Store.record for a notice that was not recorded, and the description that is answered
     "bad_token": "the token is not the session's",
@@ -66,8 +67,8 @@ log = Log("endpoint")
 class Route:
     """One path: its operators by provider id, and its dialects by their content (`json` or `form`).
 
-    `codes_of` is the first accepted dialect. Its codes are answered when a request fails, or is refused before its
-    body is parsed. `only` is the name of the operator, if the path has only one.
+    `codes_of` is the first dialect. Its codes are answered when a request fails, or is refused before its body is
+    parsed. `only` is the name of the operator, if the path has only one.
     """
 
     def __init__(self) -> None:
@@ -77,14 +78,15 @@ class Route:
         self.looks_at_addresses = False  # whether an operator has `allow_from`
         self.only: str | None = None
 
-    def add(self, operator: Operator) -> None:
-        """Serves one more operator at this path."""
+    def add(self, operator: Operator, path: str) -> None:
+        """Serves one more operator at this path (an `endpoint_key`)."""
+        dialects = _in_order(operator, path)
         if not self.operators:
-            self.codes_of = operator.receives[0]
+            self.codes_of = dialects[0]
         self.operators[operator.provider_id.casefold()] = operator
         self.only = operator.name if len(self.operators) == 1 else None
         self.looks_at_addresses |= bool(operator.allow_from)
-        for dialect in operator.receives:
+        for dialect in dialects:
             known = self.dialects.setdefault(dialect.content, [])
             if dialect not in known:
                 known.append(dialect)
@@ -171,7 +173,8 @@ class Endpoint:
         routes: dict[str, Route] = {}
         for operator in settings.operators.values():
             for path in operator.paths:
-                routes.setdefault(endpoint_key(path), Route()).add(operator)
+                key = endpoint_key(path)
+                routes.setdefault(key, Route()).add(operator, key)
         self._settings, self._routes = settings, routes
         self._plugins = [plugin for plugin in plugins.values() if plugin.checks]
         dialects = {one.name: one for op in settings.operators.values() for one in (op.sends, *op.receives)}
@@ -420,6 +423,16 @@ class _Received:
         return self.refuse(result)
 
 
+def _in_order(operator: Operator, path: str) -> Sequence[Dialect]:
+    """The dialects that an operator receives at a path: all that it accepts, in its order. If its paths are the default
+    ones, those dialects come first that have this path.
+    """
+    defaults = [endpoint_key(dialect.path) for dialect in operator.receives]
+    if {endpoint_key(one) for one in operator.paths} != set(defaults):
+        return operator.receives
+    return sorted(operator.receives, key=lambda dialect: endpoint_key(dialect.path) != path)
+
+
 def _bounds_unknown(operator: Operator) -> bool:
     """Whether notices of unknown sessions are counted: not if they are refused anyway."""
     return operator.unknown_per_minute > 0 and operator.accept_unknown and operator.token_check != "session"
@@ -492,7 +505,16 @@ async def _ask(plugins: Sequence[LoadedPlugin], notice: Notice) -> None:
 
 def malformed(reason: str) -> web.Response:
     """The answer to malformed HTTP, for which no path is known."""
-    return _response(answer(SHIPPED["v4"].codes.of("bad_parameters"), reason[0].upper() + reason[1:]), 400)
+    return _response(_without_path("bad_parameters", reason), 400)
+
+
+def unavailable(reason: str) -> bytes:
+    """The answer to a client whose request is not read."""
+    return busy_answer(_without_path("retry", f"{reason}, please retry"), "application/json")
+
+
+def _without_path(meaning: str, reason: str) -> bytes:
+    return answer(SHIPPED["v4"].codes.of(meaning), reason[0].upper() + reason[1:])
 
 
 def _response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -47,8 +47,9 @@ class Site(web.BaseSite):
     """One listener: serves at most `most` connections on a socket, and only a share of these from one address. It turns
     others away with 503, or with TLS without an answer. A runner handles the requests.
 
-    `malformed` makes the answer to malformed HTTP from the reason; `listener` is its name in the configuration and the
-    log. With `tls` it speaks TLS; if `tls` is replaced, the new one is for new connections.
+    `malformed` makes the answer to malformed HTTP from the reason, `unavailable` the one to a client whose request is
+    not read; `listener` is its name in the configuration and the log. With `tls` it speaks TLS; if `tls` is replaced,
+    the new one is for new connections.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class Site(web.BaseSite):
         "tls",
         "trusted_proxies",
         "turned_away",
+        "unavailable",
     )
 
     def __init__(
@@ -83,6 +85,7 @@ class Site(web.BaseSite):
         runner: web.BaseRunner,
         listening: socket.socket,
         malformed: Callable[[str], web.Response],
+        unavailable: Callable[[str], bytes],
         listener: str,
         hearing: Hearing,
         bounds: Bounds,
@@ -106,6 +109,7 @@ class Site(web.BaseSite):
         self.bounds = bounds
         self.tls = tls
         self.malformed = malformed
+        self.unavailable = unavailable
         self.most = bounds.limits.connections_max
         self.share = SHARES[listener]
         self.trusted_proxies: Sequence[Network] = ()
@@ -183,7 +187,7 @@ class Site(web.BaseSite):
             facts = {"limit": limit, "connections": self.connections, "address": address}
             log.warning("http.turned_away", listener=self.listener, **facts)
             if self.tls is None:
-                turn_away(accepted)
+                turn_away(accepted, self.unavailable("too many connections"))
             else:
                 accepted.close()  # the client expects a TLS handshake, not an answer
             return

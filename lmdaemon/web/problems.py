@@ -12,9 +12,9 @@ from msgspec import UNSET
 
 from lmdaemon import shapes
 from lmdaemon.web.documents import to_json
+from lmdaemon.web.requests import RETRY_AFTER_S
 
 TYPE = "urn:lmdaemon:problem:"
-RETRY_AFTER_S = "5"
 
 
 class Kind(NamedTuple):

@@ -20,6 +20,8 @@ from aiohttp import web
 from lmdaemon.config.settings import ApiToken
 from lmdaemon.config.values import Network
 
+RETRY_AFTER_S = "5"  # seconds until a client should try again after a 503
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
@@ -68,6 +70,14 @@ class Ready:
             self._whole = b"".join((_head(self.status, self.content_type), length, _date(second), body))
             self._second = second
         return self._whole
+
+
+def busy_answer(body: bytes, content_type: str) -> bytes:
+    """A whole 503 that ends its connection, for clients whose request is not read."""
+    return (
+        f"HTTP/1.1 503 {_REASONS[503]}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        f"Retry-After: {RETRY_AFTER_S}\r\nConnection: close\r\n\r\n"
+    ).encode() + body
 
 
 class Head(Protocol):

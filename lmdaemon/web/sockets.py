@@ -36,7 +36,6 @@ _NOT_OURS = {
     errno.ETIMEDOUT,
     errno.EINTR,
 }
-TURNED_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 log = Log("http")
 
@@ -135,14 +134,14 @@ class Acceptor:
         self._accept()  # fails without a free descriptor even if no client waits, so success shows that one is free
 
 
-def turn_away(accepted: socket.socket, peer: object = None) -> None:
-    """Answers 503 with Retry-After and closes the connection.
+def turn_away(accepted: socket.socket, answer: bytes) -> None:
+    """Sends an answer without a request, and closes the connection.
 
     What the client has sent is read first. Closing with unread bytes would send a reset, and many clients then lose the
     answer.
     """
     with accepted, suppress(OSError):
-        accepted.send(TURNED_AWAY)
+        accepted.send(answer)
         accepted.shutdown(socket.SHUT_WR)
         accepted.recv(65536)
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import logging
 import signal
 import socket
@@ -413,7 +415,10 @@ def test_clients_of_a_handed_over_socket_without_a_use_are_told(tmp_path: Path) 
         try:
             with socket.create_connection(needless.getsockname()) as client:
                 client.settimeout(20)
-                assert client.recv(64).startswith(b"HTTP/1.1 503")
+                answer = http.client.HTTPResponse(client)
+                answer.begin()
+                assert answer.status == 503
+                assert json.loads(answer.read())["error"] == 100
             with urllib.request.urlopen("http://{}:{}/health".format(*api.getsockname()), timeout=20) as answer:
                 assert answer.status == 200
         finally:

@@ -172,6 +172,18 @@ def test_the_pages_example_without_commas_is_refused_with_the_place() -> None:
         ('{"a":true\n\n"b":1}', "line 3 column 1: a comma is missing before this field"),
         ('{"a":{}"b":1}', "line 1 column 8: a comma is missing before this field"),
         ('{"é":"é💥"  "b":1}', "line 1 column 12: a comma is missing before this field"),
+        ('{"a":[1 2]}', "line 1 column 9: a comma is missing before this value"),
+        ('{"a":["x"\n"y"]}', "line 2 column 1: a comma is missing before this value"),
+        ('{"a":[[1] [2], 3]}', "line 1 column 11: a comma is missing before this value"),
+        ('{"a":[{}{}]}', "line 1 column 9: a comma is missing before this value"),
+        ('{"a":[true -1]}', "line 1 column 12: a comma is missing before this value"),
+        ('{"a":[0.5 null]}', "line 1 column 11: a comma is missing before this value"),
+        ('{"a":1 2}', "line 1 column 8: unexpected character, expected ',' or '}'"),
+        ('{"a":["say "hi""]}', "line 1 column 13: unexpected character, expected ',' or ']'"),
+        ('{"a":["say "1""]}', "line 1 column 13: unexpected character, expected ',' or ']'"),
+        ('{"a":[1 : 2]}', "line 1 column 9: unexpected character, expected ',' or ']'"),
+        ('{"a":[1 x]}', "line 1 column 9: unexpected character, expected ',' or ']'"),
+        ('{"a":[1}', "line 1 column 8: unexpected character, expected ',' or ']'"),
         ('{"a":"say "hi""}', "line 1 column 12: unexpected character, expected ',' or '}'"),
         ('{"a":"x";"b":1}', "line 1 column 9: unexpected character, expected ',' or '}'"),
         ('{"a":1,}', "line 1 column 7: trailing comma is not allowed"),
@@ -204,11 +216,24 @@ def test_what_is_no_strict_json_in_utf_8_is_refused_with_a_position(body: bytes)
 
 
 @pytest.mark.parametrize(
-    ("encoding", "said"),
-    [("utf-16", "UTF-16, not UTF-8"), ("utf-16-be", "UTF-16, not UTF-8"), ("latin-1", "not UTF-8")],
+    ("encoding", "column", "said"),
+    [("utf-16", 1, "UTF-16, not UTF-8"), ("utf-16-be", 1, "UTF-16, not UTF-8"), ("latin-1", 8, "not UTF-8")],
 )
-def test_json_in_another_encoding_is_told_so(encoding: str, said: str) -> None:
-    assert refusal('{"a": "é"}'.encode(encoding)) == f"malformed JSON at line 1 column 1: {said}"
+def test_json_in_another_encoding_is_told_so(encoding: str, column: int, said: str) -> None:
+    assert refusal('{"a": "é"}'.encode(encoding)) == f"malformed JSON at line 1 column {column}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"providerId":"\xe9"}', "line 1 column 16"),
+        ('{"a":"é💥",\n"b":"é'.encode() + b'\xe9"}', "line 2 column 7"),
+        (b"\xef\xbb\xbf\xe9", "line 1 column 1"),
+        (b'{"a":"\xc3"}', "line 1 column 7"),
+    ],
+)
+def test_a_byte_that_is_not_utf_8_is_refused_with_its_position(body: bytes, place: str) -> None:
+    assert refusal(body) == f"malformed JSON at {place}: not UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -400,6 +425,8 @@ def test_what_still_fits_is_kept_behind_what_did_not() -> None:
     [
         *("token", "accessToken", "HASH", "apiKey", "key", "api_secret", "passwd", "Password", "pwd", "Authorization"),
         *("signature", "sign", "x-hmac", "Cookie", "jwt", "credentials", "oauth", "ToKeN"),
+        *("passphrase", "PassCode", "pass", "PASS", "userPass", "user_pass", "user-pass", "HTTPPass", "pass1", "Pass2"),
+        *("pin", "PIN", "PINCode", "cardPIN", "pincode", "card_pin", "otp", "smsOtp", "bearer", "psk", "wifiPSK", "pw"),
     ],
 )
 def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> None:
@@ -410,6 +437,17 @@ def test_nothing_is_kept_under_a_name_that_looks_like_a_secrets(name: str) -> No
     assert found.fields == {"game": "g", "deep": {"list": [1, {"kept": 2}]}, "last": 3}
     assert json.loads(found.text or "") == found.fields
     assert found.left_out == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("spin", "freeSpins", "SPIN", "pinned", "PINNED", "isPinned", "passenger", "bypass", "compass", "passed"),
+        *("pingMs", "opinion", "pinball", "upw", "optIn", "passive", "", "1", "é"),
+    ],
+)
+def test_a_word_with_a_secrets_name_inside_is_harmless(name: str) -> None:
+    assert extra({name: 1}).fields == {name: 1}
 
 
 def test_nothing_is_kept_under_the_names_that_dialects_have_for_secrets() -> None:
@@ -516,6 +554,8 @@ def test_json_and_forms_are_content_whatever_the_parameters_say(header: str, con
         *([], [""], ["identity"], ["Identity"], ["identity, identity"], ["identity", "utf-8"], [" , "]),
         *(["utf-8"], ["UTF8"], ["utf_8"], ["utf-16le"], ["iso-8859-1"], ["ISO8859-15"], ["latin1"], ["us-ascii"]),
         *(["windows-1251"], ["cp1252"], ["KOI8-R"], ["gb2312"], ["GBK"], ["big5"], ["Shift_JIS"], ["euc-kr"]),
+        *(["ISO-2022-JP"], ["macintosh"], ["x-mac-cyrillic"], ["ibm850"], ["tis-620"], ["viscii"], ["big5-hkscs"]),
+        *(["euc-tw"], ["hz-gb-2312"], ["iso-8859-8-i"], ["KS_C_5601-1987"], ["x-sjis"], ["x-euc-jp"], ["windows-874"]),
     ],
 )
 def test_a_content_encoding_that_packs_nothing_is_read(headers: list[str]) -> None:
@@ -527,6 +567,8 @@ def test_a_content_encoding_that_packs_nothing_is_read(headers: list[str]) -> No
     [
         *(["gzip"], ["x-gzip"], ["GZIP"], ["deflate"], ["br"], ["zstd"], ["compress"], ["x-compress"], ["aes128gcm"]),
         *(["identity, gzip"], ["utf-8", "gzip"], ["gzip;q=1"], ["unknown"], ["utf-8x"], ["utf 8"], ["chunked"]),
+        *(["zip"], ["zlib"], ["bz2"], ["x-bzip2"], ["base64"], ["hex"], ["quopri"], ["uu"], ["rot13"], ["rot_13"]),
+        *(["dcb"], ["dcz"], ["exi"], ["pack200-gzip"], ["lzma"], ["xz"], ["x-"], ["mac"], ["macro"], ["base64_codec"]),
     ],
 )
 def test_a_content_encoding_that_packs_or_is_unknown_is_not(headers: list[str]) -> None:

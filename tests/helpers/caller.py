@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+from multidict import CIMultiDict
 from support import Serving, until
 from yarl import URL
 
@@ -48,7 +49,8 @@ class Caller:
         self, method: str, path: str, expected: int | None = None, **options: Any
     ) -> tuple[aiohttp.ClientResponse, Any]:
         url = URL(self.daemon.api + path, encoded=True)
-        headers = self.headers | options.pop("headers", {})
+        headers = CIMultiDict(options.pop("headers", {}))
+        headers.extend({name: value for name, value in self.headers.items() if name not in headers})
         async with self.daemon.client.request(method, url, headers=headers, **options) as response:
             endless = response.content_type == "text/event-stream"
             text = "" if endless else await response.text()

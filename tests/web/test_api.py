@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from caller import ACME, CONFIG, EVERY_CALL, NO_CALLS, OPENING, SECRET, Caller
 from clocks import HandClock
+from multidict import CIMultiDict
 from support import (
     LISTEN,
     ScriptedOperator,
@@ -31,6 +32,7 @@ from support import (
 
 from lmdaemon.limits import LIMITS, Limits, StoreLimits
 from lmdaemon.store.sqlite import pages
+from lmdaemon.web.documents import read_time
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FINAL = {"error": 120, "description": "no"}
@@ -276,10 +278,40 @@ async def test_an_operator_whose_dialect_sends_no_token_needs_none(api: Caller) 
     await api("PUT", "/v1/operators/bravo/sessions/s1", 201, json={"playerId": "p1"})
 
 
-@pytest.mark.parametrize(("given", "shown"), [("60", '"60"'), (True, "true"), (None, "null"), (1.5, "1.5")])
-async def test_an_idle_time_that_is_none_is_shown_as_it_was_written(api: Caller, given: object, shown: str) -> None:
+@pytest.mark.parametrize(("given", "shown"), [("60", "a string"), (True, "true"), (None, "null"), (1.5, "1.5")])
+async def test_an_idle_time_that_is_none_is_shown(api: Caller, given: object, shown: str) -> None:
     problem = await api("PUT", ACME + "/sessions/s1", 400, json=OPENING | {"idleTimeoutSeconds": given})
     assert problem["detail"] == f"idleTimeoutSeconds: must be an integer from 1 to 2592000 (got {shown})"
+
+
+@pytest.mark.parametrize(
+    ("misplaced", "problem"),
+    [
+        ({"playerId": {"token": SECRET}}, "playerId: must be a string (got an object)"),
+        ({"playerId": [SECRET]}, "playerId: must be a string (got an array)"),
+        ({"attributes": SECRET}, "attributes: must be an object (got a string)"),
+        ({"attributes": [SECRET]}, "attributes: must be an object (got an array)"),
+        ({"idleTimeoutSeconds": SECRET}, "idleTimeoutSeconds: must be an integer from 1 to 2592000 (got a string)"),
+        ({"token": {"value": SECRET}}, "token: must be a string"),
+    ],
+)
+async def test_a_token_in_the_wrong_field_is_not_repeated(api: Caller, misplaced: Any, problem: str) -> None:
+    """`Caller` fails the test if an answer has the token in it."""
+    body = OPENING | misplaced
+    with hear() as events:
+        assert (await api("PUT", ACME + "/sessions/s1", 400, json=body))["detail"] == problem
+        bulk = await api("POST", ACME + "/sessions", 400, json={"sessions": [{"sessionId": "s1"} | body]})
+        assert bulk["detail"] == f"sessions[0].{problem}"
+        await api("POST", ACME + "/sessions/touch", 400, json=body)
+        await api("POST", ACME + "/sessions/touch", 400, json={"sessionIds": [body]})
+    assert SECRET not in str(events)
+
+
+async def test_a_deeply_nested_value_of_the_wrong_type_is_refused(api: Caller) -> None:
+    deep = "[" * 300 + "]" * 300
+    headers = {"Content-Type": "application/json"}
+    answer = await api("POST", ACME + "/deliveries/retry", 400, data=f'{{"since":{deep}}}', headers=headers)
+    assert answer["detail"] == "since: must be a string (got an array)"
 
 
 @pytest.mark.parametrize(
@@ -930,6 +962,31 @@ async def test_retrying_all_dead_is_done_by_one_call_at_a_time_for_an_operator(d
     assert await api("POST", ACME + "/deliveries/retry", 202) == {"retried": 0}
 
 
+@pytest.mark.parametrize(
+    ("leap", "plain"),
+    [
+        ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00Z"),
+        ("2016-12-31t23:59:60.25z", "2017-01-01T00:00:00.25Z"),
+        ("2017-01-01T05:29:60+05:30", "2017-01-01T00:00:00Z"),
+        ("2015-06-30T19:59:60-04:00", "2015-07-01T00:00:00Z"),
+    ],
+)
+def test_a_leap_second_is_the_second_after_it(leap: str, plain: str) -> None:
+    assert read_time(leap) == read_time(plain)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2016-12-31T23:59:61Z", "2016-12-31T23:58:60Z", "2016-12-31T22:59:60Z", "2016-12-30T23:59:60Z"),
+        *("2016-12-31T23:59:60+01:00", "9999-12-31T23:59:60Z"),
+    ],
+)
+def test_a_second_60_elsewhere_than_at_the_end_of_a_month_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="RFC 3339"):
+        read_time(text)
+
+
 async def test_retrying_one_operators_deliveries_leaves_the_others(delivered_everywhere: Caller) -> None:
     api = delivered_everywhere
     assert await api("POST", ACME + "/deliveries/retry", 202, json={}) == {"retried": 3}
@@ -1285,6 +1342,15 @@ async def test_a_page_from_elsewhere_can_change_nothing_without_a_token(api: Cal
     assert not (await api("GET", "/v1/operators", 200))["items"][0]["held"]
     told = [event.facts for event in events if event.name == "api.refused"]
     assert (told[0]["status"], told[0]["origin"]) == (403, "https://elsewhere.example")
+
+
+async def test_every_origin_of_a_request_must_be_the_listeners_own(api: Caller) -> None:
+    await api.open()
+    own, other = api.daemon.api, "https://elsewhere.example"
+    for origins in ([own, other], [other, own], [own, own, "null"], [f"{own}, {other}"]):
+        headers = CIMultiDict(("Origin", origin) for origin in origins)
+        assert (await api("POST", ACME + "/sessions/s1/close", 403, headers=headers))["code"] == "cross-origin"
+    await api("POST", ACME + "/sessions/s1/touch", 204, headers=CIMultiDict([("Origin", own)] * 2))
 
 
 async def test_a_page_that_this_address_has_served_may_change_what_it_likes(api: Caller) -> None:

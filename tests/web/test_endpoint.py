@@ -28,6 +28,7 @@ from wires import (
     V4,
     V4_WIRE,
     WIRES,
+    Answer,
     notify,
     open_session,
     operator,
@@ -249,6 +250,31 @@ class TestSharedPaths:
             for body in (b"{", b"[]", b'{"providerId":"luckymonaco","sessionId":"s"'):
                 assert (await send(s, body)).error == first.codes["bad_parameters"]
             assert (await send(s, b"{}", content="text/plain")).error == first.codes["bad_parameters"]
+
+    @pytest.mark.parametrize(
+        ("endpoint", "path", "code"),
+        [
+            (None, V4, 7),
+            (None, "/v1/SessionExpired", 57),
+            (None, "/old/SessionExpired/", 71),
+            # A path that the operator has chosen belongs to none of its dialects
+            ("/v1/SessionExpired", "/v1/SessionExpired", 7),
+        ],
+    )
+    async def test_a_path_that_one_dialect_has_gets_the_codes_of_that(
+        self, tmp_path: Path, endpoint: str | None, path: str, code: int
+    ) -> None:
+        keys = {} if endpoint is None else {"endpoint": endpoint}
+        async with serving(tmp_path, operator("v4", "v1", "old", "pragmatic", **keys)) as s:
+            for body in (b"{", b"[]", b"{}"):
+                assert (await send(s, body, path)).error == code, body
+            answers = [await send(s, b"{}", path, "text/plain"), await send(s, b" " * 17_000, path)]
+            async with s.client.get(s.server + path) as response:
+                answers.append(Answer(response.status, await response.read(), response.headers))
+            assert [(answer.status, answer.error) for answer in answers] == [(415, code), (413, code), (405, code)]
+            for name in ("v4", "v1", "old"):  # every accepted dialect is read at every path
+                answer = await send(s, WIRES[name].body(session=name), path)
+                assert answer.json == SUCCESS, name
 
     @pytest.mark.parametrize("name", ["v4", "v4.01"])
     @pytest.mark.parametrize("order", [("v4", "v4.01"), ("v4.01", "v4")])

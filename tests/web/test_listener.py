@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LISTEN, RawConnection, hear, raw_connection, serving, until
+from support import LISTEN, RawAnswer, RawConnection, hear, raw_connection, serving, until
 
 from lmdaemon.limits import Limits
 from lmdaemon.sweeper import LOOP_TURNS
@@ -103,6 +103,18 @@ async def test_what_is_wrong_with_a_head_is_answered_and_logged(tmp_path: Path, 
                 assert (answer.status, lines) == (404, [])
 
 
+def tells_to_retry(answer: RawAnswer, side: str, reason: str) -> bool:
+    """Whether an answer to an unread request is a 503 in the form of its side, with the code for "retry"."""
+    assert (answer.status, answer.headers["retry-after"], answer.headers["connection"]) == (503, "5", "close")
+    told = json.loads(answer.body)
+    if side == "server":
+        assert answer.headers["content-type"] == "application/json"
+        return bool(told == {"error": 100, "description": f"{reason[0].upper()}{reason[1:]}, please retry"})
+    assert answer.headers["content-type"] == "application/problem+json"
+    kind = {"type": "urn:lmdaemon:problem:cannot-store", "title": "Service Unavailable", "status": 503}
+    return bool(told == kind | {"detail": reason, "code": "cannot-store"})
+
+
 @SIDES
 async def test_connections_are_bounded_and_the_one_too_many_is_told(tmp_path: Path, side: str) -> None:
     # Loopback counts as a proxy, so that no address has a limit of its own
@@ -117,7 +129,7 @@ async def test_connections_are_bounded_and_the_one_too_many_is_told(tmp_path: Pa
             await peer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await peer.answer()).status == 200
         async with raw_connection(url) as third:
-            assert (await third.answer()).status == 503
+            assert tells_to_retry(await third.answer(), side, "too many connections")
             assert await third.rest() == b""
         peers[0].writer.close()
 
@@ -310,21 +322,21 @@ async def test_a_connection_is_kept_for_as_long_as_configured(tmp_path: Path) ->
 # -- memory
 
 
-async def test_who_sends_less_than_others_is_answered_when_memory_is_short(tmp_path: Path) -> None:
+@SIDES
+async def test_who_sends_less_than_others_is_answered_when_memory_is_short(tmp_path: Path, side: str) -> None:
     async with (
         serving(tmp_path, CONFIG, limits=Limits(strangers_max=100_000)) as daemon,
         contextlib.AsyncExitStack() as stack,
     ):
-        bounds, site = daemon.bounds, daemon.sites["server"]
-        modest = [await stack.enter_async_context(raw_connection(daemon.server)) for _ in range(12)]
+        bounds, site, url = daemon.bounds, daemon.sites[side], getattr(daemon, side)
+        modest = [await stack.enter_async_context(raw_connection(url)) for _ in range(12)]
         for peer in modest:
             await peer.send(head(6000)[:-2])
         await until(lambda: bounds.strangers.used > 71_000)
         for _ in range(5):
-            async with raw_connection(daemon.server) as greedy:
+            async with raw_connection(url) as greedy:
                 await greedy.send(head(30_000)[:-2])
-                answer = await greedy.answer()
-                assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+                assert tells_to_retry(await greedy.answer(), side, "too many bytes are waiting here")
                 assert await greedy.rest() == b""
         assert site.cuts["memory"] == 5
         async with raw_connection(daemon.server) as honest:

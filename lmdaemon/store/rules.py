@@ -49,9 +49,9 @@ from lmdaemon.store.contract import (
 )
 
 PRUNE_ROWS = 500
-# A due session whose operator is not configured is looked at again after its idle time, within these bounds: soon after
-# the operator is configured again, and so rarely that 300,000 such sessions take a sixth of the writer's time
-REVISIT_MIN_MS = 5_000
+# A due session whose operator is not configured is looked at again after its idle time, or after this time if that is
+# less: never later than it would end if the operator were configured and the session touched now, and so rarely that
+# 300,000 such sessions take a sixth of the writer's time
 REVISIT_MAX_MS = 60_000
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
@@ -575,7 +575,7 @@ class _Sweeps:
 
 
 def _revisit_ms(session: Session) -> int:
-    return min(max(session.idle_ms, REVISIT_MIN_MS), REVISIT_MAX_MS)
+    return min(session.idle_ms, REVISIT_MAX_MS)
 
 
 class _Deliveries:

@@ -808,7 +808,7 @@ class Promises(RuleBasedStateMachine):
                 # If the sweeper has looked at a session in the meantime, it looks again after some time. When the
                 # operator is back, its sessions have a grace
                 if name == operator:
-                    revisit_ms = min(max(one.idle_ms, rules.REVISIT_MIN_MS), rules.REVISIT_MAX_MS)
+                    revisit_ms = min(one.idle_ms, rules.REVISIT_MAX_MS)
                     one.not_late_before = self.sure + max(revisit_ms, self.grace_ms) + LATE_MS
                     one.orphaned |= state == "gone"
             self.settled()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,26 @@ async def test_a_session_ends_by_itself_and_its_operator_is_told_once(tmp_path: 
         found = await until(settled)
         assert (found["state"], found["reason"]) == ("ended", "inactivity")
         assert len(operator.received) == 1
+
+
+async def test_spans_of_the_file_are_kept_to_the_millisecond(tmp_path: Path) -> None:
+    """As a float, 4.007 s times 1000 is a little less than 4007: if it were cut, sessions would end 1 ms early."""
+    toml = OPERATOR.format(url="http://127.0.0.1:1/") + 'max_lifetime = "4007ms"\n'
+    graces = 'restart_grace = "4007ms"\ndaemon_grace = "4007ms"\n'
+    async with serving(tmp_path, f'[sessions]\nidle_timeout = "4007ms"\n{graces}{toml}', HandClock()) as d:
+        found = {}
+        sessions = f"{d.api}/v1/operators/acme/sessions"
+        async with d.client.put(f"{sessions}/opened", json={"playerId": "p", "token": "tok-3n"}):
+            pass
+        async with d.client.post(f"{d.server}/V4/SessionExpired", json=NOTICE):
+            pass
+        for name in ("opened", "told"):
+            async with d.client.get(f"{sessions}/{name}") as answer:
+                found[name] = await answer.json()
+        assert [one["idleTimeoutSeconds"] for one in found.values()] == [4.007, 4.007]
+        opened_at, expires_at = (datetime.fromisoformat(found["opened"][name]) for name in ("openedAt", "expiresAt"))
+        assert expires_at - opened_at == timedelta(milliseconds=4007)
+        assert (d.store.grace_ms, d.store.daemon_grace_ms) == (4007, 4007)
 
 
 async def test_a_touch_keeps_it_alive_and_a_close_ends_it_at_once(tmp_path: Path, clock: HandClock) -> None:

@@ -41,7 +41,8 @@ class Tables:
         """Reads a table, or a table within one, into its struct. None if it is no table.
 
         If a value does not fit its key, an error is recorded, and the default is used instead (for a required key an
-        empty value), so that the rules between keys can still be checked.
+        empty value), so that the rules between keys can still be checked. Of a table within the table, the values that
+        fit are kept.
         """
         error = self._findings.error
         if not isinstance(raw, dict):
@@ -59,7 +60,7 @@ class Tables:
                 found[name] = self.value(field.type, raw[name], f"{at}.{name}")
             elif field.required:
                 error(f"{at}.{name}", "is required")
-            if len(self._findings.errors) > before:
+            if len(self._findings.errors) > before and not isinstance(found.get(name), msgspec.Struct | dict):
                 found.pop(name, None)
                 if field.required:
                     found[name] = (get_origin(field.type) or field.type)()
@@ -79,7 +80,8 @@ class Tables:
         if get_origin(kind) is dict:
             if not isinstance(value, dict):
                 return error(at, "must be a table")
-            return {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+            members = {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+            return {key: member for key, member in members.items() if self._findings.sound(at, key)}
         if kind in _READERS:
             try:
                 return _READERS[kind](value)

@@ -547,7 +547,10 @@ BAD_FILES = [
         DIALECT.replace(', "player"]', "]"),
         "dialects.x.required: must contain 'player': a notice without it means nothing",
     ),
-    ("[dialects.x]\npath = '/x'\nrequired = []", "dialects.x.fields: is required"),
+    (
+        "[dialects.x]\npath = '/x'\nrequired = ['provider', 'session', 'player']",
+        "dialects.x.fields: is required",
+    ),
     (DIALECT.replace('["provider", "session", "player"]', "'all'"), "dialects.x.required: must be a list (got 'all')"),
     (DIALECT + "codes = []", "dialects.x.codes: must be a table"),
     (DIALECT + "codes = { retry = 'x' }", "dialects.x.codes.retry: must be an integer (got 'x')"),
@@ -861,6 +864,10 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "dialects.x.fields.uuid",
         "dialects.x.fields",
         "dialects.x.codes.retry",
+        "dialects.x.required",  # it names a hash, which is no field
+        "dialects.x.required",  # it lacks provider,
+        "dialects.x.required",  # session
+        "dialects.x.required",  # and player
         "operators.a.provider_id",
         "operators.a.url",  # the URL is not https
         "operators.a.url",  # the URL has a loopback address
@@ -877,6 +884,67 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "operators.a.auth",
         "operators.b.auth",
         "api.token_file",
+    ]
+
+
+CODE_RULE = "must be between 1 and 999999; 0 means success"
+FAULTY_DIALECT = """
+    [dialects.q]
+    path = "/x"
+    fields = { provider = "p", session = "s", foo = "x" }
+    required = ["provider", "player"]
+    codes = { retry = 120, final = 0, zzz = 1 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            FAULTY_DIALECT,
+            [
+                "codes.zzz: is no key of this table",
+                "fields.foo: must be one of provider, session, player, token, request, hash",
+                f"codes.final: {CODE_RULE} (got 0)",
+                "codes.retry: must be none of 120, 999, which ask not to try again (got 120)",
+                "required: must name keys of fields (got 'player')",
+                "required: must contain 'session': a notice without it means nothing",
+            ],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]") + 'codes = { retry = "a", final = 0 }',
+            ["codes.retry: must be an integer (got 'a')", f"codes.final: {CODE_RULE} (got 0)"],
+        ),
+        # What is told first may be the reason for the rest, which is then not told
+        (
+            DIALECT.replace(".x]", ".q]") + 'codes = { retry = "a", final = 100 }',
+            ["codes.retry: must be an integer (got 'a')"],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]").replace('player = "u"', 'plyer = "u&"'),
+            ["fields.plyer: must be one of provider, session, player, token, request, hash (did you mean 'player'?)"],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]").replace('"u"', "5").replace(', "session"', ""),
+            [
+                "fields.player: must be a string (got 5)",
+                "required: must contain 'session': a notice without it means nothing",
+            ],
+        ),
+    ],
+)
+def test_an_error_in_a_table_within_a_dialect_hides_no_other(home: Path, text: str, expected: list[str]) -> None:
+    assert findings(home, text) == [f"dialects.q.{finding}" for finding in expected]
+
+
+def test_files_of_a_listener_are_read_whatever_else_is_wrong(home: Path) -> None:
+    missing = "cannot be read: No such file or directory"
+    text = '[server]\ntls_cert_file = "x.pem"\n[api]\nclient_ca_file = "ca.pem"\n'
+    assert findings(home, text) == [
+        "server.tls_cert_file: and tls_key_file must be given together",
+        f"server.tls_cert_file: {missing} ({home}/x.pem)",
+        "api.client_ca_file: needs tls_cert_file: only over TLS a client can show a certificate",
+        f"api.client_ca_file: {missing} ({home}/ca.pem)",
     ]
 
 

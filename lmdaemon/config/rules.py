@@ -270,7 +270,8 @@ def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[s
         at = f"operators.{operator.name}"
         if not findings.sound(at, "accept", "token_check", "allow_from", "auth"):
             continue
-        hashed = all("hash" in dialect.required for dialect in operator.receives)
+        # A hash is checked also where it is not required: a notice without it is refused
+        hashed = all("hash" in dialect.fields for dialect in operator.receives)
         # If every address is a trusted proxy, a sender can claim any address, and allow_from proves nothing
         filtered = operator.allow_from and not holds_everybody((*operator.allow_from, *server.trusted_proxies))
         trusts_anyone = operator.token_check == "present" and not filtered and not hashed

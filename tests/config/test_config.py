@@ -45,6 +45,7 @@ from lmdaemon.dialects import SHIPPED, Codes
 CONFIG_TOML = Path(__file__).parents[2] / "config.toml"
 MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing that may be shown
 OPERATOR = '[operators.a]\nprovider_id = "p"\n'
+OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR
 QUOTA_RULE = "must be between 0 (no bound) and 1000000"
 DIALECT = (
     '[dialects.x]\npath = "/x"\nfields = { provider = "p", session = "s", player = "u" }\n'
@@ -331,6 +332,10 @@ def test_endpoint_defaults_to_the_paths_of_the_accepted_dialects(home: Path, key
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'token_check = "partner"\npartner_token_env = "SECRET"\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'allow_from = ["192.0.2.0/24"]\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'accept = ["pragmatic"]\nhash_key_file = "secret"\n',
+        # The hash is checked whether it is required or not (tests/ground/test_dialects.py)
+        OPEN
+        + 'accept = ["x"]\nhash_key_file = "secret"\n'
+        + DIALECT.replace('player = "u"', 'player = "u", hash = "h"'),
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'endpoint = ""\n',
         '[server]\nlisten = "unix:/run/x"\n' + OPERATOR,
         '[api]\nlisten = "0.0.0.0:81"\ntoken_file = "tokens"\n',
@@ -384,7 +389,6 @@ EXPOSED = (
     'hash or server.client_ca_file, or write auth = "none"'
 )
 KNOWN = "v4, v4.01, v4.02, v1, pragmatic"
-OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR
 
 BAD_FILES = [
     # unknown tables and keys
@@ -632,11 +636,11 @@ BAD_FILES = [
         OPEN.replace('"\n', "\"\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']\n", 1) + "allow_from = ['192.0.2.1']",
         EXPOSED,
     ),
-    # A hash authenticates nobody if a dialect without a hash, or with an optional one, is accepted as well.
+    # A hash authenticates nobody if a dialect without a hash is accepted as well.
     (OPEN + "accept = ['pragmatic', 'v4']\nhash_key_env = 'SECRET'", EXPOSED),
     (
         OPEN
-        + "accept = ['x']\nhash_key_env = 'SECRET'\n"
+        + "accept = ['x', 'pragmatic', 'v4']\nhash_key_env = 'SECRET'\n"
         + DIALECT.replace('player = "u"', 'player = "u", hash = "h"'),
         EXPOSED,
     ),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lmdaemon import textfile, tls, trust
-from lmdaemon.config import rules
+from lmdaemon.config import rules, syntax
 from lmdaemon.config.certificates import Certificates
 from lmdaemon.config.findings import ConfigError, Findings, meant, suggestion
 from lmdaemon.config.secrets import SecretFiles, Secrets, exists
@@ -83,7 +83,7 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
         raw = tomllib.loads(text)
     # TOMLDecodeError, or an integer with more digits than Python converts
     except (ValueError, RecursionError) as error:
-        finding = f"not valid TOML: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+        finding = f"not valid TOML: {syntax.complaint(text, error)}"
         salvaged = None if needs is None else _salvaged(text, needs)
         if salvaged is None:
             raise ConfigError([f"{path}: {finding}"]) from error

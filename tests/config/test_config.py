@@ -1007,6 +1007,40 @@ def test_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes, findin
     assert caught.value.findings == [f"{file}: {finding}"]
 
 
+UNQUOTED = "text needs quotation marks"
+UNCLOSED = "a quotation mark is missing in this line"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (f"x = {MARK}", UNQUOTED),
+        ("x = 30m", UNQUOTED),
+        ("x = 127.0.0.1:80", UNQUOTED),
+        ("x = https://h/", UNQUOTED),
+        ("x = /v4", UNQUOTED),
+        ('x = ["v1", v4]', UNQUOTED),
+        ("x = [5s, 10s]", UNQUOTED),
+        ("x = [\n  5s,\n]", UNQUOTED),
+        ("x = { a = 5s }", UNQUOTED),
+        (f'x = "{MARK}', UNCLOSED),
+        (f'x = "{MARK}\r', UNCLOSED),
+        (f"x = '{MARK}\ny = ''", UNCLOSED),
+        ('x = ["5s, "10s"]', UNCLOSED),
+        ("x = 'a", "a quotation mark is missing"),
+        ("x =", ""),
+        ("x = True", ""),
+        ("x y = 1", ""),
+        ("[a b]", ""),
+        ('x = ["a"', ""),
+    ],
+)
+def test_a_slip_with_quotation_marks_gets_a_hint_that_quotes_nothing(tmp_path: Path, line: str, hint: str) -> None:
+    (found,) = findings(tmp_path, f"[log]\n{line}\n")
+    assert re.fullmatch(r"not valid TOML: [^:]* \((at line [23], column \d+|at end of document)\)(: )?" + hint, found)
+    assert MARK not in found
+
+
 def test_number_too_long_for_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid TOML: Exceeds the limit"):
         load(tmp_path, "x = " + "9" * 5000)

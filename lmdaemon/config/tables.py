@@ -96,15 +96,29 @@ class Tables:
             rule = f"must be one of {choices}" if get_origin(kind) is Literal else _RULES[kind]
             return error(at, rule, value)
 
-    def named(self, raw: object, at: str) -> Iterable[tuple[str, object]]:
+    def named(self, kind: type[msgspec.Struct], raw: object, at: str) -> Iterable[tuple[str, object]]:
         """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` with their names. Records an error for a name
-        that breaks NAME_RULE; names stand in URLs and in the log.
+        that breaks NAME_RULE; names stand in URLs and in the log. Keys of a sub-table (`kind`) that stand in no
+        sub-table are one error.
         """
         if not isinstance(raw, dict):
             self._findings.error(at, "must be a table")
             return
+        bare = [key for key, value in raw.items() if not isinstance(value, dict)]
+        keys = {field.name for field in msgspec.structs.fields(kind)}
+        astray = {*bare, *(keys & raw.keys())} if keys & set(bare) else set()
+        if astray:
+            more = f" and {len(astray) - 1} more" if len(astray) > 1 else ""
+            first = next(key for key in bare if key in keys)
+            self._findings.error(at, f"write [{at}.NAME], with a name of your choice, above {first}{more}")
+        alike: dict[str, str] = {}
         for name, table in raw.items():
-            if NAME.fullmatch(name):
-                yield name, table
-            else:
+            if name in astray:
+                continue
+            if not NAME.fullmatch(name):
                 self._findings.error(at, f"names {NAME_RULE}", name)
+                continue
+            other = alike.setdefault(name.casefold(), name)
+            if other != name:
+                self._findings.warn(f"{at}.{name}", f"is not {at}.{other}: upper and lower case make different names")
+            yield name, table

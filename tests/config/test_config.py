@@ -403,6 +403,18 @@ BAD_FILES = [
     ),
     # wrong types: one value of each kind
     ("server = 1", "server: must be a table"),
+    (
+        "[operators]\nprovider_id = 'p'\nurl = 'https://h.example/'\naccept = ['v4']\nnotfy = true",
+        "operators: write [operators.NAME], with a name of your choice, above provider_id and 3 more",
+    ),
+    (
+        "[dialects]\nfields = { provider = 'p' }\npath = '/x'",
+        "dialects: write [dialects.NAME], with a name of your choice, above path and 1 more",
+    ),
+    (
+        "[plugins]\nuse = 'm:f'\n[plugins.p]\nuse = 'm:f'",
+        "plugins: write [plugins.NAME], with a name of your choice, above use",
+    ),
     ("[[operators]]", "operators: must be a table"),
     ("[operators]\na = 'x'", "operators.a: must be a table"),
     ("dialects = false", "dialects: must be a table"),
@@ -1374,6 +1386,13 @@ def test_secret_that_others_can_read_is_warned_about(home: Path, text: str, at: 
         assert load(home, text).warnings == ()
     (home / name).chmod(0o644)
     assert load(home, text).warnings == (f"{at}: others can read this secret (mode 644): {home / name}",)
+
+
+@pytest.mark.parametrize(("other", "warned"), [("A", True), ("a2", False)])
+def test_names_that_differ_only_in_case_are_warned_about(home: Path, other: str, warned: bool) -> None:
+    text = f'{OPERATOR}[operators.{other}]\nprovider_id = "q"\n'
+    warning = f"operators.{other}: is not operators.a: upper and lower case make different names"
+    assert load(home, text).warnings == ((warning,) if warned else ())
 
 
 @pytest.mark.parametrize(("kept", "warned"), [("7d", False), ("167h", True), ("1ms", True)])

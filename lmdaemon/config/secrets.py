@@ -49,6 +49,13 @@ class SecretFiles:
                 return handed_over
         return self._directory / name
 
+    def _places(self, name: str) -> str:
+        """Where `beside` looked for a file that is in none of these places, in words."""
+        credentials, path = os.environ.get("CREDENTIALS_DIRECTORY"), (self._directory / name).absolute()
+        if not credentials or Path(name).is_absolute():
+            return str(path)
+        return f"looked for {Path(credentials) / name}, then for {path}"
+
     def read(self, name: str, at: str, *, secret: bool = False) -> bytes | None:
         """The content of a file that the configuration names. If it cannot be read, records that and returns None."""
         path = self.beside(name)
@@ -57,7 +64,8 @@ class SecretFiles:
             mode = stat.S_IMODE(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             unseen = self._secrets == "readable" and (isinstance(error, PermissionError) or _may_be_handed_over(name))
-            self._report(unseen)(at, f"cannot be read: {getattr(error, 'strerror', error)} ({path})")
+            where = self._places(name) if isinstance(error, FileNotFoundError) else str(path)
+            self._report(unseen)(at, f"cannot be read: {getattr(error, 'strerror', error)} ({where})")
             return None
         if path != self._directory / name:
             self.handed_over.append(at)

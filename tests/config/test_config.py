@@ -1144,6 +1144,23 @@ def test_relative_secret_is_looked_up_among_the_credentials_first(home: Path, mo
     assert load(home, f"[api]\ntoken_file = '{home}/secret'\n").api_tokens == (ApiToken(MARK.encode()),)
 
 
+def test_a_missing_secret_is_told_with_every_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "api.token_file: cannot be read: No such file or directory"
+    monkeypatch.chdir(home)
+    Path("config.toml").write_text("[api]\ntoken_file = 'none'\n")
+
+    def told() -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            reader.load(Path("config.toml"))
+        return caught.value.findings
+
+    assert told() == [f"config.toml: {missing} ({home}/none)"]
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
+    assert told() == [f"config.toml: {missing} (looked for /run/credentials/x/none, then for {home}/none)"]
+    Path("config.toml").write_text("[api]\ntoken_file = '/none'\n")
+    assert told() == [f"config.toml: {missing} (/none)"]
+
+
 def test_tokens_have_names_comments_and_rights(home: Path) -> None:
     secret(home / "changing", f"# rotated 2026-01 by ops\n\n  # next: May\nlobby-1:{MARK}:with:colons\n{MARK}-bare\n")
     secret(home / "reading", f"grafana: {MARK}-reads\n")

@@ -135,11 +135,14 @@ class SecretFiles:
 
     def signing_keys(self, table: OperatorTable, at: str) -> tuple[bytes, ...]:
         """The keys of `signing_secret_file`, or of its variable."""
-        try:
-            return tuple(whsec(line) for _, line in self._lines(table, "signing_secret", at))
-        except ValueError as error:
-            self._findings.error(_place_of(table, "signing_secret", at), str(error))
-            return ()
+        place = _place_of(table, "signing_secret", at)
+        found: list[bytes] = []
+        for number, line in self._lines(table, "signing_secret", at):
+            try:
+                found.append(whsec(line))
+            except ValueError as error:
+                self._findings.error(place, f"line {number}: {error}")
+        return tuple(found)
 
     def api_tokens(self, table: ApiTable) -> tuple[ApiToken, ...]:
         """The API tokens. Each line of the files is `token` or `name:token`; the name is for the log. The tokens of

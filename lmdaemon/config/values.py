@@ -122,7 +122,7 @@ def whsec(line: str) -> bytes:
     except ValueError:
         key = b""
     if not 24 <= len(key) <= 64:
-        raise ValueError("each line must be whsec_ followed by base64 of 24 to 64 bytes")
+        raise ValueError("must be whsec_ followed by base64 of 24 to 64 bytes")
     return key
 
 

@@ -1122,6 +1122,20 @@ async def test_send_to_a_url_signs_with_the_secret_of_a_file(tmp_path: Path) -> 
     assert (done.returncode, shown["request"]["headers"]["webhook-signature"]) == (0, "v1,***")
 
 
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        (f"# of May\n{SIGNING_SECRET}\nwhsec_hush", "line 3: must be whsec_ followed by base64 of 24 to 64 bytes"),
+        ("# of May", "must not have comments alone"),
+    ],
+)
+def test_a_wrong_signing_secret_is_told_by_its_line_alone(tmp_path: Path, content: str, finding: str) -> None:
+    secret_file(tmp_path / "signing", content)
+    done = run("send", "--url", "http://127.0.0.1:1/", "--signing-secret-file", "signing", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--signing-secret-file: {finding}\n" in done.stderr
+
+
 async def test_send_takes_a_url_byte_for_byte_and_masks_it_in_every_spelling(tmp_path: Path) -> None:
     """A URL is masked as written, decoded, and as a server's own parser spells it."""
     path = "/a%2Fb/../c?sig=%41bc%2Bd%2F%7e&empty=&p=%c3%a9t%C3%A9"

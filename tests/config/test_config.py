@@ -85,7 +85,7 @@ def home(tmp_path: Path) -> Path:
     secret(tmp_path / "badname", f"# {MARK}\n\n{MARK} of ops:{MARK}\n")
     secret(tmp_path / "unnamed", "ops: \n")
     secret(tmp_path / "signing", whsec(24))
-    secret(tmp_path / "whsec23", f"{whsec(24)}\n{whsec(23)}\n")
+    secret(tmp_path / "whsec23", f"# old\n{whsec(24)}\n\n{whsec(23)}\n")
     secret(tmp_path / "whsec65", whsec(65))
     secret(tmp_path / "unpadded", whsec(25).rstrip("="))
     secret(tmp_path / "accents", whsec(24) + "é")
@@ -383,7 +383,7 @@ NAMES_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscore
 PATH_RULE = "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/"
 PATH_DOTS_RULE = "must not have //, /./ or /../, which a sender may resolve"
 LIFTED = "; allow_private_network = true lifts this"
-WHSEC_RULE = "each line must be whsec_ followed by base64 of 24 to 64 bytes"
+WHSEC_RULE = "must be whsec_ followed by base64 of 24 to 64 bytes"
 EXPOSED = (
     "operators.a.auth: nothing authenticates a sender on 0.0.0.0:80: set token_check, allow_from, a dialect with a "
     'hash or server.client_ca_file, or write auth = "none"'
@@ -756,12 +756,12 @@ BAD_FILES = [
         OPERATOR + "signing_secret_file = 'secret'\nsigning_secret_env = 'SECRET'",
         "operators.a.signing_secret_file: and signing_secret_env must not both be given",
     ),
-    (OPERATOR + "signing_secret_file = 'secret'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'whsec23'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'whsec65'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'unpadded'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'accents'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_env = 'SECRET'", f"operators.a.signing_secret_env: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'secret'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'whsec23'", f"operators.a.signing_secret_file: line 4: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'whsec65'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'unpadded'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'accents'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_env = 'SECRET'", f"operators.a.signing_secret_env: line 1: {WHSEC_RULE}"),
     # plug-ins
     ("[plugins.p]", "plugins.p.use: is required"),
     ("[plugins.p]\nuse = ''", "plugins.p.use: must be \"module:attribute\" (got '')"),

@@ -334,6 +334,17 @@ def test_check_config_imports_plugins_without_making_them(tmp_path: Path) -> Non
     assert not (tmp_path / "made").exists()
 
 
+def test_check_config_warns_of_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    configure(tmp_path, '[database]\npath = "none/x.sqlite3"\n')
+    text = run("check-config", cwd=tmp_path)
+    document = json.loads(run("check-config", "--json", cwd=tmp_path).stdout)
+    warning = f"database.path: the directory {tmp_path}/none does not exist"
+    assert (text.stdout, text.stderr) == ("config.toml: valid\n", f"config.toml: warning: {warning}\n")
+    assert (document["valid"], document["warnings"]) == (True, [warning])
+    (tmp_path / "none").mkdir()
+    assert run("check-config", cwd=tmp_path).stderr == ""
+
+
 def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> None:
     configure_plugin(tmp_path, "Absent")
     done = run("check-config", cwd=tmp_path)

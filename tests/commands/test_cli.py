@@ -696,15 +696,15 @@ def test_config_shows_what_is_in_force_and_what_a_reload_would_change(tmp_path: 
         assert document["source"] == "daemon"
         assert document["settings"]["api.token_file"] == '"api-token"'
         sound = file.read_text()
-        file.write_text(sound + '[sessions]\nidle_timeout = "20m"\nrestart_grace = "1s"\n')
+        file.write_text(sound + '[sessions]\nidle_timeout = "20m"\n[database]\npath = "other"\n')
         text, document = text_and_json("config", cwd=tmp_path)
         assert text.stdout.splitlines()[-3:] == [
             "A reload would change:",
+            '  database.path: "lmdaemon.sqlite3" → "other" (needs a restart)',
             '  sessions.idle_timeout: "30m" → "20m"',
-            '  sessions.restart_grace: "1m" → "1s" (needs a restart)',
         ]
         assert document["settings"]["sessions.idle_timeout"] == '"30m"'
-        assert [change["needsRestart"] for change in document["changes"]] == [False, True]
+        assert [change["needsRestart"] for change in document["changes"]] == [True, False]
         file.write_text(sound + "[sesions]\n")
         done = run("config", cwd=tmp_path)
         assert done.stdout.splitlines()[-2:] == [

@@ -156,13 +156,13 @@ class TestReload:
         toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             named = []
-            for grace in ("7s", "7s", None):
-                text = toml if grace is None else toml + f'[sessions]\nrestart_grace = "{grace}"\n'
+            for path in ("other", "other", None):
+                text = toml if path is None else toml + f'[database]\npath = "{path}"\n'
                 (tmp_path / "config.toml").write_text(text)
                 with hear("lmdaemon.daemon") as events:
                     await d.daemon.reload_once()
                 named.append([event.facts["key"] for event in events if event.name == "config.needs_restart"])
-            assert named == [["sessions.restart_grace"], ["sessions.restart_grace"], []]
+            assert named == [["database.path"], ["database.path"], []]
 
     async def test_a_reload_warns_of_what_a_start_warns_of(self, tmp_path: Path) -> None:
         (tmp_path / "tokens").write_text("s3cret-of-a-partner")

@@ -379,14 +379,23 @@ def is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def stray_at(url: str) -> bool:
-    """Whether an `@` comes after the host.
+# An address or a name with a dot, without a port; then a path; no colon before the last `@`. A user name hardly looks
+# like this, and a password would come after a colon.
+_PLAIN = re.compile(r"(\[[0-9a-f:.]+\]|([0-9]+\.){3}[0-9]+|([\w-]+\.)+[^\W\d_]{2,})/[^:#]*", re.IGNORECASE)
+_PERHAPS_HOST = re.compile(r"@[^/@]*[.:\[]")
 
-    It may then be the end of user info with an unescaped `/`, `?` or `#` in it, so that what is parsed as host, port
-    and path is really user and password.
+
+def stray_at(url: str) -> bool:
+    """Whether an `@` comes after the host, and may be the end of user info with an unescaped `/`, `?` or `#` in it.
+
+    What is parsed as host, port and path is then really user and password. The `@` is allowed if what is parsed as host
+    is certainly one (_PLAIN), and an `@` in the path is not followed by what may be the real host.
     """
-    _, *rest = re.split(r"[/?#]", url.partition("//")[2], maxsplit=1)
-    return any("@" in part for part in rest)
+    whole = url.partition("//")[2]
+    _, *rest = re.split(r"[/?#]", whole, maxsplit=1)
+    if not any("@" in part for part in rest):
+        return False
+    return not _PLAIN.fullmatch(whole.rpartition("@")[0]) or bool(_PERHAPS_HOST.search(whole.partition("?")[0]))
 
 
 def safe_url(url: str) -> str:

@@ -139,8 +139,8 @@ class Parts:
         """Gives the settings in force to every part; each uses them from its next step on."""
         operators = self.settings.operators
         pausing = frozenset(name for name, operator in operators.items() if operator.mass_expiry == "pause")
-        grace_ms = int(self.settings.restart_grace_s * 1000)
-        daemon_grace_ms = int(self.settings.daemon_grace_s * 1000)
+        grace_ms = round(self.settings.restart_grace_s * 1000)
+        daemon_grace_ms = round(self.settings.daemon_grace_s * 1000)
         self.store.configure(frozenset(operators), partial(sinks_of, self.settings), pausing, grace_ms, daemon_grace_ms)
         self.endpoint.configure(self.settings, self.reloader.plugins)
         self.api.configure(self.settings)

@@ -7,6 +7,7 @@ blocks the loop without awaiting blocks the daemon, and this module cannot preve
 import asyncio
 import importlib
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from copy import deepcopy
 from functools import partial
@@ -22,6 +23,7 @@ log = Log("plugins")
 # The texts of these exceptions name a module, an attribute or a key, so they may be shown
 _NAMING = (ImportError, AttributeError, NameError, SyntaxError, TypeError, KeyError)
 
+SERVICE_PLACE = "/usr/local/lib/lmdaemon"  # where an installed service looks for plug-ins, by a .pth file
 CANCEL_S = 1.0  # how long a cancelled hook may take to clean up
 
 
@@ -207,7 +209,16 @@ def _why(error: BaseException) -> str:
     The text may quote an option, or a secret that the plug-in has read.
     """
     kind = type(error).__name__
-    return f"{kind}: {error}" if isinstance(error, _NAMING) else f"{kind} at {place(error)}"
+    where = f"; modules are looked for in {_places()}" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{kind}: {error}{where}" if isinstance(error, _NAMING) else f"{kind} at {place(error)}"
+
+
+def _places() -> str:
+    """Where a plug-in's modules may be, in words: as docs/plugins.md says, as far as it is so for this process."""
+    places = [SERVICE_PLACE] if SERVICE_PLACE in sys.path else []
+    if not sys.flags.ignore_environment:
+        places.append("the directories of $PYTHONPATH")
+    return ", ".join([*places, f"the Python environment {sys.prefix}"])
 
 
 def _broken(settings: Plugin, finding: str) -> ConfigError:

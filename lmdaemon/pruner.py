@@ -38,7 +38,7 @@ class Pruner:
 
     async def once(self) -> None:
         """Deletes everything that is old enough now. Raises StoreError; batches deleted before that stay deleted."""
-        before_at = self._clock.wall_ms() - int(self._keep_ended_s() * 1000)
+        before_at = self._clock.wall_ms() - round(self._keep_ended_s() * 1000)
         pruned, after = 0, (0, 0)
         while True:
             count, go_on = await self._store.prune(before_at, after)

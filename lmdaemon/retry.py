@@ -175,7 +175,7 @@ def _after_failure(gate: Gate, now_at: int, first_wait_s: float, *, probe: bool)
     if now_at - gate.failing_since_at >= HOLD_AFTER_S * 1000:
         return hold(gate, now_at, "failing_for_days")
     if gate.failures == BREAKER_OPENS_AT:
-        pause_ms = int(min(first_wait_s, PROBE_PAUSE_MAX_S) * 1000)
+        pause_ms = round(min(first_wait_s, PROBE_PAUSE_MAX_S) * 1000)
         return replace(gate, pause_ms=pause_ms, probe_at=now_at + pause_ms, opened_at=now_at)
     if probe and gate.failures > BREAKER_OPENS_AT:
         pause_ms = min(max(gate.pause_ms, 1) * 2, int(PROBE_PAUSE_MAX_S * 1000))

@@ -10,6 +10,7 @@ Other users than root always act with their own rights.
 
 import os
 import pwd
+import shlex
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -57,7 +58,13 @@ def for_database(path: Path) -> Rights:
     # files
     if place.file is not None and place.file.st_uid:
         return _of(place.file.st_uid, place.file.st_gid)
-    raise UnsafeError(f"{path}: others can make files in {shared}: root keeps its database where nobody else can")
+    # In a directory such as /tmp everybody has to be able to make files
+    is_for_all = shared.stat().st_mode & stat.S_ISVTX
+    remedy = "choose a directory of its own" if is_for_all else f"chmod go-w {shlex.quote(str(shared))}"
+    raise UnsafeError(
+        f"{path}: others can make files in {shared}: root keeps its database where nobody else can; "
+        f"{remedy}, or run lmdaemon as another user"
+    )
 
 
 def for_result(path: Path, database: Rights) -> Rights:

@@ -55,7 +55,7 @@ class Sweeper(StoreObserver):
 
     def configure(self, idle_s: Mapping[str, float]) -> None:
         """Takes over the idle times (s) of all operators, from which follows when their touches have stopped."""
-        self._idle_ms = {name: int(seconds * 1000) for name, seconds in idle_s.items()}
+        self._idle_ms = {name: round(seconds * 1000) for name, seconds in idle_s.items()}
         self._foreign = {name for name in idle_s if not self._store.owns(name)}
 
     def ownership_changed(self, operator: str) -> None:
@@ -109,7 +109,7 @@ class Sweeper(StoreObserver):
         """Wall time (ms) at which the session will end if it is not touched again; None once it has ended."""
         if session.reason is not None:
             return None
-        left_ms = max(self._store.ends_at_ms(session) - self._service.now_ms(), int(self.hold_s * 1000), 0)
+        left_ms = max(self._store.ends_at_ms(session) - self._service.now_ms(), round(self.hold_s * 1000), 0)
         idle_at = self._clock.wall_ms() + left_ms
         return idle_at if session.lifetime_at is None else min(idle_at, session.lifetime_at)
 

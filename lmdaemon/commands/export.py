@@ -277,7 +277,7 @@ def _pour(chunks: Iterable[bytes], out: BinaryIO) -> None:
 def _report(
     args: argparse.Namespace, settings: Settings, told: Told, since_at: int | None, until_at: int, now_at: int
 ) -> None:
-    pruned_at = now_at - int(settings.keep_ended_s * 1000)
+    pruned_at = now_at - round(settings.keep_ended_s * 1000)
     if since_at is not None and since_at < pruned_at:
         say(f"lmdaemon: what ended before {rfc3339(pruned_at)} is pruned (database.keep_ended): it may be missing")
     if told.pending:

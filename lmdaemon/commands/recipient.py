@@ -5,6 +5,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from lmdaemon import textfile
 from lmdaemon.commands.arguments import argument, file
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.shared import Usage, reason, secret_file
@@ -131,11 +132,17 @@ def _trusting(ca: Pem, operator: Operator) -> Profile:
 
 def signing_keys(path: Path) -> tuple[bytes, ...]:
     """The signing secrets in a file, one a line. Raises Usage."""
-    lines = secret_file(path, "--signing-secret-file").splitlines()
-    try:
-        return tuple(whsec(line.strip()) for line in lines if line.strip())
-    except ValueError as error:
-        raise Usage(f"--signing-secret-file: {error}") from None
+    option = "--signing-secret-file"
+    lines = textfile.entries(secret_file(path, option))
+    if not lines:
+        raise Usage(f"{option}: must not have comments alone")
+    found: list[bytes] = []
+    for number, line in lines:
+        try:
+            found.append(whsec(line))
+        except ValueError as error:
+            raise Usage(f"{option}: line {number}: {error}") from None
+    return tuple(found)
 
 
 def _checked_url(text: str) -> Target:

@@ -22,6 +22,7 @@ from lmdaemon.commands.arguments import JSON, command
 from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.secrets import exists
 from lmdaemon.config.settings import Settings
 from lmdaemon.log import Log
 
@@ -172,7 +173,8 @@ def check_config(args: argparse.Namespace) -> int:
     warnings: Sequence[str] = ()
     try:
         path, found = reader.find(args.config)
-        warnings = _checked(path, found=found).warnings
+        settings = _checked(path, found=found)
+        warnings = (*settings.warnings, *_missing_directory(settings))
     except ConfigError as error:
         errors = error.findings
     if args.json:
@@ -186,6 +188,13 @@ def check_config(args: argparse.Namespace) -> int:
         if not errors:
             print(f"{path}: valid")
     return MISCONFIGURED if errors else STOPPED
+
+
+def _missing_directory(settings: Settings) -> list[str]:
+    """The warning that the database's directory does not exist: the daemon makes the file, but no directory."""
+    directory = settings.database.absolute().parent
+    missing = settings.postgres is None and not exists(directory)
+    return [f"database.path: the directory {directory} does not exist"] if missing else []
 
 
 def _checked(path: Path, *, found: bool) -> Settings:

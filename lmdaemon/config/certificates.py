@@ -99,15 +99,12 @@ class Certificates:
         error = self._findings.error
         if bool(table.tls_cert_file) != bool(table.tls_key_file):
             error(f"{at}.tls_cert_file", "and tls_key_file must be given together")
-            return None
-        if not table.tls_cert_file:
-            if table.client_ca_file:
-                error(f"{at}.client_ca_file", "needs tls_cert_file: only over TLS a client can show a certificate")
-            return None
+        elif table.client_ca_file and not table.tls_cert_file:
+            error(f"{at}.client_ca_file", "needs tls_cert_file: only over TLS a client can show a certificate")
         cert = self.certificates(table.tls_cert_file, f"{at}.tls_cert_file")
         key = self.private_key(table.tls_key_file, f"{at}.tls_key_file")
         ca = self.certificates(table.client_ca_file, f"{at}.client_ca_file", latest=True)
-        if cert is None:
+        if cert is None or not table.tls_key_file:
             return None
         context = None
         if key is not None and (ca is not None or not table.client_ca_file):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lmdaemon import textfile, tls, trust
-from lmdaemon.config import rules
+from lmdaemon.config import rules, syntax
 from lmdaemon.config.certificates import Certificates
 from lmdaemon.config.findings import ConfigError, Findings, meant, suggestion
 from lmdaemon.config.secrets import SecretFiles, Secrets, exists
@@ -83,7 +83,7 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
         raw = tomllib.loads(text)
     # TOMLDecodeError, or an integer with more digits than Python converts
     except (ValueError, RecursionError) as error:
-        finding = f"not valid TOML: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+        finding = f"not valid TOML: {syntax.complaint(text, error)}"
         salvaged = None if needs is None else _salvaged(text, needs)
         if salvaged is None:
             raise ConfigError([f"{path}: {finding}"]) from error
@@ -220,7 +220,7 @@ class Reader:
     def _dialects(self, raw: object) -> dict[str, Dialect | None]:
         """Every dialect by name. A dialect with errors is None, and no rule between dialects is checked for it."""
         known: dict[str, Dialect | None] = dict(SHIPPED)
-        for name, table in self._tables.named(raw, "dialects"):
+        for name, table in self._tables.named(DialectTable, raw, "dialects"):
             at = f"dialects.{name}"
             if name in SHIPPED:
                 self.findings.error(at, "is the name of a shipped dialect; choose another")
@@ -257,7 +257,7 @@ class Reader:
         delivery: DeliveryTable,
     ) -> dict[str, Operator]:
         found: dict[str, Operator] = {}
-        for name, written in self._tables.named(raw, "operators"):
+        for name, written in self._tables.named(OperatorTable, raw, "operators"):
             table = self._tables.table(OperatorTable, written, f"operators.{name}")
             if table is not None:
                 found[name] = self._operator(name, table, dialects, sessions, delivery)
@@ -332,7 +332,7 @@ class Reader:
 
     def _plugins(self, raw: object, delivery: DeliveryTable, operators: object) -> dict[str, Plugin]:
         found: dict[str, Plugin] = {}
-        for name, written in self._tables.named(raw, "plugins"):
+        for name, written in self._tables.named(PluginTable, raw, "plugins"):
             at = f"plugins.{name}"
             table = self._tables.table(PluginTable, written, at)
             if table is None:

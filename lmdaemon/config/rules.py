@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from lmdaemon.config import target
-from lmdaemon.config.findings import ABSENT, Findings
+from lmdaemon.config.findings import ABSENT, Findings, meant, suggestion
 from lmdaemon.config.settings import (
     ApiTable,
     DatabaseTable,
@@ -130,7 +130,8 @@ def check_dialect(findings: Findings, table: DialectTable, at: str) -> None:
         check_path(findings, table.path, f"{at}.path")
     for meaning, wire_name in table.fields.items():
         if meaning not in FIELD_MEANINGS:
-            findings.error(f"{at}.fields.{meaning}", f"must be one of {', '.join(FIELD_MEANINGS)}")
+            rule = f"must be one of {', '.join(FIELD_MEANINGS)}" + suggestion(meaning, FIELD_MEANINGS)
+            findings.error(f"{at}.fields.{meaning}", rule)
         if id_problem(wire_name):
             findings.error(f"{at}.fields.{meaning}", id_problem(wire_name) or "", wire_name)
         elif "hash" in table.fields and breaks_hash(wire_name):
@@ -141,13 +142,18 @@ def check_dialect(findings: Findings, table: DialectTable, at: str) -> None:
         code = getattr(table.codes, meaning)
         if code is not None and not 0 < code < 1_000_000:
             findings.error(f"{at}.codes.{meaning}", "must be between 1 and 999999; 0 means success", code)
-    if table.codes.retry in FINAL_CODES | {table.codes.final}:
-        final = ", ".join(str(code) for code in sorted(FINAL_CODES | {table.codes.final}))
-        findings.error(f"{at}.codes.retry", f"must be none of {final}, which ask not to try again", table.codes.retry)
-    if not findings.sound(at, "fields", "required"):
+    finals = FINAL_CODES | ({table.codes.final} if findings.sound(f"{at}.codes", "final") else set())
+    if table.codes.retry in finals and findings.sound(f"{at}.codes", "retry"):
+        rule = f"must be none of {', '.join(map(str, sorted(finals)))}, which ask not to try again"
+        findings.error(f"{at}.codes.retry", rule, table.codes.retry)
+    if not findings.sound(at, "required"):
         return
+    # A name in `required` may be meant that stands in `fields` misspelt, or with a value that cannot be used
+    misspelt = {meant(name, FIELD_MEANINGS) for name in table.fields if name not in FIELD_MEANINGS}
+    are_lost = not table.fields and not findings.sound(at, "fields")
     for meaning in table.required:
-        if meaning not in table.fields:
+        is_unclear = are_lost or meaning in misspelt or not findings.sound(f"{at}.fields", meaning)
+        if meaning not in table.fields and not is_unclear:
             findings.error(f"{at}.required", "must name keys of fields", meaning)
     for meaning in ("provider", "session", "player"):
         if meaning not in table.required:
@@ -264,7 +270,8 @@ def check_exposure(findings: Findings, server: ServerTable, operators: Mapping[s
         at = f"operators.{operator.name}"
         if not findings.sound(at, "accept", "token_check", "allow_from", "auth"):
             continue
-        hashed = all("hash" in dialect.required for dialect in operator.receives)
+        # A hash is checked also where it is not required: a notice without it is refused
+        hashed = all("hash" in dialect.fields for dialect in operator.receives)
         # If every address is a trusted proxy, a sender can claim any address, and allow_from proves nothing
         filtered = operator.allow_from and not holds_everybody((*operator.allow_from, *server.trusted_proxies))
         trusts_anyone = operator.token_check == "present" and not filtered and not hashed

@@ -49,6 +49,13 @@ class SecretFiles:
                 return handed_over
         return self._directory / name
 
+    def _places(self, name: str) -> str:
+        """Where `beside` looked for a file that is in none of these places, in words."""
+        credentials, path = os.environ.get("CREDENTIALS_DIRECTORY"), (self._directory / name).absolute()
+        if not credentials or Path(name).is_absolute():
+            return str(path)
+        return f"looked for {Path(credentials) / name}, then for {path}"
+
     def read(self, name: str, at: str, *, secret: bool = False) -> bytes | None:
         """The content of a file that the configuration names. If it cannot be read, records that and returns None."""
         path = self.beside(name)
@@ -57,7 +64,8 @@ class SecretFiles:
             mode = stat.S_IMODE(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             unseen = self._secrets == "readable" and (isinstance(error, PermissionError) or _may_be_handed_over(name))
-            self._report(unseen)(at, f"cannot be read: {getattr(error, 'strerror', error)} ({path})")
+            where = self._places(name) if isinstance(error, FileNotFoundError) else str(path)
+            self._report(unseen)(at, f"cannot be read: {getattr(error, 'strerror', error)} ({where})")
             return None
         if path != self._directory / name:
             self.handed_over.append(at)
@@ -127,11 +135,14 @@ class SecretFiles:
 
     def signing_keys(self, table: OperatorTable, at: str) -> tuple[bytes, ...]:
         """The keys of `signing_secret_file`, or of its variable."""
-        try:
-            return tuple(whsec(line) for _, line in self._lines(table, "signing_secret", at))
-        except ValueError as error:
-            self._findings.error(_place_of(table, "signing_secret", at), str(error))
-            return ()
+        place = _place_of(table, "signing_secret", at)
+        found: list[bytes] = []
+        for number, line in self._lines(table, "signing_secret", at):
+            try:
+                found.append(whsec(line))
+            except ValueError as error:
+                self._findings.error(place, f"line {number}: {error}")
+        return tuple(found)
 
     def api_tokens(self, table: ApiTable) -> tuple[ApiToken, ...]:
         """The API tokens. Each line of the files is `token` or `name:token`; the name is for the log. The tokens of

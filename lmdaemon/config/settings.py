@@ -260,9 +260,6 @@ NEEDS_RESTART = {
     "database.password_file",
     "database.password_env",
     "database.migrate",
-    "sessions.restart_grace",
-    "sessions.downtime",
-    "sessions.daemon_grace",
 }
 
 
@@ -309,9 +306,6 @@ def taken_over(new: Settings, started: Settings) -> Settings:
         api=replace(new.api, listen=started.api.listen),
         database=started.database,
         postgres=started.postgres,
-        restart_grace_s=started.restart_grace_s,
-        daemon_grace_s=started.daemon_grace_s,
-        count_downtime=started.count_downtime,
         tables=tables,
         secrets=secrets,
     )

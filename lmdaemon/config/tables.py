@@ -41,7 +41,8 @@ class Tables:
         """Reads a table, or a table within one, into its struct. None if it is no table.
 
         If a value does not fit its key, an error is recorded, and the default is used instead (for a required key an
-        empty value), so that the rules between keys can still be checked.
+        empty value), so that the rules between keys can still be checked. Of a table within the table, the values that
+        fit are kept.
         """
         error = self._findings.error
         if not isinstance(raw, dict):
@@ -59,7 +60,7 @@ class Tables:
                 found[name] = self.value(field.type, raw[name], f"{at}.{name}")
             elif field.required:
                 error(f"{at}.{name}", "is required")
-            if len(self._findings.errors) > before:
+            if len(self._findings.errors) > before and not isinstance(found.get(name), msgspec.Struct | dict):
                 found.pop(name, None)
                 if field.required:
                     found[name] = (get_origin(field.type) or field.type)()
@@ -79,7 +80,8 @@ class Tables:
         if get_origin(kind) is dict:
             if not isinstance(value, dict):
                 return error(at, "must be a table")
-            return {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+            members = {key: self.value(options[1], item, f"{at}.{key}") for key, item in value.items()}
+            return {key: member for key, member in members.items() if self._findings.sound(at, key)}
         if kind in _READERS:
             try:
                 return _READERS[kind](value)
@@ -94,15 +96,29 @@ class Tables:
             rule = f"must be one of {choices}" if get_origin(kind) is Literal else _RULES[kind]
             return error(at, rule, value)
 
-    def named(self, raw: object, at: str) -> Iterable[tuple[str, object]]:
+    def named(self, kind: type[msgspec.Struct], raw: object, at: str) -> Iterable[tuple[str, object]]:
         """The sub-tables of `[operators]`, `[plugins]` or `[dialects]` with their names. Records an error for a name
-        that breaks NAME_RULE; names stand in URLs and in the log.
+        that breaks NAME_RULE; names stand in URLs and in the log. Keys of a sub-table (`kind`) that stand in no
+        sub-table are one error.
         """
         if not isinstance(raw, dict):
             self._findings.error(at, "must be a table")
             return
+        bare = [key for key, value in raw.items() if not isinstance(value, dict)]
+        keys = {field.name for field in msgspec.structs.fields(kind)}
+        astray = {*bare, *(keys & raw.keys())} if keys & set(bare) else set()
+        if astray:
+            more = f" and {len(astray) - 1} more" if len(astray) > 1 else ""
+            first = next(key for key in bare if key in keys)
+            self._findings.error(at, f"write [{at}.NAME], with a name of your choice, above {first}{more}")
+        alike: dict[str, str] = {}
         for name, table in raw.items():
-            if NAME.fullmatch(name):
-                yield name, table
-            else:
+            if name in astray:
+                continue
+            if not NAME.fullmatch(name):
                 self._findings.error(at, f"names {NAME_RULE}", name)
+                continue
+            other = alike.setdefault(name.casefold(), name)
+            if other != name:
+                self._findings.warn(f"{at}.{name}", f"is not {at}.{other}: upper and lower case make different names")
+            yield name, table

@@ -16,7 +16,10 @@ from lmdaemon.config.egress import private_address
 from lmdaemon.log import NOT_A_URL, safe_url, stray_at
 
 SHAPE_RULE = "must be a URL such as https://wallet.example/V4/SessionExpired"
-USER_INFO_RULE = "must have %2F, %3F, %23, %40, %5B and %5D for /?#@[] in user info, and %40 for any @ behind the host"
+USER_INFO_RULE = (
+    "must have %2F, %3F, %23, %40, %5B and %5D for /?#@[] in user info, "
+    "and %40 for an @ behind the host that may be the end of user info"
+)
 CHARACTERS_RULE = 'must not have spaces, control characters, \\, ", < or >'
 ASCII_RULE = "must have percent-escapes for what is not ASCII in path and query, as its server expects them"
 FRAGMENT_RULE = "must not have a #, because what follows it is never sent; %23 stands for the character"

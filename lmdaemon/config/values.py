@@ -11,7 +11,7 @@ import msgspec
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 DURATION_MAX_S = 3650 * 86400.0
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
 # Characters of a path (RFC 3986, section 3.3), except percent-escapes. Clients send all others escaped, so that they
@@ -20,7 +20,10 @@ PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
 
 
 class Duration(float):
-    """A span in seconds, written `"250ms"`, `"30s"`, `"15m"`, `"2h"` or `"7d"`."""
+    """A span in seconds, written `"250ms"`, `"30s"`, `"15m"`, `"2h"` or `"7d"`.
+
+    Milliseconds are made of it with `round`: `int` would make 4006 of 4.007 s, which is a little less as a float.
+    """
 
 
 class Listen(msgspec.Struct, frozen=True):
@@ -63,7 +66,7 @@ def duration(text: object) -> Duration:
     match = re.fullmatch(r"([0-9]{1,12})(ms|s|m|h|d)", text) if isinstance(text, str) else None
     if match is None:
         raise ValueError('must be a duration such as "250ms", "30s", "15m", "2h" or "7d"')
-    seconds = int(match[1]) * _UNITS[match[2]]
+    seconds = int(match[1]) * _UNITS_MS[match[2]] / 1000
     if seconds > DURATION_MAX_S:
         raise ValueError('must be at most "3650d"')
     return Duration(seconds)
@@ -72,8 +75,8 @@ def duration(text: object) -> Duration:
 def spell(span: Duration) -> str:
     """A duration as it is written in the file, such as "15m", in the largest unit that gives a whole number."""
     thousandths = round(span * 1000)
-    for unit, length in reversed(_UNITS.items()):
-        count, rest = divmod(thousandths, round(length * 1000))
+    for unit, length_ms in reversed(_UNITS_MS.items()):
+        count, rest = divmod(thousandths, length_ms)
         if count and not rest:
             return f"{count}{unit}"
     return "0s"
@@ -119,7 +122,7 @@ def whsec(line: str) -> bytes:
     except ValueError:
         key = b""
     if not 24 <= len(key) <= 64:
-        raise ValueError("each line must be whsec_ followed by base64 of 24 to 64 bytes")
+        raise ValueError("must be whsec_ followed by base64 of 24 to 64 bytes")
     return key
 
 

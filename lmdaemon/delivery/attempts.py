@@ -140,7 +140,7 @@ class Attempts:
         if outcome.detail:
             facts["detail"] = outcome.detail
         log.warning("delivery.retry", **facts, attempt=row.attempts + 1, wait_s=round(wait_s, 3))
-        return Settlement(row, "pending", int(wait_s * 1000), row.step + 1, attempt, gate=gate)
+        return Settlement(row, "pending", round(wait_s * 1000), row.step + 1, attempt, gate=gate)
 
 
 def _log_dead(lane: Lane, row: Delivery, attempts: int, reason: str, detail: str = "") -> None:

@@ -75,7 +75,7 @@ class RunningAttempts:
         try:
             gate = self._store.gate(lane.operator.name)
             now_at = self._clock.wall_ms()
-            if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > lane.policy.max_age_s * 1000:
+            if retry.age_ms(row.aged_from_at, row.held_base_ms, gate, now_at) > round(lane.policy.max_age_s * 1000):
                 settlement = self._attempts.too_old(lane, row)
             else:
                 self._underway.begin(row, now_at)

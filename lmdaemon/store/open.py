@@ -41,7 +41,7 @@ async def open_store(settings: Settings, clock: Clock, name: str, limits: StoreL
             password=asked.password,
             may_migrate=asked.migrate,
             count_downtime=settings.count_downtime,
-            restart_grace_ms=int(settings.restart_grace_s * 1000),
+            restart_grace_ms=round(settings.restart_grace_s * 1000),
             limits=limits,
         )
     except UnsafeSettingError as error:

@@ -62,7 +62,7 @@ class Administration:
         breaker = retry.breaker(gate, now_at)
         dies_at = None
         if aged_from_at is not None:
-            dies_at = aged_from_at + int(operator.policy.max_age_s * 1000) + retry.held_ms(gate, now_at)
+            dies_at = aged_from_at + round(operator.policy.max_age_s * 1000) + retry.held_ms(gate, now_at)
         last_failure = None
         if gate.failed_at is not None:
             reason, detail = gate.failed_reason or "", gate.failed_detail

@@ -389,7 +389,7 @@ class _Received:
             compare_token=operator.token_check == "session",
             accept_unknown=operator.accept_unknown,
             extra=extra.text,
-            idle_ms=int(operator.idle_s * 1000),
+            idle_ms=round(operator.idle_s * 1000),
         )
 
     def ready(self, result: Any) -> Ready | None:

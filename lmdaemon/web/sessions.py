@@ -227,8 +227,8 @@ def _opening(asked: Asked[Any], session_id: str, given: shapes.Opening) -> Openi
         given.player_id,
         token,
         None if given.attributes is UNSET else _attributes(given.attributes),
-        int(idle_s * 1000),
-        int(operator.lifetime_s * 1000),
+        round(idle_s * 1000),
+        round(operator.lifetime_s * 1000),
         request_id(asked.request),
     )
 

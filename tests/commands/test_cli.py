@@ -334,6 +334,17 @@ def test_check_config_imports_plugins_without_making_them(tmp_path: Path) -> Non
     assert not (tmp_path / "made").exists()
 
 
+def test_check_config_warns_of_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    configure(tmp_path, '[database]\npath = "none/x.sqlite3"\n')
+    text = run("check-config", cwd=tmp_path)
+    document = json.loads(run("check-config", "--json", cwd=tmp_path).stdout)
+    warning = f"database.path: the directory {tmp_path}/none does not exist"
+    assert (text.stdout, text.stderr) == ("config.toml: valid\n", f"config.toml: warning: {warning}\n")
+    assert (document["valid"], document["warnings"]) == (True, [warning])
+    (tmp_path / "none").mkdir()
+    assert run("check-config", cwd=tmp_path).stderr == ""
+
+
 def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> None:
     configure_plugin(tmp_path, "Absent")
     done = run("check-config", cwd=tmp_path)
@@ -685,15 +696,15 @@ def test_config_shows_what_is_in_force_and_what_a_reload_would_change(tmp_path: 
         assert document["source"] == "daemon"
         assert document["settings"]["api.token_file"] == '"api-token"'
         sound = file.read_text()
-        file.write_text(sound + '[sessions]\nidle_timeout = "20m"\nrestart_grace = "1s"\n')
+        file.write_text(sound + '[sessions]\nidle_timeout = "20m"\n[database]\npath = "other"\n')
         text, document = text_and_json("config", cwd=tmp_path)
         assert text.stdout.splitlines()[-3:] == [
             "A reload would change:",
+            '  database.path: "lmdaemon.sqlite3" → "other" (needs a restart)',
             '  sessions.idle_timeout: "30m" → "20m"',
-            '  sessions.restart_grace: "1m" → "1s" (needs a restart)',
         ]
         assert document["settings"]["sessions.idle_timeout"] == '"30m"'
-        assert [change["needsRestart"] for change in document["changes"]] == [False, True]
+        assert [change["needsRestart"] for change in document["changes"]] == [True, False]
         file.write_text(sound + "[sesions]\n")
         done = run("config", cwd=tmp_path)
         assert done.stdout.splitlines()[-2:] == [
@@ -1120,6 +1131,20 @@ async def test_send_to_a_url_signs_with_the_secret_of_a_file(tmp_path: Path) -> 
     (received,) = peer.received
     Webhook(SIGNING_SECRET).verify(received.body, dict(received.headers))
     assert (done.returncode, shown["request"]["headers"]["webhook-signature"]) == (0, "v1,***")
+
+
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        (f"# of May\n{SIGNING_SECRET}\nwhsec_hush", "line 3: must be whsec_ followed by base64 of 24 to 64 bytes"),
+        ("# of May", "must not have comments alone"),
+    ],
+)
+def test_a_wrong_signing_secret_is_told_by_its_line_alone(tmp_path: Path, content: str, finding: str) -> None:
+    secret_file(tmp_path / "signing", content)
+    done = run("send", "--url", "http://127.0.0.1:1/", "--signing-secret-file", "signing", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--signing-secret-file: {finding}\n" in done.stderr
 
 
 async def test_send_takes_a_url_byte_for_byte_and_masks_it_in_every_spelling(tmp_path: Path) -> None:

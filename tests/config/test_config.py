@@ -45,6 +45,7 @@ from lmdaemon.dialects import SHIPPED, Codes
 CONFIG_TOML = Path(__file__).parents[2] / "config.toml"
 MARK = "hush-4711-hush-4711"  # stands in every secret of these tests, and in nothing that may be shown
 OPERATOR = '[operators.a]\nprovider_id = "p"\n'
+OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR
 QUOTA_RULE = "must be between 0 (no bound) and 1000000"
 DIALECT = (
     '[dialects.x]\npath = "/x"\nfields = { provider = "p", session = "s", player = "u" }\n'
@@ -84,7 +85,7 @@ def home(tmp_path: Path) -> Path:
     secret(tmp_path / "badname", f"# {MARK}\n\n{MARK} of ops:{MARK}\n")
     secret(tmp_path / "unnamed", "ops: \n")
     secret(tmp_path / "signing", whsec(24))
-    secret(tmp_path / "whsec23", f"{whsec(24)}\n{whsec(23)}\n")
+    secret(tmp_path / "whsec23", f"# old\n{whsec(24)}\n\n{whsec(23)}\n")
     secret(tmp_path / "whsec65", whsec(65))
     secret(tmp_path / "unpadded", whsec(25).rstrip("="))
     secret(tmp_path / "accents", whsec(24) + "é")
@@ -331,6 +332,10 @@ def test_endpoint_defaults_to_the_paths_of_the_accepted_dialects(home: Path, key
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'token_check = "partner"\npartner_token_env = "SECRET"\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'allow_from = ["192.0.2.0/24"]\n',
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'accept = ["pragmatic"]\nhash_key_file = "secret"\n',
+        # The hash is checked whether it is required or not (tests/ground/test_dialects.py)
+        OPEN
+        + 'accept = ["x"]\nhash_key_file = "secret"\n'
+        + DIALECT.replace('player = "u"', 'player = "u", hash = "h"'),
         '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR + 'endpoint = ""\n',
         '[server]\nlisten = "unix:/run/x"\n' + OPERATOR,
         '[api]\nlisten = "0.0.0.0:81"\ntoken_file = "tokens"\n',
@@ -378,13 +383,12 @@ NAMES_RULE = "names must be 1 to 64 letters, digits, dots, hyphens or underscore
 PATH_RULE = "must start with / and have only letters, digits and -._~!$&'()*+,;=:@/"
 PATH_DOTS_RULE = "must not have //, /./ or /../, which a sender may resolve"
 LIFTED = "; allow_private_network = true lifts this"
-WHSEC_RULE = "each line must be whsec_ followed by base64 of 24 to 64 bytes"
+WHSEC_RULE = "must be whsec_ followed by base64 of 24 to 64 bytes"
 EXPOSED = (
     "operators.a.auth: nothing authenticates a sender on 0.0.0.0:80: set token_check, allow_from, a dialect with a "
     'hash or server.client_ca_file, or write auth = "none"'
 )
 KNOWN = "v4, v4.01, v4.02, v1, pragmatic"
-OPEN = '[server]\nlisten = "0.0.0.0:80"\n' + OPERATOR
 
 BAD_FILES = [
     # unknown tables and keys
@@ -399,6 +403,18 @@ BAD_FILES = [
     ),
     # wrong types: one value of each kind
     ("server = 1", "server: must be a table"),
+    (
+        "[operators]\nprovider_id = 'p'\nurl = 'https://h.example/'\naccept = ['v4']\nnotfy = true",
+        "operators: write [operators.NAME], with a name of your choice, above provider_id and 3 more",
+    ),
+    (
+        "[dialects]\nfields = { provider = 'p' }\npath = '/x'",
+        "dialects: write [dialects.NAME], with a name of your choice, above path and 1 more",
+    ),
+    (
+        "[plugins]\nuse = 'm:f'\n[plugins.p]\nuse = 'm:f'",
+        "plugins: write [plugins.NAME], with a name of your choice, above use",
+    ),
     ("[[operators]]", "operators: must be a table"),
     ("[operators]\na = 'x'", "operators.a: must be a table"),
     ("dialects = false", "dialects: must be a table"),
@@ -547,7 +563,10 @@ BAD_FILES = [
         DIALECT.replace(', "player"]', "]"),
         "dialects.x.required: must contain 'player': a notice without it means nothing",
     ),
-    ("[dialects.x]\npath = '/x'\nrequired = []", "dialects.x.fields: is required"),
+    (
+        "[dialects.x]\npath = '/x'\nrequired = ['provider', 'session', 'player']",
+        "dialects.x.fields: is required",
+    ),
     (DIALECT.replace('["provider", "session", "player"]', "'all'"), "dialects.x.required: must be a list (got 'all')"),
     (DIALECT + "codes = []", "dialects.x.codes: must be a table"),
     (DIALECT + "codes = { retry = 'x' }", "dialects.x.codes.retry: must be an integer (got 'x')"),
@@ -629,11 +648,11 @@ BAD_FILES = [
         OPEN.replace('"\n', "\"\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0']\n", 1) + "allow_from = ['192.0.2.1']",
         EXPOSED,
     ),
-    # A hash authenticates nobody if a dialect without a hash, or with an optional one, is accepted as well.
+    # A hash authenticates nobody if a dialect without a hash is accepted as well.
     (OPEN + "accept = ['pragmatic', 'v4']\nhash_key_env = 'SECRET'", EXPOSED),
     (
         OPEN
-        + "accept = ['x']\nhash_key_env = 'SECRET'\n"
+        + "accept = ['x', 'pragmatic', 'v4']\nhash_key_env = 'SECRET'\n"
         + DIALECT.replace('player = "u"', 'player = "u", hash = "h"'),
         EXPOSED,
     ),
@@ -737,12 +756,12 @@ BAD_FILES = [
         OPERATOR + "signing_secret_file = 'secret'\nsigning_secret_env = 'SECRET'",
         "operators.a.signing_secret_file: and signing_secret_env must not both be given",
     ),
-    (OPERATOR + "signing_secret_file = 'secret'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'whsec23'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'whsec65'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'unpadded'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_file = 'accents'", f"operators.a.signing_secret_file: {WHSEC_RULE}"),
-    (OPERATOR + "signing_secret_env = 'SECRET'", f"operators.a.signing_secret_env: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'secret'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'whsec23'", f"operators.a.signing_secret_file: line 4: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'whsec65'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'unpadded'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_file = 'accents'", f"operators.a.signing_secret_file: line 1: {WHSEC_RULE}"),
+    (OPERATOR + "signing_secret_env = 'SECRET'", f"operators.a.signing_secret_env: line 1: {WHSEC_RULE}"),
     # plug-ins
     ("[plugins.p]", "plugins.p.use: is required"),
     ("[plugins.p]\nuse = ''", "plugins.p.use: must be \"module:attribute\" (got '')"),
@@ -861,6 +880,10 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "dialects.x.fields.uuid",
         "dialects.x.fields",
         "dialects.x.codes.retry",
+        "dialects.x.required",  # it names a hash, which is no field
+        "dialects.x.required",  # it lacks provider,
+        "dialects.x.required",  # session
+        "dialects.x.required",  # and player
         "operators.a.provider_id",
         "operators.a.url",  # the URL is not https
         "operators.a.url",  # the URL has a loopback address
@@ -877,6 +900,67 @@ def test_every_error_of_a_file_is_reported_at_once(home: Path) -> None:
         "operators.a.auth",
         "operators.b.auth",
         "api.token_file",
+    ]
+
+
+CODE_RULE = "must be between 1 and 999999; 0 means success"
+FAULTY_DIALECT = """
+    [dialects.q]
+    path = "/x"
+    fields = { provider = "p", session = "s", foo = "x" }
+    required = ["provider", "player"]
+    codes = { retry = 120, final = 0, zzz = 1 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            FAULTY_DIALECT,
+            [
+                "codes.zzz: is no key of this table",
+                "fields.foo: must be one of provider, session, player, token, request, hash",
+                f"codes.final: {CODE_RULE} (got 0)",
+                "codes.retry: must be none of 120, 999, which ask not to try again (got 120)",
+                "required: must name keys of fields (got 'player')",
+                "required: must contain 'session': a notice without it means nothing",
+            ],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]") + 'codes = { retry = "a", final = 0 }',
+            ["codes.retry: must be an integer (got 'a')", f"codes.final: {CODE_RULE} (got 0)"],
+        ),
+        # What is told first may be the reason for the rest, which is then not told
+        (
+            DIALECT.replace(".x]", ".q]") + 'codes = { retry = "a", final = 100 }',
+            ["codes.retry: must be an integer (got 'a')"],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]").replace('player = "u"', 'plyer = "u&"'),
+            ["fields.plyer: must be one of provider, session, player, token, request, hash (did you mean 'player'?)"],
+        ),
+        (
+            DIALECT.replace(".x]", ".q]").replace('"u"', "5").replace(', "session"', ""),
+            [
+                "fields.player: must be a string (got 5)",
+                "required: must contain 'session': a notice without it means nothing",
+            ],
+        ),
+    ],
+)
+def test_an_error_in_a_table_within_a_dialect_hides_no_other(home: Path, text: str, expected: list[str]) -> None:
+    assert findings(home, text) == [f"dialects.q.{finding}" for finding in expected]
+
+
+def test_files_of_a_listener_are_read_whatever_else_is_wrong(home: Path) -> None:
+    missing = "cannot be read: No such file or directory"
+    text = '[server]\ntls_cert_file = "x.pem"\n[api]\nclient_ca_file = "ca.pem"\n'
+    assert findings(home, text) == [
+        "server.tls_cert_file: and tls_key_file must be given together",
+        f"server.tls_cert_file: {missing} ({home}/x.pem)",
+        "api.client_ca_file: needs tls_cert_file: only over TLS a client can show a certificate",
+        f"api.client_ca_file: {missing} ({home}/ca.pem)",
     ]
 
 
@@ -933,6 +1017,40 @@ def test_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes, findin
     with pytest.raises(ConfigError) as caught:
         reader.load(file)
     assert caught.value.findings == [f"{file}: {finding}"]
+
+
+UNQUOTED = "text needs quotation marks"
+UNCLOSED = "a quotation mark is missing in this line"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (f"x = {MARK}", UNQUOTED),
+        ("x = 30m", UNQUOTED),
+        ("x = 127.0.0.1:80", UNQUOTED),
+        ("x = https://h/", UNQUOTED),
+        ("x = /v4", UNQUOTED),
+        ('x = ["v1", v4]', UNQUOTED),
+        ("x = [5s, 10s]", UNQUOTED),
+        ("x = [\n  5s,\n]", UNQUOTED),
+        ("x = { a = 5s }", UNQUOTED),
+        (f'x = "{MARK}', UNCLOSED),
+        (f'x = "{MARK}\r', UNCLOSED),
+        (f"x = '{MARK}\ny = ''", UNCLOSED),
+        ('x = ["5s, "10s"]', UNCLOSED),
+        ("x = 'a", "a quotation mark is missing"),
+        ("x =", ""),
+        ("x = True", ""),
+        ("x y = 1", ""),
+        ("[a b]", ""),
+        ('x = ["a"', ""),
+    ],
+)
+def test_a_slip_with_quotation_marks_gets_a_hint_that_quotes_nothing(tmp_path: Path, line: str, hint: str) -> None:
+    (found,) = findings(tmp_path, f"[log]\n{line}\n")
+    assert re.fullmatch(r"not valid TOML: [^:]* \((at line [23], column \d+|at end of document)\)(: )?" + hint, found)
+    assert MARK not in found
 
 
 def test_number_too_long_for_python_is_refused(tmp_path: Path) -> None:
@@ -1024,6 +1142,23 @@ def test_relative_secret_is_looked_up_among_the_credentials_first(home: Path, mo
     secret(credentials / "secret", "handed over")
     assert load(home, text).api_tokens == (ApiToken(b"handed over"),)
     assert load(home, f"[api]\ntoken_file = '{home}/secret'\n").api_tokens == (ApiToken(MARK.encode()),)
+
+
+def test_a_missing_secret_is_told_with_every_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "api.token_file: cannot be read: No such file or directory"
+    monkeypatch.chdir(home)
+    Path("config.toml").write_text("[api]\ntoken_file = 'none'\n")
+
+    def told() -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            reader.load(Path("config.toml"))
+        return caught.value.findings
+
+    assert told() == [f"config.toml: {missing} ({home}/none)"]
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
+    assert told() == [f"config.toml: {missing} (looked for /run/credentials/x/none, then for {home}/none)"]
+    Path("config.toml").write_text("[api]\ntoken_file = '/none'\n")
+    assert told() == [f"config.toml: {missing} (/none)"]
 
 
 def test_tokens_have_names_comments_and_rights(home: Path) -> None:
@@ -1268,6 +1403,13 @@ def test_secret_that_others_can_read_is_warned_about(home: Path, text: str, at: 
         assert load(home, text).warnings == ()
     (home / name).chmod(0o644)
     assert load(home, text).warnings == (f"{at}: others can read this secret (mode 644): {home / name}",)
+
+
+@pytest.mark.parametrize(("other", "warned"), [("A", True), ("a2", False)])
+def test_names_that_differ_only_in_case_are_warned_about(home: Path, other: str, warned: bool) -> None:
+    text = f'{OPERATOR}[operators.{other}]\nprovider_id = "q"\n'
+    warning = f"operators.{other}: is not operators.a: upper and lower case make different names"
+    assert load(home, text).warnings == ((warning,) if warned else ())
 
 
 @pytest.mark.parametrize(("kept", "warned"), [("7d", False), ("167h", True), ("1ms", True)])

@@ -83,6 +83,41 @@ def test_whatever_is_written_is_what_aiohttp_is_given(written: str) -> None:
     assert target.read("https://h/" + written).url.raw_path_qs == "/" + written
 
 
+@pytest.mark.parametrize("host", ["wallet.example", "op_1.bücher.example", "203.0.113.7", "[2606:4700::1111]"])
+@pytest.mark.parametrize("written", ["/cb/@acme?q=secret@x", "/@a/@b", "/cb?mail=ops@acme.example&to=@", "/cb@"])
+def test_an_at_behind_what_is_certainly_the_host_is_as_written(host: str, written: str) -> None:
+    found = target.read(f"https://{host}{written}")
+    assert (found.url.raw_path_qs, found.authorization) == (written, None)
+    assert safe_url(f"https://{host}{written}") == f"https://{host}{written.partition('?')[0]}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://h/@x",  # a user name without a dot
+        "https://user/s3cret@op.example/",
+        "https://user/s3cret?x@op",
+        "https://user?s3cret@op.example/",
+        "https://user:12/s3cret@op/x",
+        "https://user.name:12/s3cret@op/x",
+        "https://user.name?s3cret@op/x",
+        "https://user.name/s3cret@op.example/x",
+        "https://user.name/s3cret@op:8443/x",
+        "https://user.name/s3cret@[2606:4700::1111]/x",
+        "https://corp.example/user:s3cret@op/x",
+        "https://corp.example/user?:s3cret@op/x",
+        "https://user:pass.word/s3cret@op/x",
+        "https://user:p@ss.word/s3cret@op/x",
+        "https://user.2/s3cret@op/x",
+        "https://user.name/x#s3cret@op/x",
+    ],
+)
+def test_an_at_that_may_end_user_info_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^must have %2F"):
+        target.read(text)
+    assert safe_url(text) == NOT_A_URL
+
+
 @pytest.mark.parametrize(
     ("user_info", "credentials"),
     [

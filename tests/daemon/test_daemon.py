@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ async def test_a_session_ends_by_itself_and_its_operator_is_told_once(tmp_path: 
         found = await until(settled)
         assert (found["state"], found["reason"]) == ("ended", "inactivity")
         assert len(operator.received) == 1
+
+
+async def test_spans_of_the_file_are_kept_to_the_millisecond(tmp_path: Path) -> None:
+    """As a float, 4.007 s times 1000 is a little less than 4007: if it were cut, sessions would end 1 ms early."""
+    toml = OPERATOR.format(url="http://127.0.0.1:1/") + 'max_lifetime = "4007ms"\n'
+    graces = 'restart_grace = "4007ms"\ndaemon_grace = "4007ms"\n'
+    async with serving(tmp_path, f'[sessions]\nidle_timeout = "4007ms"\n{graces}{toml}', HandClock()) as d:
+        found = {}
+        sessions = f"{d.api}/v1/operators/acme/sessions"
+        async with d.client.put(f"{sessions}/opened", json={"playerId": "p", "token": "tok-3n"}):
+            pass
+        async with d.client.post(f"{d.server}/V4/SessionExpired", json=NOTICE):
+            pass
+        for name in ("opened", "told"):
+            async with d.client.get(f"{sessions}/{name}") as answer:
+                found[name] = await answer.json()
+        assert [one["idleTimeoutSeconds"] for one in found.values()] == [4.007, 4.007]
+        opened_at, expires_at = (datetime.fromisoformat(found["opened"][name]) for name in ("openedAt", "expiresAt"))
+        assert expires_at - opened_at == timedelta(milliseconds=4007)
+        assert (d.store.grace_ms, d.store.daemon_grace_ms) == (4007, 4007)
 
 
 async def test_a_touch_keeps_it_alive_and_a_close_ends_it_at_once(tmp_path: Path, clock: HandClock) -> None:
@@ -137,13 +158,13 @@ class TestReload:
         toml = LISTEN + OPERATOR.format(url="http://127.0.0.1:1/")
         async with serving(tmp_path, OPERATOR.format(url="http://127.0.0.1:1/")) as d:
             named = []
-            for grace in ("7s", "7s", None):
-                text = toml if grace is None else toml + f'[sessions]\nrestart_grace = "{grace}"\n'
+            for path in ("other", "other", None):
+                text = toml if path is None else toml + f'[database]\npath = "{path}"\n'
                 (tmp_path / "config.toml").write_text(text)
                 with hear("lmdaemon.daemon") as events:
                     await d.daemon.reload_once()
                 named.append([event.facts["key"] for event in events if event.name == "config.needs_restart"])
-            assert named == [["sessions.restart_grace"], ["sessions.restart_grace"], []]
+            assert named == [["database.path"], ["database.path"], []]
 
     async def test_a_reload_warns_of_what_a_start_warns_of(self, tmp_path: Path) -> None:
         (tmp_path / "tokens").write_text("s3cret-of-a-partner")

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -23,6 +24,19 @@ from lmdaemon.plugins import PluginFailed
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EVENT = SessionEnded("msg_1", "acme", "lm", "s", "p", TOKEN, "reported", NOW, NOW, NOW, {}, {})
 NOTICE = Notice("acme", "v4", "lm", "s", "p", TOKEN)
+
+EXAMINED = """
+import sys
+from lmdaemon import plugins
+from lmdaemon.config.findings import ConfigError
+from lmdaemon.config.settings import Plugin, Policy
+sys.path += {path}
+try:
+    use = "no_such_module:hook"
+    plugins.examine(Plugin(name="x", use=use, operators=None, policy=Policy(1, (), 1, 1), options={{}}))
+except ConfigError as error:
+    print(error)
+"""
 
 # What a hook may raise besides an Exception. Without care, each would end the event loop or be taken for a cancellation
 # by the daemon itself.
@@ -217,6 +231,19 @@ class TestLoading:
         with pytest.raises(ConfigError, match=r"plugins\.x\.use: cannot be imported: ModuleNotFoundError"):
             async with serving(tmp_path, operator() + plugin("x", "no_such_module_at_all:hook")):
                 pytest.fail("it was started")
+
+    @pytest.mark.parametrize(
+        ("isolated", "places"), [(False, "the directories of $PYTHONPATH"), (True, "/usr/local/lib/lmdaemon")]
+    )
+    def test_a_module_that_is_not_there_is_told_with_its_places(self, isolated: bool, places: str) -> None:
+        """As the service runs: isolated, with the directory for plug-ins on the path."""
+        source = EXAMINED.format(path=["/usr/local/lib/lmdaemon"] if isolated else [])
+        command = [sys.executable, *(["-I"] if isolated else []), "-c", source]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert shown == (
+            "plugins.x.use: cannot be imported: ModuleNotFoundError: No module named 'no_such_module'; modules are "
+            f"looked for in {places}, the Python environment {sys.prefix} (got 'no_such_module:hook')\n"
+        )
 
     def test_an_interrupt_from_the_terminal_is_not_taken_for_a_broken_plugin(
         self, written: Callable[[str], str]

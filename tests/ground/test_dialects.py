@@ -13,6 +13,7 @@ import pytest
 from chance import examples
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lmdaemon.dialects import (
     EXTRA_MAX,
@@ -722,6 +723,16 @@ def test_a_wrong_hash_is_bad_hash_and_the_expected_one_is_not_told(hash_: str) -
         check_hash(parsed, "testKey")
     assert caught.value.meaning == "bad_hash"
     assert GOLDEN_HASH not in repr(caught.value)
+
+
+@pytest.mark.parametrize("sent", [{}, {OLD.fields["hash"]: None}, {OLD.fields["hash"]: ""}])
+@pytest.mark.parametrize("key", ["k", ""])
+def test_a_missing_hash_is_bad_hash_even_if_not_required(sent: dict[str, str | None], key: str) -> None:
+    dialect = replace(OLD, required=("provider", "session", "player"))
+    body = json.dumps({OLD.fields[meaning]: "x" for meaning in dialect.required} | sent).encode()
+    with pytest.raises(BadNotice) as caught:
+        check_hash(parse(body, "json", [dialect]), key)
+    assert caught.value.meaning == "bad_hash"
 
 
 def test_a_wrong_key_is_bad_hash() -> None:

@@ -313,7 +313,8 @@ def test_another_stream_than_the_journals_gets_no_priority(
         ("https://op.example?s3cret", "https://op.example"),
         ("https://op.example/x#s3cret", "https://op.example/x"),
         ("https://op.example/%40x", "https://op.example/%40x"),
-        ("https://op.example/@x", "(not a URL)"),  # what is before the @ may be a path, or the rest of a password
+        ("https://op.example/@x?s3cret@y", "https://op.example/@x"),
+        ("https://op/@x", "(not a URL)"),  # what is before the @ may be a path, or the rest of a user name or password
         ("https://user:12/s3cret@op.example/x", "(not a URL)"),
         ("https://12?s3cret@op.example/x", "(not a URL)"),
         ("https://user/s3cret@op.example/x", "(not a URL)"),

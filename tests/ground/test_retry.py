@@ -384,6 +384,10 @@ def test_a_first_wait_longer_than_five_minutes_is_cut() -> None:
     assert after(gate, FAILED, first_wait_s=7200.0).pause_ms == 300_000
 
 
+def test_a_first_wait_is_kept_to_the_millisecond() -> None:
+    assert after(failed(retry.BREAKER_OPENS_AT - 1), FAILED, first_wait_s=4.007).pause_ms == 4007
+
+
 @pytest.mark.parametrize("outcome", [DELIVERED_OUTCOME, Outcome("final", "code_120", 200, 120)])
 @pytest.mark.parametrize("failures", [1, 4, 5, 40])
 def test_a_settled_answer_closes_the_breaker(outcome: Outcome, failures: int) -> None:

@@ -290,6 +290,16 @@ def test_a_database_is_used_with_the_rights_of_whoever_could_exchange_it(machine
         rights.for_database(machine.shared / "absent")
 
 
+@pytest.mark.parametrize(("mode", "remedy"), [(0o777, "chmod go-w {}"), (0o1777, "choose a directory of its own")])
+def test_it_is_told_what_makes_a_directory_safe(machine: Machine, mode: int, remedy: str) -> None:
+    machine.shared.chmod(mode)
+    with pytest.raises(UnsafeError) as caught:
+        rights.for_database(machine.shared / "absent")
+    assert str(caught.value).endswith(f"; {remedy.format(machine.shared)}, or run lmdaemon as another user")
+    machine.shared.chmod(0o755)
+    assert rights.for_database(machine.shared / "absent").uid == 0
+
+
 def test_a_circle_of_links_is_no_endless_way(machine: Machine) -> None:
     for name, target in (("a", "b"), ("b", "a")):
         (machine.roots / name).symlink_to(target)

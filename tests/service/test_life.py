@@ -75,7 +75,7 @@ def test_a_reload_does_no_harm_to_deliveries_in_flight(service: Service) -> None
 
 
 def test_what_the_daemon_logs_has_its_priority_in_the_journal(service: Service) -> None:
-    service.configure('restart_grace = "0s"', 'restart_grace = "1s"')
+    service.configure("[sessions]", "[database]\nmigrate = false\n[sessions]")
     service.systemctl("reload", UNIT)
     assert service.event("config.needs_restart")["PRIORITY"] == "4"
     assert service.event("config.reloaded")["PRIORITY"] == "6"

@@ -46,7 +46,6 @@ class Keeper:
         foreign: Foreign,
         signals: Signals,
         telling: Telling,
-        restart_grace_ms: int,
     ) -> None:
         self._projection = projection
         self._clock = clock
@@ -54,7 +53,6 @@ class Keeper:
         self._foreign = foreign
         self._signals = signals
         self._telling = telling
-        self._restart_grace_ms = restart_grace_ms
         self._expect_known = False  # whether the last batch was to add sessions that were known already
         self._block_ends = 0
         self._told_touches = float("-inf")  # when the others were last told of touches (monotonic s)
@@ -67,11 +65,11 @@ class Keeper:
         """
         projection, membership = self._projection, self._membership
         own_ms, wall_at, who = projection.service_clock.now_ms(), self._clock.wall_ms(), membership.introduction
-        configured, now_s = projection.configured, self._clock.monotonic()
+        configured, grace_ms, now_s = projection.configured, projection.grace_ms, self._clock.monotonic()
         membership.introduced = who
 
         def run(sql: Connection) -> tuple[Place, Found]:
-            joined = members.join(sql, who, own_ms, wall_at, self._restart_grace_ms, database)
+            joined = members.join(sql, who, own_ms, wall_at, grace_ms, database)
             owners = Owners()
             owners.load(joined.member, [row[:3] for row in sql.execute(OWNERS)])
             claim = owners.wishes(configured, [joined.member, *joined.seen.others], now_s).claim

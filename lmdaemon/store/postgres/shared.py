@@ -65,9 +65,11 @@ class Shared(Verbs):
         limits: StoreLimits,
     ) -> None:
         """`thread` is the writer's connection, and `found` is what it has read of the tables before this daemon joins.
-        If no other daemon is there when it joins, nothing ends for inactivity for `restart_grace_ms`.
+        If no other daemon is there when it joins, nothing ends for inactivity for `restart_grace_ms`, or for the time
+        that `configure` has given since.
         """
         super().__init__(clock, name, limits)
+        self.grace_ms = restart_grace_ms
         self.load(found.loaded)
         self._thread = thread
         self.strained: str | None = None
@@ -78,7 +80,7 @@ class Shared(Verbs):
         self.membership = Membership(self, clock, self._signals, introduction, limits.lease_s)
         self._foreign = foreign = Foreign(self)
         self._telling = Telling(self.tell_of_ends, limits.told_s)
-        keeper = Keeper(self, clock, self.membership, foreign, self._signals, self._telling, restart_grace_ms)
+        keeper = Keeper(self, clock, self.membership, foreign, self._signals, self._telling)
         keeper.load(found)
         self._server = Server(database, thread, keeper, limits.write_s)
         self.writer: Writer[Batch] = Writer(keeper, self._server, limits)

@@ -95,8 +95,8 @@ class Store(Shared):
         DatabaseError, and UnsafeSettingError.
 
         `name` is the daemon's. With `count_downtime`, the wall time since the last transaction is added to the service
-        clock. Whenever this daemon joins and no other is there, nothing ends for inactivity for `restart_grace_ms`,
-        also in daemons that join later.
+        clock. Whenever this daemon joins and no other is there, nothing ends for inactivity for `restart_grace_ms` (or
+        what `configure` was given since), also in daemons that join later.
         """
         database = Database(url, password, name, limits)
         thread, wall = Thread(database, prepares=False), ServerClock(clock)

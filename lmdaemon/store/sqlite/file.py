@@ -94,6 +94,9 @@ def lock_file(path: Path) -> int:
     name = path.with_name(path.name + ".lock")
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError as error:
+        directory = path.absolute().parent
+        raise DatabaseError(f"{path}: cannot be opened: the directory {directory} does not exist") from error
     except OSError as error:
         what = "is a link" if error.errno == errno.ELOOP else cause(error, path)
         raise DatabaseError(f"{path}: cannot be opened: {what} ({name})") from error

@@ -325,6 +325,19 @@ async def test_the_restart_grace_is_that_of_the_first_daemon_for_all(
         assert Sweeper(second, clock, 60.0).hold_s == pytest.approx(58, abs=1)
 
 
+async def test_the_restart_grace_is_the_one_in_force_when_it_joins(
+    postgres_engine: PostgresEngine, clock: HandClock
+) -> None:
+    store = await PostgresStore.open(postgres_engine.url, clock, name=own_name(), restart_grace_ms=60_000, paces=SOON)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        store.configure(frozenset(), lambda session: (), grace_ms=7000)
+        running = asyncio.create_task(store.run())
+        stack.callback(running.cancel)
+        await store.probe()
+        assert store.hold_until_ms == 7000
+
+
 async def test_a_daemon_that_stops_while_it_joins_keeps_nobody_from_it(
     postgres_engine: PostgresEngine, proxied: tuple[PostgresEngine, Proxy]
 ) -> None:

@@ -222,9 +222,12 @@ async def test_a_second_daemon_is_kept_off_the_file(db: Database[Work]) -> None:
         await open_notes(db.path, NOTES)
 
 
-async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatabaseError, match="No such file or directory"):
-        await open_notes(tmp_path / "nowhere" / "x.sqlite3", NOTES)
+async def test_a_missing_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("none/x.sqlite3"), tmp_path / "none/x.sqlite3"):
+        with pytest.raises(DatabaseError) as caught:
+            await open_notes(path, NOTES)
+        assert str(caught.value) == f"{path}: cannot be opened: the directory {tmp_path}/none does not exist"
 
 
 async def test_what_waits_together_is_committed_together_and_in_order(db: Database[Work]) -> None:

@@ -37,7 +37,7 @@ KINDS = {
     "unknown-operator": Kind(
         404,
         "No operator of this name is configured.",
-        "Compare the name with the configuration; do not open the session again.",
+        "Compare the name with the configuration; do not open the session again. Go on with touches.",
     ),
     "unknown-session": Kind(
         404,

@@ -25,7 +25,7 @@ from lmdaemon.commands.arguments import (
     seconds,
 )
 from lmdaemon.commands.client import ANY, Client, Unreachable
-from lmdaemon.commands.configured import ADMINISTRATION, configured, tell_unknown, unknown
+from lmdaemon.commands.configured import administered, tell_unknown, unknown
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -94,7 +94,7 @@ def asking(*arguments: Argument) -> Callable[[Ask], Command]:
 
     def made(ask: Ask) -> Command:
         def run(args: argparse.Namespace) -> int:
-            settings = configured(args, *ADMINISTRATION)
+            settings = administered(args)
             quiet_libraries()
 
             async def talk() -> int:

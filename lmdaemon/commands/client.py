@@ -231,7 +231,10 @@ class Client:
             cause = getattr(error, "os_error", error)
             number = getattr(cause, "errno", None) or 0  # negative for errors of name resolution
             why = os.strerror(number) if number > 0 else reason(cause)
-            where = "the last lines of its log say why it ended, such as journalctl -u lmdaemon -n 20"
+            where = (
+                "the last lines of its log say why it ended, such as journalctl -u lmdaemon -n 20; if api.listen was "
+                "changed since its start, name a file with the earlier one (--config FILE)"
+            )
             raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why}); {where}") from error
         except aiohttp.ClientError as error:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error

@@ -659,6 +659,28 @@ def test_commands_work_beside_a_file_that_is_broken_elsewhere(
     assert run("--config", broken, "check-config", cwd=tmp_path).returncode == 2
 
 
+def test_the_daemon_is_found_by_another_file_while_its_own_is_broken(lm: Running, tmp_path: Path) -> None:
+    sound = (lm.directory / "config.toml").read_text()
+    secret_file(tmp_path / "api-token", API_TOKEN)
+    broken, other = tmp_path / "config.toml", tmp_path / "other.toml"
+    broken.write_text(sound.replace("[api]", "[api"))
+    for command in ("status", "config", "hold acme", "size --sessions 9 --heartbeat 9s"):
+        done = run(*command.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        first, last = done.stderr.splitlines()
+        assert first.startswith("config.toml: not valid TOML: ")
+        assert last.startswith("lmdaemon: until it is mended, name another file beside it, with the [api] and ")
+        assert last.endswith(": --config FILE")
+    other.write_text("[api]" + sound.partition("[api]")[2].partition("[operators")[0])
+    assert run("--config", other, "status", cwd=tmp_path).returncode == 0
+
+
+def test_a_changed_address_is_named_as_a_reason_why_nobody_listens(tmp_path: Path) -> None:
+    configure(tmp_path)
+    done = run("status", cwd=tmp_path)
+    assert "if api.listen was changed since its start, name a file with the earlier one (--config FILE)" in done.stderr
+
+
 def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Path) -> None:
     broken = tmp_path / "config.toml"
     broken.write_text((lm.directory / "config.toml").read_text() + "[log]\n" + "".join(f"k{i} = 1\n" for i in range(9)))

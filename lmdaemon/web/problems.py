@@ -90,6 +90,9 @@ KINDS = {
 }
 
 
+NO_URL = "no url is configured for this operator"  # detail of `no-url`
+
+
 class Problem(Exception):  # noqa: N818 - RFC 9457's word
     """An answer that is an error: a code of KINDS, a detail for people, and the session that it is about. `status`
     is used instead of the status of the code's kind.

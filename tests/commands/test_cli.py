@@ -12,7 +12,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from standardwebhooks import Webhook
 from support import scripted_operator
 
 from lmdaemon import __version__
+from lmdaemon.commands import admin
 from lmdaemon.commands.cli import parser
 from lmdaemon.store.sqlite.file import MIGRATIONS
 
@@ -1357,6 +1359,46 @@ def test_events_are_printed_as_they_happen_and_a_restart_is_outlived(tmp_path: P
             tail.terminate()
             tail.wait(10)
         assert "Traceback" not in printed.read_text()
+
+
+def test_a_daemon_that_is_away_is_told_once_and_so_is_its_return(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first stream of events is ended, twenty connections are refused, the next stream is cut, and so on."""
+    snapshot = ("figures", {"snapshot": True})
+    refused = admin.Unreachable("daemon not reachable")
+    runs: list[list[Any]] = [[snapshot], *[[refused]] * 20, [snapshot, refused], *[[refused]] * 20, [snapshot]]
+
+    class Scripted:
+        def __init__(self, *_: object) -> None: ...
+
+        async def __aenter__(self) -> "Scripted":
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def events(self, *_: str, **__: object) -> AsyncIterator[tuple[str, Any]]:
+            if not runs:
+                raise admin.Failed("the script is over")
+            for step in runs.pop(0):
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+
+    monkeypatch.setattr(admin, "Client", Scripted)
+    monkeypatch.setattr(admin, "administered", lambda args: None)
+    monkeypatch.setattr(admin, "AGAIN_FIRST_S", 0.0)
+    with pytest.raises(admin.Failed):
+        admin.events(Namespace(client_cert=None, client_key=None, operator=None, json=False))
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "lmdaemon: the daemon has ended the stream; waiting for it",
+        "lmdaemon: the daemon is back",
+        "lmdaemon: daemon not reachable; waiting for it",
+        "lmdaemon: the daemon is back",
+        "lmdaemon: the daemon has ended the stream; waiting for it",
+    ]
+    assert len(told.out.splitlines()) == 3
 
 
 def test_events_of_a_daemon_that_is_not_there_fail_at_once(tmp_path: Path) -> None:

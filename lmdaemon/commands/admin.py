@@ -234,7 +234,7 @@ async def find(client: Client, args: argparse.Namespace) -> int:
 
     await print_pages(("operator", *SESSION_COLUMNS), pages(), as_json=args.json)
     if not found:
-        say("lmdaemon: no session has this id, and no player")
+        say("lmdaemon: no session and no player has this id")
     return STOPPED if found else FAILED
 
 

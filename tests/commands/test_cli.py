@@ -1056,6 +1056,7 @@ def test_a_retry_that_is_followed_ends_when_all_are_due(lm: Running) -> None:
     lm.api("POST", "operators/gone/hold")
     done = lm("deliveries", "retry", "--operator", "gone", "--follow", "--ended-since", dead["createdAt"], "--json")
     assert json.loads(done.stdout) == {"retried": 1}
+    assert lm.events("delivery.retried_by_hand")[-1]["count"] == 1  # the step that found no more is not logged
     assert lm.api("GET", f"deliveries/{dead['id']}")["state"] == "pending"
     lm.api("POST", "operators/gone/release")
 
@@ -1331,7 +1332,7 @@ def test_find_shows_a_session_and_a_players_of_all_operators(lm: Running) -> Non
     assert {("acme", "found-1"), ("gone", "found-1")} <= {(one["operator"], one["sessionId"]) for one in of_player}
     nobody = lm("find", "nobody-has-this-id")
     assert (nobody.returncode, nobody.stdout) == (1, "")
-    assert nobody.stderr == "lmdaemon: no session has this id, and no player\n"
+    assert nobody.stderr == "lmdaemon: no session and no player has this id\n"
 
 
 # -- events

@@ -154,6 +154,7 @@ def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> Non
     assert demo.returncode == 0, said
     assert "/console/" in said
     assert "Verdict: every promise was kept" in said
+    assert "massExpired=casino comes from the end of this demonstration" in said
     assert said.endswith("Verdict: as expected\n")
 
 

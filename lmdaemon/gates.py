@@ -15,6 +15,11 @@ from lmdaemon.model import Gate, rfc3339
 
 URLS_MAX = 20  # how many URLs are remembered for an operator
 _DAY_MS = 86_400_000
+# Reasons of holds that were not made by hand, in words
+_HELD = {
+    "gone": "it answered 410 (gone)",
+    "failing_for_days": f"for {retry.HOLD_AFTER_S / 86400:g} days every attempt failed (failing_for_days)",
+}
 
 log = Log("delivery")
 
@@ -44,11 +49,12 @@ def because(gate: Gate, now_at: int) -> str | None:
     if gate.held_at is not None:
         by = f" by {gate.held_by}" if gate.held_by else ""
         note = f" ({gate.held_note})" if gate.held_note else ""
-        return f"held since {_time(gate.held_at)}{by}: {gate.held_reason}{note}"
-    if (state := retry.breaker(gate, now_at)) != "closed":
+        reason = _HELD.get(gate.held_reason or "", gate.held_reason)
+        return f"held since {_time(gate.held_at)}{by}: {reason}{note}"
+    if retry.breaker(gate, now_at) != "closed":
         failed = f"{gate.failures} attempts failed in a row since {_time(gate.failing_since_at)}{failure(gate)}"
         since = _time(gate.opened_at or gate.failing_since_at)
-        return f"breaker {state} since {since}: {mismatch(gate) or failed}"
+        return f"breaker open since {since}: {mismatch(gate) or failed}"
     if gate.not_before_at > now_at:
         return f"a Retry-After of {_time(gate.paused_at)} asks for no attempt before {_time(gate.not_before_at)}"
     return None

@@ -247,7 +247,8 @@ class Health:
         words.
         """
         alarm, mass = self._mass_expiry, self._mass_expiry.of_operators()
-        silent = self._touches.silent
+        # The alarm looks again within a second after the last session of an operator has ended
+        silent = {name: one for name, one in self._touches.silent.items() if self._store.figures_of(name).live}
         check: Check = {
             "status": "warn" if alarm.active or mass or silent else "pass",
             "massExpired": sorted(mass),

@@ -45,7 +45,7 @@ class StoreLimits(NamedTuple):
     # Most sessions past their idle time, and as many past their lifetime, that a sweep looks at when many are due. A
     # touch waits for such a sweep, about 15 ms; smaller ones would each need a commit of their own.
     crowd_rows: int = 200
-    told_s: float = 0.02  # the latest time after the commit of such a sweep at which its ends are counted and delivered
+    told_s: float = 0.02  # the latest time after a sweep's commit at which its ends are counted and delivered
 
     @property
     def large_wal(self) -> int:

@@ -30,7 +30,7 @@ PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 WINDOW_S = 60.0
 KINDS_MAX = 1000  # kinds of lines that are counted at the same time; bounds the memory
-# After a window the timer waits this much longer, because the next line of its kind would write the count itself
+# A count is written with the first line after its window. If none comes, a timer writes it this long after the window
 STRAGGLERS_S = 1.0
 
 

@@ -274,6 +274,11 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number with its noun: `1 row`, `2 rows`. `several` is the plural, by default with an s."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 @lru_cache(256)  # many documents are made in the same second: with the cache they take a quarter of the time
 def _second(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat().removesuffix("+00:00")

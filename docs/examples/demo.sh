@@ -57,6 +57,8 @@ if [ $interrupted = no ]; then
     echo
     echo "== The daemon (lmdaemon status)"
     $lmdaemon --config "$demo/config.toml" status || broken=1
+    echo
+    echo "A warning with massExpired=casino comes from the end of this demonstration: all players left at the same time."
 fi
 if [ -t 0 ] && [ $interrupted = no ]; then
     echo

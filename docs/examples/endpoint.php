@@ -1,6 +1,7 @@
 <?php
 // A complete SessionExpired endpoint of an operator (v4). Put nginx (see nginx.conf) or another TLS proxy in front.
 // TOKEN_FILE has the agreed token. ENDED_DIR is a directory for this script alone: one file for each ended session.
+//   TOKEN_FILE=partner.token ENDED_DIR=ended PHP_CLI_SERVER_WORKERS=4 php -S 127.0.0.1:8081 endpoint.php
 
 const PROVIDER = 'luckymonaco', FIELDS = ['providerId', 'sessionId', 'externalPlayerId', 'token'];
 
@@ -11,6 +12,10 @@ function answer(int $code, string $text, int $status = 200): never
     exit(json_encode(['error' => $code, 'description' => $text]));
 }
 
+if (!is_readable((string) getenv('TOKEN_FILE')) || !is_dir((string) getenv('ENDED_DIR'))) {
+    error_log('endpoint.php: TOKEN_FILE must name a file, and ENDED_DIR a directory');
+    answer(100, 'Not configured');
+}
 if ($_SERVER['REQUEST_METHOD'] !== 'POST') {
     header('Allow: POST');
     answer(7, 'Method not allowed', 405);

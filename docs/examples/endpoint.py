@@ -4,10 +4,12 @@ import hmac
 import json
 import sqlite3
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-TOKEN, PROVIDER = Path(sys.argv[2]).read_bytes().strip(), "luckymonaco"
+PORT, TOKEN_FILE = sys.argv[1:] if len(sys.argv) == 3 else sys.exit("usage: python endpoint.py PORT TOKEN_FILE")
+TOKEN, PROVIDER = Path(TOKEN_FILE).read_bytes().strip(), "luckymonaco"
 FIELDS = ("providerId", "sessionId", "externalPlayerId", "token")
 
 
@@ -40,10 +42,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        self.close_connection |= length > 16384
-        body = self.rfile.read(min(length, 16385))
+        wanted, body, until = min(length, 16385), b"", time.monotonic() + 10  # the whole body must come in 10 s
+        while len(body) < wanted and time.monotonic() < until and (part := self.rfile.read1(wanted - len(body))):
+            body += part
+        self.close_connection |= length > 16384 or len(body) < length
         is_json = self.headers.get_content_type() == "application/json"
-        status = 413 if length > 16384 else 200 if is_json else 415
+        status = 413 if length > 16384 else 408 if len(body) < length else 200 if is_json else 415
         code, text = decide(body) if status == 200 else (7, "Not taken")
         answer = json.dumps({"error": code, "description": text}).encode()
         self.send_response(status)
@@ -57,4 +61,4 @@ class Handler(BaseHTTPRequestHandler):
 
 
 ThreadingHTTPServer.request_queue_size = 128  # how many connections may wait to be accepted, as after an outage
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+ThreadingHTTPServer(("127.0.0.1", int(PORT)), Handler).serve_forever()

@@ -8,7 +8,7 @@
  *     npx openapi-typescript openapi.json -o lmdaemon.d.ts
  *
  * `ask` is the part that survives a restart, a full disk and a cut network; `heartbeat` is the part that survives a
- * restore.
+ * restore and a mistake in the daemon's configuration.
  */
 import createClient, { type Client } from "openapi-fetch";
 import type { components, paths } from "./lmdaemon.js";
@@ -24,7 +24,7 @@ const ANSWER_WITHIN_MS = 30_000;
 // Nothing was stored, or it is not known what was. Every call can be repeated.
 const TRY_AGAIN = new Set([408, 500, 502, 503, 504]);
 
-/** The daemon refuses the call, and would refuse it again. `code` says why. */
+/** The daemon refuses the call, and would refuse it again at once. `code` says why. */
 export class Refused extends Error {
   readonly code: string;
 
@@ -85,36 +85,59 @@ export class Sessions {
     this.playing.delete(sessionId);
   }
 
-  /** Keeps the sessions alive: a heartbeat every third of the idle time or a little sooner, so that two may be lost. */
+  /**
+   * Keeps the sessions alive: a heartbeat every third of the idle time or a little sooner, so that two in a row may be
+   * lost; sooner after one that was refused.
+   */
   async run(): Promise<never> {
-    for (;;) {
-      await this.sleep((this.idleS / 3) * between(0.8, 1));
-      await this.heartbeat();
+    const thirdS = this.idleS / 3;
+    for (let waitS = thirdS; ; ) {
+      await this.sleep(waitS * between(0.8, 1));
+      waitS = (await this.heartbeat()) ? thirdS : Math.min(thirdS, LONGEST_WAIT_S);
     }
   }
 
-  /** Touches all sessions in one call. Sessions that the daemon does not know (it was restored) are opened again. */
-  async heartbeat(): Promise<void> {
-    const params = { path: { operator: this.operator } };
+  /**
+   * Touches all sessions, 10,000 in a call. Returns false if a call was refused. That is logged and ends nothing: an
+   * operator taken out of the daemon's file by mistake, or a changed token, may soon be right again.
+   */
+  async heartbeat(): Promise<boolean> {
+    let accepted = true;
     const all = [...this.playing.keys()];
     for (let first = 0; first < all.length; first += MANY) {
-      const sessionIds = all.slice(first, first + MANY);
-      const { ended, unknown } = await this.ask(() =>
-        this.client.POST("/v1/operators/{operator}/sessions/touch", { params, body: { sessionIds } }),
-      );
-      const gone = [...ended];
-      const lost = unknown.flatMap((sessionId) => {
-        const opening = this.playing.get(sessionId);
-        return opening ? [{ sessionId, ...opening }] : [];
-      });
-      if (lost.length) {
-        const again = await this.ask(() =>
-          this.client.POST("/v1/operators/{operator}/sessions", { params, body: { sessions: lost } }),
-        );
-        gone.push(...again.ended, ...again.differs);
+      const some = all.slice(first, first + MANY);
+      try {
+        await this.touch(some);
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        console.error(`the heartbeat of ${some.length} sessions was refused: ${error.message}`); // tell somebody
+        accepted = false;
       }
-      for (const sessionId of gone) if (this.playing.delete(sessionId)) this.ended(sessionId);
     }
+    return accepted;
+  }
+
+  /**
+   * Touches sessions in one call. Those that the daemon does not know, because it was restored, are opened again.
+   * Throws Refused.
+   */
+  private async touch(sessionIds: string[]): Promise<void> {
+    const params = { path: { operator: this.operator } };
+    const { ended, unknown } = await this.ask(() =>
+      this.client.POST("/v1/operators/{operator}/sessions/touch", { params, body: { sessionIds } }),
+    );
+    const gone = [...ended];
+    const lost = unknown.flatMap((sessionId) => {
+      const opening = this.playing.get(sessionId);
+      return opening ? [{ sessionId, ...opening }] : [];
+    });
+    if (lost.length) {
+      const again = await this.ask(() =>
+        this.client.POST("/v1/operators/{operator}/sessions", { params, body: { sessions: lost } }),
+      );
+      gone.push(...again.ended, ...again.differs);
+    }
+    for (const sessionId of gone) if (this.playing.delete(sessionId)) this.ended(sessionId);
   }
 
   /** Repeats a call until it is answered. While the daemon is away, no session gets older. Throws Refused. */

@@ -25,7 +25,7 @@ from lmdaemon.commands.arguments import (
     seconds,
 )
 from lmdaemon.commands.client import ANY, Client, Unreachable
-from lmdaemon.commands.configured import ADMINISTRATION, configured, tell_unknown, unknown
+from lmdaemon.commands.configured import administered, tell_unknown, unknown
 from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
@@ -94,7 +94,7 @@ def asking(*arguments: Argument) -> Callable[[Ask], Command]:
 
     def made(ask: Ask) -> Command:
         def run(args: argparse.Namespace) -> int:
-            settings = configured(args, *ADMINISTRATION)
+            settings = administered(args)
             quiet_libraries()
 
             async def talk() -> int:
@@ -184,21 +184,26 @@ def _told_of_daemon(daemon: dict[str, Any]) -> dict[str, Any]:
 
 @asking(OF_OPERATOR, JSON)
 async def events(client: Client, args: argparse.Namespace) -> int:
-    """Prints events until it is interrupted. If the daemon stops later, waits until it is back; at the beginning, the
-    daemon must be running.
+    """Prints events until it is interrupted. If the daemon stops later, says so once and waits until it is back; at the
+    beginning, the daemon must be running.
     """
-    heard, waits_s = False, AGAIN_FIRST_S
+    heard, is_away, waits_s = False, False, AGAIN_FIRST_S
     await _tell_unknown(client, args)
     while True:
         try:
             async for name, data in client.events("v1", "events", query={"operator": args.operator}):
-                heard, waits_s = True, AGAIN_FIRST_S
+                if is_away:
+                    say("lmdaemon: the daemon is back", "INFO")
+                heard, is_away, waits_s = True, False, AGAIN_FIRST_S
                 _print_event(name, data, args)
-            say("lmdaemon: the daemon has ended the stream; waiting for it", "WARNING")
+            why = "the daemon has ended the stream"
         except Unreachable as error:
             if not heard:
                 raise
-            say(f"lmdaemon: {error}; trying again", "WARNING")
+            why = str(error)
+        if not is_away:
+            say(f"lmdaemon: {why}; waiting for it", "WARNING")
+        is_away = True
         await asyncio.sleep(waits_s)
         waits_s = min(waits_s * 2, AGAIN_MAX_S)
 
@@ -229,7 +234,7 @@ async def find(client: Client, args: argparse.Namespace) -> int:
 
     await print_pages(("operator", *SESSION_COLUMNS), pages(), as_json=args.json)
     if not found:
-        say("lmdaemon: no session has this id, and no player")
+        say("lmdaemon: no session and no player has this id")
     return STOPPED if found else FAILED
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lmdaemon.commands.arguments import JSON, argument, command, file
 from lmdaemon.commands.shared import FAILED, STOPPED, Failed, line, print_json, reason
+from lmdaemon.model import counted
 
 SUFFIX = ".sha256"  # beside the export, as sha256sum writes it
 CSV_COLUMN = b",chain"
@@ -81,7 +82,7 @@ def verify(args: argparse.Namespace) -> int:
         raise Failed(f"{args.file}: {wrong}")
     else:
         beside = "" if known else f"; without {args.file.name}{SUFFIX} beside it, its end is not proven"
-        print(line(f"{args.file}: whole, {chain.rows} rows, sha256 {digest}{beside}"))
+        print(line(f"{args.file}: whole, {counted(chain.rows, 'row')}, sha256 {digest}{beside}"))
     return FAILED if wrong else STOPPED
 
 

@@ -20,7 +20,9 @@ from lmdaemon.commands.shared import Failed, Usage, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.config.values import Listen
 
-ANSWER_WITHIN_S = 60.0  # the longest call, a bulk retry, takes seconds; a daemon that takes longer than this hangs
+CHANGE_WITHIN_S = 60.0  # the longest change, a bulk retry, takes seconds; a daemon that takes longer than this hangs
+# For reading. The slowest answer, /health while the store hangs, takes 6 s. Monitoring ends a check after 10 s
+READ_WITHIN_S = 7.0
 PAGE_MAX = 1000  # rows in one answer of the private API
 
 SILENT_MAX_S = 15.0  # the longest silence of an event stream, which sends figures every second
@@ -117,7 +119,7 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=_Unix(self._unix, self._check_peer) if self._unix else _Tcp(self._check_peer),
             headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
-            timeout=aiohttp.ClientTimeout(total=ANSWER_WITHIN_S),
+            timeout=aiohttp.ClientTimeout(total=CHANGE_WITHIN_S),
         )
         return self
 
@@ -154,9 +156,10 @@ class Client:
 
         Raises Failed, also for an error document and for an answer of another shape.
         """
-        url = self._url(path, query or {})
-        with self._failing():
-            async with self._session.request(method, url, json=body, ssl=self._tls or True) as response:
+        within_s = READ_WITHIN_S if method == "GET" else CHANGE_WITHIN_S
+        options: Any = {"timeout": aiohttp.ClientTimeout(total=within_s), "ssl": self._tls or True}
+        with self._failing(within_s):
+            async with self._session.request(method, self._url(path, query or {}), json=body, **options) as response:
                 content, status, kind = await response.read(), response.status, response.content_type
         return self._answer(content, status, kind, shape)
 
@@ -166,7 +169,7 @@ class Client:
 
         Raises Failed.
         """
-        with self._failing():
+        with self._failing(CHANGE_WITHIN_S):
             async with self._session.request(method, self._url(path, {}), json=body, ssl=self._tls or True) as response:
                 content, status = await response.read(), response.status
         try:
@@ -178,9 +181,9 @@ class Client:
         """Server-sent events with their data, until the daemon ends the stream. Raises Unreachable when the connection
         is lost, or nothing has come for SILENT_MAX_S.
         """
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_WITHIN_S, sock_read=SILENT_MAX_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_MAX_S, sock_read=SILENT_MAX_S)
         options: Any = {"timeout": timeout, "ssl": self._tls or True}
-        with self._failing():
+        with self._failing(SILENT_MAX_S):
             async with self._session.get(self._url(path, query), **options) as response:
                 if response.content_type != "text/event-stream":
                     self._answer(await response.read(), response.status, response.content_type, {})
@@ -208,12 +211,14 @@ class Client:
         return answer
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Turns errors of a connection into Failed, whose text is one line."""
+    def _failing(self, within_s: float) -> Iterator[None]:
+        """Turns errors of a connection into Failed, whose text is one line. A time-out comes after `within_s`."""
         try:
             yield
         except TimeoutError:
-            raise Unreachable(f"daemon does not answer at {self._address} (waited {ANSWER_WITHIN_S:g} s)") from None
+            advice = "keep the last lines of its log, such as journalctl -u lmdaemon -n 20, and restart it"
+            waited = f"(waited {within_s:g} s)"
+            raise Unreachable(f"daemon does not answer at {self._address} {waited}: it hangs; {advice}") from None
         except aiohttp.ClientConnectorCertificateError as error:
             why = "shows another certificate than api.tls_cert_file has: reload the daemon, or name its --config"
             raise Failed(f"what answers at {self._address} {why}") from error
@@ -226,7 +231,10 @@ class Client:
             cause = getattr(error, "os_error", error)
             number = getattr(cause, "errno", None) or 0  # negative for errors of name resolution
             why = os.strerror(number) if number > 0 else reason(cause)
-            where = "the last lines of its log say why it ended, such as journalctl -u lmdaemon -n 20"
+            where = (
+                "the last lines of its log say why it ended, such as journalctl -u lmdaemon -n 20; if api.listen was "
+                "changed since its start, name a file with the earlier one (--config FILE)"
+            )
             raise Unreachable(f"daemon not reachable at {self._address}: is it running? ({why}); {where}") from error
         except aiohttp.ClientError as error:
             raise Failed(f"what answers at {self._address} is no lmdaemon ({type(error).__name__})") from error

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from lmdaemon.commands.shared import say
 from lmdaemon.config import reader
-from lmdaemon.config.findings import suggestion
+from lmdaemon.config.findings import ContentError, suggestion
 from lmdaemon.config.settings import Settings
 
 TOLD_MAX = 3  # most findings that are printed; check-config prints all
@@ -27,6 +27,20 @@ def configured(args: argparse.Namespace, *needs: str) -> Settings:
     if more > 0:
         say(f"{settings.file}: warning: {more} more; lmdaemon check-config prints them", "WARNING")
     return settings
+
+
+def administered(args: argparse.Namespace) -> Settings:
+    """The settings with which a command finds the running daemon. Raises ConfigError, which says how the daemon is
+    found while the file is broken.
+    """
+    try:
+        return configured(args, *ADMINISTRATION)
+    except ContentError as error:
+        hint = (
+            "lmdaemon: until it is mended, name another file beside it, with the [api] and [database] tables that the "
+            "daemon was started with: --config FILE"
+        )
+        raise ContentError([*error.findings, hint]) from error
 
 
 def tell_unknown(operator: str | None, known: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ from lmdaemon.commands.files import (
 from lmdaemon.commands.progress import Tell, progress
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json, reason, say
 from lmdaemon.config.settings import Settings
-from lmdaemon.model import Gate, rfc3339
+from lmdaemon.model import Gate, counted, rfc3339
 from lmdaemon.rights import UnsafeError, acting_with
 from lmdaemon.shapes import ArchivedSession
 from lmdaemon.store.contract import Archive, DatabaseError, Wanted
@@ -281,7 +281,8 @@ def _report(
     if since_at is not None and since_at < pruned_at:
         say(f"lmdaemon: what ended before {rfc3339(pruned_at)} is pruned (database.keep_ended): it may be missing")
     if told.pending:
-        say(f"lmdaemon: {told.pending} deliveries are still pending: their results are not included")
+        one, several = "delivery is still pending: its result is", "deliveries are still pending: their results are"
+        say(f"lmdaemon: {counted(told.pending, one, several)} not included")
     if not told.sessions:
         tell_unknown(args.operator, settings.operators)
     if args.output is None:
@@ -299,4 +300,5 @@ def _report(
             summary = {**summary, "sha256": told.digest}
         print_json(summary)
     else:
-        print(f"{args.output}: {told.sessions} sessions, {told.deliveries} deliveries, until {rfc3339(until_at)}")
+        made = f"{counted(told.sessions, 'session')}, {counted(told.deliveries, 'delivery', 'deliveries')}"
+        print(f"{args.output}: {made}, until {rfc3339(until_at)}")

@@ -72,16 +72,15 @@ def of_operator(operator: Mapping[str, Any]) -> Iterator[str]:
     if kept_back:
         yield f"{name}: {cell(kept_back)}"
         yield f"  by itself: {cell(operator.get('outlook'))}"
-        yield f"  by hand:   lmdaemon probe {name} (its next notice, now)"
+        price = "" if operator.get("breaker", "closed") == "closed" else "; if it fails, the breaker's pause doubles"
+        yield f"  by hand:   lmdaemon probe {name} (its next notice, now{price})"
         yield f"             lmdaemon release {name} (sends at once what was not tried yet, the rest on its schedule)"
     if dead:
         yield f"{name}: {dead} dead, which are sent again only by hand"
         chosen = f"--operator {name}"
         yield f"  which:     lmdaemon deliveries list {chosen} --state dead"
-        again, never = (
-            f"lmdaemon deliveries retry {chosen} --dry-run",
-            f"lmdaemon deliveries discard {chosen} --note WHY",
-        )
+        yield f"  why:       lmdaemon deliveries retry {chosen} --dry-run (changes nothing)"
+        again, never = f"lmdaemon deliveries retry {chosen}", f"lmdaemon deliveries discard {chosen} --note WHY"
         yield f"  by hand:   {again}; {never}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmdaemon.commands.arguments import CLIENT_CERTIFICATE, JSON, command
 from lmdaemon.commands.client import Client, Unreachable
-from lmdaemon.commands.configured import ADMINISTRATION, configured
+from lmdaemon.commands.configured import administered
 from lmdaemon.commands.shared import STOPPED, line, print_json, quiet_libraries, say
 from lmdaemon.config import reader
 from lmdaemon.config.shown import in_force, inherited
@@ -39,7 +39,7 @@ def config(args: argparse.Namespace) -> int:
 
 
 def _of_daemon(args: argparse.Namespace) -> Any:
-    settings = configured(args, *ADMINISTRATION)
+    settings = administered(args)
     quiet_libraries()
 
     async def ask() -> Any:

@@ -35,7 +35,7 @@ PORT_MAX = 65535
 @command(
     argument("--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090"),
     argument("--dialect", choices=tuple(SHIPPED), default="v4", help="what is expected (default v4)"),
-    argument("--script", metavar="FILE|TEXT", help="what to answer; a file that ends with .toml, or the text itself"),
+    argument("--script", metavar="FILE|TEXT", help="what to answer: rules, or a file of rules (*.toml: in TOML)"),
     argument("--seed", type=seed, metavar="N", help="for the script's random choices (default: the file's, or 0)"),
     argument("--journal", type=file, metavar="FILE", help="write a JSON line for each notice"),
     argument("--expect", type=file, metavar="FILE", help="TOML of counts; exit code 1 when one is missed"),

@@ -25,6 +25,7 @@ from lmdaemon.commands.client import Client
 from lmdaemon.commands.configured import configured
 from lmdaemon.commands.recipient import RECIPIENT, checked_span, is_loopback, recipient
 from lmdaemon.commands.shared import FAILED, STOPPED, Failed, Usage, line, player_token, print_json, quiet_libraries
+from lmdaemon.model import counted
 from lmdaemon.shapes import IDLE_MAX_S
 from lmdaemon.workbench import players, storm
 from lmdaemon.workbench.figures import Times
@@ -93,7 +94,8 @@ def _need_histogram() -> None:
 async def _before_endpoint(args: argparse.Namespace) -> dict[str, Any]:
     operator = recipient(args, "simulate provider")
     if not args.yes and not is_loopback(operator):
-        raise Usage(f"simulate provider: this sends {args.notices} notices to {args.url}; say --yes if that is meant")
+        sent = counted(args.notices, "notice")
+        raise Usage(f"simulate provider: this sends {sent} to {args.url}; say --yes if that is meant")
     if "hash" in operator.sends.required and operator.hash_key is None:
         raise Usage(f"simulate provider: dialect {operator.sends.name} needs --hash-key-file")
     shares = args.mix.split(",")

@@ -12,7 +12,7 @@ from typing import Any
 
 from lmdaemon.commands.arguments import JSON, argument, command, count, file, seconds
 from lmdaemon.commands.client import Client
-from lmdaemon.commands.configured import ADMINISTRATION, configured
+from lmdaemon.commands.configured import administered
 from lmdaemon.commands.shared import STOPPED, Failed, print_json, reason, say
 from lmdaemon.config.settings import Settings
 from lmdaemon.model import in_bytes
@@ -37,7 +37,7 @@ FIGURES_SHAPE = {"spans": [{"stepSeconds": int, "series": [{"operator": (str, ty
 )
 def size(args: argparse.Namespace) -> int:
     """Measures with a daemon of its own; a running one is only asked how many sessions ended in the last hour."""
-    settings = configured(args, *ADMINISTRATION)
+    settings = administered(args)
     directory = (args.directory or settings.database.parent).resolve()
     return asyncio.run(_size(args, settings, directory))
 

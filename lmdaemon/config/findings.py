@@ -16,6 +16,10 @@ class ConfigError(Exception):
         self.findings = findings
 
 
+class ContentError(ConfigError):
+    """The file was read, and its content has errors."""
+
+
 class Findings:
     """Errors and warnings of one reading of one file, each as `key path: what is wrong with it`."""
 

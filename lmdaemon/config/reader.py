@@ -16,7 +16,7 @@ import msgspec
 from lmdaemon import textfile, tls, trust
 from lmdaemon.config import rules, syntax
 from lmdaemon.config.certificates import Certificates
-from lmdaemon.config.findings import ConfigError, Findings, meant, suggestion
+from lmdaemon.config.findings import ConfigError, ContentError, Findings, meant, suggestion
 from lmdaemon.config.secrets import SecretFiles, Secrets, exists
 from lmdaemon.config.settings import (
     ApiTable,
@@ -86,12 +86,12 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
         finding = f"not valid TOML: {syntax.complaint(text, error)}"
         salvaged = None if needs is None else _salvaged(text, needs)
         if salvaged is None:
-            raise ConfigError([f"{path}: {finding}"]) from error
+            raise ContentError([f"{path}: {finding}"]) from error
         reader.findings.errors.append(finding)
         raw = salvaged
     settings = reader.settings(raw)
     if settings is None:
-        raise ConfigError([f"{path}: {finding}" for finding in reader.findings.errors])
+        raise ContentError([f"{path}: {finding}" for finding in reader.findings.errors])
     return settings
 
 

@@ -85,7 +85,11 @@ class Attempts:
                 operator, row.webhook_id, row.body, addresses.append
             )
         except Unreachable as error:
-            return retry.Outcome("retry", error.cause, detail=error.detail)
+            detail = error.detail
+            if error.cause == "timeout":
+                how = f"connected to {addresses[0]}, no whole answer" if addresses else "no connection"
+                detail = f"{how} within {operator.policy.timeout_s:g} s"
+            return retry.Outcome("retry", error.cause, detail=detail)
         outcome = retry.judge(
             status,
             body,

@@ -17,7 +17,7 @@ from lmdaemon.model import Gate, rfc3339
 from lmdaemon.store.contract import StoreError
 from lmdaemon.web.calls import Asked, Context, shown
 from lmdaemon.web.documents import with_history
-from lmdaemon.web.problems import Problem
+from lmdaemon.web.problems import NO_URL, Problem
 from lmdaemon.web.requests import bearer
 
 OPERATORS_AT_ONCE = 200  # operators shown in one turn of the event loop, which takes about 1 ms
@@ -157,6 +157,8 @@ class Administration:
     async def probe(self, asked: Asked[None]) -> shapes.DeliveryWithHistory:
         """POST /v1/operators/{operator}/probe."""
         operator, (by, asking) = asked.operator, self._context.asker(asked.request)
+        if operator.target is None:
+            raise Problem("no-url", NO_URL)
         webhook_id = await self._context.probe(operator.name)
         delivery = None if webhook_id is None else await self._store.delivery(webhook_id)
         if delivery is None:

@@ -104,7 +104,8 @@ class Deliveries:
         finally:
             self._retrying.discard(operator)
         by, asking = self._context.asker(asked.request)
-        log.info("delivery.retried_by_hand", operator=operator, count=retried, by=by, request_id=asking)
+        if retried or not asked.given.limit:  # a call with a limit is one of several, of which the last finds nothing
+            log.info("delivery.retried_by_hand", operator=operator, count=retried, by=by, request_id=asking)
         return shapes.RetriedDeliveries(retried=retried)
 
     async def discard_one(self, asked: Asked[shapes.Discard]) -> shapes.Delivery:

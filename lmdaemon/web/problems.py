@@ -37,7 +37,7 @@ KINDS = {
     "unknown-operator": Kind(
         404,
         "No operator of this name is configured.",
-        "Compare the name with the configuration; do not open the session again.",
+        "Compare the name with the configuration; do not open the session again. Go on with touches.",
     ),
     "unknown-session": Kind(
         404,
@@ -88,6 +88,9 @@ KINDS = {
         "Try again after `Retry-After` seconds, until it succeeds.",
     ),
 }
+
+
+NO_URL = "no url is configured for this operator"  # detail of `no-url`
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word

@@ -249,7 +249,7 @@ CALLS = (
         description="Makes one attempt, whatever keeps the operator back, and returns its result. A success closes the "
         "breaker; a hold and a Retry-After stay.",
         answers={200: ("The delivery, with the attempt as the last of its history", shapes.DeliveryWithHistory)},
-        problems=("cannot-store", "nothing-to-send"),
+        problems=("cannot-store", "no-url", "nothing-to-send"),
     ),
     Call(
         handler=Trying.send,

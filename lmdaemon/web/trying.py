@@ -16,7 +16,7 @@ from lmdaemon.log import Log
 from lmdaemon.web.calls import STREAM_HEADERS, Asked, Context
 from lmdaemon.web.connection import until_client_leaves
 from lmdaemon.web.events import event
-from lmdaemon.web.problems import Problem
+from lmdaemon.web.problems import NO_URL, Problem
 
 log = Log("api")
 
@@ -94,7 +94,7 @@ class Trying:
     def _check(self, operator: Operator) -> None:
         """Raises Problem if no trial of this operator can begin now."""
         if operator.target is None:
-            raise Problem("no-url", "no url is configured for this operator")
+            raise Problem("no-url", NO_URL)
         if "hash" in operator.sends.required and operator.hash_key is None:
             raise Problem("cannot-be-sent", f"dialect {operator.sends.name} needs a hash key, and none is configured")
         obstacle = self._trials.obstacle(operator)

@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lmdaemon.dialects import Dialect
+from lmdaemon.model import counted
 from lmdaemon.version import __version__
 from lmdaemon.workbench import explain
 from lmdaemon.workbench.checks import BY_HAND
@@ -66,8 +67,7 @@ def summary_lines(report: Report) -> Iterator[str]:
     yield from (f"  - {one}" for one in BY_HAND)
     yield ""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items())
-    requests = "1 request" if report.requests == 1 else f"{report.requests} requests"
-    yield f"{counts}; {requests} in {report.duration_ms / 1000:.1f} s; run {report.run}"
+    yield f"{counts}; {counted(report.requests, 'request')} in {report.duration_ms / 1000:.1f} s; run {report.run}"
     for verdict in ("warn", "fail"):
         if named := [result.check.id for result in report.results if result.verdict == verdict]:
             yield f"{verdict}: {', '.join(named)}"
@@ -146,8 +146,8 @@ def html(report: Report) -> str:
         f"<title>{escape(f'{counts}: {report.url}')}</title><style>{_STYLE}</style></head><body>",
         "<h1>SessionExpired endpoint</h1>",
         f"<p>{escape(report.url)}, dialect {escape(report.dialect)}<br>",
-        f"{report.started_at:%Y-%m-%d %H:%M:%S} UTC, {report.duration_ms / 1000:.1f} s, {report.requests} requests,",
-        f"run {escape(report.run)}, lmdaemon {escape(__version__)}</p>",
+        f"{report.started_at:%Y-%m-%d %H:%M:%S} UTC, {report.duration_ms / 1000:.1f} s,",
+        f"{counted(report.requests, 'request')}, run {escape(report.run)}, lmdaemon {escape(__version__)}</p>",
         f"<p class=verdict>{escape(counts)}</p>",
         *_html_lists(report),
     ]

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from lmdaemon.model import counted
+
 # Sessions that are opened, touched in turn, and closed again. In a short run there are fewer, SESSIONS_EACH_S for each
 # second, but at least as many as are touched at the same time.
 SESSIONS, SESSIONS_EACH_S = 10_000, 250
@@ -80,7 +82,7 @@ async def measure(directory: Path, seconds: float, told: Callable[[str], None]) 
             daemon = _Daemon(database, client)
             names = [f"size-{number:08d}" for number in range(sessions)]
             empty_bytes = daemon.stored_bytes()
-            told(f"opening {sessions} sessions")
+            told(f"opening {counted(sessions, 'session')}")
             open_s = await daemon.spent(daemon.each(names, daemon.open)) / sessions
             await daemon.until_copied()
             live_bytes = (daemon.stored_bytes() - empty_bytes) / sessions

@@ -12,7 +12,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from standardwebhooks import Webhook
 from support import scripted_operator
 
 from lmdaemon import __version__
+from lmdaemon.commands import admin
 from lmdaemon.commands.cli import parser
 from lmdaemon.store.sqlite.file import MIGRATIONS
 
@@ -670,6 +672,28 @@ def test_commands_work_beside_a_file_that_is_broken_elsewhere(
     assert run("--config", broken, "check-config", cwd=tmp_path).returncode == 2
 
 
+def test_the_daemon_is_found_by_another_file_while_its_own_is_broken(lm: Running, tmp_path: Path) -> None:
+    sound = (lm.directory / "config.toml").read_text()
+    secret_file(tmp_path / "api-token", API_TOKEN)
+    broken, other = tmp_path / "config.toml", tmp_path / "other.toml"
+    broken.write_text(sound.replace("[api]", "[api"))
+    for command in ("status", "config", "hold acme", "size --sessions 9 --heartbeat 9s"):
+        done = run(*command.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        first, last = done.stderr.splitlines()
+        assert first.startswith("config.toml: not valid TOML: ")
+        assert last.startswith("lmdaemon: until it is mended, name another file beside it, with the [api] and ")
+        assert last.endswith(": --config FILE")
+    other.write_text("[api]" + sound.partition("[api]")[2].partition("[operators")[0])
+    assert run("--config", other, "status", cwd=tmp_path).returncode == 0
+
+
+def test_a_changed_address_is_named_as_a_reason_why_nobody_listens(tmp_path: Path) -> None:
+    configure(tmp_path)
+    done = run("status", cwd=tmp_path)
+    assert "if api.listen was changed since its start, name a file with the earlier one (--config FILE)" in done.stderr
+
+
 def test_a_file_with_many_errors_is_told_in_four_lines(lm: Running, tmp_path: Path) -> None:
     broken = tmp_path / "config.toml"
     broken.write_text((lm.directory / "config.toml").read_text() + "[log]\n" + "".join(f"k{i} = 1\n" for i in range(9)))
@@ -1043,6 +1067,7 @@ def test_a_retry_that_is_followed_ends_when_all_are_due(lm: Running) -> None:
     lm.api("POST", "operators/gone/hold")
     done = lm("deliveries", "retry", "--operator", "gone", "--follow", "--ended-since", dead["createdAt"], "--json")
     assert json.loads(done.stdout) == {"retried": 1}
+    assert lm.events("delivery.retried_by_hand")[-1]["count"] == 1  # the step that found no more is not logged
     assert lm.api("GET", f"deliveries/{dead['id']}")["state"] == "pending"
     lm.api("POST", "operators/gone/release")
 
@@ -1332,7 +1357,7 @@ def test_find_shows_a_session_and_a_players_of_all_operators(lm: Running) -> Non
     assert {("acme", "found-1"), ("gone", "found-1")} <= {(one["operator"], one["sessionId"]) for one in of_player}
     nobody = lm("find", "nobody-has-this-id")
     assert (nobody.returncode, nobody.stdout) == (1, "")
-    assert nobody.stderr == "lmdaemon: no session has this id, and no player\n"
+    assert nobody.stderr == "lmdaemon: no session and no player has this id\n"
 
 
 # -- events
@@ -1360,6 +1385,46 @@ def test_events_are_printed_as_they_happen_and_a_restart_is_outlived(tmp_path: P
             tail.terminate()
             tail.wait(10)
         assert "Traceback" not in printed.read_text()
+
+
+def test_a_daemon_that_is_away_is_told_once_and_so_is_its_return(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first stream of events is ended, twenty connections are refused, the next stream is cut, and so on."""
+    snapshot = ("figures", {"snapshot": True})
+    refused = admin.Unreachable("daemon not reachable")
+    runs: list[list[Any]] = [[snapshot], *[[refused]] * 20, [snapshot, refused], *[[refused]] * 20, [snapshot]]
+
+    class Scripted:
+        def __init__(self, *_: object) -> None: ...
+
+        async def __aenter__(self) -> "Scripted":
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def events(self, *_: str, **__: object) -> AsyncIterator[tuple[str, Any]]:
+            if not runs:
+                raise admin.Failed("the script is over")
+            for step in runs.pop(0):
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+
+    monkeypatch.setattr(admin, "Client", Scripted)
+    monkeypatch.setattr(admin, "administered", lambda args: None)
+    monkeypatch.setattr(admin, "AGAIN_FIRST_S", 0.0)
+    with pytest.raises(admin.Failed):
+        admin.events(Namespace(client_cert=None, client_key=None, operator=None, json=False))
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "lmdaemon: the daemon has ended the stream; waiting for it",
+        "lmdaemon: the daemon is back",
+        "lmdaemon: daemon not reachable; waiting for it",
+        "lmdaemon: the daemon is back",
+        "lmdaemon: the daemon has ended the stream; waiting for it",
+    ]
+    assert len(told.out.splitlines()) == 3
 
 
 def test_events_of_a_daemon_that_is_not_there_fail_at_once(tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from aiohttp import web
 from commands import API_TOKEN, configure, run
 from support import scripted_operator
 
-from lmdaemon.commands import peer
+from lmdaemon.commands import client, peer
 from lmdaemon.commands.client import ANY, fits
 
 STRANGER = 12345
@@ -148,6 +150,21 @@ def test_a_listener_elsewhere_or_on_an_unknown_system_is_not_known(
             assert peer.listener(connection) is None
             monkeypatch.setattr("sys.platform", "darwin")
             assert peer.listener(connection) is None
+
+
+def test_a_daemon_that_hangs_is_told_before_monitoring_gives_up(tmp_path: Path) -> None:
+    """The kernel accepts the connection, as for a daemon that is stopped (SIGSTOP), and nobody ever answers."""
+    assert client.READ_WITHIN_S <= 8  # monitoring usually ends a check after 10 s, the start of the command included
+    with listening("127.0.0.1", tmp_path, os.geteuid()) as (_, address):
+        configure(tmp_path, api=address)
+        sooner = partial(forked.put, "lmdaemon.commands.client", "READ_WITHIN_S", 0.2)
+        for words in ("status --check", "sessions show acme s-1"):
+            done = run(*words.split(), cwd=tmp_path, first=sooner)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr == (
+                f"lmdaemon: daemon does not answer at {address} (waited 0.2 s): it hangs; keep the last lines of its "
+                "log, such as journalctl -u lmdaemon -n 20, and restart it\n"
+            )
 
 
 # -- what counts as an answer

@@ -55,10 +55,19 @@ def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:
     ]
 
 
+def test_a_probe_while_the_breaker_is_open_has_its_price() -> None:
+    kept_back = {"operator": "acme", "keptBack": "…", "outlook": "…", "dead": 0}
+    price = "; if it fails, the breaker's pause doubles"
+    for breaker, text in (("open", price), ("half-open", price), ("closed", "")):
+        said = [*outlook.of_operator(kept_back | {"breaker": breaker})]
+        assert said[2] == f"  by hand:   lmdaemon probe acme (its next notice, now{text})"
+
+
 def test_dead_deliveries_have_the_commands_for_them() -> None:
     said = [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 7})]
     assert said[0] == "acme: 7 dead, which are sent again only by hand"
-    assert "lmdaemon deliveries retry --operator acme --dry-run" in said[2]
+    assert said[2] == "  why:       lmdaemon deliveries retry --operator acme --dry-run (changes nothing)"
+    assert "lmdaemon deliveries retry --operator acme;" in said[3]
     assert [*outlook.of_operator({"operator": "acme", "keptBack": None, "dead": 0})] == []
 
 

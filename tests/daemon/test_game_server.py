@@ -4,6 +4,7 @@ away.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 from generators import node_modules
-from processes import FORKED, Process, process
+from processes import FORKED, Process, process, wait_for
 from support import load
 
 from lmdaemon.web import openapi
@@ -259,6 +260,48 @@ def test_an_operator_that_is_misspelled_is_no_reason_to_try_again(tmp_path: Path
         assert played.waits == []
 
 
+def reload(daemon: Process, old: str, new: str) -> None:
+    """Changes the configuration, and waits until the daemon has read it."""
+    daemon.config.write_text(daemon.config.read_text().replace(old, new))
+    before = len(daemon.events("config.reloaded"))
+    daemon.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(daemon.events("config.reloaded")) > before)
+
+
+def test_a_heartbeat_outlives_an_operator_taken_out_by_mistake(tmp_path: Path, example: Example) -> None:
+    with process(tmp_path, OPERATOR, command=FORKED) as daemon:
+        played = example(daemon.api, idle_s=90)
+        for number in range(3):
+            played.open(f"s{number}")
+        reload(daemon, "operators.acme", "operators.acne")
+
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        played.meanwhile[3] = lambda: reload(daemon, "operators.acne", "operators.acme")
+        played.meanwhile[4] = stop
+        with pytest.raises(KeyboardInterrupt):
+            played.run()
+        assert states(daemon, "s0", "s1", "s2") == ["active"] * 3
+        shown = [daemon.call("GET", f"{daemon.api}/v1/operators/acme/sessions/s{number}")[1] for number in range(3)]
+        assert all(one["lastSeenAt"] > one["openedAt"] for one in shown)
+    # After a refusal it comes again soon, and then every third of the idle time as before
+    assert max(played.waits[1:3]) <= played.longest_wait_s
+    assert min(played.waits[0], played.waits[3]) >= 24
+
+
+@pytest.mark.parametrize("status", [401, 403, 421])
+def test_a_refused_heartbeat_raises_nothing_and_forgets_nothing(example: Example, status: int) -> None:
+    Busy.script = [(200, {}), (status, {}), (status, {})]  # node's fetch repeats a 421 once, as its standard says
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        played = example(f"http://127.0.0.1:{server.server_port}")
+        played.open("s")
+        played.heartbeat()
+        server.shutdown()
+    assert (played.playing, played.ended, played.waits) == (["s"], [], [])
+
+
 class Busy(BaseHTTPRequestHandler):
     """Answers the first requests with the errors of `script`, and then accepts them."""
 
@@ -273,6 +316,9 @@ class Busy(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"{}")
+
+    def do_POST(self) -> None:
+        self.do_PUT()
 
     def log_message(self, *_: object) -> None:
         """Logs nothing."""

@@ -566,6 +566,8 @@ async def test_touches_that_stop_are_told_before_the_sessions_end(tmp_path: Path
         assert await metric(daemon, 'lmdaemon_operator_touches_stopped{operator="acme"}') == 1
         for name in names:
             await store.end("acme", name)
+        expiry = (await get(daemon, daemon.api))[1]["checks"]["expiry"][0]
+        assert (expiry["touchesStopped"], "output" in expiry) == ([], False)
         # The sweeper looks again although no session is live any more
         assert (await daemon.sweeper.once() or 60) <= TICK_S
         clock.advance(1)

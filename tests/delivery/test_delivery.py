@@ -191,6 +191,9 @@ class TestHostileAnswers:
                 await b.end()
                 await b.round()
                 assert (await b.row()).last_error == "timeout"
+                where = operator.url.split("/")[2]
+                told = f"connected to {where}, no whole answer within 0.2 s"
+                assert b.db.gate("acme").failed_detail == told
 
     async def test_a_body_that_drips_is_cut_at_the_same_deadline(self, tmp_path: Path, clock: HandClock) -> None:
         async def drip(request: web.Request) -> web.StreamResponse:
@@ -999,6 +1002,7 @@ class TestALookup:
                 await until(lambda: len(hanging) == 40)
                 assert (await b.row("s", "good")).state == "delivered"
                 assert {(await b.row("s", name)).last_error for name in names} == {"timeout"}
+                assert {b.db.gate(name).failed_detail for name in names} == {"no connection within 1 s"}
                 hold.set()
 
     async def test_a_name_that_is_not_found_is_a_failed_attempt(

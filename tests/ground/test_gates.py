@@ -44,7 +44,12 @@ PAUSED = after(Gate(), Outcome("retry", "status_503", 503, retry_after_s=3600.0)
         ),
         (
             retry.hold(Gate(), NOW, "gone"),
-            "held since 2026-09-21T14:13:20Z: gone",
+            "held since 2026-09-21T14:13:20Z: it answered 410 (gone)",
+            "held until somebody releases it; its deliveries do not age meanwhile",
+        ),
+        (
+            retry.hold(Gate(), NOW, "failing_for_days"),
+            "held since 2026-09-21T14:13:20Z: for 5 days every attempt failed (failing_for_days)",
             "held until somebody releases it; its deliveries do not age meanwhile",
         ),
         (
@@ -53,13 +58,19 @@ PAUSED = after(Gate(), Outcome("retry", "status_503", 503, retry_after_s=3600.0)
             "sent again at 2026-09-21T15:13:20Z; the first notice dies at 2026-09-22T14:13:20Z",
         ),
     ],
-    ids=["open", "broken", "held for a time", "held", "paused"],
+    ids=["open", "broken", "held for a time", "gone", "failing for days", "paused"],
 )
 def test_since_when_why_and_until_when_stand_in_a_sentence(
     gate: Gate, because: str | None, outlook: str | None
 ) -> None:
     assert gates.because(gate, NOW) == because
     assert gates.outlook(gate, NOW, pending=3, dies_at=NOW + DAY) == outlook
+
+
+def test_a_half_open_breaker_is_told_with_the_time_at_which_it_opened() -> None:
+    later_at = BROKEN.probe_at + 60_000
+    assert retry.breaker(BROKEN, later_at) == "half-open"
+    assert (gates.because(BROKEN, later_at) or "").startswith("breaker open since 2026-09-21T14:13:20Z: 5 attempts")
 
 
 def test_a_breaker_with_nothing_to_send_is_said_to_close_by_itself() -> None:

@@ -21,6 +21,7 @@ from lmdaemon.model import (
     Refuse,
     Session,
     SessionEnded,
+    counted,
     id_problem,
     rfc3339,
     utc,
@@ -242,3 +243,9 @@ def test_no_millisecond_is_lost_in_a_written_time(at: int) -> None:
     read = datetime.fromisoformat(text)
     assert read == utc(at)
     assert (read - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000 == pytest.approx(at, abs=0.01)
+
+
+def test_one_of_a_kind_is_told_in_the_singular() -> None:
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert counted(1, "delivery", "deliveries") == "1 delivery"
+    assert counted(3, "delivery", "deliveries") == "3 deliveries"

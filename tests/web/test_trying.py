@@ -150,7 +150,7 @@ async def test_what_was_answered_is_read_and_masked_beside_the_event_loop(
 
 async def test_an_operator_without_a_url_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path, '[operators.acme]\nprovider_id = "a"\nendpoint = ""\n') as d:
-        for what in ("send", "check"):
+        for what in ("send", "check", "probe"):
             assert (await post(d, what, 409))["code"] == "no-url"
 
 

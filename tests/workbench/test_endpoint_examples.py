@@ -1,10 +1,12 @@
 """The endpoints in docs/examples, run as their users run them, pass `lmdaemon check`."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from commands import environment, poll
 from endpoints import PROVIDER, QUICK, TOKEN, UNTIMED, to
 from processes import free_ports
 
-from lmdaemon.workbench.runner import Report, Runner
+from lmdaemon.workbench.runner import Report, Runner, chosen
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -60,8 +62,26 @@ async def test_the_endpoint_in_python_passes_every_check(tmp_path: Path) -> None
     with process(sys.executable, EXAMPLES / "endpoint.py", port, "token", cwd=tmp_path, port=port):
         report = await checked(port)
     assert found(report, "fail") == {}
-    # Nginx, in front of the endpoint, cuts a slow body off
+    # A slow body is cut off after 10 s. This run sends it for 1 s
     assert set(found(report, "warn")) <= {"strictness.slow-body"}
+
+
+@pytest.mark.slow
+async def test_the_endpoint_in_python_cuts_off_a_slow_body(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (port,) = free_ports(1)
+    with process(sys.executable, EXAMPLES / "endpoint.py", port, "token", cwd=tmp_path, port=port):
+        operator = to(f"http://127.0.0.1:{port}/V4/SessionExpired", provider_id=PROVIDER)
+        report = await Runner(operator, checks=chosen(["strictness.slow-body"], []), token=TOKEN).run()
+    assert "strictness.slow-body" in found(report, "pass")
+
+
+def test_the_endpoint_in_python_says_how_it_is_started(tmp_path: Path) -> None:
+    for words in ((), ("8190",), ("8190", "token", "more")):
+        command = [sys.executable, EXAMPLES / "endpoint.py", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "usage: python endpoint.py PORT TOKEN_FILE\n"
 
 
 @pytest.mark.skipif(not (shutil.which("php") and shutil.which("nginx")), reason="needs php-cli and nginx")
@@ -84,8 +104,18 @@ async def test_the_endpoint_in_php_behind_nginx_passes_every_check(tmp_path: Pat
     assert list((tmp_path / "ended").glob("new*")) == []
 
 
+@pytest.mark.skipif(not shutil.which("php"), reason="needs php-cli")
+async def test_the_endpoint_in_php_says_what_must_be_configured(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    serve = ("php", "-S", f"127.0.0.1:{port}", EXAMPLES / "endpoint.php")
+    with process(*serve, cwd=tmp_path, port=port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/V4/SessionExpired", b"{}", timeout=60) as answer:
+            assert json.loads(answer.read()) == {"error": 100, "description": "Not configured"}
+        poll(lambda: "TOKEN_FILE must name a file, and ENDED_DIR a directory" in read(tmp_path / "server.log"))
+
+
 def test_the_endpoints_stay_short() -> None:
-    """About forty lines. Empty lines, comments and single braces do not count."""
+    """Fifty lines at most. Empty lines, comments and single braces do not count."""
     for name in ("endpoint.py", "endpoint.php"):
         lines = [line.strip() for line in (EXAMPLES / name).read_text().splitlines()]
         code = [line for line in lines if line.strip("{}") and not line.startswith(("//", "#", '"""', "<?php"))]
@@ -124,6 +154,7 @@ def test_the_demonstration_runs_and_every_side_is_content(tmp_path: Path) -> Non
     assert demo.returncode == 0, said
     assert "/console/" in said
     assert "Verdict: every promise was kept" in said
+    assert "massExpired=casino comes from the end of this demonstration" in said
     assert said.endswith("Verdict: as expected\n")
 
 

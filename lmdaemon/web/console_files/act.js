@@ -142,12 +142,14 @@ const dead = (name, { operator, dead: many }, wanted) => action(name, async () =
   return wanted(operator, { ...found, told }, which);
 }, many ? "" : "None is dead.");
 
+const are = (n, of = "") => count(n) + (n === 1 ? ` delivery${of} is` : ` deliveries${of} are`);
+
 export const retryAll = (one) => dead("Retry all dead", one, (operator, found, which) => ({
   title: `Retry the dead deliveries of ${operator}?`, label: "Retry",
   text: `There are ${count(found.found)}, of which ${count(found.canBeSent)} can be sent: ${found.told}. They become due again, at most ten a second, which takes ${span(found.seconds)}. What has been sent cannot be called back.`,
   fields: label("Which", which),
   words: () => ["deliveries", "retry", "--operator", operator, ...option("--reason", which)],
-  run: async () => `${count((await of(operator, "deliveries/retry", given("reason", which))).retried)} deliveries of ${operator} are due again.`,
+  run: async () => `${are((await of(operator, "deliveries/retry", given("reason", which))).retried, " of " + operator)} due again.`,
 }));
 
 const why = () => input({ required: true });
@@ -160,7 +162,7 @@ export const discardAll = (one) => dead("Discard all dead", one, (operator, foun
     text: `There are ${count(found.found)}: ${found.told}. ${operator} is never told of these ends. ${STAY}`,
     fields: [label("Which", which), label("Why", note)],
     words: () => ["deliveries", "discard", "--operator", operator, ...option("--reason", which), "--note", note.value],
-    run: async () => `${count((await of(operator, "deliveries/discard", { note: note.value, ...given("reason", which) })).discarded)} deliveries of ${operator} are discarded.`,
+    run: async () => `${are((await of(operator, "deliveries/discard", { note: note.value, ...given("reason", which) })).discarded, " of " + operator)} discarded.`,
   };
 });
 
@@ -180,8 +182,7 @@ const some = (ids, what, name, off, told, text, note) => action(name, () => ({
         refused.push(`${id}: ${error.message}`);
       }
     }
-    const done = before - refused.length;
-    return `${count(done)} ${done === 1 ? "delivery is" : "deliveries are"} ${told}.` + (refused.length ? ` ${count(refused.length)} refused, such as ${refused[0]}.` : "");
+    return `${are(before - refused.length)} ${told}.` + (refused.length ? ` ${count(refused.length)} refused, such as ${refused[0]}.` : "");
   },
 }), off);
 

@@ -13,6 +13,7 @@ from yarl import URL
 
 from lmdaemon.config.egress import private_address
 from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.model import counted
 from lmdaemon.tls import EXPIRES_SOON
 from lmdaemon.workbench.bench import Bench, Check, Finding, Skip
 from lmdaemon.workbench.exchanges import Exchange
@@ -144,7 +145,7 @@ async def certificate_age(bench: Bench) -> Finding:
         raise Skip("no TLS connection: see connection.tls") from None
     ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
     left = ends - datetime.fromtimestamp(bench.now_s(), UTC)
-    text = f"valid until {ends:%Y-%m-%d}, {left.days} days"
+    text = f"valid until {ends:%Y-%m-%d}, {counted(left.days, 'day')}"
     return Finding("warn" if left < EXPIRES_SOON else "pass", text)
 
 

@@ -504,16 +504,10 @@ class Store(Protocol):
         """Takes over new settings, for all batches from the next one on.
 
         Only sessions of `operators` end for inactivity or age. For operators in `pausing`, ends for inactivity wait
-<<<<<<< HEAD
         while no touches come, and for `grace_ms` of service time after touches have come again. Older sessions of an
         operator that was not among `operators` before do not end for inactivity for `grace_ms` either, because their
-        touches were refused. If another daemon on the database is lost, the ends of all operators wait for
-        `daemon_grace_ms` of service time.
-=======
-        while no touches come, and for `grace_ms` of service time after touches have come again. If this daemon joins
-        while no other one is on the database, the ends of all operators wait for `grace_ms`, too; if another daemon is
-        lost, for `daemon_grace_ms`.
->>>>>>> fix-config
+        touches were refused. If this daemon joins while no other one is on the database, the ends of all operators wait
+        for `grace_ms`, too; if another daemon is lost, for `daemon_grace_ms`.
         """
 
     def introduce(self, address: str, digest: str) -> None:

@@ -586,6 +586,37 @@ class TestIsolation:
                 module(bad).RELEASE.set()
         assert sorted(module(good).LOG, key=int) == [str(number) for number in range(20)]
 
+    async def test_threads_that_hang_delay_no_work_of_the_daemon(
+        self, tmp_path: Path, written: Callable[[str], str]
+    ) -> None:
+        """The plug-in occupies every thread of asyncio.to_thread."""
+        name = written("""
+import threading
+FREE, OCCUPIED = threading.Event(), []
+
+def occupy():
+    OCCUPIED.append(1)
+    FREE.wait()
+
+async def hook(event):
+    await asyncio.gather(*(asyncio.to_thread(occupy) for _ in range(1000)))
+""")
+        toml = operator() + plugin("x", f"{name}:hook", timeout="50ms")
+        async with serving(tmp_path, toml) as s, asyncio.timeout(60):
+            await notify(s)
+            try:
+                await until(lambda: query(tmp_path, "SELECT attempts FROM delivery") == [(1,)])
+                assert module(name).OCCUPIED
+                for path in ("metrics", "v1/config", "openapi.json"):
+                    async with s.client.get(f"{s.api}/{path}") as response:
+                        assert response.status == 200
+                many = {"sessions": [{"sessionId": "s-1", "playerId": "p-1", "token": TOKEN}]}
+                async with s.client.post(s.api + "/v1/operators/acme/sessions", json=many) as response:
+                    assert response.status == 200
+                assert await TestReload.reload(s, operator()) is None
+            finally:
+                module(name).FREE.set()
+
     async def test_calls_that_ignore_cancellation_never_exceed_the_concurrency(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:

@@ -4,6 +4,7 @@ The threads of `asyncio.to_thread` are not used for it: plug-ins share them, and
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -14,6 +15,13 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _pool = ThreadPoolExecutor(thread_name_prefix=NAME)
+
+
+def of_others() -> list[threading.Thread]:
+    """The threads that keep the process from exiting, without the main thread and those of this module."""
+    main = threading.main_thread()
+    keeping = (thread for thread in threading.enumerate() if not thread.daemon and thread is not main)
+    return [thread for thread in keeping if not thread.name.startswith(NAME)]
 
 
 async def on_a_thread(

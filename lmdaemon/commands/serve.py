@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdaemon import log, tls
+from lmdaemon import log, threads, tls
 from lmdaemon.commands.arguments import JSON, command
 from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
 from lmdaemon.config import reader
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lmdaemon.daemon import Daemon
 
 STOPPED_WITHIN_S = 1.0  # the longest time from a signal during the start to the end of the process
-ABANDON_AFTER_S = 1.0  # how long a plug-in's hook that ignores its cancellation is waited for at the end
+ABANDON_AFTER_S = 1.0  # how long the end of the process waits for what plug-ins have left running
 
 # The garbage collector runs each time when the number of objects has grown by this many. Almost all objects of a
 # request are freed without the collector. With Python's default of 700 it would find only objects that are still in
@@ -136,23 +136,32 @@ def _database_lost(error: Exception) -> Exception | None:
 
 
 def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
-    """Exits the process when a plug-in's hook ignores its cancellation, for which asyncio would wait for ever.
+    """Cancels the tasks of plug-ins. Has the process exit ABANDON_AFTER_S later at the latest.
 
-    By now the daemon has closed everything.
+    asyncio and the interpreter would wait for ever for a task that ignores its cancellation, a thread, an asynchronous
+    generator, a function registered with atexit. By now the daemon has closed everything.
     """
+    left_threads = threads.of_others()
 
-    async def cancel_all() -> int:
+    async def cancel_all() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+
+        def abandon() -> None:
+            hooks = sum(not task.done() for task in tasks)
+            running = sum(thread.is_alive() for thread in left_threads)
+            Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        at_last = threading.Timer(ABANDON_AFTER_S, abandon)
+        at_last.daemon = True  # the interpreter does not wait for it, and it still runs during atexit's functions
+        at_last.start()
         for task in tasks:
             task.cancel()
-        return len((await asyncio.wait(tasks, timeout=ABANDON_AFTER_S))[1]) if tasks else 0
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    hanging = runner.run(cancel_all())
-    if hanging:
-        Log("daemon").warning("daemon.abandoned_hooks", count=hanging)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    runner.run(cancel_all())
 
 
 def _loop_factory() -> Callable[[], Any] | None:

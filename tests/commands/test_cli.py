@@ -252,7 +252,8 @@ def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command:
 
 
 PLUGIN = """
-import asyncio, logging, time
+import asyncio, atexit, logging, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 print("imported")
@@ -308,6 +309,34 @@ class Stubborn(Hook):
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 pass
+
+class Pool(Hook):
+    async def misbehave(self):
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)  # the pool of asyncio.to_thread
+
+class OwnPool(Hook):
+    async def misbehave(self):
+        self.pool = ThreadPoolExecutor()
+        asyncio.get_running_loop().run_in_executor(self.pool, time.sleep, 600)
+
+class Thread(Hook):
+    async def misbehave(self):
+        threading.Thread(target=time.sleep, args=(600,)).start()
+
+class Generator(Hook):
+    async def misbehave(self):
+        self.generator = self.endless()
+        await anext(self.generator)
+
+    async def endless(self):
+        try:
+            yield
+        finally:
+            await asyncio.sleep(600)
+
+class AtExit(Hook):
+    async def misbehave(self):
+        atexit.register(time.sleep, 600)
 
 class Sabotages(Hook):
     async def misbehave(self):
@@ -452,12 +481,29 @@ def test_sighup_while_a_plugin_still_starts_is_a_reload_after_the_start(tmp_path
         assert running.ended() == 0
 
 
-def test_a_plugin_that_ignores_its_cancellation_lets_the_daemon_end(tmp_path: Path) -> None:
-    configure_plugin(tmp_path, "Stubborn")
-    with daemon(tmp_path) as running:
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize(
+    ("use", "hooks", "threads"),
+    [
+        ("Stubborn", 1, 0),
+        ("Pool", 0, 1),
+        ("OwnPool", 0, 1),
+        ("Thread", 0, 1),
+        ("Generator", 0, 0),
+        ("AtExit", 0, 0),
+    ],
+)
+def test_what_a_plugin_leaves_running_lets_the_daemon_end(
+    tmp_path: Path, without_uvloop: str, use: str, hooks: int, threads: int, loop: str
+) -> None:
+    configure_plugin(tmp_path, use)
+    env = {"PYTHONPATH": without_uvloop if loop == "asyncio" else str(ROOT)}
+    with daemon(tmp_path, **env) as running:
         running.started().process.terminate()
         assert running.ended() == 0
-        assert [event["count"] for event in running.events("daemon.abandoned_hooks")] == [1]
+        (left,) = running.events("daemon.abandoned_hooks")
+        assert (left["count"], left["threads"]) == (hooks, threads)
+        assert running.events("daemon.stopped")
 
 
 def test_a_plugin_that_fails_to_start_exits_2(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from lmdaemon import log, threads, tls
 from lmdaemon.commands.arguments import JSON, command
-from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
+from lmdaemon.commands.shared import (
+    FAILED,
+    MISCONFIGURED,
+    STOPPED,
+    log_loop_error,
+    print_json,
+    quiet_libraries,
+    reason,
+    say,
+)
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import Settings
@@ -53,8 +62,8 @@ def serve(args: argparse.Namespace) -> int:
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = _until_ended(runner, settings)
-            _abandon_what_hangs(runner, code)
+            code = _until_ended(runner.get_loop(), settings)
+            _abandon_what_hangs(runner.get_loop(), code)
     finally:
         gc.enable()
     return code
@@ -81,16 +90,16 @@ def _keep_what_is_made() -> None:
     gc.enable()
 
 
-def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
+def _until_ended(loop: asyncio.AbstractEventLoop, settings: Settings) -> int:
     """Runs the daemon to its end, logs why it ended, and returns the exit code."""
     with tls.system_certificates_unread():
         from lmdaemon.daemon import Daemon
     from lmdaemon.store.contract import DatabaseError, StoreError
 
     daemon = Daemon(settings, on_serving=_keep_what_is_made)
-    _take_signals(daemon, runner.get_loop())
+    _take_signals(daemon, loop)
     try:
-        runner.run(daemon.run())
+        _run_to_its_end(loop, daemon.run())
     except ConfigError as error:  # raised while a plug-in was loaded; its findings do not name the file
         for finding in error.findings:
             say(f"{settings.file}: {finding}")
@@ -98,7 +107,9 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=reason(error))
         return FAILED
-    except Exception as error:  # an ExceptionGroup if a loop has failed; the service manager starts the daemon again
+    except (
+        BaseException
+    ) as error:  # an ExceptionGroup if a loop has failed; the service manager starts the daemon again
         lost = _database_lost(error)
         if lost is None:
             Log("daemon").exception("daemon.crashed")
@@ -106,6 +117,23 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
             Log("daemon").error("daemon.failed", reason=str(lost))
         return FAILED
     return STOPPED
+
+
+def _run_to_its_end(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` on the event loop until it has ended, and raises what it raises.
+
+    A SystemExit or KeyboardInterrupt in another task or in a callback, which only a plug-in can raise, ends the run of
+    the loop. Everything else is still queued then, so the loop is run again.
+    """
+    task = loop.create_task(work)
+    task.add_done_callback(lambda _: loop.stop())
+    while not task.done():
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            if not task.done():
+                log_loop_error(error)
+    task.result()
 
 
 def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
@@ -126,7 +154,7 @@ def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
     signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(daemon.reload))
 
 
-def _database_lost(error: Exception) -> Exception | None:
+def _database_lost(error: BaseException) -> BaseException | None:
     """The DatabaseError, if it is the only exception in a group (the database file was taken away); else None."""
     from lmdaemon.store.contract import DatabaseError
 
@@ -135,33 +163,34 @@ def _database_lost(error: Exception) -> Exception | None:
     return error if isinstance(error, DatabaseError) else None
 
 
-def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
+def _abandon_what_hangs(loop: asyncio.AbstractEventLoop, code: int) -> None:
     """Cancels the tasks of plug-ins. Has the process exit ABANDON_AFTER_S later at the latest.
 
     asyncio and the interpreter would wait for ever for a task that ignores its cancellation, a thread, an asynchronous
     generator, a function registered with atexit. By now the daemon has closed everything.
     """
     left_threads = threads.of_others()
+    left_tasks = asyncio.all_tasks(loop)
 
-    async def cancel_all() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    def abandon() -> None:
+        hooks = sum(not task.done() for task in left_tasks)
+        running = sum(thread.is_alive() for thread in left_threads)
+        Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
-        def abandon() -> None:
-            hooks = sum(not task.done() for task in tasks)
-            running = sum(thread.is_alive() for thread in left_threads)
-            Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    async def end_all() -> None:
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        await loop.shutdown_asyncgens()
 
-        at_last = threading.Timer(ABANDON_AFTER_S, abandon)
-        at_last.daemon = True  # the interpreter does not wait for it, and it still runs during atexit's functions
-        at_last.start()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    runner.run(cancel_all())
+    at_last = threading.Timer(ABANDON_AFTER_S, abandon)
+    at_last.daemon = True  # the interpreter does not wait for it, and it still runs during atexit's functions
+    at_last.start()
+    _run_to_its_end(loop, end_all())
 
 
 def _loop_factory() -> Callable[[], Any] | None:

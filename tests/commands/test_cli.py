@@ -338,6 +338,48 @@ class AtExit(Hook):
     async def misbehave(self):
         atexit.register(time.sleep, 600)
 
+class Exits(Hook):
+    error = SystemExit
+
+    async def misbehave(self):
+        self.task = asyncio.create_task(self.exit())
+        asyncio.get_running_loop().call_soon(self.exit_now)
+
+    async def session_ended(self, event):
+        self.task = asyncio.create_task(self.exit())
+
+    async def exit(self):
+        await asyncio.sleep(0)
+        self.exit_now()
+
+    def exit_now(self):
+        raise self.error(3)
+
+class Interrupts(Exits):
+    error = KeyboardInterrupt
+
+class ExitsAtItsEnd(Exits):
+    async def misbehave(self):
+        self.tasks = [asyncio.create_task(self.exit_when_cancelled()) for _ in range(2)]
+        self.generator = self.endless()
+        await anext(self.generator)
+
+    async def exit_when_cancelled(self):
+        try:
+            await asyncio.sleep(600)
+        finally:
+            self.exit_now()
+
+    async def endless(self):
+        try:
+            yield
+        finally:
+            self.exit_now()
+
+class StopsTheLoop(Exits):
+    def exit_now(self):
+        asyncio.get_running_loop().stop()
+
 class Sabotages(Hook):
     async def misbehave(self):
         import lmdaemon.sweeper
@@ -504,6 +546,24 @@ def test_what_a_plugin_leaves_running_lets_the_daemon_end(
         (left,) = running.events("daemon.abandoned_hooks")
         assert (left["count"], left["threads"]) == (hooks, threads)
         assert running.events("daemon.stopped")
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("use", ["Exits", "Interrupts", "ExitsAtItsEnd", "StopsTheLoop"])
+def test_a_plugins_own_tasks_cannot_end_the_daemon(tmp_path: Path, without_uvloop: str, use: str, loop: str) -> None:
+    """A SystemExit or KeyboardInterrupt ends a run of the event loop, and so does `loop.stop()`."""
+    configure_plugin(tmp_path, use)
+    env = {"PYTHONPATH": without_uvloop} if loop == "asyncio" else {}
+    with daemon(tmp_path, **env) as running:
+        running.started().open("acme", "s-1")
+        running.api("POST", "operators/acme/sessions/s-1/close")
+        poll(lambda: running.events("delivery.delivered"))
+        running.process.terminate()
+        assert running.ended() == 0
+        assert running.events("daemon.stopped")
+        kind = {"Interrupts": "KeyboardInterrupt", "StopsTheLoop": None}.get(use, "SystemExit")
+        errors = {(event["error"], event["where"].partition(":")[0]) for event in running.events("loop.error")}
+        assert errors == ({(kind, "hooks_of_the_tests.py")} if kind else set())
 
 
 def test_a_plugin_that_fails_to_start_exits_2(tmp_path: Path) -> None:

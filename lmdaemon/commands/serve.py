@@ -244,6 +244,9 @@ def _checked(path: Path, *, found: bool) -> Settings:
                 findings.extend(f"{path}: {finding}" for finding in error.findings)
 
     quiet_libraries()
+    # Ctrl-C ends the process at once, because a KeyboardInterrupt would be taken for the plug-in's
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(FAILED))
     with redirect_stdout(sys.stderr):  # an imported module may print, but stdout is for the result
         asyncio.run(examine())
     if findings:

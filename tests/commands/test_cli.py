@@ -417,6 +417,27 @@ def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> 
     assert len(document["errors"]) == 1
 
 
+def test_check_config_reports_a_plugin_that_raises_keyboard_interrupt(tmp_path: Path) -> None:
+    (tmp_path / "interrupting.py").write_text("raise KeyboardInterrupt")
+    configure(tmp_path, '[plugins.mine]\nuse = "interrupting:Hook"\n')
+    for command in ("check-config", "serve"):
+        done = run(command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert (
+            "config.toml: plugins.mine.use: cannot be imported: KeyboardInterrupt at interrupting.py:1" in done.stderr
+        )
+
+
+def test_ctrl_c_ends_check_config_while_a_plugin_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nfrom pathlib import Path\nPath('begun').touch()\ntime.sleep(600)")
+    configure(tmp_path, '[plugins.mine]\nuse = "slow:Hook"\n')
+    with daemon(tmp_path, "check-config") as running:
+        poll(lambda: (tmp_path / "begun").exists())
+        running.process.send_signal(signal.SIGINT)
+        assert running.ended() == 1
+        assert running.log.read_text() == ""
+
+
 def test_check_config_needs_no_secrets_but_says_what_it_could_not_check(tmp_path: Path) -> None:
     configure(tmp_path, 'signing_secret_file = "handed-over"\n')
     secret_file(tmp_path / "handed-over", SIGNING_SECRET).chmod(0)

@@ -25,6 +25,7 @@ from lmdaemon.plugins import CANCEL_S
 from lmdaemon.status import count
 from lmdaemon.store.contract import StoreError
 from lmdaemon.store.open import name_of
+from lmdaemon.threads import on_a_thread
 from lmdaemon.version import __version__
 
 START_S = 60.0  # time that systemd is asked for at a start, besides upgrade and plug-ins
@@ -94,7 +95,7 @@ class Daemon:
         await parts.build(stack, settings, self._name, self._notifier)
         await parts.listeners.start(stack, handed_over, settings, parts.dispatcher.lanes.attempts_max, parts.drain_s)
         # On a thread, because with 1,000 operators it takes 0.1 s
-        parts.introduce(await asyncio.to_thread(shown.digest, settings))
+        parts.introduce(await on_a_thread(shown.digest, settings))
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, None]) -> bool:
         """Waits for the start and returns True; if a stop is asked for before it is over, cancels it, returns False."""

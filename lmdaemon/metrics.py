@@ -7,7 +7,6 @@ the configuration; its gauges stay for as long as something of it is in the stor
 """
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - the first scrape would import it, perhaps when no file can be opened
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lmdaemon.threads import on_a_thread
 from lmdaemon.version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -296,7 +296,7 @@ class Metrics:
         """
         async with self._scraping:
             self._oldest_pending_s = oldest_pending_s
-            return await asyncio.to_thread(self.text)
+            return await on_a_thread(self.text)
 
     def text(self) -> bytes:
         """All metrics in the exposition format, rendered on the calling thread."""

@@ -8,7 +8,8 @@ import asyncio
 import importlib
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -43,9 +44,10 @@ class LoadedPlugin:
 
     def __init__(self, settings: Plugin, hook: Any, freed: Callable[[], None] = _to_nobody) -> None:
         self.settings = settings
-        self._hook = hook
         self._session_ended: Callable[[SessionEnded], Awaitable[None]] = getattr(hook, "session_ended", hook)
         self._check: Callable[[Notice], Awaitable[None]] | None = getattr(hook, "check", None)
+        self._start: Callable[[], Awaitable[None]] | None = getattr(hook, "start", None)
+        self._stop: Callable[[], Awaitable[None]] | None = getattr(hook, "stop", None)
         self.stray = 0
         self._freed = freed
 
@@ -61,22 +63,20 @@ class LoadedPlugin:
 
     async def start(self) -> None:
         """Calls the plug-in's hook `start`, if there is one. Raises ConfigError."""
-        start = getattr(self._hook, "start", None)
-        if start is None:
+        if self._start is None:
             return
         try:
-            await self._contained(start)
+            await self._contained(self._start)
         except PluginFailed as error:
             where = f" at {place(error.__cause__)}" if error.__cause__ is not None else ""
             raise ConfigError([f"plugins.{self.name}: start() failed: {error}{where}"]) from error
 
     async def stop(self) -> None:
         """Calls the plug-in's hook `stop`, if there is one. A failure is logged."""
-        stop = getattr(self._hook, "stop", None)
-        if stop is None:
+        if self._stop is None:
             return
         try:
-            await self._contained(stop)
+            await self._contained(self._stop)
         except PluginFailed as error:
             log.warning("plugin.stop_failed", plugin=self.name, reason=str(error))
 
@@ -146,7 +146,7 @@ def _remade(refusal: Refuse) -> Refuse:
     """
     try:
         return Refuse(refusal.meaning, str(refusal.description).encode(errors="replace").decode())
-    except Exception as error:
+    except BaseException as error:
         raise PluginFailed(type(error).__name__) from error
 
 
@@ -156,14 +156,10 @@ def load(settings: Plugin, freed: Callable[[], None] = _to_nobody) -> LoadedPlug
     if not inspect.isclass(target):
         return LoadedPlugin(settings, target, freed)
     make: Callable[[dict[str, Any]], Any] = target
-    try:
+    with _naming(settings, "cannot be made"):
         hook = make(deepcopy(dict(settings.options)))  # a copy, because a reload compares the options with the file's
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise _broken(settings, f"cannot be made: {_why(error)}") from error
-    _check_hooks(settings, hook)  # again, because an instance may have other hooks than its class
-    return LoadedPlugin(settings, hook, freed)
+        _check_hooks(settings, hook)  # again, because an instance may have other hooks than its class
+        return LoadedPlugin(settings, hook, freed)
 
 
 def examine(settings: Plugin) -> Any:
@@ -172,20 +168,27 @@ def examine(settings: Plugin) -> Any:
     Raises ConfigError, which names the plug-in.
     """
     module_name, _, attribute = settings.use.partition(":")
-    try:
+    with _naming(settings, "cannot be imported"):
         importlib.invalidate_caches()  # the module may have been installed since the last import
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except KeyboardInterrupt:
+        if inspect.isclass(target):
+            _check_hooks(settings, target)
+        elif not _is_async(target):
+            raise _broken(settings, "must be an async function or a class with one named session_ended")
+    return target
+
+
+@contextmanager
+def _naming(settings: Plugin, cannot: str) -> Iterator[None]:
+    """Raises ConfigError for whatever the plug-in's code raises. A signal raises nothing here: see `commands.serve`."""
+    try:
+        yield
+    except ConfigError:
         raise
     except BaseException as error:
-        raise _broken(settings, f"cannot be imported: {_why(error)}") from error
-    if inspect.isclass(target):
-        _check_hooks(settings, target)
-    elif not _is_async(target):
-        raise _broken(settings, "must be an async function or a class with one named session_ended")
-    return target
+        raise _broken(settings, f"{cannot}: {_why(error)}") from error
 
 
 def _check_hooks(settings: Plugin, hook: Any) -> None:

@@ -1,6 +1,5 @@
 """The settings in force and their plug-ins, and how a new reading of the configuration file replaces them."""
 
-import asyncio
 from collections.abc import Callable, Mapping
 
 from lmdaemon import log, plugins
@@ -10,6 +9,7 @@ from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.settings import NEEDS_RESTART, Plugin, Settings, changes, taken_over
 from lmdaemon.model import rfc3339
 from lmdaemon.plugins import LoadedPlugin
+from lmdaemon.threads import on_a_thread
 
 events = log.Log("daemon")
 
@@ -44,17 +44,17 @@ class Reloader:
     async def reload(self) -> bool:
         """Reads the file again. Takes it over and returns True; or changes nothing, logs why, and returns False."""
         try:
-            new = await asyncio.to_thread(self.read_again)
+            new = await on_a_thread(self.read_again)
             fresh = await self._plugins_of(new)
         except ConfigError as error:
             self._note_failure(error)
             return False
-        for key in await asyncio.to_thread(lambda: list(changes(self._started_with, new))):
+        for key in await on_a_thread(lambda: list(changes(self._started_with, new))):
             if key in NEEDS_RESTART:
                 events.warning("config.needs_restart", key=key)
         in_force = taken_over(new, self._started_with)
-        changed = await asyncio.to_thread(lambda: list(changes(self.settings, in_force)))
-        digest = await asyncio.to_thread(shown.digest, in_force)
+        changed = await on_a_thread(lambda: list(changes(self.settings, in_force)))
+        digest = await on_a_thread(shown.digest, in_force)
         gone = [plugin for name, plugin in self.plugins.items() if fresh.get(name) is not plugin]
         self.settings, self.plugins, self.error = in_force, fresh, None
         log.setup(new.log.level, new.log.format)

@@ -11,15 +11,24 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdaemon import log, tls
+from lmdaemon import log, threads, tls
 from lmdaemon.commands.arguments import JSON, command
-from lmdaemon.commands.shared import FAILED, MISCONFIGURED, STOPPED, print_json, quiet_libraries, reason, say
+from lmdaemon.commands.shared import (
+    FAILED,
+    MISCONFIGURED,
+    STOPPED,
+    log_loop_error,
+    print_json,
+    quiet_libraries,
+    reason,
+    say,
+)
 from lmdaemon.config import reader
 from lmdaemon.config.findings import ConfigError
 from lmdaemon.config.secrets import exists
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
     from lmdaemon.daemon import Daemon
 
 STOPPED_WITHIN_S = 1.0  # the longest time from a signal during the start to the end of the process
-ABANDON_AFTER_S = 1.0  # how long a plug-in's hook that ignores its cancellation is waited for at the end
+ABANDON_AFTER_S = 1.0  # how long the end of the process waits for what plug-ins have left running
 
 # The garbage collector runs each time when the number of objects has grown by this many. Almost all objects of a
 # request are freed without the collector. With Python's default of 700 it would find only objects that are still in
@@ -54,8 +63,8 @@ def serve(args: argparse.Namespace) -> int:
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = _until_ended(runner, settings)
-            _abandon_what_hangs(runner, code)
+            code = _until_ended(runner.get_loop(), settings)
+            _abandon_what_hangs(runner.get_loop(), code)
     finally:
         gc.enable()
     return code
@@ -82,16 +91,16 @@ def _keep_what_is_made() -> None:
     gc.enable()
 
 
-def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
+def _until_ended(loop: asyncio.AbstractEventLoop, settings: Settings) -> int:
     """Runs the daemon to its end, logs why it ended, and returns the exit code."""
     with tls.system_certificates_unread():
         from lmdaemon.daemon import Daemon
     from lmdaemon.store.contract import DatabaseError, StoreError
 
     daemon = Daemon(settings, on_serving=_keep_what_is_made)
-    _take_signals(daemon, runner.get_loop())
+    _take_signals(daemon, loop)
     try:
-        runner.run(daemon.run())
+        _run_to_its_end(loop, daemon.run())
     except ConfigError as error:  # raised while a plug-in was loaded; its findings do not name the file
         for finding in error.findings:
             say(f"{settings.file}: {finding}")
@@ -99,7 +108,8 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=reason(error))
         return FAILED
-    except Exception as error:  # an ExceptionGroup if a loop has failed; the service manager starts the daemon again
+    # An ExceptionGroup if a loop has failed. The service manager starts the daemon again
+    except BaseException as error:
         lost = _database_lost(error)
         if lost is None:
             Log("daemon").exception("daemon.crashed")
@@ -107,6 +117,23 @@ def _until_ended(runner: asyncio.Runner, settings: Settings) -> int:
             Log("daemon").error("daemon.failed", reason=str(lost))
         return FAILED
     return STOPPED
+
+
+def _run_to_its_end(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` on the event loop until it has ended, and raises what it raises.
+
+    A SystemExit or KeyboardInterrupt in another task or in a callback, which only a plug-in can raise, ends the run of
+    the loop. Everything else is still queued then, so the loop is run again.
+    """
+    task = loop.create_task(work)
+    task.add_done_callback(lambda _: loop.stop())
+    while not task.done():
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            if not task.done():
+                log_loop_error(error)
+    task.result()
 
 
 def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
@@ -127,7 +154,7 @@ def _take_signals(daemon: "Daemon", loop: asyncio.AbstractEventLoop) -> None:
     signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(daemon.reload))
 
 
-def _database_lost(error: Exception) -> Exception | None:
+def _database_lost(error: BaseException) -> BaseException | None:
     """The DatabaseError, if it is the only exception in a group (the database file was taken away); else None."""
     from lmdaemon.store.contract import DatabaseError
 
@@ -136,24 +163,34 @@ def _database_lost(error: Exception) -> Exception | None:
     return error if isinstance(error, DatabaseError) else None
 
 
-def _abandon_what_hangs(runner: asyncio.Runner, code: int) -> None:
-    """Exits the process when a plug-in's hook ignores its cancellation, for which asyncio would wait for ever.
+def _abandon_what_hangs(loop: asyncio.AbstractEventLoop, code: int) -> None:
+    """Cancels the tasks of plug-ins. Has the process exit ABANDON_AFTER_S later at the latest.
 
-    By now the daemon has closed everything.
+    asyncio and the interpreter would wait for ever for a task that ignores its cancellation, a thread, an asynchronous
+    generator, a function registered with atexit. By now the daemon has closed everything.
     """
+    left_threads = threads.of_others()
+    left_tasks = asyncio.all_tasks(loop)
 
-    async def cancel_all() -> int:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        return len((await asyncio.wait(tasks, timeout=ABANDON_AFTER_S))[1]) if tasks else 0
-
-    hanging = runner.run(cancel_all())
-    if hanging:
-        Log("daemon").warning("daemon.abandoned_hooks", count=hanging)
+    def abandon() -> None:
+        hooks = sum(not task.done() for task in left_tasks)
+        running = sum(thread.is_alive() for thread in left_threads)
+        Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+    async def end_all() -> None:
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        await loop.shutdown_asyncgens()
+
+    at_last = threading.Timer(ABANDON_AFTER_S, abandon)
+    at_last.daemon = True  # the interpreter does not wait for it, and it still runs during atexit's functions
+    at_last.start()
+    _run_to_its_end(loop, end_all())
 
 
 def _loop_factory() -> Callable[[], Any] | None:
@@ -215,6 +252,9 @@ def _checked(path: Path, *, found: bool) -> Settings:
                 findings.extend(f"{path}: {finding}" for finding in error.findings)
 
     quiet_libraries()
+    # Ctrl-C ends the process at once, because a KeyboardInterrupt would be taken for the plug-in's
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(FAILED))
     with redirect_stdout(sys.stderr):  # an imported module may print, but stdout is for the result
         asyncio.run(examine())
     if findings:

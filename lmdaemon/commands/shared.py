@@ -150,16 +150,9 @@ def quiet_libraries() -> None:
     """
     import logging
 
-    from lmdaemon.log import Log, place
-
     class LoopError(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            error = record.exc_info[1] if record.exc_info else None
-            Log("daemon").error(
-                "loop.error",
-                error=None if error is None else type(error).__name__,
-                where=None if error is None else place(error),
-            )
+            log_loop_error(record.exc_info[1] if record.exc_info else None)
 
     handlers = {
         "aiohttp": logging.NullHandler(),
@@ -171,6 +164,17 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
+
+
+def log_loop_error(error: BaseException | None) -> None:
+    """Logs an exception that reached the event loop, by its type and place."""
+    from lmdaemon.log import Log, place
+
+    Log("daemon").error(
+        "loop.error",
+        error=None if error is None else type(error).__name__,
+        where=None if error is None else place(error),
+    )
 
 
 # -- secrets given by name

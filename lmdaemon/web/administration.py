@@ -15,6 +15,7 @@ from lmdaemon.log import Log, writable
 from lmdaemon.metrics import CONTENT_TYPE
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.store.contract import StoreError
+from lmdaemon.threads import on_a_thread
 from lmdaemon.web.calls import Asked, Context, shown
 from lmdaemon.web.documents import with_history
 from lmdaemon.web.problems import NO_URL, Problem
@@ -173,7 +174,7 @@ class Administration:
     async def show_config(self, asked: Asked[shapes.NoQuery]) -> shapes.Configuration:
         """GET /v1/config."""
         async with self._reading:  # one call at a time, because reading a file with 1,000 operators takes 0.2 s
-            return await asyncio.to_thread(self._configuration)
+            return await on_a_thread(self._configuration)
 
     def _configuration(self) -> shapes.Configuration:
         settings = self._context.settings
@@ -227,7 +228,7 @@ class Administration:
         """GET /openapi.json."""
         settings = self._context.settings
         if self._described is None or self._described[0] is not settings:
-            document = await asyncio.to_thread(lambda: orjson.dumps(self._describe(settings)))
+            document = await on_a_thread(lambda: orjson.dumps(self._describe(settings)))
             self._described = settings, document
         return web.Response(body=self._described[1], content_type="application/json")
 

@@ -2,7 +2,6 @@
 gets of a request; and `Context`, what all handlers share. What a single call does is not here but in its handler.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,6 +18,7 @@ from lmdaemon.dialects import content_of, uncoded
 from lmdaemon.metrics import Metrics
 from lmdaemon.model import ID_MAX, Asker, Delivery, Member, Session, id_problem
 from lmdaemon.store.contract import PAGE_BYTES, Page, Store
+from lmdaemon.threads import on_a_thread
 from lmdaemon.web import bodies
 from lmdaemon.web.connection import until_client_leaves
 from lmdaemon.web.documents import delivery_document, session_document, to_json
@@ -284,7 +284,7 @@ async def _body(request: web.Request, kind: type[shapes.Request], *, within_s: f
     except BodyTooSlow:
         raise Problem("too-slow", "the body came too slowly or broke off") from None
     if bodies.takes_long(kind):
-        return await asyncio.to_thread(read_given, request, kind, body)
+        return await on_a_thread(read_given, request, kind, body)
     return read_given(request, kind, body)
 
 

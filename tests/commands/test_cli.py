@@ -254,7 +254,8 @@ def test_every_error_of_the_file_is_printed_and_exits_2(tmp_path: Path, command:
 
 
 PLUGIN = """
-import asyncio, logging, time
+import asyncio, atexit, logging, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 print("imported")
@@ -311,6 +312,76 @@ class Stubborn(Hook):
             except asyncio.CancelledError:
                 pass
 
+class Pool(Hook):
+    async def misbehave(self):
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)  # the pool of asyncio.to_thread
+
+class OwnPool(Hook):
+    async def misbehave(self):
+        self.pool = ThreadPoolExecutor()
+        asyncio.get_running_loop().run_in_executor(self.pool, time.sleep, 600)
+
+class Thread(Hook):
+    async def misbehave(self):
+        threading.Thread(target=time.sleep, args=(600,)).start()
+
+class Generator(Hook):
+    async def misbehave(self):
+        self.generator = self.endless()
+        await anext(self.generator)
+
+    async def endless(self):
+        try:
+            yield
+        finally:
+            await asyncio.sleep(600)
+
+class AtExit(Hook):
+    async def misbehave(self):
+        atexit.register(time.sleep, 600)
+
+class Exits(Hook):
+    error = SystemExit
+
+    async def misbehave(self):
+        self.task = asyncio.create_task(self.exit())
+        asyncio.get_running_loop().call_soon(self.exit_now)
+
+    async def session_ended(self, event):
+        self.task = asyncio.create_task(self.exit())
+
+    async def exit(self):
+        await asyncio.sleep(0)
+        self.exit_now()
+
+    def exit_now(self):
+        raise self.error(3)
+
+class Interrupts(Exits):
+    error = KeyboardInterrupt
+
+class ExitsAtItsEnd(Exits):
+    async def misbehave(self):
+        self.tasks = [asyncio.create_task(self.exit_when_cancelled()) for _ in range(2)]
+        self.generator = self.endless()
+        await anext(self.generator)
+
+    async def exit_when_cancelled(self):
+        try:
+            await asyncio.sleep(600)
+        finally:
+            self.exit_now()
+
+    async def endless(self):
+        try:
+            yield
+        finally:
+            self.exit_now()
+
+class StopsTheLoop(Exits):
+    def exit_now(self):
+        asyncio.get_running_loop().stop()
+
 class Sabotages(Hook):
     async def misbehave(self):
         import lmdaemon.sweeper
@@ -357,6 +428,27 @@ def test_check_config_reports_a_plugin_that_cannot_be_loaded(tmp_path: Path) -> 
     document = json.loads(done.stdout)
     assert document["valid"] is False
     assert len(document["errors"]) == 1
+
+
+def test_check_config_reports_a_plugin_that_raises_keyboard_interrupt(tmp_path: Path) -> None:
+    (tmp_path / "interrupting.py").write_text("raise KeyboardInterrupt")
+    configure(tmp_path, '[plugins.mine]\nuse = "interrupting:Hook"\n')
+    for command in ("check-config", "serve"):
+        done = run(command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert (
+            "config.toml: plugins.mine.use: cannot be imported: KeyboardInterrupt at interrupting.py:1" in done.stderr
+        )
+
+
+def test_ctrl_c_ends_check_config_while_a_plugin_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nfrom pathlib import Path\nPath('begun').touch()\ntime.sleep(600)")
+    configure(tmp_path, '[plugins.mine]\nuse = "slow:Hook"\n')
+    with daemon(tmp_path, "check-config") as running:
+        poll(lambda: (tmp_path / "begun").exists())
+        running.process.send_signal(signal.SIGINT)
+        assert running.ended() == 1
+        assert running.log.read_text() == ""
 
 
 def test_check_config_needs_no_secrets_but_says_what_it_could_not_check(tmp_path: Path) -> None:
@@ -465,12 +557,47 @@ def test_sighup_while_a_plugin_still_starts_is_a_reload_after_the_start(tmp_path
         assert running.ended() == 0
 
 
-def test_a_plugin_that_ignores_its_cancellation_lets_the_daemon_end(tmp_path: Path) -> None:
-    configure_plugin(tmp_path, "Stubborn")
-    with daemon(tmp_path) as running:
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize(
+    ("use", "hooks", "threads"),
+    [
+        ("Stubborn", 1, 0),
+        ("Pool", 0, 1),
+        ("OwnPool", 0, 1),
+        ("Thread", 0, 1),
+        ("Generator", 0, 0),
+        ("AtExit", 0, 0),
+    ],
+)
+def test_what_a_plugin_leaves_running_lets_the_daemon_end(
+    tmp_path: Path, without_uvloop: str, use: str, hooks: int, threads: int, loop: str
+) -> None:
+    configure_plugin(tmp_path, use)
+    env = {"PYTHONPATH": without_uvloop if loop == "asyncio" else str(ROOT)}
+    with daemon(tmp_path, **env) as running:
         running.started().process.terminate()
         assert running.ended() == 0
-        assert [event["count"] for event in running.events("daemon.abandoned_hooks")] == [1]
+        (left,) = running.events("daemon.abandoned_hooks")
+        assert (left["count"], left["threads"]) == (hooks, threads)
+        assert running.events("daemon.stopped")
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("use", ["Exits", "Interrupts", "ExitsAtItsEnd", "StopsTheLoop"])
+def test_a_plugins_own_tasks_cannot_end_the_daemon(tmp_path: Path, without_uvloop: str, use: str, loop: str) -> None:
+    """A SystemExit or KeyboardInterrupt ends a run of the event loop, and so does `loop.stop()`."""
+    configure_plugin(tmp_path, use)
+    env = {"PYTHONPATH": without_uvloop} if loop == "asyncio" else {}
+    with daemon(tmp_path, **env) as running:
+        running.started().open("acme", "s-1")
+        running.api("POST", "operators/acme/sessions/s-1/close")
+        poll(lambda: running.events("delivery.delivered"))
+        running.process.terminate()
+        assert running.ended() == 0
+        assert running.events("daemon.stopped")
+        kind = {"Interrupts": "KeyboardInterrupt", "StopsTheLoop": None}.get(use, "SystemExit")
+        errors = {(event["error"], event["where"].partition(":")[0]) for event in running.events("loop.error")}
+        assert errors == ({(kind, "hooks_of_the_tests.py")} if kind else set())
 
 
 def test_a_plugin_that_fails_to_start_exits_2(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ class TestLoading:
             ("import no_such_module_at_all", "hook", "cannot be imported: ModuleNotFoundError: "),
             ("raise RuntimeError('broken')", "hook", "cannot be imported: RuntimeError at "),
             ("raise SystemExit(3)", "hook", "cannot be imported: SystemExit at "),
+            ("raise KeyboardInterrupt", "hook", "cannot be imported: KeyboardInterrupt at "),
             ("raise asyncio.CancelledError", "hook", "cannot be imported: CancelledError at "),
             ("hook = 5", "hook", "must be an async function or a class"),
             ("def hook(event): pass", "hook", "must be an async function or a class"),
@@ -165,6 +166,32 @@ class TestLoading:
             (f"class Hook:\n {ENDED}", "Hook", "cannot be made: TypeError: "),
             (
                 f"class Hook:\n def __init__(self, o): raise SystemExit(4)\n {ENDED}",
+                "Hook",
+                "cannot be made: SystemExit at ",
+            ),
+            (
+                f"class Hook:\n def __init__(self, o): raise KeyboardInterrupt\n {ENDED}",
+                "Hook",
+                "cannot be made: KeyboardInterrupt at ",
+            ),
+            (
+                f"class Hook:\n def __init__(self, o): pass\n {ENDED}\n @property\n def check(self): raise SystemExit",
+                "Hook",
+                "check must be async",
+            ),
+            (
+                (
+                    "class Meta(type):\n @property\n def check(cls): raise KeyError('odd')\n"
+                    f"class Hook(metaclass=Meta):\n {ENDED}"
+                ),
+                "Hook",
+                "cannot be imported: KeyError: 'odd'",
+            ),
+            (
+                (
+                    "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
+                    " def __getattr__(self, name): raise SystemExit"
+                ),
                 "Hook",
                 "cannot be made: SystemExit at ",
             ),
@@ -244,14 +271,6 @@ class TestLoading:
             "plugins.x.use: cannot be imported: ModuleNotFoundError: No module named 'no_such_module'; modules are "
             f"looked for in {places}, the Python environment {sys.prefix} (got 'no_such_module:hook')\n"
         )
-
-    def test_an_interrupt_from_the_terminal_is_not_taken_for_a_broken_plugin(
-        self, written: Callable[[str], str]
-    ) -> None:
-        made = f"class hook:\n def __init__(self, o): raise KeyboardInterrupt\n {ENDED}"
-        for source in ("raise KeyboardInterrupt", made):
-            with pytest.raises(KeyboardInterrupt):
-                plugins.load(settings(f"{written(source)}:hook"))
 
     @pytest.mark.parametrize(
         ("source", "attribute"),
@@ -613,6 +632,37 @@ class TestIsolation:
                 module(bad).RELEASE.set()
         assert sorted(module(good).LOG, key=int) == [str(number) for number in range(20)]
 
+    async def test_threads_that_hang_delay_no_work_of_the_daemon(
+        self, tmp_path: Path, written: Callable[[str], str]
+    ) -> None:
+        """The plug-in occupies every thread of asyncio.to_thread."""
+        name = written("""
+import threading
+FREE, OCCUPIED = threading.Event(), []
+
+def occupy():
+    OCCUPIED.append(1)
+    FREE.wait()
+
+async def hook(event):
+    await asyncio.gather(*(asyncio.to_thread(occupy) for _ in range(1000)))
+""")
+        toml = operator() + plugin("x", f"{name}:hook", timeout="50ms")
+        async with serving(tmp_path, toml) as s, asyncio.timeout(60):
+            await notify(s)
+            try:
+                await until(lambda: query(tmp_path, "SELECT attempts FROM delivery") == [(1,)])
+                assert module(name).OCCUPIED
+                for path in ("metrics", "v1/config", "openapi.json"):
+                    async with s.client.get(f"{s.api}/{path}") as response:
+                        assert response.status == 200
+                many = {"sessions": [{"sessionId": "s-1", "playerId": "p-1", "token": TOKEN}]}
+                async with s.client.post(s.api + "/v1/operators/acme/sessions", json=many) as response:
+                    assert response.status == 200
+                assert await TestReload.reload(s, operator()) is None
+            finally:
+                module(name).FREE.set()
+
     async def test_calls_that_ignore_cancellation_never_exceed_the_concurrency(
         self, tmp_path: Path, written: Callable[[str], str]
     ) -> None:
@@ -686,6 +736,7 @@ class TestCheck:
             "raise Refuse('no_such_meaning')",
             "error = Refuse('retry'); error.meaning = ['odd']; raise error",
             "error = Refuse('retry'); del error.description; raise error",
+            "raise Refuse('retry', type('Odd', (), {'__str__': lambda self: (_ for _ in ()).throw(SystemExit)})())",
             "raise type('Mine', (Refuse,), {'__init__': lambda self: None})()",
         ],
     )
@@ -859,7 +910,7 @@ class TestReload:
             await settled(tmp_path, "plugin:come", "delivered")
             assert query(tmp_path, "SELECT DISTINCT sink FROM delivery") == [("plugin:come",)]
 
-    @pytest.mark.parametrize("broken", ["no_such_module_at_all:hook", "start"])
+    @pytest.mark.parametrize("broken", ["no_such_module_at_all:hook", "interrupts", "start"])
     async def test_a_broken_plugin_is_refused_and_nothing_changes(
         self, tmp_path: Path, written: Callable[[str], str], broken: str
     ) -> None:
@@ -868,7 +919,8 @@ class TestReload:
             "class Hook:\n def __init__(self, o): pass\n async def session_ended(self, e): pass\n"
             " async def start(self): raise SystemExit"
         )
-        use = f"{fails}:Hook" if broken == "start" else broken
+        interrupts = written("raise KeyboardInterrupt")
+        use = {"start": f"{fails}:Hook", "interrupts": f"{interrupts}:Hook"}.get(broken, broken)
         old = operator() + plugin("x", f"{name}:Hook", timeout="10s", options={"name": "old"})
         new = operator(provider_id="changed") + plugin("x", f"{name}:Hook", timeout="7s", options={"name": "old"})
         new += plugin("fresh", f"{name}:Hook", options={"name": "fresh"}) + plugin("broken", use)

@@ -30,7 +30,7 @@ GROUND = {
         "gates",
         "metrics",
     ),
-    *("gates", "textfile", "trust", "rights", "tls"),
+    *("gates", "textfile", "threads", "trust", "rights", "tls"),
 }
 MAY_IMPORT = {
     "ground": set(),

@@ -2,13 +2,13 @@
 
 import argparse
 import asyncio
+import json
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from lmdaemon.commands.arguments import JSON, argument, command, file, seed
 from lmdaemon.commands.recipient import checked_span, signing_keys
@@ -16,12 +16,13 @@ from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
     Failed,
+    Lines,
     Usage,
     line,
-    print_json,
     quiet_libraries,
     reason,
     secret_file,
+    standard_output,
 )
 from lmdaemon.config.settings import DeliveryTable
 from lmdaemon.dialects import SHIPPED
@@ -68,21 +69,23 @@ def operator(args: argparse.Namespace) -> int:
             raise Failed(f"--tls-ca: {args.tls_ca} cannot be written: {reason(error)}") from None
     span_s = checked_span(args.span, "--for") if args.span else None
     quiet_libraries()
-    with ExitStack() as stack:
-        output = stack.enter_context(_opened(args.journal)) if args.journal else None
-        keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
-        hash_key = secret_file(args.hash_key_file, "--hash-key-file") if args.hash_key_file else None
-        journal = Journal(SHIPPED[args.dialect], schedule, keys, hash_key, output)
-        stage = Stage(script, journal, contexts=contexts, tell=_tell(quiet=args.json))
-        try:
-            asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))
-        except OSError as error:
-            raise Failed(f"--listen: {args.listen}: {reason(error)}") from None
+    keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
+    hash_key = secret_file(args.hash_key_file, "--hash-key-file") if args.hash_key_file else None
+    shown, written = standard_output(), _opened(args.journal) if args.journal else None
+    journal = Journal(SHIPPED[args.dialect], schedule, keys, hash_key, written)
+    stage = Stage(script, journal, contexts=contexts, tell=_tell(shown, quiet=args.json))
+    try:
+        asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))
+    except OSError as error:
+        raise Failed(f"--listen: {args.listen}: {reason(error)}") from None
+    finally:
+        if written is not None:
+            written.close()
     end = verdict(journal, expected)
-    if args.json:
-        print_json(end)
-    else:
-        _print_verdict(end)
+    shown(json.dumps(end, indent=2) if args.json else "\n".join(_verdict_lines(end)))
+    problems = [one.problem for one in (shown, written) if one and one.problem]
+    if problems:
+        raise Failed("; ".join((*problems, _verdict(end))))
     return STOPPED if end["good"] else FAILED
 
 
@@ -103,8 +106,8 @@ async def _serve(stage: Stage, host: str, port: int, span_s: float | None, *, sc
         await stage.close()
 
 
-def _tell(*, quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: print(line(text), flush=True))
+def _tell(shown: Lines, *, quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: shown(line(text)))
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -148,9 +151,9 @@ def _text_of(path: Path, option: str) -> str:
         raise Usage(f"{option}: {path} cannot be read: {reason(error)}") from None
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path) -> Lines:
     try:
-        return path.open("w", encoding="utf-8")
+        return Lines(path.open("w", encoding="utf-8"), f"--journal: {path}")
     except OSError as error:
         raise Failed(f"--journal: {path} cannot be written: {reason(error)}") from None
 
@@ -161,17 +164,14 @@ def _schedule(text: str | None) -> tuple[float, ...]:
     return tuple(checked_span(one.strip(), "--schedule") for one in text.split(","))
 
 
-def _print_verdict(end: dict[str, object]) -> None:
-    counts = end["counts"]
-    assert isinstance(counts, dict)  # noqa: S101 - it was made here
-    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-    waiting = end["neverAccepted"]
-    assert isinstance(waiting, list)  # noqa: S101
-    if waiting:
-        print(f"Never answered with success: {', '.join(map(line, waiting))}")
-    for name in ("missed", "evidence"):
-        found = end[name]
-        assert isinstance(found, list)  # noqa: S101
-        for one in found:
-            print(f"  {line(one)}")
-    print("Verdict: as expected" if end["good"] else "Verdict: NOT as expected")
+def _verdict_lines(end: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in end["counts"].items())
+    if end["neverAccepted"]:
+        yield f"Never answered with success: {', '.join(map(line, end['neverAccepted']))}"
+    for one in (*end["missed"], *end["evidence"]):
+        yield f"  {line(one)}"
+    yield _verdict(end)
+
+
+def _verdict(end: dict[str, Any]) -> str:
+    return f"Verdict: {'' if end['good'] else 'NOT '}as expected"

@@ -22,8 +22,8 @@ _HTML = "<!doctype html><html><body><h1>500 Internal Server Error</h1></body></h
 
 
 class Stage:
-    """The server. `tell` is called with a line for each notice. `contexts` has TLS contexts by the fault that they
-    cause; the context without a fault is under "".
+    """The server. `tell` is called with a line for each notice, and must not raise. `contexts` has TLS contexts by the
+    fault that they cause; the context without a fault is under "".
     """
 
     def __init__(

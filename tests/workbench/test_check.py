@@ -636,6 +636,34 @@ def test_bad_usage_of_check_is_explained_and_exits_2(tmp_path: Path, words: str,
     assert complaint in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("more", [(), ("--json",)])
+async def test_a_report_is_written_also_if_standard_output_is_full(tmp_path: Path, more: tuple[str, ...]) -> None:
+    secret(tmp_path / "token", TOKEN)
+    async with served(Endpoint()) as endpoint:
+        words = (
+            "check",
+            "--url",
+            endpoint.url,
+            "--token-file",
+            "token",
+            "--only",
+            "answer",
+            "--junit",
+            "junit.xml",
+            *more,
+        )
+        with Path("/dev/full").open("wb") as full:
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND, *words, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
+            )
+            _, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (
+        *(1, "lmdaemon: standard output cannot be written to: No space left on device\n"),
+    )
+    assert "answer.valid" in (tmp_path / "junit.xml").read_text()
+
+
 async def test_ctrl_c_ends_with_what_was_found_so_far(tmp_path: Path) -> None:
     secret(tmp_path / "token", TOKEN)
     async with served(Endpoint()) as endpoint:

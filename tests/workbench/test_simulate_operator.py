@@ -4,6 +4,7 @@ correctly.
 
 import asyncio
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -297,6 +298,46 @@ async def test_the_command_journals_each_notice_and_ends_with_a_verdict(tmp_path
     journal = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [(one["attempt"], one["answer"], one["faults"]) for one in journal] == [(1, "status 503", []), (2, "ok", [])]
     assert journal[0]["bodySha256"] == journal[1]["bodySha256"]
+
+
+FULL = "cannot be written to: No space left on device"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("output", "journal", "problem"),
+    [
+        ("/dev/full", "journal.jsonl", f"standard output {FULL}"),
+        ("/dev/null", "/dev/full", f"--journal: /dev/full {FULL}"),
+        ("/dev/full", "/dev/full", f"standard output {FULL}; --journal: /dev/full {FULL}"),
+        ("left", "journal.jsonl", "standard output cannot be written to: Broken pipe"),
+    ],
+)
+async def test_output_that_cannot_be_written_changes_no_answer(
+    tmp_path: Path, output: str, journal: str, problem: str
+) -> None:
+    """Every notice gets the script's answer. One line at the end says what was not written, and has the verdict."""
+    reading, writing = os.pipe()
+    if output != "left":
+        os.close(writing)
+        writing = os.open(output, os.O_WRONLY)
+    os.close(reading)
+    words = ("simulate", "operator", "--listen", "127.0.0.1:0", "--script", "attempt 1: error 100", "--schedule", "1ms")
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *words, "--journal", journal, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert process.stderr is not None
+    operator = to((await process.stderr.readline()).decode().removeprefix("Serving ").strip() + "V4/SessionExpired")
+    body = (notices := Notices(operator, run="t")).body(notices.fields())
+    assert await attempt(operator, "msg_1", body) == "retry code_100"
+    for _ in range(3):
+        assert await attempt(operator, "msg_1", body) == "delivered"
+    process.send_signal(signal.SIGTERM)
+    _, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (1, f"lmdaemon: {problem}; Verdict: as expected\n")
+    if journal != "/dev/full":
+        assert len((tmp_path / journal).read_text().splitlines()) == 4
 
 
 def test_an_expectation_that_is_missed_at_the_end_fails_the_command(tmp_path: Path) -> None:

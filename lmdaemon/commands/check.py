@@ -43,7 +43,9 @@ _SESSIONS = (
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
     argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
     argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
-    argument("--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 a second"),
+    argument(
+        "--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 in any second"
+    ),
     argument("--junit", type=file, metavar="FILE", help="write a JUnit report"),
     argument("--html", type=file, metavar="FILE", help="write a report as one HTML page"),
     JSON,

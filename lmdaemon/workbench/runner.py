@@ -168,7 +168,7 @@ class Runner:
         token: str | None = None,
         sessions: Sequence[str] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
-        per_second: float | None = PER_SECOND,
+        per_second: int | None = PER_SECOND,
         clock: Clock | None = None,
         on_begin: Callable[[Check, int], None] = lambda check, number: None,
         on_result: Callable[[Result], None] = lambda result: None,

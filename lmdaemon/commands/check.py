@@ -42,7 +42,9 @@ _SESSIONS = (
     *RECIPIENT,
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
     argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
-    argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
+    argument(
+        "--skip", action="append", metavar="CHECK", help="all but these checks or groups; answer.valid is always tried"
+    ),
     argument(
         "--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 in any second"
     ),

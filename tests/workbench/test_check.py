@@ -206,6 +206,10 @@ def test_only_and_skip_take_ids_and_groups() -> None:
         chosen(["nonsense"], [])
     with pytest.raises(ValueError, match=r"'strictnes\.method'; did you mean strictness\.method"):
         chosen([], ["strictnes.method"])
+    assert {check.id for check in chosen(["answer", "connection.tls"], ["answer"])} == {
+        "answer.valid",
+        "connection.tls",
+    }
 
 
 async def test_a_run_keeps_its_pace_and_its_bound_of_requests() -> None:
@@ -628,6 +632,10 @@ async def test_check_as_json_masks_secrets_and_names_every_check(tmp_path: Path)
         ("check", "check: give --url, or an operator of the configuration that has a url"),
         ("check --url http://h --only nonsense", "no check and no group is called 'nonsense'"),
         ("check --url http://h --dialect pragmatic", "dialect pragmatic needs --hash-key-file"),
+        (
+            "check --url http://h --only answer --skip answer.valid",
+            "--skip: answer.valid is always tried, because the oth",
+        ),
         ("check --url http://h --session-file nowhere", "--session-file: nowhere cannot be read"),
         ("check --url https://h --ca-file config.toml", "--ca-file: config.toml cannot be used: "),
         ("check --url nonsense", "--url: must be a URL such as"),

@@ -25,6 +25,7 @@ from lmdaemon.commands.shared import (
     standard_output,
 )
 from lmdaemon.config.settings import DeliveryTable
+from lmdaemon.config.values import listen
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.journal import Journal, read_expectations, verdict
 from lmdaemon.workbench.script import Script, ScriptError, Span, read_text, read_toml
@@ -34,7 +35,9 @@ PORT_MAX = 65535
 
 
 @command(
-    argument("--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090"),
+    argument(
+        "--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090, or unix:/path"
+    ),
     argument("--dialect", choices=tuple(SHIPPED), default="v4", help="what is expected (default v4)"),
     argument("--script", metavar="FILE|TEXT", help="what to answer; a file that ends with .toml, or the text itself"),
     argument("--seed", type=seed, metavar="N", help="for the script's random choices (default: the file's, or 0)"),
@@ -62,7 +65,7 @@ def operator(args: argparse.Namespace) -> int:
         from lmdaemon.workbench import authority
 
         try:
-            contexts = authority.contexts(args.tls_ca, host)
+            contexts = authority.contexts(args.tls_ca, "localhost" if "/" in host else host)
         except ImportError:
             raise Failed("--tls-ca needs trustme: pip install 'lmdaemon[workbench]'") from None
         except OSError as error:
@@ -95,8 +98,7 @@ async def _serve(stage: Stage, host: str, port: int, span_s: float | None, *, sc
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    shown = f"[{stage.address[0]}]" if ":" in stage.address[0] else stage.address[0]
-    print(f"Serving {scheme}://{shown}:{stage.address[1]}/", file=sys.stderr, flush=True)
+    print(f"Serving {_shown(scheme, *stage.address)}", file=sys.stderr, flush=True)
     try:
         async with asyncio.timeout(span_s):
             await stopped.wait()
@@ -110,7 +112,19 @@ def _tell(shown: Lines, *, quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: shown(line(text)))
 
 
+def _shown(scheme: str, host: str, port: int) -> str:
+    if "/" in host:
+        return line(f"{scheme} on unix:{host}")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
 def _address(text: str) -> tuple[str, int]:
+    """Host and port, or the path of a unix socket and 0. Raises Usage."""
+    if text.startswith("unix:"):
+        try:
+            return listen(text).unix, 0
+        except ValueError as error:
+            raise Usage(f"--listen: {error} (got {text!r})") from None
     host, colon, port = text.rpartition(":")
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > PORT_MAX:
         raise Usage(f"--listen: must be HOST:PORT, a port of at most {PORT_MAX} (got {text!r})")

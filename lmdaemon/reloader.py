@@ -65,7 +65,7 @@ class Reloader:
         return True
 
     def _note_failure(self, error: ConfigError) -> None:
-        file = f"{self.settings.file}: "  # findings about plug-ins do not begin with the name of the file
+        file = f"{self.settings.named}: "  # findings about plug-ins do not begin with the name of the file
         findings = [file + finding.removeprefix(file) for finding in error.findings]
         refused = f"refused at {rfc3339(self._clock.wall_ms())[:19]}Z: the settings from before are in force"
         self.error = log.writable("\n".join([*findings, refused]))
@@ -77,7 +77,7 @@ class Reloader:
 
         Raises ConfigError.
         """
-        return reader.load(self.settings.file, found=self.settings.found)
+        return reader.load(self.settings.file, found=self.settings.found, named=self.settings.named)
 
     async def _plugins_of(self, new: Settings) -> dict[str, LoadedPlugin]:
         """The plug-ins of new settings: unchanged ones are kept, the others are made and started.

@@ -4,6 +4,7 @@ Without systemd nothing happens. Written by hand, because the packages for it ar
 these few lines.
 """
 
+import errno
 import os
 import socket
 import time
@@ -16,7 +17,10 @@ Address = str | tuple[str, int]  # of a listening socket: a path, or host and po
 
 
 class Notifier:
-    """Sends state to the service manager. Its variables are removed from the environment, so that no child has them."""
+    """Sends state to the service manager. Its variables are removed from the environment, so that no child has them.
+
+    Raises OSError, which names the variable and its socket, if that cannot be sent to.
+    """
 
     def __init__(self, environment: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
         address = environment.pop("NOTIFY_SOCKET", "")
@@ -28,7 +32,11 @@ class Notifier:
         if address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
-            self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
+            try:
+                self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
+            except OSError as error:
+                self.close()
+                raise OSError(error.errno, f"NOTIFY_SOCKET: {address}: {error.strerror or error}") from error
 
     def send(self, **state: str) -> None:
         """Sends one datagram, as in `send(READY="1", STATUS="…")`. Failures are ignored: they are no reason to stop."""
@@ -68,7 +76,10 @@ def _usec(seconds: float) -> str:
 
 
 def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> list[tuple[str, socket.socket]]:
-    """The sockets handed over by socket activation, each after its FileDescriptorName; empty without activation."""
+    """The sockets handed over by socket activation, each after its FileDescriptorName; empty without activation.
+
+    Raises OSError, which names the socket, for one that connections cannot be accepted from.
+    """
     pid = environment.pop("LISTEN_PID", "")
     count = environment.pop("LISTEN_FDS", "")
     names = environment.pop("LISTEN_FDNAMES", "").split(":")
@@ -76,11 +87,37 @@ def listening_sockets(environment: "os._Environ[str] | dict[str, str]" = os.envi
         return []
     found = []
     for index in range(int(count)):
-        handed_over = socket.socket(fileno=FIRST_FD + index)
-        handed_over.setblocking(False)
-        os.set_inheritable(handed_over.fileno(), False)
-        found.append((names[index] if index < len(names) else "", handed_over))
+        name = names[index] if index < len(names) else ""
+        try:
+            found.append((name, _handed_over(FIRST_FD + index)))
+        except OSError as error:
+            which = f"file descriptor {FIRST_FD + index}" + (f" ({name})" if name else "")
+            raise OSError(error.errno, f"LISTEN_FDS: {which}: {error.strerror or error}") from error
     return found
+
+
+def _handed_over(descriptor: int) -> socket.socket:
+    """The stream socket with this file descriptor. Raises OSError if it is no such socket, or a connection."""
+    handed_over = socket.socket(fileno=descriptor)
+    try:
+        if handed_over.type != socket.SOCK_STREAM:
+            raise OSError(errno.EOPNOTSUPP, "is no stream socket, which ListenStream= makes")
+        if _is_connected(handed_over):
+            raise OSError(errno.EINVAL, "is a connection, which Accept=yes makes")
+    except OSError:
+        handed_over.close()
+        raise
+    handed_over.setblocking(False)
+    os.set_inheritable(handed_over.fileno(), False)
+    return handed_over
+
+
+def _is_connected(one: socket.socket) -> bool:
+    try:
+        one.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def assign(

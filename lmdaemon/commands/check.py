@@ -5,6 +5,7 @@ Requests go only to the target that was named.
 
 import argparse
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
     Failed,
+    Lines,
     Usage,
     line,
     player_token,
-    print_json,
     quiet_libraries,
     reason,
+    standard_output,
 )
 from lmdaemon.delivery.shown import shown_url
 from lmdaemon.workbench import reports
@@ -40,8 +42,12 @@ _SESSIONS = (
     *RECIPIENT,
     argument("--session-file", type=file, metavar="FILE", help=_SESSIONS),
     argument("--only", action="append", metavar="CHECK", help="these checks or groups, and answer.valid"),
-    argument("--skip", action="append", metavar="CHECK", help="all but these checks or groups"),
-    argument("--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 a second"),
+    argument(
+        "--skip", action="append", metavar="CHECK", help="all but these checks or groups; answer.valid is always tried"
+    ),
+    argument(
+        "--burst", action="store_true", help="as fast as possible, 50 requests at once, instead of 5 in any second"
+    ),
     argument("--junit", type=file, metavar="FILE", help="write a JUnit report"),
     argument("--html", type=file, metavar="FILE", help="write a report as one HTML page"),
     JSON,
@@ -60,7 +66,13 @@ def check(args: argparse.Namespace) -> int:
     for option, path in (("--junit", args.junit), ("--html", args.html)):
         if path:
             _must_be_writable(path, option)  # checked before any request, because the file is written after the last
-    progress = _Progress(len(checks), shown=sys.stderr.isatty(), results=not args.json)
+    output = standard_output()
+    progress = _Progress(
+        len(checks),
+        shown=sys.stderr.isatty(),
+        output=None if args.json else output,
+        only_printed=not (args.junit or args.html),
+    )
     runner = Runner(
         operator,
         checks=checks,
@@ -74,17 +86,19 @@ def check(args: argparse.Namespace) -> int:
     quiet_libraries()
     if not args.json:
         for text in reports.heading_lines(shown_url(operator.url), operator.sends):
-            print(line(text), flush=True)
+            output(line(text))
     report = asyncio.run(runner.run())
     if args.json:
-        print_json(report.as_json())
+        output(json.dumps(report.as_json(), indent=2))
     else:
         for text in reports.summary_lines(report):
-            print(line(text))
+            output(line(text))
     if args.junit:
         _write(args.junit, reports.junit(report), "--junit")
     if args.html:
         _write(args.html, reports.html(report), "--html")
+    if output.failure:
+        raise output.failure
     return STOPPED if report.is_good else FAILED
 
 
@@ -119,12 +133,15 @@ def _write(path: Path, text: str, option: str) -> None:
 
 
 class _Progress:
-    """Prints each result as it comes and, on a terminal, which check is under way."""
+    """Prints each result as it comes and, on a terminal, which check is under way. If results cannot be printed, the
+    run ends with Failed where printing them is all that it is for (`only_printed`).
+    """
 
-    def __init__(self, total: int, *, shown: bool, results: bool) -> None:
+    def __init__(self, total: int, *, shown: bool, output: Lines | None, only_printed: bool) -> None:
         self._total = total
         self._shown = shown
-        self._results = results
+        self._output = output
+        self._only_printed = only_printed
 
     def began(self, check: Check, number: int) -> None:
         if self._shown:
@@ -133,6 +150,8 @@ class _Progress:
     def ended(self, result: Result) -> None:
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        if self._results:
+        if self._output is not None:
             for text in reports.result_lines(result):
-                print(line(text), flush=True)
+                self._output(line(text))
+            if self._output.failure and self._only_printed:
+                raise self._output.failure

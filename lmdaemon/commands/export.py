@@ -90,7 +90,7 @@ class Told:
     sessions: int = 0
     deliveries: int = 0
     pending: int = 0
-    tell: Tell = lambda _: None
+    tell: Tell = lambda *_: None
     chain: Chain = field(default_factory=Chain)
     digest: str | None = None  # SHA-256 of the whole file, in hex
 

@@ -1,12 +1,12 @@
 """`lmdaemon import`: moves a stopped daemon's SQLite file into an empty PostgreSQL database."""
 
 import argparse
-import sys
 
 from lmdaemon import rights
 from lmdaemon.clock import Clock
 from lmdaemon.commands.arguments import JSON, argument, command, file
 from lmdaemon.commands.configured import configured
+from lmdaemon.commands.progress import progress
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json
 from lmdaemon.rights import UnsafeError, acting_with
 from lmdaemon.store import open as opening
@@ -20,13 +20,10 @@ def import_file(args: argparse.Namespace) -> int:
     if settings.postgres is None:
         raise Usage("import: database.url must name the database to move the file into")
     try:
-        with acting_with(rights.for_database(args.file)):
-            moved = opening.import_file(settings.postgres, args.file, Clock().wall_ms(), _show)
+        with acting_with(rights.for_database(args.file)), progress("importing", " rows") as tell:
+            moved = opening.import_file(settings.postgres, args.file, Clock().wall_ms(), tell)
     except (DatabaseError, UnsafeError) as error:
         raise Failed(str(error)) from error
-    finally:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
     name = opening.name_of(settings)
     if args.json:
         print_json({"database": name, "counts": dict(moved.counts), "before": moved.before})
@@ -37,9 +34,3 @@ def import_file(args: argparse.Namespace) -> int:
     for what, count in moved.counts.items():
         print(f"{what}: {count} in the file, {count} in the database")
     return STOPPED
-
-
-def _show(done: int, of: int) -> None:
-    """Shows the progress, if stderr is a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{done} of {of} rows", end="", file=sys.stderr, flush=True)

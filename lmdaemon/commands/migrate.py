@@ -6,6 +6,7 @@ import argparse
 
 from lmdaemon.commands.arguments import JSON, command
 from lmdaemon.commands.configured import configured
+from lmdaemon.commands.progress import progress
 from lmdaemon.commands.shared import STOPPED, Failed, Usage, print_json
 from lmdaemon.store import open as opening
 from lmdaemon.store.contract import DatabaseError
@@ -18,7 +19,8 @@ def migrate(args: argparse.Namespace) -> int:
     if settings.postgres is None:
         raise Usage("migrate: the database is a file (database.path), which the daemon upgrades when it starts")
     try:
-        added = opening.migrate(settings.postgres)
+        with progress("migrating", " steps", scale=False) as tell:
+            added = opening.migrate(settings.postgres, tell)
     except DatabaseError as error:
         raise Failed(str(error)) from error
     name = opening.name_of(settings)

@@ -59,7 +59,7 @@ def serve(args: argparse.Namespace) -> int:
     # Off until _keep_what_is_made. A start creates almost no garbage, and takes a sixth less time without the collector
     gc.disable()
     try:
-        settings = reader.of_command(args.config)
+        settings = reader.for_daemon(args.config)
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -103,7 +103,7 @@ def _until_ended(loop: asyncio.AbstractEventLoop, settings: Settings) -> int:
         _run_to_its_end(loop, daemon.run())
     except ConfigError as error:  # raised while a plug-in was loaded; its findings do not name the file
         for finding in error.findings:
-            say(f"{settings.file}: {finding}")
+            say(f"{settings.named}: {finding}")
         return MISCONFIGURED
     except (DatabaseError, StoreError, OSError) as error:
         Log("daemon").error("daemon.failed", reason=reason(error))

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 STOPPED, FAILED, MISCONFIGURED = 0, 1, 2
 NARROWEST = 6  # the least width, in characters, to which a column is reduced
@@ -45,6 +45,48 @@ def reason(error: BaseException) -> str:
 def print_json(document: object) -> None:
     """Prints a result as JSON."""
     print(json.dumps(document, indent=2))
+
+
+class Lines:
+    """Prints lines for a command that must go on when they cannot be written. The first failure is kept in `failure`;
+    nothing is printed after it. `name` is what `problem` calls `file`.
+    """
+
+    def __init__(self, file: TextIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self.failure: Failed | OSError | None = None
+
+    def __call__(self, text: str) -> None:
+        """Prints one line, or the lines of the text."""
+        if self.failure is None:
+            try:
+                print(text, file=self._file, flush=True)
+            except (Failed, OSError) as error:
+                self.failure = error
+
+    def close(self) -> None:
+        """Closes the file. What could not be written is not tried again."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self.failure = self.failure or error
+
+    @property
+    def problem(self) -> str:
+        """The failure in words; empty if there was none."""
+        match self.failure:
+            case None:
+                return ""
+            case Failed() as failed:  # of standard output, which has its own message
+                return str(failed)
+            case error:
+                return f"{self._name} cannot be written to: {reason(error)}"
+
+
+def standard_output() -> Lines:
+    """Standard output as Lines."""
+    return Lines(sys.stdout, "standard output")
 
 
 def line(text: str) -> str:

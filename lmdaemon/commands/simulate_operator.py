@@ -2,13 +2,13 @@
 
 import argparse
 import asyncio
+import json
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from lmdaemon.commands.arguments import JSON, argument, command, file, seed
 from lmdaemon.commands.recipient import checked_span, signing_keys
@@ -16,14 +16,16 @@ from lmdaemon.commands.shared import (
     FAILED,
     STOPPED,
     Failed,
+    Lines,
     Usage,
     line,
-    print_json,
     quiet_libraries,
     reason,
     secret_file,
+    standard_output,
 )
 from lmdaemon.config.settings import DeliveryTable
+from lmdaemon.config.values import listen
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.workbench.journal import Journal, read_expectations, verdict
 from lmdaemon.workbench.script import Script, ScriptError, Span, read_text, read_toml
@@ -33,7 +35,9 @@ PORT_MAX = 65535
 
 
 @command(
-    argument("--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090"),
+    argument(
+        "--listen", required=True, metavar="HOST:PORT", help="where to serve, such as 127.0.0.1:9090, or unix:/path"
+    ),
     argument("--dialect", choices=tuple(SHIPPED), default="v4", help="what is expected (default v4)"),
     argument("--script", metavar="FILE|TEXT", help="what to answer: rules, or a file of rules (*.toml: in TOML)"),
     argument("--seed", type=seed, metavar="N", help="for the script's random choices (default: the file's, or 0)"),
@@ -61,28 +65,30 @@ def operator(args: argparse.Namespace) -> int:
         from lmdaemon.workbench import authority
 
         try:
-            contexts = authority.contexts(args.tls_ca, host)
+            contexts = authority.contexts(args.tls_ca, "localhost" if "/" in host else host)
         except ImportError:
             raise Failed("--tls-ca needs trustme: pip install 'lmdaemon[workbench]'") from None
         except OSError as error:
             raise Failed(f"--tls-ca: {args.tls_ca} cannot be written: {reason(error)}") from None
     span_s = checked_span(args.span, "--for") if args.span else None
     quiet_libraries()
-    with ExitStack() as stack:
-        output = stack.enter_context(_opened(args.journal)) if args.journal else None
-        keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
-        hash_key = secret_file(args.hash_key_file, "--hash-key-file") if args.hash_key_file else None
-        journal = Journal(SHIPPED[args.dialect], schedule, keys, hash_key, output)
-        stage = Stage(script, journal, contexts=contexts, tell=_tell(quiet=args.json))
-        try:
-            asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))
-        except OSError as error:
-            raise Failed(f"--listen: {args.listen}: {reason(error)}") from None
+    keys = signing_keys(args.signing_secret_file) if args.signing_secret_file else ()
+    hash_key = secret_file(args.hash_key_file, "--hash-key-file") if args.hash_key_file else None
+    shown, written = standard_output(), _opened(args.journal) if args.journal else None
+    journal = Journal(SHIPPED[args.dialect], schedule, keys, hash_key, written)
+    stage = Stage(script, journal, contexts=contexts, tell=_tell(shown, quiet=args.json))
+    try:
+        asyncio.run(_serve(stage, host, port, span_s, scheme="https" if contexts else "http"))
+    except OSError as error:
+        raise Failed(f"--listen: {args.listen}: {reason(error)}") from None
+    finally:
+        if written is not None:
+            written.close()
     end = verdict(journal, expected)
-    if args.json:
-        print_json(end)
-    else:
-        _print_verdict(end)
+    shown(json.dumps(end, indent=2) if args.json else "\n".join(_verdict_lines(end)))
+    problems = [one.problem for one in (shown, written) if one and one.problem]
+    if problems:
+        raise Failed("; ".join((*problems, _verdict(end))))
     return STOPPED if end["good"] else FAILED
 
 
@@ -92,8 +98,7 @@ async def _serve(stage: Stage, host: str, port: int, span_s: float | None, *, sc
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    shown = f"[{stage.address[0]}]" if ":" in stage.address[0] else stage.address[0]
-    print(f"Serving {scheme}://{shown}:{stage.address[1]}/", file=sys.stderr, flush=True)
+    print(f"Serving {_shown(scheme, *stage.address)}", file=sys.stderr, flush=True)
     try:
         async with asyncio.timeout(span_s):
             await stopped.wait()
@@ -103,11 +108,23 @@ async def _serve(stage: Stage, host: str, port: int, span_s: float | None, *, sc
         await stage.close()
 
 
-def _tell(*, quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: print(line(text), flush=True))
+def _tell(shown: Lines, *, quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: shown(line(text)))
+
+
+def _shown(scheme: str, host: str, port: int) -> str:
+    if "/" in host:
+        return line(f"{scheme} on unix:{host}")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def _address(text: str) -> tuple[str, int]:
+    """Host and port, or the path of a unix socket and 0. Raises Usage."""
+    if text.startswith("unix:"):
+        try:
+            return listen(text).unix, 0
+        except ValueError as error:
+            raise Usage(f"--listen: {error} (got {text!r})") from None
     host, colon, port = text.rpartition(":")
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > PORT_MAX:
         raise Usage(f"--listen: must be HOST:PORT, a port of at most {PORT_MAX} (got {text!r})")
@@ -148,9 +165,9 @@ def _text_of(path: Path, option: str) -> str:
         raise Usage(f"{option}: {path} cannot be read: {reason(error)}") from None
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path) -> Lines:
     try:
-        return path.open("w", encoding="utf-8")
+        return Lines(path.open("w", encoding="utf-8"), f"--journal: {path}")
     except OSError as error:
         raise Failed(f"--journal: {path} cannot be written: {reason(error)}") from None
 
@@ -161,17 +178,14 @@ def _schedule(text: str | None) -> tuple[float, ...]:
     return tuple(checked_span(one.strip(), "--schedule") for one in text.split(","))
 
 
-def _print_verdict(end: dict[str, object]) -> None:
-    counts = end["counts"]
-    assert isinstance(counts, dict)  # noqa: S101 - it was made here
-    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-    waiting = end["neverAccepted"]
-    assert isinstance(waiting, list)  # noqa: S101
-    if waiting:
-        print(f"Never answered with success: {', '.join(map(line, waiting))}")
-    for name in ("missed", "evidence"):
-        found = end[name]
-        assert isinstance(found, list)  # noqa: S101
-        for one in found:
-            print(f"  {line(one)}")
-    print("Verdict: as expected" if end["good"] else "Verdict: NOT as expected")
+def _verdict_lines(end: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in end["counts"].items())
+    if end["neverAccepted"]:
+        yield f"Never answered with success: {', '.join(map(line, end['neverAccepted']))}"
+    for one in (*end["missed"], *end["evidence"]):
+        yield f"  {line(one)}"
+    yield _verdict(end)
+
+
+def _verdict(end: dict[str, Any]) -> str:
+    return f"Verdict: {'' if end['good'] else 'NOT '}as expected"

@@ -29,7 +29,8 @@ class Findings:
 
     def error(self, key: str, rule: str, value: object = ABSENT, hint: str = "") -> None:
         """Records an error under its key."""
-        self.errors.append(f"{key}: {rule}" + ("" if value is ABSENT else f" (got {_shown(value)})") + hint)
+        hidden = value is ABSENT or key.endswith("_env")  # people write the secret itself there
+        self.errors.append(f"{key}: {rule}" + ("" if hidden else f" (got {_shown(value)})") + hint)
 
     def warn(self, key: str, text: str) -> None:
         """Records a warning under its key."""

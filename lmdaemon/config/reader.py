@@ -66,7 +66,20 @@ def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: N
     return load(path, found=found, secrets=secrets, needs=needs)
 
 
-def load(path: Path, *, found: bool = False, secrets: Secrets = "required", needs: Needs = None) -> Settings:
+def for_daemon(explicit: Path | None) -> Settings:
+    """As `of_command`, with absolute paths, because a plug-in may change the current directory."""
+    path, found = find(explicit)
+    return load(path.absolute(), found=found, named=path)
+
+
+def load(
+    path: Path,
+    *,
+    found: bool = False,
+    named: Path | None = None,
+    secrets: Secrets = "required",
+    needs: Needs = None,
+) -> Settings:
     """Reads and checks the whole file. Raises ConfigError with every finding.
 
     With `found`, the file was found in a default place and not named by the user; it is refused when somebody else may
@@ -74,11 +87,14 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
     daemon may be able to read it where this process cannot ("readable", for check-config); or as a warning
     ("optional", for commands that need no operator's secrets).
 
+    `named` is the path as the findings and the settings show it, by default `path` itself.
+
     `needs` are the tables that the caller needs. Errors in other tables are then not raised but listed in
     `Settings.unusable`, and the keys that they are about have their defaults.
     """
-    reader = Reader(path, found=found, secrets=secrets, needs=needs)
-    text = _text(path, found=found)
+    named = named or path
+    reader = Reader(path, named=named, found=found, secrets=secrets, needs=needs)
+    text = _text(path, named, found=found)
     try:
         raw = tomllib.loads(text)
     # TOMLDecodeError, or an integer with more digits than Python converts
@@ -86,12 +102,12 @@ def load(path: Path, *, found: bool = False, secrets: Secrets = "required", need
         finding = f"not valid TOML: {syntax.complaint(text, error)}"
         salvaged = None if needs is None else _salvaged(text, needs)
         if salvaged is None:
-            raise ContentError([f"{path}: {finding}"]) from error
+            raise ContentError([f"{named}: {finding}"]) from error
         reader.findings.errors.append(finding)
         raw = salvaged
     settings = reader.settings(raw)
     if settings is None:
-        raise ContentError([f"{path}: {finding}" for finding in reader.findings.errors])
+        raise ContentError([f"{named}: {finding}" for finding in reader.findings.errors])
     return settings
 
 
@@ -118,24 +134,33 @@ def _hides(names: Iterable[str], needs: Sequence[str]) -> bool:
     return any(meant(name, TABLES) in (None, *needs) for name in names if name not in TABLES)
 
 
-def _text(path: Path, *, found: bool) -> str:
+def _text(path: Path, named: Path, *, found: bool) -> str:
     """The file as text. Raises ConfigError."""
     try:
         return textfile.decode(trust.read(path) if found else path.read_bytes())
     except trust.UntrustedError as error:
-        finding = f"was found, not named, and is not read: {error}. If you know it, name it: --config {path}"
-        raise ConfigError([f"{path}: {finding}"]) from error
+        finding = f"was found, not named, and is not read: {error}. If you know it, name it: --config {named}"
+        raise ConfigError([f"{named}: {finding}"]) from error
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+        raise ConfigError([f"{named}: cannot be read: {error.strerror}"]) from error
     except ValueError as error:
-        raise ConfigError([f"{path}: {error}"]) from error
+        raise ConfigError([f"{named}: {error}"]) from error
 
 
 class Reader:
     """One reading of one file: collects every finding under its key path instead of stopping at the first."""
 
-    def __init__(self, path: Path, *, secrets: Secrets, found: bool = False, needs: Needs = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        secrets: Secrets,
+        named: Path | None = None,
+        found: bool = False,
+        needs: Needs = None,
+    ) -> None:
         self._path = path
+        self._named = named or path
         self._found = found
         self._secrets = secrets
         self._needs = needs
@@ -177,6 +202,7 @@ class Reader:
             return None
         return Settings(
             file=self._path,
+            named=self._named,
             found=self._found,
             server=server,
             api=api,

@@ -14,7 +14,7 @@ import msgspec
 from lmdaemon import textfile, tls
 from lmdaemon.config.findings import Findings
 from lmdaemon.config.settings import ApiTable, ApiToken, OperatorTable
-from lmdaemon.config.values import NAME, NAME_RULE, whsec
+from lmdaemon.config.values import NAME, NAME_RULE, VARIABLE, whsec
 from lmdaemon.model import id_problem
 
 Secrets = Literal["required", "readable", "optional"]
@@ -93,7 +93,8 @@ class SecretFiles:
     def _variable(self, variable: str, at: str) -> str | None:
         content = os.environb.get(os.fsencode(variable), b"") if id_problem(variable) is None else b""
         if not content.strip():
-            self._report()(at, f"must name an environment variable that is set (got {variable!r})")
+            got = f"got {variable!r}" if VARIABLE.fullmatch(variable) else "what it has is not shown: is it the secret?"
+            self._report()(at, f"must name an environment variable that is set ({got})")
             return None
         return self._text(content, at, f"${variable}")
 

@@ -225,6 +225,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The whole configuration, checked. `warnings` are for the log: things that are allowed but may be mistakes."""
 
     file: Path
+    named: Path  # the same file as messages show it; the daemon's own `file` is absolute
     found: bool  # the file was found in a default place and not named by the user
     server: ServerTable
     api: ApiTable

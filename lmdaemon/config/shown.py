@@ -17,7 +17,7 @@ from lmdaemon.config.settings import (
     changes,
     flat,
 )
-from lmdaemon.config.values import Duration, Listen, spell
+from lmdaemon.config.values import VARIABLE, Duration, Listen, spell
 from lmdaemon.log import safe_url
 
 MASKED = '"…"'
@@ -106,6 +106,8 @@ def _toml(key: str, value: Any) -> str:
         return "{ " + ", ".join(f"{name} = {MASKED}" for name in value) + " }"
     if key == "database.url":  # it has no password; user and query are left out as well
         return json.dumps(re.sub(r"//[^/@]*@", "//", value).partition("?")[0], ensure_ascii=False)
+    if last.endswith("_env") and value and not VARIABLE.fullmatch(value):
+        return MASKED
     if last == "url" and value:
         return json.dumps(safe_url(value), ensure_ascii=False)
     return toml(value)

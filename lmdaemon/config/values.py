@@ -14,6 +14,8 @@ DURATION_MAX_S = 3650 * 86400.0
 _UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "must be 1 to 64 letters, digits, dots, hyphens or underscores, a letter or digit first"
+# Names that environment variables usually have. Another value of a key `…_env` is not shown: it may be the secret.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # Characters of a path (RFC 3986, section 3.3), except percent-escapes. Clients send all others escaped, so that they
 # would never match
 PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@-]*")

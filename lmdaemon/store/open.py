@@ -81,10 +81,10 @@ def import_file(asked: Postgres, file: Path, now_at: int, progress: Callable[[in
         return importing.move(asked.url, asked.password, whole, now_at, progress)
 
 
-def migrate(asked: Postgres) -> list[int]:
-    """Brings the schema of a PostgreSQL database to the newest version. Returns the versions that were added. Raises
-    DatabaseError.
+def migrate(asked: Postgres, progress: Callable[[int, int], None]) -> list[int]:
+    """Brings the schema of a PostgreSQL database to the newest version. Returns the versions that were added.
+    `progress` is called with the number of steps done so far, and the number of all steps. Raises DatabaseError.
     """
     from lmdaemon.store.postgres import migrations
 
-    return migrations.migrate_database(asked.url, asked.password)
+    return migrations.migrate_database(asked.url, asked.password, progress)

@@ -180,7 +180,7 @@ class Administration:
         settings = self._context.settings
         shown = {key: writable(value) for key, value in in_force(settings).items()}
         found = shapes.Configuration(
-            file=writable(str(settings.file)), settings=shown, inherited=inherited(settings), changes=[], errors=[]
+            file=writable(str(settings.named)), settings=shown, inherited=inherited(settings), changes=[], errors=[]
         )
         try:
             new = self._context.read_again()

@@ -9,10 +9,10 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from lmdaemon.dialects import BadNotice, Dialect, Parsed, check_hash, content_of, parse
 from lmdaemon.masks import MASK
@@ -74,15 +74,15 @@ class Journal:
     """The notices of one run, and what was wrong with them.
 
     `schedule` are the waits in seconds before each repeat, `keys` the signing secrets, `hash_key` the key of a dialect
-    with a hash. Without `keys`, signatures are not verified; without `hash_key`, hashes are not. `file` gets a JSON
-    line for each notice.
+    with a hash. Without `keys`, signatures are not verified; without `hash_key`, hashes are not. `write` gets a JSON
+    line for each notice; it must not raise.
     """
 
     dialect: Dialect
     schedule: Sequence[float]
     keys: Sequence[bytes] = ()
     hash_key: str | None = None
-    file: TextIO | None = None
+    write: Callable[[str], None] | None = None
     tally: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
     sessions: dict[str, Told] = field(default_factory=dict)  # by session id: the attempts with its first webhook-id
@@ -133,7 +133,7 @@ class Journal:
             known.accepted += 1
         at = datetime.fromtimestamp(notice.wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         said = describe(answer)
-        if self.file is not None:
+        if self.write is not None:
             line = {
                 "at": at,
                 "number": self.tally["notices"],
@@ -145,7 +145,7 @@ class Journal:
                 "answer": said,
                 "faults": list(arrival.faults),
             }
-            print(json.dumps(line), file=self.file, flush=True)
+            self.write(json.dumps(line))
         wrong = f"  {', '.join(arrival.faults).upper()}" if arrival.faults else ""
         return f"{at}  {arrival.session}  attempt {arrival.attempt}  {said}{wrong}"
 

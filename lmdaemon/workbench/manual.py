@@ -21,9 +21,10 @@ _HEAD = f"""\
 
 Written by `make manual` from the checks themselves. How to run them: [workbench.md](workbench.md).
 
-`lmdaemon check` sends at most {REQUESTS_MAX} requests, {PER_SECOND:g} a second on average unless `--burst`, with
+`lmdaemon check` sends at most {REQUESTS_MAX} requests, {PER_SECOND} in any second unless `--burst`, with
 ids that begin with `lmcheck-`. After {SILENT_MAX} requests in a row without an answer it sends nothing more.
-`--only` and `--skip` take the ids and groups below. `answer.valid` is always tried, because the others need its result.
+`--only` and `--skip` take the ids and groups below. `answer.valid` is always tried, also where `--skip`
+names its group, because the others need its result.
 """
 
 

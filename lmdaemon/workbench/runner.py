@@ -94,6 +94,8 @@ def chosen(only: Collection[str], skip: Collection[str]) -> tuple[Check, ...]:
             meant = get_close_matches(name, known, 1)
             hint = f"did you mean {meant[0]}? Groups" if meant else "groups"
             raise ValueError(f"no check and no group is called {name!r}; {hint} are {', '.join(GROUPS)}")
+    if BASE in skip:
+        raise ValueError(f"--skip: {BASE} is always tried, because the other checks need its result")
     return tuple(
         check
         for check in CHECKS
@@ -168,7 +170,7 @@ class Runner:
         token: str | None = None,
         sessions: Sequence[str] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
-        per_second: float | None = PER_SECOND,
+        per_second: int | None = PER_SECOND,
         clock: Clock | None = None,
         on_begin: Callable[[Check, int], None] = lambda check, number: None,
         on_result: Callable[[Result], None] = lambda result: None,

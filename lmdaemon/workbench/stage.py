@@ -1,7 +1,10 @@
 """The server of a simulated operator: reads notices, and answers them or fails as the script says."""
 
 import asyncio
+import errno
 import gzip
+import os
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -22,8 +25,8 @@ _HTML = "<!doctype html><html><body><h1>500 Internal Server Error</h1></body></h
 
 
 class Stage:
-    """The server. `tell` is called with a line for each notice. `contexts` has TLS contexts by the fault that they
-    cause; the context without a fault is under "".
+    """The server. `tell` is called with a line for each notice, and must not raise. `contexts` has TLS contexts by the
+    fault that they cause; the context without a fault is under "".
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Stage:
         self.address: tuple[str, int] = ("", 0)
 
     async def open(self, host: str, port: int) -> None:
-        """Listens, with TLS if there are certificates. Raises OSError."""
+        """Listens, with TLS if there are certificates. A host with a slash is the path of a unix socket, without a
+        port. Raises OSError.
+        """
         context = None
         if self._contexts:
             context = self._contexts[""]
@@ -56,8 +61,13 @@ class Stage:
         if self._server is None:
             self._protocols = web.Server(self._handle)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocols, host, port, ssl=context, reuse_address=True)
-        self.address = self._server.sockets[0].getsockname()[:2]
+        if "/" in host:
+            _refuse_served(host)  # asyncio would take it away from the other program
+            self._server = await loop.create_unix_server(self._protocols, host, ssl=context)
+            self.address = (host, port)
+        else:
+            self._server = await loop.create_server(self._protocols, host, port, ssl=context, reuse_address=True)
+            self.address = self._server.sockets[0].getsockname()[:2]
 
     async def close(self) -> None:
         """Stops listening and ends the connections."""
@@ -148,6 +158,13 @@ class Stage:
 
         if self._back is None or self._back.done():
             self._back = asyncio.create_task(down())
+
+
+def _refuse_served(path: str) -> None:
+    """Raises OSError if another program serves the unix socket with this path."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _whole(chosen: Answer) -> web.Response | None:

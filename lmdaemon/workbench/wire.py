@@ -16,7 +16,7 @@ from lmdaemon.delivery.sender import Sender, Unreachable
 from lmdaemon.workbench.exchanges import Answer, Asked, Exchange
 
 REQUESTS_MAX = 120  # requests in a run
-PER_SECOND = 5.0  # requests a second, on average: after ten at once, no request is sent for two seconds
+PER_SECOND = 5  # the most requests in any second
 SILENT_MAX = 3  # requests in a row without an answer, after which nothing more is sent
 _FOREVER_S = 1e9
 _SILENT = ("timeout", "connect", "dns", "tls", "private_address")  # causes that count as no answer
@@ -27,15 +27,17 @@ class Stopped(Exception):  # noqa: N818 - a result: nothing more is sent, for th
 
 
 class Wire:
-    """Sends to the operator's URL, `per_second` requests a second (None: no limit). `exchanges` keeps all exchanges."""
+    """Sends to the operator's URL, at most `per_second` requests in any second (None: no limit). `exchanges` keeps
+    all exchanges.
+    """
 
-    def __init__(self, operator: Operator, clock: Clock, *, per_second: float | None = PER_SECOND) -> None:
+    def __init__(self, operator: Operator, clock: Clock, *, per_second: int | None = PER_SECOND) -> None:
         self.operator = operator
         self.clock = clock
         self.exchanges: list[Exchange] = []
         self.sent = 0
-        self._spacing_s = 1 / per_second if per_second else 0.0
-        self._free_at = 0.0
+        self._per_second = per_second
+        self._used_at: list[float] = []  # of each request of the last second: when it was answered, else when allowed
         self._silent = 0
         self._reused = False
         trace = aiohttp.TraceConfig()
@@ -47,6 +49,10 @@ class Wire:
         """Closes all connections."""
         await self._sender.close()
         await self._idle.close()
+
+    def at_once(self, wanted: int) -> int:
+        """How many requests may be sent at the same moment, `wanted` at most."""
+        return min(wanted, self._per_second or wanted)
 
     @property
     def left(self) -> int:
@@ -63,10 +69,24 @@ class Wire:
         if self.left < count:
             raise Stopped(f"the limit of {REQUESTS_MAX} requests is reached")
         self.sent += count
+        if self._per_second is not None:
+            while (wait_s := self._wait_s(count, self._per_second)) > 0:  # noqa: ASYNC110 - it waits for a time
+                await asyncio.sleep(wait_s)
+            self._used_at += [time.monotonic()] * count
+
+    def _wait_s(self, count: int, per_second: int) -> float:
         now = time.monotonic()
-        wait_s, self._free_at = self._free_at - now, max(self._free_at, now) + count * self._spacing_s
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
+        self._used_at = sorted(at for at in self._used_at if now - at < 1)
+        over = min(len(self._used_at) + count - per_second, len(self._used_at))
+        return self._used_at[over - 1] + 1 - now if over > 0 else 0.0
+
+    def _answered(self, began: float) -> None:
+        """Counts a request from its answer on: its way to the endpoint may have taken long, but by now it has come."""
+        if self._per_second is not None:
+            allowed = [at for at in self._used_at if at <= began]
+            if allowed:
+                self._used_at.remove(max(allowed))
+            self._used_at.append(time.monotonic())
 
     async def send(self, body: bytes, headers: Mapping[str, str], **options: Any) -> Exchange:
         """Sends one request when it may be sent. Raises Stopped."""
@@ -97,6 +117,8 @@ class Wire:
             answer = Answer(*await sender.ask(asked, headers, slowly or body, method=method, url=url))
         except Unreachable as error:
             cause, detail = error.cause, error.detail
+        finally:
+            self._answered(began)
         took_ms = round((time.monotonic() - began) * 1000)
         shown_url = str(url) if url is not None else asked.url
         request = Asked(method, shown_url, headers, body)

@@ -557,6 +557,23 @@ def test_sighup_while_a_plugin_still_starts_is_a_reload_after_the_start(tmp_path
         assert running.ended() == 0
 
 
+def test_a_plugin_may_change_the_current_directory(tmp_path: Path) -> None:
+    """The files of a daemon with a relative path to its configuration are still the same."""
+    configure_plugin(tmp_path, "Hook")
+    with (tmp_path / "hooks_of_the_tests.py").open("a") as module:
+        module.write("import os\nos.chdir('/')\n")
+    with daemon(tmp_path, "--config", "config.toml", "serve") as running:
+        running.started().open("acme", "s-1")
+        running.process.send_signal(signal.SIGHUP)
+        poll(lambda: running.events("config.reloaded") or running.events("config.reload_failed"))
+        assert running.events("config.reloaded")
+        checked = running("status", "--json")
+        assert json.loads(checked.stdout)["health"]["status"] == "pass"
+        running.process.terminate()
+        assert running.ended() == 0
+    assert (tmp_path / "lmdaemon.sqlite3").exists()
+
+
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @pytest.mark.parametrize(
     ("use", "hooks", "threads"),

@@ -2,18 +2,12 @@
 goes to a file or pipe.
 """
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import termios
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from commands import COMMAND, Running, configure, daemon, environment, poll, run
+from commands import Running, configure, daemon, poll, run
+from terminals import Terminal
 
 from lmdaemon.commands.shared import NARROWEST, fitted
 
@@ -28,41 +22,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-class Terminal:
-    """A terminal of this many columns, and a command that runs on it. `text` is everything shown so far."""
-
-    def __init__(self, directory: Path, *words: object, columns: int = 80, only_messages: bool = False) -> None:
-        self._ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
-        os.set_blocking(self._ours, False)
-        self.text = ""
-        self.process = subprocess.Popen(
-            [*COMMAND, *map(str, words)],
-            cwd=directory,
-            env={name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if only_messages else theirs,
-            stderr=theirs,
-        )
-        os.close(theirs)
-
-    def read(self) -> str:
-        try:
-            while piece := os.read(self._ours, 65536):
-                self.text += piece.decode()
-        except BlockingIOError:
-            pass
-        except OSError:  # every process has closed the terminal
-            os.set_blocking(self._ours, True)
-        return self.text
-
-    def ended(self) -> int:
-        poll(lambda: self.read() is not None and self.process.poll() is not None)
-        self.read()
-        os.close(self._ours)
-        return self.process.wait()
-
-
+@pytest.mark.parametrize("columns", [80, 0])
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
@@ -72,14 +32,15 @@ class Terminal:
     ],
 )
 def test_long_work_shows_its_progress_on_a_terminal_and_nowhere_else(
-    lm: Running, words: tuple[str, ...], shown: str
+    lm: Running, words: tuple[str, ...], shown: str, columns: int
 ) -> None:
     """The progress line is erased at the end."""
-    terminal = Terminal(lm.directory, *(word.format("terminal") for word in words), only_messages=True)
+    on_terminal = (word.format(f"terminal-{columns}") for word in words)
+    terminal = Terminal(lm.directory, *on_terminal, columns=columns, only_messages=True)
     assert terminal.ended() == 0, terminal.text
     assert shown in terminal.text
     assert terminal.text.rpartition("\r")[2].strip() == ""
-    done = run(*(word.format("elsewhere") for word in words), cwd=lm.directory)
+    done = run(*(word.format(f"elsewhere-{columns}") for word in words), cwd=lm.directory)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout
 

@@ -390,6 +390,7 @@ EXPOSED = (
 )
 KNOWN = "v4, v4.01, v4.02, v1, pragmatic"
 
+NOT_SHOWN = "(what it has is not shown: is it the secret?)"
 BAD_FILES = [
     # unknown tables and keys
     ("[sever]", "sever: is no table of this file (did you mean 'server'?)"),
@@ -720,7 +721,25 @@ BAD_FILES = [
     ),
     (
         '[api]\ntoken_env = "a\\u0000"',
-        "api.token_env: must name an environment variable that is set (got 'a\\x00')",
+        "api.token_env: must name an environment variable that is set (what it has is not shown: is it the secret?)",
+    ),
+    ("[api]\ntoken_env = 1234567890", "api.token_env: must be a string"),
+    *(
+        (
+            f"{table}{key}_env = 'the-secret itself'",
+            f"{at}.{key}_env: must name an environment variable that is set {NOT_SHOWN}",
+        )
+        for table, at, key in (
+            ("[api]\n", "api", "token"),
+            ("[database]\nurl = 'postgresql:///x'\n", "database", "password"),
+            (OPERATOR, "operators.a", "hash_key"),
+            (OPERATOR, "operators.a", "signing_secret"),
+            (OPERATOR + "token_check = 'partner'\n", "operators.a", "partner_token"),
+        )
+    ),
+    (
+        "[api]\ntoken_env = 'c0ffee00c0ffee'",
+        f"api.token_env: must name an environment variable that is set {NOT_SHOWN}",
     ),
     ("[api]\ntoken_file = 'comments'", "api.token_file: must not have comments alone"),
     (

@@ -50,6 +50,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_variable_whose_name_may_be_a_secret_is_not_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, "key")
+    found = shown.in_force(load(home, FILE.replace('"HASH_KEY"', f'"{SECRET}"')))
+    assert found["operators.a.hash_key_env"] == shown.MASKED
+
+
 def test_every_value_is_toml_that_reads_as_what_is_in_force(home: Path) -> None:
     settings = load(home, FILE)
     found = shown.in_force(settings)

@@ -776,7 +776,7 @@ def damaged_root(table: str) -> Callable[[bytes], bytes]:
     def damage(good: bytes) -> bytes:
         with contextlib.closing(sqlite3.connect(":memory:")) as connection:
             # Marks the file as not in WAL mode, because a database in memory cannot use that mode
-            connection.deserialize(good[:18] + b"\x01\x01" + good[20:])
+            connection.deserialize(as_copy(good))
             (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
         return damaged_at((page - 1) * DISK_PAGE_BYTES, DISK_PAGE_BYTES)(good)
 
@@ -795,10 +795,17 @@ if FULL:
     DAMAGES |= {"magic": damaged_at(0, 16), "schema": damaged_at(100), "within the header": lambda good: good[:50]}
 
 
+def as_copy(good: bytes) -> bytes:
+    """The file in the mode in which a backup is written."""
+    return good[:18] + b"\x01\x01" + good[20:]
+
+
+@pytest.mark.parametrize("kind", [bytes, as_copy], ids=["used", "copy"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_named_and_left_as_it_is(
-    damage: Callable[[bytes], bytes], tmp_path: Path, good: bytes
+    damage: Callable[[bytes], bytes], kind: Callable[[bytes], bytes], tmp_path: Path, good: bytes
 ) -> None:
+    good = kind(good)
     (tmp_path / "disk").mkdir()
     daemon = Daemon(tmp_path, TOML.format(url="http://127.0.0.1:1/"))
     daemon.path.write_bytes(damage(good))

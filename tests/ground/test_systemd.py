@@ -2,12 +2,14 @@
 listener.
 """
 
+import contextlib
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
+from lmdaemon import systemd
 from lmdaemon.systemd import Address, Notifier, assign, listening_sockets
 
 
@@ -47,6 +49,43 @@ def test_a_manager_that_went_away_is_no_reason_to_stop(tmp_path: Path) -> None:
         notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
     notifier.send(WATCHDOG="1")
     notifier.close()
+
+
+def test_a_manager_that_cannot_be_told_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"NOTIFY_SOCKET: .*/none: No such file") as raised:
+        Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")})
+    assert raised.value.strerror == f"NOTIFY_SOCKET: {tmp_path}/none: No such file or directory"
+    with pytest.raises(OSError, match=f"NOTIFY_SOCKET: {'/long' * 30}: AF_UNIX path too long"):
+        Notifier({"NOTIFY_SOCKET": "/long" * 30})
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("file", "Socket operation on non-socket"),
+        ("datagrams", "is no stream socket, which ListenStream= makes"),
+        ("connection", "is a connection, which Accept=yes makes"),
+        ("closed", "Bad file descriptor"),
+    ],
+)
+@pytest.mark.parametrize("name", ["server", ""])
+def test_a_handed_over_socket_of_a_wrong_kind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, problem: str, name: str
+) -> None:
+    with (
+        (tmp_path / "file").open("wb") as file,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+        contextlib.ExitStack() as stack,
+    ):
+        connection, _ = (stack.enter_context(one) for one in socket.socketpair())
+        descriptor = {"file": file, "datagrams": datagrams, "connection": connection}.get(kind, file).fileno()
+        number = os.dup(descriptor) if kind != "closed" else 9999
+        monkeypatch.setattr(systemd, "FIRST_FD", number)
+        environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": name}
+        with pytest.raises(OSError, match="LISTEN_FDS") as raised:
+            listening_sockets(environment)
+        named = f"file descriptor {number}" + (f" ({name})" if name else "")
+        assert raised.value.strerror == f"LISTEN_FDS: {named}: {problem}"
 
 
 def test_time_is_asked_for_where_a_start_or_a_stop_may_take_longer(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gzip
 import importlib.resources
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from documented import complaints
 from endpoints import Endpoint, served
 from support import LISTEN, operator_table, scripted_operator, serving, until
 
+from lmdaemon.commands.cli import parser
 from lmdaemon.dialects import SHIPPED
 from lmdaemon.web.console import POLICY
 
@@ -124,6 +126,36 @@ async def test_the_page_shows_a_broken_operator_holds_and_releases_it(tmp_path: 
         await page.get_by_role("dialog").get_by_role("button", name="Release").click()
         await expect(page.get_by_role("status")).to_contain_text("acme is released")
         assert d.store.gate("acme").held_at is None
+
+
+@in_chromium
+async def test_commands_shown_mean_what_they_say_for_every_id(tmp_path: Path) -> None:
+    """The command line reads them as they are meant also where an id or a note begins with "-"."""
+    async with down(tmp_path) as d, browser() as page:
+        await sign_in(page, d.api + "/console/")
+        shown: list[str] = await page.evaluate(
+            """async () => {
+                const { command } = await import("/console/dom.js");
+                return [
+                    command("sessions", "close", "beta", "s-1"),
+                    command("sessions", "close", "beta", "-x"),
+                    command("sessions", "show", "beta", "--json"),
+                    command("find", "-it's"),
+                    command("hold", "beta", ["--note", "mended"], ["--for", "2h"]),
+                    command("hold", "beta", ["--note", "-x y"], ["--for", "2h"]),
+                    command("send", "beta", ["--yes"], ["--session", "--"]),
+                ];
+            }"""
+        )
+        assert shown[0] == "lmdaemon sessions close beta s-1"
+        assert shown[4] == "lmdaemon hold beta --note mended --for 2h"
+        read = [vars(parser().parse_args(shlex.split(text)[1:])) for text in shown]
+        assert [one["session"] for one in read[:3]] == ["s-1", "-x", "--json"]
+        assert read[3]["id"] == "-it's"
+        assert [(one["operator"], one["note"], one["seconds"]) for one in read[4:6]] == [
+            *(("beta", "mended", 7200), ("beta", "-x y", 7200)),
+        ]
+        assert (read[6]["session"], read[6]["yes"]) == ("--", True)
 
 
 @in_chromium

@@ -4,8 +4,10 @@ correctly.
 
 import asyncio
 import json
+import os
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from commands import COMMAND, environment, run
 from endpoints import HASH_KEY, SIGNING_SECRET, to
@@ -299,6 +302,81 @@ async def test_the_command_journals_each_notice_and_ends_with_a_verdict(tmp_path
     assert journal[0]["bodySha256"] == journal[1]["bodySha256"]
 
 
+async def test_the_command_serves_a_unix_socket_too(tmp_path: Path) -> None:
+    """A socket that nobody serves is replaced, also by an operator that was down, and one that is served is not."""
+    path = tmp_path / "operator"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    words = ("simulate", "operator", "--listen", f"unix:{path}", "--script", "down 100ms then ok")
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    assert (await process.stderr.readline()).decode() == f"Serving http on unix:{path}\n"
+    notices = Notices(to("http://operator.example/"), run="t")
+    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as client:
+
+        async def tell() -> int:
+            headers = {"Content-Type": "application/json"}
+            async with client.post("http://x/", data=notices.body(notices.fields()), headers=headers) as answer:
+                return answer.status
+
+        with pytest.raises(aiohttp.ClientError):
+            await tell()
+        while b"up again" not in await process.stdout.readline():
+            pass
+        assert await tell() == 200
+        second = await asyncio.to_thread(run, *words, cwd=tmp_path)
+        assert (second.returncode, second.stderr) == (
+            *(1, f"lmdaemon: --listen: unix:{path}: Address already in use\n"),
+        )
+        assert await tell() == 200
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
+    assert process.returncode == 0
+
+
+FULL = "cannot be written to: No space left on device"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("output", "journal", "problem"),
+    [
+        ("/dev/full", "journal.jsonl", f"standard output {FULL}"),
+        ("/dev/null", "/dev/full", f"--journal: /dev/full {FULL}"),
+        ("/dev/full", "/dev/full", f"standard output {FULL}; --journal: /dev/full {FULL}"),
+        ("left", "journal.jsonl", "standard output cannot be written to: Broken pipe"),
+    ],
+)
+async def test_output_that_cannot_be_written_changes_no_answer(
+    tmp_path: Path, output: str, journal: str, problem: str
+) -> None:
+    """Every notice gets the script's answer. One line at the end says what was not written, and has the verdict."""
+    reading, writing = os.pipe()
+    if output != "left":
+        os.close(writing)
+        writing = os.open(output, os.O_WRONLY)
+    os.close(reading)
+    words = ("simulate", "operator", "--listen", "127.0.0.1:0", "--script", "attempt 1: error 100", "--schedule", "1ms")
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *words, "--journal", journal, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert process.stderr is not None
+    operator = to((await process.stderr.readline()).decode().removeprefix("Serving ").strip() + "V4/SessionExpired")
+    body = (notices := Notices(operator, run="t")).body(notices.fields())
+    assert await attempt(operator, "msg_1", body) == "retry code_100"
+    for _ in range(3):
+        assert await attempt(operator, "msg_1", body) == "delivered"
+    process.send_signal(signal.SIGTERM)
+    _, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (1, f"lmdaemon: {problem}; Verdict: as expected\n")
+    if journal != "/dev/full":
+        assert len((tmp_path / journal).read_text().splitlines()) == 4
+
+
 def test_an_expectation_that_is_missed_at_the_end_fails_the_command(tmp_path: Path) -> None:
     (tmp_path / "expect.toml").write_text("notices = 1\n")
     words = "simulate operator --listen 127.0.0.1:0 --for 10ms --json --expect expect.toml"
@@ -311,6 +389,7 @@ def test_an_expectation_that_is_missed_at_the_end_fails_the_command(tmp_path: Pa
     ("words", "complaint"),
     [
         ("--listen nowhere", "--listen: must be HOST:PORT, a port of at most 65535 (got 'nowhere')"),
+        ("--listen unix:operator", '--listen: must be "unix:" and an absolute path of at most 107 bytes (got'),
         ("--listen 127.0.0.1:0 --script oops", "--script: rule 1 ('oops')"),
         ("--listen 127.0.0.1:0 --script play.txt", "and there is no file play.txt"),
         ("--listen 127.0.0.1:0 --script missing.toml", "--script: missing.toml cannot be read"),

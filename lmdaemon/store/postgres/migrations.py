@@ -1,7 +1,7 @@
 """Checks the server when a database is opened, and brings its schema to the newest version."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psycopg
 
@@ -40,6 +40,8 @@ ON CONFLICT (one) DO UPDATE SET current = excluded.current, oldest = excluded.ol
 # Creates the schema.
 CREATE = "CREATE SCHEMA IF NOT EXISTS lmdaemon"
 
+Progress = Callable[[int, int], None]  # is called with the number of steps done so far, and the number of all steps
+
 log = Log("store")
 
 
@@ -66,6 +68,7 @@ def migrate(
     *,
     allowed: bool = True,
     limits: StoreLimits = LIMITS.store,
+    progress: Progress = lambda done, of: None,
 ) -> list[int]:
     """Brings the schema to the newest version, in one transaction. Returns the versions that were added. Raises
     DatabaseError before it changes anything, also where there is something to do and it is not `allowed`.
@@ -79,7 +82,7 @@ def migrate(
         if not allowed:
             what = "has no schema of lmdaemon" if not current else f"has schema {current} of {len(migrations)}"
             raise DatabaseError(f"{title}: {what}; run `lmdaemon migrate`, because database.migrate is false")
-        current = _upgrade_when_free(sql, title, migrations, limits)
+        current = _upgrade_when_free(sql, title, migrations, limits, progress)
     except psycopg.Error as error:
         raise DatabaseError(f"{title}: cannot be set up: {said(error)}") from error
     added = list(range(current + 1, len(migrations) + 1))
@@ -89,17 +92,19 @@ def migrate(
     return added
 
 
-def _upgrade_when_free(sql: Connection, title: str, migrations: Sequence[str], limits: StoreLimits) -> int:
+def _upgrade_when_free(
+    sql: Connection, title: str, migrations: Sequence[str], limits: StoreLimits, progress: Progress
+) -> int:
     """Repeats the upgrade while somebody else has locked what it needs. Returns the version that there was."""
     for _ in range(TRIES - 1):
         try:
-            return _upgrade(sql, title, migrations, limits.lock_s)
+            return _upgrade(sql, title, migrations, limits.lock_s, progress)
         except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
             time.sleep(limits.upgrade_again_s)
-    return _upgrade(sql, title, migrations, limits.lock_s)
+    return _upgrade(sql, title, migrations, limits.lock_s, progress)
 
 
-def _upgrade(sql: Connection, title: str, migrations: Sequence[str], lock_s: float) -> int:
+def _upgrade(sql: Connection, title: str, migrations: Sequence[str], lock_s: float, progress: Progress) -> int:
     with sql.transaction():
         sql.execute(TAKE_YOUR_TIME)
         sql.execute(ONE_AT_A_TIME)
@@ -108,15 +113,18 @@ def _upgrade(sql: Connection, title: str, migrations: Sequence[str], lock_s: flo
         current = current_of(sql, title, len(migrations))
         if current < len(migrations):  # no other program has upgraded it meanwhile
             sql.execute("SET LOCAL search_path TO lmdaemon")
+            scripts = migrations[current:]
+            progress(0, len(scripts))
             if current:
                 sql.execute(KEEP_OUT)
-            for script in migrations[current:]:
+            for number, script in enumerate(scripts, 1):
                 sql.execute(script)
+                progress(number, len(scripts))
             sql.execute(PUT_VERSION, (len(migrations), min(OLDEST, len(migrations))))
     return current
 
 
-def migrate_database(url: str, password: str | None) -> list[int]:
+def migrate_database(url: str, password: str | None, progress: Progress) -> list[int]:
     """Brings the schema to the newest version for a command, on a connection of its own. Returns the versions that were
     added. Raises DatabaseError.
     """
@@ -124,7 +132,7 @@ def migrate_database(url: str, password: str | None) -> list[int]:
     try:
         with database.connect(prepares=True) as sql:
             check_server(sql, database.title)
-            return migrate(sql, database.title)
+            return migrate(sql, database.title, progress=progress)
     except UnsafeSettingError as error:
         raise DatabaseError(f"{database.title}: {error}") from error
     except psycopg.Error as error:

@@ -254,6 +254,18 @@ def check_is_ours(sql: sqlite3.Connection, path: Path, known: int) -> int:
     return found
 
 
+def _check_copy(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises DatabaseError if a copy that no daemon has opened yet is damaged. Only a copy has another mode than WAL.
+
+    It is read as a whole, because the change to WAL writes to the file, and a damaged one must stay as it was found.
+    """
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    if mode != "wal":
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise DatabaseError(f"{path}: is damaged: {' '.join(verdict.split())}")
+
+
 # Entry n upgrades a file from version n to n + 1. Never edit an entry that was released: add another one.
 MIGRATIONS: Sequence[str] = tuple(
     Path(__file__).with_name(script).read_text("utf-8")
@@ -264,6 +276,8 @@ MIGRATIONS: Sequence[str] = tuple(
 def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
     """Upgrades the file to the newest version in one transaction. Raises DatabaseError before it changes anything."""
     version = check_is_ours(connection, path, len(migrations))
+    if version:
+        _check_copy(connection, path)
     # Before the first table is created, because the page size cannot be changed later
     connection.execute(f"PRAGMA page_size = {DISK_PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")

@@ -36,7 +36,7 @@ export function action(label, wanted, disabled = "") {
     } }, label);
 }
 
-// wanted: title, text, fields (elements), words of the command (a function), label, run (returns what happened)
+// wanted: title, text, fields (elements), words of `command` (a function), label, run (returns what happened)
 function confirm(wanted) {
   const dialog = document.getElementById("dialog");
   const line = h("code", {});
@@ -72,7 +72,7 @@ const input = (options) => h("input", { maxlength: 256, autocomplete: "off", ...
 const label = (text, field) => h("label", {}, text, field);
 const options = (pairs) => h("select", {}, pairs.map(([value, text]) => h("option", { value }, text)));
 const given = (name, field) => (field.value ? { [name]: field.value } : {});
-const option = (name, field) => (field.value ? [name, field.value] : []);
+const option = (name, field) => (field?.value ? [[name, field.value]] : []);
 
 const HOURS = { "30m": 0.5, "1h": 1, "2h": 2, "8h": 8, "1d": 24 };
 
@@ -114,7 +114,7 @@ export const sendTest = (operator) => action("Send test notice", () => {
   const [session, player] = [input({ placeholder: "made up" }), input({ placeholder: "made up" })];
   return {
     title: `Send a test notice to ${operator}?`, text: ONCE, fields: [label("Session", session), label("Player", player)],
-    words: () => ["send", operator, "--yes", ...option("--session", session), ...option("--player", player)],
+    words: () => ["send", operator, ["--yes"], ...option("--session", session), ...option("--player", player)],
     run: async () => {
       const done = await of(operator, "send", { ...given("sessionId", session), ...given("playerId", player) });
       showNotice(operator, done);
@@ -148,7 +148,7 @@ export const retryAll = (one) => dead("Retry all dead", one, (operator, found, w
   title: `Retry the dead deliveries of ${operator}?`, label: "Retry",
   text: `There are ${count(found.found)}, of which ${count(found.canBeSent)} can be sent: ${found.told}. They become due again, at most ten a second, which takes ${span(found.seconds)}. What has been sent cannot be called back.`,
   fields: label("Which", which),
-  words: () => ["deliveries", "retry", "--operator", operator, ...option("--reason", which)],
+  words: () => ["deliveries", "retry", ["--operator", operator], ...option("--reason", which)],
   run: async () => `${are((await of(operator, "deliveries/retry", given("reason", which))).retried, " of " + operator)} due again.`,
 }));
 
@@ -161,7 +161,7 @@ export const discardAll = (one) => dead("Discard all dead", one, (operator, foun
     title: `Discard the dead deliveries of ${operator}?`, label: "Discard",
     text: `There are ${count(found.found)}: ${found.told}. ${operator} is never told of these ends. ${STAY}`,
     fields: [label("Which", which), label("Why", note)],
-    words: () => ["deliveries", "discard", "--operator", operator, ...option("--reason", which), "--note", note.value],
+    words: () => ["deliveries", "discard", ["--operator", operator], ...option("--reason", which), ...option("--note", note)],
     run: async () => `${are((await of(operator, "deliveries/discard", { note: note.value, ...given("reason", which) })).discarded, " of " + operator)} discarded.`,
   };
 });
@@ -170,7 +170,7 @@ export const discardAll = (one) => dead("Discard all dead", one, (operator, foun
 const some = (ids, what, name, off, told, text, note) => action(name, () => ({
   title: `${name.split(" ")[0]} ${count(ids.size)} dead ${ids.size === 1 ? "delivery" : "deliveries"}?`, label: `${name.split(" ")[0]} ${count(ids.size)}`,
   text, fields: note && label("Why", note),
-  lines: () => [...ids].slice(0, 5).map((id) => command("deliveries", what, id, ...(note ? ["--note", note.value] : []))).concat(ids.size > 5 ? "…" : []).join("\n"),
+  lines: () => [...ids].slice(0, 5).map((id) => command("deliveries", what, id, ...option("--note", note))).concat(ids.size > 5 ? "…" : []).join("\n"),
   run: async () => {
     const [refused, before] = [[], ids.size];
     for (const id of [...ids]) {

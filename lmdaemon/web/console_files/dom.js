@@ -3,7 +3,7 @@
 export function h(tag, props = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
+    if ((value ?? false) === false) continue;
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (name === "value") made.value = value;
     else made.setAttribute(name, value === true ? "" : String(value));
@@ -14,7 +14,7 @@ export function h(tag, props = {}, ...children) {
 
 function add(to, children) {
   for (const child of children.flat(Infinity)) {
-    if (child === undefined || child === null || child === false) continue;
+    if ((child ?? false) === false) continue;
     to.append(child instanceof Node ? child : document.createTextNode(String(child)));
   }
 }
@@ -26,6 +26,8 @@ export function replace(place, ...children) {
   add(place, children);
   if (key) place.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
+
+export const p = (...text) => h("p", {}, text);
 
 export const faint = (...text) => h("p", { class: "faint" }, text);
 
@@ -53,7 +55,7 @@ export function when(text) {
 
 // A length of time in its two largest units.
 export function span(seconds) {
-  if (seconds === null || seconds === undefined) return "–";
+  if ((seconds ?? null) === null) return "–";
   const whole = Math.round(seconds);
   for (const [size, unit, next, small] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
     const rest = Math.floor((whole % size) / next);
@@ -62,7 +64,7 @@ export function span(seconds) {
   return `${whole} s`;
 }
 
-export const count = (number) => (number === null || number === undefined ? "–" : number.toLocaleString("en"));
+export const count = (number) => ((number ?? null) === null ? "–" : number.toLocaleString("en"));
 
 export function link(text, ...path) {
   const href = "#/" + path.map((part) => (typeof part === "string" ? encodeURIComponent(part) : query(part))).join("/");
@@ -70,15 +72,14 @@ export function link(text, ...path) {
 }
 
 export function query(values) {
-  const given = Object.entries(values).filter(([, value]) => value !== undefined && value !== null && value !== "");
+  const given = Object.entries(values).filter(([, value]) => (value ?? "") !== "");
   return given.length ? "?" + new URLSearchParams(given).toString() : "";
 }
 
 // heads: texts, or [text, "number"]; rows: lists of cells.
 export function table(label, heads, rows, empty) {
   if (!rows.length) return h("p", { class: "faint" }, empty);
-  const kinds = heads.map((head) => (Array.isArray(head) ? head[1] : undefined));
-  const titles = heads.map((head) => (Array.isArray(head) ? head[0] : head));
+  const [titles, kinds] = [0, 1].map((at) => heads.map((head) => [head].flat()[at]));
   return h("div", { class: "scroll", role: "region", "aria-label": label, tabindex: "0", "data-key": "table " + label },
     h("table", {},
       h("thead", {}, h("tr", {}, titles.map((title, at) => h("th", { scope: "col", class: kinds[at] }, title)))),
@@ -115,4 +116,9 @@ export function chart(title, values, unit, kind = "") {
 
 export const shell = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'");
 
-export const command = (...words) => "lmdaemon " + words.map(shell).join(" ");
+// Options are arrays: a name, and a value if there is one. A text that begins with "-" is kept from being read as an option.
+export function command(...words) {
+  const [ids, rest] = [true, false].map((dash) => words.filter((word) => (word[0] === "-") === dash));
+  const before = rest.flatMap((word) => (Array.isArray(word) && word[1]?.[0] === "-" ? word.join("=") : word));
+  return ["lmdaemon", ...before, ...(ids.length ? ["--", ...ids] : [])].map(shell).join(" ");
+}

@@ -1,7 +1,7 @@
 // Test notices and checks of an operator's endpoint. The last result is kept until the page is reloaded.
 
 import { open, read } from "./api.js";
-import { count, faint, h, replace } from "./dom.js";
+import { count, faint, h, p, replace } from "./dom.js";
 
 const latest = new Map(); // by operator: the element with the result; a running check changes it
 const VERDICT = { pass: "good", delivered: "good", warn: "warn", skipped: "faint" };
@@ -14,11 +14,11 @@ const message = (head, { headers, body }) => h("pre", {}, head + Object.entries(
 const exchange = ({ request, answer, durationMs, cause, reason, detail }) => [
   message(`${request.method} ${request.url}`, request),
   answer ? message(`HTTP ${answer.status} (${count(durationMs)} ms)`, answer)
-    : h("p", {}, `No answer (${count(durationMs)} ms): ${cause ?? reason}${detail ? `, ${detail}` : ""}`)];
+    : p(`No answer (${count(durationMs)} ms): ${cause ?? reason}${detail ? `, ${detail}` : ""}`)];
 
 export function showNotice(operator, sent) {
   latest.set(operator, h("div", {}, h("h2", {}, "Test notice"),
-    h("p", {}, verdict(sent.verdict), `: ${sent.meaning}. In words: ${sent.explanation}. Secrets are masked (***).`), exchange(sent)));
+    p(verdict(sent.verdict), `: ${sent.meaning}. In words: ${sent.explanation}. Secrets are masked (***).`), exchange(sent)));
 }
 
 export async function check(operator) {
@@ -39,7 +39,7 @@ export async function check(operator) {
     else if (result.verdict === "pass" || result.verdict === "skipped") right.append(h("li", {}, verdict(result.verdict), ` ${result.id}: ${result.text}`));
     else wrong.append(h("details", { class: `panel ${VERDICT[result.verdict] ?? "bad"}-edge` },
       h("summary", {}, verdict(result.verdict), " ", h("strong", {}, result.id), `: ${result.text}`),
-      h("p", {}, result.title), h("p", {}, "Why: ", result.why), h("p", {}, "What to do: ", result.hint), result.evidence.map(exchange)));
+      p(result.title), p("Why: ", result.why), p("What to do: ", result.hint), result.evidence.map(exchange)));
   };
   read(stream, take).then(() => {
     stop.remove();

@@ -2,12 +2,13 @@
 
 import * as act from "./act.js";
 import { get } from "./api.js";
-import { chart, command, count, facts, faint, h, link, prose, query, replace, row, span, table, time, when } from "./dom.js";
+import { chart, command, count, facts, faint, h, link, p, prose, query, replace, row, span, table, time, when } from "./dom.js";
 import { latestOf } from "./trial.js";
 
 const PAGE = 50;
 const at = (operator) => "v1/operators/" + encodeURIComponent(operator);
 const STATE = { pass: "good", warn: "warn", fail: "bad", delivered: "good", pending: "warn", dead: "bad", active: "good" };
+const tone = (kind, ...text) => h("span", { class: kind }, text);
 export const state = (text) => h("span", { class: "state " + (STATE[text] ?? "") }, text);
 
 const asCommand = (...words) => faint("The same as a command: ", h("code", {}, command(...words)));
@@ -31,10 +32,10 @@ function heading(place, text, title) {
 const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.pending / 1e3;
 
 function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefore, keptBack: why, notify }) {
-  if (held) return h("span", { class: "warn" }, "held since ", when(heldSince));
-  if (why && breaker !== "closed") return h("span", { class: "bad" }, `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
-  if (why) return h("span", { class: "bad" }, "asks for no attempts until ", when(notBefore));
-  return notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
+  if (held) return tone("warn", "held since ", when(heldSince));
+  if (why && breaker !== "closed") return tone("bad", `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
+  if (why) return tone("bad", "asks for no attempts until ", when(notBefore));
+  return notify ? tone("good", "sending") : tone("faint", "not notified");
 }
 
 // -- overview
@@ -50,19 +51,19 @@ async function overview(place, parts, asked) {
   const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
   const wrong = checks.filter(([, check]) => check.status !== "pass");
   put(place, "health",
-    h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
+    p("Health: ", state(health.status), tone("faint", wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      h("p", {}, state(check.status), " ", h("strong", {}, name), ": ", name === "operators" ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
-      h("p", {}, link("What it means and what to do", "runbook", "health: " + name)))));
+      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
+      p(link("What it means and what to do", "runbook", "health: " + name)))));
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
   const back = items.filter((one) => one.keptBack);
   put(place, "back", back.length > 0 && h2(`Kept back: ${count(back.length)}`),
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
-      h("h3", {}, operatorLink(one)), h("p", {}, prose(one.keptBack)),
-      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
-      h("p", {}, `${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
-    back.length > 8 && h("p", {}, `and ${count(back.length - 8)} more in the table below`));
+      h("h3", {}, operatorLink(one)), p(prose(one.keptBack)),
+      one.outlook && p("By itself: ", prose(one.outlook)),
+      p(`${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
+    back.length > 8 && p(`and ${count(back.length - 8)} more in the table below`));
   const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
   put(place, "charts", h2("The last hour"),
     faint("One bar a minute, the newest at the right. Counted since the daemon's start."),
@@ -91,7 +92,7 @@ function listOperators(place, items, asked) {
     replace(whole.lastChild,
       table("Operators", ["Operator", ["Live", "number"], ["Pending", "number"], ["Dead", "number"], ["Oldest", "number"], "State"],
         found.slice(shownAt, shownAt + PAGE).map((one) => [operatorLink(one), count(one.live), count(one.pending),
-          one.dead ? h("span", { class: "bad" }, count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
+          one.dead ? tone("bad", count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
         items.length ? "No operator has this in its name." : "No operator is configured."),
       found.length > PAGE && row(turn("Previous", -PAGE, shownAt === 0), turn("Next", PAGE, shownAt + PAGE >= found.length),
         h("span", {}, `${count(shownAt + 1)} to ${count(Math.min(found.length, shownAt + PAGE))} of ${count(found.length)}, those in trouble first`)));
@@ -106,16 +107,16 @@ async function operator(place, [name]) {
   const one = items.find((each) => each.operator === name);
   heading(place, name, name);
   if (!one) {
-    put(place, "gate", h("p", {}, "No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
+    put(place, "gate", p("No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
     return;
   }
   put(place, "gate",
     h("div", { class: `panel ${one.keptBack ? (one.held ? "warn" : "bad") : "good"}-edge` },
-      h("p", {}, h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
-      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
-      one.keptBack && h("p", {}, "You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
+      p(h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
+      one.outlook && p("By itself: ", prose(one.outlook)),
+      one.keptBack && p("You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
         link("More in the runbook", "runbook", one.held ? "LmdaemonOperatorHeld" : "LmdaemonOperatorDown")),
-      one.dead > 0 && h("p", {}, `${count(one.dead)} were given up (dead). Retry them when the reason is mended, or discard what nobody wants. `, link("About dead deliveries", "runbook", "LmdaemonDeliveriesDead"))),
+      one.dead > 0 && p(`${count(one.dead)} were given up (dead). Retry them when the reason is mended, or discard what nobody wants. `, link("About dead deliveries", "runbook", "LmdaemonDeliveriesDead"))),
     row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
     act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
@@ -178,7 +179,7 @@ async function sessions(place, parts, asked) {
 async function session(place, [name, id]) {
   heading(place, id, "Session " + id);
   if (id === "." || id === "..") {
-    put(place, "facts", h("p", {}, "A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
+    put(place, "facts", p("A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
     return;
   }
   const one = await get(`${at(name)}/sessions/${encodeURIComponent(id)}`);
@@ -208,7 +209,7 @@ function deliveryTable(items, box) {
       const id = link(one.id.slice(0, 14) + "…", "delivery", one.id);
       id.title = one.id;
       const answer = [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ");
-      const cells = [h("span", { class: "id" }, id), [state(one.state), one.discarded ? ", discarded" : ""], answer,
+      const cells = [tone("id", id), [state(one.state), one.discarded ? ", discarded" : ""], answer,
         count(one.attempts), time(one.nextAttemptAt), time(one.createdAt), sessionLink(one), operatorLink(one), one.sink];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
@@ -269,7 +270,7 @@ async function delivery(place, [id]) {
   put(place, "attempts", h2("Attempts, the oldest first"),
     table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], ["Reason", "wide"], ["Answer", "wide"], ["Sent to", "wide"]],
       one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
-        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
+        each.error ? [tone("bad", each.error), each.detail ? ": " + each.detail : ""] : tone("good", "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
   const kept = one.request?.body === null ? "After the delivery the body is no longer kept; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
   put(place, "request", h2("Request"),
     one.request ? [h("pre", {}, one.request.curl), faint(kept)] : faint("Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
@@ -298,7 +299,7 @@ function drawEvents() {
     drawing = null;
     const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
     const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
-    replace(place, table("Events", ["Time", "Event", ["What", "wide"], "Operator"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), what(name, data), operatorLink(data)]),
+    replace(place, table("Events", ["Time", "Event", ["What", "wide"], "Operator"], rows.map(({ at: moment, name, data }) => [time(moment), tone("id", name), what(name, data), operatorLink(data)]),
       "Nothing yet. What happens from now on is shown here."));
   }, 200);
 }
@@ -338,7 +339,7 @@ async function runbook(place, [name]) {
     return piece.startsWith("**") ? h("strong", {}, piece.slice(2, -2) + ": ") : piece;
   });
   put(place, "text", name
-    ? [book[name] ? book[name].map((line) => h("p", {}, linked(line))) : h("p", {}, "There is no entry of this name."), h("p", {}, link("All entries", "runbook"))]
+    ? [book[name] ? book[name].map((line) => p(linked(line))) : p("There is no entry of this name."), p(link("All entries", "runbook"))]
     : h("ul", {}, Object.keys(book).map((one) => h("li", {}, link(one, "runbook", one)))));
 }
 

@@ -10,6 +10,7 @@ from commands import run
 from engines import PostgresEngine, SqliteEngine
 from operations import BODY, attempt, one_delivery, opening
 from support import live
+from terminals import Terminal
 
 from lmdaemon.clock import Clock
 from lmdaemon.store.contract import DatabaseError, Moved, NewDelivery, Settlement
@@ -141,3 +142,7 @@ async def test_the_command_moves_prints_both_sides_and_says_when_it_is_done(
     sqlite3.connect(strange).execute("CREATE TABLE x (y)").connection.close()
     refused = run("--config", str(config), "import", str(strange), cwd=tmp_path)
     assert (refused.returncode, "another program" in refused.stderr) == (1, True)
+    terminal = Terminal(tmp_path, "--config", config, "import", strange, only_messages=True)
+    assert terminal.ended() == 1
+    shown = [line.rpartition("\r")[2] for line in terminal.text.replace("\r\n", "\n").split("\n")]
+    assert shown == [refused.stderr.rstrip(), ""]  # nothing is left of the progress, and no empty line

@@ -1,11 +1,14 @@
 """Migrations that take long, and programs of different versions that prepare one database at the same time."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import psycopg
 import pytest
+from commands import poll, run
 from engines import PostgresEngine
 from processes import wait_for
+from terminals import Terminal
 
 from lmdaemon.limits import StoreLimits
 from lmdaemon.store.postgres.migrations import migrate
@@ -85,3 +88,24 @@ def test_a_table_that_somebody_else_holds_is_not_waited_for(old: PostgresEngine)
         with pytest.raises(Exception, match="cannot be set up: canceling statement due to lock timeout"):
             changed.result(20)
     assert begun(old).result(20) == [newest]
+
+
+@pytest.mark.parametrize("columns", [80, 0])
+def test_migrate_shows_its_steps_on_a_terminal_and_nowhere_else(
+    old: PostgresEngine, tmp_path: Path, columns: int
+) -> None:
+    """The line is there while the migration waits for a table, and is removed at the end."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[database]\nurl = "{old.as_url}"\n')
+    words = ("--config", str(config), "migrate")
+    with psycopg.connect(old.url) as sql:
+        sql.execute("LOCK TABLE lmdaemon.member IN ROW EXCLUSIVE MODE")
+        terminal = Terminal(tmp_path, *words, columns=columns, only_messages=True)
+        poll(lambda: "migrating: " in terminal.read() and "0/1" in terminal.text)
+    assert terminal.ended() == 0, terminal.text
+    assert terminal.text.rpartition("\r")[2].strip() == ""
+    with psycopg.connect(old.url, autocommit=True) as sql:
+        sql.execute("DROP SCHEMA lmdaemon CASCADE")
+    done = run(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"schema {len(MIGRATIONS)}" in done.stdout

@@ -45,7 +45,7 @@ def request_of(operator: Operator, row: Delivery, at_s: float) -> Request | None
     """
     if row.sink != HTTP_SINK or operator.target is None or row.body_digest is None:
         return None
-    mask = masks.Mask((row.token, *masks.secrets_of(operator)))
+    mask = masks.Mask(masks.secrets_of(operator))  # of headers: the token is sent in the body alone
     headers = own_headers(operator, row.body) | request_headers(operator, row.webhook_id, row.body, at_s)
     if not row.body:  # the body was deleted when it was delivered, so its length is not known
         del headers["Content-Length"]

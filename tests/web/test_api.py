@@ -805,6 +805,19 @@ async def test_a_delivery_shows_the_request_that_the_operator_received(api: Call
     assert json.loads(request["body"]) == json.loads(received.body) | {"token": "***"}
 
 
+async def test_a_delivered_request_is_shown_with_its_whole_id(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = await api("GET", f"/v1/deliveries/{(await api.delivery_of())['id']}", 200)
+    (received,) = wallet.received
+    assert delivery["state"] == "delivered"
+    sent = dict(received.headers)
+    del sent["Content-Length"]
+    assert delivery["request"]["headers"] == sent
+    assert delivery["id"] in delivery["request"]["curl"]
+
+
 async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(
     api: Caller, wallet: ScriptedOperator
 ) -> None:

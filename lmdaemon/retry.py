@@ -121,12 +121,13 @@ def not_before(gate: Gate, now_at: int) -> int | None:
     return None if at is None or at <= now_at else at
 
 
-def next_attempt_at(delivery: Delivery, gate: Gate) -> int | None:
+def next_attempt_at(delivery: Delivery, gate: Gate, *, is_tried: bool = True) -> int | None:
     """Wall time (ms) at which a pending delivery can be tried: when it is due and its operator's gate is open.
 
-    A plug-in has no gate. None while the operator is held, and once the delivery is settled.
+    A plug-in has no gate. None while the operator is held, once the delivery is settled, and if the settings say that
+    it is not tried (not `is_tried`, see Settings.delivers).
     """
-    if delivery.state != "pending":
+    if delivery.state != "pending" or not is_tried:
         return None
     if delivery.sink != HTTP_SINK:
         return delivery.due_at

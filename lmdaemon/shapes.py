@@ -341,7 +341,8 @@ class Delivery(Answer):
         Time | None,
         Meta(
             description="When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
-            "retries by hand allow it. Null while the operator is held, and once it is settled."
+            "retries by hand allow it. Null while the operator is held, while it is not in the file or its `notify` is "
+            "false (for a plug-in: while that does not listen to it), and once it is settled."
         ),
     ]
     settled_at: Time | None

@@ -16,7 +16,6 @@ from lmdaemon.metrics import CONTENT_TYPE
 from lmdaemon.model import Gate, rfc3339
 from lmdaemon.store.contract import StoreError
 from lmdaemon.web.calls import Asked, Context, shown
-from lmdaemon.web.documents import with_history
 from lmdaemon.web.problems import Problem
 from lmdaemon.web.requests import bearer
 
@@ -164,7 +163,7 @@ class Administration:
         log.info(
             "operator.probed", operator=operator.name, id=webhook_id, state=delivery.state, by=by, request_id=asking
         )
-        return with_history(delivery, self._store.gate(operator.name))
+        return self._context.delivery_with_history(delivery)
 
     # -- the daemon itself
 

@@ -1208,6 +1208,40 @@ async def test_the_next_attempt_is_when_it_can_be_tried(
     assert await everywhere() is await everywhere("s2") is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("notify = true", "notify = false"), ("[operators.acme]", "[operators.a]")]
+)
+async def test_what_nobody_tries_has_no_next_attempt(
+    api: Caller, wallet: ScriptedOperator, tmp_path: Path, before: str, after: str
+) -> None:
+    """An operator that no longer wants notices, and one that has left the file."""
+
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def next_attempts() -> list[str | None]:
+        (listed,) = await api.walk("/v1/deliveries", 100)
+        one = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
+        return [listed["nextAttemptAt"], one["nextAttemptAt"]]
+
+    async def attempted() -> bool:
+        return (await api.delivery_of())["attempts"] == 1
+
+    wallet.script = [failing]
+    await api.open()
+    await api.close()
+    await until(attempted)
+    assert None not in await next_attempts()
+    file = tmp_path / "config.toml"
+    known = file.read_text()
+    file.write_text(known.replace(before, after, 1))
+    await api.daemon.daemon.reload_once()
+    assert await next_attempts() == [None, None]
+    file.write_text(known)
+    await api.daemon.daemon.reload_once()
+    assert None not in await next_attempts()
+
+
 async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller, wallet: ScriptedOperator) -> None:
     async def failing(_: object) -> aiohttp.web.Response:
         return aiohttp.web.Response(status=500)

@@ -192,7 +192,7 @@ async function session(place, [name, id]) {
   for (const each of one.deliveries) {
     const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} ${each.attempts === 1 ? "attempt" : "attempts"})`];
     if (each.settledAt) steps.push([each.settledAt, [state(each.state), " to ", to, each.state === "dead" && each.lastError ? `: ${each.lastError}` : ""]]);
-    else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", while the operator is held"]]);
+    else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", not tried as things are"]]);
   }
   steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
   put(place, "timeline", h2("What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
@@ -263,7 +263,7 @@ async function delivery(place, [id]) {
   put(place, "facts",
     facts(["State", state(one.state)], one.discarded && ["Discarded", [when(one.discarded.at), one.discarded.by ? ` by ${one.discarded.by}` : "", `: ${one.discarded.note}`]],
       ["Operator", operatorLink(one)], ["Session", sessionLink(one)],
-      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
+      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "none while the operator is held, without notify or not in the file"],
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     one.state === "dead" && row(act.retrySome(new Set([id]), "Retry"), act.discardSome(new Set([id]), "Discard", one.discarded ? "It is discarded." : "")));
   put(place, "attempts", h2("Attempts, the oldest first"),

@@ -295,8 +295,14 @@ class Health:
         found = {name: self._store.gate(name) for name in self._settings().operators}
         held = [name for name, gate in found.items() if gate.held_at is not None]
         broken = [name for name, gate in found.items() if retry.breaker(gate, now_at) != "closed"]
-        check: Check = {"status": "warn" if held or broken else "pass", "held": held, "broken": broken}
-        said = [*self._told_of(found, now_at)]
+        waiting = {name: one for name, one in self._store.figures.items() if one.live or one.pending}
+        gone = {name: one for name, one in waiting.items() if name not in found}
+        check: Check = {"status": "warn" if held or broken or gone else "pass", "held": held, "broken": broken}
+        if gone:
+            shown = [{"operator": name, "live": one.live, "pending": one.pending} for name, one in gone.items()]
+            check["notConfigured"] = shown
+        said = [gates.not_configured(name, one.live, one.pending) for name, one in islice(gone.items(), TOLD_MAX)]
+        said += self._told_of(found, now_at)
         return check | {"output": "; ".join(said)} if said else check
 
     def _told_of(self, operators: Mapping[str, Gate], now_at: int) -> Iterator[str]:

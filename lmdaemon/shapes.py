@@ -848,11 +848,25 @@ class DeliveriesCheck(Check):
     oldestPendingSeconds: NotRequired[Seconds]
 
 
+class NotConfigured(TypedDict):
+    """An operator that is not in the file, with what remains of it."""
+
+    operator: OperatorName
+    live: Count
+    pending: Count
+
+
 class OperatorsCheck(Check):
-    """Which operators are held back."""
+    """Which operators are held back, and which are not in the file."""
 
     held: list[OperatorName]
     broken: Annotated[list[OperatorName], Meta(description="Those whose breaker is not closed.")]
+    notConfigured: NotRequired[
+        Annotated[
+            list[NotConfigured],
+            Meta(description="Those that are not in the file, though sessions are live or deliveries wait."),
+        ]
+    ]
 
 
 class DaemonsCheck(Check):

@@ -45,6 +45,18 @@ def test_operators_are_told_once_below_the_table() -> None:
     assert [*outlook.of_health(health, is_each_told=False)][1:] == ["                   gum: held since …"]
 
 
+def test_an_operator_that_left_the_file_is_told_with_a_row_of_its_own() -> None:
+    gone = [{"operator": "old", "live": 1, "pending": 36}]
+    said = "old is not in the file, so its sessions and deliveries wait: 1 live, 36 pending"
+    check = {"status": "warn", "held": ["gum"], "notConfigured": gone, "output": f"{said}; gum: held since …"}
+    health = {"checks": {"operators": [check]}}
+    lines = [line.strip() for line in outlook.of_health(health)]
+    assert lines[:2] == ["operators  warn  held=gum notConfigured=old", said]
+    assert lines[2].startswith("by hand: put them back")
+    assert outlook.rows_of(health) == [{"operator": "old (not in the file)", "live": 1, "pending": 36}]
+    assert outlook.rows_of({"status": "pass"}) == []
+
+
 def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:
     kept_back = {"operator": "acme", "keptBack": "breaker open since …", "outlook": "tried again at …", "dead": 0}
     assert [*outlook.of_operator(kept_back)] == [

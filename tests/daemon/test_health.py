@@ -23,7 +23,7 @@ from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.limits import Limits, StoreLimits
 from lmdaemon.model import Gate, Member
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.contract import NewDelivery, Opening, StoreError
+from lmdaemon.store.contract import Figures, NewDelivery, Opening, StoreError
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.version import __version__
 
@@ -391,6 +391,27 @@ async def test_an_operator_that_is_held_or_broken_warns(
     found = await check(checked, "operators")
     assert (found["status"], found["held"], found["broken"]) == ("warn", held, broken)
     await store.set_gate("acme", lambda known: replace(gate, held_at=None, failures=4))
+    assert (await check(checked, "operators"))["status"] == "pass"
+
+
+async def test_an_operator_that_left_the_file_warns_while_something_waits(
+    store: Store, checked: Health, pulses: dict[str, Pulse]
+) -> None:
+    store.configured = frozenset({"acme", "old"})
+    await store.open_session(Opening("old", "s1", "p", "t", None, 1000, 0))
+    await store.open_session(Opening("old", "s2", "p", "t", None, 1000, 0))
+    await store.end("old", "s2")
+    found = await check(checked, "operators")
+    assert (found["status"], found["held"], found["broken"]) == ("warn", [], [])
+    assert found["notConfigured"] == [{"operator": "old", "live": 1, "pending": 1}]
+    assert found["output"] == "old is not in the file, so its sessions and deliveries wait: 1 live, 1 pending"
+    await store.set_gate("acme", lambda known: Gate(held_at=1, held_reason="by_hand"))
+    found = await check(checked, "operators")
+    assert found["output"].startswith(
+        "old is not in the file, so its sessions and deliveries wait: 1 live, 1 pending; acme"
+    )
+    store.figures["old"] = Figures()
+    await store.set_gate("acme", lambda known: Gate())
     assert (await check(checked, "operators"))["status"] == "pass"
 
 

@@ -14,6 +14,8 @@ const asCommand = (...words) => faint("The same as a command: ", h("code", {}, c
 const operatorLink = ({ operator: name }) => link(name, "operator", name);
 const sessionLink = ({ operator: name, sessionId: id }) => link(id, "session", name, id);
 const h2 = (text) => h("h2", {}, text);
+const p = (...text) => h("p", {}, text);
+const as = (look, ...text) => h("span", { class: look }, text);
 
 function part(place, name) {
   let found = place.querySelector(`:scope > [data-part="${name}"]`);
@@ -31,15 +33,17 @@ function heading(place, text, title) {
 const trouble = (one) => (one.keptBack ? 1e9 : 0) + (one.dead ? 1e6 : 0) + one.pending / 1e3;
 
 function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefore, keptBack: why, notify }) {
-  if (held) return h("span", { class: "warn" }, "held since ", when(heldSince));
-  if (why && breaker !== "closed") return h("span", { class: "bad" }, `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
-  if (why) return h("span", { class: "bad" }, "asks for no attempts until ", when(notBefore));
-  return notify ? h("span", { class: "good" }, "sending") : h("span", { class: "faint" }, "not notified");
+  if (held) return as("warn", "held since ", when(heldSince));
+  if (why && breaker !== "closed") return as("bad", `failing: ${lastFailure?.reason ?? ""}, since `, when(breakerSince));
+  if (why) return as("bad", "asks for no attempts until ", when(notBefore));
+  return notify ? as("good", "sending") : as("faint", "not notified");
 }
 
 // -- overview
 
 const figuresOf = ({ dead, pending, oldestPendingSeconds: oldest }) => (dead === undefined ? "" : `${count(dead)} dead, ${count(pending)} pending` + (oldest ? `, the oldest ${span(oldest)} old` : ""));
+
+const minutesOf = (figures, operator) => figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === operator);
 
 let shownAt = 0;
 
@@ -50,20 +54,20 @@ async function overview(place, parts, asked) {
   const checks = Object.entries(health.checks ?? {}).map(([name, [check]]) => [name, check]);
   const wrong = checks.filter(([, check]) => check.status !== "pass");
   put(place, "health",
-    h("p", {}, "Health: ", state(health.status), h("span", { class: "faint" }, wrong.length ? "" : `, all ${checks.length} checks`)),
+    p("Health: ", state(health.status), as("faint", wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      h("p", {}, state(check.status), " ", h("strong", {}, name), ": ", name === "operators" ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
-      h("p", {}, link("What it means and what to do", "runbook", "health: " + name)))));
+      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" && !check.notConfigured ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
+      p(link("What it means and what to do", "runbook", "health: " + name)))));
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
   const back = items.filter((one) => one.keptBack);
   put(place, "back", back.length > 0 && h2(`Kept back: ${count(back.length)}`),
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
-      h("h3", {}, operatorLink(one)), h("p", {}, prose(one.keptBack)),
-      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
-      h("p", {}, `${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
-    back.length > 8 && h("p", {}, `and ${count(back.length - 8)} more in the table below`));
-  const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
+      h("h3", {}, operatorLink(one)), p(prose(one.keptBack)),
+      one.outlook && p("By itself: ", prose(one.outlook)),
+      p(`${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
+    back.length > 8 && p(`and ${count(back.length - 8)} more in the table below`));
+  const all = minutesOf(figures, null);
   put(place, "charts", h2("The last hour"),
     faint("One bar a minute, the newest at the right. Counted since the daemon's start."),
     h("div", { class: "tiles" }, chart("Ends", all.ends), chart("Delivered", all.delivered),
@@ -91,7 +95,7 @@ function listOperators(place, items, asked) {
     replace(whole.lastChild,
       table("Operators", ["Operator", ["Live", "number"], ["Pending", "number"], ["Dead", "number"], ["Oldest", "number"], "State"],
         found.slice(shownAt, shownAt + PAGE).map((one) => [operatorLink(one), count(one.live), count(one.pending),
-          one.dead ? h("span", { class: "bad" }, count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
+          one.dead ? as("bad", count(one.dead)) : "0", span(one.oldestPendingSeconds), keptBack(one)]),
         items.length ? "No operator has this in its name." : "No operator is configured."),
       found.length > PAGE && row(turn("Previous", -PAGE, shownAt === 0), turn("Next", PAGE, shownAt + PAGE >= found.length),
         h("span", {}, `${count(shownAt + 1)} to ${count(Math.min(found.length, shownAt + PAGE))} of ${count(found.length)}, those in trouble first`)));
@@ -106,16 +110,16 @@ async function operator(place, [name]) {
   const one = items.find((each) => each.operator === name);
   heading(place, name, name);
   if (!one) {
-    put(place, "gate", h("p", {}, "No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
+    put(place, "gate", p("No operator of this name is configured. Sessions and deliveries that it had are kept: "), link("its deliveries", "deliveries", { operator: name }));
     return;
   }
   put(place, "gate",
     h("div", { class: `panel ${one.keptBack ? (one.held ? "warn" : "bad") : "good"}-edge` },
-      h("p", {}, h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
-      one.outlook && h("p", {}, "By itself: ", prose(one.outlook)),
-      one.keptBack && h("p", {}, "You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
+      p(h("strong", {}, one.keptBack ? prose(one.keptBack) : (one.notify ? "Nothing keeps it back." : "Its ends are not sent: notify is false."))),
+      one.outlook && p("By itself: ", prose(one.outlook)),
+      one.keptBack && p("You could: ", one.held ? "see who held it and why, send a test notice, and release it when that is over. " : "tell the operator what is answered, send a test notice or probe it when they say it is mended, or hold it meanwhile. Nothing is lost while it waits. ",
         link("More in the runbook", "runbook", one.held ? "LmdaemonOperatorHeld" : "LmdaemonOperatorDown")),
-      one.dead > 0 && h("p", {}, `${count(one.dead)} were given up (dead). Retry them when the reason is mended, or discard what nobody wants. `, link("About dead deliveries", "runbook", "LmdaemonDeliveriesDead"))),
+      one.dead > 0 && p(`${count(one.dead)} were given up (dead). Retry them when the reason is mended, or discard what nobody wants. `, link("About dead deliveries", "runbook", "LmdaemonDeliveriesDead"))),
     row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
     act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
@@ -130,7 +134,7 @@ async function operator(place, [name]) {
       one.heldNote && ["Note", one.heldNote],
       one.heldUntil && ["Released by itself", when(one.heldUntil)],
       ["Dialect", one.dialect]));
-  const series = figures.spans.find((each) => each.stepSeconds === 60).series.find((each) => each.operator === name);
+  const series = minutesOf(figures, name);
   put(place, "charts", h2("The last hour"), series
     ? h("div", { class: "tiles" }, chart("Ends", series.ends), chart("Delivered", series.delivered), chart("Failed attempts", series.failed, "", "bad"))
     : faint("No figures: nothing has happened since the start, or it is not among the 100 busiest operators."));
@@ -178,7 +182,7 @@ async function sessions(place, parts, asked) {
 async function session(place, [name, id]) {
   heading(place, id, "Session " + id);
   if (id === "." || id === "..") {
-    put(place, "facts", h("p", {}, "A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
+    put(place, "facts", p("A browser cannot ask for a session of this name. In a terminal:"), h("pre", {}, command("sessions", "show", name, id)));
     return;
   }
   const one = await get(`${at(name)}/sessions/${encodeURIComponent(id)}`);
@@ -191,8 +195,9 @@ async function session(place, [name, id]) {
   if (one.endedAt) steps.push([one.endedAt, ["Ended: ", h("strong", {}, one.reason)]]);
   for (const each of one.deliveries) {
     const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} ${each.attempts === 1 ? "attempt" : "attempts"})`];
-    if (each.settledAt) steps.push([each.settledAt, [state(each.state), " to ", to, each.state === "dead" && each.lastError ? `: ${each.lastError}` : ""]]);
-    else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", not tried as things are"]]);
+    const why = each.state !== "delivered" && each.lastError ? `: ${each.lastError}` : "";
+    const then = each.settledAt ? "" : each.nextAttemptAt ? ", tried again then" : ", not tried as things are";
+    steps.push([each.settledAt ?? each.nextAttemptAt, [state(each.state), " to ", to, why, then]]);
   }
   steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
   put(place, "timeline", h2("What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
@@ -208,7 +213,7 @@ function deliveryTable(items, box) {
       const id = link(one.id.slice(0, 14) + "…", "delivery", one.id);
       id.title = one.id;
       const answer = [one.lastStatus, one.lastCode === null ? null : `error ${one.lastCode}`, one.lastError].filter((each) => each !== null).join(", ");
-      const cells = [h("span", { class: "id" }, id), [state(one.state), one.discarded ? ", discarded" : ""], answer,
+      const cells = [as("id", id), [state(one.state), one.discarded ? ", discarded" : ""], answer,
         count(one.attempts), time(one.nextAttemptAt), time(one.createdAt), sessionLink(one), operatorLink(one), one.sink];
       return box ? [box(one), ...cells] : cells;
     }), "No deliveries.");
@@ -263,13 +268,13 @@ async function delivery(place, [id]) {
   put(place, "facts",
     facts(["State", state(one.state)], one.discarded && ["Discarded", [when(one.discarded.at), one.discarded.by ? ` by ${one.discarded.by}` : "", `: ${one.discarded.note}`]],
       ["Operator", operatorLink(one)], ["Session", sessionLink(one)],
-      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "none while the operator is held, without notify or not in the file"],
+      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "none as things are"],
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     one.state === "dead" && row(act.retrySome(new Set([id]), "Retry"), act.discardSome(new Set([id]), "Discard", one.discarded ? "It is discarded." : "")));
   put(place, "attempts", h2("Attempts, the oldest first"),
     table("Attempts", ["Time", ["Took", "number"], ["Status", "number"], ["Code", "number"], ["Reason", "wide"], ["Answer", "wide"], ["Sent to", "wide"]],
       one.history.map((each) => [time(each.at), each.durationMs === null ? "not known" : `${count(each.durationMs)} ms`, each.status ?? "–", each.code ?? "–",
-        each.error ? [h("span", { class: "bad" }, each.error), each.detail ? ": " + each.detail : ""] : h("span", { class: "good" }, "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
+        each.error ? [as("bad", each.error), each.detail ? ": " + each.detail : ""] : as("good", "success"), each.answer ? h("code", {}, each.answer) : "–", [each.url, each.address ? ` (${each.address})` : ""]]), "Not tried yet."));
   const kept = one.request?.body === null ? "After the delivery the body is no longer kept; its SHA-256 stands above." : "Secrets are masked (***); a signature is made anew for each attempt.";
   put(place, "request", h2("Request"),
     one.request ? [h("pre", {}, one.request.curl), faint(kept)] : faint("Nothing is sent by HTTP: it is for a plug-in, or its operator has no URL, or a fact that must be sent is not known."),
@@ -298,7 +303,7 @@ function drawEvents() {
     drawing = null;
     const wanted = (document.getElementById("event-filter")?.value ?? "").toLowerCase();
     const rows = seen.filter(({ name, data }) => (name + JSON.stringify(data)).toLowerCase().includes(wanted)).slice(0, 100);
-    replace(place, table("Events", ["Time", "Event", ["What", "wide"], "Operator"], rows.map(({ at: moment, name, data }) => [time(moment), h("span", { class: "id" }, name), what(name, data), operatorLink(data)]),
+    replace(place, table("Events", ["Time", "Event", ["What", "wide"], "Operator"], rows.map(({ at: moment, name, data }) => [time(moment), as("id", name), what(name, data), operatorLink(data)]),
       "Nothing yet. What happens from now on is shown here."));
   }, 200);
 }
@@ -338,7 +343,7 @@ async function runbook(place, [name]) {
     return piece.startsWith("**") ? h("strong", {}, piece.slice(2, -2) + ": ") : piece;
   });
   put(place, "text", name
-    ? [book[name] ? book[name].map((line) => h("p", {}, linked(line))) : h("p", {}, "There is no entry of this name."), h("p", {}, link("All entries", "runbook"))]
+    ? [book[name] ? book[name].map((line) => p(linked(line))) : p("There is no entry of this name."), p(link("All entries", "runbook"))]
     : h("ul", {}, Object.keys(book).map((one) => h("li", {}, link(one, "runbook", one)))));
 }
 

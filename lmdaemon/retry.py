@@ -127,12 +127,15 @@ def next_attempt_at(delivery: Delivery, gate: Gate, *, is_tried: bool = True) ->
     A plug-in has no gate. None while the operator is held, once the delivery is settled, and if the settings say that
     it is not tried (not `is_tried`, see Settings.delivers).
     """
-    if delivery.state != "pending" or not is_tried:
-        return None
-    if delivery.sink != HTTP_SINK:
-        return delivery.due_at
+    return tried_at(delivery.sink, delivery.due_at, gate) if delivery.state == "pending" and is_tried else None
+
+
+def tried_at(sink: str, due_at: int, gate: Gate) -> int | None:
+    """Wall time (ms) at which a delivery that is due at `due_at` can be tried; None while its operator is held."""
+    if sink != HTTP_SINK:
+        return due_at
     at = opens_at(gate)
-    return None if at is None else max(delivery.due_at, at)
+    return None if at is None else max(due_at, at)
 
 
 def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:

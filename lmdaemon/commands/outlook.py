@@ -11,7 +11,7 @@ from lmdaemon.model import in_bytes, in_time
 _ASIDE = ("status", "time", "output", "observedUnit")  # members of a check that are not printed as figures
 _INDENT = " " * 22
 TOLD_MAX = 3  # a check prints a line with a command for at most so many operators
-# What can be done about a check that does not pass, by its name. `_by_hand` adds the checks `deliveries` and `expiry`
+# What can be done about a check that does not pass, by its name. `_by_hand` adds what depends on the check's members
 _BY_HAND = {
     "store": "make room on its disk, or mend it: within a second after that writes go on by themselves, and clients "
     "ask again",
@@ -57,7 +57,7 @@ def _by_hand(name: str, check: Mapping[str, Any]) -> Iterator[str]:
             yield f"{listed}; do its game servers reach the daemon?"
     if name == "operators" and _not_configured(check):
         yield "put them back under these names until nothing waits: an operator is known by its name"
-    if name == "deliveries" and check.get("output"):
+    if name == "deliveries" and "falls behind" in str(check.get("output")):
         yield "raise the concurrency of the operator that falls behind, if it agrees, and reload"
 
 

@@ -36,6 +36,7 @@ def test_each_thing_that_is_wrong_has_a_line_and_then_what_can_be_done() -> None
 def test_only_who_falls_behind_is_to_get_more_concurrency() -> None:
     assert len(of("deliveries", dead=3)) == 1
     assert "raise the concurrency" in of("deliveries", dead=0, output="elm (http) falls behind: …")[2]
+    assert len(of("deliveries", dead=0, output="elm (http): the oldest of 1 pending is 20 min old, …")) == 2
 
 
 def test_operators_are_told_once_below_the_table() -> None:

@@ -41,7 +41,8 @@ function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefo
 
 // -- overview
 
-const figuresOf = ({ dead, pending, oldestPendingSeconds: oldest }) => (dead === undefined ? "" : `${count(dead)} dead, ${count(pending)} pending` + (oldest ? `, the oldest ${span(oldest)} old` : ""));
+const ageOf = ({ oldestPendingSeconds: oldest }) => (oldest ? `, the oldest ${span(oldest)} old` : "");
+const figuresOf = (one) => (one.dead === undefined ? "" : `${count(one.pending)} pending, ${count(one.dead)} dead${ageOf(one)}`);
 
 const minutesOf = (figures, operator) => figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === operator);
 
@@ -56,7 +57,7 @@ async function overview(place, parts, asked) {
   put(place, "health",
     p("Health: ", state(health.status), as("faint", wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" && !check.notConfigured ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
+      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" && !check.notConfigured ? "some are kept back, see below" : prose([check.output, figuresOf(check)].filter(Boolean).join("; "))),
       p(link("What it means and what to do", "runbook", "health: " + name)))));
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
@@ -65,7 +66,7 @@ async function overview(place, parts, asked) {
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
       h("h3", {}, operatorLink(one)), p(prose(one.keptBack)),
       one.outlook && p("By itself: ", prose(one.outlook)),
-      p(`${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
+      p(figuresOf(one)))),
     back.length > 8 && p(`and ${count(back.length - 8)} more in the table below`));
   const all = minutesOf(figures, null);
   put(place, "charts", h2("The last hour"),
@@ -123,7 +124,7 @@ async function operator(place, [name]) {
     row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
     act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
-      ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`]],
+      ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), ageOf(one)]],
       ["Dead", link(count(one.dead), "deliveries", { operator: name, state: "dead" })],
       ["Breaker", [one.breaker, one.breakerSince ? [" since ", when(one.breakerSince)] : ""]],
       ["Failed in a row", [count(one.failedAttempts), one.failingSince ? [", since ", when(one.failingSince)] : ""]],

@@ -22,6 +22,7 @@ _LOOKED_AT = 8192  # bytes at the beginning of an answer that are searched for s
 _SPELLING_MAX = 100  # characters that one character may become when it is escaped several times over
 _NOTATIONS_MAX = 4  # levels of escaping that are undone, one within the other
 _PART_MIN = 8  # so many characters in a row of a secret are hidden even if the rest of the secret is missing
+_UNSEEN_MAX = _PART_MIN * _SPELLING_MAX  # fewer than _PART_MIN characters, and one whose escape was cut off
 _LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # characters that no notation escapes
 # A signature of Standard Webhooks (256 bits in base64) after `_folded` has put it into lower case
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
@@ -50,14 +51,15 @@ class Mask:
     def text_of(self, body: bytes, *, complete: bool) -> str:
         """The text of an answer, masked. `complete` is False for a body that was cut off.
 
-        The last characters of such a text are left out, because they could be the beginning of a secret that is not
-        recognised.
+        The last characters of such a text are left out, because they could be the beginning of a secret. Of those that
+        are not recognised there are never more than _UNSEEN_MAX, because a longer beginning is recognised as a part.
         """
         text = without_mark(body).decode(encoding_of(body), "replace")
         found, parts = self._found(text)
         if not complete:
             whole_until = max((end for _, end in found), default=0)
-            text = text[: max(whole_until, len(text) - self.longest)]
+            until = max(whole_until, len(text) - min(self.longest, _UNSEEN_MAX))
+            text = text[: min((start for start, end in parts if whole_until <= start < until <= end), default=until)]
         return _masked(text, found + parts)
 
     def beginning_of(self, body: bytes, *, complete: bool) -> str:

@@ -152,6 +152,24 @@ def test_of_a_long_answer_its_beginning_is_kept_with_nothing_of_a_secret() -> No
     assert mask.beginning_of(b"tok/en, refused", complete=True) == f"{MASK}, refused"
 
 
+@pytest.mark.parametrize("secret", ["+/" * 60, "é" * 4096, TOKEN * 100, '"' * 9, "\\" * 50 + "a"])
+def test_a_long_answer_without_a_secret_is_kept(secret: str) -> None:
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        answered = ("x" * 9000).encode(encoding)
+        assert Mask([secret]).beginning_of(answered, complete=True) == "x" * masks.SHOWN_MAX
+
+
+@pytest.mark.parametrize("notation", NOTATIONS)
+@pytest.mark.parametrize("secret", [TOKEN, "+/" * 60, 'tök/en"\\<1==' * 3, "-/-", "😀é" * 10])
+def test_of_a_long_secret_that_was_cut_off_anywhere_nothing_is_left(secret: str, notation: str) -> None:
+    spelt = NOTATIONS[notation](secret)
+    mask = Mask([secret])
+    for cut in range(len(spelt) + 1):
+        shown = mask.text_of(("." * 2000 + spelt[:cut]).encode(), complete=False)
+        assert set(shown) <= {".", "*"}, spelt[:cut]
+        assert shown.startswith("." * 1000)
+
+
 def test_what_a_notice_holds_and_was_made_with_is_hidden(tmp_path: Path) -> None:
     for name, text in (("hash.key", "the-hash-key"), ("signing", "whsec_" + "A" * 44)):
         (tmp_path / name).write_text(text)

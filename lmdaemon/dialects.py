@@ -81,7 +81,7 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
     @property
     def content_type(self) -> str:
         """The Content-Type header of what is sent."""
-        return "application/json" if self.content == "json" else "application/x-www-form-urlencoded"
+        return _CONTENT_TYPES[self.content]
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -227,10 +227,11 @@ def _without_secrets(value: Any, secret_names: Container[str]) -> Any:
     }
 
 
-_CONTENTS: Mapping[str, Literal["json", "form"]] = {
-    "application/json": "json",
-    "application/x-www-form-urlencoded": "form",
+_CONTENT_TYPES: Mapping[Literal["json", "form"], str] = {
+    "json": "application/json",
+    "form": "application/x-www-form-urlencoded",
 }
+_CONTENTS = {content_type: content for content, content_type in _CONTENT_TYPES.items()}
 # Names of charsets. Some senders write one into Content-Encoding, where it means nothing.
 _CHARSET = (
     r"utf[-_]?(7|8|16|32)(le|be)?|(us-)?ascii|iso[-_]?8859[-_]?[0-9]{1,2}|latin[-_]?[0-9]{1,2}"
@@ -546,6 +547,18 @@ def encode(
     if dialect.content == "json":
         return orjson.dumps(fields)
     return urlencode(fields).encode()
+
+
+def content_of_body(body: bytes) -> Literal["json", "form"]:
+    """The content of a body that `encode` has made, perhaps for a dialect that is no longer in force. In JSON it begins
+    with `{`, which a form escapes.
+    """
+    return "json" if body.startswith(b"{") else "form"
+
+
+def type_of_body(body: bytes) -> str:
+    """The Content-Type of a body that `encode` has made."""
+    return _CONTENT_TYPES[content_of_body(body)]
 
 
 _NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # \d would also match the digits of other scripts

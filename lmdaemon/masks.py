@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, unquote_plus, unquote_to_bytes, urlsplit
 
 from lmdaemon.config.settings import Operator
-from lmdaemon.dialects import encoding_of, without_mark
+from lmdaemon.dialects import content_of_body, encoding_of, without_mark
 
 MASK = "***"
 SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
@@ -23,6 +23,7 @@ _SPELLING_MAX = 100  # characters that one character may become when it is escap
 _NOTATIONS_MAX = 4  # levels of escaping that are undone, one within the other
 _PART_MIN = 8  # so many characters in a row of a secret are hidden even if the rest of the secret is missing
 _UNSEEN_MAX = _PART_MIN * _SPELLING_MAX  # fewer than _PART_MIN characters, and one whose escape was cut off
+_READABLE = ("provider", "session", "player", "request")  # the meanings of fields that stay readable
 _LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # characters that no notation escapes
 # A signature of Standard Webhooks (256 bits in base64) after `_folded` has put it into lower case
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
@@ -137,8 +138,8 @@ def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
 
     That is its token and hash, the operator's hash key and signing keys, and the secret parts of its URL.
     """
-    fields = fields_of(operator, body)
-    sent = (fields.get(operator.sends.fields.get(meaning, "")) for meaning in ("token", "hash"))
+    readable = readable_fields(operator)
+    sent = (value for name, value in fields_of(body).items() if name not in readable)
     return Mask((token, *sent, *secrets_of(operator)))
 
 
@@ -148,10 +149,19 @@ def secrets_of(operator: Operator) -> list[str | None]:
     return [operator.hash_key, *keys, *_of_url(operator)]
 
 
-def fields_of(operator: Operator, body: bytes) -> Mapping[str, str]:
+def readable_fields(operator: Operator) -> set[str | None]:
+    """The wire names of the fields that hold no secret. A field that the dialect does not name may hold one: a delivery
+    may be older than the dialect in force.
+    """
+    return {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
+
+
+def fields_of(body: bytes) -> Mapping[str, str]:
     """The fields of a notice that was sent, by their wire names."""
-    text = body.decode()
-    return json.loads(text) if operator.sends.content == "json" else dict(parse_qsl(text, keep_blank_values=True))
+    if content_of_body(body) == "json":
+        fields: Mapping[str, str] = json.loads(body)
+        return fields
+    return dict(parse_qsl(body.decode(), keep_blank_values=True))
 
 
 def query_of(url: str) -> list[tuple[str, str]]:

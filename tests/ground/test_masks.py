@@ -170,6 +170,19 @@ def test_of_a_long_secret_that_was_cut_off_anywhere_nothing_is_left(secret: str,
         assert shown.startswith("." * 1000)
 
 
+@pytest.mark.parametrize(("before", "after"), [("v4", "pragmatic"), ("pragmatic", "v4")])
+def test_a_notice_of_a_dialect_no_longer_in_force_hides_its_secrets(tmp_path: Path, before: str, after: str) -> None:
+    """The hash stands in a field that the dialect in force does not have."""
+    (tmp_path / "hash.key").write_text("the-hash-key")
+    toml = operator_table("acme", "http://wallet.example/", dialect=after, accept=[after], hash_key_file="hash.key")
+    operator = load(tmp_path / "config.toml", toml).operators["acme"]
+    bodies = {
+        "v4": b'{"hash":"the-hash-value","token":"the-token"}',
+        "pragmatic": b"hash=the-hash-value&token=the-token",
+    }
+    assert masks.of_notice(operator, None, bodies[before])("the-hash-value the-token") == f"{MASK} {MASK}"
+
+
 def test_what_a_notice_holds_and_was_made_with_is_hidden(tmp_path: Path) -> None:
     for name, text in (("hash.key", "the-hash-key"), ("signing", "whsec_" + "A" * 44)):
         (tmp_path / name).write_text(text)

@@ -385,7 +385,7 @@ class Attempt(Answer):
             Annotated[str, Meta(extra_json_schema={"maxLength": SHOWN_MAX})] | None,
             Meta(
                 description=f"Of a failure: the first {SHOWN_MAX} characters that the operator answered, the notice's "
-                "own secrets masked; null if there were none."
+                "own secrets masked; null if no answer could be read as HTTP."
             ),
         ]
         | UnsetType

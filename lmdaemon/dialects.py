@@ -82,7 +82,7 @@ class Dialect(msgspec.Struct, frozen=True, dict=True):
     @property
     def content_type(self) -> str:
         """The Content-Type header of what is sent."""
-        return "application/json" if self.content == "json" else "application/x-www-form-urlencoded"
+        return _CONTENT_TYPES[self.content]
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -238,10 +238,11 @@ def _looks_secret(name: str) -> bool:
     return found is not None or not _SECRET_WORDS.isdisjoint(word.lower() for word in _WORD.findall(name))
 
 
-_CONTENTS: Mapping[str, Literal["json", "form"]] = {
-    "application/json": "json",
-    "application/x-www-form-urlencoded": "form",
+_CONTENT_TYPES: Mapping[Literal["json", "form"], str] = {
+    "json": "application/json",
+    "form": "application/x-www-form-urlencoded",
 }
+_CONTENTS = {content_type: content for content, content_type in _CONTENT_TYPES.items()}
 # Names of charsets. Some senders write one into Content-Encoding, where it means nothing. Python's table has the names
 # of its own charsets; its codecs that are none (zlib, base64, …) have names in `_codec`, apart from rot_13.
 _CHARSETS = {name for pair in aliases.items() if not pair[1].endswith(("_codec", "rot_13")) for name in pair}
@@ -581,6 +582,18 @@ def encode(
     if dialect.content == "json":
         return orjson.dumps(fields)
     return urlencode(fields).encode()
+
+
+def content_of_body(body: bytes) -> Literal["json", "form"]:
+    """The content of a body that `encode` has made, perhaps for a dialect that is no longer in force. In JSON it begins
+    with `{`, which a form escapes.
+    """
+    return "json" if body.startswith(b"{") else "form"
+
+
+def type_of_body(body: bytes) -> str:
+    """The Content-Type of a body that `encode` has made."""
+    return _CONTENT_TYPES[content_of_body(body)]
 
 
 _NUMERIC = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # \d would also match the digits of other scripts

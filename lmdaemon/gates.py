@@ -60,6 +60,11 @@ def because(gate: Gate, now_at: int) -> str | None:
     return None
 
 
+def not_configured(operator: str, live: int, pending: int) -> str:
+    """A sentence about an operator that is not in the file, though sessions or deliveries of it remain."""
+    return f"{operator} is not in the file, so its sessions and deliveries wait: {live} live, {pending} pending"
+
+
 def failure(gate: Gate) -> str:
     """`: reason (detail)` of the last failure; empty if none is known."""
     if gate.failed_reason is None:

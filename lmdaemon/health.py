@@ -19,9 +19,9 @@ from lmdaemon.clock import Clock
 from lmdaemon.config.settings import Settings
 from lmdaemon.disk import DiskWatch
 from lmdaemon.limits import LIMITS
-from lmdaemon.model import Gate, Member, in_bytes, rfc3339
+from lmdaemon.model import Gate, Member, in_bytes, in_time, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.contract import Store, StoreError
+from lmdaemon.store.contract import Oldest, Store, StoreError
 from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0
@@ -106,6 +106,7 @@ class Health:
         self._behind = behind
         self._probe = Question("a write", store.probe, clock.monotonic, answer_within_s)
         self._oldest = Question("a reading", self._oldest_pending, clock.monotonic, answer_within_s)
+        self._old = Question("a reading", self._old_backlog, clock.monotonic, answer_within_s)
         self._daemons = Question("a reading", store.daemons, clock.monotonic, answer_within_s)
         self.members: Sequence[Member] = ()  # the daemons on the database, as they were last read
 
@@ -177,6 +178,12 @@ class Health:
         waiting = [name for name, figures in self._store.figures.items() if figures.pending]
         found = await self._store.oldest_pending(waiting) if waiting else {}
         return {name: at for name, at in found.items() if at is not None}
+
+    async def _old_backlog(self) -> dict[str, Oldest]:
+        """The oldest pending deliveries of the operators with an old backlog, TOLD_MAX at most, the oldest first."""
+        before_at = self._clock.wall_ms() - OLD_BACKLOG_S * 1000
+        old = sorted((at, name) for name, at in (await self._oldest.answer()).items() if at < before_at)
+        return await self._store.oldest_waiting([name for _, name in old[:TOLD_MAX]])
 
     async def _check_store(self) -> Check:
         failure = None
@@ -279,11 +286,13 @@ class Health:
         dead = sum(one.dead for one in figures.values())
         try:
             oldest_s = max((await self.oldest_pending_s()).values(), default=0.0)
+            old = await self._old.answer() if oldest_s > OLD_BACKLOG_S else {}
         except StoreError as error:
             return {"status": "fail", "output": str(error), "pending": pending, "dead": dead}
         behind = [f"{name} ({sink}) falls behind: {said}" for (name, sink), said in self._behind().items()]
+        said = [*behind[:TOLD_MAX], *(self._told_of_oldest(name, one) for name, one in old.items())]
         warn = dead > 0 or oldest_s > OLD_BACKLOG_S or behind
-        told: Check = {"output": "; ".join(behind[:TOLD_MAX])} if behind else {}
+        told: Check = {"output": "; ".join(said)} if said else {}
         return told | {
             "status": "warn" if warn else "pass",
             "pending": pending,
@@ -291,13 +300,33 @@ class Health:
             "oldestPendingSeconds": oldest_s,
         }
 
+    def _told_of_oldest(self, operator: str, oldest: Oldest) -> str:
+        """A sentence about an operator's oldest pending delivery: when it is tried again, and what happened last."""
+        now_at, pending = self._clock.wall_ms(), self._store.figures_of(operator).pending
+        age = in_time(max(0, now_at - oldest.created_at) / 1000)
+        at = retry.tried_at(oldest.sink, oldest.due_at, self._store.gate(operator))
+        if not self._settings().delivers(operator, oldest.sink):
+            again = "not tried, because the file does not ask for it"
+        elif at is None:
+            again = "not tried while the operator is held"
+        else:
+            again = f"tried next at {rfc3339(at)[:19]}Z" if at > now_at else "due now"
+        last = f"last error {oldest.last_error}" if oldest.last_error else "not tried yet"
+        return f"{operator} ({oldest.sink}): the oldest of {pending} pending is {age} old, {again}, {last}"
+
     def _check_operators(self) -> Check:
         now_at = self._clock.wall_ms()
         found = {name: self._store.gate(name) for name in self._settings().operators}
         held = [name for name, gate in found.items() if gate.held_at is not None]
         broken = [name for name, gate in found.items() if retry.breaker(gate, now_at) != "closed"]
-        check: Check = {"status": "warn" if held or broken else "pass", "held": held, "broken": broken}
-        said = [*self._told_of(found, now_at)]
+        waiting = {name: one for name, one in self._store.figures.items() if one.live or one.pending}
+        gone = {name: one for name, one in waiting.items() if name not in found}
+        check: Check = {"status": "warn" if held or broken or gone else "pass", "held": held, "broken": broken}
+        if gone:
+            shown = [{"operator": name, "live": one.live, "pending": one.pending} for name, one in gone.items()]
+            check["notConfigured"] = shown
+        said = [gates.not_configured(name, one.live, one.pending) for name, one in islice(gone.items(), TOLD_MAX)]
+        said += self._told_of(found, now_at)
         return check | {"output": "; ".join(said)} if said else check
 
     def _told_of(self, operators: Mapping[str, Gate], now_at: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, unquote_plus, unquote_to_bytes, urlsplit
 
 from lmdaemon.config.settings import Operator
-from lmdaemon.dialects import encoding_of, without_mark
+from lmdaemon.dialects import content_of_body, encoding_of, without_mark
 
 MASK = "***"
 SHOWN_MAX = 256  # characters of an answer that are kept with an attempt
@@ -22,6 +22,8 @@ _LOOKED_AT = 8192  # bytes at the beginning of an answer that are searched for s
 _SPELLING_MAX = 100  # characters that one character may become when it is escaped several times over
 _NOTATIONS_MAX = 4  # levels of escaping that are undone, one within the other
 _PART_MIN = 8  # so many characters in a row of a secret are hidden even if the rest of the secret is missing
+_UNSEEN_MAX = _PART_MIN * _SPELLING_MAX  # fewer than _PART_MIN characters, and one whose escape was cut off
+_READABLE = ("provider", "session", "player", "request")  # the meanings of fields that stay readable
 _LETTERS = re.compile(r"[A-Za-z0-9._-]+")  # characters that no notation escapes
 # A signature of Standard Webhooks (256 bits in base64) after `_folded` has put it into lower case
 _SIGNATURE = re.compile(r"(?<=v1,)[a-z0-9 /]{43}=")
@@ -50,14 +52,15 @@ class Mask:
     def text_of(self, body: bytes, *, complete: bool) -> str:
         """The text of an answer, masked. `complete` is False for a body that was cut off.
 
-        The last characters of such a text are left out, because they could be the beginning of a secret that is not
-        recognised.
+        The last characters of such a text are left out, because they could be the beginning of a secret. Of those that
+        are not recognised there are never more than _UNSEEN_MAX, because a longer beginning is recognised as a part.
         """
         text = without_mark(body).decode(encoding_of(body), "replace")
         found, parts = self._found(text)
         if not complete:
             whole_until = max((end for _, end in found), default=0)
-            text = text[: max(whole_until, len(text) - self.longest)]
+            until = max(whole_until, len(text) - min(self.longest, _UNSEEN_MAX))
+            text = text[: min((start for start, end in parts if whole_until <= start < until <= end), default=until)]
         return _masked(text, found + parts)
 
     def beginning_of(self, body: bytes, *, complete: bool) -> str:
@@ -135,8 +138,8 @@ def of_notice(operator: Operator, token: str | None, body: bytes) -> Mask:
 
     That is its token and hash, the operator's hash key and signing keys, and the secret parts of its URL.
     """
-    fields = fields_of(operator, body)
-    sent = (fields.get(operator.sends.fields.get(meaning, "")) for meaning in ("token", "hash"))
+    readable = readable_fields(operator)
+    sent = (value for name, value in fields_of(body).items() if name not in readable)
     return Mask((token, *sent, *secrets_of(operator)))
 
 
@@ -146,10 +149,19 @@ def secrets_of(operator: Operator) -> list[str | None]:
     return [operator.hash_key, *keys, *_of_url(operator)]
 
 
-def fields_of(operator: Operator, body: bytes) -> Mapping[str, str]:
+def readable_fields(operator: Operator) -> set[str | None]:
+    """The wire names of the fields that hold no secret. A field that the dialect does not name may hold one: a delivery
+    may be older than the dialect in force.
+    """
+    return {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
+
+
+def fields_of(body: bytes) -> Mapping[str, str]:
     """The fields of a notice that was sent, by their wire names."""
-    text = body.decode()
-    return json.loads(text) if operator.sends.content == "json" else dict(parse_qsl(text, keep_blank_values=True))
+    if content_of_body(body) == "json":
+        fields: Mapping[str, str] = json.loads(body)
+        return fields
+    return dict(parse_qsl(body.decode(), keep_blank_values=True))
 
 
 def query_of(url: str) -> list[tuple[str, str]]:

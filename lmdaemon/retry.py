@@ -121,17 +121,21 @@ def not_before(gate: Gate, now_at: int) -> int | None:
     return None if at is None or at <= now_at else at
 
 
-def next_attempt_at(delivery: Delivery, gate: Gate) -> int | None:
+def next_attempt_at(delivery: Delivery, gate: Gate, *, is_tried: bool = True) -> int | None:
     """Wall time (ms) at which a pending delivery can be tried: when it is due and its operator's gate is open.
 
-    A plug-in has no gate. None while the operator is held, and once the delivery is settled.
+    A plug-in has no gate. None while the operator is held, once the delivery is settled, and if the settings say that
+    it is not tried (not `is_tried`, see Settings.delivers).
     """
-    if delivery.state != "pending":
-        return None
-    if delivery.sink != HTTP_SINK:
-        return delivery.due_at
+    return tried_at(delivery.sink, delivery.due_at, gate) if delivery.state == "pending" and is_tried else None
+
+
+def tried_at(sink: str, due_at: int, gate: Gate) -> int | None:
+    """Wall time (ms) at which a delivery that is due at `due_at` can be tried; None while its operator is held."""
+    if sink != HTTP_SINK:
+        return due_at
     at = opens_at(gate)
-    return None if at is None else max(delivery.due_at, at)
+    return None if at is None else max(due_at, at)
 
 
 def after(gate: Gate, outcome: Outcome, now_at: int, first_wait_s: float, *, probe: bool, rng: Random) -> Gate:

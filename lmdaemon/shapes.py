@@ -341,7 +341,8 @@ class Delivery(Answer):
         Time | None,
         Meta(
             description="When it can be tried: not before a Retry-After, the breaker's next probe and the pace of "
-            "retries by hand allow it. Null while the operator is held, and once it is settled."
+            "retries by hand allow it. Null while the operator is held, while it is not in the file or its `notify` is "
+            "false (for a plug-in: while that does not listen to it), and once it is settled."
         ),
     ]
     settled_at: Time | None
@@ -384,7 +385,7 @@ class Attempt(Answer):
             Annotated[str, Meta(extra_json_schema={"maxLength": SHOWN_MAX})] | None,
             Meta(
                 description=f"Of a failure: the first {SHOWN_MAX} characters that the operator answered, the notice's "
-                "own secrets masked; null if there were none."
+                "own secrets masked; null if no answer could be read as HTTP."
             ),
         ]
         | UnsetType
@@ -847,11 +848,25 @@ class DeliveriesCheck(Check):
     oldestPendingSeconds: NotRequired[Seconds]
 
 
+class NotConfigured(TypedDict):
+    """An operator that is not in the file, with what remains of it."""
+
+    operator: OperatorName
+    live: Count
+    pending: Count
+
+
 class OperatorsCheck(Check):
-    """Which operators are held back."""
+    """Which operators are held back, and which are not in the file."""
 
     held: list[OperatorName]
     broken: Annotated[list[OperatorName], Meta(description="Those whose breaker is not closed.")]
+    notConfigured: NotRequired[
+        Annotated[
+            list[NotConfigured],
+            Meta(description="Those that are not in the file, though sessions are live or deliveries wait."),
+        ]
+    ]
 
 
 class DaemonsCheck(Check):

@@ -159,7 +159,8 @@ async def _print_status(client: Client, args: argparse.Namespace) -> int:
         if len(daemons) > 1:
             print_table(DAEMON_COLUMNS, [one | _told_of_daemon(one) for one in daemons])
             print()
-        print_table(OPERATOR_COLUMNS, [outlook.row_of(one) for one in operators])
+        others = outlook.rows_of(health) if args.operator is None else []
+        print_table(OPERATOR_COLUMNS, [*map(outlook.row_of, operators), *others])
         for operator in operators:
             for number, told in enumerate(outlook.of_operator(operator)):
                 print(told if number else f"\n{told}")

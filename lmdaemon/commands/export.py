@@ -110,6 +110,8 @@ class Told:
 def export(args: argparse.Namespace) -> int:
     """Writes the sessions that ended in a period, with deliveries and attempts."""
     settings = configured(args, "database")
+    # A file with errors does not say what the daemon delivers: it runs with the file that it read before
+    delivers = _all if settings.unusable else settings.delivers
     now_at = Clock().wall_ms()
     since_at, until_at = _period(args, now_at)
     told = Told()
@@ -133,7 +135,7 @@ def export(args: argparse.Namespace) -> int:
                     wanted = Wanted(args.operator, args.player, args.session)
 
                     def chunks() -> Iterator[bytes]:
-                        rows = write(archived_sessions(archive, wanted, since_at, until_at), told)
+                        rows = write(archived_sessions(archive, wanted, since_at, until_at, delivers), told)
                         return chained(rows, told.chain, csv=args.format == "csv") if args.digest else rows
 
                     _write(args, live, chunks, told)
@@ -163,10 +165,14 @@ def _wait_until_committed(archive: Archive, until_at: int) -> None:
         time.sleep(POLL_S)
 
 
+def _all(operator: str, sink: str) -> bool:
+    return True
+
+
 def archived_sessions(
-    archive: Archive, wanted: Wanted, since_at: int, until_at: int
+    archive: Archive, wanted: Wanted, since_at: int, until_at: int, delivers: Callable[[str, str], bool] = _all
 ) -> Iterator[list[ArchivedSession]]:
-    """Pages of documents, in the order in which the sessions ended.
+    """Pages of documents, in the order in which the sessions ended. `delivers` is that of Settings.
 
     Sessions that end during the export end after `until_at`, so they are not part of it.
     """
@@ -176,7 +182,8 @@ def archived_sessions(
         after = page.after
         gates = archive.gates()
         yield [
-            archived(session, deliveries, gates.get(session.operator, Gate())) for session, deliveries in page.sessions
+            archived(session, deliveries, gates.get(session.operator, Gate()), delivers)
+            for session, deliveries in page.sessions
         ]
 
 

@@ -11,7 +11,7 @@ from lmdaemon.model import in_bytes, in_time
 _ASIDE = ("status", "time", "output", "observedUnit")  # members of a check that are not printed as figures
 _INDENT = " " * 22
 TOLD_MAX = 3  # a check prints a line with a command for at most so many operators
-# What can be done about a check that does not pass, by its name. `_by_hand` adds the checks `deliveries` and `expiry`
+# What can be done about a check that does not pass, by its name. `_by_hand` adds what depends on the check's members
 _BY_HAND = {
     "store": "make room on its disk, or mend it: within a second after that writes go on by themselves, and clients "
     "ask again",
@@ -29,7 +29,7 @@ def of_health(health: Mapping[str, Any], *, is_each_told: bool = True) -> Iterat
     """A line for each check with its figures; below a check that does not pass, what is wrong and what can be done.
 
     `is_each_told` says that the caller prints `of_operator` for each operator as well; then the text of the check
-    `operators` is left out.
+    `operators` is left out, except about operators that are not in the file.
     """
     checks = [(name, check) for name, found in health.get("checks", {}).items() for check in found]
     width = max((len(name) for name, _ in checks), default=0)
@@ -38,8 +38,10 @@ def of_health(health: Mapping[str, Any], *, is_each_told: bool = True) -> Iterat
         yield f"  {line(name).ljust(width)}  {cell(check['status']):4}  {figures}".rstrip()
         if check["status"] == "pass":
             continue
-        for said in str(check.get("output", "")).splitlines() if name != "operators" or not is_each_told else ():
-            yield from (_INDENT[: width + 10] + line(one) for one in said.split("; "))
+        texts = [one for said in str(check.get("output", "")).splitlines() for one in said.split("; ")]
+        if name == "operators" and is_each_told:
+            texts = texts[: len(_not_configured(check))]  # they come first
+        yield from (_INDENT[: width + 10] + line(one) for one in texts)
         for by_hand in _by_hand(name, check):
             yield f"{_INDENT[: width + 10]}by hand: {by_hand}"
 
@@ -53,8 +55,21 @@ def _by_hand(name: str, check: Mapping[str, Any]) -> Iterator[str]:
         for operator in dict.fromkeys(operators[:TOLD_MAX]):
             listed = f"lmdaemon sessions list {cell(operator)} --state ended --since '1h ago'"
             yield f"{listed}; do its game servers reach the daemon?"
-    if name == "deliveries" and check.get("output"):
+    if name == "operators" and _not_configured(check):
+        yield "put them back under these names until nothing waits: an operator is known by its name"
+    if name == "deliveries" and "falls behind" in str(check.get("output")):
         yield "raise the concurrency of the operator that falls behind, if it agrees, and reload"
+
+
+def rows_of(health: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table for operators that are not in the file, though sessions or deliveries of them remain."""
+    checks = health.get("checks", {}).get("operators", ())
+    gone = [one for check in checks for one in _not_configured(check)]
+    return [{**one, "operator": f"{one.get('operator')} (not in the file)"} for one in gone]
+
+
+def _not_configured(check: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return check.get("notConfigured") or []
 
 
 def row_of(operator: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def _figures(check: Mapping[str, Any]) -> Iterator[str]:
         if name == "observedValue":
             yield f"{value:g} {cell(check.get('observedUnit'))}"
         elif isinstance(value, list):
-            yield f"{name}={','.join(map(cell, value))}"
+            yield f"{name}={','.join(cell(one['operator'] if isinstance(one, dict) else one) for one in value)}"
         elif "Bytes" in name:
             yield f"{name}={in_bytes(value)}"
         elif name.endswith("Seconds"):

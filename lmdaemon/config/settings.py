@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from lmdaemon.config.target import Target
 from lmdaemon.config.values import Duration, Listen, Network
 from lmdaemon.dialects import Codes, Dialect
+from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX
 from lmdaemon.tls import Pem, Profile
 
 
@@ -250,6 +251,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Settings({str(self.file)!r})"
+
+    def delivers(self, operator: str, sink: str) -> bool:
+        """Whether deliveries to this sink of the operator are tried at all: to its URL with `notify`, or to a plug-in
+        that listens to it.
+        """
+        known = self.operators.get(operator)
+        if known is None or sink == HTTP_SINK:
+            return known is not None and known.notify
+        plugin = self.plugins.get(sink.removeprefix(PLUGIN_PREFIX))
+        return plugin is not None and plugin.listens_to(operator)
 
 
 # Keys whose change takes effect with the next start, not with a reload

@@ -103,6 +103,9 @@ class Dispatcher(StoreObserver):
 
     def gate_changed(self, operator: str) -> None:
         """Starts what the changed gate allows in the lane of the operator's URL (StoreObserver)."""
+        lane = self.lanes.get(operator, HTTP_SINK)
+        if lane is not None:
+            lane.note_gate(self._store.gate(operator), self._clock.wall_ms())
         self.slot_freed(operator, HTTP_SINK)
 
     def delivery_due(self, operator: str, sink: str, due_at: int) -> None:
@@ -115,14 +118,17 @@ class Dispatcher(StoreObserver):
 
     def wall_clock_set_back(self) -> None:
         """Has all due times read again, because the store has moved them with the wall clock (StoreObserver)."""
+        now_at = self._clock.wall_ms()
         for lane in self.lanes:
             lane.look_again_at = 0
+            lane.note_set_back(now_at)
         self.wake()
 
     def read_again(self) -> None:
         """Has all due times read again (StoreObserver): the table may have deliveries that this daemon was not
         told of.
         """
+        self.lanes.start_over()
         self.wall_clock_set_back()
 
     def attempt_ended(self, lane: Lane, row: Delivery) -> None:

@@ -62,11 +62,13 @@ class LaneSet:
             lane = Lane(operator, sink, policy, plugin)
             # A lane that was removed while attempts were under way may come back: these attempts still count
             lane.in_flight = self._in_flight.setdefault(key, lane.in_flight)
+            self._start_over(lane)
             self._agenda.now(lane)
         elif lane.policy != policy or lane.plugin is not plugin:
             self._agenda.now(lane)
         lane.operator, lane.policy, lane.plugin = operator, policy, plugin
-        lane.own(self._store.owns(operator.name))
+        if lane.own(self._store.owns(operator.name)):
+            self._start_over(lane)
         url = safe_url(operator.url) if plugin is None else None
         if lane.url != url or not lane.url_since_at:
             lane.url, lane.url_since_at, lane.is_url_noted = url, self._clock.wall_ms(), False
@@ -82,10 +84,19 @@ class LaneSet:
             lane = self._lanes.get((operator, sink))
             if lane is None or not lane.own(is_owned):
                 continue
+            self._start_over(lane)
             if is_owned:
                 self._agenda.now(lane)
             else:
                 self._agenda.drop(lane)
+
+    def start_over(self) -> None:
+        """Is called after an outage of the store (Lane.start_over)."""
+        for lane in self._lanes.values():
+            self._start_over(lane)
+
+    def _start_over(self, lane: Lane) -> None:
+        lane.start_over(self._store.gate(lane.operator.name), self._clock.wall_ms())
 
     def is_under_way(self, operator: str) -> bool:
         """Whether an attempt of the operator is under way, also in a lane that was removed."""
@@ -118,7 +129,8 @@ class LaneSet:
         now_at, now_s = self._clock.wall_ms(), self._clock.monotonic()
         found = {}
         for pair, lane in self._lanes.items():
-            if lane.pace.is_behind and (waited_s := lane.overdue_s(self._store.gate(pair[0]), now_at)) > 0:
-                said = lane.pace.said(now_s, lane.policy.concurrency)
+            gate = self._store.gate(pair[0])
+            if lane.pace.is_behind and (waited_s := lane.overdue_s(gate, now_at)) > 0:
+                said = lane.pace_in_words(gate, now_at, now_s)
                 found[pair] = f"the first has waited for a slot for {in_time(waited_s)}, {said}"
         return found

@@ -42,6 +42,26 @@ class Lane:
         self.is_url_noted = False  # whether the gate has noted `url`
         self.pace = Pace()
         self.failed = 0  # failed attempts in a row
+        self._gate = Gate()  # as of its last change
+        self._open_since_at = 0  # wall ms: start of the lane, or the last end of a hold, Retry-After or open breaker
+
+    def start_over(self, gate: Gate, now_at: int) -> None:
+        """Is called when the lane begins to deliver, and after an outage: what is due already waits for a slot only
+        from now on.
+        """
+        self._gate, self._open_since_at, self.pace = gate, now_at, Pace()
+
+    def note_gate(self, gate: Gate, now_at: int) -> None:
+        """Notes a change of the operator's gate: what has waited for the gate waits for a slot only from now on."""
+        before, self._gate = self._gate, gate
+        opened_at = self.open_since(before, now_at)
+        self._open_since_at = now_at if opened_at is None else opened_at
+        if self.open_since(gate, now_at) is None:
+            self.pace.is_behind = False
+
+    def note_set_back(self, now_at: int) -> None:
+        """Notes that the wall clock was set back."""
+        self._open_since_at = min(self._open_since_at, now_at)
 
     def own(self, is_owned: bool) -> bool:
         """Notes whether this daemon owns the operator. Returns whether that has changed. What another daemon has done
@@ -52,7 +72,7 @@ class Lane:
         self.is_owned, self.term = is_owned, self.term + 1
         self.ahead.clear()
         self.next_due_at, self.reading_from_at = 0 if is_owned else None, None
-        self.pace, self.failed = Pace(), 0
+        self.failed = 0
         return True
 
     def look_again(self, now_at: int) -> None:
@@ -124,19 +144,36 @@ class Lane:
         """
         return max(0, self.slots + self.policy.concurrency - len(self.ahead))
 
+    def open_since(self, gate: Gate, now_at: int) -> int | None:
+        """Wall time (ms) since which neither hold nor Retry-After nor breaker has kept the lane back; None while one of
+        them does.
+        """
+        if not self.gated:
+            return self._open_since_at
+        opens_at = retry.opens_at(gate)
+        if opens_at is None or opens_at > now_at or self.probes(gate):
+            return None
+        return max(self._open_since_at, opens_at)
+
     def overdue_s(self, gate: Gate, now_at: int) -> float:
         """Seconds for which the earliest row has waited for a slot and for nothing else.
 
         It may be called on another thread, while the event loop takes that row.
         """
-        opens_at = retry.opens_at(gate) if self.gated else 0
+        open_since_at = self.open_since(gate, now_at)
         try:
             due_at = self._due_at or self.reading_from_at
         except IndexError:
             return 0.0
-        if not due_at or opens_at is None:  # 0: `next_due_at` was not read from the table yet
+        if not due_at or open_since_at is None:  # 0: `next_due_at` was not read from the table yet
             return 0.0
-        return max(0, now_at - max(due_at, opens_at)) / 1000
+        return max(0, now_at - max(due_at, open_since_at)) / 1000
+
+    def pace_in_words(self, gate: Gate, now_at: int, now_s: float) -> str:
+        """How fast deliveries are added and finished. `now_s` is monotonic time."""
+        open_since_at = self.open_since(gate, now_at)
+        open_s = 0.0 if open_since_at is None else (now_at - open_since_at) / 1000
+        return self.pace.said(now_s, self.policy.concurrency, open_s)
 
     def ready_at(self, gate: Gate) -> int | None:
         """Wall time (ms) from which an attempt can begin; None if none can begin before something else happens, such as

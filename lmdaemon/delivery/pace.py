@@ -3,33 +3,48 @@ no clock.
 """
 
 from collections import deque
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 WINDOW_S = 60.0  # rates are worked out from the attempts of this time
-ATTEMPTS_MAX = 512  # most attempts that are kept; those of a fast lane are of less than a minute
+SPAN_MIN_S = 10.0  # rates of less time are not told, because one batch of attempts would decide them
 ATTEMPTS_MIN = 3  # with fewer attempts no rates are told
+TIMED_MAX = 10  # attempts of a second whose duration is kept
 BEHIND_S = 30.0  # a lane is behind when a delivery has waited for so long for a slot and for nothing else
 LOOK_EVERY_S = 5.0  # between two judgements of a lane
 
 
-class _Ended(NamedTuple):
-    at_s: float  # monotonic time
-    took_s: float
-    is_settled: bool
-    pending: int  # pending deliveries of the operator when the attempt had ended
+@dataclass(slots=True)
+class _Second:
+    """The attempts that ended within a second. `pending` is how many deliveries of the operator were pending when the
+    last of them had ended, at `ended_s` (monotonic time).
+    """
+
+    began_s: float
+    ended_s: float = 0.0
+    pending: int = 0
+    attempts: int = 0
+    settled: int = 0
+    took_s: list[float] = field(default_factory=list)
 
 
 class Pace:
     """The attempts of the last minute. All times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._ended: deque[_Ended] = deque(maxlen=ATTEMPTS_MAX)
+        self._seconds: deque[_Second] = deque(maxlen=int(WINDOW_S) + 1)
         self._looked_at_s = float("-inf")
         self.is_behind = False
 
     def note(self, now_s: float, took_s: float, pending: int, *, is_settled: bool) -> bool:
         """Notes that an attempt has ended. Returns whether it is time to judge whether the lane keeps up."""
-        self._ended.append(_Ended(now_s, took_s, is_settled, pending))
+        if not self._seconds or now_s - self._seconds[-1].began_s >= 1:
+            self._seconds.append(_Second(now_s))
+        last = self._seconds[-1]
+        last.ended_s, last.pending = now_s, pending
+        last.attempts += 1
+        last.settled += is_settled
+        if len(last.took_s) < TIMED_MAX:
+            last.took_s.append(took_s)
         if now_s - self._looked_at_s < LOOK_EVERY_S:
             return False
         self._looked_at_s = now_s
@@ -43,16 +58,21 @@ class Pace:
         self.is_behind = overdue_s > (1.0 if was_behind else BEHIND_S)
         return self.is_behind != was_behind
 
-    def said(self, now_s: float, concurrency: int) -> str:
-        """In words: how many deliveries a second are added and finished, and when none will wait any more."""
-        lately = [one for one in self._ended if now_s - one.at_s <= WINDOW_S]
-        if len(lately) < ATTEMPTS_MIN or lately[-1].at_s <= lately[0].at_s:
+    def said(self, now_s: float, concurrency: int, open_s: float = WINDOW_S) -> str:
+        """In words: how many deliveries a second are added and finished, and when none will wait any more. Of attempts
+        before the last `open_s` seconds nothing is told, because the operator was kept back then.
+        """
+        lately = [one for one in self._seconds if now_s - one.began_s <= min(open_s, WINDOW_S)]
+        span_s = lately[-1].ended_s - lately[0].ended_s if lately else 0.0
+        if span_s < SPAN_MIN_S or sum(one.attempts for one in lately) < ATTEMPTS_MIN:
             return "too few attempts to tell how fast"
+        # Attempts that ended together are stored together: what is pending after the first of them lacks the others.
+        # So everything is counted from the end of the first second on
         first, last = lately[0], lately[-1]
-        span_s = last.at_s - first.at_s
-        gone = sum(one.is_settled for one in lately[1:]) / span_s
+        gone = sum(one.settled for one in lately[1:]) / span_s
         come = max(0.0, gone + (last.pending - first.pending) / span_s)
-        p50_s = sorted(one.took_s for one in lately)[len(lately) // 2]
+        took_s = sorted(took_s for one in lately for took_s in one.took_s)
+        p50_s = took_s[len(took_s) // 2]
         if gone > come:
             drained = f"drained in {_span((last.pending) / (gone - come))}"
         else:

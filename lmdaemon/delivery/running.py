@@ -138,11 +138,12 @@ class RunningAttempts:
         pending, took_s = self._store.figures_of(name).pending, (settlement.attempt or {}).get("durationMs", 0) / 1000
         if not lane.pace.note(now_s, took_s, pending, is_settled=settlement.state != "pending"):
             return
-        overdue_s = lane.overdue_s(self._store.gate(name), self._clock.wall_ms())
+        gate, now_at = self._store.gate(name), self._clock.wall_ms()
+        overdue_s = lane.overdue_s(gate, now_at)
         if lane.pace.turned(overdue_s):
             facts = {"operator": name, "sink": lane.sink, "pending": pending}
             if lane.pace.is_behind:
-                said = lane.pace.said(now_s, lane.policy.concurrency)
+                said = lane.pace_in_words(gate, now_at, now_s)
                 log.warning("delivery.behind", **facts, overdue_s=overdue_s, pace=said)
             else:
                 log.info("delivery.caught_up", **facts)

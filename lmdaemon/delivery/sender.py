@@ -26,6 +26,7 @@ from lmdaemon.config.target import Target
 from lmdaemon.delivery.answers import READING, Answer, AnswerError, AnswerProtocol
 from lmdaemon.delivery.exchange import Exchange, read_some
 from lmdaemon.delivery.resolver import Resolver
+from lmdaemon.dialects import type_of_body
 from lmdaemon.version import __version__
 
 ANSWER_MAX = 16 * 1024  # bytes read of an answer's body
@@ -211,10 +212,11 @@ def _in_words(error: Exception) -> str:
 def request_headers(operator: Operator, webhook_id: str, body: bytes, now_s: float) -> dict[str, str]:
     """The headers of one attempt: the unchanging id and, with signing keys, a new Standard Webhooks signature.
 
-    Source: Standard Webhooks, "Webhook headers": HMAC-SHA256 over id.timestamp.body, one signature for each key.
+    The Content-Type is that of the body, which may be older than a reload that changed the dialect. Source: Standard
+    Webhooks, "Webhook headers": HMAC-SHA256 over id.timestamp.body, one signature for each key.
     """
     headers = {
-        "Content-Type": operator.sends.content_type,
+        "Content-Type": type_of_body(body) if body else operator.sends.content_type,
         "User-Agent": f"lmdaemon/{__version__}",
         "Accept-Encoding": "identity",
         "webhook-id": webhook_id,

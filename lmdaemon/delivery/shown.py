@@ -7,16 +7,16 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 from lmdaemon import masks
 from lmdaemon.config.settings import Operator
 from lmdaemon.delivery.sender import request_headers
+from lmdaemon.dialects import content_of_body
 from lmdaemon.log import safe_url
 from lmdaemon.masks import MASK, query_of
 from lmdaemon.model import HTTP_SINK, Delivery
 
-_READABLE = ("provider", "session", "player", "request")  # the meanings of fields that stay readable
 _BY_CURL = ("Host", "Accept", "Content-Length")  # headers that curl sends by itself
 
 
@@ -45,7 +45,7 @@ def request_of(operator: Operator, row: Delivery, at_s: float) -> Request | None
     """
     if row.sink != HTTP_SINK or operator.target is None or row.body_digest is None:
         return None
-    mask = masks.Mask((row.token, *masks.secrets_of(operator)))
+    mask = masks.Mask(masks.secrets_of(operator))  # of headers: the token is sent in the body alone
     headers = own_headers(operator, row.body) | request_headers(operator, row.webhook_id, row.body, at_s)
     if not row.body:  # the body was deleted when it was delivered, so its length is not known
         del headers["Content-Length"]
@@ -66,14 +66,13 @@ def masked_body(operator: Operator, token: str | None, body: bytes) -> str:
     """The body as sent, in which only ids can be read: the values of those fields of the operator's dialect that hold
     no secret.
 
-    It is masked field by field, because a short token may also be a part of an id. The value of a field that the
-    dialect does not name is masked, too: a delivery may be older than the dialect in force.
+    It is masked field by field, because a short token may also be a part of an id.
     """
-    open_to_all = {operator.sends.fields.get(meaning) for meaning in _READABLE} - {None}
-    is_json = body.startswith(b"{")
-    fields = json.loads(body) if is_json else dict(parse_qsl(body.decode(), keep_blank_values=True))
-    shown = {name: value if name in open_to_all and value != token else MASK for name, value in fields.items()}
-    if is_json:
+    readable = masks.readable_fields(operator)
+    shown = {
+        name: value if name in readable and value != token else MASK for name, value in masks.fields_of(body).items()
+    }
+    if content_of_body(body) == "json":
         return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
     return urlencode(shown, safe="*")
 

@@ -42,6 +42,15 @@ class Room(NamedTuple):
     size: int
 
 
+class Oldest(NamedTuple):
+    """What is told of an operator's oldest pending delivery."""
+
+    created_at: int
+    sink: str
+    due_at: int
+    last_error: str | None
+
+
 class NewDelivery(NamedTuple):
     """A delivery to be added for an ended session: the body to send, or in `impossible` the reason why nothing can be
     sent.
@@ -699,6 +708,9 @@ class Store(Protocol):
 
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         """The wall time at which each operator's oldest pending delivery was created; None: nothing is pending."""
+
+    async def oldest_waiting(self, operators: Iterable[str]) -> dict[str, Oldest]:
+        """Each operator's oldest pending delivery; operators for which nothing is pending are left out."""
 
     # Reading, for people: bounded in rows, bytes and time. Only `delivery` has a body and the session's token
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:

@@ -17,7 +17,6 @@ from lmdaemon.model import Gate, rfc3339
 from lmdaemon.store.contract import StoreError
 from lmdaemon.threads import on_a_thread
 from lmdaemon.web.calls import Asked, Context, shown
-from lmdaemon.web.documents import with_history
 from lmdaemon.web.problems import NO_URL, Problem
 from lmdaemon.web.requests import bearer
 
@@ -167,7 +166,7 @@ class Administration:
         log.info(
             "operator.probed", operator=operator.name, id=webhook_id, state=delivery.state, by=by, request_id=asking
         )
-        return with_history(delivery, self._store.gate(operator.name))
+        return self._context.delivery_with_history(delivery)
 
     # -- the daemon itself
 

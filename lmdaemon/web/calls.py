@@ -21,7 +21,7 @@ from lmdaemon.store.contract import PAGE_BYTES, Page, Store
 from lmdaemon.threads import on_a_thread
 from lmdaemon.web import bodies
 from lmdaemon.web.connection import until_client_leaves
-from lmdaemon.web.documents import delivery_document, session_document, to_json
+from lmdaemon.web.documents import delivery_document, session_document, to_json, with_history
 from lmdaemon.web.events import Events
 from lmdaemon.web.problems import KINDS, Problem, invalid
 from lmdaemon.web.recent import Recent
@@ -149,7 +149,15 @@ class Context(msgspec.Struct, kw_only=True):
 
     def delivery(self, delivery: Delivery) -> shapes.Delivery:
         """A delivery as API answers have it."""
-        return delivery_document(delivery, self.store.gate(delivery.operator), self.under_way_since(delivery.id))
+        gate, since_at = self.store.gate(delivery.operator), self.under_way_since(delivery.id)
+        is_tried = self.settings.delivers(delivery.operator, delivery.sink)
+        return delivery_document(delivery, gate, since_at, is_tried=is_tried)
+
+    def delivery_with_history(self, delivery: Delivery) -> shapes.DeliveryWithHistory:
+        """A delivery with its attempts as API answers have it."""
+        gate, since_at = self.store.gate(delivery.operator), self.under_way_since(delivery.id)
+        is_tried = self.settings.delivers(delivery.operator, delivery.sink)
+        return with_history(delivery, gate, since_at, is_tried=is_tried)
 
 
 class Asked(Generic[_Given]):

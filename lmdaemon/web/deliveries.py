@@ -11,7 +11,7 @@ from lmdaemon.log import Log
 from lmdaemon.model import HTTP_SINK, PLUGIN_PREFIX, Delivery, rfc3339
 from lmdaemon.store.contract import RETRY_SPACING_MS, Dead
 from lmdaemon.web.calls import SEEN_MAX, Asked, Context, page_answer, shown
-from lmdaemon.web.documents import read_time, with_history, with_request
+from lmdaemon.web.documents import read_time, with_request
 from lmdaemon.web.problems import Problem, invalid
 
 log = Log("api")
@@ -56,9 +56,7 @@ class Deliveries:
         delivery = await shown(asked.request, self._store.delivery(asked.request.match_info["id"]))
         if delivery is None:
             raise _unknown_delivery()
-        since_at = self._context.under_way_since(delivery.id)
-        shown_delivery = with_history(delivery, self._store.gate(delivery.operator), since_at)
-        return with_request(shown_delivery, self._request_of(delivery))
+        return with_request(self._context.delivery_with_history(delivery), self._request_of(delivery))
 
     def _request_of(self, delivery: Delivery) -> shapes.SentRequest | None:
         operator = self._context.settings.operators.get(delivery.operator)

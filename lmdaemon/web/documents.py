@@ -59,8 +59,10 @@ def with_deliveries(session: shapes.Session, deliveries: Sequence[shapes.Deliver
     return shapes.SessionWithDeliveries(**msgspec.structs.asdict(session), deliveries=list(deliveries))
 
 
-def delivery_document(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.Delivery:
-    """A delivery without its body and history; `gate` is its operator's."""
+def delivery_document(
+    delivery: Delivery, gate: Gate, under_way_since: int | None = None, *, is_tried: bool = True
+) -> shapes.Delivery:
+    """A delivery without its body and history; `gate` is its operator's, `is_tried` as Settings.delivers says."""
     return shapes.Delivery(
         id=delivery.webhook_id,
         operator=delivery.operator,
@@ -70,7 +72,7 @@ def delivery_document(delivery: Delivery, gate: Gate, under_way_since: int | Non
         attempts=delivery.attempts,
         created_at=rfc3339(delivery.created_at),
         attempt_since=rfc3339(under_way_since),
-        next_attempt_at=rfc3339(next_attempt_at(delivery, gate)),
+        next_attempt_at=rfc3339(next_attempt_at(delivery, gate, is_tried=is_tried)),
         settled_at=rfc3339(delivery.settled_at),
         last_status=delivery.last_status,
         last_code=delivery.last_code,
@@ -84,9 +86,11 @@ def _discarded(stored: dict[str, Any]) -> shapes.Discarded:
     return shapes.Discarded(at=rfc3339(stored["at"]), by=stored["by"], note=stored["note"])
 
 
-def with_history(delivery: Delivery, gate: Gate, under_way_since: int | None = None) -> shapes.DeliveryWithHistory:
+def with_history(
+    delivery: Delivery, gate: Gate, under_way_since: int | None = None, *, is_tried: bool = True
+) -> shapes.DeliveryWithHistory:
     """A delivery with the attempts that are kept, the oldest first."""
-    shown = msgspec.structs.asdict(delivery_document(delivery, gate, under_way_since))
+    shown = msgspec.structs.asdict(delivery_document(delivery, gate, under_way_since, is_tried=is_tried))
     return shapes.DeliveryWithHistory(
         **shown, history=[_attempt(one, _url_of(one, delivery, gate)) for one in orjson.loads(delivery.history)]
     )
@@ -99,10 +103,16 @@ def with_request(
     return shapes.DeliveryWithRequest(**msgspec.structs.asdict(delivery), request=request)
 
 
-def archived(session: Session, deliveries: Iterable[Delivery], gate: Gate) -> shapes.ArchivedSession:
-    """An ended session with its deliveries and all their attempts; `gate` is its operator's."""
+def archived(
+    session: Session, deliveries: Iterable[Delivery], gate: Gate, delivers: Callable[[str, str], bool]
+) -> shapes.ArchivedSession:
+    """An ended session with its deliveries and all their attempts; `gate` is its operator's, `delivers` is that of
+    Settings.
+    """
     shown = msgspec.structs.asdict(session_document(session, None))
-    return shapes.ArchivedSession(**shown, deliveries=[with_history(one, gate) for one in deliveries])
+    return shapes.ArchivedSession(
+        **shown, deliveries=[with_history(one, gate, is_tried=delivers(one.operator, one.sink)) for one in deliveries]
+    )
 
 
 def _url_of(stored: dict[str, Any], delivery: Delivery, gate: Gate) -> str | None:

@@ -154,8 +154,9 @@ class Notices:
         )
 
     def headers(self, body: bytes, now_s: float, webhook_id: str | None = None) -> dict[str, str]:
-        """The headers that the daemon would send."""
-        return request_headers(self.operator, webhook_id or self.webhook_id(), body, now_s)
+        """The headers that the daemon would send with a body of its own; this one may be malformed."""
+        made = request_headers(self.operator, webhook_id or self.webhook_id(), body, now_s)
+        return made | {"Content-Type": self.operator.sends.content_type}
 
     def mask(self) -> Mask:
         """A mask for the secrets of all notices sent so far."""

@@ -455,6 +455,9 @@ def test_systemd_takes_the_runbooks_units(tmp_path: Path) -> None:
 
 
 async def test_when_a_pending_delivery_is_tried_next_is_what_the_api_says(archive: Path) -> None:
+    file = archive / "config.toml"
+    acme = '[operators.acme]\nprovider_id = "luckymonaco"'
+    file.write_text(file.read_text().replace(acme, f"[operators.acme]{UNREACHABLE}"))
     with contextlib.closing(sqlite3.connect(archive / "lmdaemon.sqlite3")) as sql:
         sql.execute("UPDATE delivery SET state = 'pending', due_at = 5000, settled_at = NULL")
         sql.execute("UPDATE operator SET not_before_at = 9000 WHERE name = 'acme'")
@@ -463,3 +466,6 @@ async def test_when_a_pending_delivery_is_tried_next_is_what_the_api_says(archiv
     found = lines(run("sessions", "export", cwd=archive))
     times = {(one["operator"], delivery["nextAttemptAt"]) for one in found for delivery in one["deliveries"]}
     assert times == {("acme", rfc3339(9000)), ("other", None)}
+    file.write_text(file.read_text().replace("notify = true", "notify = false"))
+    found = lines(run("sessions", "export", cwd=archive))
+    assert {delivery["nextAttemptAt"] for one in found for delivery in one["deliveries"]} == {None}

@@ -36,6 +36,7 @@ def test_each_thing_that_is_wrong_has_a_line_and_then_what_can_be_done() -> None
 def test_only_who_falls_behind_is_to_get_more_concurrency() -> None:
     assert len(of("deliveries", dead=3)) == 1
     assert "raise the concurrency" in of("deliveries", dead=0, output="elm (http) falls behind: …")[2]
+    assert len(of("deliveries", dead=0, output="elm (http): the oldest of 1 pending is 20 min old, …")) == 2
 
 
 def test_operators_are_told_once_below_the_table() -> None:
@@ -43,6 +44,18 @@ def test_operators_are_told_once_below_the_table() -> None:
     health = {"checks": {"operators": [check]}}
     assert [*outlook.of_health(health)] == ["  operators  warn  held=gum"]
     assert [*outlook.of_health(health, is_each_told=False)][1:] == ["                   gum: held since …"]
+
+
+def test_an_operator_that_left_the_file_is_told_with_a_row_of_its_own() -> None:
+    gone = [{"operator": "old", "live": 1, "pending": 36}]
+    said = "old is not in the file, so its sessions and deliveries wait: 1 live, 36 pending"
+    check = {"status": "warn", "held": ["gum"], "notConfigured": gone, "output": f"{said}; gum: held since …"}
+    health = {"checks": {"operators": [check]}}
+    lines = [line.strip() for line in outlook.of_health(health)]
+    assert lines[:2] == ["operators  warn  held=gum notConfigured=old", said]
+    assert lines[2].startswith("by hand: put them back")
+    assert outlook.rows_of(health) == [{"operator": "old (not in the file)", "live": 1, "pending": 36}]
+    assert outlook.rows_of({"status": "pass"}) == []
 
 
 def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:

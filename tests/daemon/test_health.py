@@ -18,12 +18,13 @@ from support import LISTEN, Commits, Serving, hear, load, open_store, serving, u
 from lmdaemon import health, retry
 from lmdaemon.alarms import ExpiryAlarm, TouchAlarm
 from lmdaemon.clock import TICK_S
+from lmdaemon.config.settings import Settings
 from lmdaemon.disk import DiskWatch
 from lmdaemon.health import ASK_EVERY_S, OLD_BACKLOG_S, Health
 from lmdaemon.limits import Limits, StoreLimits
-from lmdaemon.model import Gate, Member
+from lmdaemon.model import Gate, Member, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.contract import NewDelivery, Opening, StoreError
+from lmdaemon.store.contract import Figures, NewDelivery, Opening, Settlement, StoreError
 from lmdaemon.store.sqlite.store import Store
 from lmdaemon.version import __version__
 
@@ -60,14 +61,20 @@ def pulses(clock: HandClock) -> dict[str, Pulse]:
 
 
 def health_of(
-    directory: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse], behind: Any = dict, **limits: float
+    directory: Path,
+    store: Store,
+    clock: HandClock,
+    pulses: dict[str, Pulse],
+    behind: Any = dict,
+    settings: Callable[[], Settings] | None = None,
+    **limits: float,
 ) -> Health:
-    settings = load(directory / "config.toml", CONFIG)
+    known = load(directory / "config.toml", CONFIG)
     return Health(
         store,
         clock,
         pulses,
-        lambda: settings,
+        settings or (lambda: known),
         lambda: None,
         ExpiryAlarm(clock.monotonic),
         TouchAlarm(),
@@ -375,6 +382,37 @@ async def test_an_old_backlog_warns(store: Store, checked: Health, clock: HandCl
     assert (found["status"], found["pending"], found["oldestPendingSeconds"]) == ("warn", 2, OLD_BACKLOG_S + 1)
 
 
+async def test_an_old_backlog_tells_whose_it_is_and_what_comes_next(
+    tmp_path: Path, store: Store, clock: HandClock, pulses: dict[str, Pulse]
+) -> None:
+    silent, notified = (load(tmp_path / "config.toml", toml) for toml in (CONFIG, CONFIG + NOTIFY))
+    in_force = notified
+    health = health_of(tmp_path, store, clock, pulses, settings=lambda: in_force)
+    await end_session(store)
+    clock.advance(OLD_BACKLOG_S + 1)
+
+    async def told() -> str:
+        clock.advance(ASK_EVERY_S)
+        report: Any = await health.report()
+        found = report["checks"]["deliveries"][0]
+        assert found["status"] == "warn"
+        return str(found["output"])
+
+    assert await told() == "acme (http): the oldest of 1 pending is 15 min old, due now, not tried yet"
+    found = await store.session("acme", "s1")
+    assert found is not None
+    await store.settle(Settlement(found[1][0], "pending", 7_200_000, 1, {"at": 0, "error": "code_100"}))
+    tried = f"tried next at {rfc3339(clock.wall_ms() + 7_200_000)[:19]}Z"
+    assert await told() == f"acme (http): the oldest of 1 pending is 15 min old, {tried}, last error code_100"
+    later_at = clock.wall_ms() + 9_000_000
+    await store.set_gate("acme", lambda gate: replace(gate, not_before_at=later_at))
+    assert f", tried next at {rfc3339(later_at)[:19]}Z, " in await told()
+    await store.set_gate("acme", lambda gate: retry.hold(gate, clock.wall_ms(), "by_hand"))
+    assert ", not tried while the operator is held, " in await told()
+    in_force = silent
+    assert ", not tried, because the file does not ask for it, " in await told()
+
+
 @pytest.mark.parametrize(
     ("gate", "held", "broken"),
     [
@@ -391,6 +429,27 @@ async def test_an_operator_that_is_held_or_broken_warns(
     found = await check(checked, "operators")
     assert (found["status"], found["held"], found["broken"]) == ("warn", held, broken)
     await store.set_gate("acme", lambda known: replace(gate, held_at=None, failures=4))
+    assert (await check(checked, "operators"))["status"] == "pass"
+
+
+async def test_an_operator_that_left_the_file_warns_while_something_waits(
+    store: Store, checked: Health, pulses: dict[str, Pulse]
+) -> None:
+    store.configured = frozenset({"acme", "old"})
+    await store.open_session(Opening("old", "s1", "p", "t", None, 1000, 0))
+    await store.open_session(Opening("old", "s2", "p", "t", None, 1000, 0))
+    await store.end("old", "s2")
+    found = await check(checked, "operators")
+    assert (found["status"], found["held"], found["broken"]) == ("warn", [], [])
+    assert found["notConfigured"] == [{"operator": "old", "live": 1, "pending": 1}]
+    assert found["output"] == "old is not in the file, so its sessions and deliveries wait: 1 live, 1 pending"
+    await store.set_gate("acme", lambda known: Gate(held_at=1, held_reason="by_hand"))
+    found = await check(checked, "operators")
+    assert found["output"].startswith(
+        "old is not in the file, so its sessions and deliveries wait: 1 live, 1 pending; acme"
+    )
+    store.figures["old"] = Figures()
+    await store.set_gate("acme", lambda known: Gate())
     assert (await check(checked, "operators"))["status"] == "pass"
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from support import LISTEN, hear, load, serving
+from clocks import HandClock
+from support import LISTEN, hear, load, operator_table, scripted_operator, serving, until
 
 from lmdaemon import reloader
 from lmdaemon.config.settings import (
@@ -18,6 +19,7 @@ from lmdaemon.config.settings import (
     Settings,
     flat,
 )
+from lmdaemon.store.contract import Opening
 
 TOML = LISTEN + '[operators.acme]\nprovider_id = "acme"\n'
 
@@ -52,6 +54,41 @@ def noted(struct: msgspec.Struct, seen: set[str], at: str = "") -> Any:
             values[name] = noted(values[name], seen, f"{name}.")
     noting = type(f"Noted{kind.__name__}", (kind,), {"__getattribute__": read}, frozen=True)
     return noting(**values)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "content_type"),
+    [("v4", "pragmatic", "application/json"), ("pragmatic", "v4", "application/x-www-form-urlencoded")],
+)
+async def test_a_waiting_body_keeps_its_type_if_the_dialect_changes(
+    tmp_path: Path, clock: HandClock, before: str, after: str, content_type: str
+) -> None:
+    """The second attempt is refused too, and its answer is read and kept."""
+    (tmp_path / "hash.key").write_text("the-hash-key")
+    (tmp_path / "hash.key").chmod(0o600)
+    refused = {"error": 100, "description": "later"}
+    async with scripted_operator(refused, refused) as operator:
+
+        def toml(dialect: str) -> str:
+            return LISTEN + operator_table(
+                "acme", operator.url, dialect=dialect, accept=["v4", "pragmatic"], hash_key_file="hash.key"
+            )
+
+        async with serving(tmp_path, toml(before), clock) as d:
+            await d.store.open_session(Opening("acme", "s", "p", "tok-3n", None, 10_000, 0))
+            await d.store.end("acme", "s")
+            await until(lambda: d.store.gate("acme").failures == 1)
+            (tmp_path / "config.toml").write_text(toml(after))
+            await d.daemon.reload_once()
+            async with d.client.post(f"{d.api}/v1/operators/acme/probe") as answer:
+                probed = await answer.json()
+            async with d.client.get(f"{d.api}/v1/deliveries/{probed['id']}") as answer:
+                shown = (await answer.json())["request"]["headers"]
+        first, second = operator.received
+    assert first.body == second.body
+    assert [one.headers["Content-Type"] for one in (first, second)] == [content_type] * 2
+    assert shown["Content-Type"] == content_type
+    assert [one["error"] for one in probed["history"]] == ["code_100"] * 2
 
 
 async def test_every_setting_is_read_again_or_told_to_need_a_restart(

@@ -152,6 +152,37 @@ def test_of_a_long_answer_its_beginning_is_kept_with_nothing_of_a_secret() -> No
     assert mask.beginning_of(b"tok/en, refused", complete=True) == f"{MASK}, refused"
 
 
+@pytest.mark.parametrize("secret", ["+/" * 60, "é" * 4096, TOKEN * 100, '"' * 9, "\\" * 50 + "a"])
+def test_a_long_answer_without_a_secret_is_kept(secret: str) -> None:
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        answered = ("x" * 9000).encode(encoding)
+        assert Mask([secret]).beginning_of(answered, complete=True) == "x" * masks.SHOWN_MAX
+
+
+@pytest.mark.parametrize("notation", NOTATIONS)
+@pytest.mark.parametrize("secret", [TOKEN, "+/" * 60, 'tök/en"\\<1==' * 3, "-/-", "😀é" * 10])
+def test_of_a_long_secret_that_was_cut_off_anywhere_nothing_is_left(secret: str, notation: str) -> None:
+    spelt = NOTATIONS[notation](secret)
+    mask = Mask([secret])
+    for cut in range(len(spelt) + 1):
+        shown = mask.text_of(("." * 2000 + spelt[:cut]).encode(), complete=False)
+        assert set(shown) <= {".", "*"}, spelt[:cut]
+        assert shown.startswith("." * 1000)
+
+
+@pytest.mark.parametrize(("before", "after"), [("v4", "pragmatic"), ("pragmatic", "v4")])
+def test_a_notice_of_a_dialect_no_longer_in_force_hides_its_secrets(tmp_path: Path, before: str, after: str) -> None:
+    """The hash stands in a field that the dialect in force does not have."""
+    (tmp_path / "hash.key").write_text("the-hash-key")
+    toml = operator_table("acme", "http://wallet.example/", dialect=after, accept=[after], hash_key_file="hash.key")
+    operator = load(tmp_path / "config.toml", toml).operators["acme"]
+    bodies = {
+        "v4": b'{"hash":"the-hash-value","token":"the-token"}',
+        "pragmatic": b"hash=the-hash-value&token=the-token",
+    }
+    assert masks.of_notice(operator, None, bodies[before])("the-hash-value the-token") == f"{MASK} {MASK}"
+
+
 def test_what_a_notice_holds_and_was_made_with_is_hidden(tmp_path: Path) -> None:
     for name, text in (("hash.key", "the-hash-key"), ("signing", "whsec_" + "A" * 44)):
         (tmp_path / name).write_text(text)

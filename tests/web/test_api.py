@@ -837,6 +837,19 @@ async def test_a_delivery_shows_the_request_that_the_operator_received(api: Call
     assert json.loads(request["body"]) == json.loads(received.body) | {"token": "***"}
 
 
+async def test_a_delivered_request_is_shown_with_its_whole_id(api: Caller, wallet: ScriptedOperator) -> None:
+    await api.open()
+    await api.close()
+    await api.settled()
+    delivery = await api("GET", f"/v1/deliveries/{(await api.delivery_of())['id']}", 200)
+    (received,) = wallet.received
+    assert delivery["state"] == "delivered"
+    sent = dict(received.headers)
+    del sent["Content-Length"]
+    assert delivery["request"]["headers"] == sent
+    assert delivery["id"] in delivery["request"]["curl"]
+
+
 async def test_retrying_a_dead_delivery_answers_202_and_sends_the_same_again(
     api: Caller, wallet: ScriptedOperator
 ) -> None:
@@ -1250,6 +1263,40 @@ async def test_the_next_attempt_is_when_it_can_be_tried(
     api.daemon.dispatcher.wake()
     await api.settled()
     assert await everywhere() is await everywhere("s2") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("notify = true", "notify = false"), ("[operators.acme]", "[operators.a]")]
+)
+async def test_what_nobody_tries_has_no_next_attempt(
+    api: Caller, wallet: ScriptedOperator, tmp_path: Path, before: str, after: str
+) -> None:
+    """An operator that no longer wants notices, and one that has left the file."""
+
+    async def failing(_: object) -> aiohttp.web.Response:
+        return aiohttp.web.Response(status=500)
+
+    async def next_attempts() -> list[str | None]:
+        (listed,) = await api.walk("/v1/deliveries", 100)
+        one = await api("GET", f"/v1/deliveries/{listed['id']}", 200)
+        return [listed["nextAttemptAt"], one["nextAttemptAt"]]
+
+    async def attempted() -> bool:
+        return (await api.delivery_of())["attempts"] == 1
+
+    wallet.script = [failing]
+    await api.open()
+    await api.close()
+    await until(attempted)
+    assert None not in await next_attempts()
+    file = tmp_path / "config.toml"
+    known = file.read_text()
+    file.write_text(known.replace(before, after, 1))
+    await api.daemon.daemon.reload_once()
+    assert await next_attempts() == [None, None]
+    file.write_text(known)
+    await api.daemon.daemon.reload_once()
+    assert None not in await next_attempts()
 
 
 async def test_the_next_attempt_behind_an_open_breaker_is_its_probe(api: Caller, wallet: ScriptedOperator) -> None:

@@ -13,7 +13,7 @@ import psycopg
 from lmdaemon.clock import Clock
 from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.model import Delivery, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Page, Room
+from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Oldest, Page, Room
 from lmdaemon.store.postgres import members, pages
 from lmdaemon.store.postgres.batch import DELIVERY, SESSION, delivery_of, to_json
 from lmdaemon.store.postgres.errors import said
@@ -49,7 +49,7 @@ SELECT name, (SELECT min(aged_from_at - held_base_ms)
               FROM (SELECT aged_from_at, held_base_ms FROM lmdaemon.delivery
                     WHERE operator = name AND sink = 'http' AND state = 'pending' ORDER BY id LIMIT %s) AS first)
 FROM json_array_elements_text(%s::json) AS name"""
-# When the oldest pending delivery of each operator was made. It takes one step in the index for each of its sinks.
+# The oldest pending delivery of each operator. It takes one step in the index for each of its sinks.
 OLDEST_PENDING = """
 WITH RECURSIVE its (operator, sink) AS (
     SELECT name, (SELECT min(sink) FROM lmdaemon.delivery WHERE operator = name)
@@ -58,11 +58,12 @@ WITH RECURSIVE its (operator, sink) AS (
     SELECT its.operator, (
         SELECT min(d.sink) FROM lmdaemon.delivery d WHERE d.operator = its.operator AND d.sink > its.sink)
     FROM its WHERE its.sink IS NOT NULL)
-SELECT its.operator, min((
-    SELECT created_at FROM lmdaemon.delivery d
+SELECT DISTINCT ON (its.operator) its.operator, found.created_at, its.sink, found.due_at, found.last_error
+FROM its LEFT JOIN LATERAL (
+    SELECT created_at, due_at, last_error FROM lmdaemon.delivery d
     WHERE d.operator = its.operator AND d.sink = its.sink AND d.state = 'pending'
-    ORDER BY id LIMIT 1))
-FROM its GROUP BY its.operator"""
+    ORDER BY id LIMIT 1) AS found ON true
+ORDER BY its.operator, found.created_at"""
 
 
 class Store(Shared):
@@ -156,6 +157,9 @@ class Store(Shared):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self._reads.read(_oldest_pending, list(operators))
 
+    async def oldest_waiting(self, operators: Iterable[str]) -> dict[str, Oldest]:
+        return await self._reads.read(_oldest, list(operators))
+
     # -- reading, for people
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
@@ -208,5 +212,11 @@ def _aging(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:
     return dict(sql.execute(AGING, (AGING_ROWS, to_json(operators))).fetchall())
 
 
+def _oldest(sql: Connection, operators: Sequence[str]) -> dict[str, Oldest]:
+    rows = sql.execute(OLDEST_PENDING, (to_json(operators),)).fetchall()
+    return {name: Oldest(*row) for name, *row in rows if row[0] is not None}
+
+
 def _oldest_pending(sql: Connection, operators: Sequence[str]) -> dict[str, int | None]:
-    return dict(sql.execute(OLDEST_PENDING, (to_json(operators),)).fetchall())
+    rows = sql.execute(OLDEST_PENDING, (to_json(operators),)).fetchall()
+    return {name: created_at for name, created_at, *_ in rows}

@@ -16,7 +16,18 @@ from lmdaemon.clock import Clock
 from lmdaemon.limits import LIMITS, StoreLimits
 from lmdaemon.log import Log
 from lmdaemon.model import Delivery, Gate, Session
-from lmdaemon.store.contract import AGING_ROWS, Claim, DatabaseError, Dead, Figures, Operation, Page, Room, StoreError
+from lmdaemon.store.contract import (
+    AGING_ROWS,
+    Claim,
+    DatabaseError,
+    Dead,
+    Figures,
+    Oldest,
+    Operation,
+    Page,
+    Room,
+    StoreError,
+)
 from lmdaemon.store.projection import Loaded
 from lmdaemon.store.sqlite import pages
 from lmdaemon.store.sqlite.batch import GATE, NEXT, SET_UP, Batch
@@ -48,14 +59,15 @@ def _lanes(count: int) -> str:
 # All deliveries of a session, oldest first.
 _DELIVERIES_OF = f"""
 SELECT {DELIVERY} FROM delivery d JOIN session s ON s.id = d.session WHERE d.session = ? ORDER BY d.id"""
-# When the oldest pending delivery of an operator was created. It takes one step in the index for each of its sinks.
+# The oldest pending delivery of an operator. It takes one step in the index for each of its sinks. Columns beside min()
+# have the values of the row with the least value (SQLite, "Bare columns in an aggregate query").
 _OLDEST_PENDING = """
 WITH RECURSIVE its(sink) AS (
     SELECT (SELECT sink FROM delivery WHERE operator = :operator ORDER BY sink LIMIT 1)
     UNION ALL
     SELECT (SELECT d.sink FROM delivery d WHERE d.operator = :operator AND d.sink > its.sink ORDER BY d.sink LIMIT 1)
     FROM its WHERE its.sink IS NOT NULL)
-SELECT min(created_at) FROM its JOIN delivery ON id = (
+SELECT min(created_at), delivery.sink, due_at, last_error FROM its JOIN delivery ON id = (
     SELECT id FROM delivery d WHERE d.operator = :operator AND d.sink = its.sink AND d.state = 'pending'
     ORDER BY id LIMIT 1)"""
 
@@ -172,6 +184,9 @@ class Store(Verbs):
     async def oldest_pending(self, operators: Iterable[str]) -> dict[str, int | None]:
         return await self.db.reads.read(_oldest_pending, list(operators))
 
+    async def oldest_waiting(self, operators: Iterable[str]) -> dict[str, Oldest]:
+        return await self.db.reads.read(_oldest, list(operators))
+
     # -- reading, for people
 
     async def shown_session(self, operator: str, session_id: str) -> tuple[Session, list[Delivery]] | None:
@@ -241,6 +256,11 @@ def _load(sql: sqlite3.Connection) -> Loaded:
 
 def _aging(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:
     return {name: scalar(sql.execute(_AGING, (name, AGING_ROWS))) for name in operators}
+
+
+def _oldest(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, Oldest]:
+    rows = ((name, sql.execute(_OLDEST_PENDING, {"operator": name}).fetchone()) for name in operators)
+    return {name: Oldest(*row) for name, row in rows if row[0] is not None}
 
 
 def _oldest_pending(sql: sqlite3.Connection, operators: Iterable[str]) -> dict[str, int | None]:

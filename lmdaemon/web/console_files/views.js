@@ -40,7 +40,10 @@ function keptBack({ held, heldSince, breaker, breakerSince, lastFailure, notBefo
 
 // -- overview
 
-const figuresOf = ({ dead, pending, oldestPendingSeconds: oldest }) => (dead === undefined ? "" : `${count(dead)} dead, ${count(pending)} pending` + (oldest ? `, the oldest ${span(oldest)} old` : ""));
+const ageOf = ({ oldestPendingSeconds: oldest }) => (oldest ? `, the oldest ${span(oldest)} old` : "");
+const figuresOf = (one) => (one.dead === undefined ? "" : `${count(one.pending)} pending, ${count(one.dead)} dead${ageOf(one)}`);
+
+const minutesOf = (figures, operator) => figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === operator);
 
 let shownAt = 0;
 
@@ -53,7 +56,7 @@ async function overview(place, parts, asked) {
   put(place, "health",
     p("Health: ", state(health.status), tone("faint", wrong.length ? "" : `, all ${checks.length} checks`)),
     wrong.map(([name, check]) => h("div", { class: `panel ${check.status === "fail" ? "bad" : "warn"}-edge` },
-      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" ? "some are kept back, see below" : prose(check.output ?? figuresOf(check))),
+      p(state(check.status), " ", h("strong", {}, name), ": ", name === "operators" && !check.notConfigured ? "some are kept back, see below" : prose([check.output, figuresOf(check)].filter(Boolean).join("; "))),
       p(link("What it means and what to do", "runbook", "health: " + name)))));
   const [operators, figures, daemons] = await Promise.all([get("v1/operators"), get("v1/figures"), get("v1/daemons")]);
   const items = operators.items.sort((one, two) => trouble(two) - trouble(one) || one.operator.localeCompare(two.operator));
@@ -62,9 +65,9 @@ async function overview(place, parts, asked) {
     back.slice(0, 8).map((one) => h("div", { class: `panel ${one.held ? "warn" : "bad"}-edge` },
       h("h3", {}, operatorLink(one)), p(prose(one.keptBack)),
       one.outlook && p("By itself: ", prose(one.outlook)),
-      p(`${count(one.pending)} pending, ${count(one.dead)} dead` + (one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`)))),
+      p(figuresOf(one)))),
     back.length > 8 && p(`and ${count(back.length - 8)} more in the table below`));
-  const all = figures.spans.find((one) => one.stepSeconds === 60).series.find((one) => one.operator === null);
+  const all = minutesOf(figures, null);
   put(place, "charts", h2("The last hour"),
     faint("One bar a minute, the newest at the right. Counted since the daemon's start."),
     h("div", { class: "tiles" }, chart("Ends", all.ends), chart("Delivered", all.delivered),
@@ -120,7 +123,7 @@ async function operator(place, [name]) {
     row(act.hold(name), act.release(one), act.probe(one), act.sendTest(name), act.check(name), act.retryAll(one), act.discardAll(one)),
     act.rights.mayChange ? null : faint("This token may only read, so nothing can be changed here."),
     facts(["Live sessions", count(one.live)],
-      ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), one.oldestPendingSeconds === null ? "" : `, the oldest ${span(one.oldestPendingSeconds)} old`]],
+      ["Pending", [link(count(one.pending), "deliveries", { operator: name, state: "pending" }), ageOf(one)]],
       ["Dead", link(count(one.dead), "deliveries", { operator: name, state: "dead" })],
       ["Breaker", [one.breaker, one.breakerSince ? [" since ", when(one.breakerSince)] : ""]],
       ["Failed in a row", [count(one.failedAttempts), one.failingSince ? [", since ", when(one.failingSince)] : ""]],
@@ -131,7 +134,7 @@ async function operator(place, [name]) {
       one.heldNote && ["Note", one.heldNote],
       one.heldUntil && ["Released by itself", when(one.heldUntil)],
       ["Dialect", one.dialect]));
-  const series = figures.spans.find((each) => each.stepSeconds === 60).series.find((each) => each.operator === name);
+  const series = minutesOf(figures, name);
   put(place, "charts", h2("The last hour"), series
     ? h("div", { class: "tiles" }, chart("Ends", series.ends), chart("Delivered", series.delivered), chart("Failed attempts", series.failed, "", "bad"))
     : faint("No figures: nothing has happened since the start, or it is not among the 100 busiest operators."));
@@ -192,8 +195,9 @@ async function session(place, [name, id]) {
   if (one.endedAt) steps.push([one.endedAt, ["Ended: ", h("strong", {}, one.reason)]]);
   for (const each of one.deliveries) {
     const to = [link(each.sink, "delivery", each.id), ` (${count(each.attempts)} ${each.attempts === 1 ? "attempt" : "attempts"})`];
-    if (each.settledAt) steps.push([each.settledAt, [state(each.state), " to ", to, each.state === "dead" && each.lastError ? `: ${each.lastError}` : ""]]);
-    else steps.push([each.nextAttemptAt, [state(each.state), " to ", to, each.lastError ? `, last: ${each.lastError}` : "", each.nextAttemptAt ? ", tried again then" : ", while the operator is held"]]);
+    const why = each.state !== "delivered" && each.lastError ? `: ${each.lastError}` : "";
+    const then = each.settledAt ? "" : each.nextAttemptAt ? ", tried again then" : ", not tried as things are";
+    steps.push([each.settledAt ?? each.nextAttemptAt, [state(each.state), " to ", to, why, then]]);
   }
   steps.sort((a, b) => (a[0] ?? "9").localeCompare(b[0] ?? "9"));
   put(place, "timeline", h2("What happened"), h("ol", { class: "timeline" }, steps.map(([moment, text]) => h("li", {}, when(moment), " ", text))),
@@ -264,7 +268,7 @@ async function delivery(place, [id]) {
   put(place, "facts",
     facts(["State", state(one.state)], one.discarded && ["Discarded", [when(one.discarded.at), one.discarded.by ? ` by ${one.discarded.by}` : "", `: ${one.discarded.note}`]],
       ["Operator", operatorLink(one)], ["Session", sessionLink(one)],
-      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "not while the operator is held"],
+      ["Sink", one.sink], ["Created", when(one.createdAt)], one.state === "pending" && ["Next attempt", one.nextAttemptAt ? when(one.nextAttemptAt) : "none as things are"],
       one.settledAt && ["Settled", when(one.settledAt)], ["Attempts", count(one.attempts)], one.attemptSince && ["Under way", ["since ", when(one.attemptSince)]], one.bodySha256 && ["SHA-256 of the body", h("code", {}, one.bodySha256)]),
     one.state === "dead" && row(act.retrySome(new Set([id]), "Retry"), act.discardSome(new Set([id]), "Discard", one.discarded ? "It is discarded." : "")));
   put(place, "attempts", h2("Attempts, the oldest first"),

@@ -12,7 +12,7 @@ from operations import attempt, kept, notice, one_delivery, opening
 from lmdaemon import retry
 from lmdaemon.model import Gate
 from lmdaemon.store import contract, rules
-from lmdaemon.store.contract import Claim, Dead, NewDelivery, Settlement, Store
+from lmdaemon.store.contract import Claim, Dead, NewDelivery, Oldest, Settlement, Store
 
 
 class TestDeliveries:
@@ -238,6 +238,16 @@ class TestDeliveries:
         assert await db.oldest_pending(["acme", "other"]) == {"acme": first.created_at, "other": None}
         await db.settle(Settlement(first, "delivered", 0, 0, attempt()))
         assert await db.oldest_pending(["acme"]) == {"acme": second.created_at}
+
+    async def test_of_the_oldest_pending_is_told_when_it_is_due_and_why(self, db: Store, clock: HandClock) -> None:
+        first = await one_delivery(db, "first")
+        clock.advance(5)
+        await one_delivery(db, "second")
+        await db.settle(Settlement(first, "pending", 60_000, 1, attempt(error="timeout")))
+        due_at = clock.wall_ms() + 60_000
+        found = await db.oldest_waiting(["acme", "other"])
+        assert found == {"acme": Oldest(first.created_at, "http", due_at, "timeout")}
+        assert await db.oldest_waiting([]) == {}
 
     async def test_the_oldest_age_leaves_out_what_was_held_before(self, db: Store, clock: HandClock) -> None:
         assert await db.aging_shown(["acme"]) == {"acme": None}

@@ -143,7 +143,7 @@ async def test_commands_shown_mean_what_they_say_for_every_id(tmp_path: Path) ->
                     command("find", "-it's"),
                     command("hold", "beta", ["--note", "mended"], ["--for", "2h"]),
                     command("hold", "beta", ["--note", "-x y"], ["--for", "2h"]),
-                    command("send", "beta", ["--yes"], ["--session", "--"]),
+                    command("send", "beta", ["--yes"], ["--session", "--x"]),
                 ];
             }"""
         )
@@ -155,7 +155,7 @@ async def test_commands_shown_mean_what_they_say_for_every_id(tmp_path: Path) ->
         assert [(one["operator"], one["note"], one["seconds"]) for one in read[4:6]] == [
             *(("beta", "mended", 7200), ("beta", "-x y", 7200)),
         ]
-        assert (read[6]["session"], read[6]["yes"]) == ("--", True)
+        assert (read[6]["session"], read[6]["yes"]) == ("--x", True)
 
 
 @in_chromium

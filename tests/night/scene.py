@@ -22,12 +22,12 @@ OPERATORS_SCHEDULE = ["5s", "30s", "2m", "10m"]
 CALLS_AT_ONCE = 10_000  # sessions in one bulk call
 
 
-def set_back(ago_s: float) -> None:
-    """From now on, this process's wall clock is `ago_s` seconds behind."""
+def set_clock(ago_s: float, speed: int) -> None:
+    """From now on, this process's wall clock is `ago_s` seconds behind, and goes `speed` times as fast."""
+    now_ns, began_ns = time.time_ns, time.time_ns()
     ago_ns = int(ago_s * 1e9)
-    now, now_ns = time.time, time.time_ns
-    time.time = lambda: now() - ago_s
-    time.time_ns = lambda: now_ns() - ago_ns
+    time.time_ns = lambda: began_ns + (now_ns() - began_ns) * speed - ago_ns
+    time.time = lambda: time.time_ns() / 1e9
 
 
 class CannotBePlayedError(Exception):
@@ -96,9 +96,11 @@ class Scene:
         self.settings('[database]\npath = "disk/lmdaemon.sqlite3"\n')
         return directory
 
-    def start(self, ago_s: float = 0) -> None:
-        """Starts the daemon with a wall clock that is `ago_s` seconds behind, and waits until it serves."""
-        self.daemon.first = partial(set_back, ago_s) if ago_s else None
+    def start(self, ago_s: float = 0, speed: int = 1) -> None:
+        """Starts the daemon with a wall clock that is `ago_s` seconds behind and goes `speed` times as fast, and waits
+        until it serves.
+        """
+        self.daemon.first = partial(set_clock, ago_s, speed) if ago_s or speed != 1 else None
         self.daemon.start()
 
     def stop(self) -> None:

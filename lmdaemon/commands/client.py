@@ -22,7 +22,7 @@ from lmdaemon.config.values import Listen
 
 CHANGE_WITHIN_S = 60.0  # the longest change, a bulk retry, takes seconds; a daemon that takes longer than this hangs
 # For reading. The slowest answer, /health while the store hangs, takes 6 s. Monitoring ends a check after 10 s
-READ_WITHIN_S = 7.0
+READ_WITHIN_S = 8.0
 PAGE_MAX = 1000  # rows in one answer of the private API
 
 SILENT_MAX_S = 15.0  # the longest silence of an event stream, which sends figures every second

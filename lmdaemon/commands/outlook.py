@@ -40,7 +40,7 @@ def of_health(health: Mapping[str, Any], *, is_each_told: bool = True) -> Iterat
             continue
         texts = [one for said in str(check.get("output", "")).splitlines() for one in said.split("; ")]
         if name == "operators" and is_each_told:
-            texts = texts[: len(_not_configured(check))]  # they come first
+            texts = [one for one in texts if " is not in the file" in one]  # as `gates.not_configured` says it
         yield from (_INDENT[: width + 10] + line(one) for one in texts)
         for by_hand in _by_hand(name, check):
             yield f"{_INDENT[: width + 10]}by hand: {by_hand}"

@@ -58,11 +58,13 @@ def serve(args: argparse.Namespace) -> int:
     _raise_file_limit()
     # Off until _keep_what_is_made. A start creates almost no garbage, and takes a sixth less time without the collector
     gc.disable()
+    code = FAILED
     try:
         settings = reader.for_daemon(args.config)
         log.setup(settings.log.level, settings.log.format)
         quiet_libraries()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        # Closing the loop runs what plug-ins have left in it, which may raise these once more
+        with suppress(SystemExit, KeyboardInterrupt), asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = _until_ended(runner.get_loop(), settings)
             _abandon_what_hangs(runner.get_loop(), code)
     finally:
@@ -175,10 +177,12 @@ def _abandon_what_hangs(loop: asyncio.AbstractEventLoop, code: int) -> None:
     def abandon() -> None:
         hooks = sum(not task.done() for task in left_tasks)
         running = sum(thread.is_alive() for thread in left_threads)
-        Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            Log("daemon").warning("daemon.abandoned_hooks", count=hooks, threads=running)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also if the streams cannot be written to
+            os._exit(code)
 
     async def end_all() -> None:
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -189,7 +193,10 @@ def _abandon_what_hangs(loop: asyncio.AbstractEventLoop, code: int) -> None:
 
     at_last = threading.Timer(ABANDON_AFTER_S, abandon)
     at_last.daemon = True  # the interpreter does not wait for it, and it still runs during atexit's functions
-    at_last.start()
+    try:
+        at_last.start()
+    except RuntimeError:  # no thread can be started, as when a plug-in has used up all that the process may have
+        abandon()
     _run_to_its_end(loop, end_all())
 
 

@@ -69,7 +69,11 @@ def of_command(explicit: Path | None, *, secrets: Secrets = "required", needs: N
 def for_daemon(explicit: Path | None) -> Settings:
     """As `of_command`, with absolute paths, because a plug-in may change the current directory."""
     path, found = find(explicit)
-    return load(path.absolute(), found=found, named=path)
+    try:
+        absolute = path.absolute()
+    except OSError as error:  # the current directory was deleted
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    return load(absolute, found=found, named=path)
 
 
 def load(

@@ -49,10 +49,12 @@ from lmdaemon.store.contract import (
 )
 
 PRUNE_ROWS = 500
-# A due session whose operator is not configured is looked at again after its idle time, or after this time if that is
-# less: never later than it would end if the operator were configured and the session touched now, and so rarely that
-# 300,000 such sessions take a sixth of the writer's time
-REVISIT_MAX_MS = 60_000
+# A due session whose operator is not configured is looked at again after its idle time, this time at most: not later
+# than it would end if the operator were configured and the session touched now. If it has been due for long, it is
+# looked at more and more seldom, because it may stay for ever
+REVISIT_MS = 60_000
+REVISIT_SHARE = 0.125  # of the time for which it has been due
+REVISIT_MAX_MS = 3_600_000
 HISTORY_MAX = 50  # the latest attempts that are kept for a delivery
 
 ANY = 2**31 - 1  # stands for any number of attempts
@@ -528,7 +530,7 @@ class _Sweeps:
             if session.reason is not None:
                 continue  # an earlier operation of this batch has ended it
             if session.operator not in self._world.configured:
-                self._changes.moved_lifetime.append((session.id, self._world.wall_at + _revisit_ms(session)))
+                self._changes.moved_lifetime.append((session.id, self._world.wall_at + self._revisit_ms(session)))
             else:
                 self._sessions.end_one(session, "max_lifetime")
                 ended += 1
@@ -544,7 +546,7 @@ class _Sweeps:
             if session.deadline_ms > as_of_ms:  # the session was touched: `deadline_ms` is its true deadline
                 self._changes.moved_due.append((session.id, session.deadline_ms))
             elif session.operator not in self._world.configured:  # its sinks are unknown: no notice would be sent
-                self._changes.moved_due.append((session.id, as_of_ms + _revisit_ms(session)))
+                self._changes.moved_due.append((session.id, as_of_ms + self._revisit_ms(session)))
             elif (until_ms := self._waits_until(session, as_of_ms)) is not None:
                 again_ms = silence.look_again_ms(as_of_ms, until_ms, session.idle_ms, self._world.grace_ms)
                 self._changes.moved_due.append((session.id, again_ms))
@@ -552,6 +554,11 @@ class _Sweeps:
                 self._sessions.end_one(session, "inactivity")
                 ended += 1
         return ended, len(due)
+
+    def _revisit_ms(self, session: Session) -> int:
+        """After what time to look again at a session whose operator is not configured."""
+        due_for_ms = self._world.service_ms - session.deadline_ms
+        return max(min(session.idle_ms, REVISIT_MS), min(int(due_for_ms * REVISIT_SHARE), REVISIT_MAX_MS))
 
     def _waits_until(self, session: Session, as_of_ms: int) -> int | None:
         """Until when (service time) the end of an idle session waits, because its operator's touches have stopped or
@@ -572,10 +579,6 @@ class _Sweeps:
                 return None
             pause = changes.pauses[operator] = silence.Pause(as_of_ms, silence.silence_of(session.idle_ms))
         return silence.waits_until(pause, touched_ms, as_of_ms, world.grace_ms)
-
-
-def _revisit_ms(session: Session) -> int:
-    return min(session.idle_ms, REVISIT_MAX_MS)
 
 
 class _Deliveries:

@@ -312,6 +312,11 @@ class Stubborn(Hook):
             except asyncio.CancelledError:
                 pass
 
+class Prints(Stubborn):
+    async def misbehave(self):
+        print("not flushed")
+        await super().misbehave()
+
 class Pool(Hook):
     async def misbehave(self):
         asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)  # the pool of asyncio.to_thread
@@ -377,6 +382,14 @@ class ExitsAtItsEnd(Exits):
             yield
         finally:
             self.exit_now()
+
+class ExitsAgain(Exits):
+    async def misbehave(self):
+        asyncio.get_running_loop().call_soon(self.exit_now)
+
+    def exit_now(self):
+        asyncio.get_running_loop().call_later(0.05, self.exit_now)
+        raise SystemExit(7)
 
 class StopsTheLoop(Exits):
     def exit_now(self):
@@ -599,8 +612,27 @@ def test_what_a_plugin_leaves_running_lets_the_daemon_end(
         assert running.events("daemon.stopped")
 
 
+def test_a_plugin_that_hangs_and_a_full_disk_let_the_daemon_end(tmp_path: Path) -> None:
+    configure_plugin(tmp_path, "Prints")
+
+    def full() -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+    with daemon(tmp_path, before=full) as running:
+        running.started().process.terminate()
+        assert running.ended() == 0
+
+
+def test_a_relative_config_in_a_directory_that_was_deleted_is_a_finding(tmp_path: Path) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    serve = f"cd {gone} && rmdir {gone} && exec {sys.executable} -m lmdaemon --config config.toml serve"
+    done = subprocess.run(["sh", "-c", serve], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "config.toml: cannot be read: No such file or directory" in done.stderr
+
+
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("use", ["Exits", "Interrupts", "ExitsAtItsEnd", "StopsTheLoop"])
+@pytest.mark.parametrize("use", ["Exits", "ExitsAgain", "Interrupts", "ExitsAtItsEnd", "StopsTheLoop"])
 def test_a_plugins_own_tasks_cannot_end_the_daemon(tmp_path: Path, without_uvloop: str, use: str, loop: str) -> None:
     """A SystemExit or KeyboardInterrupt ends a run of the event loop, and so does `loop.stop()`."""
     configure_plugin(tmp_path, use)

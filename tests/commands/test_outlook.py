@@ -56,6 +56,8 @@ def test_an_operator_that_left_the_file_is_told_with_a_row_of_its_own() -> None:
     assert lines[2].startswith("by hand: put them back")
     assert outlook.rows_of(health) == [{"operator": "old (not in the file)", "live": 1, "pending": 36}]
     assert outlook.rows_of({"status": "pass"}) == []
+    check["notConfigured"] = gone * 12  # of many, `output` tells of some only
+    assert not [line for line in outlook.of_health(health) if "gum: held" in line]
 
 
 def test_an_operator_that_is_kept_back_has_the_commands_for_it() -> None:

@@ -808,7 +808,8 @@ class Promises(RuleBasedStateMachine):
                 # If the sweeper has looked at a session in the meantime, it looks again after some time. When the
                 # operator is back, its sessions have a grace
                 if name == operator:
-                    revisit_ms = min(one.idle_ms, rules.REVISIT_MAX_MS)
+                    long_ms = min((self.heard - one.sure) * rules.REVISIT_SHARE, rules.REVISIT_MAX_MS)
+                    revisit_ms = max(min(one.idle_ms, rules.REVISIT_MS), long_ms)
                     one.not_late_before = self.sure + max(revisit_ms, self.grace_ms) + LATE_MS
                     one.orphaned |= state == "gone"
             self.settled()
@@ -998,7 +999,7 @@ class Promises(RuleBasedStateMachine):
                 self.reload(name, ["on"])
             if name in self.held:
                 self.release(name)
-        self.move((2 * max(IDLE_MS) + self.grace_ms) / 1000 + 5)
+        self.move((max(IDLE_MS) + rules.REVISIT_MAX_MS + self.grace_ms) / 1000 + 5)
         assert [key for key, one in self.known.items() if one.reason is None] == []
         self.move(LONGEST_WAIT_S)
         self.check_nothing_pends()

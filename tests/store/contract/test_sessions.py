@@ -172,6 +172,13 @@ class TestExpiry:
         # The session is looked at again later, or when its operator is configured again
         assert db.next_due_ms is None or db.next_due_ms > db.service_clock.now_ms()
 
+    async def test_sessions_of_an_operator_that_is_long_away_cost_little(self, db: Store, clock: HandClock) -> None:
+        await db.open_session(opening("s"))
+        db.configure(frozenset({"other"}), lambda session: [])
+        live(clock, db, 10 + 4000)
+        assert (await db.end_due(idle=True)).ended == 0
+        assert db.next_due_ms is None or db.next_due_ms - db.service_clock.now_ms() > 400_000
+
     async def test_a_session_whose_operator_is_configured_again_ends_in_time(self, db: Store, clock: HandClock) -> None:
         await asyncio.gather(db.open_session(opening("s")), db.open_session(opening("old", lifetime_ms=5000)))
         db.configure(frozenset({"other"}), lambda session: [])

@@ -21,7 +21,7 @@ from lmdaemon.disk import DiskWatch
 from lmdaemon.limits import LIMITS
 from lmdaemon.model import Gate, Member, in_bytes, in_time, rfc3339
 from lmdaemon.pulse import LATE_S, Pulse
-from lmdaemon.store.contract import Oldest, Store, StoreError
+from lmdaemon.store.contract import Figures, Oldest, Store, StoreError
 from lmdaemon.version import __version__
 
 ASK_EVERY_S = 1.0
@@ -314,13 +314,18 @@ class Health:
         last = f"last error {oldest.last_error}" if oldest.last_error else "not tried yet"
         return f"{operator} ({oldest.sink}): the oldest of {pending} pending is {age} old, {again}, {last}"
 
+    @property
+    def not_configured(self) -> Mapping[str, Figures]:
+        """The operators that are not in the file, though sessions of them are live or deliveries pending."""
+        known, figures = self._settings().operators, self._store.figures
+        return {name: one for name, one in figures.items() if name not in known and (one.live or one.pending)}
+
     def _check_operators(self) -> Check:
         now_at = self._clock.wall_ms()
         found = {name: self._store.gate(name) for name in self._settings().operators}
         held = [name for name, gate in found.items() if gate.held_at is not None]
         broken = [name for name, gate in found.items() if retry.breaker(gate, now_at) != "closed"]
-        waiting = {name: one for name, one in self._store.figures.items() if one.live or one.pending}
-        gone = {name: one for name, one in waiting.items() if name not in found}
+        gone = self.not_configured
         check: Check = {"status": "warn" if held or broken or gone else "pass", "held": held, "broken": broken}
         if gone:
             shown = [{"operator": name, "live": one.live, "pending": one.pending} for name, one in gone.items()]

@@ -379,8 +379,8 @@ def is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-# An address or a name with a dot, without a port; then a path; no colon before the last `@`. A user name hardly looks
-# like this, and a password would come after a colon.
+# What is certainly a host: an address or a name with a dot, without a port, and then a path. No colon may come before
+# the last `@`, because the password of user info comes after one.
 _PLAIN = re.compile(r"(\[[0-9a-f:.]+\]|([0-9]+\.){3}[0-9]+|([\w-]+\.)+[^\W\d_]{2,})/[^:#]*", re.IGNORECASE)
 _PERHAPS_HOST = re.compile(r"@[^/@]*[.:\[]")
 

@@ -171,8 +171,7 @@ class Parts:
             events.warning("config.warned", finding=warning)
         if not self.settings.operators:
             events.warning("config.warned", finding="no operator is configured: nothing can be opened or received")
-        gone = [name for name, figures in self.store.figures.items() if figures.live or figures.pending]
-        for name in sorted(set(gone) - self.settings.operators.keys()):
+        for name in sorted(self.health.not_configured):
             events.warning("operator.not_configured", operator=name, note="its sessions and deliveries wait")
 
     def _measure(self) -> None:

@@ -66,8 +66,8 @@ class Pace:
         span_s = lately[-1].ended_s - lately[0].ended_s if lately else 0.0
         if span_s < SPAN_MIN_S or sum(one.attempts for one in lately) < ATTEMPTS_MIN:
             return "too few attempts to tell how fast"
-        # Attempts that ended together are stored together: what is pending after the first of them lacks the others.
-        # So everything is counted from the end of the first second on
+        # Attempts that ended together are stored together, and none of them is pending any more when the first is noted
+        # here. So everything is counted from the end of the first second on, when all of them were noted
         first, last = lately[0], lately[-1]
         gone = sum(one.settled for one in lately[1:]) / span_s
         come = max(0.0, gone + (last.pending - first.pending) / span_s)

@@ -556,7 +556,7 @@ class _Sweeps:
         return ended, len(due)
 
     def _revisit_ms(self, session: Session) -> int:
-        """After what time to look again at a session whose operator is not configured."""
+        """How long (ms) to wait before the next look at a session whose operator is not configured."""
         due_for_ms = self._world.service_ms - session.deadline_ms
         return max(min(session.idle_ms, REVISIT_MS), min(int(due_for_ms * REVISIT_SHARE), REVISIT_MAX_MS))
 

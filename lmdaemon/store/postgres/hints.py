@@ -1,6 +1,6 @@
 """Hints: by NOTIFY, a daemon tells the others on its database that there is something to look at.
 
-Nothing depends on hints: without one, a daemon looks a little later. A hint is sent after a commit and not inside a
+Nothing is lost without hints: a daemon only looks later. A hint is sent after a commit and not inside a
 transaction, because a transaction that notifies waits for every other one that does. The only exception is the first
 work after a time without any (`Present.hints_as`). Behind PgBouncer in transaction mode no hint arrives; then `works`
 is False, and the daemons look often instead.
